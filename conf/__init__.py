@@ -1,0 +1,1 @@
+"""Hydra configuration groups; Hydra finds them as pkg://dynrank.conf."""

@@ -1,0 +1,1 @@
+"""LoRA layers and how they get into a model."""

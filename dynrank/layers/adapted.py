@@ -1,0 +1,118 @@
+"""One LoRA layer per kind of base layer: its shape, its forward, and where its update lies in the base's weight."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dynrank.errors import ConfigurationError
+from dynrank.kernels.lora_linear import lora_linear
+from dynrank.layers.base import LoRALayer
+
+
+class LoRALinear(LoRALayer):
+    """``y = x W^T + b + scaling * (x A^T) B^T``; x is (..., d_in)."""
+
+    supported = nn.Linear
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        d_out, d_in = base.get_parameter("weight").shape
+        return d_out, d_in
+
+    def _weight_OI(self) -> Tensor:
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The fused op, except where two different inputs (dropout) or two dtypes (autocast) meet."""
+        if self.merged:
+            y: Tensor = self.base(x)
+            return y
+        if torch.is_autocast_enabled(x.device.type) or (self.training and self.dropout.p > 0):
+            y = self.base(x)
+            down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
+            return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
+        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        return lora_linear(x, self._weight_OI(), self.bias, lora_A, lora_B, self.scaling)
+
+
+class LoRAConv1D(LoRALinear):
+    """LoRALinear for transformers' Conv1D (GPT-2), which stores its weight as (d_in, d_out)."""
+
+    supported = Conv1D
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        d_in, d_out = base.get_parameter("weight").shape
+        return d_out, d_in
+
+    def _weight_OI(self) -> Tensor:
+        return self.weight.mT
+
+    def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
+        return delta_OI.mT.contiguous()
+
+
+class LoRAEmbedding(LoRALayer):
+    """``y = W[ids] + scaling * A^T[ids] B^T``; lora_A is (rank, num_embeddings), lora_B (embedding_dim, rank)."""
+
+    supported = nn.Embedding
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        num_embeddings, dim = base.get_parameter("weight").shape
+        return dim, num_embeddings
+
+    def init_A(self) -> None:
+        """Standard normal: an embedding picks single columns of A, so fan-in is no measure of their size."""
+        nn.init.normal_(self.lora_A)
+
+    def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
+        return delta_OI.mT.contiguous()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        y: Tensor = self.base(ids)
+        if self.merged:
+            return y
+        rows = self.dropout(F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx))
+        return y + (self.scaling * (rows @ self.lora_B.mT)).to(y.dtype)
+
+
+class LoRAConv2d(LoRALayer):
+    """A convolution by A (rank filters of the base's geometry), then a 1x1 convolution by B.
+
+    lora_A is (rank, in_channels * kernel height * kernel width), lora_B (out_channels, rank).
+    """
+
+    supported = nn.Conv2d
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        if base.groups != 1:
+            raise ConfigurationError(f"LoRA on Conv2d needs groups=1, got groups={base.groups}; set lora.target_modules")
+        weight = base.get_parameter("weight")
+        return weight.shape[0], weight[0].numel()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        if self.merged:
+            return y
+        filters = self.lora_A.view(self.rank, *self.weight.shape[1:]).to(x.dtype)
+        down = self.base._conv_forward(self.dropout(x), filters, None)  # the base's stride, padding and padding mode
+        return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
+
+
+LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv2d)
+
+
+def layer_class(base: nn.Module) -> type[LoRALayer] | None:
+    """The LoRA layer for ``base``; None for a module that cannot have one.
+
+    A subclass with a forward of its own (quantised, scaled, ...) computes something else than its parent and has none.
+    """
+    for cls in LAYERS:
+        if isinstance(base, cls.supported) and type(base).forward is cls.supported.forward:
+            return cls
+    return None

@@ -1,0 +1,167 @@
+"""What every LoRA layer has: a frozen base, two factors, one scaling, and a rank that its checkpoint decides."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynrank.errors import ConfigurationError
+
+
+class LoRALayer(nn.Module):
+    """A frozen layer plus ``scaling * lora_B @ lora_A`` (Hu et al., arXiv:2106.09685, section 4.1).
+
+    ``scaling`` is stored and ``alpha = scaling * rank`` follows from it, so a change of rank leaves the function alone.
+
+    Args:
+        base: the layer to adapt; its parameters are frozen.
+        rank: rank of the update, 1 <= rank <= min(d_in, d_out).
+        scaling: factor of ``lora_B @ lora_A``.
+        dropout: probability of zeroing an element of the update's input while training, in [0, 1).
+        dtype: dtype of the factors; their device is the base's.
+
+    Attributes:
+        lora_A: (rank, d_in), Kaiming-uniform.
+        lora_B: (d_out, rank), zero, so that the update starts at zero.
+        final_rank: where a schedule should bring this layer, or None for the schedule's own target.
+        pinned: no schedule changes this layer.
+
+    Raises:
+        ConfigurationError: if ``rank`` or ``dropout`` is out of range, or the base's class computes something else than
+            the plain layer.
+    """
+
+    supported: type[nn.Module]  # set by each subclass: the one class of layer that it adapts
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        rank: int,
+        scaling: float,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        d_out, d_in = self.shape_of(base)
+        if not 1 <= rank <= min(d_out, d_in):
+            raise ConfigurationError(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {rank}")
+        if not 0 <= dropout < 1:
+            raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}; set lora.dropout")
+        self.base = base.requires_grad_(False)
+        self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
+        self.final_rank: int | None = None
+        self.pinned = False
+        device = base.get_parameter("weight").device
+        self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))
+        self.init_A()
+        self._unmerged: list[nn.Parameter] = []  # the base's own weight while merged; a list, so that it isn't registered
+        self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)
+        self.register_state_dict_pre_hook(_refuse_merged)
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        """(d_out, d_in) of the update that ``base`` needs."""
+        raise NotImplementedError
+
+    def init_A(self) -> None:
+        """Draw lora_A as PEFT does, in place."""
+        nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def alpha(self) -> float:
+        return self.scaling * self.rank
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._unmerged)
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The base's weight, for models that look at a layer's dtype or device through it."""
+        return self.base.get_parameter("weight")
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        bias: nn.Parameter | None = getattr(self.base, "bias", None)
+        return bias
+
+    @torch.no_grad()
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Put new factors of a possibly different rank into the same two Parameter objects; their gradients are dropped.
+
+        Optimizers, hooks and users that hold the Parameters go on holding the right ones.
+
+        Args:
+            lora_A: (rank, d_in), own storage, dtype and device of the old.
+            lora_B: (d_out, rank), likewise.
+        """
+        for parameter, value in ((self.lora_A, lora_A), (self.lora_B, lora_B)):
+            parameter.grad = None
+            parameter.set_(value)  # type: ignore[call-overload]
+
+    def delta_weight(self) -> Tensor:
+        """``scaling * lora_B @ lora_A`` in the shape of the base's weight, float32 or wider."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        return self._in_weight_shape(self.scaling * (self.lora_B.to(wide) @ self.lora_A.to(wide)))
+
+    def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
+        return delta_OI.view_as(self.weight)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add the update to a copy of the base's weight. A weight tied to another module's stays as it is there.
+
+        Raises:
+            RuntimeError: if already merged.
+        """
+        if self.merged:
+            raise RuntimeError("the layer is already merged; call unmerge() first")
+        old, delta = self.weight, self.delta_weight()
+        merged = (old.to(delta.dtype) + delta).to(old.dtype)
+        self._unmerged = [old]
+        self.base.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Give the base its own weight back, bit for bit.
+
+        Raises:
+            RuntimeError: if not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("the layer is not merged; call merge() first")
+        self.base.weight = self._unmerged.pop()
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+def _take_rank_of_checkpoint(
+    layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Give the layer the rank of the factors that are about to be loaded into it."""
+    lora_A, lora_B = (state_dict.get(prefix + name) for name in ("lora_A", "lora_B"))
+    if lora_A is None or lora_B is None:
+        return  # torch reports missing keys itself
+    (d_out, _), d_in, rank = layer.lora_B.shape, layer.lora_A.shape[1], lora_A.shape[0]
+    if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank) or not 1 <= rank <= min(d_out, d_in):
+        raise ConfigurationError(
+            f"the checkpoint's factors of {prefix.removesuffix('.')!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, which "
+            f"fit no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
+        )
+    if rank != layer.rank:
+        layer.set_factors(layer.lora_A.new_empty(rank, d_in), layer.lora_B.new_empty(d_out, rank))
+
+
+def _refuse_merged(layer: LoRALayer, prefix: str, *_: Any) -> None:
+    if layer.merged:
+        raise RuntimeError(
+            f"{prefix.removesuffix('.')!r} is merged: its state would count the update twice; call unmerge() first"
+        )

@@ -1,0 +1,152 @@
+"""Putting LoRA layers into a model, finding them again, and dissolving them into plain layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from dynrank.errors import ConfigurationError
+from dynrank.layers.adapted import layer_class
+from dynrank.layers.base import LoRALayer
+from dynrank.layers.targets import target_names
+from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def add_lora(
+    model: M,
+    *,
+    rank: int,
+    alpha: float | None = None,
+    target_modules: str | Sequence[str] = "all-linear",
+    rank_map: str | Path | Mapping[str, Any] | None = None,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    modules_to_save: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+) -> M:
+    """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; checks everything before it changes anything.
+
+    Args:
+        model: any module; names in the other arguments are those of its ``named_modules()``.
+        rank: rank of layers that no rule of ``rank_map`` sets.
+        alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); ``rank`` when None.
+        target_modules: see :func:`dynrank.layers.targets.target_names`.
+        rank_map: an override file, or its ``rank_pattern`` mapping.
+        dropout: on the input of the update, while training.
+        rslora: start at alpha / sqrt(rank).
+        modules_to_save: names of modules that are trained whole and saved with the adapter (a fresh head).
+        dtype: dtype of the factors.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ConfigurationError: if a name, rank, rule or value cannot be used, or the model has LoRA layers already.
+    """
+    if any(True for _ in lora_layers(model)):
+        raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)")
+    if alpha is not None and alpha <= 0:
+        raise ConfigurationError(f"alpha must be above 0, got {alpha}; set lora.alpha")
+    if rank < 1:
+        raise ConfigurationError(f"rank must be at least 1, got {rank}; set lora.rank")
+    modules = dict(model.named_modules())
+    for name in modules_to_save:
+        if name not in modules:
+            raise ConfigurationError(f"no module is named {name!r}; fix modules_to_save")
+    bases = {name: modules[name] for name in target_names(model, target_modules)}
+    shapes = {}
+    for name, base in bases.items():
+        cls = layer_class(base)
+        assert cls is not None  # target_names has seen to it
+        shapes[name] = cls.shape_of(base)
+    if isinstance(rank_map, str | Path):
+        rules = load_rank_map(rank_map)
+    else:
+        rules = parse_rank_map(rank_map or {}, source="rank_map")
+    resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha if alpha is not None else rank)
+    layers = {}
+    for name, base in bases.items():
+        at = resolved[name]
+        scaling = at.alpha / (at.rank**0.5 if rslora else at.rank)
+        layers[name] = make_layer(base, rank=at.rank, scaling=scaling, dropout=dropout, dtype=dtype)
+        layers[name].final_rank, layers[name].pinned = at.final_rank, at.pinned
+    place_layers(model, layers, modules_to_save)
+    return model
+
+
+def make_layer(base: nn.Module, **options: Any) -> LoRALayer:
+    """The LoRA layer for ``base``, not yet in any model; ``options`` are those of :class:`LoRALayer`."""
+    cls = layer_class(base)
+    if cls is None:
+        raise ConfigurationError(f"{type(base).__name__} cannot have LoRA")
+    return cls(base, **options)
+
+
+def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = ()) -> None:
+    """Freeze ``model``, put each layer where its base stands (everywhere, if it is shared), unfreeze ``modules_to_save``."""
+    model.requires_grad_(False)
+    _replace(model, {id(layer.base): layer for layer in layers.values()})
+    for layer in layers.values():
+        layer.train(layer.base.training)
+    for name in modules_to_save:
+        model.get_submodule(name).requires_grad_(True)
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """Every LoRA layer of ``model`` with its name, in the order of ``named_modules()``."""
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALayer):
+            yield name, module
+
+
+def merge(model: M) -> M:
+    """Merge every LoRA layer into its base and take it out, in place; the model is plain afterwards.
+
+    A head tied to an embedding gets a weight of its own (and the model's config says so), since the adapter belongs to
+    the head alone.
+
+    Raises:
+        ConfigurationError: if the model has no LoRA layers.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ConfigurationError("the model has no LoRA layers to merge")
+    tied = _tied_weights(model)
+    for layer in layers.values():
+        if not layer.merged:
+            untied = id(layer.weight) in tied
+            layer.merge()
+            if untied:
+                _mark_untied(model)
+    _replace(model, {id(layer): layer.base for layer in layers.values()})
+    return model
+
+
+def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    for parent in list(model.modules()):
+        if isinstance(parent, LoRALayer) and id(parent) not in replacements:
+            continue  # the base inside a layer just placed stays where it is
+        for attribute, child in list(parent._modules.items()):  # named_children() skips a second name of one child
+            if id(child) in replacements:
+                setattr(parent, attribute, replacements[id(child)])
+
+
+def _tied_weights(model: nn.Module) -> set[int]:
+    """ids of the parameters that stand under more than one name."""
+    seen: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        seen[id(parameter)] = seen.get(id(parameter), 0) + 1
+    return {key for key, count in seen.items() if count > 1}
+
+
+def _mark_untied(model: nn.Module) -> None:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False

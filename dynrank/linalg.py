@@ -1,0 +1,169 @@
+"""Changing the rank of a product ``B @ A`` without forming it, and what the change costs.
+
+Shape suffixes: O = d_out, I = d_in, R = current rank, K = new rank, N = any width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["RankChange", "energy_kept", "grow_product", "numerical_rank", "singular_values", "truncate_product"]
+
+
+@dataclass(frozen=True)
+class RankChange:
+    """New factors of a product and the linear maps that lead to them.
+
+    ``lora_A == from_A @ old_A`` and ``lora_B == old_B @ from_B``, except for columns of ``lora_B`` that belong to
+    directions outside the numerical rank (truncation) or to new directions (growth): those are exactly zero.
+    Gradients are covectors, so the optimizer's first moments move by the transposed maps: ``from_B.T`` for A, ``from_A.T`` for B.
+
+    Attributes:
+        lora_A: (K, I), the dtype of the old A.
+        lora_B: (O, K), the dtype of the old B.
+        from_A: (K, R) float64.
+        from_B: (R, K) float64.
+        singular_values: (R,) float64, of the old product, descending.
+    """
+
+    lora_A: Tensor
+    lora_B: Tensor
+    from_A: Tensor
+    from_B: Tensor
+    singular_values: Tensor
+
+    @property
+    def dropped(self) -> Tensor:
+        return self.singular_values[self.lora_A.shape[0] :]
+
+
+def singular_values(lora_B: Tensor, lora_A: Tensor) -> Tensor:
+    """The R singular values of ``lora_B @ lora_A``, descending, (R,) float64.
+
+    Raises:
+        ValueError: if the shapes do not form a product or a factor is not finite.
+    """
+    _check_factors(lora_B, lora_A)
+    r_b = torch.linalg.qr(lora_B.double(), mode="r").R
+    r_a = torch.linalg.qr(lora_A.double().mT, mode="r").R
+    return torch.linalg.svdvals(r_b @ r_a.mT)
+
+
+def numerical_rank(values: Tensor, largest_dim: int, eps: float = torch.finfo(torch.float64).eps) -> int:
+    """How many singular values stand above rounding: ``sigma_i > largest_dim * eps * sigma_1``.
+
+    Args:
+        values: singular values, descending, (R,).
+        largest_dim: max(d_out, d_in) of the product.
+        eps: unit roundoff of the arithmetic that produced ``values``.
+
+    >>> numerical_rank(torch.tensor([2.0, 1.0, 1e-17]), largest_dim=100)
+    2
+    """
+    if values.numel() == 0 or values[0] == 0:
+        return 0
+    return int((values > largest_dim * eps * values[0]).sum())
+
+
+def energy_kept(values: Tensor, rank: int) -> float:
+    """Share of the energy (sum of squared singular values) in the first ``rank``; 1.0 for a zero product.
+
+    >>> energy_kept(torch.tensor([2.0, 1.0]), 1)
+    0.8
+    """
+    energy = values.double().square()
+    total = energy.sum()
+    return 1.0 if total == 0 else float(energy[:rank].sum() / total)
+
+
+@torch.no_grad()
+def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int) -> RankChange:
+    """Best rank-``rank`` factors of ``lora_B @ lora_A`` in the Frobenius norm (Eckart and Young, 1936).
+
+    QR of both factors leaves an R x R core for the SVD, so the cost is O((O + I) R^2). The new factors are balanced
+    (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T``). Directions beyond the numerical rank of the product carry nothing to rank:
+    there B' is zero and A' keeps independent combinations of the old rows, so that the layer can still learn
+    (two zero factors would have zero gradients for good). For a fresh layer (B = 0) that means the first rows of A.
+
+    Args:
+        lora_B: (O, R), floating point.
+        lora_A: (R, I), floating point.
+        rank: K, directions to keep, 1 <= K <= R <= min(O, I).
+
+    Raises:
+        ValueError: if ``rank`` is outside [1, R], the shapes do not form a product, or a factor is not finite.
+    """
+    _check_factors(lora_B, lora_A)
+    (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
+    if not 1 <= rank <= old_rank:
+        raise ValueError(f"rank must be between 1 and the current rank {old_rank}, got {rank}")
+    b_OR, a_RI = lora_B.double(), lora_A.double()
+    q_b, r_b = torch.linalg.qr(b_OR)
+    q_a, r_a = torch.linalg.qr(a_RI.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # a rule for the sign that the SVD leaves open
+    u, vh = u * signs, vh * signs.mT
+    live = min(rank, numerical_rank(s, max(d_out, d_in)))
+
+    root = s[:live].sqrt()
+    # With core = R_b R_a^T = U S V^T: B' = Q_b U sqrt(S) = B (R_a^T V / sqrt(S)), and likewise for A'.
+    from_A_KR = (u[:, :live] / root).mT @ r_b
+    from_B_RK = r_a.mT @ (vh[:live].mT / root)
+    new_A, new_B = root[:, None] * (vh[:live] @ q_a.mT), (q_b @ u[:, :live]) * root
+    if live < rank:
+        idle = _complement(from_A_KR)[:, : rank - live]
+        from_A_KR, from_B_RK = torch.cat([from_A_KR, idle.mT]), torch.cat([from_B_RK, idle], dim=1)
+        new_A = torch.cat([new_A, idle.mT @ a_RI])
+        new_B = torch.cat([new_B, new_B.new_zeros(d_out, rank - live)], dim=1)
+    return RankChange(new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), from_A_KR, from_B_RK, s)
+
+
+@torch.no_grad()
+def grow_product(lora_B: Tensor, lora_A: Tensor, rank: int, generator: torch.Generator | None = None) -> RankChange:
+    """``lora_B @ lora_A`` with ``rank`` directions and the same value: new columns of B are zero.
+
+    New rows of A are random, orthogonal to the old rows and to each other, at the median norm of the old rows.
+
+    Args:
+        lora_B: (O, R), floating point.
+        lora_A: (R, I), floating point.
+        rank: K, R <= K <= min(O, I).
+        generator: source of the new rows; torch's default generator when None.
+
+    Raises:
+        ValueError: if ``rank`` is outside [R, min(O, I)], the shapes do not form a product, or a factor is not finite.
+    """
+    _check_factors(lora_B, lora_A)
+    (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
+    if not old_rank <= rank <= min(d_out, d_in):
+        raise ValueError(f"rank must be between {old_rank} and min(d_out, d_in) = {min(d_out, d_in)}, got {rank}")
+    a_RI = lora_A.double()
+    fresh = torch.randn(d_in, rank - old_rank, dtype=torch.float64, device=a_RI.device, generator=generator)
+    rows = torch.linalg.qr(torch.cat([a_RI.mT, fresh], dim=1)).Q[:, old_rank:].mT * a_RI.norm(dim=1).median()
+    maps = torch.eye(rank, old_rank, dtype=torch.float64, device=a_RI.device)
+    return RankChange(
+        lora_A=torch.cat([lora_A, rows.to(lora_A.dtype)]),
+        lora_B=torch.cat([lora_B, lora_B.new_zeros(d_out, rank - old_rank)], dim=1),
+        from_A=maps,
+        from_B=maps.mT.contiguous(),
+        singular_values=singular_values(lora_B, lora_A),
+    )
+
+
+def _complement(rows_NR: Tensor) -> Tensor:
+    """Orthonormal basis (R, R - N) of the space orthogonal to N independent rows; the identity when N = 0."""
+    count, width = rows_NR.shape
+    if count == 0:
+        return torch.eye(width, dtype=rows_NR.dtype, device=rows_NR.device)
+    return torch.linalg.qr(rows_NR.mT, mode="complete").Q[:, count:]
+
+
+def _check_factors(lora_B: Tensor, lora_A: Tensor) -> None:
+    if lora_B.ndim != 2 or lora_A.ndim != 2 or lora_B.shape[1] != lora_A.shape[0]:
+        raise ValueError(f"factors must be (d_out, rank) and (rank, d_in), got {[*lora_B.shape]} and {[*lora_A.shape]}")
+    for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
+        if not torch.isfinite(factor).all():
+            raise ValueError(f"{name} must be finite, got NaN or inf")

@@ -1,0 +1,215 @@
+"""Per-layer rank overrides: from ``rank_pattern`` rules to the rank, alpha and final rank of every LoRA layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dynrank.errors import ConfigurationError
+
+__all__ = ["LayerRank", "RankRule", "load_rank_map", "matches", "parse_rank_map", "parse_rules", "resolve_rank_map"]
+
+
+@dataclass(frozen=True)
+class RankRule:
+    """What an override says of the layers that its key matches; None leaves the run's own value.
+
+    Attributes:
+        rank: starting rank.
+        final_rank: rank that a schedule brings the layer to.
+        alpha: LoRA alpha; the layer's scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA).
+        pinned: no schedule touches the layer.
+    """
+
+    rank: int | None = None
+    final_rank: int | None = None
+    alpha: float | None = None
+    pinned: bool = False
+
+
+@dataclass(frozen=True)
+class LayerRank:
+    """The resolved values of one layer and ``rule``, the key that set them (None: the run's defaults)."""
+
+    rank: int
+    alpha: float
+    final_rank: int | None
+    pinned: bool
+    rule: str | None
+
+
+def matches(key: str, name: str) -> bool:
+    """PEFT's matching: ``key`` is a regular expression for whole trailing parts of a module name.
+
+    >>> matches("q_proj", "layers.0.q_proj"), matches("q_proj", "layers.0.eq_proj"), matches(r"layers\\.[01]\\..*", "layers.1.v")
+    (True, False, True)
+    """
+    return re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def load_rank_map(path: str | Path) -> dict[str, RankRule]:
+    """Rules of an override file (YAML, top-level key ``rank_pattern``).
+
+    Raises:
+        ConfigurationError: if the file is missing or not YAML, or any rule is faulty (all faults are listed).
+    """
+    try:
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the override file {str(path)!r}: {error.strerror}; set rank_map.file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"rank_map.file must be YAML, got {str(path)!r}: {error}") from None
+    if not isinstance(data, dict) or set(data) != {"rank_pattern"} or not isinstance(data["rank_pattern"], dict):
+        raise ConfigurationError(
+            f"an override file must hold the one key rank_pattern with a mapping below it, got {data!r:.200}; "
+            f"fix {str(path)!r} (rank_map.file)"
+        )
+    return parse_rank_map(data["rank_pattern"], source=str(path))
+
+
+def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, RankRule]:
+    """Checked rules from plain data: each value is an int (the rank) or a mapping of :class:`RankRule` fields.
+
+    Args:
+        rank_pattern: key -> value as read from YAML.
+        source: file or key to name in the error.
+
+    Raises:
+        ConfigurationError: listing every faulty rule.
+    """
+    rules, faults = {}, []
+    for key, value in rank_pattern.items():
+        if isinstance(value, RankRule):
+            value = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) is not None}
+        entry = {"rank": value} if _is_int(value) else value
+        found = _rule_faults(key, entry)
+        faults += [f"{key!r}: {fault}" for fault in found]
+        if not found:
+            rules[key] = RankRule(**entry)
+    if faults:
+        raise ConfigurationError(f"faulty rank_pattern in {source} (rank_map):\n  " + "\n  ".join(faults))
+    return rules
+
+
+def parse_rules(rules: Sequence[str]) -> dict[str, RankRule]:
+    """Rules of the short form ``pattern=rank``, as in ``rank_map.rules=['q_proj=8']``.
+
+    >>> parse_rules(["q_proj=8"])["q_proj"].rank
+    8
+    """
+    pairs: dict[str, int] = {}
+    for rule in rules:
+        pattern, equals, rank = str(rule).rpartition("=")
+        if not equals or not pattern or not re.fullmatch(r"-?\d+", rank):
+            raise ConfigurationError(f"a rule must be PATTERN=RANK, got {rule!r}; fix rank_map.rules")
+        if pattern in pairs:
+            raise ConfigurationError(f"each pattern may stand once, got {pattern!r} twice; fix rank_map.rules")
+        pairs[pattern] = int(rank)
+    return parse_rank_map(pairs, source="rank_map.rules")
+
+
+def resolve_rank_map(
+    shapes: Mapping[str, tuple[int, int]], rules: Mapping[str, RankRule], *, rank: int, alpha: float
+) -> dict[str, LayerRank]:
+    """The rank, alpha and final rank of each LoRA layer; the most specific rule wins whatever the order.
+
+    A key equal to the layer's name beats a plain (regex-free) key that matches this layer only, which beats any
+    other pattern. Two rules of equal standing that say different things are an error.
+
+    Args:
+        shapes: module name -> (d_out, d_in) of every layer that gets LoRA.
+        rules: key -> rule.
+        rank: rank of layers that no rule sets.
+        alpha: alpha of layers that no rule sets.
+
+    Raises:
+        ConfigurationError: if a key matches nothing, two rules conflict, or a rank is outside [1, min(d_in, d_out)]
+            (all faults are listed).
+    """
+    matched = {key: [name for name in shapes if matches(key, name)] for key in rules}
+    faults = [_unmatched(key, shapes) for key, names in matched.items() if not names]
+    layers = {}
+    for name, (d_out, d_in) in shapes.items():
+        standing = {key: _standing(key, name, matched[key]) for key in rules if name in matched[key]}
+        best = [key for key, value in standing.items() if value == max(standing.values())]
+        if len({rules[key] for key in best}) > 1:
+            faults.append(f"{name!r} is set by {' and by '.join(map(repr, best))}, which differ; make one an exact name")
+            continue
+        key = best[0] if best else None
+        rule = rules[key] if key is not None else RankRule()
+        layer = LayerRank(rule.rank or rank, rule.alpha or alpha, rule.final_rank, rule.pinned, key)
+        faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, d_out, d_in)]
+        layers[name] = layer
+    if faults:
+        raise ConfigurationError("ranks cannot be resolved:\n  " + "\n  ".join(faults))
+    return layers
+
+
+def _layer_faults(layer: LayerRank, d_out: int, d_in: int) -> list[str]:
+    fix = "fix lora.rank" if layer.rule is None else f"fix the rule {layer.rule!r} (rank_map)"
+    faults = []
+    if not 1 <= layer.rank <= min(d_out, d_in):
+        faults.append(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}; {fix}")
+    if layer.final_rank is not None and layer.final_rank > layer.rank:
+        faults.append(f"final_rank must be at most rank = {layer.rank}, got {layer.final_rank}; {fix}")
+    return faults
+
+
+def _rule_faults(key: Any, entry: Any) -> list[str]:
+    if not isinstance(key, str):
+        return [f"a key must be text, got {type(key).__name__}"]
+    try:
+        re.compile(key)
+    except re.error as error:
+        return [f"not a regular expression: {error}"]
+    names = [field.name for field in fields(RankRule)]
+    if not isinstance(entry, Mapping):
+        return [f"must be an int or a mapping of {names}, got {entry!r}"]
+    if not entry:
+        return [f"must set at least one of {names}, got an empty mapping"]
+    faults = [f"unknown field {name!r}, known: {names}" for name in entry if name not in names]
+    for name in ("rank", "final_rank"):
+        if name in entry and not (_is_int(entry[name]) and entry[name] >= 1):
+            faults.append(f"{name} must be an int of at least 1, got {entry[name]!r}")
+    alpha = entry.get("alpha", 1)
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+        faults.append(f"alpha must be a number above 0, got {alpha!r}")
+    if not isinstance(entry.get("pinned", False), bool):
+        faults.append(f"pinned must be true or false, got {entry['pinned']!r}")
+    if entry.get("pinned") is True and "final_rank" in entry:
+        faults.append("a pinned layer has no final_rank; take out one of the two")
+    return faults
+
+
+def _unmatched(key: str, names: Mapping[str, Any]) -> str:
+    parts = {".".join(name.split(".")[-n:]) for name in names for n in range(1, len(name.split(".")) + 1)}
+    near = get_close_matches(re.sub(r"\\(?=\W)", "", key), sorted(parts), n=3, cutoff=0.5)
+    return f"{key!r} matches no LoRA layer; nearest: {near or sorted(names)[:3]}"
+
+
+def _standing(key: str, name: str, matched: list[str]) -> int:
+    plain = re.sub(r"\\(?=\W)", "", key.removeprefix("^").removesuffix("$"))  # re.escape undone
+    if plain == name:
+        return 2
+    return 1 if matched == [name] and re.fullmatch(r"[\w.-]+", plain) else 0
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, where YAML would quietly keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for index, key in enumerate(keys):
+            if key in keys[:index]:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
