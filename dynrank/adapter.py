@@ -1,0 +1,271 @@
+"""Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Every layer's rank and alpha are written under its full, anchored name, because PEFT takes the first pattern that matches
+and sorts the keys when it saves: only patterns that cannot overlap keep their meaning.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dynrank.errors import ConfigurationError
+from dynrank.layers.adapted import LoRAConv2d, LoRAEmbedding, layer_class
+from dynrank.layers.base import LoRALayer
+from dynrank.layers.inject import lora_layers, make_layer, place_layers
+from dynrank.rank_map import matches
+
+__all__ = ["load_adapter", "save_adapter"]
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
+# Settings of a PEFT config whose arithmetic is not y = W x + s B A x.
+_UNSUPPORTED = ("use_dora", "lora_bias", "alora_invocation_tokens", "target_parameters", "layer_replication", "trainable_token_indices",
+                "use_qalora", "megatron_config")
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
+
+    A file is complete or absent: each is written beside its place and then renamed into it.
+
+    Args:
+        model: a model with LoRA layers. Modules outside them that hold parameters with requires_grad are saved whole
+            (PEFT's ``modules_to_save``).
+        path: folder to write to; made if missing.
+
+    Raises:
+        ConfigurationError: if the model has no LoRA layers.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= {f"{_PREFIX}{name}.{key}": value for key, value in _to_peft(layer).items()}
+    heads = _trained_heads(model, layers)
+    for head in heads:
+        tensors |= {f"{_PREFIX}{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
+    rank = max(layer.rank for layer in layers.values())
+    alpha = max(layer.alpha for layer in layers.values() if layer.rank == rank)
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "lora_dropout": max(layer.dropout.p for layer in layers.values()),
+        "target_modules": list(layers),
+        "rank_pattern": {_anchored(n): layer.rank for n, layer in layers.items() if layer.rank != rank},
+        "alpha_pattern": {_anchored(n): _number(layer.alpha) for n, layer in layers.items() if layer.alpha != alpha},
+        "modules_to_save": heads or None,
+        "use_rslora": False,
+        "bias": "none",
+    }
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    save_file(contiguous, folder / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
+    (folder / f"{CONFIG_FILE}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        os.replace(folder / f"{name}.part", folder / name)
+
+
+def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float32) -> M:
+    """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
+
+    Ranks come from the tensors, scaling from the config by PEFT's rules. Everything is checked before the model is touched.
+
+    Args:
+        model: the model that the adapter was trained on, without LoRA layers.
+        path: folder with adapter_config.json and adapter_model.safetensors.
+        dtype: dtype of the factors.
+
+    Returns:
+        ``model`` itself; adapters and saved heads are trainable, all else is frozen.
+
+    Raises:
+        ConfigurationError: if a file is missing, broken or not a LoRA adapter, uses a variant with other arithmetic, or
+            does not fit the model.
+    """
+    if any(True for _ in lora_layers(model)):
+        raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge) or load a plain model")
+    folder = Path(path)
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    modules = dict(model.named_modules())
+    factors, others = _sort_tensors(tensors, folder)
+    faults: list[str] = []
+    layers = {}
+    for name, pair in factors.items():
+        fault = _layer_fault(name, pair, modules.get(name))
+        if fault:
+            faults.append(fault)
+            continue
+        lora_A, lora_B = _from_peft(pair)
+        alpha, rank = _by_pattern(config, "alpha_pattern", "lora_alpha", name), lora_A.shape[0]
+        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        layers[name] = (lora_A, lora_B, scaling)
+    heads, head_faults = _head_tensors(model, others, list(config.get("modules_to_save") or []), set(layers))
+    faults += head_faults
+    if faults:
+        raise ConfigurationError(f"the adapter {str(folder)!r} does not fit the model (task.model):\n  " + "\n  ".join(faults[:20]))
+
+    placed = {}
+    for name, (lora_A, lora_B, scaling) in layers.items():
+        layer = make_layer(modules[name], rank=lora_A.shape[0], scaling=scaling, dropout=config.get("lora_dropout") or 0.0,
+                           dtype=dtype)
+        with torch.no_grad():
+            layer.lora_A.copy_(lora_A)
+            layer.lora_B.copy_(lora_B)
+        placed[name] = layer
+    place_layers(model, placed, sorted({name.rpartition(".")[0] for name in heads}))
+    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, value in heads.items():
+            parameters[name].copy_(value)
+    return model
+
+
+def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
+    if isinstance(layer, LoRAEmbedding):
+        return {"lora_embedding_A": layer.lora_A, "lora_embedding_B": layer.lora_B}
+    lora_A, lora_B = layer.lora_A, layer.lora_B
+    if isinstance(layer, LoRAConv2d):
+        lora_A, lora_B = lora_A.view(layer.rank, *layer.weight.shape[1:]), lora_B[:, :, None, None]
+    return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+
+
+def _from_peft(pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return pair["A"].flatten(1), pair["B"].flatten(1)
+
+
+def _trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
+    """Innermost modules outside the LoRA layers that hold a trainable parameter of their own."""
+    inside = {id(module) for layer in layers.values() for module in layer.modules()}
+    return [
+        name
+        for name, module in model.named_modules()
+        if id(module) not in inside and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the adapter {str(folder / CONFIG_FILE)!r}: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{str(folder / CONFIG_FILE)!r} is not JSON: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ConfigurationError(f"peft_type must be LORA, got {kind!r} in {str(folder / CONFIG_FILE)!r}")
+    for key in _UNSUPPORTED:
+        if config.get(key):
+            raise ConfigurationError(f"{key} must be unset, got {config[key]!r} in {str(folder / CONFIG_FILE)!r}")
+    if config.get("bias", "none") != "none":
+        raise ConfigurationError(f"bias must be 'none', got {config['bias']!r} in {str(folder / CONFIG_FILE)!r}")
+    alpha = config.get("lora_alpha")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise ConfigurationError(f"lora_alpha must be a number, got {alpha!r} in {str(folder / CONFIG_FILE)!r}")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    file = folder / WEIGHTS_FILE
+    if not file.is_file():
+        raise ConfigurationError(f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (a safe_open is no mapping)
+    except (SafetensorError, OSError) as error:
+        raise ConfigurationError(f"{str(file)!r} is not a whole safetensors file: {error}") from None
+
+
+def _sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """({layer: {"A": ..., "B": ...}}, everything else by its name in the model)."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    others = {}
+    for key, value in tensors.items():
+        if not key.startswith(_PREFIX):
+            raise ConfigurationError(f"{key!r} in {str(folder / WEIGHTS_FILE)!r} is no PEFT key ({_PREFIX}...); it's a foreign file")
+        name = key.removeprefix(_PREFIX)
+        match = _FACTOR_KEY.fullmatch(name)
+        if match:
+            factors.setdefault(match["layer"], {})[match["factor"] or match["embedding"]] = value
+        else:
+            others[name] = value
+    if not factors:
+        raise ConfigurationError(f"{str(folder / WEIGHTS_FILE)!r} holds no LoRA factors")
+    return factors, others
+
+
+def _layer_fault(name: str, pair: Mapping[str, Tensor], base: nn.Module | None) -> str | None:
+    if base is None:
+        return f"the model has no module {name!r}"
+    cls = layer_class(base)
+    if cls is None:
+        return f"{name!r} is a {type(base).__name__}, which cannot have LoRA"
+    if set(pair) != {"A", "B"}:
+        return f"{name!r} has only factor {sorted(pair)}"
+    (d_out, d_in), (lora_A, lora_B) = cls.shape_of(base), _from_peft(pair)
+    rank = lora_A.shape[0]
+    if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank) or not 1 <= rank <= min(d_out, d_in):
+        return f"{name!r} is a ({d_out}, {d_in}) layer, its factors are {[*lora_A.shape]} and {[*lora_B.shape]}"
+    if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
+        return f"{name!r} holds NaN or inf"
+    return None
+
+
+def _head_tensors(
+    model: nn.Module, others: Mapping[str, Tensor], modules_to_save: Sequence[str], adapted: set[str]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors of modules_to_save by parameter name, faults); a base weight that PEFT stored along must equal the model's."""
+    current = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    heads, faults = {}, []
+    for name, value in others.items():
+        owner, _, leaf = name.rpartition(".")
+        target = name
+        if owner.endswith(".base_layer") and owner.removesuffix(".base_layer") in adapted:
+            target = f"{owner.removesuffix('.base_layer')}.{leaf}"
+        if target not in current:
+            faults.append(f"the model has no parameter {target!r}")
+        elif current[target].shape != value.shape:
+            faults.append(f"{target!r} is {[*current[target].shape]} in the model and {[*value.shape]} in the adapter")
+        elif any(_is_part(owner, saved) for saved in modules_to_save):
+            heads[target] = value
+        elif not torch.equal(current[target].cpu().to(value.dtype), value):
+            faults.append(f"{target!r} of the base model has other values in the adapter: it was trained on another base")
+    return heads, faults
+
+
+def _is_part(module: str, saved: str) -> bool:
+    return re.search(rf"(^|\.){re.escape(saved)}(\.|$)", module) is not None
+
+
+def _by_pattern(config: Mapping[str, Any], pattern: str, default: str, name: str) -> float:
+    """PEFT's rule: the first key that matches the name, else the default."""
+    for key, value in (config.get(pattern) or {}).items():
+        if matches(key, name):
+            return float(value)
+    return float(config[default])
+
+
+def _anchored(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
