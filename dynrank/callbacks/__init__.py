@@ -1,6 +1,8 @@
 """Lightning callbacks; each works by itself in any LightningModule."""
 
+from dynrank.callbacks.rank_monitor import RankMonitor
 from dynrank.callbacks.rank_scheduler import RankEvent, RankScheduler
+from dynrank.callbacks.run_meter import RunMeter
 from dynrank.callbacks.step_seed import StepSeed
 
-__all__ = ["RankEvent", "RankScheduler", "StepSeed"]
+__all__ = ["RankEvent", "RankMonitor", "RankScheduler", "RunMeter", "StepSeed"]

@@ -27,6 +27,7 @@ class LoRALayer(nn.Module):
         lora_B: (d_out, rank), zero, so that the update starts at zero.
         final_rank: where a schedule should bring this layer, or None for the schedule's own target.
         pinned: no schedule changes this layer.
+        rule: the key of the rank map that set its rank, if one did.
 
     Raises:
         ConfigurationError: if ``rank`` or ``dropout`` is out of range, or the base's class computes something else than
@@ -54,6 +55,7 @@ class LoRALayer(nn.Module):
         self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
         self.final_rank: int | None = None
         self.pinned = False
+        self.rule: str | None = None
         device = base.get_parameter("weight").device
         self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))

@@ -75,7 +75,7 @@ def add_lora(
         at = resolved[name]
         scaling = at.alpha / (at.rank**0.5 if rslora else at.rank)
         layers[name] = make_layer(base, rank=at.rank, scaling=scaling, dropout=dropout, dtype=dtype)
-        layers[name].final_rank, layers[name].pinned = at.final_rank, at.pinned
+        layers[name].final_rank, layers[name].pinned, layers[name].rule = at.final_rank, at.pinned, at.rule
     place_layers(model, layers, modules_to_save)
     return model
 

@@ -1,0 +1,105 @@
+"""Telling of a change of rank: a printed table, a CSV file, and numbers for the loggers."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from dynrank.callbacks.rank_scheduler import RankEvent, RankScheduler
+from dynrank.layers.inject import lora_layers
+from dynrank.resizing import LayerReport
+
+HISTORY_FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
+
+
+class RankMonitor(Callback):
+    """Shows and records what a :class:`RankScheduler` in the same trainer does; it changes nothing.
+
+    Args:
+        history_file: CSV file of all changes of the run, also those before a resume; None: no file.
+        model_name: attribute of the LightningModule that holds the model; left out of the layers' names.
+    """
+
+    def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:
+        self.history_file = Path(history_file) if history_file is not None else None
+        self.prefix = f"{model_name}." if model_name else ""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_history(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._log_ranks(trainer, pl_module)
+
+    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        self._write_history(trainer)
+        self._log_ranks(trainer, pl_module)
+        self._print(event)
+
+    @rank_zero_only
+    def _write_history(self, trainer: Trainer) -> None:
+        if self.history_file is None:
+            return
+        events = [e for c in trainer.callbacks if isinstance(c, RankScheduler) for e in c.history]  # type: ignore[attr-defined]
+        part = self.history_file.with_suffix(".part")
+        with part.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(HISTORY_FIELDS)
+            for event in events:
+                for layer in event.layers:
+                    writer.writerow(
+                        [event.step, layer.layer.removeprefix(self.prefix), layer.rank_before, layer.rank_after,
+                         f"{layer.energy_kept:.6g}", f"{layer.predicted_error:.6g}", event.reason]
+                    )
+        os.replace(part, self.history_file)
+
+    def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ranks = [layer.rank for _, layer in lora_layers(pl_module)]
+        if ranks:
+            values = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks))}
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
+
+    @rank_zero_only
+    def _print(self, event: RankEvent) -> None:
+        table = Table(title=f"rank change at step {event.step}: {event.reason}")
+        for heading in ("layers", "count", "rank", "energy kept, mean (min)", "parameters saved"):
+            table.add_column(heading, justify="left" if heading == "layers" else "right")
+        for group, layers in group_layers(event.layers).items():
+            table.add_row(group.removeprefix(self.prefix), *_summary(layers))
+        table.add_section()
+        table.add_row("all", *_summary(event.layers))
+        Console().print(table)
+
+
+def group_layers(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
+    """Reports by layer name with numbers replaced: ``h.0.attn`` and ``h.1.attn`` are one group ``h.*.attn``."""
+    groups: dict[str, list[LayerReport]] = {}
+    for layer in layers:
+        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.layer), []).append(layer)
+    return groups
+
+
+def _summary(layers: Iterable[LayerReport]) -> tuple[str, str, str, str]:
+    layers = list(layers)
+    before, after = ({getattr(layer, name) for layer in layers} for name in ("rank_before", "rank_after"))
+    energy = [layer.energy_kept for layer in layers]
+    return (
+        str(len(layers)),
+        f"{_span(before)} → {_span(after)}",
+        f"{sum(energy) / len(energy):.3f} ({min(energy):.3f})" if energy else "",
+        f"{sum(layer.parameters_saved for layer in layers):,}",
+    )
+
+
+def _span(ranks: set[int]) -> str:
+    if not ranks:
+        return "-"
+    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}"

@@ -1,0 +1,99 @@
+"""Names and types of a run's configuration; the values stand in ``conf/``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_module
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+from dynrank.errors import ConfigurationError
+from dynrank.rank_map import load_rank_map, parse_rules
+
+CONFIG_MODULE, CONFIG_NAME = "dynrank.conf", "train"
+
+
+@dataclass
+class LoraConfig:
+    """Arguments of :func:`dynrank.add_lora`."""
+
+    rank: int = MISSING
+    alpha: float | None = MISSING
+    target_modules: Any = MISSING
+    dropout: float = MISSING
+    rslora: bool = MISSING
+
+
+@dataclass
+class RankMapConfig:
+    """Per-layer overrides: a file, quick rules, or both."""
+
+    file: str | None = MISSING
+    rules: list[str] = MISSING
+
+
+@dataclass
+class OptimizerConfig:
+    """Arguments of :func:`dynrank.tasks.optimizers.make_optimizer`."""
+
+    name: str = MISSING
+    lr: float = MISSING
+    weight_decay: float = MISSING
+    warmup_steps: int = MISSING
+    decay: str = MISSING
+    decay_share: float = MISSING
+    options: dict[str, Any] = MISSING
+
+
+@dataclass
+class RunConfig:
+    """A whole run; groups without a type here are arguments of the class that their ``_target_`` names."""
+
+    lora: LoraConfig = MISSING
+    rank_map: RankMapConfig = MISSING
+    optimizer: OptimizerConfig = MISSING
+    task: Any = MISSING
+    schedule: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+    seed: int = MISSING
+    ckpt_path: str | None = MISSING
+    checkpoint_every: int = MISSING
+    plots: bool = MISSING
+
+
+ConfigStore.instance().store(name="schema", node=RunConfig)
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration that ``dynrank-train`` would run with these overrides, for notebooks and dry runs.
+
+    Args:
+        overrides: in Hydra's syntax, such as ``["lora.rank=8", "schedule=fixed"]``.
+    """
+    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        return hydra_compose(CONFIG_NAME, overrides=list(overrides))
+
+
+def rank_pattern(config: DictConfig) -> dict[str, Any]:
+    """The rules of ``rank_map.file`` and ``rank_map.rules`` as one plain mapping, checked.
+
+    Raises:
+        ConfigurationError: if a rule is faulty, or a key stands in both.
+    """
+    from_file = load_rank_map(Path(config.file)) if config.file is not None else {}
+    from_rules = parse_rules(config.rules)
+    both = sorted(from_file.keys() & from_rules.keys())
+    if both:
+        raise ConfigurationError(f"keys {both} stand in rank_map.file and in rank_map.rules; take them out of one")
+    return {key: {k: v for k, v in vars(rule).items() if v not in (None, False)} for key, rule in (from_file | from_rules).items()}
+
+
+def plain(config: Any) -> Any:
+    """Builtin containers of a configuration node, interpolations resolved."""
+    return OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config

@@ -1,0 +1,41 @@
+"""Exit codes of the commands: 0 success, 1 failure (with a traceback), 2 what the user wrote (one clear message)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from dynrank.errors import ConfigurationError
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Print configuration errors without a traceback and exit with code 2; 130 after Ctrl-C."""
+    try:
+        yield
+    except (ConfigurationError, HydraException, OmegaConfBaseException) as error:
+        sys.exit(_report(error))
+    except KeyboardInterrupt:
+        print("interrupted; go on from checkpoints/last.ckpt with ckpt_path=", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if not _is_misconfiguration(error):
+            raise
+        sys.exit(_report(error))
+
+
+def _report(error: BaseException) -> int:
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConfigurationError):  # Hydra wraps what a constructor raised
+        cause = cause.__cause__
+    print(f"error: {cause or error}", file=sys.stderr)
+    return 2
+
+
+def _is_misconfiguration(error: Exception) -> bool:
+    """Lightning's own word for wrong arguments; looked up by name, since importing it takes seconds."""
+    return any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)

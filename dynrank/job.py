@@ -1,0 +1,193 @@
+"""One run from its composed configuration: build, train, test, export, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from dynrank.adapter import save_adapter
+from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, StepSeed
+from dynrank.callbacks.run_meter import peak_memory_bytes
+from dynrank.config import plain, rank_pattern
+from dynrank.errors import ConfigurationError
+from dynrank.layers.inject import lora_layers
+from dynrank.linalg import singular_values
+
+# What a configuration may name as _target_: a config file from elsewhere must not call into the system.
+_TRUSTED = ("dynrank.", "lightning.", "torchmetrics.", "transformers.")
+
+
+@dataclass
+class Job:
+    """What a configuration stands for: the task, its module with LoRA layers in place, and the schedule, if any."""
+
+    task: Any
+    module: LightningModule
+    scheduler: RankScheduler | None
+
+
+def build(config: DictConfig, *, on_meta: bool = False) -> Job:
+    """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights.
+
+    Raises:
+        ConfigurationError: if any value cannot be used.
+    """
+    pattern = rank_pattern(config.rank_map)
+    scheduler = make(config.schedule)
+    if config.lora.rank < 1:
+        raise ConfigurationError(f"rank must be at least 1, got {config.lora.rank}; set lora.rank")
+    if isinstance(scheduler, RankScheduler) and scheduler.final_rank > config.lora.rank and not pattern:
+        raise ConfigurationError(
+            f"final_rank must be at most rank = {config.lora.rank}, got {scheduler.final_rank}; set schedule.final_rank or lora.rank"
+        )
+    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
+        raise ConfigurationError(f"no checkpoint at {config.ckpt_path!r}; set ckpt_path")
+    if config.plots and find_spec("matplotlib") is None:
+        raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
+    seed_everything(config.seed, verbose=False)
+    task = make(config.task)
+    lora = {**plain(config.lora), "rank_map": pattern}
+    module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
+    if isinstance(scheduler, RankScheduler):
+        scheduler.check_layers(module.model)
+    return Job(task, module, scheduler)
+
+
+def run(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """Train, test and export into ``folder``; returns the contents of summary.json.
+
+    Raises:
+        ConfigurationError: if any value cannot be used, or ``folder`` holds a run already.
+    """
+    start = time.perf_counter()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    job = build(config)
+    try:
+        (folder / "checkpoints").mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigurationError(f"{str(folder)!r} holds a run already; set hydra.run.dir to a new folder") from None
+    meter, trainer = RunMeter(), None
+    trainer = _trainer(config, folder, job, meter)
+    model: Any = job.module.model
+    ranks_at_start = {name: layer.rank for name, layer in lora_layers(model)}
+    trainer.fit(job.module, job.task.data, ckpt_path=config.ckpt_path)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    metrics = trainer.test(job.module, job.task.data, verbose=False)[0]
+    save_adapter(model, folder / "adapter")
+    summary = _summary(job, metrics, meter, time.perf_counter() - start)
+    if config.plots:
+        _plot(job, ranks_at_start, folder)
+    part = folder / "summary.json.part"
+    part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, folder / "summary.json")
+    _print(summary, folder)
+    return summary
+
+
+def make(node: Any) -> Any:
+    """Instantiate a configuration node whose ``_target_`` (and those below it) lie in trusted packages.
+
+    Raises:
+        ConfigurationError: if one does not.
+    """
+    if node is None or not node.get("_target_"):
+        return None
+    _check_targets(OmegaConf.to_container(node, resolve=True))
+    return instantiate(node, _convert_="all")
+
+
+def _check_targets(node: Any) -> None:
+    if isinstance(node, dict):
+        target = node.get("_target_")
+        if target is not None and not str(target).startswith(_TRUSTED):
+            raise ConfigurationError(f"_target_ must start with one of {_TRUSTED}, got {target!r}")
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            _check_targets(child)
+
+
+def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Trainer:
+    callbacks: list[Any] = [StepSeed(config.seed), meter, RankMonitor(folder / "rank_history.csv", model_name="model")]
+    if job.scheduler is not None:
+        callbacks.insert(0, job.scheduler)
+    if config.trainer.enable_progress_bar:
+        callbacks.append(RichProgressBar())
+    callbacks.append(
+        ModelCheckpoint(folder / "checkpoints", filename="last", every_n_train_steps=config.checkpoint_every,
+                        save_top_k=1, enable_version_counter=False)
+    )
+    loggers = [CSVLogger(str(folder), name="", version="")]
+    loggers += [make(node) for node in (config.logger or {}).values()]
+    return Trainer(
+        **plain(config.trainer), default_root_dir=folder, callbacks=callbacks, logger=loggers, enable_model_summary=False
+    )
+
+
+def _summary(job: Job, metrics: Any, meter: RunMeter, seconds: float) -> dict[str, Any]:
+    model: Any = job.module.model
+    layers = dict(lora_layers(model))
+    history = job.scheduler.history if job.scheduler is not None else []
+    return {
+        "test": {name: float(value) for name, value in metrics.items()},
+        "final_ranks": {name: layer.rank for name, layer in layers.items()},
+        "changes": [{"step": event.step, "reason": event.reason} for event in history],
+        "parameters": {
+            "adapter": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total": sum(p.numel() for p in model.parameters()),
+        },
+        "seconds": seconds,
+        "tokens_per_second": meter.tokens_per_second,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _plot(job: Job, ranks_at_start: dict[str, int], folder: Path) -> None:
+    from dynrank.plots import plot_loss, plot_ranks, plot_spectra  # matplotlib is an extra
+
+    plots = folder / "plots"
+    plots.mkdir()
+    model: Any = job.module.model
+    layers = dict(lora_layers(model))
+    history = job.scheduler.history if job.scheduler is not None else []
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    changes = {e.step: f"rank {_ranks(e.layers, 'rank_before')} → {_ranks(e.layers, 'rank_after')}" for e in history}
+    plot_loss(folder / "metrics.csv", changes, plots / "loss.png")
+    plot_ranks(ranks_at_start, ranks, plots / "ranks.png")
+    if history:
+        spectra = {report.layer: report.singular_values for report in history[0].layers}
+        kept = {report.layer: report.rank_after for report in history[0].layers}
+        plot_spectra(spectra, kept, f"before the change at step {history[0].step}", plots / "spectra.png")
+    else:
+        spectra = {n: tuple((singular_values(la.lora_B, la.lora_A) * la.scaling).tolist()) for n, la in layers.items()}
+        plot_spectra(spectra, ranks, "at the end", plots / "spectra.png")
+
+
+def _ranks(layers: Any, field: str) -> str:
+    return "/".join(str(rank) for rank in sorted({getattr(layer, field) for layer in layers}))
+
+
+def _print(summary: dict[str, Any], folder: Path) -> None:
+    ranks = sorted(set(summary["final_ranks"].values()))
+    console = Console()
+    for name, value in summary["test"].items():
+        console.print(f"{name:<16} {value:.4f}", highlight=False)
+    console.print(f"{'final rank':<16} {', '.join(map(str, ranks))}", highlight=False)
+    console.print(f"{'parameters':<16} {summary['parameters']['adapter']:,} in the adapter, {summary['parameters']['trainable']:,} trained", highlight=False)
+    console.print(f"{'time':<16} {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s in training", highlight=False)
+    console.print(f"{'files':<16} {folder}", highlight=False, soft_wrap=True)

