@@ -23,7 +23,14 @@ _HOMES = {
     "save_adapter": "dynrank.adapter",
 }
 __all__ = [
-    "ConfigurationError", "add_lora", "compose", "load_adapter", "lora_layers", "merge", "resize", "save_adapter"
+    "ConfigurationError",
+    "add_lora",
+    "compose",
+    "load_adapter",
+    "lora_layers",
+    "merge",
+    "resize",
+    "save_adapter",
 ]
 
 

@@ -1,7 +1,7 @@
 """Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Every layer's rank and alpha are written under its full, anchored name, because PEFT takes the first pattern that matches
-and sorts the keys when it saves: only patterns that cannot overlap keep their meaning.
+Every layer's rank and alpha are written under its full, anchored name, because PEFT takes the first pattern that
+matches and sorts the keys when it saves: only patterns that cannot overlap keep their meaning.
 """
 
 from __future__ import annotations
@@ -30,8 +30,16 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 # Settings of a PEFT config whose arithmetic is not y = W x + s B A x.
-_UNSUPPORTED = ("use_dora", "lora_bias", "alora_invocation_tokens", "target_parameters", "layer_replication", "trainable_token_indices",
-                "use_qalora", "megatron_config")
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "target_parameters",
+    "layer_replication",
+    "trainable_token_indices",
+    "use_qalora",
+    "megatron_config",
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -87,7 +95,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float32) -> M:
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
-    Ranks come from the tensors, scaling from the config by PEFT's rules. Everything is checked before the model is touched.
+    Ranks come from the tensors, scaling from the config by PEFT's rules. Everything is checked before the model is
+    touched.
 
     Args:
         model: the model that the adapter was trained on, without LoRA layers.
@@ -102,7 +111,9 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
             does not fit the model.
     """
     if any(True for _ in lora_layers(model)):
-        raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge) or load a plain model")
+        raise ConfigurationError(
+            "the model has LoRA layers already; merge them first (dynrank.merge) or load a plain model"
+        )
     folder = Path(path)
     config, tensors = _read_config(folder), _read_tensors(folder)
     modules = dict(model.named_modules())
@@ -121,21 +132,24 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
     heads, head_faults = _head_tensors(model, others, list(config.get("modules_to_save") or []), set(layers))
     faults += head_faults
     if faults:
-        raise ConfigurationError(f"the adapter {str(folder)!r} does not fit the model (task.model):\n  " + "\n  ".join(faults[:20]))
+        raise ConfigurationError(
+            f"the adapter {str(folder)!r} does not fit the model (task.model):\n  " + "\n  ".join(faults[:20])
+        )
 
     placed = {}
     for name, (lora_A, lora_B, scaling) in layers.items():
-        layer = make_layer(modules[name], rank=lora_A.shape[0], scaling=scaling, dropout=config.get("lora_dropout") or 0.0,
-                           dtype=dtype)
+        layer = make_layer(
+            modules[name], rank=lora_A.shape[0], scaling=scaling, dropout=config.get("lora_dropout") or 0.0, dtype=dtype
+        )
         with torch.no_grad():
             layer.lora_A.copy_(lora_A)
             layer.lora_B.copy_(lora_B)
         placed[name] = layer
     place_layers(model, placed, sorted({name.rpartition(".")[0] for name in heads}))
-    parameters = dict(model.named_parameters()) | dict(model.named_buffers())
+    current: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     with torch.no_grad():
-        for name, value in heads.items():
-            parameters[name].copy_(value)
+        for name, tensor in heads.items():
+            current[name].copy_(tensor)
     return model
 
 
@@ -186,7 +200,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     file = folder / WEIGHTS_FILE
     if not file.is_file():
-        raise ConfigurationError(f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors")
+        raise ConfigurationError(
+            f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (a safe_open is no mapping)
@@ -194,13 +210,17 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise ConfigurationError(f"{str(file)!r} is not a whole safetensors file: {error}") from None
 
 
-def _sort_tensors(tensors: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+def _sort_tensors(
+    tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """({layer: {"A": ..., "B": ...}}, everything else by its name in the model)."""
     factors: dict[str, dict[str, Tensor]] = {}
     others = {}
     for key, value in tensors.items():
         if not key.startswith(_PREFIX):
-            raise ConfigurationError(f"{key!r} in {str(folder / WEIGHTS_FILE)!r} is no PEFT key ({_PREFIX}...); it's a foreign file")
+            raise ConfigurationError(
+                f"{key!r} in {str(folder / WEIGHTS_FILE)!r} is no PEFT key ({_PREFIX}...); it's a foreign file"
+            )
         name = key.removeprefix(_PREFIX)
         match = _FACTOR_KEY.fullmatch(name)
         if match:
@@ -232,8 +252,8 @@ def _layer_fault(name: str, pair: Mapping[str, Tensor], base: nn.Module | None) 
 def _head_tensors(
     model: nn.Module, others: Mapping[str, Tensor], modules_to_save: Sequence[str], adapted: set[str]
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors of modules_to_save by parameter name, faults); a base weight that PEFT stored along must equal the model's."""
-    current = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    """(tensors of modules_to_save by parameter name, faults); a base weight stored along must equal the model's."""
+    current: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     heads, faults = {}, []
     for name, value in others.items():
         owner, _, leaf = name.rpartition(".")
@@ -247,7 +267,9 @@ def _head_tensors(
         elif any(_is_part(owner, saved) for saved in modules_to_save):
             heads[target] = value
         elif not torch.equal(current[target].cpu().to(value.dtype), value):
-            faults.append(f"{target!r} of the base model has other values in the adapter: it was trained on another base")
+            faults.append(
+                f"{target!r} of the base model has other values in the adapter: it was trained on another base"
+            )
     return heads, faults
 
 

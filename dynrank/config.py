@@ -43,6 +43,7 @@ class OptimizerConfig:
 
     name: str = MISSING
     lr: float = MISSING
+    head_lr: float = MISSING
     weight_decay: float = MISSING
     warmup_steps: int = MISSING
     decay: str = MISSING
@@ -91,7 +92,10 @@ def rank_pattern(config: DictConfig) -> dict[str, Any]:
     both = sorted(from_file.keys() & from_rules.keys())
     if both:
         raise ConfigurationError(f"keys {both} stand in rank_map.file and in rank_map.rules; take them out of one")
-    return {key: {k: v for k, v in vars(rule).items() if v not in (None, False)} for key, rule in (from_file | from_rules).items()}
+    return {
+        key: {k: v for k, v in vars(rule).items() if v not in (None, False)}
+        for key, rule in (from_file | from_rules).items()
+    }
 
 
 def plain(config: Any) -> Any:

@@ -6,17 +6,18 @@ import json
 import logging
 import os
 import time
+import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import transformers
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 
 from dynrank.adapter import save_adapter
 from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, StepSeed
@@ -51,7 +52,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
         raise ConfigurationError(f"rank must be at least 1, got {config.lora.rank}; set lora.rank")
     if isinstance(scheduler, RankScheduler) and scheduler.final_rank > config.lora.rank and not pattern:
         raise ConfigurationError(
-            f"final_rank must be at most rank = {config.lora.rank}, got {scheduler.final_rank}; set schedule.final_rank or lora.rank"
+            f"final_rank must be at most rank = {config.lora.rank}, got {scheduler.final_rank}; "
+            "set schedule.final_rank or lora.rank"
         )
     if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
         raise ConfigurationError(f"no checkpoint at {config.ckpt_path!r}; set ckpt_path")
@@ -73,13 +75,13 @@ def run(config: DictConfig, folder: Path) -> dict[str, Any]:
         ConfigurationError: if any value cannot be used, or ``folder`` holds a run already.
     """
     start = time.perf_counter()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _quiet()
     job = build(config)
     try:
         (folder / "checkpoints").mkdir(parents=True)
     except FileExistsError:
         raise ConfigurationError(f"{str(folder)!r} holds a run already; set hydra.run.dir to a new folder") from None
-    meter, trainer = RunMeter(), None
+    meter = RunMeter()
     trainer = _trainer(config, folder, job, meter)
     model: Any = job.module.model
     ranks_at_start = {name: layer.rank for name, layer in lora_layers(model)}
@@ -121,6 +123,18 @@ def _check_targets(node: Any) -> None:
             _check_targets(child)
 
 
+def _quiet() -> None:
+    """Silence what others print of every run and that tells a user nothing."""
+    transformers.logging.set_verbosity_error()  # "classifier newly initialized": it is meant to be
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists")  # it holds .hydra; an old run is refused
+    warnings.filterwarnings(
+        "ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning
+    )  # lightning 2.6 on torch 2.13
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # batches are ready in memory
+
+
 def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Trainer:
     callbacks: list[Any] = [StepSeed(config.seed), meter, RankMonitor(folder / "rank_history.csv", model_name="model")]
     if job.scheduler is not None:
@@ -128,13 +142,22 @@ def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Tra
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     callbacks.append(
-        ModelCheckpoint(folder / "checkpoints", filename="last", every_n_train_steps=config.checkpoint_every,
-                        save_top_k=1, enable_version_counter=False)
+        ModelCheckpoint(
+            folder / "checkpoints",
+            filename="last",
+            every_n_train_steps=config.checkpoint_every,
+            save_top_k=1,
+            enable_version_counter=False,
+        )
     )
     loggers = [CSVLogger(str(folder), name="", version="")]
     loggers += [make(node) for node in (config.logger or {}).values()]
     return Trainer(
-        **plain(config.trainer), default_root_dir=folder, callbacks=callbacks, logger=loggers, enable_model_summary=False
+        **plain(config.trainer),
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=loggers,
+        enable_model_summary=False,
     )
 
 
@@ -183,11 +206,11 @@ def _ranks(layers: Any, field: str) -> str:
 
 
 def _print(summary: dict[str, Any], folder: Path) -> None:
-    ranks = sorted(set(summary["final_ranks"].values()))
-    console = Console()
-    for name, value in summary["test"].items():
-        console.print(f"{name:<16} {value:.4f}", highlight=False)
-    console.print(f"{'final rank':<16} {', '.join(map(str, ranks))}", highlight=False)
-    console.print(f"{'parameters':<16} {summary['parameters']['adapter']:,} in the adapter, {summary['parameters']['trainable']:,} trained", highlight=False)
-    console.print(f"{'time':<16} {summary['seconds']:.0f} s, {summary['tokens_per_second']:.0f} tokens/s in training", highlight=False)
-    console.print(f"{'files':<16} {folder}", highlight=False, soft_wrap=True)
+    rows = {name: f"{value:.4f}" for name, value in summary["test"].items()}
+    rows["final rank"] = ", ".join(str(rank) for rank in sorted(set(summary["final_ranks"].values())))
+    rows["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary["parameters"])
+    rows["time"] = "{seconds:.0f} s, {tokens_per_second:.0f} tokens/s in training".format(**summary)
+    rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB"
+    rows["files"] = str(folder)
+    for name, text in rows.items():
+        print(f"{name:<16} {text}")

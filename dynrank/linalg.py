@@ -19,7 +19,8 @@ class RankChange:
 
     ``lora_A == from_A @ old_A`` and ``lora_B == old_B @ from_B``, except for columns of ``lora_B`` that belong to
     directions outside the numerical rank (truncation) or to new directions (growth): those are exactly zero.
-    Gradients are covectors, so the optimizer's first moments move by the transposed maps: ``from_B.T`` for A, ``from_A.T`` for B.
+    Gradients are covectors, so the optimizer's first moments move by the transposed maps: ``from_B.T`` for A,
+    ``from_A.T`` for B.
 
     Attributes:
         lora_A: (K, I), the dtype of the old A.
@@ -49,7 +50,8 @@ def singular_values(lora_B: Tensor, lora_A: Tensor) -> Tensor:
     _check_factors(lora_B, lora_A)
     r_b = torch.linalg.qr(lora_B.double(), mode="r").R
     r_a = torch.linalg.qr(lora_A.double().mT, mode="r").R
-    return torch.linalg.svdvals(r_b @ r_a.mT)
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.mT)
+    return values
 
 
 def numerical_rank(values: Tensor, largest_dim: int, eps: float = torch.finfo(torch.float64).eps) -> int:
@@ -84,8 +86,8 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int) -> RankChange:
     """Best rank-``rank`` factors of ``lora_B @ lora_A`` in the Frobenius norm (Eckart and Young, 1936).
 
     QR of both factors leaves an R x R core for the SVD, so the cost is O((O + I) R^2). The new factors are balanced
-    (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T``). Directions beyond the numerical rank of the product carry nothing to rank:
-    there B' is zero and A' keeps independent combinations of the old rows, so that the layer can still learn
+    (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T``). Directions beyond the numerical rank of the product carry nothing to
+    rank: there B' is zero and A' keeps independent combinations of the old rows, so that the layer can still learn
     (two zero factors would have zero gradients for good). For a fresh layer (B = 0) that means the first rows of A.
 
     Args:
@@ -158,7 +160,8 @@ def _complement(rows_NR: Tensor) -> Tensor:
     count, width = rows_NR.shape
     if count == 0:
         return torch.eye(width, dtype=rows_NR.dtype, device=rows_NR.device)
-    return torch.linalg.qr(rows_NR.mT, mode="complete").Q[:, count:]
+    basis: Tensor = torch.linalg.qr(rows_NR.mT, mode="complete").Q
+    return basis[:, count:]
 
 
 def _check_factors(lora_B: Tensor, lora_A: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Carrying an optimizer's state through a linear change of a parameter's coordinates.
 
-If new = maps applied to old, gradients move by the transposed map (they are covectors): with ``g' = M g`` for lora_A and
-``g' = g M^T`` for lora_B, everything linear in gradients moves by M, and second moments by M * M element by element (the
-diagonal of ``M diag(v) M^T``). Steps are counts and stay.
+If new = maps applied to old, gradients move by the transposed map (they are covectors): with ``g' = M g`` for lora_A
+and ``g' = g M^T`` for lora_B, everything linear in gradients moves by M, and second moments by M * M element by element
+(the diagonal of ``M diag(v) M^T``). Steps are counts and stay.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
     """Refuse, before anything is changed, an optimizer whose state for ``parameters`` cannot be carried.
 
     Raises:
-        ConfigurationError: if ``optimizer_state`` is neither "transport" nor "reset", the optimizer has no rule, or an entry of
-            its state has no rule or another shape than its parameter.
+        ConfigurationError: if ``optimizer_state`` is neither "transport" nor "reset", the optimizer has no rule, or an
+            entry of its state has no rule or another shape than its parameter.
     """
     if optimizer_state not in OPTIMIZER_STATES:
         raise ConfigurationError(
@@ -47,12 +47,15 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
     if rules is None:
         raise ConfigurationError(
             f"the state of optimizer {name} cannot be carried through a change of rank; carried: "
-            f"{sorted(kind.__name__ for kind in _RULES)}; set optimizer.name to one of them or schedule.optimizer_state=reset"
+            f"{sorted(kind.__name__ for kind in _RULES)}; set optimizer.name to one of them or "
+            "schedule.optimizer_state=reset"
         )
     for parameter in parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
             if key not in rules:
-                raise ConfigurationError(f"no rule carries {key!r} of optimizer {name}; set schedule.optimizer_state=reset")
+                raise ConfigurationError(
+                    f"no rule carries {key!r} of optimizer {name}; set schedule.optimizer_state=reset"
+                )
             if rules[key] != _KEPT and value is not None and value.shape != parameter.shape:
                 raise ConfigurationError(
                     f"{key!r} of optimizer {name} has shape {[*value.shape]} for a parameter of shape "

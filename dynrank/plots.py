@@ -61,7 +61,9 @@ def plot_spectra(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int]
     figure, axes = _figure("singular value", "relative to the largest")
     for values in spectra.values():
         if values and values[0] > 0:
-            axes.plot(range(1, len(values) + 1), [v / values[0] for v in values], color="tab:blue", alpha=0.3, linewidth=0.9)
+            axes.plot(
+                range(1, len(values) + 1), [v / values[0] for v in values], color="tab:blue", alpha=0.3, linewidth=0.9
+            )
     for rank in sorted(set(kept.values())):
         axes.axvline(rank + 0.5, color="tab:red", linestyle="--", label=f"kept: {rank}")
     axes.set_yscale("log")

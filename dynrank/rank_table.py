@@ -19,11 +19,23 @@ def print_ranks(config: DictConfig) -> None:
     job = build(config, on_meta=True)
     layers = dict(lora_layers(job.module.model))  # type: ignore[arg-type]
     final = job.scheduler.final_ranks(job.module.model) if job.scheduler else {n: la.rank for n, la in layers.items()}  # type: ignore[arg-type]
-    headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters", "rule")
+    headings = (
+        "layer",
+        "d_out x d_in",
+        "rank",
+        "final rank",
+        "alpha",
+        "scaling",
+        "parameters",
+        "final parameters",
+        "rule",
+    )
     table = Table(title="LoRA layers of the composed run")
     for heading in headings:
         text = heading in ("layer", "rule")
-        table.add_column(heading, justify="left" if text else "right", overflow="fold" if text else "ellipsis", no_wrap=not text)
+        table.add_column(
+            heading, justify="left" if text else "right", overflow="fold" if text else "ellipsis", no_wrap=not text
+        )
     start = end = 0
     for name, layer in layers.items():
         (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
@@ -31,8 +43,15 @@ def print_ranks(config: DictConfig) -> None:
         start, end = start + rank * width, end + final[name] * width
         pinned = " (pinned)" if layer.pinned else ""
         table.add_row(
-            name, f"{d_out} x {d_in}", str(rank), f"{final[name]}{pinned}", f"{layer.alpha:g}", f"{layer.scaling:g}",
-            f"{rank * width:,}", f"{final[name] * width:,}", layer.rule or "lora.rank",
+            name,
+            f"{d_out} x {d_in}",
+            str(rank),
+            f"{final[name]}{pinned}",
+            f"{layer.alpha:g}",
+            f"{layer.scaling:g}",
+            f"{rank * width:,}",
+            f"{final[name] * width:,}",
+            layer.rule or "lora.rank",
         )
     table.add_section()
     table.add_row(f"{len(layers)} layers", "", "", "", "", "", f"{start:,}", f"{end:,}", "")

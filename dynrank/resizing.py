@@ -70,8 +70,8 @@ def resize(
         A report per changed layer, in model order; layers that have their target rank already are left alone.
 
     Raises:
-        ConfigurationError: if there are no LoRA layers, a name, rank or metric cannot be used, a factor holds NaN or inf
-            (it names the layer), or an optimizer's state cannot be carried.
+        ConfigurationError: if there are no LoRA layers, a name, rank or metric cannot be used, a factor holds NaN or
+            inf (it names the layer), or an optimizer's state cannot be carried.
         RuntimeError: if a layer is merged.
     """
     if metric not in METRICS:
@@ -84,7 +84,9 @@ def resize(
     optimizers = list(optimizers)
     changed = {name: layers[name] for name in layers if name in targets and targets[name] != layers[name].rank}
     for optimizer in optimizers:
-        check_optimizer(optimizer, [p for layer in changed.values() for p in (layer.lora_A, layer.lora_B)], optimizer_state)
+        check_optimizer(
+            optimizer, [p for layer in changed.values() for p in (layer.lora_A, layer.lora_B)], optimizer_state
+        )
 
     changes = {name: _change(name, layer, targets[name]) for name, layer in changed.items()}
     reports = [_report(name, changed[name], change) for name, change in changes.items()]

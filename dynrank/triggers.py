@@ -12,8 +12,9 @@ from dynrank.errors import ConfigurationError
 class Plateau:
     """True once a metric has not improved for ``patience`` observations in a row, after a warm-up.
 
-    An observation improves when it beats the best one since the last change of rank by more than ``min_delta``, relative
-    to the best (as torch's ReduceLROnPlateau with ``threshold_mode="rel"``, but for either sign of the metric).
+    An observation improves when it beats the best one since the last change of rank by more than ``min_delta``,
+    relative to the best (as torch's ReduceLROnPlateau with ``threshold_mode="rel"``, but for either sign of the
+    metric).
 
     Args:
         monitor: name of a logged metric.

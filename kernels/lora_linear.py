@@ -26,8 +26,9 @@ def lora_linear(
 ) -> Tensor:
     """``x W^T + b + scaling * (x A^T) B^T`` with W and b frozen (Hu et al., arXiv:2106.09685, section 4.1).
 
-    The update is expanded first and the frozen product accumulated into it (GEMM with beta = 1), which saves a read and a
-    write of y and, in bfloat16, does not lose a small update to the rounding of a large y. Backward keeps x and x A^T only.
+    The update is expanded first and the frozen product accumulated into it (GEMM with beta = 1), which saves a
+    read and a write of y and, in bfloat16, does not lose a small update to the rounding of a large y. Backward keeps x
+    and x A^T only.
 
     Args:
         x: (..., I), any dtype that torch multiplies.
@@ -45,7 +46,8 @@ def lora_linear(
     """
     if {x.dtype} != {weight.dtype, lora_A.dtype, lora_B.dtype}:
         raise ValueError(
-            f"x, weight, lora_A and lora_B must have one dtype, got {x.dtype}, {weight.dtype}, {lora_A.dtype}, {lora_B.dtype}"
+            f"x, weight, lora_A and lora_B must have one dtype, got {x.dtype}, {weight.dtype}, {lora_A.dtype}, "
+            f"{lora_B.dtype}"
         )
     (d_out, d_in), rank = weight.shape, lora_A.shape[0]
     if x.shape[-1] != d_in or lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank):
@@ -53,7 +55,7 @@ def lora_linear(
             f"x must be (..., {d_in}), lora_A (rank, {d_in}) and lora_B ({d_out}, rank) for a weight of "
             f"{[*weight.shape]}, got {[*x.shape]}, {[*lora_A.shape]} and {[*lora_B.shape]}"
         )
-    y: Tensor = _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling)
+    y: Tensor = _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
     return y
 
 

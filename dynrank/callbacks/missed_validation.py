@@ -24,7 +24,7 @@ def _is_due(trainer: Trainer) -> bool:
     every_n_epochs, every_n_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     if not trainer.enable_validation or (every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs):
         return False
-    if every_n_batches == float("inf"):
+    if every_n_batches is None or every_n_batches == float("inf"):
         return trainer.is_last_batch
     done = (trainer.fit_loop.total_batch_idx if every_n_epochs is None else trainer.fit_loop.batch_idx) + 1
     return done % every_n_batches == 0

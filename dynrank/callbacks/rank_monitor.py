@@ -55,8 +55,15 @@ class RankMonitor(Callback):
             for event in events:
                 for layer in event.layers:
                     writer.writerow(
-                        [event.step, layer.layer.removeprefix(self.prefix), layer.rank_before, layer.rank_after,
-                         f"{layer.energy_kept:.6g}", f"{layer.predicted_error:.6g}", event.reason]
+                        [
+                            event.step,
+                            layer.layer.removeprefix(self.prefix),
+                            layer.rank_before,
+                            layer.rank_after,
+                            f"{layer.energy_kept:.6g}",
+                            f"{layer.predicted_error:.6g}",
+                            event.reason,
+                        ]
                     )
         os.replace(part, self.history_file)
 
@@ -70,8 +77,8 @@ class RankMonitor(Callback):
     @rank_zero_only
     def _print(self, event: RankEvent) -> None:
         table = Table(title=f"rank change at step {event.step}: {event.reason}")
-        for heading in ("layers", "count", "rank", "energy kept, mean (min)", "parameters saved"):
-            table.add_column(heading, justify="left" if heading == "layers" else "right")
+        for heading in ("layers", "count", "rank", "energy kept (least)", "parameters saved"):
+            table.add_column(heading, justify="left" if heading == "layers" else "right", overflow="fold")
         for group, layers in group_layers(event.layers).items():
             table.add_row(group.removeprefix(self.prefix), *_summary(layers))
         table.add_section()
@@ -80,11 +87,18 @@ class RankMonitor(Callback):
 
 
 def group_layers(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """Reports by layer name with numbers replaced: ``h.0.attn`` and ``h.1.attn`` are one group ``h.*.attn``."""
+    """Reports by layer name without its numbers: ``h.0.attn`` and ``h.1.attn`` are one group, ``attn``.
+
+    A group is named by what follows the last number, or in full (``h.*.attn``) where that would name two.
+    """
     groups: dict[str, list[LayerReport]] = {}
     for layer in layers:
         groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.layer), []).append(layer)
-    return groups
+    short = [name.rpartition("*.")[2] for name in groups]
+    return {
+        tail if short.count(tail) == 1 else name: members
+        for tail, (name, members) in zip(short, groups.items(), strict=True)
+    }
 
 
 def _summary(layers: Iterable[LayerReport]) -> tuple[str, str, str, str]:

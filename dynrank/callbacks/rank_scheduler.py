@@ -33,19 +33,21 @@ class RankEvent:
 class RankScheduler(Callback):
     """Brings LoRA layers from their rank to ``final_rank`` when a trigger says that training has converged.
 
-    Works in any LightningModule with automatic optimization whose model went through :func:`dynrank.add_lora`. The trigger
-    observes its metric after each validation (after each epoch, if nothing is validated). The change is made at the start
-    of a later batch, between an optimizer step and the next forward, never with gradients pending. A checkpoint holds
-    everything that is needed to go on from it, whether the change is still to come, decided, or made.
+    Works in any LightningModule with automatic optimization whose model went through :func:`dynrank.add_lora`. The
+    trigger observes its metric after each validation (after each epoch, if nothing is validated). The change is made at
+    the start of a later batch, between an optimizer step and the next forward, never with gradients pending. A
+    checkpoint holds everything that is needed to go on from it, whether the change is still to come, decided, or made.
 
-    Callbacks of the trainer that define ``on_rank_change(trainer, pl_module, event)`` are told of each :class:`RankEvent`.
+    Callbacks of the trainer that define ``on_rank_change(trainer, pl_module, event)`` are told of each
+    :class:`RankEvent`.
 
     Args:
-        final_rank: rank to end at. A layer with a ``final_rank`` of its own ends there; a pinned layer is never touched;
-            a layer already below stays.
+        final_rank: rank to end at. A layer with a ``final_rank`` of its own ends there; a pinned layer is never
+            touched; a layer already below stays.
         trigger: when to act; ``Plateau()`` when None.
         drops: in how many changes to get there, each by the same factor (64 -> 8 in 3: 32, 16, 8).
-        deadline: share of the run's optimizer steps, in (0, 1), at which the final rank is taken in any case; None: never.
+        deadline: share of the run's optimizer steps, in (0, 1), at which the final rank is taken in any case; None:
+            never.
         rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
         metric: what truncation minimises; "weight" is the update's Frobenius norm.
         optimizer_state: "transport" carries the moments along, "reset" forgets them.
@@ -65,11 +67,19 @@ class RankScheduler(Callback):
         metric: str = "weight",
         optimizer_state: str = "transport",
     ) -> None:
-        for name, value, least in (("final_rank", final_rank, 1), ("drops", drops, 1), ("rewarmup_steps", rewarmup_steps, 0)):
+        for name, value, least in (
+            ("final_rank", final_rank, 1),
+            ("drops", drops, 1),
+            ("rewarmup_steps", rewarmup_steps, 0),
+        ):
             if not isinstance(value, int) or value < least:
-                raise ConfigurationError(f"{name} must be an int of at least {least}, got {value!r}; set schedule.{name}")
+                raise ConfigurationError(
+                    f"{name} must be an int of at least {least}, got {value!r}; set schedule.{name}"
+                )
         if deadline is not None and not 0 < deadline < 1:
-            raise ConfigurationError(f"deadline must be a share in (0, 1) or null, got {deadline!r}; set schedule.deadline")
+            raise ConfigurationError(
+                f"deadline must be a share in (0, 1) or null, got {deadline!r}; set schedule.deadline"
+            )
         if metric not in METRICS:
             raise ConfigurationError(f"metric must be one of {METRICS}, got {metric!r}; set schedule.metric")
         self.final_rank, self.trigger = final_rank, trigger or Plateau()
@@ -84,7 +94,9 @@ class RankScheduler(Callback):
     @property
     def finished(self) -> bool:
         """Whether the last change has been made."""
-        return len(self.history) >= self.drops or (bool(self.history) and self.history[-1].reason.startswith("deadline"))
+        return len(self.history) >= self.drops or (
+            bool(self.history) and self.history[-1].reason.startswith("deadline")
+        )
 
     def final_ranks(self, model: nn.Module) -> dict[str, int]:
         """Where each layer of ``model`` ends: {name: rank}."""
@@ -94,15 +106,19 @@ class RankScheduler(Callback):
         """Refuse a model that this schedule cannot work on.
 
         Raises:
-            ConfigurationError: if there are no LoRA layers, or ``final_rank`` is above the rank of all that it applies to.
+            ConfigurationError: if there are no LoRA layers, or ``final_rank`` is above the rank of all that it applies
+            to.
         """
         layers = dict(lora_layers(model))
         if not layers:
-            raise ConfigurationError("RankScheduler needs a model with LoRA layers; call dynrank.add_lora on it (lora.target_modules)")
+            raise ConfigurationError(
+                "RankScheduler needs a model with LoRA layers; call dynrank.add_lora on it (lora.target_modules)"
+            )
         ranks = [layer.rank for layer in layers.values() if not layer.pinned and layer.final_rank is None]
         if not self.history and ranks and self.final_rank > max(ranks):
             raise ConfigurationError(
-                f"final_rank must be at most rank = {max(ranks)}, got {self.final_rank}; set schedule.final_rank or lora.rank"
+                f"final_rank must be at most rank = {max(ranks)}, got {self.final_rank}; "
+                "set schedule.final_rank or lora.rank"
             )
         check_targets(layers, self.final_ranks(model))
 
@@ -115,7 +131,9 @@ class RankScheduler(Callback):
                 "call dynrank.resize after an optimizer step of your own instead"
             )
         if trainer.world_size > 1:
-            raise ConfigurationError(f"RankScheduler runs in one process so far, got {trainer.world_size}; set trainer.devices=1")
+            raise ConfigurationError(
+                f"RankScheduler runs in one process so far, got {trainer.world_size}; set trainer.devices=1"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.check_layers(pl_module)
@@ -123,7 +141,9 @@ class RankScheduler(Callback):
         for optimizer in trainer.optimizers:
             check_optimizer(optimizer, parameters, self.optimizer_state)
         if self.deadline is not None and trainer.estimated_stepping_batches == float("inf"):
-            raise ConfigurationError("a deadline needs a run of known length; set trainer.max_steps, or schedule.deadline=null")
+            raise ConfigurationError(
+                "a deadline needs a run of known length; set trainer.max_steps, or schedule.deadline=null"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._rewarmup_done is not None:
@@ -191,7 +211,8 @@ class RankScheduler(Callback):
         monitor, metrics = self.trigger.monitor, trainer.callback_metrics
         if monitor not in metrics:
             raise ConfigurationError(
-                f"monitor must be a logged metric, got {monitor!r}; logged: {sorted(metrics)}; set schedule.trigger.monitor"
+                f"monitor must be a logged metric, got {monitor!r}; logged: {sorted(metrics)}; "
+                "set schedule.trigger.monitor"
             )
         if self.trigger.observe(float(metrics[monitor]), step):
             self._pending = f"plateau of {monitor}"
@@ -211,7 +232,9 @@ class RankScheduler(Callback):
         if self.rewarmup_steps:
             if self._rewarmup:
                 self._rewarmup.remove()
-            self._rewarmup = Rewarmup(trainer.optimizers[0], self.rewarmup_steps)  # automatic optimization has one optimizer
+            self._rewarmup = Rewarmup(
+                trainer.optimizers[0], self.rewarmup_steps
+            )  # automatic optimization has one optimizer
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             told = getattr(callback, "on_rank_change", None)
             if told is not None:
@@ -222,11 +245,12 @@ class RankScheduler(Callback):
         share = min(float(group["lr"] / group.get("initial_lr", group["lr"])) for group in groups)
         if share < LOW_RATE and not self.rewarmup_steps:
             rank_zero_warn(
-                f"the learning rate at the change of rank is {share:.1%} of where it started, too little to recover with; "
-                "set an earlier schedule.deadline, a schedule of the rate that decays later (optimizer.decay), or a higher optimizer.lr"
+                f"the learning rate at the change of rank is {share:.1%} of its peak, too little to recover with; "
+                "set an earlier schedule.deadline, a later decay (optimizer.decay) or schedule.rewarmup_steps"
             )
 
 
 def _towards(rank: int, final_rank: int, changes_left: int) -> int:
     """The next rank on a geometric way of ``changes_left`` equal factors; 64 -> 8 in 3 changes starts with 32."""
-    return max(final_rank, round(rank * (final_rank / rank) ** (1 / changes_left)))
+    share: float = (final_rank / rank) ** (1 / changes_left)
+    return max(final_rank, round(rank * share))

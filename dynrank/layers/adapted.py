@@ -59,6 +59,7 @@ class LoRAEmbedding(LoRALayer):
     """``y = W[ids] + scaling * A^T[ids] B^T``; lora_A is (rank, num_embeddings), lora_B (embedding_dim, rank)."""
 
     supported = nn.Embedding
+    base: nn.Embedding
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -77,7 +78,8 @@ class LoRAEmbedding(LoRALayer):
         if self.merged:
             return y
         rows = self.dropout(F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx))
-        return y + (self.scaling * (rows @ self.lora_B.mT)).to(y.dtype)
+        update: Tensor = self.scaling * (rows @ self.lora_B.mT)
+        return y + update.to(y.dtype)
 
 
 class LoRAConv2d(LoRALayer):
@@ -87,11 +89,13 @@ class LoRAConv2d(LoRALayer):
     """
 
     supported = nn.Conv2d
+    base: nn.Conv2d
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        if base.groups != 1:
-            raise ConfigurationError(f"LoRA on Conv2d needs groups=1, got groups={base.groups}; set lora.target_modules")
+        groups = getattr(base, "groups", 1)
+        if groups != 1:
+            raise ConfigurationError(f"LoRA on Conv2d needs groups=1, got groups={groups}; set lora.target_modules")
         weight = base.get_parameter("weight")
         return weight.shape[0], weight[0].numel()
 

@@ -60,9 +60,11 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))
         self.init_A()
-        self._unmerged: list[nn.Parameter] = []  # the base's own weight while merged; a list, so that it isn't registered
-        self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)
-        self.register_state_dict_pre_hook(_refuse_merged)
+        self._unmerged: list[
+            nn.Parameter
+        ] = []  # the base's own weight while merged; a list, so that it isn't registered
+        self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -97,7 +99,7 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Put new factors of a possibly different rank into the same two Parameter objects; their gradients are dropped.
+        """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
 
         Optimizers, hooks and users that hold the Parameters go on holding the right ones.
 
@@ -145,18 +147,16 @@ class LoRALayer(nn.Module):
         return f"rank={self.rank}, scaling={self.scaling:g}"
 
 
-def _take_rank_of_checkpoint(
-    layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Give the layer the rank of the factors that are about to be loaded into it."""
     lora_A, lora_B = (state_dict.get(prefix + name) for name in ("lora_A", "lora_B"))
     if lora_A is None or lora_B is None:
         return  # torch reports missing keys itself
-    (d_out, _), d_in, rank = layer.lora_B.shape, layer.lora_A.shape[1], lora_A.shape[0]
+    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A.shape[1], lora_A.shape[0]
     if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank) or not 1 <= rank <= min(d_out, d_in):
         raise ConfigurationError(
-            f"the checkpoint's factors of {prefix.removesuffix('.')!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, which "
-            f"fit no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
+            f"the checkpoint's factors of {prefix.removesuffix('.')!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
+            f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
         )
     if rank != layer.rank:
         layer.set_factors(layer.lora_A.new_empty(rank, d_in), layer.lora_B.new_empty(d_out, rank))

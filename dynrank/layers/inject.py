@@ -30,7 +30,7 @@ def add_lora(
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
 ) -> M:
-    """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; checks everything before it changes anything.
+    """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; nothing is changed before all is checked.
 
     Args:
         model: any module; names in the other arguments are those of its ``named_modules()``.
@@ -89,7 +89,7 @@ def make_layer(base: nn.Module, **options: Any) -> LoRALayer:
 
 
 def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = ()) -> None:
-    """Freeze ``model``, put each layer where its base stands (everywhere, if it is shared), unfreeze ``modules_to_save``."""
+    """Freeze ``model``, put each layer where its base stands (everywhere, if shared), unfreeze ``modules_to_save``."""
     model.requires_grad_(False)
     _replace(model, {id(layer.base): layer for layer in layers.values()})
     for layer in layers.values():
@@ -138,7 +138,7 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
 
 
 def _tied_weights(model: nn.Module) -> set[int]:
-    """ids of the parameters that stand under more than one name."""
+    """Ids of the parameters that stand under more than one name."""
     seen: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         seen[id(parameter)] = seen.get(id(parameter), 0) + 1
@@ -147,6 +147,6 @@ def _tied_weights(model: nn.Module) -> set[int]:
 
 def _mark_untied(model: nn.Module) -> None:
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False

@@ -32,12 +32,20 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         ConfigurationError: if nothing matches, an entry of the list matches nothing, or a match cannot have LoRA.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    bypassed = {f"{name}.{child}" for name, module in modules.items() if isinstance(module, _PAST_CHILDREN)
-                for child, _ in module.named_modules() if child}
+    bypassed = {
+        f"{name}.{child}"
+        for name, module in modules.items()
+        if isinstance(module, _PAST_CHILDREN)
+        for child, _ in module.named_modules()
+        if child
+    }
     if isinstance(target_modules, str) and target_modules in PRESETS:
         heads = set(_output_heads(model))
-        names = [name for name, module in modules.items()
-                 if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads and name not in bypassed]
+        names = [
+            name
+            for name, module in modules.items()
+            if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads and name not in bypassed
+        ]
         if target_modules == "attention":
             names = [name for name in names if _ATTENTION.search(name.rpartition(".")[0])]
     elif isinstance(target_modules, str):
@@ -45,7 +53,8 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
             names = [name for name in modules if re.fullmatch(target_modules, name)]
         except re.error as error:
             raise ConfigurationError(
-                f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, got {target_modules!r}: {error}"
+                f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, "
+                f"got {target_modules!r}: {error}"
             ) from None
     else:
         names = [name for name in modules if any(_ends_with(name, target) for target in target_modules)]
@@ -59,7 +68,8 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     for name in names:
         if name in bypassed:
             raise ConfigurationError(
-                f"{name!r} cannot have LoRA: its parent reads the weight past the layer's forward; change lora.target_modules"
+                f"{name!r} cannot have LoRA: its parent reads the weight past the layer's forward; "
+                "change lora.target_modules"
             )
         if layer_class(modules[name]) is None:
             raise ConfigurationError(
@@ -74,7 +84,7 @@ def _ends_with(name: str, target: str) -> bool:
 
 
 def _output_heads(model: nn.Module) -> Iterator[int]:
-    """ids of the modules that PEFT's all-linear leaves out: output embeddings and classification heads."""
+    """Ids of the modules that PEFT's all-linear leaves out: output embeddings and classification heads."""
     for module in model.modules():
         output_embeddings = getattr(module, "get_output_embeddings", None)
         head = output_embeddings() if callable(output_embeddings) else None

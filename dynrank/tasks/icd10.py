@@ -61,7 +61,9 @@ def icd10_terms(chapters: Sequence[int] | None, code_length: int, min_terms: int
         block = next((c for c in [code, *ancestors] if icd.is_block(c)), None)
         if block is None or (icd.is_block(code) and not icd.is_category(code)):  # 'C7A' is a block and a category
             continue
-        if (wanted is not None and ancestors[-1] not in wanted) or (ancestors[-1] in _TEMPLATED and not icd.is_category(code)):
+        if (wanted is not None and ancestors[-1] not in wanted) or (
+            ancestors[-1] in _TEMPLATED and not icd.is_category(code)
+        ):
             continue
         if len(code.replace(".", "")) <= code_length:
             described.append((_normal(icd.get_description(code)), block))
@@ -80,7 +82,7 @@ def _split(
     for text in sorted(blocks_of):
         if len(blocks_of[text]) == 1:
             split = "train" if text in descriptions else _place(text, seed)
-            places[split].append((text, *blocks_of[text]))
+            places[split].append((text, min(blocks_of[text])))
     sizes = Counter(block for _, block in places["train"])
     blocks = sorted(block for block, count in sizes.items() if count >= min_terms)
     if not blocks or not all(any(b in blocks for _, b in pairs) for pairs in places.values()):

@@ -12,7 +12,7 @@ CHUNK = 20  # batches that are sorted by length together
 
 
 class ResumableLoader(DataLoader[Any]):
-    """Shuffled batches of examples of similar length; the order depends on (``seed``, epoch) alone, the place in it is state.
+    """Shuffled batches of similar length, in an order of (``seed``, epoch) alone; the place in it is state.
 
     Iterating goes on where the state says and then starts the next epoch. Lightning saves and restores the state of any
     loader that has ``state_dict`` and ``load_state_dict``. The last, incomplete batch of an epoch is dropped.

@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.inject import add_lora
+from dynrank.layers.inject import add_lora, lora_layers
 from dynrank.tasks.icd10 import Terms, TermSplits, icd10_terms
 from dynrank.tasks.loader import ResumableLoader
 from dynrank.tasks.optimizers import make_optimizer
@@ -25,7 +25,7 @@ HEAD = "classifier"  # the fresh head: trained whole and saved with the adapter
 
 
 class MedicalTermsData(LightningDataModule):
-    """Tokenised ICD-10-CM terms; batches are dicts of input_ids, attention_mask (batch, length) and labels (batch,), int64.
+    """Tokenised ICD-10-CM terms; a batch has int64 input_ids and attention_mask (batch, length), and labels (batch,).
 
     Args:
         model: short name, folder or hub name of the model, for its tokenizer.
@@ -70,7 +70,9 @@ class MedicalTermsData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         examples = self._examples(self.splits.train)
         if len(examples) < self.batch_size:
-            raise ConfigurationError(f"task.batch_size must be at most the {len(examples)} training terms, got {self.batch_size}")
+            raise ConfigurationError(
+                f"task.batch_size must be at most the {len(examples)} training terms, got {self.batch_size}"
+            )
         lengths = [len(ids) for ids, _ in examples]
         return ResumableLoader(examples, lengths, self.batch_size, self.seed, self._collate)  # type: ignore[arg-type]
 
@@ -107,15 +109,25 @@ class TermClassifier(LightningModule):
         labels: class names.
         lora: keyword arguments of :func:`dynrank.add_lora`.
         optimizer: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
+        label_smoothing: share of the target spread over all classes in training, in [0, 1).
         on_meta: build the model without weights (to look at its layers).
     """
 
     def __init__(
-        self, model: str, labels: Sequence[str], lora: Mapping[str, Any], optimizer: Mapping[str, Any], on_meta: bool = False
+        self,
+        model: str,
+        labels: Sequence[str],
+        lora: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        label_smoothing: float = 0.0,
+        on_meta: bool = False,
     ) -> None:
         super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ConfigurationError(f"task.label_smoothing must be in [0, 1), got {label_smoothing}")
         labels, lora, optimizer = list(labels), dict(lora), dict(optimizer)
-        self.save_hyperparameters("model", "labels", "lora", "optimizer")
+        self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing")
+        self.label_smoothing = label_smoothing
         self.optimizer_options = optimizer
         self.model = load_classifier(model_source(model), len(labels), on_meta=on_meta)
         add_lora(self.model.train(), modules_to_save=[HEAD], **lora)
@@ -128,7 +140,7 @@ class TermClassifier(LightningModule):
         self.val_quality, self.test_quality = quality.clone(prefix="val/"), quality.clone(prefix="test/")
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, _ = self._loss(batch)
+        loss = F.cross_entropy(self._logits(batch), batch["labels"], label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -139,18 +151,20 @@ class TermClassifier(LightningModule):
         self._evaluate(batch, "test/loss", self.test_quality)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return make_optimizer(trained, int(self.trainer.estimated_stepping_batches), **self.optimizer_options)
+        adapter = [p for _, layer in lora_layers(self.model) for p in (layer.lora_A, layer.lora_B)]
+        head = self.model.get_submodule(HEAD).parameters()
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        return make_optimizer(adapter, head, total_steps, **self.optimizer_options)
 
     def _evaluate(self, batch: dict[str, Tensor], name: str, quality: MetricCollection) -> None:
-        loss, logits = self._loss(batch)
+        logits = self._logits(batch)
         quality.update(logits, batch["labels"])
-        self.log(name, loss, batch_size=len(logits), prog_bar=True)
+        self.log(name, F.cross_entropy(logits, batch["labels"]), batch_size=len(logits), prog_bar=True)
         self.log_dict(quality, batch_size=len(logits))
 
-    def _loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-        return F.cross_entropy(logits.float(), batch["labels"]), logits
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        return logits.float()
 
 
 class MedicalTerms:
@@ -158,12 +172,13 @@ class MedicalTerms:
 
     Args:
         model: short name, folder or hub name of the model.
+        label_smoothing: see :class:`TermClassifier`.
         **data: the other arguments of :class:`MedicalTermsData`.
     """
 
-    def __init__(self, model: str, **data: Any) -> None:
-        self.model = model
+    def __init__(self, model: str, label_smoothing: float, **data: Any) -> None:
+        self.model, self.label_smoothing = model, label_smoothing
         self.data = MedicalTermsData(model, **data)
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> TermClassifier:
-        return TermClassifier(self.model, self.data.labels, lora, optimizer, on_meta)
+        return TermClassifier(self.model, self.data.labels, lora, optimizer, self.label_smoothing, on_meta)

@@ -16,11 +16,13 @@ DECAYS = ("constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
 
 
 def make_optimizer(
-    parameters: Iterable[nn.Parameter],
+    adapter: Iterable[nn.Parameter],
+    head: Iterable[nn.Parameter],
     total_steps: int,
     *,
     name: str,
     lr: float,
+    head_lr: float,
     weight_decay: float,
     warmup_steps: int,
     decay: str,
@@ -30,10 +32,12 @@ def make_optimizer(
     """What ``LightningModule.configure_optimizers`` returns; the rate changes after every optimizer step.
 
     Args:
-        parameters: those to train.
+        adapter: parameters trained at ``lr``.
+        head: parameters trained at ``head_lr`` (a fresh head takes more than an adapter of a pre-trained model).
         total_steps: optimizer steps of the run.
         name: a class of torch.optim.
         lr: peak learning rate.
+        head_lr: that of the head.
         weight_decay: passed on.
         warmup_steps: optimizer steps of linear warm-up.
         decay: one of ``DECAYS``; warmup_stable_decay keeps the peak rate and falls linearly at the end.
@@ -43,13 +47,15 @@ def make_optimizer(
     Raises:
         ConfigurationError: if a value cannot be used.
     """
-    cls = getattr(torch.optim, name, None)
+    cls: Any = getattr(torch.optim, name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigurationError(f"optimizer.name must be a class of torch.optim, got {name!r}")
     if decay not in DECAYS:
         raise ConfigurationError(f"optimizer.decay must be one of {DECAYS}, got {decay!r}")
+    make: Any = cls
     try:
-        optimizer = cls(parameters, lr=lr, weight_decay=weight_decay, **options)
+        groups: list[dict[str, Any]] = [{"params": list(adapter)}, {"params": list(head), "lr": head_lr}]
+        optimizer: torch.optim.Optimizer = make(groups, lr=lr, weight_decay=weight_decay, **options)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"torch.optim.{name} does not take these values: {error}; set optimizer") from error
     extra = {}

@@ -19,15 +19,16 @@ def model_source(name: str) -> str:
     """A folder or hub name for ``from_pretrained``: short names stand for the folder of an installed package.
 
     Raises:
-        ConfigurationError: if the package of a short name is not installed, or ``name`` looks like a folder that is not there.
+        ConfigurationError: if the package of a short name is not installed, or ``name`` looks like a folder that is not
+            there.
     """
     if name in _PACKAGED:
         package, folder, install = _PACKAGED[name]
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ConfigurationError(
-                f"task.model={name} needs a package that carries the model: {install}; or set task.model to a local folder or "
-                "a hub name such as sentence-transformers/all-MiniLM-L6-v2"
+                f"task.model={name} needs a package that carries the model: {install}; or set task.model to a local "
+                "folder or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
             )
         return str(Path(spec.submodule_search_locations[0], folder))
     if Path(name).is_dir():
@@ -50,12 +51,16 @@ def load_classifier(source: str, num_labels: int, *, on_meta: bool = False) -> t
         num_labels: classes.
         on_meta: build it from its config alone, without memory for weights.
     """
+    model: torch.nn.Module
     if on_meta:
         config = _load(AutoConfig.from_pretrained, source, num_labels=num_labels)
         with torch.device("meta"):
-            model: torch.nn.Module = AutoModelForSequenceClassification.from_config(config)
-            return model
-    return _load(AutoModelForSequenceClassification.from_pretrained, source, num_labels=num_labels, dtype=torch.float32)
+            model = AutoModelForSequenceClassification.from_config(config)
+        return model
+    model = _load(
+        AutoModelForSequenceClassification.from_pretrained, source, num_labels=num_labels, dtype=torch.float32
+    )
+    return model
 
 
 def _load(loader: Any, source: str, **options: Any) -> Any:
