@@ -156,10 +156,10 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
 def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
     if isinstance(layer, LoRAEmbedding):
         return {"lora_embedding_A": layer.lora_A, "lora_embedding_B": layer.lora_B}
-    lora_A, lora_B = layer.lora_A, layer.lora_B
     if isinstance(layer, LoRAConv2d):
-        lora_A, lora_B = lora_A.view(layer.rank, *layer.weight.shape[1:]), lora_B[:, :, None, None]
-    return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
+        filters = layer.lora_A.view(layer.rank, *layer.weight.shape[1:])
+        return {"lora_A.weight": filters, "lora_B.weight": layer.lora_B[:, :, None, None]}
+    return {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
 
 
 def _from_peft(pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

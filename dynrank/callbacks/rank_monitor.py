@@ -77,7 +77,7 @@ class RankMonitor(Callback):
     @rank_zero_only
     def _print(self, event: RankEvent) -> None:
         table = Table(title=f"rank change at step {event.step}: {event.reason}")
-        for heading in ("layers", "count", "rank", "energy kept (least)", "parameters saved"):
+        for heading in ("layers", "count", "rank", "energy kept (min)", "params saved"):
             table.add_column(heading, justify="left" if heading == "layers" else "right", overflow="fold")
         for group, layers in group_layers(event.layers).items():
             table.add_row(group.removeprefix(self.prefix), *_summary(layers))

@@ -23,11 +23,12 @@ LOW_RATE = 0.1  # below this share of the starting learning rate, a drop has lit
 
 @dataclass(frozen=True)
 class RankEvent:
-    """One change of ranks: the optimizer step it was made before, why, and what it did to each layer."""
+    """One change of ranks: the optimizer step before which it was made, why, what it did, and if it was the last."""
 
     step: int
     reason: str
     layers: tuple[LayerReport, ...]
+    last: bool
 
 
 class RankScheduler(Callback):
@@ -94,9 +95,11 @@ class RankScheduler(Callback):
     @property
     def finished(self) -> bool:
         """Whether the last change has been made."""
-        return len(self.history) >= self.drops or (
-            bool(self.history) and self.history[-1].reason.startswith("deadline")
-        )
+        return bool(self.history) and self.history[-1].last
+
+    @property
+    def _one_left(self) -> bool:
+        return len(self.history) + 1 == self.drops
 
     def final_ranks(self, model: nn.Module) -> dict[str, int]:
         """Where each layer of ``model`` ends: {name: rank}."""
@@ -163,14 +166,14 @@ class RankScheduler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.finished or batch_idx % trainer.accumulate_grad_batches:
             return
-        if self.deadline is not None and trainer.global_step >= self.deadline * trainer.estimated_stepping_batches:
-            self._pending = f"deadline of {self.deadline:g} of the run"
-        if self._pending:
-            self._change(trainer, pl_module)
+        late = self.deadline is not None and trainer.global_step >= self.deadline * trainer.estimated_stepping_batches
+        if self._pending or late:
+            reason = self._pending or f"deadline of {self.deadline:g} of the run"
+            self._change(trainer, pl_module, reason, last=late or self._one_left)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._pending and not self.finished:  # decided by the very last validation: there is no next batch
-            self._change(trainer, pl_module)
+            self._change(trainer, pl_module, self._pending, last=self._one_left)
         if not self.finished:
             rank_zero_warn(
                 f"training ended before {self.trigger.monitor!r} converged: the ranks are not final; "
@@ -192,7 +195,7 @@ class RankScheduler(Callback):
         self._pending, self._observed_step = state_dict["pending"], state_dict["observed_step"]
         self._rewarmup_done = state_dict["rewarmup_done"]
         self.history = [
-            RankEvent(event["step"], event["reason"], tuple(LayerReport(**layer) for layer in event["layers"]))
+            RankEvent(**{**event, "layers": tuple(LayerReport(**layer) for layer in event["layers"])})
             for event in state_dict["history"]
         ]
 
@@ -217,14 +220,13 @@ class RankScheduler(Callback):
         if self.trigger.observe(float(metrics[monitor]), step):
             self._pending = f"plateau of {monitor}"
 
-    def _change(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        reason, step = self._pending or "", trainer.global_step
-        left = 1 if reason.startswith("deadline") else self.drops - len(self.history)
+    def _change(self, trainer: Trainer, pl_module: LightningModule, reason: str, *, last: bool) -> None:
+        step, left = trainer.global_step, 1 if last else self.drops - len(self.history)
         targets = {name: _towards(layer.rank, self._final_rank(layer), left) for name, layer in lora_layers(pl_module)}
         reports = resize(
             pl_module, targets, optimizers=trainer.optimizers, metric=self.metric, optimizer_state=self.optimizer_state
         )
-        event = RankEvent(step, reason, tuple(reports))
+        event = RankEvent(step, reason, tuple(reports), last)
         self.history.append(event)
         self._pending = None
         self.trigger.reset(step)

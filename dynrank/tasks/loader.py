@@ -8,20 +8,22 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-CHUNK = 20  # batches that are sorted by length together
+CHUNK = 10  # batches that are drawn together and sorted by length
 
 
 class ResumableLoader(DataLoader[Any]):
-    """Shuffled batches of similar length, in an order of (``seed``, epoch) alone; the place in it is state.
+    """An endless stream of random batches of similar length; how many have been given out is its whole state.
 
-    Iterating goes on where the state says and then starts the next epoch. Lightning saves and restores the state of any
-    loader that has ``state_dict`` and ``load_state_dict``. The last, incomplete batch of an epoch is dropped.
+    Examples are drawn with replacement: with epochs, the training loss falls at the start of each pass over the data
+    and climbs during it, which hides what a change of rank does to it. An "epoch" is as many batches as the data set holds.
+    Batch n depends on (``seed``, n) alone. Lightning saves and restores the state of any loader that has ``state_dict``
+    and ``load_state_dict``.
 
     Args:
         dataset: indexable.
-        lengths: of each example; examples are sorted by it within chunks of shuffled batches, which saves padding.
+        lengths: of each example; examples are sorted by it within ``CHUNK`` batches, which saves padding.
         batch_size: examples per batch.
-        seed: of the order.
+        seed: of the draws.
         collate_fn: makes a batch from a list of examples.
 
     Raises:
@@ -31,14 +33,14 @@ class ResumableLoader(DataLoader[Any]):
     def __init__(
         self, dataset: Dataset[Any], lengths: Sequence[int], batch_size: int, seed: int, collate_fn: Any
     ) -> None:
-        self.order = _SeededBatches(lengths, batch_size, seed)
-        super().__init__(dataset, batch_sampler=self.order, collate_fn=collate_fn)
+        self.stream = _SeededBatches(lengths, batch_size, seed)
+        super().__init__(dataset, batch_sampler=self.stream, collate_fn=collate_fn)
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.order.epoch, "batch": self.order.batch}
+        return {"given": self.stream.given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.order.epoch, self.order.batch = state["epoch"], state["batch"]
+        self.stream.given = state["given"]
 
 
 class _SeededBatches(Sampler[list[int]]):
@@ -46,24 +48,24 @@ class _SeededBatches(Sampler[list[int]]):
         if len(lengths) < batch_size:
             raise ValueError(f"batch_size must be at most the number of examples, {len(lengths)}, got {batch_size}")
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.epoch, self.batch = 0, 0  # batches of this epoch already given out
+        self.given = 0
 
     def __len__(self) -> int:
         return len(self.lengths) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
-        if self.batch >= len(self):
-            self.epoch, self.batch = self.epoch + 1, 0
-        batches = self._batches()
-        while self.batch < len(self):
-            self.batch += 1
-            yield batches[self.batch - 1]
+        end = (self.given // len(self) + 1) * len(self)
+        chunk, batches = -1, [[0]]
+        while self.given < end:
+            if self.given // CHUNK != chunk:
+                chunk = self.given // CHUNK
+                batches = self._draw(chunk)
+            self.given += 1
+            yield batches[(self.given - 1) % CHUNK]
 
-    def _batches(self) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, self.epoch)) % 2**63)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()[: len(self) * self.batch_size]
-        chunk, batches = CHUNK * self.batch_size, []
-        for start in range(0, len(order), chunk):
-            similar = sorted(order[start : start + chunk], key=lambda i: self.lengths[i])
-            batches += [similar[i : i + self.batch_size] for i in range(0, len(similar), self.batch_size)]
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+    def _draw(self, chunk: int) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(hash((self.seed, chunk)) % 2**63)
+        picks = torch.randint(len(self.lengths), (CHUNK * self.batch_size,), generator=generator).tolist()
+        picks.sort(key=lambda i: self.lengths[i])
+        batches = [picks[i : i + self.batch_size] for i in range(0, len(picks), self.batch_size)]
+        return [batches[i] for i in torch.randperm(CHUNK, generator=generator).tolist()]

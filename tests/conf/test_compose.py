@@ -1,0 +1,72 @@
+"""Every option of every group composes, and unknown or ill-typed values are refused by name."""
+
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import dynrank
+from dynrank.config import rank_pattern
+from dynrank.errors import ConfigurationError
+
+CONF = Path(dynrank.__file__).parent / "conf"
+OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
+GROUPS = {"task", "lora", "schedule", "rank_map", "optimizer", "trainer", "logger", "experiment", "sweep", "debug"}
+
+
+def test_groups_are_those_of_the_contract():
+    assert {option.split("=")[0] for option in OPTIONS} == GROUPS
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_option_composes_without_a_missing_value(option):
+    config = dynrank.compose([option])
+    # what only a running job knows
+    OmegaConf.register_new_resolver("hydra", lambda key: f"<{key}>", replace=True)
+    assert not OmegaConf.missing_keys(config)
+    OmegaConf.to_container(config, resolve=True)
+
+
+def test_default_composition_is_that_of_the_contract():
+    config = dynrank.compose()
+    assert (config.lora.rank, config.schedule.final_rank) == (32, 16)
+    assert config.task._target_.endswith("MedicalTerms")
+    assert config.rank_map.file is None
+
+
+def test_debug_wins_over_the_groups_it_changes():
+    assert dynrank.compose(["debug=smoke"]).checkpoint_every == 4
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("schedule.endd=1", "endd"),
+        ("lora.rnak=8", "rnak"),
+        ("lora.rank=many", "lora.rank"),
+        ("optimizer.lr=fast", "optimizer.lr"),
+        ("schedule=never", "never"),
+        ("nonsense=1", "nonsense"),
+    ],
+)
+def test_compose_names_the_wrong_key_or_value(override, named):
+    with pytest.raises((HydraException, OmegaConfBaseException)) as caught:
+        dynrank.compose([override])
+    chain = f"{caught.value} {caught.value.__cause__}"
+    assert named in chain
+
+
+def test_rank_pattern_joins_file_and_rules(tmp_path):
+    file = tmp_path / "ranks.yaml"
+    file.write_text("rank_pattern: {query: {rank: 8, pinned: true}}\n")
+    config = dynrank.compose([f"rank_map.file={file}", "rank_map.rules=['value=4']"])
+    assert rank_pattern(config.rank_map) == {"query": {"rank": 8, "pinned": True}, "value": {"rank": 4}}
+
+
+def test_rank_pattern_refuses_a_key_in_both(tmp_path):
+    file = tmp_path / "ranks.yaml"
+    file.write_text("rank_pattern: {query: 8}\n")
+    with pytest.raises(ConfigurationError, match="query"):
+        rank_pattern(dynrank.compose([f"rank_map.file={file}", "rank_map.rules=['query=4']"]).rank_map)

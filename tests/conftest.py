@@ -1,0 +1,89 @@
+"""What several test files share: a small LightningModule of a user's, and commands run as a user would run them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+import dynrank
+from dynrank.tasks.loader import ResumableLoader
+
+class Regression(lightning.LightningModule):
+    """Learns a linear map with dropout in between; as plain as a user's first module."""
+
+    def __init__(self, rank=6, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 24), nn.Dropout(0.2), nn.Linear(24, 6))
+        self.net = dynrank.add_lora(net, rank=rank, alpha=2 * rank, **options)
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val/loss", nn.functional.mse_loss(self.net(x), y))
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def regression_data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(80, 12, generator=generator)
+    data = TensorDataset(x, x @ torch.randn(12, 6, generator=generator))
+    return ResumableLoader(data, [1] * 80, 8, 3, default_collate), DataLoader(data, batch_size=40)
+
+
+def quiet_trainer(**options):
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return lightning.Trainer(**{**defaults, **options})
+
+
+@pytest.fixture(scope="session")
+def regression():
+    """(module class, data function, trainer function)."""
+    return Regression, regression_data, quiet_trainer
+
+
+def command(name, *arguments, cwd, timeout=240, **environment):
+    """Run an installed command as a user would; returns the completed process."""
+    return subprocess.run(
+        [str(Path(sys.executable).parent / name), *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def run_command():
+    return command
+
+
+@pytest.fixture(scope="session")
+def smoke_run(tmp_path_factory):
+    """The folder of one short but whole run of the default task, and what it printed."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    done = command("dynrank-train", "debug=smoke", f"hydra.run.dir={folder}", cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout

@@ -1,0 +1,94 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+import dynrank
+from dynrank.errors import ConfigurationError
+from dynrank.tasks.medical_terms import MedicalTermsData, TermClassifier
+
+DATA = {"batch_size": 8, "max_length": 16, "chapters": [1], "code_length": 3, "min_terms": 10, "seed": 0, "limit": 40}
+OPTIMIZER = {
+    "name": "AdamW",
+    "lr": 1e-3,
+    "head_lr": 1e-3,
+    "weight_decay": 0.0,
+    "warmup_steps": 1,
+    "decay": "linear",
+    "decay_share": 0.0,
+    "options": {},
+}
+
+
+@pytest.fixture(scope="module")
+def data():
+    made = MedicalTermsData("minilm", **DATA)
+    made.setup("fit")
+    return made
+
+
+@pytest.fixture(scope="module")
+def module(data):
+    return TermClassifier("minilm", data.labels, {"rank": 4, "alpha": 8}, OPTIMIZER)
+
+
+def test_batches_are_padded_to_their_longest_term(data):
+    batch = next(iter(data.train_dataloader()))
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, int(lengths.max()))
+    assert batch["labels"].shape == (8,)
+    assert lengths.max() <= 16
+
+
+def test_evaluation_batches_hold_every_term_once(data):
+    examples = sum(len(batch["labels"]) for batch in data.test_dataloader())
+    assert examples == min(40, len(data.splits.test.texts))
+
+
+def test_all_linear_leaves_the_trained_head_out(module):
+    names = [name for name, _ in dynrank.lora_layers(module.model)]
+    assert len(names) == 37  # 6 layers of 6, and the pooler
+    assert "classifier" not in names
+    trained = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {"classifier.weight", "classifier.bias"}
+
+
+def test_training_is_smoothed_and_evaluation_is_not(data, module):
+    batch = next(iter(data.train_dataloader()))
+    smoothed = TermClassifier("minilm", data.labels, {"rank": 4, "alpha": 8}, OPTIMIZER, label_smoothing=0.5)
+    smoothed.load_state_dict(module.state_dict())
+    smoothed.eval()
+    logits = smoothed.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    expected = F.cross_entropy(logits, batch["labels"], label_smoothing=0.5)
+    smoothed.log = lambda *args, **kwargs: None
+    assert torch.equal(smoothed.training_step(batch, 0), expected)
+
+
+def test_dropout_of_the_encoder_is_on_in_training(module):
+    assert module.training
+    assert all(submodule.training for submodule in module.model.modules())
+
+
+def test_hyperparameters_are_plain_values(module):
+    def plain(value):
+        if isinstance(value, dict):
+            return all(plain(v) for v in value.values())
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return value is None or isinstance(value, str | int | float | bool)
+
+    assert plain(dict(module.hparams))
+
+
+@pytest.mark.parametrize(
+    ("values", "key"), [({"batch_size": 0}, "task.batch_size"), ({"max_length": 1}, "task.max_length")]
+)
+def test_data_refuses_unusable_values(values, key):
+    with pytest.raises(ConfigurationError, match=key):
+        MedicalTermsData("minilm", **{**DATA, **values})
+
+
+def test_batch_size_above_the_number_of_terms_is_refused():
+    made = MedicalTermsData("minilm", **{**DATA, "batch_size": 500})
+    made.setup("fit")
+    with pytest.raises(ConfigurationError, match=r"task\.batch_size must be at most the 40"):
+        made.train_dataloader()

@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import nn
+
+from dynrank.errors import ConfigurationError
+from dynrank.tasks.optimizers import make_optimizer
+
+VALUES = {
+    "name": "AdamW",
+    "lr": 0.1,
+    "head_lr": 0.3,
+    "weight_decay": 0.0,
+    "warmup_steps": 10,
+    "decay": "warmup_stable_decay",
+    "decay_share": 0.25,
+    "options": {},
+}
+
+
+def rates(**values):
+    made = make_optimizer([nn.Parameter(torch.ones(1))], [nn.Parameter(torch.ones(1))], 100, **{**VALUES, **values})
+    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    history = []
+    for _ in range(100):
+        history.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    return history
+
+
+def test_stable_decay_warms_up_stays_and_falls():
+    adapter = [rate for rate, _ in rates()]
+    assert adapter[:11] == pytest.approx([0.01 * i for i in range(11)])
+    assert adapter[10:75] == pytest.approx([0.1] * 65)
+    assert adapter[75:] == sorted(adapter[75:], reverse=True)
+    assert adapter[-1] < 0.01
+
+
+@pytest.mark.parametrize("decay", ["constant_with_warmup", "linear", "cosine"])
+def test_head_rate_keeps_its_proportion(decay):
+    assert all(head == pytest.approx(3 * adapter) for adapter, head in rates(decay=decay))
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"name": "Adamw"}, "optimizer.name"),
+        ({"name": "functional"}, "optimizer.name"),
+        ({"decay": "exponential"}, "optimizer.decay"),
+        ({"options": {"momentum": 0.9}}, "momentum"),
+        ({"lr": -1.0}, "learning rate"),
+    ],
+)
+def test_unusable_value_is_refused(values, key):
+    with pytest.raises(ConfigurationError, match=key):
+        rates(**values)

@@ -1,0 +1,121 @@
+"""What a user may get wrong on the command line: one message with the value and the key, exit code 2, nothing left behind."""
+
+import re
+import sys
+
+import pytest
+
+from dynrank import cli, train
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path, capsys):
+    """Run an entry point in this process, from an empty folder; returns (exit code, what it wrote to stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main() sets it; undone with the fixture
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, capsys.readouterr().err
+
+    return call
+
+
+def write(name, text):
+    with open(name, "w") as file:
+        file.write(text)
+
+
+RULES = {
+    "absent.yaml": None,
+    "not_yaml.yaml": "rank_pattern: {query: [",
+    "field.yaml": "rank_pattern: {query: {rnak: 8}}",
+    "unmatched.yaml": "rank_pattern: {quary: 8}",
+    "zero.yaml": "rank_pattern: {query: 0}",
+    "huge.yaml": "rank_pattern: {query: 385}",
+    "final.yaml": "rank_pattern: {query: {rank: 8, final_rank: 9}}",
+    "conflict.yaml": "rank_pattern: {query: 8, 'layer\\.0\\..*': 4}",
+}
+CASES = [
+    # (overrides, what the message must name)
+    (["schedule.finl_rank=8"], ["schedule.finl_rank"]),
+    (["shedule=fixed"], ["shedule"]),
+    (["lora.rank=abc"], ["abc", "lora.rank"]),
+    (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
+    (["lora.rank=0"], ["0", "lora.rank"]),
+    (["lora.rank=385"], ["385", "384", "lora.rank"]),
+    (["lora.dropout=1.0"], ["1.0", "lora.dropout"]),
+    (["lora.target_modules=[qurey]"], ["qurey", "query", "lora.target_modules"]),
+    (["lora.target_modules=nothing.*"], ["nothing.*", "lora.target_modules"]),
+    (["rank_map.file=absent.yaml"], ["absent.yaml", "rank_map.file"]),
+    (["rank_map.file=not_yaml.yaml"], ["not_yaml.yaml", "rank_map.file"]),
+    (["rank_map.file=field.yaml"], ["rnak", "field.yaml"]),
+    (["rank_map.file=unmatched.yaml"], ["quary", "query"]),
+    (["rank_map.file=zero.yaml"], ["query", "0"]),
+    (["rank_map.file=huge.yaml"], ["query", "385", "384"]),
+    (["rank_map.file=final.yaml"], ["query", "final_rank", "9"]),
+    (["rank_map.file=conflict.yaml"], ["'query'", r"layer\\.0\\..*"]),
+    (["rank_map.rules=['query:8']"], ["query:8", "rank_map.rules"]),
+    (["ckpt_path=missing.ckpt"], ["missing.ckpt", "ckpt_path"]),
+    (["task.model=./missing"], ["./missing", "task.model"]),
+    (["schedule.deadline=2"], ["2", "schedule.deadline"]),
+    (["schedule.trigger.patience=0"], ["patience", "0"]),
+    (["schedule.trigger.mode=lowest"], ["lowest", "schedule.trigger.mode"]),
+    (["schedule.metric=loss"], ["loss", "schedule.metric"]),
+    (["+logger.x={_target_: os.system}"], ["os.system"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), CASES, ids=lambda value: " ".join(value))
+def test_train_refuses(launch, tmp_path, overrides, named):
+    for name, text in RULES.items():
+        if text is not None:
+            write(name, text)
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".ckpt", ".safetensors", ".csv")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
+        (["optimizer.name=Adagrad"], ["Adagrad", "optimizer.name", "schedule.optimizer_state=reset"]),
+        (["optimizer.name=Adamw"], ["Adamw", "optimizer.name"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_train_refuses_what_only_the_run_shows(launch, overrides, named):
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", "schedule.deadline=null", *overrides)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+
+
+@pytest.mark.parametrize("overrides", [["lora.rank=0"], ["rank_map.rules=['quary=8']"], ["nonsense=1"]], ids=str)
+def test_ranks_refuses_as_the_run_would(launch, overrides):
+    code, message = launch(cli.main, "ranks", *overrides)
+    assert code == 2
+    assert message.startswith("error: ")
+    assert re.search(r"lora\.rank|quary|nonsense", message)
+
+
+def test_train_refuses_a_folder_that_holds_a_run(launch, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    kept = tmp_path / "run" / "metrics.csv"
+    kept.write_text("step\n1\n")
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run")
+    assert (code, kept.read_text()) == (2, "step\n1\n")
+    assert "hydra.run.dir" in message
+
+
+def test_unknown_command_and_option_exit_with_2(launch):
+    assert launch(cli.main, "rnaks")[0] == 2
+    assert launch(cli.main, "ranks", "--frobnicate")[0] == 2
+    assert launch(train.main, "--frobnicate")[0] == 2
