@@ -10,8 +10,10 @@ import warnings
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import transformers
 from hydra.utils import instantiate
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -55,8 +57,6 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
             f"final_rank must be at most rank = {config.lora.rank}, got {scheduler.final_rank}; "
             "set schedule.final_rank or lora.rank"
         )
-    if config.ckpt_path is not None and not Path(config.ckpt_path).is_file():
-        raise ConfigurationError(f"no checkpoint at {config.ckpt_path!r}; set ckpt_path")
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     seed_everything(config.seed, verbose=False)
@@ -65,7 +65,29 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     if isinstance(scheduler, RankScheduler):
         scheduler.check_layers(module.model)
+    if config.ckpt_path is not None and not on_meta:
+        _check_checkpoint(config.ckpt_path, module)
     return Job(task, module, scheduler)
+
+
+def _check_checkpoint(path: str, module: LightningModule) -> None:
+    """Refuse a checkpoint that is broken, holds code, or comes from another model; ranks may differ."""
+    try:
+        stored = torch.load(path, weights_only=True, mmap=True)["state_dict"]
+    except OSError as error:
+        raise ConfigurationError(f"cannot read the checkpoint {path!r}: {error.strerror}; set ckpt_path") from None
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"{path!r} is not a whole checkpoint of plain tensors: {error!s:.200}; set ckpt_path"
+        ) from None
+    mine = module.state_dict()
+    wrong = sorted(stored.keys() ^ mine.keys())
+    wrong += [k for k in stored.keys() & mine.keys() if ".lora_" not in k and stored[k].shape != mine[k].shape]
+    if wrong:
+        raise ConfigurationError(
+            f"the checkpoint {path!r} is of another model: {wrong[:3]} differ; "
+            "set ckpt_path, task or lora.target_modules"
+        )
 
 
 def run(config: DictConfig, folder: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Does a step after the drop 32 -> 16 take as long as in a model that was rank 16 from the start?
 
-Both models live in one process; their training steps are interleaved and the ratio of each pair is taken, so that a noisy
-machine disturbs both alike. Prints the median ratio with its quartiles, and the same for rank 32 against rank 16.
+Both models live in one process; their training steps are interleaved and the ratio of each pair is taken, so that a
+noisy machine disturbs both alike. Prints the median ratio with its quartiles; then the same for rank 32, and for a
+second model of rank 16, which shows the noise.
 Run: .venv/bin/python scripts/bench_step.py [--pairs N]
 """
 
@@ -33,7 +34,8 @@ def main() -> None:
     resize_dropped(16)
     fresh, _ = _stepper(16, options)
     high, _ = _stepper(32, options)
-    print(f"threads {torch.get_num_threads()}, batch {options.batch} x {options.length} tokens, {options.pairs} pairs of steps")
+    size = f"{options.batch} x {options.length}"
+    print(f"threads {torch.get_num_threads()}, batch {size} tokens, {options.pairs} pairs of steps")
     for label, step in (("32 dropped to 16", dropped), ("32", high), ("16 again (noise)", _stepper(16, options)[0])):
         ratios = _paired_ratios(step, fresh, options.pairs)
         low, median, top = statistics.quantiles(ratios, n=4)

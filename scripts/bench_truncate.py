@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=4096)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--final-rank", type=int, default=16)
-    parser.add_argument("--skip-dense", action="store_true", help="leave out the dense SVD (minutes on a small machine)")
+    parser.add_argument("--skip-dense", action="store_true", help="leave out the dense SVD (it takes long)")
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -41,7 +41,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     extra = _peak_bytes() - before
     print(f"threads                    {torch.get_num_threads()}")
-    print(f"layers                     {len(reports)} of {options.size} x {options.size}, {options.rank} -> {options.final_rank}")
+    shape, ranks = f"{options.size} x {options.size}", f"{options.rank} -> {options.final_rank}"
+    print(f"layers                     {len(reports)} of {shape}, {ranks}")
     print(f"truncation                 {seconds:.2f} s, {seconds / len(reports) * 1e3:.1f} ms a layer")
     print(f"peak extra memory          {extra / 2**20:.0f} MiB")
     if options.skip_dense:

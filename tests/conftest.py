@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 import dynrank
 from dynrank.tasks.loader import ResumableLoader
 
+
 class Regression(lightning.LightningModule):
     """Learns a linear map with dropout in between; as plain as a user's first module."""
 

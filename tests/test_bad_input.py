@@ -1,4 +1,4 @@
-"""What a user may get wrong on the command line: one message with the value and the key, exit code 2, nothing left behind."""
+"""What a user may get wrong on the command line: one message naming value and key, exit code 2, nothing left behind."""
 
 import re
 import sys

@@ -104,10 +104,10 @@ def test_resize_changes_only_the_layers_of_a_mapping(trained):
 @pytest.mark.parametrize("target", [1, 4, 8])
 def test_resize_update_is_the_best_of_its_rank_and_the_report_says_so(trained, target):
     net, _ = trained
-    dense = {name: layer.delta_weight().double() for name, layer in dynrank.lora_layers(net)}
+    dense = {name: layer.delta_weight().detach().double() for name, layer in dynrank.lora_layers(net)}
     for report in resize(net, target):
         u, s, vh = torch.linalg.svd(dense[report.layer], full_matrices=False)
-        after = dict(dynrank.lora_layers(net))[report.layer].delta_weight().double()
+        after = dict(dynrank.lora_layers(net))[report.layer].delta_weight().detach().double()
         # the factors are float32: 1e-6 of the update's largest singular value
         atol = 1e-6 * float(s[0])
         assert_close(after, u[:, :target] * s[:target] @ vh[:target], rtol=0, atol=atol)
@@ -167,11 +167,11 @@ def test_resize_optimizer_state_moves_by_the_maps_between_the_factors(trained, r
     """The maps are found here by least squares on the factors, not taken from the code."""
     net, optimizer = trained
     layer = net[2]
-    old_A, old_B = layer.lora_A.double(), layer.lora_B.double()
+    old_A, old_B = layer.lora_A.detach().double(), layer.lora_B.detach().double()
     old = copy.deepcopy([optimizer.state[layer.lora_A], optimizer.state[layer.lora_B]])
     resize(net, rank, optimizers=[optimizer])
-    from_A = torch.linalg.lstsq(old_A.mT, layer.lora_A.double().mT).solution.mT[: min(rank, 6)]
-    from_B = torch.linalg.lstsq(old_B, layer.lora_B.double()).solution[:, : min(rank, 6)]
+    from_A = torch.linalg.lstsq(old_A.mT, layer.lora_A.detach().double().mT).solution.mT[: min(rank, 6)]
+    from_B = torch.linalg.lstsq(old_B, layer.lora_B.detach().double()).solution[:, : min(rank, 6)]
     new_A, new_B = optimizer.state[layer.lora_A], optimizer.state[layer.lora_B]
     # float32 factors of a condition number of about 1e3 leave 1e-3 in the maps
     kept = slice(min(rank, 6))

@@ -15,9 +15,9 @@ class ResumableLoader(DataLoader[Any]):
     """An endless stream of random batches of similar length; how many have been given out is its whole state.
 
     Examples are drawn with replacement: with epochs, the training loss falls at the start of each pass over the data
-    and climbs during it, which hides what a change of rank does to it. An "epoch" is as many batches as the data set holds.
-    Batch n depends on (``seed``, n) alone. Lightning saves and restores the state of any loader that has ``state_dict``
-    and ``load_state_dict``.
+    and climbs during it, which hides what a change of rank does to it. An "epoch" is as many batches as the data set
+    holds. Batch n depends on (``seed``, n) alone. Lightning saves and restores the state of any loader that has
+    ``state_dict`` and ``load_state_dict``.
 
     Args:
         dataset: indexable.

@@ -61,6 +61,11 @@ def test_target_names_attention_selects_the_linear_layers_of_attention(kind):
     assert set(target_names(model, "attention")) == expected
 
 
+def test_target_names_attention_looks_at_the_modules_above_and_not_at_the_layer():
+    model = nn.ModuleDict({"attention_head": nn.Linear(4, 4), "cross_attn": nn.ModuleDict({"mix": nn.Linear(4, 4)})})
+    assert target_names(model, "attention") == ["cross_attn.mix"]
+
+
 @pytest.fixture(scope="module")
 def llama():
     return MODELS["llama"]()

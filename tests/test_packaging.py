@@ -1,0 +1,98 @@
+"""The wheel holds what the repository runs: built, installed into a new environment, launched from somewhere else."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy: what an earlier build left in build/ would get into the wheel
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "outputs", "multirun", "__pycache__")
+    shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)],
+        check=True, capture_output=True, timeout=240,
+    )  # fmt: skip
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory):
+    """A venv with the wheel; the heavy dependencies are lent from this one by a .pth file, after its own packages."""
+    folder = tmp_path_factory.mktemp("venv")
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=120)
+    subprocess.run(
+        [folder / "bin" / "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)],
+        check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    (own,) = folder.glob("lib/python*/site-packages")
+    (lent,) = {p for p in map(Path, sys.path) if p.name == "site-packages" and (p / "torch").is_dir()}
+    (own / "lent.pth").write_text(f"{lent}\n")
+    return folder
+
+
+def launch(environment, *arguments, cwd):
+    return subprocess.run(
+        [environment / "bin" / arguments[0], *arguments[1:]], cwd=cwd, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, check=False,
+    )  # fmt: skip
+
+
+def test_wheel_holds_the_configuration_and_kernels_as_files(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    for path in [*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("kernels/*.py"), *ROOT.glob("dynrank/**/*.py")]:
+        relative = path.relative_to(ROOT).as_posix()
+        assert (relative if relative.startswith("dynrank/") else f"dynrank/{relative}") in names
+    assert not [name for name in names if name.startswith(("conf/", "kernels/", "tests/"))]
+
+
+def test_wheel_composes_its_configuration_from_elsewhere(environment, tmp_path):
+    done = launch(environment, "dynrank-train", "--cfg", "job", "lora.rank=24", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "rank: 24" in done.stdout
+
+
+def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
+    imported = launch(environment, "python", "-c", "import dynrank; print(dynrank.__file__)", cwd=tmp_path)
+    assert str(environment) in imported.stdout  # not the repository
+    done = launch(environment, "dynrank-train", "debug=smoke", "plots=false", "hydra.run.dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("arguments", [("dynrank",), ("dynrank", "ranks"), ("dynrank-train",)], ids=" ".join)
+def test_help_is_fast_because_torch_is_not_imported(arguments, tmp_path):
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        str(Path(sys.executable).parent / arguments[0]),
+        *arguments[1:],
+        "--help",
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, flags=re.MULTILINE))
+    assert not imported & {"torch", "lightning", "transformers", "matplotlib"}
+
+
+def test_importing_dynrank_costs_nothing():
+    code = "import sys, dynrank; print(sorted({'torch', 'lightning', 'transformers', 'hydra'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_resize_stays_a_function_after_its_users_are_imported():
+    code = "import dynrank.callbacks, dynrank.job, dynrank; assert callable(dynrank.resize) and callable(dynrank.merge)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, check=True)

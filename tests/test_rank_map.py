@@ -1,0 +1,266 @@
+"""Override files: PEFT's matching, the contract's precedence, and every fault named."""
+
+import re
+import textwrap
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft.utils.other import get_pattern_key
+
+from dynrank.errors import ConfigurationError
+from dynrank.rank_map import RankRule, load_rank_map, matches, parse_rank_map, parse_rules, resolve_rank_map
+
+SHAPES = {
+    "model.layers.0.q_proj": (8, 8),
+    "model.layers.0.v_proj": (4, 8),
+    "model.layers.1.q_proj": (8, 8),
+    "model.layers.1.v_proj": (4, 8),
+    "lm_head": (20, 8),
+}
+
+
+def resolve(rank_pattern, rank=2, alpha=4, shapes=SHAPES):
+    return resolve_rank_map(shapes, parse_rank_map(rank_pattern, "test"), rank=rank, alpha=alpha)
+
+
+def ranks(rank_pattern):
+    return [layer.rank for layer in resolve(rank_pattern).values()]
+
+
+PARTS = ["q", "q_proj", "eq", "0", "1", "10", "layers", "a"]
+KEYS = [*PARTS, "layers.0", r"layers\.0", "^q", "^layers.*", "q$", r"layers\.[01]\.q", ".*", "q|a", "(q|a)_proj", "q.*"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(KEYS), st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map(".".join))
+def test_matches_agrees_with_peft(key, name):
+    theirs = get_pattern_key([key], name) == key  # PEFT answers with the key that matches, else with the name
+    assert matches(key, name) is theirs
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "expected"),
+    [
+        ("q_proj", "q_proj", True),
+        ("q_proj", "layers.0.q_proj", True),
+        ("q_proj", "layers.0.eq_proj", False),
+        ("q_proj", "layers.0.q_proj.base", False),
+        ("0.q_proj", "layers.10.q_proj", False),
+        (r"layers\.[01]\..*", "model.layers.1.mlp.up", True),
+        ("^layers.*", "model.layers.1", False),
+    ],
+)
+def test_matches_takes_whole_trailing_parts(key, name, expected):
+    assert matches(key, name) is expected
+
+
+def test_resolve_without_rules_gives_the_defaults():
+    for layer in resolve({}).values():
+        assert (layer.rank, layer.alpha, layer.final_rank, layer.pinned, layer.rule) == (2, 4, None, False, None)
+
+
+def test_resolve_fields_of_a_rule_reach_its_layers_and_leave_the_rest():
+    layers = resolve({"q_proj": {"rank": 6, "final_rank": 3, "alpha": 1.5}, "lm_head": {"pinned": True}})
+    for name, layer in layers.items():
+        values = (layer.rank, layer.alpha, layer.final_rank, layer.pinned, layer.rule)
+        if name.endswith("q_proj"):
+            assert values == (6, 1.5, 3, False, "q_proj")
+        elif name == "lm_head":
+            assert values == (2, 4, None, True, "lm_head")
+        else:
+            assert values == (2, 4, None, False, None)
+
+
+EXACT, PATTERN, WIDE = "model.layers.0.q_proj", "q_proj", ".*_proj"
+
+
+@pytest.mark.parametrize("exact", [EXACT, re.escape(EXACT), f"^{EXACT}$", f"^{re.escape(EXACT)}"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_resolve_exact_name_wins_over_a_pattern_whatever_the_order(exact, reverse):
+    for pattern, others in ((PATTERN, 3), ("0.q_proj", 2)):  # the second is plain, and matches this layer only
+        rules = [(exact, 7), (pattern, 3)]
+        assert ranks(dict(reversed(rules) if reverse else rules)) == [7, 2, others, 2, 2]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_resolve_plain_key_of_one_layer_wins_over_a_pattern_whatever_the_order(reverse):
+    rules = [("1.v_proj", 4), (".*v_proj", 3)]
+    assert ranks(dict(reversed(rules) if reverse else rules)) == [2, 3, 2, 4, 2]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_resolve_patterns_of_equal_standing_that_differ_are_an_error_naming_both(reverse):
+    rules = [(PATTERN, 3), (WIDE, 4)]
+    with pytest.raises(ConfigurationError) as caught:
+        resolve(dict(reversed(rules) if reverse else rules))
+    assert all(text in str(caught.value) for text in ("'model.layers.0.q_proj'", repr(PATTERN), repr(WIDE)))
+
+
+def test_resolve_patterns_of_equal_standing_that_agree_are_no_error():
+    assert ranks({PATTERN: 3, WIDE: {"rank": 3}}) == [3, 3, 3, 3, 2]
+
+
+def test_resolve_exact_name_settles_a_conflict_of_patterns_for_its_layer():
+    shapes = {EXACT: (8, 8), "model.layers.0.v_proj": (8, 8)}
+    layers = resolve({"layers.*q_proj": 3, WIDE: 4, EXACT: 5}, shapes=shapes)
+    assert [layer.rank for layer in layers.values()] == [5, 4]
+
+
+@pytest.mark.parametrize(
+    ("key", "near"), [("qproj", "q_proj"), (r"model\.layers\.0\.q_prj", EXACT), ("lm_haed", "lm_head")]
+)
+def test_resolve_key_that_matches_nothing_names_the_nearest(key, near):
+    with pytest.raises(ConfigurationError, match=rf"{re.escape(repr(key))} matches no LoRA layer.*{re.escape(near)}"):
+        resolve({key: 2})
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"v_proj": 5}, r"v_proj': rank must be between 1 and min\(d_in, d_out\) = 4, got 5"),
+        ({"q_proj": {"rank": 4, "final_rank": 5}}, "final_rank must be at most rank = 4, got 5"),
+        ({"q_proj": {"final_rank": 3}}, "final_rank must be at most rank = 2, got 3"),  # of the default rank
+    ],
+)
+def test_resolve_refuses_ranks_that_do_not_fit(rule, message):
+    with pytest.raises(ConfigurationError, match=message):
+        resolve(rule)
+
+
+def test_resolve_names_the_default_rank_when_that_does_not_fit():
+    with pytest.raises(ConfigurationError, match=r"v_proj': rank must be .* got 6; fix lora\.rank"):
+        resolve({}, rank=6)
+
+
+FAULTY = [
+    (0, "rank must be an int of at least 1, got 0"),
+    (-3, "got -3"),
+    (True, "got True"),
+    (2.0, "got 2.0"),
+    ("8", "got '8'"),
+    (None, "got None"),
+    ([8], r"got \[8\]"),
+    ({}, "empty mapping"),
+    ({"rank": True}, "rank must be an int .* got True"),
+    ({"rank": 2.5}, "got 2.5"),
+    ({"rank": "8"}, "got '8'"),
+    ({"final_rank": 0}, "final_rank must be"),
+    ({"rnak": 8}, "unknown field 'rnak'"),
+    ({"alpha": 0}, "alpha must be a number above 0"),
+    ({"alpha": float("inf")}, "alpha must be"),
+    ({"alpha": float("nan")}, "alpha must be"),
+    ({"alpha": True}, "alpha must be"),
+    ({"pinned": 1}, "pinned must be true or false"),
+    ({"pinned": True, "final_rank": 2}, "pinned layer has no final_rank"),
+]
+
+
+@pytest.mark.parametrize(("value", "message"), FAULTY)
+def test_parse_rank_map_refuses_a_faulty_rule(value, message):
+    with pytest.raises(ConfigurationError, match=rf"'q_proj': .*{message}"):
+        parse_rank_map({"q_proj": value}, "test")
+
+
+@pytest.mark.parametrize("key", ["(", "*q", "a)(b", 1, None, True])
+def test_parse_rank_map_refuses_a_key_that_is_no_pattern(key):
+    with pytest.raises(ConfigurationError, match=re.escape(repr(key))):
+        parse_rank_map({key: 2}, "test")
+
+
+def test_parse_rank_map_refuses_a_key_that_no_pattern_may_hold():
+    """Global flags are an error anywhere but at the start, where PEFT's matching has its own text."""
+    with pytest.raises(ConfigurationError, match=r"\(\?i\)Q_PROJ"):
+        resolve({"(?i)Q_PROJ": 2})
+
+
+def test_faults_are_listed_all_at_once():
+    with pytest.raises(ConfigurationError) as caught:
+        parse_rank_map({"a": 0, "(": 2, "b": {"rnak": 1, "alpha": -1}}, "test")
+    assert all(text in str(caught.value) for text in ("'a'", "'('", "rnak", "alpha must be"))
+    with pytest.raises(ConfigurationError) as caught:
+        resolve({"qproj": 2, "v_proj": 5, "1.q_proj": 9, ".*head": 3, "lm_.*": 4})
+    message = str(caught.value)
+    for text in ("'qproj' matches", "layers.0.v_proj'", "layers.1.v_proj'", "got 9", "'.*head' and by 'lm_.*'"):
+        assert text in message
+
+
+def test_parse_rank_map_takes_rules():
+    rule = RankRule(rank=3, alpha=2.0, pinned=True)
+    assert parse_rank_map({"q": rule, "v": 4}, "test") == {"q": rule, "v": RankRule(rank=4)}
+
+
+def test_parse_rules_short_form():
+    assert parse_rules(["q_proj=8", r"layers\.(?=1).*=4"]) == {
+        "q_proj": RankRule(rank=8),
+        r"layers\.(?=1).*": RankRule(rank=4),
+    }
+
+
+@pytest.mark.parametrize(
+    "rules", [["q_proj"], ["=8"], ["q_proj=x"], ["q_proj=1.5"], ["q=1", "q=2"], ["q=0"], ["q=-1"], [3]]
+)
+def test_parse_rules_refuses_what_is_no_rule(rules):
+    with pytest.raises(ConfigurationError, match=r"rank_map\.rules"):
+        parse_rules(rules)
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text):
+        file = tmp_path / "ranks.yaml"
+        file.write_bytes(text if isinstance(text, bytes) else textwrap.dedent(text).encode())
+        return file
+
+    return write
+
+
+def test_load_rank_map_reads_the_example_of_the_contract(written):
+    file = written(r"""
+        rank_pattern:
+          lm_head: 16
+          'layers\.[0-3]\..*q_proj': {rank: 32, final_rank: 8, alpha: 64}
+          'layers\.11\..*': {rank: 8, pinned: true}
+    """)
+    assert load_rank_map(file) == {
+        "lm_head": RankRule(rank=16),
+        r"layers\.[0-3]\..*q_proj": RankRule(rank=32, final_rank=8, alpha=64),
+        r"layers\.11\..*": RankRule(rank=8, pinned=True),
+    }
+    assert load_rank_map(str(file)) == load_rank_map(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rank_pattern: {q: 2\n", "must be YAML"),
+        (b"rank_pattern: {q: \xff}", "must be YAML"),
+        ("rank_pattern:\n  q: 2\n  v: 3\n  q: 4\n", "'q' stands twice"),
+        ("rank_pattern: {q: {rank: 2, rank: 3}}", "'rank' stands twice"),
+        ("rank_pattern: {q: 2}\nrank_pattern: {v: 2}\n", "'rank_pattern' stands twice"),
+        ("rank_pattern: {q: !!python/object/apply:os.getcwd []}", "must be YAML"),
+        ("rank_pattern: {q: !!python/name:os.system }", "must be YAML"),
+        ("rank_pattern: {q: 2024-99-99}", "ranks.yaml"),
+        ("rank_pattern: {q: !!int abc}", "ranks.yaml"),
+        ("rank_pattern: {[q]: 2}", "ranks.yaml"),
+        ("", "one key rank_pattern"),
+        ("[q, v]", "one key rank_pattern"),
+        ("q: 2", "one key rank_pattern"),
+        ("rank_pattern: [q]", "one key rank_pattern"),
+        ("rank_pattern: {q: 2}\nalpha: 3\n", "one key rank_pattern"),
+        ("rank_pattern: {q: 0}", "'q': rank must be"),
+        ("rank_pattern: {1: 2}", "key must be text"),
+    ],
+)
+def test_load_rank_map_refuses_a_file_and_names_it(written, text, message):
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        load_rank_map(written(text))
+    assert "ranks.yaml" in str(caught.value)
+    assert "rank_map" in str(caught.value)
+
+
+def test_load_rank_map_names_a_missing_file(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"nowhere\.yaml.*No such file.*rank_map\.file"):
+        load_rank_map(tmp_path / "nowhere.yaml")
+    with pytest.raises(ConfigurationError, match="Is a directory"):
+        load_rank_map(tmp_path)
