@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,8 +21,8 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import LoRAConv2d, LoRAEmbedding, layer_class
-from dynrank.layers.base import LoRALayer
-from dynrank.layers.inject import lora_layers, make_layer, place_layers
+from dynrank.layers.base import LoRALayer, initial_scaling
+from dynrank.layers.inject import lora_layers, make_layer, place_layers, tied_weights
 from dynrank.rank_map import matches
 
 __all__ = ["load_adapter", "save_adapter"]
@@ -40,6 +41,9 @@ _UNSUPPORTED = (
     "use_qalora",
     "megatron_config",
 )
+
+# Initialisations (besides true and false) that do not take a part out of the base weight, as pissa or olora do.
+_HARMLESS_INIT = ("gaussian", "orthogonal", "eva")
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -65,6 +69,11 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         tensors |= {f"{_PREFIX}{name}.{key}": value for key, value in _to_peft(layer).items()}
     heads = _trained_heads(model, layers)
     for head in heads:
+        if any(name.startswith(f"{head}." if head else "") for name in layers):
+            raise ConfigurationError(
+                f"{head or 'the model'!r} holds LoRA layers and a trainable parameter of its own, which PEFT's format "
+                "cannot store; freeze it before save_adapter, or save it yourself"
+            )
         tensors |= {f"{_PREFIX}{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
     rank = max(layer.rank for layer in layers.values())
     alpha = max(layer.alpha for layer in layers.values() if layer.rank == rank)
@@ -76,7 +85,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         "r": rank,
         "lora_alpha": _number(alpha),
         "lora_dropout": max(layer.dropout.p for layer in layers.values()),
-        "target_modules": list(layers),
+        "target_modules": _targets(model, layers),
         "rank_pattern": {_anchored(n): layer.rank for n, layer in layers.items() if layer.rank != rank},
         "alpha_pattern": {_anchored(n): _number(layer.alpha) for n, layer in layers.items() if layer.alpha != alpha},
         "modules_to_save": heads or None,
@@ -85,11 +94,20 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     }
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(contiguous, folder / f"{WEIGHTS_FILE}.part", metadata={"format": "pt"})
-    (folder / f"{CONFIG_FILE}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        os.replace(folder / f"{name}.part", folder / name)
+    weights, settings = folder / WEIGHTS_FILE, folder / CONFIG_FILE
+    own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    save_file(own, f"{weights}.part", metadata={"format": "pt"})
+    Path(f"{settings}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    if weights.exists():
+        os.link(weights, f"{weights}.old")
+    try:
+        os.replace(f"{weights}.part", weights)
+        os.replace(f"{settings}.part", settings)
+    except OSError:
+        if Path(f"{weights}.old").exists():  # the new weights must not stand beside the old settings
+            os.replace(f"{weights}.old", weights)
+        raise
+    Path(f"{weights}.old").unlink(missing_ok=True)
 
 
 def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float32) -> M:
@@ -126,9 +144,8 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
             faults.append(fault)
             continue
         lora_A, lora_B = _from_peft(pair)
-        alpha, rank = _by_pattern(config, "alpha_pattern", "lora_alpha", name), lora_A.shape[0]
-        scaling = alpha / (rank**0.5 if config.get("use_rslora") else rank)
-        layers[name] = (lora_A, lora_B, scaling)
+        alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", name)
+        layers[name] = (lora_A, lora_B, initial_scaling(alpha, lora_A.shape[0], bool(config.get("use_rslora"))))
     heads, head_faults = _head_tensors(model, others, list(config.get("modules_to_save") or []), set(layers))
     faults += head_faults
     if faults:
@@ -151,6 +168,15 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
         for name, tensor in heads.items():
             current[name].copy_(tensor)
     return model
+
+
+def _targets(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:
+    """Names of the adapted modules; one exact expression where PEFT would also take a module ending in one of them."""
+    inside = tuple(f"{name}." for name in layers)
+    others = [name for name, _ in model.named_modules() if name not in layers and not name.startswith(inside)]
+    if any(other.endswith(f".{name}") for other in others for name in layers):
+        return "|".join(re.escape(name) for name in layers)
+    return list(layers)
 
 
 def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
@@ -178,23 +204,50 @@ def _trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[st
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"cannot read the adapter {str(folder / CONFIG_FILE)!r}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigurationError(f"{str(folder / CONFIG_FILE)!r} is not JSON: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    if kind != "LORA":
         raise ConfigurationError(f"peft_type must be LORA, got {kind!r} in {str(folder / CONFIG_FILE)!r}")
-    for key in _UNSUPPORTED:
-        if config.get(key):
-            raise ConfigurationError(f"{key} must be unset, got {config[key]!r} in {str(folder / CONFIG_FILE)!r}")
+    faults = _config_faults(config)
+    if faults:
+        raise ConfigurationError(f"{str(folder / CONFIG_FILE)!r} cannot be used:\n  " + "\n  ".join(faults))
+    return dict(config)
+
+
+def _config_faults(config: Mapping[str, Any]) -> list[str]:
+    faults = [f"{key} must be unset, got {config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
-        raise ConfigurationError(f"bias must be 'none', got {config['bias']!r} in {str(folder / CONFIG_FILE)!r}")
-    alpha = config.get("lora_alpha")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise ConfigurationError(f"lora_alpha must be a number, got {alpha!r} in {str(folder / CONFIG_FILE)!r}")
-    return config
+        faults.append(f"bias must be 'none', got {config['bias']!r}")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in _HARMLESS_INIT:
+        faults.append(
+            f"init_lora_weights must leave the base weight alone, got {init!r}; convert the adapter with PEFT"
+        )
+    if not _is_number(config.get("lora_alpha")):
+        faults.append(f"lora_alpha must be a finite number, got {config.get('lora_alpha')!r}")
+    if not _is_number(config.get("lora_dropout") or 0.0):
+        faults.append(f"lora_dropout must be a number, got {config['lora_dropout']!r}")
+    pattern = config.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):
+        faults.append(f"alpha_pattern must map names to finite numbers, got {pattern!r}")
+    else:
+        for key in pattern:
+            try:
+                matches(key, "")
+            except re.error as error:
+                faults.append(f"alpha_pattern: {key!r} is not a regular expression: {error}")
+    saved = config.get("modules_to_save") or []
+    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+        faults.append(f"modules_to_save must be a list of names, got {saved!r}")
+    return faults
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -238,8 +291,8 @@ def _layer_fault(name: str, pair: Mapping[str, Tensor], base: nn.Module | None) 
     cls = layer_class(base)
     if cls is None:
         return f"{name!r} is a {type(base).__name__}, which cannot have LoRA"
-    if set(pair) != {"A", "B"}:
-        return f"{name!r} has only factor {sorted(pair)}"
+    if set(pair) != {"A", "B"} or pair["A"].ndim < 2 or pair["B"].ndim < 2:
+        return f"{name!r} lacks two factors of two dimensions or more"
     (d_out, d_in), (lora_A, lora_B) = cls.shape_of(base), _from_peft(pair)
     rank = lora_A.shape[0]
     if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank) or not 1 <= rank <= min(d_out, d_in):
@@ -254,6 +307,7 @@ def _head_tensors(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """(tensors of modules_to_save by parameter name, faults); a base weight stored along must equal the model's."""
     current: dict[str, Tensor] = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    tied = tied_weights(model)
     heads, faults = {}, []
     for name, value in others.items():
         owner, _, leaf = name.rpartition(".")
@@ -262,6 +316,10 @@ def _head_tensors(
             target = f"{owner.removesuffix('.base_layer')}.{leaf}"
         if target not in current:
             faults.append(f"the model has no parameter {target!r}")
+        elif id(current[target]) in tied and any(_is_part(owner, saved) for saved in modules_to_save):
+            faults.append(f"{target!r} is tied to another weight in the model, and a copy of its own in the adapter")
+        elif not torch.isfinite(value).all():
+            faults.append(f"{target!r} holds NaN or inf in the adapter")
         elif current[target].shape != value.shape:
             faults.append(f"{target!r} is {[*current[target].shape]} in the model and {[*value.shape]} in the adapter")
         elif any(_is_part(owner, saved) for saved in modules_to_save):

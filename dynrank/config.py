@@ -93,8 +93,7 @@ def rank_pattern(config: DictConfig) -> dict[str, Any]:
     if both:
         raise ConfigurationError(f"keys {both} stand in rank_map.file and in rank_map.rules; take them out of one")
     return {
-        key: {k: v for k, v in vars(rule).items() if v not in (None, False)}
-        for key, rule in (from_file | from_rules).items()
+        key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (from_file | from_rules).items()
     }
 
 

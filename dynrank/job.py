@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import transformers
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -50,13 +50,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """
     pattern = rank_pattern(config.rank_map)
     scheduler = make(config.schedule)
-    if config.lora.rank < 1:
-        raise ConfigurationError(f"rank must be at least 1, got {config.lora.rank}; set lora.rank")
-    if isinstance(scheduler, RankScheduler) and scheduler.final_rank > config.lora.rank and not pattern:
-        raise ConfigurationError(
-            f"final_rank must be at most rank = {config.lora.rank}, got {scheduler.final_rank}; "
-            "set schedule.final_rank or lora.rank"
-        )
+    _check_run(config)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     seed_everything(config.seed, verbose=False)
@@ -66,23 +60,45 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     if isinstance(scheduler, RankScheduler):
         scheduler.check_layers(module.model)
     if config.ckpt_path is not None and not on_meta:
-        _check_checkpoint(config.ckpt_path, module)
+        _check_checkpoint(config, module)
     return Job(task, module, scheduler)
 
 
-def _check_checkpoint(path: str, module: LightningModule) -> None:
-    """Refuse a checkpoint that is broken, holds code, or comes from another model; ranks may differ."""
+def _check_run(config: DictConfig) -> None:
+    """Refuse values of the run and the trainer that would fail late, or in words of others."""
+    for key, least in (("seed", 0), ("checkpoint_every", 1), ("trainer.accumulate_grad_batches", 1)):
+        value = OmegaConf.select(config, key)
+        if not isinstance(value, int) or value < least:
+            raise ConfigurationError(f"{key} must be an int of at least {least}, got {value!r}")
+    if config.trainer.get("devices", 1) not in (1, "1"):
+        raise ConfigurationError(f"a run is one process so far; set trainer.devices=1, got {config.trainer.devices}")
+    interval = config.trainer.get("val_check_interval", 1.0)
+    if not isinstance(interval, int | float) or interval <= 0:
+        raise ConfigurationError(f"trainer.val_check_interval must be a number above 0, got {interval!r}")
+
+
+def _check_checkpoint(config: DictConfig, module: LightningModule) -> None:
+    """Refuse a checkpoint that is broken, holds code, or comes from another model or optimizer; ranks may differ."""
+    path = config.ckpt_path
     try:
-        stored = torch.load(path, weights_only=True, mmap=True)["state_dict"]
+        checkpoint = torch.load(path, weights_only=True, mmap=True)
+        stored, optimizer = checkpoint["state_dict"], checkpoint["hyper_parameters"]["optimizer"]["name"]
+        shapes = {name: value.shape for name, value in stored.items()}
+        missing = {"optimizer_states", "loops", "callbacks", "pytorch-lightning_version"} - checkpoint.keys()
     except OSError as error:
         raise ConfigurationError(f"cannot read the checkpoint {path!r}: {error.strerror}; set ckpt_path") from None
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
         raise ConfigurationError(
             f"{path!r} is not a whole checkpoint of plain tensors: {error!s:.200}; set ckpt_path"
         ) from None
     mine = module.state_dict()
-    wrong = sorted(stored.keys() ^ mine.keys())
-    wrong += [k for k in stored.keys() & mine.keys() if ".lora_" not in k and stored[k].shape != mine[k].shape]
+    wrong = sorted(shapes.keys() ^ mine.keys())
+    wrong += [k for k in shapes.keys() & mine.keys() if ".lora_" not in k and shapes[k] != mine[k].shape]
+    if missing or optimizer != config.optimizer.name:
+        raise ConfigurationError(
+            f"the checkpoint {path!r} lacks {sorted(missing)} or was made with optimizer.name={optimizer}; "
+            "set ckpt_path or optimizer"
+        )
     if wrong:
         raise ConfigurationError(
             f"the checkpoint {path!r} is of another model: {wrong[:3]} differ; "
@@ -98,13 +114,12 @@ def run(config: DictConfig, folder: Path) -> dict[str, Any]:
     """
     start = time.perf_counter()
     _quiet()
-    job = build(config)
+    job, meter = build(config), RunMeter()
+    trainer = _trainer(config, folder, job, meter)
     try:
         (folder / "checkpoints").mkdir(parents=True)
     except FileExistsError:
         raise ConfigurationError(f"{str(folder)!r} holds a run already; set hydra.run.dir to a new folder") from None
-    meter = RunMeter()
-    trainer = _trainer(config, folder, job, meter)
     model: Any = job.module.model
     ranks_at_start = {name: layer.rank for name, layer in lora_layers(model)}
     trainer.fit(job.module, job.task.data, ckpt_path=config.ckpt_path)
@@ -137,8 +152,11 @@ def make(node: Any) -> Any:
 def _check_targets(node: Any) -> None:
     if isinstance(node, dict):
         target = node.get("_target_")
-        if target is not None and not str(target).startswith(_TRUSTED):
-            raise ConfigurationError(f"_target_ must start with one of {_TRUSTED}, got {target!r}")
+        if target is not None:
+            trusted = str(target).startswith(_TRUSTED)
+            # a path may lead through what a trusted module imports, so the object's own home counts too
+            if not trusted or not f"{getattr(get_object(str(target)), '__module__', '')}.".startswith(_TRUSTED):
+                raise ConfigurationError(f"_target_ must lie in one of {_TRUSTED}, got {target!r}")
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
@@ -174,13 +192,16 @@ def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Tra
     )
     loggers = [CSVLogger(str(folder), name="", version="")]
     loggers += [make(node) for node in (config.logger or {}).values()]
-    return Trainer(
-        **plain(config.trainer),
-        default_root_dir=folder,
-        callbacks=callbacks,
-        logger=loggers,
-        enable_model_summary=False,
-    )
+    try:
+        return Trainer(
+            **plain(config.trainer),
+            default_root_dir=folder,
+            callbacks=callbacks,
+            logger=loggers,
+            enable_model_summary=False,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"lightning.Trainer does not take these values: {error}; set trainer") from error
 
 
 def _summary(job: Job, metrics: Any, meter: RunMeter, seconds: float) -> dict[str, Any]:

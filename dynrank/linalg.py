@@ -13,6 +13,9 @@ from torch import Tensor
 __all__ = ["RankChange", "energy_kept", "grow_product", "numerical_rank", "singular_values", "truncate_product"]
 
 
+_ROUNDING = 1e-10  # a norm below this share of the factor's is rounding (float64 arithmetic)
+
+
 @dataclass(frozen=True)
 class RankChange:
     """New factors of a product and the linear maps that lead to them.
@@ -60,7 +63,7 @@ def numerical_rank(values: Tensor, largest_dim: int, eps: float = torch.finfo(to
     Args:
         values: singular values, descending, (R,).
         largest_dim: max(d_out, d_in) of the product.
-        eps: unit roundoff of the arithmetic that produced ``values``.
+        eps: unit roundoff of the factors (float32's for narrower ones, whose own would leave no rank at all).
 
     >>> numerical_rank(torch.tensor([2.0, 1.0, 1e-17]), largest_dim=100)
     2
@@ -87,8 +90,9 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int) -> RankChange:
 
     QR of both factors leaves an R x R core for the SVD, so the cost is O((O + I) R^2). The new factors are balanced
     (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T``). Directions beyond the numerical rank of the product carry nothing to
-    rank: there B' is zero and A' keeps independent combinations of the old rows, so that the layer can still learn
-    (two zero factors would have zero gradients for good). For a fresh layer (B = 0) that means the first rows of A.
+    rank: there B' is zero and A' keeps independent combinations of the old rows (or the other way round, where the
+    rows are zero), so that the layer can still learn: two zero factors would have zero gradients for good. For a fresh
+    layer (B = 0) that means the first rows of A.
 
     Args:
         lora_B: (O, R), floating point.
@@ -108,7 +112,8 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int) -> RankChange:
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # a rule for the sign that the SVD leaves open
     u, vh = u * signs, vh * signs.mT
-    live = min(rank, numerical_rank(s, max(d_out, d_in)))
+    eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
+    live = min(rank, numerical_rank(s, max(d_out, d_in), eps))
 
     root = s[:live].sqrt()
     # With core = R_b R_a^T = U S V^T: B' = Q_b U sqrt(S) = B (R_a^T V / sqrt(S)), and likewise for A'.
@@ -116,10 +121,18 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int) -> RankChange:
     from_B_RK = r_a.mT @ (vh[:live].mT / root)
     new_A, new_B = root[:, None] * (vh[:live] @ q_a.mT), (q_b @ u[:, :live]) * root
     if live < rank:
-        idle = _complement(from_A_KR)[:, : rank - live]
-        from_A_KR, from_B_RK = torch.cat([from_A_KR, idle.mT]), torch.cat([from_B_RK, idle], dim=1)
-        new_A = torch.cat([new_A, idle.mT @ a_RI])
-        new_B = torch.cat([new_B, new_B.new_zeros(d_out, rank - live)], dim=1)
+        idle = _complement(from_A_KR)
+        rows, columns = (
+            idle.mT @ a_RI,
+            b_OR @ idle,
+        )  # in each direction one of the two vanishes, or the product would not
+        in_A = rows.norm(dim=1) > _ROUNDING * a_RI.norm()
+        in_B = ~in_A & (columns.norm(dim=0) > _ROUNDING * b_OR.norm())
+        kept = torch.argsort((in_A | in_B).int(), descending=True, stable=True)[: rank - live]
+        from_A_KR = torch.cat([from_A_KR, idle[:, kept].mT])
+        from_B_RK = torch.cat([from_B_RK, idle[:, kept]], dim=1)
+        new_A = torch.cat([new_A, (rows * in_A[:, None])[kept]])
+        new_B = torch.cat([new_B, (columns * in_B)[:, kept]], dim=1)
     return RankChange(new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), from_A_KR, from_B_RK, s)
 
 
@@ -144,7 +157,9 @@ def grow_product(lora_B: Tensor, lora_A: Tensor, rank: int, generator: torch.Gen
         raise ValueError(f"rank must be between {old_rank} and min(d_out, d_in) = {min(d_out, d_in)}, got {rank}")
     a_RI = lora_A.double()
     fresh = torch.randn(d_in, rank - old_rank, dtype=torch.float64, device=a_RI.device, generator=generator)
-    rows = torch.linalg.qr(torch.cat([a_RI.mT, fresh], dim=1)).Q[:, old_rank:].mT * a_RI.norm(dim=1).median()
+    norms = a_RI.norm(dim=1)
+    size = norms[norms > 0].median() if norms.any() else 1.0
+    rows = torch.linalg.qr(torch.cat([a_RI.mT, fresh], dim=1)).Q[:, old_rank:].mT * size
     maps = torch.eye(rank, old_rank, dtype=torch.float64, device=a_RI.device)
     return RankChange(
         lora_A=torch.cat([lora_A, rows.to(lora_A.dtype)]),

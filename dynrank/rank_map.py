@@ -52,7 +52,7 @@ def matches(key: str, name: str) -> bool:
     >>> matches(r"layers\.[01]\..*", "layers.1.v_proj")
     True
     """
-    return re.match(rf"(.*\.)?({key})$", name) is not None
+    return re.match(_whole_parts(key), name) is not None
 
 
 def load_rank_map(path: str | Path) -> dict[str, RankRule]:
@@ -67,7 +67,7 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
         raise ConfigurationError(
             f"cannot read the override file {str(path)!r}: {error.strerror}; set rank_map.file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not text, or a date that is none
         raise ConfigurationError(f"rank_map.file must be YAML, got {str(path)!r}: {error}") from None
     if not isinstance(data, dict) or set(data) != {"rank_pattern"} or not isinstance(data["rank_pattern"], dict):
         raise ConfigurationError(
@@ -172,6 +172,7 @@ def _rule_faults(key: Any, entry: Any) -> list[str]:
         return [f"a key must be text, got {type(key).__name__}"]
     try:
         re.compile(key)
+        re.compile(_whole_parts(key))
     except re.error as error:
         return [f"not a regular expression: {error}"]
     names = [field.name for field in fields(RankRule)]
@@ -204,6 +205,10 @@ def _standing(key: str, name: str, matched: list[str]) -> int:
     if plain == name:
         return 2
     return 1 if matched == [name] and re.fullmatch(r"[\w.-]+", plain) else 0
+
+
+def _whole_parts(key: str) -> str:
+    return rf"(.*\.)?({key})$"
 
 
 def _is_int(value: Any) -> bool:

@@ -19,23 +19,11 @@ def print_ranks(config: DictConfig) -> None:
     job = build(config, on_meta=True)
     layers = dict(lora_layers(job.module.model))  # type: ignore[arg-type]
     final = job.scheduler.final_ranks(job.module.model) if job.scheduler else {n: la.rank for n, la in layers.items()}  # type: ignore[arg-type]
-    headings = (
-        "layer",
-        "d_out x d_in",
-        "rank",
-        "final rank",
-        "alpha",
-        "scaling",
-        "parameters",
-        "final parameters",
-        "rule",
-    )
     table = Table(title="LoRA layers of the composed run")
-    for heading in headings:
-        text = heading in ("layer", "rule")
-        table.add_column(
-            heading, justify="left" if text else "right", overflow="fold" if text else "ellipsis", no_wrap=not text
-        )
+    table.add_column("layer", overflow="fold", min_width=20)
+    for heading in ("d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters"):
+        table.add_column(heading, justify="right", overflow="fold")
+    table.add_column("rule", overflow="fold")
     start = end = 0
     for name, layer in layers.items():
         (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
@@ -55,4 +43,7 @@ def print_ranks(config: DictConfig) -> None:
         )
     table.add_section()
     table.add_row(f"{len(layers)} layers", "", "", "", "", "", f"{start:,}", f"{end:,}", "")
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file or a pipe has room for whole names
+    console.print(table)

@@ -79,9 +79,9 @@ def resize(
     layers = dict(lora_layers(model))
     if not layers:
         raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
-    targets = dict.fromkeys(layers, target) if isinstance(target, int) else dict(target)
+    targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
     check_targets(layers, targets)
-    optimizers = list(optimizers)
+    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # Lightning wraps them
     changed = {name: layers[name] for name in layers if name in targets and targets[name] != layers[name].rank}
     for optimizer in optimizers:
         check_optimizer(
@@ -110,6 +110,9 @@ def check_targets(layers: Mapping[str, LoRALayer], targets: Mapping[str, int]) -
     for name, rank in targets.items():
         if name not in layers:
             faults.append(f"no LoRA layer is named {name!r}")
+            continue
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            faults.append(f"{name!r}: rank must be an int, got {rank!r}")
             continue
         most = min(layers[name].lora_B.shape[0], layers[name].lora_A.shape[1])
         if not 1 <= rank <= most:

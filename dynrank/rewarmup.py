@@ -35,13 +35,15 @@ class Rewarmup:
             handle.remove()
 
     def _lower(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.finished:  # the hooks stay: torch cannot lose one while it runs them
+            return
         self._rates = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * (self.done + 1) / (self.steps + 1)
 
     def _restore(self, optimizer: Optimizer, *_: Any) -> None:
+        if self.finished:
+            return
         for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate
         self.done += 1
-        if self.finished:
-            self.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from dynrank.errors import ConfigurationError
@@ -72,9 +73,9 @@ class Plateau:
         self._best, self._stale, self._deaf_until = state["best"], state["stale"], state["deaf_until"]
 
     def _improves(self, value: float) -> bool:
-        if value != value:
+        if not isfinite(value):
             return False
         if self._best is None:
-            return abs(value) != float("inf")
+            return True
         gain = self._best - value if self.mode == "min" else value - self._best
         return gain > self.min_delta * abs(self._best)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 __all__ = ["lora_linear", "lora_linear_reference"]
 
@@ -44,10 +45,10 @@ def lora_linear(
     Raises:
         ValueError: if the dtypes differ or a shape does not fit.
     """
-    if {x.dtype} != {weight.dtype, lora_A.dtype, lora_B.dtype}:
+    if {x.dtype} != {weight.dtype, lora_A.dtype, lora_B.dtype, x.dtype if bias is None else bias.dtype}:
         raise ValueError(
             f"x, weight, lora_A and lora_B must have one dtype, got {x.dtype}, {weight.dtype}, {lora_A.dtype}, "
-            f"{lora_B.dtype}"
+            f"{lora_B.dtype} (and the bias {None if bias is None else bias.dtype})"
         )
     (d_out, d_in), rank = weight.shape, lora_A.shape[0]
     if x.shape[-1] != d_in or lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank):
@@ -55,34 +56,38 @@ def lora_linear(
             f"x must be (..., {d_in}), lora_A (rank, {d_in}) and lora_B ({d_out}, rank) for a weight of "
             f"{[*weight.shape]}, got {[*x.shape]}, {[*lora_A.shape]} and {[*lora_B.shape]}"
         )
-    y: Tensor = _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
-    return y
+    if bias is not None and bias.shape != (d_out,):
+        raise ValueError(f"bias must be ({d_out},), got {[*bias.shape]}")
+    x_MI = x.reshape(-1, d_in)
+    # reshaped out here: a view that leaves the Function could not be changed in place (ReLU(inplace=True))
+    y_MO: Tensor = _LoRALinear.apply(x_MI, weight, bias, lora_A, lora_B, scaling)  # type: ignore[no-untyped-call]
+    return y_MO if x.ndim == 2 else y_MO.view(*x.shape[:-1], d_out)
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+        ctx: Any, x_MI: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
     ) -> Tensor:
-        x_MI = x.reshape(-1, x.shape[-1])
         s_MR = x_MI @ lora_A.mT
         scaled_B = scaling * lora_B
         y_MO = s_MR @ scaled_B.mT if bias is None else torch.addmm(bias, s_MR, scaled_B.mT)
         y_MO.addmm_(x_MI, weight.mT)
-        ctx.save_for_backward(x, s_MR, weight, lora_A, lora_B)
+        ctx.save_for_backward(x_MI, s_MR, weight, lora_A, lora_B)
         ctx.scaling = scaling
-        return y_MO.view(*x.shape[:-1], weight.shape[0])
+        return y_MO
 
     @staticmethod
+    @once_differentiable  # x A^T is kept as a number, not as a function of x
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, s_MR, weight, lora_A, lora_B = ctx.saved_tensors
+        x_MI, s_MR, weight, lora_A, lora_B = ctx.saved_tensors
         need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
-        x_MI, dy_MO = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, weight.shape[0])
+        (dy_MO,) = grads
         dx = d_A = d_B = None
         if need_x or need_A:
             ds_MR = dy_MO @ (ctx.scaling * lora_B)
         if need_x:
-            dx = (ds_MR @ lora_A).addmm_(dy_MO, weight).view(x.shape)
+            dx = (ds_MR @ lora_A).addmm_(dy_MO, weight)
         if need_A:
             d_A = ds_MR.mT @ x_MI
         if need_B:  # (S^T dY)^T keeps the long dimension contiguous: several times faster on CPU than dY^T S

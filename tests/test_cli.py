@@ -12,7 +12,7 @@ from dynrank import rank_table
 @pytest.fixture
 def table(monkeypatch, capsys):
     """Prints the table for some overrides on a wide terminal; returns its rows as lists of cells."""
-    monkeypatch.setattr(rank_table, "Console", lambda: Console(width=250))
+    monkeypatch.setattr(rank_table, "Console", lambda **_: Console(width=250))
 
     def rows(*overrides):
         rank_table.print_ranks(dynrank.compose(overrides))

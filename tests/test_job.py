@@ -81,7 +81,9 @@ def test_run_prints_the_table_of_the_drop_and_the_results(smoke_run):
         assert text in printed
 
 
-@pytest.mark.parametrize("target", ["os.system", "builtins.eval", "torch.hub.load", "dynrankx.y"])
+@pytest.mark.parametrize(
+    "target", ["os.system", "builtins.eval", "torch.hub.load", "dynrankx.y", "dynrank.job.os.mkdir"]
+)
 def test_target_outside_the_trusted_packages_is_refused(target):
     config = dynrank.compose([f"+logger.mine={{_target_: {target}}}"])
     with pytest.raises(ConfigurationError, match="_target_"):

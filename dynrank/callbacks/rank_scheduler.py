@@ -73,7 +73,7 @@ class RankScheduler(Callback):
             ("drops", drops, 1),
             ("rewarmup_steps", rewarmup_steps, 0),
         ):
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigurationError(
                     f"{name} must be an int of at least {least}, got {value!r}; set schedule.{name}"
                 )
@@ -83,6 +83,8 @@ class RankScheduler(Callback):
             )
         if metric not in METRICS:
             raise ConfigurationError(f"metric must be one of {METRICS}, got {metric!r}; set schedule.metric")
+        if trigger is not None and not isinstance(trigger, Plateau):
+            raise ConfigurationError(f"trigger must be a Plateau, got {trigger!r}; set schedule.trigger._target_")
         self.final_rank, self.trigger = final_rank, trigger or Plateau()
         self.drops, self.deadline, self.rewarmup_steps = drops, deadline, rewarmup_steps
         self.metric, self.optimizer_state = metric, optimizer_state
@@ -244,10 +246,11 @@ class RankScheduler(Callback):
 
     def _warn_of_low_rate(self, trainer: Trainer) -> None:
         groups = trainer.optimizers[0].param_groups
-        share = min(float(group["lr"] / group.get("initial_lr", group["lr"])) for group in groups)
+        rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups]
+        share = min((now / start for now, start in rates if start > 0), default=1.0)
         if share < LOW_RATE and not self.rewarmup_steps:
             rank_zero_warn(
-                f"the learning rate at the change of rank is {share:.1%} of its peak, too little to recover with; "
+                f"the learning rate at the change of rank is {share:.1%} of its start, too little to recover with; "
                 "set an earlier schedule.deadline, a later decay (optimizer.decay) or schedule.rewarmup_steps"
             )
 

@@ -63,6 +63,8 @@ class LoRAEmbedding(LoRALayer):
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        if getattr(base, "max_norm", None) is not None:
+            raise ConfigurationError("LoRA on Embedding needs max_norm=None; set lora.target_modules")
         num_embeddings, dim = base.get_parameter("weight").shape
         return dim, num_embeddings
 
@@ -93,9 +95,12 @@ class LoRAConv2d(LoRALayer):
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        groups = getattr(base, "groups", 1)
-        if groups != 1:
-            raise ConfigurationError(f"LoRA on Conv2d needs groups=1, got groups={groups}; set lora.target_modules")
+        plain = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}  # what PEFT's format can say of a Conv2d
+        for name, value in plain.items():
+            if getattr(base, name) != value:
+                raise ConfigurationError(
+                    f"LoRA on Conv2d needs {name}={value}, got {getattr(base, name)}; set lora.target_modules"
+                )
         weight = base.get_parameter("weight")
         return weight.shape[0], weight[0].numel()
 
@@ -104,7 +109,7 @@ class LoRAConv2d(LoRALayer):
         if self.merged:
             return y
         filters = self.lora_A.view(self.rank, *self.weight.shape[1:]).to(x.dtype)
-        down = self.base._conv_forward(self.dropout(x), filters, None)  # the base's stride, padding and padding mode
+        down = F.conv2d(self.dropout(x), filters, stride=self.base.stride, padding=self.base.padding)
         return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
 
 

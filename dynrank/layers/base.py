@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 
 
+def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
+    """Scaling at the start: alpha / rank (arXiv:2106.09685), or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
+    return alpha / (rank**0.5 if rslora else rank)
+
+
 class LoRALayer(nn.Module):
     """A frozen layer plus ``scaling * lora_B @ lora_A`` (Hu et al., arXiv:2106.09685, section 4.1).
 
@@ -83,6 +88,13 @@ class LoRALayer(nn.Module):
     def alpha(self) -> float:
         return self.scaling * self.rank
 
+    def get_extra_state(self) -> Tensor:
+        """The scaling, so that a state dict says what function it stands for; float64 scalar."""
+        return torch.tensor(self.scaling, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.scaling = float(state)
+
     @property
     def merged(self) -> bool:
         return bool(self._unmerged)
@@ -129,7 +141,8 @@ class LoRALayer(nn.Module):
         if self.merged:
             raise RuntimeError("the layer is already merged; call unmerge() first")
         old, delta = self.weight, self.delta_weight()
-        merged = (old.to(delta.dtype) + delta).to(old.dtype)
+        wide = torch.promote_types(old.dtype, delta.dtype)
+        merged = (old.to(wide) + delta.to(wide)).to(old.dtype)
         self._unmerged = [old]
         self.base.weight = nn.Parameter(merged, requires_grad=False)
 
@@ -149,6 +162,8 @@ class LoRALayer(nn.Module):
 
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Give the layer the rank of the factors that are about to be loaded into it."""
+    if layer.merged:
+        raise RuntimeError(f"{prefix.removesuffix('.')!r} is merged; call unmerge() before loading into it")
     lora_A, lora_B = (state_dict.get(prefix + name) for name in ("lora_A", "lora_B"))
     if lora_A is None or lora_B is None:
         return  # torch reports missing keys itself

@@ -11,7 +11,7 @@ from torch import nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import layer_class
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.targets import target_names
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 
@@ -51,15 +51,15 @@ def add_lora(
     """
     if any(True for _ in lora_layers(model)):
         raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)")
-    if alpha is not None and alpha <= 0:
-        raise ConfigurationError(f"alpha must be above 0, got {alpha}; set lora.alpha")
-    if rank < 1:
-        raise ConfigurationError(f"rank must be at least 1, got {rank}; set lora.rank")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise ConfigurationError(f"alpha must be a finite number above 0, got {alpha}; set lora.alpha")
+    if not dtype.is_floating_point:
+        raise ConfigurationError(f"dtype must be a floating-point dtype, got {dtype}")
+    if not isinstance(rank, int) or rank < 1:
+        raise ConfigurationError(f"rank must be an int of at least 1, got {rank!r}; set lora.rank")
     modules = dict(model.named_modules())
-    for name in modules_to_save:
-        if name not in modules:
-            raise ConfigurationError(f"no module is named {name!r}; fix modules_to_save")
-    bases = {name: modules[name] for name in target_names(model, target_modules)}
+    _check_modules_to_save(model, modules_to_save)
+    bases = {name: modules[name] for name in target_names(model, target_modules, modules_to_save)}
     shapes = {}
     for name, base in bases.items():
         cls = layer_class(base)
@@ -73,11 +73,26 @@ def add_lora(
     layers = {}
     for name, base in bases.items():
         at = resolved[name]
-        scaling = at.alpha / (at.rank**0.5 if rslora else at.rank)
+        scaling = initial_scaling(at.alpha, at.rank, rslora)
         layers[name] = make_layer(base, rank=at.rank, scaling=scaling, dropout=dropout, dtype=dtype)
         layers[name].final_rank, layers[name].pinned, layers[name].rule = at.final_rank, at.pinned, at.rule
     place_layers(model, layers, modules_to_save)
     return model
+
+
+def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
+    modules, tied = dict(model.named_modules()), tied_weights(model)
+    for name in names:
+        if name not in modules:
+            raise ConfigurationError(f"no module is named {name!r}; fix modules_to_save")
+        if any(id(parameter) in tied for parameter in modules[name].parameters()):
+            raise ConfigurationError(
+                f"{name!r} shares a weight with another module and cannot be trained whole (modules_to_save): "
+                "adapt it with LoRA (lora.target_modules) or untie it first"
+            )
+        taken = [other for other in modules if other.endswith(name) and other not in names]
+        if taken:  # PEFT compares ends of names, not whole parts
+            raise ConfigurationError(f"PEFT would take {taken[0]!r} for {name!r} (modules_to_save); rename one of them")
 
 
 def make_layer(base: nn.Module, **options: Any) -> LoRALayer:
@@ -117,7 +132,7 @@ def merge(model: M) -> M:
     layers = dict(lora_layers(model))
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to merge")
-    tied = _tied_weights(model)
+    tied = tied_weights(model)
     for layer in layers.values():
         if not layer.merged:
             untied = id(layer.weight) in tied
@@ -137,7 +152,7 @@ def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
                 setattr(parent, attribute, replacements[id(child)])
 
 
-def _tied_weights(model: nn.Module) -> set[int]:
+def tied_weights(model: nn.Module) -> set[int]:
     """Ids of the parameters that stand under more than one name."""
     seen: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from torch import nn
@@ -19,7 +19,7 @@ _PAST_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _CLASSIFIERS = ("classifier", "score")  # the fresh heads of transformers' ...ForSequenceClassification
 
 
-def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_whole: Sequence[str] = ()) -> list[str]:
     """Names of the modules to adapt, in the order of ``model.named_modules()``.
 
     Args:
@@ -27,56 +27,68 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         target_modules: a list of names, each matching a module's whole name or its trailing parts (as in PEFT); or a
             preset: ``all-linear`` (every linear layer but the output head), ``attention`` (those of them below a module
             named after attention); or a regular expression for whole names.
+        trained_whole: names of modules that are trained whole; presets leave them out.
 
     Raises:
         ConfigurationError: if nothing matches, an entry of the list matches nothing, or a match cannot have LoRA.
     """
-    modules = {name: module for name, module in model.named_modules() if name}
+    modules = dict(model.named_modules())
     bypassed = {
-        f"{name}.{child}"
+        ".".join(filter(None, (name, child)))
         for name, module in modules.items()
         if isinstance(module, _PAST_CHILDREN)
         for child, _ in module.named_modules()
         if child
     }
+    del modules[""]
+    whole = {name for name in modules if any(f"{name}.".startswith(f"{saved}.") for saved in trained_whole)}
     if isinstance(target_modules, str) and target_modules in PRESETS:
-        heads = set(_output_heads(model))
-        names = [
-            name
-            for name, module in modules.items()
-            if isinstance(module, nn.Linear | Conv1D) and id(module) not in heads and name not in bypassed
-        ]
-        if target_modules == "attention":
-            names = [name for name in names if _ATTENTION.search(name.rpartition(".")[0])]
+        names = [name for name in _preset(target_modules, model, modules) if name not in bypassed | whole]
     elif isinstance(target_modules, str):
-        try:
-            names = [name for name in modules if re.fullmatch(target_modules, name)]
-        except re.error as error:
-            raise ConfigurationError(
-                f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, "
-                f"got {target_modules!r}: {error}"
-            ) from None
+        names = _by_expression(target_modules, modules)
+    elif isinstance(target_modules, Sequence) and all(isinstance(target, str) for target in target_modules):
+        names = _by_list(target_modules, modules)
     else:
-        names = [name for name in modules if any(_ends_with(name, target) for target in target_modules)]
-        for target in target_modules:
-            if not any(_ends_with(name, target) for name in names):
-                near = get_close_matches(target, {name.rpartition(".")[2] for name in modules} | set(modules), n=3)
-                raise ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
+        raise ConfigurationError(
+            f"lora.target_modules must be a list, an expression or a preset, got {target_modules!r}"
+        )
     if not names:
         kinds = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
         raise ConfigurationError(f"no layer matches lora.target_modules={target_modules!r}; layers end in: {kinds}")
     for name in names:
         if name in bypassed:
-            raise ConfigurationError(
-                f"{name!r} cannot have LoRA: its parent reads the weight past the layer's forward; "
-                "change lora.target_modules"
-            )
-        if layer_class(modules[name]) is None:
-            raise ConfigurationError(
-                f"{name!r} cannot have LoRA: {type(modules[name]).__name__} is no plain Linear, Conv1D, Embedding or "
-                "Conv2d; change lora.target_modules"
-            )
+            reason = "its parent reads the weight past the layer's forward"
+        elif name in whole:
+            reason = "it is trained whole (modules_to_save)"
+        elif layer_class(modules[name]) is None:
+            reason = f"{type(modules[name]).__name__} is no plain Linear, Conv1D, Embedding or Conv2d"
+        else:
+            continue
+        raise ConfigurationError(f"{name!r} cannot have LoRA: {reason}; change lora.target_modules")
     return names
+
+
+def _preset(preset: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+    heads = set(_output_heads(model))
+    linear = [name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads]
+    return linear if preset == "all-linear" else [n for n in linear if _ATTENTION.search(n.rpartition(".")[0])]
+
+
+def _by_expression(expression: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    try:
+        return [name for name in modules if re.fullmatch(expression, name)]
+    except re.error as error:
+        raise ConfigurationError(
+            f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, got {expression!r}: {error}"
+        ) from None
+
+
+def _by_list(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    for target in targets:
+        if not any(_ends_with(name, target) for name in modules):
+            near = get_close_matches(target, {name.rpartition(".")[2] for name in modules} | set(modules), n=3)
+            raise ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
+    return [name for name in modules if any(_ends_with(name, target) for target in targets)]
 
 
 def _ends_with(name: str, target: str) -> bool:

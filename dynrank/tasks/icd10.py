@@ -47,6 +47,8 @@ def icd10_terms(chapters: Sequence[int] | None, code_length: int, min_terms: int
     Raises:
         ConfigurationError: if the package ``simple-icd-10-cm`` is missing or nothing is left.
     """
+    if code_length not in range(3, 8):
+        raise ConfigurationError(f"task.code_length must be an int from 3 to 7, got {code_length!r}")
     try:
         import simple_icd_10_cm as icd
     except ImportError:

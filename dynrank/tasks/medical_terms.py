@@ -51,6 +51,8 @@ class MedicalTermsData(LightningDataModule):
         limit: int | None = None,
     ) -> None:
         super().__init__()
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ConfigurationError(f"task.limit must be null or an int of at least 1, got {limit!r}")
         if batch_size < 1 or max_length < 3:
             raise ConfigurationError(
                 f"task.batch_size must be at least 1 and task.max_length at least 3, got {batch_size} and {max_length}"
@@ -123,8 +125,8 @@ class TermClassifier(LightningModule):
         on_meta: bool = False,
     ) -> None:
         super().__init__()
-        if not 0 <= label_smoothing < 1:
-            raise ConfigurationError(f"task.label_smoothing must be in [0, 1), got {label_smoothing}")
+        if not isinstance(label_smoothing, int | float) or not 0 <= label_smoothing < 1:
+            raise ConfigurationError(f"task.label_smoothing must be in [0, 1), got {label_smoothing!r}")
         labels, lora, optimizer = list(labels), dict(lora), dict(optimizer)
         self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing")
         self.label_smoothing = label_smoothing

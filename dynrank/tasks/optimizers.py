@@ -50,6 +50,11 @@ def make_optimizer(
     cls: Any = getattr(torch.optim, name, None)
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise ConfigurationError(f"optimizer.name must be a class of torch.optim, got {name!r}")
+    if warmup_steps < 0 or not 0 <= decay_share <= 1:
+        raise ConfigurationError(
+            f"optimizer.warmup_steps must be at least 0 and optimizer.decay_share in [0, 1], "
+            f"got {warmup_steps} and {decay_share}"
+        )
     if decay not in DECAYS:
         raise ConfigurationError(f"optimizer.decay must be one of {DECAYS}, got {decay!r}")
     make: Any = cls

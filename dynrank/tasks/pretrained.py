@@ -22,6 +22,8 @@ def model_source(name: str) -> str:
         ConfigurationError: if the package of a short name is not installed, or ``name`` looks like a folder that is not
             there.
     """
+    if not isinstance(name, str):
+        raise ConfigurationError(f"task.model must be a name or a folder, got {name!r}")
     if name in _PACKAGED:
         package, folder, install = _PACKAGED[name]
         spec = find_spec(package)

@@ -62,7 +62,10 @@ def test_rank_pattern_joins_file_and_rules(tmp_path):
     file = tmp_path / "ranks.yaml"
     file.write_text("rank_pattern: {query: {rank: 8, pinned: true}}\n")
     config = dynrank.compose([f"rank_map.file={file}", "rank_map.rules=['value=4']"])
-    assert rank_pattern(config.rank_map) == {"query": {"rank": 8, "pinned": True}, "value": {"rank": 4}}
+    assert rank_pattern(config.rank_map) == {
+        "query": {"rank": 8, "pinned": True},
+        "value": {"rank": 4, "pinned": False},
+    }
 
 
 def test_rank_pattern_refuses_a_key_in_both(tmp_path):

@@ -33,20 +33,21 @@ def test_lora_linear_gradients_equal_finite_differences(shape, bias):
     )
 
 
-def test_lora_linear_second_gradients_are_right_or_refused():
+def test_lora_linear_second_gradients_are_refused():
     """A gradient penalty must not train on a wrong number in silence."""
     made = operands((2, D_IN))
-    inputs = (made["x"], made["lora_A"], made["lora_B"])
+    y = lora_linear(made["x"], made["weight"], None, made["lora_A"], made["lora_B"], SCALING)
+    (first,) = torch.autograd.grad(y.square().sum(), made["lora_A"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.square().sum().backward()
 
-    def op(x, a, b):
-        return lora_linear(x, made["weight"], None, a, b, SCALING)
 
-    try:
-        right = torch.autograd.gradgradcheck(op, inputs, raise_exception=False)
-    except RuntimeError as error:
-        assert "once_differentiable" in str(error)  # noqa: PT017 (either answer is fine)
-    else:
-        assert right
+@pytest.mark.parametrize("shape", [(4, D_IN), (2, 3, D_IN)])
+def test_lora_linear_output_may_be_changed_in_place(shape):
+    made = operands(shape)
+    y = lora_linear(made["x"], made["weight"], None, made["lora_A"], made["lora_B"], SCALING)
+    torch.relu_(y).sum().backward()
+    assert made["lora_A"].grad is not None
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -73,18 +74,6 @@ def test_lora_linear_reference_is_the_dense_layer():
     dense = made["weight"] + SCALING * made["lora_B"] @ made["lora_A"]
     expected = torch.nn.functional.linear(made["x"], dense, made["bias"])
     assert_close(lora_linear_reference(**made, scaling=SCALING), expected)
-
-
-def test_lora_linear_does_not_lose_a_small_update_beside_a_large_output_in_bfloat16():
-    made = operands(dtype=torch.bfloat16, bias=False)
-    made["weight"] = torch.full((D_OUT, D_IN), 16.0, dtype=torch.bfloat16)
-    x = torch.ones(1, D_IN, dtype=torch.bfloat16)  # x W^T = 96, where bfloat16 stands 0.5 apart
-    exact = lora_linear_reference(
-        x.double(), made["weight"].double(), None, made["lora_A"].double(), made["lora_B"].double(), SCALING
-    )
-    y = lora_linear(x, made["weight"], None, made["lora_A"], made["lora_B"], SCALING)
-    # half a spacing for the result, and as much again for the update's own rounding
-    assert_close(y.double(), exact, rtol=0, atol=0.5)
 
 
 @pytest.mark.parametrize("view", ["transposed", "strided", "expanded"])

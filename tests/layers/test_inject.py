@@ -86,9 +86,9 @@ def test_add_lora_rank_map_may_be_a_file(net, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1"),
+        ({"rank": 0}, "rank must be an int of at least 1"),
         ({"rank": 5}, r"'head': rank must be .* = 4, got 5"),
-        ({"alpha": 0.0}, "alpha must be above 0"),
+        ({"alpha": 0.0}, "alpha must be a finite number above 0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"target_modules": ["0", "tail"]}, "'tail'"),
         ({"target_modules": ["body"]}, "cannot have LoRA"),
@@ -97,6 +97,8 @@ def test_add_lora_rank_map_may_be_a_file(net, tmp_path):
         ({"rank_map": {"head": 0}}, "'head': rank must be"),
         ({"rank_map": "no/such.yaml"}, "no/such.yaml"),
         ({"dtype": torch.int32}, "dtype"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"rank": 2.5}, "rank must be an int"),
     ],
 )
 def test_add_lora_failure_changes_nothing(net, options, message):
