@@ -45,7 +45,7 @@ def plot_ranks(before: Mapping[str, int], after: Mapping[str, int], file: Path) 
     axes.barh(rows, [after[name] for name in names], color="tab:blue", height=0.5, label="end")
     axes.set_yticks(rows, names, fontsize=7)
     axes.set_ylim(len(names) - 0.4, -0.6)
-    axes.legend(loc="upper right", bbox_to_anchor=(1, 1.0))
+    axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # above the bars
     figure.savefig(file)
 
 

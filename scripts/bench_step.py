@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForSequenceClassification
+import transformers
 
 from dynrank import add_lora, lora_layers, resize
-from dynrank.tasks.pretrained import model_source
+from dynrank.tasks.pretrained import load_classifier, model_source
 
 
 def main() -> None:
@@ -27,6 +27,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=16)
     options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
     dropped, resize_dropped = _stepper(32, options)
     for _ in range(5):
@@ -45,7 +47,7 @@ def main() -> None:
 def _stepper(rank: int, options: argparse.Namespace) -> tuple[Callable[[], None], Callable[[int], None]]:
     """A function that makes one training step of MiniLM, and one that changes its rank."""
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_pretrained(model_source("minilm"), num_labels=100).train()
+    model = load_classifier(model_source("minilm"), num_labels=100).train()
     add_lora(model, rank=rank, alpha=2 * rank, modules_to_save=["classifier"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     ids = torch.randint(1000, 20000, (options.batch, options.length))
