@@ -194,3 +194,13 @@ def test_energy_kept_is_the_share_of_the_squared_frobenius_norm():
     assert energy_kept(change.singular_values, 2) == pytest.approx(float(share), rel=1e-10)
     assert energy_kept(change.singular_values, 4) == 1.0
     assert energy_kept(torch.zeros(3), 1) == 1.0
+
+
+def test_truncation_of_rounded_rank_deficient_factors_takes_no_noise_for_signal():
+    """Directions that only float32's rounding holds up would be rows of about 1e-4: too small to learn."""
+    b = (torch.randn(60, 4, dtype=torch.float64) @ torch.randn(4, 12, dtype=torch.float64)).float()
+    a = torch.randn(12, 50)
+    change = truncate_product(b, a, 8)
+    assert change.lora_A.norm(dim=1).min() > 0.1
+    assert change.lora_B[:, 4:].abs().max() == 0
+    assert (b @ a - change.lora_B @ change.lora_A).norm() <= 1e-5 * (b @ a).norm()

@@ -248,10 +248,10 @@ class RankScheduler(Callback):
         groups = trainer.optimizers[0].param_groups
         rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups]
         share = min((now / start for now, start in rates if start > 0), default=1.0)
-        if share < LOW_RATE and not self.rewarmup_steps:
+        if share < LOW_RATE:
             rank_zero_warn(
                 f"the learning rate at the change of rank is {share:.1%} of its start, too little to recover with; "
-                "set an earlier schedule.deadline, a later decay (optimizer.decay) or schedule.rewarmup_steps"
+                "set an earlier schedule.deadline or a later decay (optimizer.decay)"
             )
 
 

@@ -19,9 +19,7 @@ from dynrank.layers.inject import add_lora, lora_layers
 from dynrank.tasks.icd10 import Terms, TermSplits, icd10_terms
 from dynrank.tasks.loader import ResumableLoader
 from dynrank.tasks.optimizers import make_optimizer
-from dynrank.tasks.pretrained import load_classifier, load_tokenizer, model_source
-
-HEAD = "classifier"  # the fresh head: trained whole and saved with the adapter
+from dynrank.tasks.pretrained import head_names, load_classifier, load_tokenizer, model_source
 
 
 class MedicalTermsData(LightningDataModule):
@@ -132,7 +130,7 @@ class TermClassifier(LightningModule):
         self.label_smoothing = label_smoothing
         self.optimizer_options = optimizer
         self.model = load_classifier(model_source(model), len(labels), on_meta=on_meta)
-        add_lora(self.model.train(), modules_to_save=[HEAD], **lora)
+        add_lora(self.model.train(), modules_to_save=head_names(self.model), **lora)
         quality = MetricCollection(
             {
                 "accuracy": MulticlassAccuracy(len(labels), average="micro"),
@@ -154,7 +152,7 @@ class TermClassifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         adapter = [p for _, layer in lora_layers(self.model) for p in (layer.lora_A, layer.lora_B)]
-        head = self.model.get_submodule(HEAD).parameters()
+        head = [p for name in head_names(self.model) for p in self.model.get_submodule(name).parameters()]
         total_steps = int(self.trainer.estimated_stepping_batches)
         return make_optimizer(adapter, head, total_steps, **self.optimizer_options)
 

