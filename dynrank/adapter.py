@@ -1,8 +1,4 @@
-"""Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-Every layer's rank and alpha are written under its full, anchored name, because PEFT takes the first pattern that
-matches and sorts the keys when it saves: only patterns that cannot overlap keep their meaning.
-"""
+"""Adapters on disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -10,41 +6,25 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from dynrank.adapter_config import CONFIG_FILE, alpha_of, make_config, read_config
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import LoRAConv2d, LoRAEmbedding, layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.inject import lora_layers, make_layer, place_layers, tied_weights
-from dynrank.rank_map import matches
 
 __all__ = ["load_adapter", "save_adapter"]
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
-# Settings of a PEFT config whose arithmetic is not y = W x + s B A x.
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "target_parameters",
-    "layer_replication",
-    "trainable_token_indices",
-    "use_qalora",
-    "megatron_config",
-)
-
-# Initialisations (besides true and false) that do not take a part out of the base weight, as pissa or olora do.
-_HARMLESS_INIT = ("gaussian", "orthogonal", "eva")
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -75,23 +55,13 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
                 "cannot store; freeze it before save_adapter, or save it yourself"
             )
         tensors |= {f"{_PREFIX}{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
-    rank = max(layer.rank for layer in layers.values())
-    alpha = max(layer.alpha for layer in layers.values() if layer.rank == rank)
-    config = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", "") or None,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": _number(alpha),
-        "lora_dropout": max(layer.dropout.p for layer in layers.values()),
-        "target_modules": _targets(model, layers),
-        "rank_pattern": {_anchored(n): layer.rank for n, layer in layers.items() if layer.rank != rank},
-        "alpha_pattern": {_anchored(n): _number(layer.alpha) for n, layer in layers.items() if layer.alpha != alpha},
-        "modules_to_save": heads or None,
-        "use_rslora": False,
-        "bias": "none",
-    }
+    config = make_config(
+        {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
+        target_modules=_targets(model, layers),
+        modules_to_save=heads,
+        dropout=max(layer.dropout.p for layer in layers.values()),
+        base=getattr(getattr(model, "config", None), "_name_or_path", ""),
+    )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     weights, settings = folder / WEIGHTS_FILE, folder / CONFIG_FILE
@@ -133,7 +103,7 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
             "the model has LoRA layers already; merge them first (dynrank.merge) or load a plain model"
         )
     folder = Path(path)
-    config, tensors = _read_config(folder), _read_tensors(folder)
+    config, tensors = read_config(folder), _read_tensors(folder)
     modules = dict(model.named_modules())
     factors, others = _sort_tensors(tensors, folder)
     faults: list[str] = []
@@ -144,7 +114,7 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
             faults.append(fault)
             continue
         lora_A, lora_B = _from_peft(pair)
-        alpha = _by_pattern(config, "alpha_pattern", "lora_alpha", name)
+        alpha = alpha_of(config, name)
         layers[name] = (lora_A, lora_B, initial_scaling(alpha, lora_A.shape[0], bool(config.get("use_rslora"))))
     heads, head_faults = _head_tensors(model, others, list(config.get("modules_to_save") or []), set(layers))
     faults += head_faults
@@ -200,54 +170,6 @@ def _trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[st
         for name, module in model.named_modules()
         if id(module) not in inside and any(p.requires_grad for p in module.parameters(recurse=False))
     ]
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the adapter {str(folder / CONFIG_FILE)!r}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigurationError(f"{str(folder / CONFIG_FILE)!r} is not JSON: {error}") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "LORA":
-        raise ConfigurationError(f"peft_type must be LORA, got {kind!r} in {str(folder / CONFIG_FILE)!r}")
-    faults = _config_faults(config)
-    if faults:
-        raise ConfigurationError(f"{str(folder / CONFIG_FILE)!r} cannot be used:\n  " + "\n  ".join(faults))
-    return dict(config)
-
-
-def _config_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = [f"{key} must be unset, got {config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        faults.append(f"bias must be 'none', got {config['bias']!r}")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _HARMLESS_INIT:
-        faults.append(
-            f"init_lora_weights must leave the base weight alone, got {init!r}; convert the adapter with PEFT"
-        )
-    if not _is_number(config.get("lora_alpha")):
-        faults.append(f"lora_alpha must be a finite number, got {config.get('lora_alpha')!r}")
-    if not _is_number(config.get("lora_dropout") or 0.0):
-        faults.append(f"lora_dropout must be a number, got {config['lora_dropout']!r}")
-    pattern = config.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):
-        faults.append(f"alpha_pattern must map names to finite numbers, got {pattern!r}")
-    else:
-        for key in pattern:
-            try:
-                matches(key, "")
-            except re.error as error:
-                faults.append(f"alpha_pattern: {key!r} is not a regular expression: {error}")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        faults.append(f"modules_to_save must be a list of names, got {saved!r}")
-    return faults
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -333,19 +255,3 @@ def _head_tensors(
 
 def _is_part(module: str, saved: str) -> bool:
     return re.search(rf"(^|\.){re.escape(saved)}(\.|$)", module) is not None
-
-
-def _by_pattern(config: Mapping[str, Any], pattern: str, default: str, name: str) -> float:
-    """PEFT's rule: the first key that matches the name, else the default."""
-    for key, value in (config.get(pattern) or {}).items():
-        if matches(key, name):
-            return float(value)
-    return float(config[default])
-
-
-def _anchored(name: str) -> str:
-    return "^" + re.escape(name)
-
-
-def _number(value: float) -> int | float:
-    return int(value) if value == int(value) else value

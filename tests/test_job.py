@@ -10,9 +10,10 @@ from transformers import AutoModelForSequenceClassification
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.job import build, make
+from dynrank.job import build
 from dynrank.tasks.medical_terms import TermClassifier
 from dynrank.tasks.pretrained import model_source
+from dynrank.trusted import make
 
 FILES = (
     ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "rank_history.csv", "metrics.csv"]

@@ -10,11 +10,12 @@ LAYERS = {
     -1: {"errors"},
     0: {"linalg", "triggers", "rank_map", "kernels"},
     1: {"layers", "optim", "rewarmup"},
-    2: {"resizing", "adapter"},
-    3: {"callbacks", "tasks", "config", "plots", "exits"},
-    4: {"job"},
-    5: {"rank_table"},
-    6: {"train", "cli"},
+    2: {"resizing", "adapter_config"},
+    3: {"adapter", "callbacks", "tasks", "config", "plots", "exits"},
+    4: {"preflight", "report", "trusted"},
+    5: {"job"},
+    6: {"rank_table"},
+    7: {"train", "cli"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 

@@ -1,0 +1,70 @@
+"""What a finished run says of itself: summary.json, plots, and the lines at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dynrank.callbacks import RankEvent, RunMeter
+from dynrank.callbacks.run_meter import peak_memory_bytes
+from dynrank.layers.inject import lora_layers
+from dynrank.linalg import singular_values
+
+
+def summarise(
+    model: nn.Module, history: Sequence[RankEvent], metrics: Mapping[str, float], meter: RunMeter, seconds: float
+) -> dict[str, Any]:
+    """The contents of summary.json; ``seconds`` is the whole run's, tokens per second those of its training batches."""
+    layers = dict(lora_layers(model))
+    return {
+        "test": {name: float(value) for name, value in metrics.items()},
+        "final_ranks": {name: layer.rank for name, layer in layers.items()},
+        "changes": [{"step": event.step, "reason": event.reason} for event in history],
+        "parameters": {
+            "adapter": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values()),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total": sum(p.numel() for p in model.parameters()),
+        },
+        "seconds": seconds,
+        "tokens_per_second": meter.tokens_per_second,
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def draw(model: nn.Module, history: Sequence[RankEvent], ranks_at_start: Mapping[str, int], folder: Path) -> None:
+    """Write the run's pictures to ``folder / "plots"``."""
+    from dynrank.plots import plot_loss, plot_ranks, plot_spectra  # matplotlib is an extra
+
+    plots = folder / "plots"
+    plots.mkdir()
+    layers = dict(lora_layers(model))
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    changes = {e.step: f"rank {_ranks(e.layers, 'rank_before')} → {_ranks(e.layers, 'rank_after')}" for e in history}
+    plot_loss(folder / "metrics.csv", changes, plots / "loss.png")
+    plot_ranks(ranks_at_start, ranks, plots / "ranks.png")
+    if history:
+        spectra = {report.layer: report.singular_values for report in history[0].layers}
+        kept = {report.layer: report.rank_after for report in history[0].layers}
+        plot_spectra(spectra, kept, f"before the change at step {history[0].step}", plots / "spectra.png")
+    else:
+        spectra = {n: tuple((singular_values(la.lora_B, la.lora_A) * la.scaling).tolist()) for n, la in layers.items()}
+        plot_spectra(spectra, ranks, "at the end", plots / "spectra.png")
+
+
+def _ranks(layers: Any, field: str) -> str:
+    return "/".join(str(rank) for rank in sorted({getattr(layer, field) for layer in layers}))
+
+
+def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
+    """Print what one wants to know at the end of a run."""
+    rows = {name: f"{value:.4f}" for name, value in summary["test"].items()}
+    rows["final rank"] = ", ".join(str(rank) for rank in sorted(set(summary["final_ranks"].values())))
+    rows["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary["parameters"])
+    rows["time"] = "{seconds:.0f} s, {tokens_per_second:.0f} tokens/s in training".format(**summary)
+    rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB"
+    rows["files"] = str(folder)
+    for name, text in rows.items():
+        print(f"{name:<16} {text}")
