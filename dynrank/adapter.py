@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -69,7 +70,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     save_file(own, f"{weights}.part", metadata={"format": "pt"})
     Path(f"{settings}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if weights.exists():
-        os.link(weights, f"{weights}.old")
+        shutil.copyfile(weights, f"{weights}.old")  # over what a killed run may have left
     try:
         os.replace(f"{weights}.part", weights)
         os.replace(f"{settings}.part", settings)

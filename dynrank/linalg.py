@@ -20,8 +20,9 @@ _ROUNDING = 1e-10  # a norm below this share of the factor's is rounding (float6
 class RankChange:
     """New factors of a product and the linear maps that lead to them.
 
-    ``lora_A == from_A @ old_A`` and ``lora_B == old_B @ from_B``, except for columns of ``lora_B`` that belong to
-    directions outside the numerical rank (truncation) or to new directions (growth): those are exactly zero.
+    ``lora_A == from_A @ old_A`` and ``lora_B == old_B @ from_B``, with two exceptions. In a direction outside the
+    numerical rank (truncation) one of the two factors is exactly zero; in a new direction (growth) the maps are zero,
+    the column of ``lora_B`` too, and the row of ``lora_A`` is fresh.
     Gradients are covectors, so the optimizer's first moments move by the transposed maps: ``from_B.T`` for A,
     ``from_A.T`` for B.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -17,8 +19,9 @@ def print_ranks(config: DictConfig) -> None:
         ConfigurationError: as the run itself would.
     """
     job = build(config, on_meta=True)
-    layers = dict(lora_layers(job.module.model))  # type: ignore[arg-type]
-    final = job.scheduler.final_ranks(job.module.model) if job.scheduler else {n: la.rank for n, la in layers.items()}  # type: ignore[arg-type]
+    model: Any = job.module.model
+    layers = dict(lora_layers(model))
+    final = job.scheduler.final_ranks(model) if job.scheduler else {n: la.rank for n, la in layers.items()}
     table = Table(title="LoRA layers of the composed run")
     table.add_column("layer", overflow="fold", min_width=20)
     for heading in ("d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters"):

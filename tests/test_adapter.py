@@ -403,3 +403,13 @@ def test_save_adapter_takes_a_trained_parameter_of_a_module_around_the_layers(tm
     except ConfigurationError:
         return  # refusing is fine: PEFT has no place for it either
     assert torch.equal(dynrank.load_adapter(Net(), tmp_path).shift, model.shift)
+
+
+def test_save_adapter_goes_over_what_a_killed_save_left_behind(tmp_path):
+    model = adapted("llama", alpha=5)
+    dynrank.save_adapter(model, tmp_path)
+    for name in ("adapter_model.safetensors.old", "adapter_model.safetensors.part", "adapter_config.json.part"):
+        (tmp_path / name).write_bytes(b"half a file")
+    dynrank.save_adapter(model, tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert_equal_outputs(outputs(dynrank.load_adapter(plain("llama"), tmp_path), "llama"), outputs(model, "llama"))
