@@ -10,7 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["RankChange", "energy_kept", "grow_product", "numerical_rank", "singular_values", "truncate_product"]
+__all__ = [
+    "RankChange",
+    "effective_rank",
+    "energy_kept",
+    "energy_rank",
+    "grow_product",
+    "numerical_rank",
+    "singular_values",
+    "truncate_product",
+]
 
 
 _ROUNDING = 1e-10  # a norm below this share of the factor's is rounding (float64 arithmetic)
@@ -83,6 +92,32 @@ def energy_kept(values: Tensor, rank: int) -> float:
     energy = values.double().square()
     total = energy.sum()
     return 1.0 if total == 0 else float(energy[:rank].sum() / total)
+
+
+def energy_rank(values: Tensor, share: float) -> int:
+    """Fewest directions that keep ``share`` of the energy (sum of squared singular values), at least 1.
+
+    >>> energy_rank(torch.tensor([2.0, 1.0, 0.1]), 0.99)
+    2
+    """
+    energy = values.double().square().cumsum(0)
+    if energy.numel() == 0 or energy[-1] == 0:
+        return 1
+    # a share of 1.0 means every direction above rounding, which the comparison below cannot see
+    return 1 + int((energy < share * energy[-1] * (1 - _ROUNDING)).sum())
+
+
+def effective_rank(values: Tensor) -> float:
+    """``exp`` of the entropy of the normalised singular values (Roy and Vetterli, 2007), in [1, R]; 1.0 for zero.
+
+    >>> round(effective_rank(torch.ones(4)), 6), effective_rank(torch.tensor([3.0, 0.0]))
+    (4.0, 1.0)
+    """
+    total = values.double().sum()
+    if total == 0:
+        return 1.0
+    p = values.double() / total
+    return float(torch.exp(-torch.xlogy(p, p).sum()))
 
 
 @torch.no_grad()
