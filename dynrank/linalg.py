@@ -22,7 +22,9 @@ __all__ = [
 ]
 
 
+GAUGES = ("balanced", "keep_norm")
 _ROUNDING = 1e-10  # a norm below this share of the factor's is rounding (float64 arithmetic)
+_ROOT_ROUNDING = 1e-8  # a singular value below this share of the largest is rounding, where it is the root of a Gram's
 
 
 @dataclass(frozen=True)
@@ -54,16 +56,17 @@ class RankChange:
         return self.singular_values[self.lora_A.shape[0] :]
 
 
-def singular_values(lora_B: Tensor, lora_A: Tensor) -> Tensor:
-    """The R singular values of ``lora_B @ lora_A``, descending, (R,) float64.
+def singular_values(
+    lora_B: Tensor, lora_A: Tensor, *, gram_u: Tensor | None = None, gram_z: Tensor | None = None
+) -> Tensor:
+    """The R singular values of ``lora_B @ lora_A`` in a metric (see :func:`truncate_product`), descending, float64.
 
     Raises:
-        ValueError: if the shapes do not form a product or a factor is not finite.
+        ValueError: as :func:`truncate_product` does.
     """
     _check_factors(lora_B, lora_A)
-    r_b = torch.linalg.qr(lora_B.double(), mode="r").R
-    r_a = torch.linalg.qr(lora_A.double().mT, mode="r").R
-    values: Tensor = torch.linalg.svdvals(r_b @ r_a.mT)
+    m_u, m_z = _metric_roots(lora_B.double(), lora_A.double(), gram_u, gram_z)
+    values: Tensor = torch.linalg.svdvals(m_u @ m_z)
     return values
 
 
@@ -121,47 +124,68 @@ def effective_rank(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int) -> RankChange:
-    """Best rank-``rank`` factors of ``lora_B @ lora_A`` in the Frobenius norm (Eckart and Young, 1936).
+def truncate_product(
+    lora_B: Tensor,
+    lora_A: Tensor,
+    rank: int,
+    *,
+    gram_u: Tensor | None = None,
+    gram_z: Tensor | None = None,
+    gauge: str = "balanced",
+) -> RankChange:
+    """Best rank-``rank`` factors of ``lora_B @ lora_A`` in a metric given by two R x R Gram matrices.
 
-    QR of both factors leaves an R x R core for the SVD, so the cost is O((O + I) R^2). The new factors are balanced
-    (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T``). Directions beyond the numerical rank of the product carry nothing to
-    rank: there B' is zero and A' keeps independent combinations of the old rows (or the other way round, where the
-    rows are zero), so that the layer can still learn: two zero factors would have zero gradients for good. For a fresh
-    layer (B = 0) that means the first rows of A.
+    With any square roots ``M_u^T M_u = G_u`` and ``M_z M_z^T = G_z`` and the SVD ``M_u M_z = U S V^T``, the best factors
+    are ``A' = S^-1/2 U^T M_u A`` and ``B' = B M_z V S^-1/2``, and the error in that metric is the norm of the dropped
+    singular values. ``G_u = B^T B, G_z = A A^T`` is the Frobenius norm of the update (Eckart and Young, 1936); there the
+    square roots come from QR of the factors, which keeps their condition number. ``G_z = E[z z^T]`` with ``z = A x``
+    measures the error of the layer's output, and with ``G_u = E[u u^T]``, ``u = B^T g``, a Kronecker-factored estimate
+    of the loss. Cost: O((O + I) R^2); the product is never formed.
+
+    The new factors are balanced (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T`` of the product they form) whatever the metric.
+    Directions beyond the numerical rank carry nothing to rank: there B' is zero and A' keeps independent combinations of
+    the old rows (or the other way round, where the rows are zero), so that the layer can still learn: two zero factors
+    would have zero gradients for good. For a fresh layer (B = 0) that means the first rows of A.
 
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point.
         rank: K, directions to keep, 1 <= K <= R <= min(O, I).
+        gram_u: (R, R), symmetric positive semi-definite; B^T B when None.
+        gram_z: (R, R), likewise; A A^T when None.
+        gauge: "balanced", or "keep_norm": the rows of A keep their root mean square norm, B takes the rest.
+
+    Returns:
+        The change; its singular values are those of the metric.
 
     Raises:
-        ValueError: if ``rank`` is outside [1, R], the shapes do not form a product, or a factor is not finite.
+        ValueError: if ``rank`` is outside [1, R], the shapes do not form a product, a factor or a Gram matrix is not
+            finite, or the gauge is unknown.
     """
     _check_factors(lora_B, lora_A)
     (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
     if not 1 <= rank <= old_rank:
         raise ValueError(f"rank must be between 1 and the current rank {old_rank}, got {rank}")
+    if gauge not in GAUGES:
+        raise ValueError(f"gauge must be one of {GAUGES}, got {gauge!r}")
     b_OR, a_RI = lora_B.double(), lora_A.double()
-    q_b, r_b = torch.linalg.qr(b_OR)
-    q_a, r_a = torch.linalg.qr(a_RI.mT)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    m_u, m_z = _metric_roots(b_OR, a_RI, gram_u, gram_z)
+    u, s, vh = torch.linalg.svd(m_u @ m_z)
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # a rule for the sign that the SVD leaves open
     u, vh = u * signs, vh * signs.mT
+    plain = gram_u is None and gram_z is None
     eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
-    live = min(rank, numerical_rank(s, max(d_out, d_in), eps))
+    tolerance = max(d_out, d_in) * eps
+    live = min(rank, numerical_rank(s, 1, tolerance if plain else max(tolerance, _ROOT_ROUNDING)))
 
     root = s[:live].sqrt()
-    # With core = R_b R_a^T = U S V^T: B' = Q_b U sqrt(S) = B (R_a^T V / sqrt(S)), and likewise for A'.
-    from_A_KR = (u[:, :live] / root).mT @ r_b
-    from_B_RK = r_a.mT @ (vh[:live].mT / root)
-    new_A, new_B = root[:, None] * (vh[:live] @ q_a.mT), (q_b @ u[:, :live]) * root
+    from_A_KR = (u[:, :live] / root).mT @ m_u
+    from_B_RK = m_z @ (vh[:live].mT / root)
+    new_A, new_B = from_A_KR @ a_RI, b_OR @ from_B_RK
     if live < rank:
         idle = _complement(from_A_KR)
-        rows, columns = (
-            idle.mT @ a_RI,
-            b_OR @ idle,
-        )  # in each direction one of the two vanishes, or the product would not
+        # in each direction one of the two vanishes, or the product (in this metric) would not
+        rows, columns = idle.mT @ a_RI, b_OR @ idle
         in_A = rows.norm(dim=1) > _ROUNDING * a_RI.norm()
         in_B = ~in_A & (columns.norm(dim=0) > _ROUNDING * b_OR.norm())
         kept = torch.argsort((in_A | in_B).int(), descending=True, stable=True)[: rank - live]
@@ -169,41 +193,82 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int) -> RankChange:
         from_B_RK = torch.cat([from_B_RK, idle[:, kept]], dim=1)
         new_A = torch.cat([new_A, (rows * in_A[:, None])[kept]])
         new_B = torch.cat([new_B, (columns * in_B)[:, kept]], dim=1)
+    if not plain:  # raw factors carry the scale of the statistics: balance them
+        balanced = truncate_product(new_B, new_A, rank)
+        new_A, new_B = balanced.lora_A, balanced.lora_B
+        from_A_KR, from_B_RK = balanced.from_A @ from_A_KR, from_B_RK @ balanced.from_B
+    if gauge == "keep_norm" and new_A.any():
+        c = a_RI.norm() / new_A.norm() * (rank / old_rank) ** 0.5
+        new_A, from_A_KR, new_B, from_B_RK = new_A * c, from_A_KR * c, new_B / c, from_B_RK / c
     return RankChange(new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), from_A_KR, from_B_RK, s)
 
 
 @torch.no_grad()
-def grow_product(lora_B: Tensor, lora_A: Tensor, rank: int, generator: torch.Generator | None = None) -> RankChange:
+def grow_product(
+    lora_B: Tensor,
+    lora_A: Tensor,
+    rank: int,
+    *,
+    along: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> RankChange:
     """``lora_B @ lora_A`` with ``rank`` directions and the same value: new columns of B are zero.
 
-    New rows of A are random, orthogonal to the old rows and to each other, at the median norm of the old rows.
+    New rows of A are orthogonal to the old rows and to each other, at the median norm of the old rows: the top right
+    singular vectors of ``along`` outside the old rows, if it is given, and random ones for the rest.
 
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point.
         rank: K, R <= K <= min(O, I).
-        generator: source of the new rows; torch's default generator when None.
+        along: (N, I), the gradient of the update (or any sketch ``Omega^T G`` of it).
+        generator: source of random rows; torch's default generator when None.
 
     Raises:
-        ValueError: if ``rank`` is outside [R, min(O, I)], the shapes do not form a product, or a factor is not finite.
+        ValueError: if ``rank`` is outside [R, min(O, I)], the shapes do not form a product, or a value is not finite.
     """
     _check_factors(lora_B, lora_A)
     (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
     if not old_rank <= rank <= min(d_out, d_in):
         raise ValueError(f"rank must be between {old_rank} and min(d_out, d_in) = {min(d_out, d_in)}, got {rank}")
-    a_RI = lora_A.double()
-    fresh = torch.randn(d_in, rank - old_rank, dtype=torch.float64, device=a_RI.device, generator=generator)
+    a_RI, count = lora_A.double(), rank - old_rank
     norms = a_RI.norm(dim=1)
     size = norms[norms > 0].median() if norms.any() else 1.0
-    rows = torch.linalg.qr(torch.cat([a_RI.mT, fresh], dim=1)).Q[:, old_rank:].mT * size
+    old = torch.linalg.qr(a_RI.mT).Q
+    fresh = torch.randn(d_in, count, dtype=torch.float64, generator=generator).to(a_RI.device)
+    if along is not None:
+        if along.shape[1] != d_in or not torch.isfinite(along).all():
+            raise ValueError(f"along must be finite and (N, {d_in}), got {[*along.shape]}")
+        residual = along.double() - along.double() @ old @ old.mT
+        _, values, vh = torch.linalg.svd(residual, full_matrices=False)
+        found = min(count, numerical_rank(values, 1, float(_ROUNDING)))
+        fresh[:, :found] = vh[:found].mT
+    rows = torch.linalg.qr(torch.cat([old, fresh], dim=1)).Q[:, old_rank:].mT * size
     maps = torch.eye(rank, old_rank, dtype=torch.float64, device=a_RI.device)
     return RankChange(
         lora_A=torch.cat([lora_A, rows.to(lora_A.dtype)]),
-        lora_B=torch.cat([lora_B, lora_B.new_zeros(d_out, rank - old_rank)], dim=1),
+        lora_B=torch.cat([lora_B, lora_B.new_zeros(d_out, count)], dim=1),
         from_A=maps,
         from_B=maps.mT.contiguous(),
         singular_values=singular_values(lora_B, lora_A),
     )
+
+
+def _metric_roots(b_OR: Tensor, a_RI: Tensor, gram_u: Tensor | None, gram_z: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(M_u, M_z) of :func:`truncate_product`."""
+    rank = a_RI.shape[0]
+    m_u = torch.linalg.qr(b_OR, mode="r").R if gram_u is None else _root(gram_u, "gram_u", rank)
+    m_z = torch.linalg.qr(a_RI.mT, mode="r").R.mT if gram_z is None else _root(gram_z, "gram_z", rank).mT
+    return m_u, m_z
+
+
+def _root(gram_RR: Tensor, name: str, rank: int) -> Tensor:
+    """M with M^T M = gram; by eigenvalues, since a Gram matrix of few rows is singular."""
+    if gram_RR.shape != (rank, rank) or not torch.isfinite(gram_RR).all():
+        raise ValueError(f"{name} must be finite and ({rank}, {rank}), got {[*gram_RR.shape]}")
+    values, vectors = torch.linalg.eigh(gram_RR.double())
+    root: Tensor = values.clamp(min=0).sqrt()[:, None] * vectors.mT
+    return root
 
 
 def _complement(rows_NR: Tensor) -> Tensor:

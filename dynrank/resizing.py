@@ -4,34 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.inject import lora_layers
-from dynrank.linalg import RankChange, energy_kept, grow_product, truncate_product
+from dynrank.linalg import RankChange, energy_kept, grow_product, singular_values, truncate_product
 from dynrank.optim import change_state, check_optimizer
+from dynrank.statistics import METRICS, Grams
 
-__all__ = ["LayerReport", "resize"]
-
-METRICS = ("weight",)
+__all__ = ["LayerReport", "predict", "resize"]
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a change of rank did to one layer.
+    """What a change of rank does to one layer.
 
     Attributes:
         layer: its name in the model.
         rank_before: rank before the change.
         rank_after: rank after it.
-        energy_kept: share of the update's energy (sum of squared singular values) that stays, in [0, 1].
-        predicted_error: Frobenius norm of the change of the layer's update, known before it is made.
-        singular_values: of the update before the change (scaling included), descending, ``rank_before`` numbers.
-        parameters_saved: trainable numbers that went away (negative for growth).
+        energy_kept: share of the energy (sum of squared singular values, in the metric) that stays, in [0, 1].
+        predicted_error: norm of the dropped singular values, known before the change is made: in ``weight`` the
+            Frobenius norm of the update's change, in ``output`` the root mean square norm of the output's change, in
+            ``loss`` the root of twice the estimated increase of the loss, up to a factor common to all layers.
+        singular_values: of the update before the change in the metric (scaling included), descending.
+        parameters_saved: trainable numbers that go away (negative for growth).
     """
 
     layer: str
@@ -50,53 +52,126 @@ def resize(
     *,
     optimizers: Iterable[Optimizer] = (),
     metric: str = "weight",
+    grams: Grams | None = None,
+    gauge: str = "balanced",
+    along: Mapping[str, Tensor] | None = None,
     optimizer_state: str = "transport",
+    generator: torch.Generator | None = None,
 ) -> list[LayerReport]:
     """Change the rank of LoRA layers in place, and carry the optimizers' state; shrinks or grows.
 
-    Shrinking is the best approximation in ``metric`` (the ``weight`` metric: plain SVD of B @ A); growing leaves the
-    function as it is. Scaling stays. The Parameter objects stay too, so optimizers, their param groups, schedulers and
-    hooks go on working; gradients are dropped, so call it when none are pending. All or nothing: every layer and
-    optimizer is checked before the first is changed.
+    Shrinking is the best approximation in ``metric``; growing leaves the function as it is. Scaling stays. The
+    Parameter objects stay too, so optimizers, their param groups, schedulers and hooks go on working; gradients are
+    dropped, so call it when none are pending. All or nothing: every layer and optimizer is checked before the first is
+    changed.
 
     Args:
-        model: a model with LoRA layers.
+        model: a model with LoRA layers, dynrank's or PEFT's.
         target: the new rank of every layer, or {layer name: new rank} for some.
         optimizers: those that hold the layers' parameters; one that isn't given keeps moments of the old shape.
-        metric: "weight".
+        metric: "weight" (plain SVD of B @ A), "output" or "loss"; the latter two need ``grams``.
+        grams: what :class:`dynrank.statistics.Grams` collected since the last change.
+        gauge: of the new factors, see :func:`dynrank.linalg.truncate_product`.
+        along: {layer name: gradient or its sketch, (N, d_in)}, where a growing layer takes its new rows from; random
+            rows when None.
         optimizer_state: "transport" carries the moments, "reset" forgets those of the changed parameters.
+        generator: source of the random rows of a growth; torch's default generator when None.
 
     Returns:
         A report per changed layer, in model order; layers that have their target rank already are left alone.
 
     Raises:
-        ConfigurationError: if there are no LoRA layers, a name, rank or metric cannot be used, a factor holds NaN or
-            inf (it names the layer), or an optimizer's state cannot be carried.
+        ConfigurationError: if there are no LoRA layers, a name, rank, metric or gauge cannot be used, a factor holds
+            NaN or inf (it names the layer), or an optimizer's state cannot be carried.
         RuntimeError: if a layer is merged.
     """
-    if metric not in METRICS:
-        raise ConfigurationError(f"metric must be one of {METRICS}, got {metric!r}; set schedule.metric")
-    layers = dict(lora_layers(model))
-    if not layers:
-        raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
-    targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
-    check_targets(layers, targets)
+    layers, targets = _checked(model, target, metric, grams)
     optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # Lightning wraps them
-    changed = {name: layers[name] for name in layers if name in targets and targets[name] != layers[name].rank}
     for optimizer in optimizers:
         check_optimizer(
-            optimizer, [p for layer in changed.values() for p in (layer.lora_A, layer.lora_B)], optimizer_state
+            optimizer, [p for name in targets for p in (layers[name].lora_A, layers[name].lora_B)], optimizer_state
         )
 
-    changes = {name: _change(name, layer, targets[name]) for name, layer in changed.items()}
-    reports = [_report(name, changed[name], change) for name, change in changes.items()]
+    changes = {}
+    for name, rank in targets.items():
+        layer = layers[name]
+        try:
+            if rank < layer.rank:
+                gram_u, gram_z = grams.of(name, metric) if grams is not None else (None, None)
+                change = truncate_product(
+                    layer.lora_B, layer.lora_A, rank, gram_u=gram_u, gram_z=gram_z, gauge=gauge
+                )
+            else:
+                row_source = along[name] if along is not None else None
+                change = grow_product(layer.lora_B, layer.lora_A, rank, along=row_source, generator=generator)
+        except ConfigurationError:
+            raise
+        except ValueError as error:
+            raise _unusable(name, layer, rank, error) from error
+        changes[name] = change
+    reports = [_report(name, layers[name], len(c.lora_A), c.singular_values) for name, c in changes.items()]
     for name, change in changes.items():
-        layer = changed[name]
+        layer = layers[name]
         layer.set_factors(change.lora_A, change.lora_B)
         for optimizer in optimizers:
             change_state(optimizer, layer.lora_A, change.from_B.mT, 0, optimizer_state)
             change_state(optimizer, layer.lora_B, change.from_A, 1, optimizer_state)
     return reports
+
+
+def predict(
+    model: nn.Module, target: int | Mapping[str, int], *, metric: str = "weight", grams: Grams | None = None
+) -> list[LayerReport]:
+    """What :func:`resize` would report, without changing anything; same arguments, same errors."""
+    layers, targets = _checked(model, target, metric, grams)
+    spectra = layer_spectra({name: layers[name] for name in targets}, metric, grams)
+    return [_report(name, layers[name], rank, spectra[name] / layers[name].scaling) for name, rank in targets.items()]
+
+
+@torch.no_grad()
+def layer_spectra(layers: Mapping[str, LoRALayer], metric: str, grams: Grams | None) -> dict[str, Tensor]:
+    """Singular values of each layer's update in ``metric``, scaling included, descending, (rank,) float64.
+
+    Raises:
+        ConfigurationError: if a factor is not finite (it names the layer), or statistics are missing.
+    """
+    spectra = {}
+    for name, layer in layers.items():
+        gram_u, gram_z = grams.of(name, metric) if grams is not None else (None, None)
+        try:
+            values = singular_values(layer.lora_B, layer.lora_A, gram_u=gram_u, gram_z=gram_z)
+        except ValueError as error:
+            raise _unusable(name, layer, layer.rank, error) from error
+        spectra[name] = values * layer.scaling
+    return spectra
+
+
+class Snapshot:
+    """Everything that :func:`resize` may change of ``model`` and ``optimizers``, to be put back exactly."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        self._optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
+        self._layers = []
+        for _, layer in lora_layers(model):
+            states = [
+                {key: v.clone() if isinstance(v, Tensor) else v for key, v in optimizer.state.get(parameter, {}).items()}
+                for optimizer in self._optimizers
+                for parameter in (layer.lora_A, layer.lora_B)
+            ]
+            self._layers.append((layer, layer.lora_A.clone(), layer.lora_B.clone(), states))
+
+    def restore(self) -> None:
+        """Put back factors, ranks and optimizer state, bit for bit; once."""
+        for layer, lora_A, lora_B, states in self._layers:
+            layer.set_factors(lora_A, lora_B)
+            saved = iter(states)
+            for optimizer in self._optimizers:
+                for parameter in (layer.lora_A, layer.lora_B):
+                    state: dict[str, Any] = next(saved)
+                    optimizer.state.pop(parameter, None)
+                    if state:
+                        optimizer.state[parameter] = state
 
 
 def check_targets(layers: Mapping[str, LoRALayer], targets: Mapping[str, int]) -> None:
@@ -123,25 +198,42 @@ def check_targets(layers: Mapping[str, LoRALayer], targets: Mapping[str, int]) -
         raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
 
 
-def _change(name: str, layer: LoRALayer, rank: int) -> RankChange:
-    function = truncate_product if rank < layer.rank else grow_product
-    try:
-        return function(layer.lora_B, layer.lora_A, rank)
-    except ValueError as error:
+def _checked(
+    model: nn.Module, target: int | Mapping[str, int], metric: str, grams: Grams | None
+) -> tuple[dict[str, LoRALayer], dict[str, int]]:
+    """(all layers by name, {name: new rank} of those that change), after every check that needs no arithmetic."""
+    if metric not in METRICS:
+        raise ConfigurationError(f"metric must be one of {METRICS}, got {metric!r}; set schedule.metric")
+    if metric != "weight" and grams is None:
         raise ConfigurationError(
-            f"{name!r} cannot change from rank {layer.rank} to {rank}: {error}; nothing has been changed. "
-            "Training has diverged: lower optimizer.lr"
-        ) from error
+            f"metric={metric} needs statistics: collect them with dynrank.statistics.Grams over some training steps and "
+            "pass grams=, or set schedule.metric=weight"
+        )
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
+    targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
+    check_targets(layers, targets)
+    return layers, {n: targets[n] for n in layers if n in targets and targets[n] != layers[n].rank}
 
 
-def _report(name: str, layer: LoRALayer, change: RankChange) -> LayerReport:
-    after, values = change.lora_A.shape[0], change.singular_values * layer.scaling
+def _unusable(name: str, layer: LoRALayer, rank: int, error: ValueError) -> ConfigurationError:
+    return ConfigurationError(
+        f"{name!r} cannot change from rank {layer.rank} to {rank}: {error}; nothing has been changed. "
+        "Training has diverged: lower optimizer.lr"
+    )
+
+
+def _report(name: str, layer: LoRALayer, rank: int, values: Tensor) -> LayerReport:
+    """Report of a change to ``rank``; ``values`` are without the scaling."""
+    values = values * layer.scaling
+    width = layer.lora_B.shape[0] + layer.lora_A.shape[1]
     return LayerReport(
         layer=name,
         rank_before=layer.rank,
-        rank_after=after,
-        energy_kept=energy_kept(values, after),
-        predicted_error=float(change.dropped.norm() * layer.scaling),
+        rank_after=rank,
+        energy_kept=energy_kept(values, rank),
+        predicted_error=float(values[rank:].norm()),
         singular_values=tuple(values.tolist()),
-        parameters_saved=layer.lora_A.numel() + layer.lora_B.numel() - change.lora_A.numel() - change.lora_B.numel(),
+        parameters_saved=(layer.rank - rank) * width,
     )

@@ -140,7 +140,7 @@ def test_grow_product_adds_orthogonal_rows_at_the_median_norm():
 def test_grow_product_draws_from_its_generator():
     lora_B, lora_A = factors(9, 7, 2)
     one, same, other = (
-        grow_product(lora_B, lora_A, 5, torch.Generator().manual_seed(seed)).lora_A for seed in (1, 1, 2)
+        grow_product(lora_B, lora_A, 5, generator=torch.Generator().manual_seed(seed)).lora_A for seed in (1, 1, 2)
     )
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)

@@ -32,10 +32,10 @@ class LoRALinear(LoRALayer):
             return y
         if torch.is_autocast_enabled(x.device.type) or (self.training and self.dropout.p > 0):
             y = self.base(x)
-            down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
+            down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
             return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
         lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return lora_linear(x, self._weight_OI(), self.bias, lora_A, lora_B, self.scaling)
+        return lora_linear(x, self._weight_OI(), self.bias, lora_A, lora_B, self.scaling, self._tap)
 
 
 class LoRAConv1D(LoRALinear):
@@ -79,7 +79,8 @@ class LoRAEmbedding(LoRALayer):
         y: Tensor = self.base(ids)
         if self.merged:
             return y
-        rows = self.dropout(F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx))
+        rows = F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx)
+        rows = self._watched(self.dropout(rows))
         update: Tensor = self.scaling * (rows @ self.lora_B.mT)
         return y + update.to(y.dtype)
 
@@ -110,6 +111,7 @@ class LoRAConv2d(LoRALayer):
             return y
         filters = self.lora_A.view(self.rank, *self.weight.shape[1:]).to(x.dtype)
         down = F.conv2d(self.dropout(x), filters, stride=self.base.stride, padding=self.base.padding)
+        down = self._watched(down, channels=1)
         return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
 
 

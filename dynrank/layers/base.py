@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
+from dynrank.kernels.lora_linear import Tap
 
 
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -61,6 +63,7 @@ class LoRALayer(nn.Module):
         self.final_rank: int | None = None
         self.pinned = False
         self.rule: str | None = None
+        self._tap: Tap | None = None
         device = base.get_parameter("weight").device
         self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))
@@ -79,6 +82,11 @@ class LoRALayer(nn.Module):
     def init_A(self) -> None:
         """Draw lora_A as PEFT does, in place."""
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose input and output are the layer's (itself)."""
+        return self
 
     @property
     def rank(self) -> int:
@@ -108,6 +116,36 @@ class LoRALayer(nn.Module):
     def bias(self) -> nn.Parameter | None:
         bias: nn.Parameter | None = getattr(self.base, "bias", None)
         return bias
+
+    def observe(self, tap: Tap) -> Callable[[], None]:
+        """From now on call ``tap(z, dz)`` once in each backward; stop when the returned function is called.
+
+        z is A applied to the layer's input (after dropout) and dz the gradient of the loss at z, which is
+        ``scaling * B^T g``; both (positions, rank), without a graph.
+
+        Raises:
+            RuntimeError: if the layer is being observed already.
+        """
+        if self._tap is not None:
+            raise RuntimeError("the layer is being observed already")
+        self._tap = tap
+
+        def stop() -> None:
+            self._tap = None
+
+        return stop
+
+    def _watched(self, z: Tensor, channels: int = -1) -> Tensor:
+        """``z``, which reports to the tap, if there is one, when its gradient arrives."""
+        tap = self._tap
+        if tap is not None and z.requires_grad:
+            values = z.detach()
+
+            def report(dz: Tensor) -> None:
+                tap(*(t.movedim(channels, -1).reshape(-1, self.rank) for t in (values, dz)))
+
+            z.register_hook(report)
+        return z
 
     @torch.no_grad()
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -1,0 +1,103 @@
+"""When to act on the factors themselves: their spectrum has a small tail, or their leading directions have settled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dynrank.errors import ConfigurationError
+from dynrank.linalg import energy_kept, singular_values, truncate_product
+from dynrank.triggers.base import Trigger, check_least
+
+Factors = Mapping[str, tuple[Tensor, Tensor]]  # name -> (lora_B, lora_A)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 < value < 1:
+        raise ConfigurationError(f"{name} must be in (0, 1), got {value!r}; set schedule.trigger.{name}")
+
+
+@dataclass
+class TailEnergy(Trigger):
+    """True once the energy (sum of squared singular values) beyond ``rank`` is at most ``share``, as a mean over layers.
+
+    Layers whose update is still zero don't count; while all are, nothing fires.
+
+    Args:
+        rank: directions that are not tail, >= 1.
+        share: of the energy, in (0, 1).
+        every: optimizer steps between looks, >= 1.
+
+    Raises:
+        ConfigurationError: if a value is outside its range.
+    """
+
+    rank: int = 16
+    share: float = 0.05
+    every: int = 50  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, rank=1, every=1)
+        _check_share("share", self.share)
+
+    @property
+    def reason(self) -> str:
+        return f"energy beyond rank {self.rank} at most {self.share:g}"
+
+    def _fires(self, factors: Factors) -> bool:  # type: ignore[override]
+        spectra = [singular_values(*pair) for pair in factors.values()]
+        tails = [1 - energy_kept(values, self.rank) for values in spectra if values[0] > 0]
+        return bool(tails) and sum(tails) / len(tails) <= self.share
+
+    def _forget(self) -> None:
+        pass  # each look stands for itself
+
+
+@dataclass
+class SubspaceStable(Trigger):
+    """True once the leading ``rank`` right singular directions overlap by ``overlap`` with those of the look before.
+
+    The overlap of two subspaces with orthonormal bases V, W is ``||V^T W||_F^2 / rank``, in [0, 1]; mean over layers.
+
+    Args:
+        rank: leading directions compared, >= 1.
+        overlap: in (0, 1).
+        every: optimizer steps between looks, >= 1.
+
+    Raises:
+        ConfigurationError: if a value is outside its range.
+    """
+
+    rank: int = 16
+    overlap: float = 0.95
+    every: int = 50  # type: ignore[misc]
+    _bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # name -> (I, rank) float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, rank=1, every=1)
+        _check_share("overlap", self.overlap)
+
+    @property
+    def reason(self) -> str:
+        return f"leading {self.rank} directions settled"
+
+    def _fires(self, factors: Factors) -> bool:  # type: ignore[override]
+        bases = {}
+        for name, (lora_B, lora_A) in factors.items():
+            leading = truncate_product(lora_B, lora_A, min(self.rank, lora_A.shape[0])).lora_A.double()
+            bases[name] = torch.linalg.qr(leading.mT).Q.float()
+        before, self._bases = self._bases, bases
+        overlaps = [
+            float((before[name].mT @ basis).square().sum() / basis.shape[1])
+            for name, basis in bases.items()
+            if name in before and before[name].shape == basis.shape
+        ]
+        return bool(overlaps) and sum(overlaps) / len(overlaps) >= self.overlap
+
+    def _forget(self) -> None:
+        self._bases = {}
