@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from dynrank.config import compose
     from dynrank.errors import ConfigurationError
     from dynrank.layers.inject import add_lora, lora_layers, merge
-    from dynrank.resizing import resize
+    from dynrank.resizing import predict, resize
 
 __version__ = "0.1.0"
 
@@ -19,6 +19,7 @@ _HOMES = {
     "load_adapter": "dynrank.adapter",
     "lora_layers": "dynrank.layers.inject",
     "merge": "dynrank.layers.inject",
+    "predict": "dynrank.resizing",
     "resize": "dynrank.resizing",
     "save_adapter": "dynrank.adapter",
 }
@@ -29,6 +30,7 @@ __all__ = [
     "load_adapter",
     "lora_layers",
     "merge",
+    "predict",
     "resize",
     "save_adapter",
 ]

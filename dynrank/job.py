@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,25 +16,27 @@ import transformers
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dynrank.adapter import save_adapter
 from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, StepSeed
 from dynrank.config import plain, rank_pattern
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
-from dynrank.preflight import check_checkpoint, check_run
-from dynrank.report import draw, print_summary, summarise
+from dynrank.preflight import check_checkpoint, check_monitors, check_run
+from dynrank.report import draw, final_rank_map, print_summary, summarise
+from dynrank.schedules import How, check_schedule
+from dynrank.triggers import Run
 from dynrank.trusted import make
 
 
 @dataclass
 class Job:
-    """What a configuration stands for: the task, its module with LoRA layers in place, and the schedule, if any."""
+    """What a configuration stands for: the task, its module with LoRA layers in place, and the schedule."""
 
     task: Any
     module: LightningModule
-    scheduler: RankScheduler | None
+    scheduler: RankScheduler
 
 
 def build(config: DictConfig, *, on_meta: bool = False) -> Job:
@@ -44,19 +46,35 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
         ConfigurationError: if any value cannot be used.
     """
     pattern = rank_pattern(config.rank_map)
-    scheduler = make(config.schedule)
     check_run(config)
+    run = Run(config.trainer.get("max_steps", -1) if config.trainer.get("max_steps", -1) > 0 else None)
+    scheduler = make_scheduler(config.schedule)
+    ranks = [config.lora.rank, *(rule["rank"] for rule in pattern.values() if rule.get("rank") and not rule["pinned"])]
+    check_schedule(scheduler.stages, scheduler.how, highest=max(ranks), run=run)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     seed_everything(config.seed, verbose=False)
     task = make(config.task)
     lora = {**plain(config.lora), "rank_map": pattern}
-    module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
-    if isinstance(scheduler, RankScheduler):
-        scheduler.check_layers(module.model)
-    if config.ckpt_path is not None and not on_meta:
-        check_checkpoint(config, module)
+    check_monitors(scheduler.monitors, task.metrics)
+    module = task.module(lora, plain(config.optimizer), on_meta=True)  # what can be refused is, before weights load
+    scheduler.check_model(module.model, run)
+    if not on_meta:
+        module = task.module(lora, plain(config.optimizer))
+        if config.ckpt_path is not None:
+            check_checkpoint(config, module)
     return Job(task, module, scheduler)
+
+
+def make_scheduler(node: DictConfig) -> RankScheduler:
+    """The scheduler of a ``schedule`` node: keys of :class:`How` apply to all stages, the rest makes the stages.
+
+    Raises:
+        ConfigurationError: if a value cannot be used.
+    """
+    values = plain(node)  # interpolations are resolved while the node still hangs in its configuration
+    how = {field.name: values.pop(field.name) for field in fields(How) if field.name in values}
+    return RankScheduler(make(OmegaConf.create(values)) or [], How(**how))
 
 
 def run(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -80,7 +98,8 @@ def run(config: DictConfig, folder: Path) -> dict[str, Any]:
         raise KeyboardInterrupt
     metrics = trainer.test(job.module, job.task.data, verbose=False)[0]
     save_adapter(model, folder / "adapter")
-    history = job.scheduler.history if job.scheduler is not None else []
+    history = job.scheduler.history
+    (folder / "final_ranks.yaml").write_text(final_rank_map(model, config.lora.rslora), encoding="utf-8")
     summary = summarise(model, history, metrics, meter, time.perf_counter() - start)
     if config.plots:
         draw(model, history, ranks_at_start, folder)
@@ -102,9 +121,10 @@ def _quiet() -> None:
 
 
 def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Trainer:
-    callbacks: list[Any] = [StepSeed(config.seed), meter, RankMonitor(folder / "rank_history.csv", model_name="model")]
-    if job.scheduler is not None:
-        callbacks.insert(0, job.scheduler)
+    monitor = RankMonitor(
+        folder / "rank_history.csv", model_name="model", prediction_file=folder / "rank_predictions.csv"
+    )
+    callbacks: list[Any] = [job.scheduler, StepSeed(config.seed), meter, monitor]
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     callbacks.append(

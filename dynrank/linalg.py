@@ -135,17 +135,17 @@ def truncate_product(
 ) -> RankChange:
     """Best rank-``rank`` factors of ``lora_B @ lora_A`` in a metric given by two R x R Gram matrices.
 
-    With any square roots ``M_u^T M_u = G_u`` and ``M_z M_z^T = G_z`` and the SVD ``M_u M_z = U S V^T``, the best factors
-    are ``A' = S^-1/2 U^T M_u A`` and ``B' = B M_z V S^-1/2``, and the error in that metric is the norm of the dropped
-    singular values. ``G_u = B^T B, G_z = A A^T`` is the Frobenius norm of the update (Eckart and Young, 1936); there the
-    square roots come from QR of the factors, which keeps their condition number. ``G_z = E[z z^T]`` with ``z = A x``
+    With any square roots ``M_u^T M_u = G_u`` and ``M_z M_z^T = G_z`` and the SVD ``M_u M_z = U S V^T``, the best
+    factors are ``A' = S^-1/2 U^T M_u A`` and ``B' = B M_z V S^-1/2``, and the error in that metric is the norm of the
+    dropped singular values. ``G_u = B^T B, G_z = A A^T`` is the Frobenius norm of the update (Eckart and Young, 1936);
+    there the roots come from QR of the factors, which keeps their condition number. ``G_z = E[z z^T]`` with ``z = A x``
     measures the error of the layer's output, and with ``G_u = E[u u^T]``, ``u = B^T g``, a Kronecker-factored estimate
     of the loss. Cost: O((O + I) R^2); the product is never formed.
 
-    The new factors are balanced (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T`` of the product they form) whatever the metric.
-    Directions beyond the numerical rank carry nothing to rank: there B' is zero and A' keeps independent combinations of
-    the old rows (or the other way round, where the rows are zero), so that the layer can still learn: two zero factors
-    would have zero gradients for good. For a fresh layer (B = 0) that means the first rows of A.
+    The new factors are balanced (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T`` of the product they form) in every metric.
+    Directions beyond the numerical rank carry nothing to rank: there B' is zero and A' keeps independent combinations
+    of the old rows (or the other way round, where the rows are zero), so that the layer can still learn: two zero
+    factors would have zero gradients for good. For a fresh layer (B = 0) that means the first rows of A.
 
     Args:
         lora_B: (O, R), floating point.

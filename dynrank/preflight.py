@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pickle import UnpicklingError
 
 import torch
@@ -26,6 +27,20 @@ def check_run(config: DictConfig) -> None:
     interval = config.trainer.get("val_check_interval", 1.0)
     if not isinstance(interval, int | float) or interval <= 0:
         raise ConfigurationError(f"trainer.val_check_interval must be a number above 0, got {interval!r}")
+
+
+def check_monitors(monitors: Iterable[str], logged: Sequence[str]) -> None:
+    """Refuse names that the task never logs.
+
+    Raises:
+        ConfigurationError: naming them and what is logged.
+    """
+    unknown = [name for name in monitors if name not in logged]
+    if unknown:
+        raise ConfigurationError(
+            f"a schedule must watch a logged metric, got {unknown}; logged: {sorted(logged)}; "
+            "set schedule.trigger.monitor or schedule.check_monitor"
+        )
 
 
 def check_checkpoint(config: DictConfig, module: LightningModule) -> None:

@@ -13,7 +13,16 @@ import yaml
 
 from dynrank.errors import ConfigurationError
 
-__all__ = ["LayerRank", "RankRule", "load_rank_map", "matches", "parse_rank_map", "parse_rules", "resolve_rank_map"]
+__all__ = [
+    "LayerRank",
+    "RankRule",
+    "dump_rank_map",
+    "load_rank_map",
+    "matches",
+    "parse_rank_map",
+    "parse_rules",
+    "resolve_rank_map",
+]
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,19 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
             f"fix {str(path)!r} (rank_map.file)"
         )
     return parse_rank_map(data["rank_pattern"], source=str(path))
+
+
+def dump_rank_map(rules: Mapping[str, RankRule]) -> str:
+    """The text of an override file with these rules; :func:`load_rank_map` reads it back."""
+    pattern = {
+        key: {
+            field.name: getattr(rule, field.name)
+            for field in fields(rule)
+            if getattr(rule, field.name) != field.default
+        }
+        for key, rule in rules.items()
+    }
+    return yaml.safe_dump({"rank_pattern": pattern}, sort_keys=False)
 
 
 def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, RankRule]:

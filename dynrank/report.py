@@ -12,6 +12,7 @@ from dynrank.callbacks import RankEvent, RunMeter
 from dynrank.callbacks.run_meter import peak_memory_bytes
 from dynrank.layers.inject import lora_layers
 from dynrank.linalg import singular_values
+from dynrank.rank_map import RankRule, dump_rank_map
 
 
 def summarise(
@@ -22,7 +23,7 @@ def summarise(
     return {
         "test": {name: float(value) for name, value in metrics.items()},
         "final_ranks": {name: layer.rank for name, layer in layers.items()},
-        "changes": [{"step": event.step, "reason": event.reason} for event in history],
+        "changes": [{"step": event.step, "reason": event.reason, "undone": event.undone} for event in history],
         "parameters": {
             "adapter": sum(layer.lora_A.numel() + layer.lora_B.numel() for layer in layers.values()),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -34,6 +35,20 @@ def summarise(
     }
 
 
+def final_rank_map(model: nn.Module, rslora: bool) -> str:
+    """The text of an override file that starts a run at the ranks and scalings that ``model`` has now.
+
+    Args:
+        model: with LoRA layers.
+        rslora: whether that run's scaling starts at alpha / sqrt(rank).
+    """
+    rules = {
+        name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
+        for name, layer in lora_layers(model)
+    }
+    return dump_rank_map(rules)
+
+
 def draw(model: nn.Module, history: Sequence[RankEvent], ranks_at_start: Mapping[str, int], folder: Path) -> None:
     """Write the run's pictures to ``folder / "plots"``."""
     from dynrank.plots import plot_loss, plot_ranks, plot_spectra  # matplotlib is an extra
@@ -42,20 +57,22 @@ def draw(model: nn.Module, history: Sequence[RankEvent], ranks_at_start: Mapping
     plots.mkdir()
     layers = dict(lora_layers(model))
     ranks = {name: layer.rank for name, layer in layers.items()}
-    changes = {e.step: f"rank {_ranks(e.layers, 'rank_before')} → {_ranks(e.layers, 'rank_after')}" for e in history}
+    made = [event for event in history if not event.undone]
+    changes = {e.step: f"rank {_ranks(e.layers, 'rank_before')} → {_ranks(e.layers, 'rank_after')}" for e in made}
     plot_loss(folder / "metrics.csv", changes, plots / "loss.png")
     plot_ranks(ranks_at_start, ranks, plots / "ranks.png")
-    if history:
-        spectra = {report.layer: report.singular_values for report in history[0].layers}
-        kept = {report.layer: report.rank_after for report in history[0].layers}
-        plot_spectra(spectra, kept, f"before the change at step {history[0].step}", plots / "spectra.png")
+    if made:
+        spectra = {report.layer: report.singular_values for report in made[0].layers}
+        kept = {report.layer: report.rank_after for report in made[0].layers}
+        plot_spectra(spectra, kept, f"before the change at step {made[0].step}", plots / "spectra.png")
     else:
         spectra = {n: tuple((singular_values(la.lora_B, la.lora_A) * la.scaling).tolist()) for n, la in layers.items()}
         plot_spectra(spectra, ranks, "at the end", plots / "spectra.png")
 
 
 def _ranks(layers: Any, field: str) -> str:
-    return "/".join(str(rank) for rank in sorted({getattr(layer, field) for layer in layers}))
+    ranks = {getattr(layer, field) for layer in layers}
+    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}"
 
 
 def print_summary(summary: Mapping[str, Any], folder: Path) -> None:

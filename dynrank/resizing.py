@@ -98,9 +98,7 @@ def resize(
         try:
             if rank < layer.rank:
                 gram_u, gram_z = grams.of(name, metric) if grams is not None else (None, None)
-                change = truncate_product(
-                    layer.lora_B, layer.lora_A, rank, gram_u=gram_u, gram_z=gram_z, gauge=gauge
-                )
+                change = truncate_product(layer.lora_B, layer.lora_A, rank, gram_u=gram_u, gram_z=gram_z, gauge=gauge)
             else:
                 row_source = along[name] if along is not None else None
                 change = grow_product(layer.lora_B, layer.lora_A, rank, along=row_source, generator=generator)
@@ -155,7 +153,10 @@ class Snapshot:
         self._layers = []
         for _, layer in lora_layers(model):
             states = [
-                {key: v.clone() if isinstance(v, Tensor) else v for key, v in optimizer.state.get(parameter, {}).items()}
+                {
+                    key: v.clone() if isinstance(v, Tensor) else v
+                    for key, v in optimizer.state.get(parameter, {}).items()
+                }
                 for optimizer in self._optimizers
                 for parameter in (layer.lora_A, layer.lora_B)
             ]
@@ -206,8 +207,8 @@ def _checked(
         raise ConfigurationError(f"metric must be one of {METRICS}, got {metric!r}; set schedule.metric")
     if metric != "weight" and grams is None:
         raise ConfigurationError(
-            f"metric={metric} needs statistics: collect them with dynrank.statistics.Grams over some training steps and "
-            "pass grams=, or set schedule.metric=weight"
+            f"metric={metric} needs statistics: collect them with dynrank.statistics.Grams over some training steps "
+            "and pass grams=, or set schedule.metric=weight"
         )
     layers = dict(lora_layers(model))
     if not layers:

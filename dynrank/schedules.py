@@ -36,6 +36,7 @@ __all__ = [
     "join",
     "linear",
     "milestones",
+    "one_stage",
     "squeeze_at_end",
     "squeeze_then_tune",
     "stages",
@@ -54,14 +55,14 @@ class How:
         metric: what truncation minimises: "weight" (the update's Frobenius norm), "output" (of the layer, on the data
             seen) or "loss" (a Kronecker-factored estimate of its increase).
         window: optimizer steps before the change over which the statistics of the other two metrics (and of a budget by
-            sensitivity, and of growth along the gradient) are collected; the change of a trigger that cannot be foreseen
-            is made this much later.
+            sensitivity, and of growth along the gradient) are collected; a change that cannot be foreseen is made this
+            much later.
         gauge: of the new factors: "balanced", or "keep_norm" (A keeps the norm of its rows).
         rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
         optimizer_state: "transport" carries the moments along, "reset" forgets them.
         new_rows: of A, in a growth: "orthogonal" to the old ones at random, or along the "gradient".
-        max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right before
-            and after it; one that costs more is undone and tried again half as far. None: no check.
+        max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
+            before and after it; one that costs more is undone and tried again half as far. None: no check.
         check_monitor: name of the metric that is checked, smaller is better.
 
     Raises:
@@ -85,7 +86,9 @@ class How:
             ("new_rows", _NEW_ROWS),
         ):
             if getattr(self, name) not in known:
-                raise ConfigurationError(f"{name} must be one of {known}, got {getattr(self, name)!r}; set schedule.{name}")
+                raise ConfigurationError(
+                    f"{name} must be one of {known}, got {getattr(self, name)!r}; set schedule.{name}"
+                )
         for name in ("window", "rewarmup_steps"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
@@ -120,7 +123,9 @@ class Stage:
         if not isinstance(self.when, Trigger | At):
             raise ConfigurationError(f"a stage's time must be a trigger, got {self.when!r}; set schedule.trigger")
         if not hasattr(self.to, "ranks"):
-            raise ConfigurationError(f"a stage's target must be one of dynrank.targets, got {self.to!r}; set {self.key}")
+            raise ConfigurationError(
+                f"a stage's target must be one of dynrank.targets, got {self.to!r}; set {self.key}"
+            )
         if self.deadline is not None and (isinstance(self.when, At) or not 0 < self.deadline <= 1):
             raise ConfigurationError(
                 f"deadline must be a share in (0, 1] or null, and null beside a fixed time, got {self.deadline!r}; "
@@ -177,7 +182,7 @@ def check_schedule(schedule: Sequence[Stage], how: How, *, highest: int, run: Ru
         warmup = getattr(stage.when, "warmup_steps", 0)
         if stage.deadline is not None and planned <= warmup:
             faults.append(
-                f"stage {number}: deadline {stage.deadline:g} is step {planned}, before the warm-up of {warmup} steps ends; "
+                f"stage {number}: deadline {stage.deadline:g} is step {planned}, within the warm-up of {warmup} steps; "
                 "set schedule.deadline or schedule.trigger.warmup_steps"
             )
         if planned > run.total_steps:
@@ -206,6 +211,13 @@ def stages(stages: Sequence[Stage]) -> list[Stage]:
     ]
 
 
+def one_stage(
+    trigger: Trigger | At, target: Target, deadline: float | None = None, repeat: bool = False
+) -> list[Stage]:
+    """Any trigger with any target; a deadline beside a fixed time is ignored."""
+    return [Stage(trigger, target, _unless_timed(trigger, deadline), repeat, key="schedule.target")]
+
+
 def after_convergence(
     final_rank: int, trigger: Trigger | At | None = None, *, drops: int = 1, deadline: float | None = 0.75
 ) -> list[Stage]:
@@ -219,9 +231,8 @@ def after_convergence(
     """
     _check_count("drops", drops)
     when = Plateau() if trigger is None else trigger
-    late = None if isinstance(when, At) else deadline
     return [
-        Stage(when, Towards(final_rank, step, drops), deadline=late, key="schedule.final_rank")
+        Stage(when, Towards(final_rank, step, drops), deadline=_unless_timed(when, deadline), key="schedule.final_rank")
         for step in range(1, drops + 1)
     ]
 
@@ -236,7 +247,8 @@ def milestones(ranks: Sequence[int], at: Sequence[float], unit: str = "fraction"
         raise ConfigurationError(f"at must be ascending, got {list(at)}; set schedule.at")
     times = [At(**{unit: time}) for time in at]  # type: ignore[arg-type]
     return [
-        Stage(time, Rank(rank), key=f"schedule.ranks[{i}]") for i, (time, rank) in enumerate(zip(times, ranks, strict=True))
+        Stage(time, Rank(rank), key=f"schedule.ranks[{i}]")
+        for i, (time, rank) in enumerate(zip(times, ranks, strict=True))
     ]
 
 
@@ -266,7 +278,9 @@ def anneal(
     """
     _check_count("steps", steps)
     if not 0 <= start <= end <= 1:
-        raise ConfigurationError(f"start and end must be shares, 0 <= start <= end <= 1, got {start} and {end}; set schedule")
+        raise ConfigurationError(
+            f"start and end must be shares, 0 <= start <= end <= 1, got {start} and {end}; set schedule"
+        )
     times = [start + (end - start) * i / max(1, steps - 1) for i in range(steps)]
     return [
         Stage(At(fraction=time), Towards(final_rank, i, steps, shape), key="schedule.final_rank")
@@ -296,8 +310,14 @@ def energy(
 ) -> list[Stage]:
     """Each layer to the rank that keeps ``share`` of its energy (sum of squared singular values), once converged."""
     when = Plateau() if trigger is None else trigger
-    late = None if isinstance(when, At) else deadline
-    return [Stage(when, Energy(share, lowest=lowest, multiple=multiple), deadline=late, key="schedule.lowest")]
+    return [
+        Stage(
+            when,
+            Energy(share, lowest=lowest, multiple=multiple),
+            deadline=_unless_timed(when, deadline),
+            key="schedule.lowest",
+        )
+    ]
 
 
 def budget(
@@ -313,22 +333,25 @@ def budget(
 ) -> list[Stage]:
     """All layers to ranks that share one pool of parameters (see :class:`dynrank.targets.Budget`), once converged."""
     when = Plateau() if trigger is None else trigger
-    late = None if isinstance(when, At) else deadline
     pool = Budget(parameters, share, lowest=lowest, highest=highest, multiple=multiple, score=score)
-    return [Stage(when, pool, deadline=late, key="schedule.lowest, schedule.share")]
+    return [Stage(when, pool, deadline=_unless_timed(when, deadline), key="schedule.lowest, schedule.share")]
 
 
 def grow(final_rank: int, trigger: Trigger | At | None = None, *, deadline: float | None = 0.5) -> list[Stage]:
     """Up to ``final_rank`` without changing the function: when training at the starting rank has converged."""
     when = Plateau() if trigger is None else trigger
-    late = None if isinstance(when, At) else deadline
-    return [Stage(when, GrowTo(final_rank), deadline=late, key="schedule.final_rank")]
+    return [Stage(when, GrowTo(final_rank), deadline=_unless_timed(when, deadline), key="schedule.final_rank")]
 
 
 def grow_then_shrink(
-    peak_rank: int, final_rank: int, *, grow_at: float = 0.2, trigger: Trigger | At | None = None, deadline: float | None = 0.8
+    peak_rank: int,
+    final_rank: int,
+    *,
+    grow_at: float = 0.2,
+    trigger: Trigger | At | None = None,
+    deadline: float | None = 0.8,
 ) -> list[Stage]:
-    """Up to ``peak_rank`` at the share ``grow_at`` of the run, then down to ``final_rank`` once training has converged."""
+    """Up to ``peak_rank`` at the share ``grow_at`` of the run, then down to ``final_rank`` once it has converged."""
     up = Stage(At(fraction=grow_at), GrowTo(peak_rank), key="schedule.peak_rank")
     return [up, *after_convergence(final_rank, trigger, deadline=deadline)]
 
@@ -389,6 +412,10 @@ def join(functions: Sequence[RankFunction], boundaries: Sequence[int]) -> RankFu
         return functions[index](step - boundaries[index - 1] if index else step)
 
     return schedule
+
+
+def _unless_timed(when: Trigger | At, deadline: float | None) -> float | None:
+    return None if isinstance(when, At) else deadline
 
 
 def _check_count(name: str, value: int) -> None:

@@ -79,7 +79,8 @@ class Target(Protocol):
         multiple: ranks it yields are multiples of this, where bounds allow.
     """
 
-    needs: ClassVar[tuple[str, ...]]
+    @property
+    def needs(self) -> tuple[str, ...]: ...
 
     @property
     def multiple(self) -> int: ...
@@ -184,7 +185,7 @@ class Towards:
         if rank <= end or left == 0:
             return end
         if self.shape == "geometric":
-            return max(end, round(rank * (end / rank) ** (1 / (left + 1))))
+            return max(end, round(rank * float((end / rank) ** (1 / (left + 1)))))
         if self.shape == "linear":
             share = left / (left + 1)
         else:
@@ -337,7 +338,7 @@ class Budget:
             raise ConfigurationError(f"score must be one of {SCORES}, got {self.score!r}; set schedule.score")
 
     @property
-    def needs(self) -> tuple[str, ...]:  # type: ignore[override]
+    def needs(self) -> tuple[str, ...]:
         return ("values",) if self.score == "energy" else ("scores",)
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:

@@ -17,19 +17,29 @@ from dynrank.callbacks.rank_scheduler import RankEvent, RankScheduler
 from dynrank.layers.inject import lora_layers
 from dynrank.resizing import LayerReport
 
-HISTORY_FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
+FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
 
 
 class RankMonitor(Callback):
     """Shows and records what a :class:`RankScheduler` in the same trainer does; it changes nothing.
 
     Args:
-        history_file: CSV file of all changes of the run, also those before a resume; None: no file.
+        history_file: CSV file of all changes of the run, also those before a resume (the reason of a change that was
+            taken back begins with "undone"); None: no file.
+        prediction_file: CSV file of the same form, written before each change: what it is expected to cost; None: no
+            file.
         model_name: attribute of the LightningModule that holds the model; left out of the layers' names.
     """
 
-    def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:
+    def __init__(
+        self,
+        history_file: str | Path | None = None,
+        model_name: str = "",
+        *,
+        prediction_file: str | Path | None = None,
+    ) -> None:
         self.history_file = Path(history_file) if history_file is not None else None
+        self.prediction_file = Path(prediction_file) if prediction_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -37,6 +47,18 @@ class RankMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._log_ranks(trainer, pl_module)
+
+    def on_rank_prediction(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        errors = [layer.predicted_error for layer in event.layers]
+        values = {"rank/predicted_error": sum(e * e for e in errors) ** 0.5, "rank/predicted_error_max": max(errors)}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
+        if self.prediction_file is not None and trainer.is_global_zero:
+            new = not self.prediction_file.exists()
+            with self.prediction_file.open("a", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerows([FIELDS] if new else [])
+                writer.writerows(self._rows(event))
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         self._write_history(trainer)
@@ -51,21 +73,24 @@ class RankMonitor(Callback):
         part = self.history_file.with_suffix(".part")
         with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            writer.writerow(HISTORY_FIELDS)
+            writer.writerow(FIELDS)
             for event in events:
-                for layer in event.layers:
-                    writer.writerow(
-                        [
-                            event.step,
-                            layer.layer.removeprefix(self.prefix),
-                            layer.rank_before,
-                            layer.rank_after,
-                            f"{layer.energy_kept:.6g}",
-                            f"{layer.predicted_error:.6g}",
-                            event.reason,
-                        ]
-                    )
+                writer.writerows(self._rows(event))
         os.replace(part, self.history_file)
+
+    def _rows(self, event: RankEvent) -> list[list[object]]:
+        return [
+            [
+                event.step,
+                layer.layer.removeprefix(self.prefix),
+                layer.rank_before,
+                layer.rank_after,
+                f"{layer.energy_kept:.6g}",
+                f"{layer.predicted_error:.6g}",
+                event.reason,
+            ]
+            for layer in event.layers
+        ]
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = [layer.rank for _, layer in lora_layers(pl_module)]
@@ -76,7 +101,8 @@ class RankMonitor(Callback):
 
     @rank_zero_only
     def _print(self, event: RankEvent) -> None:
-        table = Table(title=f"rank change at step {event.step}: {event.reason}")
+        verb = "taken back" if event.undone else "change"
+        table = Table(title=f"rank {verb} at step {event.step}: {event.reason}")
         for heading in ("layers", "count", "rank", "energy kept (min)", "params saved"):
             table.add_column(heading, justify="left" if heading == "layers" else "right", overflow="fold")
         for group, layers in group_layers(event.layers).items():

@@ -1,131 +1,129 @@
-"""The callback that lowers ranks in the middle of a run, once training has converged."""
+"""The callback that changes ranks in the middle of a run, as a schedule says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import isfinite
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from dynrank.callbacks.missed_validation import run_missed_validation
+from dynrank.callbacks.validation import run_missed_validation, run_validation
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
 from dynrank.layers.inject import lora_layers
 from dynrank.optim import check_optimizer
-from dynrank.resizing import METRICS, LayerReport, check_targets, resize
+from dynrank.planning import check_model, final_ranks, layer_states, needs_of
+from dynrank.resizing import LayerReport, Snapshot, predict, resize
 from dynrank.rewarmup import Rewarmup
-from dynrank.triggers import Plateau
+from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
+from dynrank.statistics import Window
+from dynrank.triggers import At, Run, Trigger
 
 LOW_RATE = 0.1  # below this share of the starting learning rate, a drop has little left to recover with
 
 
 @dataclass(frozen=True)
 class RankEvent:
-    """One change of ranks: the optimizer step before which it was made, why, what it did, and if it was the last."""
+    """One change of ranks.
+
+    Attributes:
+        step: optimizer steps made before it.
+        reason: why it was made, or why it was undone.
+        layers: what it did to each layer that it changed.
+        undone: it cost too much and was taken back; the ranks are as before.
+    """
 
     step: int
     reason: str
     layers: tuple[LayerReport, ...]
-    last: bool
+    undone: bool = False
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """A change that has been decided and is still to be made."""
+
+    stage: int
+    reason: str
 
 
 class RankScheduler(Callback):
-    """Brings LoRA layers from their rank to ``final_rank`` when a trigger says that training has converged.
+    """Changes the ranks of LoRA layers during training.
 
-    Works in any LightningModule with automatic optimization whose model went through :func:`dynrank.add_lora`. The
-    trigger observes its metric after each validation (after each epoch, if nothing is validated). The change is made at
-    the start of a later batch, between an optimizer step and the next forward, never with gradients pending. A
-    checkpoint holds everything that is needed to go on from it, whether the change is still to come, decided, or made.
+    Works in any LightningModule with automatic optimization whose model went through :func:`dynrank.add_lora` or PEFT's
+    ``get_peft_model``. Metrics are observed after each validation (after each epoch, if nothing is validated). A change
+    is made at the start of a later batch, between an optimizer step and the next forward, never with gradients pending.
+    A stage whose time or deadline has come ends those before it. A checkpoint holds everything that is needed to go on
+    from it, whether the change is still to come, being measured, decided, or made.
 
-    Callbacks of the trainer that define ``on_rank_change(trainer, pl_module, event)`` are told of each
-    :class:`RankEvent`.
+    A layer with a final rank of its own (rank map) is never shrunk below it and ends there in the last stage; a pinned
+    layer is never touched.
+
+    Callbacks of the trainer that define ``on_rank_prediction(trainer, pl_module, event)`` are told of each change
+    before it is made, and those with ``on_rank_change(trainer, pl_module, event)`` after it was made or undone.
 
     Args:
-        final_rank: rank to end at. A layer with a ``final_rank`` of its own ends there; a pinned layer is never
-            touched; a layer already below stays.
-        trigger: when to act; ``Plateau()`` when None.
-        drops: in how many changes to get there, each by the same factor (64 -> 8 in 3: 32, 16, 8).
-        deadline: share of the run's optimizer steps, in (0, 1), at which the final rank is taken in any case; None:
-            never.
-        rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
-        metric: what truncation minimises; "weight" is the update's Frobenius norm.
-        optimizer_state: "transport" carries the moments along, "reset" forgets them.
+        schedule: an int (drop to that rank after convergence), a stage, a list of stages (see
+            :mod:`dynrank.schedules`), or a function from the optimizer step to the rank of all layers.
+        how: how changes are made, for stages that don't say; ``How()`` when None.
+
+    Attributes:
+        history: every :class:`RankEvent` of the run, also those before a resume.
 
     Raises:
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(
-        self,
-        final_rank: int,
-        trigger: Plateau | None = None,
-        *,
-        drops: int = 1,
-        deadline: float | None = 0.75,
-        rewarmup_steps: int = 0,
-        metric: str = "weight",
-        optimizer_state: str = "transport",
-    ) -> None:
-        for name, value, least in (
-            ("final_rank", final_rank, 1),
-            ("drops", drops, 1),
-            ("rewarmup_steps", rewarmup_steps, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ConfigurationError(
-                    f"{name} must be an int of at least {least}, got {value!r}; set schedule.{name}"
-                )
-        if deadline is not None and not 0 < deadline < 1:
+    def __init__(self, schedule: int | Stage | Sequence[Stage] | RankFunction, how: How | None = None) -> None:
+        self.how = how or How()
+        self._function: RankFunction | None = None
+        self.stages: list[Stage] = []
+        if isinstance(schedule, int) and not isinstance(schedule, bool):
+            self.stages = after_convergence(schedule)
+        elif isinstance(schedule, Stage):
+            self.stages = [schedule]
+        elif isinstance(schedule, Sequence) and all(isinstance(stage, Stage) for stage in schedule):
+            self.stages = list(schedule)
+        elif callable(schedule):
+            self._function = schedule
+        else:
             raise ConfigurationError(
-                f"deadline must be a share in (0, 1) or null, got {deadline!r}; set schedule.deadline"
+                f"a schedule must be a rank, stages, or a function from step to rank, got {schedule!r}; set schedule"
             )
-        if metric not in METRICS:
-            raise ConfigurationError(f"metric must be one of {METRICS}, got {metric!r}; set schedule.metric")
-        if trigger is not None and not isinstance(trigger, Plateau):
-            raise ConfigurationError(f"trigger must be a Plateau, got {trigger!r}; set schedule.trigger._target_")
-        self.final_rank, self.trigger = final_rank, trigger or Plateau()
-        self.drops, self.deadline, self.rewarmup_steps = drops, deadline, rewarmup_steps
-        self.metric, self.optimizer_state = metric, optimizer_state
         self.history: list[RankEvent] = []
-        self._pending: str | None = None  # why a change has been decided that is still to be made
-        self._observed_step = -1
+        self._run = Run(None)
+        self._at = 0  # index of the stage that comes next
+        self._pending: _Decision | None = None
+        self._window: Window | None = None
+        self._window_stage = -1
+        self._observed_step = self._looked_step = self._seen_step = -1
+        self._checking = False
         self._rewarmup: Rewarmup | None = None
-        self._rewarmup_done: int | None = None  # steps of an unfinished ramp in the checkpoint resumed from
+        self._resumed: dict[str, Any] = {}  # what a checkpoint holds of things that are made when training starts
 
     @property
     def finished(self) -> bool:
-        """Whether the last change has been made."""
-        return bool(self.history) and self.history[-1].last
+        """Whether every stage is over."""
+        return self._at >= len(self.stages)
 
     @property
-    def _one_left(self) -> bool:
-        return len(self.history) + 1 == self.drops
+    def monitors(self) -> list[str]:
+        """Names of the metrics that the schedule reads."""
+        names = [name for stage in self.stages if isinstance(stage.when, Trigger) for name in stage.when.monitors]
+        names += [how.check_monitor for how in map(self._how, self.stages) if how.max_regression is not None]
+        return sorted(set(names))
 
-    def final_ranks(self, model: nn.Module) -> dict[str, int]:
-        """Where each layer of ``model`` ends: {name: rank}."""
-        return {name: self._final_rank(layer) for name, layer in lora_layers(model)}
+    def final_ranks(self, model: nn.Module) -> dict[str, tuple[int, int]]:
+        """{layer: (lowest, highest) rank that it may end at}; the two are equal unless the data decide."""
+        return final_ranks(model, self.stages)
 
-    def check_layers(self, model: nn.Module) -> None:
-        """Refuse a model that this schedule cannot work on.
-
-        Raises:
-            ConfigurationError: if there are no LoRA layers, or ``final_rank`` is above the rank of all that it applies
-            to.
-        """
-        layers = dict(lora_layers(model))
-        if not layers:
-            raise ConfigurationError(
-                "RankScheduler needs a model with LoRA layers; call dynrank.add_lora on it (lora.target_modules)"
-            )
-        ranks = [layer.rank for layer in layers.values() if not layer.pinned and layer.final_rank is None]
-        if not self.history and ranks and self.final_rank > max(ranks):
-            raise ConfigurationError(
-                f"final_rank must be at most rank = {max(ranks)}, got {self.final_rank}; "
-                "set schedule.final_rank or lora.rank"
-            )
-        check_targets(layers, self.final_ranks(model))
+    def check_model(self, model: nn.Module, run: Run | None = None) -> None:
+        """Refuse a model that the schedule cannot be carried out on; see :func:`dynrank.planning.check_model`."""
+        check_model(model, self.stages, self.how, run or Run(None))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -141,24 +139,40 @@ class RankScheduler(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.check_layers(pl_module)
+        run = self._run = _run(trainer)
+        if self._function is not None:
+            if run.total_steps is None:
+                raise ConfigurationError("a function of the step needs a run of known length; set trainer.max_steps")
+            self.stages = from_function(self._function, run.total_steps)
+        for stage in self.stages:
+            stage.planned_step(run)  # raises if the run's length is needed and nobody knows it
+        if not self.history:  # what was checked at the start still holds on resume, at other ranks
+            self.check_model(pl_module, run)
         parameters = [p for _, layer in lora_layers(pl_module) for p in (layer.lora_A, layer.lora_B)]
-        for optimizer in trainer.optimizers:
-            check_optimizer(optimizer, parameters, self.optimizer_state)
-        if self.deadline is not None and trainer.estimated_stepping_batches == float("inf"):
-            raise ConfigurationError(
-                "a deadline needs a run of known length; set trainer.max_steps, or schedule.deadline=null"
-            )
+        for how in {self._how(stage) for stage in self.stages}:
+            for optimizer in trainer.optimizers:
+                check_optimizer(optimizer, parameters, how.optimizer_state)
+            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+            if scaled and (how.metric == "loss" or how.new_rows == "gradient"):
+                raise ConfigurationError(
+                    "precision=16-mixed scales gradients by a factor that changes, which spoils statistics of them; "
+                    "set trainer.precision=bf16-mixed, schedule.metric=output or schedule.new_rows=orthogonal"
+                )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._rewarmup_done is not None:
-            self._rewarmup = Rewarmup(trainer.optimizers[0], self.rewarmup_steps, self._rewarmup_done)
-            self._rewarmup_done = None
+        self._seen_step = trainer.global_step
+        if self._resumed.get("rewarmup") is not None:
+            self._rewarmup = Rewarmup(trainer.optimizers[0], *self._resumed["rewarmup"])
+        if self._resumed.get("window") is not None:
+            self._open_window(pl_module, self._window_stage, trainer.global_step)
+            assert self._window is not None
+            self._window.load_state_dict(self._resumed["window"])
+        self._resumed = {}
         if self._observed_step != trainer.global_step:
             run_missed_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit":
+        if not trainer.sanity_checking and trainer.state.fn == "fit" and not self._checking:
             self._observe(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -168,43 +182,70 @@ class RankScheduler(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.finished or batch_idx % trainer.accumulate_grad_batches:
             return
-        late = self.deadline is not None and trainer.global_step >= self.deadline * trainer.estimated_stepping_batches
-        if self._pending or late:
-            reason = self._pending or f"deadline of {self.deadline:g} of the run"
-            self._change(trainer, pl_module, reason, last=late or self._one_left)
+        self._look(trainer, pl_module)
+        self._follow_clock(trainer, pl_module)
+        if self._pending and self._measured(trainer, pl_module):
+            self._change(trainer, pl_module)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._pending and not self.finished:  # decided by the very last validation: there is no next batch
-            self._change(trainer, pl_module, self._pending, last=self._one_left)
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step > self._seen_step:  # an optimizer step was made
+            self._seen_step = trainer.global_step
+            if self._window is not None:
+                self._window.end_step()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.finished:
+            self._follow_clock(trainer, pl_module, ended=True)
+            if self._pending and self._measured(trainer, pl_module, ended=True):
+                self._change(trainer, pl_module)
+        if self._window is not None:
+            self._close_window()
         if not self.finished:
             rank_zero_warn(
-                f"training ended before {self.trigger.monitor!r} converged: the ranks are not final; "
-                "set schedule.deadline or train longer"
+                f"training ended before stage {self._at + 1} of the rank schedule: the ranks are not final, no "
+                f"{self.stages[self._at].when.reason}; set schedule.deadline or train longer"
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers only, so that a checkpoint loads with ``weights_only=True``."""
+        """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
+        ramp = self._rewarmup
         return {
-            "trigger": self.trigger.state_dict(),
-            "pending": self._pending,
+            "stage": self._at,
+            "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
+            "pending": asdict(self._pending) if self._pending else None,
+            "window": self._window.state_dict() if self._window else None,
+            "window_stage": self._window_stage,
             "observed_step": self._observed_step,
+            "looked_step": self._looked_step,
             "history": [asdict(event) for event in self.history],
-            "rewarmup_done": self._rewarmup.done if self._rewarmup and not self._rewarmup.finished else None,
+            "rewarmup": (ramp.steps, ramp.done) if ramp and not ramp.finished else None,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.trigger.load_state_dict(state_dict["trigger"])
-        self._pending, self._observed_step = state_dict["pending"], state_dict["observed_step"]
-        self._rewarmup_done = state_dict["rewarmup_done"]
+        if self._function is None:
+            if len(state_dict["triggers"]) != len(self.stages):
+                raise ConfigurationError(
+                    f"the checkpoint was made under a schedule of {len(state_dict['triggers'])} stages, this one has "
+                    f"{len(self.stages)}; set schedule as it was"
+                )
+            for stage, state in zip(self.stages, state_dict["triggers"], strict=True):
+                if isinstance(stage.when, Trigger) and state is not None:
+                    stage.when.load_state_dict(state)
+        self._at, self._window_stage = state_dict["stage"], state_dict["window_stage"]
+        self._pending = _Decision(**state_dict["pending"]) if state_dict["pending"] else None
+        self._observed_step, self._looked_step = state_dict["observed_step"], state_dict["looked_step"]
+        self._resumed = {"rewarmup": state_dict["rewarmup"], "window": state_dict["window"]}
         self.history = [
             RankEvent(**{**event, "layers": tuple(LayerReport(**layer) for layer in event["layers"])})
             for event in state_dict["history"]
         ]
 
-    def _final_rank(self, layer: LoRALayer) -> int:
-        if layer.pinned:
-            return layer.rank
-        return min(layer.rank, layer.final_rank if layer.final_rank is not None else self.final_rank)
+    def _how(self, stage: Stage) -> How:
+        return stage.how or self.how
+
+    # Deciding
 
     def _observe(self, trainer: Trainer) -> None:
         step = trainer.global_step
@@ -213,38 +254,192 @@ class RankScheduler(Callback):
         self._observed_step = step
         if self.finished or self._pending:
             return
-        monitor, metrics = self.trigger.monitor, trainer.callback_metrics
-        if monitor not in metrics:
-            raise ConfigurationError(
-                f"monitor must be a logged metric, got {monitor!r}; logged: {sorted(metrics)}; "
-                "set schedule.trigger.monitor"
-            )
-        if self.trigger.observe(float(metrics[monitor]), step):
-            self._pending = f"plateau of {monitor}"
+        trigger = self.stages[self._at].when
+        if not isinstance(trigger, Trigger) or not trigger.monitors:
+            return
+        if trigger.observe(step, *(_metric(trainer, name, "schedule.trigger.monitor") for name in trigger.monitors)):
+            self._pending = _Decision(self._at, trigger.reason)
 
-    def _change(self, trainer: Trainer, pl_module: LightningModule, reason: str, *, last: bool) -> None:
-        step, left = trainer.global_step, 1 if last else self.drops - len(self.history)
-        targets = {name: _towards(layer.rank, self._final_rank(layer), left) for name, layer in lora_layers(pl_module)}
-        reports = resize(
-            pl_module, targets, optimizers=trainer.optimizers, metric=self.metric, optimizer_state=self.optimizer_state
-        )
-        event = RankEvent(step, reason, tuple(reports), last)
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Show the factors to a trigger that watches them, when its next look is due."""
+        trigger, step = self.stages[self._at].when, trainer.global_step
+        if self._pending or not isinstance(trigger, Trigger) or not trigger.every:
+            return
+        if step == 0 or step % trigger.every or step == self._looked_step:
+            return
+        self._looked_step = step
+        factors = {n: (la.lora_B.detach(), la.lora_A.detach()) for n, la in lora_layers(pl_module) if not la.pinned}
+        if trigger.observe(step, factors):
+            self._pending = _Decision(self._at, trigger.reason)
+
+    def _follow_clock(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> None:
+        """Decide what is due by time, and begin to measure for what will be soon."""
+        step = trainer.global_step
+        for index, planned in self._planned():
+            at_the_end = ended and self.stages[index].when == At(fraction=1.0)
+            if planned <= step or at_the_end:
+                if self._pending is None or self._pending.stage < index:
+                    self._pending = _Decision(index, self._reason(index))
+            elif (
+                not (self._window or self._pending)
+                and planned - self._how(self.stages[index]).window <= step
+                and not ended
+            ):
+                self._open_window(pl_module, index, step)
+
+    def _planned(self) -> Iterator[tuple[int, int]]:
+        """(index, step) of the stages to come whose latest time is known; the last of those that share one."""
+        steps = [(i, self.stages[i].planned_step(self._run)) for i in range(self._at, len(self.stages))]
+        known = {step: i for i, step in steps if step is not None}
+        yield from ((i, step) for step, i in known.items())
+
+    def _reason(self, index: int) -> str:
+        stage = self.stages[index]
+        return stage.when.reason if isinstance(stage.when, At) else f"deadline of {stage.deadline:g} of the run"
+
+    # Measuring
+
+    def _measured(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> bool:
+        """Whether everything is there that the decided change needs; begin to collect it if not."""
+        assert self._pending is not None
+        index, layers = self._pending.stage, dict(lora_layers(pl_module))
+        how = self._how(self.stages[index])
+        if not needs_of(self.stages[index], how, layers):
+            return True
+        if self._window is None or self._window_stage != index:
+            if not ended:
+                self._open_window(pl_module, index, trainer.global_step)
+            return False
+        planned = self.stages[index].planned_step(self._run)
+        overdue = planned is not None and planned <= trainer.global_step
+        return self._window.steps >= (1 if ended or overdue else how.window)
+
+    def _open_window(self, pl_module: LightningModule, index: int, step: int) -> None:
+        if self._window is not None:
+            self._close_window()
+        layers = {name: layer for name, layer in lora_layers(pl_module) if not layer.pinned}
+        how = self._how(self.stages[index])
+        needs = needs_of(self.stages[index], how, layers)
+        if needs:
+            self._window, self._window_stage = Window(layers, needs, how.window, seed=step), index
+
+    def _close_window(self) -> None:
+        assert self._window is not None
+        self._window.close()
+        self._window = None
+
+    # Acting
+
+    def _change(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._pending is not None
+        index, reason = self._pending.stage, self._pending.reason
+        stage = self.stages[index]
+        how, window = self._how(stage), self._window
+        if window is not None:
+            if window.grams is not None:
+                window.grams.sum_over_processes()
+            self._close_window()
+        layers = dict(lora_layers(pl_module))
+        targets = self._targets(layers, index, window)
+        event = self._make(trainer, pl_module, targets, reason, how, window, stage.to.multiple)
+        self._pending, self._at = None, index
+        if event is None or not stage.repeat or self._exhausted(dict(lora_layers(pl_module)), index):
+            self._at = index + 1
+        for later in self.stages[index:]:
+            if isinstance(later.when, Trigger):
+                later.when.reset(trainer.global_step)
+        if event is not None:
+            self._warn_of_low_rate(trainer)
+            self._ramp(trainer, how.rewarmup_steps)
+
+    def _targets(self, layers: dict[str, Any], index: int, window: Window | None) -> dict[str, int]:
+        stage, last = self.stages[index], index == len(self.stages) - 1
+        metric = self._how(stage).metric if window is not None and window.grams is not None else "weight"
+        states = layer_states(layers, last=last, stage=stage, metric=metric, window=window)
+        wanted = stage.to.ranks(states)
+        return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
+
+    def _exhausted(self, layers: dict[str, Any], index: int) -> bool:
+        """Whether a repeated stage has nothing left to do; one that must measure first finds out when it fires."""
+        stage = self.stages[index]
+        return not stage.needs and not self._targets(layers, index, None)
+
+    def _make(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        targets: dict[str, int],
+        reason: str,
+        how: How,
+        window: Window | None,
+        multiple: int,
+    ) -> RankEvent | None:
+        """Change to ``targets``, or as far as the check allows; None if no rank changed in the end."""
+        step, layers = trainer.global_step, dict(lora_layers(pl_module))
+        grams = window.grams if window is not None else None
+        metric = how.metric if grams is not None else "weight"
+        along = {name: window.sketch.of(name) for name in targets} if window is not None and window.sketch else None
+        before = None
+        while targets:
+            predicted = predict(pl_module, targets, metric=metric, grams=grams)
+            self._tell(trainer, pl_module, "on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
+            snapshot = None
+            if how.max_regression is not None:
+                before = self._validated(trainer, how.check_monitor, fresh=False) if before is None else before
+                snapshot = Snapshot(pl_module, trainer.optimizers)
+            reports = resize(
+                pl_module,
+                targets,
+                optimizers=trainer.optimizers,
+                metric=metric,
+                grams=grams,
+                gauge=how.gauge,
+                along=along,
+                optimizer_state=how.optimizer_state,
+                generator=torch.Generator().manual_seed(step),
+            )
+            event = RankEvent(step, reason, tuple(reports))
+            if snapshot is None or before is None or how.max_regression is None:
+                return self._record(trainer, pl_module, event)
+            after = self._validated(trainer, how.check_monitor, fresh=True)
+            if isfinite(after) and after - before <= how.max_regression * abs(before):
+                return self._record(trainer, pl_module, event)
+            snapshot.restore()
+            cost = f"undone: {how.check_monitor} {before:.4g} → {after:.4g} ({reason})"
+            self._record(trainer, pl_module, RankEvent(step, cost, tuple(reports), undone=True))
+            targets = _gentler({name: layers[name].rank for name in targets}, targets, multiple)
+        return None
+
+    def _validated(self, trainer: Trainer, monitor: str, *, fresh: bool) -> float:
+        """The monitored value for the weights as they are; ``fresh``: they have changed since the last validation."""
+        if fresh or self._observed_step != trainer.global_step:
+            self._checking = True
+            try:
+                run_validation(trainer)
+            finally:
+                self._checking = False
+        return _metric(trainer, monitor, "schedule.check_monitor")
+
+    def _record(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> RankEvent:
         self.history.append(event)
-        self._pending = None
-        self.trigger.reset(step)
-        self._warn_of_low_rate(trainer)
-        if self.rewarmup_steps:
-            if self._rewarmup:
-                self._rewarmup.remove()
-            self._rewarmup = Rewarmup(
-                trainer.optimizers[0], self.rewarmup_steps
-            )  # automatic optimization has one optimizer
+        self._tell(trainer, pl_module, "on_rank_change", event)
+        return event
+
+    def _tell(self, trainer: Trainer, pl_module: LightningModule, hook: str, event: RankEvent) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            told = getattr(callback, "on_rank_change", None)
+            told = getattr(callback, hook, None)
             if told is not None:
                 told(trainer, pl_module, event)
 
+    def _ramp(self, trainer: Trainer, steps: int) -> None:
+        if steps:
+            if self._rewarmup:
+                self._rewarmup.remove()
+            self._rewarmup = Rewarmup(trainer.optimizers[0], steps)  # automatic optimization has one optimizer
+
     def _warn_of_low_rate(self, trainer: Trainer) -> None:
+        if trainer.global_step >= (self._run.total_steps or float("inf")):
+            return  # after the last step there is nothing to recover in
         groups = trainer.optimizers[0].param_groups
         rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups]
         share = min((now / start for now, start in rates if start > 0), default=1.0)
@@ -255,7 +450,26 @@ class RankScheduler(Callback):
             )
 
 
-def _towards(rank: int, final_rank: int, changes_left: int) -> int:
-    """The next rank on a geometric way of ``changes_left`` equal factors; 64 -> 8 in 3 changes starts with 32."""
-    share: float = (final_rank / rank) ** (1 / changes_left)
-    return max(final_rank, round(rank * share))
+def _gentler(ranks: dict[str, int], refused: dict[str, int], multiple: int) -> dict[str, int]:
+    """Half as far, rounded towards the ranks now; layers that this leaves where they are drop out."""
+    halves = {}
+    for name, rank in ranks.items():
+        step = (rank - refused[name]) // 2 if rank > refused[name] else -((refused[name] - rank) // 2)
+        half = rank - step
+        if multiple > 1 and half < rank:
+            half = min(rank, -(-half // multiple) * multiple)
+        halves[name] = half
+    return {name: half for name, half in halves.items() if half not in (ranks[name], refused[name])}
+
+
+def _metric(trainer: Trainer, name: str, key: str) -> float:
+    metrics = trainer.callback_metrics
+    if name not in metrics:
+        raise ConfigurationError(f"monitor must be a logged metric, got {name!r}; logged: {sorted(metrics)}; set {key}")
+    return float(metrics[name])
+
+
+def _run(trainer: Trainer) -> Run:
+    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
+    return Run(None if total == float("inf") else int(total), per_epoch)

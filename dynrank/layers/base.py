@@ -144,7 +144,7 @@ class LoRALayer(nn.Module):
             def report(dz: Tensor) -> None:
                 tap(*(t.movedim(channels, -1).reshape(-1, self.rank) for t in (values, dz)))
 
-            z.register_hook(report)
+            z.register_hook(report)  # type: ignore[no-untyped-call]
         return z
 
     @torch.no_grad()

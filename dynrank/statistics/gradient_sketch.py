@@ -15,7 +15,7 @@ _OVERSAMPLING = 8  # of a randomised range finder (Halko, Martinsson and Tropp, 
 
 
 class GradientSketch:
-    """``Omega^T G`` of each layer, with G the sum over steps of the loss's gradient at W (d_out, d_in), and Omega random.
+    """``Omega^T G`` of each layer: G is the loss's gradient at W (d_out, d_in), summed over steps, and Omega random.
 
     LoRA never forms G; its own gradients show only what of G lies in col(B) and row(A). The sketch costs two products
     with ``count + 8`` columns in each backward pass.
@@ -75,6 +75,6 @@ def _watch(omega_OP: Tensor, total_PI: Tensor) -> Any:
                 dy_MO = dy.reshape(-1, dy.shape[-1]).float()
                 total_PI.add_((dy_MO @ omega_OP).mT @ x.reshape(-1, x.shape[-1]).float())
 
-            output.register_hook(add)
+            output.register_hook(add)  # type: ignore[no-untyped-call]
 
     return hook

@@ -98,8 +98,8 @@ class Grams:
         sums = self._sums.get(name)
         if sums is None or sums["rows"] == 0:
             raise ConfigurationError(
-                f"no backward pass has reached {name!r} while statistics were collected, so metric={metric} cannot rank "
-                "its directions; set schedule.metric=weight, or leave the layer out (lora.target_modules)"
+                f"no backward pass has reached {name!r} while statistics were collected, so metric={metric} cannot "
+                "rank its directions; set schedule.metric=weight, or leave the layer out (lora.target_modules)"
             )
         gram_z = sums["zz"] / sums["rows"]
         return (sums["uu"] / sums["steps"] if metric == "loss" else None), gram_z

@@ -174,7 +174,12 @@ class MedicalTerms:
         model: short name, folder or hub name of the model.
         label_smoothing: see :class:`TermClassifier`.
         **data: the other arguments of :class:`MedicalTermsData`.
+
+    Attributes:
+        metrics: names of what is logged in training and validation.
     """
+
+    metrics = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1")
 
     def __init__(self, model: str, label_smoothing: float, **data: Any) -> None:
         self.model, self.label_smoothing = model, label_smoothing

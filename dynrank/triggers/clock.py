@@ -45,7 +45,9 @@ class At:
         ((name, value),) = given.items()
         whole = name == "fraction" or isinstance(value, int)
         if isinstance(value, bool) or not isinstance(value, int | float) or not whole or value < 0:
-            raise ConfigurationError(f"{name} must be a number of at least 0, got {value!r}; set schedule.trigger.{name}")
+            raise ConfigurationError(
+                f"{name} must be a number of at least 0, got {value!r}; set schedule.trigger.{name}"
+            )
         if name == "fraction" and value > 1:
             raise ConfigurationError(f"fraction must be in [0, 1], got {value!r}; set schedule.trigger.fraction")
 

@@ -22,7 +22,7 @@ def _check_share(name: str, value: float) -> None:
 
 @dataclass
 class TailEnergy(Trigger):
-    """True once the energy (sum of squared singular values) beyond ``rank`` is at most ``share``, as a mean over layers.
+    """True once the energy (sum of squared singular values) beyond ``rank`` is at most ``share``, a mean over layers.
 
     Layers whose update is still zero don't count; while all are, nothing fires.
 
@@ -48,7 +48,7 @@ class TailEnergy(Trigger):
     def reason(self) -> str:
         return f"energy beyond rank {self.rank} at most {self.share:g}"
 
-    def _fires(self, factors: Factors) -> bool:  # type: ignore[override]
+    def _fires(self, factors: Factors) -> bool:
         spectra = [singular_values(*pair) for pair in factors.values()]
         tails = [1 - energy_kept(values, self.rank) for values in spectra if values[0] > 0]
         return bool(tails) and sum(tails) / len(tails) <= self.share
@@ -86,7 +86,7 @@ class SubspaceStable(Trigger):
     def reason(self) -> str:
         return f"leading {self.rank} directions settled"
 
-    def _fires(self, factors: Factors) -> bool:  # type: ignore[override]
+    def _fires(self, factors: Factors) -> bool:
         bases = {}
         for name, (lora_B, lora_A) in factors.items():
             leading = truncate_product(lora_B, lora_A, min(self.rank, lora_A.shape[0])).lora_A.double()

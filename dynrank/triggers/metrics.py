@@ -53,7 +53,7 @@ class Plateau(Trigger):
     def reason(self) -> str:
         return f"plateau of {self.monitor}"
 
-    def _fires(self, value: float) -> bool:  # type: ignore[override]
+    def _fires(self, value: float) -> bool:
         if self._improves(value):
             self._best, self._stale = value, 0
         else:
@@ -109,7 +109,7 @@ class Slope(Trigger):
     def reason(self) -> str:
         return f"{self.monitor} level over {self.window} values"
 
-    def _fires(self, value: float) -> bool:  # type: ignore[override]
+    def _fires(self, value: float) -> bool:
         if isfinite(value):
             self._values = [*self._values, value][-self.window :]
         if len(self._values) < self.window:
@@ -154,7 +154,9 @@ class Gap(Trigger):
         _check_mode(self.mode)
         check_least(self, window=1)
         if not self.threshold > 0:
-            raise ConfigurationError(f"threshold must be above 0, got {self.threshold!r}; set schedule.trigger.threshold")
+            raise ConfigurationError(
+                f"threshold must be above 0, got {self.threshold!r}; set schedule.trigger.threshold"
+            )
 
     @property
     def monitors(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -164,7 +166,7 @@ class Gap(Trigger):
     def reason(self) -> str:
         return f"{self.val} apart from {self.train}"
 
-    def _fires(self, train: float, val: float) -> bool:  # type: ignore[override]
+    def _fires(self, train: float, val: float) -> bool:
         worse = val - train if self.mode == "min" else train - val
         if isfinite(worse) and train != 0:
             self._gaps = [*self._gaps, worse / abs(train)][-self.window :]

@@ -1,0 +1,35 @@
+"""Running Lightning's validation loop at a moment of our choosing, inside ``fit``.
+
+Lightning skips one by itself: a checkpoint made every n batches is written when the batch ends, before the validation
+that is due after that batch; on resume Lightning 2.6 counts this validation as done. Whatever watches its metric would
+miss a value.
+"""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+
+def run_validation(trainer: Trainer) -> None:
+    """Validate now, with all hooks and logged metrics, and go on training."""
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    trainer.validating = True
+    val_loop.restarting = False
+    val_loop.run()
+    trainer.training = True
+
+
+def run_missed_validation(trainer: Trainer) -> None:
+    """Run the validation that Lightning skipped on resuming, if there is one; call it from ``on_train_start``."""
+    if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and _is_due(trainer):
+        run_validation(trainer)
+
+
+def _is_due(trainer: Trainer) -> bool:
+    every_n_epochs, every_n_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if not trainer.enable_validation or (every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs):
+        return False
+    if every_n_batches is None or every_n_batches == float("inf"):
+        return trainer.is_last_batch
+    done = (trainer.fit_loop.total_batch_idx if every_n_epochs is None else trainer.fit_loop.batch_idx) + 1
+    return done % every_n_batches == 0
