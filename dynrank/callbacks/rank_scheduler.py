@@ -11,8 +11,9 @@ from torch import nn
 
 from dynrank.callbacks.missed_validation import run_missed_validation
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.inject import lora_layers
+from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.optim import check_optimizer
 from dynrank.resizing import METRICS, LayerReport, check_targets, resize
 from dynrank.rewarmup import Rewarmup
@@ -128,6 +129,7 @@ class RankScheduler(Callback):
         check_targets(layers, self.final_ranks(model))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        follow_checkpoint_ranks(pl_module)
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:
@@ -201,7 +203,7 @@ class RankScheduler(Callback):
             for event in state_dict["history"]
         ]
 
-    def _final_rank(self, layer: LoRALayer) -> int:
+    def _final_rank(self, layer: RankedLayer) -> int:
         if layer.pinned:
             return layer.rank
         return min(layer.rank, layer.final_rank if layer.final_rank is not None else self.final_rank)
