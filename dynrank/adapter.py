@@ -19,7 +19,8 @@ from dynrank.adapter_config import CONFIG_FILE, alpha_of, make_config, read_conf
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import LoRAConv2d, LoRAEmbedding, layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
-from dynrank.layers.inject import lora_layers, make_layer, place_layers, tied_weights
+from dynrank.layers.inject import make_layer, own_layers, place_layers, tied_weights
+from dynrank.layers.peft_layers import refuse_peft
 
 __all__ = ["load_adapter", "save_adapter"]
 
@@ -40,9 +41,10 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         path: folder to write to; made if missing.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers.
+        ConfigurationError: if the model has no LoRA layers, or PEFT's.
     """
-    layers = dict(lora_layers(model))
+    refuse_peft(model, "save_adapter", "call its save_pretrained()")
+    layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
     tensors: dict[str, Tensor] = {}
@@ -99,7 +101,8 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
         ConfigurationError: if a file is missing, broken or not a LoRA adapter, uses a variant with other arithmetic, or
             does not fit the model.
     """
-    if any(True for _ in lora_layers(model)):
+    refuse_peft(model, "load_adapter", "call its load_adapter(), or pass the plain model")
+    if own_layers(model):
         raise ConfigurationError(
             "the model has LoRA layers already; merge them first (dynrank.merge) or load a plain model"
         )

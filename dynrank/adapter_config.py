@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrank.errors import ConfigurationError
-from dynrank.rank_map import matches
+from dynrank.rank_map import matches, peft_ranks
 
 CONFIG_FILE = "adapter_config.json"
 # Settings of a PEFT config whose arithmetic is not y = W x + s B A x.
@@ -37,10 +37,7 @@ def make_config(
     dropout: float,
     base: str,
 ) -> dict[str, Any]:
-    """The settings of an adapter, with ranks and alphas that differ under full, anchored names.
-
-    PEFT takes the first pattern that matches and sorts the keys when it saves: only patterns that cannot overlap keep
-    their meaning.
+    """The settings of an adapter; ranks and alphas as :func:`dynrank.rank_map.peft_ranks` writes them.
 
     Args:
         layers: module name -> (rank, alpha).
@@ -49,21 +46,15 @@ def make_config(
         dropout: of the update's input.
         base: folder or hub name of the base model, "" if unknown.
     """
-    rank = max(rank for rank, _ in layers.values())
-    alpha = max(alpha for r, alpha in layers.values() if r == rank)
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base or None,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": _number(alpha),
+        **peft_ranks(layers),
         "lora_dropout": dropout,
         "target_modules": target_modules,
-        "rank_pattern": {_anchored(name): r for name, (r, _) in layers.items() if r != rank},
-        "alpha_pattern": {_anchored(name): _number(a) for name, (_, a) in layers.items() if a != alpha},
         "modules_to_save": list(modules_to_save) or None,
-        "use_rslora": False,
         "bias": "none",
     }
 
@@ -127,11 +118,3 @@ def alpha_of(config: Mapping[str, Any], name: str) -> float:
         if matches(key, name):
             return float(value)
     return float(config["lora_alpha"])
-
-
-def _anchored(name: str) -> str:
-    return "^" + re.escape(name)
-
-
-def _number(value: float) -> int | float:
-    return int(value) if value == int(value) else value

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.inject import lora_layers
 from dynrank.resizing import layer_spectra
 from dynrank.schedules import How, Stage, check_schedule
@@ -17,7 +17,7 @@ from dynrank.targets import Budget, LayerState
 from dynrank.triggers import Run
 
 
-def needs_of(stage: Stage, how: How, layers: Mapping[str, LoRALayer]) -> Needs:
+def needs_of(stage: Stage, how: How, layers: Mapping[str, RankedLayer]) -> Needs:
     """What has to be measured before ``stage`` may change ``layers``."""
     low = min((layer.rank for layer in layers.values()), default=0)
     growth = stage.to.reach(low, low)[1] - low
@@ -29,7 +29,7 @@ def needs_of(stage: Stage, how: How, layers: Mapping[str, LoRALayer]) -> Needs:
 
 
 def layer_states(
-    layers: Mapping[str, LoRALayer], *, last: bool, stage: Stage, metric: str, window: Window | None
+    layers: Mapping[str, RankedLayer], *, last: bool, stage: Stage, metric: str, window: Window | None
 ) -> dict[str, LayerState]:
     """What the stage's target may know of each layer; ``last``: no stage comes after it.
 
@@ -47,7 +47,7 @@ def layer_states(
     return states
 
 
-def _bounded(layer: LoRALayer, last: bool) -> LayerState:
+def _bounded(layer: RankedLayer, last: bool) -> LayerState:
     """A layer's state without measurements; its own final rank bounds every shrink and is where the last stage ends."""
     (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
     lowest, highest = layer.final_rank or 1, min(d_out, d_in)
@@ -106,7 +106,7 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
 
 
 def _budget_faults(
-    number: int, stage: Stage, budget: Budget, layers: Mapping[str, LoRALayer], *, last: bool
+    number: int, stage: Stage, budget: Budget, layers: Mapping[str, RankedLayer], *, last: bool
 ) -> list[str]:
     states = {name: _bounded(layer, last) for name, layer in layers.items()}
     try:

@@ -21,6 +21,7 @@ __all__ = [
     "matches",
     "parse_rank_map",
     "parse_rules",
+    "peft_ranks",
     "resolve_rank_map",
 ]
 
@@ -62,6 +63,34 @@ def matches(key: str, name: str) -> bool:
     True
     """
     return re.match(_whole_parts(key), name) is not None
+
+
+def peft_ranks(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    r"""The settings of a PEFT config that give each layer its (rank, alpha), by full, anchored names where they differ.
+
+    PEFT takes the first pattern that matches and sorts the keys when it saves: only patterns that cannot overlap keep
+    their meaning. PEFT computes scaling as alpha / rank only where ``use_rslora`` is false.
+
+    >>> peft_ranks({"q": (4, 8.0), "v": (2, 4.0)})["rank_pattern"]
+    {'^v': 2}
+    """
+    rank = max(rank for rank, _ in layers.values())
+    alpha = max(alpha for r, alpha in layers.values() if r == rank)
+    return {
+        "r": rank,
+        "lora_alpha": _number(alpha),
+        "rank_pattern": {_anchored(name): r for name, (r, _) in layers.items() if r != rank},
+        "alpha_pattern": {_anchored(name): _number(a) for name, (_, a) in layers.items() if a != alpha},
+        "use_rslora": False,
+    }
+
+
+def _anchored(name: str) -> str:
+    return "^" + re.escape(name)
+
+
+def _number(value: float) -> int | float:
+    return int(value) if value == int(value) else value
 
 
 def load_rank_map(path: str | Path) -> dict[str, RankRule]:

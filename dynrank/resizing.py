@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.inject import lora_layers
-from dynrank.linalg import RankChange, energy_kept, grow_product, singular_values, truncate_product
+from dynrank.layers.peft_layers import sync_peft_configs
+from dynrank.linalg import energy_kept, grow_product, singular_values, truncate_product
 from dynrank.optim import change_state, check_optimizer
 from dynrank.statistics import METRICS, Grams
 
@@ -114,6 +115,7 @@ def resize(
         for optimizer in optimizers:
             change_state(optimizer, layer.lora_A, change.from_B.mT, 0, optimizer_state)
             change_state(optimizer, layer.lora_B, change.from_A, 1, optimizer_state)
+    sync_peft_configs(model)
     return reports
 
 
@@ -127,7 +129,7 @@ def predict(
 
 
 @torch.no_grad()
-def layer_spectra(layers: Mapping[str, LoRALayer], metric: str, grams: Grams | None) -> dict[str, Tensor]:
+def layer_spectra(layers: Mapping[str, RankedLayer], metric: str, grams: Grams | None) -> dict[str, Tensor]:
     """Singular values of each layer's update in ``metric``, scaling included, descending, (rank,) float64.
 
     Raises:
@@ -150,7 +152,7 @@ class Snapshot:
     @torch.no_grad()
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
         self._optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
-        self._layers = []
+        self._model, self._layers = model, []
         for _, layer in lora_layers(model):
             states = [
                 {
@@ -173,9 +175,10 @@ class Snapshot:
                     optimizer.state.pop(parameter, None)
                     if state:
                         optimizer.state[parameter] = state
+        sync_peft_configs(self._model)
 
 
-def check_targets(layers: Mapping[str, LoRALayer], targets: Mapping[str, int]) -> None:
+def check_targets(layers: Mapping[str, RankedLayer], targets: Mapping[str, int]) -> None:
     """Refuse ranks that no layer can take.
 
     Raises:
@@ -201,7 +204,7 @@ def check_targets(layers: Mapping[str, LoRALayer], targets: Mapping[str, int]) -
 
 def _checked(
     model: nn.Module, target: int | Mapping[str, int], metric: str, grams: Grams | None
-) -> tuple[dict[str, LoRALayer], dict[str, int]]:
+) -> tuple[dict[str, RankedLayer], dict[str, int]]:
     """(all layers by name, {name: new rank} of those that change), after every check that needs no arithmetic."""
     if metric not in METRICS:
         raise ConfigurationError(f"metric must be one of {METRICS}, got {metric!r}; set schedule.metric")
@@ -218,14 +221,14 @@ def _checked(
     return layers, {n: targets[n] for n in layers if n in targets and targets[n] != layers[n].rank}
 
 
-def _unusable(name: str, layer: LoRALayer, rank: int, error: ValueError) -> ConfigurationError:
+def _unusable(name: str, layer: RankedLayer, rank: int, error: ValueError) -> ConfigurationError:
     return ConfigurationError(
         f"{name!r} cannot change from rank {layer.rank} to {rank}: {error}; nothing has been changed. "
         "Training has diverged: lower optimizer.lr"
     )
 
 
-def _report(name: str, layer: LoRALayer, rank: int, values: Tensor) -> LayerReport:
+def _report(name: str, layer: RankedLayer, rank: int, values: Tensor) -> LayerReport:
     """Report of a change to ``rank``; ``values`` are without the scaling."""
     values = values * layer.scaling
     width = layer.lora_B.shape[0] + layer.lora_A.shape[1]

@@ -15,6 +15,7 @@ from torch import nn
 from dynrank.callbacks.validation import run_missed_validation, run_validation
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
+from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.optim import check_optimizer
 from dynrank.planning import check_model, final_ranks, layer_states, needs_of
 from dynrank.resizing import LayerReport, Snapshot, predict, resize
@@ -126,6 +127,7 @@ class RankScheduler(Callback):
         check_model(model, self.stages, self.how, run or Run(None))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        follow_checkpoint_ranks(pl_module)
         if stage != "fit":
             return
         if not pl_module.automatic_optimization:

@@ -12,11 +12,13 @@ from lightning.pytorch import Trainer
 
 def run_validation(trainer: Trainer) -> None:
     """Validate now, with all hooks and logged metrics, and go on training."""
-    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    val_loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
+    first_batch = connector._first_loop_iter  # the validation loop forgets it; Lightning's training loop keeps it, too
     trainer.validating = True
     val_loop.restarting = False
     val_loop.run()
     trainer.training = True
+    connector._first_loop_iter = first_batch
 
 
 def run_missed_validation(trainer: Trainer) -> None:

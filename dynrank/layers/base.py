@@ -3,13 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Tap
+
+
+class RankedLayer(Protocol):
+    """What resizing and scheduling need of a LoRA layer: dynrank's :class:`LoRALayer`, or a view of another library's.
+
+    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank).
+    """
+
+    final_rank: int | None
+    pinned: bool
+    rule: str | None
+
+    @property
+    def lora_A(self) -> nn.Parameter: ...
+
+    @property
+    def lora_B(self) -> nn.Parameter: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def base(self) -> nn.Module: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def merged(self) -> bool: ...
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
+
+    def observe(self, tap: Tap) -> Callable[[], None]: ...
 
 
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -199,16 +238,24 @@ class LoRALayer(nn.Module):
 
 
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give the layer the rank of the factors that are about to be loaded into it."""
+    take_rank(layer, prefix.removesuffix("."), *(state_dict.get(prefix + factor) for factor in ("lora_A", "lora_B")))
+
+
+def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+    """Give the layer the rank of the factors that are about to be loaded into it; torch reports missing ones itself.
+
+    Raises:
+        ConfigurationError: if they are no factors of this layer.
+        RuntimeError: if the layer is merged.
+    """
     if layer.merged:
-        raise RuntimeError(f"{prefix.removesuffix('.')!r} is merged; call unmerge() before loading into it")
-    lora_A, lora_B = (state_dict.get(prefix + name) for name in ("lora_A", "lora_B"))
+        raise RuntimeError(f"{name!r} is merged; call unmerge() before loading into it")
     if lora_A is None or lora_B is None:
-        return  # torch reports missing keys itself
+        return
     d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A.shape[1], lora_A.shape[0]
     if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank) or not 1 <= rank <= min(d_out, d_in):
         raise ConfigurationError(
-            f"the checkpoint's factors of {prefix.removesuffix('.')!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
+            f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
             f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
         )
     if rank != layer.rank:

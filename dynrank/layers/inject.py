@@ -11,7 +11,8 @@ from torch import nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import layer_class
-from dynrank.layers.base import LoRALayer, initial_scaling
+from dynrank.layers.base import LoRALayer, RankedLayer, initial_scaling
+from dynrank.layers.peft_layers import peft_layers, refuse_peft
 from dynrank.layers.targets import target_names
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 
@@ -49,7 +50,10 @@ def add_lora(
     Raises:
         ConfigurationError: if a name, rank, rule or value cannot be used, or the model has LoRA layers already.
     """
-    if any(True for _ in lora_layers(model)):
+    refuse_peft(
+        model, "add_lora", "resize and RankScheduler change its layers in place; or call its merge_and_unload() first"
+    )
+    if own_layers(model):
         raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)")
     if alpha is not None and not 0 < alpha < float("inf"):
         raise ConfigurationError(f"alpha must be a finite number above 0, got {alpha}; set lora.alpha")
@@ -113,11 +117,28 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
         model.get_submodule(name).requires_grad_(True)
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoRALayer]]:
-    """Every LoRA layer of ``model`` with its name, in the order of ``named_modules()``."""
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALayer):
-            yield name, module
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
+    """Every LoRA layer of ``model`` with its name, in the order of ``named_modules()``.
+
+    In a model wrapped by PEFT they are views of PEFT's layers, for the adapter that is active.
+
+    Raises:
+        ConfigurationError: if a layer of PEFT computes something else than a plain LoRA layer (see
+            :func:`dynrank.layers.peft_layers.peft_layers`), or the model holds layers of both libraries.
+    """
+    own, theirs = own_layers(model), peft_layers(model)
+    if own and theirs:
+        raise ConfigurationError(
+            f"the model holds LoRA layers of dynrank ({next(iter(own))!r}) and of PEFT ({next(iter(theirs))!r}); "
+            "use one of the two"
+        )
+    yield from own.items()
+    yield from theirs.items()
+
+
+def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The LoRA layers that dynrank has put into ``model``, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
 
 
 def merge(model: M) -> M:
@@ -127,9 +148,10 @@ def merge(model: M) -> M:
     the head alone.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers.
+        ConfigurationError: if the model has no LoRA layers, or PEFT's.
     """
-    layers = dict(lora_layers(model))
+    refuse_peft(model, "merge", "call its merge_and_unload()")
+    layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to merge")
     tied = tied_weights(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import RankedLayer
 
 _OVERSAMPLING = 8  # of a randomised range finder (Halko, Martinsson and Tropp, arXiv:0909.4061, section 4.2)
 
@@ -29,7 +29,7 @@ class GradientSketch:
         ConfigurationError: if a layer's input is not a matrix of features (an embedding, a convolution).
     """
 
-    def __init__(self, layers: Mapping[str, LoRALayer], count: int, seed: int) -> None:
+    def __init__(self, layers: Mapping[str, RankedLayer], count: int, seed: int) -> None:
         self._sums: dict[str, Tensor] = {}
         self._hooks: list[Any] = []
         generator = torch.Generator().manual_seed(seed)

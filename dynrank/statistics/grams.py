@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import RankedLayer
 
 METRICS = ("weight", "output", "loss")
 Gram = tuple[Tensor | None, Tensor | None]  # (G_u, G_z); None: that of the factors themselves
@@ -41,7 +41,7 @@ class Grams:
         ConfigurationError: if ``window`` is below 1.
     """
 
-    def __init__(self, layers: Mapping[str, LoRALayer], window: int | None = None) -> None:
+    def __init__(self, layers: Mapping[str, RankedLayer], window: int | None = None) -> None:
         if window is not None and window < 1:
             raise ConfigurationError(f"window must be at least 1 step, got {window}; set schedule.window")
         self.decay = 1.0 if window is None else 1 - 2 / (window + 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import RankedLayer
 from dynrank.linalg import truncate_product
 
 _BETA = 0.85  # both of AdaLoRA's smoothing factors, its default
@@ -24,7 +24,7 @@ class Sensitivity:
         layers: name -> layer. Call :meth:`end_step` after each optimizer step, before gradients are zeroed.
     """
 
-    def __init__(self, layers: Mapping[str, LoRALayer]) -> None:
+    def __init__(self, layers: Mapping[str, RankedLayer]) -> None:
         self._layers = dict(layers)
         self._state: dict[str, dict[str, Tensor]] = {}
         for name, layer in layers.items():

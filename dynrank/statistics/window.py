@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import RankedLayer
 from dynrank.statistics.gradient_sketch import GradientSketch
 from dynrank.statistics.grams import Grams
 from dynrank.statistics.sensitivity import Sensitivity
@@ -34,7 +34,7 @@ class Window:
         seed: of what is drawn at random.
     """
 
-    def __init__(self, layers: Mapping[str, LoRALayer], needs: Needs, span: int, seed: int) -> None:
+    def __init__(self, layers: Mapping[str, RankedLayer], needs: Needs, span: int, seed: int) -> None:
         self.steps = 0
         self.grams = Grams(layers, span) if needs.grams else None
         self.scores = Sensitivity(layers) if needs.scores else None

@@ -1,0 +1,608 @@
+"""Models wrapped by PEFT, resized in place: against dense SVD, dynrank's own layers, and PEFT reading its own files."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import AdaLoraConfig, LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+import dynrank
+from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.errors import ConfigurationError
+from dynrank.layers.peft_layers import PeftLayer, follow_checkpoint_ranks, sync_peft_configs
+from dynrank.resizing import Snapshot
+from dynrank.triggers import Plateau
+
+pytestmark = [
+    # PEFT 0.21 on transformers 5: an attribute that transformers has renamed.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # PEFT says so of every Conv1D, and of a Linear beside one, and sets the flag itself.
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to (True|False):UserWarning"),
+    # PEFT on an adapted embedding that is tied, and on the base weight that it saves along.
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
+
+TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}
+SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY, **SIZES)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**TINY, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
+    "bert": lambda: BertForSequenceClassification(BertConfig(**TINY, **SIZES, num_labels=3)),
+}
+TARGETS = {
+    "llama": ["q_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "c_proj", "wte"],
+    "bert": ["query", "value", "word_embeddings"],
+}
+PREFIX = "base_model.model."
+
+
+def plain(kind="llama"):
+    """The same base model on every call, in float64."""
+    torch.manual_seed(0)
+    return MODELS[kind]().double().eval()
+
+
+def randomize(model):
+    """Trained: factors and heads are no longer what they were made as."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def config(kind="llama", **options):
+    defaults = {"r": 6, "lora_alpha": 9, "target_modules": TARGETS[kind]}
+    if kind == "bert":
+        defaults |= {"task_type": TaskType.SEQ_CLS, "modules_to_save": ["classifier"]}
+    return LoraConfig(**(defaults | options))
+
+
+def wrapped(kind="llama", **options):
+    return randomize(get_peft_model(plain(kind), config(kind, **options)))
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def layers_of(model):
+    return dict(dynrank.lora_layers(model))
+
+
+def ranks_of(model):
+    return {name: layer.rank for name, layer in layers_of(model).items()}
+
+
+def delta(layer):
+    return layer.scaling * (layer.lora_B @ layer.lora_A).detach()
+
+
+def settings(model, adapter="default"):
+    c = model.peft_config[adapter]
+    return c.r, c.lora_alpha, c.rank_pattern, c.alpha_pattern, c.use_rslora
+
+
+def assert_reloads(model, folder, kind="llama", adapter="default"):
+    """PEFT reads what PEFT has written of ``model``, with equal logits."""
+    model.save_pretrained(folder, selected_adapters=[adapter])
+    saved = folder if adapter == "default" else folder / adapter
+    again = PeftModel.from_pretrained(plain(kind), saved)
+    assert (logits(again) - logits(model)).abs().max() <= 1e-12
+    assert ranks_of(again) == ranks_of(model)
+
+
+def same_model_twice(kind):
+    """(wrapped by PEFT, adapted by dynrank), the same base, factors and head in both."""
+    theirs = wrapped(kind)
+    own = dynrank.add_lora(plain(kind), rank=6, alpha=9, target_modules=TARGETS[kind], dtype=torch.float64)
+    if kind == "bert":
+        own.classifier.load_state_dict(theirs.base_model.model.classifier.modules_to_save["default"].state_dict())
+    with torch.no_grad():
+        for name, layer in layers_of(own).items():
+            layer.lora_A.copy_(layers_of(theirs)[PREFIX + name].lora_A)
+            layer.lora_B.copy_(layers_of(theirs)[PREFIX + name].lora_B)
+    return theirs, own
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("rank", [1, 4, 6])
+def test_resize_leaves_the_best_update_of_that_rank(kind, rank):
+    model = wrapped(kind)
+    before = {name: delta(layer) for name, layer in layers_of(model).items()}
+    reports = dynrank.resize(model, rank)
+    assert [report.layer for report in reports] == (list(before) if rank != 6 else [])
+    for name, layer in layers_of(model).items():
+        u, s, vh = torch.linalg.svd(before[name])
+        assert_close(delta(layer), (u[:, :rank] * s[:rank]) @ vh[:rank])
+        assert layer.rank == rank
+        assert layer.scaling == 1.5
+        assert layer.alpha == 1.5 * rank
+        module = layer.module  # what PEFT says of it, in its repr too
+        assert (module.r["default"], module.lora_alpha["default"]) == (rank, 1.5 * rank)
+        if not layer.of_embedding:
+            assert (module.lora_A["default"].out_features, module.lora_B["default"].in_features) == (rank, rank)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("rank", [3, 8])
+def test_training_through_a_resize_equals_that_of_dynranks_own_layers(kind, rank):
+    """Same factors, same optimizer: same parameters after some steps, a change of rank, and more steps."""
+
+    def train(model):
+        layers = layers_of(model).values()
+        factors = [p for layer in layers for p in (layer.lora_A, layer.lora_B)]
+        optimizer = torch.optim.AdamW(factors, lr=1e-2)
+        model.eval()  # no dropout, whose masks the two would not share
+        for step in range(6):
+            if step == 3:
+                torch.manual_seed(7)
+                dynrank.resize(model, rank, optimizers=[optimizer])
+            optimizer.zero_grad()
+            model(IDS).logits.square().mean().backward()
+            optimizer.step()
+        for layer, *kept in zip(layers_of(model).values(), factors[::2], factors[1::2], strict=True):
+            for mine, parameter in zip((layer.lora_A, layer.lora_B), kept, strict=True):
+                assert mine is parameter
+                state = optimizer.state[parameter]
+                assert state["step"] == 6
+                assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
+        return model
+
+    theirs, own = same_model_twice(kind)
+    train(own)
+    train(theirs)
+    for name, layer in layers_of(own).items():
+        assert_close(layers_of(theirs)[PREFIX + name].lora_A, layer.lora_A, rtol=1e-9, atol=1e-10)
+        assert_close(layers_of(theirs)[PREFIX + name].lora_B, layer.lora_B, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("rank", [3, 8])
+@pytest.mark.parametrize("uneven", [False, True])
+def test_peft_reloads_what_it_saved_after_a_resize(kind, rank, uneven, tmp_path):
+    model = wrapped(kind)
+    target = dict(zip(ranks_of(model), (1, 5, 2, 7, 3), strict=False)) if uneven else rank
+    dynrank.resize(model, target)
+    expected = logits(model)
+    assert_reloads(model, tmp_path, kind)
+    assert torch.equal(logits(model), expected)
+    if kind != "gpt2":  # PEFT merges a tied wte into the lm_head too (peft 2018)
+        assert (logits(model.merge_and_unload()) - expected).abs().max() <= 1e-10
+
+
+def test_configs_name_each_layer_that_differs_in_full(tmp_path):
+    model = wrapped(rank_pattern={"q_proj": 4}, alpha_pattern={r"layers\.1\..*v_proj": 3})
+    assert_reloads(model, tmp_path / "before")
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    dynrank.resize(model, {name: 2})
+    rank, alpha, rank_pattern, alpha_pattern, rslora = settings(model)
+    assert (rank, alpha, rslora) == (6, 9, False)
+    q, v = "^model\\.layers\\.{}\\.self_attn\\.q_proj", "^model\\.layers\\.1\\.self_attn\\.v_proj"
+    assert rank_pattern == {q.format(0): 2, q.format(1): 4}
+    assert alpha_pattern == {q.format(0): 4.5, v: 3}  # 9 / 4 * 2
+    assert_reloads(model, tmp_path / "after")
+    written = json.loads((tmp_path / "after" / "adapter_config.json").read_text())
+    assert written["rank_pattern"] == rank_pattern
+
+
+@pytest.mark.parametrize("start", [4, 6])
+def test_rslora_keeps_its_scaling(start, tmp_path):
+    model = wrapped(r=start, use_rslora=True)
+    dynrank.resize(model, 3)
+    assert {layer.scaling for layer in layers_of(model).values()} == {9 / start**0.5}
+    assert settings(model)[4] is False
+    assert_reloads(model, tmp_path)
+    module = layers_of(model)["base_model.model.model.layers.0.self_attn.q_proj"].module
+    module.set_scale("default", 1.0)  # PEFT's own rule for the scaling comes to the same
+    assert module.scaling["default"] == pytest.approx(9 / start**0.5)
+
+
+def test_orthogonal_initialisation_reloads_at_an_odd_rank(tmp_path):
+    model = wrapped(init_lora_weights="orthogonal")
+    dynrank.resize(model, 3)
+    assert_reloads(model, tmp_path)
+
+
+def test_only_the_active_adapter_changes(tmp_path):
+    model = wrapped()
+    model.add_adapter("other", config(r=4, lora_alpha=2, target_modules=["q_proj", "k_proj"], use_rslora=True))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    other = settings(model, "other")
+    reports = dynrank.resize(model, 2)
+    assert len(reports) == 6
+    for name, value in model.state_dict().items():
+        assert ".default." in name or torch.equal(value, state[name]), name
+    assert settings(model, "other") == other
+    assert settings(model)[0] == 2
+    assert_reloads(model, tmp_path)
+    model.set_adapter("other")
+    assert set(ranks_of(model).values()) == {4}
+    assert len(ranks_of(model)) == 4  # q_proj and k_proj
+    assert_reloads(model, tmp_path, adapter="other")
+    dynrank.resize(model, 3)
+    assert_reloads(model, tmp_path, adapter="other")
+    model.set_adapter("default")
+    assert_reloads(model, tmp_path)
+
+
+def test_a_config_that_two_adapters_were_made_of_stays_as_it_is(tmp_path):
+    shared = config()
+    model = randomize(get_peft_model(plain(), shared))
+    model.add_adapter("other", shared)
+    before = copy.deepcopy(shared)
+    dynrank.resize(model, 2)
+    assert shared == before
+    assert_reloads(model, tmp_path)
+    model.set_adapter("other")
+    assert_reloads(model, tmp_path, adapter="other")
+
+
+def test_modules_to_save_are_left_alone_and_saved(tmp_path):
+    model = wrapped("bert")
+    head = model.base_model.model.classifier.modules_to_save["default"]
+    before = head.weight.clone()
+    assert not any("classifier" in name for name in layers_of(model))
+    dynrank.resize(model, 2)
+    assert torch.equal(head.weight, before)
+    assert_reloads(model, tmp_path, "bert")
+
+
+def test_adapter_injected_without_a_peft_model_is_resized_and_its_config_follows():
+    model = randomize(inject_adapter_in_model(config(), plain()))
+    dynrank.resize(model, 2)
+    assert set(ranks_of(model).values()) == {2}
+    assert model.peft_config["default"].r == 2
+
+
+def test_names_are_those_of_the_model_passed_in():
+    model = wrapped()
+    names = {name for name, _ in model.named_modules()}
+    assert set(layers_of(model)) <= names
+    outer = nn.ModuleDict({"lm": model})
+    assert list(layers_of(outer)) == [f"lm.{name}" for name in layers_of(model)]
+    dynrank.resize(outer, {"lm.base_model.model.model.layers.1.mlp.down_proj": 2})
+    assert settings(model)[2] == {"^model\\.layers\\.1\\.mlp\\.down_proj": 2}
+
+
+def test_a_refused_rank_leaves_everything_as_it_was():
+    model = wrapped()
+    state, before = copy.deepcopy(model.state_dict()), settings(model)
+    with pytest.raises(ConfigurationError, match="no LoRA layer is named 'q_proj'"):
+        dynrank.resize(model, {**dict.fromkeys(ranks_of(model), 2), "q_proj": 2})
+    assert_close(model.state_dict(), state, rtol=0, atol=0)
+    assert settings(model) == before
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="is merged"):
+        dynrank.resize(model, 2)
+
+
+def test_a_change_undone_is_undone_in_the_config_too(tmp_path):
+    model = wrapped()
+    expected, snapshot = logits(model), Snapshot(model, [])
+    dynrank.resize(model, 2)
+    snapshot.restore()
+    assert torch.equal(logits(model), expected)
+    assert_reloads(model, tmp_path)
+
+
+def test_what_a_schedule_may_not_touch_is_kept_on_the_module():
+    model = wrapped()
+    layer = next(iter(layers_of(model).values()))
+    assert (layer.pinned, layer.final_rank, layer.rule) == (False, None, None)
+    layer.pinned, layer.final_rank, layer.rule = True, 2, "q_proj"
+    again = next(iter(layers_of(copy.deepcopy(model)).values()))
+    assert (again.pinned, again.final_rank, again.rule) == (True, 2, "q_proj")
+    assert not PeftLayer(layer.module, "other").pinned
+
+
+class Observed(nn.Module):
+    """An embedding and a linear layer under PEFT, the latter in a checkpoint if wanted."""
+
+    def __init__(self, reentrant=None):
+        super().__init__()
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 5))
+        self.net = get_peft_model(inner.double(), LoraConfig(r=2, lora_alpha=3, target_modules=["0", "1"]))
+        randomize(self)
+        self.embed, self.linear = self.net.base_model.model
+        self.reentrant = reentrant
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        return self.linear(x) if self.reentrant is None else checkpoint(self.linear, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_observe_reports_z_and_its_gradient_once_in_each_backward(reentrant):
+    model = Observed(reentrant)
+    ids, weight = torch.tensor([[1, 2, 3], [4, 1, 0]]), torch.randn(5, dtype=torch.float64)
+    x = model.embed(ids).detach().requires_grad_()
+    y = model.linear(x)
+    g = (1 - y.detach().tanh().square()) * weight
+    (at_x,) = torch.autograd.grad(y, x, g)
+    seen = {name: [] for name in layers_of(model)}
+    stops = [layer.observe(lambda *pair, n=n: seen[n].append(pair)) for n, layer in layers_of(model).items()]
+    for _ in range(2):
+        (model(ids).tanh() @ weight).sum().backward()
+    (embed, linear), (of_embed, of_linear) = layers_of(model).values(), seen.values()
+    assert (len(of_embed), len(of_linear)) == (2, 2)
+    for z, dz in of_linear:
+        assert not z.requires_grad
+        assert not dz.requires_grad
+        assert_close(z, x.detach().view(-1, 6) @ linear.lora_A.detach().mT)
+        assert_close(dz, 1.5 * g.view(-1, 5) @ linear.lora_B.detach())
+    for z, dz in of_embed:
+        assert_close(z, embed.lora_A.detach().mT[ids.flatten()])
+        assert_close(dz, 1.5 * at_x.view(-1, 6) @ embed.lora_B.detach())
+
+    with pytest.raises(RuntimeError, match="observed already"):
+        embed.observe(lambda *_: None)
+    held = model(ids).sum()
+    for stop in stops:
+        stop()
+    held.backward()
+    model(ids).sum().backward()
+    assert (len(of_embed), len(of_linear)) == (2, 2)
+    assert not model.linear.lora_A["default"]._forward_hooks
+    embed.observe(lambda *_: None)()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_observe_reports_what_dynranks_own_layers_report(kind):
+    seen = []
+    for model in same_model_twice(kind):
+        found = {name.removeprefix(PREFIX): [] for name in layers_of(model)}
+        for layer, values in zip(layers_of(model).values(), found.values(), strict=True):
+            layer.observe(lambda *pair, values=values: values.extend(pair))
+        model.eval()(IDS).logits.square().mean().backward()
+        seen.append(found)
+    assert_close(*seen, rtol=1e-9, atol=1e-12)
+
+
+def test_observe_says_nothing_where_no_gradient_flows():
+    model, seen = Observed(), []
+    for layer in layers_of(model).values():
+        layer.observe(lambda *pair: seen.append(pair))
+    ids = torch.tensor([[1, 2]])
+    with torch.no_grad():
+        model(ids)
+    with model.net.disable_adapter():
+        model(ids)
+    assert not seen
+    model.linear.lora_A["default"](torch.randn(6, dtype=torch.float64)).sum().backward()  # one position, no batch
+    assert [[*t.shape] for t in seen[0]] == [[1, 2], [1, 2]]
+
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stacked = nn.Parameter(torch.randn(3, 4, 4))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(4, 2)
+
+
+REFUSED = {
+    "DoraLinearVariant.*use_dora=False": lambda: wrapped(use_dora=True),
+    "ALoraLinearVariant": lambda: wrapped(alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
+    "AdaLoRA": lambda: get_peft_model(plain(), AdaLoraConfig(target_modules=["q_proj"], total_step=9)),
+    "target_parameters": lambda: get_peft_model(
+        nn.Sequential(Experts()), LoraConfig(target_parameters=["0.stacked"], target_modules=[])
+    ),
+    "MultiheadAttention": lambda: get_peft_model(Attention(), LoraConfig(target_modules=["attn"])),
+    "lora_bias=False": lambda: wrapped("gpt2", target_modules=["c_attn"], lora_bias=True),
+    "dynrank.add_lora for conv": lambda: get_peft_model(
+        nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(target_modules=["0"])
+    ),
+    "init_lora_weights='pissa'": lambda: get_peft_model(plain().float(), config(init_lora_weights="pissa")),
+    "ensure_weight_tying": lambda: wrapped("gpt2", target_modules=["wte", "lm_head"], ensure_weight_tying=True),
+    "config is not in this model": lambda: wrapped().base_model.model.model.layers[0],
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_layers_with_other_arithmetic_are_refused_by_name(message):
+    model = REFUSED[message]()
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        list(dynrank.lora_layers(model))
+    name = str(caught.value).split("'")[1]
+    assert name in {name for name, _ in model.named_modules()}
+    with pytest.raises(ConfigurationError, match=message):
+        dynrank.resize(model, 2)
+
+
+def test_several_active_adapters_are_refused_and_named():
+    model = wrapped()
+    model.add_adapter("second", config(target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ConfigurationError, match=r"q_proj' and 1 more: adapters \['default', 'second'\] are active"):
+        dynrank.resize(model, 2)
+
+
+def test_functions_for_dynranks_own_layers_refuse_a_wrapped_model(tmp_path):
+    model = wrapped()
+    before = copy.deepcopy(model.state_dict())
+    for call, instead in (
+        (lambda: dynrank.merge(model), r"merge_and_unload\(\)"),
+        (lambda: dynrank.save_adapter(model, tmp_path / "out"), r"save_pretrained\(\)"),
+        (lambda: dynrank.add_lora(model, rank=2), "resize and RankScheduler"),
+        (lambda: dynrank.load_adapter(model, tmp_path), r"load_adapter\(\), or pass the plain model"),
+    ):
+        with pytest.raises(ConfigurationError, match=f"wrapped by PEFT .*{instead}"):
+            call()
+    assert not (tmp_path / "out").exists()
+    assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_layers_of_both_kinds_in_one_model_are_refused():
+    own = dynrank.add_lora(nn.Sequential(nn.Linear(4, 4)), rank=2, target_modules=["0"])
+    both = nn.ModuleList([own, wrapped()])
+    with pytest.raises(ConfigurationError, match=r"of dynrank \('0\.0'\) and of PEFT \('1\.base_model"):
+        dynrank.resize(both, 1)
+
+
+def test_a_program_without_peft_never_imports_it():
+    code = """
+import sys, torch, dynrank
+net = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), rank=2, target_modules=["0"])
+dynrank.resize(net, 1)
+assert "peft" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("target", [2, 8])
+def test_state_dict_of_other_ranks_loads_into_a_freshly_wrapped_model(kind, target, tmp_path):
+    source = wrapped(kind)
+    names = list(ranks_of(source))
+    dynrank.resize(source, {names[0]: target, names[-1]: 3})
+    outer = nn.ModuleDict({"lm": get_peft_model(plain(kind), config(kind))})
+    parameters = [id(parameter) for parameter in outer.parameters()]
+    follow_checkpoint_ranks(outer)
+    follow_checkpoint_ranks(outer)
+    assert len(outer._load_state_dict_pre_hooks) == 1
+    outer = copy.deepcopy(outer) if target == 8 else outer  # as averaging callbacks do
+    outer.load_state_dict({f"lm.{name}": value for name, value in source.state_dict().items()})
+    assert target == 8 or [id(parameter) for parameter in outer.parameters()] == parameters
+    assert torch.equal(logits(outer["lm"]), logits(source))
+    assert settings(outer["lm"]) == settings(source)
+    assert_reloads(outer["lm"], tmp_path, kind)
+
+
+def test_state_dict_that_does_not_fit_names_the_layer():
+    model = wrapped()
+    follow_checkpoint_ranks(model)
+    state, key = model.state_dict(), f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.default.weight"
+    with pytest.raises(ConfigurationError, match=r"factors of '.*layers\.0\.mlp\.down_proj' are \[2, 9\] and \[8, 6\]"):
+        model.load_state_dict({**state, key: torch.zeros(2, 9)})
+    model.load_state_dict(state)
+
+
+def test_sync_leaves_a_config_alone_that_is_right():
+    model = wrapped(use_rslora=True, rank_pattern={"q_proj": 4})
+    before = copy.deepcopy(model.peft_config["default"])
+    sync_peft_configs(model)
+    assert model.peft_config["default"] == before
+
+
+# In a real trainer
+
+
+def schedule(**options):
+    return RankScheduler(3, Plateau(patience=1000), **({"deadline": 0.5} | options))
+
+
+@pytest.fixture(params=["__init__", "configure_model"])
+def module_class(request, regression):
+    """A user's module over get_peft_model, made where ``request.param`` says; it trains in train mode, with dropout."""
+
+    class Wrapped(regression[0]):
+        def __init__(self):
+            lightning.LightningModule.__init__(self)
+            self.net = None
+            if request.param == "__init__":
+                self.make()
+            follow_checkpoint_ranks(self)  # for load_from_checkpoint
+
+        def make(self):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(12, 24), nn.Dropout(0.2), nn.Linear(24, 6))
+            options = {"r": 6, "lora_alpha": 12, "lora_dropout": 0.1, "target_modules": ["0", "2"]}
+            self.net = get_peft_model(net, LoraConfig(**options, rank_pattern={"2": 5}))
+
+        def configure_model(self):
+            if self.net is None:
+                self.make()
+
+        def test_step(self, batch, batch_idx):
+            self.log("test/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    return Wrapped
+
+
+def fit(regression, module, scheduler, *, checkpoints=None, ckpt_path=None, **options):
+    callbacks = [scheduler, StepSeed(0)]
+    if checkpoints is not None:
+        callbacks.append(
+            ModelCheckpoint(
+                checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+            )
+        )
+    settings = {"max_steps": 12, "num_sanity_val_steps": 0, "val_check_interval": 5, **options}
+    trainer = regression[2](callbacks=callbacks, enable_checkpointing=checkpoints is not None, **settings)
+    trainer.fit(module, *regression[1](), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(regression, module_class, accumulate, tmp_path):
+    options = {"accumulate_grad_batches": accumulate, "max_steps": 12 // accumulate}
+    scheduler = schedule(rewarmup_steps=2)
+    reference, trainer = fit(regression, module_class(), scheduler, checkpoints=tmp_path / "ckpt", **options)
+    assert [event.step for event in scheduler.history] == [6 // accumulate]
+    assert set(ranks_of(reference).values()) == {3}
+    (optimizer,) = trainer.optimizers
+    for layer in layers_of(reference).values():
+        for parameter in (layer.lora_A, layer.lora_B):
+            assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+    files = sorted((tmp_path / "ckpt").glob("*.ckpt"))
+    assert len(files) == 12 // accumulate
+    for file in files:
+        if f"={12 // accumulate}." in file.name:
+            continue  # nothing is left to run
+        again = schedule(rewarmup_steps=2)
+        module, _ = fit(regression, module_class(), again, ckpt_path=file, **options)
+        assert again.history == scheduler.history, file.name
+        assert again.state_dict() == scheduler.state_dict(), file.name
+        assert settings(module.net) == settings(reference.net), file.name
+        for name, value in reference.state_dict().items():
+            assert torch.equal(module.state_dict()[name], value), f"{file.name}: {name}"
+
+    reference.net.save_pretrained(tmp_path / "adapter")
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 24), nn.Dropout(0.2), nn.Linear(24, 6))
+    loaded, x = PeftModel.from_pretrained(base, tmp_path / "adapter"), torch.randn(5, 12)
+    assert torch.equal(loaded.eval()(x), reference.net.eval()(x))
+
+
+def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(regression, module_class, tmp_path):
+    module, trainer = fit(regression, module_class(), schedule(), checkpoints=tmp_path)
+    x, outputs = torch.randn(5, 12), {}
+    for step, ranks in ((3, {6, 5}), (12, {3})):
+        file = tmp_path / f"step={step}.ckpt"
+        fresh = module_class.load_from_checkpoint(file, weights_only=True)
+        assert set(ranks_of(fresh).values()) == ranks
+        outputs[step] = fresh.net.eval()(x)
+        trainer.test(module, regression[1]()[1], ckpt_path=file, verbose=False)
+        assert set(ranks_of(module).values()) == ranks
+        assert torch.equal(module.net.eval()(x), outputs[step])
+        module.net.save_pretrained(tmp_path / f"{step}")  # its config has followed, up and down
+        loaded = PeftModel.from_pretrained(fresh.net.unload(), tmp_path / f"{step}")
+        assert torch.equal(loaded.eval()(x), outputs[step])
+    assert not torch.equal(outputs[3], outputs[12])
