@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from dynrank.callbacks.validation import run_missed_validation, run_validation
+from dynrank.callbacks.validation import measure, run_missed_validation
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
@@ -417,7 +417,7 @@ class RankScheduler(Callback):
         if fresh or self._observed_step != trainer.global_step:
             self._checking = True
             try:
-                run_validation(trainer)
+                measure(trainer)
             finally:
                 self._checking = False
         return _metric(trainer, monitor, "schedule.check_monitor")

@@ -8,6 +8,17 @@ miss a value.
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+
+
+def measure(trainer: Trainer) -> None:
+    """Validate now for the sake of the metrics; callbacks that save or stop hear nothing of it."""
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | EarlyStopping)]  # type: ignore[attr-defined]
+    try:
+        run_validation(trainer)
+    finally:
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 def run_validation(trainer: Trainer) -> None:

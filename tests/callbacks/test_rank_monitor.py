@@ -7,6 +7,7 @@ import torch
 from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter
 from dynrank.callbacks.rank_monitor import group_layers
 from dynrank.resizing import LayerReport
+from dynrank.schedules import after_convergence
 
 
 def report(name):
@@ -28,7 +29,7 @@ def test_monitor_records_prints_and_logs_the_change(regression, tmp_path, capsys
     module_class, data, trainer = regression
     file = tmp_path / "rank_history.csv"
     logger = lightning.pytorch.loggers.CSVLogger(tmp_path, name="", version="")
-    callbacks = [RankScheduler(3, deadline=0.5), RankMonitor(file, model_name="net")]
+    callbacks = [RankScheduler(after_convergence(3, deadline=0.5)), RankMonitor(file, model_name="net")]
     fitted = trainer(callbacks=callbacks, logger=logger, max_steps=10, log_every_n_steps=1)
     module = module_class()
     fitted.fit(module, *data())
@@ -47,10 +48,10 @@ def test_monitor_records_prints_and_logs_the_change(regression, tmp_path, capsys
 
 def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(regression, tmp_path):
     module_class, data, trainer = regression
-    first = trainer(callbacks=[RankScheduler(3, deadline=0.5), RankMonitor(tmp_path / "first.csv")], max_steps=10)
+    first = trainer(callbacks=[RankScheduler(after_convergence(3, deadline=0.5)), RankMonitor(tmp_path / "first.csv")], max_steps=10)
     first.fit(module_class(), *data())
     first.save_checkpoint(tmp_path / "last.ckpt")
-    second = trainer(callbacks=[RankScheduler(3, deadline=0.5), RankMonitor(tmp_path / "second.csv")], max_steps=15)
+    second = trainer(callbacks=[RankScheduler(after_convergence(3, deadline=0.5)), RankMonitor(tmp_path / "second.csv")], max_steps=15)
     second.fit(module_class(), *data(), ckpt_path=tmp_path / "last.ckpt")
     assert (tmp_path / "first.csv").read_text() == (tmp_path / "second.csv").read_text()
 

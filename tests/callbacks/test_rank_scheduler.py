@@ -9,7 +9,14 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 import dynrank
 from dynrank.callbacks import RankScheduler, StepSeed
 from dynrank.errors import ConfigurationError
-from dynrank.triggers import Plateau
+from dynrank.schedules import How, Stage, after_convergence, grow
+from dynrank.targets import Budget, Energy, Factor, GrowTo, Rank
+from dynrank.triggers import At, Plateau, SubspaceStable, TailEnergy
+
+
+def dropping(final_rank, trigger=None, how=None, *, scheduler=RankScheduler, **options):
+    """A scheduler that drops to ``final_rank`` after convergence."""
+    return scheduler(after_convergence(final_rank, trigger, **options), how)
 
 
 def train(regression, scheduler, *, ckpt_path=None, checkpoints=None, module=None, extra=(), **options):
@@ -32,7 +39,8 @@ def train(regression, scheduler, *, ckpt_path=None, checkpoints=None, module=Non
 def plateau_schedule(**options):
     # this loss never halves between two validations: it fires at the third one after the warm-up
     trigger = Plateau(patience=2, min_delta=0.5, warmup_steps=5)
-    return RankScheduler(3, trigger, **({"deadline": None} | options))
+    how = How(**options)
+    return dropping(3, trigger, how, deadline=None)
 
 
 def test_scheduler_drops_once_after_the_plateau_and_carries_the_optimizer(regression):
@@ -49,14 +57,14 @@ def test_scheduler_drops_once_after_the_plateau_and_carries_the_optimizer(regres
 
 
 def test_scheduler_drops_at_the_deadline_when_nothing_converges(regression):
-    scheduler = RankScheduler(3, Plateau(patience=1000), deadline=0.5)
+    scheduler = dropping(3, Plateau(patience=1000), deadline=0.5)
     train(regression, scheduler)
     assert [(event.step, event.reason) for event in scheduler.history] == [(30, "deadline of 0.5 of the run")]
 
 
 def test_scheduler_goes_down_in_equal_factors(regression):
     trigger = Plateau(patience=1, min_delta=0.9, cooldown_steps=9)
-    scheduler = RankScheduler(1, trigger, drops=2, deadline=0.9)
+    scheduler = dropping(1, trigger, drops=2, deadline=0.9)
     module_class, _, _ = regression
     train(regression, scheduler, module=module_class(rank=4))
     ranks = [(event.layers[0].rank_before, event.layers[0].rank_after) for event in scheduler.history]
@@ -67,7 +75,7 @@ def test_scheduler_goes_down_in_equal_factors(regression):
 def test_scheduler_respects_pinned_layers_and_their_own_final_ranks(regression):
     module_class, _, _ = regression
     module = module_class(rank_map={"0": {"rank": 5, "pinned": True}, "2": {"rank": 6, "final_rank": 2}})
-    scheduler = RankScheduler(3, deadline=0.5)
+    scheduler = dropping(3, deadline=0.5)
     train(regression, scheduler, module=module)
     assert {name: layer.rank for name, layer in dynrank.lora_layers(module)} == {"net.0": 5, "net.2": 2}
 
@@ -83,26 +91,26 @@ def test_scheduler_never_acts_within_accumulation(regression, accumulate):
             if len(self.history) > before:
                 pending.append(batch_idx % accumulate)
 
-    scheduler = Spy(3, Plateau(patience=1000), deadline=0.35)
+    scheduler = dropping(3, Plateau(patience=1000), scheduler=Spy, deadline=0.35)
     train(regression, scheduler, accumulate_grad_batches=accumulate, max_steps=20)
     assert pending == [0]
     assert len(scheduler.history) == 1
 
 
 def test_scheduler_makes_a_change_decided_by_the_last_validation(regression):
-    scheduler = RankScheduler(3, Plateau(patience=1, min_delta=0.99), deadline=None)
+    scheduler = dropping(3, Plateau(patience=1, min_delta=0.99), deadline=None)
     module, _ = train(regression, scheduler, max_steps=10)
     assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {3}
 
 
 def test_scheduler_warns_when_nothing_converged_and_there_is_no_deadline(regression):
     with pytest.warns(UserWarning, match="ranks are not final"):
-        train(regression, RankScheduler(3, Plateau(patience=1000), deadline=None), max_steps=10)
+        train(regression, dropping(3, Plateau(patience=1000), deadline=None), max_steps=10)
 
 
 def test_scheduler_warns_of_a_low_learning_rate(regression):
     with pytest.warns(UserWarning, match="too little to recover"):
-        train(regression, RankScheduler(3, Plateau(patience=1000), deadline=0.9))
+        train(regression, dropping(3, Plateau(patience=1000), deadline=0.9))
 
 
 def test_rewarmup_lowers_the_rate_of_the_steps_after_the_drop_only(regression):
@@ -117,7 +125,7 @@ def test_rewarmup_lowers_the_rate_of_the_steps_after_the_drop_only(regression):
             return optimizers, schedules
 
     def rates(rewarmup_steps):
-        scheduler = RankScheduler(3, Plateau(patience=1000), deadline=0.5, rewarmup_steps=rewarmup_steps)
+        scheduler = dropping(3, Plateau(patience=1000), How(rewarmup_steps=rewarmup_steps), deadline=0.5)
         return train(regression, scheduler, module=Recording())[0].rates
 
     ratios = [ramped / plain for ramped, plain in zip(rates(4), rates(0), strict=True)]
@@ -132,28 +140,50 @@ def test_rank_change_is_told_to_other_callbacks(regression):
         def on_rank_change(self, trainer, pl_module, event):
             told.append(event)
 
-    scheduler = RankScheduler(3, deadline=0.5)
+    scheduler = dropping(3, deadline=0.5)
     train(regression, scheduler, extra=[Listener()])
     assert told == scheduler.history
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"val_check_interval": 5},
-        # validations that fall into the middle of epochs
-        {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2},
-    ],
-    ids=["plain", "accumulating"],
-)
-def test_resume_from_any_checkpoint_is_bit_equal(regression, tmp_path, options):
-    def schedule():
-        return plateau_schedule(rewarmup_steps=4)
+ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
+LOSS = How(metric="loss", window=4, rewarmup_steps=4)
+SCHEDULES = {
+    "plateau": (lambda: plateau_schedule(rewarmup_steps=4), {}),
+    # validations that fall into the middle of epochs
+    "accumulating": (lambda: plateau_schedule(rewarmup_steps=4), ACCUMULATING),
+    # decided at a validation, then measured
+    "loss": (lambda: dropping(3, Plateau(patience=2, min_delta=0.5, warmup_steps=5), LOSS, deadline=None), {}),
+    "loss accumulating": (
+        lambda: dropping(3, Plateau(patience=1, min_delta=0.5, warmup_steps=5), LOSS, deadline=None),
+        ACCUMULATING,
+    ),
+    "budget by deadline": (lambda: RankScheduler([Stage(Plateau(patience=99), Budget(share=0.5), 0.5)], LOSS), {}),
+    "sensitivity": (
+        lambda: RankScheduler([Stage(At(step=9), Budget(share=0.5, score="sensitivity"))], How(window=4)),
+        {},
+    ),
+    "grown along the gradient, dropped": (
+        lambda: RankScheduler([Stage(At(step=8), GrowTo(6), how=How(new_rows="gradient", window=3)), *at(15, Rank(2))]),
+        {},
+    ),
+    "settled": (lambda: RankScheduler([Stage(SubspaceStable(rank=2, overlap=0.5, every=3), Energy(0.9))]), {}),
+    "undone": (lambda: RankScheduler(at(9, Rank(1)), How(max_regression=0.05)), {}),
+    "function": (lambda: RankScheduler(lambda step: 6 if step < 7 else 4 if step < 14 else 5), {}),
+}
 
+
+def at(step, target):
+    return [Stage(At(step=step), target)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_resume_from_any_checkpoint_is_bit_equal(regression, tmp_path, name):
+    schedule, options = SCHEDULES[name]
     scheduler = schedule()
-    options = {**options, "max_steps": 24}
+    options = {"val_check_interval": 5, **options, "max_steps": 24}
     reference, _ = train(regression, scheduler, checkpoints=tmp_path, **options)
-    assert 4 < scheduler.history[0].step < 20  # checkpoints lie before, at and after the drop, and within the ramp
+    # checkpoints lie before, at and after the change, within its window and within the ramp
+    assert 3 < scheduler.history[0].step < 20
     files = [
         file for file in sorted(tmp_path.glob("*.ckpt")) if "=24" not in file.name
     ]  # nothing is left to run from 24
@@ -162,9 +192,156 @@ def test_resume_from_any_checkpoint_is_bit_equal(regression, tmp_path, options):
         resumed = schedule()
         module, _ = train(regression, resumed, ckpt_path=file, **options)
         assert resumed.history == scheduler.history, file.name
-        assert resumed.state_dict() == scheduler.state_dict(), file.name
-        for name, value in reference.state_dict().items():
-            assert torch.equal(module.state_dict()[name], value), f"{file.name}: {name}"
+        assert str(resumed.state_dict()) == str(scheduler.state_dict()), file.name
+        for key, value in reference.state_dict().items():
+            assert torch.equal(module.state_dict()[key], value), f"{file.name}: {key}"
+
+
+def test_statistics_are_collected_in_the_window_and_nowhere_else(regression):
+    observed = []
+
+    class Spy(lightning.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            observed.append(pl_module.net[0]._tap is not None)
+
+    scheduler = RankScheduler(at(20, Rank(3)), How(metric="output", window=5))
+    train(regression, scheduler, extra=[Spy()], max_steps=30)
+    assert [step for step, on in enumerate(observed) if on] == [15, 16, 17, 18, 19]
+    assert scheduler.history[0].step == 20
+
+
+def test_change_that_cannot_be_foreseen_is_made_a_window_after_its_decision(regression):
+    trigger = Plateau(patience=1, min_delta=0.99)
+    scheduler = dropping(3, trigger, How(metric="loss", window=7), deadline=None)
+    train(regression, scheduler, max_steps=30)
+    assert scheduler.history[0].step == 10 + 7  # validations at 5 and 10
+
+
+def test_change_after_the_last_step_is_measured_before_it(regression):
+    scheduler = RankScheduler([Stage(At(fraction=1.0), Rank(2))], How(metric="loss", window=5))
+    module, _ = train(regression, scheduler, max_steps=12)
+    assert (scheduler.finished, scheduler.history[0].step, module.net[0].rank) == (True, 12, 2)
+
+
+def test_stage_whose_time_has_come_ends_those_before_it(regression):
+    never = Plateau(patience=1000)
+    stages = [Stage(never, Rank(5)), Stage(never, Rank(4)), *at(12, Rank(3)), *at(20, Rank(2))]
+    scheduler = RankScheduler(stages)
+    train(regression, scheduler, max_steps=30)
+    assert [(e.step, e.layers[0].rank_before, e.layers[0].rank_after) for e in scheduler.history] == [
+        (12, 6, 3),
+        (20, 3, 2),
+    ]
+
+
+def test_repeated_stage_acts_until_nothing_is_left_to_do(regression):
+    trigger = Plateau(patience=1, min_delta=0.99)
+    scheduler = RankScheduler([Stage(trigger, Factor(0.5, lowest=2), repeat=True)])
+    train(regression, scheduler)
+    assert [event.layers[0].rank_after for event in scheduler.history] == [3, 2]
+    assert scheduler.finished
+
+
+def test_tail_energy_looks_at_its_own_pace(regression):
+    looks = []
+
+    class Looking(TailEnergy):
+        def observe(self, step, *seen):
+            looks.append(step)
+            return super().observe(step, *seen)
+
+    scheduler = RankScheduler([Stage(Looking(rank=3, share=0.999, every=7, warmup_steps=10), Rank(3))])
+    train(regression, scheduler, max_steps=30)
+    assert looks == [7, 14]
+    assert scheduler.history[0].step == 14
+
+
+class Snapshots(lightning.Callback):
+    """Factors and optimizer state as they are at every hook of a change."""
+
+    def __init__(self):
+        self.predicted, self.changed = [], []
+
+    def on_rank_prediction(self, trainer, pl_module, event):
+        self.predicted.append((event, self.state(trainer, pl_module)))
+
+    def on_rank_change(self, trainer, pl_module, event):
+        self.changed.append((event, self.state(trainer, pl_module)))
+
+    def state(self, trainer, pl_module):
+        optimizer = trainer.optimizers[0]
+        tensors = [value.clone() for value in pl_module.state_dict().values()]
+        for _, layer in dynrank.lora_layers(pl_module):
+            for parameter in (layer.lora_A, layer.lora_B):
+                tensors += [value.clone() for value in optimizer.state[parameter].values()]
+        return tensors
+
+
+def equal(first, second):
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_change_that_costs_too_much_is_undone_exactly_and_tried_again_gentler(regression):
+    snapshots = Snapshots()
+    scheduler = RankScheduler(at(40, Rank(1)), How(max_regression=0.05))
+    train(regression, scheduler, extra=[snapshots])
+    attempts = [(event.layers[0].rank_after, event.undone) for event in scheduler.history]
+    assert attempts[0] == (1, True)
+    assert [rank for rank, _ in attempts] == [1, 4, 5][: len(attempts)]  # half as far each time
+    before = snapshots.predicted[0][1]
+    for event, state in snapshots.changed:
+        assert equal(state, before) is event.undone
+    assert all(event.reason.startswith("undone: val/loss") == event.undone for event in scheduler.history)
+
+
+def test_change_within_the_allowed_regression_stays(regression):
+    scheduler = RankScheduler(at(40, Rank(4)), How(max_regression=100.0))
+    module, _ = train(regression, scheduler)
+    assert [event.undone for event in scheduler.history] == [False]
+    assert module.net[0].rank == 4
+
+
+def test_check_validates_once_more_only_where_the_last_value_is_old(regression):
+    module_class, _, _ = regression
+
+    class Counting(module_class):
+        validated = ()
+
+        def on_validation_epoch_start(self):
+            self.validated += (self.global_step,)
+
+    module = Counting()
+    train(regression, RankScheduler(at(20, Rank(4)), How(max_regression=100.0)), module=module, max_steps=22)
+    assert module.validated == (5, 10, 15, 20, 20)  # step 20 has just been validated
+    module = Counting()
+    train(regression, RankScheduler(at(18, Rank(4)), How(max_regression=100.0)), module=module, max_steps=19)
+    assert module.validated == (5, 10, 15, 18, 18)
+
+
+def test_undone_change_leaves_the_run_as_if_it_had_not_been_tried(regression):
+    plain, _ = train(regression, RankScheduler([]), max_steps=30)
+    refusing = RankScheduler(at(20, Rank(1)), How(max_regression=0.0))
+    module, _ = train(regression, refusing, max_steps=30)
+    assert all(event.undone for event in refusing.history)
+    assert len(refusing.history) > 1
+    for name, value in plain.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+
+
+def test_growth_in_a_run_leaves_the_loss_alone(regression):
+    snapshots = Snapshots()
+    scheduler = RankScheduler(grow(6, At(step=20)), How(max_regression=0.0))
+    module_class, _, _ = regression
+    module, _ = train(regression, scheduler, module=module_class(rank=2), extra=[snapshots])
+    assert [(e.layers[0].rank_before, e.layers[0].rank_after, e.undone) for e in scheduler.history] == [(2, 6, False)]
+    assert torch.linalg.matrix_rank(module.net[0].lora_B.detach()) > 2  # and the new directions learn
+
+
+def test_checkpoint_of_another_schedule_is_refused(regression, tmp_path):
+    train(regression, dropping(3, deadline=0.5), checkpoints=tmp_path, max_steps=10)
+    file = next(tmp_path.glob("sstep=5*.ckpt"))
+    with pytest.raises(ConfigurationError, match="1 stages.*2"):
+        train(regression, dropping(3, drops=2, deadline=0.5), ckpt_path=file, max_steps=10)
 
 
 def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regression, tmp_path):
@@ -177,7 +354,7 @@ def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regressi
     before = ModelCheckpoint(
         tmp_path, filename="before", every_n_train_steps=9, save_top_k=1, save_on_train_epoch_end=False
     )
-    fitted = trainer(callbacks=[RankScheduler(3, deadline=0.9), before], max_steps=12, enable_checkpointing=True)
+    fitted = trainer(callbacks=[dropping(3, deadline=0.9), before], max_steps=12, enable_checkpointing=True)
     module, (loader, val) = Tested(), data()
     fitted.fit(module, loader, val)
     assert module.net[0].rank == 3
@@ -190,7 +367,7 @@ def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regressi
 
 def test_load_from_checkpoint_takes_the_reduced_rank(regression, tmp_path):
     module_class, _, _ = regression
-    module, fitted = train(regression, RankScheduler(3, deadline=0.5), max_steps=10, extra=[])
+    module, fitted = train(regression, dropping(3, deadline=0.5), max_steps=10, extra=[])
     fitted.save_checkpoint(tmp_path / "after.ckpt")
     reloaded = module_class.load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)
     assert {layer.rank for _, layer in dynrank.lora_layers(reloaded)} == {3}
@@ -208,13 +385,13 @@ def test_nan_at_the_drop_names_the_layer_and_changes_nothing(regression):
 
     module = Diverging()
     with pytest.raises(ConfigurationError, match=r"net\.2.*nothing has been changed"):
-        train(regression, RankScheduler(3, deadline=0.5), max_steps=10, module=module)
+        train(regression, dropping(3, deadline=0.5), max_steps=10, module=module)
     assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {6}
 
 
 def test_unlogged_monitor_is_refused_with_those_that_are_logged(regression):
     with pytest.raises(ConfigurationError, match=r"'val/los'.*'val/loss'.*schedule\.trigger\.monitor"):
-        train(regression, RankScheduler(3, Plateau("val/los")), max_steps=10)
+        train(regression, dropping(3, Plateau("val/los")), max_steps=10)
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.RMSprop, torch.optim.Adagrad])
@@ -228,7 +405,7 @@ def test_optimizer_without_a_rule_is_refused_before_the_first_step(regression, o
     module = Other()
     before = {name: value.clone() for name, value in module.state_dict().items()}
     with pytest.raises(ConfigurationError, match=rf"{optimizer.__name__}.*optimizer_state=reset"):
-        train(regression, RankScheduler(3), module=module)
+        train(regression, dropping(3), module=module)
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
 
 
@@ -239,7 +416,7 @@ def test_optimizer_without_a_rule_works_when_its_state_may_be_reset(regression):
         def configure_optimizers(self):
             return torch.optim.RMSprop([p for p in self.parameters() if p.requires_grad], lr=1e-3)
 
-    module, _ = train(regression, RankScheduler(3, deadline=0.5, optimizer_state="reset"), module=Other(), max_steps=10)
+    module, _ = train(regression, dropping(3, how=How(optimizer_state="reset"), deadline=0.5), module=Other(), max_steps=10)
     assert module.net[0].rank == 3
 
 
@@ -248,12 +425,12 @@ def test_manual_optimization_is_refused(regression):
     module = module_class()
     module.automatic_optimization = False
     with pytest.raises(ConfigurationError, match="automatic optimization"):
-        train(regression, RankScheduler(3), module=module)
+        train(regression, dropping(3), module=module)
 
 
 def test_final_rank_above_the_rank_is_refused(regression):
-    with pytest.raises(ConfigurationError, match=r"at most rank = 6, got 7.*schedule\.final_rank"):
-        train(regression, RankScheduler(7))
+    with pytest.raises(ConfigurationError, match=r"stage 1: rank .* rank = 6, .*got 7.*schedule\.final_rank"):
+        train(regression, dropping(7))
 
 
 def test_model_without_lora_layers_is_refused(regression):
@@ -262,23 +439,13 @@ def test_model_without_lora_layers_is_refused(regression):
     dynrank.merge(module)
     module.net.requires_grad_(True)
     with pytest.raises(ConfigurationError, match="LoRA layers"):
-        train(regression, RankScheduler(3), module=module)
+        train(regression, dropping(3), module=module)
 
 
-@pytest.mark.parametrize(
-    ("values", "key"),
-    [
-        ({"final_rank": 0}, "schedule.final_rank"),
-        ({"final_rank": 2.5}, "schedule.final_rank"),
-        ({"drops": 0}, "schedule.drops"),
-        ({"deadline": 1.5}, "schedule.deadline"),
-        ({"rewarmup_steps": -1}, "schedule.rewarmup_steps"),
-        ({"metric": "wieght"}, "schedule.metric"),
-    ],
-)
-def test_value_out_of_range_names_its_key(values, key):
-    with pytest.raises(ConfigurationError, match=key):
-        RankScheduler(**{"final_rank": 3, **values})
+@pytest.mark.parametrize("schedule", [None, True, "16", [16], [None]])
+def test_what_is_no_schedule_is_refused(schedule):
+    with pytest.raises(ConfigurationError, match="set schedule"):
+        RankScheduler(schedule)
 
 
 def test_frozen_param_group_does_not_disturb_the_drop(regression):
@@ -290,7 +457,7 @@ def test_frozen_param_group_does_not_disturb_the_drop(regression):
             unused = torch.nn.Parameter(torch.ones(1))
             return torch.optim.AdamW([{"params": adapters}, {"params": [unused], "lr": 0.0}], lr=1e-3)
 
-    scheduler = RankScheduler(3, deadline=0.5)
+    scheduler = dropping(3, deadline=0.5)
     train(regression, scheduler, module=Frozen(), max_steps=10)
     assert scheduler.finished
 

@@ -27,6 +27,7 @@ from dynrank.callbacks import RankScheduler, StepSeed
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import PeftLayer, follow_checkpoint_ranks, sync_peft_configs
 from dynrank.resizing import Snapshot
+from dynrank.schedules import How, after_convergence
 from dynrank.triggers import Plateau
 
 pytestmark = [
@@ -515,7 +516,7 @@ def test_sync_leaves_a_config_alone_that_is_right():
 
 
 def schedule(**options):
-    return RankScheduler(3, Plateau(patience=1000), **({"deadline": 0.5} | options))
+    return RankScheduler(after_convergence(3, Plateau(patience=1000), deadline=0.5), How(**options))
 
 
 @pytest.fixture(params=["__init__", "configure_model"])
