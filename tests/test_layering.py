@@ -8,7 +8,7 @@ import dynrank
 ROOT = Path(dynrank.__file__).parent
 LAYERS = {
     -1: {"errors"},
-    0: {"linalg", "triggers", "rank_map", "kernels"},
+    0: {"allocation", "linalg", "triggers", "rank_map", "kernels"},
     1: {"layers", "optim", "rewarmup"},
     2: {"resizing", "adapter_config"},
     3: {"adapter", "callbacks", "tasks", "config", "plots", "exits"},
