@@ -4,7 +4,9 @@ import re
 import sys
 
 import pytest
+from torch import nn
 
+import dynrank
 from dynrank import cli, train
 
 
@@ -104,6 +106,65 @@ def test_ranks_refuses_as_the_run_would(launch, overrides):
     assert code == 2
     assert message.startswith("error: ")
     assert re.search(r"lora\.rank|quary|nonsense", message)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A small adapter on disk, rank 4."""
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 8)), rank=4)
+    dynrank.save_adapter(model, tmp_path / "adapter")
+
+
+SQUEEZE = [
+    # (options, what the message must name)
+    ([], ["--rank", "--energy", "--budget", "none"]),
+    (["--rank", "2", "--energy", "0.5"], ["--rank 2", "--energy 0.5"]),
+    (["--rank", "0"], ["--rank", "0"]),
+    (["--rank", "two"], ["--rank", "two"]),
+    (["--rank", "2", "--multiple", "8"], ["--multiple", "8", "--rank 2"]),
+    (["--energy", "1.5"], ["--energy", "1.5"]),
+    (["--energy", "0"], ["--energy", "0.0"]),
+    (["--energy", "nan"], ["--energy", "nan"]),
+    (["--energy", "0.9", "--lowest", "0"], ["--lowest", "0"]),
+    (["--budget", "13"], ["--budget", "13", "14"]),
+    (["--budget", "0"], ["--budget", "0", "14"]),
+    (["--budget", "150%"], ["--budget", "150%"]),
+    (["--budget", "half"], ["--budget", "half"]),
+    (["--budget=-5"], ["--budget", "-5"]),
+    (["--rank", "2", "--out", "adapter"], ["--out", "adapter"]),
+    (["--rank", "2", "--out", "used"], ["--out", "used"]),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), SQUEEZE, ids=lambda value: " ".join(value))
+@pytest.mark.usefixtures("adapter")
+def test_squeeze_refuses(launch, tmp_path, options, named):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    code, message = launch(cli.main, "squeeze", "adapter", *([] if "--out" in options else ["--out", "out"]), *options)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [["squeeze", "absent", "--rank", "2", "--out", "out"], ["inspect", "absent"]])
+def test_squeeze_and_inspect_refuse_a_folder_without_adapter(launch, tmp_path, command):
+    code, message = launch(cli.main, *command)
+    assert code == 2
+    assert message.startswith("error: cannot read the adapter 'absent")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plot", ["spectra.txt", "missing/spectra.png"])
+@pytest.mark.usefixtures("adapter")
+def test_inspect_refuses_a_picture_that_cannot_be_written(launch, plot):
+    code, message = launch(cli.main, "inspect", "adapter", "--plot", plot)
+    assert code == 2
+    assert "--plot" in message
+    assert plot in message
 
 
 def test_train_refuses_a_folder_that_holds_a_run(launch, tmp_path):
