@@ -66,13 +66,12 @@ def squeeze(
     ] = 1,
 ) -> None:
     """Compress a PEFT adapter to lower ranks; give one of --rank, --energy and --budget."""
-    from rich.console import Console
-
     from dynrank.change_table import change_table
+    from dynrank.console import table_console
     from dynrank.squeeze import squeeze_adapter
 
     layers = squeeze_adapter(adapter, out, rank=rank, energy=energy, budget=budget, lowest=lowest, multiple=multiple)
-    Console().print(change_table("squeezed adapter", layers))
+    table_console().print(change_table("squeezed adapter", layers))
     before = sum(layer.parameters_before for layer in layers)
     after = before - sum(layer.parameters_saved for layer in layers)
     print(f"parameters       {before:,} → {after:,} ({after / before:.1%})")

@@ -9,11 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from dynrank.adapter_config import alpha_of
 from dynrank.adapter_file import StoredAdapter, one_thread
+from dynrank.console import table_console
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, singular_values
 
@@ -103,10 +103,7 @@ def print_inspection(layers: Sequence[LayerSpectrum]) -> None:
     effective = f"{sum(layer.effective_rank for layer in layers) / len(layers):.1f} (mean)"
     total = f"{sum(layer.parameters for layer in layers):,}"
     table.add_row(f"{len(layers)} layers", "", means[0], "", "", "", "", *means[1:], effective, total)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)  # a file or a pipe has room for whole names
-    console.print(table)
+    table_console().print(table)
 
 
 def check_plot(file: Path) -> None:

@@ -9,7 +9,7 @@ ROOT = Path(dynrank.__file__).parent
 LAYERS = {
     -1: {"errors"},
     0: {"allocation", "linalg", "triggers", "rank_map", "kernels"},
-    1: {"layers", "optim", "rewarmup", "adapter_config", "tensor_file"},
+    1: {"layers", "optim", "rewarmup", "adapter_config", "console", "tensor_file"},
     2: {"resizing", "adapter_file"},
     3: {"adapter", "squeeze", "change_table", "callbacks", "tasks", "config", "plots", "exits"},
     4: {"inspection", "preflight", "report", "trusted"},
