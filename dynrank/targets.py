@@ -5,14 +5,14 @@ A shrink never raises a rank and a growth never lowers one; both stay within the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, cos, floor, pi
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dynrank.allocation import allocate, rank_choices
+from dynrank.allocation import allocate
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, numerical_rank
 
@@ -305,7 +305,7 @@ class Budget:
         share: the same as a share of the parameters now, in (0, 1].
         lowest: rank that every layer keeps (one that has less stays).
         highest: rank that no layer exceeds; None: its rank now.
-        multiple: of which ranks are multiples.
+        multiple: of which new ranks are multiples; a layer may also stay as it is.
         score: "energy", or "sensitivity": AdaLoRA's importance of a direction (arXiv:2303.10512, equations 8 to 11).
 
     Raises:
@@ -328,12 +328,11 @@ class Budget:
                 "set schedule.parameters or schedule.share, and the other to null"
             )
         if self.parameters is not None:
-            _check_int(self, "parameters", 1)
+            _check_int(self, "parameters", 0)
         else:
             _check_share(self, "share")
         if self.highest is not None:
-            _check_int(self, "highest", self.lowest)
-            rank_choices(self.lowest, self.highest, self.multiple)
+            _check_int(self, "highest", max(self.lowest, self.multiple))
         if self.score not in SCORES:
             raise ConfigurationError(f"score must be one of {SCORES}, got {self.score!r}; set schedule.score")
 
@@ -360,12 +359,17 @@ class Budget:
     def fault(self, highest: int) -> str | None:
         return _too_high("lowest", self.lowest, highest) or _too_high("multiple", self.multiple, highest)
 
-    def _choices(self, layer: LayerState) -> Sequence[int]:
-        top = min(layer.rank, layer.highest, layer.rank if self.highest is None else self.highest)
+    def _choices(self, layer: LayerState) -> list[int]:
+        """Multiples below the rank now, and staying as it is."""
         low = max(self.lowest, layer.lowest)
+        top = min(layer.highest, layer.rank if self.highest is None else self.highest)
         if layer.rank <= low or layer.lowest == layer.highest:  # a layer that has less than the least stays
             return [layer.shrunk(layer.rank)]
-        return rank_choices(low, max(low, top), self.multiple)
+        below = [*range(_up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
+        choices = [*below, layer.rank] if layer.rank <= top else below
+        if not choices:
+            raise ConfigurationError(f"no multiple of {self.multiple} lies within ranks {low} and {top}")
+        return choices
 
     def _gains(self, layer: LayerState) -> list[float]:
         if self.score == "energy":

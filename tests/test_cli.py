@@ -1,18 +1,19 @@
-"""``dynrank ranks``: the table says what the run would do."""
+"""``dynrank ranks``: the table says what the run would do; all commands have help."""
 
 import re
+import sys
 
 import pytest
 from rich.console import Console
 
 import dynrank
-from dynrank import rank_table
+from dynrank import cli, rank_table
 
 
 @pytest.fixture
 def table(monkeypatch, capsys):
     """Prints the table for some overrides on a wide terminal; returns its rows as lists of cells."""
-    monkeypatch.setattr(rank_table, "Console", lambda **_: Console(width=250))
+    monkeypatch.setattr(rank_table, "table_console", lambda: Console(width=250))
 
     def rows(*overrides):
         rank_table.print_ranks(dynrank.compose(overrides))
@@ -52,6 +53,15 @@ def test_ranks_trains_nothing_and_writes_nothing(run_command, tmp_path):
 
 def test_default_run_shows_16_as_final_rank(table):
     assert {(row[2], row[3]) for row in table()[:-1]} == {("32", "16")}
+
+
+@pytest.mark.parametrize("command", ["ranks", "squeeze", "inspect"])
+def test_help_of_a_command_exits_with_0(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dynrank", command, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    assert command in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["dynrank", "dynrank-train"])
