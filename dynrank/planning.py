@@ -76,6 +76,17 @@ def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, tuple[
     return ends
 
 
+def final_parameters(model: nn.Module, schedule: Sequence[Stage]) -> tuple[int, int]:
+    """(fewest, most) adapter parameters that the schedule may end with."""
+    layers = dict(lora_layers(model))
+    ends = final_ranks(model, schedule)
+    costs = {name: layer.lora_B.shape[0] + layer.lora_A.shape[1] for name, layer in layers.items()}
+    low, high = (sum(costs[name] * ends[name][i] for name in layers) for i in (0, 1))
+    if schedule and isinstance(schedule[-1].to, Budget) and (len(schedule) == 1 or schedule[-1].to.share is None):
+        high = min(high, schedule[-1].to.pool({name: _bounded(layer, True) for name, layer in layers.items()}))
+    return low, high
+
+
 def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run) -> None:
     """Refuse a model that the schedule cannot be carried out on; weights are not looked at.
 
@@ -113,11 +124,8 @@ def _budget_faults(
         least = budget.floor_parameters(states)
     except ConfigurationError as error:
         return [f"stage {number}: {error}; set schedule.lowest, schedule.highest or schedule.multiple"]
-    now = sum(state.rank * state.cost for state in states.values())
-    if budget.share is not None and number > 1:  # of what is not known before the run
-        return []
-    given = budget.parameters if budget.parameters is not None else int((budget.share or 0.0) * now)
-    if given >= least:
+    given = budget.pool(states)
+    if given >= least or (budget.share is not None and number > 1):  # a share of what is not known before the run
         return []
     key = "schedule.share" if budget.share is not None else "schedule.parameters"
     return [

@@ -13,6 +13,7 @@ from dynrank.adapter_config import make_config
 from dynrank.console import span, table_console
 from dynrank.job import build
 from dynrank.layers.inject import lora_layers, own_layers
+from dynrank.planning import final_parameters
 
 
 def print_ranks(config: DictConfig) -> None:
@@ -30,12 +31,11 @@ def print_ranks(config: DictConfig) -> None:
     for heading in ("d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters"):
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("rule", overflow="fold")
-    start = low = high = 0
+    start = 0
     for name, layer in layers.items():
         (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
         width = d_out + d_in
-        lowest, highest = final[name]
-        start, low, high = start + rank * width, low + lowest * width, high + highest * width
+        start += rank * width
         pinned = " (pinned)" if layer.pinned else ""
         table.add_row(
             name,
@@ -45,11 +45,21 @@ def print_ranks(config: DictConfig) -> None:
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",
             f"{rank * width:,}",
-            span([lowest * width, highest * width]),
+            span([end * width for end in final[name]]),
             layer.rule or "lora.rank",
         )
     table.add_section()
-    table.add_row(f"{len(layers)} layers", "", "", "", "", "", f"{start:,}", span([low, high]), "")
+    table.add_row(
+        f"{len(layers)} layers",
+        "",
+        "",
+        "",
+        "",
+        "",
+        f"{start:,}",
+        span(final_parameters(model, job.scheduler.stages)),
+        "",
+    )
     table_console().print(table)
 
 

@@ -342,11 +342,15 @@ class Budget:
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         states = list(layers.values())
-        spent = sum(layer.rank * layer.cost for layer in states)
-        budget = self.parameters if self.parameters is not None else floor((self.share or 0) * spent)
-        gains = [self._gains(layer) for layer in states]
-        chosen = allocate(gains, [layer.cost for layer in states], [self._choices(layer) for layer in states], budget)
+        gains, choices = [self._gains(layer) for layer in states], [self._choices(layer) for layer in states]
+        chosen = allocate(gains, [layer.cost for layer in states], choices, self.pool(layers))
         return dict(zip(layers, chosen, strict=True))
+
+    def pool(self, layers: Mapping[str, LayerState]) -> int:
+        """Parameters that may be shared out to ``layers``."""
+        if self.parameters is not None:
+            return self.parameters
+        return floor((self.share or 0.0) * sum(layer.rank * layer.cost for layer in layers.values()))
 
     def floor_parameters(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters of the smallest ranks that the budget may be shared out to."""
