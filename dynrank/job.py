@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from dynrank.adapter import save_adapter
-from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, StepSeed
+from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, ScheduleFreeMode, StepSeed
 from dynrank.config import plain, rank_pattern
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
@@ -105,6 +105,7 @@ def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Tra
     callbacks: list[Any] = [StepSeed(config.seed), meter, RankMonitor(folder / "rank_history.csv", model_name="model")]
     if job.scheduler is not None:
         callbacks.insert(0, job.scheduler)
+    callbacks.insert(0, ScheduleFreeMode())  # before what validates when training starts
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     callbacks.append(
