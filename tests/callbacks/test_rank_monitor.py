@@ -48,10 +48,15 @@ def test_monitor_records_prints_and_logs_the_change(regression, tmp_path, capsys
 
 def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(regression, tmp_path):
     module_class, data, trainer = regression
-    first = trainer(callbacks=[RankScheduler(after_convergence(3, deadline=0.5)), RankMonitor(tmp_path / "first.csv")], max_steps=10)
+    first = trainer(
+        callbacks=[RankScheduler(after_convergence(3, deadline=0.5)), RankMonitor(tmp_path / "first.csv")], max_steps=10
+    )
     first.fit(module_class(), *data())
     first.save_checkpoint(tmp_path / "last.ckpt")
-    second = trainer(callbacks=[RankScheduler(after_convergence(3, deadline=0.5)), RankMonitor(tmp_path / "second.csv")], max_steps=15)
+    second = trainer(
+        callbacks=[RankScheduler(after_convergence(3, deadline=0.5)), RankMonitor(tmp_path / "second.csv")],
+        max_steps=15,
+    )
     second.fit(module_class(), *data(), ckpt_path=tmp_path / "last.ckpt")
     assert (tmp_path / "first.csv").read_text() == (tmp_path / "second.csv").read_text()
 

@@ -416,7 +416,9 @@ def test_optimizer_without_a_rule_works_when_its_state_may_be_reset(regression):
         def configure_optimizers(self):
             return torch.optim.RMSprop([p for p in self.parameters() if p.requires_grad], lr=1e-3)
 
-    module, _ = train(regression, dropping(3, how=How(optimizer_state="reset"), deadline=0.5), module=Other(), max_steps=10)
+    module, _ = train(
+        regression, dropping(3, how=How(optimizer_state="reset"), deadline=0.5), module=Other(), max_steps=10
+    )
     assert module.net[0].rank == 3
 
 
