@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from dynrank.errors import ConfigurationError
@@ -13,16 +14,19 @@ from dynrank.layers.inject import lora_layers
 from dynrank.resizing import layer_spectra
 from dynrank.schedules import How, Stage, check_schedule
 from dynrank.statistics import Needs, Window
-from dynrank.targets import Budget, LayerState
+from dynrank.targets import Budget, GrowBy, GrowTo, LayerState
 from dynrank.triggers import Run
 
 
 def needs_of(stage: Stage, how: How, layers: Mapping[str, RankedLayer]) -> Needs:
-    """What has to be measured before ``stage`` may change ``layers``."""
-    low = min((layer.rank for layer in layers.values()), default=0)
-    growth = stage.to.reach(low, low)[1] - low
+    """What has to be measured before ``stage`` may change ``layers``; pinned ones don't count."""
+    reaches = [(rank, *stage.to.reach(rank, rank)) for rank in {la.rank for la in layers.values() if not la.pinned}]
+    growth = max((high - rank for rank, _, high in reaches), default=0)
+    shrinks = any(low < rank for rank, low, _ in reaches)
+    if not isinstance(stage.to, GrowTo | GrowBy):
+        shrinks |= any(la.final_rank is not None and la.final_rank < la.rank for la in layers.values())
     return Needs(
-        grams=how.metric != "weight" and (growth <= 0 or "values" in stage.needs),
+        grams=how.metric != "weight" and (shrinks or "values" in stage.needs),
         scores="scores" in stage.needs,
         new_rows=max(0, growth) if how.new_rows == "gradient" else 0,
     )
@@ -37,12 +41,16 @@ def layer_states(
         ConfigurationError: if a layer's factors or statistics cannot be used.
     """
     grams = window.grams if window is not None else None
-    values = layer_spectra(layers, metric, grams) if "values" in stage.needs else {}
+    free = {name: layer for name, layer in layers.items() if not layer.pinned}
+    values = layer_spectra(free, metric, grams) if "values" in stage.needs else {}
     scores = window.scores if window is not None else None
     states = {}
     for name, layer in layers.items():
+        nothing = torch.zeros(layer.rank, dtype=torch.float64)  # nobody asks what a pinned layer's directions are worth
         states[name] = replace(
-            _bounded(layer, last), values=values.get(name), scores=scores.of(name) if scores is not None else None
+            _bounded(layer, last),
+            values=values.get(name, nothing) if "values" in stage.needs else None,
+            scores=(scores.of(name) if name in free else nothing) if scores is not None else None,
         )
     return states
 
@@ -62,16 +70,7 @@ def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, tuple[
     """{layer: (lowest, highest) rank that it may end at}; the two are equal unless the data decide."""
     ends = {}
     for name, layer in lora_layers(model):
-        low = high = layer.rank
-        most = min(layer.lora_B.shape[0], layer.lora_A.shape[1])
-        for number, stage in enumerate(schedule, 1):
-            if layer.pinned:
-                break
-            low, high = (min(most, rank) for rank in stage.to.reach(low, high))
-            if layer.final_rank is not None:
-                low, high = max(low, layer.final_rank), max(high, layer.final_rank)
-                if number == len(schedule):
-                    low = high = layer.final_rank
+        low, high, _ = [(layer.rank, layer.rank, 0), *_path(layer, schedule)][-1]
         ends[name] = (low, high)
     return ends
 
@@ -83,8 +82,29 @@ def final_parameters(model: nn.Module, schedule: Sequence[Stage]) -> tuple[int, 
     costs = {name: layer.lora_B.shape[0] + layer.lora_A.shape[1] for name, layer in layers.items()}
     low, high = (sum(costs[name] * ends[name][i] for name in layers) for i in (0, 1))
     if schedule and isinstance(schedule[-1].to, Budget) and (len(schedule) == 1 or schedule[-1].to.share is None):
-        high = min(high, schedule[-1].to.pool({name: _bounded(layer, True) for name, layer in layers.items()}))
+        high = min(
+            high, schedule[-1].to.given_parameters({name: _bounded(layer, True) for name, layer in layers.items()})
+        )
     return low, high
+
+
+def _path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int, int]]:
+    """(lowest, highest rank after it, highest that it asks for) of each stage."""
+    low = high = wanted = layer.rank
+    most = min(layer.lora_B.shape[0], layer.lora_A.shape[1])
+    path = []
+    for number, stage in enumerate(schedule, 1):
+        if not layer.pinned:
+            before = low, high
+            low, wanted = stage.reach(low, high)
+            low, high = min(most, low), min(most, wanted)
+            if layer.final_rank is not None:
+                low, high = max(low, layer.final_rank), max(high, layer.final_rank)
+                if number == len(schedule):  # where it ends, unless it would have to shrink in a growth
+                    grows = isinstance(stage.to, GrowTo | GrowBy)
+                    low, high = before if grows else (layer.final_rank, layer.final_rank)
+        path.append((low, high, wanted))
+    return path
 
 
 def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run) -> None:
@@ -101,34 +121,43 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
     free = {name: layer for name, layer in layers.items() if not layer.pinned and layer.final_rank is None}
     if not free:
         return
-    ranges = check_schedule(schedule, how, highest=max(layer.rank for layer in free.values()), run=run)
+    check_schedule(schedule, how, highest=max(layer.rank for layer in free.values()), run=run)
+    paths = {name: [(layer.rank, layer.rank, layer.rank), *_path(layer, schedule)] for name, layer in layers.items()}
     faults = []
-    for number, (stage, (_, high)) in enumerate(zip(schedule, ranges, strict=True), 1):
+    for number, stage in enumerate(schedule, 1):
+        last = number == len(schedule)
         for name, layer in free.items():
             most = min(layer.lora_B.shape[0], layer.lora_A.shape[1])
-            if high > most and high > layer.rank:
+            wanted = paths[name][number][2]
+            if wanted > most:
                 faults.append(
-                    f"stage {number}: rank {high} is above min(d_in, d_out) = {most} of {name!r}; set {stage.key}"
+                    f"stage {number}: rank {wanted} is above min(d_in, d_out) = {most} of {name!r}; set {stage.key}"
                 )
+        before = {name: path[number - 1] for name, path in paths.items()}
+        if (stage.how or how).new_rows == "gradient":
+            faults += [
+                f"stage {number}: {name!r} adapts a {type(layer.base).__name__}, and growing along the gradient is for "
+                "linear layers; set schedule.new_rows=orthogonal"
+                for name, layer in layers.items()
+                if isinstance(layer.base, nn.Embedding | nn.Conv2d) and paths[name][number][1] > before[name][0]
+            ]
         if isinstance(stage.to, Budget):
-            faults += _budget_faults(number, stage, stage.to, layers, last=number == len(schedule))
+            states = {name: replace(_bounded(layer, last), rank=before[name][0]) for name, layer in layers.items()}
+            known = all(low == high for low, high, _ in before.values())
+            faults += _budget_faults(number, stage.to, states, known=known)
     if faults:
         raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]))
 
 
-def _budget_faults(
-    number: int, stage: Stage, budget: Budget, layers: Mapping[str, RankedLayer], *, last: bool
-) -> list[str]:
-    states = {name: _bounded(layer, last) for name, layer in layers.items()}
-    try:
-        least = budget.floor_parameters(states)
-    except ConfigurationError as error:
-        return [f"stage {number}: {error}; set schedule.lowest, schedule.highest or schedule.multiple"]
-    given = budget.pool(states)
-    if given >= least or (budget.share is not None and number > 1):  # a share of what is not known before the run
+def _budget_faults(number: int, budget: Budget, states: Mapping[str, LayerState], *, known: bool) -> list[str]:
+    """What is wrong with a budget for layers of these ranks or, unless they are ``known``, of higher ones."""
+    if budget.share is not None and not known:
+        return []
+    given, least = budget.given_parameters(states), budget.floor_parameters(states)
+    if given >= least:
         return []
     key = "schedule.share" if budget.share is not None else "schedule.parameters"
     return [
         f"stage {number}: the budget of {given:,} parameters is below {least:,}, what the lowest ranks of "
-        f"{len(layers)} layers cost; set {key} or schedule.lowest"
+        f"{len(states)} layers cost; set {key} or schedule.lowest"
     ]

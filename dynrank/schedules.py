@@ -93,9 +93,13 @@ class How:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigurationError(f"{name} must be an int of at least 0, got {value!r}; set schedule.{name}")
-        if self.max_regression is not None and not self.max_regression >= 0:
+        if self.max_regression is not None and not (_is_number(self.max_regression) and self.max_regression >= 0):
             raise ConfigurationError(
                 f"max_regression must be at least 0 or null, got {self.max_regression!r}; set schedule.max_regression"
+            )
+        if not isinstance(self.check_monitor, str) or not self.check_monitor:
+            raise ConfigurationError(
+                f"check_monitor must name a logged metric, got {self.check_monitor!r}; set schedule.check_monitor"
             )
 
 
@@ -126,13 +130,20 @@ class Stage:
             raise ConfigurationError(
                 f"a stage's target must be one of dynrank.targets, got {self.to!r}; set {self.key}"
             )
-        if self.deadline is not None and (isinstance(self.when, At) or not 0 < self.deadline <= 1):
+        if self.deadline is not None and (isinstance(self.when, At) or not _is_share(self.deadline)):
             raise ConfigurationError(
                 f"deadline must be a share in (0, 1] or null, and null beside a fixed time, got {self.deadline!r}; "
                 "set schedule.deadline"
             )
         if self.repeat and isinstance(self.when, At):
             raise ConfigurationError(f"a time comes once, got {self.when!r} with repeat; set schedule.trigger")
+
+    def reach(self, low: int, high: int) -> tuple[int, int]:
+        """Lowest and highest rank that a free layer of rank ``low`` to ``high`` may have after the stage."""
+        reached = self.to.reach(low, high)
+        while self.repeat and reached[0] < low:  # a growth that repeats is bounded by the layer's shape alone
+            low, reached = reached[0], (self.to.reach(reached[0], high)[0], reached[1])
+        return reached
 
     def planned_step(self, run: Run) -> int | None:
         """The optimizer step by which the stage acts at the latest; None if nothing bounds it."""
@@ -172,11 +183,12 @@ def check_schedule(schedule: Sequence[Stage], how: How, *, highest: int, run: Ru
             faults.append(
                 f"stage {number}: window must be at least 1 step for metric={own.metric}, got 0; set schedule.window"
             )
-        low, highest = stage.to.reach(low, highest)
+        low, highest = stage.reach(low, highest)
         ranges.append((low, highest))
         if run.total_steps is None:
             continue
-        planned = None if isinstance(stage.when, At) and stage.when.epoch is not None else stage.planned_step(run)
+        in_epochs = isinstance(stage.when, At) and stage.when.epoch is not None
+        planned = None if in_epochs and run.steps_per_epoch is None else stage.planned_step(run)
         if planned is None:
             continue
         warmup = getattr(stage.when, "warmup_steps", 0)
@@ -229,6 +241,7 @@ def after_convergence(
         drops: changes to get there (64 -> 8 in 3: 32, 16, 8).
         deadline: share of the run at which the final rank is taken in any case; None: never.
     """
+    _check_count("final_rank", final_rank)
     _check_count("drops", drops)
     when = Plateau() if trigger is None else trigger
     return [
@@ -239,13 +252,20 @@ def after_convergence(
 
 def milestones(ranks: Sequence[int], at: Sequence[float], unit: str = "fraction") -> list[Stage]:
     """``ranks[i]`` from ``at[i]`` on, counted in ``unit``: "fraction" of the run, "step" or "epoch"."""
-    if len(ranks) != len(at) or not ranks:
-        raise ConfigurationError(f"ranks and at must be lists of one length, got {ranks} and {at}; set schedule.ranks")
+    if not isinstance(ranks, list | tuple) or not isinstance(at, list | tuple) or len(ranks) != len(at) or not ranks:
+        raise ConfigurationError(
+            f"ranks and at must be lists of one length, got {ranks!r} and {at!r}; set schedule.ranks and schedule.at"
+        )
     if unit not in ("fraction", "step", "epoch"):
         raise ConfigurationError(f"unit must be fraction, step or epoch, got {unit!r}; set schedule.unit")
+    try:
+        times = [At(**{unit: time}) for time in at]
+    except ConfigurationError as error:
+        raise ConfigurationError(f"at must be a list of times, got {at!r}: {error}; set schedule.at") from None
     if sorted(at) != list(at):
         raise ConfigurationError(f"at must be ascending, got {list(at)}; set schedule.at")
-    times = [At(**{unit: time}) for time in at]  # type: ignore[arg-type]
+    for i, rank in enumerate(ranks):
+        _check_count(f"ranks[{i}]", rank)
     return [
         Stage(time, Rank(rank), key=f"schedule.ranks[{i}]")
         for i, (time, rank) in enumerate(zip(times, ranks, strict=True))
@@ -256,6 +276,9 @@ def halving_on_plateau(
     final_rank: int, trigger: Trigger | None = None, *, factor: float = 0.5, deadline: float | None = 0.75
 ) -> list[Stage]:
     """Half the rank on every plateau, down to ``final_rank``, which is taken in any case at the deadline."""
+    _check_count("final_rank", final_rank)
+    if deadline is not None:
+        _check_share("deadline", deadline)
     halving = Stage(trigger or Plateau(), Factor(factor, lowest=final_rank), repeat=True, key="schedule.final_rank")
     if deadline is None:
         return [halving]
@@ -276,10 +299,12 @@ def anneal(
 
     Source: arXiv:2602.10993.
     """
+    _check_count("final_rank", final_rank)
     _check_count("steps", steps)
-    if not 0 <= start <= end <= 1:
+    if not _is_number(start) or not _is_number(end) or not 0 <= start <= end <= 1:
         raise ConfigurationError(
-            f"start and end must be shares, 0 <= start <= end <= 1, got {start} and {end}; set schedule"
+            f"start and end must be shares, 0 <= start <= end <= 1, got {start!r} and {end!r}; "
+            "set schedule.start or schedule.end"
         )
     times = [start + (end - start) * i / max(1, steps - 1) for i in range(steps)]
     return [
@@ -290,12 +315,14 @@ def anneal(
 
 def squeeze_at_end(final_rank: int) -> list[Stage]:
     """Train at the starting rank, and squeeze after the last step (LoRA-Squeeze post-tuning, arXiv:2602.10993)."""
+    _check_count("final_rank", final_rank)
     return [Stage(At(fraction=1.0), Rank(final_rank), key="schedule.final_rank")]
 
 
 def squeeze_then_tune(final_rank: int, *, tune: float = 0.1) -> list[Stage]:
     """Squeeze, then train the last share ``tune`` of the run (LoRA-Squeeze continued tuning, arXiv:2602.10993)."""
-    if not 0 < tune < 1:
+    _check_count("final_rank", final_rank)
+    if not _is_share(tune) or tune == 1:
         raise ConfigurationError(f"tune must be a share in (0, 1), got {tune!r}; set schedule.tune")
     return [Stage(At(fraction=1 - tune), Rank(final_rank), key="schedule.final_rank")]
 
@@ -339,6 +366,7 @@ def budget(
 
 def grow(final_rank: int, trigger: Trigger | At | None = None, *, deadline: float | None = 0.5) -> list[Stage]:
     """Up to ``final_rank`` without changing the function: when training at the starting rank has converged."""
+    _check_count("final_rank", final_rank)
     when = Plateau() if trigger is None else trigger
     return [Stage(when, GrowTo(final_rank), deadline=_unless_timed(when, deadline), key="schedule.final_rank")]
 
@@ -352,6 +380,8 @@ def grow_then_shrink(
     deadline: float | None = 0.8,
 ) -> list[Stage]:
     """Up to ``peak_rank`` at the share ``grow_at`` of the run, then down to ``final_rank`` once it has converged."""
+    _check_count("peak_rank", peak_rank)
+    _check_share("grow_at", grow_at)
     up = Stage(At(fraction=grow_at), GrowTo(peak_rank), key="schedule.peak_rank")
     return [up, *after_convergence(final_rank, trigger, deadline=deadline)]
 
@@ -377,11 +407,13 @@ def linear(start: int, end: int, steps: int) -> RankFunction:
     >>> [linear(8, 4, 4)(step) for step in range(6)]
     [8, 7, 6, 5, 4, 4]
     """
+    _check_count("steps", steps)
     return lambda step: round(start + (end - start) * min(1.0, step / steps))
 
 
 def cosine(start: int, end: int, steps: int) -> RankFunction:
     """From ``start`` to ``end`` along half a cosine wave over ``steps`` steps, then ``end``."""
+    _check_count("steps", steps)
     return lambda step: round(end + (start - end) * (1 + cos(pi * min(1.0, step / steps))) / 2)
 
 
@@ -391,6 +423,7 @@ def geometric(start: int, end: int, every: int, factor: float = 0.5) -> RankFunc
     >>> [geometric(64, 8, every=10)(step) for step in (0, 9, 10, 20, 30, 99)]
     [64, 64, 32, 16, 8, 8]
     """
+    _check_count("every", every)
     bound = max if factor < 1 else min
     return lambda step: bound(end, round(start * factor ** (step // every)))
 
@@ -406,6 +439,8 @@ def join(functions: Sequence[RankFunction], boundaries: Sequence[int]) -> RankFu
         raise ConfigurationError(
             f"functions must be one more than boundaries, got {len(functions)} and {len(boundaries)}"
         )
+    if sorted(boundaries) != list(boundaries):
+        raise ConfigurationError(f"boundaries must be ascending, got {list(boundaries)}")
 
     def schedule(step: int) -> int:
         index = bisect_right(boundaries, step)
@@ -416,6 +451,19 @@ def join(functions: Sequence[RankFunction], boundaries: Sequence[int]) -> RankFu
 
 def _unless_timed(when: Trigger | At, deadline: float | None) -> float | None:
     return None if isinstance(when, At) else deadline
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_share(value: float) -> bool:
+    return _is_number(value) and 0 < value <= 1
+
+
+def _check_share(name: str, value: float) -> None:
+    if not _is_share(value):
+        raise ConfigurationError(f"{name} must be a share in (0, 1], got {value!r}; set schedule.{name}")
 
 
 def _check_count(name: str, value: int) -> None:

@@ -116,6 +116,12 @@ def _too_high(name: str, rank: int, highest: int) -> str | None:
     return f"{name} must be at most rank = {highest}, the highest at that stage, got {rank}"
 
 
+def _no_multiple(multiple: int, lowest: int, highest: int) -> str | None:
+    if _up_to_multiple(lowest, multiple) <= highest:
+        return None
+    return f"multiple must divide a rank between {lowest} and {highest}, got {multiple}"
+
+
 @dataclass(frozen=True)
 class Rank:
     """One rank for all layers; a layer that is already below stays."""
@@ -195,7 +201,7 @@ class Towards:
 
 @dataclass(frozen=True)
 class Factor:
-    """The rank now times ``factor``, rounded up to ``multiple``, not below ``lowest``."""
+    """The rank now times ``factor``, not below ``lowest``, rounded up to ``multiple``."""
 
     factor: float
     lowest: int = 1
@@ -214,10 +220,10 @@ class Factor:
         return min(low, self._next(low)), min(high, self._next(high))
 
     def fault(self, highest: int) -> str | None:
-        return _too_high("lowest", self.lowest, highest) or _too_high("multiple", self.multiple, highest)
+        return _too_high("lowest", self.lowest, highest) or _no_multiple(self.multiple, self.lowest, highest)
 
     def _next(self, rank: int) -> int:
-        return max(self.lowest, _up_to_multiple(rank * self.factor, self.multiple))
+        return _up_to_multiple(max(self.lowest, rank * self.factor), self.multiple)
 
 
 class _BySpectrum:
@@ -233,15 +239,15 @@ class _BySpectrum:
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {
-            name: layer.shrunk(max(self.lowest, _up_to_multiple(self._wanted(layer), self.multiple)))
+            name: layer.shrunk(_up_to_multiple(max(self.lowest, self._wanted(layer)), self.multiple))
             for name, layer in layers.items()
         }
 
     def reach(self, low: int, high: int) -> tuple[int, int]:
-        return min(low, max(self.lowest, self.multiple)), high
+        return min(low, _up_to_multiple(self.lowest, self.multiple)), high
 
     def fault(self, highest: int) -> str | None:
-        return _too_high("lowest", self.lowest, highest) or _too_high("multiple", self.multiple, highest)
+        return _too_high("lowest", self.lowest, highest) or _no_multiple(self.multiple, self.lowest, highest)
 
     def _wanted(self, layer: LayerState) -> float:
         raise NotImplementedError
@@ -302,14 +308,14 @@ class Budget:
 
     Args:
         parameters: of all layers together after the change (pinned ones included); exactly one of this and ``share``.
-        share: the same as a share of the parameters now, in (0, 1].
+        share: the same as a share of the parameters now, in (0, 1]; the lowest ranks are kept in any case.
         lowest: rank that every layer keeps (one that has less stays).
         highest: rank that no layer exceeds; None: its rank now.
         multiple: of which new ranks are multiples; a layer may also stay as it is.
         score: "energy", or "sensitivity": AdaLoRA's importance of a direction (arXiv:2303.10512, equations 8 to 11).
 
     Raises:
-        ConfigurationError: if a value is out of range; from :meth:`ranks` if the budget is below the lowest ranks.
+        ConfigurationError: if a value is out of range; from :meth:`ranks` if ``parameters`` are below the lowest ranks.
     """
 
     parameters: int | None = None
@@ -332,7 +338,10 @@ class Budget:
         else:
             _check_share(self, "share")
         if self.highest is not None:
-            _check_int(self, "highest", max(self.lowest, self.multiple))
+            _check_int(self, "highest", self.lowest)
+            fault = _no_multiple(self.multiple, self.lowest, self.highest)
+            if fault:
+                raise ConfigurationError(f"{fault}; set schedule.multiple, schedule.lowest or schedule.highest")
         if self.score not in SCORES:
             raise ConfigurationError(f"score must be one of {SCORES}, got {self.score!r}; set schedule.score")
 
@@ -342,15 +351,19 @@ class Budget:
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         states = list(layers.values())
-        gains, choices = [self._gains(layer) for layer in states], [self._choices(layer) for layer in states]
-        chosen = allocate(gains, [layer.cost for layer in states], choices, self.pool(layers))
+        budget = self.given_parameters(layers)
+        if self.parameters is None:
+            budget = max(budget, self.floor_parameters(layers))
+        gains = [self._gains(layer) for layer in states]
+        chosen = allocate(gains, [layer.cost for layer in states], [self._choices(layer) for layer in states], budget)
         return dict(zip(layers, chosen, strict=True))
 
-    def pool(self, layers: Mapping[str, LayerState]) -> int:
-        """Parameters that may be shared out to ``layers``."""
+    def given_parameters(self, layers: Mapping[str, LayerState]) -> int:
+        """The pool: parameters of all layers together after the change."""
         if self.parameters is not None:
             return self.parameters
-        return floor((self.share or 0.0) * sum(layer.rank * layer.cost for layer in layers.values()))
+        now = sum(layer.rank * layer.cost for layer in layers.values())
+        return floor((self.share or 0.0) * now + 1e-9)  # 0.29 * 100 is below 29
 
     def floor_parameters(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters of the smallest ranks that the budget may be shared out to."""
@@ -358,10 +371,11 @@ class Budget:
 
     def reach(self, low: int, high: int) -> tuple[int, int]:
         top = high if self.highest is None else min(high, self.highest)
-        return min(low, ceil(self.lowest / self.multiple) * self.multiple), top
+        return min(low, _up_to_multiple(self.lowest, self.multiple)), top
 
     def fault(self, highest: int) -> str | None:
-        return _too_high("lowest", self.lowest, highest) or _too_high("multiple", self.multiple, highest)
+        top = highest if self.highest is None else min(highest, self.highest)
+        return _too_high("lowest", self.lowest, highest) or _no_multiple(self.multiple, self.lowest, top)
 
     def _choices(self, layer: LayerState) -> list[int]:
         """Multiples below the rank now, and staying as it is."""
@@ -371,9 +385,7 @@ class Budget:
             return [layer.shrunk(layer.rank)]
         below = [*range(_up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
         choices = [*below, layer.rank] if layer.rank <= top else below
-        if not choices:
-            raise ConfigurationError(f"no multiple of {self.multiple} lies within ranks {low} and {top}")
-        return choices
+        return choices or [max(low, top)]
 
     def _gains(self, layer: LayerState) -> list[float]:
         if self.score == "energy":

@@ -1,12 +1,23 @@
 """Every claim against the dense product in float64: its SVD is the reference that the code never forms."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from dynrank.linalg import energy_kept, grow_product, numerical_rank, singular_values, truncate_product
+from dynrank.linalg import (
+    GAUGES,
+    effective_rank,
+    energy_kept,
+    energy_rank,
+    grow_product,
+    numerical_rank,
+    singular_values,
+    truncate_product,
+)
 
 
 def factors(d_out, d_in, rank, decay=0.5, seed=0, dtype=torch.float64):
@@ -204,3 +215,357 @@ def test_truncation_of_rounded_rank_deficient_factors_takes_no_noise_for_signal(
     assert change.lora_A.norm(dim=1).min() > 0.1
     assert change.lora_B[:, 4:].abs().max() == 0
     assert (b @ a - change.lora_B @ change.lora_A).norm() <= 1e-5 * (b @ a).norm()
+
+
+# Metrics: the same problem solved dense, whitened with the square roots of the moments of real samples
+
+
+def spd_root(gram):
+    """Symmetric square root and its inverse on the range."""
+    values, vectors = torch.linalg.eigh(gram)
+    root = values.clamp(min=0).sqrt()
+    inverse = torch.where(root > 1e-7 * root[-1], 1 / root, torch.zeros_like(root))
+    return vectors * root @ vectors.mT, vectors * inverse @ vectors.mT
+
+
+@st.composite
+def measured_problems(draw):
+    """(lora_B, lora_A, rank, C, H): factors, and the full moments of more samples of inputs and gradients than dims."""
+    lora_B, lora_A, rank = draw(problems())
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    moments = []
+    for dim in (lora_A.shape[1], lora_B.shape[0]):
+        spread = draw(st.sampled_from([1.0, 0.7])) ** torch.arange(dim, dtype=torch.float64)
+        x = torch.randn(3 * dim + 5, dim, dtype=torch.float64, generator=generator) * spread
+        moments.append(x.mT @ x / len(x))
+    return lora_B, lora_A, rank, *moments
+
+
+METRICS = ["weight", "output", "loss"]
+
+
+def metric_of(metric, lora_B, lora_A, moment_x, moment_g):
+    """(H, C) of the norm ||H^1/2 D C^1/2|| and the (gram_u, gram_z) that stand for them."""
+    h = moment_g if metric == "loss" else torch.eye(len(moment_g), dtype=torch.float64)
+    c = torch.eye(len(moment_x), dtype=torch.float64) if metric == "weight" else moment_x
+    grams = {
+        "gram_u": lora_B.mT @ h @ lora_B if metric == "loss" else None,
+        "gram_z": None if metric == "weight" else lora_A @ c @ lora_A.mT,
+    }
+    return h, c, grams
+
+
+def weighted(delta, h, c):
+    """Norm of ``delta`` in the metric, dense."""
+    return (spd_root(h)[0] @ delta @ spd_root(c)[0]).norm()
+
+
+@settings(max_examples=40, deadline=None)
+@given(measured_problems(), st.sampled_from(METRICS), st.sampled_from(GAUGES))
+def test_truncate_product_equals_the_dense_whitened_solution_in_every_metric(problem, metric, gauge):
+    lora_B, lora_A, rank, moment_x, moment_g = problem
+    h, c, grams = metric_of(metric, lora_B, lora_A, moment_x, moment_g)
+    (h_root, h_inverse), (c_root, c_inverse) = spd_root(h), spd_root(c)
+    dense = lora_B @ lora_A
+    u, s, vh = torch.linalg.svd(h_root @ dense @ c_root, full_matrices=False)
+    best = h_inverse @ (u[:, :rank] * s[:rank]) @ vh[:rank] @ c_inverse
+    change = truncate_product(lora_B, lora_A, rank, **grams, gauge=gauge)
+    error = weighted(dense - change.lora_B @ change.lora_A, h, c)
+    # squares of condition numbers of 1e5 stand in the Gram matrices: their roots know a value to 1e-8 of the largest
+    atol = (1e-12 if metric == "weight" else 2e-8) * float(s[0])
+    assert_close(change.singular_values, s[: lora_A.shape[0]], rtol=1e-8, atol=atol)
+    assert_close(error, s[rank : lora_A.shape[0]].norm(), rtol=1e-8, atol=2 * atol)
+    assert_close(change.dropped.norm(), error, rtol=1e-8, atol=2 * atol)
+    assert_close(weighted(dense - best, h, c), error, rtol=1e-8, atol=2 * atol)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 2**31),
+    st.sampled_from(METRICS),
+    st.tuples(st.integers(2, 6), st.integers(0, 10), st.integers(0, 10)),
+    st.data(),
+)
+def test_truncate_product_is_the_dense_whitened_solution_to_1e8_when_well_conditioned(seed, metric, shape, data):
+    rank, more_out, more_in = shape
+    keep = data.draw(st.integers(1, rank - 1))
+    lora_B, lora_A = factors(rank + more_out, rank + more_in, rank, decay=0.6, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    samples = [torch.randn(200, dim, dtype=torch.float64, generator=generator) for dim in (len(lora_A[0]), len(lora_B))]
+    h, c, grams = metric_of(metric, lora_B, lora_A, *(x.mT @ x / len(x) for x in samples))
+    (h_root, h_inverse), (c_root, c_inverse) = spd_root(h), spd_root(c)
+    u, s, vh = torch.linalg.svd(h_root @ lora_B @ lora_A @ c_root, full_matrices=False)
+    if s[rank - 1] < 1e-3 * s[0] or s[keep] > 0.99 * s[keep - 1]:
+        return  # ill-conditioned after all, or two best solutions that lie almost as close
+    best = h_inverse @ (u[:, :keep] * s[:keep]) @ vh[:keep] @ c_inverse
+    change = truncate_product(lora_B, lora_A, keep, **grams)
+    assert_close(change.lora_B @ change.lora_A, best, rtol=1e-8, atol=1e-8 * float(best.abs().max()))
+    assert_close(change.singular_values, s[:rank], rtol=1e-8, atol=1e-8 * float(s[0]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(measured_problems(), st.sampled_from(METRICS), st.integers(0, 2**31))
+def test_truncate_product_beats_every_competitor_of_its_rank(problem, metric, seed):
+    lora_B, lora_A, rank, moment_x, moment_g = problem
+    h, c, grams = metric_of(metric, lora_B, lora_A, moment_x, moment_g)
+    change = truncate_product(lora_B, lora_A, rank, **grams)
+    dense, found = lora_B @ lora_A, change.lora_B @ change.lora_A
+    error = weighted(dense - found, h, c)
+    slack = 1e-7 * weighted(dense, h, c)
+    generator = torch.Generator().manual_seed(seed)
+    for size in (1e-4, 1e-2, 1.0):
+        other_B, other_A = (
+            factor + size * factor.norm() * torch.randn(factor.shape, dtype=torch.float64, generator=generator)
+            for factor in (change.lora_B, change.lora_A)
+        )
+        assert weighted(dense - other_B @ other_A, h, c) >= error - slack
+    for other in METRICS:  # the best in another metric is no better in this one
+        _, _, other_grams = metric_of(other, lora_B, lora_A, moment_x, moment_g)
+        rival = truncate_product(lora_B, lora_A, rank, **other_grams)
+        assert weighted(dense - rival.lora_B @ rival.lora_A, h, c) >= error - slack
+
+
+@settings(max_examples=40, deadline=None)
+@given(measured_problems(), st.sampled_from(METRICS))
+def test_truncate_product_factors_are_balanced_and_follow_from_the_maps_in_every_metric(problem, metric):
+    lora_B, lora_A, rank, moment_x, moment_g = problem
+    _, _, grams = metric_of(metric, lora_B, lora_A, moment_x, moment_g)
+    change = truncate_product(lora_B, lora_A, rank, **grams)
+    gram_B, gram_A = change.lora_B.mT @ change.lora_B, change.lora_A @ change.lora_A.mT
+    largest = float(gram_A.abs().max())
+    assert_close(gram_B, gram_A, rtol=1e-8, atol=1e-8 * largest)
+    assert_close(gram_A, torch.diag(gram_A.diagonal()), rtol=1e-8, atol=1e-8 * largest)
+    # the values of the product itself, whatever the metric that chose it
+    assert_close(
+        gram_A.diagonal(),
+        torch.linalg.svdvals(change.lora_B @ change.lora_A)[:rank],
+        rtol=1e-7,
+        atol=1e-8 * largest,
+    )
+    live = change.lora_B.norm(dim=0) > 1e-6 * change.lora_B.norm()  # where B' is zero, A' stands for itself
+    if change.singular_values[rank - 1] > 1e-6 * change.singular_values[0]:
+        assert live.all()
+        # the maps divide by roots of singular values down to 1e-6 of the largest
+        assert_close(change.from_A @ lora_A, change.lora_A, rtol=1e-6, atol=1e-6 * largest**0.5)
+        assert_close(lora_B @ change.from_B, change.lora_B, rtol=1e-6, atol=1e-6 * largest**0.5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(measured_problems(), st.sampled_from(METRICS))
+def test_keep_norm_is_the_same_product_with_rows_of_A_as_large_as_before(problem, metric):
+    lora_B, lora_A, rank, moment_x, moment_g = problem
+    _, _, grams = metric_of(metric, lora_B, lora_A, moment_x, moment_g)
+    balanced = truncate_product(lora_B, lora_A, rank, **grams)
+    change = truncate_product(lora_B, lora_A, rank, **grams, gauge="keep_norm")
+    product = balanced.lora_B @ balanced.lora_A
+    assert_close(change.lora_B @ change.lora_A, product, rtol=1e-9, atol=1e-12 * float(product.abs().max()))
+
+    def rms(rows):
+        return rows.square().sum(1).mean().sqrt()
+
+    assert_close(rms(change.lora_A), rms(lora_A))
+    scale = change.lora_A.norm() / balanced.lora_A.norm()
+    assert_close(change.from_A, balanced.from_A * scale)
+    assert_close(change.from_B, balanced.from_B / scale)
+
+
+@pytest.mark.parametrize("metric", ["output", "loss"])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_truncate_product_with_fewer_samples_than_ranks_loses_nothing_that_was_seen(metric, samples, rank):
+    """Gram matrices of rank 1 or 2 for factors of rank 4: what the samples did not see ranks last."""
+    lora_B, lora_A = factors(9, 7, 4)
+    generator = torch.Generator().manual_seed(3)
+    x, g = (torch.randn(samples, dim, dtype=torch.float64, generator=generator) for dim in (7, 9))
+    h, c, grams = metric_of(metric, lora_B, lora_A, x.mT @ x, g.mT @ g)
+    change = truncate_product(lora_B, lora_A, rank, **grams)
+    s = torch.linalg.svdvals(spd_root(h)[0] @ lora_B @ lora_A @ spd_root(c)[0])
+    error = weighted(lora_B @ lora_A - change.lora_B @ change.lora_A, h, c)
+    assert_close(error, s[rank:4].norm(), rtol=1e-7, atol=2e-8 * float(s[0]))
+    if rank >= samples:
+        assert error <= 2e-8 * s[0]
+    alive = change.lora_A.norm(dim=1) + change.lora_B.norm(dim=0)
+    assert (alive > 1e-8).all()
+    assert torch.isfinite(change.from_A).all()
+    assert torch.isfinite(change.from_B).all()
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("grams", [(None, "zz"), ("uu", "zz")], ids=["output", "loss"])
+def test_truncate_product_of_a_fresh_layer_keeps_its_first_rows_in_every_metric(gauge, grams):
+    _, lora_A = factors(9, 7, 4)
+    moments = {"zz": lora_A @ lora_A.mT, "uu": torch.zeros(4, 4, dtype=torch.float64), None: None}
+    change = truncate_product(
+        torch.zeros(9, 4, dtype=torch.float64),
+        lora_A,
+        3,
+        gram_u=moments[grams[0]],
+        gram_z=moments[grams[1]],
+        gauge=gauge,
+    )
+    size = lora_A[:3] if gauge == "balanced" else lora_A[:3] / lora_A[:3].norm() * lora_A.norm() * (3 / 4) ** 0.5
+    assert_close(change.lora_A, size)
+    assert not change.lora_B.any()
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.data())
+def test_truncate_product_twice_equals_once_to_the_smaller_rank(problem, data):
+    lora_B, lora_A, rank = problem
+    between = data.draw(st.integers(rank, lora_A.shape[0]))
+    first = truncate_product(lora_B, lora_A, between)
+    twice, once = truncate_product(first.lora_B, first.lora_A, rank), truncate_product(lora_B, lora_A, rank)
+    s = once.singular_values
+    if rank < len(s) and s[rank] > 0.999 * s[rank - 1]:
+        return  # two directions of one size: either may stay
+    gap = 1.0 if rank == len(s) else float(1 - s[rank] / s[rank - 1])
+    product = once.lora_B @ once.lora_A
+    assert_close(twice.lora_B @ twice.lora_A, product, rtol=1e-8, atol=1e-11 / gap * float(s[0]))
+    assert_close(twice.singular_values[:rank], s[:rank], rtol=1e-8, atol=1e-12 * float(s[0]))
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.data())
+def test_growth_then_truncation_is_the_identity(problem, data):
+    lora_B, lora_A, _ = problem
+    rank, seed = lora_A.shape[0], data.draw(st.integers(0, 2**31))
+    to = data.draw(st.integers(rank, min(lora_B.shape[0], lora_A.shape[1])))
+    generator = torch.Generator().manual_seed(seed)
+    grown = grow_product(lora_B, lora_A, to, generator=generator)
+    assert torch.equal(grown.lora_B[:, :rank], lora_B)
+    assert torch.equal(grown.lora_A[:rank], lora_A)
+    assert not grown.lora_B[:, rank:].any()
+    back, direct = truncate_product(grown.lora_B, grown.lora_A, rank), truncate_product(lora_B, lora_A, rank)
+    size = float(direct.singular_values[0])
+    assert_close(back.lora_B @ back.lora_A, lora_B @ lora_A, rtol=1e-8, atol=1e-11 * size)
+    assert_close(back.dropped, torch.zeros(to - rank, dtype=torch.float64), rtol=0, atol=1e-12 * size)
+    overlap = grown.lora_A[rank:] @ lora_A.mT
+    rows = lora_A.norm(dim=1)
+    assert_close(overlap, torch.zeros_like(overlap), rtol=0, atol=1e-9 * float(rows.max()) * float(rows.median()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("metric", METRICS)
+def test_truncate_product_computes_in_double_whatever_the_dtype(dtype, metric):
+    lora_B, lora_A = factors(9, 7, 4, dtype=dtype)
+    moments = [torch.diag(torch.arange(1, dim + 1, dtype=torch.float64)) for dim in (7, 9)]
+    _, _, grams = metric_of(metric, lora_B.double(), lora_A.double(), *moments)
+    change = truncate_product(lora_B, lora_A, 2, **grams)
+    reference = truncate_product(lora_B.double(), lora_A.double(), 2, **grams)
+    assert change.lora_A.dtype == change.lora_B.dtype == dtype
+    assert {t.dtype for t in (change.from_A, change.from_B, change.singular_values)} == {torch.float64}
+    assert torch.equal(change.lora_A, reference.lora_A.to(dtype))
+    assert torch.equal(change.lora_B, reference.lora_B.to(dtype))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 2**31), st.booleans())
+def test_growth_along_a_gradient_takes_its_top_right_singular_vectors_outside_the_old_rows(rank, more, seed, sketched):
+    lora_B, lora_A = factors(10, 12, rank, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    gradient = torch.randn(10, 12, dtype=torch.float64, generator=generator)
+    if sketched:  # as many random combinations of its rows as it has span the same rows
+        gradient = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64, generator=generator)).Q @ gradient
+    change = grow_product(lora_B, lora_A, rank + more, along=gradient)
+    rows = torch.linalg.svd(lora_A, full_matrices=False).Vh
+    outside = torch.eye(12, dtype=torch.float64) - rows.mT @ rows
+    _, s, vh = torch.linalg.svd(gradient @ outside)
+    new = change.lora_A[rank:] / change.lora_A[rank:].norm(dim=1, keepdim=True)
+    gaps = [float(s[i] - s[i + 1]) / float(s[0]) for i in range(more)]
+    for i in range(more):
+        if min([*gaps[max(0, i - 1) : i + 1], 1.0]) > 1e-3:  # each direction where it is the only one of its size
+            assert_close(new[i].dot(vh[i]).abs(), torch.tensor(1.0, dtype=torch.float64), rtol=0, atol=1e-8)
+    # no other rows catch more of the gradient
+    assert_close((gradient @ new.mT).norm(), s[:more].norm(), rtol=1e-8, atol=1e-12)
+
+
+def test_growth_along_a_gradient_of_too_few_directions_fills_up_at_random():
+    lora_B, lora_A = factors(9, 12, 2)
+    direction = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    gradient = torch.outer(torch.ones(9, dtype=torch.float64), direction)
+    gradient = torch.cat([gradient, lora_A])  # part of it lies in the old rows, where nothing new is to be found
+    new = grow_product(lora_B, lora_A, 6, along=gradient, generator=torch.Generator().manual_seed(6)).lora_A[2:]
+    rows = torch.linalg.svd(lora_A, full_matrices=False).Vh
+    outside = direction - rows.mT @ (rows @ direction)
+    assert_close((new[0] @ outside).abs(), new[0].norm() * outside.norm())
+    size = lora_A.norm(dim=1).median()
+    assert_close(new @ new.mT, torch.eye(4, dtype=torch.float64) * size**2)
+    assert_close(new @ lora_A.mT, torch.zeros(4, 2, dtype=torch.float64), rtol=0, atol=1e-9 * float(size) ** 2)
+
+
+@pytest.mark.parametrize("along", [torch.ones(3, 6), torch.full((3, 7), float("nan"))])
+def test_growth_refuses_a_gradient_of_another_width_or_not_finite(along):
+    with pytest.raises(ValueError, match=r"along must be finite and \(N, 7\)"):
+        grow_product(*factors(9, 7, 2), 4, along=along)
+
+
+@pytest.mark.parametrize("name", ["gram_u", "gram_z"])
+@pytest.mark.parametrize("gram", [torch.eye(3), torch.full((4, 4), float("inf")), torch.ones(4)])
+def test_truncate_product_names_a_gram_matrix_that_cannot_be_used(name, gram):
+    with pytest.raises(ValueError, match=rf"{name} must be finite and \(4, 4\)"):
+        truncate_product(*factors(9, 7, 4), 2, **{name: gram})
+
+
+def test_truncate_product_refuses_an_unknown_gauge():
+    with pytest.raises(ValueError, match="gauge must be one of .* got 'magic'"):
+        truncate_product(*factors(9, 7, 4), 2, gauge="magic")
+
+
+# Ranks of a spectrum
+
+SPECTRA = st.lists(st.one_of(st.floats(1e-6, 1e3), st.just(0.0)), min_size=1, max_size=8).map(
+    lambda values: torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+)
+
+
+@given(SPECTRA, st.floats(0.01, 1.0))
+def test_energy_rank_is_the_least_that_keeps_the_share(values, share):
+    rank = energy_rank(values, share)
+    squares = [float(v) ** 2 for v in values]
+    assert 1 <= rank <= len(squares)
+    assert sum(squares[:rank]) >= share * sum(squares) * (1 - 1e-9)
+    if rank > 1:
+        assert sum(squares[: rank - 1]) < share * sum(squares)
+
+
+@pytest.mark.parametrize(
+    ("values", "share", "rank"),
+    [
+        ([2.0, 1.0, 1.0], 4 / 6, 1),  # exactly the share: squares 4, 1, 1
+        ([2.0, 1.0, 1.0], 0.67, 2),
+        ([1.0] * 10, 0.3, 3),  # 0.3 * 10 is above 3 in floats
+        ([1.0] * 10, 1.0, 10),
+        ([1.0, 1.0, 1e-9], 1.0, 2),  # what is below rounding does not count
+        ([0.0, 0.0], 0.9, 1),
+        ([], 0.9, 1),
+    ],
+)
+def test_energy_rank_by_hand(values, share, rank):
+    assert energy_rank(torch.tensor(values), share) == rank
+
+
+@given(SPECTRA)
+def test_effective_rank_is_the_exponential_of_the_entropy(values):
+    total = float(values.sum())
+    if total == 0:
+        assert effective_rank(values) == 1.0
+        return
+    shares = [float(v) / total for v in values if v > 0]
+    expected = math.exp(-sum(p * math.log(p) for p in shares))
+    assert effective_rank(values) == pytest.approx(expected, rel=1e-9)
+    assert 1 - 1e-9 <= effective_rank(values) <= len(values) + 1e-9
+    assert effective_rank(values * 7.0) == pytest.approx(effective_rank(values), rel=1e-9)
+
+
+@pytest.mark.parametrize(("tolerance", "rank"), [(1e-3, 3), (2e-3, 2), (0.4, 2), (0.6, 1), (1.0, 0)])
+def test_numerical_rank_counts_what_is_above_the_tolerance_times_the_largest(tolerance, rank):
+    assert numerical_rank(torch.tensor([2.0, 1.0, 3e-3], dtype=torch.float64), 1, tolerance) == rank
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 5), st.integers(0, 2**31))
+def test_numerical_rank_is_that_of_torch(rank, seed):
+    product = torch.matmul(*factors(9, 7, rank, seed=seed))
+    values = torch.linalg.svdvals(product)
+    assert numerical_rank(values, 9) == torch.linalg.matrix_rank(product)
+    assert numerical_rank(torch.zeros(3), 9) == numerical_rank(torch.zeros(0), 9) == 0

@@ -20,6 +20,19 @@ def check_least(trigger: object, **least: float) -> None:
             raise ConfigurationError(f"{name} must be at least {limit}, got {value!r}; set schedule.trigger.{name}")
 
 
+def check_count(trigger: object, **least: int) -> None:
+    """Refuse fields of a trigger that are no whole number of at least so much.
+
+    Raises:
+        ConfigurationError: naming the field and its configuration key.
+    """
+    check_least(trigger, **least)
+    for name in least:
+        value = getattr(trigger, name)
+        if not isinstance(value, int):
+            raise ConfigurationError(f"{name} must be an int, got {value!r}; set schedule.trigger.{name}")
+
+
 def check_name(trigger: object, *names: str) -> None:
     """Refuse a monitor that is no name of a metric.
 
@@ -49,7 +62,7 @@ class Trigger:
     every: ClassVar[int] = 0  # steps between looks at the factors of all layers; 0: none
 
     def __post_init__(self) -> None:
-        check_least(self, warmup_steps=0, cooldown_steps=0)
+        check_count(self, warmup_steps=0, cooldown_steps=0)
         self._deaf_until = self.warmup_steps
 
     @property

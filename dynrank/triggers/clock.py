@@ -44,7 +44,7 @@ class At:
             )
         ((name, value),) = given.items()
         whole = name == "fraction" or isinstance(value, int)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not whole or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not whole or not value >= 0:
             raise ConfigurationError(
                 f"{name} must be a number of at least 0, got {value!r}; set schedule.trigger.{name}"
             )

@@ -10,14 +10,21 @@ from torch import Tensor
 
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import energy_kept, singular_values, truncate_product
-from dynrank.triggers.base import Trigger, check_least
+from dynrank.triggers.base import Trigger, check_count
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # name -> (lora_B, lora_A)
 
 
 def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
         raise ConfigurationError(f"{name} must be in (0, 1), got {value!r}; set schedule.trigger.{name}")
+
+
+def _spectrum(name: str, lora_B: Tensor, lora_A: Tensor) -> Tensor:
+    try:
+        return singular_values(lora_B, lora_A)
+    except ValueError as error:
+        raise ConfigurationError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error
 
 
 @dataclass
@@ -41,7 +48,7 @@ class TailEnergy(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, rank=1, every=1)
+        check_count(self, rank=1, every=1)
         _check_share("share", self.share)
 
     @property
@@ -49,7 +56,7 @@ class TailEnergy(Trigger):
         return f"energy beyond rank {self.rank} at most {self.share:g}"
 
     def _fires(self, factors: Factors) -> bool:
-        spectra = [singular_values(*pair) for pair in factors.values()]
+        spectra = [_spectrum(name, *pair) for name, pair in factors.items()]
         tails = [1 - energy_kept(values, self.rank) for values in spectra if values[0] > 0]
         return bool(tails) and sum(tails) / len(tails) <= self.share
 
@@ -62,6 +69,7 @@ class SubspaceStable(Trigger):
     """True once the leading ``rank`` right singular directions overlap by ``overlap`` with those of the look before.
 
     The overlap of two subspaces with orthonormal bases V, W is ``||V^T W||_F^2 / rank``, in [0, 1]; mean over layers.
+    Layers whose update is still zero don't count; while all are, nothing fires.
 
     Args:
         rank: leading directions compared, >= 1.
@@ -79,7 +87,7 @@ class SubspaceStable(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_least(self, rank=1, every=1)
+        check_count(self, rank=1, every=1)
         _check_share("overlap", self.overlap)
 
     @property
@@ -89,6 +97,8 @@ class SubspaceStable(Trigger):
     def _fires(self, factors: Factors) -> bool:
         bases = {}
         for name, (lora_B, lora_A) in factors.items():
+            if _spectrum(name, lora_B, lora_A)[0] == 0:
+                continue  # the rows of a fresh layer don't move, which says nothing
             leading = truncate_product(lora_B, lora_A, min(self.rank, lora_A.shape[0])).lora_A.double()
             bases[name] = torch.linalg.qr(leading.mT).Q.float()
         before, self._bases = self._bases, bases

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from dynrank.errors import ConfigurationError
-from dynrank.triggers.base import Trigger, check_least, check_name
+from dynrank.triggers.base import Trigger, check_count, check_least, check_name
 
 
 def _check_mode(mode: str) -> None:
@@ -43,7 +43,8 @@ class Plateau(Trigger):
         super().__post_init__()
         check_name(self, "monitor")
         _check_mode(self.mode)
-        check_least(self, patience=1, min_delta=0)
+        check_count(self, patience=1)
+        check_least(self, min_delta=0)
 
     @property
     def monitors(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -99,7 +100,8 @@ class Slope(Trigger):
         super().__post_init__()
         check_name(self, "monitor")
         _check_mode(self.mode)
-        check_least(self, window=3, min_delta=0)
+        check_count(self, window=3)
+        check_least(self, min_delta=0)
 
     @property
     def monitors(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -152,8 +154,8 @@ class Gap(Trigger):
         super().__post_init__()
         check_name(self, "train", "val")
         _check_mode(self.mode)
-        check_least(self, window=1)
-        if not self.threshold > 0:
+        check_count(self, window=1)
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float) or not self.threshold > 0:
             raise ConfigurationError(
                 f"threshold must be above 0, got {self.threshold!r}; set schedule.trigger.threshold"
             )

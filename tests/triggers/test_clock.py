@@ -1,0 +1,72 @@
+"""Times that are known before a run, by hand."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynrank.errors import ConfigurationError
+from dynrank.triggers import At, Run
+
+
+@pytest.mark.parametrize(
+    ("time", "steps"),
+    [
+        (At(step=0), 0),
+        (At(step=130), 130),
+        (At(epoch=0), 0),
+        (At(epoch=3), 21),
+        (At(fraction=0.0), 0),
+        (At(fraction=0.005), 1),  # never before its time has come
+        (At(fraction=0.5), 50),
+        (At(fraction=1.0), 100),
+        (At(fraction=1), 100),
+    ],
+)
+def test_at_in_steps(time, steps):
+    assert time.in_steps(Run(total_steps=100, steps_per_epoch=7)) == steps
+
+
+@given(st.integers(0, 100), st.integers(1, 10**6))
+def test_at_fraction_is_the_first_step_at_or_after_the_share_whatever_floats_say(percent, total):
+    exact = Fraction(percent, 100) * total
+    assert At(fraction=percent / 100).in_steps(Run(total)) == -(-exact.numerator // exact.denominator)
+
+
+@pytest.mark.parametrize(
+    ("time", "reason"),
+    [(At(step=5), "step 5"), (At(epoch=2), "epoch 2"), (At(fraction=0.3), "fraction 0.3")],
+)
+def test_at_says_why(time, reason):
+    assert time.reason == reason
+
+
+@pytest.mark.parametrize("options", [{}, {"step": 1, "epoch": 1}, {"step": 0, "fraction": 0.0}])
+def test_at_is_one_of_three(options):
+    with pytest.raises(ConfigurationError, match=r"one of step, epoch and fraction.*schedule\.trigger"):
+        At(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[(name, value) for name in ("step", "epoch", "fraction") for value in (-1, "1", True, float("nan"))],
+        ("step", 1.5),
+        ("epoch", 0.5),
+        ("fraction", 1.01),
+        ("fraction", float("inf")),
+    ],
+)
+def test_at_refuses_a_value_out_of_range_with_its_key(name, value):
+    with pytest.raises(ConfigurationError, match=rf"{name} must be .*schedule\.trigger\.{name}"):
+        At(**{name: value})
+
+
+def test_at_needs_a_length_only_where_it_counts_in_it():
+    unknown = Run(total_steps=None)
+    assert At(step=7).in_steps(unknown) == 7
+    with pytest.raises(ConfigurationError, match=r"schedule\.trigger\.step"):
+        At(epoch=1).in_steps(unknown)
+    with pytest.raises(ConfigurationError, match=r"trainer\.max_steps"):
+        At(fraction=0.5).in_steps(unknown)
