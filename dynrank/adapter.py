@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynrank.adapter_config import CONFIG_FILE, alpha_of, make_config, read_config
+from dynrank.adapter_file import PREFIX, WEIGHTS_FILE, sort_keys, weights_path
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import LoRAConv2d, LoRAEmbedding, layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
@@ -24,9 +25,6 @@ from dynrank.layers.peft_layers import refuse_peft
 
 __all__ = ["load_adapter", "save_adapter"]
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -49,18 +47,18 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors |= {f"{_PREFIX}{name}.{key}": value for key, value in _to_peft(layer).items()}
-    heads = _trained_heads(model, layers)
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in _to_peft(layer).items()}
+    heads = trained_heads(model, layers)
     for head in heads:
         if any(name.startswith(f"{head}." if head else "") for name in layers):
             raise ConfigurationError(
                 f"{head or 'the model'!r} holds LoRA layers and a trainable parameter of its own, which PEFT's format "
                 "cannot store; freeze it before save_adapter, or save it yourself"
             )
-        tensors |= {f"{_PREFIX}{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
+        tensors |= {f"{PREFIX}{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
     config = make_config(
         {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
-        target_modules=_targets(model, layers),
+        target_modules=target_modules(model, layers),
         modules_to_save=heads,
         dropout=max(layer.dropout.p for layer in layers.values()),
         base=getattr(getattr(model, "config", None), "_name_or_path", ""),
@@ -144,7 +142,7 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
     return model
 
 
-def _targets(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:
+def target_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:
     """Names of the adapted modules; one exact expression where PEFT would also take a module ending in one of them."""
     inside = tuple(f"{name}." for name in layers)
     others = [name for name, _ in model.named_modules() if name not in layers and not name.startswith(inside)]
@@ -166,7 +164,7 @@ def _from_peft(pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return pair["A"].flatten(1), pair["B"].flatten(1)
 
 
-def _trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
+def trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
     """Innermost modules outside the LoRA layers that hold a trainable parameter of their own."""
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
     return [
@@ -177,11 +175,7 @@ def _trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[st
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
-        raise ConfigurationError(
-            f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
-        )
+    file = weights_path(folder)
     try:
         with safe_open(file, framework="pt") as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (a safe_open is no mapping)
@@ -193,22 +187,9 @@ def _sort_tensors(
     tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
     """({layer: {"A": ..., "B": ...}}, everything else by its name in the model)."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    others = {}
-    for key, value in tensors.items():
-        if not key.startswith(_PREFIX):
-            raise ConfigurationError(
-                f"{key!r} in {str(folder / WEIGHTS_FILE)!r} is no PEFT key ({_PREFIX}...); it's a foreign file"
-            )
-        name = key.removeprefix(_PREFIX)
-        match = _FACTOR_KEY.fullmatch(name)
-        if match:
-            factors.setdefault(match["layer"], {})[match["factor"] or match["embedding"]] = value
-        else:
-            others[name] = value
-    if not factors:
-        raise ConfigurationError(f"{str(folder / WEIGHTS_FILE)!r} holds no LoRA factors")
-    return factors, others
+    factors, others = sort_keys(tensors, folder)
+    pairs = {layer: {factor: tensors[key] for factor, key in pair.items()} for layer, pair in factors.items()}
+    return pairs, {name: tensors[key] for name, key in others.items()}
 
 
 def _layer_fault(name: str, pair: Mapping[str, Tensor], base: nn.Module | None) -> str | None:

@@ -17,27 +17,10 @@ from torch import Tensor
 
 from dynrank.errors import ConfigurationError
 
-__all__ = ["allocate", "rank_choices"]
+__all__ = ["allocate"]
 
 _CHUNK = 2**21  # combinations looked at together, to bound the memory
 _ROUNDING = 1e-12
-
-
-def rank_choices(lowest: int, highest: int, multiple: int) -> range:
-    """The multiples of ``multiple`` within [lowest, highest], ascending.
-
-    Raises:
-        ConfigurationError: if there is none, or ``lowest`` or ``multiple`` is below 1.
-
-    >>> list(rank_choices(3, 16, 4))
-    [4, 8, 12, 16]
-    """
-    if lowest < 1 or multiple < 1:
-        raise ConfigurationError(f"lowest and multiple must be at least 1, got {lowest} and {multiple}")
-    choices = range(-(-lowest // multiple) * multiple, highest + 1, multiple)
-    if not choices:
-        raise ConfigurationError(f"a rank must be a multiple of {multiple} within [{lowest}, {highest}]; there is none")
-    return choices
 
 
 def allocate(

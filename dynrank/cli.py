@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +10,20 @@ import typer
 from dynrank.exits import usage_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a whole number, got {text!r}") from None  # typer leaves the value out
+
+
+def _decimal(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a number, got {text!r}") from None
 
 
 @app.callback()
@@ -19,12 +34,66 @@ def dynrank() -> None:
 @app.command()
 def ranks(
     overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as for dynrank-train")] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="Print the LoraConfig of PEFT that starts as this run")] = False,
 ) -> None:
-    """Show every LoRA layer of the composed run with its rank, and the rule that set it; nothing is trained."""
+    """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
     from dynrank.config import compose
-    from dynrank.rank_table import print_ranks
+    from dynrank.rank_table import print_peft_config, print_ranks
 
-    print_ranks(compose(overrides or ()))
+    (print_peft_config if peft else print_ranks)(compose(overrides or ()))
+
+
+@app.command()
+def squeeze(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty")],
+    rank: Annotated[
+        int | None, typer.Option(parser=_whole, metavar="N", help="Rank of every layer that has more")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            parser=_decimal, metavar="E", help="Share of each layer's energy (sum of squared singular values) to keep"
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="P", help="Parameters of all factors, or a share of today's: 0.5 or 50%")
+    ] = None,
+    lowest: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="With --energy or --budget: the lowest rank")
+    ] = 1,
+    multiple: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="With --energy or --budget: ranks are multiples of this")
+    ] = 1,
+) -> None:
+    """Compress a PEFT adapter to lower ranks; give one of --rank, --energy and --budget."""
+    from dynrank.change_table import change_table
+    from dynrank.console import table_console
+    from dynrank.squeeze import squeeze_adapter
+
+    layers = squeeze_adapter(adapter, out, rank=rank, energy=energy, budget=budget, lowest=lowest, multiple=multiple)
+    table_console().print(change_table("squeezed adapter", layers))
+    before = sum(layer.parameters_before for layer in layers)
+    after = before - sum(layer.parameters_saved for layer in layers)
+    print(f"parameters       {before:,} → {after:,} ({after / before:.1%})")
+    print(f"files            {out}")
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
+    plot: Annotated[Path | None, typer.Option(help="Picture of the singular values to write: FILE.png")] = None,
+) -> None:
+    """Show each layer of a PEFT adapter: rank, scaling, singular values, and how many directions hold its energy."""
+    from dynrank.inspection import check_plot, inspect_adapter, plot_inspection, print_inspection
+
+    if plot is not None:
+        check_plot(plot)
+    layers = inspect_adapter(adapter)
+    print_inspection(layers)
+    if plot is not None:
+        plot_inspection(layers, plot)
+        print(f"plot             {plot}")
 
 
 def main() -> None:

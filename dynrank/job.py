@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank.adapter import save_adapter
-from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, StepSeed
+from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, ScheduleFreeMode, StepSeed
 from dynrank.config import plain, rank_pattern
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
@@ -124,7 +124,7 @@ def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Tra
     monitor = RankMonitor(
         folder / "rank_history.csv", model_name="model", prediction_file=folder / "rank_predictions.csv"
     )
-    callbacks: list[Any] = [job.scheduler, StepSeed(config.seed), meter, monitor]
+    callbacks: list[Any] = [ScheduleFreeMode(), job.scheduler, StepSeed(config.seed), meter, monitor]
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     callbacks.append(

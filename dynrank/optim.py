@@ -1,13 +1,25 @@
 """Carrying an optimizer's state through a linear change of a parameter's coordinates.
 
-If new = maps applied to old, gradients move by the transposed map (they are covectors): with ``g' = M g`` for lora_A
-and ``g' = g M^T`` for lora_B, everything linear in gradients moves by M, and second moments by M * M element by element
-(the diagonal of ``M diag(v) M^T``). Steps are counts and stay.
+Every entry of a parameter's state is of one of a few kinds, and the kind says how it moves. With R the old rank, K the
+new one, ``map_KR`` that of the parameter and ``gradient_map_KR`` that of its gradient (gradients are covectors, so for
+lora_A it is the map of lora_B, and the other way round):
+
+- what is linear in gradients moves by the gradient map;
+- second moments move by its square, element by element: the diagonal of ``M diag(v) M^T``;
+- Adafactor's second moment is the outer product ``row col / mean(row)``. The squared map takes it to another outer
+  product: the factor along the rank moves by the squared map, and the other one, a mean over the rank, is multiplied by
+  the ratio of the new mean to the old one (both factors have the same mean);
+- what lives where the parameter lives (the ``z`` of schedule-free) moves by the parameter's map;
+- counts stay.
+
+8-bit state (Dettmers et al., arXiv:2110.02861) is decoded, moved and coded again with its library's own functions.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +27,35 @@ from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
 
-_LINEAR, _SQUARED, _KEPT = "linear", "squared", "kept"
+_KEPT, _LINEAR, _SQUARED, _ROW, _COLUMN, _POSITION, _SCALES = (
+    "kept", "linear", "squared", "row", "column", "position", "scales",
+)  # fmt: skip
 
-# What each entry of an optimizer's per-parameter state is; an optimizer or entry that isn't here is refused.
 _ADAM = {"step": _KEPT, "exp_avg": _LINEAR, "exp_avg_sq": _SQUARED, "max_exp_avg_sq": _SQUARED}
-_RULES: dict[type[Optimizer], dict[str, str]] = {
-    torch.optim.SGD: {"momentum_buffer": _LINEAR},
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
-    torch.optim.RAdam: _ADAM,
-    torch.optim.NAdam: _ADAM | {"mu_product": _KEPT},
+_ADAM_8BIT = {"step": _KEPT, "state1": _LINEAR, "state2": _SQUARED} | {
+    "qmap1": _KEPT, "qmap2": _KEPT, "absmax1": _SCALES, "absmax2": _SCALES,
+}  # fmt: skip
+# Kinds of the entries, by package and class: nothing but torch needs to be installed. What isn't here is refused, a
+# subclass too, which may hold anything.
+_RULES: dict[str, dict[str, str]] = {
+    "torch.SGD": {"momentum_buffer": _LINEAR},
+    "torch.Adam": _ADAM,
+    "torch.AdamW": _ADAM,
+    "torch.RAdam": _ADAM,
+    "torch.NAdam": _ADAM | {"mu_product": _KEPT},
+    "torch.Adafactor": {"step": _KEPT, "row_var": _ROW, "col_var": _COLUMN},
+    "torch.Muon": {"momentum_buffer": _LINEAR},
+    "bitsandbytes.Adam8bit": _ADAM_8BIT,
+    "bitsandbytes.AdamW8bit": _ADAM_8BIT,
+    "schedulefree.AdamWScheduleFree": {"z": _POSITION, "exp_avg_sq": _SQUARED},
 }
+_BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit state
+
+# Second moments of a new direction, as a multiple of the mean of the others. Its first gradients agree in sign, those
+# of trained directions mostly cancel. With the mean itself, beta1 = 0.9 and gradients of one size, the first 10 steps
+# are rms(1 - 0.9^k) = 0.45 of the rate for the former and sqrt(0.1 / 1.9) = 0.23 for the latter. To stay below 1.5
+# times the latter takes (0.45 / 0.23 / 1.5)^2 = 1.7; 2.5 leaves room for gradients 1.2 times as large as the others.
+_SEED = 2.5
 
 OPTIMIZER_STATES = ("transport", "reset")
 
@@ -34,22 +64,28 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
     """Refuse, before anything is changed, an optimizer whose state for ``parameters`` cannot be carried.
 
     Raises:
-        ConfigurationError: if ``optimizer_state`` is neither "transport" nor "reset", the optimizer has no rule, or an
-            entry of its state has no rule or another shape than its parameter.
+        ConfigurationError: if ``optimizer_state`` is neither "transport" nor "reset", the optimizer has no rule (or
+            cannot forget), or an entry of its state has no rule or not the shape that belongs to its parameter.
     """
     if optimizer_state not in OPTIMIZER_STATES:
         raise ConfigurationError(
             f"optimizer_state must be one of {OPTIMIZER_STATES}, got {optimizer_state!r}; set schedule.optimizer_state"
         )
-    name, rules = type(optimizer).__name__, _RULES.get(type(optimizer))
+    name, rules = type(optimizer).__name__, _RULES.get(_key(optimizer))
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError(f"optimizer {name} keeps all parameters in one vector, whose length may not change")
     if optimizer_state == "reset":
+        if _key(optimizer) in ("schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree"):
+            # v = 0 with a bias correction that is over: the first step would be 1 / sqrt(1 - beta2) = 31 times too long
+            raise ConfigurationError(
+                f"optimizer {name} counts steps for a whole group, so the moments of one parameter cannot start again; "
+                "set schedule.optimizer_state=transport"
+            )
         return
     if rules is None:
         raise ConfigurationError(
             f"the state of optimizer {name} cannot be carried through a change of rank; carried: "
-            f"{sorted(kind.__name__ for kind in _RULES)}; set optimizer.name to one of them or "
+            f"{sorted(kind.removeprefix('torch.') for kind in _RULES)}; set optimizer.name to one of them or "
             "schedule.optimizer_state=reset"
         )
     for parameter in parameters:
@@ -58,7 +94,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
                 raise ConfigurationError(
                     f"no rule carries {key!r} of optimizer {name}; set schedule.optimizer_state=reset"
                 )
-            if rules[key] != _KEPT and value is not None and value.shape != parameter.shape:
+            if rules[key] != _KEPT and value is not None and value.shape != _shape(rules[key], parameter):
                 raise ConfigurationError(
                     f"{key!r} of optimizer {name} has shape {[*value.shape]} for a parameter of shape "
                     f"{[*parameter.shape]}; set schedule.optimizer_state=reset"
@@ -66,16 +102,26 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
 
 
 @torch.no_grad()
-def change_state(optimizer: Optimizer, parameter: nn.Parameter, map_KR: Tensor, dim: int, optimizer_state: str) -> None:
-    """Move the state of ``parameter``, whose gradient along ``dim`` changes by ``map_KR``, or forget it.
+def change_state(
+    optimizer: Optimizer,
+    parameter: nn.Parameter,
+    map_KR: Tensor,
+    gradient_map_KR: Tensor,
+    dim: int,
+    optimizer_state: str,
+) -> None:
+    """Move the state of ``parameter``, which has its new value already, or forget it.
 
-    A row of zeros in the map is a direction that did not exist: its second moment becomes the mean over the carried
-    ones, because v = 0 under an old step count makes Adam take several times its normal step.
+    A row of zeros in a map is a direction that did not exist or held nothing. There, first moments start from zero,
+    second moments from 2.5 times the mean of the carried ones (v = 0 under an old step count makes Adam take several
+    times its normal step), and a position is the parameter's own. Schedule-free may be in either mode: its two points
+    move by the same map, which commutes with going from one to the other.
 
     Args:
         optimizer: one that :func:`check_optimizer` has passed; a parameter unknown to it is left alone.
-        parameter: the changed parameter (found by identity).
-        map_KR: (K, R), new gradient = map @ old gradient along ``dim``.
+        parameter: the changed parameter (found by identity), new value = map @ old value along ``dim``.
+        map_KR: (K, R), of the parameter along ``dim``.
+        gradient_map_KR: (K, R), of its gradient along ``dim``.
         dim: 0 for lora_A, 1 for lora_B.
         optimizer_state: "transport" or "reset".
     """
@@ -85,18 +131,88 @@ def change_state(optimizer: Optimizer, parameter: nn.Parameter, map_KR: Tensor, 
     if optimizer_state == "reset":
         del optimizer.state[parameter]
         return
-    rules = _RULES[type(optimizer)]
+    rules, along = _RULES[_key(optimizer)], (_ROW, _COLUMN)[dim]
+
+    def rank_first(value: Tensor) -> Tensor:  # and back
+        return value if dim == 0 else value.mT
+
+    def apply(map_: Tensor, value: Tensor) -> Tensor:
+        return map_.to(value.device, torch.float64) @ value
+
+    def squared(value: Tensor) -> Tensor:
+        return _seeded(apply(gradient_map_KR.square(), value), value, _empty(gradient_map_KR).to(value.device))
+
+    moved = {}
     for key, value in state.items():
-        if rules[key] == _KEPT or value is None:
+        kind = rules[key]
+        if value is None or kind in (_KEPT, _SCALES):
             continue
-        map_ = map_KR if rules[key] == _LINEAR else map_KR.square()
-        moved = _along(map_.to(value.device), value.double(), dim)
-        if rules[key] == _SQUARED:
-            is_new = map_KR.eq(0).all(dim=1).to(value.device)
-            mean = moved.movedim(dim, 0)[~is_new].mean(0, keepdim=True).movedim(0, dim)
-            moved = torch.where(is_new.unsqueeze(1 - dim), mean, moved)
-        state[key] = moved.to(value.dtype)
+        old = rank_first(_decoded(state, key).double())
+        if kind == _LINEAR:
+            new = apply(gradient_map_KR, old)
+        elif kind == _POSITION:
+            own = rank_first(parameter.to(old.device, old.dtype))
+            new = torch.where(_empty(map_KR).to(old.device), own, apply(map_KR, old))
+        elif kind in (_SQUARED, along):
+            new = squared(old)
+        else:  # Adafactor's factor across the rank; both factors are zero where one has the mean zero
+            factor = rank_first(state[next(name for name in rules if rules[name] == along)].double())
+            new = old * (squared(factor).mean() / factor.mean().clamp_min(torch.finfo(factor.dtype).tiny))
+        moved[key] = rank_first(new).contiguous()
+    if rules is _ADAM_8BIT:
+        _store_coded(optimizer, parameter, moved)
+    else:
+        state.update({key: new.to(state[key].dtype) for key, new in moved.items()})
 
 
-def _along(map_KR: Tensor, value: Tensor, dim: int) -> Tensor:
-    return map_KR @ value if dim == 0 else value @ map_KR.mT
+def _key(optimizer: Optimizer) -> str:
+    cls = type(optimizer)
+    return f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
+
+
+def _shape(kind: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    rows, columns = parameter.shape
+    special = {_ROW: (rows, 1), _COLUMN: (1, columns), _SCALES: (-(-parameter.numel() // _BLOCK),)}
+    return special.get(kind, (rows, columns))
+
+
+def _empty(map_KR: Tensor) -> Tensor:
+    return map_KR.eq(0).all(dim=1, keepdim=True)
+
+
+def _seeded(moved_KN: Tensor, old_RN: Tensor, is_new_K1: Tensor) -> Tensor:
+    carried = moved_KN[~is_new_K1[:, 0]]
+    return torch.where(is_new_K1, _SEED * (carried if len(carried) else old_RN).mean(0), moved_KN)
+
+
+def _decoded(state: dict[str, Any], key: str) -> Tensor:
+    value: Tensor = state[key]
+    if value.dtype == torch.uint8:
+        scales, code = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
+        value = _bitsandbytes().dequantize_blockwise(value, absmax=scales, code=code, blocksize=_BLOCK)
+    return value
+
+
+def _store_coded(optimizer: Any, parameter: nn.Parameter, moved: dict[str, Tensor]) -> None:
+    """Store in 8 or 32 bits, as the optimizer would have begun with at the parameter's new size (min_8bit_size)."""
+    step = optimizer.state.pop(parameter)["step"]
+    (place,) = (
+        (group, group_index, index)
+        for group_index, group in enumerate(optimizer.param_groups)
+        for index, member in enumerate(group["params"])
+        if member is parameter
+    )
+    optimizer.init_state(place[0], parameter, *place[1:])
+    state = optimizer.state[parameter]
+    state["step"] = step
+    for key, value in moved.items():
+        if state[key].dtype == torch.uint8:
+            code = state[f"qmap{key[-1]}"]
+            state[key], coding = _bitsandbytes().quantize_blockwise(value.float(), code=code, blocksize=_BLOCK)
+            state[f"absmax{key[-1]}"] = coding.absmax
+        else:
+            state[key] = value.to(state[key].dtype)
+
+
+def _bitsandbytes() -> Any:
+    return sys.modules["bitsandbytes.functional"]  # loaded, or there would be no such optimizer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -49,7 +50,13 @@ def plot_ranks(before: Mapping[str, int], after: Mapping[str, int], file: Path) 
     figure.savefig(file)
 
 
-def plot_spectra(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int], title: str, file: Path) -> None:
+def plot_spectra(
+    spectra: Mapping[str, Sequence[float]],
+    kept: Mapping[str, int],
+    title: str,
+    file: Path,
+    kinds: Mapping[str, str] | None = None,
+) -> None:
     """Singular values of each layer's update, largest first, relative to the largest.
 
     Args:
@@ -57,18 +64,33 @@ def plot_spectra(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int]
         kept: layer -> how many stay.
         title: of the picture.
         file: PNG to write.
+        kinds: layer -> kind of layer, which has its own colour, and its median drawn boldly; None: one colour for all.
     """
-    figure, axes = _figure("singular value", "relative to the largest")
-    for values in spectra.values():
-        if values and values[0] > 0:
-            axes.plot(
-                range(1, len(values) + 1), [v / values[0] for v in values], color="tab:blue", alpha=0.3, linewidth=0.9
-            )
+    shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
+    found = sorted({kinds[name] for name in shares}) if kinds else []
+    figure, axes = _figure("singular value", "relative to the largest", height=max(4.5, 0.22 * len(found)))
+    colours = {kind: f"C{index % 10}" for index, kind in enumerate(found)}
+    width = 0.9 if len(shares) < 100 else 0.5  # hundreds of lines must not hide each other
+    for name, values in shares.items():
+        colour = colours[kinds[name]] if kinds else "tab:blue"
+        axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.3, linewidth=width)
+    for index, kind in enumerate(found):
+        members = [values for name, values in shares.items() if kinds and kinds[name] == kind]
+        typical = [median(column) for column in zip(*members, strict=False)]  # as far as the shortest goes
+        style = ("-", "--", ":")[index // 10 % 3]
+        label = f"{kind} ({len(members)})"
+        axes.plot(range(1, len(typical) + 1), typical, color=colours[kind], linewidth=2, linestyle=style, label=label)
     for rank in sorted(set(kept.values())):
         axes.axvline(rank + 0.5, color="tab:red", linestyle="--", label=f"kept: {rank}")
     axes.set_yscale("log")
-    axes.set_title(f"{title}, {len(spectra)} layers")
-    axes.legend()
+    if shares:  # below a millionth is rounding in float32 factors, and would flatten the rest
+        axes.set_ylim(bottom=max(1e-6, 0.7 * min(values[-1] for values in shares.values())))
+    zero = len(spectra) - len(shares)
+    axes.set_title(f"{title}, {len(spectra)} layers" + (f", {zero} of them zero" if zero else ""))
+    if found:
+        figure.legend(loc="outside right upper", fontsize=8, title="median of each kind", title_fontsize=8)
+    elif kept:
+        axes.legend()
     figure.savefig(file)
 
 

@@ -1,15 +1,19 @@
-"""The table that ``dynrank ranks`` prints."""
+"""What ``dynrank ranks`` prints of a composed run: its layers, or the PEFT config that starts as it does."""
 
 from __future__ import annotations
 
+from pprint import pformat
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.table import Table
 
+from dynrank.adapter import target_modules, trained_heads
+from dynrank.adapter_config import make_config
+from dynrank.console import span, table_console
 from dynrank.job import build
-from dynrank.layers.inject import lora_layers
+from dynrank.layers.inject import lora_layers, own_layers
+from dynrank.planning import final_parameters
 
 
 def print_ranks(config: DictConfig) -> None:
@@ -27,32 +31,53 @@ def print_ranks(config: DictConfig) -> None:
     for heading in ("d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters"):
         table.add_column(heading, justify="right", overflow="fold")
     table.add_column("rule", overflow="fold")
-    start = low = high = 0
+    start = 0
     for name, layer in layers.items():
         (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
         width = d_out + d_in
-        lowest, highest = final[name]
-        start, low, high = start + rank * width, low + lowest * width, high + highest * width
+        start += rank * width
         pinned = " (pinned)" if layer.pinned else ""
         table.add_row(
             name,
             f"{d_out} x {d_in}",
             str(rank),
-            f"{_span(lowest, highest)}{pinned}",
+            f"{span(final[name])}{pinned}",
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",
             f"{rank * width:,}",
-            _span(lowest * width, highest * width),
+            span([end * width for end in final[name]]),
             layer.rule or "lora.rank",
         )
     table.add_section()
-    table.add_row(f"{len(layers)} layers", "", "", "", "", "", f"{start:,}", _span(low, high), "")
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)  # a file or a pipe has room for whole names
-    console.print(table)
+    table.add_row(
+        f"{len(layers)} layers",
+        "",
+        "",
+        "",
+        "",
+        "",
+        f"{start:,}",
+        span(final_parameters(model, job.scheduler.stages)),
+        "",
+    )
+    table_console().print(table)
 
 
-def _span(low: int, high: int) -> str:
-    """One number, or two where the data will decide."""
-    return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+def print_peft_config(config: DictConfig) -> None:
+    """Print the PEFT LoraConfig that starts where the composed run starts: same layers, ranks and scalings.
+
+    Raises:
+        ConfigurationError: as the run itself would.
+    """
+    model: Any = build(config, on_meta=True).module.model
+    layers = own_layers(model)
+    settings = make_config(
+        {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
+        target_modules=target_modules(model, layers),
+        modules_to_save=trained_heads(model, layers),
+        dropout=config.lora.dropout,
+        base="",
+    )
+    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save")
+    arguments = ",\n".join(f"    {key}={pformat(settings[key], sort_dicts=False)}" for key in keys)
+    print(f"LoraConfig(\n{arguments},\n)")

@@ -10,6 +10,7 @@ from torch import nn
 
 from dynrank.callbacks import RankEvent, RunMeter
 from dynrank.callbacks.run_meter import peak_memory_bytes
+from dynrank.console import span
 from dynrank.layers.inject import lora_layers
 from dynrank.linalg import singular_values
 from dynrank.rank_map import RankRule, dump_rank_map
@@ -71,8 +72,7 @@ def draw(model: nn.Module, history: Sequence[RankEvent], ranks_at_start: Mapping
 
 
 def _ranks(layers: Any, field: str) -> str:
-    ranks = {getattr(layer, field) for layer in layers}
-    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}"
+    return span({getattr(layer, field) for layer in layers})
 
 
 def print_summary(summary: Mapping[str, Any], folder: Path) -> None:

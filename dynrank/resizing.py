@@ -113,8 +113,8 @@ def resize(
         layer = layers[name]
         layer.set_factors(change.lora_A, change.lora_B)
         for optimizer in optimizers:
-            change_state(optimizer, layer.lora_A, change.from_B.mT, 0, optimizer_state)
-            change_state(optimizer, layer.lora_B, change.from_A, 1, optimizer_state)
+            change_state(optimizer, layer.lora_A, change.from_A, change.from_B.mT, 0, optimizer_state)
+            change_state(optimizer, layer.lora_B, change.from_B.mT, change.from_A, 1, optimizer_state)
     sync_peft_configs(model)
     return reports
 

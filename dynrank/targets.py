@@ -5,14 +5,14 @@ A shrink never raises a rank and a growth never lowers one; both stay within the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import ceil, cos, floor, pi
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dynrank.allocation import allocate, rank_choices
+from dynrank.allocation import allocate
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, numerical_rank
 
@@ -311,7 +311,7 @@ class Budget:
         share: the same as a share of the parameters now, in (0, 1]; the lowest ranks are kept in any case.
         lowest: rank that every layer keeps (one that has less stays).
         highest: rank that no layer exceeds; None: its rank now.
-        multiple: of which ranks are multiples.
+        multiple: of which new ranks are multiples; a layer may also stay as it is.
         score: "energy", or "sensitivity": AdaLoRA's importance of a direction (arXiv:2303.10512, equations 8 to 11).
 
     Raises:
@@ -334,7 +334,7 @@ class Budget:
                 "set schedule.parameters or schedule.share, and the other to null"
             )
         if self.parameters is not None:
-            _check_int(self, "parameters", 1)
+            _check_int(self, "parameters", 0)
         else:
             _check_share(self, "share")
         if self.highest is not None:
@@ -351,15 +351,15 @@ class Budget:
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         states = list(layers.values())
-        budget = self.given_parameters(layers)
+        gains, choices = [self._gains(layer) for layer in states], [self._choices(layer) for layer in states]
+        budget = self.pool(layers)
         if self.parameters is None:
             budget = max(budget, self.floor_parameters(layers))
-        gains = [self._gains(layer) for layer in states]
-        chosen = allocate(gains, [layer.cost for layer in states], [self._choices(layer) for layer in states], budget)
+        chosen = allocate(gains, [layer.cost for layer in states], choices, budget)
         return dict(zip(layers, chosen, strict=True))
 
-    def given_parameters(self, layers: Mapping[str, LayerState]) -> int:
-        """The pool: parameters of all layers together after the change."""
+    def pool(self, layers: Mapping[str, LayerState]) -> int:
+        """Parameters that may be shared out to ``layers``."""
         if self.parameters is not None:
             return self.parameters
         now = sum(layer.rank * layer.cost for layer in layers.values())
@@ -377,13 +377,15 @@ class Budget:
         top = highest if self.highest is None else min(highest, self.highest)
         return _too_high("lowest", self.lowest, highest) or _no_multiple(self.multiple, self.lowest, top)
 
-    def _choices(self, layer: LayerState) -> Sequence[int]:
-        top = min(layer.rank, layer.highest, layer.rank if self.highest is None else self.highest)
+    def _choices(self, layer: LayerState) -> list[int]:
+        """Multiples below the rank now, and staying as it is."""
         low = max(self.lowest, layer.lowest)
+        top = min(layer.highest, layer.rank if self.highest is None else self.highest)
         if layer.rank <= low or layer.lowest == layer.highest:  # a layer that has less than the least stays
             return [layer.shrunk(layer.rank)]
-        top = max(low, top)
-        return [top] if _no_multiple(self.multiple, low, top) else rank_choices(low, top, self.multiple)
+        below = [*range(_up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
+        choices = [*below, layer.rank] if layer.rank <= top else below
+        return choices or [max(low, top)]  # a layer's own bounds come first
 
     def _gains(self, layer: LayerState) -> list[float]:
         if self.score == "energy":

@@ -2,7 +2,8 @@
 
 Both models live in one process; their training steps are interleaved and the ratio of each pair is taken, so that a
 noisy machine disturbs both alike. Prints the median ratio with its quartiles; then the same for rank 32, and for a
-second model of rank 16, which shows the noise.
+second model of rank 16, which shows the noise; and for a model of rank 32 whose statistics for the metrics output and
+loss are being collected, beside one that is not measured.
 Run: .venv/bin/python scripts/bench_step.py [--pairs N]
 """
 
@@ -17,6 +18,7 @@ import torch
 import transformers
 
 from dynrank import add_lora, lora_layers, resize
+from dynrank.statistics import Grams
 from dynrank.tasks.pretrained import load_classifier, model_source
 
 
@@ -42,14 +44,20 @@ def main() -> None:
         ratios = _paired_ratios(step, fresh, options.pairs)
         low, median, top = statistics.quantiles(ratios, n=4)
         print(f"step time, rank {label:<17} / rank 16 from the start: {median:.3f} (quartiles {low:.3f} to {top:.3f})")
+    ratios = _paired_ratios(_stepper(32, options, measured=True)[0], high, options.pairs)
+    low, median, top = statistics.quantiles(ratios, n=4)
+    print(f"step time, rank 32 while statistics are collected / not: {median:.3f} (quartiles {low:.3f} to {top:.3f})")
 
 
-def _stepper(rank: int, options: argparse.Namespace) -> tuple[Callable[[], None], Callable[[int], None]]:
+def _stepper(
+    rank: int, options: argparse.Namespace, *, measured: bool = False
+) -> tuple[Callable[[], None], Callable[[int], None]]:
     """A function that makes one training step of MiniLM, and one that changes its rank."""
     torch.manual_seed(0)
     model = load_classifier(model_source("minilm"), num_labels=100).train()
     add_lora(model, rank=rank, alpha=2 * rank, modules_to_save=["classifier"])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    grams = Grams(dict(lora_layers(model)), window=20) if measured else None
     ids = torch.randint(1000, 20000, (options.batch, options.length))
     labels = torch.randint(0, 100, (options.batch,))
 
@@ -57,6 +65,8 @@ def _stepper(rank: int, options: argparse.Namespace) -> tuple[Callable[[], None]
         optimizer.zero_grad()
         model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
+        if grams is not None:
+            grams.end_step()
 
     def change(new_rank: int) -> None:
         resize(model, new_rank, optimizers=[optimizer])

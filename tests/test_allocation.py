@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynrank.allocation import allocate, rank_choices
+from dynrank.allocation import allocate
 from dynrank.errors import ConfigurationError
 
 # small integers make sums exact and ties frequent; the decimals make them rounded
@@ -26,7 +26,7 @@ def problems(draw, layers=4, irregular=True):
             choices.append(sorted(draw(st.sets(st.integers(1, 8), min_size=1, max_size=5))))
         else:
             low, multiple = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-            choices.append(rank_choices(low, low + multiple + draw(st.integers(0, 4)), multiple))
+            choices.append(range(low + -low % multiple, low + multiple + draw(st.integers(0, 4)) + 1, multiple))
     low, high = (sum(c * pick(ranks) for c, ranks in zip(costs, choices, strict=True)) for pick in (min, max))
     return gains, costs, choices, draw(st.integers(low, high + 3))
 
@@ -144,14 +144,3 @@ def test_allocate_refuses_gains_of_another_kind(row):
 def test_allocate_refuses_lists_that_do_not_fit(costs, choices):
     with pytest.raises(ConfigurationError):
         allocate([[1.0], [1.0]], costs, choices, 9)
-
-
-def test_rank_choices_are_the_multiples_in_the_interval():
-    assert list(rank_choices(1, 5, 1)) == [1, 2, 3, 4, 5]
-    assert list(rank_choices(8, 24, 8)) == [8, 16, 24]
-
-
-@pytest.mark.parametrize("values", [(5, 7, 8), (4, 3, 1), (0, 4, 1), (1, 4, 0)])
-def test_rank_choices_refuse_what_leaves_none(values):
-    with pytest.raises(ConfigurationError):
-        rank_choices(*values)

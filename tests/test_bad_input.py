@@ -4,7 +4,10 @@ import re
 import sys
 
 import pytest
+from torch import nn
+from transformers import AutoModelForSequenceClassification
 
+import dynrank
 from dynrank import cli, train
 
 
@@ -63,7 +66,7 @@ CASES = [
     (["schedule.deadline=2"], ["2", "schedule.deadline"]),
     (["schedule.trigger.patience=0"], ["patience", "0"]),
     (["schedule.trigger.mode=lowest"], ["lowest", "schedule.trigger.mode"]),
-    (["schedule.metric=loss"], ["loss", "schedule.metric"]),
+    (["schedule.metric=los"], ["los", "schedule.metric"]),
     (["+logger.x={_target_: os.system}"], ["os.system"]),
 ]
 
@@ -81,10 +84,44 @@ def test_train_refuses(launch, tmp_path, overrides, named):
     assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".ckpt", ".safetensors", ".csv")]
 
 
+SCHEDULES = [
+    (["schedule.gauge=free"], ["free", "schedule.gauge"]),
+    (["schedule.trigger.monitor=''"], ["schedule.trigger.monitor"]),
+    (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
+    (["schedule.metric=loss", "schedule.window=0"], ["stage 1", "window", "0", "schedule.window"]),
+    (["optimizer.warmup_steps=10"], ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"]),
+    (["schedule=milestones", "schedule.ranks=[16,24,8]"], ["stage 2", "24", "schedule.ranks[1]"]),
+    (["schedule=milestones", "schedule.at=[0.5,0.4,0.7]"], ["0.5, 0.4", "schedule.at"]),
+    (["schedule=milestones", "schedule.unit=step", "schedule.at=[1,2,30]"], ["stage 3", "30", "12"]),
+    (["schedule=budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
+    (["schedule=budget", "schedule.lowest=40"], ["stage 1", "lowest", "40", "schedule.lowest"]),
+    (["schedule=budget", "schedule.multiple=48"], ["stage 1", "multiple", "48"]),
+    (["schedule=energy", "schedule.share=1.5"], ["1.5", "schedule.share"]),
+    (["schedule=grow", "schedule.final_rank=400"], ["stage 1", "400", "384", "schedule.final_rank"]),
+    (["schedule=grow", "schedule.final_rank=16"], ["stage 1", "16", "32", "schedule.final_rank"]),
+    (["schedule=grow_then_shrink", "schedule.final_rank=65"], ["stage 2", "65", "64", "schedule.final_rank"]),
+    (["schedule=squeeze_then_tune", "schedule.tune=0"], ["0", "schedule.tune"]),
+    (["schedule=anneal", "schedule.shape=round"], ["round", "schedule.shape"]),
+    (["schedule=one_stage", "schedule/trigger=epoch", "schedule.trigger.epoch=x"], ["x", "schedule.trigger.epoch"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), SCHEDULES, ids=lambda value: " ".join(value))
+def test_schedule_is_refused_before_weights_load(launch, monkeypatch, overrides, named):
+    def load(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
         (["optimizer.name=Adagrad"], ["Adagrad", "optimizer.name", "schedule.optimizer_state=reset"]),
         (["optimizer.name=Adamw"], ["Adamw", "optimizer.name"]),
     ],
@@ -104,6 +141,65 @@ def test_ranks_refuses_as_the_run_would(launch, overrides):
     assert code == 2
     assert message.startswith("error: ")
     assert re.search(r"lora\.rank|quary|nonsense", message)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A small adapter on disk, rank 4."""
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 8)), rank=4)
+    dynrank.save_adapter(model, tmp_path / "adapter")
+
+
+SQUEEZE = [
+    # (options, what the message must name)
+    ([], ["--rank", "--energy", "--budget", "none"]),
+    (["--rank", "2", "--energy", "0.5"], ["--rank 2", "--energy 0.5"]),
+    (["--rank", "0"], ["--rank", "0"]),
+    (["--rank", "two"], ["--rank", "two"]),
+    (["--rank", "2", "--multiple", "8"], ["--multiple", "8", "--rank 2"]),
+    (["--energy", "1.5"], ["--energy", "1.5"]),
+    (["--energy", "0"], ["--energy", "0.0"]),
+    (["--energy", "nan"], ["--energy", "nan"]),
+    (["--energy", "0.9", "--lowest", "0"], ["--lowest", "0"]),
+    (["--budget", "13"], ["--budget", "13", "14"]),
+    (["--budget", "0"], ["--budget", "0", "14"]),
+    (["--budget", "150%"], ["--budget", "150%"]),
+    (["--budget", "half"], ["--budget", "half"]),
+    (["--budget=-5"], ["--budget", "-5"]),
+    (["--rank", "2", "--out", "adapter"], ["--out", "adapter"]),
+    (["--rank", "2", "--out", "used"], ["--out", "used"]),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), SQUEEZE, ids=lambda value: " ".join(value))
+@pytest.mark.usefixtures("adapter")
+def test_squeeze_refuses(launch, tmp_path, options, named):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    code, message = launch(cli.main, "squeeze", "adapter", *([] if "--out" in options else ["--out", "out"]), *options)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [["squeeze", "absent", "--rank", "2", "--out", "out"], ["inspect", "absent"]])
+def test_squeeze_and_inspect_refuse_a_folder_without_adapter(launch, tmp_path, command):
+    code, message = launch(cli.main, *command)
+    assert code == 2
+    assert message.startswith("error: cannot read the adapter 'absent")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plot", ["spectra.txt", "missing/spectra.png"])
+@pytest.mark.usefixtures("adapter")
+def test_inspect_refuses_a_picture_that_cannot_be_written(launch, plot):
+    code, message = launch(cli.main, "inspect", "adapter", "--plot", plot)
+    assert code == 2
+    assert "--plot" in message
+    assert plot in message
 
 
 def test_train_refuses_a_folder_that_holds_a_run(launch, tmp_path):

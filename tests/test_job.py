@@ -58,7 +58,6 @@ def test_summary_has_the_fields_of_the_contract(summary):
 
 
 # peft 0.21 asks transformers 5.24 for a name that is on its way out
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_adapter_gives_equal_logits_in_peft_and_here(smoke_run):
     folder, _ = smoke_run
     module = TermClassifier.load_from_checkpoint(folder / "checkpoints" / "last.ckpt").eval()

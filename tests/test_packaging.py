@@ -71,7 +71,10 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-@pytest.mark.parametrize("arguments", [("dynrank",), ("dynrank", "ranks"), ("dynrank-train",)], ids=" ".join)
+COMMANDS = [("dynrank",), *(("dynrank", name) for name in ("ranks", "squeeze", "inspect")), ("dynrank-train",)]
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_help_is_fast_because_torch_is_not_imported(arguments, tmp_path):
     command = [
         sys.executable,

@@ -19,7 +19,7 @@ def run(command, folder):
 
 
 def test_every_block_runs_as_printed(tmp_path):
-    assert [language for language, _ in BLOCKS] == ["sh", "python", "yaml", "sh"]
+    assert [language for language, _ in BLOCKS] == ["sh", "python", "python", "yaml", "sh", "python", "sh"]
     printed = {}
     for index, (language, text) in enumerate(BLOCKS):
         if language == "yaml":
@@ -31,7 +31,11 @@ def test_every_block_runs_as_printed(tmp_path):
     assert "24 → 8" in printed[0]
     assert "[(8, 4), (8, 4)]" in printed[1]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
-    assert "37 layers" in printed[3]
+    assert printed[2].split()[-1] == "2"
+    assert "37 layers" in printed[4]
+    assert printed[5].split() == ["loss"]
+    assert (tmp_path / "spectra.png").is_file()
+    assert "parameters" in printed[6]
 
 
 def test_files_and_keys_named_in_the_readme_exist():

@@ -3,6 +3,7 @@
 from dynrank.callbacks.rank_monitor import RankMonitor
 from dynrank.callbacks.rank_scheduler import RankEvent, RankScheduler
 from dynrank.callbacks.run_meter import RunMeter
+from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.callbacks.step_seed import StepSeed
 
-__all__ = ["RankEvent", "RankMonitor", "RankScheduler", "RunMeter", "StepSeed"]
+__all__ = ["RankEvent", "RankMonitor", "RankScheduler", "RunMeter", "ScheduleFreeMode", "StepSeed"]

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
-import re
-from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from rich.table import Table
 
 from dynrank.callbacks.rank_scheduler import RankEvent, RankScheduler
+from dynrank.change_table import change_table
 from dynrank.layers.inject import lora_layers
-from dynrank.resizing import LayerReport
 
 FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
 
@@ -102,44 +100,5 @@ class RankMonitor(Callback):
     @rank_zero_only
     def _print(self, event: RankEvent) -> None:
         verb = "taken back" if event.undone else "change"
-        table = Table(title=f"rank {verb} at step {event.step}: {event.reason}")
-        for heading in ("layers", "count", "rank", "energy kept (min)", "params saved"):
-            table.add_column(heading, justify="left" if heading == "layers" else "right", overflow="fold")
-        for group, layers in group_layers(event.layers).items():
-            table.add_row(group.removeprefix(self.prefix), *_summary(layers))
-        table.add_section()
-        table.add_row("all", *_summary(event.layers))
-        Console().print(table)
-
-
-def group_layers(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """Reports by layer name without its numbers: ``h.0.attn`` and ``h.1.attn`` are one group, ``attn``.
-
-    A group is named by what follows the last number, or in full (``h.*.attn``) where that would name two.
-    """
-    groups: dict[str, list[LayerReport]] = {}
-    for layer in layers:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.layer), []).append(layer)
-    short = [name.rpartition("*.")[2] for name in groups]
-    return {
-        tail if short.count(tail) == 1 else name: members
-        for tail, (name, members) in zip(short, groups.items(), strict=True)
-    }
-
-
-def _summary(layers: Iterable[LayerReport]) -> tuple[str, str, str, str]:
-    layers = list(layers)
-    before, after = ({getattr(layer, name) for layer in layers} for name in ("rank_before", "rank_after"))
-    energy = [layer.energy_kept for layer in layers]
-    return (
-        str(len(layers)),
-        f"{_span(before)} → {_span(after)}",
-        f"{sum(energy) / len(energy):.3f} ({min(energy):.3f})" if energy else "",
-        f"{sum(layer.parameters_saved for layer in layers):,}",
-    )
-
-
-def _span(ranks: set[int]) -> str:
-    if not ranks:
-        return "-"
-    return str(min(ranks)) if len(ranks) == 1 else f"{min(ranks)}-{max(ranks)}"
+        layers = [replace(layer, layer=layer.layer.removeprefix(self.prefix)) for layer in event.layers]
+        Console().print(change_table(f"rank {verb} at step {event.step}: {event.reason}", layers))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from transformers import get_scheduler
 
 from dynrank.errors import ConfigurationError
 
+ELSEWHERE = {  # optimizers that are not torch's: the module that has them
+    "bitsandbytes.Adam8bit": "bitsandbytes.optim",
+    "bitsandbytes.AdamW8bit": "bitsandbytes.optim",
+    "schedulefree.AdamWScheduleFree": "schedulefree",
+}
 DECAYS = ("constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
 
 
@@ -35,7 +41,8 @@ def make_optimizer(
         adapter: parameters trained at ``lr``.
         head: parameters trained at ``head_lr`` (a fresh head takes more than an adapter of a pre-trained model).
         total_steps: optimizer steps of the run.
-        name: a class of torch.optim.
+        name: a class of torch.optim, or one of ``ELSEWHERE``; a schedule-free one needs the callback
+            :class:`dynrank.callbacks.ScheduleFreeMode`.
         lr: peak learning rate.
         head_lr: that of the head.
         weight_decay: passed on.
@@ -45,11 +52,9 @@ def make_optimizer(
         options: further keyword arguments of the optimizer.
 
     Raises:
-        ConfigurationError: if a value cannot be used.
+        ConfigurationError: if a value cannot be used, or the optimizer's package is not installed.
     """
-    cls: Any = getattr(torch.optim, name, None)
-    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
-        raise ConfigurationError(f"optimizer.name must be a class of torch.optim, got {name!r}")
+    make = _optimizer_class(name)
     if warmup_steps < 0 or not 0 <= decay_share <= 1:
         raise ConfigurationError(
             f"optimizer.warmup_steps must be at least 0 and optimizer.decay_share in [0, 1], "
@@ -57,14 +62,30 @@ def make_optimizer(
         )
     if decay not in DECAYS:
         raise ConfigurationError(f"optimizer.decay must be one of {DECAYS}, got {decay!r}")
-    make: Any = cls
     try:
         groups: list[dict[str, Any]] = [{"params": list(adapter)}, {"params": list(head), "lr": head_lr}]
         optimizer: torch.optim.Optimizer = make(groups, lr=lr, weight_decay=weight_decay, **options)
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"torch.optim.{name} does not take these values: {error}; set optimizer") from error
+        raise ConfigurationError(f"optimizer {name} does not take these values: {error}; set optimizer") from error
     extra = {}
     if decay == "warmup_stable_decay":
         extra = {"num_decay_steps": round(decay_share * total_steps), "decay_type": "linear"}
     scheduler = get_scheduler(decay, optimizer, warmup_steps, total_steps, scheduler_specific_kwargs=extra)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _optimizer_class(name: str) -> Any:
+    if name in ELSEWHERE:
+        try:
+            return getattr(import_module(ELSEWHERE[name]), name.rpartition(".")[2])
+        except ImportError as error:
+            package = name.partition(".")[0]
+            raise ConfigurationError(
+                f"optimizer.name={name} needs {package} ({error}): pip install {package}, or 'dynrank[optimizers]'"
+            ) from error
+    cls = getattr(torch.optim, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise ConfigurationError(
+            f"optimizer.name must be a class of torch.optim or one of {sorted(ELSEWHERE)}, got {name!r}"
+        )
+    return cls

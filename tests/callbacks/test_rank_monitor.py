@@ -4,25 +4,11 @@ import lightning
 import pytest
 import torch
 
+import dynrank
 from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter
-from dynrank.callbacks.rank_monitor import group_layers
-from dynrank.resizing import LayerReport
-from dynrank.schedules import after_convergence
-
-
-def report(name):
-    return LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), 10)
-
-
-def test_layers_are_grouped_by_their_name_without_numbers():
-    names = ["m.h.0.attn.q", "m.h.11.attn.q", "m.h.0.mlp", "m.head"]
-    groups = group_layers(report(name) for name in names)
-    assert {name: len(layers) for name, layers in groups.items()} == {"attn.q": 2, "mlp": 1, "m.head": 1}
-
-
-def test_groups_keep_their_full_names_where_the_short_ones_collide():
-    groups = group_layers(report(name) for name in ["encoder.0.q", "decoder.0.q"])
-    assert set(groups) == {"encoder.*.q", "decoder.*.q"}
+from dynrank.schedules import How, Stage, after_convergence
+from dynrank.targets import Rank
+from dynrank.triggers import At
 
 
 def test_monitor_records_prints_and_logs_the_change(regression, tmp_path, capsys):
@@ -44,6 +30,42 @@ def test_monitor_records_prints_and_logs_the_change(regression, tmp_path, capsys
     with (tmp_path / "metrics.csv").open(newline="") as opened:
         means = [float(row["rank/mean"]) for row in csv.DictReader(opened) if row.get("rank/mean")]
     assert means == [6.0, 3.0]
+
+
+def test_prediction_is_recorded_before_the_change_and_is_what_happens(regression, tmp_path):
+    module_class, data, trainer = regression
+    predictions, history = tmp_path / "predictions.csv", tmp_path / "history.csv"
+
+    class Spy(lightning.Callback):
+        def on_rank_prediction(self, trainer, pl_module, event):
+            self.ranks = [layer.rank for _, layer in dynrank.lora_layers(pl_module)]
+            self.deltas = [layer.delta_weight().detach().double() for _, layer in dynrank.lora_layers(pl_module)]
+
+    spy, scheduler = Spy(), RankScheduler([Stage(At(step=5), Rank(2))])
+    monitor = RankMonitor(history, prediction_file=predictions)
+    module = module_class()
+    check = Spy()
+    check.on_rank_change = lambda trainer, pl_module, event: check.on_rank_prediction(trainer, pl_module, event)
+    check.on_rank_prediction = Spy.on_rank_prediction.__get__(check)
+    trainer(callbacks=[scheduler, spy, check, monitor], max_steps=8).fit(module, *data())
+    assert spy.ranks == [6, 6]
+    assert predictions.read_text() == history.read_text()
+    with predictions.open(newline="") as opened:
+        errors = [float(row["predicted_error"]) for row in csv.DictReader(opened)]
+    made = [float((old - new).norm()) for old, new in zip(spy.deltas, check.deltas, strict=True)]
+    assert errors == pytest.approx(made, rel=1e-4)  # float32 factors
+
+
+def test_change_taken_back_is_recorded_as_such(regression, tmp_path, capsys):
+    module_class, data, trainer = regression
+    scheduler = RankScheduler([Stage(At(step=15), Rank(1))], How(max_regression=0.0))
+    monitor = RankMonitor(tmp_path / "history.csv")
+    trainer(callbacks=[scheduler, monitor], max_steps=20).fit(module_class(), *data())
+    with (tmp_path / "history.csv").open(newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert len(rows) == sum(len(event.layers) for event in scheduler.history)
+    assert all(row["reason"].startswith("undone: val/loss") for row in rows)
+    assert "rank taken back at step 15" in capsys.readouterr().out
 
 
 def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(regression, tmp_path):

@@ -32,7 +32,6 @@ from dynrank.triggers import Plateau
 
 pytestmark = [
     # PEFT 0.21 on transformers 5: an attribute that transformers has renamed.
-    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # PEFT says so of every Conv1D, and of a Linear beside one, and sets the flag itself.
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to (True|False):UserWarning"),
     # PEFT on an adapted embedding that is tied, and on the base weight that it saves along.

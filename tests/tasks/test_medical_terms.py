@@ -108,7 +108,6 @@ ARCHITECTURES = {
 
 
 # peft 0.21 asks transformers 5.24 for a name that is on its way out
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_any_architecture_in_a_folder_trains_and_exports(architecture, data, tmp_path):
     folder = tmp_path / "model"

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -46,6 +48,8 @@ def test_head_rate_keeps_its_proportion(decay):
     [
         ({"name": "Adamw"}, "optimizer.name"),
         ({"name": "functional"}, "optimizer.name"),
+        ({"name": "bitsandbytes.Lion8bit"}, "optimizer.name"),
+        ({"name": "schedulefree.sys"}, "optimizer.name"),
         ({"decay": "exponential"}, "optimizer.decay"),
         ({"options": {"momentum": 0.9}}, "momentum"),
         ({"lr": -1.0}, "learning rate"),
@@ -54,3 +58,26 @@ def test_head_rate_keeps_its_proportion(decay):
 def test_unusable_value_is_refused(values, key):
     with pytest.raises(ConfigurationError, match=key):
         rates(**values)
+
+
+@pytest.mark.parametrize(
+    "name", ["bitsandbytes.Adam8bit", "bitsandbytes.AdamW8bit", "schedulefree.AdamWScheduleFree", "Adafactor", "Muon"]
+)
+def test_optimizers_of_this_and_other_packages_are_made_by_name(name):
+    adapter, head = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    made = make_optimizer([adapter], [head], 100, **{**VALUES, "name": name, "warmup_steps": 0})
+    assert type(made["optimizer"]).__name__ == name.rpartition(".")[2]
+    assert [group["lr"] for group in made["optimizer"].param_groups] == [0.1, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [
+        ("bitsandbytes.AdamW8bit", "bitsandbytes.optim", "bitsandbytes"),
+        ("schedulefree.AdamWScheduleFree", "schedulefree", "schedulefree"),
+    ],
+)
+def test_missing_package_is_an_error_that_says_what_to_install(name, module, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)  # as Python does for what cannot be imported
+    with pytest.raises(ConfigurationError, match=rf"optimizer.name={name} .*pip install {package}"):
+        rates(name=name)

@@ -1,0 +1,23 @@
+"""Where tables are printed, and how they write a range."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from rich.console import Console
+
+
+def table_console() -> Console:
+    """The terminal; or, for a file or a pipe, lines with room for whole names of layers."""
+    console = Console()
+    return console if console.is_terminal else Console(width=180)
+
+
+def span(numbers: Collection[int]) -> str:
+    """One number, or the smallest and the largest of several.
+
+    >>> span([16]), span([1, 4000, 2])
+    ('16', '1-4,000')
+    """
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,}-{high:,}"

@@ -1,0 +1,95 @@
+"""The average of schedule-free, here from its definition: the mean of all the points z, at a constant rate."""
+
+import pytest
+import schedulefree
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from dynrank.callbacks import RankScheduler, ScheduleFreeMode, StepSeed
+from dynrank.schedules import after_convergence
+
+NAME = "net.2.lora_A"
+
+
+@pytest.fixture
+def module_class(regression):
+    class ScheduleFree(regression[0]):
+        """Keeps what one factor is in training and in validation, and every z."""
+
+        def __init__(self):
+            super().__init__()
+            self.trained, self.validated, self.z = [], [], []
+
+        def configure_optimizers(self):
+            optimizer = schedulefree.AdamWScheduleFree([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+            optimizer.register_step_post_hook(lambda o, *_: self.z.append(o.state[self.factor]["z"].clone()))
+            return optimizer
+
+        @property
+        def factor(self):
+            return self.get_parameter(NAME)
+
+        def training_step(self, batch, batch_idx):
+            self.trained.append(self.factor.detach().clone())
+            return super().training_step(batch, batch_idx)
+
+        def validation_step(self, batch, batch_idx):
+            self.validated.append(self.factor.detach().clone())
+            super().validation_step(batch, batch_idx)
+
+        def average(self, steps):
+            return torch.stack(self.z[:steps]).mean(0)
+
+    return ScheduleFree
+
+
+def test_validation_checkpoint_and_result_are_the_average(regression, module_class, tmp_path):
+    _, data, trainer = regression
+    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    fitted = trainer(
+        callbacks=[ScheduleFreeMode(), saving], enable_checkpointing=True, max_steps=10, val_check_interval=5
+    )
+    module = module_class()
+    start = module.factor.detach().clone()
+    fitted.fit(module, *data())
+    assert torch.equal(module.validated[0], start)  # the sanity check, two batches of which there are
+    for steps, value in ((5, module.validated[-4]), (10, module.validated[-1]), (10, module.factor.detach())):
+        torch.testing.assert_close(value, module.average(steps))
+    for steps in (4, 8):
+        checkpoint = torch.load(tmp_path / f"step={steps}.ckpt", weights_only=True)
+        torch.testing.assert_close(checkpoint["state_dict"][NAME], module.average(steps))
+        assert not checkpoint["optimizer_states"][0]["param_groups"][0]["train_mode"]
+    for steps in range(2, 10):  # gradients are taken at 0.9 average + 0.1 z, whatever came in between
+        expected = 0.9 * module.average(steps) + 0.1 * module.z[steps - 1]
+        torch.testing.assert_close(module.trained[steps], expected)
+
+
+def test_run_across_a_drop_resumes_to_the_same_bits(regression, module_class, tmp_path):
+    _, data, trainer = regression
+
+    def train(steps, **options):
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+        callbacks = [ScheduleFreeMode(), RankScheduler(after_convergence(3, deadline=0.5)), StepSeed(0), saving]
+        module = module_class()
+        trainer(callbacks=callbacks, enable_checkpointing=True, max_steps=steps, val_check_interval=4).fit(
+            module, *data(), **options
+        )
+        return module
+
+    whole = train(16)
+    assert whole.factor.shape[0] == 3
+    for step in (4, 12):  # before and after the drop; a validation is due right after either
+        resumed = train(16, ckpt_path=tmp_path / f"step={step}.ckpt")
+        for name, value in whole.state_dict().items():
+            assert torch.equal(value, resumed.state_dict()[name]), (step, name)
+
+
+def test_a_second_validation_and_other_optimizers_are_left_alone(regression, module_class):
+    module_base, data, trainer = regression
+    fitted = trainer(callbacks=[ScheduleFreeMode()], max_steps=4)
+    module = module_class()
+    fitted.fit(module, *data())
+    result = module.factor.detach().clone()
+    fitted.validate(module, data()[1], verbose=False)
+    assert torch.equal(module.factor, result)
+    trainer(callbacks=[ScheduleFreeMode()], max_steps=4).fit(module_base(), *data())
