@@ -1,6 +1,7 @@
 """Each schedule of conf/schedule in a short but real training run, composed as on the command line."""
 
 import copy
+from importlib.resources import files
 
 import lightning
 import pytest
@@ -25,7 +26,7 @@ SHAPES = {"q_proj": (32, 32), "down_proj": (32, 64)}
 
 
 class TinyLlama(lightning.LightningModule):
-    """Learns to count on by a stride: the next token of ``a, a + d, a + 2 d, ...`` modulo the vocabulary."""
+    """Learns to count on by 1, 2 or 3: the next token of ``a, a + d, a + 2 d, ...`` modulo the vocabulary."""
 
     def __init__(self, lora):
         super().__init__()
@@ -55,12 +56,12 @@ class TinyLlama(lightning.LightningModule):
         self.log("val/loss", self.loss(batch))
 
     def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-2)
 
 
 def sequences(count, seed):
     generator = torch.Generator().manual_seed(seed)
-    start, stride = (torch.randint(1, 64, (count, 1), generator=generator) for _ in range(2))
+    start, stride = (torch.randint(1, most, (count, 1), generator=generator) for most in (64, 4))
     return TensorDataset((start + stride * torch.arange(10)) % 64)
 
 
@@ -71,7 +72,7 @@ class Witness(lightning.Callback):
         self.updates, self.snapshots = [], []
 
     def on_rank_prediction(self, trainer, module, event):
-        self.updates.append({n: layer.delta_weight().double() for n, layer in dynrank.lora_layers(module)})
+        self.updates.append({n: layer.delta_weight().detach().double() for n, layer in dynrank.lora_layers(module)})
         self.snapshots.append(
             (
                 {name: value.clone() for name, value in module.state_dict().items()},
@@ -259,8 +260,6 @@ def test_preset_follows_its_trajectory(preset_run, name):
 
 
 def test_every_preset_has_a_run():
-    from importlib.resources import files
-
     presets = {entry.name.removesuffix(".yaml") for entry in (files(CONFIG_MODULE) / "schedule").iterdir()}
     covered = {name.split(",")[0] for name in RUNS} | {"energy", "budget"}
     assert presets - {"how", "trigger", "target"} == covered
@@ -281,20 +280,18 @@ def dense_values(witness):
 @pytest.mark.parametrize("how", ["preset", "one_stage"])
 def test_energy_takes_each_layer_to_the_rank_that_keeps_its_share(preset_run, how):
     if how == "preset":
-        overrides = ["schedule=energy", "schedule.share=0.8", "schedule.lowest=2"]
+        overrides = ["schedule=energy", "schedule.share=0.95", "schedule.lowest=2"]
     else:
         overrides = [
-            "schedule=one_stage", "schedule/target=energy", "schedule.target.share=0.8", "schedule.target.lowest=2"
+            "schedule=one_stage", "schedule/target=energy", "schedule.target.share=0.95", "schedule.target.lowest=2"
         ]  # fmt: skip
     scheduler, module, witness = preset_run(*overrides, *PLATEAU_AT_12)
     expected = {}
     for name, values in dense_values(witness).items():
         kept = values.square().cumsum(0) / values.square().sum()
-        expected[name] = max(2, 1 + int((kept < 0.8).sum()))
+        expected[name] = max(2, 1 + int((kept < 0.95).sum()))
     assert [event.step for event in scheduler.history] == [12]
-    assert {name: layer.rank for name, layer in dynrank.lora_layers(module)} == {
-        name.removeprefix("model."): rank for name, rank in expected.items()
-    } or {name: layer.rank for name, layer in dynrank.lora_layers(module)} == expected
+    assert {name: layer.rank for name, layer in dynrank.lora_layers(module)} == expected
     assert len(set(expected.values())) > 1  # or the test would not tell layers apart
 
 
@@ -308,21 +305,21 @@ def test_effective_rank_takes_each_layer_to_its_own(preset_run):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "step"),
+    ("overrides", "share", "step"),
     [
-        (["schedule=budget"], 16),  # by the loss metric: decided at 12, measured over 4 steps
-        (["schedule=budget", "schedule.score=sensitivity", "schedule.metric=weight"], 16),
-        (["schedule=one_stage", "schedule/target=budget"], 12),  # by the weight metric
+        (["schedule=budget"], 0.5, 16),  # by the loss metric: decided at 12, measured over 4 steps
+        (["schedule=budget", "schedule.score=sensitivity", "schedule.metric=weight"], 0.5, 16),
+        (["schedule=one_stage", "schedule/target=budget", "schedule.target.share=0.2"], 0.2, 12),  # by weights
     ],
     ids=["loss", "sensitivity", "weight"],
 )
-def test_budget_spends_its_pool_and_no_more(preset_run, overrides, step):
+def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
     scheduler, module, _ = preset_run(*overrides, *PLATEAU_AT_12)
     (event,) = scheduler.history
     assert event.step == step
     layers = dict(dynrank.lora_layers(module))
     cost = {name: layer.lora_B.shape[0] + layer.lora_A.shape[1] for name, layer in layers.items()}
-    pool = sum(16 * c for c in cost.values()) // 2
+    pool = share * sum(16 * c for c in cost.values())
     spent = sum(layer.rank * cost[name] for name, layer in layers.items())
     assert pool - min(cost.values()) < spent <= pool
     assert len({layer.rank for layer in layers.values()}) > 1
@@ -372,13 +369,16 @@ def test_change_that_costs_too_much_is_undone_bit_for_bit_and_tried_gentler(pres
     assert all("val/loss" in event.reason for event in scheduler.history[:-1])
 
 
-def test_change_that_nothing_can_afford_leaves_the_run_as_it_was(preset_run):
-    """Every attempt is refused: the run ends with the weights of one without a schedule."""
-    allowed = ["schedule=squeeze_at_end", "schedule.final_rank=1", "schedule.max_regression=0.0"]
-    scheduler, module, witness = preset_run(*allowed)
-    _, plain_module, _ = preset_run("schedule=fixed")
-    if all(event.undone for event in scheduler.history):
-        assert_same(dict(module.state_dict()), dict(plain_module.state_dict()))
-    assert len(scheduler.history) >= 2
-    for weights, _ in witness.snapshots:
-        assert_same(weights, dict(plain_module.state_dict()))
+def test_change_that_nothing_can_afford_leaves_the_run_as_if_it_had_not_been_tried(preset_run):
+    scheduler, module, _ = preset_run(
+        "schedule=squeeze_then_tune",
+        "lora.rank=2",
+        "schedule.final_rank=1",
+        "schedule.tune=0.25",
+        "schedule.max_regression=1e-3",
+    )
+    (event,) = scheduler.history  # half of one direction is none
+    assert event.undone
+    assert scheduler.finished
+    _, untouched, _ = preset_run("schedule=fixed", "lora.rank=2")
+    assert_same(module.state_dict(), untouched.state_dict())
