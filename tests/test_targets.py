@@ -283,7 +283,8 @@ def allowed(target, state):
     if state.rank <= least:
         return [state.rank]
     top = max(least, min(top, state.highest))
-    return [k for k in range(least, top + 1) if k % target.multiple == 0 or k == state.rank] or [top]
+    below = [k for k in range(least, min(top, state.rank - 1) + 1) if k % target.multiple == 0]
+    return (below + [state.rank] if state.rank <= top else below) or [top]  # a layer may also stay as it is
 
 
 @st.composite
@@ -341,7 +342,8 @@ def test_budget_by_hand():
     assert Budget(share=900 / 1100).ranks(model) == {"wide": 2, "narrow": 3, "pinned": 2}
     assert Budget(share=1.0).ranks(model) == {"wide": 3, "narrow": 3, "pinned": 2}
     assert Budget(parameters=900, highest=2).ranks(model) == {"wide": 2, "narrow": 2, "pinned": 2}
-    assert Budget(share=1.0, multiple=2).ranks(model) == {"wide": 3, "narrow": 3, "pinned": 2}  # as they are
+    assert Budget(share=1.0, multiple=2).ranks(model) == {"wide": 3, "narrow": 3, "pinned": 2}  # none need change
+    assert Budget(parameters=1099, multiple=2).ranks(model) == {"wide": 2, "narrow": 3, "pinned": 2}
 
 
 def test_budget_by_sensitivity_reads_scores_in_any_order():
@@ -388,7 +390,7 @@ def test_budget_keeps_a_layer_that_no_multiple_fits():
         (lambda v: Budget(share=0.5, lowest=v), "lowest"),
         (lambda v: Budget(share=0.5, multiple=v), "multiple"),
         (lambda v: Budget(parameters=1, lowest=1, highest=v) if v is not None else Rank(None), "(highest|rank)"),
-        (lambda v: Budget(parameters=v) if v else Rank(None), "(parameters|rank)"),
+        (lambda v: Budget(parameters=v or -1) if v is not None else Rank(None), "(parameters|rank)"),
     ],
 )
 def test_value_that_is_no_count_names_its_key(make, name, value):

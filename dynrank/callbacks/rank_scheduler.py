@@ -123,7 +123,7 @@ class RankScheduler(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        run = self._run = _run(trainer)
+        run = self._run = _run(trainer, self.stages)
         if self._function is not None:
             if run.total_steps is None:
                 raise ConfigurationError("a function of the step needs a run of known length; set trainer.max_steps")
@@ -148,7 +148,7 @@ class RankScheduler(Callback):
         if self._resumed.get("rewarmup") is not None:
             self._rewarmup = Rewarmup(trainer.optimizers[0], *self._resumed["rewarmup"])
         if self._resumed.get("window") is not None:
-            self._open_window(pl_module, self._window_stage, trainer.global_step)
+            self._open_window(pl_module, self._window_stage)
             assert self._window is not None
             self._window.load_state_dict(self._resumed["window"])
         self._resumed = {}
@@ -170,6 +170,8 @@ class RankScheduler(Callback):
         self._follow_clock(trainer, pl_module)
         if self._pending and self._measured(trainer, pl_module):
             self._change(trainer, pl_module)
+            if not self.finished:
+                self._follow_clock(trainer, pl_module)  # the next stage may have to be measured from this step on
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -269,7 +271,7 @@ class RankScheduler(Callback):
                 and planned - self._how(self.stages[index]).window <= step
                 and not ended
             ):
-                self._open_window(pl_module, index, step)
+                self._open_window(pl_module, index)
 
     def _planned(self) -> Iterator[tuple[int, int]]:
         """(index, step) of the stages to come whose latest time is known; the last of those that share one."""
@@ -288,24 +290,25 @@ class RankScheduler(Callback):
         assert self._pending is not None
         index, layers = self._pending.stage, dict(lora_layers(pl_module))
         how = self._how(self.stages[index])
-        if not needs_of(self.stages[index], how, layers):
+        needs = needs_of(self.stages[index], how, layers)
+        if not needs:
             return True
-        if self._window is None or self._window_stage != index:
+        if self._window is None or not self._window.serves(needs):  # one opened for another stage may do
             if not ended:
-                self._open_window(pl_module, index, trainer.global_step)
+                self._open_window(pl_module, index)
             return False
         planned = self.stages[index].planned_step(self._run)
         overdue = planned is not None and planned <= trainer.global_step
         return self._window.steps >= (1 if ended or overdue else how.window)
 
-    def _open_window(self, pl_module: LightningModule, index: int, step: int) -> None:
+    def _open_window(self, pl_module: LightningModule, index: int) -> None:
         if self._window is not None:
             self._close_window()
         layers = {name: layer for name, layer in lora_layers(pl_module) if not layer.pinned}
         how = self._how(self.stages[index])
         needs = needs_of(self.stages[index], how, layers)
         if needs:
-            self._window, self._window_stage = Window(layers, needs, how.window, seed=step), index
+            self._window, self._window_stage = Window(layers, needs, how.window, seed=index), index
 
     def _close_window(self) -> None:
         assert self._window is not None
@@ -388,7 +391,9 @@ def _metric(trainer: Trainer, name: str, key: str) -> float:
     return float(metrics[name])
 
 
-def _run(trainer: Trainer) -> Run:
+def _run(trainer: Trainer, stages: Sequence[Stage]) -> Run:
+    if any(isinstance(stage.when, At) and stage.when.epoch is not None for stage in stages):
+        trainer.fit_loop.setup_data()  # Lightning loads it later, unless somebody asks for the length of the run
     total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
     per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
     return Run(None if total == float("inf") else int(total), per_epoch)

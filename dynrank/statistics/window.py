@@ -40,6 +40,13 @@ class Window:
         self.scores = Sensitivity(layers) if needs.scores else None
         self.sketch = GradientSketch(layers, needs.new_rows, seed) if needs.new_rows else None
 
+    def serves(self, needs: Needs) -> bool:
+        """Whether everything that ``needs`` names is being collected (new rows beyond those sketched are random)."""
+        opened = self.grams is not None, self.scores is not None, self.sketch is not None
+        return all(
+            has or not need for has, need in zip(opened, (needs.grams, needs.scores, needs.new_rows), strict=True)
+        )
+
     @property
     def _open(self) -> dict[str, Grams | Sensitivity | GradientSketch]:
         named = {"grams": self.grams, "scores": self.scores, "sketch": self.sketch}

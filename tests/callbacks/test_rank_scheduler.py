@@ -163,12 +163,23 @@ SCHEDULES = {
         {},
     ),
     "grown along the gradient, dropped": (
-        lambda: RankScheduler([Stage(At(step=8), GrowTo(6), how=How(new_rows="gradient", window=3)), *at(15, Rank(2))]),
+        lambda: RankScheduler(
+            [
+                *at(4, Rank(3)),
+                Stage(At(step=10), GrowTo(6), how=How(new_rows="gradient", window=4)),
+                *at(15, Rank(2)),
+            ]
+        ),
         {},
     ),
     "settled": (lambda: RankScheduler([Stage(SubspaceStable(rank=2, overlap=0.5, every=3), Energy(0.9))]), {}),
     "undone": (lambda: RankScheduler(at(9, Rank(1)), How(max_regression=0.05)), {}),
     "function": (lambda: RankScheduler(lambda step: 6 if step < 7 else 4 if step < 14 else 5), {}),
+    # each change lies within the window of the next
+    "function, measured": (
+        lambda: RankScheduler(lambda step: max(2, 6 - max(0, step - 2) // 2), How(metric="loss", window=4)),
+        {},
+    ),
 }
 
 
