@@ -54,7 +54,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     seed_everything(config.seed, verbose=False)
-    task = make(config.task)
+    task = make(config.task, "task")
     lora = {**plain(config.lora), "rank_map": pattern}
     check_monitors(scheduler.monitors, task.metrics)
     module = task.module(lora, plain(config.optimizer), on_meta=True)  # what can be refused is, before weights load
@@ -72,9 +72,9 @@ def make_scheduler(node: DictConfig) -> RankScheduler:
     Raises:
         ConfigurationError: if a value cannot be used.
     """
-    values = plain(node)  # interpolations are resolved while the node still hangs in its configuration
+    values = plain(node) or {}  # interpolations are resolved while the node still hangs in its configuration
     how = {field.name: values.pop(field.name) for field in fields(How) if field.name in values}
-    return RankScheduler(make(OmegaConf.create(values)) or [], How(**how))
+    return RankScheduler(make(OmegaConf.create(values), "schedule"), How(**how))
 
 
 def run(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Tra
         )
     )
     loggers = [CSVLogger(str(folder), name="", version="")]
-    loggers += [make(node) for node in (config.logger or {}).values()]
+    loggers += [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
     try:
         return Trainer(
             **plain(config.trainer),

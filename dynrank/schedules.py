@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from math import cos, pi
+from math import cos, isfinite, pi
 
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import GAUGES
@@ -95,7 +95,7 @@ class How:
                 raise ConfigurationError(f"{name} must be an int of at least 0, got {value!r}; set schedule.{name}")
         if self.max_regression is not None and not (_is_number(self.max_regression) and self.max_regression >= 0):
             raise ConfigurationError(
-                f"max_regression must be at least 0 or null, got {self.max_regression!r}; set schedule.max_regression"
+                f"max_regression must be a finite number of at least 0, or null, got {self.max_regression!r}; set schedule.max_regression"
             )
         if not isinstance(self.check_monitor, str) or not self.check_monitor:
             raise ConfigurationError(
@@ -135,8 +135,13 @@ class Stage:
                 f"deadline must be a share in (0, 1] or null, and null beside a fixed time, got {self.deadline!r}; "
                 "set schedule.deadline"
             )
+        if not isinstance(self.repeat, bool):
+            raise ConfigurationError(f"repeat must be true or false, got {self.repeat!r}; set schedule.repeat")
         if self.repeat and isinstance(self.when, At):
-            raise ConfigurationError(f"a time comes once, got {self.when!r} with repeat; set schedule.trigger")
+            raise ConfigurationError(
+                f"repeat must be false beside a fixed time, which comes once, got true and {self.when.reason}; "
+                "set schedule.repeat or schedule.trigger"
+            )
 
     def reach(self, low: int, high: int) -> tuple[int, int]:
         """Lowest and highest rank that a free layer of rank ``low`` to ``high`` may have after the stage."""
@@ -231,7 +236,7 @@ def stages(stages: Sequence[Stage]) -> list[Stage]:
 def one_stage(
     trigger: Trigger | At, target: Target, deadline: float | None = None, repeat: bool = False
 ) -> list[Stage]:
-    """Any trigger with any target; a deadline beside a fixed time is ignored."""
+    """Any trigger with any target; a deadline beside a fixed time has no effect."""
     return [Stage(trigger, target, _unless_timed(trigger, deadline), repeat, key="schedule.target")]
 
 
@@ -395,8 +400,17 @@ def grow_then_shrink(
 
 
 def from_function(function: RankFunction, total_steps: int) -> list[Stage]:
-    """The changes of ``function`` in a run of ``total_steps``, as stages; it's called once for each step."""
+    """The changes of ``function`` in a run of ``total_steps``, as stages; it's called once for each step.
+
+    Raises:
+        ConfigurationError: naming the first step at which it gives no rank.
+    """
     ranks = [function(step) for step in range(total_steps)]
+    for step, rank in enumerate(ranks):
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ConfigurationError(
+                f"a function from step to rank must give an int of at least 1, got {rank!r} at step {step}"
+            )
     changes = [step for step in range(total_steps) if step == 0 or ranks[step] != ranks[step - 1]]
     return [Stage(At(step=step), Exactly(ranks[step]), key=f"the function at step {step}") for step in changes]
 
@@ -455,11 +469,13 @@ def join(functions: Sequence[RankFunction], boundaries: Sequence[int]) -> RankFu
 
 
 def _unless_timed(when: Trigger | At, deadline: float | None) -> float | None:
+    if deadline is not None:
+        _check_share("deadline", deadline)
     return None if isinstance(when, At) else deadline
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def _is_share(value: float) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.utils import get_object, instantiate
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
 
@@ -13,14 +13,15 @@ from dynrank.errors import ConfigurationError
 _TRUSTED = ("dynrank.", "lightning.", "torchmetrics.", "transformers.")
 
 
-def make(node: Any) -> Any:
-    """Instantiate a configuration node whose ``_target_`` (and those below it) lie in trusted packages.
+def make(node: Any, key: str) -> Any:
+    """Instantiate the configuration node at ``key`` whose ``_target_`` (and those below it) lie in trusted packages.
 
     Raises:
-        ConfigurationError: if one does not.
+        ConfigurationError: if one does not, or the node has none.
     """
-    if node is None or not node.get("_target_"):
-        return None
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not isinstance(target, str) or not target:
+        raise ConfigurationError(f"_target_ must name what {key} makes, got {target!r}; set {key}._target_")
     _check_targets(OmegaConf.to_container(node, resolve=True))
     return instantiate(node, _convert_="all")
 

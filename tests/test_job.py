@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.job import build
+from dynrank.job import build, make_scheduler
 from dynrank.tasks.medical_terms import TermClassifier
 from dynrank.tasks.pretrained import model_source
 from dynrank.trusted import make
@@ -87,7 +87,13 @@ def test_run_prints_the_table_of_the_drop_and_the_results(smoke_run):
 def test_target_outside_the_trusted_packages_is_refused(target):
     config = dynrank.compose([f"+logger.mine={{_target_: {target}}}"])
     with pytest.raises(ConfigurationError, match="_target_"):
-        make(config.logger.mine)
+        make(config.logger.mine, "logger.mine")
+
+
+@pytest.mark.parametrize("overrides", [["~schedule._target_"], ["schedule._target_=null"], ["schedule=null"]])
+def test_schedule_that_makes_nothing_is_refused_and_not_taken_for_a_fixed_rank(overrides):
+    with pytest.raises(ConfigurationError, match=r"set schedule\._target_"):
+        make_scheduler(dynrank.compose(overrides).schedule)
 
 
 def test_missing_matplotlib_says_what_to_install(monkeypatch):

@@ -178,6 +178,7 @@ def test_presets_join_with_plus():
                 lambda v: grow(64, deadline=v),
                 lambda v: grow_then_shrink(64, 8, deadline=v),
                 lambda v: one_stage(Plateau(), Rank(4), deadline=v),
+                lambda v: one_stage(At(step=3), Rank(4), deadline=v),
             )
         ],
         (lambda: halving_on_plateau(8, factor=0), "schedule.factor"),
@@ -203,7 +204,9 @@ def test_presets_join_with_plus():
         (lambda: budget(), "schedule.share"),
         (lambda: one_stage(None, Rank(4)), "schedule.trigger"),
         (lambda: one_stage(Plateau(), None), "schedule.target"),
-        (lambda: one_stage(At(step=3), Rank(4), repeat=True), "schedule.trigger"),
+        (lambda: one_stage(At(step=3), Rank(4), repeat=True), "schedule.repeat"),
+        (lambda: one_stage(Plateau(), Rank(4), repeat="no"), "schedule.repeat"),
+        (lambda: one_stage(Plateau(), Rank(4), repeat=None), "schedule.repeat"),
         (lambda: Stage(At(step=3), Rank(4), deadline=0.5), "schedule.deadline"),
         (lambda: How(metric="wieght"), "schedule.metric"),
         (lambda: How(gauge="magic"), "schedule.gauge"),
@@ -214,6 +217,7 @@ def test_presets_join_with_plus():
         (lambda: How(rewarmup_steps=-1), "schedule.rewarmup_steps"),
         (lambda: How(max_regression=-0.1), "schedule.max_regression"),
         (lambda: How(max_regression=float("nan")), "schedule.max_regression"),
+        (lambda: How(max_regression=float("inf")), "schedule.max_regression"),
         (lambda: How(max_regression="1%"), "schedule.max_regression"),
         (lambda: How(check_monitor=""), "schedule.check_monitor"),
         (lambda: How(check_monitor=None), "schedule.check_monitor"),
@@ -286,8 +290,8 @@ def test_from_function_plays_back_any_function(ranks):
         (lambda: linear(8, 4, 0), "steps"),
         (lambda: cosine(8, 4, 0), "steps"),
         (lambda: geometric(8, 4, every=0), "every"),
-        (lambda: from_function(lambda step: 0, 3), "rank must be an int of at least 1, got 0"),
-        (lambda: from_function(lambda step: 2.5, 3), "rank must be an int of at least 1, got 2.5"),
+        (lambda: from_function(lambda step: 2 - step, 3), "function .* int of at least 1, got 0 at step 2"),
+        (lambda: from_function(lambda step: 2.5, 3), "function .* int of at least 1, got 2.5 at step 0"),
     ],
 )
 def test_functions_refuse_what_they_cannot_count(make, words):

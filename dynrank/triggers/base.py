@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from math import inf
 from typing import Any, ClassVar
 
 from dynrank.errors import ConfigurationError
@@ -16,8 +17,10 @@ def check_least(trigger: object, **least: float) -> None:
     """
     for name, limit in least.items():
         value = getattr(trigger, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= limit:
-            raise ConfigurationError(f"{name} must be at least {limit}, got {value!r}; set schedule.trigger.{name}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not limit <= value < inf:
+            raise ConfigurationError(
+                f"{name} must be finite and at least {limit}, got {value!r}; set schedule.trigger.{name}"
+            )
 
 
 def check_count(trigger: object, **least: int) -> None:

@@ -155,10 +155,9 @@ class Gap(Trigger):
         check_name(self, "train", "val")
         _check_mode(self.mode)
         check_count(self, window=1)
-        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float) or not self.threshold > 0:
-            raise ConfigurationError(
-                f"threshold must be above 0, got {self.threshold!r}; set schedule.trigger.threshold"
-            )
+        check_least(self, threshold=0)
+        if self.threshold == 0:
+            raise ConfigurationError("threshold must be above 0, got 0; set schedule.trigger.threshold")
 
     @property
     def monitors(self) -> tuple[str, ...]:  # type: ignore[override]

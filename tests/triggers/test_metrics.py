@@ -218,11 +218,12 @@ def test_warmup_hides_what_lies_before_it(kind):
         ]],
         *[(kind, name, value) for kind in (Plateau, Slope) for name, value in [
             ("monitor", ""), ("monitor", None), ("min_delta", -0.1), ("min_delta", math.nan), ("min_delta", "1%"),
+            ("min_delta", math.inf),
         ]],
         ("Plateau", "patience", 0), ("Plateau", "patience", 1.5), ("Plateau", "patience", "2"),
         ("Slope", "window", 2), ("Slope", "window", 3.5),
         ("Gap", "window", 0), ("Gap", "window", 1.5), ("Gap", "threshold", 0), ("Gap", "threshold", math.nan),
-        ("Gap", "threshold", "20%"), ("Gap", "train", ""), ("Gap", "val", 3),
+        ("Gap", "threshold", math.inf), ("Gap", "threshold", "20%"), ("Gap", "train", ""), ("Gap", "val", 3),
     ],
 )  # fmt: skip
 def test_value_out_of_range_names_its_key(kind, name, value):
