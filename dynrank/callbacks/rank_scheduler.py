@@ -10,12 +10,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from dynrank.callbacks.fit_check import check_fit, check_module
 from dynrank.callbacks.rank_change import RankEvent, change_ranks, tell
-from dynrank.callbacks.validation import measure, run_missed_validation
+from dynrank.callbacks.validation import measure, run_missed_validation, validation_metrics
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.optim import check_optimizer
 from dynrank.planning import check_model, final_ranks, layer_states, needs_of
 from dynrank.resizing import LayerReport
 from dynrank.rewarmup import Rewarmup
@@ -44,7 +44,8 @@ class RankScheduler(Callback):
     from it, whether the change is still to come, being measured, decided, or made.
 
     A layer with a final rank of its own (rank map) is never shrunk below it and ends there in the last stage; a pinned
-    layer is never touched.
+    layer is never touched. One scheduler drives one run: a trainer takes one (lists of stages add up), and the next run
+    a new one.
 
     Callbacks of the trainer that define ``on_rank_prediction(trainer, pl_module, event)`` are told of each change
     before it is made, and those with ``on_rank_change(trainer, pl_module, event)`` after it was made or undone.
@@ -85,6 +86,7 @@ class RankScheduler(Callback):
         self._window_stage = -1
         self._observed_step = self._looked_step = self._seen_step = -1
         self._checking = False
+        self._validated_step, self._validation = -1, dict[str, float]()  # what the last validation has logged
         self._rewarmup: Rewarmup | None = None
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds of things that are made when training starts
 
@@ -112,17 +114,14 @@ class RankScheduler(Callback):
         follow_checkpoint_ranks(pl_module)
         if stage != "fit":
             return
-        if not pl_module.automatic_optimization:
-            raise ConfigurationError(
-                "RankScheduler needs automatic optimization: it cannot tell when gradients are pending otherwise; "
-                "call dynrank.resize after an optimizer step of your own instead"
-            )
-        if trainer.world_size > 1:
-            raise ConfigurationError(
-                f"RankScheduler runs in one process so far, got {trainer.world_size}; set trainer.devices=1"
-            )
+        check_module(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._seen_step > 0 and trainer.global_step == 0 and not self._resumed:
+            raise ConfigurationError(
+                f"this RankScheduler is at step {self._seen_step} of another run; make a new one, of new stages, for "
+                "each run, or resume that one (ckpt_path)"
+            )
         run = self._run = _run(trainer, self.stages)
         if self._function is not None:
             if run.total_steps is None:
@@ -132,16 +131,7 @@ class RankScheduler(Callback):
             stage.planned_step(run)  # raises if the run's length is needed and nobody knows it
         if not self.history:  # what was checked at the start still holds on resume, at other ranks
             self.check_model(pl_module, run)
-        parameters = [p for _, layer in lora_layers(pl_module) for p in (layer.lora_A, layer.lora_B)]
-        for how in {self._how(stage) for stage in self.stages}:
-            for optimizer in trainer.optimizers:
-                check_optimizer(optimizer, parameters, how.optimizer_state)
-            scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-            if scaled and (how.metric == "loss" or how.new_rows == "gradient"):
-                raise ConfigurationError(
-                    "precision=16-mixed scales gradients by a factor that changes, which spoils statistics of them; "
-                    "set trainer.precision=bf16-mixed, schedule.metric=output or schedule.new_rows=orthogonal"
-                )
+        check_fit(trainer, pl_module, {self._how(stage) for stage in self.stages})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
@@ -156,7 +146,10 @@ class RankScheduler(Callback):
             run_missed_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking and trainer.state.fn == "fit" and not self._checking:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        self._validated_step, self._validation = trainer.global_step, validation_metrics(trainer)
+        if not self._checking:
             self._observe(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -189,10 +182,16 @@ class RankScheduler(Callback):
         if self._window is not None:
             self._close_window()
         if not self.finished:
+            why = f"no {self.stages[self._at].when.reason}; set schedule.deadline or train longer"
+            if self._pending:
+                why = "what its change needs was not measured before; set schedule.metric=weight or an earlier time"
             rank_zero_warn(
-                f"training ended before stage {self._at + 1} of the rank schedule: the ranks are not final, no "
-                f"{self.stages[self._at].when.reason}; set schedule.deadline or train longer"
+                f"training ended before stage {self._at + 1} of the rank schedule: the ranks are not final, {why}"
             )
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._window is not None:
+            self._window.close()  # out of the layers, which may be trained again; a checkpoint written now still has it
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
@@ -205,6 +204,8 @@ class RankScheduler(Callback):
             "window_stage": self._window_stage,
             "observed_step": self._observed_step,
             "looked_step": self._looked_step,
+            "validated_step": self._validated_step,
+            "validated": {name: self._validation[name] for name in self.monitors if name in self._validation},
             "history": [asdict(event) for event in self.history],
             "rewarmup": (ramp.steps, ramp.done) if ramp and not ramp.finished else None,
         }
@@ -222,6 +223,7 @@ class RankScheduler(Callback):
         self._at, self._window_stage = state_dict["stage"], state_dict["window_stage"]
         self._pending = _Decision(**state_dict["pending"]) if state_dict["pending"] else None
         self._observed_step, self._looked_step = state_dict["observed_step"], state_dict["looked_step"]
+        self._validated_step, self._validation = state_dict["validated_step"], dict(state_dict["validated"])
         self._resumed = {"rewarmup": state_dict["rewarmup"], "window": state_dict["window"]}
         self.history = [
             RankEvent(**{**event, "layers": tuple(LayerReport(**layer) for layer in event["layers"])})
@@ -357,13 +359,20 @@ class RankScheduler(Callback):
 
     def _validated(self, trainer: Trainer, monitor: str, changed: bool) -> float:
         """The monitored value for the weights as they are; ``changed``: since the last validation."""
-        if changed or self._observed_step != trainer.global_step:
+        if changed or self._validated_step != trainer.global_step:
             self._checking = True
             try:
                 measure(trainer)
             finally:
                 self._checking = False
-        return _metric(trainer, monitor, "schedule.check_monitor")
+        if changed:
+            self._validated_step = -1  # the change may be undone
+        if monitor not in self._validation:
+            raise ConfigurationError(
+                f"check_monitor must be a metric logged in validation, got {monitor!r}; logged: "
+                f"{sorted(self._validation)}; set schedule.check_monitor"
+            )
+        return self._validation[monitor]
 
     def _ramp(self, trainer: Trainer, steps: int) -> None:
         if steps:
@@ -396,4 +405,4 @@ def _run(trainer: Trainer, stages: Sequence[Stage]) -> Run:
         trainer.fit_loop.setup_data()  # Lightning loads it later, unless somebody asks for the length of the run
     total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
     per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
-    return Run(None if total == float("inf") else int(total), per_epoch)
+    return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)  # -1: epochs of data of unknown length

@@ -21,6 +21,11 @@ def measure(trainer: Trainer) -> None:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
+def validation_metrics(trainer: Trainer) -> dict[str, float]:
+    """What the validation that is ending has logged, training's metrics left out; call it from ``on_validation_end``."""
+    return {name: float(value) for name, value in trainer._logger_connector.metrics["callback"].items()}
+
+
 def run_validation(trainer: Trainer) -> None:
     """Validate now, with all hooks and logged metrics, and go on training."""
     val_loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector

@@ -113,6 +113,10 @@ class LoRALayer(nn.Module):
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and a pickled layer, is not observed."""
+        return {**vars(self), "_tap": None}
+
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
         """(d_out, d_in) of the update that ``base`` needs."""

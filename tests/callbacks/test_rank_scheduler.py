@@ -3,7 +3,7 @@
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
 import dynrank
@@ -174,6 +174,8 @@ SCHEDULES = {
     ),
     "settled": (lambda: RankScheduler([Stage(SubspaceStable(rank=2, overlap=0.5, every=3), Energy(0.9))]), {}),
     "undone": (lambda: RankScheduler(at(9, Rank(1)), How(max_regression=0.05)), {}),
+    # checkpoints between the validation that decides and the change that it is compared with
+    "checked at a plateau": (lambda: plateau_schedule(max_regression=0.05), {}),
     "function": (lambda: RankScheduler(lambda step: 6 if step < 7 else 4 if step < 14 else 5), {}),
     # each change lies within the window of the next
     "function, measured": (
@@ -453,6 +455,91 @@ def test_model_without_lora_layers_is_refused(regression):
     module.net.requires_grad_(True)
     with pytest.raises(ConfigurationError, match="LoRA layers"):
         train(regression, dropping(3), module=module)
+
+
+def test_scheduler_of_another_run_is_refused(regression):
+    scheduler = dropping(3, deadline=0.5)
+    train(regression, scheduler, max_steps=10)
+    with pytest.raises(ConfigurationError, match="step 10 of another run"):
+        train(regression, scheduler, max_steps=10)
+
+
+def test_same_trainer_goes_on_with_its_scheduler(regression):
+    scheduler = RankScheduler([*at(5, Rank(4)), Stage(Plateau(patience=99), Rank(2))])
+    with pytest.warns(UserWarning, match="training ended before stage 2"):
+        module, trainer = train(regression, scheduler, max_steps=10)
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    with pytest.warns(UserWarning, match="training ended before stage 2"):
+        trainer.fit(module, *regression[1]())
+    assert (trainer.global_step, len(scheduler.history), module.net[0].rank) == (12, 1, 4)
+
+
+def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(regression):
+    module_class, _, _ = regression
+
+    class Failing(module_class):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if self.global_step == 8:
+                raise ZeroDivisionError
+
+    module = Failing()
+    for growth in (False, True):
+        target, how = (GrowTo(6), How(new_rows="gradient", window=4)) if growth else (Rank(4), How("loss", window=4))
+        with pytest.raises(ZeroDivisionError):
+            train(regression, RankScheduler(at(10, target), how), module=module, max_steps=12)
+        assert [layer._tap for _, layer in dynrank.lora_layers(module)] == [None, None]
+        assert not any(layer._forward_hooks for _, layer in dynrank.lora_layers(module))
+        dynrank.resize(module, 4)
+
+
+@pytest.mark.parametrize(
+    "averaging", [WeightAveraging(), StochasticWeightAveraging(1e-3)], ids=lambda callback: type(callback).__name__
+)
+def test_averages_of_weights_are_refused(regression, averaging):
+    with pytest.raises(ConfigurationError, match=f"{type(averaging).__name__} averages"):
+        train(regression, dropping(3), extra=[averaging])
+
+
+def test_check_without_validation_is_refused(regression):
+    scheduler = RankScheduler(at(5, Rank(3)), How(max_regression=0.1))
+    with pytest.raises(ConfigurationError, match="no validation.*max_regression=null"):
+        train(regression, scheduler, limit_val_batches=0, max_steps=10)
+
+
+def test_check_of_a_training_metric_is_refused_before_the_change(regression):
+    module_class, _, _ = regression
+
+    class Logging(module_class):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/loss", loss)
+            return loss
+
+    module, how = Logging(), How(max_regression=0.1, check_monitor="train/loss")
+    for step in (5, 7):  # at a validation, and between two
+        with pytest.raises(ConfigurationError, match=r"in validation, got 'train/loss'; logged: \['val/loss'\]"):
+            train(regression, RankScheduler(at(step, Rank(3)), how), module=module, max_steps=10)
+        assert module.net[0].rank == 6
+
+
+def test_end_that_comes_unforeseen_says_what_was_not_measured(regression):
+    stop = EarlyStopping("val/loss", patience=1, min_delta=99)
+    scheduler = RankScheduler([Stage(At(fraction=1.0), Rank(2))], How(metric="loss", window=5))
+    with pytest.warns(UserWarning, match=r"not measured before; set schedule\.metric=weight"):
+        train(regression, scheduler, extra=[stop])
+
+
+def test_share_of_a_run_of_unknown_length_is_refused(regression):
+    module_class, data, trainer = regression
+    loader, _ = data()
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(loader.dataset)
+
+    stream = torch.utils.data.DataLoader(Endless(), batch_size=8)
+    with pytest.raises(ConfigurationError, match=r"share of a run .*set trainer\.max_steps"):
+        trainer(callbacks=[dropping(3, deadline=0.5)], max_epochs=2).fit(module_class(), stream, stream)
 
 
 @pytest.mark.parametrize("schedule", [None, True, "16", [16], [None]])

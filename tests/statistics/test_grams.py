@@ -1,6 +1,8 @@
 """Gram matrices against explicit sums over positions in float64, for every kind of layer and every way to run it."""
 
+import copy
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -233,6 +235,16 @@ def test_layer_is_observed_by_one_at_a_time():
     with Grams({"0": layer}), pytest.raises(RuntimeError, match="observed already"):
         Grams({"0": layer})
     Grams({"0": layer}).close()  # free again
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copies_of_an_observed_layer_are_not_observed(copied):
+    net, layer, (x, _) = adapted("linear")
+    with Grams({"0": layer}) as grams:
+        loss_of(copied(net)(x)).backward()
+        assert grams.state_dict()["0"]["rows"] == 0
+        loss_of(net(x)).backward()
+        assert grams.state_dict()["0"]["rows"] == 14
 
 
 @pytest.mark.parametrize("window", [0, -1])

@@ -1,0 +1,59 @@
+"""What of a trainer and a module is refused before the first step, because ranks could not change in such a run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+
+from dynrank.errors import ConfigurationError
+from dynrank.layers.inject import lora_layers
+from dynrank.optim import check_optimizer
+from dynrank.schedules import How
+
+
+def check_module(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse manual optimization and several processes; nothing has been set up yet.
+
+    Raises:
+        ConfigurationError: naming what is wrong.
+    """
+    if not pl_module.automatic_optimization:
+        raise ConfigurationError(
+            "RankScheduler needs automatic optimization: it cannot tell when gradients are pending otherwise; "
+            "call dynrank.resize after an optimizer step of your own instead"
+        )
+    if trainer.world_size > 1:
+        raise ConfigurationError(
+            f"RankScheduler runs in one process so far, got {trainer.world_size}; set trainer.devices=1"
+        )
+
+
+def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How]) -> None:
+    """Refuse optimizers, precisions, callbacks and missing validation that changes made as ``hows`` cannot live with.
+
+    Raises:
+        ConfigurationError: naming what is wrong and the key that fixes it.
+    """
+    for callback in trainer.callbacks if hows else ():  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise ConfigurationError(
+                f"{type(callback).__name__} averages weights over steps, which have no common shape once ranks change; "
+                "take one of the two callbacks out"
+            )
+    parameters = [p for _, layer in lora_layers(pl_module) for p in (layer.lora_A, layer.lora_B)]
+    scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+    for how in hows:
+        for optimizer in trainer.optimizers:
+            check_optimizer(optimizer, parameters, how.optimizer_state)
+        if scaled and (how.metric == "loss" or how.new_rows == "gradient"):
+            raise ConfigurationError(
+                "precision=16-mixed scales gradients by a factor that changes, which spoils statistics of them; "
+                "set trainer.precision=bf16-mixed, schedule.metric=output or schedule.new_rows=orthogonal"
+            )
+        if how.max_regression is not None and not trainer.enable_validation:
+            raise ConfigurationError(
+                f"max_regression={how.max_regression:g} validates before and after a change, and this run has no "
+                "validation; give fit() validation data, or set schedule.max_regression=null"
+            )
