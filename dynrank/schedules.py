@@ -95,7 +95,8 @@ class How:
                 raise ConfigurationError(f"{name} must be an int of at least 0, got {value!r}; set schedule.{name}")
         if self.max_regression is not None and not (_is_number(self.max_regression) and self.max_regression >= 0):
             raise ConfigurationError(
-                f"max_regression must be a finite number of at least 0, or null, got {self.max_regression!r}; set schedule.max_regression"
+                f"max_regression must be a finite number of at least 0, or null, got {self.max_regression!r}; "
+                "set schedule.max_regression"
             )
         if not isinstance(self.check_monitor, str) or not self.check_monitor:
             raise ConfigurationError(

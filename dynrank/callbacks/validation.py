@@ -22,7 +22,7 @@ def measure(trainer: Trainer) -> None:
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """What the validation that is ending has logged, training's metrics left out; call it from ``on_validation_end``."""
+    """What the validation that is ending has logged, and nothing of training's; call it from ``on_validation_end``."""
     return {name: float(value) for name, value in trainer._logger_connector.metrics["callback"].items()}
 
 
