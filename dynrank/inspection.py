@@ -116,14 +116,21 @@ def check_plot(file: Path) -> None:
         raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
     if file.suffix.lower() not in _FORMATS:
         raise ConfigurationError(f"--plot must end in one of {_FORMATS}, got {str(file)!r}")
-    if not file.parent.is_dir():
-        raise ConfigurationError(f"--plot must be in a folder that exists, got {str(file)!r}")
+    if not file.parent.is_dir() or file.is_dir():
+        raise ConfigurationError(f"--plot must be a file in a folder that exists, got {str(file)!r}")
 
 
 def plot_inspection(layers: Sequence[LayerSpectrum], file: Path) -> None:
-    """Draw all spectra, a colour for each kind of layer."""
+    """Draw all spectra, a colour for each kind of layer.
+
+    Raises:
+        ConfigurationError: if the picture cannot be written.
+    """
     from dynrank.plots import plot_spectra  # matplotlib is an extra
 
     spectra = {layer.layer: layer.singular_values for layer in layers}
     kinds = {name: re.split(r"\.\d+\.", name)[-1] for name in spectra}
-    plot_spectra(spectra, {}, "singular values of the updates", file, kinds)
+    try:
+        plot_spectra(spectra, {}, "singular values of the updates", file, kinds)
+    except OSError as error:
+        raise ConfigurationError(f"cannot write --plot {str(file)!r}: {error.strerror or error}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -63,7 +64,7 @@ def squeeze_adapter(
         A report for each layer, unchanged ones included.
 
     Raises:
-        ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free.
+        ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free or cannot be written.
     """
     source, out = Path(source), Path(out)
     _check_options(rank, energy, budget, lowest, multiple)
@@ -137,16 +138,35 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     out = out.resolve()
     part = out.parent / f".{out.name}.part"
     try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        part.mkdir(parents=True, exist_ok=True)
+        with _held(part, out):
+            try:
+                for left in part.iterdir():
+                    left.unlink()
+                yield part
+                os.rename(part, out)
+            except BaseException:
+                shutil.rmtree(part, ignore_errors=True)
+                raise
     except OSError as error:
-        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror}") from None
+        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _held(part: Path, out: Path) -> Iterator[None]:
+    """Hold ``part`` against other processes; whatever ends this one lets go of it."""
+    handle = os.open(part, os.O_RDONLY)
     try:
-        yield part
-        os.rename(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = os.path.samestat(os.fstat(handle), part.stat())  # or another process has just finished with it
+        except (BlockingIOError, FileNotFoundError):
+            mine = False
+        if not mine:
+            raise ConfigurationError(f"--out must be a folder that no other process writes to, got {str(out)!r}")
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write(adapter: StoredAdapter, ranks: Mapping[str, int], folder: Path) -> list[SqueezedLayer]:

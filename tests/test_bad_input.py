@@ -197,9 +197,10 @@ def test_squeeze_and_inspect_refuse_a_folder_without_adapter(launch, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("plot", ["spectra.txt", "missing/spectra.png"])
+@pytest.mark.parametrize("plot", ["spectra.txt", "missing/spectra.png", "folder.png", "/proc/spectra.png"])
 @pytest.mark.usefixtures("adapter")
-def test_inspect_refuses_a_picture_that_cannot_be_written(launch, plot):
+def test_inspect_refuses_a_picture_that_cannot_be_written(launch, tmp_path, plot):
+    (tmp_path / "folder.png").mkdir()
     code, message = launch(cli.main, "inspect", "adapter", "--plot", plot)
     assert code == 2
     assert "--plot" in message

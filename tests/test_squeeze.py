@@ -282,9 +282,26 @@ def test_squeeze_that_fails_in_the_middle_leaves_nothing(tmp_path, monkeypatch):
 
     truncate = dynrank.squeeze.truncate_product
     monkeypatch.setattr(dynrank.squeeze, "truncate_product", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(ConfigurationError, match="cannot write to --out .*No space left"):
         squeeze_adapter(source, tmp_path / "out", rank=2)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_squeeze_leaves_an_out_alone_that_another_is_writing(tmp_path, monkeypatch):
+    source, out, seen = by_peft("llama", tmp_path / "source"), tmp_path / "out", []
+
+    def meanwhile(*arguments):
+        with pytest.raises(ConfigurationError, match="no other process writes to"):
+            monkeypatch.undo()
+            squeeze_adapter(source, out, rank=1)
+        seen.append(sorted(path.name for path in tmp_path.iterdir()))
+        return truncate(*arguments)
+
+    truncate = dynrank.squeeze.truncate_product
+    monkeypatch.setattr(dynrank.squeeze, "truncate_product", meanwhile)
+    squeeze_adapter(source, out, rank=2)
+    assert seen == [[".out.part", "source"]]
+    assert {rank for _, rank in deltas(out).values()} == {2}
 
 
 KILLED = """
