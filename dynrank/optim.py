@@ -71,7 +71,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
         raise ConfigurationError(
             f"optimizer_state must be one of {OPTIMIZER_STATES}, got {optimizer_state!r}; set schedule.optimizer_state"
         )
-    name, rules = type(optimizer).__name__, _RULES.get(_key(optimizer))
+    name, rules = _key(optimizer).removeprefix("torch."), _RULES.get(_key(optimizer))
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError(f"optimizer {name} keeps all parameters in one vector, whose length may not change")
     if optimizer_state == "reset":

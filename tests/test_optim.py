@@ -452,7 +452,9 @@ def test_resize_refuses_an_optimizer_without_a_rule_and_changes_nothing(cls):
     optimizer = cls([p for p in net.parameters() if p.requires_grad])
     train(net, optimizer, 2)
     tensors, state = copy.deepcopy(net.state_dict()), copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ConfigurationError, match=rf"optimizer {cls.__name__}"):
+    package = cls.__module__.partition(".")[0]  # of two optimizers named AdamW only torch's is carried
+    named = cls.__name__ if package == "torch" else rf"{package}\.{cls.__name__}"
+    with pytest.raises(ConfigurationError, match=f"optimizer {named} cannot|optimizer {named} keeps"):
         dynrank.resize(net, 2, optimizers=[optimizer])
     assert all(torch.equal(value, tensors[key]) for key, value in net.state_dict().items())
     assert_close(optimizer.state_dict()["state"], state["state"], rtol=0, atol=0, allow_subclasses=False)

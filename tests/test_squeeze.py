@@ -291,8 +291,8 @@ def test_squeeze_leaves_an_out_alone_that_another_is_writing(tmp_path, monkeypat
     source, out, seen = by_peft("llama", tmp_path / "source"), tmp_path / "out", []
 
     def meanwhile(*arguments):
+        monkeypatch.undo()
         with pytest.raises(ConfigurationError, match="no other process writes to"):
-            monkeypatch.undo()
             squeeze_adapter(source, out, rank=1)
         seen.append(sorted(path.name for path in tmp_path.iterdir()))
         return truncate(*arguments)
