@@ -26,7 +26,17 @@ def plot_loss(metrics_file: Path, changes: Mapping[int, str], file: Path) -> Non
     steps, losses = _column(metrics_file, "val/loss")
     axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation")
     for step, text in changes.items():
-        axes.axvline(step, color="tab:red", linestyle="--", label=text)
+        axes.axvline(step, color="tab:red", linestyle="--", linewidth=1)
+        axes.annotate(  # in the figure's upper margin, where no curve runs
+            text,
+            (step, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            rotation=30,
+            fontsize=8,
+            color="tab:red",
+        )
     axes.legend()
     figure.savefig(file)
 
@@ -80,8 +90,13 @@ def plot_spectra(
         style = ("-", "--", ":")[index // 10 % 3]
         label = f"{kind} ({len(members)})"
         axes.plot(range(1, len(typical) + 1), typical, color=colours[kind], linewidth=2, linestyle=style, label=label)
-    for rank in sorted(set(kept.values())):
+    ranks = sorted(set(kept.values()))
+    for rank in ranks if len(ranks) <= 3 else ():
         axes.axvline(rank + 0.5, color="tab:red", linestyle="--", label=f"kept: {rank}")
+    if len(ranks) > 3:
+        axes.axvspan(
+            ranks[0] + 0.5, ranks[-1] + 0.5, color="tab:red", alpha=0.1, label=f"kept: {ranks[0]} to {ranks[-1]}"
+        )
     axes.set_yscale("log")
     if shares:  # below a millionth is rounding in float32 factors, and would flatten the rest
         axes.set_ylim(bottom=max(1e-6, 0.7 * min(values[-1] for values in shares.values())))

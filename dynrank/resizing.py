@@ -155,27 +155,28 @@ class Snapshot:
         self._model, self._layers = model, []
         for _, layer in lora_layers(model):
             states = [
-                {
-                    key: v.clone() if isinstance(v, Tensor) else v
-                    for key, v in optimizer.state.get(parameter, {}).items()
-                }
+                _copy(optimizer.state.get(parameter, {}))
                 for optimizer in self._optimizers
                 for parameter in (layer.lora_A, layer.lora_B)
             ]
             self._layers.append((layer, layer.lora_A.clone(), layer.lora_B.clone(), states))
 
     def restore(self) -> None:
-        """Put back factors, ranks and optimizer state, bit for bit; once."""
+        """Put back factors, ranks and optimizer state, bit for bit; as often as is needed."""
         for layer, lora_A, lora_B, states in self._layers:
-            layer.set_factors(lora_A, lora_B)
+            layer.set_factors(lora_A.clone(), lora_B.clone())
             saved = iter(states)
             for optimizer in self._optimizers:
                 for parameter in (layer.lora_A, layer.lora_B):
-                    state: dict[str, Any] = next(saved)
                     optimizer.state.pop(parameter, None)
+                    state = next(saved)
                     if state:
-                        optimizer.state[parameter] = state
+                        optimizer.state[parameter] = _copy(state)
         sync_peft_configs(self._model)
+
+
+def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
 
 
 def check_targets(layers: Mapping[str, RankedLayer], targets: Mapping[str, int]) -> None:

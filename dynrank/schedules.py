@@ -217,6 +217,11 @@ def fixed() -> list[Stage]:
 
 def stages(stages: Sequence[Stage]) -> list[Stage]:
     """Stages as they are given, for schedules written out in a configuration file."""
+    for i, stage in enumerate(stages):
+        if not isinstance(stage, Stage):
+            raise ConfigurationError(
+                f"a stage must be a dynrank.schedules.Stage, got {stage!r}; set schedule.stages[{i}]._target_"
+            )
     return [
         stage if stage.key != "schedule.stages" else replace(stage, key=f"schedule.stages[{i}]")
         for i, stage in enumerate(stages)

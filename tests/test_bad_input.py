@@ -100,6 +100,10 @@ SCHEDULES = [
     (["schedule=grow", "schedule.final_rank=400"], ["stage 1", "400", "384", "schedule.final_rank"]),
     (["schedule=grow", "schedule.final_rank=16"], ["stage 1", "16", "32", "schedule.final_rank"]),
     (["schedule=grow_then_shrink", "schedule.final_rank=65"], ["stage 2", "65", "64", "schedule.final_rank"]),
+    (
+        ["schedule=stages", "schedule.stages=[{_target_: dynrank.targets.Rank, rank: 8}]"],
+        ["Rank(rank=8)", "schedule.stages[0]"],
+    ),
     (["schedule=squeeze_then_tune", "schedule.tune=0"], ["0", "schedule.tune"]),
     (["schedule=anneal", "schedule.shape=round"], ["round", "schedule.shape"]),
     (["schedule=one_stage", "schedule/trigger=epoch", "schedule.trigger.epoch=x"], ["x", "schedule.trigger.epoch"]),

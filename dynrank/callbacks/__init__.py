@@ -1,7 +1,8 @@
 """Lightning callbacks; each works by itself in any LightningModule."""
 
+from dynrank.callbacks.rank_change import RankEvent
 from dynrank.callbacks.rank_monitor import RankMonitor
-from dynrank.callbacks.rank_scheduler import RankEvent, RankScheduler
+from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter
 from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.callbacks.step_seed import StepSeed

@@ -11,7 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from dynrank.callbacks.rank_scheduler import RankEvent, RankScheduler
+from dynrank.callbacks.rank_change import RankEvent
+from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.change_table import change_table
 from dynrank.layers.inject import lora_layers
 

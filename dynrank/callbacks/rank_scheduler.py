@@ -4,44 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import isfinite
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from dynrank.callbacks.rank_change import RankEvent, change_ranks, tell
 from dynrank.callbacks.validation import measure, run_missed_validation
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.optim import check_optimizer
 from dynrank.planning import check_model, final_ranks, layer_states, needs_of
-from dynrank.resizing import LayerReport, Snapshot, predict, resize
+from dynrank.resizing import LayerReport
 from dynrank.rewarmup import Rewarmup
 from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
 from dynrank.statistics import Window
 from dynrank.triggers import At, Run, Trigger
 
 LOW_RATE = 0.1  # below this share of the starting learning rate, a drop has little left to recover with
-
-
-@dataclass(frozen=True)
-class RankEvent:
-    """One change of ranks.
-
-    Attributes:
-        step: optimizer steps made before it.
-        reason: why it was made, or why it was undone.
-        layers: what it did to each layer that it changed.
-        undone: it cost too much and was taken back; the ranks are as before.
-    """
-
-    step: int
-    reason: str
-    layers: tuple[LayerReport, ...]
-    undone: bool = False
 
 
 @dataclass(frozen=True)
@@ -346,14 +328,18 @@ class RankScheduler(Callback):
             self._close_window()
         layers = dict(lora_layers(pl_module))
         targets = self._targets(layers, index, window)
-        event = self._make(trainer, pl_module, targets, reason, how, window, stage.to.multiple)
+        changed = False
+        for event in change_ranks(trainer, pl_module, targets, reason, how, window, stage.to.multiple, self._validated):
+            self.history.append(event)
+            tell(trainer, pl_module, "on_rank_change", event)
+            changed = not event.undone
         self._pending, self._at = None, index
-        if event is None or not stage.repeat or self._exhausted(dict(lora_layers(pl_module)), index):
+        if not changed or not stage.repeat or self._exhausted(dict(lora_layers(pl_module)), index):
             self._at = index + 1
         for later in self.stages[index:]:
             if isinstance(later.when, Trigger):
                 later.when.reset(trainer.global_step)
-        if event is not None:
+        if changed:
             self._warn_of_low_rate(trainer)
             self._ramp(trainer, how.rewarmup_steps)
 
@@ -369,72 +355,15 @@ class RankScheduler(Callback):
         stage = self.stages[index]
         return not stage.needs and not self._targets(layers, index, None)
 
-    def _make(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        targets: dict[str, int],
-        reason: str,
-        how: How,
-        window: Window | None,
-        multiple: int,
-    ) -> RankEvent | None:
-        """Change to ``targets``, or as far as the check allows; None if no rank changed in the end."""
-        step, layers = trainer.global_step, dict(lora_layers(pl_module))
-        grams = window.grams if window is not None else None
-        metric = how.metric if grams is not None else "weight"
-        along = {name: window.sketch.of(name) for name in targets} if window is not None and window.sketch else None
-        before = None
-        while targets:
-            predicted = predict(pl_module, targets, metric=metric, grams=grams)
-            self._tell(trainer, pl_module, "on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
-            snapshot = None
-            if how.max_regression is not None:
-                before = self._validated(trainer, how.check_monitor, fresh=False) if before is None else before
-                snapshot = Snapshot(pl_module, trainer.optimizers)
-            reports = resize(
-                pl_module,
-                targets,
-                optimizers=trainer.optimizers,
-                metric=metric,
-                grams=grams,
-                gauge=how.gauge,
-                along=along,
-                optimizer_state=how.optimizer_state,
-                generator=torch.Generator().manual_seed(step),
-            )
-            event = RankEvent(step, reason, tuple(reports))
-            if snapshot is None or before is None or how.max_regression is None:
-                return self._record(trainer, pl_module, event)
-            after = self._validated(trainer, how.check_monitor, fresh=True)
-            if isfinite(after) and after - before <= how.max_regression * abs(before):
-                return self._record(trainer, pl_module, event)
-            snapshot.restore()
-            cost = f"undone: {how.check_monitor} {before:.4g} → {after:.4g} ({reason})"
-            self._record(trainer, pl_module, RankEvent(step, cost, tuple(reports), undone=True))
-            targets = _gentler({name: layers[name].rank for name in targets}, targets, multiple)
-        return None
-
-    def _validated(self, trainer: Trainer, monitor: str, *, fresh: bool) -> float:
-        """The monitored value for the weights as they are; ``fresh``: they have changed since the last validation."""
-        if fresh or self._observed_step != trainer.global_step:
+    def _validated(self, trainer: Trainer, monitor: str, changed: bool) -> float:
+        """The monitored value for the weights as they are; ``changed``: since the last validation."""
+        if changed or self._observed_step != trainer.global_step:
             self._checking = True
             try:
                 measure(trainer)
             finally:
                 self._checking = False
         return _metric(trainer, monitor, "schedule.check_monitor")
-
-    def _record(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> RankEvent:
-        self.history.append(event)
-        self._tell(trainer, pl_module, "on_rank_change", event)
-        return event
-
-    def _tell(self, trainer: Trainer, pl_module: LightningModule, hook: str, event: RankEvent) -> None:
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            told = getattr(callback, hook, None)
-            if told is not None:
-                told(trainer, pl_module, event)
 
     def _ramp(self, trainer: Trainer, steps: int) -> None:
         if steps:
@@ -453,18 +382,6 @@ class RankScheduler(Callback):
                 f"the learning rate at the change of rank is {share:.1%} of its start, too little to recover with; "
                 "set an earlier schedule.deadline or a later decay (optimizer.decay)"
             )
-
-
-def _gentler(ranks: dict[str, int], refused: dict[str, int], multiple: int) -> dict[str, int]:
-    """Half as far, rounded towards the ranks now; layers that this leaves where they are drop out."""
-    halves = {}
-    for name, rank in ranks.items():
-        step = (rank - refused[name]) // 2 if rank > refused[name] else -((refused[name] - rank) // 2)
-        half = rank - step
-        if multiple > 1 and half < rank:
-            half = min(rank, -(-half // multiple) * multiple)
-        halves[name] = half
-    return {name: half for name, half in halves.items() if half not in (ranks[name], refused[name])}
 
 
 def _metric(trainer: Trainer, name: str, key: str) -> float:
