@@ -75,19 +75,6 @@ def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, tuple[
     return ends
 
 
-def final_parameters(model: nn.Module, schedule: Sequence[Stage]) -> tuple[int, int]:
-    """(fewest, most) adapter parameters that the schedule may end with."""
-    layers = dict(lora_layers(model))
-    ends = final_ranks(model, schedule)
-    costs = {name: layer.lora_B.shape[0] + layer.lora_A.shape[1] for name, layer in layers.items()}
-    low, high = (sum(costs[name] * ends[name][i] for name in layers) for i in (0, 1))
-    if schedule and isinstance(schedule[-1].to, Budget) and (len(schedule) == 1 or schedule[-1].to.share is None):
-        high = min(
-            high, schedule[-1].to.given_parameters({name: _bounded(layer, True) for name, layer in layers.items()})
-        )
-    return low, high
-
-
 def _path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int, int]]:
     """(lowest, highest rank after it, highest that it asks for) of each stage."""
     low = high = wanted = layer.rank
@@ -105,6 +92,17 @@ def _path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int,
                     low, high = before if grows else (layer.final_rank, layer.final_rank)
         path.append((low, high, wanted))
     return path
+
+
+def final_parameters(model: nn.Module, schedule: Sequence[Stage]) -> tuple[int, int]:
+    """(fewest, most) adapter parameters that the schedule may end with."""
+    layers = dict(lora_layers(model))
+    ends = final_ranks(model, schedule)
+    costs = {name: layer.lora_B.shape[0] + layer.lora_A.shape[1] for name, layer in layers.items()}
+    low, high = (sum(costs[name] * ends[name][i] for name in layers) for i in (0, 1))
+    if schedule and isinstance(schedule[-1].to, Budget) and (len(schedule) == 1 or schedule[-1].to.share is None):
+        high = min(high, schedule[-1].to.pool({name: _bounded(layer, True) for name, layer in layers.items()}))
+    return low, high
 
 
 def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run) -> None:
@@ -153,7 +151,7 @@ def _budget_faults(number: int, budget: Budget, states: Mapping[str, LayerState]
     """What is wrong with a budget for layers of these ranks or, unless they are ``known``, of higher ones."""
     if budget.share is not None and not known:
         return []
-    given, least = budget.given_parameters(states), budget.floor_parameters(states)
+    given, least = budget.pool(states), budget.floor_parameters(states)
     if given >= least:
         return []
     key = "schedule.share" if budget.share is not None else "schedule.parameters"

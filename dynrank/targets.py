@@ -351,15 +351,15 @@ class Budget:
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         states = list(layers.values())
-        budget = self.given_parameters(layers)
+        gains, choices = [self._gains(layer) for layer in states], [self._choices(layer) for layer in states]
+        budget = self.pool(layers)
         if self.parameters is None:
             budget = max(budget, self.floor_parameters(layers))
-        gains = [self._gains(layer) for layer in states]
-        chosen = allocate(gains, [layer.cost for layer in states], [self._choices(layer) for layer in states], budget)
+        chosen = allocate(gains, [layer.cost for layer in states], choices, budget)
         return dict(zip(layers, chosen, strict=True))
 
-    def given_parameters(self, layers: Mapping[str, LayerState]) -> int:
-        """The pool: parameters of all layers together after the change."""
+    def pool(self, layers: Mapping[str, LayerState]) -> int:
+        """Parameters that may be shared out to ``layers``."""
         if self.parameters is not None:
             return self.parameters
         now = sum(layer.rank * layer.cost for layer in layers.values())
@@ -385,7 +385,7 @@ class Budget:
             return [layer.shrunk(layer.rank)]
         below = [*range(_up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
         choices = [*below, layer.rank] if layer.rank <= top else below
-        return choices or [max(low, top)]
+        return choices or [max(low, top)]  # a layer's own bounds come first
 
     def _gains(self, layer: LayerState) -> list[float]:
         if self.score == "energy":
