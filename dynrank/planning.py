@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
 from dynrank.layers.inject import lora_layers
+from dynrank.layers.ranked import RankedLayer
 from dynrank.resizing import layer_spectra
 from dynrank.schedules import How, Stage, check_schedule
 from dynrank.statistics import Needs, Window

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
 from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import sync_peft_configs
+from dynrank.layers.ranked import RankedLayer
 from dynrank.linalg import energy_kept, grow_product, singular_values, truncate_product
 from dynrank.optim import change_state, check_optimizer
 from dynrank.statistics import METRICS, Grams

@@ -123,15 +123,18 @@ def _no_multiple(multiple: int, lowest: int, highest: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class Rank:
-    """One rank for all layers; a layer that is already below stays."""
-
+class _OneRank:
     rank: int
     needs: ClassVar[tuple[str, ...]] = ()
     multiple: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         _check_int(self, "rank", 1)
+
+
+@dataclass(frozen=True)
+class Rank(_OneRank):
+    """One rank for all layers; a layer that is already below stays."""
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: layer.shrunk(self.rank) for name, layer in layers.items()}
@@ -412,15 +415,8 @@ class FinalRanks:
 
 
 @dataclass(frozen=True)
-class GrowTo:
+class GrowTo(_OneRank):
     """At least this rank for all layers; a layer that is already above stays."""
-
-    rank: int
-    needs: ClassVar[tuple[str, ...]] = ()
-    multiple: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        _check_int(self, "rank", 1)
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: layer.grown(self.rank) for name, layer in layers.items()}
@@ -456,15 +452,8 @@ class GrowBy:
 
 
 @dataclass(frozen=True)
-class Exactly:
+class Exactly(_OneRank):
     """One rank for all layers, up or down."""
-
-    rank: int
-    needs: ClassVar[tuple[str, ...]] = ()
-    multiple: ClassVar[int] = 1
-
-    def __post_init__(self) -> None:
-        _check_int(self, "rank", 1)
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: max(layer.lowest, min(layer.highest, self.rank)) for name, layer in layers.items()}

@@ -17,6 +17,7 @@ from dynrank.exits import usage_errors
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
 def _train(config: DictConfig) -> None:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache while it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # and this one of kernels that nothing here needs
     from dynrank.job import run  # torch and transformers load here, so that --help need not wait for them
 
     run(config, Path(HydraConfig.get().runtime.output_dir))

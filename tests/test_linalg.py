@@ -533,9 +533,9 @@ def test_energy_rank_is_the_least_that_keeps_the_share(values, share):
     [
         ([2.0, 1.0, 1.0], 4 / 6, 1),  # exactly the share: squares 4, 1, 1
         ([2.0, 1.0, 1.0], 0.67, 2),
-        ([1.0] * 10, 0.3, 3),  # 0.3 * 10 is above 3 in floats
+        ([1.0] * 100, 0.07, 7),  # 0.07 * 100 is above 7 in floats
         ([1.0] * 10, 1.0, 10),
-        ([1.0, 1.0, 1e-9], 1.0, 2),  # what is below rounding does not count
+        ([1.0, 1.0, 1e-6], 1.0, 2),  # what is below rounding does not count
         ([0.0, 0.0], 0.9, 1),
         ([], 0.9, 1),
     ],

@@ -199,6 +199,13 @@ COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)  # 1024 parameters in model
             ["stage 2", "1,024", "1,280", "schedule.parameters"],
         ),
         ([Stage(NOW, Rank(4)), Stage(NOW, Budget(share=0.5, lowest=3))], ["stage 2", "256", "384", "schedule.share"]),
+        (
+            [
+                Stage(NOW, Energy(0.9, lowest=4)),
+                Stage(NOW, Budget(parameters=400, lowest=4)),
+            ],  # wherever the first ends
+            ["stage 2", "400", "512", "schedule.parameters"],
+        ),
         (budget(share=0.3, lowest=2, multiple=4), ["stage 1", "307", "512", "schedule.share"]),
     ],
 )

@@ -13,7 +13,9 @@ import dynrank
 from dynrank.callbacks import RankScheduler
 from dynrank.config import CONFIG_MODULE, plain
 from dynrank.job import make_scheduler
-from dynrank.schedules import How, geometric, join, linear
+from dynrank.schedules import How, Stage, geometric, join, linear
+from dynrank.targets import Rank
+from dynrank.triggers import At, Plateau
 
 STEPS, EVERY = 40, 4  # of the run; between validations
 # nothing improves by 90% from one validation to the next: a plateau as soon as patience allows
@@ -332,6 +334,17 @@ def test_function_of_the_step_drives_the_ranks(regression):
     expected = [(step, 7 + step, 8 + step) for step in range(1, 9)] + [(26, 16, 8), (36, 8, 4)]
     assert trajectory(scheduler) == expected
     assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {4}
+
+
+def test_window_that_is_open_for_a_later_stage_serves_an_earlier_one(regression):
+    soon, later = (How(metric="output", window=window) for window in (2, 8))
+    schedule = [
+        Stage(Plateau(patience=2, min_delta=0.9), Rank(8), how=soon),  # fires at 12
+        Stage(At(step=16), Rank(4), how=later),  # measured from 8 on
+    ]
+    scheduler = RankScheduler(schedule)
+    fit(scheduler, {"rank": 16}, regression[2])
+    assert trajectory(scheduler) == [(12, 16, 8), (16, 8, 4)]
 
 
 def assert_same(one, other):

@@ -352,8 +352,8 @@ def test_budget_by_sensitivity_reads_scores_in_any_order():
 
 
 def test_budget_share_is_not_lost_to_rounding():
-    model = {"layer": layer(100, values=[1.0] * 100, d_out=50, d_in=50)}
-    assert Budget(share=0.29).ranks(model) == {"layer": 29}  # 0.29 * 100 is below 29 in floats
+    model = {"layer": layer(50, values=[1.0] * 50, d_out=1, d_in=1)}
+    assert Budget(share=0.58).ranks(model) == {"layer": 29}  # 0.58 * 100 is below 58 in floats
 
 
 def test_budget_below_the_lowest_ranks_is_refused_and_a_share_below_them_keeps_them():
@@ -368,6 +368,14 @@ def test_budget_keeps_a_layer_that_no_multiple_fits():
     model = {"a": layer(6, values=[1.0] * 6), "b": layer(16, values=[1.0] * 16)}
     ranks = Budget(parameters=(6 + 12) * 200, lowest=5, multiple=4).ranks(model)
     assert ranks == {"a": 6, "b": 12}
+
+
+def test_budget_puts_a_layers_own_bounds_first():
+    model = {
+        "own": layer(8, values=[1.0] * 8, lowest=5),
+        "above": layer(16, values=[1.0] * 16, lowest=8),
+    }
+    assert Budget(share=1.0, highest=6, multiple=4).ranks(model) == {"own": 6, "above": 8}
 
 
 # Refusals

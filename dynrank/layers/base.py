@@ -3,52 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Tap
-
-
-class RankedLayer(Protocol):
-    """What resizing and scheduling need of a LoRA layer: dynrank's :class:`LoRALayer`, or a view of another library's.
-
-    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank).
-    """
-
-    final_rank: int | None
-    pinned: bool
-    rule: str | None
-
-    @property
-    def lora_A(self) -> nn.Parameter: ...
-
-    @property
-    def lora_B(self) -> nn.Parameter: ...
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def scaling(self) -> float: ...
-
-    @property
-    def alpha(self) -> float: ...
-
-    @property
-    def base(self) -> nn.Module: ...
-
-    @property
-    def module(self) -> nn.Module: ...
-
-    @property
-    def merged(self) -> bool: ...
-
-    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
-
-    def observe(self, tap: Tap) -> Callable[[], None]: ...
+from dynrank.layers.ranked import put_factors, take_rank
 
 
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -190,7 +152,6 @@ class LoRALayer(nn.Module):
             z.register_hook(report)  # type: ignore[no-untyped-call]
         return z
 
-    @torch.no_grad()
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
 
@@ -200,9 +161,7 @@ class LoRALayer(nn.Module):
             lora_A: (rank, d_in), own storage, dtype and device of the old.
             lora_B: (d_out, rank), likewise.
         """
-        for parameter, value in ((self.lora_A, lora_A), (self.lora_B, lora_B)):
-            parameter.grad = None
-            parameter.set_(value)  # type: ignore[call-overload]
+        put_factors(self, lora_A, lora_B)
 
     def delta_weight(self) -> Tensor:
         """``scaling * lora_B @ lora_A`` in the shape of the base's weight, float32 or wider."""
@@ -243,27 +202,6 @@ class LoRALayer(nn.Module):
 
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     take_rank(layer, prefix.removesuffix("."), *(state_dict.get(prefix + factor) for factor in ("lora_A", "lora_B")))
-
-
-def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
-    """Give the layer the rank of the factors that are about to be loaded into it; torch reports missing ones itself.
-
-    Raises:
-        ConfigurationError: if they are no factors of this layer.
-        RuntimeError: if the layer is merged.
-    """
-    if layer.merged:
-        raise RuntimeError(f"{name!r} is merged; call unmerge() before loading into it")
-    if lora_A is None or lora_B is None:
-        return
-    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A.shape[1], lora_A.shape[0]
-    if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank) or not 1 <= rank <= min(d_out, d_in):
-        raise ConfigurationError(
-            f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
-            f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
-        )
-    if rank != layer.rank:
-        layer.set_factors(layer.lora_A.new_empty(rank, d_in), layer.lora_B.new_empty(d_out, rank))
 
 
 def _refuse_merged(layer: LoRALayer, prefix: str, *_: Any) -> None:

@@ -11,8 +11,9 @@ from torch import nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import layer_class
-from dynrank.layers.base import LoRALayer, RankedLayer, initial_scaling
+from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.peft_layers import peft_layers, refuse_peft
+from dynrank.layers.ranked import RankedLayer
 from dynrank.layers.targets import target_names
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 

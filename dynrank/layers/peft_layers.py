@@ -10,13 +10,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Tap
-from dynrank.layers.base import take_rank
+from dynrank.layers.ranked import put_factors, take_rank
 from dynrank.rank_map import matches, peft_ranks
 
 __all__ = ["PeftLayer", "follow_checkpoint_ranks", "peft_layers", "refuse_peft", "sync_peft_configs"]
@@ -94,7 +93,6 @@ class PeftLayer:
     def rule(self, value: str | None) -> None:
         self._note(rule=value)
 
-    @torch.no_grad()
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
 
@@ -104,9 +102,7 @@ class PeftLayer:
             lora_A: (rank, d_in), own storage, dtype and device of the old.
             lora_B: (d_out, rank), likewise.
         """
-        for parameter, value in ((self.lora_A, lora_A), (self.lora_B, lora_B)):
-            parameter.grad = None
-            parameter.set_(value)  # type: ignore[call-overload]
+        put_factors(self, lora_A, lora_B)
         if not self.of_embedding:
             self.module.lora_A[self.adapter].out_features = self.module.lora_B[self.adapter].in_features = self.rank
         self.module.r[self.adapter] = self.rank

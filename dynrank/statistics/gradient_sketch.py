@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
+from dynrank.layers.ranked import RankedLayer
 
 _OVERSAMPLING = 8  # of a randomised range finder (Halko, Martinsson and Tropp, arXiv:0909.4061, section 4.2)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, distributed
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import RankedLayer
+from dynrank.layers.ranked import RankedLayer
 
 METRICS = ("weight", "output", "loss")
 Gram = tuple[Tensor | None, Tensor | None]  # (G_u, G_z); None: that of the factors themselves

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynrank.layers.base import RankedLayer
+from dynrank.layers.ranked import RankedLayer
 from dynrank.linalg import truncate_product
 
 _BETA = 0.85  # both of AdaLoRA's smoothing factors, its default

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dynrank.layers.base import RankedLayer
+from dynrank.layers.ranked import RankedLayer
 from dynrank.statistics.gradient_sketch import GradientSketch
 from dynrank.statistics.grams import Grams
 from dynrank.statistics.sensitivity import Sensitivity

@@ -15,7 +15,22 @@ def _check_mode(mode: str) -> None:
 
 
 @dataclass
-class Plateau(Trigger):
+class _OfOneMetric(Trigger):
+    monitor: str = "val/loss"
+    mode: str = "min"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name(self, "monitor")
+        _check_mode(self.mode)
+
+    @property
+    def monitors(self) -> tuple[str, ...]:  # type: ignore[override]
+        return (self.monitor,)
+
+
+@dataclass
+class Plateau(_OfOneMetric):
     """True once a metric has not improved for ``patience`` observations in a row, after a warm-up.
 
     An observation improves when it beats the best one since the last change of rank by more than ``min_delta``,
@@ -32,8 +47,6 @@ class Plateau(Trigger):
         ConfigurationError: if a value is outside its range.
     """
 
-    monitor: str = "val/loss"
-    mode: str = "min"
     patience: int = 3
     min_delta: float = 0.01
     _best: float | None = field(default=None, init=False, repr=False)
@@ -41,14 +54,8 @@ class Plateau(Trigger):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name(self, "monitor")
-        _check_mode(self.mode)
         check_count(self, patience=1)
         check_least(self, min_delta=0)
-
-    @property
-    def monitors(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.monitor,)
 
     @property
     def reason(self) -> str:
@@ -74,7 +81,7 @@ class Plateau(Trigger):
 
 
 @dataclass
-class Slope(Trigger):
+class Slope(_OfOneMetric):
     """True once a straight line through the last ``window`` observations improves by no more than ``min_delta`` in all.
 
     The line is the least-squares fit, so single noisy values count less than in :class:`Plateau`; its improvement over
@@ -90,22 +97,14 @@ class Slope(Trigger):
         ConfigurationError: if a value is outside its range.
     """
 
-    monitor: str = "val/loss"
-    mode: str = "min"
     window: int = 5
     min_delta: float = 0.01
     _values: list[float] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name(self, "monitor")
-        _check_mode(self.mode)
         check_count(self, window=3)
         check_least(self, min_delta=0)
-
-    @property
-    def monitors(self) -> tuple[str, ...]:  # type: ignore[override]
-        return (self.monitor,)
 
     @property
     def reason(self) -> str:

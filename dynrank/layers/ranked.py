@@ -1,0 +1,80 @@
+"""What resizing and scheduling need of a LoRA layer, whoever has put it into the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dynrank.errors import ConfigurationError
+from dynrank.kernels.lora_linear import Tap
+
+
+class RankedLayer(Protocol):
+    """What resizing and scheduling need of a LoRA layer: dynrank's own layers, or a view of another library's.
+
+    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank).
+    """
+
+    final_rank: int | None
+    pinned: bool
+    rule: str | None
+
+    @property
+    def lora_A(self) -> nn.Parameter: ...
+
+    @property
+    def lora_B(self) -> nn.Parameter: ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def alpha(self) -> float: ...
+
+    @property
+    def base(self) -> nn.Module: ...
+
+    @property
+    def module(self) -> nn.Module: ...
+
+    @property
+    def merged(self) -> bool: ...
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
+
+    def observe(self, tap: Tap) -> Callable[[], None]: ...
+
+
+@torch.no_grad()
+def put_factors(layer: RankedLayer, lora_A: Tensor, lora_B: Tensor) -> None:
+    """New factors, of any rank, in the same two Parameter objects of ``layer``; their gradients are dropped."""
+    for parameter, value in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
+        parameter.grad = None
+        parameter.set_(value)  # type: ignore[call-overload]
+
+
+def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+    """Give the layer the rank of the factors that are about to be loaded into it; torch reports missing ones itself.
+
+    Raises:
+        ConfigurationError: if they are no factors of this layer.
+        RuntimeError: if the layer is merged.
+    """
+    if layer.merged:
+        raise RuntimeError(f"{name!r} is merged; call unmerge() before loading into it")
+    if lora_A is None or lora_B is None:
+        return
+    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A.shape[1], lora_A.shape[0]
+    if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank) or not 1 <= rank <= min(d_out, d_in):
+        raise ConfigurationError(
+            f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
+            f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
+        )
+    if rank != layer.rank:
+        layer.set_factors(layer.lora_A.new_empty(rank, d_in), layer.lora_B.new_empty(d_out, rank))
