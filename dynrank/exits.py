@@ -23,7 +23,9 @@ def usage_errors() -> Iterator[None]:
         print("interrupted; go on from checkpoints/last.ckpt with ckpt_path=", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if not _is_misconfiguration(error):
+        if _is_override(error):
+            error = ConfigurationError(f"{error}; a group takes a name, such as schedule=fixed (--help lists them)")
+        elif not _is_misconfiguration(error):
             raise
         sys.exit(_report(error))
 
@@ -39,3 +41,11 @@ def _report(error: BaseException) -> int:
 def _is_misconfiguration(error: Exception) -> bool:
     """Lightning's own word for wrong arguments; looked up by name, since importing it takes seconds."""
     return any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
+
+
+def _is_override(error: Exception) -> bool:
+    """A plain ValueError of Hydra's own, as for ``schedule=null``."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return isinstance(error, ValueError) and at is not None and at.tb_frame.f_globals["__name__"].startswith("hydra.")

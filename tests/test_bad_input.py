@@ -45,6 +45,7 @@ CASES = [
     # (overrides, what the message must name)
     (["schedule.finl_rank=8"], ["schedule.finl_rank"]),
     (["shedule=fixed"], ["shedule"]),
+    (["schedule=null"], ["NoneType", "schedule=fixed"]),
     (["lora.rank=abc"], ["abc", "lora.rank"]),
     (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
     (["lora.rank=0"], ["0", "lora.rank"]),

@@ -90,7 +90,7 @@ def test_target_outside_the_trusted_packages_is_refused(target):
         make(config.logger.mine, "logger.mine")
 
 
-@pytest.mark.parametrize("overrides", [["~schedule._target_"], ["schedule._target_=null"], ["schedule=null"]])
+@pytest.mark.parametrize("overrides", [["~schedule._target_"], ["schedule._target_=null"]])
 def test_schedule_that_makes_nothing_is_refused_and_not_taken_for_a_fixed_rank(overrides):
     with pytest.raises(ConfigurationError, match=r"set schedule\._target_"):
         make_scheduler(dynrank.compose(overrides).schedule)
