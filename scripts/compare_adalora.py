@@ -1,6 +1,6 @@
 """dynrank against PEFT's AdaLoRA: medical_terms, 16 -> an average of about 4, 300 steps, the same final parameters.
 
-Every arm is trained at the same 4 learning rates on the same seeds, batches and dropout, with the same scaling; each is
+Every arm is trained at the same 5 learning rates on the same seeds, batches and dropout, with the same scaling; each is
 judged by its test loss at the rate where its mean validation loss is lowest. dynrank's budget on a seed is the smallest
 that an AdaLoRA run ended with there. Writes results/adalora.csv (a row per run; runs that it holds already are not
 made again) and results/adalora.png. With --cost it measures instead what a step takes and how many bytes are held,
@@ -43,7 +43,7 @@ from dynrank.statistics import Grams
 from dynrank.targets import Budget
 
 STEPS, FIRST, LAST, WINDOW = 300, 45, 195, 20  # AdaLoRA's budget falls from FIRST to LAST, along a cubic
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 HIGH, LOW = 16, 4
 ADALORA = "PEFT AdaLoRA"
 FIELDS = ("seed", "arm", "lr", "parameters", "val_loss", "test_loss", "test_accuracy")
@@ -92,7 +92,7 @@ def main() -> None:
 def run(setting: Setting, arm: str, lr: float, table: Table) -> None:
     """Train one arm at one rate and add its row."""
     if arm == ADALORA:
-        trainee = adalora(setting, lr)
+        trainee = adalora(setting, lr, first=FIRST, last=LAST)
         trainee.train(STEPS, allocation_of(trainee))
         parameters = kept_parameters(trainee.model)
     elif arm == FIXED:
@@ -126,8 +126,8 @@ def cut_down(trainee: Trainee, cuts: Cuts, pool: int) -> None:
         resize(trainee.model, ranks, optimizers=[trainee.optimizer], metric=cuts.metric, grams=grams)
 
 
-def adalora(setting: Setting, lr: float | None = None, first: int = FIRST, last: int = LAST) -> Trainee:
-    """A fresh model with PEFT's AdaLoRA on every linear layer of the encoder."""
+def adalora(setting: Setting, lr: float | None, *, first: int, last: int) -> Trainee:
+    """A fresh model with PEFT's AdaLoRA on every linear layer, whose budget falls from step ``first`` to ``last``."""
     model = setting.classifier()
     targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
     config = AdaLoraConfig(
@@ -205,8 +205,8 @@ def measure_cost(rounds: int, file: Path) -> None:
     setting = Setting(0, 2 * rounds + 40)
     ours_before, ours_after = adapted(setting, HIGH), adapted(setting, HIGH)
     cut_down(ours_after, Cuts((WINDOW,)), adapter_parameters(ours_after.model) * LOW // HIGH)
-    theirs_before = adalora(setting, first=setting.steps - 2, last=setting.steps - 1)  # keeps scores from the start
-    theirs_after = adalora(setting, first=1, last=WINDOW)
+    theirs_before = adalora(setting, None, first=setting.steps - 2, last=setting.steps - 1)  # scores from the start
+    theirs_after = adalora(setting, None, first=1, last=WINDOW)
     theirs_after.train(WINDOW + 1, allocation_of(theirs_after))
     models = {
         "dynrank before the cut (rank 16)": ours_before,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dynrank import add_lora, compose, lora_layers
 from dynrank.config import plain
+from dynrank.errors import ConfigurationError
 from dynrank.resizing import layer_spectra
 from dynrank.statistics import Grams
 from dynrank.targets import Budget, LayerState
@@ -140,7 +141,9 @@ class Table:
             with file.open(newline="", encoding="utf-8") as text:
                 self.rows = list(csv.DictReader(text))
             if self.rows and list(self.rows[0]) != self.fields:
-                raise SystemExit(f"{file} holds the columns {list(self.rows[0])}; this study writes {self.fields}")
+                raise ConfigurationError(
+                    f"{file} holds the columns {list(self.rows[0])}, not {self.fields}; move it away, or set --out"
+                )
 
     def lacks(self, *key: object) -> bool:
         return all([row[name] for name in self.keys] != [str(value) for value in key] for row in self.rows)
