@@ -63,6 +63,10 @@ class Setting:
         return Trainee(self, model, made["optimizer"], made["lr_scheduler"]["scheduler"])
 
 
+class Diverged(ArithmeticError):
+    """The training loss is not a number any more."""
+
+
 @dataclass
 class Trainee:
     """A model in training: a deep copy goes on from the same state, with the same batches and dropout."""
@@ -83,6 +87,8 @@ class Trainee:
         while self.done < until:
             torch.manual_seed(self.setting.seed * 1_000_003 + self.done)
             loss = self.model(**self.setting.batches[self.done]).loss  # PEFT's AdaLoRA adds its regularisation here
+            if not loss.isfinite():
+                raise Diverged(f"the loss is {float(loss)} at step {self.done}")
             loss.backward()
             self.optimizer.step()
             self.scheduler.step()
