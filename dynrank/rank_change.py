@@ -1,13 +1,15 @@
-"""One change of ranks in a trainer: predicted, made, checked by validation if asked for, undone if it cost too much."""
+"""One change of ranks in a run: predicted, made, checked by validation if asked for, undone if it cost too much."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Protocol
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
 
 from dynrank.layers.inject import lora_layers
 from dynrank.resizing import LayerReport, Snapshot, predict, resize
@@ -32,43 +34,73 @@ class RankEvent:
     undone: bool = False
 
 
+class Training(Protocol):
+    """A run as a change of ranks sees it, whoever trains."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps made."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What holds the LoRA layers; their names are relative to it."""
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        """All that hold the layers' parameters."""
+
+    def logged(self) -> Mapping[str, float]:
+        """The metrics that triggers may watch, as last logged."""
+
+    def validate(self) -> None:
+        """Validate the weights as they are; it ends in :meth:`dynrank.driver.RankDriver.validated`."""
+
+    def resized(self) -> None:
+        """Called whenever factors have got new shapes, also when a change is undone."""
+
+    def tell(self, hook: str, event: RankEvent) -> None:
+        """Let those who listen know: hook is "on_rank_prediction" or "on_rank_change"."""
+
+    def warn(self, message: str) -> None:
+        """Tell the user, once for all processes."""
+
+
 def change_ranks(
-    trainer: Trainer,
-    pl_module: LightningModule,
+    training: Training,
     targets: Mapping[str, int],
     reason: str,
     how: How,
     window: Window | None,
     multiple: int,
-    validated: Callable[[Trainer, str, bool], float],
+    validated: Callable[[Training, str, bool], float],
 ) -> Iterator[RankEvent]:
     """Change to ``targets``, or as far as the check allows; yields each attempt, the last one may be a success.
 
     Args:
-        trainer: between an optimizer step and the next forward.
-        pl_module: holds the layers.
+        training: between an optimizer step and the next forward.
         targets: {layer: new rank} of those that change.
         reason: goes into the events.
         how: see there.
         window: what was measured for this change; None where nothing had to be.
         multiple: of which ranks tried instead of refused ones are multiples.
-        validated: (trainer, monitor, whether ranks have changed since the last validation) -> the monitor's value.
+        validated: (training, monitor, whether ranks have changed since the last validation) -> the monitor's value.
     """
-    step, ranks = trainer.global_step, {name: layer.rank for name, layer in lora_layers(pl_module)}
+    step, model, optimizers = training.step, training.model, training.optimizers
+    ranks = {name: layer.rank for name, layer in lora_layers(model)}
     grams = window.grams if window is not None else None
     metric = how.metric if grams is not None else "weight"
     along = {name: window.sketch.of(name) for name in targets} if window is not None and window.sketch else None
     before, snapshot = 0.0, None
     if how.max_regression is not None and targets:
-        before = validated(trainer, how.check_monitor, False)
-        snapshot = Snapshot(pl_module, trainer.optimizers)
+        before = validated(training, how.check_monitor, False)
+        snapshot = Snapshot(model, optimizers)
     while targets:
-        predicted = predict(pl_module, targets, metric=metric, grams=grams)
-        tell(trainer, pl_module, "on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
+        predicted = predict(model, targets, metric=metric, grams=grams)
+        training.tell("on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
         reports = resize(
-            pl_module,
+            model,
             targets,
-            optimizers=trainer.optimizers,
+            optimizers=optimizers,
             metric=metric,
             grams=grams,
             gauge=how.gauge,
@@ -76,26 +108,20 @@ def change_ranks(
             optimizer_state=how.optimizer_state,
             generator=torch.Generator().manual_seed(step),
         )
+        training.resized()
         event = RankEvent(step, reason, tuple(reports))
         if snapshot is None or how.max_regression is None:
             yield event
             return
-        after = validated(trainer, how.check_monitor, True)
+        after = validated(training, how.check_monitor, True)
         if isfinite(after) and after - before <= how.max_regression * abs(before):
             yield event
             return
         snapshot.restore()
+        training.resized()
         cost = f"undone: {how.check_monitor} {before:.4g} → {after:.4g} ({reason})"
         yield RankEvent(step, cost, event.layers, undone=True)
         targets = _gentler(ranks, targets, multiple)
-
-
-def tell(trainer: Trainer, pl_module: LightningModule, hook: str, event: RankEvent) -> None:
-    """Call ``hook(trainer, pl_module, event)`` of every callback that defines it."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        told = getattr(callback, hook, None)
-        if told is not None:
-            told(trainer, pl_module, event)
 
 
 def _gentler(ranks: Mapping[str, int], refused: Mapping[str, int], multiple: int) -> dict[str, int]:
