@@ -9,6 +9,8 @@ from math import isfinite
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
+from dynrank.agreement import check_processes
+from dynrank.callbacks.strategies import unwrapped
 from dynrank.layers.inject import lora_layers
 from dynrank.resizing import LayerReport, Snapshot, predict, resize
 from dynrank.schedules import How
@@ -62,20 +64,24 @@ def change_ranks(
     if how.max_regression is not None and targets:
         before = validated(trainer, how.check_monitor, False)
         snapshot = Snapshot(pl_module, trainer.optimizers)
+    check_processes(pl_module, trainer.optimizers, f"before the change of rank at step {step}")
     while targets:
         predicted = predict(pl_module, targets, metric=metric, grams=grams)
         tell(trainer, pl_module, "on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
-        reports = resize(
-            pl_module,
-            targets,
-            optimizers=trainer.optimizers,
-            metric=metric,
-            grams=grams,
-            gauge=how.gauge,
-            along=along,
-            optimizer_state=how.optimizer_state,
-            generator=torch.Generator().manual_seed(step),
-        )
+        with unwrapped(trainer):
+            reports = resize(
+                pl_module,
+                targets,
+                optimizers=trainer.optimizers,
+                metric=metric,
+                grams=grams,
+                gauge=how.gauge,
+                along=along,
+                optimizer_state=how.optimizer_state,
+                generator=torch.Generator().manual_seed(step),
+                collective=True,
+            )
+        check_processes(pl_module, trainer.optimizers, f"after the change of rank at step {step}")
         event = RankEvent(step, reason, tuple(reports))
         if snapshot is None or how.max_regression is None:
             yield event
@@ -84,7 +90,8 @@ def change_ranks(
         if isfinite(after) and after - before <= how.max_regression * abs(before):
             yield event
             return
-        snapshot.restore()
+        with unwrapped(trainer):
+            snapshot.restore()
         cost = f"undone: {how.check_monitor} {before:.4g} → {after:.4g} ({reason})"
         yield RankEvent(step, cost, event.layers, undone=True)
         targets = _gentler(ranks, targets, multiple)

@@ -10,13 +10,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from dynrank.agreement import check_processes
 from dynrank.callbacks.fit_check import check_fit, check_module
 from dynrank.callbacks.rank_change import RankEvent, change_ranks, tell
+from dynrank.callbacks.strategies import average_whole_gradients, follow_sharded_checkpoint
 from dynrank.callbacks.validation import measure, run_missed_validation, validation_metrics
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.planning import check_model, final_ranks, layer_states, needs_of
+from dynrank.processes import from_first, gathered, mean_over_processes
 from dynrank.resizing import LayerReport
 from dynrank.rewarmup import Rewarmup
 from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
@@ -54,6 +57,8 @@ class RankScheduler(Callback):
         schedule: an int (drop to that rank after convergence), a stage, a list of stages (see
             :mod:`dynrank.schedules`), or a function from the optimizer step to the rank of all layers.
         how: how changes are made, for stages that don't say; ``How()`` when None.
+        check_every: optimizer steps between checks that all processes hold the same adapters and optimizer state, which
+            are made at the start and around each change in any case; None: no more than those.
 
     Attributes:
         history: every :class:`RankEvent` of the run, also those before a resume.
@@ -62,8 +67,18 @@ class RankScheduler(Callback):
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(self, schedule: int | Stage | Sequence[Stage] | RankFunction, how: How | None = None) -> None:
-        self.how = how or How()
+    def __init__(
+        self,
+        schedule: int | Stage | Sequence[Stage] | RankFunction,
+        how: How | None = None,
+        *,
+        check_every: int | None = None,
+    ) -> None:
+        if check_every is not None and (isinstance(check_every, bool) or check_every < 1):
+            raise ConfigurationError(
+                f"check_every must be null or at least 1 step, got {check_every!r}; set check_processes_every"
+            )
+        self.how, self.check_every = how or How(), check_every
         self._function: RankFunction | None = None
         self.stages: list[Stage] = []
         if isinstance(schedule, int) and not isinstance(schedule, bool):
@@ -112,12 +127,14 @@ class RankScheduler(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
+        follow_sharded_checkpoint(trainer)
         if stage != "fit":
             return
         check_module(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._seen_step > 0 and trainer.global_step == 0 and not self._resumed:
+        resumes = bool(self._resumed) or (trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path)
+        if self._seen_step > 0 and trainer.global_step == 0 and not resumes:
             raise ConfigurationError(
                 f"this RankScheduler is at step {self._seen_step} of another run; make a new one, of new stages, for "
                 "each run, or resume that one (ckpt_path)"
@@ -135,12 +152,13 @@ class RankScheduler(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step = trainer.global_step
+        check_processes(pl_module, trainer.optimizers, "at the start of training")
         if self._resumed.get("rewarmup") is not None:
             self._rewarmup = Rewarmup(trainer.optimizers[0], *self._resumed["rewarmup"])
         if self._resumed.get("window") is not None:
             self._open_window(pl_module, self._window_stage)
             assert self._window is not None
-            self._window.load_state_dict(self._resumed["window"])
+            self._window.load_states(self._resumed["window"], trainer.global_rank, trainer.world_size)
         self._resumed = {}
         if self._observed_step != trainer.global_step:
             run_missed_validation(trainer)
@@ -166,6 +184,9 @@ class RankScheduler(Callback):
             if not self.finished:
                 self._follow_clock(trainer, pl_module)  # the next stage may have to be measured from this step on
 
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        average_whole_gradients(trainer, optimizer)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -173,6 +194,8 @@ class RankScheduler(Callback):
             self._seen_step = trainer.global_step
             if self._window is not None:
                 self._window.end_step()
+            if self.check_every and trainer.global_step % self.check_every == 0:
+                check_processes(pl_module, trainer.optimizers, f"after step {trainer.global_step}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.finished:
@@ -200,7 +223,7 @@ class RankScheduler(Callback):
             "stage": self._at,
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "pending": asdict(self._pending) if self._pending else None,
-            "window": self._window.state_dict() if self._window else None,
+            "window": gathered(self._window.state_dict()) if self._window else None,
             "window_stage": self._window_stage,
             "observed_step": self._observed_step,
             "looked_step": self._looked_step,
@@ -257,7 +280,8 @@ class RankScheduler(Callback):
             return
         self._looked_step = step
         factors = {n: (la.lora_B.detach(), la.lora_A.detach()) for n, la in lora_layers(pl_module) if not la.pinned}
-        if trigger.observe(step, factors):
+        seen = trigger.observe(step, factors)
+        if from_first(lambda: seen):
             self._pending = _Decision(self._at, trigger.reason)
 
     def _follow_clock(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> None:
@@ -325,8 +349,7 @@ class RankScheduler(Callback):
         stage = self.stages[index]
         how, window = self._how(stage), self._window
         if window is not None:
-            if window.grams is not None:
-                window.grams.sum_over_processes()
+            window.sum_over_processes()
             self._close_window()
         layers = dict(lora_layers(pl_module))
         targets = self._targets(layers, index, window)
@@ -348,8 +371,9 @@ class RankScheduler(Callback):
     def _targets(self, layers: dict[str, Any], index: int, window: Window | None) -> dict[str, int]:
         stage, last = self.stages[index], index == len(self.stages) - 1
         metric = self._how(stage).metric if window is not None and window.grams is not None else "weight"
-        states = layer_states(layers, last=last, stage=stage, metric=metric, window=window)
-        wanted = stage.to.ranks(states)
+        wanted = from_first(
+            lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, metric=metric, window=window))
+        )
         return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
 
     def _exhausted(self, layers: dict[str, Any], index: int) -> bool:
@@ -372,7 +396,7 @@ class RankScheduler(Callback):
                 f"check_monitor must be a metric logged in validation, got {monitor!r}; logged: "
                 f"{sorted(self._validation)}; set schedule.check_monitor"
             )
-        return self._validation[monitor]
+        return mean_over_processes(self._validation[monitor])
 
     def _ramp(self, trainer: Trainer, steps: int) -> None:
         if steps:
@@ -397,7 +421,7 @@ def _metric(trainer: Trainer, name: str, key: str) -> float:
     metrics = trainer.callback_metrics
     if name not in metrics:
         raise ConfigurationError(f"monitor must be a logged metric, got {name!r}; logged: {sorted(metrics)}; set {key}")
-    return float(metrics[name])
+    return mean_over_processes(float(metrics[name]))
 
 
 def _run(trainer: Trainer, stages: Sequence[Stage]) -> Run:
