@@ -116,7 +116,8 @@ def average_gradients(optimizer: Optimizer) -> None:
 def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
     """Give the LoRA layers of ``model`` the ranks that a checkpoint holds, before it is loaded; a collective call.
 
-    FSDP2 loads into the tensors that are there, and no ``load_state_dict`` sees whole factors.
+    FSDP2 loads into the tensors that are there, and no ``load_state_dict`` sees whole factors. From a single file it
+    does not load the layers' scalings either; they are taken over here.
 
     Args:
         model: the module whose state dict the checkpoint has under ``state_dict``.
@@ -125,7 +126,7 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
     Raises:
         ConfigurationError: if factors are of other layers, or have to change and are sharded.
     """
-    shapes = from_first(lambda: _saved_shapes(Path(path)))
+    shapes, scalings = from_first(lambda: _saved_shapes(Path(path)))
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     sharded = {
         name for name in sharded_layers(model) for key, value in saved.items()
@@ -135,6 +136,7 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
         raise sharded_error(sorted(sharded))
     for name, layer in own_layers(model).items():
         take_rank(layer, name, saved.get(f"{name}.lora_A"), saved.get(f"{name}.lora_B"))
+        layer.scaling = scalings.get(f"{name}._extra_state", layer.scaling)
     take_peft_ranks(model, saved)
 
 
@@ -147,12 +149,18 @@ def sharded_error(names: list[str]) -> ConfigurationError:
     )
 
 
-def _saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _saved_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+    """({name: shape of its tensor}, {name: scaling} where that is in a single file)."""
     if path.is_dir():
         from torch.distributed.checkpoint import filesystem  # loads slowly, and few need it
 
         entries = filesystem.FileSystemReader(path).read_metadata().state_dict_metadata
         sizes = {name: getattr(entry, "size", None) for name, entry in entries.items()}
-        return {n.removeprefix("state_dict."): tuple(s) for n, s in sizes.items() if s and n.startswith("state_dict.")}
+        start = "state_dict."
+        return {name.removeprefix(start): tuple(s) for name, s in sizes.items() if s and name.startswith(start)}, {}
     stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-    return {name: tuple(value.shape) for name, value in stored.items() if isinstance(value, Tensor)}
+    tensors = {name: value for name, value in stored.items() if isinstance(value, Tensor)}
+    scalings = {
+        name: float(value) for name, value in tensors.items() if name.endswith("._extra_state") and value.numel() == 1
+    }
+    return {name: tuple(value.shape) for name, value in tensors.items()}, scalings

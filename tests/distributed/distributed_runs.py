@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import lightning
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
@@ -21,6 +23,7 @@ from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau, TailEnergy
 
 STEPS, CHANGE = 22, 12  # 10 steps come after the change
+PATIENCE = timedelta(seconds=60)  # of a process that waits for the other
 
 
 class Model(lightning.LightningModule):
@@ -45,7 +48,8 @@ class Model(lightning.LightningModule):
             if self.sharded:
                 torch.distributed.fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
             else:
-                shard_frozen(self.net, self.device_mesh["data_parallel"], blocks=[self.net[0], self.net[2]])
+                blocks = [layer.module for _, layer in dynrank.lora_layers(self.net)]
+                shard_frozen(self.net, self.device_mesh["data_parallel"], blocks=blocks)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y = batch
@@ -120,8 +124,8 @@ RESUMED = {  # (a run, what else its strategy is told)
 
 def strategy_of(run: Run, **options: Any) -> Any:
     if run.ddp is None:
-        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options)
-    return DDPStrategy(**run.ddp, **options)
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, timeout=PATIENCE, **options)
+    return DDPStrategy(**run.ddp, timeout=PATIENCE, **options)
 
 
 def fit(
@@ -151,5 +155,6 @@ def outcome(model: Model, trainer: lightning.Trainer, scheduler: RankScheduler) 
             (event.step, event.undone, [(la.rank_before, la.rank_after) for la in event.layers])
             for event in scheduler.history
         ],
+        "shards": [name for name, p in model.named_parameters() if isinstance(p, DTensor)],
         "predicted": [la.predicted_error for event in scheduler.history for la in event.layers],
     }

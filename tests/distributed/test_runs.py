@@ -30,24 +30,24 @@ def results(tmp_path_factory):
     rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
     rendezvous |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
     root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
-    children = [
-        subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("job.py")), str(folder)],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, **rendezvous, "RANK": process, "LOCAL_RANK": process, "PYTHONPATH": root},
-        )
-        for process in ("0", "1")
-    ]
+    children = []
     try:
-        for child in children:
-            printed, _ = child.communicate(timeout=240)
-            assert child.returncode == 0, printed[-5000:]
+        for process in ("0", "1"):
+            numbers = {"RANK": process, "LOCAL_RANK": process, "PYTHONPATH": root}
+            with (folder / f"printed{process}").open("w") as printed:
+                child = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("job.py")), str(folder)],
+                    stdout=printed,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **rendezvous, **numbers},
+                )
+            children.append(child)
+        codes = [child.wait(timeout=240) for child in children]
     finally:
         for child in children:
             child.kill()
+            child.wait()
+    assert codes == [0, 0], "".join((folder / f"printed{process}").read_text()[-3000:] for process in (0, 1))
     return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
 
 
@@ -68,6 +68,7 @@ def assert_same_bits(one, other):
 def test_two_processes_come_to_what_one_does_with_both_batches(results, name):
     first, second = found(results, name)
     assert_same_bits(first, second)
+    assert bool(first["shards"]) == name.startswith("fsdp2")
     alone = outcome(*fit(RUNS[name]))
     assert first["events"] == alone["events"]
     assert first["events"]
