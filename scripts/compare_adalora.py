@@ -1,8 +1,9 @@
 """dynrank against PEFT's AdaLoRA: medical_terms, 16 -> an average of about 4, 300 steps, the same final parameters.
 
-Every arm is trained at the same 4 learning rates on the same seeds, batches and dropout, with the same scaling; each is
-judged by its test loss at the rate where its mean validation loss is lowest. dynrank's budget on a seed is the smallest
-that an AdaLoRA run ended with there. Writes results/adalora.csv (a row per run; runs that it holds already are not
+On the first seed every arm is trained at the same 6 learning rates, on the others at the best of them (by validation
+loss) and its two neighbours, always with the same batches, dropout and scaling; each is judged by its test loss at the
+rate where its mean validation loss is lowest. dynrank's budget on a seed is the smallest that an AdaLoRA run ended with
+there. Writes results/adalora.csv (a row per run; runs that it holds already are not
 made again) and results/adalora.png. With --cost it measures instead what a step takes and how many bytes are held,
 before and after the cut, all models interleaved in one process, and writes results/adalora_cost.csv.
 Run: .venv/bin/python scripts/compare_adalora.py [--seeds N] [--cost]
@@ -15,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from statistics import mean, quantiles, stdev
 from typing import Any
@@ -25,6 +27,7 @@ from medical_bench import (
     HEAD,
     RESULTS,
     SCALING,
+    Diverged,
     Setting,
     Table,
     Trainee,
@@ -43,7 +46,7 @@ from dynrank.statistics import Grams
 from dynrank.targets import Budget
 
 STEPS, FIRST, LAST, WINDOW = 300, 45, 195, 20  # AdaLoRA's budget falls from FIRST to LAST, along a cubic
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 HIGH, LOW = 16, 4
 ADALORA = "PEFT AdaLoRA"
 FIELDS = ("seed", "arm", "lr", "parameters", "val_loss", "test_loss", "test_accuracy")
@@ -55,13 +58,11 @@ class Cuts:
     """How dynrank goes from rank 16 to the budget: at which steps, the pool shrinking by equal factors."""
 
     at: tuple[int, ...]
-    metric: str = "loss"
 
 
 ARMS = {
     "dynrank, budget by loss, one cut": Cuts((120,)),
     "dynrank, budget by loss, four cuts": Cuts((60, 105, 150, 195)),
-    "dynrank, budget by weight, one cut": Cuts((120,), "weight"),
 }
 FIXED = "LoRA of rank 4 from the start"
 
@@ -82,7 +83,7 @@ def main() -> None:
     for seed in range(options.seeds):
         setting = Setting(seed, STEPS)
         for arm in (ADALORA, *ARMS, FIXED):
-            for lr in RATES:
+            for lr in rates(table, arm, seed):
                 if table.lacks(seed, arm, lr):
                     run(setting, arm, lr, table)
     show(table)
@@ -90,23 +91,22 @@ def main() -> None:
 
 
 def run(setting: Setting, arm: str, lr: float, table: Table) -> None:
-    """Train one arm at one rate and add its row."""
+    """Train one arm at one rate and add its row; the losses of a run that diverges are infinite."""
     if arm == ADALORA:
-        trainee = adalora(setting, lr)
-        trainee.train(STEPS, allocation_of(trainee))
-        parameters = kept_parameters(trainee.model)
-    elif arm == FIXED:
-        trainee = adapted(setting, LOW, lr)
-        trainee.train(STEPS)
-        parameters = adapter_parameters(trainee.model)
+        trainee = adalora(setting, lr, first=FIRST, last=LAST)
     else:
-        pool = int(min(values(table.rows, "parameters", seed=setting.seed, arm=ADALORA)))
-        trainee = adapted(setting, HIGH, lr)
-        cut_down(trainee, ARMS[arm], pool)
-        trainee.train(STEPS)
-        parameters = adapter_parameters(trainee.model)
-    val_loss, _ = trainee.evaluate(setting.val)
-    test_loss, accuracy = trainee.evaluate(setting.test)
+        trainee = adapted(setting, LOW if arm == FIXED else HIGH, lr)
+    val_loss, test_loss, accuracy = inf, inf, 0.0
+    try:
+        if arm in ARMS:
+            pool = int(min(values(table.rows, "parameters", seed=setting.seed, arm=ADALORA)))
+            cut_down(trainee, ARMS[arm], pool)
+        trainee.train(STEPS, allocation_of(trainee) if arm == ADALORA else None)
+        val_loss, _ = trainee.evaluate(setting.val)
+        test_loss, accuracy = trainee.evaluate(setting.test)
+    except Diverged as error:
+        print(error)
+    parameters = kept_parameters(trainee.model) if arm == ADALORA else adapter_parameters(trainee.model)
     table.add(
         {"seed": setting.seed, "arm": arm, "lr": lr, "parameters": parameters}
         | {"val_loss": val_loss, "test_loss": test_loss, "test_accuracy": accuracy}
@@ -122,12 +122,12 @@ def cut_down(trainee: Trainee, cuts: Cuts, pool: int) -> None:
         with Grams(dict(lora_layers(trainee.model)), WINDOW) as grams:
             trainee.train(step, after_step=lambda _, grams=grams: grams.end_step())
         share = Budget(parameters=round(start * (pool / start) ** (index / len(cuts.at))))
-        ranks = budget_ranks(trainee.model, share, cuts.metric, grams)
-        resize(trainee.model, ranks, optimizers=[trainee.optimizer], metric=cuts.metric, grams=grams)
+        ranks = budget_ranks(trainee.model, share, "loss", grams)
+        resize(trainee.model, ranks, optimizers=[trainee.optimizer], metric="loss", grams=grams)
 
 
-def adalora(setting: Setting, lr: float | None = None, first: int = FIRST, last: int = LAST) -> Trainee:
-    """A fresh model with PEFT's AdaLoRA on every linear layer of the encoder."""
+def adalora(setting: Setting, lr: float | None, *, first: int, last: int) -> Trainee:
+    """A fresh model with PEFT's AdaLoRA on every linear layer, whose budget falls from step ``first`` to ``last``."""
     model = setting.classifier()
     targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
     config = AdaLoraConfig(
@@ -159,9 +159,19 @@ def kept_parameters(model: nn.Module) -> int:
     return sum(kept[name] * (lora_B.shape[0] + 1 + lora_A.shape[1]) for name, (lora_B, lora_A) in pairs.items())
 
 
+def rates(table: Table, arm: str, seed: int) -> tuple[float, ...]:
+    """Learning rates to train an arm at: all on seed 0, then the best one there and its neighbours."""
+    if seed == 0:
+        return RATES
+    best = min(range(len(RATES)), key=lambda i: values(table.rows, "val_loss", arm=arm, lr=RATES[i], seed=0))
+    return RATES[max(0, best - 1) : best + 2]
+
+
 def best_rate(table: Table, arm: str) -> float:
-    """The learning rate with the lowest mean validation loss."""
-    return min(RATES, key=lambda lr: mean(values(table.rows, "val_loss", arm=arm, lr=lr)))
+    """The learning rate with the lowest mean validation loss, of those that every seed was trained at."""
+    losses = {lr: values(table.rows, "val_loss", arm=arm, lr=lr) for lr in RATES}
+    most = max(map(len, losses.values()))
+    return min((lr for lr in RATES if len(losses[lr]) == most), key=lambda lr: mean(losses[lr]))
 
 
 def show(table: Table) -> None:
@@ -185,14 +195,15 @@ def show(table: Table) -> None:
 
 
 def draw(table: Table, file: Path) -> None:
-    """Test loss by learning rate: a line through the means, a dot per seed."""
+    """Test loss by learning rate, a line per arm and seed (dashed after the first); runs that diverged are left out."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for arm in (ADALORA, *ARMS, FIXED):
-        losses = [values(table.rows, "test_loss", arm=arm, lr=lr) for lr in RATES]
-        (line,) = axes.plot(RATES, [mean(some) for some in losses], label=arm)
-        for lr, some in zip(RATES, losses, strict=True):
-            axes.plot([lr] * len(some), some, "o", color=line.get_color(), alpha=0.4, markersize=4)
+    for index, arm in enumerate((ADALORA, *ARMS, FIXED)):
+        for seed in sorted({row["seed"] for row in table.rows}):
+            rows = [row for row in table.rows if (row["arm"], row["seed"]) == (arm, seed)]
+            points = sorted((float(row["lr"]), float(row["test_loss"])) for row in rows if row["test_loss"] != "inf")
+            line = dict(color=f"C{index}", marker="o", markersize=4, label=arm if seed == "0" else None)
+            axes.plot(*zip(*points, strict=True), **line, alpha=0.7, linestyle="-" if seed == "0" else "--")
     axes.set(xscale="log", xlabel="learning rate of the adapter", ylabel="test loss")
     axes.set_xticks(RATES, [f"{lr:g}" for lr in RATES])
     axes.minorticks_off()
@@ -205,8 +216,8 @@ def measure_cost(rounds: int, file: Path) -> None:
     setting = Setting(0, 2 * rounds + 40)
     ours_before, ours_after = adapted(setting, HIGH), adapted(setting, HIGH)
     cut_down(ours_after, Cuts((WINDOW,)), adapter_parameters(ours_after.model) * LOW // HIGH)
-    theirs_before = adalora(setting, first=setting.steps - 2, last=setting.steps - 1)  # keeps scores from the start
-    theirs_after = adalora(setting, first=1, last=WINDOW)
+    theirs_before = adalora(setting, None, first=setting.steps - 2, last=setting.steps - 1)  # scores from the start
+    theirs_after = adalora(setting, None, first=1, last=WINDOW)
     theirs_after.train(WINDOW + 1, allocation_of(theirs_after))
     models = {
         "dynrank before the cut (rank 16)": ours_before,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dynrank import add_lora, compose, lora_layers
 from dynrank.config import plain
+from dynrank.errors import ConfigurationError
 from dynrank.resizing import layer_spectra
 from dynrank.statistics import Grams
 from dynrank.targets import Budget, LayerState
@@ -62,6 +63,10 @@ class Setting:
         return Trainee(self, model, made["optimizer"], made["lr_scheduler"]["scheduler"])
 
 
+class Diverged(ArithmeticError):
+    """The training loss is not a number any more."""
+
+
 @dataclass
 class Trainee:
     """A model in training: a deep copy goes on from the same state, with the same batches and dropout."""
@@ -82,6 +87,8 @@ class Trainee:
         while self.done < until:
             torch.manual_seed(self.setting.seed * 1_000_003 + self.done)
             loss = self.model(**self.setting.batches[self.done]).loss  # PEFT's AdaLoRA adds its regularisation here
+            if not loss.isfinite():
+                raise Diverged(f"the loss is {float(loss)} at step {self.done}")
             loss.backward()
             self.optimizer.step()
             self.scheduler.step()
@@ -140,7 +147,9 @@ class Table:
             with file.open(newline="", encoding="utf-8") as text:
                 self.rows = list(csv.DictReader(text))
             if self.rows and list(self.rows[0]) != self.fields:
-                raise SystemExit(f"{file} holds the columns {list(self.rows[0])}; this study writes {self.fields}")
+                raise ConfigurationError(
+                    f"{file} holds the columns {list(self.rows[0])}, not {self.fields}; move it away, or set --out"
+                )
 
     def lacks(self, *key: object) -> bool:
         return all([row[name] for name in self.keys] != [str(value) for value in key] for row in self.rows)

@@ -14,12 +14,13 @@ LAYERS = {
     3: {"layers", "optim", "rewarmup", "adapter_config", "console", "tensor_file", "processes"},
     4: {"statistics", "adapter_file", "agreement", "sharding"},
     5: {"resizing", "adapter"},
-    6: {"planning", "squeeze", "change_table"},
-    7: {"callbacks", "tasks", "config", "plots", "exits"},
-    8: {"inspection", "preflight", "report", "trusted"},
-    9: {"job"},
-    10: {"rank_table"},
-    11: {"train", "cli"},
+    6: {"planning", "squeeze", "change_table", "rank_change"},
+    7: {"driver", "tasks", "config", "plots", "exits"},
+    8: {"callbacks", "inspection", "preflight", "trusted"},
+    9: {"report"},
+    10: {"job"},
+    11: {"rank_table"},
+    12: {"train", "cli"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 

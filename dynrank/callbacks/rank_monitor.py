@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
-from dynrank.callbacks.rank_change import RankEvent
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.change_table import change_table
 from dynrank.layers.inject import lora_layers
+from dynrank.rank_change import RankEvent
 
 FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
 

@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
-from dynrank.agreement import check_processes
 from dynrank.callbacks.fit_check import check_fit, check_module
-from dynrank.callbacks.rank_change import RankEvent, change_ranks, tell
-from dynrank.callbacks.strategies import average_whole_gradients, follow_sharded_checkpoint
+from dynrank.callbacks.strategies import average_whole_gradients, follow_sharded_checkpoint, unwrap, wrap
 from dynrank.callbacks.validation import measure, run_missed_validation, validation_metrics
-from dynrank.errors import ConfigurationError
-from dynrank.layers.inject import lora_layers
+from dynrank.driver import RankDriver
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.planning import check_model, final_ranks, layer_states, needs_of
-from dynrank.processes import from_first, gathered, mean_over_processes
-from dynrank.resizing import LayerReport
-from dynrank.rewarmup import Rewarmup
-from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
-from dynrank.statistics import Window
-from dynrank.triggers import At, Run, Trigger
-
-LOW_RATE = 0.1  # below this share of the starting learning rate, a drop has little left to recover with
+from dynrank.rank_change import RankEvent
+from dynrank.triggers import Run
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """A change that has been decided and is still to be made."""
-
-    stage: int
-    reason: str
-
-
-class RankScheduler(Callback):
+class RankScheduler(RankDriver, Callback):
     """Changes the ranks of LoRA layers during training.
 
     Works in any LightningModule with automatic optimization whose model went through :func:`dynrank.add_lora` or PEFT's
@@ -67,64 +49,6 @@ class RankScheduler(Callback):
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(
-        self,
-        schedule: int | Stage | Sequence[Stage] | RankFunction,
-        how: How | None = None,
-        *,
-        check_every: int | None = None,
-    ) -> None:
-        if check_every is not None and (isinstance(check_every, bool) or check_every < 1):
-            raise ConfigurationError(
-                f"check_every must be null or at least 1 step, got {check_every!r}; set check_processes_every"
-            )
-        self.how, self.check_every = how or How(), check_every
-        self._function: RankFunction | None = None
-        self.stages: list[Stage] = []
-        if isinstance(schedule, int) and not isinstance(schedule, bool):
-            self.stages = after_convergence(schedule)
-        elif isinstance(schedule, Stage):
-            self.stages = [schedule]
-        elif isinstance(schedule, Sequence) and all(isinstance(stage, Stage) for stage in schedule):
-            self.stages = list(schedule)
-        elif callable(schedule):
-            self._function = schedule
-        else:
-            raise ConfigurationError(
-                f"a schedule must be a rank, stages, or a function from step to rank, got {schedule!r}; set schedule"
-            )
-        self.history: list[RankEvent] = []
-        self._run = Run(None)
-        self._at = 0  # index of the stage that comes next
-        self._pending: _Decision | None = None
-        self._window: Window | None = None
-        self._window_stage = -1
-        self._observed_step = self._looked_step = self._seen_step = -1
-        self._checking = False
-        self._validated_step, self._validation = -1, dict[str, float]()  # what the last validation has logged
-        self._rewarmup: Rewarmup | None = None
-        self._resumed: dict[str, Any] = {}  # what a checkpoint holds of things that are made when training starts
-
-    @property
-    def finished(self) -> bool:
-        """Whether every stage is over."""
-        return self._at >= len(self.stages)
-
-    @property
-    def monitors(self) -> list[str]:
-        """Names of the metrics that the schedule reads."""
-        names = [name for stage in self.stages if isinstance(stage.when, Trigger) for name in stage.when.monitors]
-        names += [how.check_monitor for how in map(self._how, self.stages) if how.max_regression is not None]
-        return sorted(set(names))
-
-    def final_ranks(self, model: nn.Module) -> dict[str, tuple[int, int]]:
-        """{layer: (lowest, highest) rank that it may end at}; the two are equal unless the data decide."""
-        return final_ranks(model, self.stages)
-
-    def check_model(self, model: nn.Module, run: Run | None = None) -> None:
-        """Refuse a model that the schedule cannot be carried out on; see :func:`dynrank.planning.check_model`."""
-        check_model(model, self.stages, self.how, run or Run(None))
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
         follow_sharded_checkpoint(trainer)
@@ -133,56 +57,27 @@ class RankScheduler(Callback):
         check_module(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        resumes = bool(self._resumed) or (trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path)
-        if self._seen_step > 0 and trainer.global_step == 0 and not resumes:
-            raise ConfigurationError(
-                f"this RankScheduler is at step {self._seen_step} of another run; make a new one, of new stages, for "
-                "each run, or resume that one (ckpt_path)"
-            )
-        run = self._run = _run(trainer, self.stages)
-        if self._function is not None:
-            if run.total_steps is None:
-                raise ConfigurationError("a function of the step needs a run of known length; set trainer.max_steps")
-            self.stages = from_function(self._function, run.total_steps)
-        for stage in self.stages:
-            stage.planned_step(run)  # raises if the run's length is needed and nobody knows it
-        if not self.history:  # what was checked at the start still holds on resume, at other ranks
-            self.check_model(pl_module, run)
-        check_fit(trainer, pl_module, {self._how(stage) for stage in self.stages})
+        later = trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None
+        run = _run(trainer, epochs=self.counts_epochs)
+        self.start(LightningTraining(trainer, pl_module), run, resumes_later=later)
+        check_fit(trainer, pl_module, self.hows)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._seen_step = trainer.global_step
-        check_processes(pl_module, trainer.optimizers, "at the start of training")
-        if self._resumed.get("rewarmup") is not None:
-            self._rewarmup = Rewarmup(trainer.optimizers[0], *self._resumed["rewarmup"])
-        if self._resumed.get("window") is not None:
-            self._open_window(pl_module, self._window_stage)
-            assert self._window is not None
-            self._window.load_states(self._resumed["window"], trainer.global_rank, trainer.world_size)
-        self._resumed = {}
-        if self._observed_step != trainer.global_step:
+        if not self.resume(LightningTraining(trainer, pl_module)):
             run_missed_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
-        self._validated_step, self._validation = trainer.global_step, validation_metrics(trainer)
-        if not self._checking:
-            self._observe(trainer)
+        self.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.enable_validation:
-            self._observe(trainer)
+            self.observe(LightningTraining(trainer, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.finished or batch_idx % trainer.accumulate_grad_batches:
-            return
-        self._look(trainer, pl_module)
-        self._follow_clock(trainer, pl_module)
-        if self._pending and self._measured(trainer, pl_module):
-            self._change(trainer, pl_module)
-            if not self.finished:
-                self._follow_clock(trainer, pl_module)  # the next stage may have to be measured from this step on
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.advance(LightningTraining(trainer, pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         average_whole_gradients(trainer, optimizer)
@@ -190,242 +85,58 @@ class RankScheduler(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step > self._seen_step:  # an optimizer step was made
-            self._seen_step = trainer.global_step
-            if self._window is not None:
-                self._window.end_step()
-            if self.check_every and trainer.global_step % self.check_every == 0:
-                check_processes(pl_module, trainer.optimizers, f"after step {trainer.global_step}")
+        self.end_step(LightningTraining(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.finished:
-            self._follow_clock(trainer, pl_module, ended=True)
-            if self._pending and self._measured(trainer, pl_module, ended=True):
-                self._change(trainer, pl_module)
-        if self._window is not None:
-            self._close_window()
-        if not self.finished:
-            why = f"no {self.stages[self._at].when.reason}; set schedule.deadline or train longer"
-            if self._pending:
-                why = "what its change needs was not measured before; set schedule.metric=weight or an earlier time"
-            rank_zero_warn(
-                f"training ended before stage {self._at + 1} of the rank schedule: the ranks are not final, {why}"
-            )
+        self.finish(LightningTraining(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._window is not None:
-            self._window.close()  # out of the layers, which may be trained again; a checkpoint written now still has it
-
-    def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
-        ramp = self._rewarmup
-        return {
-            "stage": self._at,
-            "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "pending": asdict(self._pending) if self._pending else None,
-            "window": gathered(self._window.state_dict()) if self._window else None,
-            "window_stage": self._window_stage,
-            "observed_step": self._observed_step,
-            "looked_step": self._looked_step,
-            "validated_step": self._validated_step,
-            "validated": {name: self._validation[name] for name in self.monitors if name in self._validation},
-            "history": [asdict(event) for event in self.history],
-            "rewarmup": (ramp.steps, ramp.done) if ramp and not ramp.finished else None,
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if self._function is None:
-            if len(state_dict["triggers"]) != len(self.stages):
-                raise ConfigurationError(
-                    f"the checkpoint was made under a schedule of {len(state_dict['triggers'])} stages, this one has "
-                    f"{len(self.stages)}; set schedule as it was"
-                )
-            for stage, state in zip(self.stages, state_dict["triggers"], strict=True):
-                if isinstance(stage.when, Trigger) and state is not None:
-                    stage.when.load_state_dict(state)
-        self._at, self._window_stage = state_dict["stage"], state_dict["window_stage"]
-        self._pending = _Decision(**state_dict["pending"]) if state_dict["pending"] else None
-        self._observed_step, self._looked_step = state_dict["observed_step"], state_dict["looked_step"]
-        self._validated_step, self._validation = state_dict["validated_step"], dict(state_dict["validated"])
-        self._resumed = {"rewarmup": state_dict["rewarmup"], "window": state_dict["window"]}
-        self.history = [
-            RankEvent(**{**event, "layers": tuple(LayerReport(**layer) for layer in event["layers"])})
-            for event in state_dict["history"]
-        ]
-
-    def _how(self, stage: Stage) -> How:
-        return stage.how or self.how
-
-    # Deciding
-
-    def _observe(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        if step == self._observed_step:  # a resumed loop may end one validation twice
-            return
-        self._observed_step = step
-        if self.finished or self._pending:
-            return
-        trigger = self.stages[self._at].when
-        if not isinstance(trigger, Trigger) or not trigger.monitors:
-            return
-        if trigger.observe(step, *(_metric(trainer, name, "schedule.trigger.monitor") for name in trigger.monitors)):
-            self._pending = _Decision(self._at, trigger.reason)
-
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Show the factors to a trigger that watches them, when its next look is due."""
-        trigger, step = self.stages[self._at].when, trainer.global_step
-        if self._pending or not isinstance(trigger, Trigger) or not trigger.every:
-            return
-        if step == 0 or step % trigger.every or step == self._looked_step:
-            return
-        self._looked_step = step
-        factors = {n: (la.lora_B.detach(), la.lora_A.detach()) for n, la in lora_layers(pl_module) if not la.pinned}
-        seen = trigger.observe(step, factors)
-        if from_first(lambda: seen):
-            self._pending = _Decision(self._at, trigger.reason)
-
-    def _follow_clock(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> None:
-        """Decide what is due by time, and begin to measure for what will be soon."""
-        step = trainer.global_step
-        for index, planned in self._planned():
-            at_the_end = ended and self.stages[index].when == At(fraction=1.0)
-            if planned <= step or at_the_end:
-                if self._pending is None or self._pending.stage < index:
-                    self._pending = _Decision(index, self._reason(index))
-            elif (
-                not (self._window or self._pending)
-                and planned - self._how(self.stages[index]).window <= step
-                and not ended
-            ):
-                self._open_window(pl_module, index)
-
-    def _planned(self) -> Iterator[tuple[int, int]]:
-        """(index, step) of the stages to come whose latest time is known; the last of those that share one."""
-        steps = [(i, self.stages[i].planned_step(self._run)) for i in range(self._at, len(self.stages))]
-        known = {step: i for i, step in steps if step is not None}
-        yield from ((i, step) for step, i in known.items())
-
-    def _reason(self, index: int) -> str:
-        stage = self.stages[index]
-        return stage.when.reason if isinstance(stage.when, At) else f"deadline of {stage.deadline:g} of the run"
-
-    # Measuring
-
-    def _measured(self, trainer: Trainer, pl_module: LightningModule, *, ended: bool = False) -> bool:
-        """Whether everything is there that the decided change needs; begin to collect it if not."""
-        assert self._pending is not None
-        index, layers = self._pending.stage, dict(lora_layers(pl_module))
-        how = self._how(self.stages[index])
-        needs = needs_of(self.stages[index], how, layers)
-        if not needs:
-            return True
-        if self._window is None or not self._window.serves(needs):  # one opened for another stage may do
-            if not ended:
-                self._open_window(pl_module, index)
-            return False
-        planned = self.stages[index].planned_step(self._run)
-        overdue = planned is not None and planned <= trainer.global_step
-        return self._window.steps >= (1 if ended or overdue else how.window)
-
-    def _open_window(self, pl_module: LightningModule, index: int) -> None:
-        if self._window is not None:
-            self._close_window()
-        layers = {name: layer for name, layer in lora_layers(pl_module) if not layer.pinned}
-        how = self._how(self.stages[index])
-        needs = needs_of(self.stages[index], how, layers)
-        if needs:
-            self._window, self._window_stage = Window(layers, needs, how.window, seed=index), index
-
-    def _close_window(self) -> None:
-        assert self._window is not None
-        self._window.close()
-        self._window = None
-
-    # Acting
-
-    def _change(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert self._pending is not None
-        index, reason = self._pending.stage, self._pending.reason
-        stage = self.stages[index]
-        how, window = self._how(stage), self._window
-        if window is not None:
-            window.sum_over_processes()
-            self._close_window()
-        layers = dict(lora_layers(pl_module))
-        targets = self._targets(layers, index, window)
-        changed = False
-        for event in change_ranks(trainer, pl_module, targets, reason, how, window, stage.to.multiple, self._validated):
-            self.history.append(event)
-            tell(trainer, pl_module, "on_rank_change", event)
-            changed = not event.undone
-        self._pending, self._at = None, index
-        if not changed or not stage.repeat or self._exhausted(dict(lora_layers(pl_module)), index):
-            self._at = index + 1
-        for later in self.stages[index:]:
-            if isinstance(later.when, Trigger):
-                later.when.reset(trainer.global_step)
-        if changed:
-            self._warn_of_low_rate(trainer)
-            self._ramp(trainer, how.rewarmup_steps)
-
-    def _targets(self, layers: dict[str, Any], index: int, window: Window | None) -> dict[str, int]:
-        stage, last = self.stages[index], index == len(self.stages) - 1
-        metric = self._how(stage).metric if window is not None and window.grams is not None else "weight"
-        wanted = from_first(
-            lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, metric=metric, window=window))
-        )
-        return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
-
-    def _exhausted(self, layers: dict[str, Any], index: int) -> bool:
-        """Whether a repeated stage has nothing left to do; one that must measure first finds out when it fires."""
-        stage = self.stages[index]
-        return not stage.needs and not self._targets(layers, index, None)
-
-    def _validated(self, trainer: Trainer, monitor: str, changed: bool) -> float:
-        """The monitored value for the weights as they are; ``changed``: since the last validation."""
-        if changed or self._validated_step != trainer.global_step:
-            self._checking = True
-            try:
-                measure(trainer)
-            finally:
-                self._checking = False
-        if changed:
-            self._validated_step = -1  # the change may be undone
-        if monitor not in self._validation:
-            raise ConfigurationError(
-                f"check_monitor must be a metric logged in validation, got {monitor!r}; logged: "
-                f"{sorted(self._validation)}; set schedule.check_monitor"
-            )
-        return mean_over_processes(self._validation[monitor])
-
-    def _ramp(self, trainer: Trainer, steps: int) -> None:
-        if steps:
-            if self._rewarmup:
-                self._rewarmup.remove()
-            self._rewarmup = Rewarmup(trainer.optimizers[0], steps)  # automatic optimization has one optimizer
-
-    def _warn_of_low_rate(self, trainer: Trainer) -> None:
-        if trainer.global_step >= (self._run.total_steps or float("inf")):
-            return  # after the last step there is nothing to recover in
-        groups = trainer.optimizers[0].param_groups
-        rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups]
-        share = min((now / start for now, start in rates if start > 0), default=1.0)
-        if share < LOW_RATE:
-            rank_zero_warn(
-                f"the learning rate at the change of rank is {share:.1%} of its start, too little to recover with; "
-                "set an earlier schedule.deadline or a later decay (optimizer.decay)"
-            )
+        self.abort()
 
 
-def _metric(trainer: Trainer, name: str, key: str) -> float:
-    metrics = trainer.callback_metrics
-    if name not in metrics:
-        raise ConfigurationError(f"monitor must be a logged metric, got {name!r}; logged: {sorted(metrics)}; set {key}")
-    return mean_over_processes(float(metrics[name]))
+class LightningTraining:
+    """A Lightning trainer as :class:`dynrank.rank_change.Training`."""
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.trainer, self.pl_module = trainer, pl_module
+
+    @property
+    def step(self) -> int:
+        return self.trainer.global_step
+
+    @property
+    def model(self) -> nn.Module:
+        return self.pl_module
+
+    @property
+    def optimizers(self) -> Sequence[Optimizer]:
+        return self.trainer.optimizers
+
+    def logged(self) -> Mapping[str, float]:
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    def validate(self) -> None:
+        measure(self.trainer)
+
+    def before_resize(self) -> None:
+        unwrap(self.trainer)
+
+    def resized(self) -> None:
+        wrap(self.trainer)
+
+    def tell(self, hook: str, event: RankEvent) -> None:
+        """Call ``hook(trainer, pl_module, event)`` of every callback that defines it."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            told = getattr(callback, hook, None)
+            if told is not None:
+                told(self.trainer, self.pl_module, event)
+
+    def warn(self, message: str) -> None:
+        rank_zero_warn(message)
 
 
-def _run(trainer: Trainer, stages: Sequence[Stage]) -> Run:
-    if any(isinstance(stage.when, At) and stage.when.epoch is not None for stage in stages):
+def _run(trainer: Trainer, *, epochs: bool) -> Run:
+    if epochs:
         trainer.fit_loop.setup_data()  # Lightning loads it later, unless somebody asks for the length of the run
     total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
     per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from torch.nn.parallel import DistributedDataParallel
 
 from dynrank.errors import ConfigurationError
 from dynrank.sharding import average_gradients, sharded_error, sharded_layers, take_saved_ranks
@@ -76,16 +73,16 @@ def check_setup(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
-@contextmanager
-def unwrapped(trainer: Trainer) -> Iterator[None]:
-    """Within, parameters may change shape; DDP, whose buckets are as large as they were, is made anew afterwards."""
-    strategy = trainer.strategy
-    wrapped = isinstance(strategy, DDPStrategy) and isinstance(strategy.model, DistributedDataParallel)
-    if wrapped:
-        strategy.model = strategy.lightning_module
-    yield
-    if wrapped:
-        strategy.configure_ddp()  # type: ignore[attr-defined]
+def unwrap(trainer: Trainer) -> None:
+    """Take DDP off the module, so that parameters may change shape: its buckets are as large as they were."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = trainer.strategy.lightning_module
+
+
+def wrap(trainer: Trainer) -> None:
+    """Put the module into a new DDP after :func:`unwrap`; collective."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.configure_ddp()
 
 
 def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:

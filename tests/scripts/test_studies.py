@@ -1,0 +1,146 @@
+"""The studies in miniature, a tiny model and a few steps: the rows they write, and going on where one stopped."""
+
+import csv
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from peft.tuners.adalora.layer import SVDLinear
+from transformers import BertConfig, BertForSequenceClassification
+
+from dynrank.errors import ConfigurationError
+from dynrank.tasks.pretrained import load_tokenizer, model_source
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)  # d_in + d_out over the adapted layers of the tiny model
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    sys.path.insert(0, str(SCRIPTS))
+    import compare_adalora
+    import medical_bench
+    import study_truncation
+
+    sys.path.remove(str(SCRIPTS))
+    return medical_bench, study_truncation, compare_adalora
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**size)).save_pretrained(folder)
+    load_tokenizer(model_source("minilm")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def short(scripts, tiny_bert, monkeypatch):
+    """The three scripts, on 80 terms and with a run of a few steps."""
+    bench, truncation, adalora = scripts
+    small, real = ["task.limit=80", f"task.model={tiny_bert}"], bench.compose
+    monkeypatch.setattr(bench, "compose", lambda overrides: real([*overrides, *small]))
+    for name, value in {"STEPS": 6, "CUT": 4, "WINDOW": 2}.items():
+        monkeypatch.setattr(truncation, name, value)
+    monkeypatch.setattr(truncation, "ARMS", [truncation.Arm("weight"), truncation.Arm("loss", shared=True)])
+    for name, value in {"STEPS": 10, "FIRST": 1, "LAST": 6, "WINDOW": 2, "RATES": (1e-3, 2e-3)}.items():
+        monkeypatch.setattr(adalora, name, value)
+    monkeypatch.setattr(adalora, "ARMS", {"dynrank": adalora.Cuts((2, 6))})
+    return bench, truncation, adalora
+
+
+def launch(monkeypatch, script, folder, *options):
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--seeds", "1", "--out", str(folder), *options])
+    script.main()
+
+
+def rows(file):
+    with file.open(newline="") as text:
+        return list(csv.DictReader(text))
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+def test_truncation_study_writes_a_row_per_arm_and_goes_on_where_it_stopped(short, monkeypatch, tmp_path, capsys):
+    _, truncation, _ = short
+    launch(monkeypatch, truncation, tmp_path)
+    file = tmp_path / "truncation.csv"
+    written = rows(file)
+    uniform, shared = (next(row for row in written if row["arm"] == str(arm)) for arm in truncation.ARMS)
+    assert len(written) == len(truncation.BOUNDS) + 2
+    assert int(uniform["parameters"]) == WIDTHS * 2 >= int(shared["parameters"])
+    assert uniform["val_before"] == shared["val_before"] != ""
+    assert float(uniform["energy_kept"]) < 1
+    assert "right after" in capsys.readouterr().out
+    assert (tmp_path / "truncation.png").stat().st_size > 0
+
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if "budget" not in line) + "\n")
+    launch(monkeypatch, truncation, tmp_path)
+    assert rows(file) == [*(row for row in written if row is not shared), shared]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adalora_comparison_gives_dynrank_no_more_than_adalora_kept(short, monkeypatch, tmp_path, capsys):
+    _, _, adalora = short
+    launch(monkeypatch, adalora, tmp_path)
+    written = rows(tmp_path / "adalora.csv")
+    theirs, ours = (
+        [int(row["parameters"]) for row in written if row["arm"] == arm] for arm in (adalora.ADALORA, "dynrank")
+    )
+    assert len(written) == 3 * 2
+    assert max(ours) <= min(theirs) < 16 * WIDTHS
+    assert "less AdaLoRA's" in capsys.readouterr().out
+    assert (tmp_path / "adalora.png").stat().st_size > 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_costs_of_adalora_stay_and_ours_fall(short, monkeypatch, tmp_path):
+    _, _, adalora = short
+    launch(monkeypatch, adalora, tmp_path, "--cost", "--rounds", "2")
+    measured = {row["model"]: row for row in rows(tmp_path / "adalora_cost.csv")}
+    before, _, after, theirs_before, theirs_after = measured.values()
+    assert int(after["adapter_bytes"]) <= int(before["adapter_bytes"]) // 4
+    assert int(after["optimizer_bytes"]) <= int(before["optimizer_bytes"]) // 4 + 4 * 26  # a step count for each factor
+    assert theirs_after["adapter_bytes"] == theirs_before["adapter_bytes"]
+    assert int(theirs_before["score_bytes"]) == 3 * int(theirs_before["adapter_bytes"])
+    assert theirs_after["score_bytes"] == "0"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_kept_parameters_are_those_of_the_layers_that_peft_would_build(short):
+    bench, _, adalora = short
+    trainee = adalora.adalora(bench.Setting(0, 10), 1e-3, first=1, last=6)
+    trainee.train(8, adalora.allocation_of(trainee))
+    expected = 0
+    for module in trainee.model.modules():
+        if isinstance(module, SVDLinear):
+            kept = int(module.lora_E["default"].ne(0).sum())
+            expected += kept * (module.in_features + 1 + module.out_features)
+    assert adalora.kept_parameters(trainee.model) == expected
+    pattern = trainee.model.peft_config["default"].rank_pattern
+    assert sum(map(sum, pattern.values())) == adalora.LOW * len(pattern)
+
+
+def test_copy_of_a_trainee_goes_on_as_the_trainee_does(short):
+    bench, _, _ = short
+    one = bench.adapted(bench.Setting(0, 6), 4)
+    one.train(3)
+    two = deepcopy(one)
+    for trainee in (one, two):
+        trainee.train(6)
+    pairs = zip(one.model.parameters(), two.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) and a is not b for a, b in pairs)
+    logits = [trainee.evaluate(trainee.setting.val) for trainee in (one, two)]
+    assert logits[0] == logits[1]
+
+
+def test_table_of_other_columns_is_refused_and_kept(scripts, tmp_path):
+    bench, truncation, _ = scripts
+    file = tmp_path / "truncation.csv"
+    file.write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigurationError, match=r"truncation\.csv.*'a', 'b'"):
+        bench.Table(file, truncation.FIELDS, ("seed", "arm"))
+    assert file.read_text() == "a,b\n1,2\n"
