@@ -130,7 +130,8 @@ def _quiet() -> None:
     """Silence what others print of every run and that tells a user nothing."""
     transformers.logging.set_verbosity_error()  # "classifier newly initialized": it is meant to be
     transformers.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists")  # it holds .hydra; an old run is refused
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)  # lightning on torch 2.13
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # batches are ready in memory

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -47,11 +47,11 @@ def shard_frozen(
         ConfigurationError: if there are no LoRA layers, nothing is frozen, a block is a part of a LoRA layer, or
             adapters have no values yet (meta device).
     """
-    if isinstance(next(iter(frozen_parameters(model)), None), DTensor):
+    if isinstance(model, FSDPModule):
         return
     layers = dict(lora_layers(model))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # in one order everywhere
-    if not layers or not any(True for _ in frozen_parameters(model)):
+    if not layers or all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("shard_frozen needs a frozen model with LoRA layers; call dynrank.add_lora first")
     if any(parameter.is_meta for parameter in trained):
         raise ConfigurationError("adapters on the meta device have no values; load the model before shard_frozen")
@@ -73,11 +73,6 @@ def shard_frozen(
 def _transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _transformer_blocks(child)
-
-
-def frozen_parameters(model: nn.Module) -> Iterable[nn.Parameter]:
-    """Those that need no gradient."""
-    return (parameter for parameter in model.parameters() if not parameter.requires_grad)
 
 
 def sharded_layers(model: nn.Module) -> list[str]:
