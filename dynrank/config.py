@@ -65,6 +65,7 @@ class RunConfig:
     seed: int = MISSING
     ckpt_path: str | None = MISSING
     checkpoint_every: int = MISSING
+    check_processes_every: int | None = MISSING
     plots: bool = MISSING
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from dynrank.agreement import check_processes
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.planning import check_model, final_ranks, layer_states, needs_of
+from dynrank.processes import from_first, gathered, mean_over_processes, process_count, process_index
 from dynrank.rank_change import RankEvent, Training, change_ranks
 from dynrank.resizing import LayerReport
 from dynrank.rewarmup import Rewarmup
@@ -41,6 +43,8 @@ class RankDriver:
         schedule: an int (drop to that rank after convergence), a stage, a list of stages (see
             :mod:`dynrank.schedules`), or a function from the optimizer step to the rank of all layers.
         how: how changes are made, for stages that don't say; ``How()`` when None.
+        check_every: optimizer steps between checks that all processes hold the same adapters and optimizer state, which
+            are made at the start and around each change in any case; None: no more than those.
 
     Attributes:
         history: every :class:`RankEvent` of the run, also those before a resume.
@@ -49,8 +53,18 @@ class RankDriver:
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(self, schedule: int | Stage | Sequence[Stage] | RankFunction, how: How | None = None) -> None:
-        self.how = how or How()
+    def __init__(
+        self,
+        schedule: int | Stage | Sequence[Stage] | RankFunction,
+        how: How | None = None,
+        *,
+        check_every: int | None = None,
+    ) -> None:
+        if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
+            raise ConfigurationError(
+                f"check_every must be null or at least 1 step, got {check_every!r}; set check_processes_every"
+            )
+        self.how, self.check_every = how or How(), check_every
         self._function: RankFunction | None = None
         self.stages: list[Stage] = []
         if isinstance(schedule, int) and not isinstance(schedule, bool):
@@ -107,13 +121,13 @@ class RankDriver:
         """Refuse a model that the schedule cannot be carried out on; see :func:`dynrank.planning.check_model`."""
         check_model(model, self.stages, self.how, run or Run(None))
 
-    def start(self, training: Training, run: Run) -> None:
-        """Take a run of this length, at its start or where it is resumed.
+    def start(self, training: Training, run: Run, *, resumes_later: bool = False) -> None:
+        """Take a run of this length, at its start or where it is resumed; the state of that may come later.
 
         Raises:
             ConfigurationError: if the schedule cannot be carried out in it.
         """
-        if self._seen_step > 0 and training.step == 0 and not self._resumed:
+        if self._seen_step > 0 and training.step == 0 and not self._resumed and not resumes_later:
             raise ConfigurationError(
                 f"this {type(self).__name__} is at step {self._seen_step} of another run; make a new one, of new "
                 "stages, for each run, or resume that one (ckpt_path)"
@@ -131,12 +145,13 @@ class RankDriver:
     def resume(self, training: Training) -> bool:
         """Open again what was open when the checkpoint was made; whether its step had been observed."""
         self._seen_step = training.step
+        check_processes(training.model, training.optimizers, "at the start of training")
         if self._resumed.get("rewarmup") is not None:
             self._rewarmup = Rewarmup(training.optimizers[0], *self._resumed["rewarmup"])
         if self._resumed.get("window") is not None:
             self._open_window(training.model, self._window_stage)
             assert self._window is not None
-            self._window.load_state_dict(self._resumed["window"])
+            self._window.load_states(self._resumed["window"], process_index(), process_count())
         self._resumed = {}
         return self._observed_step == training.step
 
@@ -163,6 +178,8 @@ class RankDriver:
             self._seen_step = training.step
             if self._window is not None:
                 self._window.end_step()
+            if self.check_every and training.step % self.check_every == 0:
+                check_processes(training.model, training.optimizers, f"after step {training.step}")
 
     def finish(self, training: Training) -> None:
         """Make what is due after the last step, and say what was not made."""
@@ -192,7 +209,7 @@ class RankDriver:
             "stage": self._at,
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "pending": asdict(self._pending) if self._pending else None,
-            "window": self._window.state_dict() if self._window else None,
+            "window": gathered(self._window.state_dict()) if self._window else None,
             "window_stage": self._window_stage,
             "observed_step": self._observed_step,
             "looked_step": self._looked_step,
@@ -251,7 +268,8 @@ class RankDriver:
         self._looked_step = step
         layers = lora_layers(training.model)
         factors = {name: (la.lora_B.detach(), la.lora_A.detach()) for name, la in layers if not la.pinned}
-        if trigger.observe(step, factors):
+        seen = trigger.observe(step, factors)
+        if from_first(lambda: seen):
             self._pending = _Decision(self._at, trigger.reason)
 
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
@@ -319,8 +337,7 @@ class RankDriver:
         stage = self.stages[index]
         how, window = self._how(stage), self._window
         if window is not None:
-            if window.grams is not None:
-                window.grams.sum_over_processes()
+            window.sum_over_processes()
             self._close_window()
         targets = self._targets(dict(lora_layers(training.model)), index, window)
         changed = False
@@ -341,8 +358,9 @@ class RankDriver:
     def _targets(self, layers: dict[str, Any], index: int, window: Window | None) -> dict[str, int]:
         stage, last = self.stages[index], index == len(self.stages) - 1
         metric = self._how(stage).metric if window is not None and window.grams is not None else "weight"
-        states = layer_states(layers, last=last, stage=stage, metric=metric, window=window)
-        wanted = stage.to.ranks(states)
+        wanted = from_first(
+            lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, metric=metric, window=window))
+        )
         return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
 
     def _exhausted(self, layers: dict[str, Any], index: int) -> bool:
@@ -365,7 +383,7 @@ class RankDriver:
                 f"check_monitor must be a metric logged in validation, got {monitor!r}; logged: "
                 f"{sorted(self._validation)}; set schedule.check_monitor"
             )
-        return self._validation[monitor]
+        return mean_over_processes(self._validation[monitor])
 
     def _ramp(self, training: Training, steps: int) -> None:
         if steps:
@@ -390,4 +408,4 @@ def _metric(training: Training, name: str, key: str) -> float:
     metrics = training.logged()
     if name not in metrics:
         raise ConfigurationError(f"monitor must be a logged metric, got {name!r}; logged: {sorted(metrics)}; set {key}")
-    return float(metrics[name])
+    return mean_over_processes(float(metrics[name]))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -48,7 +49,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     pattern = rank_pattern(config.rank_map)
     check_run(config)
     run = Run(config.trainer.get("max_steps", -1) if config.trainer.get("max_steps", -1) > 0 else None)
-    scheduler = make_scheduler(config.schedule)
+    scheduler = make_scheduler(config.schedule, config.check_processes_every)
     ranks = [config.lora.rank, *(rule["rank"] for rule in pattern.values() if rule.get("rank") and not rule["pinned"])]
     check_schedule(scheduler.stages, scheduler.how, highest=max(ranks), run=run)
     if config.plots and find_spec("matplotlib") is None:
@@ -66,41 +67,56 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     return Job(task, module, scheduler)
 
 
-def make_scheduler(node: DictConfig) -> RankScheduler:
+def make_scheduler(node: DictConfig, check_every: int | None = None) -> RankScheduler:
     """The scheduler of a ``schedule`` node: keys of :class:`How` apply to all stages, the rest makes the stages.
+
+    ``check_every`` is that of :class:`RankScheduler`.
 
     Raises:
         ConfigurationError: if a value cannot be used.
     """
     values = plain(node) or {}  # interpolations are resolved while the node still hangs in its configuration
     how = {field.name: values.pop(field.name) for field in fields(How) if field.name in values}
-    return RankScheduler(make(OmegaConf.create(values), "schedule"), How(**how))
+    return RankScheduler(make(OmegaConf.create(values), "schedule"), How(**how), check_every=check_every)
 
 
-def run(config: DictConfig, folder: Path) -> dict[str, Any]:
+def run(config: DictConfig, folder: Path, *, sweep: bool = False) -> dict[str, Any]:
     """Train, test and export into ``folder``; returns the contents of summary.json.
 
+    Of several processes the first one writes the files.
+
     Raises:
-        ConfigurationError: if any value cannot be used, or ``folder`` holds a run already.
+        ConfigurationError: if any value cannot be used, ``folder`` holds a run already, or this is one job of a
+            ``sweep`` and would start other processes: each of these would do the whole sweep.
     """
     start = time.perf_counter()
     _quiet()
     job, meter = build(config), RunMeter()
     trainer = _trainer(config, folder, job, meter)
-    try:
-        (folder / "checkpoints").mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigurationError(f"{str(folder)!r} holds a run already; set hydra.run.dir to a new folder") from None
+    if sweep and trainer.world_size > 1 and not isinstance(trainer.strategy.cluster_environment, SLURMEnvironment):  # type: ignore[attr-defined]
+        raise ConfigurationError(
+            f"--multirun cannot start {trainer.world_size} processes for a job: each would do the whole sweep; set "
+            "trainer.devices=1, or make one run after the other without --multirun"
+        )
+    if trainer.is_global_zero:
+        try:
+            (folder / "checkpoints").mkdir(parents=True)
+        except FileExistsError:
+            raise ConfigurationError(
+                f"{str(folder)!r} holds a run already; set hydra.run.dir to a new folder"
+            ) from None
     model: Any = job.module.model
     ranks_at_start = {name: layer.rank for name, layer in lora_layers(model)}
     trainer.fit(job.module, job.task.data, ckpt_path=config.ckpt_path)
     if trainer.interrupted:
         raise KeyboardInterrupt
     metrics = trainer.test(job.module, job.task.data, verbose=False)[0]
-    save_adapter(model, folder / "adapter")
     history = job.scheduler.history
-    (folder / "final_ranks.yaml").write_text(final_rank_map(model, config.lora.rslora), encoding="utf-8")
     summary = summarise(model, history, metrics, meter, time.perf_counter() - start)
+    if not trainer.is_global_zero:
+        return summary
+    save_adapter(model, folder / "adapter")
+    (folder / "final_ranks.yaml").write_text(final_rank_map(model, config.lora.rslora), encoding="utf-8")
     if config.plots:
         draw(model, history, ranks_at_start, folder)
     part = folder / "summary.json.part"
@@ -114,7 +130,8 @@ def _quiet() -> None:
     """Silence what others print of every run and that tells a user nothing."""
     transformers.logging.set_verbosity_error()  # "classifier newly initialized": it is meant to be
     transformers.logging.disable_progress_bar()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists")  # it holds .hydra; an old run is refused
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)  # lightning on torch 2.13
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # batches are ready in memory
@@ -138,9 +155,12 @@ def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Tra
     )
     loggers = [CSVLogger(str(folder), name="", version="")]
     loggers += [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
+    options = plain(config.trainer)
+    if isinstance(config.trainer.strategy, DictConfig):
+        options["strategy"] = make(config.trainer.strategy, "trainer.strategy")
     try:
         return Trainer(
-            **plain(config.trainer),
+            **options,
             default_root_dir=folder,
             callbacks=callbacks,
             logger=loggers,

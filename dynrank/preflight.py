@@ -22,8 +22,11 @@ def check_run(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or value < least:
             raise ConfigurationError(f"{key} must be an int of at least {least}, got {value!r}")
-    if config.trainer.get("devices", 1) not in (1, "1"):
-        raise ConfigurationError(f"a run is one process so far; set trainer.devices=1, got {config.trainer.devices}")
+    strategy = config.trainer.get("strategy", "auto")
+    if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
+        raise ConfigurationError(
+            f"trainer.strategy={strategy} trains in processes whose results do not all come back; set it to ddp"
+        )
     interval = config.trainer.get("val_check_interval", 1.0)
     if not isinstance(interval, int | float) or interval <= 0:
         raise ConfigurationError(f"trainer.val_check_interval must be a number above 0, got {interval!r}")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from dynrank.agreement import check_processes
 from dynrank.layers.inject import lora_layers
 from dynrank.resizing import LayerReport, Snapshot, predict, resize
 from dynrank.schedules import How
@@ -55,6 +56,9 @@ class Training(Protocol):
     def validate(self) -> None:
         """Validate the weights as they are; it ends in :meth:`dynrank.driver.RankDriver.validated`."""
 
+    def before_resize(self) -> None:
+        """Called before factors get new shapes, also when a change is undone: let go of what knows the old ones."""
+
     def resized(self) -> None:
         """Called whenever factors have got new shapes, also when a change is undone."""
 
@@ -94,9 +98,11 @@ def change_ranks(
     if how.max_regression is not None and targets:
         before = validated(training, how.check_monitor, False)
         snapshot = Snapshot(model, optimizers)
+    check_processes(model, optimizers, f"before the change of rank at step {step}")
     while targets:
         predicted = predict(model, targets, metric=metric, grams=grams)
         training.tell("on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
+        training.before_resize()
         reports = resize(
             model,
             targets,
@@ -107,8 +113,10 @@ def change_ranks(
             along=along,
             optimizer_state=how.optimizer_state,
             generator=torch.Generator().manual_seed(step),
+            collective=True,
         )
         training.resized()
+        check_processes(model, optimizers, f"after the change of rank at step {step}")
         event = RankEvent(step, reason, tuple(reports))
         if snapshot is None or how.max_regression is None:
             yield event
@@ -117,6 +125,7 @@ def change_ranks(
         if isfinite(after) and after - before <= how.max_regression * abs(before):
             yield event
             return
+        training.before_resize()
         snapshot.restore()
         training.resized()
         cost = f"undone: {how.check_monitor} {before:.4g} → {after:.4g} ({reason})"

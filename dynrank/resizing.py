@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,9 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import sync_peft_configs
 from dynrank.layers.ranked import RankedLayer
-from dynrank.linalg import energy_kept, grow_product, singular_values, truncate_product
+from dynrank.linalg import RankChange, energy_kept, grow_product, singular_values, truncate_product
 from dynrank.optim import change_state, check_optimizer
+from dynrank.processes import copy_from_first, from_first
 from dynrank.statistics import METRICS, Grams
 
 __all__ = ["LayerReport", "predict", "resize"]
@@ -58,6 +59,7 @@ def resize(
     along: Mapping[str, Tensor] | None = None,
     optimizer_state: str = "transport",
     generator: torch.Generator | None = None,
+    collective: bool = False,
 ) -> list[LayerReport]:
     """Change the rank of LoRA layers in place, and carry the optimizers' state; shrinks or grows.
 
@@ -77,6 +79,9 @@ def resize(
             rows when None.
         optimizer_state: "transport" carries the moments, "reset" forgets those of the changed parameters.
         generator: source of the random rows of a growth; torch's default generator when None.
+        collective: every process of torch's default group makes this call: process 0 computes, and all take its
+            factors, maps and optimizer state, so that they stay alike to the bit. DDP has to be wrapped around the
+            model anew afterwards.
 
     Returns:
         A report per changed layer, in model order; layers that have their target rank already are left alone.
@@ -93,21 +98,20 @@ def resize(
             optimizer, [p for name in targets for p in (layers[name].lora_A, layers[name].lora_B)], optimizer_state
         )
 
-    changes = {}
-    for name, rank in targets.items():
-        layer = layers[name]
+    def computed(name: str) -> RankChange:
+        layer, rank = layers[name], targets[name]
         try:
             if rank < layer.rank:
                 gram_u, gram_z = grams.of(name, metric) if grams is not None else (None, None)
-                change = truncate_product(layer.lora_B, layer.lora_A, rank, gram_u=gram_u, gram_z=gram_z, gauge=gauge)
-            else:
-                row_source = along[name] if along is not None else None
-                change = grow_product(layer.lora_B, layer.lora_A, rank, along=row_source, generator=generator)
+                return truncate_product(layer.lora_B, layer.lora_A, rank, gram_u=gram_u, gram_z=gram_z, gauge=gauge)
+            row_source = along[name] if along is not None else None
+            return grow_product(layer.lora_B, layer.lora_A, rank, along=row_source, generator=generator)
         except ConfigurationError:
             raise
         except ValueError as error:
             raise _unusable(name, layer, rank, error) from error
-        changes[name] = change
+
+    changes = {name: _shared(computed, name, layers[name]) if collective else computed(name) for name in targets}
     reports = [_report(name, layers[name], len(c.lora_A), c.singular_values) for name, c in changes.items()]
     for name, change in changes.items():
         layer = layers[name]
@@ -115,8 +119,22 @@ def resize(
         for optimizer in optimizers:
             change_state(optimizer, layer.lora_A, change.from_A, change.from_B.mT, 0, optimizer_state)
             change_state(optimizer, layer.lora_B, change.from_B.mT, change.from_A, 1, optimizer_state)
+            if collective:  # the maps are the same everywhere, but not every machine multiplies to the same bits
+                for parameter in (layer.lora_A, layer.lora_B):
+                    state = optimizer.state.get(parameter, {}).values()
+                    copy_from_first(v for v in state if isinstance(v, Tensor) and v.device == parameter.device)
     sync_peft_configs(model)
     return reports
+
+
+def _shared(compute: Callable[[str], RankChange], name: str, layer: RankedLayer) -> RankChange:
+    """Process 0's result, where its layer's factors live."""
+
+    def moved(change: RankChange, device: torch.device) -> RankChange:
+        return replace(change, **{key: value.to(device) for key, value in vars(change).items()})
+
+    change = from_first(lambda: moved(compute(name), torch.device("cpu")))
+    return moved(change, layer.lora_A.device)
 
 
 def predict(

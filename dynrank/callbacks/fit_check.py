@@ -7,6 +7,7 @@ from collections.abc import Collection
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
+from dynrank.callbacks.strategies import check_setup, check_strategy
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.optim import check_optimizer
@@ -14,7 +15,7 @@ from dynrank.schedules import How
 
 
 def check_module(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse manual optimization and several processes; nothing has been set up yet.
+    """Refuse manual optimization and strategies that ranks cannot change in; nothing has been set up yet.
 
     Raises:
         ConfigurationError: naming what is wrong.
@@ -24,10 +25,7 @@ def check_module(trainer: Trainer, pl_module: LightningModule) -> None:
             "RankScheduler needs automatic optimization: it cannot tell when gradients are pending otherwise; "
             "call dynrank.resize after an optimizer step of your own instead"
         )
-    if trainer.world_size > 1:
-        raise ConfigurationError(
-            f"RankScheduler runs in one process so far, got {trainer.world_size}; set trainer.devices=1"
-        )
+    check_strategy(trainer)
 
 
 def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How]) -> None:
@@ -36,6 +34,8 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How
     Raises:
         ConfigurationError: naming what is wrong and the key that fixes it.
     """
+    if hows:
+        check_setup(trainer, pl_module)
     for callback in trainer.callbacks if hows else ():  # type: ignore[attr-defined]
         if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
             raise ConfigurationError(

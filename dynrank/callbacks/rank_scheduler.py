@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.callbacks.fit_check import check_fit, check_module
+from dynrank.callbacks.strategies import average_whole_gradients, follow_sharded_checkpoint, unwrap, wrap
 from dynrank.callbacks.validation import measure, run_missed_validation, validation_metrics
 from dynrank.driver import RankDriver
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
@@ -38,6 +39,8 @@ class RankScheduler(RankDriver, Callback):
         schedule: an int (drop to that rank after convergence), a stage, a list of stages (see
             :mod:`dynrank.schedules`), or a function from the optimizer step to the rank of all layers.
         how: how changes are made, for stages that don't say; ``How()`` when None.
+        check_every: optimizer steps between checks that all processes hold the same adapters and optimizer state, which
+            are made at the start and around each change in any case; None: no more than those.
 
     Attributes:
         history: every :class:`RankEvent` of the run, also those before a resume.
@@ -48,12 +51,15 @@ class RankScheduler(RankDriver, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
+        follow_sharded_checkpoint(trainer)
         if stage != "fit":
             return
         check_module(trainer, pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.start(LightningTraining(trainer, pl_module), _run(trainer, epochs=self.counts_epochs))
+        later = trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None
+        run = _run(trainer, epochs=self.counts_epochs)
+        self.start(LightningTraining(trainer, pl_module), run, resumes_later=later)
         check_fit(trainer, pl_module, self.hows)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,6 +78,9 @@ class RankScheduler(RankDriver, Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self.advance(LightningTraining(trainer, pl_module))
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        average_whole_gradients(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -109,8 +118,11 @@ class LightningTraining:
     def validate(self) -> None:
         measure(self.trainer)
 
+    def before_resize(self) -> None:
+        unwrap(self.trainer)
+
     def resized(self) -> None:
-        """Nothing to do in one process."""
+        wrap(self.trainer)
 
     def tell(self, hook: str, event: RankEvent) -> None:
         """Call ``hook(trainer, pl_module, event)`` of every callback that defines it."""

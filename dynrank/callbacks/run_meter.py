@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dynrank.processes import from_all
+
 
 class RunMeter(Callback):
-    """Counts the tokens and the seconds of the training batches of this process.
+    """Counts the tokens and the seconds of the training batches.
 
     Attributes:
-        tokens: input tokens without padding.
+        tokens: input tokens without padding, of this process, after training of all.
         train_seconds: between the start and the end of training batches; validation is left out.
     """
 
@@ -30,6 +32,9 @@ class RunMeter(Callback):
     ) -> None:
         self.train_seconds += time.perf_counter() - self._start
         self.tokens += int(batch["attention_mask"].sum())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.tokens = sum(from_all(self.tokens))
 
     @property
     def tokens_per_second(self) -> float:

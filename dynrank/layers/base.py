@@ -106,7 +106,8 @@ class LoRALayer(nn.Module):
         return torch.tensor(self.scaling, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.scaling = float(state)
+        if isinstance(state, Tensor):  # torch.distributed.checkpoint passes a mark that it has none
+            self.scaling = float(state)
 
     @property
     def merged(self) -> bool:

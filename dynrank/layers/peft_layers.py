@@ -18,7 +18,7 @@ from dynrank.kernels.lora_linear import Tap
 from dynrank.layers.ranked import put_factors, take_rank
 from dynrank.rank_map import matches, peft_ranks
 
-__all__ = ["PeftLayer", "follow_checkpoint_ranks", "peft_layers", "refuse_peft", "sync_peft_configs"]
+__all__ = ["PeftLayer", "follow_checkpoint_ranks", "peft_layers", "refuse_peft", "sync_peft_configs", "take_peft_ranks"]
 
 # Initialisations that leave the base weight alone. The others take out of it what depends on the rank, and take it out
 # again of a fresh base when the adapter is loaded.
@@ -267,10 +267,11 @@ def follow_checkpoint_ranks(model: nn.Module) -> None:
     """
     if not getattr(model, "_follows_checkpoint_ranks", False):
         model._follows_checkpoint_ranks = True  # type: ignore[assignment]
-        model.register_load_state_dict_pre_hook(_take_ranks_of_checkpoint)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(take_peft_ranks)  # type: ignore[no-untyped-call]
 
 
-def _take_ranks_of_checkpoint(model: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def take_peft_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: Any) -> None:
+    """Give PEFT's LoRA layers the ranks of the factors in ``state_dict``; see :func:`follow_checkpoint_ranks`."""
     configs, changed = _configs(model), False
     for name, module in _lora_modules(model):
         for adapter in _adapters(module):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.ranked import RankedLayer
+from dynrank.processes import sum_over_processes
 
 _OVERSAMPLING = 8  # of a randomised range finder (Halko, Martinsson and Tropp, arXiv:0909.4061, section 4.2)
 
@@ -61,9 +62,16 @@ class GradientSketch:
     def state_dict(self) -> dict[str, Any]:
         return dict(self._sums)
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, total in state.items():
-            self._sums[name].copy_(total)
+    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
+        """Hold the sum of what ``states`` hold."""
+        for name, total in self._sums.items():
+            total.zero_()
+            for state in states:
+                total.add_(state[name].to(total.device))
+
+    def sum_over_processes(self) -> None:
+        """Add up the sums of all processes; in one process there is nothing to do."""
+        sum_over_processes(self._sums.values())
 
 
 def _watch(omega_OP: Tensor, total_PI: Tensor) -> Any:

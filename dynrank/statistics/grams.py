@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.ranked import RankedLayer
+from dynrank.processes import process_count, sum_over_processes
 
 METRICS = ("weight", "output", "loss")
 Gram = tuple[Tensor | None, Tensor | None]  # (G_u, G_z); None: that of the factors themselves
@@ -105,16 +106,22 @@ class Grams:
         return (sums["uu"] / sums["steps"] if metric == "loss" else None), gram_z
 
     def sum_over_processes(self) -> None:
-        """Add up the sums of all processes of the default group; in one process there is nothing to do."""
-        if distributed.is_available() and distributed.is_initialized():
-            for sums in self._sums.values():
-                for key in _SUMS:
-                    distributed.all_reduce(sums[key])
+        """Make them those of one process that has seen every process's examples in one batch; in one process, nothing.
+
+        A loss that is a mean over the examples of one process has gradients as many times larger as there are
+        processes.
+        """
+        for sums in self._sums.values():
+            sum_over_processes(sums[key] for key in _SUMS)
+            sums["uu"].div_(process_count())  # squared, and "steps" has grown by the same factor
 
     def state_dict(self) -> dict[str, Any]:
         return {name: dict(sums) for name, sums in self._sums.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, sums in state.items():
-            for key, value in sums.items():
-                self._sums[name][key].copy_(value)
+    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
+        """Hold the sum of what ``states`` hold."""
+        for name, sums in self._sums.items():
+            for key, total in sums.items():
+                total.zero_()
+                for state in states:
+                    total.add_(state[name][key].to(total.device))

@@ -63,4 +63,10 @@ class Sensitivity:
         return {name: dict(state) for name, state in self._state.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._state = {name: dict(tensors) for name, tensors in state.items()}
+        self._state = {  # a checkpoint is read to the CPU
+            name: {key: value.to(self._layers[name].lora_A.device) for key, value in tensors.items()}
+            for name, tensors in state.items()
+        }
+
+    def sum_over_processes(self) -> None:
+        """Nothing to do: the gradients of a step are averaged already, and so the same in all processes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,23 @@ class Window:
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self.steps, **{name: collector.state_dict() for name, collector in self._open.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps = state["steps"]
+    def sum_over_processes(self) -> None:
+        """Make of what each process has collected what all have; collective, and once."""
+        for collector in self._open.values():
+            collector.sum_over_processes()
+
+    def load_states(self, states: Sequence[Mapping[str, Any]], index: int, count: int) -> None:
+        """Go on from what was collected before, as process ``index`` of ``count``.
+
+        Args:
+            states: a state dict from each process of the run that is resumed; there may have been more or fewer.
+            index: number of this process.
+            count: how many processes there are now.
+        """
+        self.steps = states[0]["steps"]
         for name, collector in self._open.items():
-            collector.load_state_dict(state[name])
+            shares = [state[name] for state in states[index::count]]
+            if isinstance(collector, Sensitivity):
+                collector.load_state_dict(states[0][name])  # the same in all
+            else:
+                collector.load_state_dict(*shares)

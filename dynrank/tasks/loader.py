@@ -1,8 +1,9 @@
-"""A data loader that a run can be resumed in, at any batch."""
+"""A data loader that a run can be resumed in, at any batch, and how several processes share examples out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,24 +17,34 @@ class ResumableLoader(DataLoader[Any]):
 
     Examples are drawn with replacement: with epochs, the training loss falls at the start of each pass over the data
     and climbs during it, which hides what a change of rank does to it. An "epoch" is as many batches as the data set
-    holds. Batch n depends on (``seed``, n) alone. Lightning saves and restores the state of any loader that has
+    holds. Batch n depends on (``seed``, n) alone. Of several processes each takes its share of a batch that is as many
+    times larger, so that together they do what one process would do with that batch. Lightning saves and restores the
+    state of any loader that has
     ``state_dict`` and ``load_state_dict``.
 
     Args:
         dataset: indexable.
         lengths: of each example; examples are sorted by it within ``CHUNK`` batches, which saves padding.
-        batch_size: examples per batch.
-        seed: of the draws.
+        batch_size: examples per batch of each process.
+        seed: of the draws, the same in all processes.
         collate_fn: makes a batch from a list of examples.
+        share: (number of this process, how many there are).
 
     Raises:
-        ValueError: if the data set has fewer examples than one batch.
+        ValueError: if the data set has fewer examples than one batch of all processes.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], lengths: Sequence[int], batch_size: int, seed: int, collate_fn: Any
+        self,
+        dataset: Dataset[Any],
+        lengths: Sequence[int],
+        batch_size: int,
+        seed: int,
+        collate_fn: Any,
+        *,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
-        self.stream = _SeededBatches(lengths, batch_size, seed)
+        self.stream = _SeededBatches(lengths, batch_size * share[1], seed, share)
         super().__init__(dataset, batch_sampler=self.stream, collate_fn=collate_fn)
 
     def state_dict(self) -> dict[str, int]:
@@ -43,12 +54,35 @@ class ResumableLoader(DataLoader[Any]):
         self.stream.given = state["given"]
 
 
+def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0, 1)) -> list[list[int]]:
+    """Indices of the batches in which one process evaluates its share of ``count`` examples: each is taken once by one.
+
+    All processes get equally many batches, since each batch may be a step that they take together, of sizes that differ
+    by one at most.
+
+    Args:
+        count: of examples.
+        batch_size: the most per batch, at least 2.
+        share: (number of this process, how many there are).
+
+    Raises:
+        ValueError: if there are fewer examples than processes.
+    """
+    process, processes = share
+    if count < processes:
+        raise ValueError(f"{count} examples cannot be shared out among {processes} processes")
+    batches = -(-count // (batch_size * processes))
+    mine = range(process, count, processes)
+    cuts = [len(mine) * i // batches for i in range(batches + 1)]
+    return [list(mine[start:end]) for start, end in pairwise(cuts)]
+
+
 class _SeededBatches(Sampler[list[int]]):
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: tuple[int, int]) -> None:
         if len(lengths) < batch_size:
             raise ValueError(f"batch_size must be at most the number of examples, {len(lengths)}, got {batch_size}")
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.given = 0
+        self.share, self.given = slice(share[0], None, share[1]), 0
 
     def __len__(self) -> int:
         return len(self.lengths) // self.batch_size
@@ -61,7 +95,7 @@ class _SeededBatches(Sampler[list[int]]):
                 chunk = self.given // CHUNK
                 batches = self._draw(chunk)
             self.given += 1
-            yield batches[(self.given - 1) % CHUNK]
+            yield batches[(self.given - 1) % CHUNK][self.share]
 
     def _draw(self, chunk: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(hash((self.seed, chunk)) % 2**63)

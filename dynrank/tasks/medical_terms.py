@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -16,18 +17,21 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import add_lora, lora_layers
+from dynrank.sharding import shard_frozen
 from dynrank.tasks.icd10 import Terms, TermSplits, icd10_terms
-from dynrank.tasks.loader import ResumableLoader
+from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.tasks.optimizers import make_optimizer
 from dynrank.tasks.pretrained import head_names, load_classifier, load_tokenizer, model_source
 
 
 class MedicalTermsData(LightningDataModule):
-    """Tokenised ICD-10-CM terms; a batch has int64 input_ids and attention_mask (batch, length), and labels (batch,).
+    """Tokenised ICD-10-CM terms, shared out among the trainer's processes (``use_distributed_sampler=False``).
+
+    A batch has int64 input_ids and attention_mask (batch, length), and labels (batch,).
 
     Args:
         model: short name, folder or hub name of the model, for its tokenizer.
-        batch_size: training examples per batch; evaluation takes four times as many.
+        batch_size: training examples per batch of each process; evaluation takes four times as many.
         max_length: tokens after which a term is cut.
         chapters: see :func:`dynrank.tasks.icd10.icd10_terms`, as are ``code_length`` and ``min_terms``.
         code_length: see there.
@@ -69,12 +73,14 @@ class MedicalTermsData(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         examples = self._examples(self.splits.train)
-        if len(examples) < self.batch_size:
+        if len(examples) < self.batch_size * self.share[1]:
             raise ConfigurationError(
-                f"task.batch_size must be at most the {len(examples)} training terms, got {self.batch_size}"
+                f"task.batch_size must be at most the {len(examples)} training terms, got {self.batch_size} in each of "
+                f"{self.share[1]} processes"
             )
         lengths = [len(ids) for ids, _ in examples]
-        return ResumableLoader(examples, lengths, self.batch_size, self.seed, self._collate)  # type: ignore[arg-type]
+        options: Any = {"collate_fn": self._collate, "share": self.share}
+        return ResumableLoader(examples, lengths, self.batch_size, self.seed, **options)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._evaluation(self.splits.val)
@@ -82,9 +88,15 @@ class MedicalTermsData(LightningDataModule):
     def test_dataloader(self) -> DataLoader[Any]:
         return self._evaluation(self.splits.test)
 
+    @property
+    def share(self) -> tuple[int, int]:
+        """(number of this process, how many the trainer has)."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
     def _evaluation(self, terms: Terms) -> DataLoader[Any]:
         examples = sorted(self._examples(terms), key=lambda example: len(example[0]))  # equal lengths: no padding
-        return DataLoader(examples, self.batch_size * 4, collate_fn=self._collate)  # type: ignore[arg-type]
+        batches = evaluation_batches(len(examples), self.batch_size * 4, self.share)
+        return DataLoader(examples, batch_sampler=batches, collate_fn=self._collate)  # type: ignore[arg-type]
 
     def _examples(self, terms: Terms) -> list[tuple[list[int], int]]:
         texts, labels = list(terms.texts), terms.labels
@@ -139,6 +151,10 @@ class TermClassifier(LightningModule):
         )
         self.val_quality, self.test_quality = quality.clone(prefix="val/"), quality.clone(prefix="test/")
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            shard_frozen(self.model, self.device_mesh["data_parallel"])  # type: ignore[index]
+
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self._logits(batch), batch["labels"], label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
@@ -159,7 +175,8 @@ class TermClassifier(LightningModule):
     def _evaluate(self, batch: dict[str, Tensor], name: str, quality: MetricCollection) -> None:
         logits = self._logits(batch)
         quality.update(logits, batch["labels"])
-        self.log(name, F.cross_entropy(logits, batch["labels"]), batch_size=len(logits), prog_bar=True)
+        loss = F.cross_entropy(logits, batch["labels"])
+        self.log(name, loss, batch_size=len(logits), prog_bar=True, sync_dist=True)
         self.log_dict(quality, batch_size=len(logits))
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:

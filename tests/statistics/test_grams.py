@@ -328,7 +328,8 @@ def test_grams_of_two_processes_are_those_of_both(tmp_path):
     for process in (0, 1):  # both know the same
         gram_u, gram_z = torch.load(tmp_path / str(process))
         assert_close(gram_z, z.mT @ z / 11, rtol=1e-6, atol=1e-6)
-        assert_close(gram_u, dz.mT @ dz / 2.0**2 / 2, rtol=1e-6, atol=1e-6)  # u = dz / scaling; a mean over processes
+        # u = dz / scaling; the gradients of a mean over both batches are half as large
+        assert_close(gram_u, (dz / 2).mT @ (dz / 2) / 2.0**2, rtol=1e-6, atol=1e-6)
 
 
 def test_grams_of_one_process_are_left_as_they_are():

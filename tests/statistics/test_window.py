@@ -70,7 +70,7 @@ def test_window_goes_on_from_its_state(cut, tmp_path):
     head.close()
     torch.save(head.state_dict(), tmp_path / "state")
     tail = Window(layers, needs, span=4, seed=1)
-    tail.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+    tail.load_states([torch.load(tmp_path / "state", weights_only=True)], 0, 1)
     steps(net, tail, range(cut, 3))
     tail.close()
     assert tail.steps == 3

@@ -1,0 +1,109 @@
+"""What a change of rank takes in each of Lightning's strategies, and which of them are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+
+from dynrank.errors import ConfigurationError
+from dynrank.sharding import average_gradients, sharded_error, sharded_layers, take_saved_ranks
+
+_INSTEAD = {  # strategies that are made of these, by the name of a base class: neither need be installed
+    "FSDPStrategy": "FSDP1 flattens parameters into one vector",
+    "DeepSpeedStrategy": "DeepSpeed flattens parameters into one vector",
+    "XLAStrategy": "XLA's processes have not been tried",
+}
+
+
+def check_strategy(trainer: Trainer) -> None:
+    """Refuse what ranks cannot change in; nothing has been set up yet.
+
+    Raises:
+        ConfigurationError: naming the strategy, or its option, and what to use instead.
+    """
+    strategy: Any = trainer.strategy
+    names = [cls.__name__ for cls in type(strategy).__mro__]
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    why = next((reason for name, reason in _INSTEAD.items() if name in names), "it has not been tried")
+    if not known or set(_INSTEAD) & set(names):
+        raise ConfigurationError(
+            f"ranks cannot change under {type(strategy).__name__}: {why}. Set trainer.strategy=ddp, or trainer=fsdp2 "
+            "(ModelParallelStrategy, with dynrank.sharding.shard_frozen in configure_model) to shard the base"
+        )
+    if isinstance(strategy, DDPStrategy):
+        state, period = strategy._ddp_comm_state, strategy._model_averaging_period
+        if period is not None or type(state).__name__ in ("PostLocalSGDState", "PowerSGDState"):
+            raise ConfigurationError(
+                f"ddp_comm_state={type(state).__name__}, model_averaging_period={period}: PostLocalSGD lets the "
+                "processes' adapters differ, and PowerSGD remembers gradients of the old shapes; use a hook without "
+                "memory, such as fp16_compress_hook, or none"
+            )
+    if isinstance(strategy, ModelParallelStrategy):
+        tensor_parallel = strategy._tensor_parallel_size
+        if tensor_parallel == "auto":
+            tensor_parallel = strategy.num_processes
+        if tensor_parallel != 1:
+            raise ConfigurationError(
+                f"ModelParallelStrategy splits layers over {tensor_parallel} devices, and LoRA on split layers is not "
+                "supported; set tensor_parallel_size=1 and data_parallel_size to the number of processes"
+            )
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            raise ConfigurationError(
+                "precision=16-mixed under ModelParallelStrategy skips a step in some processes only; "
+                "set trainer.precision=bf16-mixed"
+            )
+
+
+def check_setup(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse sharded adapters and sharded optimizers; the model and the optimizers are there.
+
+    Raises:
+        ConfigurationError: naming what is wrong.
+    """
+    sharded = sharded_layers(pl_module)
+    if sharded:
+        raise sharded_error(sharded)
+    classes = {cls.__name__ for o in trainer.optimizers for cls in type(getattr(o, "optimizer", o)).__mro__}
+    if "ZeroRedundancyOptimizer" in classes:  # its module is deprecated, with a warning when it is imported
+        raise ConfigurationError(
+            "ZeroRedundancyOptimizer has each process keep a part of the optimizer's state; an adapter's is small: "
+            "use its inner optimizer"
+        )
+
+
+def unwrap(trainer: Trainer) -> None:
+    """Take DDP off the module, so that parameters may change shape: its buckets are as large as they were."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.model = trainer.strategy.lightning_module
+
+
+def wrap(trainer: Trainer) -> None:
+    """Put the module into a new DDP after :func:`unwrap`; collective."""
+    if isinstance(trainer.strategy, DDPStrategy):
+        trainer.strategy.configure_ddp()
+
+
+def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
+    """Average the gradients that FSDP2 has been told to ignore; DDP does its own."""
+    if isinstance(trainer.strategy, ModelParallelStrategy):
+        average_gradients(getattr(optimizer, "optimizer", optimizer))
+
+
+def follow_sharded_checkpoint(trainer: Trainer) -> None:
+    """Let the strategy of FSDP2 give the layers a checkpoint's ranks before it loads it; call it in ``setup``.
+
+    ModelParallelStrategy loads by itself, when everything is set up, and asks no hook before it does.
+    """
+    strategy: Any = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy) or "load_checkpoint" in vars(strategy):
+        return
+    load = strategy.load_checkpoint
+
+    def load_after_ranks(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        assert trainer.lightning_module is not None
+        take_saved_ranks(trainer.lightning_module, checkpoint_path)
+        return load(checkpoint_path, *args, **kwargs)
+
+    strategy.load_checkpoint = load_after_ranks  # type: ignore[method-assign]

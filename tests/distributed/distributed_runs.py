@@ -1,0 +1,160 @@
+"""Runs whose ranks change, to be made by one process or by two; each comes to the same adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+import dynrank
+from dynrank.callbacks import RankScheduler
+from dynrank.schedules import How, Stage, constant, grow, join
+from dynrank.sharding import shard_frozen
+from dynrank.targets import Budget, Rank
+from dynrank.tasks.loader import ResumableLoader, evaluation_batches
+from dynrank.triggers import At, Plateau, TailEnergy
+
+STEPS, CHANGE = 22, 12  # 10 steps come after the change
+PATIENCE = timedelta(seconds=60)  # of a process that waits for the other
+
+
+class Model(lightning.LightningModule):
+    """Two LoRA layers and a head that is trained whole; 8 examples a step, over all processes."""
+
+    def __init__(self, *, peft: bool = False, idle: bool = False, sharded: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 6))
+        if peft:
+            config = LoraConfig(r=6, lora_alpha=12, target_modules=["0", "2"], modules_to_save=["4"])
+            self.net: nn.Module = get_peft_model(net, config)
+        else:
+            self.net = dynrank.add_lora(net, rank=6, alpha=12, target_modules=["0", "2"], modules_to_save=["4"])
+        if idle:
+            self.idle = nn.Parameter(torch.zeros(3))  # in no loss: DDP has to look for it
+        self.sharded = sharded
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            assert self.device_mesh is not None
+            if self.sharded:
+                torch.distributed.fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+            else:
+                blocks = [layer.module for _, layer in dynrank.lora_layers(self.net)]
+                shard_frozen(self.net, self.device_mesh["data_parallel"], blocks=blocks)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val/loss", nn.functional.mse_loss(self.net(x), y))  # of this process alone: nothing is synchronised
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    @property
+    def data(self) -> TensorDataset:
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(80, 12, generator=generator)
+        return TensorDataset(x, x @ torch.randn(12, 6, generator=generator))
+
+    def train_dataloader(self) -> ResumableLoader:
+        share = self.trainer.global_rank, self.trainer.world_size
+        return ResumableLoader(self.data, [1] * 80, 8 // share[1], 3, default_collate, share=share)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        share = self.trainer.global_rank, self.trainer.world_size
+        return DataLoader(self.data, batch_sampler=evaluation_batches(80, 40 // share[1], share))
+
+
+@dataclass
+class Run:
+    """A run by name; ``strategy`` is None where one process makes it."""
+
+    stages: Any = field(default_factory=lambda: Stage(At(step=CHANGE), Rank(3)))
+    how: How = field(default_factory=How)
+    model: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    ddp: dict[str, Any] | None = field(default_factory=dict)  # options; None: FSDP2
+
+
+LOSS, HALF = How(metric="loss", window=4), Stage(At(step=CHANGE), Budget(share=0.5))
+UNDONE = How(max_regression=0.01, check_monitor="val/loss")
+RUNS = {
+    "ddp": Run(),
+    "ddp, unused parameters": Run(model={"idle": True}, ddp={"find_unused_parameters": True}),
+    "ddp, static graph": Run(ddp={"static_graph": True}),
+    "ddp, gradients as bucket views": Run(ddp={"gradient_as_bucket_view": True}),
+    "ddp, accumulation and clipping": Run(
+        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
+    ),
+    "ddp, budget by loss": Run(HALF, LOSS),
+    "ddp, budget by sensitivity": Run(Stage(At(step=CHANGE), Budget(share=0.5, score="sensitivity")), How(window=4)),
+    "ddp, growth along the gradient": Run(grow(8, At(step=CHANGE)), How(new_rows="gradient", window=4)),
+    "ddp, growth at random, then shrink": Run(join([constant(6), constant(9), constant(2)], [6, CHANGE])),
+    "ddp, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp={"static_graph": True}),
+    "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),
+    "ddp, tail energy": Run(Stage(TailEnergy(rank=1, share=0.9, every=6), Rank(3), deadline=0.9)),
+    "ddp, peft": Run(model={"peft": True}),
+    "fsdp2": Run(ddp=None),
+    "fsdp2, accumulation and clipping": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
+    "fsdp2, budget by loss": Run(HALF, LOSS, ddp=None),
+    "fsdp2, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp=None),
+}
+
+RESUMED = {  # (a run, what else its strategy is told)
+    "resume ddp": (RUNS["ddp, budget by loss"], {}),
+    "resume ddp, peft": (RUNS["ddp, peft"], {}),
+    "resume ddp, plateau": (RUNS["ddp, plateau"], {}),
+    "resume fsdp2, one file": (RUNS["fsdp2, budget by loss"], {"save_distributed_checkpoint": False}),
+    "resume fsdp2, a folder": (RUNS["fsdp2, budget by loss"], {"save_distributed_checkpoint": True}),
+    "resume fsdp2, peft": (Run(model={"peft": True}, ddp=None), {"save_distributed_checkpoint": False}),
+}
+
+
+def strategy_of(run: Run, **options: Any) -> Any:
+    if run.ddp is None:
+        return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, timeout=PATIENCE, **options)
+    return DDPStrategy(**run.ddp, timeout=PATIENCE, **options)
+
+
+def fit(
+    run: Run, *, strategy: Any = "auto", devices: int = 1, callbacks: Any = (), ckpt_path: Any = None, **options: Any
+) -> tuple[Model, lightning.Trainer, RankScheduler]:
+    """One training of ``run``."""
+    model, scheduler = Model(**run.model), RankScheduler(run.stages, run.how, check_every=options.pop("check_every", 5))
+    settings: dict[str, Any] = {
+        "accelerator": "cpu", "devices": devices, "strategy": strategy, "max_steps": STEPS, "logger": False,
+        "val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0,
+        "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False,
+        "enable_checkpointing": False,
+    }  # fmt: skip
+    trainer = lightning.Trainer(**settings | run.trainer | options, callbacks=[*callbacks, scheduler])
+    trainer.fit(model, ckpt_path=ckpt_path)
+    return model, trainer, scheduler
+
+
+def outcome(model: Model, trainer: lightning.Trainer, scheduler: RankScheduler) -> dict[str, Any]:
+    """All that was trained, its optimizer state, and what was done to the ranks."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    state = trainer.optimizers[0].state
+    return {
+        "weights": {name: p.detach() for name, p in trained.items()},
+        "state": {n: {k: v for k, v in state[p].items() if isinstance(v, torch.Tensor)} for n, p in trained.items()},
+        "events": [
+            (event.step, event.undone, [(la.rank_before, la.rank_after) for la in event.layers])
+            for event in scheduler.history
+        ],
+        "shards": [name for name, p in model.named_parameters() if isinstance(p, DTensor)],
+        "predicted": [la.predicted_error for event in scheduler.history for la in event.layers],
+    }

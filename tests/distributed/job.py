@@ -1,0 +1,84 @@
+"""What one of two processes does: every run, every resume, every refusal; started as torchrun does, with a folder."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from distributed_runs import CHANGE, RESUMED, RUNS, Run, fit, outcome, strategy_of
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import distributed
+
+from dynrank.errors import ConfigurationError
+
+
+class Spoil(lightning.Callback):
+    """Process 1 comes by another number than process 0 in the step before the change."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == CHANGE and trainer.global_rank == 1:
+            factor = pl_module.net[2].lora_A
+            (factor if self.what == "weights" else trainer.optimizers[0].state[factor]["exp_avg_sq"])[0, 0] += 1e-3
+
+
+def whole(run: Run, **strategy: Any) -> Any:
+    return outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2))
+
+
+def resumed(run: Run, folder: Path, **strategy: Any) -> Any:
+    """The run that nothing stops, and what its checkpoints before, at and after the change lead to."""
+    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"callbacks": [saving], "enable_checkpointing": True}
+    ends = {"whole": outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2, **options))}
+    for step in (CHANGE - 2, CHANGE, CHANGE + 2):
+        again = {"strategy": strategy_of(run, **strategy), "ckpt_path": folder / f"step={step}.ckpt"}
+        ends[f"step {step}"] = outcome(*fit(run, devices=2, **again))
+    return ends
+
+
+def refusal(run: Run, **options: Any) -> str:
+    try:
+        fit(run, strategy=strategy_of(run), devices=2, **options)
+    except ConfigurationError as error:
+        return str(error)
+    return "not refused"
+
+
+def main(folder: Path) -> None:
+    checks = {name: partial(whole, run) for name, run in RUNS.items()}
+    for name, (run, strategy) in RESUMED.items():
+        checks[name] = partial(resumed, run, folder / name, **strategy)
+    for what in ("weights", "optimizer state"):
+        checks[f"other {what}"] = partial(refusal, RUNS["ddp"], callbacks=[Spoil(what)], check_every=CHANGE)
+        checks[f"other {what}, found by the change"] = partial(
+            refusal, RUNS["ddp"], callbacks=[Spoil(what)], check_every=None
+        )
+    checks["sharded"] = partial(refusal, Run(model={"sharded": True}, ddp=None))
+    warnings.simplefilter("ignore")
+    process, results = int(os.environ["RANK"]), {}
+    for name, check in checks.items():
+        start = time.perf_counter()
+        try:
+            results[name] = check()
+        except Exception:  # what the other checks say is worth knowing, too
+            results[name] = traceback.format_exc()
+            print(name, results[name])
+        print(f"{time.perf_counter() - start:5.2f} s {name}", flush=True)
+        torch.save(results, folder / f"{process}.pt")
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,103 @@
+"""Two real processes on gloo: they come to the same bits, and to what one process comes to with both their batches."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_runs import RESUMED, RUNS, fit, outcome
+from torch.testing import assert_close
+
+import dynrank
+
+pytestmark = [
+    pytest.mark.timeout(280),
+    pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data and logging
+    pytest.mark.xdist_group("distributed"),  # the job is made once
+]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """[what process 0 found, what process 1 found], by check; see job.py."""
+    folder = tmp_path_factory.mktemp("job")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
+    rendezvous |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
+    root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
+    children = []
+    try:
+        for process in ("0", "1"):
+            numbers = {"RANK": process, "LOCAL_RANK": process, "PYTHONPATH": root}
+            with (folder / f"printed{process}").open("w") as printed:
+                child = subprocess.Popen(
+                    [sys.executable, str(Path(__file__).with_name("job.py")), str(folder)],
+                    stdout=printed,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **rendezvous, **numbers},
+                )
+            children.append(child)
+        codes = [child.wait(timeout=240) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert codes == [0, 0], "".join((folder / f"printed{process}").read_text()[-3000:] for process in (0, 1))
+    return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
+
+
+def found(results, name):
+    first, second = (result[name] for result in results)
+    assert not isinstance(first, str), first
+    assert not isinstance(second, str), second
+    return first, second
+
+
+def assert_same_bits(one, other):
+    assert one["events"] == other["events"]
+    for kind in ("weights", "state"):
+        assert_close(one[kind], other[kind], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_come_to_what_one_does_with_both_batches(results, name):
+    first, second = found(results, name)
+    assert_same_bits(first, second)
+    assert bool(first["shards"]) == name.startswith("fsdp2")
+    alone = outcome(*fit(RUNS[name]))
+    assert first["events"] == alone["events"]
+    assert first["events"]
+    assert_close(first["weights"], alone["weights"], rtol=0, atol=1e-6)
+    assert_close(first["predicted"], alone["predicted"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_processes_come_to_the_same_bits(results, name):
+    for ends in found(results, name):
+        assert len(ends) == 4
+        for end in ends.values():
+            assert_same_bits(end, ends["whole"])
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [("other {}", "after step 12"), ("other {}, found by the change", "before the change of rank at step 12")],
+)
+@pytest.mark.parametrize("what", ["weights", "optimizer state"])
+def test_processes_that_differ_are_found_in_all_of_them(results, name, when, what):
+    for result in results:
+        message = result[name.format(what)]
+        assert when in message
+        assert f"'net.2' ({what}, processes [1] against 0)" in message
+        assert "'net.0'" not in message
+
+
+def test_sharded_factors_are_refused(results):
+    for result in results:
+        assert "'net.0'" in result["sharded"]
+        assert "dynrank.sharding.shard_frozen" in result["sharded"]
