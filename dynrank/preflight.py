@@ -22,6 +22,11 @@ def check_run(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or value < least:
             raise ConfigurationError(f"{key} must be an int of at least {least}, got {value!r}")
+    if config.trainer.get("devices", 1) is None:
+        raise ConfigurationError(
+            "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "
+            "--ntasks-per-node only; start dynrank-train by srun in such a job, or set trainer=ddp"
+        )
     strategy = config.trainer.get("strategy", "auto")
     if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
         raise ConfigurationError(

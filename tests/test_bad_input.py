@@ -15,6 +15,7 @@ from dynrank import cli, train
 def launch(monkeypatch, tmp_path, capsys):
     """Run an entry point in this process, from an empty folder; returns (exit code, what it wrote to stderr)."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)  # the tests themselves may be a job
 
     def call(main, *arguments):
         monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
@@ -69,6 +70,7 @@ CASES = [
     (["schedule.trigger.mode=lowest"], ["lowest", "schedule.trigger.mode"]),
     (["schedule.metric=los"], ["los", "schedule.metric"]),
     (["+logger.x={_target_: os.system}"], ["os.system"]),
+    (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
 ]
 
 
