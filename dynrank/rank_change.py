@@ -50,6 +50,10 @@ class Training(Protocol):
     def optimizers(self) -> Sequence[Optimizer]:
         """All that hold the layers' parameters."""
 
+    @property
+    def averages(self) -> Sequence[nn.Module]:
+        """Moving averages of the model's weights, which follow its ranks."""
+
     def logged(self) -> Mapping[str, float]:
         """The metrics that triggers may watch, as last logged."""
 
@@ -97,7 +101,7 @@ def change_ranks(
     before, snapshot = 0.0, None
     if how.max_regression is not None and targets:
         before = validated(training, how.check_monitor, False)
-        snapshot = Snapshot(model, optimizers)
+        snapshot = Snapshot(model, optimizers, training.averages)
     check_processes(model, optimizers, f"before the change of rank at step {step}")
     while targets:
         predicted = predict(model, targets, metric=metric, grams=grams)
@@ -113,6 +117,7 @@ def change_ranks(
             along=along,
             optimizer_state=how.optimizer_state,
             generator=torch.Generator().manual_seed(step),
+            averages=training.averages,
             collective=True,
         )
         training.resized()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynrank.averaging import averaged_layers, move_average
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import sync_peft_configs
@@ -59,6 +60,7 @@ def resize(
     along: Mapping[str, Tensor] | None = None,
     optimizer_state: str = "transport",
     generator: torch.Generator | None = None,
+    averages: Iterable[nn.Module] = (),
     collective: bool = False,
 ) -> list[LayerReport]:
     """Change the rank of LoRA layers in place, and carry the optimizers' state; shrinks or grows.
@@ -79,6 +81,8 @@ def resize(
             rows when None.
         optimizer_state: "transport" carries the moments, "reset" forgets those of the changed parameters.
         generator: source of the random rows of a growth; torch's default generator when None.
+        averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); they move by the
+            same maps, see :mod:`dynrank.averaging`.
         collective: every process of torch's default group makes this call: process 0 computes, and all take its
             factors, maps and optimizer state, so that they stay alike to the bit. DDP has to be wrapped around the
             model anew afterwards.
@@ -88,10 +92,11 @@ def resize(
 
     Raises:
         ConfigurationError: if there are no LoRA layers, a name, rank, metric or gauge cannot be used, a factor holds
-            NaN or inf (it names the layer), or an optimizer's state cannot be carried.
+            NaN or inf (it names the layer), an optimizer's state cannot be carried, or an average has other layers.
         RuntimeError: if a layer is merged.
     """
     layers, targets = _checked(model, target, metric, grams)
+    followers = averaged_layers(averages, layers)
     optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # Lightning wraps them
     for optimizer in optimizers:
         check_optimizer(
@@ -123,7 +128,12 @@ def resize(
                 for parameter in (layer.lora_A, layer.lora_B):
                     state = optimizer.state.get(parameter, {}).values()
                     copy_from_first(v for v in state if isinstance(v, Tensor) and v.device == parameter.device)
-    sync_peft_configs(model)
+        for _, own in followers:
+            move_average(own[name], change)
+            if collective:
+                copy_from_first((own[name].lora_A, own[name].lora_B))
+    for module in (model, *(average for average, _ in followers)):
+        sync_peft_configs(module)
     return reports
 
 
@@ -165,13 +175,15 @@ def layer_spectra(layers: Mapping[str, RankedLayer], metric: str, grams: Grams |
 
 
 class Snapshot:
-    """Everything that :func:`resize` may change of ``model`` and ``optimizers``, to be put back exactly."""
+    """Everything that :func:`resize` may change of model, optimizers and averages, to be put back exactly."""
 
     @torch.no_grad()
-    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], averages: Iterable[nn.Module] = ()) -> None:
         self._optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]
-        self._model, self._layers = model, []
-        for _, layer in lora_layers(model):
+        layers = dict(lora_layers(model))
+        followers = averaged_layers(averages, layers)
+        self._models, self._layers = [model, *(average for average, _ in followers)], []
+        for layer in (*layers.values(), *(layer for _, own in followers for layer in own.values())):
             states = [
                 _copy(optimizer.state.get(parameter, {}))
                 for optimizer in self._optimizers
@@ -190,7 +202,8 @@ class Snapshot:
                     state = next(saved)
                     if state:
                         optimizer.state[parameter] = _copy(state)
-        sync_peft_configs(self._model)
+        for model in self._models:
+            sync_peft_configs(model)
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ LAYERS = {
     1: {"triggers", "targets"},
     2: {"schedules"},
     3: {"layers", "optim", "rewarmup", "adapter_config", "console", "tensor_file", "processes"},
-    4: {"statistics", "adapter_file", "agreement", "sharding"},
+    4: {"statistics", "adapter_file", "averaging", "agreement", "sharding"},
     5: {"resizing", "adapter"},
     6: {"planning", "squeeze", "change_table", "rank_change"},
     7: {"driver", "tasks", "config", "plots", "exits"},

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
 
+from dynrank.callbacks.averages import averaging_callbacks
 from dynrank.callbacks.strategies import check_setup, check_strategy
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
@@ -36,12 +37,12 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How
     """
     if hows:
         check_setup(trainer, pl_module)
-    for callback in trainer.callbacks if hows else ():  # type: ignore[attr-defined]
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
-            raise ConfigurationError(
-                f"{type(callback).__name__} averages weights over steps, which have no common shape once ranks change; "
-                "take one of the two callbacks out"
-            )
+    averages = [type(callback).__name__ for callback in averaging_callbacks(trainer)]
+    if hows and averages and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ConfigurationError(
+            f"{averages[0]} copies the whole model, which ModelParallelStrategy shards; take it out, or set "
+            "trainer.strategy=ddp"
+        )
     parameters = [p for _, layer in lora_layers(pl_module) for p in (layer.lora_A, layer.lora_B)]
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     for how in hows:

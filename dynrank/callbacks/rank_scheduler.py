@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
+from dynrank.callbacks.averages import act_after_averages, averages_of, follow_averages
 from dynrank.callbacks.fit_check import check_fit, check_module
 from dynrank.callbacks.strategies import average_whole_gradients, follow_sharded_checkpoint, unwrap, wrap
 from dynrank.callbacks.validation import measure, run_missed_validation, validation_metrics
@@ -51,6 +52,7 @@ class RankScheduler(RankDriver, Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
+        follow_averages(trainer)
         follow_sharded_checkpoint(trainer)
         if stage != "fit":
             return
@@ -61,8 +63,10 @@ class RankScheduler(RankDriver, Callback):
         run = _run(trainer, epochs=self.counts_epochs)
         self.start(LightningTraining(trainer, pl_module), run, resumes_later=later)
         check_fit(trainer, pl_module, self.hows)
+        act_after_averages(trainer, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.fit_loop._load_combined_loader_states()  # _run has had the data loaded before there was a state for it
         if not self.resume(LightningTraining(trainer, pl_module)):
             run_missed_validation(trainer)
 
@@ -111,6 +115,10 @@ class LightningTraining:
     @property
     def optimizers(self) -> Sequence[Optimizer]:
         return self.trainer.optimizers
+
+    @property
+    def averages(self) -> Sequence[nn.Module]:
+        return averages_of(self.trainer)
 
     def logged(self) -> Mapping[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}

@@ -3,7 +3,7 @@
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.optimizer import LightningOptimizer
 
 import dynrank
@@ -492,14 +492,6 @@ def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(
         dynrank.resize(module, 4)
 
 
-@pytest.mark.parametrize(
-    "averaging", [WeightAveraging(), StochasticWeightAveraging(1e-3)], ids=lambda callback: type(callback).__name__
-)
-def test_averages_of_weights_are_refused(regression, averaging):
-    with pytest.raises(ConfigurationError, match=f"{type(averaging).__name__} averages"):
-        train(regression, dropping(3), extra=[averaging])
-
-
 def test_check_without_validation_is_refused(regression):
     scheduler = RankScheduler(at(5, Rank(3)), How(max_regression=0.1))
     with pytest.raises(ConfigurationError, match="no validation.*max_regression=null"):
@@ -569,3 +561,11 @@ def test_resize_takes_lightnings_wrapper_of_an_optimizer():
     optimizer.step()
     dynrank.resize(net, 2, optimizers=[LightningOptimizer(optimizer)])
     assert optimizer.state[net[0].lora_A]["exp_avg"].shape == (2, 8)
+
+
+def test_run_of_epochs_goes_on_in_the_middle_of_one(regression, tmp_path):
+    options = {"max_epochs": 3, "max_steps": -1, "val_check_interval": None}
+    whole, _ = train(regression, RankScheduler(at(25, Rank(3))), checkpoints=tmp_path, **options)
+    resumed, _ = train(regression, RankScheduler(at(25, Rank(3))), ckpt_path=tmp_path / "sstep=23.ckpt", **options)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name

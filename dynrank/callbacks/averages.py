@@ -1,0 +1,46 @@
+"""Lightning's averages of weights (WeightAveraging, EMAWeightAveraging, StochasticWeightAveraging) in a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from dynrank.layers.peft_layers import follow_checkpoint_ranks
+
+
+def averaging_callbacks(trainer: Trainer) -> list[Any]:
+    """The trainer's callbacks that keep an average of the weights; subclasses too."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [c for c in callbacks if isinstance(c, StochasticWeightAveraging | WeightAveraging)]
+
+
+def averages_of(trainer: Trainer) -> list[nn.Module]:
+    """The averages that they keep now: modules with the layers of the LightningModule."""
+    held = [callback._average_model for callback in averaging_callbacks(trainer)]  # Lightning offers no other way
+    return [
+        average.module if isinstance(average, AveragedModel) else average for average in held if average is not None
+    ]
+
+
+def follow_averages(trainer: Trainer) -> None:
+    """Let the averages made so far take a checkpoint's ranks; those made later are copies of a module that does."""
+    for average in averages_of(trainer):
+        follow_checkpoint_ranks(average)
+
+
+def act_after_averages(trainer: Trainer, scheduler: Callback) -> None:
+    """Move ``scheduler`` behind the averaging callbacks, wherever the user has put it.
+
+    When training ends they put the average into the model. A change that is due after the last step is then the best
+    approximation of what the run leaves, in either order.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = averaging_callbacks(trainer)
+    if averaging and callbacks.index(scheduler) < callbacks.index(averaging[-1]):
+        others = [callback for callback in callbacks if callback is not scheduler]
+        others.insert(others.index(averaging[-1]) + 1, scheduler)
+        trainer.callbacks = others  # type: ignore[attr-defined]  # a new list: Lightning is going through the old one

@@ -1,0 +1,251 @@
+"""Averages of the weights through changes of rank, against averages formed here, in float64, from every step."""
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.testing import assert_close
+
+import dynrank
+from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage
+from dynrank.targets import GrowTo, Rank
+from dynrank.triggers import At, Plateau
+
+DECAY = 0.9
+FACTORS = [f"net.{index}.lora_{factor}" for index in (0, 2) for factor in "BA"]
+SHRINK_AND_GROW = [Stage(At(step=8), Rank(3)), Stage(At(step=16), GrowTo(5))]
+
+
+def scheduler(stages=SHRINK_AND_GROW, **how):
+    return RankScheduler(list(stages), How(**how))
+
+
+def train(regression, callbacks, *, module=None, checkpoints=None, ckpt_path=None, **options):
+    module_class, data, trainer = regression
+    callbacks = [*callbacks, StepSeed(0)]
+    if checkpoints is not None:
+        callbacks.append(ModelCheckpoint(checkpoints, filename="s{step}", every_n_train_steps=1, save_top_k=-1))
+    module = module or module_class()
+    settings = {"max_steps": 24, "num_sanity_val_steps": 0} | options
+    fitted = trainer(callbacks=callbacks, enable_checkpointing=checkpoints is not None, **settings)
+    fitted.fit(module, *data(), ckpt_path=ckpt_path)
+    return module, fitted
+
+
+class Weights(lightning.Callback):
+    """The weights after every step, and on both sides of every change."""
+
+    def __init__(self):
+        self.steps, self.starts, self.changes = {}, {}, {}
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.starts[trainer.global_step] = self.now(pl_module)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.steps[trainer.global_step] = self.now(pl_module)
+
+    def on_rank_prediction(self, trainer, pl_module, event):
+        self.before = self.now(pl_module)
+
+    def on_rank_change(self, trainer, pl_module, event):
+        self.changes[event.step] = self.before, self.now(pl_module)
+
+    def now(self, module):
+        return {name: module.get_parameter(name).detach().double().clone() for name in FACTORS}
+
+
+def moved(average, before, after):
+    """The average in new coordinates; the maps are solved for, from the weights on both sides of the change."""
+    result = {}
+    for name, value in average.items():
+        old, new = before[name], after[name]
+        if name.endswith("A"):
+            kept = min(len(old), len(new))
+            maps = torch.linalg.lstsq(old.mT, new[:kept].mT).solution.mT
+            result[name] = torch.cat([maps @ value, new[kept:]])  # a new row is as if it had always been there
+        else:
+            maps = torch.linalg.lstsq(old, new).solution
+            result[name] = value @ maps
+    return result
+
+
+def blend(average, weights, share):
+    return {name: average[name] + share * (weights[name] - average[name]) for name in average}
+
+
+@pytest.mark.parametrize("first", ["average", "scheduler"])
+def test_exponential_average_is_that_of_a_run_in_the_new_coordinates(regression, first):
+    weights, average = Weights(), EMAWeightAveraging(decay=DECAY)
+    pair = [average, scheduler()] if first == "average" else [scheduler(), average]
+    module, _ = train(regression, [*pair, weights])
+    expected = None
+    for step in sorted(weights.steps):
+        if step - 1 in weights.changes:
+            expected = moved(expected, *weights.changes[step - 1])
+        now = weights.steps[step]
+        expected = now if expected is None else blend(expected, now, 1 - DECAY)
+    assert [layer.rank for _, layer in dynrank.lora_layers(module)] == [5, 5]
+    result = weights.now(module)
+    for name in FACTORS:
+        assert_close(result[name], expected[name], rtol=1e-4, atol=1e-5)  # float32 averages
+        assert not torch.allclose(result[name], weights.steps[24][name], atol=1e-3)  # it is no copy of the weights
+
+
+@pytest.mark.parametrize("first", ["average", "scheduler"])
+def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(regression, first):
+    weights, average = Weights(), StochasticWeightAveraging(1e-2, swa_epoch_start=1)
+    stages = [Stage(At(step=25), Rank(3))]
+    pair = [average, scheduler(stages)] if first == "average" else [scheduler(stages), average]
+    with pytest.warns(UserWarning, match="only supported every epoch"):  # of the learning rate's schedule
+        module, _ = train(regression, [*pair, weights], max_epochs=4, max_steps=-1)
+    expected = None
+    for count, start in enumerate(sorted(weights.starts)):
+        if expected is not None and start == 30:  # the change at 25 lies between the starts at 20 and 30
+            expected = moved(expected, *weights.changes[25])
+        expected = weights.starts[start] if count == 0 else blend(expected, weights.starts[start], 1 / (count + 1))
+    for name in FACTORS:
+        assert_close(weights.now(module)[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("average", [WeightAveraging, EMAWeightAveraging], ids=lambda cls: cls.__name__)
+def test_order_of_the_callbacks_does_not_matter(regression, average):
+    stages = [Stage(At(step=8), Rank(4)), Stage(At(fraction=1.0), Rank(2))]
+    ends = []
+    for order in (1, -1):
+        module, _ = train(regression, [average(), scheduler(stages)][::order])
+        ends.append(module.state_dict())
+    assert ends[0]["net.0.lora_A"].shape[0] == 2
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
+
+
+def test_change_at_the_end_is_the_best_approximation_of_the_average(regression):
+    class Ends(lightning.Callback):
+        def on_rank_prediction(self, trainer, pl_module, event):
+            self.before = [layer.delta_weight().double() for _, layer in dynrank.lora_layers(pl_module)]
+
+    ends = Ends()
+    average = EMAWeightAveraging(decay=DECAY)
+    module, _ = train(regression, [scheduler([Stage(At(fraction=1.0), Rank(2))]), average, ends])
+    for old, (_, layer) in zip(ends.before, dynrank.lora_layers(module), strict=True):
+        lost = (old - layer.delta_weight().double()).norm()
+        assert_close(lost, torch.linalg.svdvals(old)[2:].norm(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [4, 8, 9, 12])  # before, at and after the first change; between two
+@pytest.mark.parametrize("order", [1, -1])
+def test_resumed_run_ends_with_the_same_average_to_the_bit(regression, tmp_path, start, order):
+    pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
+    whole, _ = train(regression, pair, checkpoints=tmp_path / "whole")
+    pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
+    resumed, _ = train(regression, pair, ckpt_path=tmp_path / "whole" / f"sstep={start}.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_undone_change_leaves_the_average_as_if_it_had_not_been_tried(regression):
+    class Worse(regression[0]):
+        """Each validation is worse than the one before."""
+
+        loss = 0.0
+
+        def validation_step(self, batch, batch_idx):
+            self.loss += 1.0
+            self.log("val/loss", self.loss)
+
+    plain, _ = train(regression, [EMAWeightAveraging(decay=DECAY), RankScheduler([])])
+    refusing = scheduler([Stage(At(step=12), Rank(1))], max_regression=0.0)
+    module, _ = train(regression, [refusing, EMAWeightAveraging(decay=DECAY)], module=Worse())
+    assert len(refusing.history) > 1
+    assert all(event.undone for event in refusing.history)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+
+
+def test_stochastic_average_resumes_to_the_bit(regression, tmp_path):
+    class Plain(regression[0]):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+    def callbacks():
+        return [StochasticWeightAveraging(1e-2, swa_epoch_start=1), scheduler([Stage(At(step=25), Rank(3))])]
+
+    options = {"max_epochs": 4, "max_steps": -1}
+    whole, _ = train(regression, callbacks(), module=Plain(), checkpoints=tmp_path, **options)
+    for start in (23, 27):
+        path = tmp_path / f"sstep={start}.ckpt"
+        resumed, _ = train(regression, callbacks(), module=Plain(), ckpt_path=path, **options)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), (start, name)
+
+
+class Wrapped(lightning.LightningModule):
+    """A model of PEFT's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6))
+        self.net = get_peft_model(net, LoraConfig(r=6, target_modules=["0", "2"]))
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        x, y = batch
+        self.log("val/loss", nn.functional.mse_loss(self.net(x), y))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_average_of_a_model_of_peft_resumes_after_a_change(regression, tmp_path, order):
+    def pair():
+        return [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
+
+    whole, _ = train(regression, pair(), module=Wrapped(), checkpoints=tmp_path / "whole")
+    resumed, _ = train(regression, pair(), module=Wrapped(), ckpt_path=tmp_path / "whole" / "sstep=12.ckpt")
+    assert resumed.net.peft_config["default"].r == 5
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_trigger_sees_the_validation_of_the_average(regression):
+    module, fitted = train(
+        regression,
+        [scheduler([Stage(Plateau(patience=1, min_delta=0.99), Rank(2))]), EMAWeightAveraging(decay=DECAY)],
+        val_check_interval=5,
+    )
+    assert [layer.rank for _, layer in dynrank.lora_layers(module)] == [2, 2]
+
+
+def test_resize_moves_an_averaged_model_and_refuses_a_foreign_one():
+    torch.manual_seed(0)
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(9, 8)), rank=4)
+    nn.init.normal_(model[0].lora_B)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    nn.init.normal_(average.module[0].lora_B)
+    b_OR, a_RI, mean_B, mean_A = (
+        factor.detach().double().clone() for m in (model, average.module) for factor in (m[0].lora_B, m[0].lora_A)
+    )
+    dynrank.resize(model, 2, averages=[average])
+    # between the averages stands the projection of the rank's space that takes b a to its best rank 2, found densely
+    u_OK = torch.linalg.svd(b_OR @ a_RI).U[:, :2]
+    kept = mean_B @ torch.linalg.pinv(b_OR) @ u_OK @ u_OK.mT @ b_OR @ mean_A
+    own = average.module[0]
+    assert_close(own.lora_B.double() @ own.lora_A.double(), kept, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigurationError, match=r"\['0'\] differ.*\(averages\)"):
+        dynrank.resize(model, 1, averages=[dynrank.add_lora(nn.Sequential(nn.Linear(9, 8)), rank=3)])
+    assert model[0].rank == 2
