@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ __all__ = ["load_adapter", "save_adapter"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def save_adapter(model: nn.Module, path: str | Path) -> None:
+def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") -> None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
 
     A file is complete or absent: each is written beside its place and then renamed into it.
@@ -37,17 +38,24 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         model: a model with LoRA layers. Modules outside them that hold parameters with requires_grad are saved whole
             (PEFT's ``modules_to_save``).
         path: folder to write to; made if missing.
+        layout: "native" writes each layer at its own rank, with rank_pattern and alpha_pattern where they differ.
+            "padded" writes every layer at the largest rank (rows of zeros, scaling folded into lora_B), so that the one
+            global ``lora_alpha / r`` is right for all of them: for readers that know no patterns, such as llama.cpp.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers, or PEFT's.
+        ConfigurationError: if the model has no LoRA layers, or PEFT's, or ``layout`` is unknown.
     """
     refuse_peft(model, "save_adapter", "call its save_pretrained()")
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
+    if layout not in _LAYOUTS:
+        raise ConfigurationError(f"layout must be one of {[*_LAYOUTS]}, got {layout!r}")
+    written = _LAYOUTS[layout](layers)
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in _to_peft(layer).items()}
+        lora_A, lora_B, _ = written[name]
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in _to_peft(layer, lora_A, lora_B).items()}
     heads = trained_heads(model, layers)
     for head in heads:
         if any(name.startswith(f"{head}." if head else "") for name in layers):
@@ -57,7 +65,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
             )
         tensors |= {f"{PREFIX}{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
     config = make_config(
-        {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
+        {name: (len(lora_A), scaling * len(lora_A)) for name, (lora_A, _, scaling) in written.items()},
         target_modules=target_modules(model, layers),
         modules_to_save=heads,
         dropout=max(layer.dropout.p for layer in layers.values()),
@@ -117,7 +125,7 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
             continue
         lora_A, lora_B = _from_peft(pair)
         alpha = alpha_of(config, name)
-        layers[name] = (lora_A, lora_B, initial_scaling(alpha, lora_A.shape[0], bool(config.get("use_rslora"))))
+        layers[name] = (lora_A, lora_B, initial_scaling(alpha, pair["A"].shape[0], bool(config.get("use_rslora"))))
     heads, head_faults = _head_tensors(model, others, list(config.get("modules_to_save") or []), set(layers))
     faults += head_faults
     if faults:
@@ -151,17 +159,41 @@ def target_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[st
     return list(layers)
 
 
-def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
+def _native(layers: Mapping[str, LoRALayer]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """{layer: (lora_A, lora_B, scaling)} as they are."""
+    return {name: (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling) for name, layer in layers.items()}
+
+
+def _padded(layers: Mapping[str, LoRALayer]) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """The same updates at one rank and one scaling: the largest of each, so that no factor grows."""
+    rank = max(layer.rank for layer in layers.values())
+    scaling = max((layer.scaling for layer in layers.values()), key=abs) or 1.0
+    padded = {}
+    for name, (lora_A, lora_B, own) in _native(layers).items():
+        missing = rank - len(lora_A)
+        padded[name] = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B * (own / scaling), (0, missing)), scaling
+    return padded
+
+
+_LAYOUTS = {"native": _native, "padded": _padded}
+
+
+def _to_peft(layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
     if isinstance(layer, LoRAEmbedding):
-        return {"lora_embedding_A": layer.lora_A, "lora_embedding_B": layer.lora_B}
+        return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
     if isinstance(layer, LoRAConv2d):
-        filters = layer.lora_A.view(layer.rank, *layer.weight.shape[1:])
-        return {"lora_A.weight": filters, "lora_B.weight": layer.lora_B[:, :, None, None]}
-    return {"lora_A.weight": layer.lora_A, "lora_B.weight": layer.lora_B}
+        filters = lora_A.view(len(lora_A), *layer.weight.shape[1:])
+        return {"lora_A.weight": filters, "lora_B.weight": lora_B[:, :, None, None]}
+    return {"lora_A.weight": lora_A, "lora_B.weight": lora_B}
 
 
 def _from_peft(pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return pair["A"].flatten(1), pair["B"].flatten(1)
+    """The factors as matrices, without padding beyond the highest rank that their product can have."""
+    lora_A, lora_B = pair["A"].flatten(1), pair["B"].flatten(1)
+    most = min(lora_A.shape[1], lora_B.shape[0])
+    if lora_A.shape[0] == lora_B.shape[1] and not (lora_A[most:].any() or lora_B[:, most:].any()):
+        return lora_A[:most], lora_B[:, :most]
+    return lora_A, lora_B
 
 
 def trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
