@@ -88,7 +88,7 @@ class RankDriver:
         self._observed_step = self._looked_step = self._seen_step = -1
         self._checking = False
         self._validated_step, self._validation = -1, dict[str, float]()  # what the last validation has logged
-        self._rewarmup: Rewarmup | None = None
+        self._ramps: list[Rewarmup] = []  # of each optimizer
         self._resumed: dict[str, Any] = {}  # what a checkpoint holds of things that are made when training starts
 
     @property
@@ -146,8 +146,8 @@ class RankDriver:
         """Open again what was open when the checkpoint was made; whether its step had been observed."""
         self._seen_step = training.step
         check_processes(training.model, training.optimizers, "at the start of training")
-        if self._resumed.get("rewarmup") is not None:
-            self._rewarmup = Rewarmup(training.optimizers[0], *self._resumed["rewarmup"])
+        ramps = self._resumed.get("ramps", ())
+        self._ramps = [Rewarmup(o, *ramp) for o, ramp in zip(training.optimizers, ramps, strict=bool(ramps))]
         if self._resumed.get("window") is not None:
             self._open_window(training.model, self._window_stage)
             assert self._window is not None
@@ -204,7 +204,6 @@ class RankDriver:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
-        ramp = self._rewarmup
         return {
             "stage": self._at,
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
@@ -216,7 +215,7 @@ class RankDriver:
             "validated_step": self._validated_step,
             "validated": {name: self._validation[name] for name in self.monitors if name in self._validation},
             "history": [asdict(event) for event in self.history],
-            "rewarmup": (ramp.steps, ramp.done) if ramp and not ramp.finished else None,
+            "ramps": [(ramp.steps, ramp.done) for ramp in self._ramps],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -233,7 +232,7 @@ class RankDriver:
         self._pending = _Decision(**state_dict["pending"]) if state_dict["pending"] else None
         self._observed_step, self._looked_step = state_dict["observed_step"], state_dict["looked_step"]
         self._validated_step, self._validation = state_dict["validated_step"], dict(state_dict["validated"])
-        self._resumed = {"rewarmup": state_dict["rewarmup"], "window": state_dict["window"]}
+        self._resumed = {"ramps": state_dict["ramps"], "window": state_dict["window"]}
         self.history = [
             RankEvent(**{**event, "layers": tuple(LayerReport(**layer) for layer in event["layers"])})
             for event in state_dict["history"]
@@ -387,14 +386,14 @@ class RankDriver:
 
     def _ramp(self, training: Training, steps: int) -> None:
         if steps:
-            if self._rewarmup:
-                self._rewarmup.remove()
-            self._rewarmup = Rewarmup(training.optimizers[0], steps)  # automatic optimization has one optimizer
+            for ramp in self._ramps:
+                ramp.remove()
+            self._ramps = [Rewarmup(optimizer, steps) for optimizer in training.optimizers]
 
     def _warn_of_low_rate(self, training: Training) -> None:
         if training.step >= (self._run.total_steps or float("inf")):
             return  # after the last step there is nothing to recover in
-        groups = training.optimizers[0].param_groups
+        groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
         rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups]
         share = min((now / start for now, start in rates if start > 0), default=1.0)
         if share < LOW_RATE:

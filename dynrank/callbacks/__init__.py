@@ -1,4 +1,6 @@
-"""Lightning callbacks; each works by itself in any LightningModule."""
+"""Callbacks: Lightning's, which work in any LightningModule, and one for transformers' Trainer."""
+
+from typing import TYPE_CHECKING, Any
 
 from dynrank.callbacks.rank_monitor import RankMonitor
 from dynrank.callbacks.rank_scheduler import RankScheduler
@@ -7,4 +9,24 @@ from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.callbacks.step_seed import StepSeed
 from dynrank.rank_change import RankEvent
 
-__all__ = ["RankEvent", "RankMonitor", "RankScheduler", "RunMeter", "ScheduleFreeMode", "StepSeed"]
+if TYPE_CHECKING:
+    from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback
+
+__all__ = [
+    "RankEvent",
+    "RankMonitor",
+    "RankScheduler",
+    "RankTrainerCallback",
+    "RunMeter",
+    "ScheduleFreeMode",
+    "StepSeed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """RankTrainerCallback when somebody asks for it: Lightning's users need not load transformers' trainer."""
+    if name == "RankTrainerCallback":
+        from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback
+
+        return RankTrainerCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

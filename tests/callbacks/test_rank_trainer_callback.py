@@ -1,0 +1,240 @@
+"""The schedule in a real transformers.Trainer, for dynrank's layers and for PEFT's, and its resume."""
+
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import dynrank
+from dynrank.callbacks import RankTrainerCallback
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage
+from dynrank.targets import GrowTo, Rank
+from dynrank.triggers import At, Plateau
+
+STEPS = 10
+
+
+def base():
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **size))
+
+
+def own():
+    return dynrank.add_lora(base(), rank=4, alpha=8, dropout=0.1)
+
+
+def wrapped():
+    model = base()
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear"))
+
+
+MODELS = pytest.mark.parametrize("make", [own, wrapped])
+SHRINK_AND_GROW = [Stage(At(step=4), Rank(2)), Stage(At(step=7), GrowTo(3))]
+
+
+def data(count=16):
+    rows = torch.randint(40, (count, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def trainer(folder, model, callback, dataset=None, **options):
+    defaults = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "use_cpu": True,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "seed": 0,
+    }
+    arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
+    dataset = dataset or data()
+    return Trainer(model, arguments, train_dataset=dataset, eval_dataset=dataset, callbacks=[callback])
+
+
+def ranks(model):
+    return {layer.rank for _, layer in dynrank.lora_layers(model)}
+
+
+def callback(stages=SHRINK_AND_GROW, **how):
+    return RankTrainerCallback(list(stages), How(**how))
+
+
+@MODELS
+def test_ranks_and_optimizer_follow_the_schedule(make, tmp_path):
+    schedule, model = callback(), make()
+    made = trainer(tmp_path, model, schedule)
+    made.train()
+    assert [(e.step, e.layers[0].rank_before, e.layers[0].rank_after) for e in schedule.history] == [
+        (4, 4, 2),
+        (7, 2, 3),
+    ]
+    assert ranks(model) == {3}
+    for _, layer in dynrank.lora_layers(model):
+        for parameter in (layer.lora_A, layer.lora_B):
+            assert made.optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+            assert int(made.optimizer.state[parameter]["step"]) == STEPS
+    assert [(row["step"], row["rank/mean"]) for row in made.state.log_history if "rank/mean" in row] == [(4, 2), (7, 3)]
+
+
+def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
+    """Two batches a step, clipped, a linear decay: as the Trainer documents it."""
+    model = dynrank.add_lora(base(), rank=4, alpha=8)
+    stages = [Stage(At(step=3), Rank(2))]
+    options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch", "weight_decay": 0.0}
+    trainer(tmp_path, model, callback(stages), max_steps=6, **options).train()
+    other = dynrank.add_lora(base(), rank=4, alpha=8)
+    same_order, batches = trainer(tmp_path, other, callback([]), max_steps=6, **options), []
+    for epoch in range(3):
+        loader = same_order.get_train_dataloader()
+        loader.set_epoch(epoch)
+        batches += list(loader)
+    trained = [p for p in other.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    for step in range(6):
+        if step == 3:
+            dynrank.resize(other, 2, optimizers=[optimizer], generator=torch.Generator().manual_seed(3))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 * (1 - step / 6)
+        for batch in batches[2 * step : 2 * step + 2]:
+            (other(**batch).loss / 2).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, value), (_, expected) in zip(model.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+@MODELS
+@pytest.mark.parametrize("how", [{}, {"metric": "loss", "window": 3, "rewarmup_steps": 2}], ids=["weight", "loss"])
+def test_resumed_run_ends_in_the_same_bits(make, how, tmp_path):
+    """From before the first change (while measuring for it, in the second case), at it, after it, between two."""
+    model = make()
+    trainer(tmp_path, model, callback(**how), save_strategy="steps", save_steps=1).train()
+    expected = model.state_dict()
+    for start in (2, 4, 8):
+        again, schedule = make(), callback(**how)
+        made = trainer(tmp_path / "again", again, schedule)
+        made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}"))
+        assert [event.step for event in schedule.history] == [4, 7]
+        for name, value in again.state_dict().items():
+            assert torch.equal(value, expected[name]), (start, name)
+
+
+def test_what_is_saved_of_a_peft_model_loads_in_peft(tmp_path):
+    model = wrapped()
+    made = trainer(tmp_path, model, callback())
+    made.train()
+    made.save_model(str(tmp_path / "adapter"))
+    loaded = PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()
+    ids = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+    assert loaded.peft_config["default"].r == 3
+
+
+def test_plateau_reads_the_evaluations_and_survives_a_resume(tmp_path):
+    """A model that stands still is at a plateau: at the third evaluation with a patience of 2."""
+    options = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.0}
+    stages = [Stage(Plateau("eval_loss", patience=2, warmup_steps=0), Rank(2))]
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    first = callback(stages)
+    trainer(tmp_path, own(), first, **options, **saving).train()
+    (event,) = first.history
+    assert (event.step, event.reason) == (6, "plateau of eval_loss")
+    for start in (4, 6):  # with one evaluation to go; decided and not made
+        second = callback(stages)
+        made = trainer(tmp_path / "again", own(), second, **options)
+        made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}"))
+        assert [event.step for event in second.history] == [6]
+
+
+def test_change_that_costs_too_much_is_undone(tmp_path):
+    schedule = RankTrainerCallback(
+        [Stage(At(step=5), Rank(1))],
+        How(max_regression=0.0, check_monitor="eval_loss"),
+        evaluate=lambda: made.evaluate(),
+    )
+    model = own()
+    made = trainer(tmp_path, model, schedule, learning_rate=0.1)
+    made.train()
+    assert schedule.history[0].undone
+    assert schedule.history[0].reason.startswith("undone: eval_loss")
+
+
+def test_classifier_in_bfloat16_autocast_with_checkpointed_activations(tmp_path):
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertForSequenceClassification(BertConfig(vocab_size=40, num_labels=3, **size))
+    dynrank.add_lora(model, rank=4, modules_to_save=["classifier"])
+    rows = [{"input_ids": row["input_ids"], "label": sum(row["input_ids"]) % 3} for row in data()]
+    schedule = callback(metric="loss", window=2)
+    made = trainer(tmp_path, model, schedule, rows, bf16=True, activation_checkpointing=True)
+    made.train()
+    assert [event.step for event in schedule.history] == [4, 7]
+    assert all(torch.isfinite(value).all() for value in model.state_dict().values())
+
+
+@MODELS
+def test_best_model_comes_back_with_its_own_ranks(make, tmp_path):
+    model, scores = make(), iter(range(100, 0, -1))
+    made = trainer(
+        tmp_path,
+        model,
+        callback([Stage(At(step=4), Rank(2))]),
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    made.compute_metrics = lambda _: {"score": next(scores)}  # the first is the best, before the drop
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert ranks(model) == {4}
+
+
+def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
+    made = trainer(tmp_path, own(), callback(), save_strategy="steps", save_steps=2)
+    made.train()
+    file = tmp_path / "checkpoint-2" / "trainer_state.json"
+    content = json.loads(file.read_text())
+    del content["stateful_callbacks"]["RankTrainerCallback"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(ConfigurationError, match=r"step 2 was made without.*resume_from_checkpoint"):
+        trainer(tmp_path, own(), callback()).train(resume_from_checkpoint=str(file.parent))
+
+
+@pytest.mark.parametrize(
+    ("options", "how", "message"),
+    [
+        ({}, {"max_regression": 0.1}, r"evaluate=lambda: trainer.evaluate\(\)"),
+        ({"fp16": True}, {"metric": "loss"}, "fp16=True scales"),
+        ({"optim": "rmsprop"}, {}, "RMSprop cannot be carried"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_the_first_step(options, how, message, tmp_path):
+    made = trainer(tmp_path, own(), callback(**how), **options)
+    with pytest.raises(ConfigurationError, match=message):
+        made.train()
+    assert made.state.global_step == 0
+
+
+def test_metric_that_nobody_logs_is_an_error(tmp_path):
+    stages = [Stage(Plateau("eval_bleu", warmup_steps=0), Rank(2))]
+    made = trainer(tmp_path, own(), callback(stages), eval_strategy="steps", eval_steps=2)
+    with pytest.raises(ConfigurationError, match="'eval_bleu'; logged: .*eval_loss"):
+        made.train()
