@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynrank.adapter import load_adapter, save_adapter
+    from dynrank.adapter import save_adapter
+    from dynrank.adapter_fit import read_adapter
+    from dynrank.adapter_loading import load_adapter, swap_adapter
     from dynrank.config import compose
     from dynrank.errors import ConfigurationError
     from dynrank.layers.inject import add_lora, lora_layers, merge
@@ -16,12 +18,14 @@ _HOMES = {
     "ConfigurationError": "dynrank.errors",
     "add_lora": "dynrank.layers.inject",
     "compose": "dynrank.config",
-    "load_adapter": "dynrank.adapter",
+    "load_adapter": "dynrank.adapter_loading",
     "lora_layers": "dynrank.layers.inject",
     "merge": "dynrank.layers.inject",
     "predict": "dynrank.resizing",
+    "read_adapter": "dynrank.adapter_fit",
     "resize": "dynrank.resizing",
     "save_adapter": "dynrank.adapter",
+    "swap_adapter": "dynrank.adapter_loading",
 }
 __all__ = [
     "ConfigurationError",
@@ -31,8 +35,10 @@ __all__ = [
     "lora_layers",
     "merge",
     "predict",
+    "read_adapter",
     "resize",
     "save_adapter",
+    "swap_adapter",
 ]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import layer_class
@@ -109,13 +109,34 @@ def make_layer(base: nn.Module, **options: Any) -> LoRALayer:
 
 
 def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = ()) -> None:
-    """Freeze ``model``, put each layer where its base stands (everywhere, if shared), unfreeze ``modules_to_save``."""
+    """Freeze ``model``, put each layer where its base stands (everywhere, if shared), unfreeze ``modules_to_save``.
+
+    LoRA layers that are in the model give way to the new layer of their base, or to the base itself.
+    """
     model.requires_grad_(False)
-    _replace(model, {id(layer.base): layer for layer in layers.values()})
+    new, old = {id(layer.base): layer for layer in layers.values()}, own_layers(model).values()
+    adapted = {id(layer.base) for layer in old}
+    replacements: dict[int, nn.Module] = {id(layer): new.get(id(layer.base), layer.base) for layer in old}
+    _replace(model, replacements | {base: layer for base, layer in new.items() if base not in adapted})
     for layer in layers.values():
         layer.train(layer.base.training)
     for name in modules_to_save:
-        model.get_submodule(name).requires_grad_(True)
+        for module in model.get_submodule(name).requires_grad_(True).modules():
+            for leaf in [*module._parameters, *module._buffers]:
+                base_values(module, note=True).setdefault(leaf, None)
+
+
+def base_values(module: nn.Module, *, note: bool = False) -> dict[str, Tensor | None]:
+    """What a module that is trained whole held before, by parameter or buffer; None where that is not kept.
+
+    Args:
+        module: of a model with LoRA layers.
+        note: the result is to be written to.
+    """
+    values: dict[str, Tensor | None] = vars(module).get("_base_values", {})
+    if note:
+        vars(module)["_base_values"] = values
+    return values
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
@@ -140,6 +161,18 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The LoRA layers that dynrank has put into ``model``, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by every name that it has without LoRA layers, whose bases stand for them."""
+    found: list[tuple[str, nn.Module]] = [("", model)]
+    while found:
+        name, module = found.pop()
+        if isinstance(module, LoRALayer):
+            module = module.base
+        yield name, module
+        children = ((f"{name}.{key}" if name else key, child) for key, child in module._modules.items())
+        found += reversed([(key, child) for key, child in children if child is not None])
 
 
 def merge(model: M) -> M:
