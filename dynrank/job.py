@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
@@ -87,16 +86,16 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False) -> dict[str, A
 
     Raises:
         ConfigurationError: if any value cannot be used, ``folder`` holds a run already, or this is one job of a
-            ``sweep`` and would start other processes: each of these would do the whole sweep.
+            ``sweep`` and of several processes: each of these would do the whole sweep.
     """
     start = time.perf_counter()
     _quiet()
     job, meter = build(config), RunMeter()
     trainer = _trainer(config, folder, job, meter)
-    if sweep and trainer.world_size > 1 and not isinstance(trainer.strategy.cluster_environment, SLURMEnvironment):  # type: ignore[attr-defined]
+    if sweep and trainer.world_size > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":  # a SLURM job for each run
         raise ConfigurationError(
-            f"--multirun cannot start {trainer.world_size} processes for a job: each would do the whole sweep; set "
-            "trainer.devices=1, or make one run after the other without --multirun"
+            f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
+            "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
         )
     if trainer.is_global_zero:
         try:

@@ -15,6 +15,8 @@ from omegaconf import DictConfig
 from dynrank.config import CONFIG_MODULE, CONFIG_NAME
 from dynrank.exits import usage_errors
 
+PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # as torchrun, srun and Lightning set them
+
 
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
 def _train(config: DictConfig) -> None:
@@ -29,8 +31,9 @@ def _train(config: DictConfig) -> None:
 def main() -> None:
     """Entry point; see :func:`dynrank.exits.usage_errors` for the exit codes."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed and turned into exit code 1
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) != "0":  # started by torchrun or srun
-        sys.argv.append("hydra.output_subdir=null")  # the first process writes .hydra/
+    if any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS):
+        # the first process writes the run's files; the time of day in the name of its folder may be another one here
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
     with usage_errors():
         _train()
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from types import FrameType
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch.nn.parallel import DistributedDataParallel
 
 from dynrank.errors import ConfigurationError
+from dynrank.processes import from_all
 from dynrank.sharding import average_gradients, sharded_error, sharded_layers, take_saved_ranks
 
 _INSTEAD = {  # strategies that are made of these, by the name of a base class: neither need be installed
@@ -33,6 +38,12 @@ def check_strategy(trainer: Trainer) -> None:
             "(ModelParallelStrategy, with dynrank.sharding.shard_frozen in configure_model) to shard the base"
         )
     if isinstance(strategy, DDPStrategy):
+        if strategy._start_method != "popen":
+            raise ConfigurationError(
+                f"DDPStrategy(start_method={strategy._start_method!r}), as in ddp_spawn and ddp_notebook, trains in "
+                "processes whose results do not all come back, the history of ranks among them; set "
+                "trainer.strategy=ddp, in a program that is started from a file"
+            )
         state, period = strategy._ddp_comm_state, strategy._model_averaging_period
         if period is not None or type(state).__name__ in ("PostLocalSGDState", "PowerSGDState"):
             raise ConfigurationError(
@@ -74,9 +85,40 @@ def check_setup(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def unwrap(trainer: Trainer) -> None:
-    """Take DDP off the module, so that parameters may change shape: its buckets are as large as they were."""
-    if isinstance(trainer.strategy, DDPStrategy):
-        trainer.strategy.model = trainer.strategy.lightning_module
+    """Take DDP off the module, so that parameters may change shape: its buckets are as large as they were; collective.
+
+    Raises:
+        ConfigurationError: in all processes, before anything is resized, if somebody else holds the DDP module, which
+            would not average right any more, or has put it into another one, which would be lost.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, DDPStrategy):
+        return
+    wrapped, fault = strategy.model, None
+    if isinstance(wrapped, DistributedDataParallel):
+        old, strategy.model = weakref.ref(wrapped), strategy.lightning_module
+        del wrapped
+        if old() is not None:
+            gc.collect()  # what only a cycle keeps alive is used by nobody
+        held = old()
+        if held is not None:
+            fault = f"{_holders(held)} holds trainer.strategy.model, which a change of rank replaces"
+    else:
+        fault = f"trainer.strategy.model is of type {type(wrapped).__name__}, which would not outlast a change of rank"
+    faults = [f"{fault} (process {process})" for process, fault in enumerate(from_all(fault)) if fault]
+    if faults:
+        raise ConfigurationError(
+            f"{faults[0]}; read trainer.strategy.model where it is used, and compile the model in it"
+        )
+
+
+def _holders(target: object) -> str:
+    """The classes of the objects that refer to ``target``, directly or by a container."""
+    containers, names = (dict, list, tuple, set), set()
+    for holder in gc.get_referrers(target):
+        owners = gc.get_referrers(holder) if isinstance(holder, containers) else [holder]
+        names |= {type(owner).__qualname__ for owner in owners if not isinstance(owner, (*containers, FrameType))}
+    return ", ".join(sorted(names)) or "a running function or a container"
 
 
 def wrap(trainer: Trainer) -> None:

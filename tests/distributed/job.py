@@ -33,6 +33,20 @@ class Spoil(lightning.Callback):
             (factor if self.what == "weights" else trainer.optimizers[0].state[factor]["exp_avg_sq"])[0, 0] += 1e-3
 
 
+class Keep(lightning.Callback):
+    """Process 1 keeps the DDP module, or puts it into a compiled one, before the change."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == CHANGE and trainer.global_rank == 1:
+            if self.what == "held":
+                self.averaging = trainer.strategy.model
+            else:
+                trainer.strategy.model = torch.compile(trainer.strategy.model, backend="eager")
+
+
 def whole(run: Run, **strategy: Any) -> Any:
     return outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2))
 
@@ -65,6 +79,8 @@ def main(folder: Path) -> None:
         checks[f"other {what}, found by the change"] = partial(
             refusal, RUNS["ddp"], callbacks=[Spoil(what)], check_every=None
         )
+    for what in ("held", "compiled"):
+        checks[what] = partial(refusal, RUNS["ddp"], callbacks=[Keep(what)])
     checks["sharded"] = partial(refusal, Run(model={"sharded": True}, ddp=None))
     warnings.simplefilter("ignore")
     process, results = int(os.environ["RANK"]), {}

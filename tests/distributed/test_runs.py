@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning
 import pytest
 import torch
 from distributed_runs import RESUMED, RUNS, fit, outcome
 from torch.testing import assert_close
 
 import dynrank
+from dynrank.callbacks.strategies import check_strategy
+from dynrank.errors import ConfigurationError
 
 pytestmark = [
     pytest.mark.timeout(280),
@@ -101,3 +104,25 @@ def test_sharded_factors_are_refused(results):
     for result in results:
         assert "'net.0'" in result["sharded"]
         assert "dynrank.sharding.shard_frozen" in result["sharded"]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("held", "Keep holds trainer.strategy.model, which a change of rank replaces (process 1)"),
+        (
+            "compiled",
+            "trainer.strategy.model is of type OptimizedModule, which would not outlast a change of rank (process 1)",
+        ),
+    ],
+)
+def test_ddp_module_that_somebody_keeps_is_refused_in_all_processes(results, what, message):
+    for result in results:
+        assert message in result[what]
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork", "ddp_notebook"])
+def test_processes_whose_results_do_not_come_back_are_refused(strategy):
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
+    with pytest.raises(ConfigurationError, match=r"start_method=.*set trainer\.strategy=ddp"):
+        check_strategy(trainer)
