@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynrank.adapter import save_adapter
 from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, ScheduleFreeMode, StepSeed
+from dynrank.callbacks.strategies import check_strategy
 from dynrank.config import plain, rank_pattern
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
@@ -97,6 +98,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False) -> dict[str, A
             f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
             "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
         )
+    check_strategy(trainer)  # the scheduler does so, too, when the other processes have been started
     if trainer.is_global_zero:
         try:
             (folder / "checkpoints").mkdir(parents=True)

@@ -32,6 +32,12 @@ def check_run(config: DictConfig) -> None:
         raise ConfigurationError(
             f"trainer.strategy={strategy} trains in processes whose results do not all come back; set it to ddp"
         )
+    fsdp2 = isinstance(strategy, DictConfig) and str(strategy.get("_target_")).endswith(".ModelParallelStrategy")
+    if fsdp2 and strategy.get("save_distributed_checkpoint", True):
+        raise ConfigurationError(
+            "trainer.strategy.save_distributed_checkpoint=true writes folders with pickled parts, which ckpt_path does "
+            "not take; set it to false"
+        )
     interval = config.trainer.get("val_check_interval", 1.0)
     if not isinstance(interval, int | float) or interval <= 0:
         raise ConfigurationError(f"trainer.val_check_interval must be a number above 0, got {interval!r}")

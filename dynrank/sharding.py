@@ -84,6 +84,11 @@ def sharded_layers(model: nn.Module) -> list[str]:
     ]
 
 
+def trains_shards(optimizer: Optimizer) -> bool:
+    """Whether anything that ``optimizer`` trains is sharded."""
+    return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
+
+
 @torch.no_grad()
 def average_gradients(optimizer: Optimizer) -> None:
     """Average over all processes the gradients of what ``optimizer`` trains and FSDP2 has left whole; collective.

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
+from transformers import BertConfig, BertForSequenceClassification
 
 import dynrank
 from dynrank.tasks.loader import ResumableLoader
+from dynrank.tasks.pretrained import load_tokenizer, model_source
 
 
 class Regression(lightning.LightningModule):
@@ -79,6 +81,18 @@ def command(name, *arguments, cwd, timeout=240, **environment):
 @pytest.fixture(scope="session")
 def run_command():
     return command
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """The folder of a random BERT of two layers without dropout, with MiniLM's tokenizer; for ``task.model``."""
+    folder = tmp_path_factory.mktemp("bert")
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    config = BertConfig(**size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    load_tokenizer(model_source("minilm")).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

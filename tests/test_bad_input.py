@@ -71,6 +71,8 @@ CASES = [
     (["schedule.metric=los"], ["los", "schedule.metric"]),
     (["+logger.x={_target_: os.system}"], ["os.system"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
+    (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
+    (["trainer=fsdp2", "trainer.strategy.save_distributed_checkpoint=true"], ["trainer.strategy.save_distributed"]),
 ]
 
 
@@ -85,6 +87,29 @@ def test_train_refuses(launch, tmp_path, overrides, named):
     for text in named:
         assert text in message, message
     assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".ckpt", ".safetensors", ".csv")]
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"}])
+def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if environment:  # started by torchrun
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
+    sweep = ["--multirun", "hydra.sweep.dir=sweep", "lora.rank=16,24"]
+    code, message = launch(train.main, *sweep, "debug=smoke", *several)
+    assert code == 2
+    assert "--multirun cannot make a run of 2 processes" in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_strategy_is_refused_before_other_processes_start(launch, tiny_bert):
+    strategy = ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"]
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", f"task.model={tiny_bert}", *strategy)
+    assert code == 2
+    assert "set tensor_parallel_size=1" in message
 
 
 SCHEDULES = [

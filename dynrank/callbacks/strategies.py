@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynrank.errors import ConfigurationError
 from dynrank.processes import from_all
-from dynrank.sharding import average_gradients, sharded_error, sharded_layers, take_saved_ranks
+from dynrank.sharding import average_gradients, sharded_error, sharded_layers, take_saved_ranks, trains_shards
 
 _INSTEAD = {  # strategies that are made of these, by the name of a base class: neither need be installed
     "FSDPStrategy": "FSDP1 flattens parameters into one vector",
@@ -134,18 +135,30 @@ def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
 
 
 def follow_sharded_checkpoint(trainer: Trainer) -> None:
-    """Let the strategy of FSDP2 give the layers a checkpoint's ranks before it loads it; call it in ``setup``.
+    """Let the strategy of FSDP2 load checkpoints of other ranks and other strategies; call it in ``setup``.
 
-    ModelParallelStrategy loads by itself, when everything is set up, and asks no hook before it does.
+    ModelParallelStrategy loads by itself, when everything is set up, and asks no hook before it does. It would find the
+    optimizer's state of a single file by the place of a parameter in the model, where other strategies write its place
+    in the optimizer.
     """
     strategy: Any = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy) or "load_checkpoint" in vars(strategy):
         return
     load = strategy.load_checkpoint
 
-    def load_after_ranks(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_as_it_is(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         assert trainer.lightning_module is not None
         take_saved_ranks(trainer.lightning_module, checkpoint_path)
-        return load(checkpoint_path, *args, **kwargs)
+        optimizers = strategy.optimizers
+        if Path(checkpoint_path).is_dir() or any(map(trains_shards, optimizers)):
+            return load(checkpoint_path, *args, **kwargs)
+        strategy.optimizers = []
+        try:
+            checkpoint = load(checkpoint_path, *args, **kwargs)
+        finally:
+            strategy.optimizers = optimizers
+        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"] if optimizers else (), strict=True):
+            optimizer.load_state_dict(state)
+        return checkpoint
 
-    strategy.load_checkpoint = load_after_ranks  # type: ignore[method-assign]
+    strategy.load_checkpoint = load_as_it_is  # type: ignore[method-assign]

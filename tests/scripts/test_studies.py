@@ -8,10 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from peft.tuners.adalora.layer import SVDLinear
-from transformers import BertConfig, BertForSequenceClassification
 
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.pretrained import load_tokenizer, model_source
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)  # d_in + d_out over the adapted layers of the tiny model
@@ -26,16 +24,6 @@ def scripts():
 
     sys.path.remove(str(SCRIPTS))
     return medical_bench, study_truncation, compare_adalora
-
-
-@pytest.fixture(scope="module")
-def tiny_bert(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("bert")
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    torch.manual_seed(0)
-    BertForSequenceClassification(BertConfig(**size)).save_pretrained(folder)
-    load_tokenizer(model_source("minilm")).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture

@@ -1,0 +1,198 @@
+"""``dynrank-train`` in two real processes, however they are started: one run's files, written once."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import dynrank
+from dynrank import job
+
+pytestmark = [
+    pytest.mark.timeout(150),
+    pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data
+    pytest.mark.xdist_group("distributed"),  # no more than two processes at a time
+]
+SAVED, CHANGE, STEPS = 7, 9, 12
+FILES = {
+    ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+    "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "checkpoints/last.ckpt",
+    "final_ranks.yaml", "hparams.yaml", "metrics.csv", "rank_history.csv", "rank_predictions.csv",
+    "summary.json", "train.log",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def overrides(tiny_bert):
+    """A run of 16 examples a step over all processes, whose last checkpoint was made before its ranks change."""
+    return [
+        "debug=smoke", f"task.model={tiny_bert}", "task.batch_size=8", f"trainer.max_steps={STEPS}", "lora.rank=6",
+        "lora.alpha=6", "schedule.final_rank=2", f"schedule.deadline={CHANGE / STEPS}", f"checkpoint_every={SAVED}",
+        "optimizer=sgd", "optimizer.lr=0.5", "plots=false", "trainer.accelerator=cpu",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(overrides, tmp_path_factory):
+    """The folder of the run as one process makes it."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    job.run(dynrank.compose([*overrides, "task.batch_size=16"]), folder)
+    return folder
+
+
+def start(folder, *command, **environment):
+    """A Python program in ``folder``, in a group of processes of its own; it prints into a file."""
+    root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
+    with (folder.parent / f"{folder.name}.txt").open("a") as printed:
+        return subprocess.Popen(
+            [sys.executable, *command],
+            cwd=folder,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **settings, **environment},
+            start_new_session=True,
+        )
+
+
+def finish(folder, *children):
+    """The exit codes, and what was printed."""
+    try:
+        codes = [child.wait(timeout=100) for child in children]
+    finally:
+        for child in children:
+            kill_group(child)
+    return codes, (folder.parent / f"{folder.name}.txt").read_text()
+
+
+def kill_group(child):
+    try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:  # all of it has ended
+        child.wait()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def files(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def assert_one_run(cwd, folder, printed):
+    assert files(cwd) == {str((folder / name).relative_to(cwd)) for name in FILES}
+    for text in ("rank change at step", "test/accuracy", "files  "):
+        assert printed.count(text) == 1, printed
+    assert "Traceback" not in printed
+
+
+def assert_same_run(folder, alone):
+    """What two processes have written is what one wrote that took both their batches."""
+    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, alone))
+    assert_close(one, two, rtol=0, atol=1e-5)
+    one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
+    assert one["final_ranks"] == two["final_ranks"]
+    assert one["test"] == pytest.approx(two["test"], abs=1e-5)
+    one, two = (list(csv.DictReader((f / "rank_history.csv").open())) for f in (folder, alone))
+    assert [(row["step"], row["layer"]) for row in one] == [(row["step"], row["layer"]) for row in two]
+    assert {row["step"] for row in one} == {str(CHANGE)}
+    one, two = (validations(f) for f in (folder, alone))
+    assert one == pytest.approx(two, abs=1e-5)
+
+
+def validations(folder):
+    with (folder / "metrics.csv").open() as file:
+        return {row["step"]: float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+
+
+def step_of(checkpoint):
+    return torch.load(checkpoint, weights_only=True)["global_step"]
+
+
+def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, tmp_path):
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    command = ["-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    codes, printed = finish(cwd, start(cwd, *command))
+    assert codes == [0], printed
+    (folder,) = cwd.glob("outputs/*/*")
+    assert_one_run(cwd, folder, printed)
+    assert_same_run(folder, alone)
+
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    assert step_of(checkpoint) == SAVED
+    job.run(dynrank.compose([*overrides, "task.batch_size=16", f"ckpt_path={checkpoint}"]), tmp_path / "resumed")
+    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "resumed", alone))
+    assert_close(one, two, rtol=0, atol=1e-5)
+
+
+def test_fsdp2_started_by_torchrun_goes_on_from_one_process(overrides, alone, tmp_path):
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    checkpoint = alone / "checkpoints" / "last.ckpt"
+    assert step_of(checkpoint) == SAVED
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "-m"]
+    command = ["dynrank.train", *overrides, "trainer=fsdp2", "trainer.accelerator=cpu", f"ckpt_path={checkpoint}"]
+    command += ["checkpoint_every=10"]
+    codes, printed = finish(cwd, start(cwd, *launch, *command))
+    assert codes == [0], printed
+    (folder,) = cwd.glob("outputs/*/*")
+    assert_one_run(cwd, folder, printed)
+    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, alone))
+    assert_close(one, two, rtol=0, atol=1e-5)
+
+
+def test_slurm_runs_what_srun_would_start(overrides, alone, tmp_path):
+    """The variables are those of ``srun`` in a job of one node and two tasks; SLURM itself is not there."""
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    job_of = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "dynrank", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"}
+    job_of |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "MASTER_PORT": free_port()}
+    command = ["-m", "dynrank.train", *overrides, "trainer=slurm", "trainer.accelerator=cpu"]
+    tasks = [start(cwd, *command, **job_of, SLURM_PROCID=task, SLURM_LOCALID=task) for task in ("0", "1")]
+    codes, printed = finish(cwd, *tasks)
+    assert codes == [0, 0], printed
+    (folder,) = cwd.glob("outputs/*/*")
+    assert_one_run(cwd, folder, printed)
+    assert_same_run(folder, alone)
+
+
+def test_process_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(overrides, tmp_path):
+    """Started as torchrun does, but nobody watches over them: process 0 has to notice by itself."""
+    cwd, folder = tmp_path / "cwd", tmp_path / "run"
+    cwd.mkdir()
+    long = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
+    command = ["-m", "dynrank.train", *overrides, *long, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={folder}"]
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    group |= {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
+    first, second = (start(cwd, *command, **group, RANK=process, LOCAL_RANK=process) for process in ("0", "1"))
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    try:
+        deadline = time.monotonic() + 60
+        while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(0.5)
+    finally:
+        second.kill()
+        codes, printed = finish(cwd, first, second)
+    assert codes == [1, -signal.SIGKILL], printed
+    assert "Connection closed by peer" in printed
+
+    saved = step_of(checkpoint)
+    assert saved > CHANGE
+    again = [*overrides, *long, "schedule.deadline=0.5", f"trainer.max_steps={saved + 3}", f"ckpt_path={checkpoint}"]
+    summary = job.run(dynrank.compose(again), tmp_path / "resumed")
+    assert set(summary["final_ranks"].values()) == {2}
