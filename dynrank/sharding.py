@@ -33,8 +33,8 @@ def shard_frozen(
     ::
 
         def configure_model(self):
-            mesh = self.device_mesh["data_parallel"]
-            shard_frozen(self.model, mesh)
+            if self.device_mesh is not None:  # not so in load_from_checkpoint
+                shard_frozen(self.model, self.device_mesh["data_parallel"])
 
     Args:
         model: with LoRA layers.

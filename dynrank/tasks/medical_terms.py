@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -152,8 +151,8 @@ class TermClassifier(LightningModule):
         self.val_quality, self.test_quality = quality.clone(prefix="val/"), quality.clone(prefix="test/")
 
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            shard_frozen(self.model, self.device_mesh["data_parallel"])  # type: ignore[index]
+        if self.device_mesh is not None:  # under ModelParallelStrategy; load_from_checkpoint calls this, too
+            shard_frozen(self.model, self.device_mesh["data_parallel"])
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = F.cross_entropy(self._logits(batch), batch["labels"], label_smoothing=self.label_smoothing)
