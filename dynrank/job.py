@@ -14,13 +14,14 @@ from typing import Any
 
 import transformers
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank.adapter import save_adapter
-from dynrank.callbacks import RankMonitor, RankScheduler, RunMeter, ScheduleFreeMode, StepSeed
+from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler, RunMeter, ScheduleFreeMode, StepSeed
 from dynrank.callbacks.strategies import check_strategy
+from dynrank.checkpoint_file import read_checkpoint
 from dynrank.config import plain, rank_pattern
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
@@ -54,6 +55,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     check_schedule(scheduler.stages, scheduler.how, highest=max(ranks), run=run)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
+    checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
     seed_everything(config.seed, verbose=False)
     task = make(config.task, "task")
     lora = {**plain(config.lora), "rank_map": pattern}
@@ -62,8 +64,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     scheduler.check_model(module.model, run)
     if not on_meta:
         module = task.module(lora, plain(config.optimizer))
-        if config.ckpt_path is not None:
-            check_checkpoint(config, module)
+        if checkpoint is not None:
+            check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)
 
 
@@ -146,7 +148,7 @@ def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Tra
     if config.trainer.enable_progress_bar:
         callbacks.append(RichProgressBar())
     callbacks.append(
-        ModelCheckpoint(
+        AdapterCheckpoint(
             folder / "checkpoints",
             filename="last",
             every_n_train_steps=config.checkpoint_every,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pickle import UnpicklingError
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.frozen_base import check_base, left_out
 
 
 def check_run(config: DictConfig) -> None:
@@ -57,34 +58,30 @@ def check_monitors(monitors: Iterable[str], logged: Sequence[str]) -> None:
         )
 
 
-def check_checkpoint(config: DictConfig, module: LightningModule) -> None:
-    """Refuse a checkpoint (``config.ckpt_path``) that ``module`` cannot go on from; ranks may differ.
+def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
+    """Refuse a checkpoint (read from ``config.ckpt_path``) that ``module`` cannot go on from; ranks may differ.
 
     Raises:
-        ConfigurationError: if it is broken, holds code, or comes from another model or optimizer.
+        ConfigurationError: if it comes from another model, base or optimizer.
     """
-    path = config.ckpt_path
+    path, stored = config.ckpt_path, checkpoint["state_dict"]
     try:
-        checkpoint = torch.load(path, weights_only=True, mmap=True)
-        stored, optimizer = checkpoint["state_dict"], checkpoint["hyper_parameters"]["optimizer"]["name"]
-        shapes = {name: value.shape for name, value in stored.items()}
-        missing = {"optimizer_states", "loops", "callbacks", "pytorch-lightning_version"} - checkpoint.keys()
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the checkpoint {path!r}: {error.strerror}; set ckpt_path") from None
-    except (RuntimeError, UnpicklingError, EOFError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigurationError(
-            f"{path!r} is not a whole checkpoint of plain tensors: {error!s:.200}; set ckpt_path"
-        ) from None
-    mine = module.state_dict()
-    wrong = sorted(shapes.keys() ^ mine.keys())
-    wrong += [k for k in shapes.keys() & mine.keys() if ".lora_" not in k and shapes[k] != mine[k].shape]
+        optimizer = checkpoint["hyper_parameters"]["optimizer"]["name"]
+    except (KeyError, TypeError):
+        optimizer = "unknown"
+    missing = {"optimizer_states", "loops", "callbacks", "pytorch-lightning_version"} - checkpoint.keys()
     if missing or optimizer != config.optimizer.name:
         raise ConfigurationError(
             f"the checkpoint {path!r} lacks {sorted(missing)} or was made with optimizer.name={optimizer}; "
             "set ckpt_path or optimizer"
         )
+    mine, absent = module.state_dict(), left_out(stored)
+    shapes = {name: value.shape for name, value in stored.items() if isinstance(value, Tensor)}
+    wrong = sorted((shapes.keys() | absent) ^ mine.keys())
+    wrong += [k for k in shapes.keys() & mine.keys() if ".lora_" not in k and shapes[k] != mine[k].shape]
     if wrong:
         raise ConfigurationError(
             f"the checkpoint {path!r} is of another model: {wrong[:3]} differ; "
             "set ckpt_path, task or lora.target_modules"
         )
+    check_base(module, stored)

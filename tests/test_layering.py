@@ -12,7 +12,7 @@ LAYERS = {
     1: {"triggers", "targets"},
     2: {"schedules"},
     3: {"layers", "optim", "rewarmup", "adapter_config", "console", "tensor_file", "processes"},
-    4: {"statistics", "adapter_file", "averaging", "agreement", "sharding"},
+    4: {"statistics", "adapter_file", "averaging", "agreement", "sharding", "checkpoint_file"},
     5: {"resizing", "adapter", "adapter_fit"},
     6: {"adapter_loading", "planning", "squeeze", "change_table", "rank_change"},
     7: {"driver", "tasks", "config", "plots", "exits"},

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint
 from dynrank.callbacks.rank_monitor import RankMonitor
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback
 
 __all__ = [
+    "AdapterCheckpoint",
     "RankEvent",
     "RankMonitor",
     "RankScheduler",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
+from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.peft_layers import peft_layers, refuse_peft
 from dynrank.layers.ranked import RankedLayer
 from dynrank.layers.targets import target_names
@@ -124,6 +125,8 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:
                 base_values(module, note=True).setdefault(leaf, None)
+    model._has_lora = True  # type: ignore[assignment]
+    follow_base(model)
 
 
 def base_values(module: nn.Module, *, note: bool = False) -> dict[str, Tensor | None]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Tap
+from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.ranked import put_factors, take_rank
 from dynrank.rank_map import matches, peft_ranks
 
@@ -260,14 +261,15 @@ def sync_peft_configs(model: nn.Module) -> None:
 def follow_checkpoint_ranks(model: nn.Module) -> None:
     """Let ``model.load_state_dict`` give PEFT's LoRA layers the ranks of the state dict, and their configs likewise.
 
-    Without it a checkpoint from after a change of rank does not fit a freshly wrapped model. RankScheduler calls it
-    in ``setup``; for ``load_from_checkpoint``, which knows no callbacks, call it at the end of the module's
-    ``__init__``. The layers are looked up when a state dict comes, so they may be made later (``configure_model``).
-    A second call does nothing.
+    Without it a checkpoint from after a change of rank, or one without the frozen base (AdapterCheckpoint), does not
+    fit a freshly wrapped model. RankScheduler calls it in ``setup``; for ``load_from_checkpoint``, which knows no
+    callbacks, call it at the end of the module's ``__init__``. The layers are looked up when a state dict comes, so
+    they may be made later (``configure_model``). A second call does nothing.
     """
     if not getattr(model, "_follows_checkpoint_ranks", False):
         model._follows_checkpoint_ranks = True  # type: ignore[assignment]
         model.register_load_state_dict_pre_hook(take_peft_ranks)  # type: ignore[no-untyped-call]
+        follow_base(model)
 
 
 def take_peft_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: Any) -> None:

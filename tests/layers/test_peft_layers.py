@@ -485,8 +485,9 @@ def test_state_dict_of_other_ranks_loads_into_a_freshly_wrapped_model(kind, targ
     outer = nn.ModuleDict({"lm": get_peft_model(plain(kind), config(kind))})
     parameters = [id(parameter) for parameter in outer.parameters()]
     follow_checkpoint_ranks(outer)
+    hooks = len(outer._load_state_dict_pre_hooks)
     follow_checkpoint_ranks(outer)
-    assert len(outer._load_state_dict_pre_hooks) == 1
+    assert len(outer._load_state_dict_pre_hooks) == hooks > 0
     outer = copy.deepcopy(outer) if target == 8 else outer  # as averaging callbacks do
     outer.load_state_dict({f"lm.{name}": value for name, value in source.state_dict().items()})
     assert target == 8 or [id(parameter) for parameter in outer.parameters()] == parameters

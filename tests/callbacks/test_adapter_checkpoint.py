@@ -1,0 +1,230 @@
+"""AdapterCheckpoint in Lightning: what its files hold, and that runs go on, are tested and loaded from them."""
+
+import errno
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import dynrank
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
+from dynrank.errors import ConfigurationError
+from dynrank.layers.frozen_base import MARK, frozen_bases
+from dynrank.schedules import Stage
+from dynrank.targets import Rank
+from dynrank.triggers import At
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The dirpath has changed", "ignore:.*tensorboardX", "ignore:You are using the plain ModelCheckpoint"
+)
+STEPS, CHANGE = 24, 13  # ten batches an epoch
+
+
+def scheduler():
+    return RankScheduler([Stage(when=At(step=CHANGE), to=Rank(3))])
+
+
+def fit(regression, folder, *, steps=STEPS, checkpoint=AdapterCheckpoint, seed=None, ckpt_path=None, **options):
+    """(trainer, module) after a run that drops from rank 6 to 3 and saves every step."""
+    make, data, trainer = regression
+    module = make()
+    if seed is not None:
+        torch.manual_seed(seed)
+        nn.init.normal_(module.net[2].base.weight)
+    every = {"every_n_train_steps": 1 if ckpt_path is None else steps}
+    callbacks = [StepSeed(1), scheduler(), checkpoint(folder, filename="{step}", save_top_k=-1, **every, **options)]
+    trainer = trainer(max_steps=steps, callbacks=callbacks, enable_checkpointing=True, val_check_interval=5)
+    trainer.fit(module, *data(), ckpt_path=ckpt_path)
+    return trainer, module
+
+
+def bits(trainer, module):
+    optimizer = trainer.optimizers[0]
+    state = [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
+    history = [c.history for c in trainer.callbacks if isinstance(c, RankScheduler)]
+    return dict(module.state_dict()), state, history
+
+
+def assert_same(one, other):
+    assert one[2] == other[2]
+    assert one[0].keys() == other[0].keys()
+    for name, value in one[0].items():
+        assert torch.equal(value, other[0][name]), name
+    for mine, theirs in zip(one[1], other[1], strict=True):
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+@pytest.fixture(scope="module")
+def run(regression, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trainer, module = fit(regression, folder)
+    return folder, bits(trainer, module)
+
+
+def stored(folder, step):
+    return torch.load(folder / f"step={step}.ckpt", weights_only=True)
+
+
+def test_it_holds_what_is_trained_and_what_lightning_needs(regression, run, tmp_path):
+    folder, _ = run
+    fit(regression, tmp_path, steps=CHANGE, checkpoint=ModelCheckpoint)
+    whole, ours = stored(tmp_path, CHANGE), stored(folder, CHANGE)
+    base = {f"net.{i}.base.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
+    assert set(whole["state_dict"]) - set(ours["state_dict"]) == base
+    assert set(ours["state_dict"]) - set(whole["state_dict"]) == {f"net.{MARK}"}
+    assert set(ours) - {"dynrank_digest"} == set(whole)
+
+
+@pytest.mark.parametrize("step", [CHANGE - 6, CHANGE - 1, CHANGE, CHANGE + 1, 20])
+def test_a_run_goes_on_to_the_same_bits(regression, run, tmp_path, step):
+    folder, expected = run
+    assert_same(bits(*fit(regression, tmp_path, ckpt_path=folder / f"step={step}.ckpt")), expected)
+
+
+def test_a_trainer_without_it_goes_on_too(regression, run, tmp_path):
+    folder, expected = run
+    again = fit(regression, tmp_path, checkpoint=ModelCheckpoint, ckpt_path=folder / f"step={CHANGE}.ckpt")
+    assert_same(bits(*again), expected)
+
+
+def test_it_goes_on_from_a_whole_checkpoint(regression, run, tmp_path):
+    fit(regression, tmp_path / "whole", steps=CHANGE, checkpoint=ModelCheckpoint)
+    again = fit(regression, tmp_path, ckpt_path=tmp_path / "whole" / f"step={CHANGE}.ckpt")
+    assert_same(bits(*again), run[1])
+    assert f"net.{MARK}" in stored(tmp_path, STEPS)["state_dict"]
+
+
+def test_last_and_a_second_fit_in_one_folder(regression, tmp_path, run):
+    fit(regression, tmp_path, steps=CHANGE + 1, save_last=True)
+    (tmp_path / "step=3.ckpt.part").write_bytes(b"left by a killed run")
+    assert_same(bits(*fit(regression, tmp_path, save_last=True, ckpt_path="last")), run[1])
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_best_from_before_the_change_is_tested_after_it(regression, tmp_path):
+    make, data, trainer = regression
+
+    class Scored(make):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.log("score", float(self.trainer.global_step))  # the first is the best
+
+        def test_step(self, batch, batch_idx):
+            x, y = batch
+            self.log("test/loss", nn.functional.mse_loss(self.net(x), y))
+
+    best = AdapterCheckpoint(tmp_path, monitor="score", filename="best")
+    module = Scored()
+    trainer = trainer(max_steps=STEPS, callbacks=[scheduler(), best], enable_checkpointing=True, val_check_interval=5)
+    trainer.fit(module, *data())
+    assert module.net[0].rank == 3
+    validated = {}
+    found = trainer.test(module, data()[1], ckpt_path="best", verbose=False)[0]["test/loss"]
+    assert module.net[0].rank == 6
+    fresh = Scored.load_from_checkpoint(best.best_model_path)
+    validated = trainer.test(fresh, data()[1], verbose=False)[0]["test/loss"]
+    assert found == validated
+
+
+@pytest.mark.parametrize("step", [CHANGE - 1, STEPS])
+def test_load_from_checkpoint(regression, run, step):
+    module = regression[0].load_from_checkpoint(run[0] / f"step={step}.ckpt")
+    assert module.net[0].rank == (6 if step < CHANGE else 3)
+    if step == STEPS:
+        assert all(torch.equal(value, run[1][0][name]) for name, value in module.state_dict().items())
+
+
+def test_another_base_is_refused_before_anything_changes(regression, run, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"'2\.base\.weight' had other values than here"):
+        fit(regression, tmp_path, seed=3, ckpt_path=run[0] / "step=5.ckpt")
+
+
+def test_a_damaged_file_is_refused(regression, run, tmp_path):
+    content = bytearray((run[0] / "step=5.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "damaged.ckpt").write_bytes(content)
+    with pytest.raises(ConfigurationError, match=r"damaged\.ckpt"):
+        fit(regression, tmp_path, ckpt_path=tmp_path / "damaged.ckpt")
+
+
+def test_a_trained_head_and_thawed_and_frozen_parameters_come_back(regression, tmp_path):
+    make, data, trainer = regression
+
+    class Headed(make):
+        def __init__(self):
+            super().__init__()
+            self.net.append(nn.Linear(6, 6))
+
+    class Thaw(lightning.Callback):
+        """A part of the base is trained by hand for a while, and frozen again."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 3:
+                with torch.no_grad():
+                    pl_module.net[0].base.bias.add_(1)
+
+    def go(steps, **options):
+        module = Headed()
+        saving = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        callbacks = [*options.pop("callbacks", []), saving]
+        trainer_ = trainer(max_steps=steps, callbacks=callbacks, enable_checkpointing=True, limit_val_batches=0)
+        trainer_.fit(module, *data(), **options)
+        return trainer_, module
+
+    _, first = go(4, callbacks=[Thaw()])
+    assert not torch.equal(first.net[3].weight, Headed().net[3].weight)
+    names = set(stored(tmp_path, 4)["state_dict"])
+    assert {"net.3.weight", "net.0.base.bias"} <= names
+    go(6, ckpt_path=tmp_path / "step=4.ckpt")  # what had changed is carried on, though it does not change any more
+    again = Headed.load_from_checkpoint(tmp_path / "step=6.ckpt")
+    assert torch.equal(again.net[0].base.bias, first.net[0].base.bias)
+
+
+def test_a_model_without_lora_layers_is_refused(regression, tmp_path):
+    make, data, trainer = regression
+    module = make()
+    module.net = nn.Sequential(nn.Linear(12, 6))
+    saving = AdapterCheckpoint(tmp_path)
+    with pytest.raises(ConfigurationError, match="needs a model with LoRA layers"):
+        trainer(max_steps=1, callbacks=[saving], enable_checkpointing=True).fit(module, *data())
+
+
+def test_a_whole_checkpoint_beside_it_is_refused(regression, tmp_path):
+    make, data, trainer = regression
+    callbacks = [AdapterCheckpoint(tmp_path), ModelCheckpoint(tmp_path / "other")]
+    with pytest.raises(ConfigurationError, match="take one of the two out"):
+        trainer(max_steps=1, callbacks=callbacks, enable_checkpointing=True).fit(make(), *data())
+
+
+def test_a_full_disk_stops_the_run_and_leaves_earlier_files(regression, tmp_path, monkeypatch, run):
+    def full(handle):
+        if (tmp_path / "step=6.ckpt.part").exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dynrank.checkpoint_file.os.fsync", full)
+    with pytest.raises(ConfigurationError, match=r"step=6\.ckpt.*No space left on device"):
+        fit(regression, tmp_path)
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 5
+    assert_same(bits(*fit(regression, tmp_path / "more", ckpt_path=tmp_path / "step=5.ckpt")), run[1])
+
+
+def test_a_7b_llama_takes_less_than_100_mb_instead_of_27_gb():
+    size = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=32000, **size))
+    dynrank.add_lora(model, rank=16, target_modules=["q_proj", "v_proj"])
+    base = {name for parts in frozen_bases(model).values() for name in parts}
+    whole = sum(value.numel() * value.itemsize for value in model.state_dict().values())
+    kept = [value for name, value in model.state_dict().items() if name not in base]
+    adapter = sum(value.numel() * value.itemsize for value in kept)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trained == 32 * 2 * 16 * (4096 + 4096)
+    moments, marks = 2 * 4 * trained, len(base) * 256 * 4
+    assert adapter - 4 * trained < 1000  # scalings
+    assert whole > 26.9e9
+    assert adapter + marks < 35e6
+    assert adapter + marks + moments < 102e6
