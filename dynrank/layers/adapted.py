@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import lora_linear
 from dynrank.layers.base import LoRALayer
+from dynrank.layers.quantized import is_quantized, unpacked
 
 
 class LoRALinear(LoRALayer):
@@ -31,11 +32,14 @@ class LoRALinear(LoRALayer):
             y: Tensor = self.base(x)
             return y
         if torch.is_autocast_enabled(x.device.type) or (self.training and self.dropout.p > 0):
-            y = self.base(x)
-            down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
-            return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
+            return self._unfused(x)
         lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         return lora_linear(x, self._weight_OI(), self.bias, lora_A, lora_B, self.scaling, self._tap)
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x)
+        down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
+        return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
 
 
 class LoRAConv1D(LoRALinear):
@@ -53,6 +57,50 @@ class LoRAConv1D(LoRALinear):
 
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
         return delta_OI.mT.contiguous()
+
+
+class LoRAQuantizedLinear(LoRALinear):
+    """LoRALinear for a weight that bitsandbytes has packed (QLoRA, arXiv:2305.14314); it stays packed, and as it is."""
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        d_out, d_in = base.out_features, base.in_features  # the packed weight has another shape
+        assert isinstance(d_out, int)
+        assert isinstance(d_in, int)
+        return d_out, d_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.merged:
+            y: Tensor = self.base(x)
+            return y
+        return self._unfused(x)
+
+    def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
+        return delta_OI
+
+    def merge(self) -> None:
+        """Put a plain layer, unpacked and with the update, in the place of the base.
+
+        Raises:
+            RuntimeError: if already merged.
+            ConfigurationError: if the base is in 8 bits, see :func:`dynrank.layers.quantized.unpacked`.
+        """
+        if self.merged:
+            raise RuntimeError("the layer is already merged; call unmerge() first")
+        packed, self.base = self.base, unpacked(self.base)
+        super().merge()
+        self._unmerged = [packed.weight, packed]
+
+    def unmerge(self) -> None:
+        """Put the packed base back.
+
+        Raises:
+            RuntimeError: if not merged.
+        """
+        if not self.merged:
+            raise RuntimeError("the layer is not merged; call merge() first")
+        self.base = self._unmerged[1]
+        self._unmerged = []
 
 
 class LoRAEmbedding(LoRALayer):
@@ -121,8 +169,11 @@ LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, Lo
 def layer_class(base: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for ``base``; None for a module that cannot have one.
 
-    A subclass with a forward of its own (quantised, scaled, ...) computes something else than its parent and has none.
+    A subclass with a forward of its own (scaled, quantised by another library, ...) computes something else than its
+    parent and has none.
     """
+    if is_quantized(base):
+        return LoRAQuantizedLinear
     for cls in LAYERS:
         if isinstance(base, cls.supported) and type(base).forward is cls.supported.forward:
             return cls

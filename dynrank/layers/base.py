@@ -69,9 +69,7 @@ class LoRALayer(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))
         self.init_A()
-        self._unmerged: list[
-            nn.Parameter
-        ] = []  # the base's own weight while merged; a list, so that it isn't registered
+        self._unmerged: list[Any] = []  # the base's own weight while merged; a list, so that it isn't registered
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
@@ -112,6 +110,12 @@ class LoRALayer(nn.Module):
     @property
     def merged(self) -> bool:
         return bool(self._unmerged)
+
+    @property
+    def own_weight(self) -> nn.Parameter:
+        """The base's weight without the update, also while merged."""
+        own: nn.Parameter = self._unmerged[0] if self._unmerged else self.weight
+        return own
 
     @property
     def weight(self) -> nn.Parameter:

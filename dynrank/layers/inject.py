@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from dynrank.layers.adapted import layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.peft_layers import peft_layers, refuse_peft
+from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
 from dynrank.layers.ranked import RankedLayer
 from dynrank.layers.targets import target_names
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
@@ -182,24 +184,34 @@ def merge(model: M) -> M:
     """Merge every LoRA layer into its base and take it out, in place; the model is plain afterwards.
 
     A head tied to an embedding gets a weight of its own (and the model's config says so), since the adapter belongs to
-    the head alone.
+    the head alone. A base that bitsandbytes has packed into 4 bits is unpacked. Weights keep their dtype; the sum is
+    made in float32 or wider.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers, or PEFT's.
+        ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is packed into 8 bits.
     """
     refuse_peft(model, "merge", "call its merge_and_unload()")
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to merge")
-    tied = tied_weights(model)
+    packed = {name: layer.base for name, layer in layers.items() if is_quantized(layer.base)}
+    faults = [f"{name!r}: {fault}" for name, base in packed.items() if (fault := unpack_fault(base))]
+    if faults:
+        raise ConfigurationError("the model cannot be merged:\n  " + "\n  ".join(faults[:20]))
+    if _adapts_tied_weight(model, layers.values()):
+        _mark_untied(model)
     for layer in layers.values():
         if not layer.merged:
-            untied = id(layer.weight) in tied
             layer.merge()
-            if untied:
-                _mark_untied(model)
     _replace(model, {id(layer): layer.base for layer in layers.values()})
+    mark_unpacked(model)
     return model
+
+
+def _adapts_tied_weight(model: nn.Module, layers: Collection[LoRALayer]) -> bool:
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    places.update(id(layer.own_weight) for layer in layers if layer.merged)
+    return any(places[id(layer.own_weight)] > 1 for layer in layers)
 
 
 def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

@@ -1,0 +1,210 @@
+"""LoRA on layers that bitsandbytes has packed, for real, on the CPU: against the unpacked layer and against PEFT."""
+
+import copy
+
+import bitsandbytes.functional
+import lightning
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+import dynrank
+from dynrank.callbacks import RankScheduler
+from dynrank.errors import ConfigurationError
+from dynrank.layers.adapted import LoRAQuantizedLinear
+from dynrank.layers.quantized import is_quantized
+from dynrank.schedules import anneal
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
+    pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear may get different generations:UserWarning"),
+]
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+SETTINGS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_arithmetic(request, monkeypatch):
+    """Where the CPU has AVX512-BF16, bitsandbytes rounds a 4-bit layer to bfloat16 in its first forward in eval."""
+    if "as_the_cpu_is" not in request.fixturenames:
+        monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+@pytest.fixture
+def as_the_cpu_is():
+    pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    path = tmp_path_factory.mktemp("base")
+    LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(params=SETTINGS)
+def base(request, folder):
+    """Makes the quantised model anew on every call."""
+    settings = BitsAndBytesConfig(**SETTINGS[request.param])
+    return lambda: LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=settings, device_map="cpu", dtype=torch.float32
+    ).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def packed(model):
+    """Every tensor of the quantised layers, by name."""
+    found = {}
+    for name, module in model.named_modules():
+        if is_quantized(module):
+            found |= {f"{name.removesuffix('.base')}.{key}": value for key, value in module.state_dict().items()}
+    return found
+
+
+def adapted(model, **options):
+    model = dynrank.add_lora(model, **({"rank": 4, "alpha": 6} | options))
+    torch.manual_seed(1)
+    for _, layer in dynrank.lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+class Finetune(lightning.LightningModule):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, _):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("library", ["dynrank", "peft"])
+def test_trained_truncated_saved_and_loaded_by_peft(base, library, regression, tmp_path):
+    if library == "dynrank":
+        model = dynrank.add_lora(base(), rank=8, alpha=16)
+    else:
+        model = get_peft_model(base(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    before = {key: value.clone() for key, value in packed(base()).items()}
+    assert before
+    scheduler = RankScheduler(anneal(2, steps=2, start=0.3, end=0.7))
+    data = DataLoader(torch.randint(20, (32, 6), generator=torch.Generator().manual_seed(2)), batch_size=4)
+    regression[2](max_steps=8, callbacks=[scheduler]).fit(Finetune(model.train()), data)
+    assert {layer.rank for _, layer in dynrank.lora_layers(model)} == {2}
+    expected = logits(model.eval())
+    if library == "dynrank":
+        assert all(isinstance(layer, LoRAQuantizedLinear) for _, layer in dynrank.lora_layers(model))
+        after = packed(model)
+        assert set(after) == set(before)
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+        dynrank.save_adapter(model, tmp_path)
+    else:
+        model.save_pretrained(tmp_path)
+    assert (expected - logits(base())).abs().max() > 1e-2
+    assert_close(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), expected, rtol=0, atol=1e-5)
+    assert_close(logits(dynrank.load_adapter(base(), tmp_path)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_forward_and_gradients_are_those_of_the_packed_layer_and_the_formula(base, training):
+    model = adapted(base()).train(training)
+    layer = dict(dynrank.lora_layers(model))["model.layers.0.mlp.up_proj"]
+    x = torch.randn(2, 3, 64, requires_grad=True)
+    y = layer(x)
+    assert y.dtype == torch.float32
+    lora_A, lora_B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
+    other = x.detach().clone().requires_grad_()
+    expected = layer.base(other) + 1.5 * other @ lora_A.T @ lora_B.T
+    assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    assert_close(layer.lora_A.grad, lora_A.grad, rtol=1e-4, atol=1e-5)
+    assert_close(layer.lora_B.grad, lora_B.grad, rtol=1e-4, atol=1e-5)
+    assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_unpacks_4_bits_and_refuses_8(base, tmp_path):
+    model = adapted(base())
+    expected, kinds = logits(model), [type(m) for m in model.modules()]
+    if model.config.quantization_config.load_in_8bit:
+        with pytest.raises(ConfigurationError, match=r"q_proj'.*8 bits rounds its inputs"):
+            dynrank.merge(model)
+        assert [type(m) for m in model.modules()] == kinds
+        assert_close(logits(model), expected, rtol=0, atol=0)
+        return
+    dense = copy.deepcopy(base())
+    for name, layer in dynrank.lora_layers(model):
+        weight = layer.base.weight
+        values = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        plain = nn.Linear(*values.T.shape, bias=False)
+        plain.weight = nn.Parameter(values + 1.5 * layer.lora_B.detach() @ layer.lora_A.detach())
+        dense.set_submodule(name, plain)
+    dynrank.merge(model)
+    assert not any(is_quantized(module) for module in model.modules())
+    assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    assert_close(logits(model), logits(dense), rtol=0, atol=1e-6)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert not hasattr(loaded.config, "quantization_config")
+    assert torch.equal(logits(loaded), logits(model))
+
+
+def test_a_model_merged_in_part_stays_quantised_in_the_other_when_it_is_saved(base, tmp_path):
+    model = adapted(base(), target_modules=["q_proj", "down_proj"])
+    if model.config.quantization_config.load_in_8bit:
+        return
+    expected = logits(model)
+    dynrank.merge(model).save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()
+    kinds = {name: is_quantized(m) for name, m in loaded.named_modules() if isinstance(m, nn.Linear)}
+    assert {n for n, quantised in kinds.items() if not quantised} == {
+        "lm_head",
+        *(f"model.layers.0.{n}" for n in ("self_attn.q_proj", "mlp.down_proj")),
+    }
+    assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
+
+
+def test_merge_and_unmerge_of_a_layer_give_the_packed_base_back(base):
+    model = adapted(base())
+    layer = next(dynrank.lora_layers(model))[1]
+    packed_base, x = layer.base, torch.randn(3, 64)
+    y = layer(x)
+    if model.config.quantization_config.load_in_8bit:
+        with pytest.raises(ConfigurationError, match="8 bits"):
+            layer.merge()
+    else:
+        layer.merge()
+        assert_close(layer(x), y, rtol=0, atol=1e-5)
+        layer.unmerge()
+    assert layer.base is packed_base
+    assert torch.equal(layer(x), y)
+
+
+@pytest.mark.usefixtures("as_the_cpu_is")
+def test_merge_unpacks_what_bitsandbytes_has_packed_again_for_this_cpu(base):
+    model = adapted(base())
+    if model.config.quantization_config.load_in_8bit:
+        return
+    expected = logits(model)  # here it packs again, where it does
+    x = torch.randn(2, 64)
+    assert dict(dynrank.lora_layers(model))["model.layers.0.mlp.up_proj"](x).dtype == torch.float32
+    dynrank.merge(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert_close(logits(model), expected, rtol=0, atol=0.1 * expected.abs().max().item())  # seven layers in bfloat16
