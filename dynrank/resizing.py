@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -134,7 +135,15 @@ def resize(
                 copy_from_first((own[name].lora_A, own[name].lora_B))
     for module in (model, *(average for average, _ in followers)):
         sync_peft_configs(module)
+    if changes:
+        _forget_compiled()
     return reports
+
+
+def _forget_compiled() -> None:
+    """Let compiled code be made anew: torch keeps 8 versions by shape, then runs eagerly and says so in a log only."""
+    if "torch._dynamo" in sys.modules:  # nothing can have been compiled otherwise
+        torch.compiler.reset()
 
 
 def _shared(compute: Callable[[str], RankChange], name: str, layer: RankedLayer) -> RankChange:
@@ -204,6 +213,7 @@ class Snapshot:
                         optimizer.state[parameter] = _copy(state)
         for model in self._models:
             sync_peft_configs(model)
+        _forget_compiled()
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:

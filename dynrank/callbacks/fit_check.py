@@ -8,25 +8,24 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from dynrank.callbacks.averages import averaging_callbacks
-from dynrank.callbacks.strategies import check_setup, check_strategy
+from dynrank.callbacks.strategies import check_setup
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.optim import check_optimizer
 from dynrank.schedules import How
 
 
-def check_module(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse manual optimization and strategies that ranks cannot change in; nothing has been set up yet.
+def check_told(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse manual optimization that makes optimizer steps and never says so.
 
     Raises:
-        ConfigurationError: naming what is wrong.
+        ConfigurationError: naming the call.
     """
-    if not pl_module.automatic_optimization:
+    if not pl_module.automatic_optimization and trainer.global_step:
         raise ConfigurationError(
-            "RankScheduler needs automatic optimization: it cannot tell when gradients are pending otherwise; "
-            "call dynrank.resize after an optimizer step of your own instead"
+            f"{trainer.global_step} optimizer steps of manual optimization, and RankScheduler was told of none, so it "
+            "could not change a rank: call scheduler.step(self) in training_step, after the optimizer's step"
         )
-    check_strategy(trainer)
 
 
 def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How]) -> None:
@@ -42,6 +41,11 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How
         raise ConfigurationError(
             f"{averages[0]} copies the whole model, which ModelParallelStrategy shards; take it out, or set "
             "trainer.strategy=ddp"
+        )
+    if hows and trainer.precision == "16-true":
+        raise ConfigurationError(
+            "precision=16-true keeps adapters and optimizer state in float16, where Adam's eps of 1e-8 is zero and the "
+            "first steps give NaN; set trainer.precision=bf16-true or 16-mixed"
         )
     parameters = [p for _, layer in lora_layers(pl_module) for p in (layer.lora_A, layer.lora_B)]
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None

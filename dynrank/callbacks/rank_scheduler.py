@@ -11,8 +11,14 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.callbacks.averages import act_after_averages, averages_of, follow_averages
-from dynrank.callbacks.fit_check import check_fit, check_module
-from dynrank.callbacks.strategies import average_whole_gradients, follow_sharded_checkpoint, unwrap, wrap
+from dynrank.callbacks.fit_check import check_fit, check_told
+from dynrank.callbacks.strategies import (
+    average_whole_gradients,
+    check_strategy,
+    follow_sharded_checkpoint,
+    unwrap,
+    wrap,
+)
 from dynrank.callbacks.validation import measure, run_missed_validation, validation_metrics
 from dynrank.driver import RankDriver
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
@@ -23,11 +29,12 @@ from dynrank.triggers import Run
 class RankScheduler(RankDriver, Callback):
     """Changes the ranks of LoRA layers during training.
 
-    Works in any LightningModule with automatic optimization whose model went through :func:`dynrank.add_lora` or PEFT's
-    ``get_peft_model``. Metrics are observed after each validation (after each epoch, if nothing is validated). A change
-    is made at the start of a later batch, between an optimizer step and the next forward, never with gradients pending.
-    A stage whose time or deadline has come ends those before it. A checkpoint holds everything that is needed to go on
-    from it, whether the change is still to come, being measured, decided, or made.
+    Works in any LightningModule whose model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``; under
+    manual optimization, which may have several optimizers, that calls :meth:`step`. Metrics are observed after each
+    validation (after each epoch, if nothing is validated). A change is made at the start of a later batch, between an
+    optimizer step and the next forward, never with gradients pending. A stage whose time or deadline has come ends
+    those before it. A checkpoint holds everything that is needed to go on from it, whether the change is still to come,
+    being measured, decided, or made. Lightning's averages of the weights follow, in any order of the callbacks.
 
     A layer with a final rank of its own (rank map) is never shrunk below it and ends there in the last stage; a pinned
     layer is never touched. One scheduler drives one run: a trainer takes one (lists of stages add up), and the next run
@@ -50,17 +57,34 @@ class RankScheduler(RankDriver, Callback):
         ConfigurationError: if a value cannot be used.
     """
 
+    _told = _told_once = False  # by step(): since the last batch began, and at all
+
+    def step(self, pl_module: LightningModule) -> None:
+        """Say, under manual optimization, that an optimizer step was made and that no gradients wait for another.
+
+        Call it in ``training_step`` after each optimizer step of the adapter, before its gradients are zeroed. A change
+        that is due is made when the next batch starts. Times are those of ``trainer.global_step``, which counts the
+        steps of every optimizer.
+
+        Raises:
+            RuntimeError: under automatic optimization, where Lightning says so.
+        """
+        if pl_module.automatic_optimization:
+            raise RuntimeError("scheduler.step(module) is for manual optimization; this module's is automatic")
+        self._told = self._told_once = True
+        self.end_step(LightningTraining(pl_module.trainer, pl_module))
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
         follow_averages(trainer)
         follow_sharded_checkpoint(trainer)
         if stage != "fit":
             return
-        check_module(trainer, pl_module)
+        check_strategy(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         later = trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None
-        run = _run(trainer, epochs=self.counts_epochs)
+        run = _run(trainer, pl_module, epochs=self.counts_epochs)
         self.start(LightningTraining(trainer, pl_module), run, resumes_later=later)
         check_fit(trainer, pl_module, self.hows)
         act_after_averages(trainer, self)
@@ -76,11 +100,16 @@ class RankScheduler(RankDriver, Callback):
         self.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_told(trainer, pl_module)
         if not trainer.enable_validation:
             self.observe(LightningTraining(trainer, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if batch_idx % trainer.accumulate_grad_batches == 0:
+        if pl_module.automatic_optimization:
+            between_steps = batch_idx % trainer.accumulate_grad_batches == 0
+        else:
+            between_steps, self._told = self._told, False
+        if between_steps:
             self.advance(LightningTraining(trainer, pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
@@ -89,13 +118,19 @@ class RankScheduler(RankDriver, Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.end_step(LightningTraining(trainer, pl_module))
+        if pl_module.automatic_optimization:
+            self.end_step(LightningTraining(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check_told(trainer, pl_module)
         self.finish(LightningTraining(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.abort()
+
+    def _check_told(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stages and not self._told_once:
+            check_told(trainer, pl_module)
 
 
 class LightningTraining:
@@ -143,7 +178,9 @@ class LightningTraining:
         rank_zero_warn(message)
 
 
-def _run(trainer: Trainer, *, epochs: bool) -> Run:
+def _run(trainer: Trainer, pl_module: LightningModule, *, epochs: bool) -> Run:
+    if not pl_module.automatic_optimization:  # how many steps an epoch has is the module's own affair
+        return Run(trainer.max_steps if trainer.max_steps > 0 else None)
     if epochs:
         trainer.fit_loop.setup_data()  # Lightning loads it later, unless somebody asks for the length of the run
     total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches

@@ -435,14 +435,6 @@ def test_optimizer_without_a_rule_works_when_its_state_may_be_reset(regression):
     assert module.net[0].rank == 3
 
 
-def test_manual_optimization_is_refused(regression):
-    module_class, _, _ = regression
-    module = module_class()
-    module.automatic_optimization = False
-    with pytest.raises(ConfigurationError, match="automatic optimization"):
-        train(regression, dropping(3), module=module)
-
-
 def test_final_rank_above_the_rank_is_refused(regression):
     with pytest.raises(ConfigurationError, match=r"stage 1: rank .* rank = 6, .*got 7.*schedule\.final_rank"):
         train(regression, dropping(7))

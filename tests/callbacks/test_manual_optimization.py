@@ -1,0 +1,151 @@
+"""Manual optimization: with one optimizer it is the automatic run, several work, silence is refused."""
+
+import pytest
+import torch
+
+import dynrank
+from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage, after_convergence
+from dynrank.targets import Budget, Rank
+from dynrank.triggers import At, Plateau
+
+
+def manual(module_class, scheduler, *, every=1, told=True):
+    """The module with the loop in its own hands: a step every so many batches."""
+
+    class Manual(module_class):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer, schedule = self.optimizers(), self.lr_schedulers()
+            if batch_idx % every == 0:
+                optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx) / every)
+            if batch_idx % every == every - 1:
+                optimizer.step()
+                if told:
+                    scheduler.step(self)
+                schedule.step()
+
+    return Manual()
+
+
+def fit(regression, module, scheduler, **options):
+    _, data, trainer = regression
+    settings = {"max_steps": 20, "num_sanity_val_steps": 0, "val_check_interval": 5} | options
+    fitted = trainer(callbacks=[scheduler, StepSeed(0)], **settings)
+    fitted.fit(module, *data())
+    return module
+
+
+SCHEDULES = {
+    "weight": lambda: RankScheduler([Stage(At(step=8), Rank(3)), Stage(At(fraction=1.0), Rank(2))]),
+    "loss": lambda: RankScheduler([Stage(At(step=8), Rank(3))], How(metric="loss", window=3, rewarmup_steps=2)),
+    "sensitivity": lambda: RankScheduler([Stage(At(step=8), Budget(share=0.5, score="sensitivity"))], How(window=3)),
+    "plateau": lambda: RankScheduler(after_convergence(3, Plateau(patience=1, min_delta=0.99, warmup_steps=0))),
+    "checked": lambda: RankScheduler([Stage(At(step=8), Rank(1))], How(max_regression=0.0)),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_manual_run_with_a_step_each_batch_is_the_automatic_run(regression, kind):
+    first, second = SCHEDULES[kind](), SCHEDULES[kind]()
+    expected = fit(regression, regression[0](), first)
+    module = fit(regression, manual(regression[0], second), second)
+    assert first.history
+    assert second.history == first.history
+    for name, value in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name
+
+
+def test_ranks_change_only_where_the_module_says_that_a_step_was_made(regression):
+    batches = []
+
+    class Spy(RankScheduler):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            before = len(self.history)
+            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+            if len(self.history) > before:
+                batches.append(batch_idx)
+
+    scheduler = Spy([Stage(At(step=3), Rank(3))])
+    fit(regression, manual(regression[0], scheduler, every=2), scheduler, max_steps=5)
+    assert batches == [6]
+
+
+def test_several_optimizers_hold_the_factors_together(regression):
+    scheduler = RankScheduler([Stage(At(step=8), Rank(3))], How(rewarmup_steps=2))
+
+    class Two(regression[0]):
+        automatic_optimization = False
+
+        def configure_optimizers(self):
+            layers = [layer for _, layer in dynrank.lora_layers(self)]
+            adam = torch.optim.AdamW([layer.lora_A for layer in layers], lr=1e-2)
+            return adam, torch.optim.SGD([layer.lora_B for layer in layers], lr=1e-2, momentum=0.9)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():
+                optimizer.step()
+            scheduler.step(self)
+
+    module = Two()
+    _, data, trainer = regression
+    fitted = trainer(callbacks=[scheduler, StepSeed(0)], max_steps=20, num_sanity_val_steps=0)
+    fitted.fit(module, *data())
+    assert [event.step for event in scheduler.history] == [8]  # four batches of two steps
+    adam, sgd = fitted.optimizers
+    for _, layer in dynrank.lora_layers(module):
+        assert layer.rank == 3
+        assert adam.state[layer.lora_A]["exp_avg"].shape == layer.lora_A.shape
+        assert sgd.state[layer.lora_B]["momentum_buffer"].shape == layer.lora_B.shape
+
+
+def test_module_that_never_says_so_is_refused(regression):
+    scheduler = SCHEDULES["weight"]()
+    module = manual(regression[0], scheduler, told=False)
+    with pytest.raises(ConfigurationError, match=r"10 optimizer steps.*scheduler\.step\(self\) in training_step"):
+        fit(regression, module, scheduler)
+
+
+def test_schedule_without_stages_needs_no_word(regression):
+    scheduler = RankScheduler([])
+    fit(regression, manual(regression[0], scheduler, told=False), scheduler)
+
+
+def test_share_of_a_run_without_max_steps_is_refused(regression):
+    scheduler = RankScheduler([Stage(At(fraction=0.5), Rank(3))])
+    with pytest.raises(ConfigurationError, match=r"known length; set trainer\.max_steps"):
+        fit(regression, manual(regression[0], scheduler), scheduler, max_steps=-1, max_epochs=2)
+
+
+def test_step_under_automatic_optimization_is_an_error(regression):
+    with pytest.raises(RuntimeError, match="manual optimization"):
+        RankScheduler([]).step(regression[0]())
+
+
+def test_manual_run_resumes_to_the_bit(regression, tmp_path):
+    whole, half, rest = (SCHEDULES["loss"]() for _ in range(3))
+    expected = fit(regression, manual(regression[0], whole), whole)
+    _, data, trainer = regression
+    module = manual(regression[0], half)
+    first = trainer(callbacks=[half, StepSeed(0)], max_steps=20, num_sanity_val_steps=0, val_check_interval=5)
+    saved = tmp_path / "at.ckpt"
+
+    class Save(StepSeed):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if trainer.global_step == 7:  # while it is being measured
+                trainer.save_checkpoint(saved)
+
+    first.callbacks.append(Save(0))
+    first.fit(module, *data())
+    module = manual(regression[0], rest)
+    again = trainer(callbacks=[rest, StepSeed(0)], max_steps=20, num_sanity_val_steps=0, val_check_interval=5)
+    again.fit(module, *data(), ckpt_path=saved)
+    for name, value in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], value), name

@@ -1,0 +1,180 @@
+"""Ranks change in runs of every setting: what the Trainer ends with is what a plain loop with resize ends with."""
+
+import contextlib
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dynrank
+from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage
+from dynrank.targets import GrowTo, Rank
+from dynrank.triggers import At
+
+CHANGES = {4: 3, 8: 5}  # step: rank
+STAGES = [Stage(At(step=4), Rank(3)), Stage(At(step=8), GrowTo(5))]
+STEPS = 12
+
+
+def without_dropout(module_class):
+    module = module_class()
+    module.net[1].p = 0.0
+    return module
+
+
+def fit(regression, module, *, how=None, stages=STAGES, extra=(), **options):
+    _, data, trainer = regression
+    scheduler = RankScheduler(list(stages), how)
+    settings = {"max_steps": STEPS, "num_sanity_val_steps": 0} | options
+    fitted = trainer(callbacks=[scheduler, StepSeed(0), *extra], **settings)
+    fitted.fit(module, *data())
+    return scheduler, fitted
+
+
+def loop(module, data, *, accumulate=1, clip=None, dtype=None, autocast=False):
+    """The same run without Lightning."""
+    if dtype is not None and not autocast:
+        module.to(dtype)
+    (optimizer,), (schedule,) = module.configure_optimizers()
+    trained = [p for p in module.parameters() if p.requires_grad]
+    loader, _ = data()
+    batches = [batch for _ in range(3) for batch in loader]
+    for step in range(STEPS):
+        if step in CHANGES:
+            generator = torch.Generator().manual_seed(step)
+            dynrank.resize(module, CHANGES[step], optimizers=[optimizer], generator=generator)
+        optimizer.zero_grad()
+        for x, y in batches[step * accumulate : (step + 1) * accumulate]:
+            if dtype is not None and not autocast:
+                x, y = x.to(dtype), y.to(dtype)
+            with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
+                loss = nn.functional.mse_loss(module.net(x), y)
+            (loss / accumulate).backward()
+        if clip is not None:
+            clip(trained)
+        optimizer.step()
+        schedule["scheduler"].step()
+    return module
+
+
+SETTINGS = {
+    "plain": ({}, {}),
+    "accumulation": ({"accumulate_grad_batches": 2}, {"accumulate": 2}),
+    "clipping by norm": ({"gradient_clip_val": 0.1}, {"clip": lambda p: nn.utils.clip_grad_norm_(p, 0.1)}),
+    "clipping by value": (
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"clip": lambda p: nn.utils.clip_grad_value_(p, 0.01)},
+    ),
+    "bf16-mixed": ({"precision": "bf16-mixed"}, {"dtype": torch.bfloat16, "autocast": True}),
+    "bf16-true": ({"precision": "bf16-true"}, {"dtype": torch.bfloat16}),
+    "64-true": ({"precision": "64-true"}, {"dtype": torch.float64}),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_run_ends_where_a_plain_loop_ends(regression, setting):
+    options, of_loop = SETTINGS[setting]
+    module = without_dropout(regression[0])
+    fit(regression, module, **options)
+    expected = loop(without_dropout(regression[0]), regression[1], **of_loop)
+    assert [layer.rank for _, layer in dynrank.lora_layers(module)] == [5, 5]
+    for name, value in expected.named_parameters():
+        assert module.get_parameter(name).dtype == value.dtype
+        assert_close(module.get_parameter(name), value, msg=name)
+
+
+def test_float16_on_the_cpu_is_lightnings_bfloat16(regression):
+    ends = []
+    for precision in ("16-mixed", "bf16-mixed"):
+        module = without_dropout(regression[0])
+        if precision == "16-mixed":
+            with pytest.warns(UserWarning, match="not supported on CPU"):
+                fit(regression, module, precision=precision)
+        else:
+            fit(regression, module, precision=precision)
+        ends.append(module.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(end.values() for end in ends), strict=True))
+
+
+def test_adapters_in_float16_are_refused(regression):
+    with pytest.raises(ConfigurationError, match="16-true.*bf16-true"):
+        fit(regression, regression[0](), precision="16-true")
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own,
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # while it compiles
+@pytest.mark.parametrize(
+    ("backend", "how"), [("aot_eager", How()), ("eager", How(metric="loss", window=2))], ids=["weight", "loss"]
+)
+def test_compiled_model_uses_the_new_factors(regression, backend, how):
+    plain, compiled = (without_dropout(regression[0]) for _ in range(2))
+    compiled.net.compile(backend=backend)
+    options = {"how": how, "limit_val_batches": 0, "max_steps": 10}
+    first, _ = fit(regression, plain, **options)
+    second, _ = fit(regression, compiled, **options)
+    for name, value in plain.state_dict().items():
+        assert_close(compiled.state_dict()[name], value, msg=name)
+    for a, b in zip(first.history, second.history, strict=True):
+        assert [la.predicted_error for la in a.layers] == pytest.approx(
+            [la.predicted_error for la in b.layers], rel=1e-4
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_model_is_compiled_for_every_rank_that_it_gets():
+    """torch keeps 8 versions of a function; after that it would run eagerly without a word."""
+    ranks_compiled = []
+
+    def backend(graph, inputs):
+        ranks_compiled.append(len(layer.lora_A))
+        return graph.forward
+
+    layer = dynrank.add_lora(nn.Sequential(nn.Linear(12, 12)), rank=1)[0]
+    compiled = torch.compile(layer, backend=backend)
+    with torch.no_grad():
+        for rank in range(1, 12):
+            dynrank.resize(layer, rank)
+            nn.init.normal_(layer.lora_B)
+            x = torch.randn(2, 12)
+            assert_close(compiled(x), layer.base(x) + layer.scaling * x @ layer.lora_A.mT @ layer.lora_B.mT)
+    assert ranks_compiled == list(range(1, 12))
+
+
+class Llama(lightning.LightningModule):
+    def __init__(self, checkpointing):
+        super().__init__()
+        torch.manual_seed(0)
+        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        self.model = dynrank.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=40, **size)), rank=4, dropout=0.1)
+        if checkpointing is not None:
+            self.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+            self.model.enable_input_require_grads()
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+def test_checkpointed_activations_change_nothing(regression, reentrant):
+    ids = torch.randint(40, (48, 6), generator=torch.Generator().manual_seed(1))
+    ends = []
+    for checkpointing in (None, reentrant):
+        module = Llama(checkpointing)
+        scheduler = RankScheduler([Stage(At(step=4), Rank(2))], How(metric="loss", window=2))
+        trainer = regression[2](callbacks=[scheduler, StepSeed(0)], max_steps=6)
+        trainer.fit(module, torch.utils.data.DataLoader(ids, batch_size=8))
+        ends.append((scheduler.history, module.state_dict()))
+    (history, plain), (other, checkpointed) = ends
+    for a, b in zip(history[0].layers, other[0].layers, strict=True):
+        assert a.singular_values == pytest.approx(b.singular_values, rel=1e-3, abs=1e-6)
+    for name, value in plain.items():
+        assert_close(checkpointed[name], value, rtol=1e-3, atol=1e-4, msg=name)
