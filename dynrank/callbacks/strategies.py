@@ -10,10 +10,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dynrank.checkpoint_file import read_checkpoint
 from dynrank.errors import ConfigurationError
-from dynrank.processes import from_all
+from dynrank.layers.frozen_base import lacks_base
+from dynrank.processes import from_all, from_first
 from dynrank.sharding import average_gradients, sharded_error, sharded_layers, take_saved_ranks, trains_shards
 
 _INSTEAD = {  # strategies that are made of these, by the name of a base class: neither need be installed
@@ -147,18 +150,31 @@ def follow_sharded_checkpoint(trainer: Trainer) -> None:
     load = strategy.load_checkpoint
 
     def load_as_it_is(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
-        assert trainer.lightning_module is not None
-        take_saved_ranks(trainer.lightning_module, checkpoint_path)
-        optimizers = strategy.optimizers
-        if Path(checkpoint_path).is_dir() or any(map(trains_shards, optimizers)):
-            return load(checkpoint_path, *args, **kwargs)
-        strategy.optimizers = []
+        module: Any = trainer.lightning_module
+        strict, optimizers = module.strict_loading, strategy.optimizers
+        in_one_file = not Path(checkpoint_path).is_dir()
+        without_base = in_one_file and _lacks_base(module, checkpoint_path)
+        take_saved_ranks(module, checkpoint_path)
+        by_place = in_one_file and not any(map(trains_shards, optimizers))
+        module.strict_loading, strategy.optimizers = strict and not without_base, [] if by_place else optimizers
         try:
             checkpoint = load(checkpoint_path, *args, **kwargs)
         finally:
-            strategy.optimizers = optimizers
-        for optimizer, state in zip(optimizers, checkpoint["optimizer_states"] if optimizers else (), strict=True):
-            optimizer.load_state_dict(state)
+            module.strict_loading, strategy.optimizers = strict, optimizers
+        if by_place:
+            for optimizer, state in zip(optimizers, checkpoint["optimizer_states"] if optimizers else (), strict=True):
+                optimizer.load_state_dict(state)
         return checkpoint
 
     strategy.load_checkpoint = load_as_it_is  # type: ignore[method-assign]
+
+
+def _lacks_base(module: nn.Module, path: Any) -> bool:
+    """Whether the file leaves out the frozen base, which has to be the module's; collective."""
+
+    def contents() -> dict[str, Any]:
+        state = read_checkpoint(path)["state_dict"]
+        return {name: value if isinstance(value, dict) else None for name, value in state.items()}
+
+    names = from_first(contents)
+    return lacks_base(module, names)

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 
-__all__ = ["MARK", "check_base", "follow_base", "frozen_bases", "left_out", "sampled", "without_base"]
+__all__ = ["MARK", "check_base", "follow_base", "frozen_bases", "lacks_base", "left_out", "sampled", "without_base"]
 
 MARK = "_frozen_base"
 SAMPLES = 256  # values per parameter: 0.3 MB for the 291 of a 7B model
@@ -151,6 +151,26 @@ def check_base(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
                 f"{len(mark['parameters'])} frozen parameters differ). Its base was {mark['model']}, this one is "
                 f"{mine}; load it into the model that it was trained on (ckpt_path, task.model)"
             )
+
+
+def lacks_base(model: nn.Module, state_dict: Mapping[str, Any]) -> bool:
+    """Whether ``state_dict`` leaves a base out, for who loads it other than by ``load_state_dict``.
+
+    Args:
+        model: will load ``state_dict``.
+        state_dict: names, with the marks if it has some; other values do not matter.
+
+    Raises:
+        ConfigurationError: if the base is another one (see :func:`check_base`), or more than it is missing.
+    """
+    absent = left_out(state_dict)
+    if not absent:
+        return any(map(_is_mark, state_dict))
+    check_base(model, state_dict)
+    missing = sorted(model.state_dict().keys() - state_dict.keys() - absent)
+    if missing:
+        raise ConfigurationError(f"the checkpoint lacks {missing[:3]}, which are no part of its base; set ckpt_path")
+    return True
 
 
 def _holds_own_layers(root: nn.Module) -> bool:

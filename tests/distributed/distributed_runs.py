@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
-from dynrank.callbacks import RankScheduler
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.schedules import How, Stage, constant, grow, join
 from dynrank.sharding import shard_frozen
 from dynrank.targets import Budget, Rank
@@ -112,13 +112,20 @@ RUNS = {
     "fsdp2, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp=None),
 }
 
-RESUMED = {  # (a run, what else its strategy is told)
+RESUMED = {  # (a run, what else its strategy is told, and the kind of its checkpoints)
     "resume ddp": (RUNS["ddp, budget by loss"], {}),
     "resume ddp, peft": (RUNS["ddp, peft"], {}),
-    "resume ddp, plateau": (RUNS["ddp, plateau"], {}),
+    "resume ddp, plateau": (RUNS["ddp, plateau"], {"kind": AdapterCheckpoint}),
     "resume fsdp2, one file": (RUNS["fsdp2, budget by loss"], {"save_distributed_checkpoint": False}),
     "resume fsdp2, a folder": (RUNS["fsdp2, budget by loss"], {"save_distributed_checkpoint": True}),
-    "resume fsdp2, peft": (Run(model={"peft": True}, ddp=None), {"save_distributed_checkpoint": False}),
+    "resume fsdp2, without the base": (
+        RUNS["fsdp2, budget by loss"],
+        {"save_distributed_checkpoint": False, "kind": AdapterCheckpoint},
+    ),
+    "resume fsdp2, peft": (
+        Run(model={"peft": True}, ddp=None),
+        {"save_distributed_checkpoint": False, "kind": AdapterCheckpoint},
+    ),
 }
 
 

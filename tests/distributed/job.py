@@ -17,6 +17,7 @@ from distributed_runs import CHANGE, RESUMED, RUNS, Run, fit, outcome, strategy_
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
+from dynrank.callbacks import AdapterCheckpoint
 from dynrank.errors import ConfigurationError
 
 
@@ -51,9 +52,9 @@ def whole(run: Run, **strategy: Any) -> Any:
     return outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2))
 
 
-def resumed(run: Run, folder: Path, **strategy: Any) -> Any:
+def resumed(run: Run, folder: Path, *, kind: Any = ModelCheckpoint, **strategy: Any) -> Any:
     """The run that nothing stops, and what its checkpoints before, at and after the change lead to."""
-    saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    saving = kind(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     options = {"callbacks": [saving], "enable_checkpointing": True}
     ends = {"whole": outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2, **options))}
     for step in (CHANGE - 2, CHANGE, CHANGE + 2):
@@ -70,6 +71,18 @@ def refusal(run: Run, **options: Any) -> str:
     return "not refused"
 
 
+def another_base(run: Run, folder: Path) -> str:
+    """Resuming where one shard of the base is another one."""
+
+    class Other(lightning.Callback):
+        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+            with torch.no_grad():
+                pl_module.net[2].base.weight.to_local().add_(trainer.global_rank)
+
+    path = folder / f"step={CHANGE}.ckpt"
+    return refusal(run, callbacks=[Other()], ckpt_path=path)
+
+
 def main(folder: Path) -> None:
     checks = {name: partial(whole, run) for name, run in RUNS.items()}
     for name, (run, strategy) in RESUMED.items():
@@ -81,6 +94,10 @@ def main(folder: Path) -> None:
         )
     for what in ("held", "compiled"):
         checks[what] = partial(refusal, RUNS["ddp"], callbacks=[Keep(what)])
+    checks["a folder without the base"] = partial(
+        refusal, RUNS["fsdp2"], callbacks=[AdapterCheckpoint(folder / "shards")], enable_checkpointing=True
+    )
+    checks["another base"] = partial(another_base, RUNS["fsdp2"], folder / "resume fsdp2, without the base")
     checks["sharded"] = partial(refusal, Run(model={"sharded": True}, ddp=None))
     warnings.simplefilter("ignore")
     process, results = int(os.environ["RANK"]), {}
