@@ -19,7 +19,7 @@ __all__ = ["load_adapter", "swap_adapter"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float32) -> M:
+def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32) -> M:
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
     Ranks come from the tensors, scaling from the config by PEFT's rules. Everything is checked before the model is
@@ -27,7 +27,7 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
 
     Args:
         model: the model that the adapter was trained on, without LoRA layers.
-        path: folder with adapter_config.json and adapter_model.safetensors.
+        path: folder with adapter_config.json and adapter_model.safetensors, or what :func:`read_adapter` returned.
         dtype: dtype of the factors.
 
     Returns:
@@ -43,7 +43,8 @@ def load_adapter(model: M, path: str | Path, *, dtype: torch.dtype = torch.float
             "the model has LoRA layers already; take another adapter with dynrank.swap_adapter, merge them "
             "(dynrank.merge) or load a plain model"
         )
-    AdapterChange(model, read_adapter(path), dtype).make(keep_base=False)
+    adapter = path if isinstance(path, Adapter) else read_adapter(path)
+    AdapterChange(model, adapter, dtype).make(keep_base=False)
     return model
 
 

@@ -80,6 +80,25 @@ def squeeze(
 
 
 @app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
+    model: Annotated[str, typer.Option(help="Folder, hub name or short name of the model that it was trained on")],
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty")],
+) -> None:
+    """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
+    import transformers
+
+    from dynrank.merging import merge_adapter
+
+    transformers.logging.set_verbosity_error()  # "newly initialized": the adapter holds the head
+    transformers.logging.disable_progress_bar()
+    merged = merge_adapter(adapter, model, out)
+    print(f"merged           {merged.layers} layers into {merged.kind}, {str(merged.dtype).removeprefix('torch.')}")
+    print(f"parameters       {merged.parameters:,}")
+    print(f"files            {out}")
+
+
+@app.command()
 def inspect(
     adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
     plot: Annotated[Path | None, typer.Option(help="Picture of the singular values to write: FILE.png")] = None,

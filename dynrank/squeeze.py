@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +14,7 @@ from dynrank.adapter_config import CONFIG_FILE, make_config
 from dynrank.adapter_file import WEIGHTS_FILE, StoredAdapter, one_thread
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import energy_kept, singular_values, truncate_product
+from dynrank.output_folder import check_free, whole_or_nothing
 from dynrank.resizing import LayerReport
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 from dynrank.tensor_file import TensorWriter, piece_of
@@ -69,7 +66,7 @@ def squeeze_adapter(
     source, out = Path(source), Path(out)
     _check_options(rank, energy, budget, lowest, multiple)
     with StoredAdapter(source) as adapter, one_thread():
-        _check_free(source, out)
+        check_free(out, source)
         if rank is not None:
             ranks = _chosen_ranks(adapter, Rank(rank))
         elif energy is not None:
@@ -80,7 +77,7 @@ def squeeze_adapter(
                 ranks = _chosen_ranks(adapter, Budget(parameters, lowest=lowest, multiple=multiple))
             except ConfigurationError as error:
                 raise ConfigurationError(f"--budget {budget} cannot be met: {error}") from None
-        with _whole_or_nothing(out) as folder:
+        with whole_or_nothing(out) as folder:
             return _write(adapter, ranks, folder)
 
 
@@ -123,50 +120,6 @@ def _parameters(budget: int | float | str | None, adapter: StoredAdapter) -> int
             f"--budget must be a number of parameters, or a share in (0, 1] as in 0.5 or 50%, got {budget!r}"
         )
     return int(share * sum(rank * sum(adapter.shape(name)) for name, rank in adapter.ranks.items()))
-
-
-def _check_free(source: Path, out: Path) -> None:
-    if out.resolve() == source.resolve():
-        raise ConfigurationError(f"--out must be another folder than the adapter's, got {str(out)!r} for both")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigurationError(f"--out must be a new or empty folder, {str(out)!r} is not")
-
-
-@contextmanager
-def _whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when all went well; one that a killed process left is gone over."""
-    out = out.resolve()
-    part = out.parent / f".{out.name}.part"
-    try:
-        part.mkdir(parents=True, exist_ok=True)
-        with _held(part, out):
-            try:
-                for left in part.iterdir():
-                    left.unlink()
-                yield part
-                os.rename(part, out)
-            except BaseException:
-                shutil.rmtree(part, ignore_errors=True)
-                raise
-    except OSError as error:
-        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror or error}") from None
-
-
-@contextmanager
-def _held(part: Path, out: Path) -> Iterator[None]:
-    """Hold ``part`` against other processes; whatever ends this one lets go of it."""
-    handle = os.open(part, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(handle), part.stat())  # or another process has just finished with it
-        except (BlockingIOError, FileNotFoundError):
-            mine = False
-        if not mine:
-            raise ConfigurationError(f"--out must be a folder that no other process writes to, got {str(out)!r}")
-        yield
-    finally:
-        os.close(handle)
 
 
 def _write(adapter: StoredAdapter, ranks: Mapping[str, int], folder: Path) -> list[SqueezedLayer]:

