@@ -14,12 +14,19 @@ from typing import Any
 
 import transformers
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank.adapter import save_adapter
-from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler, RunMeter, ScheduleFreeMode, StepSeed
+from dynrank.callbacks import (
+    AdapterCheckpoint,
+    RankMonitor,
+    RankProgressBar,
+    RankScheduler,
+    RunMeter,
+    ScheduleFreeMode,
+    StepSeed,
+)
 from dynrank.callbacks.strategies import check_strategy
 from dynrank.checkpoint_file import read_checkpoint
 from dynrank.config import plain, rank_pattern
@@ -146,7 +153,7 @@ def _trainer(config: DictConfig, folder: Path, job: Job, meter: RunMeter) -> Tra
     )
     callbacks: list[Any] = [ScheduleFreeMode(), job.scheduler, StepSeed(config.seed), meter, monitor]
     if config.trainer.enable_progress_bar:
-        callbacks.append(RichProgressBar())
+        callbacks.append(RankProgressBar())
     callbacks.append(
         AdapterCheckpoint(
             folder / "checkpoints",

@@ -67,13 +67,22 @@ def plot_spectra(
     file: Path,
     kinds: Mapping[str, str] | None = None,
 ) -> None:
+    """Write :func:`spectra_figure` to a PNG file."""
+    spectra_figure(spectra, kept, title, kinds).savefig(file)
+
+
+def spectra_figure(
+    spectra: Mapping[str, Sequence[float]],
+    kept: Mapping[str, int],
+    title: str,
+    kinds: Mapping[str, str] | None = None,
+) -> Figure:
     """Singular values of each layer's update, largest first, relative to the largest.
 
     Args:
         spectra: layer -> singular values, descending.
         kept: layer -> how many stay.
         title: of the picture.
-        file: PNG to write.
         kinds: layer -> kind of layer, which has its own colour, and its median drawn boldly; None: one colour for all.
     """
     shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
@@ -106,7 +115,7 @@ def plot_spectra(
         figure.legend(loc="outside right upper", fontsize=8, title="median of each kind", title_fontsize=8)
     elif kept:
         axes.legend()
-    figure.savefig(file)
+    return figure
 
 
 def _figure(xlabel: str, ylabel: str, height: float = 4.5) -> tuple[Figure, Axes]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from dynrank.callbacks import RankEvent, RunMeter
-from dynrank.callbacks.run_meter import peak_memory_bytes
 from dynrank.console import span
 from dynrank.layers.inject import lora_layers
 from dynrank.linalg import singular_values
@@ -32,7 +32,12 @@ def summarise(
         },
         "seconds": seconds,
         "tokens_per_second": meter.tokens_per_second,
-        "peak_memory_bytes": peak_memory_bytes(),
+        "peak_memory_bytes": meter.peak_memory_bytes,
+        "phases": [
+            {**asdict(phase), "tokens_per_second": phase.tokens_per_second}
+            for phase in meter.phases
+            if phase.train_seconds
+        ],
     }
 
 

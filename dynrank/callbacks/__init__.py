@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint
 from dynrank.callbacks.rank_monitor import RankMonitor
+from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter
 from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
@@ -17,6 +18,7 @@ __all__ = [
     "AdapterCheckpoint",
     "RankEvent",
     "RankMonitor",
+    "RankProgressBar",
     "RankScheduler",
     "RankTrainerCallback",
     "RunMeter",

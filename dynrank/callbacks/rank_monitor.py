@@ -6,11 +6,15 @@ import csv
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 
+from dynrank.callbacks.rank_logging import log_prediction, log_ranks
+from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.change_table import change_table
 from dynrank.layers.inject import lora_layers
@@ -21,6 +25,10 @@ FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicte
 
 class RankMonitor(Callback):
     """Shows and records what a :class:`RankScheduler` in the same trainer does; it changes nothing.
+
+    Every logger gets the ranks at the start and after each change, and before a change what it is expected to cost, see
+    :mod:`dynrank.callbacks.rank_logging`. A progress bar shows the mean rank, and a ModelSummary that the trainer has
+    is printed again after each change.
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume (the reason of a change that was
@@ -48,10 +56,7 @@ class RankMonitor(Callback):
         self._log_ranks(trainer, pl_module)
 
     def on_rank_prediction(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
-        errors = [layer.predicted_error for layer in event.layers]
-        values = {"rank/predicted_error": sum(e * e for e in errors) ** 0.5, "rank/predicted_error_max": max(errors)}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        log_prediction(trainer.loggers, self._named(event))
         if self.prediction_file is not None and trainer.is_global_zero:
             new = not self.prediction_file.exists()
             with self.prediction_file.open("a", newline="", encoding="utf-8") as file:
@@ -63,6 +68,17 @@ class RankMonitor(Callback):
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
         self._print(event)
+        for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
+            if isinstance(callback, ModelSummary):  # RichModelSummary, too
+                callback.on_fit_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        bar = trainer.progress_bar_callback
+        if bar is not None and not isinstance(bar, RankProgressBar):  # which shows it by itself
+            ranks = [float(layer.rank) for _, layer in lora_layers(pl_module)]
+            pl_module.log("rank", sum(ranks) / max(1, len(ranks)), prog_bar=True, logger=False)
 
     @rank_zero_only
     def _write_history(self, trainer: Trainer) -> None:
@@ -81,25 +97,25 @@ class RankMonitor(Callback):
         return [
             [
                 event.step,
-                layer.layer.removeprefix(self.prefix),
+                layer.layer,
                 layer.rank_before,
                 layer.rank_after,
                 f"{layer.energy_kept:.6g}",
                 f"{layer.predicted_error:.6g}",
                 event.reason,
             ]
-            for layer in event.layers
+            for layer in self._named(event).layers
         ]
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ranks = [layer.rank for _, layer in lora_layers(pl_module)]
-        if ranks:
-            values = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks))}
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
+        layers = {name.removeprefix(self.prefix): layer for name, layer in lora_layers(pl_module)}
+        log_ranks(trainer.loggers, layers, trainer.global_step)
+
+    def _named(self, event: RankEvent) -> RankEvent:
+        layers = tuple(replace(layer, layer=layer.layer.removeprefix(self.prefix)) for layer in event.layers)
+        return replace(event, layers=layers)
 
     @rank_zero_only
     def _print(self, event: RankEvent) -> None:
         verb = "taken back" if event.undone else "change"
-        layers = [replace(layer, layer=layer.layer.removeprefix(self.prefix)) for layer in event.layers]
-        Console().print(change_table(f"rank {verb} at step {event.step}: {event.reason}", layers))
+        Console().print(change_table(f"rank {verb} at step {event.step}: {event.reason}", self._named(event).layers))

@@ -1,28 +1,63 @@
-"""Measuring a run: seconds of training, tokens, and the largest amount of memory it held."""
+"""Measuring a run: seconds of training, tokens, and the largest amount of memory it held, between changes of rank."""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dynrank.layers.inject import lora_layers
 from dynrank.processes import from_all
+from dynrank.rank_change import RankEvent
+
+_MARK = Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Phase:
+    """A part of a run in which ranks stay.
+
+    Attributes:
+        first_step: optimizer steps made before it.
+        mean_rank: of its LoRA layers.
+        tokens: input tokens without padding, of this process, once it is over of all.
+        train_seconds: between the start and the end of its training batches; validation is left out.
+        peak_memory_bytes: see :func:`peak_memory_bytes`; 0 until it is over.
+    """
+
+    first_step: int = 0
+    mean_rank: float = 0.0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
 
 class RunMeter(Callback):
-    """Counts the tokens and the seconds of the training batches.
+    """Counts the tokens and the seconds of the training batches, and the memory, in each phase between changes of rank.
+
+    When a phase is over, loggers get ``phase/tokens_per_second``, ``phase/peak_memory_bytes`` and ``phase/mean_rank``
+    of it. Batches are mappings with an ``attention_mask``. A resumed run counts from where it is resumed.
 
     Attributes:
-        tokens: input tokens without padding, of this process, after training of all.
-        train_seconds: between the start and the end of training batches; validation is left out.
+        phases: of this run, the last one is open until training ends.
     """
 
     def __init__(self) -> None:
-        self.tokens, self.train_seconds, self._start = 0, 0.0, 0.0
+        self.phases = [Phase()]
+        self._start = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.phases = [_phase(trainer, pl_module)]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.perf_counter()
@@ -30,19 +65,68 @@ class RunMeter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.train_seconds += time.perf_counter() - self._start
-        self.tokens += int(batch["attention_mask"].sum())
+        self.phases[-1].train_seconds += time.perf_counter() - self._start
+        self.phases[-1].tokens += int(batch["attention_mask"].sum())
+
+    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        if not event.undone:
+            self._close(trainer)
+            self.phases.append(_phase(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.tokens = sum(from_all(self.tokens))
+        self._close(trainer)
+
+    @property
+    def tokens(self) -> int:
+        """Input tokens without padding, of this process, after training of all."""
+        return sum(phase.tokens for phase in self.phases)
+
+    @property
+    def train_seconds(self) -> float:
+        """Between the start and the end of training batches; validation is left out."""
+        return sum(phase.train_seconds for phase in self.phases)
 
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Of the whole run, and of what came before it and since its last change of rank."""
+        return max(peak_memory_bytes(), *(phase.peak_memory_bytes for phase in self.phases))
+
+    def _close(self, trainer: Trainer) -> None:
+        phase = self.phases[-1]
+        phase.tokens = sum(from_all(phase.tokens))
+        phase.peak_memory_bytes = peak_memory_bytes()
+        forget_peak_memory()
+        values = {
+            "phase/tokens_per_second": phase.tokens_per_second,
+            "phase/peak_memory_bytes": float(phase.peak_memory_bytes),
+            "phase/mean_rank": phase.mean_rank,
+        }
+        for logger in trainer.loggers if phase.train_seconds else ():
+            logger.log_metrics(values, step=trainer.global_step)
+
+
+def _phase(trainer: Trainer, pl_module: LightningModule) -> Phase:
+    ranks = [layer.rank for _, layer in lora_layers(pl_module)]
+    return Phase(trainer.global_step, sum(ranks) / len(ranks) if ranks else 0.0)
+
 
 def peak_memory_bytes() -> int:
-    """The most memory the process has held: on the GPU if there is one, else resident."""
+    """The most memory the process has held since :func:`forget_peak_memory`: on the GPU if there is one, else resident.
+
+    Resident memory of systems other than Linux is that since the process began.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak_memory() -> None:
+    """Let :func:`peak_memory_bytes` begin anew, from what is held now."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif _MARK.exists():
+        _MARK.write_text("5", encoding="ascii")  # proc(5): the peak of the resident set becomes its size now
