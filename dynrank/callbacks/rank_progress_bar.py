@@ -12,7 +12,7 @@ from dynrank.layers.inject import lora_layers
 
 
 class RankProgressBar(RichProgressBar):
-    """Shows ``rank: 16``, or ``rank: 4-32`` where layers differ; without max_epochs it counts epochs without a total."""
+    """Shows ``rank: 16``, or ``rank: 4-32`` where layers differ; without max_epochs it counts epochs with no total."""
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
