@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
@@ -25,8 +24,6 @@ MARK = "_frozen_base"
 SAMPLES = 256  # values per parameter: 0.3 MB for the 291 of a 7B model
 _GOLDEN = 0.6180339887498949  # multiples of it, taken modulo 1, lie evenly whatever their number
 _ADAPTER = re.compile(r"(^|\.)(lora_|modules_to_save\.)")  # also of adapters and heads that are frozen at the moment
-
-_samples = WeakTensorKeyDictionary()  # parameter -> (its version, its samples)
 
 
 def follow_base(model: nn.Module) -> None:
@@ -69,9 +66,10 @@ def sampled(parameter: Tensor) -> Tensor:
     if parameter.is_meta:
         raise ConfigurationError("a base on the meta device has no values to know it by; load its weights first")
     version = -1 if parameter.is_inference() else parameter._version
-    known = _samples.get(parameter)  # type: ignore[no-untyped-call]
+    # kept on the tensor: a weak reference would forbid torch to swap it, as Module.to() does under FSDP2
+    known: tuple[int, Tensor] | None = vars(parameter).get("_base_sample")
     if known is not None and known[0] == version >= 0:
-        return known[1]  # type: ignore[no-any-return]
+        return known[1]
     values = parameter.detach()
     if isinstance(values, DTensor):
         values = values.full_tensor()
@@ -81,7 +79,7 @@ def sampled(parameter: Tensor) -> Tensor:
     values = values[None] if values.ndim == 0 else values  # unravel_index needs a dimension
     at = torch.unravel_index(places.to(values.device), values.shape)
     found = values[at].cpu()
-    _samples[parameter] = (version, found)
+    vars(parameter)["_base_sample"] = (version, found)
     return found
 
 
