@@ -10,11 +10,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
-from transformers import BertConfig, BertForSequenceClassification
 
 import dynrank
 from dynrank.tasks.loader import ResumableLoader
-from dynrank.tasks.pretrained import load_tokenizer, model_source
 
 
 class Regression(lightning.LightningModule):
@@ -86,6 +84,10 @@ def run_command():
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """The folder of a random BERT of two layers without dropout, with MiniLM's tokenizer; for ``task.model``."""
+    from transformers import BertConfig, BertForSequenceClassification  # loads slowly, and few need it
+
+    from dynrank.tasks.pretrained import load_tokenizer, model_source
+
     folder = tmp_path_factory.mktemp("bert")
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)

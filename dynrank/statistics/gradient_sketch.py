@@ -62,12 +62,15 @@ class GradientSketch:
     def state_dict(self) -> dict[str, Any]:
         return dict(self._sums)
 
-    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
-        """Hold the sum of what ``states`` hold."""
+    def load_state_dict(self, *states: Mapping[str, Any], growth: float = 1.0) -> None:
+        """Hold the sum of what ``states`` hold; there are ``growth`` times as many processes as when it was collected.
+
+        Gradients of a mean over the examples of one process are as many times larger.
+        """
         for name, total in self._sums.items():
             total.zero_()
             for state in states:
-                total.add_(state[name].to(total.device))
+                total.add_(state[name].to(total.device), alpha=growth)
 
     def sum_over_processes(self) -> None:
         """Add up the sums of all processes; in one process there is nothing to do."""

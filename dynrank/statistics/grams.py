@@ -118,10 +118,14 @@ class Grams:
     def state_dict(self) -> dict[str, Any]:
         return {name: dict(sums) for name, sums in self._sums.items()}
 
-    def load_state_dict(self, *states: Mapping[str, Any]) -> None:
-        """Hold the sum of what ``states`` hold."""
+    def load_state_dict(self, *states: Mapping[str, Any], growth: float = 1.0) -> None:
+        """Hold the sum of what ``states`` hold; there are ``growth`` times as many processes as when it was collected.
+
+        Gradients of a mean over the examples of one process are as many times larger, and steps are counted in each.
+        """
+        powers = {"zz": 0, "rows": 0, "uu": 2, "steps": 1}
         for name, sums in self._sums.items():
             for key, total in sums.items():
                 total.zero_()
                 for state in states:
-                    total.add_(state[name][key].to(total.device))
+                    total.add_(state[name][key].to(total.device), alpha=growth ** powers[key])

@@ -85,4 +85,4 @@ class Window:
             if isinstance(collector, Sensitivity):
                 collector.load_state_dict(states[0][name])  # the same in all
             else:
-                collector.load_state_dict(*shares)
+                collector.load_state_dict(*shares, growth=count / len(states))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -128,11 +130,28 @@ RESUMED = {  # (a run, what else its strategy is told, and the kind of its check
     ),
 }
 
+CROSSED = {  # one run in different processes: what it is there, and the folder of the checkpoints it leaves there
+    "one process": (RUNS["ddp, budget by loss"], "one process"),
+    "ddp": (RUNS["ddp, budget by loss"], "resume ddp"),
+    "fsdp2": (RUNS["fsdp2, budget by loss"], "resume fsdp2, one file"),
+}
+CROSSINGS = [CHANGE - 2, CHANGE + 2]  # steps: statistics are being measured, and at the ranks after the change
+
 
 def strategy_of(run: Run, **options: Any) -> Any:
     if run.ddp is None:
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, timeout=PATIENCE, **options)
     return DDPStrategy(**run.ddp, timeout=PATIENCE, **options)
+
+
+def saving(folder: Path, kind: Any = ModelCheckpoint) -> dict[str, Any]:
+    """Options of :func:`fit`: a checkpoint of each step, by a callback of this kind."""
+    every = kind(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    return {"callbacks": [every], "enable_checkpointing": True}
+
+
+def saved(folder: Path, step: int) -> Path:
+    return folder / f"step={step}.ckpt"
 
 
 def fit(

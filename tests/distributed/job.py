@@ -13,7 +13,19 @@ from typing import Any
 
 import lightning
 import torch
-from distributed_runs import CHANGE, RESUMED, RUNS, Run, fit, outcome, strategy_of
+from distributed_runs import (
+    CHANGE,
+    CROSSED,
+    CROSSINGS,
+    RESUMED,
+    RUNS,
+    Run,
+    fit,
+    outcome,
+    saved,
+    saving,
+    strategy_of,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
@@ -54,13 +66,19 @@ def whole(run: Run, **strategy: Any) -> Any:
 
 def resumed(run: Run, folder: Path, *, kind: Any = ModelCheckpoint, **strategy: Any) -> Any:
     """The run that nothing stops, and what its checkpoints before, at and after the change lead to."""
-    saving = kind(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    options = {"callbacks": [saving], "enable_checkpointing": True}
+    options = saving(folder, kind)
     ends = {"whole": outcome(*fit(run, strategy=strategy_of(run, **strategy), devices=2, **options))}
     for step in (CHANGE - 2, CHANGE, CHANGE + 2):
-        again = {"strategy": strategy_of(run, **strategy), "ckpt_path": folder / f"step={step}.ckpt"}
+        again = {"strategy": strategy_of(run, **strategy), "ckpt_path": saved(folder, step)}
         ends[f"step {step}"] = outcome(*fit(run, devices=2, **again))
     return ends
+
+
+def crossed(run: Run, folder: Path) -> Any:
+    """What the checkpoints of other processes lead to here."""
+    return [
+        outcome(*fit(run, strategy=strategy_of(run), devices=2, ckpt_path=saved(folder, step))) for step in CROSSINGS
+    ]
 
 
 def refusal(run: Run, **options: Any) -> str:
@@ -79,14 +97,16 @@ def another_base(run: Run, folder: Path) -> str:
             with torch.no_grad():
                 pl_module.net[2].base.weight.to_local().add_(trainer.global_rank)
 
-    path = folder / f"step={CHANGE}.ckpt"
-    return refusal(run, callbacks=[Other()], ckpt_path=path)
+    return refusal(run, callbacks=[Other()], ckpt_path=saved(folder, CHANGE))
 
 
 def main(folder: Path) -> None:
     checks = {name: partial(whole, run) for name, run in RUNS.items()}
     for name, (run, strategy) in RESUMED.items():
         checks[name] = partial(resumed, run, folder / name, **strategy)
+    for to in ("ddp", "fsdp2"):
+        for source, (_, name) in CROSSED.items():
+            checks[f"{to} from {source}"] = partial(crossed, CROSSED[to][0], folder / name)
     for what in ("weights", "optimizer state"):
         checks[f"other {what}"] = partial(refusal, RUNS["ddp"], callbacks=[Spoil(what)], check_every=CHANGE)
         checks[f"other {what}, found by the change"] = partial(

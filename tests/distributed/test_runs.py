@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from distributed_runs import RESUMED, RUNS, fit, outcome
+from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
 from torch.testing import assert_close
 
 import dynrank
@@ -24,9 +24,17 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """[what process 0 found, what process 1 found], by check; see job.py."""
+def folder(tmp_path_factory):
+    """Where runs leave their checkpoints; the one of one process is made."""
     folder = tmp_path_factory.mktemp("job")
+    run, name = CROSSED["one process"]
+    fit(run, **saving(folder / name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """[what process 0 found, what process 1 found], by check; see job.py."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -85,6 +93,20 @@ def test_resumed_processes_come_to_the_same_bits(results, name):
         assert len(ends) == 4
         for end in ends.values():
             assert_same_bits(end, ends["whole"])
+
+
+@pytest.mark.parametrize("source", CROSSED)
+@pytest.mark.parametrize("to", CROSSED)
+def test_run_goes_on_from_the_checkpoint_of_other_processes(results, folder, to, source):
+    run, (_, name) = CROSSED["one process"][0], CROSSED[source]
+    if to == "one process":
+        ends = [outcome(*fit(run, ckpt_path=saved(folder / name, step))) for step in CROSSINGS]
+    else:
+        ends = sum(found(results, f"{to} from {source}"), [])
+    alone = outcome(*fit(run))
+    for end in ends:
+        assert end["events"] == alone["events"]
+        assert_close(end["weights"], alone["weights"], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
