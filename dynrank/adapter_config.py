@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ _UNSUPPORTED = (
 
 # Initialisations (besides true and false) that do not take a part out of the base weight, as pissa or olora do.
 _HARMLESS_INIT = ("gaussian", "orthogonal", "eva")
+
+_LARGEST = 3.4e38  # what float32 takes
 
 
 def make_config(
@@ -69,7 +70,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"cannot read the adapter {str(folder / CONFIG_FILE)!r}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{str(folder / CONFIG_FILE)!r} is not JSON: {error}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
     if kind != "LORA":
@@ -85,10 +86,12 @@ def _config_faults(config: Mapping[str, Any]) -> list[str]:
     if config.get("bias", "none") != "none":
         faults.append(f"bias must be 'none', got {config['bias']!r}")
     init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init not in _HARMLESS_INIT:
+    if init not in (None, True, False, *_HARMLESS_INIT):
         faults.append(
             f"init_lora_weights must leave the base weight alone, got {init!r}; convert the adapter with PEFT"
         )
+    if config.get("use_rslora") not in (None, True, False):
+        faults.append(f"use_rslora must be true or false, got {config['use_rslora']!r}")
     if not _is_number(config.get("lora_alpha")):
         faults.append(f"lora_alpha must be a finite number, got {config.get('lora_alpha')!r}")
     if not _is_number(config.get("lora_dropout") or 0.0):
@@ -109,7 +112,7 @@ def _config_faults(config: Mapping[str, Any]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def alpha_of(config: Mapping[str, Any], name: str) -> float:
