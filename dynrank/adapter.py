@@ -66,6 +66,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
         modules_to_save=heads,
         dropout=max(layer.dropout.p for layer in layers.values()),
         base=getattr(getattr(model, "config", None), "_name_or_path", ""),
+        base_class=type(model) if hasattr(model, "config") else None,
     )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

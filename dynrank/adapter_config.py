@@ -37,6 +37,7 @@ def make_config(
     modules_to_save: Sequence[str],
     dropout: float,
     base: str,
+    base_class: type | None = None,
 ) -> dict[str, Any]:
     """The settings of an adapter; ranks and alphas as :func:`dynrank.rank_map.peft_ranks` writes them.
 
@@ -46,11 +47,14 @@ def make_config(
         modules_to_save: names of modules stored whole.
         dropout: of the update's input.
         base: folder or hub name of the base model, "" if unknown.
+        base_class: its class, for PEFT's AutoPeftModel and for ``dynrank merge``.
     """
+    auto_mapping = base_class and {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     return {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base or None,
+        "auto_mapping": auto_mapping,
         "inference_mode": True,
         **peft_ranks(layers),
         "lora_dropout": dropout,

@@ -68,8 +68,9 @@ class MergedModel:
 def merge_adapter(source: str | Path, model: str, out: str | Path) -> MergedModel:
     """Write the model with the adapter in ``source`` merged into it to ``out``, for ``from_pretrained``.
 
-    Weights keep the dtype in which the model is stored; sums are made in float32 or wider. The class is the one that
-    the model's config.json names, or else the first usual one that has all layers of the adapter; heads stored in the
+    Weights keep the dtype in which the model is stored; sums are made in float32 or wider. The class is the first that
+    has all layers of the adapter: the one that the adapter names, the one that the model's config.json names, or a
+    usual one; heads stored in the
     adapter (modules_to_save) come along, as do the model's tokenizer files. ``out`` appears when it is whole, or not
     at all. No code from the model's folder is run.
 
@@ -107,7 +108,7 @@ def _base(origin: str, adapter: Adapter) -> nn.Module:
     for labels in dict.fromkeys([labels_of_base, *heads]):
         own = labels == labels_of_base
         config = _asked(AutoConfig.from_pretrained, origin, **({} if own else {"num_labels": labels}))
-        for make in _makers(config):
+        for make in _makers(config, adapter):
             try:
                 with torch.device("meta"):
                     empty = make(config)
@@ -127,10 +128,13 @@ def _base(origin: str, adapter: Adapter) -> nn.Module:
     )
 
 
-def _makers(config: Any) -> Iterator[Callable[[Any], nn.Module]]:
-    for name in config.architectures or ():
-        cls = getattr(transformers, name, None)
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module]]:
+    """What to try, in order: the class that the adapter names, those that the model's config does, the usual ones."""
+    mapping = adapter.config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    for name in [named, *(config.architectures or ())]:
+        cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is type(config):
             yield cls
     for name in _AUTO_CLASSES:
         yield getattr(transformers, name).from_config

@@ -11,9 +11,9 @@ from torch import nn
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
@@ -163,16 +163,24 @@ def test_merge_adapter_keeps_the_dtype_of_the_files(stored, dtype, tmp_path):
     assert {p.dtype for p in merged.parameters()} == {dtype}
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("labels", [2, 3])
-def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(labels, tmp_path):
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertForTokenClassification])
+def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, labels, named, tmp_path):
     """An encoder stored by itself, trained with a head that is in the adapter only."""
+    if cls is BertForTokenClassification and not named:
+        return  # heads of the same shapes: only the name tells them apart
     torch.manual_seed(0)
     BertModel(BERT).save_pretrained(tmp_path / "model")
-    model = BertForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=labels).eval()
-    adapted(model, target_modules=["query", "dense"], modules_to_save=["classifier"])
+    model = cls.from_pretrained(tmp_path / "model", num_labels=labels).eval()
+    names = [f"encoder.layer.{index}.attention.self.query" for index in (0, 1)]
+    adapted(model, target_modules=[f"bert.{name}" for name in names], modules_to_save=["classifier"])
     dynrank.save_adapter(model, tmp_path / "adapter")
-    assert merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out").kind == type(model).__name__
-    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    if not named:
+        file = tmp_path / "adapter" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": None}))
+    assert merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out").kind == cls.__name__
+    merged = cls.from_pretrained(tmp_path / "out").eval()
     assert_close(outputs(merged), outputs(model), rtol=1e-4, atol=1e-5)
 
 
