@@ -133,9 +133,11 @@ def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module
     mapping = adapter.config.get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for name in [named, *(config.architectures or ())]:
-        cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is type(config):
-            yield cls
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            model_class: Any = cls
+            if model_class.config_class is type(config):
+                yield model_class
     for name in _AUTO_CLASSES:
         yield getattr(transformers, name).from_config
 
