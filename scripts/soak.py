@@ -98,7 +98,9 @@ def soak(overrides: Sequence[str], *, minutes: float, steps: int | None, every: 
         RankMonitor(folder / "history.csv", "model", prediction_file=folder / "predictions.csv"),
         RunMeter(),
         sampler,
-        AdapterCheckpoint(folder / "checkpoints", every_n_train_steps=every, save_top_k=1, enable_version_counter=False),
+        AdapterCheckpoint(
+            folder / "checkpoints", every_n_train_steps=every, save_top_k=1, enable_version_counter=False
+        ),
     ]
     trainer = Trainer(
         accelerator="cpu",

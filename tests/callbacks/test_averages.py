@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
@@ -30,11 +30,11 @@ def scheduler(stages=SHRINK_AND_GROW, **how):
     return RankScheduler(list(stages), How(**how))
 
 
-def train(regression, callbacks, *, module=None, checkpoints=None, ckpt_path=None, **options):
+def train(regression, callbacks, *, module=None, checkpoints=None, ckpt_path=None, kind=ModelCheckpoint, **options):
     module_class, data, trainer = regression
     callbacks = [*callbacks, StepSeed(0)]
     if checkpoints is not None:
-        callbacks.append(ModelCheckpoint(checkpoints, filename="s{step}", every_n_train_steps=1, save_top_k=-1))
+        callbacks.append(kind(checkpoints, filename="s{step}", every_n_train_steps=1, save_top_k=-1))
     module = module or module_class()
     settings = {"max_steps": 24, "num_sanity_val_steps": 0} | options
     fitted = trainer(callbacks=callbacks, enable_checkpointing=checkpoints is not None, **settings)
@@ -149,6 +149,17 @@ def test_resumed_run_ends_with_the_same_average_to_the_bit(regression, tmp_path,
     whole, _ = train(regression, pair, checkpoints=tmp_path / "whole")
     pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
     resumed, _ = train(regression, pair, ckpt_path=tmp_path / "whole" / f"sstep={start}.ckpt")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_checkpoint_without_the_base_brings_the_average_back(regression, tmp_path, order):
+    pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
+    whole, _ = train(regression, pair, checkpoints=tmp_path / "whole", kind=AdapterCheckpoint)
+    pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
+    again = {"checkpoints": tmp_path / "whole", "kind": AdapterCheckpoint}
+    resumed, _ = train(regression, pair, ckpt_path=tmp_path / "whole" / "sstep=12.ckpt", **again)
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 

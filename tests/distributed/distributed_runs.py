@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -88,6 +88,7 @@ class Run:
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] | None = field(default_factory=dict)  # options; None: FSDP2
+    average: bool = False  # an exponential average of the weights, which is what the run ends with
 
 
 LOSS, HALF = How(metric="loss", window=4), Stage(At(step=CHANGE), Budget(share=0.5))
@@ -107,6 +108,8 @@ RUNS = {
     "ddp, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp={"static_graph": True}),
     "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),
     "ddp, tail energy": Run(Stage(TailEnergy(rank=1, share=0.9, every=6), Rank(3), deadline=0.9)),
+    "ddp, average": Run(average=True),
+    "ddp, average, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, average=True),
     "ddp, peft": Run(model={"peft": True}),
     "fsdp2": Run(ddp=None),
     "fsdp2, accumulation and clipping": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
@@ -165,7 +168,8 @@ def fit(
         "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False,
         "enable_checkpointing": False,
     }  # fmt: skip
-    trainer = lightning.Trainer(**settings | run.trainer | options, callbacks=[*callbacks, scheduler])
+    averages = [EMAWeightAveraging(decay=0.8)] if run.average else []
+    trainer = lightning.Trainer(**settings | run.trainer | options, callbacks=[*callbacks, scheduler, *averages])
     trainer.fit(model, ckpt_path=ckpt_path)
     return model, trainer, scheduler
 
