@@ -189,7 +189,7 @@ def test_process_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(overrid
         second.kill()
         codes, printed = finish(cwd, first, second)
     assert codes == [1, -signal.SIGKILL], printed
-    assert "Connection closed by peer" in printed
+    assert "by peer" in printed  # the connection was closed, or reset
 
     saved = step_of(checkpoint)
     assert saved > CHANGE
