@@ -173,13 +173,9 @@ def _made(name: str, base: nn.Module, pair: Mapping[str, Tensor], adapter: Adapt
     lora_A, lora_B = _matrices(pair)
     config = adapter.config
     scaling = initial_scaling(alpha_of(config, name), pair["A"].shape[0], bool(config.get("use_rslora")))
-    layer = make_layer(
-        base, rank=lora_A.shape[0], scaling=scaling, dropout=config.get("lora_dropout") or 0.0, dtype=dtype
-    )
-    with torch.no_grad():
-        layer.lora_A.copy_(lora_A)
-        layer.lora_B.copy_(lora_B)
-    return layer
+    dropout = config.get("lora_dropout") or 0.0
+    factors = lora_A, lora_B
+    return make_layer(base, rank=len(lora_A), scaling=scaling, dropout=dropout, dtype=dtype, factors=factors)
 
 
 def _matrices(pair: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,14 @@ def test_swap_then_save_writes_the_adapter_that_came_in(adapters, tmp_path):
     assert all((tmp_path / "again" / n).read_bytes() == (adapters[1] / n).read_bytes() for n in names)
 
 
+def test_swap_draws_no_random_numbers(adapters):
+    """A text that is being sampled in another thread goes on as it would have."""
+    model = gpt2()
+    before = torch.get_rng_state()
+    dynrank.swap_adapter(dynrank.load_adapter(model, adapters[0]), adapters[1])
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.fixture
 def with_heads(tmp_path):
     """Three adapters for BERT: with a trained classifier, with another one, and without."""

@@ -29,6 +29,7 @@ class LoRALayer(nn.Module):
         scaling: factor of ``lora_B @ lora_A``.
         dropout: probability of zeroing an element of the update's input while training, in [0, 1).
         dtype: dtype of the factors; their device is the base's.
+        factors: (lora_A, lora_B) to start with, copied; drawn anew when None.
 
     Attributes:
         lora_A: (rank, d_in), Kaiming-uniform.
@@ -52,6 +53,7 @@ class LoRALayer(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
         d_out, d_in = self.shape_of(base)
@@ -66,9 +68,13 @@ class LoRALayer(nn.Module):
         self.rule: str | None = None
         self._tap: Tap | None = None
         device = base.get_parameter("weight").device
-        self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))
-        self.init_A()
+        if factors is None:
+            self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
+            self.lora_B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))
+            self.init_A()
+        else:
+            lora_A, lora_B = (factor.detach().to(device, dtype, copy=True).contiguous() for factor in factors)
+            self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self._unmerged: list[Any] = []  # the base's own weight while merged; a list, so that it isn't registered
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
