@@ -19,7 +19,7 @@ def run(command, folder):
 
 
 def test_every_block_runs_as_printed(tmp_path):
-    assert [language for language, _ in BLOCKS] == ["sh", "python", "python", "yaml", "sh", "python", "sh"]
+    assert [language for language, _ in BLOCKS] == ["sh", "python", "python", "python", "yaml", "sh", "python", "sh"]
     printed = {}
     for index, (language, text) in enumerate(BLOCKS):
         if language == "yaml":
@@ -32,10 +32,12 @@ def test_every_block_runs_as_printed(tmp_path):
     assert "[(8, 4), (8, 4)]" in printed[1]
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     assert printed[2].split()[-1] == "2"
-    assert "37 layers" in printed[4]
-    assert printed[5].split() == ["loss"]
+    assert "[(16, 4), (16, 4)]" in printed[3]
+    assert (tmp_path / "hf_adapter" / "adapter_model.safetensors").is_file()
+    assert "37 layers" in printed[5]
+    assert printed[6].split() == ["loss"]
     assert (tmp_path / "spectra.png").is_file()
-    assert "parameters" in printed[6]
+    assert "parameters" in printed[7]
 
 
 def test_files_and_keys_named_in_the_readme_exist():
