@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 import time
 import warnings
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from typing import Any
 import transformers
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank.adapter import save_adapter
@@ -117,7 +119,13 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False) -> dict[str, A
             ) from None
     model: Any = job.module.model
     ranks_at_start = {name: layer.rank for name, layer in lora_layers(model)}
-    trainer.fit(job.module, job.task.data, ckpt_path=config.ckpt_path)
+    try:
+        trainer.fit(job.module, job.task.data, ckpt_path=config.ckpt_path)
+    except SIGTERMException:
+        if trainer.is_global_zero:
+            saved = trainer.checkpoint_callback._last_checkpoint_saved or config.ckpt_path  # type: ignore[union-attr]
+            print(f"SIGTERM: stopped after step {trainer.global_step}; go on with ckpt_path={saved}", file=sys.stderr)
+        raise
     if trainer.interrupted:
         raise KeyboardInterrupt
     metrics = trainer.test(job.module, job.task.data, verbose=False)[0]

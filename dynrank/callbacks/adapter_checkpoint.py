@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
+from dynrank.callbacks.sigterm import SigtermNotice
+from dynrank.callbacks.validation import is_due
 from dynrank.checkpoint_file import PART, read_checkpoint, write_checkpoint
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import follow_base, frozen_bases, left_out, sampled, without_base
@@ -33,11 +37,18 @@ class AdapterCheckpoint(ModelCheckpoint):
     checkpoint whole, and that a file which is damaged or was changed is not loaded. All checkpoints of a trainer with
     it are of this kind, those of ``trainer.save_checkpoint`` too.
 
+    SIGTERM, as before a job is preempted, lets the step end, saves ``last.ckpt`` in its folder, and raises Lightning's
+    SIGTERMException, which ends the program with exit code 0. In a validation of a single process it does so at once,
+    and the resumed run makes that validation from its start (if a RankScheduler is there; else Lightning skips it).
+
     Under FSDP2 it needs ``save_distributed_checkpoint=False``: the adapter is whole in each process anyway.
     """
 
     _base: dict[str, dict[str, Tensor]] | None = None
     _loaded: frozenset[str] | None = None
+    _sigterm: SigtermNotice | None = None
+    _seen_step, _has_trained, _stopping = 0, False, False
+    _loops: dict[str, Any] | None = None  # as they were after a batch that a validation follows
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what would not write such files; have them written and read safely, and loaded without a base.
@@ -89,14 +100,48 @@ class AdapterCheckpoint(ModelCheckpoint):
             root: {name: sampled(p) for name, p in parameters.items() if self._is_base(root, name)}
             for root, parameters in bases.items()
         }
+        self._sigterm, self._loops, self._stopping = SigtermNotice(), None, False
         super().on_fit_start(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen_step, self._has_trained = trainer.global_step, False
+        super().on_train_start(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        complete, self._seen_step = trainer.global_step > self._seen_step, trainer.global_step
+        self._loops, self._has_trained = None, True
+        if complete and self._sigterm is not None and self._sigterm.received(trainer):
+            self._save_and_stop(trainer)
+        if complete and trainer.world_size == 1 and is_due(trainer):
+            self._loops = {"fit_loop": deepcopy(trainer.fit_loop.state_dict())}
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.world_size == 1 and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            if self._sigterm is None or not self._sigterm.received(trainer):
+                return
+            if self._loops is not None:
+                self._save_and_stop(trainer)
+            if not self._has_trained:  # a validation that the checkpoint resumed from had still to come
+                raise SIGTERMException
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._base is not None:
             for key in _STATES:
                 if key in checkpoint:
                     checkpoint[key] = without_base(pl_module, checkpoint[key], self._base)
+        if self._stopping and self._loops is not None:
+            checkpoint["loops"].update(self._loops)
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def _save_and_stop(self, trainer: Trainer) -> None:
+        path = str(Path(self.dirpath or ".") / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        if (self._last_checkpoint_saved, self._last_global_step_saved) != (path, trainer.global_step):
+            self._stopping = True
+            self._save_checkpoint(trainer, path)
+        raise SIGTERMException
 
     def _is_base(self, root: str, name: str) -> bool:
         """Not what a checkpoint had to bring along because it had changed."""

@@ -39,11 +39,12 @@ def run_validation(trainer: Trainer) -> None:
 
 def run_missed_validation(trainer: Trainer) -> None:
     """Run the validation that Lightning skipped on resuming, if there is one; call it from ``on_train_start``."""
-    if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and _is_due(trainer):
+    if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and is_due(trainer):
         run_validation(trainer)
 
 
-def _is_due(trainer: Trainer) -> bool:
+def is_due(trainer: Trainer) -> bool:
+    """Whether Lightning validates after the batch that has just been trained on."""
     every_n_epochs, every_n_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     if not trainer.enable_validation or (every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs):
         return False
