@@ -195,7 +195,7 @@ def show(table: Table) -> None:
 
 
 def draw(table: Table, file: Path) -> None:
-    """Test loss by learning rate, a line per arm and seed (dashed after the first); lines to runs that diverged leave."""
+    """Test loss by learning rate, a line per arm and seed (dashed after the first); diverged runs lie above."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     for index, arm in enumerate((ADALORA, *ARMS, FIXED)):
@@ -205,7 +205,8 @@ def draw(table: Table, file: Path) -> None:
             line = dict(color=f"C{index}", marker="o", markersize=4, label=arm if seed == "0" else None)
             axes.plot(*zip(*points, strict=True), **line, alpha=0.7, linestyle="-" if seed == "0" else "--")
     lowest = min(values(table.rows, "test_loss"))
-    axes.set(xscale="log", xlabel="learning rate of the adapter", ylabel="test loss", ylim=(0.95 * lowest, 1.5 * lowest))
+    axes.set(xscale="log", xlabel="learning rate of the adapter", ylabel="test loss")
+    axes.set_ylim(0.95 * lowest, 1.5 * lowest)
     axes.set_xticks(RATES, [f"{lr:g}" for lr in RATES])
     axes.minorticks_off()
     axes.legend()
