@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +37,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.preflight import check_checkpoint, check_monitors, check_run
 from dynrank.report import draw, final_rank_map, print_summary, summarise
+from dynrank.run_folder import checkpoint_of, claim, join, take_up
 from dynrank.schedules import How, check_schedule
 from dynrank.triggers import Run
 from dynrank.trusted import make
@@ -91,10 +93,13 @@ def make_scheduler(node: DictConfig, check_every: int | None = None) -> RankSche
     return RankScheduler(make(OmegaConf.create(values), "schedule"), How(**how), check_every=check_every)
 
 
-def run(config: DictConfig, folder: Path, *, sweep: bool = False) -> dict[str, Any]:
+def run(
+    config: DictConfig, folder: Path, *, sweep: bool = False, record: Callable[[], None] | None = None
+) -> dict[str, Any]:
     """Train, test and export into ``folder``; returns the contents of summary.json.
 
-    Of several processes the first one writes the files.
+    Of several processes the first one writes the files, and calls ``record`` once nothing is refused any more. With
+    ``ckpt_path=last`` the interrupted run in ``folder`` goes on there.
 
     Raises:
         ConfigurationError: if any value cannot be used, ``folder`` holds a run already, or this is one job of a
@@ -102,6 +107,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False) -> dict[str, A
     """
     start = time.perf_counter()
     _quiet()
+    checkpoint = checkpoint_of(folder, config.ckpt_path)
+    goes_on, config.ckpt_path = config.ckpt_path == "last", str(checkpoint) if checkpoint is not None else None
     job, meter = build(config), RunMeter()
     trainer = _trainer(config, folder, job, meter)
     if sweep and trainer.world_size > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":  # a SLURM job for each run
@@ -111,12 +118,12 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False) -> dict[str, A
         )
     check_strategy(trainer)  # the scheduler does so, too, when the other processes have been started
     if trainer.is_global_zero:
-        try:
-            (folder / "checkpoints").mkdir(parents=True)
-        except FileExistsError:
-            raise ConfigurationError(
-                f"{str(folder)!r} holds a run already; set hydra.run.dir to a new folder"
-            ) from None
+        if checkpoint is not None and goes_on:
+            take_up(folder, read_checkpoint(checkpoint)["global_step"])
+        else:
+            claim(folder)
+        if record is not None:
+            record()
     model: Any = job.module.model
     ranks_at_start = {name: layer.rank for name, layer in lora_layers(model)}
     try:
@@ -133,6 +140,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False) -> dict[str, A
     summary = summarise(model, history, metrics, meter, time.perf_counter() - start)
     if not trainer.is_global_zero:
         return summary
+    join(folder)
     save_adapter(model, folder / "adapter")
     (folder / "final_ranks.yaml").write_text(final_rank_map(model, config.lora.rslora), encoding="utf-8")
     if config.plots:
@@ -151,6 +159,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists")  # it holds .hydra; an old run is refused
+    warnings.filterwarnings("ignore", "The dirpath has changed")  # a run goes on in a folder of its own
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)  # lightning on torch 2.13
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # batches are ready in memory
 

@@ -60,7 +60,7 @@ def draw(model: nn.Module, history: Sequence[RankEvent], ranks_at_start: Mapping
     from dynrank.plots import plot_loss, plot_ranks, plot_spectra  # matplotlib is an extra
 
     plots = folder / "plots"
-    plots.mkdir()
+    plots.mkdir(exist_ok=True)
     layers = dict(lora_layers(model))
     ranks = {name: layer.rank for name, layer in layers.items()}
     made = [event for event in history if not event.undone]

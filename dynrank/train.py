@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from dynrank.config import CONFIG_MODULE, CONFIG_NAME
 from dynrank.exits import usage_errors
@@ -25,7 +27,19 @@ def _train(config: DictConfig) -> None:
     from dynrank.job import run  # torch and transformers load here, so that --help need not wait for them
 
     hydra_config = HydraConfig.get()
-    run(config, Path(hydra_config.runtime.output_dir), sweep=hydra_config.mode == RunMode.MULTIRUN)
+    folder = Path(hydra_config.runtime.output_dir)
+    composed = OmegaConf.create(OmegaConf.to_container(config))
+    run(config, folder, sweep=hydra_config.mode == RunMode.MULTIRUN, record=partial(_record, composed, folder))
+
+
+def _record(config: Any, folder: Path) -> None:
+    """Write .hydra/ as Hydra does, which would write over that of an earlier run before the folder is refused."""
+    where = folder / ".hydra"
+    where.mkdir(exist_ok=True)
+    hydra_config = HydraConfig.get()
+    contents = {"config": config, "hydra": OmegaConf.create({"hydra": hydra_config})}
+    for name, content in {**contents, "overrides": hydra_config.overrides.task}.items():
+        OmegaConf.save(content, where / f"{name}.yaml")
 
 
 def main() -> None:
@@ -33,7 +47,9 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed and turned into exit code 1
     if any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS):
         # the first process writes the run's files; the time of day in the name of its folder may be another one here
-        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"]
+        sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+        if "ckpt_path=last" not in sys.argv:  # which is looked for in the folder
+            sys.argv.append("hydra.run.dir=.")
     with usage_errors():
         _train()
 
