@@ -39,18 +39,7 @@ class RankDriver:
     still there; :meth:`validated` after each validation, or :meth:`observe` where nothing is validated; :meth:`finish`
     or :meth:`abort`.
 
-    Args:
-        schedule: an int (drop to that rank after convergence), a stage, a list of stages (see
-            :mod:`dynrank.schedules`), or a function from the optimizer step to the rank of all layers.
-        how: how changes are made, for stages that don't say; ``How()`` when None.
-        check_every: optimizer steps between checks that all processes hold the same adapters and optimizer state, which
-            are made at the start and around each change in any case; None: no more than those.
-
-    Attributes:
-        history: every :class:`RankEvent` of the run, also those before a resume.
-
-    Raises:
-        ConfigurationError: if a value cannot be used.
+    Arguments, attributes and errors are those of :class:`dynrank.callbacks.RankScheduler`.
     """
 
     def __init__(

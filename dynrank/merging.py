@@ -70,9 +70,8 @@ def merge_adapter(source: str | Path, model: str, out: str | Path) -> MergedMode
 
     Weights keep the dtype in which the model is stored; sums are made in float32 or wider. The class is the first that
     has all layers of the adapter: the one that the adapter names, the one that the model's config.json names, or a
-    usual one; heads stored in the
-    adapter (modules_to_save) come along, as do the model's tokenizer files. ``out`` appears when it is whole, or not
-    at all. No code from the model's folder is run.
+    usual one. Heads stored in the adapter (modules_to_save) come along, as do the model's tokenizer files. ``out``
+    appears when it is whole, or not at all. No code from the model's folder is run.
 
     Args:
         source: folder of a PEFT LoRA adapter.
