@@ -1,4 +1,4 @@
-"""Frozen linear plus low-rank update in one pass: ``y = x W^T + b + scaling * (x A^T) B^T``.
+"""Frozen linear plus low-rank update in one op: ``y = x W^T + b + scaling * (drop(x) A^T) B^T``.
 
 Shape suffixes: M = tokens, I = d_in, O = d_out, R = rank.
 """
@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from dynrank.kernels import torch_backend as backend
 
 __all__ = ["Tap", "lora_linear", "lora_linear_reference"]
 
@@ -18,11 +19,20 @@ Tap = Callable[[Tensor, Tensor], None]
 
 
 def lora_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, scaling: float
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    keep: Tensor | float = 1.0,
 ) -> Tensor:
-    """The formula, one torch op after the other; what :func:`lora_linear` is tested against."""
+    """The formula, one torch op after the other; what :func:`lora_linear` is tested against.
+
+    ``keep`` is what dropout multiplies x by, in the shape of x.
+    """
     y = x @ weight.mT if bias is None else x @ weight.mT + bias
-    return y + scaling * (x @ lora_A.mT @ lora_B.mT)
+    return y + scaling * ((x * keep) @ lora_A.mT @ lora_B.mT)
 
 
 def lora_linear(
@@ -32,83 +42,200 @@ def lora_linear(
     lora_A: Tensor,
     lora_B: Tensor,
     scaling: float,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    *,
     tap: Tap | None = None,
 ) -> Tensor:
-    """``x W^T + b + scaling * (x A^T) B^T`` with W and b frozen (Hu et al., arXiv:2106.09685, section 4.1).
+    """``x W^T + b + scaling * (drop(x) A^T) B^T`` with W and b frozen (Hu et al., arXiv:2106.09685, section 4.1).
 
     The update is expanded first and the frozen product accumulated into it (GEMM with beta = 1), which saves a
-    read and a write of y and, in bfloat16, does not lose a small update to the rounding of a large y. Backward keeps x
-    and x A^T only.
+    read and a write of y and, in bfloat16, does not lose a small update to the rounding of a large y. For backward
+    x and drop(x) A^T are kept, nothing else: dropout's mask is made again from ``seed``.
+
+    Under autocast all of it is done in autocast's dtype, as torch does a linear layer.
 
     Args:
         x: (..., I), any dtype that torch multiplies.
         weight: (O, I), the dtype of x; gets no gradient.
-        bias: (O,) or None; gets no gradient.
-        lora_A: (R, I), the dtype of x.
-        lora_B: (O, R), the dtype of x.
+        bias: (O,) or None, the dtype of x; gets no gradient.
+        lora_A: (R, I), any dtype. Where it is wider than x's, the products with A and the gradients of A and B are made
+            in it.
+        lora_B: (O, R), the dtype of lora_A.
         scaling: factor of the update.
-        tap: called in backward with ``z = x A^T`` and the gradient at z, both (M, R), which backward has at hand.
+        dropout: probability of zeroing an element of the update's input, in [0, 1].
+        seed: of the mask, see :func:`dynrank.kernels.dropout.draw_seed`; needed where ``dropout`` is above 0.
+        tap: called in backward with ``z = drop(x) A^T`` and the gradient at z, both (M, R).
 
     Returns:
-        (..., O), the dtype of x.
+        (..., O), the dtype of x (of autocast, under it).
 
     Raises:
-        ValueError: if the dtypes differ or a shape does not fit.
+        ValueError: if a dtype or a shape does not fit, or the seed is missing or no 0-d int64 tensor beside x.
     """
-    if {x.dtype} != {weight.dtype, lora_A.dtype, lora_B.dtype, x.dtype if bias is None else bias.dtype}:
-        raise ValueError(
-            f"x, weight, lora_A and lora_B must have one dtype, got {x.dtype}, {weight.dtype}, {lora_A.dtype}, "
-            f"{lora_B.dtype} (and the bias {None if bias is None else bias.dtype})"
-        )
-    (d_out, d_in), rank = weight.shape, lora_A.shape[0]
-    if x.shape[-1] != d_in or lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank):
+    d_out, d_in = weight.shape
+    check_operands(x, weight.shape, bias, lora_A, lora_B, dropout, seed)
+    x, bias, lora_A, lora_B = in_working_dtypes(x, weight.dtype, bias, lora_A, lora_B)
+    x_MI, p = x.reshape(-1, d_in), float(dropout)
+    y_MO, s_MR = _op(x_MI, weight, bias, lora_A, lora_B, scaling, p, seed if p else None)
+    report(tap, y_MO, s_MR, lora_B, scaling)
+    # reshaped out here: a view that leaves the op could not be changed in place (ReLU(inplace=True))
+    result: Tensor = y_MO if x.ndim == 2 else y_MO.view(*x.shape[:-1], d_out)
+    return result
+
+
+def check_operands(
+    x: Tensor,
+    shape: tuple[int, ...],
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+) -> None:
+    """Refuse what :func:`lora_linear` cannot serve; ``shape`` is the weight's, (O, I).
+
+    Raises:
+        ValueError: see :func:`lora_linear`.
+    """
+    (d_out, d_in), rank = shape, lora_A.shape[0]
+    if x.shape[-1:] != (d_in,) or lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank):
         raise ValueError(
             f"x must be (..., {d_in}), lora_A (rank, {d_in}) and lora_B ({d_out}, rank) for a weight of "
-            f"{[*weight.shape]}, got {[*x.shape]}, {[*lora_A.shape]} and {[*lora_B.shape]}"
+            f"{[*shape]}, got {[*x.shape]}, {[*lora_A.shape]} and {[*lora_B.shape]}"
         )
     if bias is not None and bias.shape != (d_out,):
         raise ValueError(f"bias must be ({d_out},), got {[*bias.shape]}")
-    x_MI = x.reshape(-1, d_in)
-    # reshaped out here: a view that leaves the Function could not be changed in place (ReLU(inplace=True))
-    y_MO: Tensor = _LoRALinear.apply(x_MI, weight, bias, lora_A, lora_B, scaling, tap)  # type: ignore[no-untyped-call]
-    return y_MO if x.ndim == 2 else y_MO.view(*x.shape[:-1], d_out)
+    if lora_A.dtype != lora_B.dtype:
+        raise ValueError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    if not 0 <= dropout <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
+    if dropout and (seed is None or seed.dtype != torch.int64 or seed.ndim or seed.device != x.device):
+        got = None if seed is None else (seed.dtype, [*seed.shape], str(seed.device))
+        raise ValueError(f"dropout needs a seed, a 0-d int64 tensor on {x.device} (draw_seed), got {got}")
 
 
-class _LoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_MI: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        scaling: float,
-        tap: Tap | None,
-    ) -> Tensor:
-        s_MR = x_MI @ lora_A.mT
-        scaled_B = scaling * lora_B
-        y_MO = s_MR @ scaled_B.mT if bias is None else torch.addmm(bias, s_MR, scaled_B.mT)
-        y_MO.addmm_(x_MI, weight.mT)
-        ctx.save_for_backward(x_MI, s_MR, weight, lora_A, lora_B)
-        ctx.scaling, ctx.tap = scaling, tap
-        return y_MO
+def in_working_dtypes(
+    x: Tensor, weight: torch.dtype, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """(x, bias, lora_A, lora_B) in the dtypes that the products are made in.
 
-    @staticmethod
-    @once_differentiable  # x A^T is kept as a number, not as a function of x
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_MI, s_MR, weight, lora_A, lora_B = ctx.saved_tensors
-        need_x, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
-        (dy_MO,) = grads
-        dx = d_A = d_B = None
-        if need_x or need_A:
-            ds_MR = dy_MO @ (ctx.scaling * lora_B)
-            if ctx.tap is not None:
-                ctx.tap(s_MR, ds_MR)
-        if need_x:
-            dx = (ds_MR @ lora_A).addmm_(dy_MO, weight)
-        if need_A:
-            d_A = ds_MR.mT @ x_MI
-        if need_B:  # (S^T dY)^T keeps the long dimension contiguous: several times faster on CPU than dY^T S
-            d_B = (ctx.scaling * (s_MR.mT @ dy_MO)).mT
-        return dx, None, None, d_A, d_B, None, None
+    Raises:
+        ValueError: if x, weight and bias differ, outside of autocast.
+    """
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        narrow = torch.get_autocast_dtype(x.device.type)
+        return x.to(narrow), None if bias is None else bias.to(narrow), lora_A.to(narrow), lora_B.to(narrow)
+    if x.dtype != weight or (bias is not None and bias.dtype != weight):
+        got = f"{x.dtype}, {weight} and {None if bias is None else bias.dtype}"
+        raise ValueError(f"x, weight and bias must have one dtype, got {got}")
+    wide = torch.promote_types(x.dtype, lora_A.dtype)
+    return x, bias, lora_A.to(wide), lora_B.to(wide)
+
+
+def report(tap: Tap | None, y_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """Call ``tap`` with s and the gradient at it when y's gradient arrives."""
+    if tap is not None and y_MO.requires_grad:
+        s_MR, lora_B = s_MR.detach(), lora_B.detach()
+        y_MO.register_hook(lambda dy_MO: tap(s_MR, dy_MO.to(lora_B.dtype) @ (scaling * lora_B)))  # type: ignore[no-untyped-call]
+
+
+def product(
+    x_MI: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """``y`` (M, O) and ``drop(x) A^T`` (M, R); a weight of another dtype is cast to x's."""
+    s_MR = backend.down(x_MI, lora_A, p, seed)
+    y_MO = backend.up(s_MR, lora_B, scaling, bias, x_MI.dtype)
+    return y_MO.addmm_(x_MI, weight.to(x_MI.dtype).mT), s_MR
+
+
+def gradients(
+    dy_MO: Tensor,
+    x_MI: Tensor,
+    s_MR: Tensor,
+    weight: Callable[[], Tensor],
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients with respect to x, A and B, as far as ``needs`` says; ``weight`` is asked for x's alone."""
+    dx, d_A, d_B = backend.gradients(dy_MO, x_MI, s_MR, lora_A, lora_B, scaling, p, seed, needs)
+    if dx is not None:
+        dx.addmm_(dy_MO, weight().to(dx.dtype))
+    return dx, d_A, d_B
+
+
+@torch.library.custom_op("dynrank::lora_linear", mutates_args=())
+def _op(
+    x_MI: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return product(x_MI, weight, bias, lora_A, lora_B, scaling, p, seed)
+
+
+@_op.register_fake
+def _(x_MI: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    tokens = x_MI.shape[0]
+    return x_MI.new_empty(tokens, weight.shape[0]), lora_A.new_empty(tokens, lora_A.shape[0])
+
+
+@torch.library.custom_op("dynrank::lora_linear_backward", mutates_args=())
+def _backward_op(
+    dy_MO: Tensor,
+    x_MI: Tensor,
+    s_MR: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    need_x, need_A, need_B = needs
+    grads = gradients(dy_MO, x_MI, s_MR, lambda: weight, lora_A, lora_B, scaling, p, seed, (need_x, need_A, need_B))
+    dx, d_A, d_B = (dy_MO.new_empty(0) if grad is None else grad for grad in grads)  # an op's results aren't optional
+    return dx, d_A, d_B
+
+
+@_backward_op.register_fake
+def _(
+    dy_MO: Tensor, x_MI: Tensor, s_MR: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    operands = zip((x_MI, lora_A, lora_B), rest[-1], strict=True)
+    dx, d_A, d_B = (torch.empty_like(operand) if need else dy_MO.new_empty(0) for operand, need in operands)
+    return dx, d_A, d_B
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x_MI, weight, _, lora_A, lora_B, ctx.scaling, ctx.p, seed = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(x_MI, output[1], weight, lora_A, lora_B, seed)
+
+
+def _backward(ctx: Any, dy_MO: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    x_MI, s_MR, weight, lora_A, lora_B, seed = ctx.saved_tensors
+    need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
+    needs = [need_x, need_A, need_B]
+    grads = _backward_op(dy_MO, x_MI, s_MR, weight, lora_A, lora_B, ctx.scaling, ctx.p, seed, needs)
+    dx, d_A, d_B = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return dx, None, None, d_A, d_B, None, None, None
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)

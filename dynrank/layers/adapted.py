@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
+from dynrank.kernels.dropout import draw_seed
 from dynrank.kernels.lora_linear import lora_linear
+from dynrank.kernels.packed_lora_linear import packed_lora_linear
 from dynrank.layers.base import LoRALayer
-from dynrank.layers.quantized import is_quantized, unpacked
+from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
 
 
 class LoRALinear(LoRALayer):
@@ -27,19 +29,24 @@ class LoRALinear(LoRALayer):
         return self.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """The fused op, except where two different inputs (dropout) or two dtypes (autocast) meet."""
         if self.merged:
             y: Tensor = self.base(x)
             return y
-        if torch.is_autocast_enabled(x.device.type) or (self.training and self.dropout.p > 0):
-            return self._unfused(x)
-        lora_A, lora_B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        return lora_linear(x, self._weight_OI(), self.bias, lora_A, lora_B, self.scaling, self._tap)
+        return lora_linear(
+            x,
+            self._weight_OI(),
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            *self._dropout(x),
+            tap=self._tap,
+        )
 
-    def _unfused(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
-        down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
-        return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
+    def _dropout(self, x: Tensor) -> tuple[float, Tensor | None]:
+        """Its probability now, and the seed of its mask."""
+        p = self.dropout.p if self.training else 0.0
+        return p, draw_seed(x.device) if p else None
 
 
 class LoRAConv1D(LoRALinear):
@@ -73,7 +80,16 @@ class LoRAQuantizedLinear(LoRALinear):
         if self.merged:
             y: Tensor = self.base(x)
             return y
-        return self._unfused(x)
+        unpack = unpacker(self.base) if torch.is_grad_enabled() else None
+        if unpack is None:  # in inference bitsandbytes multiplies by the packed weight, without unpacking it
+            y = self.base(x)
+            down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
+            return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
+        dropout = self._dropout(x)
+        x, dtype = x.to(computes_in(self.base, x)), x.dtype
+        return packed_lora_linear(
+            x, unpack, self.bias, self.lora_A, self.lora_B, self.scaling, *dropout, tap=self._tap
+        ).to(dtype)
 
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
         return delta_OI

@@ -6,14 +6,15 @@ bitsandbytes is not imported here. A program that holds such a layer has importe
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 
-__all__ = ["is_quantized", "mark_unpacked", "unpack_fault", "unpacked"]
+__all__ = ["computes_in", "is_quantized", "mark_unpacked", "unpack_fault", "unpacked", "unpacker"]
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -31,6 +32,33 @@ def unpack_fault(module: nn.Module) -> str | None:
     if getattr(module.weight, "quant_state", None) is None:
         return "its weight is not packed yet; move the model to its device first"
     return None
+
+
+def unpacker(module: nn.Module) -> Callable[[], Tensor] | None:
+    """What returns the (d_out, d_in) weight that a 4-bit layer stands for, anew on every call.
+
+    None where the layer's own forward has to be used: in 8 bits, where it rounds its inputs too; and where bitsandbytes
+    has put the bits into another order, for its own product.
+    """
+    if not _computes_as(module, "Linear4bit"):
+        return None
+    modules: Any = sys.modules["bitsandbytes.nn.modules"]
+    modules.fix_4bit_weight_quant_state_from_module(module)
+    functional: Any = sys.modules["bitsandbytes.functional"]
+    weight: Any = module.weight
+    state = weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False) or tuple(state.shape) != (
+        module.out_features,
+        module.in_features,
+    ):
+        return None
+    return lambda: functional.dequantize_4bit(weight.data, state)
+
+
+def computes_in(module: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype in which a 4-bit layer multiplies ``x``."""
+    dtype = module.compute_dtype if module.compute_type_is_set else None
+    return dtype if isinstance(dtype, torch.dtype) else x.dtype
 
 
 @torch.no_grad()

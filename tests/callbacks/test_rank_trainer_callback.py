@@ -162,10 +162,15 @@ def test_plateau_reads_the_evaluations_and_survives_a_resume(tmp_path):
 
 
 def test_change_that_costs_too_much_is_undone(tmp_path):
+    losses = iter([1.0, 1.5])
+
+    def report(metrics):
+        made.callback_handler.on_evaluate(made.args, made.state, made.control, metrics)
+
     schedule = RankTrainerCallback(
         [Stage(At(step=5), Rank(1))],
-        How(max_regression=0.0, check_monitor="eval_loss"),
-        evaluate=lambda: made.evaluate(),
+        How(max_regression=0.1, check_monitor="eval_loss"),
+        evaluate=lambda: report({"eval_loss": next(losses)}),
     )
     model = own()
     made = trainer(tmp_path, model, schedule, learning_rate=0.1)

@@ -140,6 +140,30 @@ def test_forward_and_gradients_are_those_of_the_packed_layer_and_the_formula(bas
     assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_in_training_4_bits_are_the_op_on_the_unpacked_weight_and_alone_are_kept(base, dropout):
+    model = adapted(base(), dropout=dropout).train()
+    if model.config.quantization_config.load_in_8bit:
+        return
+    layer = dict(dynrank.lora_layers(model))["model.layers.0.mlp.up_proj"]
+    weight = bitsandbytes.functional.dequantize_4bit(layer.base.weight.data, layer.base.weight.quant_state)
+    plain = nn.Sequential(nn.Linear(*weight.T.shape, bias=False))
+    plain[0].weight = nn.Parameter(weight)
+    dynrank.add_lora(plain, rank=4, alpha=6, target_modules=["0"], dropout=dropout).train()
+    plain[0].load_state_dict({"lora_A": layer.lora_A, "lora_B": layer.lora_B}, strict=False)
+    x, results, saved = torch.randn(2, 3, 64), [], []
+    for either in (layer, plain):
+        torch.manual_seed(7)
+        leaf = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            y = either(leaf)
+        kept = [t for t in saved if t.shape in (weight.shape, weight.T.shape) and t.is_floating_point()]
+        assert bool(kept) == (either is plain)
+        factors = (layer.lora_A, layer.lora_B) if either is layer else (plain[0].lora_A, plain[0].lora_B)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *factors])])
+    assert all(map(torch.equal, *results))
+
+
 def test_merge_unpacks_4_bits_and_refuses_8(base, tmp_path):
     model = adapted(base())
     expected, kinds = logits(model), [type(m) for m in model.modules()]

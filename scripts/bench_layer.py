@@ -1,0 +1,132 @@
+"""One LoRA layer, forward and backward: PEFT's, ours and the frozen linear, interleaved in one process.
+
+Every round runs the three once in a new order; the table has the median over rounds of the ratios within a round, so
+that a noisy machine disturbs all alike. Saved bytes are what autograd keeps between forward and backward besides the
+parameters (saved_tensors_hooks). Floor: the frozen linear's time x (1 + 3 r / d), the share of floating-point
+operations that the update adds.
+Run: .venv/bin/python scripts/bench_layer.py [--rounds N] [--tokens M] [--widths 576 1024 2048] [--ranks 8 16 64]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.table import Table
+from torch import Tensor, nn
+
+from dynrank import add_lora
+from dynrank.console import table_console
+
+KINDS = ("fp32", "bf16")  # dtype of the base; the adapters are float32, as both libraries have it by default
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--widths", type=int, nargs="+", default=[576, 1024, 2048])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    options = parser.parse_args()
+    table = Table(title=f"forward + backward, {options.tokens} tokens, {torch.get_num_threads()} threads")
+    for heading in ("base", "d", "r", "p", "ours / PEFT", "(quartiles)", "ours / frozen", "PEFT / frozen", "floor"):
+        table.add_column(heading, justify="right")
+    for heading in ("frozen ms", "saved bytes / PEFT"):
+        table.add_column(heading, justify="right")
+    for kind, width, rank, p in itertools.product(options.kinds, options.widths, options.ranks, (0.0, 0.1)):
+        table.add_row(kind, str(width), str(rank), str(p), *_measure(kind, width, rank, p, options))
+    table_console().print(table)
+
+
+def _measure(kind: str, width: int, rank: int, p: float, options: argparse.Namespace) -> list[str]:
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
+    layers = {
+        "frozen": _frozen(width, dtype),
+        "PEFT": _peft(width, rank, p, dtype),
+        "ours": _ours(width, rank, p, dtype),
+    }
+    x = torch.randn(options.tokens, width).to(dtype).requires_grad_()
+    dy = torch.randn(options.tokens, width).to(dtype)
+    seconds = rounds(
+        {name: lambda layer=layer: layer(x).backward(dy) for name, layer in layers.items()}, options.rounds
+    )
+    saved = {name: saved_bytes(layer, x) for name, layer in layers.items()}
+    low, median, high = statistics.quantiles(_ratios(seconds, "ours", "PEFT"), n=4)
+    frozen = statistics.median(seconds["frozen"])
+    return [
+        f"{median:.2f}",
+        f"{low:.2f}-{high:.2f}",
+        f"{statistics.median(_ratios(seconds, 'ours', 'frozen')):.2f}",
+        f"{statistics.median(_ratios(seconds, 'PEFT', 'frozen')):.2f}",
+        f"{1 + 3 * rank / width:.2f}",
+        f"{1e3 * frozen:.2f}",
+        f"{saved['ours'] / saved['PEFT']:.2f}",
+    ]
+
+
+def rounds(functions: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
+    """Seconds of each function in each of ``count`` rounds, after three that warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for index in range(count + 3):
+        for name in random.sample(list(functions), len(functions)):
+            start = time.perf_counter()
+            functions[name]()
+            if index >= 3:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def saved_bytes(layer: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward keeps for its backward, each storage once, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = layer(x)
+    del y
+    return sum(storages.values())
+
+
+def _ratios(seconds: dict[str, list[float]], above: str, below: str) -> list[float]:
+    return [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
+
+
+def _frozen(width: int, dtype: torch.dtype) -> nn.Module:
+    return nn.Sequential(nn.Linear(width, width)).to(dtype).requires_grad_(False)
+
+
+def _ours(width: int, rank: int, p: float, dtype: torch.dtype) -> nn.Module:
+    return _trained(add_lora(_frozen(width, dtype), rank=rank, alpha=2 * rank, target_modules=["0"], dropout=p))
+
+
+def _peft(width: int, rank: int, p: float, dtype: torch.dtype) -> nn.Module:
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"], lora_dropout=p)
+    return _trained(get_peft_model(_frozen(width, dtype), config))
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    """B is zero in a new adapter, and a layer that multiplies zeros may be faster than one that does not."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+    return model.train()
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
