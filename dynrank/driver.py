@@ -14,7 +14,6 @@ from dynrank.layers.inject import lora_layers
 from dynrank.planning import check_model, final_ranks, layer_states, needs_of
 from dynrank.processes import from_first, gathered, mean_over_processes, process_count, process_index
 from dynrank.rank_change import RankEvent, Training, change_ranks
-from dynrank.resizing import LayerReport
 from dynrank.rewarmup import Rewarmup
 from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
 from dynrank.statistics import Window
@@ -222,10 +221,7 @@ class RankDriver:
         self._observed_step, self._looked_step = state_dict["observed_step"], state_dict["looked_step"]
         self._validated_step, self._validation = state_dict["validated_step"], dict(state_dict["validated"])
         self._resumed = {"ramps": state_dict["ramps"], "window": state_dict["window"]}
-        self.history = [
-            RankEvent(**{**event, "layers": tuple(LayerReport(**layer) for layer in event["layers"])})
-            for event in state_dict["history"]
-        ]
+        self.history = [RankEvent.from_state(event) for event in state_dict["history"]]
 
     def _how(self, stage: Stage) -> How:
         return stage.how or self.how

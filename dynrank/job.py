@@ -133,6 +133,13 @@ def run(
             saved = trainer.checkpoint_callback._last_checkpoint_saved or config.ckpt_path  # type: ignore[union-attr]
             print(f"SIGTERM: stopped after step {trainer.global_step}; go on with ckpt_path={saved}", file=sys.stderr)
         raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        if checkpoint is None or meter.begun or isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(  # Lightning and torch load states without looking at what is in them
+            f"cannot go on from the checkpoint {str(checkpoint)!r}: {type(error).__name__}: {error!s:.200}; "
+            "set ckpt_path"
+        ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
     metrics = trainer.test(job.module, job.task.data, verbose=False)[0]

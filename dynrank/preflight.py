@@ -23,6 +23,11 @@ def check_run(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or value < least:
             raise ConfigurationError(f"{key} must be an int of at least {least}, got {value!r}")
+    if config.seed >= 2**32:  # NumPy's generator takes no more
+        raise ConfigurationError(f"seed must be below 2**32, got {config.seed}")
+    steps = config.trainer.get("max_steps", -1)
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < -1:
+        raise ConfigurationError(f"trainer.max_steps must be an int of at least 0, or -1 (no end), got {steps!r}")
     if config.trainer.get("devices", 1) is None:
         raise ConfigurationError(
             "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.agreement import check_processes
+from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.resizing import LayerReport, Snapshot, predict, resize
 from dynrank.schedules import How
@@ -33,6 +34,28 @@ class RankEvent:
     reason: str
     layers: tuple[LayerReport, ...]
     undone: bool = False
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> RankEvent:
+        """The event that ``state`` was made of by ``dataclasses.asdict``.
+
+        Raises:
+            ConfigurationError: if a value is of another type than an event has.
+        """
+        event = cls(**{**state, "layers": tuple(LayerReport(**layer) for layer in state["layers"])})
+        wrong = _mistyped(event, step=int, reason=str, undone=bool)
+        for layer in event.layers:
+            wrong += _mistyped(layer, layer=str, rank_before=int, rank_after=int, energy_kept=float)
+            wrong += _mistyped(layer, predicted_error=float, singular_values=tuple, parameters_saved=int)
+            wrong += [f"{value!r} in singular_values" for value in layer.singular_values if type(value) is not float]
+        if wrong:
+            raise ConfigurationError(f"the history of rank changes in the checkpoint holds {wrong[0]}; set ckpt_path")
+        return event
+
+
+def _mistyped(record: object, **types: type) -> list[str]:
+    values = {name: getattr(record, name) for name in types}
+    return [f"{name}={values[name]!r:.100}" for name, wanted in types.items() if type(values[name]) is not wanted]
 
 
 class Training(Protocol):

@@ -45,6 +45,7 @@ __all__ = [
 RankFunction = Callable[[int], int]
 _METRICS = ("weight", "output", "loss")
 _NEW_ROWS = ("orthogonal", "gradient")
+_MOST_CHANGES = 1000  # of one preset, each a stage: far more than ranks to go through
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,7 @@ def after_convergence(
         deadline: share of the run at which the final rank is taken in any case; None: never.
     """
     _check_count("final_rank", final_rank)
-    _check_count("drops", drops)
+    _check_count("drops", drops, most=_MOST_CHANGES)
     when = Plateau() if trigger is None else trigger
     return [
         Stage(when, Towards(final_rank, step, drops), deadline=_unless_timed(when, deadline), key="schedule.final_rank")
@@ -311,7 +312,7 @@ def anneal(
     Source: arXiv:2602.10993.
     """
     _check_count("final_rank", final_rank)
-    _check_count("steps", steps)
+    _check_count("steps", steps, most=_MOST_CHANGES)
     if not _is_number(start) or not _is_number(end) or not 0 <= start <= end <= 1:
         raise ConfigurationError(
             f"start and end must be shares, 0 <= start <= end <= 1, got {start!r} and {end!r}; "
@@ -488,6 +489,7 @@ def _check_share(name: str, value: float) -> None:
         raise ConfigurationError(f"{name} must be a share in (0, 1], got {value!r}; set schedule.{name}")
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{name} must be an int of at least 1, got {value!r}; set schedule.{name}")
+def _check_count(name: str, value: int, most: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
+        bounds = "of at least 1" if most is None else f"between 1 and {most}"
+        raise ConfigurationError(f"{name} must be an int {bounds}, got {value!r}; set schedule.{name}")

@@ -29,7 +29,8 @@ def _train(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     composed = OmegaConf.create(OmegaConf.to_container(config))
-    run(config, folder, sweep=hydra_config.mode == RunMode.MULTIRUN, record=partial(_record, composed, folder))
+    with usage_errors():  # here, too: Hydra prints a line of its own for what gets out
+        run(config, folder, sweep=hydra_config.mode == RunMode.MULTIRUN, record=partial(_record, composed, folder))
 
 
 def _record(config: Any, folder: Path) -> None:

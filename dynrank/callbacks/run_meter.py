@@ -77,6 +77,11 @@ class RunMeter(Callback):
         self._close(trainer)
 
     @property
+    def begun(self) -> bool:
+        """Whether a training batch has begun."""
+        return self._start > 0
+
+    @property
     def tokens(self) -> int:
         """Input tokens without padding, of this process, after training of all."""
         return sum(phase.tokens for phase in self.phases)
