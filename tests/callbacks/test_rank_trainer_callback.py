@@ -162,7 +162,7 @@ def test_plateau_reads_the_evaluations_and_survives_a_resume(tmp_path):
 
 
 def test_change_that_costs_too_much_is_undone(tmp_path):
-    losses = iter([1.0, 1.5])
+    losses = iter([1.0, 1.5, 1.0, 1.0])  # before the change, after it, and when it is undone
 
     def report(metrics):
         made.callback_handler.on_evaluate(made.args, made.state, made.control, metrics)
