@@ -1,0 +1,53 @@
+"""Which row and bucket serve a GPU and a rank, and that every tile is one the kernels take."""
+
+import pytest
+
+from dynrank.kernels import tile_table
+
+
+@pytest.mark.parametrize(("rank", "bucket"), [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (128, 128)])
+def test_rank_bucket_is_the_least_that_holds_the_rank(rank, bucket):
+    assert tile_table.rank_bucket(rank) == bucket
+
+
+def test_rank_bucket_refuses_a_rank_above_the_largest():
+    with pytest.raises(ValueError, match="rank must be at most 128, got 129"):
+        tile_table.rank_bucket(129)
+
+
+@pytest.mark.parametrize(
+    ("backend", "architecture", "row"),
+    [
+        ("cuda", 75, None),
+        ("cuda", 80, "sm_80"),
+        ("cuda", 89, "sm_80"),
+        ("cuda", 90, "sm_90"),
+        ("cuda", 100, "sm_100"),
+        ("cuda", 103, "sm_100"),
+        ("cuda", 120, "sm_80"),
+        ("hip", "gfx942", None),
+    ],
+)
+def test_architecture_row_names_the_row_of_the_gpu(backend, architecture, row):
+    assert tile_table.architecture_row(backend, architecture) == row
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("architecture", tile_table.MULTIPROCESSORS)
+@pytest.mark.parametrize("kernel", ["shrink", "expand", "grad_A"])
+def test_every_bucket_has_a_tile_with_the_masks_sub_tiles(architecture, itemsize, kernel):
+    for bucket in tile_table.BUCKETS:
+        assert tile_table.tile(architecture, itemsize, kernel, bucket) is not None
+        dropped = tile_table.tile(architecture, itemsize, f"{kernel}+drop", bucket)
+        assert (dropped.sub, dropped.slices) in [(32, 4), (32, 8)]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("architecture", tile_table.MULTIPROCESSORS)
+@pytest.mark.parametrize("bucket", tile_table.BUCKETS)
+def test_one_pass_is_where_its_partial_sums_are_no_more_bytes_than_another_pass(architecture, itemsize, bucket):
+    """One float32 sum of the rank's width a block of columns is written and read, against reading dy once more."""
+    found = tile_table.tile(architecture, itemsize, "grad_S_and_B", bucket)
+    widest = 256 if itemsize == 2 else 128
+    assert (found is not None) or 2 * 4 * bucket / widest >= itemsize
+    assert (found is None) or 2 * 4 * bucket / found.width <= itemsize

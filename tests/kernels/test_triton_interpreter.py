@@ -1,0 +1,316 @@
+"""The Triton kernels, run by Triton's interpreter, against float64 and a mask made by numpy."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dynrank.kernels import triton_backend
+from dynrank.kernels.tile_table import Tile
+from dynrank.kernels.triton_backend import expand, grad_A, grad_S_and_B, serves, shrink
+
+pytestmark = pytest.mark.usefixtures("triton_interpreter")
+
+# Norm of the error over the norm of the result: sums in float32, then one rounding to what is stored.
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+RATES = (0.0, 0.1, 0.5, 1.0)
+LAYOUTS = ("contiguous", "padded rows", "transposed", "every other column")
+cases = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_outputs():
+    """Memory that torch hands out uninitialised is NaN, and an operation that may differ between runs is an error."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.ones(1).new_empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def matrix(draw_seed, shape, dtype, layout="contiguous"):
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(draw_seed)
+    stored = {
+        "contiguous": (rows, columns),
+        "padded rows": (rows, columns + 3),
+        "transposed": (columns, rows),
+        "every other column": (rows, 2 * columns),
+    }[layout]
+    values = torch.randn(stored, generator=generator).to(dtype)
+    made = {
+        "contiguous": lambda: values,
+        "padded rows": lambda: values[:, :columns],
+        "transposed": lambda: values.mT,
+        "every other column": lambda: values[:, ::2],
+    }[layout]()
+    assert made.shape == shape
+    return made
+
+
+def seed_of(number):
+    return torch.tensor(number, dtype=torch.int64)
+
+
+def philox_4x32_10(counter, key):
+    """Philox4x32-10 of four counter words and two key words (Salmon et al., 2011), by numpy in 64-bit integers."""
+    words, (k0, k1) = [np.asarray(word, dtype=np.uint64) for word in counter], key
+    for _ in range(10):
+        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
+        low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
+        words = [
+            (second >> high) ^ words[1] ^ np.uint64(k0),
+            second & low,
+            (first >> high) ^ words[3] ^ np.uint64(k1),
+            first & low,
+        ]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return words
+
+
+def reference_mask(rows, columns, p, seed):
+    """(rows, columns) of 0 and 1 / keep rate, by the definition of the mask, element for element."""
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    counter = (32 * (column // 256) + column % 32, row, 0 * row, 0 * row)
+    words = philox_4x32_10(counter, (int(seed) % 2**32, int(seed) // 2**32 % 2**32))
+    part = column % 256 // 32
+    bits = np.choose(part // 2, words) >> (16 * (part % 2)).astype(np.uint64) & np.uint64(0xFFFF)
+    threshold = round((1 - p) * 65536)
+    kept = torch.from_numpy((bits < threshold).astype(np.float64))
+    return kept * (65536 / threshold) if threshold else kept
+
+
+def drawn_mask(rows, columns, p, seed):
+    return expand(torch.ones(rows, 1), torch.ones(1, columns), None, p, seed)
+
+
+def check(got, expected, dtype):
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    assert torch.isfinite(got).all()
+    error = (got.double() - expected).norm()
+    assert error <= TOLERANCE[dtype] * expected.norm()
+
+
+@st.composite
+def problems(draw):
+    dtype = draw(st.sampled_from([*TOLERANCE]))
+    p = draw(st.sampled_from(RATES))
+    return {
+        "dtype": dtype,
+        "rows": draw(st.integers(0, 150)),
+        "d_in": draw(st.integers(1, 300)),
+        "d_out": draw(st.integers(1, 300)),
+        "rank": draw(st.integers(1, 128)),
+        "p": p,
+        "seed": seed_of(draw(st.integers(-(2**63), 2**63 - 1))) if p or draw(st.booleans()) else None,
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "bias": draw(st.booleans()),
+    }
+
+
+def mask_of(problem, columns):
+    if not problem["p"]:
+        return torch.ones(problem["rows"], columns, dtype=torch.float64)
+    return reference_mask(problem["rows"], columns, problem["p"], problem["seed"])
+
+
+@cases
+@given(problem=problems())
+def test_shrink_is_the_product_with_what_dropout_leaves(problem):
+    x = matrix(0, (problem["rows"], problem["d_in"]), problem["dtype"], problem["layout"])
+    a = matrix(1, (problem["rank"], problem["d_in"]), problem["dtype"], problem["layout"])
+    expected = (x.double() * mask_of(problem, problem["d_in"])) @ a.double().mT
+    check(shrink(x, a, problem["p"], problem["seed"]), expected, problem["dtype"])
+
+
+@cases
+@given(problem=problems())
+def test_expand_is_the_masked_product_and_bias(problem):
+    s = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
+    factor = matrix(1, (problem["rank"], problem["d_out"]), problem["dtype"], problem["layout"])
+    bias = matrix(2, (1, problem["d_out"]), problem["dtype"], problem["layout"])[0] if problem["bias"] else None
+    expected = mask_of(problem, problem["d_out"]) * (s.double() @ factor.double())
+    if bias is not None:
+        expected += bias.double()
+    check(expand(s, factor, bias, problem["p"], problem["seed"]), expected, problem["dtype"])
+
+
+@cases
+@given(problem=problems())
+def test_grad_A_is_the_product_with_what_dropout_leaves(problem):
+    ds = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
+    x = matrix(1, (problem["rows"], problem["d_in"]), problem["dtype"], problem["layout"])
+    expected = ds.double().mT @ (x.double() * mask_of(problem, problem["d_in"]))
+    check(grad_A(ds, x, problem["p"], problem["seed"]), expected, problem["dtype"])
+
+
+@cases
+@given(problem=problems(), scaling=st.sampled_from([2, 0.37, -1.5]))
+def test_grad_S_and_B_are_the_two_products(problem, scaling):
+    dy = matrix(0, (problem["rows"], problem["d_out"]), problem["dtype"], problem["layout"])
+    s = matrix(1, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
+    b = matrix(2, (problem["d_out"], problem["rank"]), problem["dtype"], problem["layout"])
+    ds, db = grad_S_and_B(dy, s, b, scaling)
+    check(ds, scaling * dy.double() @ b.double(), problem["dtype"])
+    check(db, scaling * dy.double().mT @ s.double(), problem["dtype"])
+
+
+def test_a_gradient_that_is_one_number_expanded_is_served():
+    """``y.sum().backward()`` gives strides of 0."""
+    dy, s, b = torch.ones(()).expand(40, 70), torch.randn(40, 3), torch.randn(70, 3)
+    ds, db = grad_S_and_B(dy, s, b, 1.0)
+    check(ds, dy.double() @ b.double(), torch.float32)
+    check(db, dy.double().mT @ s.double(), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_no_tokens_give_empty_results_and_zero_gradients(dtype, p):
+    none, a, b = torch.ones(0, 40, dtype=dtype), torch.ones(3, 40, dtype=dtype), torch.ones(50, 3, dtype=dtype)
+    seed = seed_of(0)
+    s = shrink(none, a, p, seed)
+    assert (s.shape, s.dtype) == ((0, 3), dtype)
+    assert expand(s, b.mT, None, p, seed).shape == (0, 50)
+    assert torch.equal(grad_A(s, none, p, seed), torch.zeros(3, 40, dtype=dtype))
+    ds, db = grad_S_and_B(torch.ones(0, 50, dtype=dtype), s, b, 2.0)
+    assert ds.shape == (0, 3)
+    assert torch.equal(db, torch.zeros(50, 3, dtype=dtype))
+
+
+# Known answers of Random123, the authors' library.
+@pytest.mark.parametrize(
+    ("counter", "key", "answer"),
+    [
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_the_reference_is_philox(counter, key, answer):
+    assert tuple(int(word) for word in philox_4x32_10(counter, key)) == answer
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
+def test_mask_is_philox_of_seed_row_and_column(seed):
+    expected = reference_mask(70, 530, 0.1, seed)
+    assert torch.equal(drawn_mask(70, 530, 0.1, seed_of(seed)).double(), expected.float().double())
+
+
+def test_every_kernel_draws_the_same_mask():
+    seed, eye = seed_of(5), torch.eye(100)
+    mask = drawn_mask(100, 100, 0.3, seed)
+    assert torch.equal(shrink(torch.ones(100, 100), eye, 0.3, seed), mask)
+    assert torch.equal(grad_A(eye, torch.ones(100, 100), 0.3, seed), mask)
+
+
+@pytest.mark.parametrize("shape", [Tile(16, 32, 4, 4, 1), Tile(32, 32, 8, 4, 1), Tile(128, 32, 4, 4, 1)])
+def test_mask_does_not_depend_on_tile_sizes_or_on_the_number_of_tokens(monkeypatch, shape):
+    seed, eye = seed_of(6), torch.eye(100)
+    mask = drawn_mask(150, 300, 0.4, seed)
+    monkeypatch.setattr(triton_backend, "tile", lambda *_: shape)
+    assert torch.equal(drawn_mask(150, 300, 0.4, seed), mask)
+    assert torch.equal(drawn_mask(7, 90, 0.4, seed), mask[:7, :90])
+    assert torch.equal(shrink(torch.ones(130, 100), eye, 0.4, seed), mask[:130, :100])
+    assert torch.equal(grad_A(eye, torch.ones(100, 290), 0.4, seed), mask[:100, :290])
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_mask_keeps_its_share(p):
+    mask = drawn_mask(400, 600, p, seed_of(7))
+    kept, threshold = (mask > 0).double(), round((1 - p) * 65536)
+    rate = threshold / 65536
+    assert abs(kept.mean() - rate) < 4 * (rate * (1 - rate) / mask.numel()) ** 0.5
+    assert torch.equal(mask[mask > 0].unique(), torch.tensor([65536 / threshold]))
+    for share, count in ((kept.mean(0), 400), (kept.mean(1), 600)):  # no row or column stands out
+        assert (share - rate).abs().max() < 6 * (rate * (1 - rate) / count) ** 0.5
+
+
+def test_masks_of_two_seeds_rows_or_columns_are_independent():
+    first, second = (drawn_mask(400, 600, 0.5, seed_of(seed)) > 0 for seed in (8, 9))
+    pairs = {
+        "seeds": (first, second),
+        "rows": (first[1:], first[:-1]),
+        "columns": (first[:, 1:], first[:, :-1]),
+        "columns 32 apart": (first[:, 32:], first[:, :-32]),
+        "columns 256 apart": (first[:, 256:], first[:, :-256]),
+    }
+    for name, (one, other) in pairs.items():
+        agreement = (one == other).double().mean()
+        assert abs(agreement - 0.5) < 4 * (0.25 / one.numel()) ** 0.5, name
+
+
+def test_two_runs_give_the_same_bits():
+    x, dy, seed = torch.randn(150, 300), torch.randn(150, 200), seed_of(10)
+    a, b = torch.randn(20, 300), torch.randn(200, 20)
+
+    def everything():
+        s = shrink(x, a, 0.1, seed)
+        ds, db = grad_S_and_B(dy, s, b, 0.7)
+        return s, expand(s, a, None, 0.1, seed), grad_A(ds, x, 0.1, seed), ds, db
+
+    for first, second in zip(everything(), everything(), strict=True):
+        assert torch.equal(first, second)
+
+
+class ReadsOnTheHost(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket is not torch.ops.aten._local_scalar_dense, "waits for the GPU"
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_seed_is_not_read_on_the_host():
+    x, a, seed = torch.randn(20, 30), torch.randn(4, 30), seed_of(11)
+    with ReadsOnTheHost():
+        s = shrink(x, a, 0.1, seed)
+        expand(s, a, None, 0.1, seed)
+        grad_A(s, x, 0.1, seed)
+    with pytest.raises(AssertionError, match="waits"), ReadsOnTheHost():
+        seed.item()
+
+
+@pytest.mark.parametrize("rank", [1, 16, 17, 128])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_serves_what_the_kernels_can(rank, dtype):
+    assert serves(torch.ones(2, 3, dtype=dtype), rank) is None
+
+
+def test_serves_says_why_not(monkeypatch):
+    x = torch.ones(2, 3)
+    assert serves(x, 129) == "the Triton kernels serve ranks up to 128, and the rank is 129"
+    assert serves(x.double(), 8) == "the Triton kernels serve float32, bfloat16 and float16, and x is float64"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert serves(x, 8) == "the Triton kernels run on a GPU, and x is on cpu"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert serves(x, 8) == "Triton is not installed"
+
+
+def test_the_backend_is_imported_without_triton():
+    code = """if True:
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from dynrank.kernels import triton_backend
+        print(triton_backend.serves(torch.ones(2, 3), 8))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "Triton is not installed"
+
+
+def test_the_interpreters_own_product_of_bfloat16_is_still_wrong(monkeypatch):
+    """When this fails, Triton multiplies bfloat16 right, and the patch of these tests can go."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    patched = InterpreterBuilder.create_dot
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", patched.__closure__[0].cell_contents)
+    x, a = torch.ones(4, 32, dtype=torch.bfloat16), torch.ones(2, 32, dtype=torch.bfloat16)
+    assert not torch.equal(shrink(x, a, 0.0, None), torch.full((4, 2), 32.0, dtype=torch.bfloat16))
