@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -29,6 +30,7 @@ def _decimal(text: str) -> float:
 @app.callback()
 def dynrank() -> None:
     """LoRA adapters whose rank changes while they train. Training itself: dynrank-train."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nothing here needs
 
 
 @app.command()
@@ -41,6 +43,24 @@ def ranks(
     from dynrank.rank_table import print_peft_config, print_ranks
 
     (print_peft_config if peft else print_ranks)(compose(overrides or ()))
+
+
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Hydra overrides, as for dynrank-train; and model, weights, double_quantization, batch_size, "
+            "sequence_length, ranks=[4,8], budget=24GiB"
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the bytes by rank to write: FILE.png")] = None,
+) -> None:
+    """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
+    from dynrank.config import compose
+    from dynrank.plan_table import show_plan
+
+    show_plan(compose(overrides or (), "plan"), plot)
 
 
 @app.command()

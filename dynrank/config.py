@@ -69,17 +69,32 @@ class RunConfig:
     plots: bool = MISSING
 
 
+@dataclass
+class PlanConfig(RunConfig):
+    """A run and what ``dynrank plan`` is asked about it."""
+
+    model: str | None = MISSING
+    weights: str | None = MISSING
+    double_quantization: bool = MISSING
+    batch_size: int | None = MISSING
+    sequence_length: int | None = MISSING
+    ranks: Any = MISSING
+    budget: Any = MISSING
+
+
 ConfigStore.instance().store(name="schema", node=RunConfig)
+ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
+def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME) -> DictConfig:
     """The configuration that ``dynrank-train`` would run with these overrides, for notebooks and dry runs.
 
     Args:
         overrides: in Hydra's syntax, such as ``["lora.rank=8", "schedule=fixed"]``.
+        name: of the file in ``conf/``; ``plan`` is what ``dynrank plan`` composes.
     """
     with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        return hydra_compose(CONFIG_NAME, overrides=list(overrides))
+        return hydra_compose(name, overrides=list(overrides))
 
 
 def rank_pattern(config: DictConfig) -> dict[str, Any]:

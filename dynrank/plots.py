@@ -118,6 +118,32 @@ def spectra_figure(
     return figure
 
 
+def plot_memory(bars: Mapping[str, Mapping[str, int]], budget: int | None, title: str, file: Path) -> None:
+    """A bar for each way to train, made of its parts; a line for the budget.
+
+    Args:
+        bars: what to write below a bar -> part -> bytes; all with the same parts.
+        budget: bytes, if there is one.
+        title: of the picture.
+        file: to write.
+    """
+    figure, axes = _figure("rank (ckpt: with gradient checkpointing)", "GiB")
+    bottoms = [0.0] * len(bars)
+    for part in next(iter(bars.values())):
+        heights = [parts[part] / 2**30 for parts in bars.values()]
+        axes.bar(range(len(bars)), heights, bottom=bottoms, label=part)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    highest = max(bottoms)
+    if budget is not None:
+        axes.axhline(budget / 2**30, color="tab:red", linestyle="--", label=f"budget: {budget / 2**30:g} GiB")
+        highest = max(highest, budget / 2**30)
+    axes.set_xticks(range(len(bars)), list(bars), fontsize=8)
+    axes.set_ylim(0, highest * 1.05)
+    axes.set_title(title, fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(file)
+
+
 def _figure(xlabel: str, ylabel: str, height: float = 4.5) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(8, height), dpi=120, layout="constrained")
     axes = figure.subplots()

@@ -51,7 +51,12 @@ def launch(environment, *arguments, cwd):
 
 def test_wheel_holds_the_configuration_and_kernels_as_files(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for path in [*ROOT.glob("conf/**/*.yaml"), *ROOT.glob("kernels/*.py"), *ROOT.glob("dynrank/**/*.py")]:
+    for path in [
+        *ROOT.glob("conf/**/*.yaml"),
+        *ROOT.glob("kernels/*.py"),
+        *ROOT.glob("dynrank/**/*.py"),
+        *ROOT.glob("dynrank/models/*.json"),
+    ]:
         relative = path.relative_to(ROOT).as_posix()
         assert (relative if relative.startswith("dynrank/") else f"dynrank/{relative}") in names
     assert not [name for name in names if name.startswith(("conf/", "kernels/", "tests/"))]
@@ -71,7 +76,11 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     assert (tmp_path / "run" / "summary.json").is_file()
 
 
-COMMANDS = [("dynrank",), *(("dynrank", name) for name in ("ranks", "squeeze", "merge", "inspect")), ("dynrank-train",)]
+COMMANDS = [
+    ("dynrank",),
+    *(("dynrank", name) for name in ("ranks", "plan", "squeeze", "merge", "inspect")),
+    ("dynrank-train",),
+]
 
 
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
