@@ -50,10 +50,10 @@ class Need:
         checkpointing: blocks keep their inputs alone and are computed again in the backward.
         weights: the frozen base and all buffers.
         adapter: the factors, and the modules that are trained whole.
-        gradients: of what is trained.
         optimizer: its state.
+        gradients: of what is trained, all of them.
         activations: saved by the forward for the backward.
-        temporary: what forward and backward hold at their peak beyond activations and gradients.
+        step: the most that forward and backward hold at once of activations, gradients and temporary tensors.
     """
 
     rank: int
@@ -62,14 +62,15 @@ class Need:
     checkpointing: bool
     weights: int
     adapter: int
-    gradients: int
     optimizer: int
+    gradients: int
     activations: int
-    temporary: int
+    step: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations + self.temporary
+        """The most that is held at once."""
+        return self.weights + self.adapter + self.optimizer + self.step
 
 
 @dataclass(frozen=True)
@@ -269,10 +270,10 @@ def _needs(
                 checkpointing,
                 weights,
                 adapter,
-                step.gradients,
                 state,
+                step.gradients,
                 step.activations,
-                max(0, step.peak - step.activations - step.gradients),
+                step.peak,
             )
         )
     return needs

@@ -16,7 +16,7 @@ from dynrank.memory_plan import Need, Plan, make_plan
 
 __all__ = ["PARTS", "print_plan", "show_plan"]
 
-PARTS = ("weights", "adapter", "gradients", "optimizer", "activations", "temporary")
+PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")
 
 
 def show_plan(config: DictConfig, plot: Path | None) -> None:
@@ -41,7 +41,11 @@ def print_plan(plan: Plan) -> None:
     if plan.head_parameters:
         print(f"trained whole    {plan.head_parameters:,} parameters")
     print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
-    table = Table(title="MiB by rank")
+    table = Table(
+        title="MiB by rank",
+        caption="total = weights + adapter + optimizer + step; step: the most that forward and backward hold at once, "
+        "of activations, gradients and temporary tensors",
+    )
     for heading in ("rank", "LoRA parameters", "of model", "checkpointing", *PARTS, "total"):
         table.add_column(heading, justify="right", overflow="fold")
     if plan.budget is not None:
@@ -87,7 +91,13 @@ def draw_plan(plan: Plan, file: Path) -> None:
     from dynrank.plots import plot_memory  # matplotlib is an extra
 
     bars = {
-        f"{_rank(need)}\nckpt" if need.checkpointing else _rank(need): {part: getattr(need, part) for part in PARTS}
+        _rank(need) + ("\nckpt" if need.checkpointing else ""): {
+            "weights": need.weights,
+            "adapter": need.adapter,
+            "optimizer": need.optimizer,
+            "activations": need.activations,
+            "rest of the step": need.step - need.activations,
+        }
         for need in plan.needs
     }
     title = f"{plan.model}, base in {plan.weights}\nbatch {plan.batch[0]} x {plan.batch[1]} tokens, {plan.optimizer}"

@@ -72,7 +72,7 @@ def held(tensors):
 
 
 def real_step(model, make_loss, batch, optimizer="adamw"):
-    """((weights, adapter, gradients, optimizer state, activations) in bytes, peak beyond model and state) of a step.
+    """((weights, adapter, optimizer state, gradients, activations) in bytes, peak beyond model and state) of a step.
 
     The peak is what torch's own allocator has given out and not got back.
     """
@@ -108,11 +108,11 @@ def real_step(model, make_loss, batch, optimizer="adamw"):
     state = held(t for s in made.state.values() for t in s.values() if isinstance(t, torch.Tensor))
     gradients = held(p.grad for p in trained if p.grad is not None)
     frozen = [p for p in model.parameters() if not p.requires_grad]
-    return (held([*frozen, *model.buffers()]), held(trained), gradients, state, activations), peak
+    return (held([*frozen, *model.buffers()]), held(trained), state, gradients, activations), peak
 
 
 def counted(need):
-    return need.weights, need.adapter, need.gradients, need.optimizer, need.activations
+    return need.weights, need.adapter, need.optimizer, need.gradients, need.activations
 
 
 @pytest.mark.parametrize(("weights", "checkpointing"), [("fp32", False), ("bf16", False), ("bf16", True)])
@@ -130,22 +130,22 @@ def test_counted_bytes_are_those_of_a_real_step(kind, weights, checkpointing, co
     assert need.checkpointing == checkpointing
     assert counted(need) == real
     if not checkpointing:  # which keeps states of the random generator that weigh something in a model so small
-        assert need.activations + need.gradients + need.temporary == pytest.approx(peak, rel=1e-3)
+        assert need.step == pytest.approx(peak, rel=1e-3)
 
 
 def test_smollm2_takes_the_bytes_that_were_counted():
-    plan = plan_of("model=smollm2-135m", "weights=fp32", "batch_size=2", "sequence_length=48", "ranks=8")
+    plan = plan_of("model=smollm2-135m", "weights=fp32", "batch_size=1", "sequence_length=32", "ranks=8")
     model = transformers.LlamaForCausalLM(read_config("smollm2-135m")).float().train()
     model.config.use_cache = False
     dynrank.add_lora(model, rank=8)
-    ids = torch.randint(1000, (2, 48))
+    ids = torch.randint(1000, (1, 32))
     for need in plan.needs:
         if need.checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
         model.zero_grad()
         real, peak = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids])
         assert counted(need) == pytest.approx(real, rel=0.01)
-        assert need.activations + need.gradients + need.temporary == pytest.approx(peak, rel=0.05)
+        assert need.step == pytest.approx(peak, rel=0.05)
 
 
 def test_the_default_task_takes_the_bytes_that_were_counted():
@@ -160,8 +160,7 @@ def test_the_default_task_takes_the_bytes_that_were_counted():
     real, peak = real_step(module.model, lambda: module.training_step(batch, 0), batch.values())
     assert need.rank == config.lora.rank == 32
     assert counted(need) == pytest.approx(real, rel=0.01)
-    # here most activations are gone when the last gradients come
-    assert 0.99 * peak < need.activations + need.gradients + need.temporary < 1.01 * peak + need.gradients
+    assert need.step == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "schedulefree", "sgd"])
@@ -171,7 +170,7 @@ def test_optimizer_state_is_that_of_a_real_step(optimizer, config_file):
     model = dynrank.add_lora(real_model(cls, file), rank=8)
     ids = torch.randint(200, (1, 8))
     real, _ = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids], optimizer)
-    assert need.optimizer == real[3]
+    assert need.optimizer == real[2]
 
 
 @pytest.mark.parametrize(("weights", "double"), [("nf4", True), ("nf4", False), ("int8", True)])
@@ -271,6 +270,17 @@ def test_a_rank_map_holds_in_every_row(config_file):
         3 * 2 * (64 + 64) + 16 * (64 + 96) + 2 * rank * (64 + 96) for rank in (4, 8)
     ]
     assert {need.ranks for need in plan.needs} == {(2, 16)}
+
+
+def test_parameters_that_the_formula_does_not_know_are_an_error(config_file, monkeypatch):
+    file, _ = config_file("llama")
+
+    def unfreezing(model, **options):
+        dynrank.add_lora(model, **options).model.norm.weight.requires_grad_(True)
+
+    monkeypatch.setattr("dynrank.memory_plan.add_lora", unfreezing)
+    with pytest.raises(RuntimeError, match=r"r \* \(d_in \+ d_out\) is 11,136 .* 11,200 are trained"):
+        plan_of(f"model={file}", "ranks=[4]", "sequence_length=8")
 
 
 def test_a_head_tied_to_the_embedding_is_held_once(config_file):
