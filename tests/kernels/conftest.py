@@ -2,14 +2,24 @@
 
 import importlib
 import importlib.util
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import torch
+
+
+class Interpreter(NamedTuple):
+    """The interpreted kernels, and what Triton's interpreter has where the tests put a right function in its place."""
+
+    kernels: Any
+    own_dot: Any
+    own_cast: Any
 
 
 @pytest.fixture(scope="module")
 def triton_interpreter():
-    """The Triton backend serves CPU tensors in the module's tests, and multiplies bfloat16 as a GPU does."""
+    """The Triton backend serves CPU tensors in the module's tests, and computes with bfloat16 as a GPU does."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
@@ -18,16 +28,18 @@ def triton_interpreter():
         kernels = importlib.import_module("dynrank.kernels.triton_kernels")
         kind = type(kernels.shrink_kernel).__name__
         assert kind == "InterpretedFunction", "the kernels were imported before the interpreter was chosen"
-        patch_bfloat16_products(patch)
-        yield kernels
+        yield Interpreter(kernels, *patch_bfloat16(patch))
 
 
-def patch_bfloat16_products(patch):
-    """Triton 3.9's interpreter multiplies the bit patterns of bfloat16 numbers (triton issue 11584)."""
+def patch_bfloat16(patch):
+    """Triton 3.9's interpreter multiplies the bit patterns of bfloat16 numbers, and cuts where a GPU rounds to nearest.
+
+    The product is triton issue 11584.
+    """
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    original = InterpreterBuilder.create_dot
+    interpreters_dot, interpreters_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def wide(operand):
         if operand.dtype.scalar != tl.bfloat16:
@@ -35,6 +47,14 @@ def patch_bfloat16_products(patch):
         return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def create_dot(builder, a, b, *others):
-        return original(builder, wide(a), wide(b), *others)
+        return interpreters_dot(builder, wide(a), wide(b), *others)
+
+    def cast_impl(builder, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float32, tl.bfloat16):
+            return interpreters_cast(builder, source, target)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).bfloat16()
+        return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
 
     patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+    return interpreters_dot, interpreters_cast

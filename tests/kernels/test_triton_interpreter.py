@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("triton_interpreter")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 RATES = (0.0, 0.1, 0.5, 1.0)
 LAYOUTS = ("contiguous", "padded rows", "transposed", "every other column")
-cases = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+cases = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)
@@ -89,12 +89,18 @@ def drawn_mask(rows, columns, p, seed):
     return expand(torch.ones(rows, 1), torch.ones(1, columns), None, p, seed)
 
 
-def check(got, expected, dtype):
+def check(got, expected, size, dtype):
+    """``size`` is the product of the absolute values: what float32 sums round, whatever then cancels."""
     assert got.dtype == dtype
     assert got.shape == expected.shape
     assert torch.isfinite(got).all()
     error = (got.double() - expected).norm()
-    assert error <= TOLERANCE[dtype] * expected.norm()
+    assert error <= TOLERANCE[dtype] * expected.norm() + 1e-7 * size.norm()
+
+
+def product(left, right):
+    """The product in float64, and that of the absolute values."""
+    return left.double() @ right.double(), left.double().abs() @ right.double().abs()
 
 
 @st.composite
@@ -125,8 +131,8 @@ def mask_of(problem, columns):
 def test_shrink_is_the_product_with_what_dropout_leaves(problem):
     x = matrix(0, (problem["rows"], problem["d_in"]), problem["dtype"], problem["layout"])
     a = matrix(1, (problem["rank"], problem["d_in"]), problem["dtype"], problem["layout"])
-    expected = (x.double() * mask_of(problem, problem["d_in"])) @ a.double().mT
-    check(shrink(x, a, problem["p"], problem["seed"]), expected, problem["dtype"])
+    expected = product(x.double() * mask_of(problem, problem["d_in"]), a.mT)
+    check(shrink(x, a, problem["p"], problem["seed"]), *expected, problem["dtype"])
 
 
 @cases
@@ -135,10 +141,11 @@ def test_expand_is_the_masked_product_and_bias(problem):
     s = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
     factor = matrix(1, (problem["rank"], problem["d_out"]), problem["dtype"], problem["layout"])
     bias = matrix(2, (1, problem["d_out"]), problem["dtype"], problem["layout"])[0] if problem["bias"] else None
-    expected = mask_of(problem, problem["d_out"]) * (s.double() @ factor.double())
+    mask = mask_of(problem, problem["d_out"])
+    expected, size = (mask * each for each in product(s, factor))
     if bias is not None:
-        expected += bias.double()
-    check(expand(s, factor, bias, problem["p"], problem["seed"]), expected, problem["dtype"])
+        expected, size = expected + bias.double(), size + bias.double().abs()
+    check(expand(s, factor, bias, problem["p"], problem["seed"]), expected, size, problem["dtype"])
 
 
 @cases
@@ -146,8 +153,8 @@ def test_expand_is_the_masked_product_and_bias(problem):
 def test_grad_A_is_the_product_with_what_dropout_leaves(problem):
     ds = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
     x = matrix(1, (problem["rows"], problem["d_in"]), problem["dtype"], problem["layout"])
-    expected = ds.double().mT @ (x.double() * mask_of(problem, problem["d_in"]))
-    check(grad_A(ds, x, problem["p"], problem["seed"]), expected, problem["dtype"])
+    expected = product(ds.mT, x.double() * mask_of(problem, problem["d_in"]))
+    check(grad_A(ds, x, problem["p"], problem["seed"]), *expected, problem["dtype"])
 
 
 @cases
@@ -157,16 +164,16 @@ def test_grad_S_and_B_are_the_two_products(problem, scaling):
     s = matrix(1, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
     b = matrix(2, (problem["d_out"], problem["rank"]), problem["dtype"], problem["layout"])
     ds, db = grad_S_and_B(dy, s, b, scaling)
-    check(ds, scaling * dy.double() @ b.double(), problem["dtype"])
-    check(db, scaling * dy.double().mT @ s.double(), problem["dtype"])
+    check(ds, *product(scaling * dy.double(), b), problem["dtype"])
+    check(db, *product(scaling * dy.double().mT, s), problem["dtype"])
 
 
 def test_a_gradient_that_is_one_number_expanded_is_served():
     """``y.sum().backward()`` gives strides of 0."""
     dy, s, b = torch.ones(()).expand(40, 70), torch.randn(40, 3), torch.randn(70, 3)
     ds, db = grad_S_and_B(dy, s, b, 1.0)
-    check(ds, dy.double() @ b.double(), torch.float32)
-    check(db, dy.double().mT @ s.double(), torch.float32)
+    check(ds, *product(dy, b), torch.float32)
+    check(db, *product(dy.mT, s), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -306,11 +313,22 @@ def test_the_backend_is_imported_without_triton():
     assert done.stdout.strip() == "Triton is not installed"
 
 
-def test_the_interpreters_own_product_of_bfloat16_is_still_wrong(monkeypatch):
-    """When this fails, Triton multiplies bfloat16 right, and the patch of these tests can go."""
+# When one of these fails, Triton has put its interpreter right, and its replacement in conftest.py can go.
+def test_the_interpreters_own_product_of_bfloat16_is_still_wrong(monkeypatch, triton_interpreter):
     from triton.runtime.interpreter import InterpreterBuilder
 
-    patched = InterpreterBuilder.create_dot
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", patched.__closure__[0].cell_contents)
     x, a = torch.ones(4, 32, dtype=torch.bfloat16), torch.ones(2, 32, dtype=torch.bfloat16)
-    assert not torch.equal(shrink(x, a, 0.0, None), torch.full((4, 2), 32.0, dtype=torch.bfloat16))
+    expected = torch.full((4, 2), 32.0, dtype=torch.bfloat16)
+    assert torch.equal(shrink(x, a, 0.0, None), expected)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", triton_interpreter.own_dot)
+    assert not torch.equal(shrink(x, a, 0.0, None), expected)
+
+
+def test_the_interpreters_own_rounding_to_bfloat16_is_still_wrong(monkeypatch, triton_interpreter):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    s, factor = torch.tensor([[1.0, 1.0]]).bfloat16(), torch.tensor([[1.0], [0.0077]]).bfloat16()
+    expected = torch.tensor([[1.0078125]]).bfloat16()  # the nearest: 1.0077 lies just below it
+    assert torch.equal(expand(s, factor, None, 0.0, None), expected)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", triton_interpreter.own_cast)
+    assert not torch.equal(expand(s, factor, None, 0.0, None), expected)
