@@ -27,6 +27,7 @@ class LoraConfig:
     target_modules: Any = MISSING
     dropout: float = MISSING
     rslora: bool = MISSING
+    backend: str = MISSING
 
 
 @dataclass

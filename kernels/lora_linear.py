@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynrank.kernels import torch_backend as backend
+from dynrank.kernels.backends import chosen_backend, products_of
 
 __all__ = ["Tap", "lora_linear", "lora_linear_reference"]
 
@@ -45,6 +45,7 @@ def lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     *,
+    backend: str = "auto",
     tap: Tap | None = None,
 ) -> Tensor:
     """``x W^T + b + scaling * (drop(x) A^T) B^T`` with W and b frozen (Hu et al., arXiv:2106.09685, section 4.1).
@@ -60,24 +61,26 @@ def lora_linear(
         weight: (O, I), the dtype of x; gets no gradient.
         bias: (O,) or None, the dtype of x; gets no gradient.
         lora_A: (R, I), any dtype. Where it is wider than x's, the products with A and the gradients of A and B are made
-            in it.
+            in it (by Triton's kernels always in x's dtype, with sums in float32).
         lora_B: (O, R), the dtype of lora_A.
         scaling: factor of the update.
         dropout: probability of zeroing an element of the update's input, in [0, 1].
         seed: of the mask, see :func:`dynrank.kernels.dropout.draw_seed`; needed where ``dropout`` is above 0.
+        backend: who makes the products with A and B, see :func:`dynrank.kernels.backends.chosen_backend`.
         tap: called in backward with ``z = drop(x) A^T`` and the gradient at z, both (M, R).
 
     Returns:
         (..., O), the dtype of x (of autocast, under it).
 
     Raises:
-        ValueError: if a dtype or a shape does not fit, or the seed is missing or no 0-d int64 tensor beside x.
+        ValueError: if a dtype or a shape does not fit, or the seed is missing or no 0-d int64 tensor beside x; as a
+            ConfigurationError, if the backend cannot serve x.
     """
     d_out, d_in = weight.shape
     check_operands(x, weight.shape, bias, lora_A, lora_B, dropout, seed)
-    x, bias, lora_A, lora_B = in_working_dtypes(x, weight.dtype, bias, lora_A, lora_B)
+    x, bias, lora_A, lora_B, backend = in_working_dtypes(x, weight.dtype, bias, lora_A, lora_B, dropout, backend)
     x_MI, p = x.reshape(-1, d_in), float(dropout)
-    y_MO, s_MR = _op(x_MI, weight, bias, lora_A, lora_B, scaling, p, seed if p else None)
+    y_MO, s_MR = _op(x_MI, weight, bias, lora_A, lora_B, scaling, p, seed if p else None, backend)
     report(tap, y_MO, s_MR, lora_B, scaling)
     # reshaped out here: a view that leaves the op could not be changed in place (ReLU(inplace=True))
     result: Tensor = y_MO if x.ndim == 2 else y_MO.view(*x.shape[:-1], d_out)
@@ -116,21 +119,29 @@ def check_operands(
 
 
 def in_working_dtypes(
-    x: Tensor, weight: torch.dtype, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """(x, bias, lora_A, lora_B) in the dtypes that the products are made in.
+    x: Tensor,
+    weight: torch.dtype,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    dropout: float,
+    backend: str,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, str]:
+    """(x, bias, lora_A, lora_B) in the dtypes that the products are made in, and the backend that makes them.
 
     Raises:
-        ValueError: if x, weight and bias differ, outside of autocast.
+        ValueError: if x, weight and bias differ, outside of autocast, or the backend cannot serve x.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        narrow = torch.get_autocast_dtype(x.device.type)
-        return x.to(narrow), None if bias is None else bias.to(narrow), lora_A.to(narrow), lora_B.to(narrow)
+        weight = torch.get_autocast_dtype(x.device.type)
+        x, lora_A, lora_B = x.to(weight), lora_A.to(weight), lora_B.to(weight)
+        bias = None if bias is None else bias.to(weight)
     if x.dtype != weight or (bias is not None and bias.dtype != weight):
         got = f"{x.dtype}, {weight} and {None if bias is None else bias.dtype}"
         raise ValueError(f"x, weight and bias must have one dtype, got {got}")
-    wide = torch.promote_types(x.dtype, lora_A.dtype)
-    return x, bias, lora_A.to(wide), lora_B.to(wide)
+    backend = chosen_backend(backend, x, lora_A.shape[0], dropout)
+    wide = x.dtype if backend == "triton" else torch.promote_types(x.dtype, lora_A.dtype)
+    return x, bias, lora_A.to(wide), lora_B.to(wide), backend
 
 
 def report(tap: Tap | None, y_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float) -> None:
@@ -149,10 +160,12 @@ def product(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """``y`` (M, O) and ``drop(x) A^T`` (M, R); a weight of another dtype is cast to x's."""
-    s_MR = backend.down(x_MI, lora_A, p, seed)
-    y_MO = backend.up(s_MR, lora_B, scaling, bias, x_MI.dtype)
+    products = products_of(backend)
+    s_MR = products.down(x_MI, lora_A, p, seed)
+    y_MO = products.up(s_MR, lora_B, scaling, bias, x_MI.dtype)
     return y_MO.addmm_(x_MI, weight.to(x_MI.dtype).mT), s_MR
 
 
@@ -166,10 +179,11 @@ def gradients(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    backend: str,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients with respect to x, A and B, as far as ``needs`` says; ``weight`` is asked for x's alone."""
-    dx, d_A, d_B = backend.gradients(dy_MO, x_MI, s_MR, lora_A, lora_B, scaling, p, seed, needs)
+    dx, d_A, d_B = products_of(backend).gradients(dy_MO, x_MI, s_MR, lora_A, lora_B, scaling, p, seed, needs)
     if dx is not None:
         dx.addmm_(dy_MO, weight().to(dx.dtype))
     return dx, d_A, d_B
@@ -185,8 +199,9 @@ def _op(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return product(x_MI, weight, bias, lora_A, lora_B, scaling, p, seed)
+    return product(x_MI, weight, bias, lora_A, lora_B, scaling, p, seed, backend)
 
 
 @_op.register_fake
@@ -206,10 +221,13 @@ def _backward_op(
     scaling: float,
     p: float,
     seed: Tensor | None,
+    backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     need_x, need_A, need_B = needs
-    grads = gradients(dy_MO, x_MI, s_MR, lambda: weight, lora_A, lora_B, scaling, p, seed, (need_x, need_A, need_B))
+    grads = gradients(
+        dy_MO, x_MI, s_MR, lambda: weight, lora_A, lora_B, scaling, p, seed, backend, (need_x, need_A, need_B)
+    )
     dx, d_A, d_B = (dy_MO.new_empty(0) if grad is None else grad for grad in grads)  # an op's results aren't optional
     return dx, d_A, d_B
 
@@ -224,7 +242,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_MI, weight, _, lora_A, lora_B, ctx.scaling, ctx.p, seed = inputs
+    x_MI, weight, _, lora_A, lora_B, ctx.scaling, ctx.p, seed, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x_MI, output[1], weight, lora_A, lora_B, seed)
 
@@ -233,9 +251,9 @@ def _backward(ctx: Any, dy_MO: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     x_MI, s_MR, weight, lora_A, lora_B, seed = ctx.saved_tensors
     need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
     needs = [need_x, need_A, need_B]
-    grads = _backward_op(dy_MO, x_MI, s_MR, weight, lora_A, lora_B, ctx.scaling, ctx.p, seed, needs)
+    grads = _backward_op(dy_MO, x_MI, s_MR, weight, lora_A, lora_B, ctx.scaling, ctx.p, seed, ctx.backend, needs)
     dx, d_A, d_B = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dx, None, None, d_A, d_B, None, None, None
+    return dx, None, None, d_A, d_B, None, None, None, None
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

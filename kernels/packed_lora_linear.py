@@ -27,6 +27,7 @@ def packed_lora_linear(
     dropout: float = 0.0,
     seed: Tensor | None = None,
     *,
+    backend: str = "auto",
     tap: Tap | None = None,
 ) -> Tensor:
     """:func:`dynrank.kernels.lora_linear.lora_linear` with the weight that ``unpack()`` returns, (O, I) of any dtype.
@@ -40,9 +41,9 @@ def packed_lora_linear(
     d_out, d_in = lora_B.shape[0], lora_A.shape[1]
     check_operands(x, (d_out, d_in), bias, lora_A, lora_B, dropout, seed)
     bias = None if bias is None else bias.to(x.dtype)
-    x, bias, lora_A, lora_B = in_working_dtypes(x, x.dtype, bias, lora_A, lora_B)
+    x, bias, lora_A, lora_B, backend = in_working_dtypes(x, x.dtype, bias, lora_A, lora_B, dropout, backend)
     x_MI, p = x.reshape(-1, d_in), float(dropout)
-    y_MO, s_MR = _PackedLoRALinear.apply(x_MI, unpack, bias, lora_A, lora_B, scaling, p, seed if p else None)  # type: ignore[no-untyped-call]
+    y_MO, s_MR = _PackedLoRALinear.apply(x_MI, unpack, bias, lora_A, lora_B, scaling, p, seed if p else None, backend)  # type: ignore[no-untyped-call]
     report(tap, y_MO, s_MR, lora_B, scaling)
     result: Tensor = y_MO if x.ndim == 2 else y_MO.view(*x.shape[:-1], d_out)
     return result
@@ -60,11 +61,12 @@ class _PackedLoRALinear(torch.autograd.Function):
         scaling: float,
         p: float,
         seed: Tensor | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        y_MO, s_MR = product(x_MI, unpack(), bias, lora_A, lora_B, scaling, p, seed)
+        y_MO, s_MR = product(x_MI, unpack(), bias, lora_A, lora_B, scaling, p, seed, backend)
         ctx.mark_non_differentiable(s_MR)
         ctx.save_for_backward(x_MI, s_MR, lora_A, lora_B, seed)
-        ctx.unpack, ctx.scaling, ctx.p = unpack, scaling, p
+        ctx.unpack, ctx.scaling, ctx.p, ctx.backend = unpack, scaling, p, backend
         return y_MO, s_MR
 
     @staticmethod
@@ -73,5 +75,7 @@ class _PackedLoRALinear(torch.autograd.Function):
         x_MI, s_MR, lora_A, lora_B, seed = ctx.saved_tensors
         need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
         needs = (need_x, need_A, need_B)
-        dx, d_A, d_B = gradients(grads[0], x_MI, s_MR, ctx.unpack, lora_A, lora_B, ctx.scaling, ctx.p, seed, needs)
-        return dx, None, None, d_A, d_B, None, None, None
+        dx, d_A, d_B = gradients(
+            grads[0], x_MI, s_MR, ctx.unpack, lora_A, lora_B, ctx.scaling, ctx.p, seed, ctx.backend, needs
+        )
+        return dx, None, None, d_A, d_B, None, None, None, None

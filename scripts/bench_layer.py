@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import random
 import statistics
-import time
 import warnings
-from collections.abc import Callable
 
 import torch
+from measuring import ratio, rounds, saved_bytes
 from peft import LoraConfig, get_peft_model
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from dynrank import add_lora
 from dynrank.console import table_console
@@ -50,9 +48,9 @@ def main() -> None:
 def _measure(kind: str, width: int, rank: int, p: float, options: argparse.Namespace) -> list[str]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[kind]
     layers = {
-        "frozen": _frozen(width, dtype),
-        "PEFT": _peft(width, rank, p, dtype),
-        "ours": _ours(width, rank, p, dtype),
+        "frozen": frozen(width, dtype),
+        "PEFT": peft(width, rank, p, dtype),
+        "ours": ours(width, rank, p, dtype),
     }
     x = torch.randn(options.tokens, width).to(dtype).requires_grad_()
     dy = torch.randn(options.tokens, width).to(dtype)
@@ -60,63 +58,29 @@ def _measure(kind: str, width: int, rank: int, p: float, options: argparse.Names
         {name: lambda layer=layer: layer(x).backward(dy) for name, layer in layers.items()}, options.rounds
     )
     saved = {name: saved_bytes(layer, x) for name, layer in layers.items()}
-    low, median, high = statistics.quantiles(_ratios(seconds, "ours", "PEFT"), n=4)
-    frozen = statistics.median(seconds["frozen"])
+    median, quartiles = ratio(seconds["ours"], seconds["PEFT"])
     return [
         f"{median:.2f}",
-        f"{low:.2f}-{high:.2f}",
-        f"{statistics.median(_ratios(seconds, 'ours', 'frozen')):.2f}",
-        f"{statistics.median(_ratios(seconds, 'PEFT', 'frozen')):.2f}",
+        quartiles,
+        f"{ratio(seconds['ours'], seconds['frozen'])[0]:.2f}",
+        f"{ratio(seconds['PEFT'], seconds['frozen'])[0]:.2f}",
         f"{1 + 3 * rank / width:.2f}",
-        f"{1e3 * frozen:.2f}",
+        f"{1e3 * statistics.median(seconds['frozen']):.2f}",
         f"{saved['ours'] / saved['PEFT']:.2f}",
     ]
 
 
-def rounds(functions: dict[str, Callable[[], None]], count: int) -> dict[str, list[float]]:
-    """Seconds of each function in each of ``count`` rounds, after three that warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for index in range(count + 3):
-        for name in random.sample(list(functions), len(functions)):
-            start = time.perf_counter()
-            functions[name]()
-            if index >= 3:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
-def saved_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward keeps for its backward, each storage once, parameters left out."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
-    storages: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        y = layer(x)
-    del y
-    return sum(storages.values())
-
-
-def _ratios(seconds: dict[str, list[float]], above: str, below: str) -> list[float]:
-    return [a / b for a, b in zip(seconds[above], seconds[below], strict=True)]
-
-
-def _frozen(width: int, dtype: torch.dtype) -> nn.Module:
+def frozen(width: int, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width)).to(dtype).requires_grad_(False)
 
 
-def _ours(width: int, rank: int, p: float, dtype: torch.dtype) -> nn.Module:
-    return _trained(add_lora(_frozen(width, dtype), rank=rank, alpha=2 * rank, target_modules=["0"], dropout=p))
+def ours(width: int, rank: int, p: float, dtype: torch.dtype) -> nn.Module:
+    return _trained(add_lora(frozen(width, dtype), rank=rank, alpha=2 * rank, target_modules=["0"], dropout=p))
 
 
-def _peft(width: int, rank: int, p: float, dtype: torch.dtype) -> nn.Module:
+def peft(width: int, rank: int, p: float, dtype: torch.dtype) -> nn.Module:
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"], lora_dropout=p)
-    return _trained(get_peft_model(_frozen(width, dtype), config))
+    return _trained(get_peft_model(frozen(width, dtype), config))
 
 
 def _trained(model: nn.Module) -> nn.Module:

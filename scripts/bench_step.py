@@ -1,95 +1,126 @@
-"""Does a step after the drop 32 -> 16 take as long as in a model that was rank 16 from the start?
+"""Whole training steps of MiniLM and SmolLM2-135M: under PEFT, under dynrank, and after dynrank's drop 32 -> 16.
 
-Both models live in one process; their training steps are interleaved and the ratio of each pair is taken, so that a
-noisy machine disturbs both alike. Prints the median ratio with its quartiles; then the same for rank 32, and for a
-second model of rank 16, which shows the noise; and for a model of rank 32 whose statistics for the metrics output and
-loss are being collected, beside one that is not measured.
-Run: .venv/bin/python scripts/bench_step.py [--pairs N]
+All models of a comparison live in one process; a round makes one step of each in an order that is drawn, and the table
+has medians over rounds of the ratios within a round. Adapters are on every linear layer but the head, in float32. Peak
+memory is what a step allocates at one time beyond weights, adapters and optimizer state. SmolLM2 has its architecture
+and random weights: the time of a step does not depend on their values.
+Run: .venv/bin/python scripts/bench_step.py [--models minilm smollm2] [--dropouts 0 0.1] [--rounds N]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 import transformers
+from measuring import peak_bytes, ratio, rounds
+from peft import LoraConfig, get_peft_model
+from rich.table import Table
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers, resize
+from dynrank.console import table_console
 from dynrank.statistics import Grams
 from dynrank.tasks.pretrained import load_classifier, model_source
+
+SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "use_cache": False}
+BATCHES = {"minilm": (32, 16), "smollm2": (4, 128)}  # rows, tokens in a row
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--length", type=int, default=16)
+    parser.add_argument("--models", nargs="+", choices=BATCHES, default=list(BATCHES))
+    parser.add_argument("--dropouts", nargs="+", type=float, default=[0.0, 0.1])
+    parser.add_argument("--rounds", type=int, default=20)
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-    dropped, resize_dropped = _stepper(32, options)
-    for _ in range(5):
-        dropped()
-    resize_dropped(16)
-    fresh, _ = _stepper(16, options)
-    high, _ = _stepper(32, options)
-    size = f"{options.batch} x {options.length}"
-    print(f"threads {torch.get_num_threads()}, batch {size} tokens, {options.pairs} pairs of steps")
-    for label, step in (("32 dropped to 16", dropped), ("32", high), ("16 again (noise)", _stepper(16, options)[0])):
-        ratios = _paired_ratios(step, fresh, options.pairs)
-        low, median, top = statistics.quantiles(ratios, n=4)
-        print(f"step time, rank {label:<17} / rank 16 from the start: {median:.3f} (quartiles {low:.3f} to {top:.3f})")
-    ratios = _paired_ratios(_stepper(32, options, measured=True)[0], high, options.pairs)
-    low, median, top = statistics.quantiles(ratios, n=4)
-    print(f"step time, rank 32 while statistics are collected / not: {median:.3f} (quartiles {low:.3f} to {top:.3f})")
+    for name in options.models:
+        rows, length = BATCHES[name]
+        tokens, threads = rows * length, torch.get_num_threads()
+        table = Table(title=f"{name}: steps of {rows} x {length} tokens, float32, {threads} threads")
+        for heading in ("dropout", "step", "time", "quartiles", "tokens/s", "peak of a step / PEFT's"):
+            table.add_column(heading, justify="left" if heading == "step" else "right")
+        for dropout in options.dropouts:
+            for row in _compare(name, dropout, tokens, options.rounds):
+                table.add_row(str(dropout), *row)
+        table_console().print(table)
 
 
-def _stepper(
-    rank: int, options: argparse.Namespace, *, measured: bool = False
-) -> tuple[Callable[[], None], Callable[[int], None]]:
-    """A function that makes one training step of MiniLM, and one that changes its rank."""
-    torch.manual_seed(0)
-    model = load_classifier(model_source("minilm"), num_labels=100).train()
-    add_lora(model, rank=rank, alpha=2 * rank, modules_to_save=["classifier"])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    grams = Grams(dict(lora_layers(model)), window=20) if measured else None
-    ids = torch.randint(1000, 20000, (options.batch, options.length))
-    labels = torch.randint(0, 100, (options.batch,))
-
-    def step() -> None:
-        optimizer.zero_grad()
-        model(input_ids=ids, labels=labels).loss.backward()
-        optimizer.step()
-        if grams is not None:
-            grams.end_step()
-
-    def change(new_rank: int) -> None:
-        resize(model, new_rank, optimizers=[optimizer])
-        assert {layer.rank for _, layer in lora_layers(model)} == {new_rank}
-
-    return step, change
+def _compare(name: str, dropout: float, tokens: int, count: int) -> Iterator[tuple[str, ...]]:
+    peft, high, dropped, low = (_Training(name, dropout, rank) for rank in (-32, 32, 32, 16))
+    dropped.step()
+    dropped.drop(16)
+    steps = {"PEFT": peft.step, "32": high.step, "32 to 16": dropped.step, "16": low.step}
+    if not dropout:
+        steps["measured"] = _Training(name, dropout, 32, measured=True).step
+    seconds = rounds(steps, count)
+    peak = {key: peak_bytes(step) for key, step in steps.items()}
+    yield "PEFT, r = 32", "1", "", f"{tokens / statistics.median(seconds['PEFT']):.0f}", "1"
+    for label, above, below in (
+        ("dynrank, r = 32 / PEFT, r = 32", "32", "PEFT"),
+        ("dynrank, 32 dropped to 16 / r = 16 from the start", "32 to 16", "16"),
+        ("dynrank, 32 dropped to 16 / r = 32", "32 to 16", "32"),
+        ("dynrank, r = 32, measuring for output and loss / not", "measured", "32"),
+    ):
+        if above in seconds:
+            median, quartiles = ratio(seconds[above], seconds[below])
+            rate = tokens / statistics.median(seconds[above])
+            yield label, f"{median:.3f}", quartiles, f"{rate:.0f}", f"{peak[above] / peak['PEFT']:.2f}"
 
 
-def _paired_ratios(first: Callable[[], None], second: Callable[[], None], pairs: int) -> list[float]:
-    ratios = []
-    for index in range(pairs + 5):
-        order = (first, second) if index % 2 else (second, first)
-        seconds = {function: _seconds(function) for function in order}
-        if index >= 5:  # the first ones warm up
-            ratios.append(seconds[first] / seconds[second])
-    return ratios
+class _Training:
+    """A model with its optimizer and one batch; a negative rank is PEFT's."""
+
+    def __init__(self, name: str, dropout: float, rank: int, *, measured: bool = False) -> None:
+        torch.manual_seed(0)
+        model, labels = MODELS[name]()
+        rows, length = BATCHES[name]
+        ids = torch.randint(1000, 20000, (rows, length))
+        self.batch = {"input_ids": ids, "labels": ids if labels is None else torch.randint(0, labels, (rows,))}
+        heads = [] if labels is None else ["classifier"]
+        size = {"target_modules": "all-linear", "modules_to_save": heads}
+        if rank < 0:
+            config = LoraConfig(r=-rank, lora_alpha=64, lora_dropout=dropout, **size)
+            self.model: nn.Module = get_peft_model(model, config)
+        else:
+            self.model = add_lora(model, rank=rank, alpha=2 * rank, dropout=dropout, **size)
+        for parameter_name, parameter in self.model.named_parameters():
+            if "lora_B" in parameter_name:  # zero at the start, and zeros may be multiplied faster
+                nn.init.normal_(parameter, std=0.01)
+        self.model.train()
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
+        self.grams = Grams(dict(lora_layers(model)), window=20) if measured else None
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        self.model(**self.batch).loss.backward()
+        self.optimizer.step()
+        if self.grams is not None:
+            self.grams.end_step()
+
+    def drop(self, rank: int) -> None:
+        resize(self.model, rank, optimizers=[self.optimizer])
+        assert {layer.rank for _, layer in lora_layers(self.model)} == {rank}
 
 
-def _seconds(function: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
+def _minilm() -> tuple[nn.Module, int | None]:
+    return load_classifier(model_source("minilm"), num_labels=100), 100
+
+
+def _smollm2() -> tuple[nn.Module, int | None]:
+    return LlamaForCausalLM(LlamaConfig(**SMOLLM2)), None
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, int | None]]] = {"minilm": _minilm, "smollm2": _smollm2}
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     main()

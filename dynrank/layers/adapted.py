@@ -40,6 +40,7 @@ class LoRALinear(LoRALayer):
             self.lora_B,
             self.scaling,
             *self._dropout(x),
+            backend=self.backend,
             tap=self._tap,
         )
 
@@ -88,7 +89,15 @@ class LoRAQuantizedLinear(LoRALinear):
         dropout = self._dropout(x)
         x, dtype = x.to(computes_in(self.base, x)), x.dtype
         return packed_lora_linear(
-            x, unpack, self.bias, self.lora_A, self.lora_B, self.scaling, *dropout, tap=self._tap
+            x,
+            unpack,
+            self.bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            *dropout,
+            backend=self.backend,
+            tap=self._tap,
         ).to(dtype)
 
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
+from dynrank.kernels.backends import check_backend
 from dynrank.kernels.lora_linear import Tap
 from dynrank.layers.ranked import put_factors, take_rank
 
@@ -29,6 +30,8 @@ class LoRALayer(nn.Module):
         scaling: factor of ``lora_B @ lora_A``.
         dropout: probability of zeroing an element of the update's input while training, in [0, 1).
         dtype: dtype of the factors; their device is the base's.
+        backend: who makes the products with the factors of a linear layer, see
+            :func:`dynrank.kernels.backends.chosen_backend`; embeddings and convolutions have torch's only.
         factors: (lora_A, lora_B) to start with, copied; drawn anew when None.
 
     Attributes:
@@ -39,8 +42,8 @@ class LoRALayer(nn.Module):
         rule: the key of the rank map that set its rank, if one did.
 
     Raises:
-        ConfigurationError: if ``rank`` or ``dropout`` is out of range, or the base's class computes something else than
-            the plain layer.
+        ConfigurationError: if ``rank``, ``dropout`` or ``backend`` is out of range, or the base's class computes
+            something else than the plain layer.
     """
 
     supported: type[nn.Module]  # set by each subclass: the one class of layer that it adapts
@@ -53,6 +56,7 @@ class LoRALayer(nn.Module):
         scaling: float,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -63,6 +67,7 @@ class LoRALayer(nn.Module):
             raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}; set lora.dropout")
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
+        self.backend = check_backend(backend)
         self.final_rank: int | None = None
         self.pinned = False
         self.rule: str | None = None

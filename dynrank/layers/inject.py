@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
+from dynrank.kernels.backends import check_backend
 from dynrank.layers.adapted import layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.frozen_base import follow_base
@@ -34,6 +35,7 @@ def add_lora(
     rslora: bool = False,
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
 ) -> M:
     """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; nothing is changed before all is checked.
 
@@ -47,6 +49,7 @@ def add_lora(
         rslora: start at alpha / sqrt(rank).
         modules_to_save: names of modules that are trained whole and saved with the adapter (a fresh head).
         dtype: dtype of the factors.
+        backend: who makes the products with the factors, see :func:`dynrank.kernels.backends.chosen_backend`.
 
     Returns:
         ``model`` itself.
@@ -65,6 +68,7 @@ def add_lora(
         raise ConfigurationError(f"dtype must be a floating-point dtype, got {dtype}")
     if not isinstance(rank, int) or rank < 1:
         raise ConfigurationError(f"rank must be an int of at least 1, got {rank!r}; set lora.rank")
+    options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend)}
     modules = dict(model.named_modules())
     _check_modules_to_save(model, modules_to_save)
     bases = {name: modules[name] for name in target_names(model, target_modules, modules_to_save)}
@@ -82,7 +86,7 @@ def add_lora(
     for name, base in bases.items():
         at = resolved[name]
         scaling = initial_scaling(at.alpha, at.rank, rslora)
-        layers[name] = make_layer(base, rank=at.rank, scaling=scaling, dropout=dropout, dtype=dtype)
+        layers[name] = make_layer(base, rank=at.rank, scaling=scaling, **options)
         layers[name].final_rank, layers[name].pinned, layers[name].rule = at.final_rank, at.pinned, at.rule
     place_layers(model, layers, modules_to_save)
     return model

@@ -220,7 +220,7 @@ def test_lora_linear_gradients_with_dropout_equal_finite_differences():
 def test_the_op_keeps_the_rules_of_custom_ops(bias, p):
     made = operands(dtype=torch.float32, bias=bias)
     seed = torch.tensor(5) if p else None
-    arguments = (*(made[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), SCALING, p, seed)
+    arguments = (*(made[name] for name in ("x", "weight", "bias", "lora_A", "lora_B")), SCALING, p, seed, "torch")
     torch.library.opcheck(torch.ops.dynrank.lora_linear.default, arguments)
     x, weight, _, *rest = (value.detach() if isinstance(value, torch.Tensor) else value for value in arguments)
     for needs in ([True, True, True], [False, False, True]):

@@ -1,0 +1,40 @@
+"""The rank-sized products of a LoRA layer, and its dropout, by Triton's kernels.
+
+The same functions as :mod:`dynrank.kernels.torch_backend` has. All operands have x's dtype; sums are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dynrank.kernels.triton_backend import expand, grad_A, grad_S_and_B, shrink
+
+
+def down(x_MI: Tensor, lora_A: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """``drop(x) A^T``, (M, R)."""
+    return shrink(x_MI, lora_A, p, seed)
+
+
+def up(s_MR: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``scaling s B^T + bias``, (M, O); ``dtype`` is that of s."""
+    return expand(s_MR, (scaling * lora_B).mT, bias, 0.0, None)
+
+
+def gradients(
+    dy_MO: Tensor,
+    x_MI: Tensor,
+    s_MR: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the update with respect to x, A and B, as far as ``needs`` says: (M, I), (R, I) and (O, R)."""
+    need_x, need_A, need_B = needs
+    ds_MR, d_B = grad_S_and_B(dy_MO, s_MR, lora_B, scaling)
+    d_A = grad_A(ds_MR, x_MI, p, seed) if need_A else None
+    dx = expand(ds_MR, lora_A, None, p, seed) if need_x else None
+    return dx, d_A, d_B.contiguous() if need_B else None

@@ -1,0 +1,87 @@
+"""Which backend makes the products, and the whole op through Triton's kernels (by its interpreter)."""
+
+import pytest
+import torch
+from torch import nn
+
+import dynrank
+from dynrank.errors import ConfigurationError
+from dynrank.kernels import triton_backend
+from dynrank.kernels.backends import AUTO_FROM, chosen_backend
+from dynrank.kernels.lora_linear import lora_linear, lora_linear_reference
+from dynrank.kernels.packed_lora_linear import packed_lora_linear
+
+M, D_IN, D_OUT, SCALING = 37, 70, 50, 1.5
+
+
+class OnGPU:
+    """What the choice looks at in a tensor, as if on a GPU."""
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+
+    def __init__(self, elements):
+        self.numel = lambda: elements
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_on_a_cpu_it_is_torch(backend):
+    assert chosen_backend(backend, torch.ones(2, 3), 8, 0.1) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("fault", "p", "elements", "chosen"),
+    [
+        (None, 0.1, 10, "triton"),
+        (None, 0.0, AUTO_FROM, "triton"),
+        (None, 0.0, AUTO_FROM - 1, "torch"),
+        ("the rank is 129", 0.1, AUTO_FROM, "torch"),
+    ],
+)
+def test_auto_on_a_gpu_is_triton_where_it_serves_and_pays(monkeypatch, fault, p, elements, chosen):
+    monkeypatch.setattr(triton_backend, "serves", lambda x, rank: fault)
+    assert chosen_backend("auto", OnGPU(elements), 8, p) == chosen
+
+
+def test_what_triton_cannot_serve_is_an_error(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(8, 8)), rank=2, target_modules=["0"], backend="triton")
+    with pytest.raises(ConfigurationError, match=r"(on a GPU, and x is on cpu|not installed); set lora.backend=torch"):
+        model(torch.ones(1, 8))
+    with pytest.raises(ConfigurationError, match=r"ranks up to 128, and the rank is 129; set lora.backend=torch"):
+        chosen_backend("triton", torch.ones(2, 300), 129, 0.0)
+    with pytest.raises(ConfigurationError, match=r"x is float64; set lora.backend=torch"):
+        chosen_backend("triton", torch.ones(2, 300).double(), 8, 0.0)
+
+
+def test_an_unknown_backend_is_refused_before_anything_is_changed():
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ConfigurationError, match=r"backend must be one of auto, torch, triton, got 'cuda'"):
+        dynrank.add_lora(model, rank=2, target_modules=["0"], backend="cuda")
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p, packed):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((2, M, D_IN), (D_OUT, D_IN), (D_OUT,), (5, D_IN), (D_OUT, 5))
+    values = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    x, weight, bias, lora_A, lora_B = values
+    lora_A, lora_B = lora_A.float(), lora_B.float()  # wider than x, which Triton's kernels round to x's dtype
+    seed, dy = torch.tensor(-5), torch.randn(2, M, D_OUT, generator=generator).to(dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_A, lora_B)]
+    function = packed_lora_linear if packed else lora_linear
+    y = function(
+        leaves[0], (lambda: weight) if packed else weight, bias, *leaves[1:], SCALING, p, seed, backend="triton"
+    )
+    got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    assert [t.dtype for t in got] == [dtype, dtype, torch.float32, torch.float32]
+
+    keep = triton_backend.expand(torch.ones(2 * M, 1), torch.ones(1, D_IN), None, p, seed).double()
+    assert bool((keep == 0).any()) == (p > 0)
+    leaves = [tensor.to(dtype).double().requires_grad_() for tensor in (x, lora_A, lora_B)]
+    wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.view(2, M, D_IN))
+    for one, other in zip(got, [wide.detach(), *torch.autograd.grad(wide, leaves, dy.double())], strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()
