@@ -41,11 +41,7 @@ def print_plan(plan: Plan) -> None:
     if plan.head_parameters:
         print(f"trained whole    {plan.head_parameters:,} parameters")
     print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
-    table = Table(
-        title="MiB by rank",
-        caption="total = weights + adapter + optimizer + step; step: the most that forward and backward hold at once, "
-        "of activations, gradients and temporary tensors",
-    )
+    table = Table(title="MiB by rank")
     for heading in ("rank", "LoRA parameters", "of model", "checkpointing", *PARTS, "total"):
         table.add_column(heading, justify="right", overflow="fold")
     if plan.budget is not None:
@@ -63,6 +59,7 @@ def print_plan(plan: Plan) -> None:
             *(("yes" if need.total <= plan.budget else "no",) if plan.budget is not None else ()),
         )
     table_console().print(table)
+    print("total            weights + adapter + optimizer + step, the most that forward and backward hold at once")
     if plan.budget is not None:
         _print_best(plan, plan.budget)
 
