@@ -74,8 +74,17 @@ def frozen(width: int, dtype: torch.dtype) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width)).to(dtype).requires_grad_(False)
 
 
-def ours(width: int, rank: int, p: float, dtype: torch.dtype) -> nn.Module:
-    return _trained(add_lora(frozen(width, dtype), rank=rank, alpha=2 * rank, target_modules=["0"], dropout=p))
+def ours(
+    width: int,
+    rank: int,
+    p: float,
+    dtype: torch.dtype,
+    backend: str = "auto",
+    adapter_dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    model = frozen(width, dtype)
+    add_lora(model, rank=rank, alpha=2 * rank, target_modules=["0"], dropout=p, backend=backend, dtype=adapter_dtype)
+    return _trained(model)
 
 
 def peft(width: int, rank: int, p: float, dtype: torch.dtype) -> nn.Module:

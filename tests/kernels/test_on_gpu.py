@@ -1,0 +1,40 @@
+"""The Triton backend on a GPU, against float64; nothing of this has run yet where no GPU was."""
+
+import pytest
+import torch
+
+from dynrank.kernels.lora_linear import lora_linear, lora_linear_reference
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+M, D_IN, D_OUT, SCALING = 300, 512, 384, 1.5
+
+
+def multiplied_by(p, seed, backend):
+    """What dropout multiplies x by, (M, D_IN), from the op itself: ones in, 64 of their columns out at a time."""
+    ones, eye = torch.ones(M, D_IN, device="cuda"), torch.eye(D_IN, device="cuda")
+    options = {"scaling": 1.0, "dropout": p, "seed": seed, "backend": backend}
+    nothing = torch.zeros(64, D_IN, device="cuda")
+    return torch.cat(
+        [lora_linear(ones, nothing, None, some, eye[:64, :64], **options) for some in eye.split(64)], dim=1
+    )
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("rank", [8, 24, 64, 128])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_the_op_is_the_formula(dtype, tolerance, backend, rank, p):
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((M, D_IN), (D_OUT, D_IN), (D_OUT,), (rank, D_IN), (D_OUT, rank))
+    x, weight, bias, lora_A, lora_B = (torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes)
+    seed, dy = torch.tensor(-5, device="cuda"), torch.randn(M, D_OUT, generator=generator).to("cuda", dtype)
+    leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_A, lora_B)]
+    y = lora_linear(leaves[0], weight, bias, *leaves[1:], SCALING, p, seed, backend=backend)
+    got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+    keep = multiplied_by(p, seed, backend)
+    assert abs((keep == 0).double().mean().item() - p) < 0.01
+    leaves = [tensor.double().requires_grad_() for tensor in (x, lora_A, lora_B)]
+    wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.double())
+    for one, other in zip(got, [wide.detach(), *torch.autograd.grad(wide, leaves, dy.double())], strict=True):
+        assert (one.double() - other).norm() <= tolerance * other.norm()

@@ -1,0 +1,73 @@
+"""The benchmarks in miniature: that they run, and what they say of bytes; times of such sizes mean nothing."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Runs the named script with arguments; returns what it has printed."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    monkeypatch.setenv("COLUMNS", "220")
+
+    def run(name, *arguments, **replacements):
+        module = __import__(name)
+        for attribute, value in replacements.items():
+            monkeypatch.setattr(module, attribute, value)
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        module.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def cells(line):
+    return [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
+
+
+def test_bench_layer(bench):
+    out = bench("bench_layer", "--rounds", "2", "--tokens", "256", "--widths", "64", "--ranks", "4")
+    rows = [cells(line) for line in out.splitlines() if re.match(r"│ +(fp32|bf16)", line)]
+    assert [row[:4] for row in rows] == [[kind, "64", "4", p] for kind in ("fp32", "bf16") for p in ("0.0", "0.1")]
+    saved = {(row[0], row[3]): float(row[-1]) for row in rows}
+    assert saved["fp32", "0.0"] <= 1.01
+    assert saved["fp32", "0.1"] <= 0.55
+    assert saved["bf16", "0.0"] <= 0.55
+    assert saved["bf16", "0.1"] <= 0.3
+
+
+def test_bench_gpu_on_a_cpu(bench):
+    out = bench("bench_gpu", "--device", "cpu", "--rounds", "2", "--ranks", "8", "--tokens", "32", "--width", "64")
+    assert "CPU (small sizes)" in out
+    others = [cells(line)[3] for line in out.splitlines() if line.startswith("│")]
+    both = ["frozen", "PEFT", "PEFT autocast", "rank 6 after a change / rank 8"]
+    assert others == [*both, "unsloth's order", *both]
+    for saved, target in re.findall(r"([\d,]+) \(target ([\d,]+)\)", out):
+        assert int(saved.replace(",", "")) <= int(target.replace(",", ""))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is missing where there is no GPU")
+def test_bench_gpu_without_a_gpu_says_so(bench):
+    with pytest.raises(SystemExit, match="error: torch sees no GPU; .*--device cpu"):
+        bench("bench_gpu")
+
+
+def test_bench_step(bench):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def tiny():
+        return LlamaForCausalLM(LlamaConfig(vocab_size=20001, use_cache=False, **size)), None
+
+    arguments = ("--models", "smollm2", "--rounds", "2")
+    out = bench("bench_step", *arguments, MODELS={"smollm2": tiny}, BATCHES={"smollm2": (2, 8)})
+    rows = [cells(line) for line in out.splitlines() if line.startswith("│")]
+    assert len(rows) == 9
+    assert all(float(row[2]) > 0 for row in rows)
+    assert [row[1] for row in rows[:2]] == ["PEFT, r = 32", "dynrank, r = 32 / PEFT, r = 32"]
