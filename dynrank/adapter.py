@@ -19,6 +19,7 @@ from dynrank.adapter_file import PREFIX, WEIGHTS_FILE
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.base import LoRALayer
+from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.inject import own_layers
 from dynrank.layers.peft_layers import refuse_peft
 
@@ -31,8 +32,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
     A file is complete or absent: each is written beside its place and then renamed into it.
 
     Args:
-        model: a model with LoRA layers. Modules outside them that hold parameters with requires_grad are saved whole
-            (PEFT's ``modules_to_save``).
+        model: a model with LoRA layers, compiled or not. Modules outside them that hold parameters with requires_grad
+            are saved whole (PEFT's ``modules_to_save``).
         path: folder to write to; made if missing.
         layout: "native" writes each layer at its own rank, with rank_pattern and alpha_pattern where they differ.
             "padded" writes every layer at the largest rank (rows of zeros, scaling folded into lora_B), so that the one
@@ -42,6 +43,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
         ConfigurationError: if the model has no LoRA layers, or PEFT's, or ``layout`` is unknown.
     """
     refuse_peft(model, "save_adapter", "call its save_pretrained()")
+    model = uncompiled(model)
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
@@ -59,7 +61,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
                 f"{head or 'the model'!r} holds LoRA layers and a trainable parameter of its own, which PEFT's format "
                 "cannot store; freeze it before save_adapter, or save it yourself"
             )
-        tensors |= {f"{PREFIX}{head}.{key}": value for key, value in model.get_submodule(head).state_dict().items()}
+        values = model.get_submodule(head).state_dict()
+        tensors |= {f"{PREFIX}{plain_name(f'{head}.{key}')}": value for key, value in values.items()}
     config = make_config(
         {name: (len(lora_A), scaling * len(lora_A)) for name, (lora_A, _, scaling) in written.items()},
         target_modules=target_modules(model, layers),
@@ -89,7 +92,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
 def target_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:
     """Names of the adapted modules; one exact expression where PEFT would also take a module ending in one of them."""
     inside = tuple(f"{name}." for name in layers)
-    others = [name for name, _ in model.named_modules() if name not in layers and not name.startswith(inside)]
+    others = [name for name, _ in named_modules(model) if name not in layers and not name.startswith(inside)]
     if any(other.endswith(f".{name}") for other in others for name in layers):
         return "|".join(re.escape(name) for name in layers)
     return list(layers)
@@ -128,6 +131,6 @@ def trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
     return [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if id(module) not in inside and any(p.requires_grad for p in module.parameters(recurse=False))
     ]

@@ -17,7 +17,8 @@ from dynrank.adapter_file import sort_keys, weights_path
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
-from dynrank.layers.inject import base_values, make_layer, place_layers, plain_modules, tied_weights
+from dynrank.layers.compiled import compiled_alone, uncompiled
+from dynrank.layers.inject import base_values, make_layer, own_layers, place_layers, plain_modules, tied_weights
 from dynrank.tensor_file import FLOATS
 
 __all__ = ["Adapter", "AdapterChange", "read_adapter"]
@@ -75,13 +76,21 @@ class AdapterChange:
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
-        self._model = model
+        self._model = model = uncompiled(model)
         named = list(plain_modules(model))
         first_names: dict[int, str] = {}
         for name, module in named:
             first_names.setdefault(id(module), name)
         modules = {name: module for name, module in named if first_names[id(module)] == name}
-        pairs, faults = {}, []
+        alone = compiled_alone(model)
+        pairs, faults = (
+            {},
+            [
+                f"{name!r} was compiled by itself (torch.compile), which cannot follow; compile the whole model"
+                for name, module in [*named, *own_layers(model).items()]
+                if id(module) in alone and (name in adapter.factors or isinstance(module, LoRALayer))
+            ],
+        )
         for name, pair in adapter.factors.items():
             fault = _layer_fault(name, pair, modules.get(name))
             if fault:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from torch import nn
 from dynrank.adapter_fit import Adapter, AdapterChange, read_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.between_forwards import between_forwards
+from dynrank.layers.compiled import uncompiled
 from dynrank.layers.inject import own_layers
 from dynrank.layers.peft_layers import refuse_peft
 
@@ -77,7 +78,7 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     for name, layer in own_layers(model).items():
         if layer.merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge() before swapping adapters")
-    inner: Any = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    inner = uncompiled(model)
     change = AdapterChange(inner, adapter if isinstance(adapter, Adapter) else read_adapter(adapter), dtype)
     with between_forwards(inner):
         change.make(keep_base=True)

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.compiled import plain_name
 from dynrank.layers.inject import lora_layers, own_layers
 from dynrank.layers.peft_layers import take_peft_ranks
 from dynrank.layers.ranked import take_rank
@@ -128,14 +129,16 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
     """
     shapes, scalings = from_first(lambda: _saved_shapes(Path(path)))
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    plain = {plain_name(name): value for name, value in saved.items()}
+    scalings = {plain_name(name): value for name, value in scalings.items()}
     sharded = {
-        name for name in sharded_layers(model) for key, value in saved.items()
+        name for name in sharded_layers(model) for key, value in plain.items()
         if key.startswith(f"{name}.lora_A") and value.shape[0] != dict(lora_layers(model))[name].rank
     }  # fmt: skip
     if sharded:
         raise sharded_error(sorted(sharded))
     for name, layer in own_layers(model).items():
-        take_rank(layer, name, saved.get(f"{name}.lora_A"), saved.get(f"{name}.lora_B"))
+        take_rank(layer, name, plain.get(f"{name}.lora_A"), plain.get(f"{name}.lora_B"))
         layer.scaling = scalings.get(f"{name}._extra_state", layer.scaling)
     take_peft_ranks(model, saved)
 

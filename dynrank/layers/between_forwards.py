@@ -6,11 +6,14 @@ import sys
 import threading
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import nn
+
+from dynrank.layers.compiled import uncompiled
 
 __all__ = ["between_forwards"]
 
@@ -26,6 +29,8 @@ def between_forwards(model: nn.Module) -> Iterator[None]:
     Who is in a call is read from the threads' stacks. So a call costs nothing at any other time, one that began before
     this was ever used is seen too, one that an exception ended is not taken for one that goes on, and nothing is left
     on the model. A forward pass that waits for another thread to call a part of the same model would wait for ever.
+    While the block lasts nothing runs compiled (calls of compiled models are eager), since what torch.compile has made
+    does not look for hooks.
 
     Raises:
         RuntimeError: if this thread is itself in such a call.
@@ -35,13 +40,18 @@ def between_forwards(model: nn.Module) -> Iterator[None]:
     if _in_call(sys._getframe(), ids):
         raise RuntimeError("a model cannot be changed from within its own forward")
     gate = _Gate(ids)
+    hook, eager = gate.__call__, nullcontext()
     with _one_change:
-        handles = [module.register_forward_pre_hook(gate, prepend=True) for module in modules]
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes seconds
+            hook = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+            eager = torch.compiler.set_stance("force_eager")
+        handles = [module.register_forward_pre_hook(hook, prepend=True) for module in modules]
         try:
-            # Every call not seen here begins with the gate.
-            while any(_in_call(frame, ids, gate) for frame in _other_threads()):
-                time.sleep(_POLL)
-            yield
+            with eager:
+                # Every call not seen here begins with the gate.
+                while any(_in_call(frame, ids, gate) for frame in _other_threads()):
+                    time.sleep(_POLL)
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -54,12 +64,12 @@ class _Gate:
     def __init__(self, ids: Collection[int]) -> None:
         self.ids, self.opened = ids, threading.Event()
 
-    def __call__(self, *_: Any) -> None:
+    def __call__(self, module: nn.Module, *_: Any) -> None:
         caller = sys._getframe(1)  # of the hook: the call of the module itself lies below it
         while caller.f_code is not _CALL:
             assert caller.f_back is not None
             caller = caller.f_back
-        if not _in_call(caller.f_back, self.ids):
+        if not _in_call(caller.f_back, self.ids, begun=module):
             self.wait()
 
     def wait(self) -> None:
@@ -70,15 +80,20 @@ def _other_threads() -> list[FrameType]:
     return [frame for thread, frame in sys._current_frames().items() if thread != threading.get_ident()]
 
 
-def _in_call(frame: FrameType | None, ids: Collection[int], gate: _Gate | None = None) -> bool:
-    """Whether the stack that ends in ``frame`` is in a call of one of the modules, and does not wait at ``gate``."""
+def _in_call(
+    frame: FrameType | None, ids: Collection[int], gate: _Gate | None = None, begun: nn.Module | None = None
+) -> bool:
+    """Whether the stack that ends in ``frame`` is in a call of one of the modules, and does not wait at ``gate``.
+
+    ``begun``: the module whose call stands above the stack; the wrapper that makes that call is no other one.
+    """
     while frame is not None:
         if gate is not None and frame.f_code is _Gate.wait.__code__ and frame.f_locals["self"] is gate:
             return False
         if frame.f_code is _CALL:
             module = frame.f_locals["self"]
-            compiled = vars(module)["_modules"].get("_orig_mod")  # torch.compile's wrapper calls past nn.Module
-            if id(module) in ids or id(compiled) in ids:
+            inside = uncompiled(module)  # torch.compile's wrapper calls past nn.Module
+            if id(module) in ids or (id(inside) in ids and inside is not begun):
                 return True
         frame = frame.f_back
     return False

@@ -14,6 +14,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
 from dynrank.layers.adapted import layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
+from dynrank.layers.compiled import named_modules, uncompiled
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.peft_layers import peft_layers, refuse_peft
 from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
@@ -69,7 +70,7 @@ def add_lora(
     if not isinstance(rank, int) or rank < 1:
         raise ConfigurationError(f"rank must be an int of at least 1, got {rank!r}; set lora.rank")
     options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend)}
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     _check_modules_to_save(model, modules_to_save)
     bases = {name: modules[name] for name in target_names(model, target_modules, modules_to_save)}
     shapes = {}
@@ -93,7 +94,7 @@ def add_lora(
 
 
 def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
-    modules, tied = dict(model.named_modules()), tied_weights(model)
+    modules, tied = dict(named_modules(model)), tied_weights(model)
     for name in names:
         if name not in modules:
             raise ConfigurationError(f"no module is named {name!r}; fix modules_to_save")
@@ -151,6 +152,8 @@ def base_values(module: nn.Module, *, note: bool = False) -> dict[str, Tensor | 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
     """Every LoRA layer of ``model`` with its name, in the order of ``named_modules()``.
 
+    Names are those of the model before ``torch.compile`` has wrapped it or a part of it.
+
     In a model wrapped by PEFT they are views of PEFT's layers, for the adapter that is active.
 
     Raises:
@@ -169,7 +172,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
 
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The LoRA layers that dynrank has put into ``model``, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALayer)}
+    return {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -177,6 +180,7 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = [("", model)]
     while found:
         name, module = found.pop()
+        module = uncompiled(module)
         if isinstance(module, LoRALayer):
             module = module.base
         yield name, module

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Tap
+from dynrank.layers.compiled import plain_name
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.ranked import put_factors, take_rank
 from dynrank.rank_map import matches, peft_ranks
@@ -195,7 +196,8 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
     """
     layers, faults = {}, dict[str, list[str]]()
     configs = _configs(model)
-    for name, module in _lora_modules(model):
+    for raw, module in _lora_modules(model):
+        name = plain_name(raw)
         active = list(module.active_adapters)
         held = [adapter for adapter in active if adapter in _adapters(module)]
         if len(held) > 1 or not active:

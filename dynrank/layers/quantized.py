@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.compiled import named_modules
 
 __all__ = ["computes_in", "is_quantized", "mark_unpacked", "unpack_fault", "unpacked", "unpacker"]
 
@@ -97,7 +98,7 @@ def mark_unpacked(model: nn.Module) -> None:
         settings: Any = getattr(config, "quantization_config", None)
         if getattr(settings, "quant_method", None) != "bitsandbytes":
             continue
-        linear = {name: module for name, module in root.named_modules() if isinstance(module, nn.Linear)}
+        linear = {name: module for name, module in named_modules(root) if isinstance(module, nn.Linear)}
         if any(is_quantized(module) for module in linear.values()):
             settings.llm_int8_skip_modules = [name for name, module in linear.items() if not is_quantized(module)]
             continue

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.adapted import layer_class
+from dynrank.layers.compiled import compiled_alone, named_modules
 
 PRESETS = ("attention", "all-linear")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -32,7 +33,7 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
     Raises:
         ConfigurationError: if nothing matches, an entry of the list matches nothing, or a match cannot have LoRA.
     """
-    modules = dict(model.named_modules())
+    modules, alone = dict(named_modules(model)), compiled_alone(model)
     bypassed = {
         ".".join(filter(None, (name, child)))
         for name, module in modules.items()
@@ -60,6 +61,8 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
             reason = "its parent reads the weight past the layer's forward"
         elif name in whole:
             reason = "it is trained whole (modules_to_save)"
+        elif id(modules[name]) in alone:
+            reason = "torch.compile has wrapped it by itself and would go on calling it; compile the model afterwards"
         elif layer_class(modules[name]) is None:
             reason = f"{type(modules[name]).__name__} is no plain Linear, Conv1D, Embedding or Conv2d"
         else:
