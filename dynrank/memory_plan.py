@@ -127,9 +127,8 @@ def make_plan(config: DictConfig) -> Plan:
         parameters, head_parameters = model.num_parameters(), _count(model, heads)
         dtype, autocast = precision
         kind = _set_weights(model, config, dtype, heads)
-        lora = {**plain(config.lora), "rank": rank, "rank_map": rank_pattern(config.rank_map)}
         with _rank_named(rank):
-            add_lora(model.train(), modules_to_save=heads, dtype=dtype or torch.float32, **lora)
+            add_lora(model.train(), modules_to_save=heads, dtype=dtype or torch.float32, **_lora(config, rank))
         needs += _needs(model, rank, head_parameters, batch, autocast, plain(config.optimizer))
     name = config.model or config.task.get("model") or type(model).__name__
     return Plan(
@@ -205,10 +204,10 @@ def _builder(config: DictConfig) -> Callable[[int], tuple[PreTrainedModel, list[
         dtype = DTYPES.get(config.weights) or (torch.bfloat16 if config.weights in PACKED else read.dtype)
         return lambda rank: (meta_model(read, dtype or torch.float32), [])
     task = make(config.task, "task")
-    lora, optimizer = {**plain(config.lora), "rank_map": rank_pattern(config.rank_map)}, plain(config.optimizer)
+    optimizer = plain(config.optimizer)
 
     def of_task(rank: int) -> tuple[PreTrainedModel, list[str]]:
-        model: Any = task.module({**lora, "rank": rank}, optimizer, on_meta=True).model
+        model: Any = task.module(_lora(config, rank), optimizer, on_meta=True).model
         heads = list(trained_heads(model, own_layers(model)))
         for module in list(model.modules()):
             for name, child in module._modules.items():
@@ -217,6 +216,11 @@ def _builder(config: DictConfig) -> Callable[[int], tuple[PreTrainedModel, list[
         return model, heads
 
     return of_task
+
+
+def _lora(config: DictConfig, rank: int) -> dict[str, Any]:
+    """Arguments of :func:`dynrank.add_lora`; every backend keeps the same tensors, and torch's runs without values."""
+    return {**plain(config.lora), "rank": rank, "rank_map": rank_pattern(config.rank_map), "backend": "torch"}
 
 
 def _set_weights(model: PreTrainedModel, config: DictConfig, run: torch.dtype | None, heads: Sequence[str]) -> str:

@@ -262,6 +262,12 @@ def test_llama_7b_at_rank_8_trains_as_many_parameters_as_the_formula_says(target
     assert len(plan.layers) == 32 * len(targets.split(","))
 
 
+def test_a_run_on_a_gpu_is_planned_without_one(config_file):
+    file, _ = config_file("llama")
+    options = [f"model={file}", "ranks=[4]", "sequence_length=8"]
+    assert plan_of(*options, "lora.backend=triton").needs == plan_of(*options).needs
+
+
 def test_a_rank_map_holds_in_every_row(config_file):
     file, _ = config_file("llama")
     rules = "rank_map.rules=['q_proj=2','layers\\.0\\..*up_proj=16']"
