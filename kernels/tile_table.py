@@ -1,8 +1,8 @@
 """Tile sizes of the Triton kernels by GPU architecture, width of the dtype, kernel and rank bucket.
 
-Shipped with the code, and not searched for at run time, so that two runs add in the same order. Every row compiles
-without a register spill and within the architecture's shared memory; which of several such rows is fastest has to be
-measured on the GPU.
+Shipped with the code, and not searched for at run time, so that two runs add in the same order. Where d_in
+and d_out are multiples of 16, every row compiles without a register spill and within the architecture's shared memory;
+which of several such rows is fastest has to be measured on the GPU.
 """
 
 from __future__ import annotations
