@@ -12,10 +12,10 @@ M, D_IN, D_OUT, SCALING = 300, 512, 384, 1.5
 def multiplied_by(p, seed, backend):
     """What dropout multiplies x by, (M, D_IN), from the op itself: ones in, 64 of their columns out at a time."""
     ones, eye = torch.ones(M, D_IN, device="cuda"), torch.eye(D_IN, device="cuda")
-    options = {"scaling": 1.0, "dropout": p, "seed": seed, "backend": backend}
+    how = {"scaling": 1.0, "dropout": p, "seed": seed, "backend": backend}
     nothing = torch.zeros(64, D_IN, device="cuda")
     return torch.cat(
-        [lora_linear(ones, nothing, None, some, eye[:64, :64], **options) for some in eye.split(64)], dim=1
+        [lora_linear(ones, nothing, None, some, eye[:64, :64], **how) for some in eye.split(64)], dim=1
     )
 
 
