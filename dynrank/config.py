@@ -28,6 +28,7 @@ class LoraConfig:
     dropout: float = MISSING
     rslora: bool = MISSING
     backend: str = MISSING
+    capacity: int | None = MISSING
 
 
 @dataclass

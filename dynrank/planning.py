@@ -10,7 +10,7 @@ from torch import nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
-from dynrank.layers.ranked import RankedLayer
+from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.resizing import layer_spectra
 from dynrank.schedules import How, Stage, check_schedule
 from dynrank.statistics import Needs, Window
@@ -58,7 +58,7 @@ def layer_states(
 def _bounded(layer: RankedLayer, last: bool) -> LayerState:
     """A layer's state without measurements; its own final rank bounds every shrink and is where the last stage ends."""
     (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
-    lowest, highest = layer.final_rank or 1, min(d_out, d_in)
+    lowest, highest = layer.final_rank or 1, max_rank(layer)[0]
     if layer.pinned:
         lowest = highest = rank
     elif layer.final_rank is not None and last:
@@ -78,7 +78,7 @@ def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, tuple[
 def _path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int, int]]:
     """(lowest, highest rank after it, highest that it asks for) of each stage."""
     low = high = wanted = layer.rank
-    most = min(layer.lora_B.shape[0], layer.lora_A.shape[1])
+    most, _ = max_rank(layer)
     path = []
     for number, stage in enumerate(schedule, 1):
         if not layer.pinned:
@@ -125,12 +125,10 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
     for number, stage in enumerate(schedule, 1):
         last = number == len(schedule)
         for name, layer in free.items():
-            most = min(layer.lora_B.shape[0], layer.lora_A.shape[1])
+            most, why = max_rank(layer)
             wanted = paths[name][number][2]
             if wanted > most:
-                faults.append(
-                    f"stage {number}: rank {wanted} is above min(d_in, d_out) = {most} of {name!r}; set {stage.key}"
-                )
+                faults.append(f"stage {number}: rank {wanted} is above {why} = {most} of {name!r}; set {stage.key}")
         before = {name: path[number - 1] for name, path in paths.items()}
         if (stage.how or how).new_rows == "gradient":
             faults += [

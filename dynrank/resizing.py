@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,8 @@ from dynrank.averaging import averaged_layers, move_average
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import sync_peft_configs
-from dynrank.layers.ranked import RankedLayer
+from dynrank.layers.ranked import RankedLayer, max_rank
+from dynrank.layers.varying_rank import forget_compiled
 from dynrank.linalg import RankChange, energy_kept, grow_product, singular_values, truncate_product
 from dynrank.optim import change_state, check_optimizer
 from dynrank.processes import copy_from_first, from_first
@@ -135,15 +135,8 @@ def resize(
                 copy_from_first((own[name].lora_A, own[name].lora_B))
     for module in (model, *(average for average, _ in followers)):
         sync_peft_configs(module)
-    if changes:
-        _forget_compiled()
+    forget_compiled(layers[name] for name in changes)
     return reports
-
-
-def _forget_compiled() -> None:
-    """Let compiled code be made anew: torch keeps 8 versions by shape, then runs eagerly and says so in a log only."""
-    if "torch._dynamo" in sys.modules:  # nothing can have been compiled otherwise
-        torch.compiler.reset()
 
 
 def _shared(compute: Callable[[str], RankChange], name: str, layer: RankedLayer) -> RankChange:
@@ -213,7 +206,7 @@ class Snapshot:
                         optimizer.state[parameter] = _copy(state)
         for model in self._models:
             sync_peft_configs(model)
-        _forget_compiled()
+        forget_compiled(layer for layer, *_ in self._layers)
 
 
 def _copy(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -224,7 +217,8 @@ def check_targets(layers: Mapping[str, RankedLayer], targets: Mapping[str, int])
     """Refuse ranks that no layer can take.
 
     Raises:
-        ConfigurationError: listing every unknown name and every rank outside [1, min(d_in, d_out)].
+        ConfigurationError: listing every unknown name and every rank outside [1, highest] (see
+            :func:`dynrank.layers.ranked.max_rank`).
         RuntimeError: if a layer is merged.
     """
     faults = []
@@ -235,9 +229,9 @@ def check_targets(layers: Mapping[str, RankedLayer], targets: Mapping[str, int])
         if not isinstance(rank, int) or isinstance(rank, bool):
             faults.append(f"{name!r}: rank must be an int, got {rank!r}")
             continue
-        most = min(layers[name].lora_B.shape[0], layers[name].lora_A.shape[1])
+        most, why = max_rank(layers[name])
         if not 1 <= rank <= most:
-            faults.append(f"{name!r}: rank must be between 1 and min(d_in, d_out) = {most}, got {rank}")
+            faults.append(f"{name!r}: rank must be between 1 and {why} = {most}, got {rank}")
         if layers[name].merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge() before changing its rank")
     if faults:

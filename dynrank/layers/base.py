@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
 from dynrank.kernels.lora_linear import Tap
-from dynrank.layers.ranked import put_factors, take_rank
+from dynrank.layers.ranked import check_capacity, put_factors, take_rank
+from dynrank.layers.varying_rank import compile_for_any_size
 
 
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -32,6 +33,8 @@ class LoRALayer(nn.Module):
         dtype: dtype of the factors; their device is the base's.
         backend: who makes the products with the factors of a linear layer, see
             :func:`dynrank.kernels.backends.chosen_backend`; embeddings and convolutions have torch's only.
+        capacity: highest rank that the layer may get. Where it is given, code compiled by torch.compile serves every
+            rank from 2 to it; without, it is compiled anew for every rank.
         factors: (lora_A, lora_B) to start with, copied; drawn anew when None.
 
     Attributes:
@@ -42,8 +45,8 @@ class LoRALayer(nn.Module):
         rule: the key of the rank map that set its rank, if one did.
 
     Raises:
-        ConfigurationError: if ``rank``, ``dropout`` or ``backend`` is out of range, or the base's class computes
-            something else than the plain layer.
+        ConfigurationError: if ``rank``, ``dropout``, ``backend`` or ``capacity`` is out of range, or the base's class
+            computes something else than the plain layer.
     """
 
     supported: type[nn.Module]  # set by each subclass: the one class of layer that it adapts
@@ -57,6 +60,7 @@ class LoRALayer(nn.Module):
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
+        capacity: int | None = None,
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -65,9 +69,10 @@ class LoRALayer(nn.Module):
             raise ConfigurationError(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {rank}")
         if not 0 <= dropout < 1:
             raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}; set lora.dropout")
+        check_capacity(capacity, rank)
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
-        self.backend = check_backend(backend)
+        self.backend, self.capacity = check_backend(backend), capacity
         self.final_rank: int | None = None
         self.pinned = False
         self.rule: str | None = None
@@ -80,6 +85,7 @@ class LoRALayer(nn.Module):
         else:
             lora_A, lora_B = (factor.detach().to(device, dtype, copy=True).contiguous() for factor in factors)
             self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self._let_rank_vary()
         self._unmerged: list[Any] = []  # the base's own weight while merged; a list, so that it isn't registered
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
@@ -87,6 +93,15 @@ class LoRALayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and a pickled layer, is not observed."""
         return {**vars(self), "_tap": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._let_rank_vary()
+
+    def _let_rank_vary(self) -> None:
+        if self.capacity is not None:
+            compile_for_any_size(self.lora_A, 0)
+            compile_for_any_size(self.lora_B, 1)
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:

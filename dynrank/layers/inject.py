@@ -18,7 +18,7 @@ from dynrank.layers.compiled import named_modules, uncompiled
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.peft_layers import peft_layers, refuse_peft
 from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
-from dynrank.layers.ranked import RankedLayer
+from dynrank.layers.ranked import RankedLayer, check_capacity
 from dynrank.layers.targets import target_names
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 
@@ -37,6 +37,7 @@ def add_lora(
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
+    capacity: int | None = None,
 ) -> M:
     """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; nothing is changed before all is checked.
 
@@ -51,6 +52,8 @@ def add_lora(
         modules_to_save: names of modules that are trained whole and saved with the adapter (a fresh head).
         dtype: dtype of the factors.
         backend: who makes the products with the factors, see :func:`dynrank.kernels.backends.chosen_backend`.
+        capacity: highest rank that a layer may get. Where it is given, a model compiled by torch.compile serves every
+            rank from 2 to it without being compiled again.
 
     Returns:
         ``model`` itself.
@@ -69,7 +72,7 @@ def add_lora(
         raise ConfigurationError(f"dtype must be a floating-point dtype, got {dtype}")
     if not isinstance(rank, int) or rank < 1:
         raise ConfigurationError(f"rank must be an int of at least 1, got {rank!r}; set lora.rank")
-    options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend)}
+    options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend), "capacity": capacity}
     modules = dict(named_modules(model))
     _check_modules_to_save(model, modules_to_save)
     bases = {name: modules[name] for name in target_names(model, target_modules, modules_to_save)}
@@ -83,6 +86,7 @@ def add_lora(
     else:
         rules = parse_rank_map(rank_map or {}, source="rank_map")
     resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha if alpha is not None else rank)
+    check_capacity(capacity, max((at.rank for at in resolved.values()), default=0))
     layers = {}
     for name, base in bases.items():
         at = resolved[name]

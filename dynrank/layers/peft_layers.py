@@ -37,6 +37,8 @@ class PeftLayer:
         adapter: name of one of its adapters.
     """
 
+    capacity: int | None = None  # its layers are compiled anew for every rank
+
     def __init__(self, module: Any, adapter: str) -> None:
         self.module, self.adapter = module, adapter
 

@@ -23,6 +23,9 @@ class RankedLayer(Protocol):
     rule: str | None
 
     @property
+    def capacity(self) -> int | None: ...
+
+    @property
     def lora_A(self) -> nn.Parameter: ...
 
     @property
@@ -49,6 +52,24 @@ class RankedLayer(Protocol):
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
 
     def observe(self, tap: Tap) -> Callable[[], None]: ...
+
+
+def max_rank(layer: RankedLayer) -> tuple[int, str]:
+    """(the highest rank that ``layer`` can take, what says so)."""
+    most = min(layer.lora_B.shape[0], layer.lora_A.shape[1])
+    if layer.capacity is not None and layer.capacity < most:
+        return layer.capacity, "lora.capacity"
+    return most, "min(d_in, d_out)"
+
+
+def check_capacity(capacity: int | None, rank: int) -> None:
+    """Refuse a capacity below the rank that a layer starts with.
+
+    Raises:
+        ConfigurationError: if it is.
+    """
+    if capacity is not None and capacity < rank:
+        raise ConfigurationError(f"capacity must be at least the rank, {rank}, got {capacity}; set lora.capacity")
 
 
 @torch.no_grad()

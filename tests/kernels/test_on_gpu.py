@@ -14,9 +14,7 @@ def multiplied_by(p, seed, backend):
     ones, eye = torch.ones(M, D_IN, device="cuda"), torch.eye(D_IN, device="cuda")
     how = {"scaling": 1.0, "dropout": p, "seed": seed, "backend": backend}
     nothing = torch.zeros(64, D_IN, device="cuda")
-    return torch.cat(
-        [lora_linear(ones, nothing, None, some, eye[:64, :64], **how) for some in eye.split(64)], dim=1
-    )
+    return torch.cat([lora_linear(ones, nothing, None, some, eye[:64, :64], **how) for some in eye.split(64)], dim=1)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

@@ -1,5 +1,6 @@
-"""torch.compile through whole models: one graph, and one more after a change of rank."""
+"""torch.compile through whole models: one graph, and one more after a change of rank, or none."""
 
+import copy
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
+from dynrank.errors import ConfigurationError
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
@@ -17,7 +19,8 @@ IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(force_parameter_static_shapes=True):  # torch's default; a capacity changes it
+        yield
     torch._dynamo.reset()
 
 
@@ -53,6 +56,41 @@ def test_one_graph_and_one_more_after_a_change_of_rank(dropout):
             for got, wanted in zip(step(compiled, model), expected, strict=True):
                 assert_close(got, wanted)
         assert counter.frame_count == graphs
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_with_a_capacity_one_graph_serves_every_rank(dropout):
+    model = adapted(dropout=dropout, capacity=16)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    up = "model.layers.0.mlp.up_proj"
+    for ranks in (8, 6, {up: 2}, 16, {up: 7}, 3):
+        dynrank.resize(model, ranks, optimizers=[optimizer])
+        expected = step(model, model)
+        for got, wanted in zip(step(compiled, model), expected, strict=True):
+            assert_close(got, wanted)
+        optimizer.step()
+    assert counter.frame_count == 1
+    dynrank.resize(model, 1)
+    assert_close(step(compiled, model), step(model, model))
+    assert counter.frame_count == 2  # torch compiles for sizes of 1 by themselves
+
+
+def test_capacity_bounds_the_rank():
+    with pytest.raises(ConfigurationError, match=r"capacity must be at least the rank, 8, got 7; set lora.capacity"):
+        adapted(capacity=7)
+    model = adapted(capacity=12)
+    with pytest.raises(ConfigurationError, match=r"between 1 and lora.capacity = 12, got 13"):
+        dynrank.resize(model, 13)
+    assert {layer.rank for _, layer in dynrank.lora_layers(copy.deepcopy(model))} == {8}
+    twin = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(twin, backend=counter, fullgraph=True)
+    for rank in (8, 5):
+        dynrank.resize(twin, rank)
+        step(compiled, twin)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch, within inductor
