@@ -7,7 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels import torch_backend, triton_backend, triton_products
+from dynrank.kernels import torch_backend, triton_backend, triton_launch
 
 __all__ = ["BACKENDS", "chosen_backend", "check_backend", "products_of"]
 
@@ -37,7 +37,7 @@ def chosen_backend(backend: str, x: Tensor, rank: int, p: float) -> str:
     """
     if check_backend(backend) == "torch" or (backend == "auto" and x.device.type != "cuda"):
         return "torch"
-    fault = triton_backend.serves(x, rank)
+    fault = triton_launch.serves(x, rank)
     if backend == "auto":
         return "triton" if fault is None and (p > 0 or x.numel() >= AUTO_FROM) else "torch"
     if fault is not None:
@@ -47,4 +47,4 @@ def chosen_backend(backend: str, x: Tensor, rank: int, p: float) -> str:
 
 def products_of(backend: str) -> ModuleType:
     """The module with ``down``, ``up`` and ``gradients`` of a backend that :func:`chosen_backend` has chosen."""
-    return {"torch": torch_backend, "triton": triton_products}[backend]
+    return {"torch": torch_backend, "triton": triton_backend}[backend]

@@ -1,4 +1,4 @@
-"""The Triton kernels of the low-rank update; imported by :mod:`dynrank.kernels.triton_backend` alone, at first use.
+"""The Triton kernels of the low-rank update; imported by :mod:`dynrank.kernels.triton_launch` alone, at first use.
 
 Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank, S = ranks of a step, Q = columns of
 a sub-tile, P = partial sums.

@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from dynrank.kernels import triton_backend
+from dynrank.kernels import triton_launch
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -43,11 +43,11 @@ def run_backend(rank, dtype, rows=200, p=0.1, scaling=2.0, d_in=512, d_out=768):
     a, b = torch.zeros(rank, d_in, dtype=dtype), torch.zeros(d_out, rank, dtype=dtype)
     bias, seed = torch.zeros(d_out, dtype=dtype), torch.zeros((), dtype=torch.int64)
     for rate in (0.0, p):
-        s = triton_backend.shrink(x, a, rate, seed)
-        triton_backend.grad_A(s, x, rate, seed)
-    triton_backend.expand(s, (scaling * b).mT, bias, 0.0, None)
-    triton_backend.expand(s, a, None, p, seed)
-    triton_backend.grad_S_and_B(dy, s, b, scaling)
+        s = triton_launch.shrink(x, a, rate, seed)
+        triton_launch.grad_A(s, x, rate, seed)
+    triton_launch.expand(s, (scaling * b).mT, bias, 0.0, None)
+    triton_launch.expand(s, a, None, p, seed)
+    triton_launch.grad_S_and_B(dy, s, b, scaling)
 
 
 def resources(kernel):
@@ -82,9 +82,9 @@ def main(architecture, dtype, ranks):
         for name, kernels in compiled_kernels().items():
             rows += [{"kernel": name, "rank": rank, **resources(kernel)} for kernel in kernels[counts.get(name, 0) :]]
             counts[name] = len(kernels)
-    buckets = {triton_backend.rank_bucket(rank) for rank in ranks}
+    buckets = {triton_launch.rank_bucket(rank) for rank in ranks}
     for rank in range(1, 129):  # nothing here may compile: the launches themselves do nothing
-        if triton_backend.rank_bucket(rank) in buckets:
+        if triton_launch.rank_bucket(rank) in buckets:
             run_backend(rank, dtype, rows=rank, p=0.3, scaling=0.7)
     compiled_later = sum(map(len, compiled_kernels().values())) - sum(counts.values())
     print(json.dumps({"kernels": rows, "compiled_later": compiled_later}))

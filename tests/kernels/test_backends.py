@@ -6,7 +6,7 @@ from torch import nn
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.kernels import triton_backend
+from dynrank.kernels import triton_launch
 from dynrank.kernels.backends import AUTO_FROM, chosen_backend
 from dynrank.kernels.lora_linear import lora_linear, lora_linear_reference
 from dynrank.kernels.packed_lora_linear import packed_lora_linear
@@ -38,7 +38,7 @@ def test_on_a_cpu_it_is_torch(backend):
     ],
 )
 def test_auto_on_a_gpu_is_triton_where_it_serves_and_pays(monkeypatch, fault, p, elements, chosen):
-    monkeypatch.setattr(triton_backend, "serves", lambda x, rank: fault)
+    monkeypatch.setattr(triton_launch, "serves", lambda x, rank: fault)
     assert chosen_backend("auto", OnGPU(elements), 8, p) == chosen
 
 
@@ -79,7 +79,7 @@ def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p
     got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     assert [t.dtype for t in got] == [dtype, dtype, torch.float32, torch.float32]
 
-    keep = triton_backend.expand(torch.ones(2 * M, 1), torch.ones(1, D_IN), None, p, seed).double()
+    keep = triton_launch.expand(torch.ones(2 * M, 1), torch.ones(1, D_IN), None, p, seed).double()
     assert bool((keep == 0).any()) == (p > 0)
     leaves = [tensor.to(dtype).double().requires_grad_() for tensor in (x, lora_A, lora_B)]
     wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.view(2, M, D_IN))

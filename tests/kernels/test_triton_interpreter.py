@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dynrank.kernels import triton_backend
+from dynrank.kernels import triton_launch
 from dynrank.kernels.tile_table import Tile
-from dynrank.kernels.triton_backend import expand, grad_A, grad_S_and_B, serves, shrink
+from dynrank.kernels.triton_launch import expand, grad_A, grad_S_and_B, serves, shrink
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 
@@ -224,7 +224,7 @@ def test_every_kernel_draws_the_same_mask():
 def test_mask_does_not_depend_on_tile_sizes_or_on_the_number_of_tokens(monkeypatch, shape):
     seed, eye = seed_of(6), torch.eye(100)
     mask = drawn_mask(150, 300, 0.4, seed)
-    monkeypatch.setattr(triton_backend, "tile", lambda *_: shape)
+    monkeypatch.setattr(triton_launch, "tile", lambda *_: shape)
     assert torch.equal(drawn_mask(150, 300, 0.4, seed), mask)
     assert torch.equal(drawn_mask(7, 90, 0.4, seed), mask[:7, :90])
     assert torch.equal(shrink(torch.ones(130, 100), eye, 0.4, seed), mask[:130, :100])
@@ -306,8 +306,8 @@ def test_the_backend_is_imported_without_triton():
         import sys
         sys.modules["triton"] = None
         import torch
-        from dynrank.kernels import triton_backend
-        print(triton_backend.serves(torch.ones(2, 3), 8))
+        from dynrank.kernels import triton_launch
+        print(triton_launch.serves(torch.ones(2, 3), 8))
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "Triton is not installed"
