@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
+from dynrank.layers.quantized import plain_values
 
 __all__ = ["MARK", "check_base", "follow_base", "frozen_bases", "lacks_base", "left_out", "sampled", "without_base"]
 
@@ -70,7 +71,7 @@ def sampled(parameter: Tensor) -> Tensor:
     known: tuple[int, Tensor] | None = vars(parameter).get("_base_sample")
     if known is not None and known[0] == version >= 0:
         return known[1]
-    values = parameter.detach()
+    values = plain_values(parameter)
     if isinstance(values, DTensor):
         values = values.full_tensor()
     places = torch.arange(min(values.numel(), SAMPLES))

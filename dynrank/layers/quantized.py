@@ -1,6 +1,6 @@
-"""Linear layers whose weight bitsandbytes has packed into 4 or 8 bits: telling them, and unpacking one.
+"""Linear layers whose weight bitsandbytes or torchao has packed: telling them, and unpacking one.
 
-bitsandbytes is not imported here. A program that holds such a layer has imported it already.
+Neither is imported here. A program that holds such a layer has imported its library already.
 """
 
 from __future__ import annotations
@@ -15,32 +15,36 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import named_modules
 
-__all__ = ["computes_in", "is_quantized", "mark_unpacked", "unpack_fault", "unpacked", "unpacker"]
+__all__ = ["computes_in", "is_quantized", "mark_unpacked", "plain_values", "unpack_fault", "unpacked", "unpacker"]
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether it is bitsandbytes' Linear4bit or Linear8bitLt, or a subclass that computes the same."""
-    return _computes_as(module, "Linear4bit") or _computes_as(module, "Linear8bitLt")
+    """Whether it is bitsandbytes' Linear4bit or Linear8bitLt, or a plain linear layer with a weight of torchao."""
+    return _computes_as(module, "Linear4bit") or _computes_as(module, "Linear8bitLt") or _has_torchao_weight(module)
 
 
 def unpack_fault(module: nn.Module) -> str | None:
     """Why no plain layer can stand for a quantised one, if none can."""
-    if not _computes_as(module, "Linear4bit"):
+    if _computes_as(module, "Linear8bitLt") or _rounds_inputs(module):
         return (
-            "a layer in 8 bits rounds its inputs as well as its weight, as no plain layer does; load the adapter into "
+            "the layer rounds its inputs as well as its weight, as no plain layer does; load the adapter into "
             "the model before quantisation and merge that"
         )
+    if _has_torchao_weight(module):
+        return None
     if getattr(module.weight, "quant_state", None) is None:
         return "its weight is not packed yet; move the model to its device first"
     return None
 
 
 def unpacker(module: nn.Module) -> Callable[[], Tensor] | None:
-    """What returns the (d_out, d_in) weight that a 4-bit layer stands for, anew on every call.
+    """What returns the (d_out, d_in) weight that a packed layer stands for, anew on every call.
 
-    None where the layer's own forward has to be used: in 8 bits, where it rounds its inputs too; and where bitsandbytes
-    has put the bits into another order, for its own product.
+    None where the layer's own forward has to be used: where it rounds its inputs too (Linear8bitLt, and torchao's
+    dynamic quantisation); and where bitsandbytes has put the bits into another order, for its own product.
     """
+    if _has_torchao_weight(module) and not _rounds_inputs(module):
+        return module.get_parameter("weight").dequantize
     if not _computes_as(module, "Linear4bit"):
         return None
     modules: Any = sys.modules["bitsandbytes.nn.modules"]
@@ -57,14 +61,14 @@ def unpacker(module: nn.Module) -> Callable[[], Tensor] | None:
 
 
 def computes_in(module: nn.Module, x: Tensor) -> torch.dtype:
-    """The dtype in which a 4-bit layer multiplies ``x``."""
-    dtype = module.compute_dtype if module.compute_type_is_set else None
+    """The dtype in which a packed layer that can be unpacked multiplies ``x``."""
+    dtype = getattr(module, "compute_dtype", None) if getattr(module, "compute_type_is_set", False) else None
     return dtype if isinstance(dtype, torch.dtype) else x.dtype
 
 
 @torch.no_grad()
 def unpacked(module: nn.Module) -> nn.Linear:
-    """A plain layer with the values that a 4-bit layer stands for, in the dtype that it was packed from; frozen.
+    """A plain layer with the values that a packed layer stands for, in the dtype that it was packed from; frozen.
 
     Raises:
         ConfigurationError: if there is none, see :func:`unpack_fault`.
@@ -72,11 +76,13 @@ def unpacked(module: nn.Module) -> nn.Linear:
     fault = unpack_fault(module)
     if fault:
         raise ConfigurationError(f"the layer cannot be merged: {fault}")
-    module.state_dict()  # undoes the order in which bitsandbytes puts the bits for some CPUs
-    weight: Any = module.weight
-    state = weight.quant_state
-    functional: Any = sys.modules["bitsandbytes.functional"]
-    values = functional.dequantize_4bit(weight.data, state).reshape(state.shape)
+    if _has_torchao_weight(module):
+        values = plain_values(module.get_parameter("weight"))
+    else:
+        module.state_dict()  # undoes the order in which bitsandbytes puts the bits for some CPUs
+        weight: Any = module.weight
+        functional: Any = sys.modules["bitsandbytes.functional"]
+        values = functional.dequantize_4bit(weight.data, weight.quant_state).reshape(weight.quant_state.shape)
     plain = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(values, requires_grad=False)
     bias = module.bias
@@ -96,15 +102,38 @@ def mark_unpacked(model: nn.Module) -> None:
     for root in roots.values():
         config: Any = getattr(root, "config", None)
         settings: Any = getattr(config, "quantization_config", None)
-        if getattr(settings, "quant_method", None) != "bitsandbytes":
+        if getattr(settings, "quant_method", None) not in ("bitsandbytes", "torchao"):
             continue
         linear = {name: module for name, module in named_modules(root) if isinstance(module, nn.Linear)}
         if any(is_quantized(module) for module in linear.values()):
-            settings.llm_int8_skip_modules = [name for name, module in linear.items() if not is_quantized(module)]
+            plain = [name for name, module in linear.items() if not is_quantized(module)]
+            of_torchao = settings.quant_method == "torchao"
+            setattr(settings, "modules_to_not_convert" if of_torchao else "llm_int8_skip_modules", plain)
             continue
         del config.quantization_config
         for leftover in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_4bit_serializable"):
             vars(root).pop(leftover, None)
+
+
+def plain_values(weight: Tensor) -> Tensor:
+    """The values that a weight of torchao stands for; any other tensor as it is."""
+    return weight.detach().dequantize() if _is_of_torchao(weight) else weight.detach()
+
+
+def _is_of_torchao(weight: Any) -> bool:
+    cls = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
+    return cls is not None and isinstance(weight, cls)
+
+
+def _has_torchao_weight(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward and _is_of_torchao(module.weight)
+
+
+def _rounds_inputs(module: nn.Module) -> bool:
+    """Whether torchao quantises what is multiplied by the weight, too, as it comes."""
+    weight = module.weight
+    dynamic = type(weight).__name__ == "LinearActivationQuantizedTensor"
+    return _is_of_torchao(weight) and (dynamic or getattr(weight, "act_quant_kwargs", None) is not None)
 
 
 def _computes_as(module: nn.Module, name: str) -> bool:

@@ -168,7 +168,7 @@ def test_merge_unpacks_4_bits_and_refuses_8(base, tmp_path):
     model = adapted(base())
     expected, kinds = logits(model), [type(m) for m in model.modules()]
     if model.config.quantization_config.load_in_8bit:
-        with pytest.raises(ConfigurationError, match=r"q_proj'.*8 bits rounds its inputs"):
+        with pytest.raises(ConfigurationError, match=r"q_proj'.*rounds its inputs"):
             dynrank.merge(model)
         assert [type(m) for m in model.modules()] == kinds
         assert_close(logits(model), expected, rtol=0, atol=0)
@@ -211,7 +211,7 @@ def test_merge_and_unmerge_of_a_layer_give_the_packed_base_back(base):
     packed_base, x = layer.base, torch.randn(3, 64)
     y = layer(x)
     if model.config.quantization_config.load_in_8bit:
-        with pytest.raises(ConfigurationError, match="8 bits"):
+        with pytest.raises(ConfigurationError, match="rounds its inputs"):
             layer.merge()
     else:
         layer.merge()
