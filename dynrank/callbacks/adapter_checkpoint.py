@@ -105,7 +105,14 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen_step, self._has_trained = trainer.global_step, False
+        if self._sigterm is not None:
+            self._sigterm.take_over()
         super().on_train_start(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._sigterm is not None and trainer.state.fn == "fit":  # it may come before the start of training
+            self._sigterm.take_over()
+        super().on_validation_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

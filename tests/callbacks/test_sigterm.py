@@ -2,17 +2,20 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dynrank.callbacks import AdapterCheckpoint
+
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CASES = [  # (moment, how many pass before, step that is saved)
     ("inside a step", 5, 6),  # the step ends first
     ("step", 9, 10),  # the last batch of an epoch, between the decision and the change
-    ("validation", 6, 11),  # in one that checks the change made after step 10: the change and a step end first
+    ("validation", 6, 12),  # in one that checks the change made after step 11: the change and a step end first
     ("validation", 8, 12),  # in the first batch of the one after step 12: at once
 ]
 PROGRAM = """
@@ -53,3 +56,11 @@ def ends(tmp_path_factory):
 def test_sigterm_ends_the_step_saves_and_exits_0(ends, index):
     step = CASES[index][2]
     assert ends[index] == {"code": 0, "files": ["last.ckpt"], "step": step, "resumed": 0, "same": True}
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+def test_after_training_sigterm_is_what_it_was_before(regression, tmp_path):
+    make, data, trainer = regression
+    before = signal.getsignal(signal.SIGTERM)
+    trainer(max_steps=3, callbacks=[AdapterCheckpoint(tmp_path)], enable_checkpointing=True).fit(make(), *data())
+    assert signal.getsignal(signal.SIGTERM) is before

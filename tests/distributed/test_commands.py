@@ -196,3 +196,40 @@ def test_process_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(overrid
     again = [*overrides, *long, "schedule.deadline=0.5", f"trainer.max_steps={saved + 3}", f"ckpt_path={checkpoint}"]
     summary = job.run(dynrank.compose(again), tmp_path / "resumed")
     assert set(summary["final_ranks"].values()) == {2}
+
+
+def test_sigterm_to_one_process_stops_both_and_the_run_goes_on_in_its_folder(overrides, tmp_path):
+    """Process 1 gets it, as from a machine that is taken away; ckpt_path=last goes on in two processes."""
+    cwd, folder = tmp_path / "cwd", tmp_path / "run"
+    cwd.mkdir()
+    long = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
+    command = ["-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={folder}"]
+
+    def both(*more):
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        group |= {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
+        return [start(cwd, *command, *more, **group, RANK=process, LOCAL_RANK=process) for process in ("0", "1")]
+
+    first, second = both(*long)
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 60
+    try:
+        while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        second.send_signal(signal.SIGTERM)
+    finally:
+        codes, printed = finish(cwd, first, second)
+    assert codes == [0, 0], printed
+    assert "Traceback" not in printed
+    stopped = step_of(checkpoint)
+    assert printed.count(f"SIGTERM: stopped after step {stopped}; go on with ckpt_path={checkpoint}") == 1
+
+    last = ["ckpt_path=last", f"trainer.max_steps={stopped + 3}", f"schedule.deadline={CHANGE / (stopped + 3)}"]
+    codes, printed = finish(cwd, *both(*last))
+    assert codes == [0, 0], printed
+    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == FILES
+    assert set(json.loads((folder / "summary.json").read_text())["final_ranks"].values()) == {2}
+    with (folder / "metrics.csv").open() as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert steps == sorted(set(steps))
+    assert set(range(stopped + 3)) - set(steps) <= {stopped - 1}  # Lightning logs a step after the hook that stopped
