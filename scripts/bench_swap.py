@@ -1,9 +1,9 @@
 """How long does swap_adapter take in a live model, from memory and from disk, and does it keep anything?
 
-Two adapters of unlike ranks and layers (rank 32 on all linear layers with a head; rank 16 on attention with 4 in half of
-it) go in and out of one model in turn: nobody else there, and while another thread calls the model without a pause, when
-a swap waits for the forward under way. Prints medians with their quartiles and the bytes of factors that come in; what
-the bytes of a 7B's adapter would take at the same rate (arithmetic, not measured); and memory and file handles over a
+Two adapters of unlike ranks and layers (rank 32 on all linear layers; rank 16 on attention, 4 in half of its layers) go
+in and out of one model in turn: with nobody else there, and while another thread calls the model without a pause, when
+a swap waits for the forward under way. Prints medians with their quartiles and the bytes of factors that come in;
+what the bytes of a 7B's adapter would take at the same rate (arithmetic, not measured); and memory and handles over a
 hundred swaps and more. Exits with 1 if these grow.
 Run: .venv/bin/python scripts/bench_swap.py [--swaps N] [--model NAME]
 """

@@ -1,6 +1,12 @@
 """The schedule in a real transformers.Trainer, for dynrank's layers and for PEFT's, and its resume."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,6 +242,58 @@ def test_what_cannot_work_is_refused_before_the_first_step(options, how, message
     with pytest.raises(ConfigurationError, match=message):
         made.train()
     assert made.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "setting", [{"world_size": 2}, {"n_gpu": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": True}]
+)
+def test_several_processes_and_sharding_are_refused(setting, tmp_path):
+    """As the Trainer's arguments would have it there: one message, before the first step, and nothing has changed."""
+    model, schedule = own(), callback()
+    made = trainer(tmp_path, model, schedule)
+    args = SimpleNamespace(**{"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": None, **setting})
+    events = {"model": model, "optimizer": made.create_optimizer(), "train_dataloader": made.get_train_dataloader()}
+    with pytest.raises(ConfigurationError, match=r"in one process on one device, without DeepSpeed.*RankScheduler"):
+        schedule.on_train_begin(args, made.state, made.control, **events)
+    assert ranks(model) == {4}
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from transformers.trainer_callback import TrainerState
+sys.path.insert(0, sys.argv[1])
+from test_rank_trainer_callback import callback, own, trainer
+
+def cut(state, path):
+    text = whole(state, path) or Path(path).read_text()
+    if state.global_step == 6:
+        Path(path).write_text(text[: int(len(text) * float(sys.argv[3]))])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+whole, TrainerState.save_to_json = TrainerState.save_to_json, cut
+trainer(sys.argv[2], own(), callback(), save_strategy="steps", save_steps=3).train()
+"""
+
+
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_checkpoint_that_a_kill_left_half_written_is_no_start(share, tmp_path):
+    """The Trainer writes trainer_state.json last: what breaks off before is an error, and the one before goes on."""
+    root = str(Path(dynrank.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), str(share)],
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=100, check=False, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    model, schedule = own(), callback()
+    with pytest.raises(json.JSONDecodeError):
+        trainer(tmp_path, model, schedule).train(resume_from_checkpoint=True)
+    assert not schedule.history
+    again, through = own(), own()
+    trainer(tmp_path / "again", again, callback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    trainer(tmp_path / "through", through, callback()).train()
+    for name, value in through.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
 
 
 def test_metric_that_nobody_logs_is_an_error(tmp_path):
