@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dynrank.console import quiet_imports
 from dynrank.exits import usage_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -30,7 +30,7 @@ def _decimal(text: str) -> float:
 @app.callback()
 def dynrank() -> None:
     """LoRA adapters whose rank changes while they train. Training itself: dynrank-train."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nothing here needs
+    quiet_imports()
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""Where tables are printed, and how they write a range."""
+"""What the commands print on: tables, ranges of numbers, and silence while libraries are imported."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 
 from rich.console import Console
@@ -21,3 +22,10 @@ def span(numbers: Collection[int]) -> str:
     """
     low, high = min(numbers), max(numbers)
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
+
+
+def quiet_imports() -> None:
+    """Keep libraries from talking while they are imported: of a font cache, and of kernels that nothing here needs."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last one of torchao's own classes
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from functools import partial
@@ -15,6 +14,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank.config import CONFIG_MODULE, CONFIG_NAME
+from dynrank.console import quiet_imports
 from dynrank.exits import usage_errors
 
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # as torchrun, srun and Lightning set them
@@ -22,8 +22,7 @@ PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # as torc
 
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
 def _train(config: DictConfig) -> None:
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its font cache while it is imported
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # and this one of kernels that nothing here needs
+    quiet_imports()
     from dynrank.job import run  # torch and transformers load here, so that --help need not wait for them
 
     hydra_config = HydraConfig.get()
