@@ -36,12 +36,6 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How
     """
     if hows:
         check_setup(trainer, pl_module)
-    averages = [type(callback).__name__ for callback in averaging_callbacks(trainer)]
-    if hows and averages and isinstance(trainer.strategy, ModelParallelStrategy):
-        raise ConfigurationError(
-            f"{averages[0]} copies the whole model, which ModelParallelStrategy shards; take it out, or set "
-            "trainer.strategy=ddp"
-        )
     if hows and trainer.precision == "16-true":
         raise ConfigurationError(
             "precision=16-true keeps adapters and optimizer state in float16, where Adam's eps of 1e-8 is zero and the "
@@ -62,3 +56,17 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How
                 f"max_regression={how.max_regression:g} validates before and after a change, and this run has no "
                 "validation; give fit() validation data, or set schedule.max_regression=null"
             )
+
+
+def check_averages(trainer: Trainer) -> None:
+    """Refuse an average of a sharded model, which torch would refuse to copy, in other words.
+
+    Raises:
+        ConfigurationError: naming the callback and the key that fixes it.
+    """
+    averages = [type(callback).__name__ for callback in averaging_callbacks(trainer)]
+    if averages and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ConfigurationError(
+            f"{averages[0]} copies the whole model, which ModelParallelStrategy shards; take it out, or set "
+            "trainer.strategy=ddp"
+        )

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.callbacks.averages import act_after_averages, averages_of, follow_averages
-from dynrank.callbacks.fit_check import check_fit, check_told
+from dynrank.callbacks.fit_check import check_averages, check_fit, check_told
 from dynrank.callbacks.strategies import (
     average_whole_gradients,
     check_strategy,
@@ -81,6 +81,7 @@ class RankScheduler(RankDriver, Callback):
         if stage != "fit":
             return
         check_strategy(trainer)
+        check_averages(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         later = trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None
