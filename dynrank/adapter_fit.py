@@ -116,13 +116,14 @@ class AdapterChange:
             old = _value(module, leaf)
             self._heads.append((module, leaf, value.to(old.device, old.dtype, copy=True)))
 
-    def make(self, *, keep_base: bool) -> None:
+    def make(self, *, keep_base: bool, group: bool | None = None) -> None:
         """Put the layers and heads into the model, and take out those of the adapter before.
 
         Args:
             keep_base: keep the base's own values of a head that is overwritten, so that it can get them back.
+            group: as for :func:`dynrank.layers.inject.place_layers`.
         """
-        place_layers(self._model, self._layers)
+        place_layers(self._model, self._layers, group=group)
         overwritten = {(id(module), leaf) for module, leaf, _ in self._heads}
         for module, leaf in self._places.values():
             if leaf in base_values(module) and (id(module), leaf) not in overwritten:

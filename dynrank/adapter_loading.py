@@ -20,7 +20,7 @@ __all__ = ["load_adapter", "swap_adapter"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32) -> M:
+def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32, group: bool = False) -> M:
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
     Ranks come from the tensors, scaling from the config by PEFT's rules. Everything is checked before the model is
@@ -30,6 +30,7 @@ def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = t
         model: the model that the adapter was trained on, without LoRA layers.
         path: folder with adapter_config.json and adapter_model.safetensors, or what :func:`read_adapter` returned.
         dtype: dtype of the factors.
+        group: as for :func:`dynrank.add_lora`.
 
     Returns:
         ``model`` itself; adapters and saved heads are trainable, all else is frozen.
@@ -45,7 +46,7 @@ def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = t
             "(dynrank.merge) or load a plain model"
         )
     adapter = path if isinstance(path, Adapter) else read_adapter(path)
-    AdapterChange(model, adapter, dtype).make(keep_base=False)
+    AdapterChange(model, adapter, dtype).make(keep_base=False, group=group)
     return model
 
 

@@ -29,6 +29,7 @@ class LoraConfig:
     rslora: bool = MISSING
     backend: str = MISSING
     capacity: int | None = MISSING
+    group: bool = MISSING
 
 
 @dataclass

@@ -46,5 +46,5 @@ def chosen_backend(backend: str, x: Tensor, rank: int, p: float) -> str:
 
 
 def products_of(backend: str) -> ModuleType:
-    """The module with ``down``, ``up`` and ``gradients`` of a backend that :func:`chosen_backend` has chosen."""
+    """The module with ``down``, ``up`` and their gradients of a backend that :func:`chosen_backend` has chosen."""
     return {"torch": torch_backend, "triton": triton_backend}[backend]

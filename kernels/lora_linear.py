@@ -183,7 +183,11 @@ def gradients(
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients with respect to x, A and B, as far as ``needs`` says; ``weight`` is asked for x's alone."""
-    dx, d_A, d_B = products_of(backend).gradients(dy_MO, x_MI, s_MR, lora_A, lora_B, scaling, p, seed, needs)
+    need_x, need_A, need_B = needs
+    products, dx, d_A = products_of(backend), None, None
+    ds_MR, d_B = products.output_gradients(dy_MO, s_MR, lora_B, scaling, (need_x or need_A, need_B))
+    if ds_MR is not None:
+        dx, d_A = products.input_gradients(ds_MR, x_MI, lora_A, p, seed, (need_x, need_A))
     if dx is not None:
         dx.addmm_(dy_MO, weight().to(dx.dtype))
     return dx, d_A, d_B

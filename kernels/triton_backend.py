@@ -21,20 +21,17 @@ def up(s_MR: Tensor, lora_B: Tensor, scaling: float, bias: Tensor | None, dtype:
     return expand(s_MR, (scaling * lora_B).mT, bias, 0.0, None)
 
 
-def gradients(
-    dy_MO: Tensor,
-    x_MI: Tensor,
-    s_MR: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the update with respect to x, A and B, as far as ``needs`` says: (M, I), (R, I) and (O, R)."""
-    need_x, need_A, need_B = needs
+def output_gradients(
+    dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the update with respect to s, (M, R), and B, (O, R), as far as ``needs`` says."""
     ds_MR, d_B = grad_S_and_B(dy_MO, s_MR, lora_B, scaling)
-    d_A = grad_A(ds_MR, x_MI, p, seed) if need_A else None
-    dx = expand(ds_MR, lora_A, None, p, seed) if need_x else None
-    return dx, d_A, d_B.contiguous() if need_B else None
+    return ds_MR if needs[0] else None, d_B.contiguous() if needs[1] else None
+
+
+def input_gradients(
+    ds_MR: Tensor, x_MI: Tensor, lora_A: Tensor, p: float, seed: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the update with respect to x, (M, I), and A, (R, I), as far as ``needs`` says."""
+    dx = expand(ds_MR, lora_A, None, p, seed) if needs[0] else None
+    return dx, grad_A(ds_MR, x_MI, p, seed) if needs[1] else None

@@ -12,6 +12,7 @@ from dynrank.kernels.dropout import draw_seed
 from dynrank.kernels.lora_linear import lora_linear
 from dynrank.kernels.packed_lora_linear import packed_lora_linear
 from dynrank.layers.base import LoRALayer
+from dynrank.layers.grouping import Group, shared_output
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
 
 
@@ -19,6 +20,7 @@ class LoRALinear(LoRALayer):
     """``y = x W^T + b + scaling * (x A^T) B^T``; x is (..., d_in)."""
 
     supported = nn.Linear
+    _group: Group | None = None  # the layers that it may share a pass over x with
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -32,6 +34,9 @@ class LoRALinear(LoRALayer):
         if self.merged:
             y: Tensor = self.base(x)
             return y
+        shared = shared_output(self, x)
+        if shared is not None:
+            return shared
         return lora_linear(
             x,
             self._weight_OI(),

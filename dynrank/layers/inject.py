@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
-from dynrank.layers.adapted import layer_class
+from dynrank.layers.adapted import LoRAConv1D, LoRALinear, layer_class
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.compiled import named_modules, uncompiled
 from dynrank.layers.frozen_base import follow_base
+from dynrank.layers.grouping import group_layers
 from dynrank.layers.peft_layers import peft_layers, refuse_peft
 from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
 from dynrank.layers.ranked import RankedLayer, check_capacity
@@ -38,6 +39,7 @@ def add_lora(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     capacity: int | None = None,
+    group: bool = False,
 ) -> M:
     """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; nothing is changed before all is checked.
 
@@ -54,6 +56,8 @@ def add_lora(
         backend: who makes the products with the factors, see :func:`dynrank.kernels.backends.chosen_backend`.
         capacity: highest rank that a layer may get. Where it is given, a model compiled by torch.compile serves every
             rank from 2 to it without being compiled again.
+        group: layers that read one x (q, k, v; gate, up) share the pass over it, and dropout's mask; see
+            :func:`dynrank.layers.grouping.shared_output`. On CPU it pays where there is dropout.
 
     Returns:
         ``model`` itself.
@@ -93,7 +97,7 @@ def add_lora(
         scaling = initial_scaling(at.alpha, at.rank, rslora)
         layers[name] = make_layer(base, rank=at.rank, scaling=scaling, **options)
         layers[name].final_rank, layers[name].pinned, layers[name].rule = at.final_rank, at.pinned, at.rule
-    place_layers(model, layers, modules_to_save)
+    place_layers(model, layers, modules_to_save, group=group)
     return model
 
 
@@ -120,10 +124,17 @@ def make_layer(base: nn.Module, **options: Any) -> LoRALayer:
     return cls(base, **options)
 
 
-def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = ()) -> None:
+def place_layers(
+    model: nn.Module,
+    layers: Mapping[str, LoRALayer],
+    modules_to_save: Sequence[str] = (),
+    *,
+    group: bool | None = None,
+) -> None:
     """Freeze ``model``, put each layer where its base stands (everywhere, if shared), unfreeze ``modules_to_save``.
 
-    LoRA layers that are in the model give way to the new layer of their base, or to the base itself.
+    LoRA layers that are in the model give way to the new layer of their base, or to the base itself. ``group`` is as in
+    :func:`add_lora`; None for what the model had last.
     """
     model.requires_grad_(False)
     new, old = {id(layer.base): layer for layer in layers.values()}, own_layers(model).values()
@@ -132,6 +143,10 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
     _replace(model, replacements | {base: layer for base, layer in new.items() if base not in adapted})
     for layer in layers.values():
         layer.train(layer.base.training)
+    group = vars(model).get("_groups_layers", False) if group is None else group
+    vars(model)["_groups_layers"] = group
+    if group:
+        group_layers(model, (LoRALinear, LoRAConv1D))
     for name in modules_to_save:
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:

@@ -8,6 +8,7 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.kernels import triton_launch
 from dynrank.kernels.backends import AUTO_FROM, chosen_backend
+from dynrank.kernels.grouped_lora_linear import Member, SharedInput
 from dynrank.kernels.lora_linear import lora_linear, lora_linear_reference
 from dynrank.kernels.packed_lora_linear import packed_lora_linear
 
@@ -85,3 +86,21 @@ def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p
     wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.view(2, M, D_IN))
     for one, other in zip(got, [wide.detach(), *torch.autograd.grad(wide, leaves, dy.double())], strict=True):
         assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_grouped_layers_by_triton_are_the_layers_by_triton(triton_interpreter, p):
+    generator = torch.Generator().manual_seed(0)
+    x, seed = torch.randn(M, D_IN, generator=generator).requires_grad_(), torch.tensor(-5)
+    sizes = ((5, D_OUT), (12, 20), (1, 20))
+    shapes = [((d_out, D_IN), (d_out,), (rank, D_IN), (d_out, rank)) for rank, d_out in sizes]
+    group = [Member(*(torch.randn(shape, generator=generator) for shape in each), SCALING) for each in shapes]
+    leaves = [x, *(factor.requires_grad_() for m in group for factor in (m.lora_A, m.lora_B))]
+    shared = SharedInput(x, group, p, seed, backend="triton")
+    ours = [shared.output(index) for index in range(len(group))]
+    operands = [(m.weight, m.bias, m.lora_A, m.lora_B, SCALING, p, seed) for m in group]
+    theirs = [lora_linear(x, *each, backend="triton") for each in operands]
+    dys = [torch.randn(y.shape, generator=generator) for y in ours]
+    results = [[*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)] for ys in (ours, theirs)]
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() <= 2e-6 * other.norm()
