@@ -8,8 +8,10 @@ import weakref
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
@@ -18,6 +20,7 @@ import dynrank
 from dynrank.config import compose, plain
 from dynrank.kernels import backends, grouped_lora_linear, lora_linear, torch_backend
 from dynrank.layers import grouping
+from dynrank.sharding import shard_frozen
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
@@ -466,3 +469,34 @@ def test_a_compiled_model_is_one_graph_and_computes_the_same(passes):
     assert counter.frame_count == 1
     assert passes == []
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def one_process():
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_ddp_changes_nothing(one_process):
+    plain_results, model = outcome(attention(), x_of(5)), attention()
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    assert_same(outcome(model, x_of(5), forward=wrapped), plain_results)
+
+
+def test_layers_whose_weights_are_gathered_together_share(one_process, passes):
+    """FSDP2: inside the block that is gathered the weights are plain tensors."""
+    model = attention()
+    shard_frozen(model, one_process, blocks=[])
+    assert_same(outcome(model, x_of(5)), outcome(attention(False), x_of(5)))
+    assert passes == [3]
+
+
+def test_layers_that_are_sharded_each_by_itself(one_process):
+    model = attention()
+    factors = {p for p in model.parameters() if p.requires_grad}
+    for name in NAMES:
+        fully_shard(model.get_submodule(name), mesh=one_process, ignored_params=factors)
+    for _ in range(2):
+        assert_same(outcome(model, x_of(5)), outcome(attention(False), x_of(5)))

@@ -43,6 +43,22 @@ def test_bench_layer(bench):
     assert saved["bf16", "0.1"] <= 0.3
 
 
+def test_bench_group(bench):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def tiny():
+        return LlamaForCausalLM(LlamaConfig(vocab_size=3000, use_cache=False, **size))
+
+    readers, models = {"q, k": (64, {"q_proj": 64, "k_proj": 64})}, {"tiny": tiny}
+    arguments = ("--rounds", "2", "--tokens", "64", "--ranks", "8")
+    out = bench("bench_group", *arguments, READERS=readers, MODELS=models)
+    rows = [cells(line) for line in out.splitlines() if line.startswith("│")]
+    combinations = [(kind, p) for kind in ("fp32", "bf16") for p in ("0.0", "0.1")]
+    assert [tuple(row[:4]) for row in rows[:4]] == [("q, k", kind, "8", p) for kind, p in combinations]
+    assert [tuple(row[:4]) for row in rows[4:]] == [("tiny", kind, "32", p) for kind, p in combinations]
+    assert all(float(row[4]) > 0 for row in rows)
+
+
 def test_bench_gpu_on_a_cpu(bench):
     out = bench("bench_gpu", "--device", "cpu", "--rounds", "2", "--ranks", "8", "--tokens", "32", "--width", "64")
     assert "CPU (small sizes)" in out
