@@ -142,7 +142,8 @@ def run(
         ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
-    metrics = trainer.test(job.module, job.task.data, verbose=False)[0]
+    tested = trainer.test(job.module, job.task.data, verbose=False)  # one mapping for each loader
+    metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
     history = job.scheduler.history
     summary = summarise(model, history, metrics, meter, time.perf_counter() - start)
     if not trainer.is_global_zero:

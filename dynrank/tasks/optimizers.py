@@ -39,7 +39,8 @@ def make_optimizer(
 
     Args:
         adapter: parameters trained at ``lr``.
-        head: parameters trained at ``head_lr`` (a fresh head takes more than an adapter of a pre-trained model).
+        head: parameters trained at ``head_lr`` (a fresh head takes more than an adapter of a pre-trained model), or
+            none.
         total_steps: optimizer steps of the run.
         name: a class of torch.optim, or one of ``ELSEWHERE``; a schedule-free one needs the callback
             :class:`dynrank.callbacks.ScheduleFreeMode`.
@@ -64,6 +65,7 @@ def make_optimizer(
         raise ConfigurationError(f"optimizer.decay must be one of {DECAYS}, got {decay!r}")
     try:
         groups: list[dict[str, Any]] = [{"params": list(adapter)}, {"params": list(head), "lr": head_lr}]
+        groups = [group for group in groups if group["params"]]
         optimizer: torch.optim.Optimizer = make(groups, lr=lr, weight_decay=weight_decay, **options)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"optimizer {name} does not take these values: {error}; set optimizer") from error

