@@ -87,3 +87,20 @@ def test_bench_step(bench):
     assert len(rows) == 9
     assert all(float(row[2]) > 0 for row in rows)
     assert [row[1] for row in rows[:2]] == ["PEFT, r = 32", "dynrank, r = 32 / PEFT, r = 32"]
+
+
+def test_bench_generation(bench):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def tiny():
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, **size))
+
+    arguments = ("--ranks", "8", "4", "--rows", "2", "--prompt", "3", "--tokens", "4", "--rounds", "3")
+    rows = [cells(line) for line in bench("bench_generation", *arguments, MODEL=tiny).splitlines() if line[:1] == "│"]
+    assert [row[0] for row in rows] == ["base", "merged", "r = 8", "r = 4"]
+    assert all(float(row[1]) > 0 for row in rows)
+    assert (rows[0][2], rows[2][4]) == ("1.000", "1.000")
+    added = 4 * (32 + 32) + 3 * (32 + 48)  # by one rank, of q, k, v, o and the three of the MLP
+    own = 4 * 32 * 32 + 3 * 32 * 48 + 64 * 32
+    expected = [f"+{100 * rank * added / own:.1f}%" for rank in (0, 0, 8, 4)]
+    assert [row[6] for row in rows] == expected
