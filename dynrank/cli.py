@@ -135,6 +135,14 @@ def inspect(
         print(f"plot             {plot}")
 
 
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a finished run")]) -> None:
+    """Write report.html of a finished run into its folder: one page with its settings, losses, ranks and spectra."""
+    from dynrank.html_report import write_report
+
+    print(f"report           {write_report(run)}")
+
+
 def main() -> None:
     """Entry point."""
     with usage_errors():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from dynrank.console import table_console
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, singular_values
 
-__all__ = ["LayerSpectrum", "check_plot", "inspect_adapter", "plot_inspection", "print_inspection"]
+__all__ = ["LayerSpectrum", "check_plot", "inspect_adapter", "layer_kinds", "plot_inspection", "print_inspection"]
 
 _FORMATS = (".png", ".pdf", ".svg")
 
@@ -106,6 +106,15 @@ def print_inspection(layers: Sequence[LayerSpectrum]) -> None:
     table_console().print(table)
 
 
+def layer_kinds(names: Iterable[str]) -> dict[str, str]:
+    """{layer: its kind}, which is what follows the last number in its name.
+
+    >>> layer_kinds(["h.0.attn.q", "h.1.attn.q", "head"])
+    {'h.0.attn.q': 'attn.q', 'h.1.attn.q': 'attn.q', 'head': 'head'}
+    """
+    return {name: re.split(r"\.\d+\.", name)[-1] for name in names}
+
+
 def check_plot(file: Path) -> None:
     """Refuse a picture that could not be written.
 
@@ -129,8 +138,7 @@ def plot_inspection(layers: Sequence[LayerSpectrum], file: Path) -> None:
     from dynrank.plots import plot_spectra  # matplotlib is an extra
 
     spectra = {layer.layer: layer.singular_values for layer in layers}
-    kinds = {name: re.split(r"\.\d+\.", name)[-1] for name in spectra}
     try:
-        plot_spectra(spectra, {}, "singular values of the updates", file, kinds)
+        plot_spectra(spectra, {}, "singular values of the updates", file, layer_kinds(spectra))
     except OSError as error:
         raise ConfigurationError(f"cannot write --plot {str(file)!r}: {error.strerror or error}") from None

@@ -34,6 +34,7 @@ from dynrank.callbacks.strategies import check_strategy
 from dynrank.checkpoint_file import read_checkpoint
 from dynrank.config import plain, rank_pattern
 from dynrank.errors import ConfigurationError
+from dynrank.html_report import write_report
 from dynrank.layers.inject import lora_layers
 from dynrank.preflight import check_checkpoint, check_monitors, check_run
 from dynrank.report import draw, final_rank_map, print_summary, summarise
@@ -156,7 +157,8 @@ def run(
     part = folder / "summary.json.part"
     part.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     os.replace(part, folder / "summary.json")
-    print_summary(summary, folder)
+    report = write_report(folder, OmegaConf.to_yaml(config)) if config.plots else None
+    print_summary(summary, folder, report)
     return summary
 
 

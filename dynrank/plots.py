@@ -2,33 +2,47 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+
+from dynrank.run_folder import series
+
+_NAMED_CHANGES = 8  # more texts than that would lie on each other
+_POINTS = 4000  # of a curve: more than a picture has pixels across
 
 
 def plot_loss(metrics_file: Path, changes: Mapping[int, str], file: Path) -> None:
+    """Write :func:`loss_figure` to a PNG file."""
+    loss_figure(metrics_file, changes).savefig(file)
+
+
+def loss_figure(metrics_file: Path, changes: Mapping[int, str]) -> Figure:
     """Training loss (each step and a running mean of 20) and validation loss; a line per change of rank.
+
+    Of more than 4,000 steps every second, third ... is drawn.
 
     Args:
         metrics_file: metrics.csv of the run.
-        changes: optimizer step -> what happened there.
-        file: PNG to write.
+        changes: optimizer step -> what happened there, written beside the line where there are few.
     """
     figure, axes = _figure("optimizer step", "loss (cross-entropy)")
-    steps, losses = _column(metrics_file, "train/loss")
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _running_mean(losses, 20), color="tab:blue", label="training, mean of 20 steps")
-    steps, losses = _column(metrics_file, "val/loss")
+    steps, losses = series(metrics_file, "train/loss")
+    drawn = slice(None, None, 1 + len(steps) // _POINTS)
+    axes.plot(steps[drawn], losses[drawn], color="tab:blue", alpha=0.25, linewidth=0.8)
+    axes.plot(steps[drawn], _running_mean(losses, 20)[drawn], color="tab:blue", label="training, mean of 20 steps")
+    steps, losses = series(metrics_file, "val/loss")
     axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation")
     for step, text in changes.items():
         axes.axvline(step, color="tab:red", linestyle="--", linewidth=1)
         axes.annotate(  # in the figure's upper margin, where no curve runs
-            text,
+            text if len(changes) <= _NAMED_CHANGES else "",
             (step, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 3),
@@ -38,7 +52,44 @@ def plot_loss(metrics_file: Path, changes: Mapping[int, str], file: Path) -> Non
             color="tab:red",
         )
     axes.legend()
-    figure.savefig(file)
+    return figure
+
+
+def heat_map_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int) -> Figure:
+    """The rank of every layer over the run: steps on x, layers on y, one colour for each rank that occurs.
+
+    The bars of the i-th layer have the id (matplotlib's gid) ``row-i``, its name ``name-i``.
+
+    Args:
+        ranks: layer -> (optimizer step, rank from there on), steps ascending.
+        last_step: where the picture ends.
+    """
+    levels = sorted({rank for changes in ranks.values() for _, rank in changes})
+    colours = ListedColormap(
+        colormaps["viridis"]([0.12 + 0.85 * i / max(1, len(levels) - 1) for i in range(len(levels))])
+    )
+    row, size = (0.17, 7) if len(ranks) <= 60 else (0.12, 5.5)  # inches, points
+    height = 1.5 + row * len(ranks)
+    figure, axes = _figure("optimizer step", "", height)
+    for i, changes in enumerate(ranks.values()):
+        ends = [step for step, _ in changes[1:]] + [last_step]
+        bars = [(step, end - step) for (step, _), end in zip(changes, ends, strict=True)]
+        faces = [colours(levels.index(rank)) for _, rank in changes]
+        axes.broken_barh(bars, (i - 0.45, 0.9), facecolors=faces, gid=f"row-{i}")
+    axes.set_yticks(range(len(ranks)), [_short(name) for name in ranks], fontsize=size)
+    for i, label in enumerate(axes.get_yticklabels()):
+        label.set_gid(f"name-{i}")
+    axes.set_xlim(0, last_step)
+    axes.set_ylim(len(ranks) - 0.5, -0.5)
+    axes.grid(visible=False)
+    norm = BoundaryNorm([i - 0.5 for i in range(len(levels) + 1)], max(2, len(levels)))
+    bar = figure.colorbar(
+        ScalarMappable(norm, colours), ax=axes, location="top", aspect=60, pad=0.2 / height, label="rank"
+    )
+    named = range(0, len(levels), 1 + (len(levels) - 1) // 16)
+    bar.set_ticks(named, labels=[str(levels[i]) for i in named])
+    bar.minorticks_off()
+    return figure
 
 
 def plot_ranks(before: Mapping[str, int], after: Mapping[str, int], file: Path) -> None:
@@ -83,17 +134,19 @@ def spectra_figure(
         spectra: layer -> singular values, descending.
         kept: layer -> how many stay.
         title: of the picture.
-        kinds: layer -> kind of layer, which has its own colour, and its median drawn boldly; None: one colour for all.
+        kinds: layer (or more of them) -> kind of layer, which has its own colour, and its median drawn boldly; None:
+            one colour for all.
     """
     shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
-    found = sorted({kinds[name] for name in shares}) if kinds else []
+    every = sorted(set(kinds.values())) if kinds else []
+    found = [kind for kind in every if kinds and any(kinds[name] == kind for name in shares)]
     figure, axes = _figure("singular value", "relative to the largest", height=max(4.5, 0.22 * len(found)))
-    colours = {kind: f"C{index % 10}" for index, kind in enumerate(found)}
+    colours = {kind: f"C{index % 10}" for index, kind in enumerate(every)}
     width = 0.9 if len(shares) < 100 else 0.5  # hundreds of lines must not hide each other
     for name, values in shares.items():
         colour = colours[kinds[name]] if kinds else "tab:blue"
         axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.3, linewidth=width)
-    for index, kind in enumerate(found):
+    for index, kind in ((every.index(kind), kind) for kind in found):
         members = [values for name, values in shares.items() if kinds and kinds[name] == kind]
         typical = [median(column) for column in zip(*members, strict=False)]  # as far as the shortest goes
         style = ("-", "--", ":")[index // 10 % 3]
@@ -153,11 +206,20 @@ def _figure(xlabel: str, ylabel: str, height: float = 4.5) -> tuple[Figure, Axes
     return figure, axes
 
 
-def _column(metrics_file: Path, name: str) -> tuple[list[int], list[float]]:
-    with metrics_file.open(newline="", encoding="utf-8") as file:
-        rows = [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
-    return [step for step, _ in rows], [value for _, value in rows]
-
-
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
     return [sum(values[max(0, i + 1 - width) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+
+
+def _short(name: str, width: int = 44) -> str:
+    """``name`` with words in its middle left out as far as it has to be; numbers, which tell layers apart, last.
+
+    >>> _short("base.transformer.encoder.layers.17.self_attention.query_projection", 42)
+    'base.….17.self_attention.query_projection'
+    """
+    parts = name.split(".")
+    for part in parts[1:-1]:
+        if len(".".join(parts)) > width and not part.isdecimal():
+            at = parts.index(part, 1)
+            parts[at : at + 1] = [] if parts[at - 1] == "…" else ["…"]
+    text = ".".join(parts)
+    return text if len(text) <= width else f"{text[: width // 2]}…{text[1 + width // 2 - width :]}"

@@ -80,13 +80,15 @@ def _ranks(layers: Any, field: str) -> str:
     return span({getattr(layer, field) for layer in layers})
 
 
-def print_summary(summary: Mapping[str, Any], folder: Path) -> None:
-    """Print what one wants to know at the end of a run."""
+def print_summary(summary: Mapping[str, Any], folder: Path, report: Path | None = None) -> None:
+    """Print what one wants to know at the end of a run in ``folder``; ``report`` is its report.html, if it has one."""
     rows = {name: f"{value:.4f}" for name, value in summary["test"].items()}
     rows["final rank"] = ", ".join(str(rank) for rank in sorted(set(summary["final_ranks"].values())))
     rows["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary["parameters"])
     rows["time"] = "{seconds:.0f} s, {tokens_per_second:.0f} tokens/s in training".format(**summary)
     rows["peak memory"] = f"{summary['peak_memory_bytes'] / 2**20:.0f} MiB"
     rows["files"] = str(folder)
+    if report is not None:
+        rows["report"] = str(report)
     for name, text in rows.items():
         print(f"{name:<16} {text}")

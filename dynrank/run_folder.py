@@ -75,6 +75,27 @@ def join(folder: Path) -> None:
         (folder / EARLIER).unlink()
 
 
+def series(metrics_file: Path, name: str) -> tuple[list[int], list[float]]:
+    """Optimizer steps and values of a metric in a run's metrics.csv, those steps that have one.
+
+    Raises:
+        ConfigurationError: if a row holds something else than numbers there; it names the line.
+    """
+    steps, values = [], []
+    with metrics_file.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for row in reader:
+            if row.get(name):
+                try:
+                    steps.append(int(row["step"]))
+                    values.append(float(row[name]))
+                except (KeyError, TypeError, ValueError):
+                    raise ConfigurationError(
+                        f"{str(metrics_file)!r} must hold numbers as step and {name!r}, line {reader.line_num} does not"
+                    ) from None
+    return steps, values
+
+
 def _joined(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[dict[str, str]]:
     """Rows of both; of two that say the same of one step (a validation made again), the later one."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}

@@ -103,7 +103,7 @@ def test_default_run_shows_16_as_final_rank(table):
     assert {(row[2], row[3]) for row in table()[:-1]} == {("32", "16")}
 
 
-@pytest.mark.parametrize("command", ["ranks", "plan", "squeeze", "merge", "inspect"])
+@pytest.mark.parametrize("command", ["ranks", "plan", "squeeze", "merge", "inspect", "report"])
 def test_help_of_a_command_exits_with_0(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["dynrank", command, "--help"])
     with pytest.raises(SystemExit) as caught:

@@ -18,7 +18,7 @@ from dynrank.trusted import make
 FILES = (
     ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "rank_history.csv", "metrics.csv"]
     + ["checkpoints/last.ckpt", "summary.json", ".hydra/config.yaml"]
-    + ["plots/loss.png", "plots/ranks.png", "plots/spectra.png"]
+    + ["plots/loss.png", "plots/ranks.png", "plots/spectra.png", "report.html"]
 )
 
 
@@ -77,7 +77,15 @@ def test_adapter_gives_equal_logits_in_peft_and_here(smoke_run):
 
 def test_run_prints_the_table_of_the_drop_and_the_results(smoke_run):
     _, printed = smoke_run
-    for text in ("rank change at step", "32 → 16", "attention.self.query", "675,840", "test/accuracy", "final rank"):
+    for text in (
+        "rank change at step",
+        "32 → 16",
+        "attention.self.query",
+        "675,840",
+        "test/accuracy",
+        "final rank",
+        "report.html",
+    ):
         assert text in printed
 
 

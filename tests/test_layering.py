@@ -28,7 +28,7 @@ LAYERS = {
     6: {"adapter_loading", "planning", "squeeze", "change_table", "rank_change"},
     7: {"driver", "tasks", "config", "plots", "exits", "step_memory"},
     8: {"callbacks", "merging", "inspection", "preflight", "trusted", "optimizer_state"},
-    9: {"report", "memory_plan"},
+    9: {"report", "html_report", "memory_plan"},
     10: {"job"},
     11: {"rank_table", "plan_table"},
     12: {"train", "cli"},

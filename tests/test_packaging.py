@@ -56,6 +56,7 @@ def test_wheel_holds_the_configuration_and_kernels_as_files(wheel):
         *ROOT.glob("kernels/*.py"),
         *ROOT.glob("dynrank/**/*.py"),
         *ROOT.glob("dynrank/models/*.json"),
+        *ROOT.glob("dynrank/**/*.css"),
     ]:
         relative = path.relative_to(ROOT).as_posix()
         assert (relative if relative.startswith("dynrank/") else f"dynrank/{relative}") in names
@@ -78,7 +79,7 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
 
 COMMANDS = [
     ("dynrank",),
-    *(("dynrank", name) for name in ("ranks", "plan", "squeeze", "merge", "inspect")),
+    *(("dynrank", name) for name in ("ranks", "plan", "squeeze", "merge", "inspect", "report")),
     ("dynrank-train",),
 ]
 

@@ -1,0 +1,131 @@
+"""Folders as finished runs leave them, without the training; and a reader of pages that takes no fault."""
+
+import csv
+import json
+import math
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from torch import nn
+
+import dynrank
+
+NASTY = "<b>&\"'</b>"
+FIELDS = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"]
+VOID = {"meta", "link", "br", "hr", "img", "input"}
+
+
+def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, undone=(), kinds=("up", NASTY)):
+    """A run of ``blocks`` times ``kinds`` layers and a head that keeps its rank.
+
+    Args:
+        folder: to write.
+        blocks: how many of the same layers.
+        drops: (step, rank of all layers but the head from there on).
+        steps: of the optimizer.
+        rank: at the start.
+        undone: (step, rank) of changes that were taken back.
+        kinds: names of the layers of a block.
+    """
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.ModuleDict({kind: nn.Linear(12, 16) for kind in kinds}) for _ in range(blocks))
+    model = dynrank.add_lora(nn.ModuleDict({"layers": layers, "head": nn.Linear(12, 16)}), rank=rank, alpha=16)
+    names = [name for name, _ in dynrank.lora_layers(model)]
+    rows, now = [], rank
+    for step, to in sorted([*drops, *undone]):
+        taken_back = (step, to) in undone
+        reason = f"undone: val/loss 1 → 2 ({NASTY})" if taken_back else f"fraction {NASTY}"
+        rows += [[step, name, now, to, 0.9, 0.1, reason] for name in names if name != "head"]
+        now = now if taken_back else to
+    for name, layer in dynrank.lora_layers(model):
+        nn.init.normal_(layer.lora_B)
+        if name != "head":
+            dynrank.resize(model, {name: now})
+    folder.mkdir(parents=True, exist_ok=True)
+    dynrank.save_adapter(model, folder / "adapter")
+    with (folder / "rank_history.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([FIELDS, *rows])
+    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "test/loss", "train/loss", "val/loss"])
+        writer.writerows([step, "", 2 * math.exp(-step / steps) + 0.1 * math.sin(step), ""] for step in range(steps))
+        writer.writerows([step, "", "", 2 * math.exp(-step / steps)] for step in range(4, steps, max(1, steps // 5)))
+        writer.writerow([steps, 1.25, "", ""])
+    phase = {"first_step": 0, "mean_rank": 8.0, "tokens": 500, "train_seconds": 2.0, "tokens_per_second": 250.0}
+    summary = {
+        "test": {"test/loss": 1.25},
+        "final_ranks": {name: layer.rank for name, layer in dynrank.lora_layers(model)},
+        "changes": [],
+        "parameters": {"adapter": 1234, "trainable": 2345, "total": 34567},
+        "seconds": 12.0,
+        "tokens_per_second": 250.0,
+        "peak_memory_bytes": 2**30,
+        "phases": [{**phase, "peak_memory_bytes": 2**30}],
+    }
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / ".hydra").mkdir(exist_ok=True)
+    (folder / ".hydra" / "config.yaml").write_text(f"lora:\n  rank: {rank}\nnote: '{NASTY}'\n", encoding="utf-8")
+    (folder / ".hydra" / "overrides.yaml").write_text(f"- lora.rank={rank}\n- note={NASTY!r}\n", encoding="utf-8")
+    return folder
+
+
+class Page(HTMLParser):
+    """A page taken apart; every element must be closed, in order.
+
+    Attributes:
+        elements: (tag, attributes) of all.
+        tables: caption -> rows, the headings first.
+        texts: tag -> texts directly in such elements.
+    """
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.tables, self.texts, self._open = [], {}, {}, []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+        if tag in ("th", "td", "caption", "title", "pre", "code", "text", "p", "h1"):
+            self.texts.setdefault(tag, []).append("")
+        if tag == "tr":
+            self.tables.setdefault(self.texts["caption"][-1], []).append([])
+        elif tag in ("th", "td"):
+            self.tables[self.texts["caption"][-1]][-1].append("")
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open, f"</{tag}> closes nothing"
+        assert self._open.pop() == tag, f"</{tag}> does not close the last element"
+
+    def handle_data(self, data):
+        inner = self._open[-1] if self._open else ""
+        if inner in self.texts:
+            self.texts[inner][-1] += data
+        if inner in ("th", "td"):
+            self.tables[self.texts["caption"][-1]][-1][-1] += data
+
+    def table(self, start):
+        return next(rows for caption, rows in self.tables.items() if caption.startswith(start))
+
+
+@pytest.fixture(scope="session")
+def run_folder():
+    return write_run
+
+
+@pytest.fixture(scope="session")
+def nasty():
+    return NASTY
+
+
+@pytest.fixture(scope="session")
+def page_of():
+    """Reads a page's file."""
+    return lambda file: Page(file.read_text(encoding="utf-8"))
