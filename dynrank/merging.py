@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from dynrank.adapter_loading import load_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import merge
 from dynrank.output_folder import check_free, whole_or_nothing
-from dynrank.tasks.pretrained import model_source
+from dynrank.tasks.pretrained import gguf_place, load_weights, model_source
 
 __all__ = ["MergedModel", "merge_adapter"]
 
@@ -152,8 +153,9 @@ def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
 
 def _loaded(cls: Any, config: Any, origin: str, adapter: Adapter) -> tuple[nn.Module, list[str]]:
     """(the model, names of weights that it got from nowhere)."""
-    options = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, info = _asked(cls.from_pretrained, origin, **options)
+    options = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    with _named(origin):
+        model, info = load_weights(cls.from_pretrained, origin, **options)
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
     return model, sorted(absent)
 
@@ -169,7 +171,14 @@ def _copy_input_files(origin: str, folder: Path) -> None:
 
 
 def _asked(loader: Any, origin: str, **options: Any) -> Any:
+    place, gguf = gguf_place(origin)
+    with _named(origin):
+        return loader(place, trust_remote_code=False, **gguf, **options)
+
+
+@contextmanager
+def _named(origin: str) -> Iterator[None]:
     try:
-        return loader(origin, trust_remote_code=False, **options)
+        yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ConfigurationError(f"transformers cannot load --model {origin!r}: {error}") from error

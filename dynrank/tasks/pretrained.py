@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -78,8 +81,8 @@ def load_classifier(source: str, num_labels: int, *, on_meta: bool = False) -> n
             model = AutoModelForSequenceClassification.from_config(config)
     else:
         # a head for another number of classes is replaced
-        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True, "output_loading_info": True}
-        model, info = _load(AutoModelForSequenceClassification.from_pretrained, source, dtype=torch.float32, **options)
+        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+        model, info = _load_weights(AutoModelForSequenceClassification.from_pretrained, source, **options)
         misfits = [str(key[0]) for key in info["mismatched_keys"] if not str(key[0]).startswith(_HEADS)]
         if misfits:
             raise ConfigurationError(f"weights {misfits[:3]} of task.model={source!r} do not fit its config.json")
@@ -105,8 +108,7 @@ def load_causal_lm(source: str, *, on_meta: bool = False) -> nn.Module:
                 return cast(nn.Module, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
         except ValueError as error:
             raise ConfigurationError(f"task.model={source!r} is no causal language model: {error}") from error
-    load = AutoModelForCausalLM.from_pretrained
-    model, info = _load(load, source, dtype=torch.float32, output_loading_info=True)
+    model, info = _load_weights(AutoModelForCausalLM.from_pretrained, source)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigurationError(f"task.model={source!r} is no causal language model: it lacks {missing[:3]}")
@@ -118,14 +120,51 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_children() if name in _HEADS]
 
 
+def gguf_place(source: str) -> tuple[str, dict[str, str]]:
+    """What ``from_pretrained`` takes for ``source``, and its keyword arguments: of a GGUF file, folder and name.
+
+    Raises:
+        ConfigurationError: if it is such a file and the package that reads it is not installed.
+    """
+    if not source.endswith(_GGUF):
+        return source, {}
+    if find_spec("gguf") is None:
+        raise ConfigurationError(f"{source!r} needs the package gguf: pip install gguf, or 'dynrank[code]'")
+    return str(Path(source).parent), {"gguf_file": Path(source).name}
+
+
+def load_weights(loader: Any, source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A model and transformers' account of its loading; what a GGUF file holds is unpacked into plain layers.
+
+    Args:
+        loader: a ``from_pretrained`` of models.
+        source: as :func:`model_source` returns it.
+        **options: further arguments of ``loader``.
+    """
+    place, gguf = gguf_place(source)
+    if gguf and hasattr(transformers, "GgufConfig"):  # without it, newer versions keep layers packed if they can
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model, info = loader(place, output_loading_info=True, **gguf, **options)
+    quantizer = getattr(model, "hf_quantizer", None) if gguf else None
+    if quantizer is not None:  # nothing is quantised any more: such a model could neither be saved nor trained
+        quantizer.remove_quantization_config(model)
+    return model, info
+
+
 def _load(loader: Any, source: str, **options: Any) -> Any:
-    if source.endswith(_GGUF):
-        if find_spec("gguf") is None:
-            raise ConfigurationError(
-                f"task.model={source!r} needs the package gguf: pip install gguf, or 'dynrank[code]'"
-            )
-        options["gguf_file"] = Path(source).name
+    place, gguf = gguf_place(source)
+    with _named(source):
+        return loader(place, **gguf, **options)
+
+
+def _load_weights(loader: Any, source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    with _named(source):
+        return load_weights(loader, source, dtype=torch.float32, **options)
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
     try:
-        return loader(str(Path(source).parent) if "gguf_file" in options else source, **options)
+        yield
     except (OSError, ValueError, RuntimeError, struct.error, KeyError, IndexError) as error:  # the last three of GGUF
         raise ConfigurationError(f"transformers cannot load task.model={source!r}: {error}") from error
