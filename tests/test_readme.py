@@ -19,7 +19,7 @@ def run(command, folder):
 
 
 def test_every_block_runs_as_printed(tmp_path):
-    assert [language for language, _ in BLOCKS] == ["sh", "python", "python", "python", "yaml", "sh", "python", "sh"]
+    assert [language for language, _ in BLOCKS] == ["sh", "python", "python", "python", "yaml", "sh", "python", "sh", "sh"]
     printed = {}
     for index, (language, text) in enumerate(BLOCKS):
         if language == "yaml":
@@ -37,7 +37,9 @@ def test_every_block_runs_as_printed(tmp_path):
     assert "37 layers" in printed[5]
     assert printed[6].split() == ["loss"]
     assert (tmp_path / "spectra.png").is_file()
-    assert "parameters" in printed[7]
+    assert "4,194,304" in printed[7]
+    assert (tmp_path / "plan.png").is_file()
+    assert "parameters" in printed[8]
 
 
 def test_files_and_keys_named_in_the_readme_exist():
