@@ -73,7 +73,7 @@ class LoRAConv1D(LoRALinear):
 
 
 class LoRAQuantizedLinear(LoRALinear):
-    """LoRALinear for a weight that bitsandbytes has packed (QLoRA, arXiv:2305.14314); it stays packed, and as it is."""
+    """LoRALinear for a weight that a library has packed (QLoRA, arXiv:2305.14314); it stays packed, and as it is."""
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -87,7 +87,7 @@ class LoRAQuantizedLinear(LoRALinear):
             y: Tensor = self.base(x)
             return y
         unpack = unpacker(self.base) if torch.is_grad_enabled() else None
-        if unpack is None:  # in inference bitsandbytes multiplies by the packed weight, without unpacking it
+        if unpack is None:  # in inference the libraries multiply by the packed weight, without unpacking it
             y = self.base(x)
             down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
             return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
