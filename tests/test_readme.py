@@ -19,7 +19,17 @@ def run(command, folder):
 
 
 def test_every_block_runs_as_printed(tmp_path):
-    assert [language for language, _ in BLOCKS] == ["sh", "python", "python", "python", "yaml", "sh", "python", "sh", "sh"]
+    assert [language for language, _ in BLOCKS] == [
+        "sh",
+        "python",
+        "python",
+        "python",
+        "yaml",
+        "sh",
+        "python",
+        "sh",
+        "sh",
+    ]
     printed = {}
     for index, (language, text) in enumerate(BLOCKS):
         if language == "yaml":

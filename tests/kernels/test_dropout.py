@@ -17,7 +17,7 @@ def reference(rows, columns, p, seed):
     words = np.arange((rows * columns + 1) // 2, dtype=np.uint32) ^ key
     words = (words ^ words >> np.uint32(16)) * np.uint32(0x85EBCA6B) ^ second_key
     words = (words ^ words >> np.uint32(13)) * np.uint32(0xC2B2AE35)
-    words ^= words >> np.uint32(16)
+    words ^= (words.view(np.int32) >> 16).view(np.uint32)  # with the sign
     bits = words.view(np.uint16)[: rows * columns].reshape(rows, columns) & 0x7FFF
     return bits < round((1 - p) * 2**15)
 
