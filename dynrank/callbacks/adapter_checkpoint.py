@@ -121,6 +121,8 @@ class AdapterCheckpoint(ModelCheckpoint):
         complete, self._seen_step = trainer.global_step > self._seen_step, trainer.global_step
         self._loops, self._has_trained = None, True
         if complete and self._sigterm is not None and self._sigterm.received(trainer):
+            trainer._logger_connector.on_batch_end()  # what Lightning logs of a step it logs after this hook
+            trainer._logger_connector.update_train_step_metrics()
             self._save_and_stop(trainer)
         if complete and trainer.world_size == 1 and is_due(trainer):
             self._loops = {"fit_loop": deepcopy(trainer.fit_loop.state_dict())}

@@ -231,5 +231,4 @@ def test_sigterm_to_one_process_stops_both_and_the_run_goes_on_in_its_folder(ove
     assert set(json.loads((folder / "summary.json").read_text())["final_ranks"].values()) == {2}
     with (folder / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert steps == sorted(set(steps))
-    assert set(range(stopped + 3)) - set(steps) <= {stopped - 1}  # Lightning logs a step after the hook that stopped
+    assert steps == [*range(stopped + 3)]  # that of the stop, too
