@@ -99,7 +99,8 @@ def test_grouped_layers_share_the_mask_of_dropout():
         model.v_proj.load_state_dict(model.k_proj.state_dict())
         x = x_of(5)
         model.q_proj(x)
-        assert torch.equal(model.k_proj(x), model.v_proj(x)) is group
+        # not to the bit: a product with all A may round one column otherwise than another
+        assert torch.allclose(model.k_proj(x), model.v_proj(x), rtol=1e-12, atol=1e-12) is group
 
 
 @pytest.mark.parametrize("group", ["true", "false"])
