@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.compiled,
     pytest.mark.skipif(
         TRITON == "not installed" or tuple(map(int, TRITON.split(".")[:2])) < (3, 9),
-        reason=f"registers are allocated by the compiler: the tiles were chosen with Triton 3.9, and it is {TRITON} here",
+        reason=f"the tiles were chosen with the compiler of Triton 3.9, and Triton is {TRITON} here",
     ),
 ]
 
