@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,22 +40,13 @@ class LoRALinear(LoRALayer):
         shared = shared_output(self, x)
         if shared is not None:
             return shared
-        return lora_linear(
-            x,
-            self._weight_OI(),
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            *self._dropout(x),
-            backend=self.backend,
-            tap=self._tap,
-        )
+        return self._fused(lora_linear, x, self._weight_OI())
 
-    def _dropout(self, x: Tensor) -> tuple[float, Tensor | None]:
-        """Its probability now, and the seed of its mask."""
+    def _fused(self, op: Callable[..., Tensor], x: Tensor, weight: Any) -> Tensor:
         p = self.dropout.p if self.training else 0.0
-        return p, draw_seed(x.device) if p else None
+        seed = draw_seed(x.device) if p else None
+        factors = self.lora_A, self.lora_B
+        return op(x, weight, self.bias, *factors, self.scaling, p, seed, backend=self.backend, tap=self._tap)
 
 
 class LoRAConv1D(LoRALinear):
@@ -91,19 +85,7 @@ class LoRAQuantizedLinear(LoRALinear):
             y = self.base(x)
             down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
             return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
-        dropout = self._dropout(x)
-        x, dtype = x.to(computes_in(self.base, x)), x.dtype
-        return packed_lora_linear(
-            x,
-            unpack,
-            self.bias,
-            self.lora_A,
-            self.lora_B,
-            self.scaling,
-            *dropout,
-            backend=self.backend,
-            tap=self._tap,
-        ).to(dtype)
+        return self._fused(packed_lora_linear, x.to(computes_in(self.base, x)), unpack).to(x.dtype)
 
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
         return delta_OI
