@@ -12,7 +12,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
-from dynrank.run_folder import series
+from dynrank.run_folder import metric_names, series
 
 _NAMED_CHANGES = 8  # more texts than that would lie on each other
 _POINTS = 4000  # of a curve: more than a picture has pixels across
@@ -39,10 +39,47 @@ def loss_figure(metrics_file: Path, changes: Mapping[int, str]) -> Figure:
     axes.plot(steps[drawn], _running_mean(losses, 20)[drawn], color="tab:blue", label="training, mean of 20 steps")
     steps, losses = series(metrics_file, "val/loss")
     axes.plot(steps, losses, color="tab:orange", marker="o", markersize=4, label="validation")
+    _mark(axes, changes)
+    axes.legend()
+    return figure
+
+
+def quality_metrics(metrics_file: Path) -> list[str]:
+    """Names of what validations have measured beside the loss, as ``val/accuracy``."""
+    names = [name for name in metric_names(metrics_file) if name.startswith("val/") and name != "val/loss"]
+    return [name for name in names if series(metrics_file, name)[0]]
+
+
+def plot_quality(metrics_file: Path, changes: Mapping[int, str], file: Path) -> None:
+    """Write :func:`quality_figure` to a PNG file."""
+    quality_figure(metrics_file, changes).savefig(file)
+
+
+def quality_figure(metrics_file: Path, changes: Mapping[int, str]) -> Figure:
+    """Each of :func:`quality_metrics` over the run, one below the other; a line per change of rank.
+
+    Args:
+        metrics_file: metrics.csv of the run, with such metrics.
+        changes: as for :func:`loss_figure`.
+    """
+    names = quality_metrics(metrics_file)
+    figure = Figure(figsize=(8, 1 + 2 * len(names)), dpi=120, layout="constrained")
+    rows = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
+    for axes, name in zip(rows, names, strict=True):
+        axes.plot(*series(metrics_file, name), color="tab:orange", marker="o", markersize=4)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+        _mark(axes, changes, named=axes is rows[0])
+    rows[-1].set_xlabel("optimizer step")
+    return figure
+
+
+def _mark(axes: Axes, changes: Mapping[int, str], *, named: bool = True) -> None:
+    """A line at each change of rank, and what happened there in the upper margin, where no curve runs."""
     for step, text in changes.items():
         axes.axvline(step, color="tab:red", linestyle="--", linewidth=1)
-        axes.annotate(  # in the figure's upper margin, where no curve runs
-            text if len(changes) <= _NAMED_CHANGES else "",
+        axes.annotate(
+            text if named and len(changes) <= _NAMED_CHANGES else "",
             (step, 1),
             xycoords=("data", "axes fraction"),
             xytext=(0, 3),
@@ -51,8 +88,6 @@ def loss_figure(metrics_file: Path, changes: Mapping[int, str]) -> Figure:
             fontsize=8,
             color="tab:red",
         )
-    axes.legend()
-    return figure
 
 
 def heat_map_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int) -> Figure:

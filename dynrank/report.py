@@ -57,7 +57,7 @@ def final_rank_map(model: nn.Module, rslora: bool) -> str:
 
 def draw(model: nn.Module, history: Sequence[RankEvent], ranks_at_start: Mapping[str, int], folder: Path) -> None:
     """Write the run's pictures to ``folder / "plots"``."""
-    from dynrank.plots import plot_loss, plot_ranks, plot_spectra  # matplotlib is an extra
+    from dynrank.plots import plot_loss, plot_quality, plot_ranks, plot_spectra, quality_metrics  # an extra
 
     plots = folder / "plots"
     plots.mkdir(exist_ok=True)
@@ -66,6 +66,8 @@ def draw(model: nn.Module, history: Sequence[RankEvent], ranks_at_start: Mapping
     made = [event for event in history if not event.undone]
     changes = {e.step: f"rank {_ranks(e.layers, 'rank_before')} → {_ranks(e.layers, 'rank_after')}" for e in made}
     plot_loss(folder / "metrics.csv", changes, plots / "loss.png")
+    if quality_metrics(folder / "metrics.csv"):
+        plot_quality(folder / "metrics.csv", changes, plots / "quality.png")
     plot_ranks(ranks_at_start, ranks, plots / "ranks.png")
     if made:
         spectra = {report.layer: report.singular_values for report in made[0].layers}

@@ -96,6 +96,12 @@ def series(metrics_file: Path, name: str) -> tuple[list[int], list[float]]:
     return steps, values
 
 
+def metric_names(metrics_file: Path) -> list[str]:
+    """Names of the columns of a run's metrics.csv but for the step, those without a value among them."""
+    with metrics_file.open(newline="", encoding="utf-8") as file:
+        return [name for name in csv.DictReader(file).fieldnames or () if name != "step"]
+
+
 def _joined(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[dict[str, str]]:
     """Rows of both; of two that say the same of one step (a validation made again), the later one."""
     rows: dict[tuple[str, ...], dict[str, str]] = {}

@@ -18,7 +18,7 @@ from dynrank.trusted import make
 FILES = (
     ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "rank_history.csv", "metrics.csv"]
     + ["checkpoints/last.ckpt", "summary.json", ".hydra/config.yaml"]
-    + ["plots/loss.png", "plots/ranks.png", "plots/spectra.png", "report.html"]
+    + ["plots/loss.png", "plots/quality.png", "plots/ranks.png", "plots/spectra.png", "report.html"]
 )
 
 

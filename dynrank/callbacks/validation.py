@@ -7,6 +7,8 @@ miss a value.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 
@@ -23,7 +25,15 @@ def measure(trainer: Trainer) -> None:
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
     """What the validation that is ending has logged, and nothing of training's; call it from ``on_validation_end``."""
-    return {name: float(value) for name, value in trainer._logger_connector.metrics["callback"].items()}
+    results: Any = trainer._results
+    loader, found = results.dataloader_idx, dict[str, float]()
+    try:
+        for index in dict.fromkeys([loader, *(result.meta.dataloader_idx for result in results.values())]):
+            results.dataloader_idx = index  # Lightning shows what belongs to one data loader, or to none of several
+            found |= {name: float(value) for name, value in trainer._logger_connector.metrics["callback"].items()}
+    finally:
+        results.dataloader_idx = loader
+    return found
 
 
 def run_validation(trainer: Trainer) -> None:

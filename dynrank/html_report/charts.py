@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from dynrank.html_report.record import RunRecord
 from dynrank.inspection import layer_kinds
-from dynrank.plots import heat_map_figure, loss_figure, spectra_figure
+from dynrank.plots import heat_map_figure, loss_figure, quality_figure, quality_metrics, spectra_figure
 from dynrank.run_folder import series
 
 __all__ = ["Chart", "charts"]
@@ -34,14 +34,20 @@ Chart = tuple[str, str]
 
 
 def charts(run: RunRecord) -> dict[str, list[Chart]]:
-    """By heading: the loss, the ranks, and the singular values before the first and the last change and at the end."""
+    """By heading: the loss, what else validations measured, the ranks, and singular values.
+
+    These are shown before the first and the last change and at the end.
+    """
     found: dict[str, list[Chart]] = {"Loss": []}  # none of a run that was resumed where it had ended
     file = run.folder / "metrics.csv"
+    changes = {change.step: f"rank {change.ranks}" for change in run.made}
     if any(series(file, name)[0] for name in ("train/loss", "val/loss")):
-        changes = {change.step: f"rank {change.ranks}" for change in run.made}
         text = f"Training and validation loss over {run.last_step:,} optimizer steps"
         text += "; dashed: ranks change." if changes else "; no rank changes."
         found["Loss"].append((text, _svg(lambda: loss_figure(file, changes), "loss", text)))
+    if measured := quality_metrics(file):
+        text = f"In validation over {run.last_step:,} optimizer steps: {', '.join(measured)}."
+        found["Quality"] = [(text, _svg(lambda: quality_figure(file, changes), "quality", text))]
     ranks = run.ranks()
     text = f"Rank of each of {len(ranks)} layers over {run.last_step:,} optimizer steps."
     titles = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -47,6 +48,7 @@ class FunctionsData(LightningDataModule):
         modules: see :func:`dynrank.tasks.stdlib.stdlib_functions`.
         seed: of the splits and of the order of the batches.
         val_functions: that a validation takes; None for all. The test takes all.
+        val_generate: validation functions that each validation completes; 0 leaves it out.
         generate: test functions that are completed; 0 leaves it out.
         max_new_tokens: that a completion may have; functions with longer bodies are not completed.
         limit: keep only this many functions of each split (for trying things out); None keeps all.
@@ -61,6 +63,7 @@ class FunctionsData(LightningDataModule):
         modules: Sequence[str] | None,
         seed: int,
         val_functions: int | None,
+        val_generate: int,
         generate: int,
         max_new_tokens: int,
         limit: int | None = None,
@@ -70,11 +73,12 @@ class FunctionsData(LightningDataModule):
         for name, value in {**counts, "val_functions": val_functions or 1, "limit": limit or 1}.items():
             if not isinstance(value, int) or value < 1:
                 raise ConfigurationError(f"task.{name} must be an int of at least 1, got {value!r}")
-        if not isinstance(generate, int) or generate < 0:
-            raise ConfigurationError(f"task.generate must be an int of at least 0, got {generate!r}")
+        for name, value in {"val_generate": val_generate, "generate": generate}.items():
+            if not isinstance(value, int) or value < 0:
+                raise ConfigurationError(f"task.{name} must be an int of at least 0, got {value!r}")
         self.model, self.batch_size, self.max_length, self.modules = model, batch_size, max_length, modules
-        self.seed, self.val_functions, self.generate, self.limit = seed, val_functions, generate, limit
-        self.max_new_tokens = max_new_tokens
+        self.seed, self.limit, self.max_new_tokens = seed, limit, max_new_tokens
+        self.val_functions, self.val_generate, self.generate = val_functions, val_generate, generate
         self.tokenizer: Any = None
         self.examples: dict[str, list[_Example]] = {}
 
@@ -100,24 +104,29 @@ class FunctionsData(LightningDataModule):
         options: Any = {"collate_fn": self._collate, "share": self.share}
         return ResumableLoader(examples, lengths, self.batch_size, self.seed, **options)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(_spread(self.examples["val"], self.val_functions), self._collate)
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return self._evaluations("val", self.val_functions, self.val_generate)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        loaders = [self._evaluation(self.examples["test"], self._collate)]
-        short = [example for example in self.examples["test"] if len(example.body) <= self.max_new_tokens]
-        if self.generate and not short:
-            raise ConfigurationError(
-                f"no test function has a body of up to {self.max_new_tokens} tokens; set task.max_new_tokens"
-            )
-        if self.generate:
-            loaders.append(self._evaluation(_spread(short, self.generate), self._collate_prompts))
-        return loaders
+        return self._evaluations("test", None, self.generate)
 
     @property
     def share(self) -> tuple[int, int]:
         """(number of this process, how many the trainer has)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def _evaluations(self, split: str, count: int | None, generate: int) -> list[DataLoader[Any]]:
+        """Of ``count`` functions with their bodies, and where some are completed, of ``generate`` prompts."""
+        examples = self.examples[split]
+        loaders = [self._evaluation(_spread(examples, count), self._collate)]
+        short = [example for example in examples if len(example.body) <= self.max_new_tokens]
+        if generate and not short:
+            raise ConfigurationError(
+                f"no {split} function has a body of up to {self.max_new_tokens} tokens; set task.max_new_tokens"
+            )
+        if generate:
+            loaders.append(self._evaluation(_spread(short, generate), self._collate_prompts))
+        return loaders
 
     def _evaluation(self, examples: Sequence[_Example], collate: Any) -> DataLoader[Any]:
         ordered: Any = sorted(examples, key=lambda example: len(example.prompt) + len(example.body))
@@ -155,10 +164,10 @@ class FunctionsData(LightningDataModule):
 class BodyWriter(LightningModule):
     """A causal language model with LoRA; ``self.model`` is the transformers model that is exported.
 
-    Logged are the mean cross-entropy of the tokens of bodies, and their perplexity; in the test also, of greedy
-    completions, ``test/bleu`` (sacreBLEU's, with its 13a tokenisation, of whole bodies, in [0, 1]),
-    ``test/exact_match`` (share whose first line is the body's) and ``test/parses`` (share that is not empty, and Python
-    behind its prompt). A completion ends before the first line that is not indented.
+    Logged are the mean cross-entropy of the tokens of bodies, and their perplexity; where the data has prompts to
+    complete, also, of greedy completions, ``test/bleu`` or ``val/bleu`` (sacreBLEU's, with its 13a tokenisation, of
+    whole bodies, in [0, 1]), ``exact_match`` (share whose first line is the body's) and ``parses`` (share that is not
+    empty, and Python behind its prompt). A completion ends before the first line that is not indented.
 
     All arguments are plain values and are saved in checkpoints, so ``load_from_checkpoint`` needs nothing else.
 
@@ -185,8 +194,11 @@ class BodyWriter(LightningModule):
         self.model = load_causal_lm(self.source, on_meta=on_meta)
         add_lora(self.model.train(), **lora)
         self.val_perplexity, self.test_perplexity = (Perplexity(ignore_index=_IGNORED) for _ in range(2))
-        self.bleu = SacreBLEUScore()
-        self.tokenizer: Any = None
+        self.val_bleu, self.test_bleu = SacreBLEUScore(), SacreBLEUScore()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.source)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # under ModelParallelStrategy; load_from_checkpoint calls this, too
@@ -198,15 +210,15 @@ class BodyWriter(LightningModule):
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_perplexity)
-
-    def on_test_start(self) -> None:
-        self.tokenizer = load_tokenizer(self.source)
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        if "functions" in batch:
+            self._complete(batch, "val", self.val_bleu)
+        else:
+            self._evaluate(batch, "val", self.val_perplexity)
 
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         if "functions" in batch:
-            self._complete(batch)
+            self._complete(batch, "test", self.test_bleu)
         else:
             self._evaluate(batch, "test", self.test_perplexity)
 
@@ -235,15 +247,15 @@ class BodyWriter(LightningModule):
         texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
         return texts
 
-    def _complete(self, batch: dict[str, Any]) -> None:
+    def _complete(self, batch: dict[str, Any], split: str, bleu: SacreBLEUScore) -> None:
         written = [_body(text) for text in self.continuations(batch["input_ids"], batch["attention_mask"])]
         prompts, bodies = zip(*batch["functions"], strict=True)
-        self.bleu.update(written, [[body] for body in bodies])
+        bleu.update(written, [[body] for body in bodies])
         right = [_first_line(a) == _first_line(b) for a, b in zip(written, bodies, strict=True)]
         python = [bool(text) and parses(prompt + text) for prompt, text in zip(prompts, written, strict=True)]
-        shares = {"test/exact_match": sum(right) / len(right), "test/parses": sum(python) / len(python)}
+        shares = {f"{split}/exact_match": sum(right) / len(right), f"{split}/parses": sum(python) / len(python)}
         options: Any = {"batch_size": len(written), "add_dataloader_idx": False}
-        self.log("test/bleu", self.bleu, **options)
+        self.log(f"{split}/bleu", bleu, **options)
         self.log_dict(shares, sync_dist=True, **options)
 
     def _evaluate(self, batch: dict[str, Tensor], split: str, perplexity: Perplexity) -> None:
@@ -273,11 +285,11 @@ class CodeCompletion:
         metrics: names of what is logged in training and validation.
     """
 
-    metrics = ("train/loss", "val/loss", "val/perplexity")
-
     def __init__(self, model: str, max_new_tokens: int, **data: Any) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens
         self.data = FunctionsData(model, max_new_tokens=max_new_tokens, **data)
+        completed = ("val/bleu", "val/exact_match", "val/parses") if self.data.val_generate else ()
+        self.metrics = ("train/loss", "val/loss", "val/perplexity", *completed)
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> BodyWriter:
         return BodyWriter(self.model, lora, optimizer, self.max_new_tokens, on_meta)

@@ -7,6 +7,8 @@ import pytest
 
 from dynrank.html_report import page, write_report
 from dynrank.html_report.record import read_run
+from dynrank.plots import quality_figure, quality_metrics
+from dynrank.run_folder import series
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,17 @@ def test_report_of_a_real_run_knows_the_spectra_before_its_drop(smoke_run, page_
     assert {row[2] for row in report.table("The adapter's layers")[1:]} == {"32 → 16"}
     labels = [attributes["aria-label"] for tag, attributes in report.elements if tag == "svg"]
     assert any(f"before the change at step {change.step}" in label for label in labels)
+
+
+def test_report_of_a_real_run_shows_what_validations_measured(smoke_run, page_of):
+    folder = smoke_run[0]
+    report = page_of(folder / "report.html")
+    labels = [attributes["aria-label"] for tag, attributes in report.elements if tag == "svg"]
+    (chart,) = [label for label in labels if label.startswith("In validation")]
+    assert "val/accuracy, val/macro_f1" in chart
+    assert quality_metrics(folder / "metrics.csv") == ["val/accuracy", "val/macro_f1"]
+    figure = quality_figure(folder / "metrics.csv", {9: "rank 32 → 16"})
+    for axes, name in zip(figure.axes, ["val/accuracy", "val/macro_f1"], strict=True):
+        curve, drop = axes.lines
+        assert (list(curve.get_xdata()), list(curve.get_ydata())) == series(folder / "metrics.csv", name)
+        assert list(drop.get_xdata()) == [9, 9]

@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
+from dynrank.run_folder import series
 from dynrank.schedules import milestones
-from dynrank.tasks.code_completion import BodyWriter, FunctionsData
+from dynrank.tasks.code_completion import BodyWriter, CodeCompletion, FunctionsData
 from dynrank.tasks.pretrained import load_causal_lm
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
-DATA = {"batch_size": 4, "max_length": 160, "modules": MODULES, "seed": 0, "val_functions": 8, "generate": 6}
-DATA |= {"max_new_tokens": 48, "limit": 24}
+DATA = {"batch_size": 4, "max_length": 160, "modules": MODULES, "seed": 0, "val_functions": 8, "val_generate": 5}
+DATA |= {"generate": 6, "max_new_tokens": 48, "limit": 24}
 OPTIMIZER = {"name": "AdamW", "lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 1, "decay": "linear"}
 OPTIMIZER |= {"decay_share": 0.0, "options": {}}
 LORA = {"rank": 8, "alpha": 16}
@@ -55,7 +56,6 @@ def module(llama):
     made = BodyWriter(llama, LORA, OPTIMIZER, DATA["max_new_tokens"])
     for _, layer in dynrank.lora_layers(made.model):
         torch.nn.init.normal_(layer.lora_B, std=0.1)
-    made.on_test_start()
     return made.eval()
 
 
@@ -79,7 +79,11 @@ def test_evaluation_takes_each_function_once(data):
     assert sorted(int(n) for b in loss for n in (b["labels"] != -100).sum(1)) == sorted(learned)
     functions = [function for batch in completed for function in batch["functions"]]
     assert len(set(functions)) == len(functions) == DATA["generate"]
-    assert sum(len(batch["labels"]) for batch in data.val_dataloader()) == DATA["val_functions"]
+    loss, completed = data.val_dataloader()
+    assert sum(len(batch["labels"]) for batch in loss) == DATA["val_functions"]
+    functions = {function for batch in completed for function in batch["functions"]}
+    assert len(functions) == DATA["val_generate"]
+    assert functions <= {(e.function.prompt, e.function.body) for e in data.examples["val"]}
 
 
 def test_loss_is_the_mean_over_the_tokens_of_bodies(data, module):
@@ -109,12 +113,13 @@ def test_continuation_is_the_most_probable_token_again_and_again(data, module):
     assert len(set(written)) > 1
 
 
-def metrics_of(module, data, quiet_trainer, write):
-    """Metrics of a test in which the module writes ``write(number of the function, prompt, body)``."""
-    functions = [f for batch in data.test_dataloader()[1] for f in batch["functions"]]
-    made = iter([write(i, *function) for i, function in enumerate(functions)])
+def metrics_of(module, data, quiet_trainer, write, split="test"):
+    """Metrics of a test or validation in which the module writes ``write(number of the function, prompt, body)``."""
+    loaders = data.test_dataloader() if split == "test" else data.val_dataloader()
+    made = iter([write(i, *function) for i, function in enumerate(f for b in loaders[1] for f in b["functions"])])
     module.continuations = lambda ids, mask: [next(made) for _ in ids]
-    (first, second) = quiet_trainer().test(module, data, verbose=False)
+    trainer = quiet_trainer()
+    (first, second) = (trainer.test if split == "test" else trainer.validate)(module, data, verbose=False)
     return first | second
 
 
@@ -138,10 +143,29 @@ def test_quality_of_what_is_written(case, data, module, regression):
     assert metrics["test/perplexity"] == pytest.approx(math.exp(metrics["test/loss"]), rel=1e-4)
 
 
+@pytest.mark.parametrize("case", ["bodies", "nothing", "their first line", "another line first"])
+def test_validation_measures_the_same(case, data, module, regression):
+    write, expected = CASES[case]
+    metrics = metrics_of(module, data, regression[2], write, "val")
+    found = {name.replace("val/", "test/"): value for name, value in metrics.items()}
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
+    assert found["test/perplexity"] == pytest.approx(math.exp(found["test/loss"]), rel=1e-4)
+
+
 def test_no_completions_where_none_are_asked_for(llama, module, regression):
-    made = FunctionsData(llama, **{**DATA, "generate": 0})
+    made = FunctionsData(llama, **{**DATA, "generate": 0, "val_generate": 0})
     (metrics,) = regression[2]().test(module, made, verbose=False)
     assert set(metrics) == {"test/loss", "test/perplexity"}
+    (metrics,) = regression[2]().validate(module, made, verbose=False)
+    assert set(metrics) == {"val/loss", "val/perplexity"}
+
+
+@pytest.mark.parametrize("val_generate", [0, 5])
+def test_metrics_of_the_task_are_those_that_a_fit_logs(llama, regression, val_generate):
+    task = CodeCompletion(llama, **{**DATA, "val_generate": val_generate})
+    trainer = regression[2](max_steps=1, val_check_interval=1, check_val_every_n_epoch=None)
+    trainer.fit(task.module(LORA, OPTIMIZER), task.data)
+    assert set(task.metrics) == set(trainer.callback_metrics)
 
 
 def test_resumed_run_is_the_run_bit_by_bit(llama, regression, tmp_path):
@@ -150,7 +174,13 @@ def test_resumed_run_is_the_run_bit_by_bit(llama, regression, tmp_path):
         made = BodyWriter(llama, LORA, OPTIMIZER, 8)
         keep = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
         callbacks = [RankScheduler(milestones([4], at=[4], unit="step")), keep]
-        trainer = regression[2](max_steps=8, limit_val_batches=0, callbacks=callbacks, enable_checkpointing=True)
+        trainer = regression[2](
+            max_steps=8,
+            val_check_interval=3,
+            check_val_every_n_epoch=None,
+            callbacks=callbacks,
+            enable_checkpointing=True,
+        )
         trainer.fit(made, FunctionsData(llama, **DATA), **options)
         assert {layer.rank for _, layer in dynrank.lora_layers(made.model)} == {4}
         return dict(made.named_parameters())
@@ -168,6 +198,7 @@ def test_resumed_run_is_the_run_bit_by_bit(llama, regression, tmp_path):
         ({"max_length": "long"}, "task.max_length"),
         ({"max_new_tokens": 0}, "task.max_new_tokens"),
         ({"val_functions": -1}, "task.val_functions"),
+        ({"val_generate": 0.5}, "task.val_generate"),
         ({"generate": -1}, "task.generate"),
         ({"limit": 1.5}, "task.limit"),
     ],
@@ -181,7 +212,8 @@ def test_data_refuses_unusable_values(llama, values, key):
     ("values", "loader", "key"),
     [
         ({"batch_size": 25}, "train_dataloader", r"task\.batch_size must be at most the 24"),
-        ({"max_new_tokens": 1}, "test_dataloader", r"task\.max_new_tokens"),
+        ({"max_new_tokens": 1}, "test_dataloader", r"no test function .* task\.max_new_tokens"),
+        ({"max_new_tokens": 1}, "val_dataloader", r"no val function .* task\.max_new_tokens"),
         ({"max_length": 8}, "setup", r"task\.max_length"),
     ],
 )
@@ -202,6 +234,7 @@ def runs(llama, run_command, tmp_path_factory):
         "task=code_completion",
         f"task.model={llama}",
         f"task.modules=[{','.join(MODULES)}]",
+        "task.val_generate=3",
         "task.generate=4",
         "task.max_new_tokens=48",
     ]
@@ -227,6 +260,18 @@ def test_experiment_drops_and_its_comparisons_do_not(runs):
         "code_fixed_32": (set(), 32),
         "code_fixed_16": (set(), 16),
     }
+
+
+def test_experiment_measures_right_before_and_right_after_the_drop_and_at_the_end(runs):
+    """The drop by deadline, at a step where no validation is due."""
+    with (runs["code_32_to_16"] / "rank_history.csv").open(newline="") as file:
+        (drop,) = {int(row["step"]) for row in csv.DictReader(file)}
+    for name in ("val/bleu", "val/exact_match", "val/parses", "val/loss"):
+        steps, values = series(runs["code_32_to_16"] / "metrics.csv", name)
+        assert steps == [3, 7, drop, drop, 11]  # those after a batch have its index
+        assert all(math.isfinite(value) for value in values)
+    assert values[2] != values[3]
+    assert series(runs["code_fixed_16"] / "metrics.csv", "val/bleu")[0] == [3, 7, 11]
 
 
 def test_adapter_of_a_run_gives_equal_logits_in_peft_and_here(runs, llama):
