@@ -126,13 +126,16 @@ def cut_down(trainee: Trainee, cuts: Cuts, pool: int) -> None:
         resize(trainee.model, ranks, optimizers=[trainee.optimizer], metric="loss", grams=grams)
 
 
-def adalora(setting: Setting, lr: float | None, *, first: int, last: int) -> Trainee:
-    """A fresh model with PEFT's AdaLoRA on every linear layer, whose budget falls from step ``first`` to ``last``."""
+def adalora(setting: Setting, lr: float | None, *, first: int, last: int, target: int = LOW) -> Trainee:
+    """A fresh model with PEFT's AdaLoRA on every linear layer, whose budget falls from step ``first`` to ``last``.
+
+    ``target`` is the mean rank that it falls to.
+    """
     model = setting.classifier()
     targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
     config = AdaLoraConfig(
         init_r=HIGH,
-        target_r=LOW,
+        target_r=target,
         lora_alpha=round(SCALING * HIGH),  # PEFT divides by the initial rank
         tinit=first,
         tfinal=setting.steps - last,

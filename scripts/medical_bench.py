@@ -34,12 +34,16 @@ Batch = Mapping[str, Tensor]
 
 
 class Setting:
-    """Data and model of the default task for one seed: splits, order of batches, head and dropout follow from it."""
+    """Data and model of the default task for one seed: splits, order of batches, head and dropout follow from it.
 
-    def __init__(self, seed: int, steps: int) -> None:
+    ``overrides`` are further values of the configuration, such as task.limit=80.
+    """
+
+    def __init__(self, seed: int, steps: int, overrides: Sequence[str] = ()) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.config, self.seed, self.steps = compose([f"seed={seed}", f"task.batch_size={BATCH}"]), seed, steps
+        self.config = compose([f"seed={seed}", f"task.batch_size={BATCH}", *overrides])
+        self.seed, self.steps = seed, steps
         data = make(self.config.task, "task").data
         data.setup("fit")
         self.labels = len(data.labels)
@@ -151,8 +155,13 @@ class Table:
                     f"{file} holds the columns {list(self.rows[0])}, not {self.fields}; move it away, or set --out"
                 )
 
+    def find(self, *key: object) -> dict[str, str] | None:
+        """The row of this key, if there is one."""
+        wanted = [str(value) for value in key]
+        return next((row for row in self.rows if [row[name] for name in self.keys] == wanted), None)
+
     def lacks(self, *key: object) -> bool:
-        return all([row[name] for name in self.keys] != [str(value) for value in key] for row in self.rows)
+        return self.find(*key) is None
 
     def add(self, row: Mapping[str, object]) -> None:
         self.rows.append({name: _text(row[name]) for name in self.fields})

@@ -4,6 +4,7 @@ import csv
 import sys
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,16 +21,17 @@ def scripts():
     sys.path.insert(0, str(SCRIPTS))
     import compare_adalora
     import medical_bench
+    import study
     import study_truncation
 
     sys.path.remove(str(SCRIPTS))
-    return medical_bench, study_truncation, compare_adalora
+    return SimpleNamespace(bench=medical_bench, truncation=study_truncation, adalora=compare_adalora, study=study)
 
 
 @pytest.fixture
 def short(scripts, tiny_bert, monkeypatch):
-    """The three scripts, on 80 terms and with a run of a few steps."""
-    bench, truncation, adalora = scripts
+    """The scripts, on 80 terms and with a run of a few steps."""
+    bench, truncation, adalora = scripts.bench, scripts.truncation, scripts.adalora
     small, real = ["task.limit=80", f"task.model={tiny_bert}"], bench.compose
     monkeypatch.setattr(bench, "compose", lambda overrides: real([*overrides, *small]))
     for name, value in {"STEPS": 6, "CUT": 4, "WINDOW": 2}.items():
@@ -38,7 +40,7 @@ def short(scripts, tiny_bert, monkeypatch):
     for name, value in {"STEPS": 10, "FIRST": 1, "LAST": 6, "WINDOW": 2, "RATES": (1e-3, 2e-3)}.items():
         monkeypatch.setattr(adalora, name, value)
     monkeypatch.setattr(adalora, "ARMS", {"dynrank": adalora.Cuts((2, 6))})
-    return bench, truncation, adalora
+    return scripts
 
 
 def launch(monkeypatch, script, folder, *options):
@@ -53,7 +55,7 @@ def rows(file):
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 def test_truncation_study_writes_a_row_per_arm_and_goes_on_where_it_stopped(short, monkeypatch, tmp_path, capsys):
-    _, truncation, _ = short
+    truncation = short.truncation
     launch(monkeypatch, truncation, tmp_path)
     file = tmp_path / "truncation.csv"
     written = rows(file)
@@ -72,7 +74,7 @@ def test_truncation_study_writes_a_row_per_arm_and_goes_on_where_it_stopped(shor
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adalora_comparison_gives_dynrank_no_more_than_adalora_kept(short, monkeypatch, tmp_path, capsys):
-    _, _, adalora = short
+    adalora = short.adalora
     launch(monkeypatch, adalora, tmp_path)
     written = rows(tmp_path / "adalora.csv")
     theirs, ours = (
@@ -86,7 +88,7 @@ def test_adalora_comparison_gives_dynrank_no_more_than_adalora_kept(short, monke
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_costs_of_adalora_stay_and_ours_fall(short, monkeypatch, tmp_path):
-    _, _, adalora = short
+    adalora = short.adalora
     launch(monkeypatch, adalora, tmp_path, "--cost", "--rounds", "2")
     measured = {row["model"]: row for row in rows(tmp_path / "adalora_cost.csv")}
     before, _, after, theirs_before, theirs_after = measured.values()
@@ -99,7 +101,7 @@ def test_costs_of_adalora_stay_and_ours_fall(short, monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_kept_parameters_are_those_of_the_layers_that_peft_would_build(short):
-    bench, _, adalora = short
+    bench, adalora = short.bench, short.adalora
     trainee = adalora.adalora(bench.Setting(0, 10), 1e-3, first=1, last=6)
     trainee.train(8, adalora.allocation_of(trainee))
     expected = 0
@@ -113,7 +115,7 @@ def test_kept_parameters_are_those_of_the_layers_that_peft_would_build(short):
 
 
 def test_copy_of_a_trainee_goes_on_as_the_trainee_does(short):
-    bench, _, _ = short
+    bench = short.bench
     one = bench.adapted(bench.Setting(0, 6), 4)
     one.train(3)
     two = deepcopy(one)
@@ -126,9 +128,59 @@ def test_copy_of_a_trainee_goes_on_as_the_trainee_does(short):
 
 
 def test_table_of_other_columns_is_refused_and_kept(scripts, tmp_path):
-    bench, truncation, _ = scripts
+    bench, truncation = scripts.bench, scripts.truncation
     file = tmp_path / "truncation.csv"
     file.write_text("a,b\n1,2\n")
     with pytest.raises(ConfigurationError, match=r"truncation\.csv.*'a', 'b'"):
         bench.Table(file, truncation.FIELDS, ("seed", "arm"))
     assert file.read_text() == "a,b\n1,2\n"
+
+
+ARMS_OF_STUDY = ("rank 2", "rank 16", "16 → 2 at 0.5", "16 → 2 at 0.5, budget", "AdaLoRA 16 → 2")
+
+
+@pytest.fixture
+def study(scripts, tiny_bert, monkeypatch, tmp_path):
+    """The study on 80 terms, five of its arms, two learning rates of which one diverges; a function that runs it."""
+    study = scripts.study
+    monkeypatch.syspath_prepend(SCRIPTS)  # for the processes that it starts
+    monkeypatch.setattr(study, "ARMS", [arm for arm in study.ARMS if str(arm) in ARMS_OF_STUDY])
+    monkeypatch.setattr(study, "RATES", (1e-3, 1e30))
+    small = ["task.limit=80", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
+
+    def start():
+        options = ["--seeds", "2", "--steps", "10", "--rounds", "2", "--processes", "1"]
+        study.main([*options, "--out", str(tmp_path), *small])
+        return rows(tmp_path / "study.csv")
+
+    return start
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study, tmp_path, capsys):
+    written = study()
+    at_best = [row for row in written if row["lr"] == "0.001"]
+    assert {(row["equal"], row["seed"], row["arm"]) for row in at_best} == {
+        (equal, seed, arm) for equal in ("steps", "time") for seed in "01" for arm in ARMS_OF_STUDY
+    }
+    diverged = [row for row in written if row not in at_best]
+    assert [(row["seed"], row["test_loss"], row["bytes"]) for row in diverged] == [("0", "inf", "")] * len(
+        ARMS_OF_STUDY
+    )
+    for row in at_best:
+        if row["arm"] in ("rank 2", "16 → 2 at 0.5"):
+            assert int(row["bytes"]) == 4 * int(row["parameters"]) == 4 * 2 * WIDTHS
+        if row["arm"] == "16 → 2 at 0.5, budget":
+            assert int(row["parameters"]) <= 2 * WIDTHS
+        assert bool(row["spike"]) == ("→ 2 at" in row["arm"])
+    printed = capsys.readouterr().out
+    assert "equal steps" in printed
+    assert "equal time" in printed
+    assert (tmp_path / "study.png").stat().st_size > 0
+
+    lost = [row for row in written if row["arm"] == "16 → 2 at 0.5" and row["seed"] == "1" and row["equal"] == "steps"]
+    file = tmp_path / "study.csv"
+    header, *lines = file.read_text(encoding="utf-8").splitlines()
+    kept = [line for line, row in zip(lines, written, strict=True) if row not in lost]
+    file.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
+    assert study() == [*(row for row in written if row not in lost), *lost]  # the same numbers again
