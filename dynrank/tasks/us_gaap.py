@@ -1,0 +1,102 @@
+"""Line items of companies' financial reports and the section that each belongs to, from the package edgartools.
+
+The package (MIT) carries what it learned of the US-GAAP tags in 32,240 reports to the SEC: for each tag the one or more
+standard items that it stands for, and the section of the statement where those stand. Only that one JSON file is read;
+the package itself, which needs pandas and more, is never imported.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dynrank.errors import ConfigurationError
+
+_FILE = Path("xbrl", "standardization", "gaap_mappings.json")
+_INSTALL = "pip install --no-deps edgartools==5.62.1"
+_CASH_FLOW = "Net Cash from "  # of cash-flow items without a section, the standard item names it behind these words
+_MIN_ITEMS = 50  # of a section
+_TEST, _VAL = 0.2, 0.1  # shares of each section
+_WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[0-9])")
+
+
+@dataclass(frozen=True)
+class LineItem:
+    """``text``: "repayments of long term debt"; ``section``: "Financing Activities"."""
+
+    text: str
+    section: str
+
+
+@dataclass(frozen=True)
+class LineItemSplits:
+    """Training, validation and test items; no text of one stands in another, whatever its case, spaces and digits."""
+
+    train: tuple[LineItem, ...]
+    val: tuple[LineItem, ...]
+    test: tuple[LineItem, ...]
+
+
+def line_items(seed: int) -> LineItemSplits:
+    """All line items of sections that have at least 50, shared out at random within each section: 70, 10 and 20%.
+
+    Left out are tags that the package maps to several items, IFRS tags, and items without a section. Of texts that are
+    the same but for case, spaces and digits one is kept; if their sections differ, none.
+
+    Args:
+        seed: of the splits.
+
+    Raises:
+        ConfigurationError: if the package is not installed, or holds its data in another form.
+    """
+    by_key: dict[str, list[LineItem]] = defaultdict(list)
+    for tag, entry in _mappings().items():
+        section = _section(tag, entry)
+        if section is not None:
+            text = _WORD_STARTS.sub(" ", tag).lower()
+            by_key[re.sub("[^a-z]", "", text)].append(LineItem(text, section))
+    by_section: dict[str, list[LineItem]] = defaultdict(list)
+    for _, same in sorted(by_key.items()):
+        if len({item.section for item in same}) == 1:
+            by_section[same[0].section].append(min(same, key=lambda item: item.text))
+    draw = random.Random(seed)
+    parts: dict[str, list[LineItem]] = {"train": [], "val": [], "test": []}
+    for _, items in sorted(by_section.items()):
+        if len(items) >= _MIN_ITEMS:
+            draw.shuffle(items)
+            test = round(len(items) * _TEST)
+            val = test + round(len(items) * _VAL)
+            parts["test"] += items[:test]
+            parts["val"] += items[test:val]
+            parts["train"] += items[val:]
+    if not parts["train"]:
+        raise ConfigurationError(f"the installed edgartools holds its mappings in another form: {_INSTALL}")
+    for part in parts.values():
+        draw.shuffle(part)  # any few of them are of all sections
+    return LineItemSplits(**{name: tuple(part) for name, part in parts.items()})
+
+
+def _mappings() -> dict[str, Any]:
+    spec = find_spec("edgar")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigurationError(f"task=financial_terms needs the package edgartools: {_INSTALL}")
+    file = Path(spec.submodule_search_locations[0], _FILE)
+    try:
+        mappings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{str(file)!r} cannot be read ({error}): {_INSTALL}") from None
+    return mappings if isinstance(mappings, dict) else {}
+
+
+def _section(tag: str, entry: Any) -> str | None:
+    if not tag.isalnum() or not isinstance(entry, dict) or len(entry.get("standard_tags") or ()) != 1:
+        return None  # about the file, "ifrs:…" or "ifrs-full_…", or of several meanings
+    item: str = entry.get("display_name") or ""
+    section: str | None = entry.get("section")
+    return section or (item.removeprefix(_CASH_FLOW) if item.startswith(_CASH_FLOW) else None)
