@@ -55,9 +55,10 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
 
     Ranks, scaling and adapted layers may all differ: a layer that the adapter does not name goes back to its base. The
     new layers are complete before the model is touched, and are exchanged when no other thread is in a call of the
-    model: each forward, whichever thread it runs in, sees one adapter or the other. Generating a text takes many
-    forwards, which may see both. (See :func:`dynrank.layers.between_forwards.between_forwards`; calls of a compiled
-    model wait likewise, then it is compiled again.)
+    model or in its ``generate``: each forward and each generated text, whichever thread it is made in, sees one adapter
+    or the other. So the swap waits for texts that are being written; those begun later wait for it. (See
+    :func:`dynrank.layers.between_forwards.between_forwards`; calls of a compiled model wait likewise, then it is
+    compiled again.)
 
     The layers are new objects with new parameters: what held the old ones (an optimizer, a RankScheduler) has to be
     made anew to train on. A backward pass must not be under way.
@@ -73,7 +74,7 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     Raises:
         ConfigurationError: as :func:`load_adapter`, or if a part that was trained whole would keep the values of the
             adapter before; nothing has changed then.
-        RuntimeError: if a layer is merged, or this is called within the model's own forward.
+        RuntimeError: if a layer is merged, or this is called within the model's own forward or generate.
     """
     refuse_peft(model, "swap_adapter", "call its load_adapter() and set_adapter()")
     for name, layer in own_layers(model).items():

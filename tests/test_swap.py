@@ -341,25 +341,3 @@ def test_swap_within_the_models_own_forward_is_refused(chain):
         model(torch.ones(1, 4))
     model.pause = lambda _: None
     assert model(torch.ones(1, 4)).tolist() == expected[0]
-
-
-def test_generating_goes_on_under_swaps(adapters):
-    model = dynrank.load_adapter(gpt2(), adapters[0])
-    stop, failures, texts = threading.Event(), [], []
-
-    def generate():
-        try:
-            while not stop.is_set():
-                texts.append(model.generate(IDS, max_new_tokens=4, do_sample=False, min_new_tokens=4))
-        except Exception as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=generate)
-    thread.start()
-    for index in range(12):
-        dynrank.swap_adapter(model, adapters[index % 3])
-        time.sleep(0.02)
-    stop.set()
-    thread.join(30)
-    assert not failures
-    assert {text.shape for text in texts} == {(2, 9)}
