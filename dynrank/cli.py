@@ -143,6 +143,17 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a finished run")]
     print(f"report           {write_report(run)}")
 
 
+@app.command()
+def sweep(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep: hydra.sweep.dir, or multirun/DATE/TIME")],
+    plot: Annotated[bool, typer.Option(help="Draw sweep.png, too")] = True,
+) -> None:
+    """Print what the runs of a sweep came to, mean and deviation over seeds; write it to sweep.csv and sweep.png."""
+    from dynrank.sweep_report import show_sweep
+
+    show_sweep(folder, plot=plot)
+
+
 def main() -> None:
     """Entry point."""
     with usage_errors():

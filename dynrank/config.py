@@ -69,6 +69,7 @@ class RunConfig:
     ckpt_path: str | None = MISSING
     checkpoint_every: int = MISSING
     check_processes_every: int | None = MISSING
+    objective: str | None = MISSING
     plots: bool = MISSING
 
 
@@ -85,6 +86,7 @@ class PlanConfig(RunConfig):
     budget: Any = MISSING
 
 
+OmegaConf.register_new_resolver("times", lambda first, second: first * second, replace=True)  # ${times:2,${lora.rank}}
 ConfigStore.instance().store(name="schema", node=RunConfig)
 ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
 

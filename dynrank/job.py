@@ -36,8 +36,8 @@ from dynrank.config import plain, rank_pattern
 from dynrank.errors import ConfigurationError
 from dynrank.html_report import write_report
 from dynrank.layers.inject import lora_layers
-from dynrank.preflight import check_checkpoint, check_monitors, check_run
-from dynrank.report import draw, final_rank_map, print_summary, summarise
+from dynrank.preflight import check_checkpoint, check_monitors, check_objective, check_run
+from dynrank.report import draw, final_rank_map, held_bytes, print_summary, summarise
 from dynrank.run_folder import checkpoint_of, claim, join, take_up
 from dynrank.schedules import How, check_schedule
 from dynrank.triggers import Run
@@ -72,6 +72,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     task = make(config.task, "task")
     lora = {**plain(config.lora), "rank_map": pattern}
     check_monitors(scheduler.monitors, task.metrics)
+    check_objective(config.objective, task.final)
     module = task.module(lora, plain(config.optimizer), on_meta=True)  # what can be refused is, before weights load
     scheduler.check_model(module.model, run)
     if not on_meta:
@@ -143,10 +144,11 @@ def run(
         ) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
+    held = held_bytes(model, trainer.optimizers)
     tested = trainer.test(job.module, job.task.data, verbose=False)  # one mapping for each loader
     metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
     history = job.scheduler.history
-    summary = summarise(model, history, metrics, meter, time.perf_counter() - start)
+    summary = summarise(model, history, metrics, meter, held, time.perf_counter() - start)
     if not trainer.is_global_zero:
         return summary
     join(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -230,6 +230,41 @@ def plot_memory(bars: Mapping[str, Mapping[str, int]], budget: int | None, title
     axes.set_title(title, fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(file)
+
+
+def arms_figure(
+    settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequence[Sequence[float]]]
+) -> Figure:
+    """A panel for each quantity: the runs of every arm as dots, their mean with the standard deviation over them.
+
+    Args:
+        settings: of each arm; one number each goes onto a scale, anything else side by side.
+        name: of the setting.
+        panels: quantity -> arm -> values of its runs.
+    """
+    try:
+        places = [float(text) for (text,) in settings]
+    except ValueError:
+        places = [float(number) for number in range(len(settings))]
+    texts = ["\n".join(setting) for setting in settings]
+    crowded = max(map(len, texts)) * len(texts) > 40
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4 * across, 3 * down), dpi=120, layout="constrained")
+    grid = list(figure.subplots(down, across, squeeze=False).flat)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    for axes, (quantity, arms) in zip(grid, panels.items(), strict=False):
+        dots = [(place, value) for place, values in zip(places, arms, strict=True) for value in values]
+        axes.plot([place for place, _ in dots], [value for _, value in dots], "o", alpha=0.35, markersize=4)
+        known = [(place, values) for place, values in zip(places, arms, strict=True) if values]
+        means, spreads = [fmean(v) for _, v in known], [stdev(v) if len(v) > 1 else 0.0 for _, v in known]
+        axes.errorbar([p for p, _ in known], means, spreads, color="tab:blue", capsize=3, marker="_", linewidth=1)
+        axes.set_title(quantity, fontsize=10)
+        axes.grid(alpha=0.3)
+        axes.set_xticks(places, texts, fontsize=6 if crowded else 8, rotation=90 if crowded else 0)
+        axes.set_xlabel(name, fontsize=8)
+    return figure
 
 
 def _figure(xlabel: str, ylabel: str, height: float = 4.5) -> tuple[Figure, Axes]:

@@ -63,6 +63,16 @@ def check_monitors(monitors: Iterable[str], logged: Sequence[str]) -> None:
         )
 
 
+def check_objective(name: str | None, measured: Sequence[str]) -> None:
+    """Refuse a name that the task does not measure at the final weights.
+
+    Raises:
+        ConfigurationError: naming it and what is measured.
+    """
+    if name is not None and name not in measured:
+        raise ConfigurationError(f"objective must be null or one of {sorted(measured)}, got {name!r}")
+
+
 def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
     """Refuse a checkpoint (read from ``config.ckpt_path``) that ``module`` cannot go on from; ranks may differ.
 

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
+from dynrank.base_weights import storage_bytes
 from dynrank.callbacks import RankEvent, RunMeter
 from dynrank.console import span
 from dynrank.layers.inject import lora_layers
 from dynrank.linalg import singular_values
 from dynrank.rank_map import RankRule, dump_rank_map
 
+FINAL = "final/"  # before the names of what a test measures of other data than the test's
+
 
 def summarise(
-    model: nn.Module, history: Sequence[RankEvent], metrics: Mapping[str, float], meter: RunMeter, seconds: float
+    model: nn.Module,
+    history: Sequence[RankEvent],
+    metrics: Mapping[str, float],
+    meter: RunMeter,
+    held: Mapping[str, int],
+    seconds: float,
 ) -> dict[str, Any]:
-    """The contents of summary.json; ``seconds`` is the whole run's, tokens per second those of its training batches."""
+    """The contents of summary.json.
+
+    Args:
+        model: as it is exported.
+        history: changes of rank.
+        metrics: of the test; those that begin with ``final/`` are of training and validation data, at the end.
+        meter: of the training; tokens per second are those of its training batches.
+        held: see :func:`held_bytes`.
+        seconds: of the whole run.
+    """
     layers = dict(lora_layers(model))
+    final = {name.removeprefix(FINAL): float(value) for name, value in metrics.items() if name.startswith(FINAL)}
+    both = final.keys() >= {"train/loss", "val/loss"}
     return {
-        "test": {name: float(value) for name, value in metrics.items()},
+        "test": {name: float(value) for name, value in metrics.items() if not name.startswith(FINAL)},
+        "final": final,
+        "gap": final["val/loss"] - final["train/loss"] if both else None,
         "final_ranks": {name: layer.rank for name, layer in layers.items()},
         "changes": [{"step": event.step, "reason": event.reason, "undone": event.undone} for event in history],
         "parameters": {
@@ -30,7 +53,9 @@ def summarise(
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "total": sum(p.numel() for p in model.parameters()),
         },
+        "bytes": dict(held),
         "seconds": seconds,
+        "step_seconds": meter.step_seconds,
         "tokens_per_second": meter.tokens_per_second,
         "peak_memory_bytes": meter.peak_memory_bytes,
         "phases": [
@@ -38,6 +63,23 @@ def summarise(
             for phase in meter.phases
             if phase.train_seconds
         ],
+    }
+
+
+def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
+    """Bytes of the tensors that training needs beside the frozen model, at the ranks of now.
+
+    Returns:
+        ``adapter``, the factors of all LoRA layers; ``gradients``, as many as all trained parameters have, those of a
+        head included; ``optimizer``, its state.
+    """
+    factors = [factor for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    state = [value for optimizer in optimizers for value in tree_leaves(list(optimizer.state.values()))]
+    return {
+        "adapter": sum(factor.nbytes for factor in factors),
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "optimizer": storage_bytes(value for value in state if isinstance(value, Tensor)),
     }
 
 
@@ -85,6 +127,10 @@ def _ranks(layers: Any, field: str) -> str:
 def print_summary(summary: Mapping[str, Any], folder: Path, report: Path | None = None) -> None:
     """Print what one wants to know at the end of a run in ``folder``; ``report`` is its report.html, if it has one."""
     rows = {name: f"{value:.4f}" for name, value in summary["test"].items()}
+    if summary["gap"] is not None:
+        rows["gap"] = "{:.4f} = validation {val/loss:.4f} - training {train/loss:.4f} at the end".format(
+            summary["gap"], **summary["final"]
+        )
     rows["final rank"] = ", ".join(str(rank) for rank in sorted(set(summary["final_ranks"].values())))
     rows["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary["parameters"])
     rows["time"] = "{seconds:.0f} s, {tokens_per_second:.0f} tokens/s in training".format(**summary)

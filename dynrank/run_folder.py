@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from dynrank.errors import ConfigurationError
 
 METRICS, EARLIER, PREDICTIONS = "metrics.csv", "metrics.earlier.csv", "rank_predictions.csv"
+HISTORY = "rank_history.csv"
 
 
 def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
@@ -53,8 +55,20 @@ def claim(folder: Path) -> None:
         (folder / "checkpoints").mkdir(parents=True)
     except FileExistsError:
         raise ConfigurationError(
-            f"{str(folder)!r} holds a run already; set hydra.run.dir to a new folder, or ckpt_path=last to go on there"
+            f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, or "
+            "ckpt_path=last to go on there"
         ) from None
+
+
+def release(folder: Path) -> None:
+    """Let a new run :func:`claim` the ``folder`` of one that was killed before its first checkpoint."""
+    place = folder / "checkpoints"
+    if not place.exists():
+        return
+    for file in (*(folder / name for name in (METRICS, EARLIER, PREDICTIONS, HISTORY)), *place.glob("*.part")):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: it is no folder that such a run leaves, and claim says so
+        place.rmdir()
 
 
 def take_up(folder: Path, step: int) -> None:

@@ -16,20 +16,26 @@ from omegaconf import DictConfig, OmegaConf
 from dynrank.config import CONFIG_MODULE, CONFIG_NAME
 from dynrank.console import quiet_imports
 from dynrank.exits import usage_errors
+from dynrank.sweep_run import run_in_sweep
+from dynrank.sweep_table import table_at_end
 
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # as torchrun, srun and Lightning set them
 
 
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
-def _train(config: DictConfig) -> None:
+def _train(config: DictConfig) -> float | None:
+    """Make a run; in a sweep, return what a sweeper looks at."""
     quiet_imports()
-    from dynrank.job import run  # torch and transformers load here, so that --help need not wait for them
-
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
-    composed = OmegaConf.create(OmegaConf.to_container(config))
+    record = partial(_record, OmegaConf.create(OmegaConf.to_container(config)), folder)
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return run_in_sweep(config, folder, record)
+    from dynrank.job import run  # torch and transformers load here, so that --help need not wait for them
+
     with usage_errors():  # here, too: Hydra prints a line of its own for what gets out
-        run(config, folder, sweep=hydra_config.mode == RunMode.MULTIRUN, record=partial(_record, composed, folder))
+        run(config, folder, record=record)
+    return None
 
 
 def _record(config: Any, folder: Path) -> None:
@@ -50,7 +56,7 @@ def main() -> None:
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
         if "ckpt_path=last" not in sys.argv:  # which is looked for in the folder
             sys.argv.append("hydra.run.dir=.")
-    with usage_errors():
+    with usage_errors(), table_at_end():
         _train()
 
 

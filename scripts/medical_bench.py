@@ -50,7 +50,7 @@ class Setting:
         loader = data.train_dataloader()
         self.batches: list[Batch] = list(islice(chain.from_iterable(repeat(loader)), steps))
         self.val: list[Batch] = list(data.val_dataloader())
-        self.test: list[Batch] = list(data.test_dataloader())
+        self.test: list[Batch] = list(data.test_dataloader()[0])
 
     def classifier(self) -> nn.Module:
         """The pre-trained encoder with a fresh head, in training mode."""

@@ -27,10 +27,10 @@ LAYERS = {
     5: {"resizing", "adapter", "adapter_fit"},
     6: {"adapter_loading", "planning", "squeeze", "change_table", "rank_change"},
     7: {"driver", "tasks", "config", "plots", "exits", "step_memory"},
-    8: {"callbacks", "merging", "inspection", "preflight", "trusted", "optimizer_state"},
-    9: {"report", "html_report", "memory_plan"},
+    8: {"callbacks", "merging", "inspection", "preflight", "trusted", "optimizer_state", "sweep_report"},
+    9: {"report", "html_report", "memory_plan", "sweep_table"},
     10: {"job"},
-    11: {"rank_table", "plan_table"},
+    11: {"rank_table", "plan_table", "sweep_run"},
     12: {"train", "cli"},
 }
 LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}

@@ -79,7 +79,7 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
 
 COMMANDS = [
     ("dynrank",),
-    *(("dynrank", name) for name in ("ranks", "plan", "squeeze", "merge", "inspect", "report")),
+    *(("dynrank", name) for name in ("ranks", "plan", "squeeze", "merge", "inspect", "report", "sweep")),
     ("dynrank-train",),
 ]
 

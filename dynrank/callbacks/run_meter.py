@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class Phase:
         mean_rank: of its LoRA layers.
         tokens: input tokens without padding, of this process, once it is over of all.
         train_seconds: between the start and the end of its training batches; validation is left out.
+        step_seconds: median of its optimizer steps, each with all of its training batches; 0 until it is over.
         peak_memory_bytes: see :func:`peak_memory_bytes`; 0 until it is over.
     """
 
@@ -35,6 +37,7 @@ class Phase:
     mean_rank: float = 0.0
     tokens: int = 0
     train_seconds: float = 0.0
+    step_seconds: float = 0.0
     peak_memory_bytes: int = 0
 
     @property
@@ -55,9 +58,12 @@ class RunMeter(Callback):
     def __init__(self) -> None:
         self.phases = [Phase()]
         self._start = 0.0
+        self._steps: list[float] = []  # seconds of each optimizer step since training began
+        self._batches, self._step, self._closed = 0.0, 0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phases = [_phase(trainer, pl_module)]
+        self._steps, self._batches, self._step, self._closed = [], 0.0, trainer.global_step, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.perf_counter()
@@ -65,7 +71,12 @@ class RunMeter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.phases[-1].train_seconds += time.perf_counter() - self._start
+        seconds = time.perf_counter() - self._start
+        self.phases[-1].train_seconds += seconds
+        self._batches += seconds
+        if trainer.global_step > self._step:  # gradients of several batches may make one step
+            self._steps.append(self._batches)
+            self._batches, self._step = 0.0, trainer.global_step
         self.phases[-1].tokens += int(batch["attention_mask"].sum())
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
@@ -96,6 +107,11 @@ class RunMeter(Callback):
         return self.tokens / self.train_seconds if self.train_seconds else 0.0
 
     @property
+    def step_seconds(self) -> float | None:
+        """Median of the optimizer steps, each with all of its training batches; None where there was none."""
+        return median(self._steps) if self._steps else None
+
+    @property
     def peak_memory_bytes(self) -> int:
         """Of the whole run, and of what came before it and since its last change of rank."""
         return max(peak_memory_bytes(), *(phase.peak_memory_bytes for phase in self.phases))
@@ -103,6 +119,8 @@ class RunMeter(Callback):
     def _close(self, trainer: Trainer) -> None:
         phase = self.phases[-1]
         phase.tokens = sum(from_all(phase.tokens))
+        phase.step_seconds = median(self._steps[self._closed :] or [0.0])
+        self._closed = len(self._steps)
         phase.peak_memory_bytes = peak_memory_bytes()
         forget_peak_memory()
         values = {

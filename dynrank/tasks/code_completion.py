@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.errors import ConfigurationError
+from dynrank.tasks.loader import spread
 from dynrank.tasks.pretrained import load_tokenizer
-from dynrank.tasks.prompted import IGNORED, Prompted, PromptedData, PromptedModel, check_counts, spread
+from dynrank.tasks.prompted import FINAL, IGNORED, Prompted, PromptedData, PromptedModel, check_counts
 from dynrank.tasks.stdlib import Function, FunctionSplits, parses, stdlib_functions
 
 
@@ -71,7 +72,8 @@ class FunctionsData(PromptedData):
         return self._evaluations("val", self.val_count, self.val_generate)
 
     def test_dataloader(self) -> list[DataLoader[Any]]:
-        return self._evaluations("test", None, self.generate)
+        test, *completed = self._evaluations("test", None, self.generate)
+        return [test, *self.final_dataloaders(), *completed]
 
     def _evaluations(self, split: str, count: int | None, generate: int) -> list[DataLoader[Any]]:
         """Of ``count`` functions with their bodies, and where some are completed, of ``generate`` prompts."""
@@ -142,6 +144,8 @@ class BodyWriter(PromptedModel):
     def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         if "functions" in batch:
             self._complete(batch, "test", self.test_bleu)
+        elif dataloader_idx:
+            self.evaluate(batch, FINAL[dataloader_idx - 1])
         else:
             self._evaluate(batch, "test", self.test_perplexity)
 
@@ -194,7 +198,10 @@ class CodeCompletion:
 
     Attributes:
         metrics: names of what is logged in training and validation.
+        final: those of them that a test measures at the final weights, too.
     """
+
+    final = ("train/loss", "val/loss")
 
     def __init__(self, model: str, max_new_tokens: int, **data: Any) -> None:
         self.model, self.max_new_tokens = model, max_new_tokens

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from dynrank.tasks.prompted import IGNORED, PromptedData, PromptedModel, check_counts
+from dynrank.tasks.prompted import FINAL, IGNORED, PromptedData, PromptedModel, check_counts
 from dynrank.tasks.us_gaap import LineItem, line_items
 
 
@@ -67,14 +67,17 @@ class SectionWriter(PromptedModel):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val", self.val_accuracy)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_accuracy)
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        if dataloader_idx:
+            self.evaluate(batch, FINAL[dataloader_idx - 1])
+        else:
+            self._evaluate(batch, "test", self.test_accuracy)
 
     def _evaluate(self, batch: dict[str, Tensor], split: str, accuracy: MeanMetric) -> None:
         logits, labels = self.evaluate(batch, split)
         right = (logits.argmax(-1) == labels) | (labels == IGNORED)
         accuracy.update(right.all(1).float())
-        self.log(f"{split}/accuracy", accuracy, batch_size=len(labels), prog_bar=True)
+        self.log(f"{split}/accuracy", accuracy, batch_size=len(labels), prog_bar=True, add_dataloader_idx=False)
 
 
 class FinancialTerms:
@@ -86,9 +89,11 @@ class FinancialTerms:
 
     Attributes:
         metrics: names of what is logged in training and validation.
+        final: those of them that a test measures at the final weights, too.
     """
 
     metrics = ("train/loss", "val/loss", "val/accuracy")
+    final = ("train/loss", "val/loss")
 
     def __init__(self, model: str, **data: Any) -> None:
         self.model, self.data = model, LineItemsData(model, **data)

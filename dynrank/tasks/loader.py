@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+T = TypeVar("T")
 
 CHUNK = 10  # batches that are drawn together and sorted by length
 
@@ -75,6 +77,13 @@ def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0,
     mine = range(process, count, processes)
     cuts = [len(mine) * i // batches for i in range(batches + 1)]
     return [list(mine[start:end]) for start, end in pairwise(cuts)]
+
+
+def spread(examples: Sequence[T], count: int | None) -> Sequence[T]:
+    """``count`` examples from everywhere in the list, or all."""
+    if count is None or count >= len(examples):
+        return examples
+    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 class _SeededBatches(Sampler[list[int]]):

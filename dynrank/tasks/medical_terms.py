@@ -18,9 +18,11 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import add_lora, lora_layers
 from dynrank.sharding import shard_frozen
 from dynrank.tasks.icd10 import Terms, TermSplits, icd10_terms
-from dynrank.tasks.loader import ResumableLoader, evaluation_batches
+from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 from dynrank.tasks.optimizers import make_optimizer
 from dynrank.tasks.pretrained import head_names, load_classifier, load_tokenizer, model_source
+
+_Example = tuple[list[int], int]  # token ids, label
 
 
 class MedicalTermsData(LightningDataModule):
@@ -82,22 +84,24 @@ class MedicalTermsData(LightningDataModule):
         return ResumableLoader(examples, lengths, self.batch_size, self.seed, **options)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(self.splits.val)
+        return self._evaluation(self._examples(self.splits.val))
 
-    def test_dataloader(self) -> DataLoader[Any]:
-        return self._evaluation(self.splits.test)
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        """Of the test terms, the validation terms, and as many training terms, always the same ones."""
+        test, val, train = (self._examples(part) for part in (self.splits.test, self.splits.val, self.splits.train))
+        return [self._evaluation(part) for part in (test, val, spread(train, len(val)))]
 
     @property
     def share(self) -> tuple[int, int]:
         """(number of this process, how many the trainer has)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
-    def _evaluation(self, terms: Terms) -> DataLoader[Any]:
-        examples = sorted(self._examples(terms), key=lambda example: len(example[0]))  # equal lengths: no padding
-        batches = evaluation_batches(len(examples), self.batch_size * 4, self.share)
-        return DataLoader(examples, batch_sampler=batches, collate_fn=self._collate)  # type: ignore[arg-type]
+    def _evaluation(self, examples: Sequence[_Example]) -> DataLoader[Any]:
+        ordered: Any = sorted(examples, key=lambda example: len(example[0]))  # equal lengths: no padding
+        batches = evaluation_batches(len(ordered), self.batch_size * 4, self.share)
+        return DataLoader(ordered, batch_sampler=batches, collate_fn=self._collate)
 
-    def _examples(self, terms: Terms) -> list[tuple[list[int], int]]:
+    def _examples(self, terms: Terms) -> list[_Example]:
         texts, labels = list(terms.texts), terms.labels
         if self.limit is not None:  # texts are sorted; take them from everywhere
             step = max(1, len(texts) // self.limit)
@@ -105,13 +109,16 @@ class MedicalTermsData(LightningDataModule):
         ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
         return list(zip(ids, labels, strict=True))
 
-    def _collate(self, examples: Sequence[tuple[list[int], int]]) -> dict[str, Tensor]:
+    def _collate(self, examples: Sequence[_Example]) -> dict[str, Tensor]:
         batch = self.tokenizer.pad({"input_ids": [ids for ids, _ in examples]}, return_tensors="pt")
         return {**batch, "labels": torch.tensor([label for _, label in examples])}
 
 
 class TermClassifier(LightningModule):
     """Sequence classification with LoRA on the encoder; ``self.model`` is the transformers model that is exported.
+
+    A test also evaluates the validation terms and a sample of the training terms, as in a validation but at the final
+    weights, and logs what it finds as ``final/val/…`` and ``final/train/loss``.
 
     All arguments are plain values and are saved in checkpoints, so ``load_from_checkpoint`` needs nothing else.
 
@@ -149,6 +156,7 @@ class TermClassifier(LightningModule):
             }
         )
         self.val_quality, self.test_quality = quality.clone(prefix="val/"), quality.clone(prefix="test/")
+        self.final_quality = quality.clone(prefix="final/val/")
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # under ModelParallelStrategy; load_from_checkpoint calls this, too
@@ -162,8 +170,9 @@ class TermClassifier(LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate(batch, "val/loss", self.val_quality)
 
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate(batch, "test/loss", self.test_quality)
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        name = ("test/loss", "final/val/loss", "final/train/loss")[dataloader_idx]
+        self._evaluate(batch, name, (self.test_quality, self.final_quality, None)[dataloader_idx])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         adapter = [p for _, layer in lora_layers(self.model) for p in (layer.lora_A, layer.lora_B)]
@@ -171,12 +180,14 @@ class TermClassifier(LightningModule):
         total_steps = int(self.trainer.estimated_stepping_batches)
         return make_optimizer(adapter, head, total_steps, **self.optimizer_options)
 
-    def _evaluate(self, batch: dict[str, Tensor], name: str, quality: MetricCollection) -> None:
+    def _evaluate(self, batch: dict[str, Tensor], name: str, quality: MetricCollection | None) -> None:
         logits = self._logits(batch)
-        quality.update(logits, batch["labels"])
         loss = F.cross_entropy(logits, batch["labels"])
-        self.log(name, loss, batch_size=len(logits), prog_bar=True, sync_dist=True)
-        self.log_dict(quality, batch_size=len(logits))
+        options: Any = {"batch_size": len(logits), "add_dataloader_idx": False}
+        self.log(name, loss, prog_bar=not name.startswith("final/"), sync_dist=True, **options)
+        if quality is not None:
+            quality.update(logits, batch["labels"])
+            self.log_dict(quality, **options)
 
     def _logits(self, batch: dict[str, Tensor]) -> Tensor:
         logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
@@ -193,9 +204,10 @@ class MedicalTerms:
 
     Attributes:
         metrics: names of what is logged in training and validation.
+        final: those of them that a test measures at the final weights, too.
     """
 
-    metrics = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1")
+    metrics = final = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1")
 
     def __init__(self, model: str, label_smoothing: float, **data: Any) -> None:
         self.model, self.label_smoothing = model, label_smoothing

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import add_lora, lora_layers
 from dynrank.sharding import shard_frozen
-from dynrank.tasks.loader import ResumableLoader, evaluation_batches
+from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 from dynrank.tasks.optimizers import make_optimizer
 from dynrank.tasks.pretrained import load_causal_lm, load_tokenizer, model_source
 
+FINAL = ("final/val", "final/train")  # what a test evaluates in its second and third loader
 IGNORED = -100  # label of a token that is not learned: of the prompt, and of padding
 
 
@@ -63,7 +64,7 @@ class PromptedData(LightningDataModule):
         self.model, self.batch_size, self.max_length, self.seed = model, batch_size, max_length, seed
         self.val_count, self.limit = val_count, limit
         self.tokenizer: Any = None
-        self.examples: dict[str, list[Prompted]] = {}
+        self.examples: dict[str, Sequence[Prompted]] = {}
 
     def texts(self) -> Mapping[str, Sequence[tuple[str, str, Any]]]:
         """(prompt, answer, what they were made of) by split: train, val and test."""
@@ -94,7 +95,12 @@ class PromptedData(LightningDataModule):
         return self.evaluation(spread(self.examples["val"], self.val_count))
 
     def test_dataloader(self) -> Any:
-        return self.evaluation(self.examples["test"])
+        return [self.evaluation(self.examples["test"]), *self.final_dataloaders()]
+
+    def final_dataloaders(self) -> list[DataLoader[Any]]:
+        """Of the examples of a validation, and of as many training examples, always the same ones."""
+        val = spread(self.examples["val"], self.val_count)
+        return [self.evaluation(part) for part in (val, spread(self.examples["train"], len(val)))]
 
     @property
     def share(self) -> tuple[int, int]:
@@ -129,7 +135,8 @@ class PromptedData(LightningDataModule):
 class PromptedModel(LightningModule):
     """A causal language model with LoRA; ``self.model`` is the transformers model that is exported.
 
-    Logged is the mean cross-entropy of the tokens of answers. What is evaluated beyond that is the subclass's.
+    Logged is the mean cross-entropy of the tokens of answers; by a test also that of a validation's examples and of as
+    many training examples, at the final weights. What is evaluated beyond that is the subclass's.
 
     Args:
         model: short name, folder, GGUF file or hub name.
@@ -161,7 +168,8 @@ class PromptedModel(LightningModule):
         """Log the loss of a batch of ``split``; returns what :meth:`predict` does."""
         logits, labels = self.predict(batch)
         options: Any = {"batch_size": int((labels != IGNORED).sum()), "add_dataloader_idx": False}
-        self.log(f"{split}/loss", _loss(logits, labels), prog_bar=True, sync_dist=True, **options)
+        shown = split not in FINAL
+        self.log(f"{split}/loss", _loss(logits, labels), prog_bar=shown, sync_dist=True, **options)
         return logits, labels
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -180,13 +188,6 @@ def check_counts(counts: Mapping[str, Any], optional: Mapping[str, Any]) -> None
     for name, value in {**counts, **{key: value for key, value in optional.items() if value is not None}}.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigurationError(f"task.{name} must be an int of at least 1, got {value!r}")
-
-
-def spread(examples: list[Prompted], count: int | None) -> list[Prompted]:
-    """``count`` examples from everywhere in the list, or all."""
-    if count is None or count >= len(examples):
-        return examples
-    return [examples[i * len(examples) // count] for i in range(count)]
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

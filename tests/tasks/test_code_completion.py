@@ -73,9 +73,17 @@ def test_batch_learns_the_body_and_its_end_and_not_the_prompt(data):
         assert int(learned.sum()) == len(example.answer)
 
 
+def texts(loader):
+    pairs = [pair for batch in loader for pair in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return sorted(tuple(ids[mask.bool()].tolist()) for ids, mask in pairs)
+
+
 def test_evaluation_takes_each_function_once(data):
     learned = [len(e.answer) for e in data.examples["test"]]
-    loss, completed = data.test_dataloader()
+    loss, val, train, completed = data.test_dataloader()
+    assert texts(val) == texts(data.val_dataloader()[0])
+    assert len(texts(train)) == DATA["val_functions"]
+    assert set(texts(train)) <= {(*e.prompt, *e.answer) for e in data.examples["train"]}
     assert sorted(int(n) for b in loss for n in (b["labels"] != -100).sum(1)) == sorted(learned)
     functions = [function for batch in completed for function in batch["functions"]]
     assert len(set(functions)) == len(functions) == DATA["generate"]
@@ -100,7 +108,7 @@ def test_loss_is_the_mean_over_the_tokens_of_bodies(data, module):
 
 
 def test_continuation_is_the_most_probable_token_again_and_again(data, module):
-    batch = next(iter(data.test_dataloader()[1]))
+    batch = next(iter(data.test_dataloader()[-1]))
     assert int(batch["attention_mask"].sum(1).min()) < batch["input_ids"].shape[1]  # some prompt is padded
     module.max_new_tokens = 12
     written = module.continuations(batch["input_ids"], batch["attention_mask"])
@@ -116,11 +124,11 @@ def test_continuation_is_the_most_probable_token_again_and_again(data, module):
 def metrics_of(module, data, quiet_trainer, write, split="test"):
     """Metrics of a test or validation in which the module writes ``write(number of the function, prompt, body)``."""
     loaders = data.test_dataloader() if split == "test" else data.val_dataloader()
-    made = iter([write(i, *function) for i, function in enumerate(f for b in loaders[1] for f in b["functions"])])
+    made = iter([write(i, *function) for i, function in enumerate(f for b in loaders[-1] for f in b["functions"])])
     module.continuations = lambda ids, mask: [next(made) for _ in ids]
     trainer = quiet_trainer()
-    (first, second) = (trainer.test if split == "test" else trainer.validate)(module, data, verbose=False)
-    return first | second
+    results = (trainer.test if split == "test" else trainer.validate)(module, data, verbose=False)
+    return {name: value for of_loader in results for name, value in of_loader.items()}
 
 
 GOOD = {"test/bleu": 1.0, "test/exact_match": 1.0, "test/parses": 1.0}
@@ -154,8 +162,9 @@ def test_validation_measures_the_same(case, data, module, regression):
 
 def test_no_completions_where_none_are_asked_for(llama, module, regression):
     made = FunctionsData(llama, **{**DATA, "generate": 0, "val_generate": 0})
-    (metrics,) = regression[2]().test(module, made, verbose=False)
-    assert set(metrics) == {"test/loss", "test/perplexity"}
+    results = regression[2]().test(module, made, verbose=False)
+    names = {"test/loss", "test/perplexity", "final/val/loss", "final/train/loss"}
+    assert {name for of_loader in results for name in of_loader} == names
     (metrics,) = regression[2]().validate(module, made, verbose=False)
     assert set(metrics) == {"val/loss", "val/perplexity"}
 

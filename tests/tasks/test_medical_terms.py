@@ -44,9 +44,40 @@ def test_batches_are_padded_to_their_longest_term(data):
     assert lengths.max() <= 16
 
 
+def rows(batch):
+    return [
+        (tuple(ids[ids != 0].tolist()), int(label))
+        for ids, label in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
 def test_evaluation_batches_hold_every_term_once(data):
-    examples = sum(len(batch["labels"]) for batch in data.test_dataloader())
-    assert examples == min(40, len(data.splits.test.texts))
+    test, val, train = ([row for batch in loader for row in rows(batch)] for loader in data.test_dataloader())
+    assert len(test) == min(40, len(data.splits.test.texts))
+    assert sorted(val) == sorted(row for batch in data.val_dataloader() for row in rows(batch))
+    assert len(train) == len(val)
+    assert set(train) <= {(tuple(ids), label) for ids, label in data.train_dataloader().dataset}
+
+
+def test_final_losses_are_those_of_a_plain_evaluation(data, regression):
+    made = TermClassifier("minilm", data.labels, {"rank": 4, "alpha": 8, "dropout": 0.5}, OPTIMIZER, 0.5)
+    results = regression[2]().test(made, data, verbose=False)
+    metrics = {name: value for of_loader in results for name, value in of_loader.items()}
+    assert {name for name in metrics if name.startswith("final/")} == {
+        "final/val/loss", "final/val/accuracy", "final/val/macro_f1", "final/train/loss"
+    }  # fmt: skip
+    made.eval()
+    for name, loader in zip(("test", "final/val", "final/train"), data.test_dataloader(), strict=True):
+        losses, right = [], []
+        for batch in loader:
+            for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+                with torch.no_grad():
+                    logits = made.model(input_ids=ids[mask.bool()][None]).logits[0].double()
+                losses.append(-float(logits.log_softmax(0)[label]))
+                right.append(int(logits.argmax()) == int(label))
+        assert metrics[f"{name}/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        if name != "final/train":
+            assert metrics[f"{name}/accuracy"] == pytest.approx(sum(right) / len(right))
 
 
 def test_all_linear_leaves_the_trained_head_out(module):
