@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
-from dynrank.rank_map import load_rank_map, parse_rules
+from dynrank.rank_map import load_rank_map, parse_rank_map, parse_rules
 
 CONFIG_MODULE, CONFIG_NAME = "dynrank.conf", "train"
 
@@ -34,10 +35,11 @@ class LoraConfig:
 
 @dataclass
 class RankMapConfig:
-    """Per-layer overrides: a file, quick rules, or both."""
+    """Per-layer overrides: a file, quick rules, what a file would hold, or several of these."""
 
     file: str | None = MISSING
     rules: list[str] = MISSING
+    rank_pattern: dict[str, Any] = MISSING
 
 
 @dataclass
@@ -103,19 +105,24 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME) -> DictConfi
 
 
 def rank_pattern(config: DictConfig) -> dict[str, Any]:
-    """The rules of ``rank_map.file`` and ``rank_map.rules`` as one plain mapping, checked.
+    """The rules of ``rank_map.file``, ``rank_map.rules`` and ``rank_map.rank_pattern`` as one plain mapping, checked.
 
     Raises:
-        ConfigurationError: if a rule is faulty, or a key stands in both.
+        ConfigurationError: if a rule is faulty, or a key stands in two of them.
     """
-    from_file = load_rank_map(Path(config.file)) if config.file is not None else {}
-    from_rules = parse_rules(config.rules)
-    both = sorted(from_file.keys() & from_rules.keys())
-    if both:
-        raise ConfigurationError(f"keys {both} stand in rank_map.file and in rank_map.rules; take them out of one")
-    return {
-        key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (from_file | from_rules).items()
+    places = {
+        "file": load_rank_map(Path(config.file)) if config.file is not None else {},
+        "rules": parse_rules(config.rules),
+        "rank_pattern": parse_rank_map(plain(config.rank_pattern), source="rank_map.rank_pattern"),
     }
+    for (one, first), (other, second) in combinations(places.items(), 2):
+        both = sorted(first.keys() & second.keys())
+        if both:
+            raise ConfigurationError(
+                f"keys {both} stand in rank_map.{one} and in rank_map.{other}; take them out of one"
+            )
+    rules = {key: rule for place in places.values() for key, rule in place.items()}
+    return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in rules.items()}
 
 
 def plain(config: Any) -> Any:

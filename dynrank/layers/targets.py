@@ -27,7 +27,8 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
         model: any module.
         target_modules: a list of names, each matching a module's whole name or its trailing parts (as in PEFT); or a
             preset: ``all-linear`` (every linear layer but the output head), ``attention`` (those of them below a module
-            named after attention); or a regular expression for whole names.
+            named after attention), which may stand in a list, too (``["all-linear", "lm_head"]``); or a regular
+            expression for whole names.
         trained_whole: names of modules that are trained whole; presets leave them out.
 
     Raises:
@@ -43,12 +44,17 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
     }
     del modules[""]
     whole = {name for name in modules if any(f"{name}.".startswith(f"{saved}.") for saved in trained_whole)}
-    if isinstance(target_modules, str) and target_modules in PRESETS:
-        names = [name for name in _preset(target_modules, model, modules) if name not in bypassed | whole]
-    elif isinstance(target_modules, str):
-        names = _by_expression(target_modules, modules)
+
+    def of_preset(preset: str) -> list[str]:
+        return [name for name in _preset(preset, model, modules) if name not in bypassed | whole]
+
+    if isinstance(target_modules, str):
+        preset = target_modules in PRESETS
+        names = of_preset(target_modules) if preset else _by_expression(target_modules, modules)
     elif isinstance(target_modules, Sequence) and all(isinstance(target, str) for target in target_modules):
-        names = _by_list(target_modules, modules)
+        names = _by_list(
+            target_modules, modules, {target: of_preset(target) for target in PRESETS if target in target_modules}
+        )
     else:
         raise ConfigurationError(
             f"lora.target_modules must be a list, an expression or a preset, got {target_modules!r}"
@@ -86,12 +92,17 @@ def _by_expression(expression: str, modules: Mapping[str, nn.Module]) -> list[st
         ) from None
 
 
-def _by_list(targets: Sequence[str], modules: Mapping[str, nn.Module]) -> list[str]:
+def _by_list(
+    targets: Sequence[str], modules: Mapping[str, nn.Module], presets: Mapping[str, Sequence[str]]
+) -> list[str]:
+    matched: set[str] = set()
     for target in targets:
-        if not any(_ends_with(name, target) for name in modules):
+        found = presets[target] if target in presets else [name for name in modules if _ends_with(name, target)]
+        if not found:
             near = get_close_matches(target, {name.rpartition(".")[2] for name in modules} | set(modules), n=3)
             raise ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
-    return [name for name in modules if any(_ends_with(name, target) for target in targets)]
+        matched.update(found)
+    return [name for name in modules if name in matched]
 
 
 def _ends_with(name: str, target: str) -> bool:

@@ -65,18 +65,25 @@ def test_compose_names_the_wrong_key_or_value(override, named):
     assert named in chain
 
 
-def test_rank_pattern_joins_file_and_rules(tmp_path):
+def test_rank_pattern_joins_file_rules_and_what_a_file_would_hold(tmp_path):
     file = tmp_path / "ranks.yaml"
     file.write_text("rank_pattern: {query: {rank: 8, pinned: true}}\n")
-    config = dynrank.compose([f"rank_map.file={file}", "rank_map.rules=['value=4']"])
+    config = dynrank.compose(["rank_map=head_16", f"rank_map.file={file}", "rank_map.rules=['value=4']"])
     assert rank_pattern(config.rank_map) == {
         "query": {"rank": 8, "pinned": True},
         "value": {"rank": 4, "pinned": False},
+        "lm_head": {"rank": 16, "alpha": 32, "pinned": False},
     }
 
 
-def test_rank_pattern_refuses_a_key_in_both(tmp_path):
+@pytest.mark.parametrize("overrides", [["rank_map.rules=['query=4']"], ["+rank_map.rank_pattern.query=4"]])
+def test_rank_pattern_refuses_a_key_in_two_places(overrides, tmp_path):
     file = tmp_path / "ranks.yaml"
     file.write_text("rank_pattern: {query: 8}\n")
-    with pytest.raises(ConfigurationError, match="query"):
-        rank_pattern(dynrank.compose([f"rank_map.file={file}", "rank_map.rules=['query=4']"]).rank_map)
+    with pytest.raises(ConfigurationError, match=r"\['query'\] stand in rank_map.file and in"):
+        rank_pattern(dynrank.compose([f"rank_map.file={file}", *overrides]).rank_map)
+
+
+def test_rank_pattern_names_the_place_of_a_faulty_rule():
+    with pytest.raises(ConfigurationError, match=r"rank_map\.rank_pattern .*\n.*'query': rank must be"):
+        rank_pattern(dynrank.compose(["+rank_map.rank_pattern.query=0"]).rank_map)

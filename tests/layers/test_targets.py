@@ -66,6 +66,18 @@ def test_target_names_attention_looks_at_the_modules_above_and_not_at_the_layer(
     assert target_names(model, "attention") == ["cross_attn.mix"]
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
+def test_target_names_takes_a_preset_within_a_list(kind):
+    model = MODELS[kind]()
+    assert target_names(model, ["lm_head", "all-linear"]) == [*target_names(model, "all-linear"), "lm_head"]
+    assert target_names(model, ["attention", "all-linear"]) == target_names(model, "all-linear")
+
+
+def test_target_names_refuses_a_preset_of_a_list_that_matches_nothing():
+    with pytest.raises(ConfigurationError, match="no layer matches 'attention'"):
+        target_names(nn.ModuleDict({"first": nn.Linear(4, 4)}), ["first", "attention"])
+
+
 @pytest.fixture(scope="module")
 def llama():
     return MODELS["llama"]()
