@@ -1,0 +1,73 @@
+"""Pre-training in miniature: the folder it leaves, and going on where it was interrupted."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from dynrank.tasks.pretrained import load_causal_lm, load_tokenizer
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SIZE = ["--batch", "4", "--length", "32", "--width", "64", "--layers", "2", "--vocabulary", "600"]
+FUSED = {
+    "gpt2": ("transformer.h.1.attn.c_attn", Conv1D),
+    "bloom": ("transformer.h.1.self_attention.query_key_value", torch.nn.Linear),
+}
+
+
+@pytest.fixture(scope="module")
+def script():
+    sys.path.insert(0, str(SCRIPTS))
+    import pretrain_small
+
+    sys.path.remove(str(SCRIPTS))
+    return pretrain_small
+
+
+def launch(script, monkeypatch, architecture, folder):
+    options = ["--architecture", architecture, "--out", str(folder), "--steps", "6", "--characters", "40000", *SIZE]
+    monkeypatch.setattr(sys, "argv", ["pretrain_small.py", *options])
+    script.main()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bloom"])
+def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
+    script, architecture, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(script, "KEEP_EVERY", 2)
+    launch(script, monkeypatch, architecture, tmp_path / "whole")
+    losses = [
+        float(line.split("held out ")[1].split(",")[0])
+        for line in capsys.readouterr().out.splitlines()
+        if "held" in line
+    ]
+    assert losses[-1] < losses[0]
+
+    save = torch.save
+
+    def interrupt(values, file):
+        save(values, file)
+        if values["step"] == 4:
+            Path(file).rename(tmp_path / "part" / "pretraining.pt")
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        launch(script, monkeypatch, architecture, tmp_path / "part")
+    monkeypatch.setattr(torch, "save", save)
+    launch(script, monkeypatch, architecture, tmp_path / "part")
+    assert "goes on at step 4" in capsys.readouterr().out
+
+    whole, part = (load_causal_lm(str(tmp_path / name)) for name in ("whole", "part"))
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), part.parameters(), strict=True))
+    name, kind = FUSED[architecture]
+    assert type(whole.get_submodule(name)) is kind
+    assert sum(whole.get_submodule(name).weight.shape) == 64 + 3 * 64
+    assert whole.lm_head.weight is whole.get_input_embeddings().weight
+    tokenizer = load_tokenizer(str(tmp_path / "whole"))
+    text = "Returns a tensor, if any: naïve."
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token_id == whole.config.eos_token_id == 0
+    assert sorted(file.name for file in (tmp_path / "part").iterdir() if file.name.startswith("pretraining")) == []
