@@ -1,10 +1,17 @@
 """The bench of swaps in miniature: it swaps, measures all that it says, and finds a leak."""
 
+import inspect
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dynrank.layers import between_forwards
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
@@ -16,6 +23,11 @@ def bench():
 
     sys.path.remove(str(SCRIPTS))
     return bench_swap
+
+
+@pytest.fixture(scope="module")
+def two_writers(bench):
+    return sys.modules["two_writers"]
 
 
 def test_every_row_is_measured_and_nothing_is_kept(bench, tiny_bert, capsys):
@@ -34,6 +46,47 @@ def test_adapters_differ_in_layers_and_ranks(bench, tiny_bert, tmp_path):
     ranks = [{len(pair["A"]) for pair in bench.read_adapter(path).factors.values()} for path in (first, second)]
     assert ranks == [{32}, {4, 16}]
     assert bench.factor_bytes(first) == 4 * 32 * (2 * (4 * 64 + 2 * 96) + 64)
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory):
+    """The folder of a random Llama of two layers with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    options = {"special_tokens": ["<|end|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator([inspect.getsource(json), __doc__], trainers.BpeTrainer(vocab_size=600, **options))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"vocab_size": 600, "bos_token_id": None, "eos_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**size)).save_pretrained(folder)
+    return folder
+
+
+def test_texts_under_swaps_are_one_adapters_or_the_others(bench, two_writers, writer, tmp_path, capsys, monkeypatch):
+    arguments = ["--swaps", "4", "--model", str(writer), "--steps", "6", "--tokens", "12", "--adapters", str(tmp_path)]
+    monkeypatch.setattr(two_writers, "RATE", 0.05)  # so that a few steps make unlike texts
+    monkeypatch.setattr(bench, "leak", lambda *_: ("", True))
+    assert bench.main(arguments) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"in use +\d+\.\d\d \(.*a text takes \d+\.\d ms; texts of the (.*)", printed)
+    assert len(rows) == 2
+    for text in rows:
+        assert re.fullmatch(r"first: [1-9]\d*, second: [1-9]\d*", text)
+    assert "WRONG" not in printed
+    assert re.search(r"adapters of (\d+) and 14 layers", printed)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    assert len(before) == 2
+
+    monkeypatch.setattr(between_forwards, "_generations", lambda frame, ids: set())  # a swap comes between two tokens
+    assert bench.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "neither: " in printed
+    assert "WRONG" in printed
+    assert "steps, loss" not in printed  # not trained again
+    assert before == {path: path.read_bytes() for path in before}
 
 
 def test_what_is_kept_is_found(bench, monkeypatch):

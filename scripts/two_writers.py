@@ -1,0 +1,104 @@
+"""Two adapters of one causal language model for unlike tasks, trained briefly: a medical one and a code one.
+
+The medical one is of rank 16 on attention, 4 in every second of its layers, and writes the official description of an
+ICD-10-CM code behind one of its inclusion terms. The code one is of rank 32 on all linear layers, 8 on down
+projections, and writes the body of a function behind signature and docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig
+
+from dynrank import add_lora, lora_layers, save_adapter
+from dynrank.tasks.code_completion import FunctionsData
+from dynrank.tasks.pretrained import gguf_place, load_causal_lm, model_source
+from dynrank.tasks.prompted import PromptedData
+
+MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
+INJURIES = tuple("STVWXY")  # codes of templated descriptions, half of all
+BATCH, LENGTH, RATE = 4, 96, 1e-3
+
+
+class Diagnoses(PromptedData):
+    """Inclusion terms of ICD-10-CM, the words clinicians use; behind each the description of its code."""
+
+    def texts(self) -> Mapping[str, Sequence[tuple[str, str, Any]]]:
+        import simple_icd_10_cm as icd
+
+        codes = [code for code in icd.get_all_codes()[::10] if not code.startswith(INJURIES)]
+        pairs = [(term, icd.get_description(code)) for code in codes for term in icd.get_inclusion_term(code)]
+        made = [(f"Clinical term: {term}\nICD-10-CM:", f" {description}", None) for term, description in pairs]
+        return {"train": [text for i, text in enumerate(made) if i % 20], "test": made[::20]}
+
+
+def is_causal(model_name: str) -> bool:
+    """Whether the model writes text; GGUF files hold no others here."""
+    place, gguf = gguf_place(model_source(model_name, "--model"))
+    names = AutoConfig.from_pretrained(place, **gguf).architectures
+    return bool(gguf) or any("CausalLM" in name or "LMHead" in name for name in names or ())
+
+
+def load_writer(model_name: str) -> nn.Module:
+    """The causal language model."""
+    return load_causal_lm(model_source(model_name, "--model")).eval()
+
+
+def data_of(model_name: str) -> dict[str, PromptedData]:
+    """Examples of both tasks; their splits ``test`` are not trained on."""
+    own: Any = {"batch_size": BATCH, "max_length": LENGTH, "seed": 0, "limit": 400}
+    functions: Any = {"modules": MODULES, "val_functions": None, "val_generate": 0, "generate": 0}
+    both = {
+        "medical": Diagnoses(model_name, val_count=None, **own),
+        "code": FunctionsData(model_name, max_new_tokens=LENGTH, **functions, **own),
+    }
+    for data in both.values():
+        data.setup("fit")
+    return both
+
+
+def write_adapters(model_name: str, data: Mapping[str, PromptedData], steps: int, folder: Path) -> list[Path]:
+    """Folders of the two adapters in ``folder``; those that are there already are not trained again."""
+    return [_trained(model_name, name, data[name], steps, folder / f"{name}-{steps}") for name in ("medical", "code")]
+
+
+def prompts_of(data: Mapping[str, PromptedData], each: int) -> list[list[int]]:
+    """Token ids of ``each`` test prompts of both tasks, in turn."""
+    return [part.examples["test"][i].prompt for i in range(each) for part in data.values()]
+
+
+def _trained(model_name: str, task: str, data: PromptedData, steps: int, folder: Path) -> Path:
+    if (folder / "adapter_model.safetensors").exists():
+        print(f"{task}: {folder}")
+        return folder
+    torch.manual_seed(0)
+    model: Any = load_writer(model_name)
+    if task == "medical":
+        bare = load_causal_lm(model_source(model_name, "--model"), on_meta=True)
+        names = [name for name, _ in lora_layers(add_lora(bare, rank=16, target_modules="attention"))]
+        rules = {name: {"rank": 4, "alpha": 4} for name in names[::2]}
+        add_lora(model, rank=16, alpha=16, target_modules="attention", rank_map=rules)
+    else:
+        add_lora(model, rank=32, alpha=64, rank_map={"down_proj": {"rank": 8, "alpha": 16}})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    losses = []
+    for batch in islice(data.train_dataloader(), steps):
+        loss = model.train()(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    third = max(1, steps // 3)
+    print(f"{task}: {steps} steps, loss {_mean(losses[:third])} -> {_mean(losses[-third:])} (thirds); {folder}")
+    save_adapter(model, folder)
+    return folder
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.2f}"
