@@ -26,6 +26,7 @@ def span(numbers: Collection[int]) -> str:
 
 def quiet_imports() -> None:
     """Keep libraries from talking while they are imported: of a font cache, and of kernels that nothing here needs."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)
+    for name in ("matplotlib", "alembic"):  # the latter one of Optuna's
+        logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last one of torchao's own classes
         logging.getLogger(name).setLevel(logging.ERROR)

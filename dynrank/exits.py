@@ -6,10 +6,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import OmegaConfBaseException
 
 from dynrank.errors import ConfigurationError
+
+PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 
 
 @contextmanager
@@ -34,7 +36,10 @@ def _report(error: BaseException) -> int:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConfigurationError):  # Hydra wraps what a constructor raised
         cause = cause.__cause__
-    print(f"error: {cause or error}", file=sys.stderr)
+    # a group of Hydra's that a plugin brings
+    missing = isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith(PLUGINS)
+    advice = "\nit comes with pip install 'dynrank[sweep]'" if missing else ""
+    print(f"error: {cause or error}{advice}", file=sys.stderr)
     return 2
 
 

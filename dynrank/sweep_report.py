@@ -34,8 +34,9 @@ class SweepRun:
     Attributes:
         folder: of the run.
         overrides: that it was started with, as text.
-        values: of its test, ``gap``, ``adapter_parameters``, ``adapter_bytes``, ``gradient_bytes``, ``optimizer_bytes``
-            and ``step_seconds``, as far as its summary.json has them; empty if it has not ended.
+        values: of its test, of other data at the end (``final/…``), ``gap``, ``adapter_parameters``,
+            ``adapter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and ``step_seconds``, as far as its summary.json
+            has them; empty if it has not ended.
         fault: why it has no values.
     """
 
@@ -142,7 +143,8 @@ def _read_run(folder: Path) -> SweepRun:
 
 
 def _values(summary: Any) -> dict[str, float]:
-    values = {**summary["test"], "gap": summary.get("gap"), "adapter_parameters": summary["parameters"]["adapter"]}
+    values = {**summary["test"], **{f"final/{name}": value for name, value in summary.get("final", {}).items()}}
+    values |= {"gap": summary.get("gap"), "adapter_parameters": summary["parameters"]["adapter"]}
     held = summary.get("bytes", {})
     values |= {f"{part}_bytes": held.get(f"{part}s", held.get(part)) for part in ("adapter", "gradient", "optimizer")}
     values["step_seconds"] = summary.get("step_seconds")

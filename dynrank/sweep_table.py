@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from dynrank.console import quiet_imports
 from dynrank.sweep_report import show_sweep
 
 
@@ -27,6 +28,7 @@ class SweepFolder(Callback):
     begun: ClassVar[tuple[Path, bool] | None] = None
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        quiet_imports()  # of sweepers
         SweepFolder.begun = Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True))
 
 
@@ -50,8 +52,10 @@ def table_at_end() -> Iterator[None]:
 
 
 def _show_beside_error(folder: Path, plot: bool) -> None:
-    """Show what there is."""
+    """Show what there is; nothing, if the sweep was refused as a whole."""
     try:
+        if not folder.exists():
+            return
         show_sweep(folder, plot=plot)
     except Exception as error:  # none takes the place of the one that ended the sweep, which is raised next
         print(f"no table of the sweep: {type(error).__name__}: {error}", file=sys.stderr)
