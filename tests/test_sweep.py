@@ -90,6 +90,14 @@ def test_experiment_in_miniature_ends_in_a_table(launch, tiny_bert, tmp_path):
         assert 0 < run["step_seconds"] <= run["phases"][0]["train_seconds"]
 
 
+def test_targets_in_miniature_cost_what_their_layers_do(launch, tiny_bert, tmp_path):
+    code, printed = launch("experiment=medical_targets", f"task.model={tiny_bert}", "hydra.sweep.dir=s", "seed=0")
+    assert code == 0, printed.err
+    widths = {"[query,value]": 4 * 64, "attention": 8 * 64, "all-linear": 8 * 64 + 4 * 96 + 64}  # d_in + d_out
+    costs = {row["lora.target_modules"]: float(row["adapter_parameters"]) for row in table(tmp_path / "s")}
+    assert costs == {name: 16 * width for name, width in widths.items()}
+
+
 def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(launch, tiny_bert, tmp_path):
     settings = [f"task.model={tiny_bert}", "sweep=rank", "lora.rank=2,4,6", "trainer.max_steps=40", "plots=false"]
     code, printed = launch(*settings, "hydra.sweep.dir=whole")
