@@ -98,6 +98,26 @@ def tiny_bert(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory):
+    """The folder of a random Llama of two layers with a tokenizer made of Python; for ``task.model``."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    options = {"special_tokens": ["<|end|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
+    tokenizer.train_from_iterator([Path(__file__).read_text()], trainers.BpeTrainer(vocab_size=600, **options))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"vocab_size": 600, "bos_token_id": None, "eos_token_id": 0, "initializer_range": 0.3}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**size)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def smoke_run(tmp_path_factory):
     """The folder of one short but whole run of the default task, and what it printed."""
     folder = tmp_path_factory.mktemp("smoke") / "run"

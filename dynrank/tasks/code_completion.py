@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.loader import spread
+from dynrank.tasks.loader import spread, weight
 from dynrank.tasks.pretrained import load_tokenizer
 from dynrank.tasks.prompted import FINAL, IGNORED, Prompted, PromptedData, PromptedModel, check_counts
 from dynrank.tasks.stdlib import Function, FunctionSplits, parses, stdlib_functions
@@ -177,7 +177,7 @@ class BodyWriter(PromptedModel):
         right = [_first_line(a) == _first_line(b) for a, b in zip(written, bodies, strict=True)]
         python = [bool(text) and parses(prompt + text) for prompt, text in zip(prompts, written, strict=True)]
         shares = {f"{split}/exact_match": sum(right) / len(right), f"{split}/parses": sum(python) / len(python)}
-        options: Any = {"batch_size": len(written), "add_dataloader_idx": False}
+        options: Any = {"batch_size": weight(len(written)), "add_dataloader_idx": False}
         self.log(f"{split}/bleu", bleu, **options)
         self.log_dict(shares, sync_dist=True, **options)
 

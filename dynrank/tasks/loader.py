@@ -86,6 +86,14 @@ def spread(examples: Sequence[T], count: int | None) -> Sequence[T]:
     return [examples[i * len(examples) // count] for i in range(count)]
 
 
+def weight(count: int) -> float:
+    """What ``LightningModule.log`` takes as ``batch_size`` where a mean over several processes is to be exact.
+
+    Lightning 2.6 averages the counts over processes, and of ints it drops the rest of the division.
+    """
+    return float(count)
+
+
 class _SeededBatches(Sampler[list[int]]):
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: tuple[int, int]) -> None:
         if len(lengths) < batch_size:

@@ -18,7 +18,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import add_lora, lora_layers
 from dynrank.sharding import shard_frozen
 from dynrank.tasks.icd10 import Terms, TermSplits, icd10_terms
-from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
+from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread, weight
 from dynrank.tasks.optimizers import make_optimizer
 from dynrank.tasks.pretrained import head_names, load_classifier, load_tokenizer, model_source
 
@@ -183,7 +183,7 @@ class TermClassifier(LightningModule):
     def _evaluate(self, batch: dict[str, Tensor], name: str, quality: MetricCollection | None) -> None:
         logits = self._logits(batch)
         loss = F.cross_entropy(logits, batch["labels"])
-        options: Any = {"batch_size": len(logits), "add_dataloader_idx": False}
+        options: Any = {"batch_size": weight(len(logits)), "add_dataloader_idx": False}
         self.log(name, loss, prog_bar=not name.startswith("final/"), sync_dist=True, **options)
         if quality is not None:
             quality.update(logits, batch["labels"])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from dynrank.errors import ConfigurationError
 from dynrank.layers.inject import add_lora, lora_layers
 from dynrank.sharding import shard_frozen
-from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
+from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread, weight
 from dynrank.tasks.optimizers import make_optimizer
 from dynrank.tasks.pretrained import load_causal_lm, load_tokenizer, model_source
 
@@ -167,7 +167,7 @@ class PromptedModel(LightningModule):
     def evaluate(self, batch: dict[str, Tensor], split: str) -> tuple[Tensor, Tensor]:
         """Log the loss of a batch of ``split``; returns what :meth:`predict` does."""
         logits, labels = self.predict(batch)
-        options: Any = {"batch_size": int((labels != IGNORED).sum()), "add_dataloader_idx": False}
+        options: Any = {"batch_size": weight(int((labels != IGNORED).sum())), "add_dataloader_idx": False}
         shown = split not in FINAL
         self.log(f"{split}/loss", _loss(logits, labels), prog_bar=shown, sync_dist=True, **options)
         return logits, labels

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import socket
@@ -17,6 +18,9 @@ from torch.testing import assert_close
 
 import dynrank
 from dynrank import job
+from dynrank.run_folder import series
+from dynrank.tasks.code_completion import FunctionsData
+from dynrank.tasks.loader import spread
 
 pytestmark = [
     pytest.mark.timeout(150),
@@ -232,3 +236,35 @@ def test_sigterm_to_one_process_stops_both_and_the_run_goes_on_in_its_folder(ove
     with (folder / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert steps == [*range(stopped + 3)]  # that of the stop, too
+
+
+MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
+
+
+def odd_limit(model):
+    """How many test functions to keep for an odd number of tokens, which two processes cannot halve."""
+    options = {"batch_size": 2, "max_length": 128, "modules": MODULES, "seed": 0, "val_functions": None}
+    data = FunctionsData(model, **options, val_generate=0, generate=0, max_new_tokens=48)
+    data.setup("test")
+    lengths = {n: sum(len(example.answer) for example in spread(data.examples["test"], n)) for n in range(12, 24)}
+    return next(n for n, tokens in lengths.items() if tokens % 2)
+
+
+def test_means_over_two_processes_count_each_token_once(tiny_llama, tmp_path):
+    """The loss is the logarithm of the perplexity, which adds up its counts by itself; also at the drop."""
+    command = [
+        "-m", "dynrank.train", "experiment=code_32_to_16", "debug=smoke", f"task.model={tiny_llama}",
+        f"task.limit={odd_limit(str(tiny_llama))}", f"task.modules=[{','.join(MODULES)}]", "task.val_functions=7",
+        "task.val_generate=3", "task.generate=5", "task.max_new_tokens=48", "task.batch_size=2", "plots=false",
+        "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=4", "hydra.run.dir=run",
+        "trainer.val_check_interval=2",
+    ]  # fmt: skip
+    codes, printed = finish(tmp_path, start(tmp_path, *command))
+    assert codes == [0], printed
+    tested = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
+    assert tested["test/loss"] == pytest.approx(math.log(tested["test/perplexity"]), rel=1e-5)
+    losses, perplexities, bleu = (
+        series(tmp_path / "run" / "metrics.csv", f"val/{name}")[1] for name in ("loss", "perplexity", "bleu")
+    )
+    assert len(losses) == len(bleu) == 4  # two of them at the drop
+    assert losses == pytest.approx([math.log(perplexity) for perplexity in perplexities], rel=1e-5)

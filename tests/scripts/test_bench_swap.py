@@ -1,15 +1,10 @@
 """The bench of swaps in miniature: it swaps, measures all that it says, and finds a leak."""
 
-import inspect
-import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from dynrank.layers import between_forwards
 
@@ -48,25 +43,21 @@ def test_adapters_differ_in_layers_and_ranks(bench, tiny_bert, tmp_path):
     assert bench.factor_bytes(first) == 4 * 32 * (2 * (4 * 64 + 2 * 96) + 64)
 
 
-@pytest.fixture(scope="module")
-def writer(tmp_path_factory):
-    """The folder of a random Llama of two layers with a tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("llama")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    options = {"special_tokens": ["<|end|>"], "initial_alphabet": pre_tokenizers.ByteLevel.alphabet()}
-    tokenizer.train_from_iterator([inspect.getsource(json), __doc__], trainers.BpeTrainer(vocab_size=600, **options))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    size |= {"vocab_size": 600, "bos_token_id": None, "eos_token_id": 0, "initializer_range": 0.3}
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**size)).save_pretrained(folder)
-    return folder
-
-
-def test_texts_under_swaps_are_one_adapters_or_the_others(bench, two_writers, writer, tmp_path, capsys, monkeypatch):
-    arguments = ["--swaps", "4", "--model", str(writer), "--steps", "6", "--tokens", "12", "--adapters", str(tmp_path)]
+def test_texts_under_swaps_are_one_adapters_or_the_others(
+    bench, two_writers, tiny_llama, tmp_path, capsys, monkeypatch
+):
+    arguments = [
+        "--swaps",
+        "4",
+        "--model",
+        str(tiny_llama),
+        "--steps",
+        "6",
+        "--tokens",
+        "12",
+        "--adapters",
+        str(tmp_path),
+    ]
     monkeypatch.setattr(two_writers, "RATE", 0.05)  # so that a few steps make unlike texts
     monkeypatch.setattr(bench, "leak", lambda *_: ("", True))
     assert bench.main(arguments) == 0
