@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
@@ -149,7 +150,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     table, seeds = Table(options.out / "study.csv", FIELDS, KEYS), range(options.seeds)
     cost = step_costs(options.out / "study_cost.csv", options.rounds, tuple(options.overrides))
-    with ProcessPoolExecutor(options.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, mp_context=context, initializer=_leave_interrupts) as pool:
 
         def train(title: str, runs: Iterable[Run]) -> None:
             run_all(pool, units(table, runs, tuple(options.overrides)), table, title)
@@ -190,9 +192,15 @@ def run_all(pool: Executor, todo: Sequence[Unit], table: Table, title: str) -> N
                 for row in done.result():
                     table.add(row)
                     progress.advance(bar)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException:  # what is under way would take minutes, and is made again
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
+
+
+def _leave_interrupts() -> None:
+    """Ctrl-C goes to all processes of a terminal; the first one ends the others."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 @lru_cache(maxsize=2)

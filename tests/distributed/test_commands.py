@@ -23,7 +23,7 @@ from dynrank.tasks.code_completion import FunctionsData
 from dynrank.tasks.loader import spread
 
 pytestmark = [
-    pytest.mark.timeout(150),
+    pytest.mark.timeout(280),
     pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data
     pytest.mark.xdist_group("distributed"),  # no more than two processes at a time
 ]
@@ -72,7 +72,7 @@ def start(folder, *command, **environment):
 def finish(folder, *children):
     """The exit codes, and what was printed."""
     try:
-        codes = [child.wait(timeout=100) for child in children]
+        codes = [child.wait(timeout=200) for child in children]
     finally:
         for child in children:
             kill_group(child)
