@@ -1,4 +1,5 @@
 import csv
+from types import SimpleNamespace
 
 import lightning
 import pytest
@@ -86,9 +87,10 @@ def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(regress
 def test_meter_counts_tokens_without_padding():
     meter = RunMeter()
 
-    for _ in range(3):
+    for step in (1, 2, 3):
         meter.on_train_batch_start(None, None, None, 0)
-        meter.on_train_batch_end(None, None, None, {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}, 0)
+        batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+        meter.on_train_batch_end(SimpleNamespace(global_step=step), None, None, batch, 0)
     assert meter.tokens == 9
     assert meter.tokens_per_second == pytest.approx(9 / meter.train_seconds)
 

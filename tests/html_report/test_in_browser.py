@@ -157,7 +157,7 @@ def test_text_can_be_read_in_both_colour_schemes(measure, report, scheme):
 def test_report_of_a_real_run_opens(measure, smoke_run):
     page, log = measure(smoke_run[0] / "report.html")
     assert len(page["bars"]) == 37
-    assert len(page["charts"]) == 4  # with the singular values before the drop
+    assert len(page["charts"]) == 5  # with the quality in validation, and the singular values before the drop
     assert page["fetched"] == []
     assert "CONSOLE" not in log
 
