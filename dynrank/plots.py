@@ -243,9 +243,9 @@ def arms_figure(
         panels: quantity -> arm -> values of its runs.
     """
     try:
-        places = [float(text) for (text,) in settings]
+        places, line = [float(text) for (text,) in settings], "-"
     except ValueError:
-        places = [float(number) for number in range(len(settings))]
+        places, line = [float(number) for number in range(len(settings))], "none"  # nothing lies between names
     texts = ["\n".join(setting) for setting in settings]
     crowded = max(map(len, texts)) * len(texts) > 40
     across = min(3, len(panels))
@@ -259,7 +259,7 @@ def arms_figure(
         axes.plot([place for place, _ in dots], [value for _, value in dots], "o", alpha=0.35, markersize=4)
         known = [(place, values) for place, values in zip(places, arms, strict=True) if values]
         means, spreads = [fmean(v) for _, v in known], [stdev(v) if len(v) > 1 else 0.0 for _, v in known]
-        axes.errorbar([p for p, _ in known], means, spreads, color="tab:blue", capsize=3, marker="_", linewidth=1)
+        axes.errorbar([p for p, _ in known], means, spreads, color="tab:blue", capsize=3, marker="_", linestyle=line)
         axes.set_title(quantity, fontsize=10)
         axes.grid(alpha=0.3)
         axes.set_xticks(places, texts, fontsize=6 if crowded else 8, rotation=90 if crowded else 0)

@@ -14,6 +14,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 import yaml
+from rich.markup import escape
 from rich.table import Table
 
 from dynrank.console import table_console
@@ -201,7 +202,7 @@ def _table(made: Sequence[Arm]) -> Table:
             cells.append(" + ".join(_mean(arm, name, ",.2f", 2**20) for name in held))
         if "step_seconds" in names:
             cells.append(_cell(arm, "step_seconds", ",.1f", 1e-3))
-        table.add_row(*arm.setting.values(), *cells)
+        table.add_row(*map(escape, arm.setting.values()), *cells)  # [query,value] is no markup
     return table
 
 

@@ -96,6 +96,7 @@ def test_targets_in_miniature_cost_what_their_layers_do(launch, tiny_bert, tmp_p
     widths = {"[query,value]": 4 * 64, "attention": 8 * 64, "all-linear": 8 * 64 + 4 * 96 + 64}  # d_in + d_out
     costs = {row["lora.target_modules"]: float(row["adapter_parameters"]) for row in table(tmp_path / "s")}
     assert costs == {name: 16 * width for name, width in widths.items()}
+    assert all(name in printed.out for name in widths)
 
 
 def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(launch, tiny_bert, tmp_path):
