@@ -4,28 +4,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynrank.adapter import save_adapter
-    from dynrank.adapter_fit import read_adapter
-    from dynrank.adapter_loading import load_adapter, swap_adapter
-    from dynrank.config import compose
+    from dynrank.adapters.fit import read_adapter
+    from dynrank.adapters.load import load_adapter, swap_adapter
+    from dynrank.adapters.save import save_adapter
+    from dynrank.change.resize import predict, resize
     from dynrank.errors import ConfigurationError
-    from dynrank.layers.inject import add_lora, lora_layers, merge
-    from dynrank.resizing import predict, resize
+    from dynrank.layers.placing import add_lora, lora_layers, merge
+    from dynrank.run.config import compose
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ConfigurationError": "dynrank.errors",
-    "add_lora": "dynrank.layers.inject",
-    "compose": "dynrank.config",
-    "load_adapter": "dynrank.adapter_loading",
-    "lora_layers": "dynrank.layers.inject",
-    "merge": "dynrank.layers.inject",
-    "predict": "dynrank.resizing",
-    "read_adapter": "dynrank.adapter_fit",
-    "resize": "dynrank.resizing",
-    "save_adapter": "dynrank.adapter",
-    "swap_adapter": "dynrank.adapter_loading",
+    "add_lora": "dynrank.layers.placing",
+    "compose": "dynrank.run.config",
+    "load_adapter": "dynrank.adapters.load",
+    "lora_layers": "dynrank.layers.placing",
+    "merge": "dynrank.layers.placing",
+    "predict": "dynrank.change.resize",
+    "read_adapter": "dynrank.adapters.fit",
+    "resize": "dynrank.change.resize",
+    "save_adapter": "dynrank.adapters.save",
+    "swap_adapter": "dynrank.adapters.load",
 }
 __all__ = [
     "ConfigurationError",

@@ -13,11 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from dynrank.config import CONFIG_MODULE, CONFIG_NAME
-from dynrank.console import quiet_imports
-from dynrank.exits import usage_errors
-from dynrank.sweep_run import run_in_sweep
-from dynrank.sweep_table import table_at_end
+from dynrank.commands.exits import usage_errors
+from dynrank.output.console import quiet_imports
+from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME
+from dynrank.run.sweep.run import run_in_sweep
+from dynrank.run.sweep.table import table_at_end
 
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # as torchrun, srun and Lightning set them
 
@@ -31,7 +31,7 @@ def _train(config: DictConfig) -> float | None:
     record = partial(_record, OmegaConf.create(OmegaConf.to_container(config)), folder)
     if hydra_config.mode == RunMode.MULTIRUN:
         return run_in_sweep(config, folder, record)
-    from dynrank.job import run  # torch and transformers load here, so that --help need not wait for them
+    from dynrank.run.job import run  # torch and transformers load here, so that --help need not wait for them
 
     with usage_errors():  # here, too: Hydra prints a line of its own for what gets out
         run(config, folder, record=record)
@@ -49,7 +49,7 @@ def _record(config: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point; see :func:`dynrank.exits.usage_errors` for the exit codes."""
+    """Entry point; see :func:`dynrank.commands.exits.usage_errors` for the exit codes."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed and turned into exit code 1
     if any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS):
         # the first process writes the run's files; the time of day in the name of its folder may be another one here

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from dynrank import add_lora, lora_layers, merge
-from dynrank.console import table_console
-from dynrank.model_config import read_config
+from dynrank.models.config import read_config
+from dynrank.output.console import table_console
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from dynrank import resize
-from dynrank.console import table_console
 from dynrank.errors import ConfigurationError
+from dynrank.output.console import table_console
 
 # ours / other, at p = 0 and p > 0, on an H100 with M = 8192 and d = 4096
 TARGETS = {"frozen": (1.22, 1.25), "PEFT": (0.82, 0.75), "PEFT autocast": (0.66, 0.58), "unsloth's order": (0.94, None)}

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers
-from dynrank.console import table_console
+from dynrank.output.console import table_console
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 READERS = {  # title: (d_in, d_out of each layer)

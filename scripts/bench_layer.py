@@ -21,7 +21,7 @@ from rich.table import Table
 from torch import nn
 
 from dynrank import add_lora
-from dynrank.console import table_console
+from dynrank.output.console import table_console
 
 KINDS = ("fp32", "bf16")  # dtype of the base; the adapters are float32, as both libraries have it by default
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.adapters.tensor_file import TensorWriter, piece_of
 from dynrank.linalg import truncate_product
-from dynrank.squeeze import squeeze_adapter
-from dynrank.tensor_file import TensorWriter, piece_of
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
         make_adapter(source, options.layers, options.size, options.rank)
         command = ["squeeze", str(source), "--rank", str(options.final_rank), "--out", str(Path(folder) / "out")]
         start = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "dynrank.cli", *command], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "-m", "dynrank.commands.cli", *command], check=True, stdout=subprocess.DEVNULL)
         seconds = time.perf_counter() - start
         size = (source / "adapter_model.safetensors").stat().st_size
     ranks = f"{options.rank} -> {options.final_rank}"

@@ -23,9 +23,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers, resize
-from dynrank.console import table_console
-from dynrank.statistics import Grams
-from dynrank.tasks.pretrained import load_classifier, model_source
+from dynrank.change.measuring import Grams
+from dynrank.models.pretrained import load_classifier, model_source
+from dynrank.output.console import table_console
 
 SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "use_cache": False}

@@ -34,7 +34,7 @@ from two_writers import data_of, is_causal, load_writer, prompts_of
 from two_writers import write_adapters as train_adapters
 
 from dynrank import add_lora, load_adapter, lora_layers, read_adapter, save_adapter, swap_adapter
-from dynrank.tasks.pretrained import head_names, load_classifier, model_source
+from dynrank.models.pretrained import head_names, load_classifier, model_source
 
 BYTES_7B = 32 * 2 * 16 * (4096 + 4096) * 4  # Llama 7B: q and v of 32 layers, rank 16, float32
 

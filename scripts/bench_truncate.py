@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dynrank import lora_layers, resize
-from dynrank.layers.adapted import LoRALinear
+from dynrank.layers.kinds import LoRALinear
 
 
 def main() -> None:

@@ -31,10 +31,10 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
-from dynrank import checkpoint_file
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
-from dynrank.checkpoint_file import PART
 from dynrank.layers.base import LoRALayer
+from dynrank.output import checkpoint_file
+from dynrank.output.checkpoint_file import PART
 from dynrank.schedules import How, Stage
 from dynrank.targets import Rank
 from dynrank.tasks.loader import ResumableLoader

@@ -16,16 +16,16 @@ import transformers
 from torch import Tensor, nn
 
 from dynrank import add_lora, compose, lora_layers
-from dynrank.config import plain
+from dynrank.change.measuring import Grams
+from dynrank.change.resize import layer_spectra
 from dynrank.errors import ConfigurationError
-from dynrank.resizing import layer_spectra
-from dynrank.statistics import Grams
+from dynrank.models.pretrained import load_classifier, model_source
+from dynrank.run.config import plain
+from dynrank.run.trusted import make
 from dynrank.targets import Budget, LayerState
 from dynrank.tasks.optimizers import make_optimizer
-from dynrank.tasks.pretrained import load_classifier, model_source
-from dynrank.trusted import make
 
-RESULTS = Path(__file__).resolve().parents[1] / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 BATCH = 32
 HEAD = "classifier"  # trained whole, at its own rate
 SCALING = 2.0  # of every adapter in every arm, whatever its rank

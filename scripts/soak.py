@@ -29,7 +29,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dynrank import compose, lora_layers
 from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler, RunMeter
-from dynrank.job import _quiet, build
+from dynrank.run.job import _quiet, build
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At

@@ -6,7 +6,7 @@ takes (steps / measured step time, which is taken first, all models interleaved 
 many to a hundredth. Batches, dropout, head and scaling are the same in all arms of a seed. Arms that start at rank 16
 go on from one model up to their first change.
 
-Writes results/study.csv (a row per run), results/study_cost.csv (step times) and results/study.png, and prints the
+Writes scripts/results/study.csv (a row per run), scripts/results/study_cost.csv (step times) and scripts/results/study.png, and prints the
 tables. It may be interrupted: runs that the files hold already are not made again.
 Run: .venv/bin/python scripts/study.py [--seeds N] [--steps N] [--processes N] [OVERRIDE ...]
 """
@@ -48,8 +48,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Printed
 
 from dynrank import lora_layers, resize
-from dynrank.rewarmup import Rewarmup
-from dynrank.statistics import Grams
+from dynrank.change.measuring import Grams
+from dynrank.driver.rewarmup import Rewarmup
 from dynrank.targets import Budget
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)

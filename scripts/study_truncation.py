@@ -1,8 +1,8 @@
 """What a large cut costs: medical_terms, 16 -> 2 at step 120 of 240, in each metric, with and without transport.
 
 Of each seed, one model of rank 16 is trained to the middle; every arm goes on from that very state, with the same
-batches and dropout. Writes results/truncation.csv (a row per seed and arm; arms that it holds already are not run
-again), results/truncation.png, and prints the table, means over seeds.
+batches and dropout. Writes scripts/results/truncation.csv (a row per seed and arm; arms that it holds already are
+not run again), scripts/results/truncation.png, and prints the table, means over seeds.
 Run: .venv/bin/python scripts/study_truncation.py [--seeds N]
 """
 
@@ -23,7 +23,7 @@ from rich.table import Table as Printed
 from torch import nn
 
 from dynrank import lora_layers, resize
-from dynrank.statistics import METRICS, Grams
+from dynrank.change.measuring import METRICS, Grams
 from dynrank.targets import Budget
 
 STEPS, CUT, WINDOW = 240, 120, 20

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from dynrank import add_lora, lora_layers, save_adapter
+from dynrank.models.pretrained import gguf_place, load_causal_lm, model_source
 from dynrank.tasks.code_completion import FunctionsData
-from dynrank.tasks.pretrained import gguf_place, load_causal_lm, model_source
 from dynrank.tasks.prompted import PromptedData
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]

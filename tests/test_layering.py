@@ -1,81 +1,105 @@
-"""A file imports only from lower layers, or from its own folder."""
+"""The house keeps its plan: rooms import downward only, each through one door, and few files lie outside of rooms."""
 
 import ast
 from pathlib import Path
 
+import pytest
+
 import dynrank
 
 ROOT = Path(dynrank.__file__).parent
-LAYERS = {
-    -1: {"errors"},
-    0: {"linalg", "allocation", "rank_map", "kernels"},
-    1: {"triggers", "targets"},
-    2: {"schedules"},
-    3: {
-        "layers",
-        "optim",
-        "rewarmup",
-        "adapter_config",
-        "console",
-        "output_folder",
-        "tensor_file",
-        "processes",
-        "run_folder",
-        "model_config",
-    },
-    4: {"statistics", "adapter_file", "averaging", "agreement", "sharding", "checkpoint_file", "base_weights"},
-    5: {"resizing", "adapter", "adapter_fit"},
-    6: {"adapter_loading", "planning", "squeeze", "change_table", "rank_change"},
-    7: {"driver", "tasks", "config", "plots", "exits", "step_memory"},
-    8: {"callbacks", "merging", "inspection", "preflight", "trusted", "optimizer_state", "sweep_report"},
-    9: {"report", "html_report", "memory_plan", "sweep_table"},
-    10: {"job"},
-    11: {"rank_table", "plan_table", "sweep_run"},
-    12: {"train", "cli"},
-}
-LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
+FLOORS = (  # what stands on a floor imports from the floors below it, and from its own room
+    ("errors",),
+    ("linalg", "kernels"),
+    ("rank_map", "triggers", "allocation"),
+    ("targets",),
+    ("schedules",),
+    ("layers",),
+    ("models", "distributed"),
+    ("change",),
+    ("output", "driver"),
+    ("callbacks", "adapters", "tasks"),
+    ("run",),
+    ("planner",),
+    ("commands",),
+    ("train", "__init__"),
+)
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def sources():
-    for path in sorted([*ROOT.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]):  # rglob does not follow links
+def modules():
+    """(path below dynrank/, syntax tree) of every module; kernels/ is a link, which rglob does not follow."""
+    for path in sorted([*ROOT.rglob("*.py"), *(ROOT / "kernels").glob("*.py")]):
         relative = path.relative_to(ROOT)
-        if relative.parts[0] not in ("__init__.py", "conf"):
+        if relative.parts[0] != "conf":
             yield relative, ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported_units(tree: ast.AST) -> set[str]:
-    names = set()
+MODULES = dict(modules())
+
+
+def room_of(relative: Path) -> str:
+    return relative.parts[0].removesuffix(".py")
+
+
+def name_of(relative: Path) -> str:
+    parts = ("dynrank", *relative.with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
+
+
+NAMES = {name_of(relative) for relative in MODULES}
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Full names of the modules of dynrank that a module imports, or imports from."""
+    found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dynrank":
-            names.add(node.module)
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names if alias.name.split(".")[0] == "dynrank"}
-    return {name.split(".")[1] for name in names if "." in name}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            below = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (below & NAMES) or {node.module}
+    return {name for name in found if name.startswith("dynrank.")}
 
 
-def test_every_file_has_a_layer():
-    units = {relative.parts[0].removesuffix(".py") for relative, _ in sources()}
-    assert units == set(LAYER_OF)
+def test_at_most_eight_modules_lie_outside_of_rooms():
+    assert len([relative for relative in MODULES if len(relative.parts) == 1]) <= 8
+    assert {room_of(relative) for relative in MODULES} == set(FLOOR_OF)
 
 
-def test_imports_point_downward():
-    wrong = []
-    for relative, tree in sources():
-        unit = relative.parts[0].removesuffix(".py")
-        wrong += [
-            f"{relative} imports dynrank.{other}"
-            for other in imported_units(tree)
-            if other != unit and LAYER_OF[other] >= LAYER_OF[unit]
-        ]
+@pytest.mark.parametrize("relative", MODULES, ids=str)
+def test_imports_go_downward(relative):
+    own = room_of(relative)
+    others = {name.split(".")[1] for name in imported(MODULES[relative])} - {own}
+    assert not [other for other in others if FLOOR_OF[other] >= FLOOR_OF[own]]
+
+
+def test_no_module_imports_itself_through_others():
+    above = {name_of(relative): imported(tree) for relative, tree in MODULES.items()}
+    while above:
+        free = [name for name, needs in above.items() if not needs & above.keys() - {name}]
+        assert free, f"a circle among {sorted(above)}"
+        for name in free:
+            del above[name]
+
+
+def test_a_room_has_one_door():
+    """Where a room's ``__init__`` offers names, others take them from there and from no module inside."""
+    rooms = {relative: tree for relative, tree in MODULES.items() if len(relative.parts) > 1}
+    doors = {name_of(relative) for relative, tree in rooms.items() if relative.name == "__init__.py" and imported(tree)}
+    wrong = [
+        f"{relative} imports {name} past {door}"
+        for relative, tree in MODULES.items()
+        for name in imported(tree)
+        for door in doors
+        if name.startswith(f"{door}.") and not f"{name_of(relative)}.".startswith(f"{door}.")
+    ]
     assert not wrong
 
 
-def test_layers_0_to_2_know_no_framework():
+def test_mathematics_and_schedules_know_no_framework():
     foreign = ("lightning", "hydra", "transformers", "torch.nn")
-    wrong = []
-    for relative, tree in sources():
-        if LAYER_OF[relative.parts[0].removesuffix(".py")] <= 2:
-            for node in ast.walk(tree):
-                if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(foreign):
-                    wrong.append(f"{relative} imports {node.module}")
-    assert not wrong
+    for relative, tree in MODULES.items():
+        if FLOOR_OF[room_of(relative)] <= FLOOR_OF["schedules"]:
+            lines = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+            assert not [line for line in lines if line.startswith(foreign)], relative

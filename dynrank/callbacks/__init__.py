@@ -9,7 +9,8 @@ from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter
 from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.callbacks.step_seed import StepSeed
-from dynrank.rank_change import RankEvent
+from dynrank.callbacks.trainer.strategies import check_strategy
+from dynrank.driver.attempt import RankEvent
 
 if TYPE_CHECKING:
     from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback
@@ -24,6 +25,7 @@ __all__ = [
     "RunMeter",
     "ScheduleFreeMode",
     "StepSeed",
+    "check_strategy",
 ]
 
 

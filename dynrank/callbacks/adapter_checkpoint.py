@@ -13,11 +13,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from dynrank.callbacks.sigterm import SigtermNotice
-from dynrank.callbacks.validation import is_due
-from dynrank.checkpoint_file import PART, read_checkpoint, write_checkpoint
+from dynrank.callbacks.trainer.sigterm import SigtermNotice
+from dynrank.callbacks.trainer.validation import is_due
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import follow_base, frozen_bases, left_out, sampled, without_base
+from dynrank.output.checkpoint_file import PART, read_checkpoint, write_checkpoint
 
 _STATES = ("state_dict", "current_model_state")  # Lightning's WeightAveraging adds the second
 
@@ -158,7 +158,7 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Local files go through :mod:`dynrank.checkpoint_file`, remote ones as Lightning does it.
+    """Local files go through :mod:`dynrank.output.checkpoint_file`, remote ones as Lightning does it.
 
     AdapterCheckpoint puts it in the place of Lightning's default; ``Trainer(plugins=[AsyncCheckpointIO(
     SafeCheckpointIO())])`` uses it in the background.

@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from dynrank.driver.attempt import RankEvent
 from dynrank.layers.ranked import RankedLayer
 from dynrank.linalg import effective_rank
-from dynrank.rank_change import RankEvent
 
 
 def log_ranks(loggers: Iterable[Logger], layers: Mapping[str, RankedLayer], step: int) -> None:
@@ -47,7 +47,7 @@ def _log_spectra(logger: TensorBoardLogger, event: RankEvent) -> None:
         spectrum = torch.tensor(layer.singular_values)
         logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
     if find_spec("matplotlib") is not None:  # an extra of its own
-        from dynrank.plots import spectra_figure
+        from dynrank.output.plots import spectra_figure
 
         spectra = {layer.layer: layer.singular_values for layer in event.layers}
         kept = {layer.layer: layer.rank_after for layer in event.layers}

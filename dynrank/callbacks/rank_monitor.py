@@ -16,11 +16,9 @@ from rich.console import Console
 from dynrank.callbacks.rank_logging import log_prediction, log_ranks
 from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
-from dynrank.change_table import change_table
-from dynrank.layers.inject import lora_layers
-from dynrank.rank_change import RankEvent
-
-FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
+from dynrank.driver.attempt import FIELDS, RankEvent
+from dynrank.layers.placing import lora_layers
+from dynrank.output.change_table import change_table
 
 
 class RankMonitor(Callback):

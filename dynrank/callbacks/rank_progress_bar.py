@@ -7,8 +7,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 
-from dynrank.console import span
-from dynrank.layers.inject import lora_layers
+from dynrank.layers.placing import lora_layers
+from dynrank.output.console import span
 
 
 class RankProgressBar(RichProgressBar):

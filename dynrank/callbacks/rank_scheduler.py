@@ -10,19 +10,19 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
-from dynrank.callbacks.averages import act_after_averages, averages_of, follow_averages
-from dynrank.callbacks.fit_check import check_averages, check_fit, check_told
-from dynrank.callbacks.strategies import (
+from dynrank.callbacks.trainer.averages import act_after_averages, averages_of, follow_averages
+from dynrank.callbacks.trainer.fit_check import check_averages, check_fit, check_told
+from dynrank.callbacks.trainer.strategies import (
     average_whole_gradients,
     check_strategy,
     follow_sharded_checkpoint,
     unwrap,
     wrap,
 )
-from dynrank.callbacks.validation import measure, run_missed_validation, validation_metrics
-from dynrank.driver import RankDriver
+from dynrank.callbacks.trainer.validation import measure, run_missed_validation, validation_metrics
+from dynrank.driver.attempt import RankEvent
+from dynrank.driver.driver import RankDriver
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.rank_change import RankEvent
 from dynrank.triggers import Run
 
 
@@ -135,7 +135,7 @@ class RankScheduler(RankDriver, Callback):
 
 
 class LightningTraining:
-    """A Lightning trainer as :class:`dynrank.rank_change.Training`."""
+    """A Lightning trainer as :class:`dynrank.driver.attempt.Training`."""
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.trainer, self.pl_module = trainer, pl_module

@@ -13,12 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from dynrank.driver import RankDriver
+from dynrank.change.optimizer_state import check_optimizer
+from dynrank.driver.attempt import RankEvent
+from dynrank.driver.driver import RankDriver
 from dynrank.errors import ConfigurationError
-from dynrank.layers.inject import lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.optim import check_optimizer
-from dynrank.rank_change import RankEvent
+from dynrank.layers.placing import lora_layers
 from dynrank.schedules import How, RankFunction, Stage
 from dynrank.triggers import Run
 
@@ -152,7 +152,7 @@ class RankTrainerCallback(RankDriver, TrainerCallback, ExportableState):  # type
 
 
 class HFTraining:
-    """A run of transformers' Trainer as :class:`dynrank.rank_change.Training`; made for one event."""
+    """A run of transformers' Trainer as :class:`dynrank.driver.attempt.Training`; made for one event."""
 
     averages: Sequence[nn.Module] = ()
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from dynrank.layers.inject import lora_layers
-from dynrank.processes import from_all
-from dynrank.rank_change import RankEvent
+from dynrank.distributed.processes import from_all
+from dynrank.driver.attempt import RankEvent
+from dynrank.layers.placing import lora_layers
 
 _MARK = Path("/proc/self/clear_refs")
 

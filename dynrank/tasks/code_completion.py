@@ -13,10 +13,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.errors import ConfigurationError
+from dynrank.models.pretrained import load_tokenizer
+from dynrank.tasks.data.stdlib import Function, FunctionSplits, parses, stdlib_functions
 from dynrank.tasks.loader import spread, weight
-from dynrank.tasks.pretrained import load_tokenizer
 from dynrank.tasks.prompted import FINAL, IGNORED, Prompted, PromptedData, PromptedModel, check_counts
-from dynrank.tasks.stdlib import Function, FunctionSplits, parses, stdlib_functions
 
 
 class FunctionsData(PromptedData):
@@ -29,7 +29,7 @@ class FunctionsData(PromptedData):
         model: short name, folder, GGUF file or hub name of the model, for its tokenizer.
         batch_size: training examples per batch of each process; evaluation takes twice as many.
         max_length: tokens of signature, docstring, body and end.
-        modules: see :func:`dynrank.tasks.stdlib.stdlib_functions`.
+        modules: see :func:`dynrank.tasks.data.stdlib.stdlib_functions`.
         seed: of the splits and of the order of the batches.
         val_functions: that a validation takes; None for all. The test takes all.
         val_generate: validation functions that each validation completes; 0 leaves it out.

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from dynrank.tasks.data.us_gaap import LineItem, line_items
 from dynrank.tasks.prompted import FINAL, IGNORED, PromptedData, PromptedModel, check_counts
-from dynrank.tasks.us_gaap import LineItem, line_items
 
 
 class LineItemsData(PromptedData):

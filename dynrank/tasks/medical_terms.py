@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
+from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
-from dynrank.layers.inject import add_lora, lora_layers
-from dynrank.sharding import shard_frozen
-from dynrank.tasks.icd10 import Terms, TermSplits, icd10_terms
+from dynrank.layers.placing import add_lora, lora_layers
+from dynrank.models.pretrained import head_names, load_classifier, load_tokenizer, model_source
+from dynrank.tasks.data.icd10 import Terms, TermSplits, icd10_terms
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread, weight
 from dynrank.tasks.optimizers import make_optimizer
-from dynrank.tasks.pretrained import head_names, load_classifier, load_tokenizer, model_source
 
 _Example = tuple[list[int], int]  # token ids, label
 
@@ -34,7 +34,7 @@ class MedicalTermsData(LightningDataModule):
         model: short name, folder or hub name of the model, for its tokenizer.
         batch_size: training examples per batch of each process; evaluation takes four times as many.
         max_length: tokens after which a term is cut.
-        chapters: see :func:`dynrank.tasks.icd10.icd10_terms`, as are ``code_length`` and ``min_terms``.
+        chapters: see :func:`dynrank.tasks.data.icd10.icd10_terms`, as are ``code_length`` and ``min_terms``.
         code_length: see there.
         min_terms: see there.
         seed: of the splits and of the order of the batches.

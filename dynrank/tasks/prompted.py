@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
+from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
-from dynrank.layers.inject import add_lora, lora_layers
-from dynrank.sharding import shard_frozen
+from dynrank.layers.placing import add_lora, lora_layers
+from dynrank.models.pretrained import load_causal_lm, load_tokenizer, model_source
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread, weight
 from dynrank.tasks.optimizers import make_optimizer
-from dynrank.tasks.pretrained import load_causal_lm, load_tokenizer, model_source
 
 FINAL = ("final/val", "final/train")  # what a test evaluates in its second and third loader
 IGNORED = -100  # label of a token that is not learned: of the prompt, and of padding

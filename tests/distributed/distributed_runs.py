@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.distributed.sharding import shard_frozen
 from dynrank.schedules import How, Stage, constant, grow, join
-from dynrank.sharding import shard_frozen
 from dynrank.targets import Budget, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau, TailEnergy

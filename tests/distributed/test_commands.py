@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import dynrank
-from dynrank import job
-from dynrank.run_folder import series
+from dynrank.output.metrics_csv import series
+from dynrank.run import job
 from dynrank.tasks.code_completion import FunctionsData
 from dynrank.tasks.loader import spread
 

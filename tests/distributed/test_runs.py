@@ -13,7 +13,7 @@ from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, sa
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.callbacks.strategies import check_strategy
+from dynrank.callbacks.trainer.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 
 pytestmark = [
@@ -136,7 +136,7 @@ def test_average_of_a_sharded_model_is_refused(results):
 def test_sharded_factors_are_refused(results):
     for result in results:
         assert "'net.0'" in result["sharded"]
-        assert "dynrank.sharding.shard_frozen" in result["sharded"]
+        assert "dynrank.distributed.sharding.shard_frozen" in result["sharded"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import nn
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.layers.adapted import LoRALinear
+from dynrank.layers.kinds import LoRALinear
 
 
 def layer(rank=3, d_in=7, d_out=6, dtype=torch.float32, **options):

@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import dynrank
-from dynrank.config import compose, plain
+from dynrank.distributed.sharding import shard_frozen
 from dynrank.kernels import backends, grouped_lora_linear, lora_linear, torch_backend
 from dynrank.layers import grouping
-from dynrank.sharding import shard_frozen
+from dynrank.run.config import compose, plain
 
 NAMES = ("q_proj", "k_proj", "v_proj")
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

@@ -24,9 +24,9 @@ from transformers import (
 
 import dynrank
 from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.change.resize import Snapshot
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import PeftLayer, follow_checkpoint_ranks, sync_peft_configs
-from dynrank.resizing import Snapshot
 from dynrank.schedules import How, after_convergence
 from dynrank.triggers import Plateau
 

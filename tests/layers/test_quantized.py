@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 import dynrank
 from dynrank.callbacks import RankScheduler
 from dynrank.errors import ConfigurationError
-from dynrank.layers.adapted import LoRAQuantizedLinear
+from dynrank.layers.kinds import LoRAQuantizedLinear
 from dynrank.layers.quantized import is_quantized
 from dynrank.schedules import anneal
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint
 from dynrank.errors import ConfigurationError
-from dynrank.layers.adapted import LoRAQuantizedLinear
+from dynrank.layers.kinds import LoRAQuantizedLinear
 
 torchao = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

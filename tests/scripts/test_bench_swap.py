@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dynrank.layers import between_forwards
+from dynrank.adapters import between_forwards
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from dynrank.tasks.pretrained import load_causal_lm, load_tokenizer
+from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SIZE = ["--batch", "4", "--length", "32", "--width", "64", "--layers", "2", "--vocabulary", "600"]

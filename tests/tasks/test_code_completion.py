@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
-from dynrank.run_folder import series
+from dynrank.models.pretrained import load_causal_lm
+from dynrank.output.metrics_csv import series
 from dynrank.schedules import milestones
 from dynrank.tasks.code_completion import BodyWriter, CodeCompletion, FunctionsData
-from dynrank.tasks.pretrained import load_causal_lm
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
 DATA = {"batch_size": 4, "max_length": 160, "modules": MODULES, "seed": 0, "val_functions": 8, "val_generate": 5}

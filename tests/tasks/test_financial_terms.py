@@ -17,8 +17,8 @@ from transformers import (
 )
 
 import dynrank
-from dynrank.config import rank_pattern
 from dynrank.errors import ConfigurationError
+from dynrank.run.config import rank_pattern
 from dynrank.tasks.financial_terms import LineItemsData, SectionWriter
 
 pytestmark = [

@@ -8,8 +8,8 @@ from transformers import AutoModelForSequenceClassification, DistilBertConfig, L
 
 import dynrank
 from dynrank.errors import ConfigurationError
+from dynrank.models.pretrained import head_names, load_classifier
 from dynrank.tasks.medical_terms import MedicalTermsData, TermClassifier
-from dynrank.tasks.pretrained import head_names, load_classifier
 
 DATA = {"batch_size": 8, "max_length": 16, "chapters": [1], "code_length": 3, "min_terms": 10, "seed": 0, "limit": 40}
 OPTIMIZER = {

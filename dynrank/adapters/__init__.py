@@ -1,0 +1,1 @@
+"""Adapters in PEFT's format: saving, loading, swapping, squeezing, inspecting and merging."""

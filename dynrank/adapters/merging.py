@@ -1,0 +1,184 @@
+"""``dynrank merge``: a stored adapter and its base model become one plain model on disk."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+
+from dynrank.adapters.fit import Adapter, read_adapter
+from dynrank.adapters.load import load_adapter
+from dynrank.errors import ConfigurationError
+from dynrank.layers.placing import merge
+from dynrank.models.pretrained import gguf_place, load_weights, model_source
+from dynrank.output.output_folder import check_free, whole_or_nothing
+
+__all__ = ["MergedModel", "merge_adapter"]
+
+# What a base is adapted as when the class that its config.json names does not have the adapter's layers: a model that
+# was stored as an encoder and trained with a head, for example.
+_AUTO_CLASSES = (
+    "AutoModelForCausalLM",
+    "AutoModelForSeq2SeqLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForQuestionAnswering",
+    "AutoModelForMaskedLM",
+    "AutoModelForImageClassification",
+    "AutoModel",
+)
+# Files of a model's folder that say how its inputs are made.
+_INPUT_FILES = (
+    "*token*",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.spm",
+    "chat_template*",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+@dataclass(frozen=True)
+class MergedModel:
+    """What :func:`merge_adapter` has written.
+
+    Attributes:
+        kind: class of transformers.
+        layers: number of layers with an update.
+        dtype: of the weights.
+        parameters: numbers in the model.
+    """
+
+    kind: str
+    layers: int
+    dtype: torch.dtype
+    parameters: int
+
+
+def merge_adapter(source: str | Path, model: str, out: str | Path) -> MergedModel:
+    """Write the model with the adapter in ``source`` merged into it to ``out``, for ``from_pretrained``.
+
+    Weights keep the dtype in which the model is stored; sums are made in float32 or wider. The class is the first that
+    has all layers of the adapter: the one that the adapter names, the one that the model's config.json names, or a
+    usual one. Heads stored in the adapter (modules_to_save) come along, as do the model's tokenizer files. ``out``
+    appears when it is whole, or not at all. No code from the model's folder is run.
+
+    Args:
+        source: folder of a PEFT LoRA adapter.
+        model: folder or hub name of the model that it was trained on.
+        out: folder to make; it may exist if it is empty.
+
+    Raises:
+        ConfigurationError: if the adapter or the model cannot be used, they do not fit, or ``out`` is not free or
+            cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    adapter, origin = read_adapter(source), model_source(model, "--model")
+    check_free(out, source, Path(origin))
+    merged: Any = merge(load_adapter(_base(origin, adapter), adapter))
+    with whole_or_nothing(out) as folder:
+        try:
+            merged.save_pretrained(folder)
+        except SafetensorError as error:  # as it calls a full disk
+            raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error}") from None
+        _copy_input_files(origin, folder)
+    total = sum(parameter.numel() for parameter in merged.parameters())
+    return MergedModel(type(merged).__name__, len(adapter.factors), merged.dtype, total)
+
+
+def _base(origin: str, adapter: Adapter) -> nn.Module:
+    """The model that the adapter was trained on, with all its weights.
+
+    They come from its own files or are heads that the adapter has, whose shapes say the number of classes.
+    """
+    labels_of_base = _asked(AutoConfig.from_pretrained, origin).num_labels
+    heads = [value.shape[0] for name, value in adapter.others.items() if name.endswith("weight") and value.ndim == 2]
+    tried: dict[str, list[str]] = {}
+    for labels in dict.fromkeys([labels_of_base, *heads]):
+        own = labels == labels_of_base
+        config = _asked(AutoConfig.from_pretrained, origin, **({} if own else {"num_labels": labels}))
+        for make in _makers(config, adapter):
+            try:
+                with torch.device("meta"):
+                    empty = make(config)
+            except ValueError:  # no class of this kind
+                continue
+            cls = type(empty)
+            lacks = _misfits(empty, adapter)
+            if not lacks:
+                model, absent = _loaded(cls, config, origin, adapter)
+                if not absent:
+                    return model
+                lacks = [f"would have no weights {absent[:5]}"]
+            tried.setdefault(cls.__name__, lacks)
+    raise ConfigurationError(
+        f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither holds:\n  "
+        + "\n  ".join(f"{name} {'; '.join(lacks[:3])}" for name, lacks in tried.items())
+    )
+
+
+def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module]]:
+    """What to try, in order: the class that the adapter names, those that the model's config does, the usual ones."""
+    mapping = adapter.config.get("auto_mapping")
+    named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    for name in [named, *(config.architectures or ())]:
+        cls = getattr(transformers, name, None) if isinstance(name, str) else None
+        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+            model_class: Any = cls
+            if model_class.config_class is type(config):
+                yield model_class
+    for name in _AUTO_CLASSES:
+        yield getattr(transformers, name).from_config
+
+
+def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
+    modules, state = dict(model.named_modules()), model.state_dict()
+    faults = [f"has no module {name!r}" for name in adapter.factors if name not in modules]
+    for name, value in adapter.others.items():
+        if ".base_layer." not in name and (name not in state or state[name].shape != value.shape):
+            faults.append(f"has no {[*value.shape]} parameter {name!r}")
+    return faults
+
+
+def _loaded(cls: Any, config: Any, origin: str, adapter: Adapter) -> tuple[nn.Module, list[str]]:
+    """(the model, names of weights that it got from nowhere)."""
+    options = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True, "trust_remote_code": False}
+    with _named(origin):
+        model, info = load_weights(cls.from_pretrained, origin, **options)
+    absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
+    return model, sorted(absent)
+
+
+def _copy_input_files(origin: str, folder: Path) -> None:
+    if not Path(origin).is_dir():
+        _asked(AutoTokenizer.from_pretrained, origin).save_pretrained(folder)
+        return
+    for pattern in _INPUT_FILES:
+        for file in Path(origin).glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+
+def _asked(loader: Any, origin: str, **options: Any) -> Any:
+    place, gguf = gguf_place(origin)
+    with _named(origin):
+        return loader(place, trust_remote_code=False, **gguf, **options)
+
+
+@contextmanager
+def _named(origin: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        raise ConfigurationError(f"transformers cannot load --model {origin!r}: {error}") from error

@@ -1,0 +1,169 @@
+"""Compress a stored PEFT adapter, layer by layer; neither a model nor PEFT is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dynrank.adapters.config import CONFIG_FILE, make_config
+from dynrank.adapters.stored import WEIGHTS_FILE, StoredAdapter, one_thread
+from dynrank.adapters.tensor_file import TensorWriter, piece_of
+from dynrank.change.resize import LayerReport
+from dynrank.errors import ConfigurationError
+from dynrank.linalg import energy_kept, singular_values, truncate_product
+from dynrank.output.output_folder import check_free, whole_or_nothing
+from dynrank.targets import Budget, Energy, LayerState, Rank, Target
+
+__all__ = ["SqueezedLayer", "squeeze_adapter"]
+
+
+@dataclass(frozen=True)
+class SqueezedLayer(LayerReport):
+    """A :class:`LayerReport` with the numbers that the layer's factors had before."""
+
+    parameters_before: int
+
+
+def squeeze_adapter(
+    source: str | Path,
+    out: str | Path,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    budget: int | float | str | None = None,
+    lowest: int = 1,
+    multiple: int = 1,
+) -> list[SqueezedLayer]:
+    """Write the adapter in ``source`` to ``out`` with lower ranks: each layer's best approximation in the weight norm.
+
+    Scaling stays, so alpha follows the rank, and rsLoRA becomes plain LoRA of the same scaling. A layer that has its
+    rank already keeps its factors bit for bit, as do all other tensors (modules_to_save); dtypes and all other
+    settings stay. One pair of factors is in memory at a time. ``out`` appears when it is whole, or not at all.
+
+    Exactly one of ``rank``, ``energy`` and ``budget`` says how far:
+
+    Args:
+        source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
+        out: folder to make; it may exist if it is empty.
+        rank: of every layer that has more.
+        energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
+        budget: parameters of all factors together (an int), or a share of today's ("0.5", "50%", 0.5), spent where the
+            squared singular values of the update (scaling included) are largest.
+        lowest: with energy or budget, the lowest rank (a layer below it stays as it is).
+        multiple: with energy or budget, ranks are multiples of it (or stay as they are).
+
+    Returns:
+        A report for each layer, unchanged ones included.
+
+    Raises:
+        ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free or cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    _check_options(rank, energy, budget, lowest, multiple)
+    with StoredAdapter(source) as adapter, one_thread():
+        check_free(out, source)
+        if rank is not None:
+            ranks = _chosen_ranks(adapter, Rank(rank))
+        elif energy is not None:
+            ranks = _chosen_ranks(adapter, Energy(energy, lowest=lowest, multiple=multiple))
+        else:
+            parameters = _parameters(budget, adapter)
+            try:
+                ranks = _chosen_ranks(adapter, Budget(parameters, lowest=lowest, multiple=multiple))
+            except ConfigurationError as error:
+                raise ConfigurationError(f"--budget {budget} cannot be met: {error}") from None
+        with whole_or_nothing(out) as folder:
+            return _write(adapter, ranks, folder)
+
+
+def _check_options(
+    rank: int | None, energy: float | None, budget: int | float | str | None, lowest: int, multiple: int
+) -> None:
+    options = {"--rank": rank, "--energy": energy, "--budget": budget}
+    given = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
+    if sum(value is not None for value in options.values()) != 1:
+        raise ConfigurationError(f"one of --rank, --energy and --budget must be given, got {given or 'none'}")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ConfigurationError(f"--rank must be an int of at least 1, got {rank!r}")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigurationError(f"--energy must be a share in (0, 1], got {energy}")
+    for name, value in (("--lowest", lowest), ("--multiple", multiple)):
+        if value < 1:
+            raise ConfigurationError(f"{name} must be at least 1, got {value}")
+        if value > 1 and rank is not None:
+            raise ConfigurationError(f"{name} goes with --energy or --budget, got {value} and {given}")
+
+
+def _chosen_ranks(adapter: StoredAdapter, target: Target) -> dict[str, int]:
+    states = {}
+    for name, rank in adapter.ranks.items():
+        values = singular_values(*adapter.factors(name)) * adapter.scaling(name) if target.needs else None
+        states[name] = LayerState(rank, *adapter.shape(name), values=values)
+    return target.ranks(states)
+
+
+def _parameters(budget: int | float | str | None, adapter: StoredAdapter) -> int:
+    text = str(budget).strip()
+    if re.fullmatch(r"\d[\d_]*", text):
+        return int(text)
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise ConfigurationError(
+            f"--budget must be a number of parameters, or a share in (0, 1] as in 0.5 or 50%, got {budget!r}"
+        )
+    return int(share * sum(rank * sum(adapter.shape(name)) for name, rank in adapter.ranks.items()))
+
+
+def _write(adapter: StoredAdapter, ranks: Mapping[str, int], folder: Path) -> list[SqueezedLayer]:
+    pieces = dict(adapter.file.pieces)
+    for name, rank in ranks.items():
+        for factor, key in adapter.keys[name].items():
+            dtype, shape, _ = pieces[key]
+            pieces[key] = piece_of(dtype, (rank, *shape[1:]) if factor == "A" else (shape[0], rank, *shape[2:]))
+    with TensorWriter(folder / WEIGHTS_FILE, pieces, adapter.file.metadata) as writer:
+        for key in adapter.others:
+            writer.write(key, adapter.file.chunks(key))
+        reports = [_write_layer(adapter, name, rank, writer) for name, rank in ranks.items()]
+    patterns = make_config(
+        {name: (rank, adapter.alpha(name, rank)) for name, rank in ranks.items()},
+        target_modules=[], modules_to_save=[], dropout=0.0, base="",
+    )  # fmt: skip
+    changed = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")  # all else is as it was
+    config = adapter.config | {key: patterns[key] for key in changed}
+    # last: without it, a folder that a killed process leaves is no adapter
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return reports
+
+
+def _write_layer(adapter: StoredAdapter, name: str, rank: int, writer: TensorWriter) -> SqueezedLayer:
+    pair, factors = adapter.keys[name], adapter.factors(name)
+    if rank == adapter.ranks[name]:
+        for key in pair.values():
+            writer.write(key, adapter.file.chunks(key))
+        return _report(adapter, name, singular_values(*factors), rank)
+    change = truncate_product(*factors, rank)
+    writer.write(pair["A"], change.lora_A)
+    writer.write(pair["B"], change.lora_B)
+    return _report(adapter, name, change.singular_values, rank)
+
+
+def _report(adapter: StoredAdapter, name: str, values: Tensor, rank: int) -> SqueezedLayer:
+    scaled, before = values * abs(adapter.scaling(name)), adapter.ranks[name]
+    return SqueezedLayer(
+        layer=name,
+        rank_before=before,
+        rank_after=rank,
+        energy_kept=energy_kept(scaled, rank),
+        predicted_error=float(scaled[rank:].norm()),
+        singular_values=tuple(scaled.tolist()),
+        parameters_saved=(before - rank) * sum(adapter.shape(name)),
+        parameters_before=before * sum(adapter.shape(name)),
+    )

@@ -1,0 +1,1 @@
+"""What the callbacks need to know of Lightning's trainer."""

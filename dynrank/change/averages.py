@@ -1,0 +1,56 @@
+"""Averages of a model's weights (EMA, SWA) through a change of its ranks.
+
+A change is linear in each factor: ``A' = T_a A`` and ``B' = B T_b``. An average is linear, too, so the average of the
+weights that a run would have had in the new coordinates is the average that it has, moved by the same maps. A
+truncation of its own would keep more of the average's function at that moment, but in factors of another gauge: the
+next weights to be averaged in would meet directions that are not theirs, and ``mean(B) mean(A)`` would be no average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from dynrank.errors import ConfigurationError
+from dynrank.layers.placing import lora_layers
+from dynrank.layers.ranked import RankedLayer
+from dynrank.linalg import RankChange
+
+__all__ = ["averaged_layers", "move_average"]
+
+
+def averaged_layers(
+    averages: Iterable[nn.Module], layers: Mapping[str, RankedLayer]
+) -> list[tuple[nn.Module, dict[str, RankedLayer]]]:
+    """(average, its LoRA layers by name) of each; torch's AveragedModel may be given, or what it holds.
+
+    Raises:
+        ConfigurationError: if its layers are not those of the model that it averages, at the same ranks.
+    """
+    found = []
+    for average in averages:
+        module: nn.Module = average.module if isinstance(average, AveragedModel) else average
+        own = dict(lora_layers(module))
+        wrong = sorted(own.keys() ^ layers.keys())
+        wrong += [name for name in own.keys() & layers.keys() if own[name].rank != layers[name].rank]
+        if wrong:
+            raise ConfigurationError(
+                f"an average of the model must have its LoRA layers at its ranks; {wrong[:3]} differ: make it from the "
+                "model as it is now, and pass it to every dynrank.resize (averages)"
+            )
+        found.append((module, own))
+    return found
+
+
+@torch.no_grad()
+def move_average(layer: RankedLayer, change: RankChange) -> None:
+    """Give the averaged ``layer`` its factors in the new coordinates; a new direction has the new row of A already."""
+    device = layer.lora_A.device
+    from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))
+    is_new = from_A.eq(0).all(dim=1, keepdim=True)
+    moved_A: Tensor = torch.where(is_new, rows.double(), from_A @ layer.lora_A.double())
+    moved_B = layer.lora_B.double() @ from_B
+    layer.set_factors(moved_A.to(layer.lora_A.dtype), moved_B.to(layer.lora_B.dtype))

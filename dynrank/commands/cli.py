@@ -1,0 +1,164 @@
+"""``dynrank``: what one does with runs and adapters besides training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dynrank.commands.exits import usage_errors
+from dynrank.output.console import quiet_imports
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a whole number, got {text!r}") from None  # typer leaves the value out
+
+
+def _decimal(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"must be a number, got {text!r}") from None
+
+
+@app.callback()
+def dynrank() -> None:
+    """LoRA adapters whose rank changes while they train. Training itself: dynrank-train."""
+    quiet_imports()
+
+
+@app.command()
+def ranks(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as for dynrank-train")] = None,
+    peft: Annotated[bool, typer.Option("--peft", help="Print the LoraConfig of PEFT that starts as this run")] = False,
+) -> None:
+    """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
+    from dynrank.commands.ranks import print_peft_config, print_ranks
+    from dynrank.run.config import compose
+
+    (print_peft_config if peft else print_ranks)(compose(overrides or ()))
+
+
+@app.command()
+def plan(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Hydra overrides, as for dynrank-train; and model, weights, double_quantization, batch_size, "
+            "sequence_length, ranks=[4,8], budget=24GiB"
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the bytes by rank to write: FILE.png")] = None,
+) -> None:
+    """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
+    from dynrank.planner.table import show_plan
+    from dynrank.run.config import compose
+
+    show_plan(compose(overrides or (), "plan"), plot)
+
+
+@app.command()
+def squeeze(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty")],
+    rank: Annotated[
+        int | None, typer.Option(parser=_whole, metavar="N", help="Rank of every layer that has more")
+    ] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(
+            parser=_decimal, metavar="E", help="Share of each layer's energy (sum of squared singular values) to keep"
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="P", help="Parameters of all factors, or a share of today's: 0.5 or 50%")
+    ] = None,
+    lowest: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="With --energy or --budget: the lowest rank")
+    ] = 1,
+    multiple: Annotated[
+        int, typer.Option(parser=_whole, metavar="N", help="With --energy or --budget: ranks are multiples of this")
+    ] = 1,
+) -> None:
+    """Compress a PEFT adapter to lower ranks; give one of --rank, --energy and --budget."""
+    from dynrank.adapters.squeeze import squeeze_adapter
+    from dynrank.output.change_table import change_table
+    from dynrank.output.console import table_console
+
+    layers = squeeze_adapter(adapter, out, rank=rank, energy=energy, budget=budget, lowest=lowest, multiple=multiple)
+    table_console().print(change_table("squeezed adapter", layers))
+    before = sum(layer.parameters_before for layer in layers)
+    after = before - sum(layer.parameters_saved for layer in layers)
+    print(f"parameters       {before:,} → {after:,} ({after / before:.1%})")
+    print(f"files            {out}")
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
+    model: Annotated[str, typer.Option(help="Folder, hub name or short name of the model that it was trained on")],
+    out: Annotated[Path, typer.Option(help="Folder to write; new or empty")],
+) -> None:
+    """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
+    import transformers
+
+    from dynrank.adapters.merging import merge_adapter
+
+    transformers.logging.set_verbosity_error()  # "newly initialized": the adapter holds the head
+    transformers.logging.disable_progress_bar()
+    merged = merge_adapter(adapter, model, out)
+    print(f"merged           {merged.layers} layers into {merged.kind}, {str(merged.dtype).removeprefix('torch.')}")
+    print(f"parameters       {merged.parameters:,}")
+    print(f"files            {out}")
+
+
+@app.command()
+def inspect(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
+    plot: Annotated[Path | None, typer.Option(help="Picture of the singular values to write: FILE.png")] = None,
+) -> None:
+    """Show each layer of a PEFT adapter: rank, scaling, singular values, and how many directions hold its energy."""
+    from dynrank.adapters.inspection import check_plot, inspect_adapter, plot_inspection, print_inspection
+
+    if plot is not None:
+        check_plot(plot)
+    layers = inspect_adapter(adapter)
+    print_inspection(layers)
+    if plot is not None:
+        plot_inspection(layers, plot)
+        print(f"plot             {plot}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a finished run")]) -> None:
+    """Write report.html of a finished run into its folder: one page with its settings, losses, ranks and spectra."""
+    from dynrank.run.report.page import write_report
+
+    print(f"report           {write_report(run)}")
+
+
+@app.command()
+def sweep(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep: hydra.sweep.dir, or multirun/DATE/TIME")],
+    plot: Annotated[bool, typer.Option(help="Draw sweep.png, too")] = True,
+) -> None:
+    """Print what the runs of a sweep came to, mean and deviation over seeds; write it to sweep.csv and sweep.png."""
+    from dynrank.run.sweep.report import show_sweep
+
+    show_sweep(folder, plot=plot)
+
+
+def main() -> None:
+    """Entry point."""
+    with usage_errors():
+        app()
+
+
+if __name__ == "__main__":
+    main()

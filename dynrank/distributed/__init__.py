@@ -1,0 +1,1 @@
+"""Several processes: agreeing on values, comparing adapters, sharding the frozen base."""

@@ -1,0 +1,80 @@
+"""Whether all processes hold the same adapters and the same optimizer state for them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dynrank.distributed.processes import from_all, process_count
+from dynrank.errors import ConfigurationError
+from dynrank.layers.placing import lora_layers
+
+
+def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str) -> None:
+    """Compare the hash of every adapter, and of its optimizer state, in all processes; a collective call.
+
+    Whatever else is trained and kept whole in every process (a head) is compared too, shards are not.
+
+    Args:
+        model: holds the LoRA layers.
+        optimizers: hold their state.
+        when: for the error.
+
+    Raises:
+        ConfigurationError: in all processes, naming the first layers that differ and the processes where they do.
+    """
+    if process_count() == 1:
+        return
+    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # Lightning wraps them
+    mine = {
+        name: (_digest(parameters, ()), _digest(parameters, optimizers)) for name, parameters in _trained(model).items()
+    }
+    everywhere = from_all(mine)
+    faults = []
+    for name in dict.fromkeys(name for digests in everywhere for name in digests):
+        found = [digests.get(name) for digests in everywhere]
+        other = [index for index, digest in enumerate(found) if digest != found[0]]
+        if other:
+            weights = any((found[i] or ("",))[0] != (found[0] or ("",))[0] for i in other)
+            faults.append(f"{name!r} ({'weights' if weights else 'optimizer state'}, processes {other} against 0)")
+    if faults:
+        more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise ConfigurationError(
+            f"{when}, the processes do not hold the same adapters:\n  " + "\n  ".join(faults[:5]) + more + "\n"
+            "Their gradients are not averaged, or they did not start alike: set trainer.strategy=ddp, or keep what is "
+            "trained out of sharding with dynrank.distributed.sharding.shard_frozen; give all processes one seed"
+        )
+
+
+def _trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    layers = {name: [layer.lora_A, layer.lora_B] for name, layer in lora_layers(model)}
+    of_layers = {id(parameter) for parameters in layers.values() for parameter in parameters}
+    rest = {n: [p] for n, p in model.named_parameters() if p.requires_grad and id(p) not in of_layers}
+    return {n: ps for n, ps in (layers | rest).items() if not any(isinstance(p, DTensor) for p in ps)}
+
+
+def _digest(parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for parameter in parameters:
+        _add(digest, {"": parameter})
+        for optimizer in optimizers:
+            _add(digest, optimizer.state.get(parameter, {}))
+    return digest.hexdigest()
+
+
+def _add(digest: Any, values: Mapping[str, Any]) -> None:
+    for key in sorted(values):
+        value = values[key]
+        digest.update(key.encode())
+        if isinstance(value, Tensor):
+            digest.update(str((*value.shape, value.dtype)).encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        else:
+            digest.update(repr(value).encode())

@@ -1,0 +1,169 @@
+"""FSDP2 with LoRA: the frozen base is sharded; what is trained stays whole in every process, so its rank can change."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from dynrank.distributed.processes import copy_from_first, from_first, process_count
+from dynrank.errors import ConfigurationError
+from dynrank.layers.compiled import plain_name
+from dynrank.layers.peft_layers import take_peft_ranks
+from dynrank.layers.placing import lora_layers, own_layers
+from dynrank.layers.ranked import take_rank
+
+
+def shard_frozen(
+    model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] | None = None, **options: Any
+) -> None:
+    """Shard ``model`` by FSDP2, but for everything that is trained; call it in ``configure_model``, LoRA in place.
+
+    Adapters (and heads that are trained whole) stay plain tensors, alike in all processes: they get process 0's values
+    here, and :class:`dynrank.callbacks.RankScheduler`, which has to be in the trainer, averages their gradients before
+    each optimizer step. A second call does nothing.
+
+    ::
+
+        def configure_model(self):
+            if self.device_mesh is not None:  # not so in load_from_checkpoint
+                shard_frozen(self.model, self.device_mesh["data_parallel"])
+
+    Args:
+        model: with LoRA layers.
+        mesh: one dimension, over which to shard: ``device_mesh["data_parallel"]`` of ModelParallelStrategy.
+        blocks: modules of ``model`` that are gathered one at a time, none a part of a LoRA layer; when None, its
+            transformer blocks: the members of every ModuleList that lies in no other.
+        **options: of ``torch.distributed.fsdp.fully_shard`` (mp_policy, reshard_after_forward, offload_policy).
+
+    Raises:
+        ConfigurationError: if there are no LoRA layers, nothing is frozen, a block is a part of a LoRA layer, or
+            adapters have no values yet (meta device).
+    """
+    if isinstance(model, FSDPModule):
+        return
+    layers = dict(lora_layers(model))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # in one order everywhere
+    if not layers or all(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError("shard_frozen needs a frozen model with LoRA layers; call dynrank.add_lora first")
+    if any(parameter.is_meta for parameter in trained):
+        raise ConfigurationError("adapters on the meta device have no values; load the model before shard_frozen")
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ConfigurationError(f"FSDP2 with LoRA needs torch >= 2.7, got {torch.__version__}")
+    blocks = list(blocks if blocks is not None else _transformer_blocks(model))
+    inside = {id(part) for layer in layers.values() for part in layer.module.modules()}
+    inside -= {id(layer.module) for layer in layers.values()}
+    for block in blocks:
+        if id(block) in inside:
+            raise ConfigurationError(
+                f"blocks must be whole layers of the model, got {type(block).__name__}, a part of a LoRA layer"
+            )
+    copy_from_first(parameter.data for parameter in trained)
+    for module in [*blocks, model]:
+        fully_shard(module, mesh=mesh, ignored_params=set(trained), **options)
+
+
+def _transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _transformer_blocks(child)
+
+
+def sharded_layers(model: nn.Module) -> list[str]:
+    """Names of the LoRA layers whose factors are sharded, so that their rank cannot change."""
+    return [
+        name
+        for name, layer in lora_layers(model)
+        if isinstance(layer.lora_A, DTensor) or isinstance(layer.lora_B, DTensor)
+    ]
+
+
+def trains_shards(optimizer: Optimizer) -> bool:
+    """Whether anything that ``optimizer`` trains is sharded."""
+    return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
+
+
+@torch.no_grad()
+def average_gradients(optimizer: Optimizer) -> None:
+    """Average over all processes the gradients of what ``optimizer`` trains and FSDP2 has left whole; collective.
+
+    A parameter that no process has used keeps no gradient; one that some have not used counts as zero there.
+    """
+    if process_count() == 1:
+        return
+    kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.requires_grad and not isinstance(parameter, DTensor):
+                kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+    for parameters in kinds.values():
+        used = parameters[0].new_tensor([float(p.grad is not None) for p in parameters])
+        grads = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
+        buffer = torch.cat([used, *grads])  # one message, whatever the processes have used
+        distributed.all_reduce(buffer)
+        used, *means = torch.split(buffer, [len(parameters), *(p.numel() for p in parameters)])
+        for parameter, users, mean in zip(parameters, used.tolist(), means, strict=True):
+            if users:
+                parameter.grad = mean.div_(process_count()).view_as(parameter)
+
+
+def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
+    """Give the LoRA layers of ``model`` the ranks that a checkpoint holds, before it is loaded; a collective call.
+
+    FSDP2 loads into the tensors that are there, and no ``load_state_dict`` sees whole factors. From a single file it
+    does not load the layers' scalings either; they are taken over here.
+
+    Args:
+        model: the module whose state dict the checkpoint has under ``state_dict``.
+        path: a folder of shards (``save_distributed_checkpoint=True``) or a single file.
+
+    Raises:
+        ConfigurationError: if factors are of other layers, or have to change and are sharded.
+    """
+    shapes, scalings = from_first(lambda: _saved_shapes(Path(path)))
+    saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    plain = {plain_name(name): value for name, value in saved.items()}
+    scalings = {plain_name(name): value for name, value in scalings.items()}
+    sharded = {
+        name for name in sharded_layers(model) for key, value in plain.items()
+        if key.startswith(f"{name}.lora_A") and value.shape[0] != dict(lora_layers(model))[name].rank
+    }  # fmt: skip
+    if sharded:
+        raise sharded_error(sorted(sharded))
+    for name, layer in own_layers(model).items():
+        take_rank(layer, name, plain.get(f"{name}.lora_A"), plain.get(f"{name}.lora_B"))
+        layer.scaling = scalings.get(f"{name}._extra_state", layer.scaling)
+    take_peft_ranks(model, saved)
+
+
+def sharded_error(names: list[str]) -> ConfigurationError:
+    """What to say where the ranks of sharded layers would have to change."""
+    return ConfigurationError(
+        f"the factors of {names[0]!r} ({len(names)} layers in all) are sharded by FSDP2, so their rank cannot change; "
+        "keep them out of sharding: dynrank.distributed.sharding.shard_frozen(model, mesh) in configure_model, or "
+        "fully_shard(..., ignored_params=...)"
+    )
+
+
+def _saved_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+    """({name: shape of its tensor}, {name: scaling} where that is in a single file)."""
+    if path.is_dir():
+        from torch.distributed.checkpoint import filesystem  # loads slowly, and few need it
+
+        entries = filesystem.FileSystemReader(path).read_metadata().state_dict_metadata
+        sizes = {name: getattr(entry, "size", None) for name, entry in entries.items()}
+        start = "state_dict."
+        return {name.removeprefix(start): tuple(s) for name, s in sizes.items() if s and name.startswith(start)}, {}
+    stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+    tensors = {name: value for name, value in stored.items() if isinstance(value, Tensor)}
+    scalings = {
+        name: float(value) for name, value in tensors.items() if name.endswith("._extra_state") and value.numel() == 1
+    }
+    return {name: tuple(value.shape) for name, value in tensors.items()}, scalings

@@ -1,0 +1,1 @@
+"""Taking a schedule through a run, whoever trains."""

@@ -1,0 +1,1 @@
+"""Parameters and bytes by rank, from a configuration alone."""

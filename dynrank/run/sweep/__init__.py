@@ -1,0 +1,1 @@
+"""Many runs, and the table of them."""

@@ -1,0 +1,1 @@
+"""Where the shipped tasks take their data from."""

@@ -1,0 +1,119 @@
+"""``dynrank ranks``: the table says what the run would do; all commands have help."""
+
+import re
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from transformers import AutoModelForSequenceClassification
+
+import dynrank
+from dynrank import cli, rank_table
+from dynrank.run.job import build
+
+
+@pytest.fixture
+def table(monkeypatch, capsys):
+    """Prints the table for some overrides on a wide terminal; returns its rows as lists of cells."""
+    monkeypatch.setattr(rank_table, "table_console", lambda: Console(width=250))
+
+    def rows(*overrides):
+        rank_table.print_ranks(dynrank.compose(overrides))
+        lines = capsys.readouterr().out.splitlines()
+        return [[cell.strip() for cell in line.strip("│┃").split("│")] for line in lines if line.startswith("│")]
+
+    return rows
+
+
+def test_ranks_lists_every_layer_with_its_totals(table):
+    *layers, total = table()
+    assert len(layers) == 37
+    assert total[0] == "37 layers"
+    # by hand: 6 encoder layers of d = 384, mlp 1536, and the pooler, at r = 32 and 16
+    width = 6 * (4 * (384 + 384) + 2 * (384 + 1536)) + 384 + 384
+    assert total[6:8] == [f"{32 * width:,}", f"{16 * width:,}"]
+    assert {row[8] for row in layers} == {"lora.rank"}
+
+
+def test_ranks_shows_rules_pins_and_scaling(table, tmp_path):
+    file = tmp_path / "ranks.yaml"
+    file.write_text("rank_pattern:\n  query: {rank: 8, alpha: 32, pinned: true}\n  value: {rank: 64, final_rank: 4}\n")
+    *layers, _ = table(f"rank_map.file={file}", "lora.target_modules=attention")
+    by_kind = {row[0].rpartition(".")[2]: row for row in layers}
+    assert by_kind["query"][2:6] == ["8", "8 (pinned)", "32", "4"]
+    assert by_kind["value"][2:6] == ["64", "4", "64", "1"]
+    assert by_kind["key"][2:6] == ["32", "16", "64", "2"]
+    assert [by_kind[kind][8] for kind in ("query", "value", "key")] == ["query", "value", "lora.rank"]
+
+
+def test_ranks_shows_a_range_where_the_data_decide_and_the_budget_where_there_is_one(table):
+    *layers, total = table("schedule=budget", "schedule.lowest=2", "schedule.share=0.5")
+    assert {(row[2], row[3]) for row in layers} == {("32", "2-32")}
+    assert total[7] == f"{2 * 42_240:,}-{16 * 42_240:,}"  # 42,240 = d_in + d_out of all layers
+
+
+@pytest.mark.parametrize(
+    ("overrides", "final"),
+    [
+        (["schedule=fixed"], "32"),
+        (["schedule=milestones"], "8"),
+        (["schedule=anneal"], "4"),
+        (["schedule=halving_on_plateau"], "8"),
+        (["schedule=grow"], "64"),
+        (["schedule=grow_then_shrink"], "16"),
+        (["schedule=energy", "schedule.lowest=4"], "4-32"),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_ranks_follows_the_composed_schedule(table, overrides, final):
+    assert {row[3] for row in table(*overrides)[:-1]} == {final}
+
+
+def test_peft_config_starts_as_the_run_does(capsys):
+    overrides = ["rank_map.rules=['query=4', 'layer\\.0\\..*key=6']", "lora.target_modules=attention"]
+    rank_table.print_peft_config(dynrank.compose(overrides))
+    printed = eval(capsys.readouterr().out, {"LoraConfig": LoraConfig})
+    ours = build(dynrank.compose(overrides), on_meta=True).module.model
+    with torch.device("meta"):
+        plain = AutoModelForSequenceClassification.from_config(ours.config)
+    wrapped = get_peft_model(plain, printed).base_model.model
+    layers = {name: layer for name, layer in wrapped.named_modules() if hasattr(layer, "lora_A")}
+    expected = {name: (layer.rank, layer.scaling) for name, layer in dynrank.lora_layers(ours)}
+    assert {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()} == expected
+    assert {rank for rank, _ in expected.values()} == {4, 6, 32}
+
+
+def test_final_ranks_of_a_run_are_a_rank_map(table, smoke_run):
+    folder, _ = smoke_run
+    *layers, _ = table(f"rank_map.file={folder / 'final_ranks.yaml'}", "schedule=fixed")
+    assert {(row[2], row[3], row[4], row[5]) for row in layers} == {("16", "16", "32", "2")}
+    assert all(row[8] == row[0] for row in layers)
+
+
+def test_ranks_trains_nothing_and_writes_nothing(run_command, tmp_path):
+    done = run_command("dynrank", "ranks", "schedule=fixed", "lora.rank=4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "37 layers" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_default_run_shows_16_as_final_rank(table):
+    assert {(row[2], row[3]) for row in table()[:-1]} == {("32", "16")}
+
+
+@pytest.mark.parametrize("command", ["ranks", "plan", "squeeze", "merge", "inspect", "report"])
+def test_help_of_a_command_exits_with_0(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["dynrank", command, "--help"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    assert command in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["dynrank", "dynrank-train"])
+def test_help_exits_with_0(run_command, tmp_path, name):
+    done = run_command(name, "--help", cwd=tmp_path)
+    assert done.returncode == 0
+    assert re.search(r"ranks|config", done.stdout)

@@ -1,0 +1,253 @@
+"""What a schedule means for a model: bounds, needs, where ranks may end, and what does not fit."""
+
+import pytest
+import torch
+from torch import nn
+
+import dynrank
+from dynrank.change.measuring import Needs, Window
+from dynrank.driver.bounds import check_model, final_ranks, layer_states, needs_of
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import (
+    How,
+    Stage,
+    after_convergence,
+    anneal,
+    budget,
+    energy,
+    grow,
+    grow_then_shrink,
+    halving_on_plateau,
+    one_stage,
+)
+from dynrank.targets import Budget, Energy, Exactly, Factor, FinalRanks, GrowBy, GrowTo, Rank
+from dynrank.triggers import At, Plateau, Run
+
+RUN = Run(total_steps=100)
+NOW = At(step=1)
+
+
+def model(rank=8, **rank_map):
+    """Three layers, (d_out, d_in) = (24, 16), (12, 24) and (40, 12)."""
+    net = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 12), nn.Linear(12, 40))
+    rules = {key.removeprefix("layer_"): rule for key, rule in rank_map.items()}
+    return dynrank.add_lora(net, rank=rank, rank_map=rules, target_modules=["0", "1", "2"])
+
+
+def layers_of(net):
+    return dict(dynrank.lora_layers(net))
+
+
+# Bounds and measurements
+
+
+def test_layer_states_bound_each_layer():
+    net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
+    stage = Stage(NOW, Rank(4))
+    bounds = {}
+    for last in (False, True):
+        states = layer_states(layers_of(net), last=last, stage=stage, metric="weight", window=None)
+        assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
+        assert {(s.values, s.scores) for s in states.values()} == {(None, None)}  # the target asks for neither
+        bounds[last] = [(s.lowest, s.highest, s.final_rank) for s in states.values()]
+    assert bounds[False] == [(1, 16, None), (5, 5, None), (3, 12, 3)]
+    assert bounds[True] == [(1, 16, None), (5, 5, None), (3, 3, 3)]
+
+
+def test_layer_states_hold_the_singular_values_of_each_update():
+    net = model()
+    for layer in layers_of(net).values():
+        layer.scaling = 3.0
+        nn.init.normal_(layer.lora_B)
+    states = layer_states(layers_of(net), last=True, stage=Stage(NOW, Energy(0.9)), metric="weight", window=None)
+    for name, layer in layers_of(net).items():
+        dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
+        torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)  # the update is float32
+
+
+@pytest.mark.parametrize(
+    ("target", "options"),
+    [
+        (Budget(share=0.5), {"metric": "loss"}),
+        (Energy(0.9), {"metric": "output"}),
+        (Budget(share=0.5, score="sensitivity"), {}),
+        (GrowTo(10), {"new_rows": "gradient"}),
+    ],
+)
+def test_pinned_layers_are_neither_measured_nor_missed(target, options):
+    net, how = model(layer_1={"rank": 5, "pinned": True}), How(**options)
+    stage, free = Stage(NOW, target), {name: layer for name, layer in layers_of(net).items() if not layer.pinned}
+    needs = needs_of(stage, how, layers_of(net))
+    assert needs
+    assert needs == needs_of(stage, how, free)
+    window = Window(free, needs, span=4, seed=0)
+    for layer in layers_of(net).values():
+        nn.init.normal_(layer.lora_B)
+    net(torch.randn(50, 16)).square().mean().backward()
+    window.end_step()
+    states = layer_states(layers_of(net), last=True, stage=stage, metric=how.metric, window=window)
+    assert target.ranks(states)["1"] == 5
+
+
+@pytest.mark.parametrize(
+    ("target", "how", "needs"),
+    [
+        (Rank(4), {}, Needs()),
+        (Rank(4), {"metric": "output"}, Needs(grams=True)),
+        (Rank(4), {"metric": "loss", "new_rows": "gradient"}, Needs(grams=True)),
+        (GrowTo(12), {"metric": "loss"}, Needs()),
+        (GrowTo(12), {"new_rows": "gradient"}, Needs(new_rows=4)),
+        (GrowBy(3), {"new_rows": "gradient", "metric": "loss"}, Needs(new_rows=3)),
+        (Exactly(12), {"new_rows": "gradient", "metric": "loss"}, Needs(new_rows=4)),
+        (Exactly(4), {"new_rows": "gradient", "metric": "loss"}, Needs(grams=True)),
+        (Energy(0.9), {}, Needs()),
+        (Budget(share=0.5), {"metric": "loss"}, Needs(grams=True)),
+        (Budget(share=0.5, score="sensitivity"), {}, Needs(scores=True)),
+        (Budget(share=0.5, score="sensitivity"), {"metric": "output"}, Needs(grams=True, scores=True)),
+    ],
+)
+def test_needs_of_a_stage(target, how, needs):
+    assert needs_of(Stage(NOW, target), How(**how), layers_of(model())) == needs
+
+
+def test_needs_count_layers_of_different_ranks_and_not_the_pinned():
+    how = How(metric="loss", new_rows="gradient")
+    mixed = layers_of(model(layer_0={"rank": 12}, layer_1={"rank": 4}))  # and 8
+    assert needs_of(Stage(NOW, Exactly(8)), how, mixed) == Needs(grams=True, new_rows=4)  # one shrinks, one grows
+    pinned = layers_of(model(layer_1={"rank": 4, "pinned": True}))
+    assert not needs_of(Stage(NOW, GrowTo(8)), how, pinned)
+    own = layers_of(model(layer_1={"rank": 8, "final_rank": 2}))
+    assert needs_of(Stage(NOW, FinalRanks()), how, own) == Needs(grams=True)
+    assert needs_of(Stage(NOW, GrowTo(10)), how, own) == Needs(new_rows=2)
+
+
+# Where ranks may end
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ends"),
+    [
+        ([], [(8, 8), (5, 5), (6, 6)]),
+        (after_convergence(4), [(4, 4), (5, 5), (3, 3)]),
+        (anneal(2), [(2, 2), (5, 5), (3, 3)]),
+        (energy(0.9, lowest=2), [(2, 8), (5, 5), (3, 3)]),
+        (budget(0.5, highest=6), [(1, 6), (5, 5), (3, 3)]),
+        (halving_on_plateau(2), [(2, 2), (5, 5), (3, 3)]),
+        (halving_on_plateau(2, deadline=None), [(2, 4), (5, 5), (3, 3)]),
+        (grow(10), [(10, 10), (5, 5), (6, 6)]),  # its own final rank would be a shrink
+        (grow_then_shrink(10, 4), [(4, 4), (5, 5), (3, 3)]),
+        ([Stage(NOW, GrowTo(100)), Stage(NOW, Factor(0.5))], [(8, 8), (5, 5), (3, 3)]),  # 16 at most, halved
+        (one_stage(NOW, FinalRanks()), [(8, 8), (5, 5), (3, 3)]),
+        (one_stage(NOW, Exactly(9)), [(9, 9), (5, 5), (3, 3)]),
+    ],
+)
+def test_final_ranks_of_free_pinned_and_bound_layers(schedule, ends):
+    net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
+    assert list(final_ranks(net, schedule).values()) == ends
+
+
+# What does not fit
+
+
+def refusal(net, schedule, how=None):
+    with pytest.raises(ConfigurationError) as caught:
+        check_model(net, schedule, how or How(), RUN)
+    return str(caught.value)
+
+
+def test_model_without_lora_layers_is_refused():
+    assert "lora.target_modules" in refusal(nn.Linear(2, 2), [])
+
+
+@pytest.mark.parametrize("target", [GrowTo(13), GrowBy(5), Exactly(13)], ids=["to", "by", "exactly"])
+def test_growth_beyond_the_shape_of_a_layer_is_refused_with_stage_layer_and_key(target):
+    message = refusal(model(), [Stage(NOW, Rank(8)), Stage(NOW, target, key="K")])
+    assert "stage 2: rank 13 is above min(d_in, d_out) = 12 of '1'; set K" in message
+    assert "of '2'" in message
+    assert "of '0'" not in message  # 16 fits
+
+
+def test_growth_of_a_pinned_layer_is_nobodys_concern():
+    net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
+    check_model(net, grow(16), How(), RUN)
+
+
+def test_shrink_to_a_rank_above_a_small_layers_shape_is_none():
+    """A layer that the rank map has made small stays below; nobody asks it to grow."""
+    net = model(rank=12, layer_0={"rank": 16}, layer_1={"rank": 4})
+    check_model(net, after_convergence(14), How(), RUN)
+    check_model(net, energy(0.9), How(), RUN)
+    assert final_ranks(net, after_convergence(14)) == {"0": (14, 14), "1": (4, 4), "2": (12, 12)}
+
+
+def test_contradictions_of_the_schedule_come_first_at_the_highest_rank_of_a_free_layer():
+    net = model(rank=4, layer_0={"rank": 16, "pinned": True}, layer_1={"rank": 12, "final_rank": 6})
+    assert "at most rank = 4" in refusal(net, after_convergence(8))
+    check_model(net, after_convergence(4), How(), RUN)
+
+
+COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)  # 1024 parameters in model()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "words"),
+    [
+        (budget(parameters=COST // 4 - 1, lowest=2), ["stage 1", "255", "256", "3 layers", "schedule.parameters"]),
+        (budget(share=0.249, lowest=2), ["stage 1", "254", "256", "schedule.share", "schedule.lowest"]),
+        (
+            [Stage(NOW, GrowTo(12)), Stage(NOW, Budget(parameters=COST, lowest=10))],  # 10/8 of it are needed
+            ["stage 2", "1,024", "1,280", "schedule.parameters"],
+        ),
+        ([Stage(NOW, Rank(4)), Stage(NOW, Budget(share=0.5, lowest=3))], ["stage 2", "256", "384", "schedule.share"]),
+        (
+            [
+                Stage(NOW, Energy(0.9, lowest=4)),
+                Stage(NOW, Budget(parameters=400, lowest=4)),
+            ],  # wherever the first ends
+            ["stage 2", "400", "512", "schedule.parameters"],
+        ),
+        (budget(share=0.3, lowest=2, multiple=4), ["stage 1", "307", "512", "schedule.share"]),
+    ],
+)
+def test_budget_below_the_lowest_ranks_is_refused(schedule, words):
+    message = refusal(model(), schedule)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        budget(parameters=COST // 4, lowest=2),
+        budget(share=0.25, lowest=2),
+        [Stage(NOW, GrowTo(12)), Stage(NOW, Budget(parameters=COST * 10 // 8, lowest=10))],
+        [Stage(NOW, Energy(0.9)), Stage(NOW, Budget(share=0.1, lowest=3))],  # of what only the data will tell
+        [Stage(NOW, Rank(2)), Stage(NOW, Budget(parameters=COST // 4, lowest=2))],
+    ],
+)
+def test_budget_at_the_lowest_ranks_is_allowed(schedule):
+    check_model(model(), schedule, How(), RUN)
+
+
+def test_budget_counts_pinned_layers_and_final_ranks_of_their_own():
+    net = model(layer_1={"rank": 6, "pinned": True}, layer_2={"rank": 8, "final_rank": 5})
+    least = 2 * 40 + 6 * 36 + 5 * 52
+    check_model(net, budget(parameters=least, lowest=2), How(), RUN)
+    assert f"below {least:,}" in refusal(net, budget(parameters=least - 1, lowest=2))
+
+
+def test_growth_along_the_gradient_is_refused_where_there_is_no_matrix_of_features():
+    net = dynrank.add_lora(nn.Sequential(nn.Embedding(30, 16), nn.Linear(16, 12)), rank=4, target_modules=["0", "1"])
+    schedule, how = grow(8), How(new_rows="gradient")
+    assert "stage 1: '0' adapts a Embedding" in refusal(net, schedule, how)
+    assert "schedule.new_rows" in refusal(net, schedule, how)
+    check_model(net, schedule, How(), RUN)
+    check_model(net, after_convergence(2), how, RUN)  # nothing grows
+
+
+def test_every_fault_is_listed():
+    message = refusal(model(), [Stage(NOW, GrowTo(14), key="K"), Stage(NOW, Budget(parameters=1), key="L")])
+    assert message.count("\n") == 3, message
+
+
+def test_trigger_without_a_time_fits_any_run():
+    check_model(model(), [Stage(Plateau(), Rank(4))], How(), Run(None))

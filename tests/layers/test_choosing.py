@@ -1,0 +1,157 @@
+"""The presets against PEFT's all-linear on the same models; what is named wrongly is refused."""
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from dynrank.errors import ConfigurationError
+from dynrank.layers.choosing import target_names
+
+TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+ENCODER = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA = LlamaConfig(**TINY, **ENCODER)
+T5 = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LLAMA),
+    "llama-classification": lambda: LlamaForSequenceClassification(LLAMA),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**TINY, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(**TINY, hidden_size=8, n_layer=2, n_head=2)),
+    "bert-classification": lambda: BertForSequenceClassification(BertConfig(**TINY, **ENCODER, num_labels=3)),
+    "t5": lambda: T5ForConditionalGeneration(T5Config(**TINY, **T5)),
+}
+# By each model's own code: the linear layers within its attention blocks.
+ATTENTION = {
+    "llama": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "gpt2": {"c_attn", "attn.c_proj"},
+    "bloom": {"query_key_value", "self_attention.dense"},
+    "bert-classification": {"query", "key", "value", "attention.output.dense"},
+    "t5": {"q", "k", "v", "o"},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_target_names_all_linear_selects_what_peft_selects(kind):
+    model = MODELS[kind]()
+    task = TaskType.SEQ_CLS if "classification" in kind else None
+    config = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear", task_type=task), model)
+    names = target_names(model, "all-linear")
+    assert set(names) == set(config.target_modules)
+    assert names == [name for name, _ in model.named_modules() if name in set(names)]  # the model's order
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_target_names_attention_selects_the_linear_layers_of_attention(kind):
+    model = MODELS[kind]()
+    expected = {name for name, _ in model.named_modules() if any(name.endswith(f".{end}") for end in ATTENTION[kind])}
+    assert set(target_names(model, "attention")) == expected
+
+
+def test_target_names_attention_looks_at_the_modules_above_and_not_at_the_layer():
+    model = nn.ModuleDict({"attention_head": nn.Linear(4, 4), "cross_attn": nn.ModuleDict({"mix": nn.Linear(4, 4)})})
+    assert target_names(model, "attention") == ["cross_attn.mix"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bloom"])
+def test_target_names_takes_a_preset_within_a_list(kind):
+    model = MODELS[kind]()
+    assert target_names(model, ["lm_head", "all-linear"]) == [*target_names(model, "all-linear"), "lm_head"]
+    assert target_names(model, ["attention", "all-linear"]) == target_names(model, "all-linear")
+
+
+def test_target_names_refuses_a_preset_of_a_list_that_matches_nothing():
+    with pytest.raises(ConfigurationError, match="no layer matches 'attention'"):
+        target_names(nn.ModuleDict({"first": nn.Linear(4, 4)}), ["first", "attention"])
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return MODELS["llama"]()
+
+
+def test_target_names_list_matches_whole_trailing_parts(llama):
+    assert target_names(llama, ["v_proj", "self_attn.q_proj", "lm_head"]) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.self_attn.v_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+        "lm_head",
+    ]
+    assert target_names(llama, ("model.layers.1.mlp.up_proj",)) == ["model.layers.1.mlp.up_proj"]
+    with pytest.raises(ConfigurationError, match="'proj'"):
+        target_names(llama, ["proj"])
+
+
+def test_target_names_regex_matches_whole_names(llama):
+    assert target_names(llama, r".*\.1\..*(gate|up)_proj") == [
+        "model.layers.1.mlp.gate_proj",
+        "model.layers.1.mlp.up_proj",
+    ]
+    with pytest.raises(ConfigurationError, match="no layer matches"):
+        target_names(llama, "q_proj")  # as a regular expression it's no whole name
+    with pytest.raises(ConfigurationError, match=r"target_modules.*'\('"):
+        target_names(llama, "(")
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["q_proj", "qproj"], r"'qproj'.*nearest: .*'q_proj'"),
+        ([], "no layer matches"),
+        ("no_such.*", r"no layer matches.*layers end in: .*'q_proj'"),
+        (["self_attn"], "self_attn.*LlamaAttention is no plain"),
+        (r".*norm", "norm.*LlamaRMSNorm is no plain"),
+    ],
+)
+def test_target_names_refuses_what_matches_nothing_or_cannot_have_lora(llama, targets, message):
+    with pytest.raises(ConfigurationError, match=message):
+        target_names(llama, targets)
+
+
+def fused(wrapped):
+    kinds = {"attention": nn.MultiheadAttention(8, 2), "layer": nn.TransformerEncoderLayer(8, 2, 16)}
+    return nn.ModuleDict({**kinds, "plain": nn.Linear(8, 8)}) if wrapped else kinds
+
+
+def test_target_names_preset_skips_children_whose_forward_is_bypassed():
+    assert target_names(fused(wrapped=True), "all-linear") == ["plain"]
+
+
+@pytest.mark.parametrize("name", ["attention.out_proj", "layer.linear1", "layer.self_attn.out_proj"])
+@pytest.mark.parametrize("form", [lambda name: [name], lambda name: name.replace(".", r"\.")])
+def test_target_names_refuses_children_whose_forward_is_bypassed(name, form):
+    with pytest.raises(ConfigurationError, match=f"'{name}' cannot have LoRA: its parent reads the weight"):
+        target_names(fused(wrapped=True), form(name))
+
+
+@pytest.mark.parametrize("kind", ["attention", "layer"])
+@pytest.mark.parametrize("targets", ["all-linear", r".*(out_proj|linear1)"])
+def test_target_names_refuses_bypassed_children_of_the_model_itself(kind, targets):
+    with pytest.raises(ConfigurationError):
+        target_names(fused(wrapped=False)[kind], targets)
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return torch.relu(super().forward(x))
+
+
+def test_target_names_refuses_a_subclass_with_its_own_forward():
+    model = nn.ModuleDict({"own": OwnForward(4, 4), "plain": nn.Linear(4, 4)})
+    for targets in (["own"], "all-linear"):
+        with pytest.raises(ConfigurationError, match="'own' cannot have LoRA: OwnForward"):
+            target_names(model, targets)

@@ -1,0 +1,203 @@
+"""Placing, finding and dissolving LoRA layers in whole models."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import dynrank
+from dynrank.errors import ConfigurationError
+from dynrank.layers.base import LoRALayer
+from dynrank.layers.kinds import LoRALinear
+
+IDS = torch.tensor([[3, 1, 4, 1, 5]])
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    return GPT2LMHeadModel(config).eval()
+
+
+def randomize(model):
+    torch.manual_seed(1)
+    for _, layer in dynrank.lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return model
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8))
+    return nn.ModuleDict({"body": body, "head": nn.Linear(8, 4)})
+
+
+def test_add_lora_freezes_all_but_the_adapters_and_modules_to_save(net):
+    assert dynrank.add_lora(net, rank=2, target_modules=["0", "1"], modules_to_save=["head"]) is net
+    trainable = {name for name, parameter in net.named_parameters() if parameter.requires_grad}
+    factors = {f"body.{index}.lora_{factor}" for index in (0, 1) for factor in "AB"}
+    assert trainable == factors | {"head.weight", "head.bias"}
+
+
+def test_add_lora_a_module_is_adapted_or_saved_but_not_both(net):
+    """A base trained beside its own adapter would be lost on saving, which writes the factors only."""
+    try:
+        dynrank.add_lora(net, rank=2, target_modules="all-linear", modules_to_save=["head"])
+    except ConfigurationError:
+        return
+    assert not any(layer.weight.requires_grad for _, layer in dynrank.lora_layers(net))
+
+
+@pytest.mark.parametrize(
+    ("options", "alpha", "scaling"),
+    [({"rank": 4}, 4, 1.0), ({"rank": 4, "alpha": 6}, 6, 1.5), ({"rank": 4, "alpha": 6, "rslora": True}, 12, 3.0)],
+)
+def test_add_lora_scaling_starts_at_alpha_over_rank(net, options, alpha, scaling):
+    dynrank.add_lora(net, **options)
+    for _, layer in dynrank.lora_layers(net):
+        assert (layer.rank, layer.alpha, layer.scaling) == (4, alpha, scaling)
+
+
+def test_add_lora_rank_map_sets_single_layers(net):
+    rules = {"head": {"rank": 4, "alpha": 2, "pinned": True}, r"body\.0": {"rank": 3, "final_rank": 1}}
+    dynrank.add_lora(net, rank=2, alpha=4, rank_map=rules)
+    layers = dict(dynrank.lora_layers(net))
+    assert {name: (layer.rank, layer.scaling) for name, layer in layers.items()} == {
+        "body.0": (3, 4 / 3),
+        "body.1": (2, 2.0),
+        "head": (4, 0.5),
+    }
+    assert (layers["head"].pinned, layers["head"].rule) == (True, "head")
+    assert (layers["body.0"].final_rank, layers["body.1"].rule) == (1, None)
+
+
+def test_add_lora_rank_map_may_be_a_file(net, tmp_path):
+    (tmp_path / "ranks.yaml").write_text("rank_pattern: {head: 3}\n", encoding="utf-8")
+    dynrank.add_lora(net, rank=2, rank_map=tmp_path / "ranks.yaml")
+    assert net["head"].rank == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be an int of at least 1"),
+        ({"rank": 5}, r"'head': rank must be .* = 4, got 5"),
+        ({"alpha": 0.0}, "alpha must be a finite number above 0"),
+        ({"dropout": 1.0}, "dropout must be in"),
+        ({"target_modules": ["0", "tail"]}, "'tail'"),
+        ({"target_modules": ["body"]}, "cannot have LoRA"),
+        ({"modules_to_save": ["tail"]}, "'tail'"),
+        ({"rank_map": {"tail": 2}}, "'tail' matches no LoRA layer"),
+        ({"rank_map": {"head": 0}}, "'head': rank must be"),
+        ({"rank_map": "no/such.yaml"}, "no/such.yaml"),
+        ({"dtype": torch.int32}, "dtype"),
+        ({"alpha": float("nan")}, "alpha"),
+        ({"rank": 2.5}, "rank must be an int"),
+    ],
+)
+def test_add_lora_failure_changes_nothing(net, options, message):
+    modules, before = list(net.modules()), copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigurationError, match=message):
+        dynrank.add_lora(net, **({"rank": 2} | options))
+    assert [id(module) for module in net.modules()] == [id(module) for module in modules]
+    assert all(parameter.requires_grad for parameter in net.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_add_lora_twice_is_refused(net):
+    dynrank.add_lora(net, rank=2, target_modules=["head"])
+    with pytest.raises(ConfigurationError, match="LoRA layers already"):
+        dynrank.add_lora(net, rank=2, target_modules=["0"])
+    assert [name for name, _ in dynrank.lora_layers(net)] == ["head"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_add_lora_keeps_the_mode_and_the_output(net, training):
+    net.train(training)
+    x = torch.randn(3, 6)
+    y = net["head"](net["body"](x))
+    dynrank.add_lora(net, rank=2, dropout=0.5)
+    assert {module.training for module in net.modules()} == {training}
+    assert_close(net["head"](net["body"](x)), y)
+
+
+class Shared(nn.Module):
+    """One layer under three names, two of them in one parent; three times in the computation."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = self.again = nn.Linear(5, 5)
+        self.nested = nn.ModuleList([nn.ReLU(), self.first])
+
+    def forward(self, x):
+        return self.nested[1](self.again(self.first(x)))
+
+
+def test_add_lora_puts_one_layer_everywhere_its_shared_base_stands():
+    torch.manual_seed(0)
+    model = Shared()
+    dynrank.add_lora(model, rank=2, target_modules=["first"])
+    assert isinstance(model.first, LoRALinear)
+    assert model.nested[1] is model.again is model.first
+    assert len(list(dynrank.lora_layers(model))) == 1
+    x = torch.randn(3, 5)
+    y = randomize(model)(x)
+    dynrank.merge(model)
+    assert model.nested[1] is model.again is model.first
+    assert type(model.first) is nn.Linear
+    assert_close(model(x), y)
+
+
+def test_add_lora_leaves_a_tied_head_tied_and_the_embedding_as_it_is():
+    model = gpt2()
+    embedded = model.transformer.wte(IDS)
+    dynrank.add_lora(model, rank=2, target_modules=["lm_head"])
+    randomize(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.transformer.wte(IDS), embedded)
+
+
+@pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["lm_head", "wte", "c_attn", "c_proj", "c_fc"]])
+def test_merge_unties_an_adapted_head_and_keeps_the_logits(targets, tmp_path):
+    model = dynrank.add_lora(gpt2(), rank=2, target_modules=targets)
+    logits = randomize(model)(IDS).logits
+    assert dynrank.merge(model) is model
+    assert not any(isinstance(module, LoRALayer) for module in model.modules())
+    assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    assert model.lm_head.weight is not model.transformer.wte.weight
+    assert model.config.tie_word_embeddings is False
+    model.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_merge_leaves_the_tie_of_a_model_whose_head_is_not_adapted():
+    model = dynrank.add_lora(gpt2(), rank=2, target_modules="all-linear")
+    dynrank.merge(randomize(model))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.config.tie_word_embeddings is True
+
+
+def test_merge_restores_the_module_tree_and_takes_layers_merged_before(net):
+    names = [(name, type(module)) for name, module in net.named_modules()]
+    dynrank.add_lora(net, rank=2)
+    randomize(net)
+    x = torch.randn(3, 6)
+    y = net["head"](net["body"](x))
+    net["head"].merge()
+    dynrank.merge(net)
+    assert [(name, type(module)) for name, module in net.named_modules()] == names
+    assert_close(net["head"](net["body"](x)), y)
+    with pytest.raises(ConfigurationError, match="no LoRA layers"):
+        dynrank.merge(net)
+
+
+def test_lora_layers_are_in_the_order_of_the_model(net):
+    dynrank.add_lora(net, rank=2, target_modules=["head", "1", "0"])
+    assert [name for name, _ in dynrank.lora_layers(net)] == ["body.0", "body.1", "head"]

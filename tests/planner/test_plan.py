@@ -1,0 +1,315 @@
+"""The bytes that are counted without weights are those that real steps on the CPU hold."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+import dynrank
+from dynrank.layers.placing import own_layers
+from dynrank.models.config import meta_model, read_config, shipped_models
+from dynrank.planner.plan import make_plan, parse_bytes
+from dynrank.run.config import plain
+from dynrank.tasks.medical_terms import MedicalTerms
+from dynrank.tasks.optimizers import make_optimizer
+
+SMALL = {"hidden_size": 64, "vocab_size": 200, "max_position_embeddings": 64}
+HEADS = {"num_hidden_layers": 3, "num_attention_heads": 4}
+TINY = {
+    "llama": {**SMALL, **HEADS, "intermediate_size": 96, "num_key_value_heads": 2},
+    "qwen2": {**SMALL, **HEADS, "intermediate_size": 96, "num_key_value_heads": 2},
+    "mistral": {**SMALL, **HEADS, "intermediate_size": 96, "num_key_value_heads": 2, "sliding_window": 16},
+    "bert": {**SMALL, **HEADS, "intermediate_size": 96},
+    "bloom": {"hidden_size": 64, "vocab_size": 200, "n_layer": 3, "n_head": 4, "hidden_dropout": 0.1},
+    "gpt2": {"n_embd": 64, "vocab_size": 200, "n_positions": 64, "n_layer": 3, "n_head": 4},
+    "t5": {
+        "d_model": 64,
+        "d_kv": 16,
+        "d_ff": 96,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 200,
+        "decoder_start_token_id": 0,
+    },
+}
+CLASSES = {"bert": "BertForMaskedLM", "t5": "T5ForConditionalGeneration", "gpt2": "GPT2LMHeadModel"}
+
+
+def plan_of(*overrides):
+    return make_plan(dynrank.compose(overrides, "plan"))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes the config.json of a small model; returns its path and the class of the model."""
+
+    def write(kind, **changes):
+        cls = CLASSES.get(kind, f"{kind.capitalize()}ForCausalLM")
+        values = {"model_type": kind, "architectures": [cls], **TINY[kind], **changes}
+        file = tmp_path / "config.json"
+        file.write_text(json.dumps(values))
+        return file, getattr(transformers, cls)
+
+    return write
+
+
+def real_model(cls, file, dtype=torch.float32):
+    model = cls._from_config(read_config(str(file)), dtype=dtype).train()
+    model.config.use_cache = False
+    return model
+
+
+def held(tensors):
+    """Bytes of the storages behind ``tensors``."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def real_step(model, make_loss, batch, optimizer="adamw"):
+    """((weights, adapter, optimizer state, gradients, activations) in bytes, peak beyond model and state) of a step.
+
+    The peak is what torch's own allocator has given out and not got back.
+    """
+    saved, own = [], {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch]}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            saved.append(tensor)
+        return tensor
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = make_loss()
+        activations = held(saved)
+        saved.clear()
+        loss.backward()
+    now = peak = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    factors = {id(p) for layer in own_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
+    made = make_optimizer(
+        [p for p in trained if id(p) in factors],
+        [p for p in trained if id(p) not in factors],
+        10,
+        **plain(dynrank.compose([f"optimizer={optimizer}"]).optimizer),
+    )["optimizer"]
+    if hasattr(made, "train"):
+        made.train()
+    made.step()
+    state = held(t for s in made.state.values() for t in s.values() if isinstance(t, torch.Tensor))
+    gradients = held(p.grad for p in trained if p.grad is not None)
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return (held([*frozen, *model.buffers()]), held(trained), state, gradients, activations), peak
+
+
+def counted(need):
+    return need.weights, need.adapter, need.optimizer, need.gradients, need.activations
+
+
+@pytest.mark.parametrize(("weights", "checkpointing"), [("fp32", False), ("bf16", False), ("bf16", True)])
+@pytest.mark.parametrize("kind", TINY)
+def test_counted_bytes_are_those_of_a_real_step(kind, weights, checkpointing, config_file):
+    file, cls = config_file(kind)
+    options = [f"model={file}", "batch_size=3", "sequence_length=24", f"weights={weights}", "ranks=[4]"]
+    need = plan_of(*options).needs[checkpointing]
+    model = real_model(cls, file, {"fp32": torch.float32, "bf16": torch.bfloat16}[weights])
+    dynrank.add_lora(model, rank=4)
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.randint(200, (3, 24))
+    real, peak = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids])
+    assert need.checkpointing == checkpointing
+    assert counted(need) == real
+    if not checkpointing:  # which keeps states of the random generator that weigh something in a model so small
+        assert need.step == pytest.approx(peak, rel=1e-3)
+
+
+def test_smollm2_takes_the_bytes_that_were_counted():
+    plan = plan_of("model=smollm2-135m", "weights=fp32", "batch_size=1", "sequence_length=32", "ranks=8")
+    model = transformers.LlamaForCausalLM(read_config("smollm2-135m")).float().train()
+    model.config.use_cache = False
+    dynrank.add_lora(model, rank=8)
+    ids = torch.randint(1000, (1, 32))
+    for need in plan.needs:
+        if need.checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        real, peak = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids])
+        assert counted(need) == pytest.approx(real, rel=0.01)
+        assert need.step == pytest.approx(peak, rel=0.05)
+
+
+def test_the_default_task_takes_the_bytes_that_were_counted():
+    options = ["task.batch_size=8"]
+    need = plan_of(*options, "ranks=null").needs[0]
+    config = dynrank.compose(options)
+    task = MedicalTerms(**{key: value for key, value in plain(config.task).items() if key != "_target_"})
+    module = task.module(plain(config.lora), plain(config.optimizer))
+    ids = torch.randint(1000, (8, 32))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(8, dtype=torch.long)}
+    module.log = lambda *_, **__: None
+    real, peak = real_step(module.model, lambda: module.training_step(batch, 0), batch.values())
+    assert need.rank == config.lora.rank == 32
+    assert counted(need) == pytest.approx(real, rel=0.01)
+    assert need.step == pytest.approx(peak, rel=0.05)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "schedulefree", "sgd"])
+def test_optimizer_state_is_that_of_a_real_step(optimizer, config_file):
+    file, cls = config_file("llama", intermediate_size=2048)  # factors above 4,096 numbers have states of 8 bits
+    need = plan_of(f"model={file}", f"optimizer={optimizer}", "sequence_length=8", "batch_size=1", "ranks=[8]").needs[0]
+    model = dynrank.add_lora(real_model(cls, file), rank=8)
+    ids = torch.randint(200, (1, 8))
+    real, _ = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids], optimizer)
+    assert need.optimizer == real[2]
+
+
+@pytest.mark.parametrize(("weights", "double"), [("nf4", True), ("nf4", False), ("int8", True)])
+def test_packed_weights_are_those_of_bitsandbytes(weights, double, config_file):
+    file, cls = config_file("llama")
+    options = [f"model={file}", f"weights={weights}", f"double_quantization={double}", "sequence_length=8", "ranks=[4]"]
+    plan = plan_of(*options)
+    model = real_model(cls, file, torch.bfloat16)
+    kept = held([*model.buffers(), *(p for n, p in model.named_parameters() if "_proj" not in n)])
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "_proj" in n]:
+        made = (
+            Linear4bit(*linear.weight.shape[::-1], bias=False, quant_type="nf4", compress_statistics=double)
+            if weights == "nf4"
+            else Linear8bitLt(*linear.weight.shape[::-1], bias=False, has_fp16_weights=False)
+        )
+        made.weight.data = linear.weight.data
+        model.set_submodule(name, made.to("cpu"))
+    packed = [m.weight for m in model.modules() if isinstance(m, Linear4bit | Linear8bitLt)]
+    beside = [vars(w.quant_state) if weights == "nf4" else {"scales": w.SCB} for w in packed]
+    beside += [vars(state["state2"]) for state in beside if state.get("state2") is not None]
+    tensors = [t for state in beside for t in state.values() if isinstance(t, torch.Tensor)]
+    assert plan.weights == weights
+    assert plan.needs[0].weights == kept + held([*packed, *tensors])
+
+
+@pytest.mark.parametrize("weights", ["nf4", "int8"])
+def test_activations_of_a_packed_base_are_those_of_a_real_step(weights, config_file):
+    file, cls = config_file("llama")
+    need = plan_of(f"model={file}", f"weights={weights}", "batch_size=3", "sequence_length=24", "ranks=[4]").needs[0]
+    model = real_model(cls, file, torch.bfloat16)
+    for name, linear in [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear) and "_proj" in n]:
+        shape = linear.weight.shape[::-1]
+        made = Linear4bit(*shape, bias=False) if weights == "nf4" else Linear8bitLt(*shape, False, False)
+        made.weight.data = linear.weight.data
+        model.set_submodule(name, made.to("cpu"))
+    dynrank.add_lora(model, rank=4)
+    ids = torch.randint(200, (3, 24))
+    real, _ = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids])
+    assert counted(need)[1:] == real[1:]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
+def test_precision_of_the_trainer_counts(precision, tiny_bert):
+    options = [f"task.model={tiny_bert}", "task.batch_size=4", "ranks=[4]"]
+    need, full = (plan_of(*options, f"trainer.precision={p}").needs[0] for p in (precision, "32-true"))
+    share = 0.5 if precision == "bf16-true" else 1
+    assert need.adapter == share * full.adapter
+    assert need.weights == pytest.approx(share * full.weights, rel=0.01)
+    assert need.activations < 0.8 * full.activations
+
+
+PUBLISHED = {  # numbers of parameters that the models' own pages give
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3.1-8b": 8_030_261_248,
+    "mistral-7b-v0.1": 7_241_732_096,
+    "qwen2.5-7b": 7_615_616_512,
+    "bloom-7b1": 7_069_016_064,
+    "smollm2-135m": 134_515_008,
+    "minilm-l6": 22_713_216,
+}
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_shipped_configs_have_the_published_number_of_parameters(name):
+    config = read_config(name)
+    assert meta_model(config, config.dtype).num_parameters() == PUBLISHED[name]
+
+
+def test_every_published_model_is_shipped():
+    assert set(shipped_models()) == set(PUBLISHED)
+
+
+@pytest.mark.parametrize("kind", ["bloom-7b1", "qwen2.5-7b", "llama-3.1-8b", "mistral-7b-v0.1", "minilm-l6"])
+def test_shipped_configs_can_be_run(kind, tmp_path):
+    shipped = Path(dynrank.__file__).parent / "models" / f"{kind}.json"
+    values = json.loads(shipped.read_text())
+    values["n_layer" if "n_layer" in values else "num_hidden_layers"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    plan = plan_of(f"model={tmp_path}", "ranks=[4]", "sequence_length=8", "batch_size=1")
+    assert plan.needs[1].activations < plan.needs[0].activations
+
+
+@pytest.mark.parametrize(("targets", "parameters"), [("q_proj", 2_097_152), ("q_proj,v_proj", 4_194_304)])
+def test_llama_7b_at_rank_8_trains_as_many_parameters_as_the_formula_says(targets, parameters):
+    plan = plan_of("model=llama-2-7b", f"lora.target_modules=[{targets}]", "ranks=8", "sequence_length=8")
+    assert {need.parameters for need in plan.needs} == {parameters}
+    assert len(plan.layers) == 32 * len(targets.split(","))
+
+
+def test_a_run_on_a_gpu_is_planned_without_one(config_file):
+    file, _ = config_file("llama")
+    options = [f"model={file}", "ranks=[4]", "sequence_length=8"]
+    assert plan_of(*options, "lora.backend=triton").needs == plan_of(*options).needs
+
+
+def test_a_rank_map_holds_in_every_row(config_file):
+    file, _ = config_file("llama")
+    rules = "rank_map.rules=['q_proj=2','layers\\.0\\..*up_proj=16']"
+    plan = plan_of(f"model={file}", rules, "ranks=[4,8]", "sequence_length=8", "lora.target_modules=[q_proj,up_proj]")
+    assert [need.parameters for need in plan.needs[::2]] == [
+        3 * 2 * (64 + 64) + 16 * (64 + 96) + 2 * rank * (64 + 96) for rank in (4, 8)
+    ]
+    assert {need.ranks for need in plan.needs} == {(2, 16)}
+
+
+def test_parameters_that_the_formula_does_not_know_are_an_error(config_file, monkeypatch):
+    file, _ = config_file("llama")
+
+    def unfreezing(model, **options):
+        dynrank.add_lora(model, **options).model.norm.weight.requires_grad_(True)
+
+    monkeypatch.setattr("dynrank.planner.plan.add_lora", unfreezing)
+    with pytest.raises(RuntimeError, match=r"r \* \(d_in \+ d_out\) is 11,136 .* 11,200 are trained"):
+        plan_of(f"model={file}", "ranks=[4]", "sequence_length=8")
+
+
+def test_a_head_tied_to_the_embedding_is_held_once(config_file):
+    file, _ = config_file("bloom")
+    options = [f"model={file}", "weights=fp32", "ranks=[4]", "sequence_length=8"]
+    with_head = plan_of(*options, "lora.target_modules=[lm_head,query_key_value]").needs[0]
+    without = plan_of(*options, "lora.target_modules=[query_key_value]").needs[0]
+    assert with_head.weights == without.weights
+    assert with_head.parameters - without.parameters == 4 * (64 + 200)
+
+
+def test_the_budget_names_the_highest_rank_that_fits(config_file):
+    file, _ = config_file("llama")
+    plan = plan_of(f"model={file}", "ranks=[16,4,8]", "batch_size=2", "sequence_length=16")
+    totals = {need.rank: need.total for need in plan.needs if not need.checkpointing}
+    assert list(totals) == [4, 8, 16]
+    assert replace(plan, budget=totals[8]).best(checkpointing=False) == 8
+    assert replace(plan, budget=totals[8] - 1).best(checkpointing=False) == 4
+    assert replace(plan, budget=1024).best(checkpointing=False) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("24GiB", 24 * 2**30), ("1.5 gb", 1_500_000_000), ("100", 100), (7, 7), ("2MiB", 2**21)]
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size

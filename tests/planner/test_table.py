@@ -1,0 +1,138 @@
+"""``dynrank plan`` as a user runs it: table, picture, errors, and a 70B model in little time and memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import dynrank
+from dynrank.commands import cli
+from dynrank.errors import ConfigurationError
+from dynrank.planner.plan import make_plan
+from dynrank.planner.table import show_plan
+
+LAYERS = {"hidden_size": 32, "vocab_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """The override that names a config.json of a small model."""
+    file = tmp_path / "tiny.json"
+    size = {**LAYERS, "intermediate_size": 48, "max_position_embeddings": 32}
+    file.write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **size}))
+    return f"model={file}"
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs ``dynrank plan`` in an empty folder; returns the exit code."""
+
+    def run(*arguments):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["dynrank", "plan", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code or 0
+
+    return run
+
+
+def test_plan_prints_what_llama_7b_trains(command, capsys, tmp_path):
+    options = ["model=llama-2-7b", "lora.target_modules=[q_proj,v_proj]", "ranks=[8]", "budget=24GiB"]
+    assert command(*options, "batch_size=1", "sequence_length=64") == 0
+    out = capsys.readouterr().out
+    for words in ("6,738,415,616 parameters", "4,194,304", "0.06%", "rank 8 is the highest of these that fits"):
+        assert words in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_parts_add_up_to_the_total_in_the_table(tiny, capsys):
+    show_plan(dynrank.compose([tiny, "ranks=[4]", "sequence_length=8", "budget=1MiB"], "plan"), None)
+    out = capsys.readouterr().out
+    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
+    assert [row[3] for row in rows] == ["no", "yes"]
+    for row in rows:
+        weights, adapter, optimizer, gradients, activations, step, total = map(float, row[4:11])
+        assert weights + adapter + optimizer + step == pytest.approx(total, abs=0.25)  # each is rounded to a tenth
+        assert step >= max(activations, gradients)
+        assert row[11] in ("yes", "no")
+
+
+def test_a_budget_that_nothing_fits_says_how_much_is_lacking(tiny, capsys):
+    show_plan(dynrank.compose([tiny, "ranks=[4,8]", "sequence_length=8", "budget=1KiB"], "plan"), None)
+    assert "none of these fits, without gradient checkpointing; rank 4 lacks" in capsys.readouterr().out
+
+
+def test_plot_is_a_picture(tiny, tmp_path, capsys):
+    file = tmp_path / "plan.png"
+    show_plan(dynrank.compose([tiny, "ranks=[4,8]", "sequence_length=8", "budget=1MiB"], "plan"), file)
+    assert file.read_bytes().startswith(b"\x89PNG")
+    assert str(file) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["budget=lots"], ["budget", "'lots'", "24GiB"]),
+        (["budget=0"], ["budget", "0"]),
+        (["ranks=[0]"], ["ranks", "[0]"]),
+        (["ranks=[]"], ["ranks", "[]"]),
+        (["ranks=[4.5]"], ["ranks", "4.5"]),
+        (["ranks=[4,64]"], ["rank 64 of ranks", "min(d_in, d_out) = 32", "more"]),
+        (["weights=int3"], ["weights", "'int3'", "nf4"]),
+        (["batch_size=0"], ["batch_size", "0"]),
+        (["sequence_length=33"], ["sequence_length", "33", "32"]),
+        (["model=lama-2-7b"], ["model", "'lama-2-7b'", "llama-2-7b"]),
+        (["model=./nowhere"], ["model", "'./nowhere'"]),
+        (["trainer.precision=64-true"], ["trainer.precision", "64-true"]),
+        (["optimizer.name=LBFGS"], ["optimizer", "LBFGS"]),
+        (["lora.target_modules=[qq_proj]"], ["lora.target_modules", "qq_proj", "q_proj"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_cannot_be_used_is_named(tiny, overrides, words):
+    with pytest.raises(ConfigurationError) as caught:
+        make_plan(dynrank.compose([tiny, "sequence_length=8", "ranks=[4]", *overrides], "plan"))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"model_type": "nothing"}', '{"model_type": "llama", "hidden_size": "wide"}']
+)
+def test_a_file_that_is_no_config_is_refused(content, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigurationError, match=f"model={tmp_path}"):
+        make_plan(dynrank.compose([f"model={tmp_path}"], "plan"))
+
+
+def test_a_mistake_exits_with_2_and_one_line(command, capsys):
+    assert command("model=lama-2-7b") == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: model must be")
+    assert err.count("\n") == 1
+
+
+def test_a_rank_map_shows_in_the_column_of_ranks(tiny, capsys):
+    rules = "rank_map.rules=['q_proj=2']"
+    show_plan(dynrank.compose([tiny, rules, "ranks=[4]", "sequence_length=8"], "plan"), None)
+    assert "4 (2-4)" in capsys.readouterr().out
+
+
+def test_70b_is_planned_in_less_than_a_minute_and_2_gigabytes():
+    code = """
+import resource, sys
+from dynrank.commands.cli import main
+try:
+    main()
+finally:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print(used.ru_maxrss, used.ru_utime + used.ru_stime, file=sys.stderr)
+"""
+    options = ["plan", "model=llama-2-70b", "batch_size=1", "sequence_length=2048", "ranks=[16]"]
+    command = [sys.executable, "-c", code, *options]
+    done = subprocess.run(command, check=True, timeout=240, capture_output=True, text=True)
+    kibibytes, seconds = map(float, done.stderr.split()[-2:])
+    assert kibibytes < 2 * 2**20
+    assert seconds < 60  # of processor time: other processes may be busy, too
+    assert "68,976,648,192" in done.stdout

@@ -1,0 +1,115 @@
+"""A folder that is not that of a finished run, or whose files are broken, is refused by name; nothing is written."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from dynrank.commands import cli
+from dynrank.errors import ConfigurationError
+from dynrank.run.report.page import write_report
+from dynrank.run.report.record import read_run
+
+
+@pytest.fixture(scope="module")
+def whole(run_folder, tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("record") / "run")
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def test_ranks_follow_what_was_made_and_not_what_was_taken_back(run_folder, tmp_path):
+    run = read_run(run_folder(tmp_path, drops=[(10, 4), (20, 6)], undone=[(10, 1), (12, 3)]))
+    assert [change.undone for change in run.changes] == [True, False, True, False]
+    assert run.ranks()["layers.0.up"] == [(0, 8), (10, 4), (20, 6)]
+    assert run.ranks()["head"] == [(0, 8)]
+    assert run.last_step == 30
+
+
+def test_configuration_is_taken_from_the_caller_where_hydra_left_none(folder):
+    shutil.rmtree(folder / ".hydra")
+    run = read_run(folder, config="lora: {rank: 8}\n")
+    assert (run.config, run.overrides) == ("lora: {rank: 8}\n", None)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["summary.json", "metrics.csv", "rank_history.csv", ".hydra/config.yaml", "adapter/adapter_model.safetensors"],
+)
+def test_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(ConfigurationError, match=name.rpartition("/")[2]):
+        write_report(folder)
+    assert not list(folder.glob("report.html*"))
+
+
+def edit(name, old, new):
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def other_layers(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["final_ranks"]["head"] = 3
+    (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def damaged_checkpoint(folder):
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "last.ckpt").write_bytes(b"no zip")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (edit("summary.json", "{", "["), "summary.json.*JSONDecodeError"),
+        (edit("summary.json", '"seconds": 12.0', '"seconds": "12"'), "summary.json.*seconds"),
+        (edit("summary.json", '"seconds"', '"second"'), "summary.json.*seconds"),
+        (edit("rank_history.csv", "10,layers", "ten,layers"), "rank_history.csv.*line 2"),
+        (edit("rank_history.csv", "10,layers.0.up,8,4,0.9", "10,layers.0.up,8"), "rank_history.csv.*line 2"),
+        (edit("rank_history.csv", "layers.0.up", "layers.9.up"), "files of one run"),
+        (edit("rank_history.csv", "rank_after", "after"), "rank_history.csv.*rank_after"),
+        (edit("metrics.csv", "\n3,,", "\n3,,x"), "metrics.csv.*train/loss.*line 5"),
+        (edit("metrics.csv", "step", "time"), "metrics.csv.*step.*line 2"),
+        (other_layers, "files of one run"),
+        (damaged_checkpoint, "last.ckpt"),
+        (edit(".hydra/overrides.yaml", "- lora", "lora"), "overrides.yaml"),
+    ],
+)
+def test_broken_file_is_named_and_an_earlier_report_stays(folder, damage, message):
+    (folder / "report.html").write_text("earlier")
+    damage(folder)
+    with pytest.raises(ConfigurationError, match=message):
+        write_report(folder)
+    assert (folder / "report.html").read_text() == "earlier"
+    assert not list(folder.glob("*.part"))
+
+
+def report(monkeypatch, folder):
+    monkeypatch.setattr(sys, "argv", ["dynrank", "report", str(folder)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    return caught.value.code
+
+
+def test_command_writes_the_report_and_says_where(folder, monkeypatch, capsys):
+    assert report(monkeypatch, folder) == 0
+    assert capsys.readouterr().out.split() == ["report", str(folder / "report.html")]
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_command_ends_with_2_and_one_line_for_another_folder(tmp_path, monkeypatch, capsys):
+    assert report(monkeypatch, tmp_path) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "summary.json" in printed.err
+    assert str(tmp_path) in printed.err
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""Sweeps that Hydra's plugins make: Optuna's search, two runs at a time, jobs of SLURM."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from hydra.core.plugins import Plugins
+from hydra.errors import MissingConfigException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+
+import dynrank
+from dynrank.commands import exits
+from dynrank.errors import ConfigurationError
+from dynrank.run import job
+
+
+def composed(*overrides):
+    with initialize_config_module("dynrank.conf", version_base="1.3"):
+        return compose("train", overrides=list(overrides), return_hydra_config=True)
+
+
+def test_extra_brings_the_plugins():
+    names = {plugin.__name__ for kind in (Sweeper, Launcher) for plugin in Plugins.instance().discover(kind)}
+    assert {"OptunaSweeper", "JoblibLauncher", "SlurmLauncher"} <= names
+
+
+def test_optuna_searches_two_at_a_time_and_what_has_ended_is_not_made_again(tiny_bert, tmp_path):
+    def sweep(*more):
+        arguments = ["debug=smoke", f"task.model={tiny_bert}", "task.limit=16", "plots=false", *more]
+        plugins = ["sweep=optuna", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweeper.n_jobs=2"]
+        done = subprocess.run(
+            [sys.executable, "-m", "dynrank.train", "--multirun", *plugins, *arguments, "hydra.sweep.dir=s",
+             "trainer.enable_progress_bar=false", "hydra.sweeper.n_trials=2"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dynrank.__file__).parents[1])},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout, yaml.safe_load((tmp_path / "s" / "optimization_results.yaml").read_text())
+
+    printed, best = sweep()
+    assert "mean ± standard deviation" in printed
+    folders = [tmp_path / "s" / number for number in "01"]
+    runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    losses = [run["final"]["val/loss"] for run in runs]
+    assert best["best_value"] == min(losses)
+    for folder, run in zip(folders, runs, strict=True):
+        (rank,) = set(run["final_ranks"].values())
+        assert f"lora.rank={rank}" in yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text())
+        if run["final"]["val/loss"] == min(losses):
+            assert best["best_params"]["lora.rank"] == rank
+    ended = [(folder / "summary.json").stat().st_mtime_ns for folder in folders]
+    printed, again = sweep("ckpt_path=last")
+    assert printed.count("has ended before") == 2
+    assert again == best
+    assert [(folder / "summary.json").stat().st_mtime_ns for folder in folders] == ended
+
+
+def test_objective_is_a_metric_of_the_final_weights():
+    assert composed("sweep=optuna").hydra.sweeper.direction == "minimize"
+    with pytest.raises(ConfigurationError, match=r"objective must be null or one of .*'val/loss'.*'val/los'"):
+        job.build(dynrank.compose(["objective=val/los"]), on_meta=True)
+
+
+def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=4"]
+    config = composed("trainer=slurm", "sweep=rank", *launcher, "hydra.launcher.gpus_per_node=4")
+    assert config.hydra.launcher._target_.endswith(".SlurmLauncher")
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")  # what such a job finds
+    monkeypatch.setenv("SLURM_NNODES", "2")
+    assert (config.trainer.devices, config.trainer.num_nodes) == (4, 2)
+
+
+@pytest.mark.parametrize(("executor", "refused"), [("slurm", False), ("local", True), (None, True)])
+def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch, tmp_path, executor, refused):
+    class Reached(Exception):
+        pass
+
+    def reached(trainer):
+        raise Reached
+
+    class Trainer:
+        world_size = 2
+
+    monkeypatch.setattr(job, "build", lambda config: None)
+    monkeypatch.setattr(job, "_trainer", lambda *_: Trainer())
+    monkeypatch.setattr(job, "check_strategy", reached)
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    if executor is not None:
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+    expected, message = (ConfigurationError, "submitit_slurm") if refused else (Reached, None)
+    with pytest.raises(expected, match=message):
+        job.run(dynrank.compose(), tmp_path, sweep=True)
+
+
+def test_missing_plugin_says_what_to_install(capsys):
+    with pytest.raises(SystemExit) as caught, exits.usage_errors():
+        raise MissingConfigException("Could not find 'hydra/sweeper/optuna'", "hydra/sweeper/optuna")
+    assert caught.value.code == 2
+    assert "pip install 'dynrank[sweep]'" in capsys.readouterr().err

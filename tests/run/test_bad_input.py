@@ -1,0 +1,251 @@
+"""What a user may get wrong on the command line: one message naming value and key, exit code 2, nothing left behind."""
+
+import re
+import sys
+
+import pytest
+from torch import nn
+from transformers import AutoModelForSequenceClassification
+
+import dynrank
+from dynrank import train
+from dynrank.commands import cli
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path, capsys):
+    """Run an entry point in this process, from an empty folder; returns (exit code, what it wrote to stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)  # the tests themselves may be a job
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main() sets it; undone with the fixture
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return caught.value.code, capsys.readouterr().err
+
+    return call
+
+
+def write(name, text):
+    with open(name, "w") as file:
+        file.write(text)
+
+
+RULES = {
+    "absent.yaml": None,
+    "not_yaml.yaml": "rank_pattern: {query: [",
+    "field.yaml": "rank_pattern: {query: {rnak: 8}}",
+    "unmatched.yaml": "rank_pattern: {quary: 8}",
+    "zero.yaml": "rank_pattern: {query: 0}",
+    "huge.yaml": "rank_pattern: {query: 385}",
+    "final.yaml": "rank_pattern: {query: {rank: 8, final_rank: 9}}",
+    "conflict.yaml": "rank_pattern: {query: 8, 'layer\\.0\\..*': 4}",
+}
+CASES = [
+    # (overrides, what the message must name)
+    (["schedule.finl_rank=8"], ["schedule.finl_rank"]),
+    (["shedule=fixed"], ["shedule"]),
+    (["schedule=null"], ["NoneType", "schedule=fixed"]),
+    (["lora.rank=abc"], ["abc", "lora.rank"]),
+    (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
+    (["lora.rank=0"], ["0", "lora.rank"]),
+    (["lora.rank=385"], ["385", "384", "lora.rank"]),
+    (["lora.dropout=1.0"], ["1.0", "lora.dropout"]),
+    (["lora.target_modules=[qurey]"], ["qurey", "query", "lora.target_modules"]),
+    (["lora.target_modules=nothing.*"], ["nothing.*", "lora.target_modules"]),
+    (["rank_map.file=absent.yaml"], ["absent.yaml", "rank_map.file"]),
+    (["rank_map.file=not_yaml.yaml"], ["not_yaml.yaml", "rank_map.file"]),
+    (["rank_map.file=field.yaml"], ["rnak", "field.yaml"]),
+    (["rank_map.file=unmatched.yaml"], ["quary", "query"]),
+    (["rank_map.file=zero.yaml"], ["query", "0"]),
+    (["rank_map.file=huge.yaml"], ["query", "385", "384"]),
+    (["rank_map.file=final.yaml"], ["query", "final_rank", "9"]),
+    (["rank_map.file=conflict.yaml"], ["'query'", r"layer\\.0\\..*"]),
+    (["rank_map.rules=['query:8']"], ["query:8", "rank_map.rules"]),
+    (["ckpt_path=missing.ckpt"], ["missing.ckpt", "ckpt_path"]),
+    (["task.model=./missing"], ["./missing", "task.model"]),
+    (["schedule.deadline=2"], ["2", "schedule.deadline"]),
+    (["schedule.trigger.patience=0"], ["patience", "0"]),
+    (["schedule.trigger.mode=lowest"], ["lowest", "schedule.trigger.mode"]),
+    (["schedule.metric=los"], ["los", "schedule.metric"]),
+    (["+logger.x={_target_: os.system}"], ["os.system"]),
+    (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
+    (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
+    (["trainer=fsdp2", "trainer.strategy.save_distributed_checkpoint=true"], ["trainer.strategy.save_distributed"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), CASES, ids=lambda value: " ".join(value))
+def test_train_refuses(launch, tmp_path, overrides, named):
+    for name, text in RULES.items():
+        if text is not None:
+            write(name, text)
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".ckpt", ".safetensors", ".csv")]
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"}])
+def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if environment:  # started by torchrun
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
+    sweep = ["--multirun", "hydra.sweep.dir=sweep", "lora.rank=16,24"]
+    code, message = launch(train.main, *sweep, "debug=smoke", *several)
+    assert code == 2
+    assert "--multirun cannot make a run of 2 processes" in message
+    assert "Traceback" not in message
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_strategy_is_refused_before_other_processes_start(launch, tiny_bert):
+    strategy = ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"]
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", f"task.model={tiny_bert}", *strategy)
+    assert code == 2
+    assert "set tensor_parallel_size=1" in message
+
+
+SCHEDULES = [
+    (["schedule.gauge=free"], ["free", "schedule.gauge"]),
+    (["schedule.trigger.monitor=''"], ["schedule.trigger.monitor"]),
+    (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
+    (["schedule.metric=loss", "schedule.window=0"], ["stage 1", "window", "0", "schedule.window"]),
+    (["optimizer.warmup_steps=10"], ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"]),
+    (["schedule=milestones", "schedule.ranks=[16,24,8]"], ["stage 2", "24", "schedule.ranks[1]"]),
+    (["schedule=milestones", "schedule.at=[0.5,0.4,0.7]"], ["0.5, 0.4", "schedule.at"]),
+    (["schedule=milestones", "schedule.unit=step", "schedule.at=[1,2,30]"], ["stage 3", "30", "12"]),
+    (["schedule=budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
+    (["schedule=budget", "schedule.lowest=40"], ["stage 1", "lowest", "40", "schedule.lowest"]),
+    (["schedule=budget", "schedule.multiple=48"], ["stage 1", "multiple", "48"]),
+    (["schedule=energy", "schedule.share=1.5"], ["1.5", "schedule.share"]),
+    (["schedule=grow", "schedule.final_rank=400"], ["stage 1", "400", "384", "schedule.final_rank"]),
+    (["schedule=grow", "schedule.final_rank=16"], ["stage 1", "16", "32", "schedule.final_rank"]),
+    (["schedule=grow_then_shrink", "schedule.final_rank=65"], ["stage 2", "65", "64", "schedule.final_rank"]),
+    (
+        ["schedule=stages", "schedule.stages=[{_target_: dynrank.targets.Rank, rank: 8}]"],
+        ["Rank(rank=8)", "schedule.stages[0]"],
+    ),
+    (["schedule=squeeze_then_tune", "schedule.tune=0"], ["0", "schedule.tune"]),
+    (["schedule=anneal", "schedule.shape=round"], ["round", "schedule.shape"]),
+    (["schedule=one_stage", "schedule/trigger=epoch", "schedule.trigger.epoch=x"], ["x", "schedule.trigger.epoch"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "named"), SCHEDULES, ids=lambda value: " ".join(value))
+def test_schedule_is_refused_before_weights_load(launch, monkeypatch, overrides, named):
+    def load(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["optimizer.name=Adagrad"], ["Adagrad", "optimizer.name", "schedule.optimizer_state=reset"]),
+        (["optimizer.name=Adamw"], ["Adamw", "optimizer.name"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_train_refuses_what_only_the_run_shows(launch, overrides, named):
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", "schedule.deadline=null", *overrides)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+
+
+@pytest.mark.parametrize("overrides", [["lora.rank=0"], ["rank_map.rules=['quary=8']"], ["nonsense=1"]], ids=str)
+def test_ranks_refuses_as_the_run_would(launch, overrides):
+    code, message = launch(cli.main, "ranks", *overrides)
+    assert code == 2
+    assert message.startswith("error: ")
+    assert re.search(r"lora\.rank|quary|nonsense", message)
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A small adapter on disk, rank 4."""
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 8)), rank=4)
+    dynrank.save_adapter(model, tmp_path / "adapter")
+
+
+SQUEEZE = [
+    # (options, what the message must name)
+    ([], ["--rank", "--energy", "--budget", "none"]),
+    (["--rank", "2", "--energy", "0.5"], ["--rank 2", "--energy 0.5"]),
+    (["--rank", "0"], ["--rank", "0"]),
+    (["--rank", "two"], ["--rank", "two"]),
+    (["--rank", "2", "--multiple", "8"], ["--multiple", "8", "--rank 2"]),
+    (["--energy", "1.5"], ["--energy", "1.5"]),
+    (["--energy", "0"], ["--energy", "0.0"]),
+    (["--energy", "nan"], ["--energy", "nan"]),
+    (["--energy", "0.9", "--lowest", "0"], ["--lowest", "0"]),
+    (["--budget", "13"], ["--budget", "13", "14"]),
+    (["--budget", "0"], ["--budget", "0", "14"]),
+    (["--budget", "150%"], ["--budget", "150%"]),
+    (["--budget", "half"], ["--budget", "half"]),
+    (["--budget=-5"], ["--budget", "-5"]),
+    (["--rank", "2", "--out", "adapter"], ["--out", "adapter"]),
+    (["--rank", "2", "--out", "used"], ["--out", "used"]),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), SQUEEZE, ids=lambda value: " ".join(value))
+@pytest.mark.usefixtures("adapter")
+def test_squeeze_refuses(launch, tmp_path, options, named):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    code, message = launch(cli.main, "squeeze", "adapter", *([] if "--out" in options else ["--out", "out"]), *options)
+    assert code == 2
+    assert "Traceback" not in message
+    for text in named:
+        assert text in message, message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", [["squeeze", "absent", "--rank", "2", "--out", "out"], ["inspect", "absent"]])
+def test_squeeze_and_inspect_refuse_a_folder_without_adapter(launch, tmp_path, command):
+    code, message = launch(cli.main, *command)
+    assert code == 2
+    assert message.startswith("error: cannot read the adapter 'absent")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("plot", ["spectra.txt", "missing/spectra.png", "folder.png", "/proc/spectra.png"])
+@pytest.mark.usefixtures("adapter")
+def test_inspect_refuses_a_picture_that_cannot_be_written(launch, tmp_path, plot):
+    (tmp_path / "folder.png").mkdir()
+    code, message = launch(cli.main, "inspect", "adapter", "--plot", plot)
+    assert code == 2
+    assert "--plot" in message
+    assert plot in message
+
+
+def test_train_refuses_a_folder_that_holds_a_run(launch, tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    kept = tmp_path / "run" / "metrics.csv"
+    kept.write_text("step\n1\n")
+    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run")
+    assert (code, kept.read_text()) == (2, "step\n1\n")
+    assert "hydra.run.dir" in message
+
+
+def test_unknown_command_and_option_exit_with_2(launch):
+    assert launch(cli.main, "rnaks")[0] == 2
+    assert launch(cli.main, "ranks", "--frobnicate")[0] == 2
+    assert launch(train.main, "--frobnicate")[0] == 2

@@ -1,0 +1,200 @@
+"""Damaged checkpoints, rank maps and configurations at the commands: a result, or one message and exit code 2.
+
+More examples than in the suite: ``DYNRANK_EXAMPLES=200 pytest tests/test_damaged_input.py``. Damaged adapters are in
+``test_damaged_adapters.py``.
+"""
+
+import copy
+import os
+import shutil
+import sys
+import warnings
+from itertools import count
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+import dynrank
+from dynrank import train
+from dynrank.commands import cli
+from dynrank.output.checkpoint_file import DIGEST, write_checkpoint
+from dynrank.run import job
+
+MORE = os.environ.get("DYNRANK_EXAMPLES")
+FOLDERS = count()
+JUNK = [None, True, 0, -1, 3, 1.5, float("nan"), "", "text", [], [1, "a"], {}, {"a": {"b": 1}}, torch.zeros(2, 3)]
+VALUES = ["null", "true", "-1", "0", "1e400", "nan", "text", "''", "[]", "[1,a]", "{}", "{a:1}", "1.5", "99999999999"]
+RULES = r"""rank_pattern:
+  query: 4
+  'layer\.[01]\.output.*': {rank: 4, final_rank: 2, alpha: 8}
+  bert.pooler.dense: {rank: 3, pinned: true}
+"""
+
+
+def examples(number):
+    return settings(
+        max_examples=int(MORE or number),
+        deadline=None,
+        derandomize=MORE is None,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tiny_bert, tmp_path_factory):
+    """(overrides of a run of four steps, its last checkpoint, made after its drop)."""
+    overrides = ["debug=smoke", f"task.model={tiny_bert}", "lora.rank=6", "schedule.final_rank=2", "task.limit=32"]
+    overrides += ["trainer.max_steps=4", "optimizer.warmup_steps=1", "trainer.enable_progress_bar=false", "plots=false"]
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job.run(dynrank.compose(overrides), folder)
+    return overrides, folder / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path, capsys):
+    """Runs an entry point in this process, where nothing but a result or a message may come out; the exit code."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main() sets it; undone with the fixture
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
+        code = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                main()
+            except SystemExit as end:
+                code = end.code or 0
+        said = capsys.readouterr().err
+        assert code in (0, 2), said
+        assert (code == 2) == said.startswith("error: "), said
+        assert "Traceback" not in said
+        return code, said
+
+    return call
+
+
+def go_on(launch, run):
+    """Exit code of ``dynrank-train`` from damaged.ckpt; what it refuses leaves no adapter."""
+    folder = f"run{next(FOLDERS)}"
+    code, said = launch(train.main, *run[0], f"hydra.run.dir={folder}", "ckpt_path=damaged.ckpt")
+    assert code == 0 or "checkpoint" in said, said
+    assert os.path.exists(f"{folder}/adapter") == (code == 0)
+    shutil.rmtree(folder, ignore_errors=True)
+    return code
+
+
+@examples(24)
+@given(data=st.data())
+def test_checkpoint_of_damaged_bytes(launch, run, tmp_path, data):
+    content = bytearray(run[1].read_bytes())
+    if data.draw(st.booleans()):
+        content = content[: data.draw(st.integers(0, len(content) - 1))]
+    for at in data.draw(st.lists(st.integers(0, len(content)), min_size=1, max_size=4)):
+        if at < len(content):
+            content[at] ^= data.draw(st.integers(1, 255))
+    (tmp_path / "damaged.ckpt").write_bytes(content)
+    go_on(launch, run)
+
+
+def paths(value, path=()):
+    """Of all that lies in nested containers, but for most of the tensors of the model."""
+    yield path
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        for key in keys[:6] if path == ("state_dict",) else keys:
+            yield from paths(value[key], (*path, key))
+
+
+def changed(checkpoint, data):
+    """A copy with one place taken out, or filled with a value of another type."""
+    checkpoint = copy.deepcopy(checkpoint)
+    *way, last = data.draw(st.sampled_from([path for path in paths(checkpoint) if path]))
+    parent = checkpoint
+    for key in way:
+        parent = parent[key]
+    if data.draw(st.integers(0, 3)) == 0:
+        del parent[last]
+    else:
+        parent[last] = data.draw(st.sampled_from([value for value in JUNK if type(value) is not type(parent[last])]))
+    return checkpoint
+
+
+@examples(12)
+@given(data=st.data())
+def test_checkpoint_that_was_changed_and_saved_again(launch, run, tmp_path, data):
+    torch.save(changed(torch.load(run[1]), data), tmp_path / "damaged.ckpt")
+    assert go_on(launch, run) == 2
+
+
+@examples(12)
+@given(data=st.data())
+def test_checkpoint_that_a_program_wrote_wrongly(launch, run, tmp_path, data):
+    """Whole, by its digest; what it says cannot be known to be wrong before it is used."""
+    whole = torch.load(run[1])
+    del whole[DIGEST]
+    write_checkpoint(changed(whole, data), tmp_path / "damaged.ckpt")
+    go_on(launch, run)
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(launch, run, tmp_path):
+    torch.save({**torch.load(run[1]), "extra": Trap(tmp_path / "trapped")}, tmp_path / "damaged.ckpt")
+    assert go_on(launch, run) == 2
+    assert not (tmp_path / "trapped").exists()
+    torch.load(tmp_path / "damaged.ckpt", weights_only=False)["extra"].close()  # the trap is live
+    assert (tmp_path / "trapped").exists()
+
+
+@examples(36)
+@given(data=st.data())
+def test_rank_map_of_damaged_bytes(launch, run, tmp_path, data):
+    content = bytearray(RULES.encode())
+    for at in data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, max_size=3)):
+        content[at] = data.draw(st.one_of(st.integers(0, 255), st.sampled_from(b"{}[]:'\"&*!|>%@ \n-#0")))
+    length = data.draw(st.just(len(content)) | st.integers(0, len(content)))
+    (tmp_path / "rules.yaml").write_bytes(content[:length])
+    launch(cli.main, "ranks", *run[0], "rank_map.file=rules.yaml")
+
+
+def keys_of(node, path=""):
+    for key, value in node.items():
+        inner = f"{path}.{key}" if path else str(key)
+        yield inner
+        if isinstance(value, dict):
+            yield from keys_of(value, inner)
+
+
+@examples(48)
+@given(data=st.data())
+def test_configuration_value(launch, run, data):
+    schedules = [[], ["schedule=anneal"], ["schedule=one_stage"], ["schedule=budget"], ["schedule=milestones"]]
+    extra = data.draw(st.sampled_from(schedules))
+    overrides = [text for text in run[0] if not (extra and text.startswith("schedule."))] + extra
+    keys = sorted(set(keys_of(OmegaConf.to_container(dynrank.compose(overrides)))) - {"task.model"})
+    key = data.draw(st.sampled_from(keys))
+    override = data.draw(st.sampled_from([f"{key}={value}" for value in VALUES] + [f"~{key}", f"{key}x=1"]))
+    launch(cli.main, "ranks", *overrides, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["schedule.drops=99999999999", "seed=99999999999", "trainer.max_steps=null", "trainer.max_steps=1e400"],
+)
+def test_value_without_measure_is_refused_at_once(launch, run, override):
+    code, said = launch(cli.main, "ranks", *run[0], override)
+    assert code == 2
+    assert override.partition("=")[0] in said

@@ -1,0 +1,85 @@
+import json
+import re
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from dynrank.errors import ConfigurationError
+from dynrank.tasks.data import us_gaap
+from dynrank.tasks.data.us_gaap import line_items
+
+pytestmark = pytest.mark.skipif(find_spec("edgar") is None, reason="needs edgartools (pip install --no-deps)")
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return line_items(seed=0)
+
+
+@pytest.fixture(scope="module")
+def package():
+    """Tag -> entry, straight from the package's file."""
+    folder = Path(find_spec("edgar").submodule_search_locations[0], "xbrl", "standardization")
+    return json.loads((folder / "gaap_mappings.json").read_text(encoding="utf-8"))
+
+
+def letters(text):
+    return re.sub("[^a-z]", "", text.lower())
+
+
+def everything(splits):
+    return [item for part in vars(splits).values() for item in part]
+
+
+def test_no_text_stands_twice_whatever_its_spaces_case_and_digits(splits):
+    keys = [letters(item.text) for item in everything(splits)]
+    assert len(keys) == len(set(keys)) > 2000
+
+
+def test_every_section_is_the_only_one_that_the_package_gives_its_item(splits, package):
+    found = {}
+    for tag, entry in package.items():
+        if tag.isalnum() and len(entry["standard_tags"]) == 1:
+            section = entry.get("section") or entry["display_name"].removeprefix("Net Cash from ")
+            found.setdefault(letters(tag), set()).add(section)
+    assert all(found[letters(item.text)] == {item.section} for item in everything(splits))
+
+
+def test_texts_are_words(splits):
+    texts = {item.text for item in everything(splits)}
+    assert "repayments of long term debt" in texts
+    assert all(re.fullmatch(r"[a-z0-9]+( [a-z0-9]+)*", text) for text in texts)
+    assert max(len(word) for text in texts for word in text.split()) < 25
+
+
+def test_each_section_is_shared_out_alike(splits):
+    counts = {split: Counter(item.section for item in part) for split, part in vars(splits).items()}
+    assert counts["train"].keys() == counts["val"].keys() == counts["test"].keys()
+    for section in counts["train"]:
+        whole = sum(count[section] for count in counts.values())
+        assert whole >= 50
+        assert counts["test"][section] / whole == pytest.approx(0.2, abs=0.01)
+        assert counts["val"][section] / whole == pytest.approx(0.1, abs=0.01)
+    assert sum(counts["test"].values()) > 400
+
+
+def test_splits_depend_on_the_seed_alone(splits):
+    assert line_items(seed=0) == splits
+    assert set(line_items(seed=1).test) != set(splits.test)
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(us_gaap, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match="pip install --no-deps edgartools"):
+        line_items(seed=0)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "not JSON", '{"Assets": 1}', '{"Assets": {"section": "Totals"}}'])
+def test_another_form_of_the_data_is_refused(text, monkeypatch, tmp_path):
+    file = tmp_path / "gaap_mappings.json"
+    file.write_text(text)
+    monkeypatch.setattr(us_gaap, "_FILE", file)
+    with pytest.raises(ConfigurationError, match=r"edgartools==5\.62\.1"):
+        line_items(seed=0)
