@@ -33,8 +33,8 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
 from dynrank.layers.base import LoRALayer
-from dynrank.output import checkpoint_file
-from dynrank.output.checkpoint_file import PART
+from dynrank.output import whole_file
+from dynrank.output.whole_file import PART
 from dynrank.schedules import How, Stage
 from dynrank.targets import Rank
 from dynrank.tasks.loader import ResumableLoader
@@ -115,9 +115,9 @@ class Watch(lightning.Callback):
         if moment == "resize":
             self._put_before(LoRALayer, "set_factors", lambda *_: self.pass_by())
         elif moment == "checkpoint not moved":
-            self._put_before(checkpoint_file.os, "replace", lambda *_: self.pass_by())
+            self._put_before(whole_file.os, "replace", lambda *_: self.pass_by())
         elif moment == "checkpoint half written":
-            self._put_before(checkpoint_file.os, "fsync", self._cut)
+            self._put_before(whole_file.os, "fsync", self._cut)
 
     def pass_by(self) -> None:
         self.left -= 1

@@ -6,7 +6,7 @@ takes (steps / measured step time, which is taken first, all models interleaved 
 many to a hundredth. Batches, dropout, head and scaling are the same in all arms of a seed. Arms that start at rank 16
 go on from one model up to their first change.
 
-Writes scripts/results/study.csv (a row per run), scripts/results/study_cost.csv (step times) and scripts/results/study.png, and prints the
+Writes study.csv (a row per run), study_cost.csv (step times) and study.png into scripts/results/, and prints the
 tables. It may be interrupted: runs that the files hold already are not made again.
 Run: .venv/bin/python scripts/study.py [--seeds N] [--steps N] [--processes N] [OVERRIDE ...]
 """

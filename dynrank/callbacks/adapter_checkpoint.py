@@ -17,7 +17,8 @@ from dynrank.callbacks.trainer.sigterm import SigtermNotice
 from dynrank.callbacks.trainer.validation import is_due
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import follow_base, frozen_bases, left_out, sampled, without_base
-from dynrank.output.checkpoint_file import PART, read_checkpoint, write_checkpoint
+from dynrank.output.checkpoint_file import read_checkpoint, write_checkpoint
+from dynrank.output.whole_file import PART
 
 _STATES = ("state_dict", "current_model_state")  # Lightning's WeightAveraging adds the second
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from dynrank.digest import digest
 from dynrank.distributed.processes import from_all, process_count
 from dynrank.errors import ConfigurationError
 from dynrank.layers.placing import lora_layers
@@ -60,21 +58,5 @@ def _trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def _digest(parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for parameter in parameters:
-        _add(digest, {"": parameter})
-        for optimizer in optimizers:
-            _add(digest, optimizer.state.get(parameter, {}))
-    return digest.hexdigest()
-
-
-def _add(digest: Any, values: Mapping[str, Any]) -> None:
-    for key in sorted(values):
-        value = values[key]
-        digest.update(key.encode())
-        if isinstance(value, Tensor):
-            digest.update(str((*value.shape, value.dtype)).encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-        else:
-            digest.update(repr(value).encode())
+    optimizers = list(optimizers)
+    return digest([(p, *(sorted(o.state.get(p, {}).items()) for o in optimizers)) for p in parameters])

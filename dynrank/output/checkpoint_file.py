@@ -6,22 +6,20 @@ its bytes by CRC, so the digest is for what was changed and saved again.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import os
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import left_out
+from dynrank.output.whole_file import whole_file
 
-DIGEST, PART = "dynrank_digest", ".part"
+DIGEST = "dynrank_digest"
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
@@ -33,22 +31,12 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         ConfigurationError: if it cannot be written (a full disk); the ".part" is gone then.
     """
     path = Path(path)
-    part = path.with_name(path.name + PART)
     content = io.BytesIO()  # torch hides the reason of a failed write to a file; an adapter's state is small
     torch.save({**checkpoint, DIGEST: digest(checkpoint)}, content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        with whole_file(path) as part:
+            part.write_bytes(content.getbuffer())
     except OSError as error:
         raise ConfigurationError(
             f"cannot write the checkpoint {str(path)!r}: {error.strerror or error}; make room, or set hydra.run.dir "
@@ -84,47 +72,9 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
     return checkpoint  # type: ignore[no-any-return]
 
 
-def digest(value: Any) -> str:
-    """A hash of nested containers, tensors and plain values; of other objects only their type counts."""
-    running = hashlib.blake2b(digest_size=16)
-    _add(running, value)
-    return running.hexdigest()
-
-
 def _check(checkpoint: Any) -> None:
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError("there is no state_dict in it")
     stored = checkpoint.pop(DIGEST, None)
     if (stored is not None or left_out(checkpoint["state_dict"])) and stored != digest(checkpoint):
         raise ValueError("it was changed after it was written")
-
-
-def _add(running: Any, value: Any) -> None:
-    if isinstance(value, Tensor):
-        running.update(f"T{value.dtype}{tuple(value.shape)}".encode())
-        if value.layout == torch.strided:
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            running.update(flat.view(torch.uint8).numpy().data)
-    elif isinstance(value, Mapping):
-        running.update(f"M{len(value)}".encode())
-        for key, member in value.items():
-            _add(running, key)
-            _add(running, member)
-    elif isinstance(value, list | tuple):
-        running.update(f"{type(value).__name__}{len(value)}".encode())
-        for member in value:
-            _add(running, member)
-    elif value is None or isinstance(value, bool | int | float | complex | str | bytes):
-        running.update(f"{type(value).__name__}{value!r};".encode())
-    else:
-        running.update(f"O{type(value).__qualname__};".encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the move itself to the disk, where folders can be opened."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

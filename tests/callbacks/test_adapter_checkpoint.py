@@ -204,7 +204,7 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_files(regression, tmp_path
         if (tmp_path / "step=6.ckpt.part").exists():
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("dynrank.output.checkpoint_file.os.fsync", full)
+    monkeypatch.setattr("dynrank.output.whole_file.os.fsync", full)
     with pytest.raises(ConfigurationError, match=r"step=6\.ckpt.*No space left on device"):
         fit(regression, tmp_path)
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynrank.allocation import allocate
+from dynrank.targets.allocation import allocate
 from dynrank.errors import ConfigurationError
 
 # small integers make sums exact and ties frequent; the decimals make them rounded

@@ -44,8 +44,8 @@ def check_strategy(trainer: Trainer) -> None:
     why = next((reason for name, reason in _INSTEAD.items() if name in names), "it has not been tried")
     if not known or set(_INSTEAD) & set(names):
         raise ConfigurationError(
-            f"ranks cannot change under {type(strategy).__name__}: {why}. Set trainer.strategy=ddp, or trainer=fsdp2 "
-            "(ModelParallelStrategy, with dynrank.distributed.sharding.shard_frozen in configure_model) to shard the base"
+            f"ranks cannot change under {type(strategy).__name__}: {why}. Set trainer.strategy=ddp, or, to shard "
+            "the base, trainer=fsdp2 (ModelParallelStrategy, with dynrank.distributed.sharding.shard_frozen)"
         )
     if isinstance(strategy, DDPStrategy):
         if strategy._start_method != "popen":

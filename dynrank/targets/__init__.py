@@ -12,7 +12,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dynrank.allocation import allocate
+from dynrank.targets.allocation import allocate
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, numerical_rank
 
