@@ -4,7 +4,8 @@ On the first seed every arm is trained at the same 6 learning rates, on the othe
 loss) and its two neighbours, always with the same batches, dropout and scaling; each is judged by its test loss at the
 rate where its mean validation loss is lowest. dynrank's budget on a seed is the smallest that an AdaLoRA run ended with
 there. Writes scripts/results/adalora.csv (a row per run; runs that it holds already are not made again) and
-scripts/results/adalora.png. With --cost it measures instead what a step takes and how many bytes are held, before and after the cut, all models interleaved in one process, and writes scripts/results/adalora_cost.csv.
+scripts/results/adalora.png. With --cost it measures instead what a step takes and how many bytes are held, before and
+after the cut, all models interleaved in one process, and writes scripts/results/adalora_cost.csv.
 Run: .venv/bin/python scripts/compare_adalora.py [--seeds N] [--cost]
 """
 

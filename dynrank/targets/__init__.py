@@ -12,9 +12,9 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from dynrank.targets.allocation import allocate
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, numerical_rank
+from dynrank.targets.allocation import allocate
 
 __all__ = [
     "Budget",

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynrank.targets.allocation import allocate
 from dynrank.errors import ConfigurationError
+from dynrank.targets.allocation import allocate
 
 # small integers make sums exact and ties frequent; the decimals make them rounded
 VALUES = st.one_of(st.integers(0, 5).map(float), st.sampled_from([0.1, 0.2, 0.3, 0.7, 1e-9, 1e6]))
