@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from dynrank.adapters.save import save_adapter
     from dynrank.change.resize import predict, resize
     from dynrank.errors import ConfigurationError
-    from dynrank.layers.placing import add_lora, lora_layers, merge
+    from dynrank.layers.finding import lora_layers
+    from dynrank.layers.merging import merge
+    from dynrank.layers.placing import add_lora
     from dynrank.run.config import compose
 
 __version__ = "0.1.0"
@@ -19,8 +21,8 @@ _HOMES = {
     "add_lora": "dynrank.layers.placing",
     "compose": "dynrank.run.config",
     "load_adapter": "dynrank.adapters.load",
-    "lora_layers": "dynrank.layers.placing",
-    "merge": "dynrank.layers.placing",
+    "lora_layers": "dynrank.layers.finding",
+    "merge": "dynrank.layers.merging",
     "predict": "dynrank.change.resize",
     "read_adapter": "dynrank.adapters.fit",
     "resize": "dynrank.change.resize",

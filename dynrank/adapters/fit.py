@@ -18,8 +18,9 @@ from dynrank.adapters.tensor_file import FLOATS
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.compiled import compiled_alone, uncompiled
+from dynrank.layers.finding import own_layers, plain_modules, tied_weights
 from dynrank.layers.kinds import layer_class
-from dynrank.layers.placing import base_values, make_layer, own_layers, place_layers, plain_modules, tied_weights
+from dynrank.layers.placing import base_values, make_layer, place_layers
 
 __all__ = ["Adapter", "AdapterChange", "read_adapter"]
 

@@ -12,8 +12,8 @@ from dynrank.adapters.between_forwards import between_forwards
 from dynrank.adapters.fit import Adapter, AdapterChange, read_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import uncompiled
+from dynrank.layers.finding import own_layers
 from dynrank.layers.peft_layers import refuse_peft
-from dynrank.layers.placing import own_layers
 
 __all__ = ["load_adapter", "swap_adapter"]
 

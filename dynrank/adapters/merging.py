@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from dynrank.adapters.fit import Adapter, read_adapter
 from dynrank.adapters.load import load_adapter
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import merge
+from dynrank.layers.merging import merge
 from dynrank.models.pretrained import gguf_place, load_weights, model_source
 from dynrank.output.output_folder import check_free, whole_or_nothing
 

@@ -19,9 +19,9 @@ from dynrank.adapters.stored import PREFIX, WEIGHTS_FILE
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
+from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import refuse_peft
-from dynrank.layers.placing import own_layers
 
 __all__ = ["save_adapter"]
 

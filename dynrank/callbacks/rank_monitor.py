@@ -17,7 +17,7 @@ from dynrank.callbacks.rank_logging import log_prediction, log_ranks
 from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.driver.attempt import FIELDS, RankEvent
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import lora_layers
 from dynrank.output.change_table import change_table
 
 

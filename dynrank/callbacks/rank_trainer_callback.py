@@ -17,8 +17,8 @@ from dynrank.change.optimizer_state import check_optimizer
 from dynrank.driver.attempt import RankEvent
 from dynrank.driver.driver import RankDriver
 from dynrank.errors import ConfigurationError
+from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.layers.placing import lora_layers
 from dynrank.schedules import How, RankFunction, Stage
 from dynrank.triggers import Run
 
@@ -77,7 +77,7 @@ class RankTrainerCallback(RankDriver, TrainerCallback, ExportableState):  # type
             self._load(state)
         self.start(training, _run(args, state, kwargs["train_dataloader"]))
         for how in self.hows:
-            factors = [p for _, layer in lora_layers(training.model) for p in (layer.lora_A, layer.lora_B)]
+            factors = adapter_parameters(training.model)
             check_optimizer(training.optimizers[0], factors, how.optimizer_state)
         self.resume(training)
         self._in_training = True

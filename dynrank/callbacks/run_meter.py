@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dynrank.distributed.processes import from_all
 from dynrank.driver.attempt import RankEvent
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import lora_layers
 
 _MARK = Path("/proc/self/clear_refs")
 

@@ -15,10 +15,10 @@ from dynrank.change.measuring import METRICS, Grams
 from dynrank.change.optimizer_state import change_state, check_optimizer
 from dynrank.distributed.processes import copy_from_first, from_first
 from dynrank.errors import ConfigurationError
+from dynrank.layers.compiled import forget_compiled
+from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import sync_peft_configs
-from dynrank.layers.placing import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
-from dynrank.layers.varying_rank import forget_compiled
 from dynrank.linalg import RankChange, energy_kept, grow_product, singular_values, truncate_product
 
 __all__ = ["LayerReport", "predict", "resize"]

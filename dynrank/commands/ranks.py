@@ -11,7 +11,7 @@ from rich.table import Table
 from dynrank.adapters.config import make_config
 from dynrank.adapters.save import target_modules, trained_heads
 from dynrank.driver.bounds import final_parameters
-from dynrank.layers.placing import lora_layers, own_layers
+from dynrank.layers.finding import lora_layers, own_layers
 from dynrank.output.console import span, table_console
 from dynrank.run.job import build
 

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from dynrank.digest import digest
 from dynrank.distributed.processes import from_all, process_count
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import lora_layers
 
 
 def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str) -> None:

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 from dynrank.distributed.processes import copy_from_first, from_first, process_count
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import plain_name
+from dynrank.layers.finding import lora_layers, own_layers
 from dynrank.layers.peft_layers import take_peft_ranks
-from dynrank.layers.placing import lora_layers, own_layers
 from dynrank.layers.ranked import take_rank
 
 

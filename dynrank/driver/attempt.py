@@ -15,7 +15,7 @@ from dynrank.change.measuring import Window
 from dynrank.change.resize import LayerReport, Snapshot, predict, resize
 from dynrank.distributed.agreement import check_processes
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import lora_layers
 from dynrank.schedules import How
 
 # columns of rank_history.csv and rank_predictions.csv

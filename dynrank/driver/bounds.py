@@ -11,7 +11,7 @@ from torch import nn
 from dynrank.change.measuring import Needs, Window
 from dynrank.change.resize import layer_spectra
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import How, Stage, check_schedule
 from dynrank.targets import Budget, GrowBy, GrowTo, LayerState

@@ -15,7 +15,7 @@ from dynrank.driver.attempt import RankEvent, Training, change_ranks
 from dynrank.driver.bounds import check_model, final_ranks, layer_states, needs_of
 from dynrank.driver.rewarmup import Rewarmup
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import lora_layers
 from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
 from dynrank.triggers import At, Run, Trigger
 

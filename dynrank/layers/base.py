@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
 from dynrank.kernels.lora_linear import Tap
+from dynrank.layers.compiled import compile_for_any_size
 from dynrank.layers.ranked import check_capacity, put_factors, take_rank
-from dynrank.layers.varying_rank import compile_for_any_size
 
 
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:

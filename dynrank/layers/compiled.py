@@ -1,13 +1,17 @@
-"""Models that ``torch.compile`` has wrapped, in whole or in part, and the names that their modules have without it."""
+"""Models under ``torch.compile``: their modules' plain names, and code that serves changing ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-__all__ = ["compiled_alone", "named_modules", "plain_name", "uncompiled"]
+from dynrank.layers.ranked import RankedLayer
+
+__all__ = ["compile_for_any_size", "compiled_alone", "forget_compiled", "named_modules", "plain_name", "uncompiled"]
 
 _INSIDE = "_orig_mod"  # the one child of torch.compile's wrapper
 
@@ -41,3 +45,24 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def compiled_alone(model: nn.Module) -> set[int]:
     """Ids of the modules that wrappers inside ``model`` hold: one put in their place would never be called."""
     return {id(uncompiled(module)) for module in model.modules() if module is not model and _INSIDE in module._modules}
+
+
+def compile_for_any_size(parameter: Tensor, dim: int) -> None:
+    """Let torch.compile leave the size of ``parameter`` along ``dim`` open; a size of 1 it compiles for by itself.
+
+    It takes the shapes of all parameters as given unless told otherwise for the whole process, which this does; it
+    changes nothing for parameters whose shapes stay.
+    """
+    import torch._dynamo  # here, because it takes a second
+
+    torch._dynamo.config.force_parameter_static_shapes = False
+    torch._dynamo.maybe_mark_dynamic(parameter, dim)
+
+
+def forget_compiled(changed: Iterable[RankedLayer]) -> None:
+    """After a change of rank, let compiled code be made anew, unless it serves the new ranks.
+
+    torch keeps 8 versions of a function by shapes, and then runs it eagerly and says so in a log only.
+    """
+    if "torch._dynamo" in sys.modules and any(layer.capacity is None for layer in changed):
+        torch.compiler.reset()

@@ -1,9 +1,8 @@
-"""Putting LoRA layers into a model, finding them again, and dissolving them into plain layers."""
+"""Putting LoRA layers into a model."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,13 +13,13 @@ from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import target_names
-from dynrank.layers.compiled import named_modules, uncompiled
+from dynrank.layers.compiled import named_modules
+from dynrank.layers.finding import own_layers, tied_weights
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.grouping import group_layers
 from dynrank.layers.kinds import LoRAConv1D, LoRALinear, layer_class
-from dynrank.layers.peft_layers import peft_layers, refuse_peft
-from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
-from dynrank.layers.ranked import RankedLayer, check_capacity
+from dynrank.layers.peft_layers import refuse_peft
+from dynrank.layers.ranked import check_capacity
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 
 M = TypeVar("M", bound=nn.Module)
@@ -140,7 +139,7 @@ def place_layers(
     new, old = {id(layer.base): layer for layer in layers.values()}, own_layers(model).values()
     adapted = {id(layer.base) for layer in old}
     replacements: dict[int, nn.Module] = {id(layer): new.get(id(layer.base), layer.base) for layer in old}
-    _replace(model, replacements | {base: layer for base, layer in new.items() if base not in adapted})
+    replace_modules(model, replacements | {base: layer for base, layer in new.items() if base not in adapted})
     for layer in layers.values():
         layer.train(layer.base.training)
     group = vars(model).get("_groups_layers", False) if group is None else group
@@ -168,98 +167,11 @@ def base_values(module: nn.Module, *, note: bool = False) -> dict[str, Tensor | 
     return values
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
-    """Every LoRA layer of ``model`` with its name, in the order of ``named_modules()``.
-
-    Names are those of the model before ``torch.compile`` has wrapped it or a part of it.
-
-    In a model wrapped by PEFT they are views of PEFT's layers, for the adapter that is active.
-
-    Raises:
-        ConfigurationError: if a layer of PEFT computes something else than a plain LoRA layer (see
-            :func:`dynrank.layers.peft_layers.peft_layers`), or the model holds layers of both libraries.
-    """
-    own, theirs = own_layers(model), peft_layers(model)
-    if own and theirs:
-        raise ConfigurationError(
-            f"the model holds LoRA layers of dynrank ({next(iter(own))!r}) and of PEFT ({next(iter(theirs))!r}); "
-            "use one of the two"
-        )
-    yield from own.items()
-    yield from theirs.items()
-
-
-def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The LoRA layers that dynrank has put into ``model``, by name."""
-    return {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
-
-
-def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by every name that it has without LoRA layers, whose bases stand for them."""
-    found: list[tuple[str, nn.Module]] = [("", model)]
-    while found:
-        name, module = found.pop()
-        module = uncompiled(module)
-        if isinstance(module, LoRALayer):
-            module = module.base
-        yield name, module
-        children = ((f"{name}.{key}" if name else key, child) for key, child in module._modules.items())
-        found += reversed([(key, child) for key, child in children if child is not None])
-
-
-def merge(model: M) -> M:
-    """Merge every LoRA layer into its base and take it out, in place; the model is plain afterwards.
-
-    A head tied to an embedding gets a weight of its own (and the model's config says so), since the adapter belongs to
-    the head alone. A base that bitsandbytes has packed into 4 bits is unpacked. Weights keep their dtype; the sum is
-    made in float32 or wider.
-
-    Raises:
-        ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is packed into 8 bits.
-    """
-    refuse_peft(model, "merge", "call its merge_and_unload()")
-    layers = own_layers(model)
-    if not layers:
-        raise ConfigurationError("the model has no LoRA layers to merge")
-    packed = {name: layer.base for name, layer in layers.items() if is_quantized(layer.base)}
-    faults = [f"{name!r}: {fault}" for name, base in packed.items() if (fault := unpack_fault(base))]
-    if faults:
-        raise ConfigurationError("the model cannot be merged:\n  " + "\n  ".join(faults[:20]))
-    if _adapts_tied_weight(model, layers.values()):
-        _mark_untied(model)
-    for layer in layers.values():
-        if not layer.merged:
-            layer.merge()
-    _replace(model, {id(layer): layer.base for layer in layers.values()})
-    mark_unpacked(model)
-    return model
-
-
-def _adapts_tied_weight(model: nn.Module, layers: Collection[LoRALayer]) -> bool:
-    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    places.update(id(layer.own_weight) for layer in layers if layer.merged)
-    return any(places[id(layer.own_weight)] > 1 for layer in layers)
-
-
-def _replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
+    """Put ``replacements[id]`` wherever the module of that id stands in ``model``."""
     for parent in list(model.modules()):
         if isinstance(parent, LoRALayer) and id(parent) not in replacements:
             continue  # the base inside a layer just placed stays where it is
         for attribute, child in list(parent._modules.items()):  # named_children() skips a second name of one child
             if id(child) in replacements:
                 setattr(parent, attribute, replacements[id(child)])
-
-
-def tied_weights(model: nn.Module) -> set[int]:
-    """Ids of the parameters that stand under more than one name."""
-    seen: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        seen[id(parameter)] = seen.get(id(parameter), 0) + 1
-    return {key for key, count in seen.items() if count > 1}
-
-
-def _mark_untied(model: nn.Module) -> None:
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False

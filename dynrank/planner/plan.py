@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from dynrank.adapters.save import trained_heads
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
-from dynrank.layers.placing import add_lora, own_layers
+from dynrank.layers.finding import adapter_parameters, own_layers
+from dynrank.layers.placing import add_lora
 from dynrank.models.config import meta_model, read_config
 from dynrank.models.sizes import storage_bytes, tensors_of
 from dynrank.planner.base_weights import DTYPES, PACKED, check_weights, pack_linear, without_values
@@ -250,7 +251,7 @@ def _needs(
     counted = sum(parameter.numel() for parameter in trained) - head_parameters
     if counted != parameters:
         raise RuntimeError(f"r * (d_in + d_out) is {parameters:,} over all layers, but {counted:,} are trained")
-    factors = [factor for layer in layers.values() for factor in (layer.lora_A, layer.lora_B)]
+    factors = adapter_parameters(model)
     own = {id(factor) for factor in factors}
     state = optimizer_state_bytes(factors, [p for p in trained if id(p) not in own], optimizer)
     if hasattr(model.config, "use_cache"):

@@ -32,7 +32,7 @@ from dynrank.callbacks import (
     check_strategy,
 )
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.run.config import plain, rank_pattern
 from dynrank.run.folder import checkpoint_of, claim, join, take_up

@@ -16,7 +16,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import add_lora, lora_layers
+from dynrank.layers.finding import adapter_parameters
+from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import head_names, load_classifier, load_tokenizer, model_source
 from dynrank.tasks.data.icd10 import Terms, TermSplits, icd10_terms
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread, weight
@@ -175,7 +176,7 @@ class TermClassifier(LightningModule):
         self._evaluate(batch, name, (self.test_quality, self.final_quality, None)[dataloader_idx])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        adapter = [p for _, layer in lora_layers(self.model) for p in (layer.lora_A, layer.lora_B)]
+        adapter = adapter_parameters(self.model)
         head = [p for name in head_names(self.model) for p in self.model.get_submodule(name).parameters()]
         total_steps = int(self.trainer.estimated_stepping_batches)
         return make_optimizer(adapter, head, total_steps, **self.optimizer_options)

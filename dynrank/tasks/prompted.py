@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader
 
 from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import add_lora, lora_layers
+from dynrank.layers.finding import adapter_parameters
+from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer, model_source
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread, weight
 from dynrank.tasks.optimizers import make_optimizer
@@ -161,7 +162,7 @@ class PromptedModel(LightningModule):
         return loss
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        adapter = [p for _, layer in lora_layers(self.model) for p in (layer.lora_A, layer.lora_B)]
+        adapter = adapter_parameters(self.model)
         return make_optimizer(adapter, [], int(self.trainer.estimated_stepping_batches), **self.optimizer_options)
 
     def evaluate(self, batch: dict[str, Tensor], split: str) -> tuple[Tensor, Tensor]:

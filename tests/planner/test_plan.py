@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 import dynrank
-from dynrank.layers.placing import own_layers
+from dynrank.layers.finding import own_layers
 from dynrank.models.config import meta_model, read_config, shipped_models
 from dynrank.planner.plan import make_plan, parse_bytes
 from dynrank.run.config import plain

@@ -11,7 +11,7 @@ from dynrank.callbacks.trainer.averages import averaging_callbacks
 from dynrank.callbacks.trainer.strategies import check_setup
 from dynrank.change.optimizer_state import check_optimizer
 from dynrank.errors import ConfigurationError
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import adapter_parameters
 from dynrank.schedules import How
 
 
@@ -41,7 +41,7 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How
             "precision=16-true keeps adapters and optimizer state in float16, where Adam's eps of 1e-8 is zero and the "
             "first steps give NaN; set trainer.precision=bf16-true or 16-mixed"
         )
-    parameters = [p for _, layer in lora_layers(pl_module) for p in (layer.lora_A, layer.lora_B)]
+    parameters = adapter_parameters(pl_module)
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     for how in hows:
         for optimizer in trainer.optimizers:

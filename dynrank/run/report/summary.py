@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from dynrank.callbacks import RankEvent, RunMeter
-from dynrank.layers.placing import lora_layers
+from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.linalg import singular_values
 from dynrank.models.sizes import storage_bytes
 from dynrank.output.console import span
@@ -73,7 +73,7 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
         ``adapter``, the factors of all LoRA layers; ``gradients``, as many as all trained parameters have, those of a
         head included; ``optimizer``, its state.
     """
-    factors = [factor for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)]
+    factors = adapter_parameters(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     state = [value for optimizer in optimizers for value in tree_leaves(list(optimizer.state.values()))]
     return {

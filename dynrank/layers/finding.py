@@ -1,0 +1,65 @@
+"""The LoRA layers of a model, their parameters, and the plain modules around them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+
+from dynrank.errors import ConfigurationError
+from dynrank.layers.base import LoRALayer
+from dynrank.layers.compiled import named_modules, uncompiled
+from dynrank.layers.peft_layers import peft_layers
+from dynrank.layers.ranked import RankedLayer
+
+__all__ = ["adapter_parameters", "lora_layers", "own_layers", "plain_modules", "tied_weights"]
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
+    """Every LoRA layer of ``model`` with its name, in the order of ``named_modules()``.
+
+    Names are those of the model before ``torch.compile`` has wrapped it or a part of it. In a model wrapped by PEFT the
+    layers are views of PEFT's, for the adapter that is active.
+
+    Raises:
+        ConfigurationError: if a layer of PEFT computes something else than a plain LoRA layer (see
+            :func:`dynrank.layers.peft_layers.peft_layers`), or the model holds layers of both libraries.
+    """
+    own, theirs = own_layers(model), peft_layers(model)
+    if own and theirs:
+        raise ConfigurationError(
+            f"the model holds LoRA layers of dynrank ({next(iter(own))!r}) and of PEFT ({next(iter(theirs))!r}); "
+            "use one of the two"
+        )
+    yield from own.items()
+    yield from theirs.items()
+
+
+def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """lora_A and lora_B of every LoRA layer of ``model``, layer by layer; errors as in :func:`lora_layers`."""
+    return [factor for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)]
+
+
+def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The LoRA layers that dynrank has put into ``model``, by name."""
+    return {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
+
+
+def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by every name that it has without LoRA layers, whose bases stand for them."""
+    found: list[tuple[str, nn.Module]] = [("", model)]
+    while found:
+        name, module = found.pop()
+        module = uncompiled(module)
+        if isinstance(module, LoRALayer):
+            module = module.base
+        yield name, module
+        children = ((f"{name}.{key}" if name else key, child) for key, child in module._modules.items())
+        found += reversed([(key, child) for key, child in children if child is not None])
+
+
+def tied_weights(model: nn.Module) -> set[int]:
+    """Ids of the parameters that stand under more than one name."""
+    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in places.items() if count > 1}
