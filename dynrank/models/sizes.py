@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from dynrank.layers.quantized import is_quantized
 
-__all__ = ["storage_bytes", "tensors_of"]
+__all__ = ["storage_bytes", "storage_key", "tensors_of"]
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer, and what bitsandbytes keeps beside a packed weight; some more than once."""
+    """Every parameter and buffer, and the scales and tables beside a weight that bitsandbytes has packed."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             yield from (tensor for tensor in tensors.values() if tensor is not None)
@@ -26,7 +26,13 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
             yield from (tensor for tensor in kept if tensor is not None)
 
 
+def storage_key(tensor: Tensor) -> int:
+    """The same number for all tensors that share a storage, as long as one of them lives."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
     """Bytes of the storages that hold ``tensors``, each storage once."""
-    storages = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    held = [tensor for tensor in tensors if tensor is not None]
+    return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in held}.values())

@@ -1,4 +1,4 @@
-"""Bytes of an optimizer's state, by making the optimizer and a step of it."""
+"""Bytes of an optimizer's state, from a step that the optimizer really makes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.models.sizes import storage_bytes
+from dynrank.models.sizes import storage_bytes, storage_key
 from dynrank.tasks.optimizers import make_optimizer
 
 __all__ = ["optimizer_state_bytes"]
@@ -19,10 +19,10 @@ __all__ = ["optimizer_state_bytes"]
 def optimizer_state_bytes(
     adapter: Iterable[nn.Parameter], head: Iterable[nn.Parameter], options: Mapping[str, Any]
 ) -> int:
-    """Bytes of the state after a step, for parameters whose shapes and dtypes alone are looked at.
+    """Bytes of the state after a step, for parameters of which only shapes and dtypes are looked at.
 
-    The step is made for real, on zeros, for two parameters of each kind: state that the two share is counted once (the
-    tables of an 8-bit optimizer), the rest as often as there are parameters of the kind.
+    The step is made on zeros, for at most two parameters of each shape and dtype. State that two of them share (the
+    tables of an 8-bit optimizer) is counted once, the rest once for each parameter.
 
     Args:
         adapter: parameters of LoRA layers.
@@ -32,14 +32,10 @@ def optimizer_state_bytes(
     Raises:
         ConfigurationError: if the optimizer cannot be made or does not make a step.
     """
-    kinds = [Counter((parameter.shape, parameter.dtype) for parameter in group) for group in (adapter, head)]
-    groups = [
-        {kind: [_stand_in(*kind) for _ in range(min(count, 2))] for kind, count in counts.items()} for counts in kinds
-    ]
-    of_adapter, of_head = ([p for ps in group.values() for p in ps] for group in groups)
+    of_adapter, of_head = _stand_ins(adapter), _stand_ins(head)
     made: Any = make_optimizer(of_adapter, of_head, 1000, **options)
     optimizer = made["optimizer"]
-    if hasattr(optimizer, "train"):  # a schedule-free one has modes
+    if hasattr(optimizer, "train"):  # a schedule-free optimizer has modes
         optimizer.train()
     try:
         optimizer.step()
@@ -47,26 +43,20 @@ def optimizer_state_bytes(
         raise ConfigurationError(
             f"optimizer.name={options['name']} does not make a step on its own: {error}; set optimizer"
         ) from error
-    states = [
-        (_tensors(optimizer.state[ps[0]]), counts[kind])
-        for group, counts in zip(groups, kinds, strict=True)
-        for kind, ps in group.items()
-    ]
-    holders = Counter(key for state in optimizer.state.values() for key in {_key(t) for t in _tensors(state)})
-    own = sum(count * storage_bytes(t for t in tensors if holders[_key(t)] == 1) for tensors, count in states)
-    return own + storage_bytes(t for tensors, _ in states for t in tensors if holders[_key(t)] > 1)
+    stand_ins = of_adapter | of_head
+    tensors = {p: [value for value in optimizer.state[p].values() if isinstance(value, Tensor)] for p in stand_ins}
+    holders = Counter(key for held in tensors.values() for key in {storage_key(tensor) for tensor in held})
+    shared = storage_bytes(t for held in tensors.values() for t in held if holders[storage_key(t)] > 1)
+    own = {p: storage_bytes(t for t in held if holders[storage_key(t)] == 1) for p, held in tensors.items()}
+    return shared + round(sum(count * own[p] for p, count in stand_ins.items()))
 
 
-def _stand_in(shape: torch.Size, dtype: torch.dtype) -> nn.Parameter:
-    parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
-    parameter.grad = torch.zeros_like(parameter)
-    return parameter
-
-
-def _tensors(state: Mapping[str, Any]) -> list[Tensor]:
-    return [value for value in state.values() if isinstance(value, Tensor)]
-
-
-def _key(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
+def _stand_ins(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, float]:
+    """At most two new parameters of each shape and dtype -> how many of ``parameters`` each stands for."""
+    made = {}
+    for (shape, dtype), count in Counter((parameter.shape, parameter.dtype) for parameter in parameters).items():
+        for _ in range(min(count, 2)):
+            parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+            parameter.grad = torch.zeros_like(parameter)
+            made[parameter] = count / min(count, 2)
+    return made

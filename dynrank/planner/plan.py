@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pydantic import BeforeValidator, ByteSize, Field
 from torch import nn
 from transformers import PreTrainedModel
 
 from dynrank.adapters.save import trained_heads
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, read_as, validated
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.layers.placing import add_lora
 from dynrank.models.config import meta_model, read_config
 from dynrank.models.sizes import storage_bytes, tensors_of
-from dynrank.planner.base_weights import DTYPES, PACKED, check_weights, pack_linear, without_values
+from dynrank.planner.base_weights import DTYPES, set_weights, without_values
 from dynrank.planner.optimizer import optimizer_state_bytes
 from dynrank.planner.step import CountingMode, count_step, token_batch
 from dynrank.run.config import plain, rank_pattern
-from dynrank.run.trusted import make
 
-__all__ = ["Need", "Plan", "make_plan", "parse_bytes"]
+__all__ = ["Need", "Plan", "make_plan"]
 
-_UNITS = {"B": 1, **{f"{p}iB": 2 ** (10 * i) for i, p in enumerate("KMGT", 1)}}
-_UNITS |= {f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}
-# What Lightning calls it: dtype of all parameters (None: as they are), dtype of autocast.
+# Lightning's precisions: dtype of all parameters (None: as they are), dtype of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "32": (None, None),
     "32-true": (None, None),
@@ -39,6 +37,25 @@ _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "bf16-mixed": (None, torch.bfloat16),
     "16-mixed": (None, torch.float16),
 }
+
+
+def _with_unit(size: object) -> object:
+    if not str(size).strip().lower().endswith("b"):
+        raise ValueError(f"must be a size with its unit, such as 24GiB or 500 MB, got {size!r}")
+    return size
+
+
+@validated("plan")
+class Question:
+    """What ``dynrank plan`` is asked beside the run's own configuration; null takes the run's own value."""
+
+    model: Annotated[str, Field(min_length=1)] | None
+    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"] | None
+    double_quantization: bool
+    batch_size: Annotated[int, Field(ge=1)]
+    sequence_length: Annotated[int, Field(ge=1)]
+    ranks: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
+    budget: Annotated[ByteSize, Field(ge=1), BeforeValidator(_with_unit)] | None
 
 
 @dataclass(frozen=True)
@@ -53,7 +70,7 @@ class Need:
         weights: the frozen base and all buffers.
         adapter: the factors, and the modules that are trained whole.
         optimizer: its state.
-        gradients: of what is trained, all of them.
+        gradients: of all that is trained.
         activations: saved by the forward for the backward.
         step: the most that forward and backward hold at once of activations, gradients and temporary tensors.
     """
@@ -80,14 +97,14 @@ class Plan:
     """The needs of a model and a batch.
 
     Attributes:
-        model: what the user calls it, and its class.
+        model: its name and class.
         parameters: of the model without LoRA.
-        head_parameters: of the modules among them that are trained whole.
-        weights: kind of the frozen base: fp32, bf16, fp16, nf4 or int8.
+        head_parameters: those of them that are trained whole.
+        weights: dtype or packing of the frozen base: fp32, bf16, fp16, nf4 or int8.
         layers: names of the layers that have LoRA.
         batch: (sequences, tokens of each).
         optimizer: its name.
-        budget: in bytes, if there is one.
+        budget: bytes to fit into, if any.
         needs: by rank, without and with checkpointing.
     """
 
@@ -114,66 +131,48 @@ def make_plan(config: DictConfig) -> Plan:
         ConfigurationError: if any value cannot be used.
         RuntimeError: if the count of trained parameters is not what the formula gives.
     """
-    ranks, budget = _ranks(config), parse_bytes(config.budget) if config.budget is not None else None
-    check_weights(config.weights)
-    batch = _size(config, "batch_size", "batch_size"), _size(config, "sequence_length", "max_length")
+    asked = _asked(config)
     precision = _PRECISIONS.get(str(config.trainer.precision))
     if precision is None:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
-    build = _builder(config)
-    needs: list[Need] = []
-    for rank in ranks:
+    dtype, autocast = precision
+    build = _of_model(asked) if asked.model is not None else _of_task(config)
+    batch, needs = (asked.batch_size, asked.sequence_length), list[Need]()
+    for rank in sorted(set(asked.ranks)):
         with _rank_named(rank):
             model, heads = build(rank)
-        _check_length(model, batch[1])
-        parameters, head_parameters = model.num_parameters(), _count(model, heads)
-        dtype, autocast = precision
-        kind = _set_weights(model, config, dtype, heads)
-        with _rank_named(rank):
+            _check_length(model, asked.sequence_length)
+            parameters, head_parameters = model.num_parameters(), _count(model, heads)
+            kind = set_weights(model, asked.weights, dtype, double=asked.double_quantization, kept=heads)
             add_lora(model.train(), modules_to_save=heads, dtype=dtype or torch.float32, **_lora(config, rank))
         needs += _needs(model, rank, head_parameters, batch, autocast, plain(config.optimizer))
-    name = config.model or config.task.get("model") or type(model).__name__
+    name = asked.model or config.task.get("model") or type(model).__name__
     return Plan(
-        f"{name} ({type(model).__name__})",
-        parameters,
-        head_parameters,
-        kind,
-        tuple(own_layers(model)),
-        batch,
-        config.optimizer.name,
-        budget,
-        tuple(needs),
+        model=f"{name} ({type(model).__name__})",
+        parameters=parameters,
+        head_parameters=head_parameters,
+        weights=kind,
+        layers=tuple(own_layers(model)),
+        batch=batch,
+        optimizer=config.optimizer.name,
+        budget=asked.budget,
+        needs=tuple(needs),
     )
 
 
-def parse_bytes(text: Any, key: str = "budget") -> int:
-    """Bytes of a size such as ``24GiB``, ``500 MB`` or a plain number of bytes.
-
-    >>> parse_bytes("1.5KiB"), parse_bytes("2 GB"), parse_bytes(10)
-    (1536, 2000000000, 10)
-    """
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)", str(text).strip())
-    unit = next((u for u in _UNITS if match and u.lower() == (match[2] or "B").lower()), None)
-    size = round(float(match[1]) * _UNITS[unit]) if match and unit else 0
-    if size < 1:
-        raise ConfigurationError(f"{key} must be a size such as 24GiB (units: {', '.join(_UNITS)}), got {text!r}")
-    return size
-
-
-def _ranks(config: DictConfig) -> list[int]:
-    ranks = plain(config.ranks)
-    if ranks is None:
-        ranks = [config.lora.rank]
-    if isinstance(ranks, int):
-        ranks = [ranks]
-    if not isinstance(ranks, list) or not ranks or not all(type(rank) is int and rank >= 1 for rank in ranks):
-        raise ConfigurationError(f"ranks must be null or a list of whole numbers of at least 1, got {ranks!r}")
-    return sorted(set(ranks))
+def _asked(config: DictConfig) -> Question:
+    values = {name: plain(config[name]) for name in Question.__annotations__}
+    for name, of_task in (("batch_size", "batch_size"), ("sequence_length", "max_length")):
+        if values[name] is None:
+            values[name] = OmegaConf.select(config.task, of_task)
+    ranks = values["ranks"] if values["ranks"] is not None else config.lora.rank
+    values["ranks"] = ranks if isinstance(ranks, list) else [ranks]
+    return read_as(Question, values, "the keys of dynrank plan")
 
 
 @contextmanager
 def _rank_named(rank: int) -> Iterator[None]:
-    """Errors say which of the ranks was at fault, and not for hundreds of layers."""
+    """Say in an error at which of the ranks it arose, and list no more than three layers."""
     try:
         yield
     except ConfigurationError as error:
@@ -190,26 +189,21 @@ def _check_length(model: PreTrainedModel, length: int) -> None:
         )
 
 
-def _size(config: DictConfig, key: str, of_task: str) -> int:
-    value = config[key] if config[key] is not None else OmegaConf.select(config.task, of_task)
-    if value is None:
-        raise ConfigurationError(f"the task has no {of_task}; set {key}")
-    if not isinstance(value, int) or value < 1:
-        raise ConfigurationError(f"{key} must be a whole number of at least 1, got {value!r}")
-    return value
+_Build = Callable[[int], tuple[PreTrainedModel, list[str]]]
+"""From a rank to the model without LoRA, on the meta device, and the names of what is trained whole."""
 
 
-def _builder(config: DictConfig) -> Callable[[int], tuple[PreTrainedModel, list[str]]]:
-    """A function from a rank to the model without LoRA, on the meta device, and what of it is trained whole."""
-    if config.model is not None:
-        read = read_config(config.model)
-        dtype = DTYPES.get(config.weights) or (torch.bfloat16 if config.weights in PACKED else read.dtype)
-        return lambda rank: (meta_model(read, dtype or torch.float32), [])
-    task = make(config.task, "task")
-    optimizer = plain(config.optimizer)
+def _of_model(asked: Question) -> _Build:
+    config = read_config(asked.model or "")
+    dtype = DTYPES.get(asked.weights or "") or config.dtype or torch.float32
+    return lambda rank: (meta_model(config, dtype), [])
 
-    def of_task(rank: int) -> tuple[PreTrainedModel, list[str]]:
-        model: Any = task.module(_lora(config, rank), optimizer, on_meta=True).model
+
+def _of_task(config: DictConfig) -> _Build:
+    task = instantiate(config.task, _convert_="all")
+
+    def build(rank: int) -> tuple[PreTrainedModel, list[str]]:
+        model: Any = task.module(_lora(config, rank), plain(config.optimizer), on_meta=True).model
         heads = list(trained_heads(model, own_layers(model)))
         for module in list(model.modules()):
             for name, child in module._modules.items():
@@ -217,24 +211,12 @@ def _builder(config: DictConfig) -> Callable[[int], tuple[PreTrainedModel, list[
                     module._modules[name] = child.base
         return model, heads
 
-    return of_task
+    return build
 
 
 def _lora(config: DictConfig, rank: int) -> dict[str, Any]:
     """Arguments of :func:`dynrank.add_lora`; every backend keeps the same tensors, and torch's runs without values."""
     return {**plain(config.lora), "rank": rank, "rank_map": rank_pattern(config.rank_map), "backend": "torch"}
-
-
-def _set_weights(model: PreTrainedModel, config: DictConfig, run: torch.dtype | None, heads: Sequence[str]) -> str:
-    """Bring the base to its dtype or packing, in place; returns the name of it."""
-    dtype = DTYPES.get(config.weights) or (torch.bfloat16 if config.weights in PACKED else run)
-    if dtype is not None:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-    if config.weights in PACKED:
-        pack_linear(model, config.weights, double=config.double_quantization, kept=heads)
-    known = {dtype: name for name, dtype in DTYPES.items()}
-    return config.weights or known.get(model.dtype, str(model.dtype).removeprefix("torch."))
 
 
 def _needs(
@@ -244,52 +226,43 @@ def _needs(
     batch: tuple[int, int],
     autocast: torch.dtype | None,
     optimizer: dict[str, Any],
-) -> list[Need]:
-    layers = own_layers(model)
-    parameters = sum(layer.rank * sum(type(layer).shape_of(layer.base)) for layer in layers.values())
+) -> Iterator[Need]:
+    """The need of a model with its LoRA layers, without checkpointing and, if the model supports it, with."""
+    layers = own_layers(model).values()
+    parameters = sum(layer.rank * sum(type(layer).shape_of(layer.base)) for layer in layers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     counted = sum(parameter.numel() for parameter in trained) - head_parameters
     if counted != parameters:
         raise RuntimeError(f"r * (d_in + d_out) is {parameters:,} over all layers, but {counted:,} are trained")
-    factors = adapter_parameters(model)
-    own = {id(factor) for factor in factors}
-    state = optimizer_state_bytes(factors, [p for p in trained if id(p) not in own], optimizer)
+    factors = set(adapter_parameters(model))
+    state = optimizer_state_bytes(factors, [p for p in trained if p not in factors], optimizer)
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # the keys and values of a training step are not used again
+        model.config.use_cache = False  # a training step does not use keys and values again
     mode = CountingMode()
     without_values(model, mode)
     with mode:
         inputs = token_batch(model, *batch)
     adapter = storage_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     weights = storage_bytes(tensors_of(model)) - adapter
-    ranks = [layer.rank for layer in layers.values()]
-    needs = []
+    ranks = [layer.rank for layer in layers]
     for checkpointing in (False, True) if model.supports_gradient_checkpointing else (False,):
         if checkpointing:
-            _checkpoint(model)
+            checkpoint: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            checkpoint({"use_reentrant": False})
         step = count_step(model, inputs, mode, autocast=autocast)
-        needs.append(
-            Need(
-                rank,
-                (min(ranks), max(ranks)),
-                parameters,
-                checkpointing,
-                weights,
-                adapter,
-                state,
-                step.gradients,
-                step.activations,
-                step.peak,
-            )
+        yield Need(
+            rank=rank,
+            ranks=(min(ranks), max(ranks)),
+            parameters=parameters,
+            checkpointing=checkpointing,
+            weights=weights,
+            adapter=adapter,
+            optimizer=state,
+            gradients=step.gradients,
+            activations=step.activations,
+            step=step.peak,
         )
-    return needs
 
 
-def _checkpoint(model: Any) -> None:
-    """Recompute every block in the backward, by torch's own function."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def _count(model: nn.Module, heads: Sequence[str]) -> int:
+def _count(model: nn.Module, heads: list[str]) -> int:
     return sum(parameter.numel() for name in heads for parameter in model.get_submodule(name).parameters())

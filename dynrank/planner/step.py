@@ -1,4 +1,8 @@
-"""The bytes of one training step of a model, counted by running it on tensors without values."""
+"""The bytes of one training step of a model, counted by running it on tensors without values.
+
+torch.distributed._tools.mem_tracker does not serve: it hooks the gradient of every parameter, and fails on frozen ones
+(torch 2.13).
+"""
 
 from __future__ import annotations
 
@@ -17,9 +21,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from dynrank.errors import ConfigurationError
-from dynrank.models.sizes import storage_bytes, tensors_of
+from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
 
-__all__ = ["CountingMode", "SavedTensors", "StepMemory", "count_step", "loss_of", "token_batch"]
+__all__ = ["CountingMode", "StepMemory", "count_step", "token_batch"]
+
+_WITH_LOSS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")
 
 
 @dataclass(frozen=True)
@@ -37,78 +43,54 @@ class StepMemory:
     peak: int
 
 
-class SavedTensors(saved_tensors_hooks):
-    """Counts the storages that autograd saves within it, but for those of ``own``."""
-
-    def __init__(self, own: Iterable[Tensor]) -> None:
-        self._own = {_key(tensor): tensor for tensor in own}  # held: addresses are used again
-        self._saved: dict[int, Any] = {}
-        super().__init__(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._own:
-            self._saved[storage._cdata] = storage
-        return tensor
-
-    def release(self) -> int:
-        """The bytes; the storages are not held any more."""
-        counted: int = sum(storage.nbytes() for storage in self._saved.values())
-        self._saved.clear()
-        return counted
-
-
 class CountingMode(FakeTensorMode):
-    """Tensors without values, on the CPU as far as anybody can tell; and a count of what ops allocate.
+    """Tensors without values that pass for tensors on the CPU, and a count of the bytes that ops allocate.
 
     Real tensors may be mixed in (tables of an 8-bit format).
 
     Attributes:
-        held: bytes of the storages that ops have given out since :meth:`follow` and that are not freed.
-        peak: the most so far.
+        held: bytes that ops have allocated since :meth:`follow` and that are not freed.
+        peak: the largest value of ``held`` so far.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
-        self._sizes: dict[int, int] | None = None
-        self._within = False
-        self._own: list[Tensor] = []
+        self._sizes: dict[int, int] | None = None  # bytes of each storage that is followed
+        self._within_op = False
 
     @contextmanager
     def follow(self, own: Iterable[Tensor]) -> Iterator[None]:
-        """Use the mode and count from 0 on; storages of ``own`` do not count."""
-        self._own = list(own)  # held: addresses are used again
-        self._sizes, self.held, self.peak = {_key(tensor): 0 for tensor in self._own}, 0, 0
+        """Use the mode and count from 0 on; storages of ``own``, which must outlive the block, do not count."""
+        self._sizes, self.held, self.peak = {storage_key(tensor): 0 for tensor in own}, 0, 0
         try:
             with self:
                 yield
         finally:
-            self._sizes, self._own = None, []
+            self._sizes = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        within, self._within = self._within, True
+        outermost, self._within_op = not self._within_op, True
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs or {})
         finally:
-            self._within = within
-        # what an op makes on its way appears only when its shapes are met for the first time
-        if self._sizes is not None and not within:
+            self._within_op = not outermost
+        # Only what an outermost op returns: what it makes on its way is seen only when its shapes are new to the cache.
+        if self._sizes is not None and outermost:
             for tensor in tree_leaves(out):
-                if isinstance(tensor, Tensor) and _key(tensor) not in self._sizes:
-                    self._allocated(tensor.untyped_storage())
+                if isinstance(tensor, Tensor) and storage_key(tensor) not in self._sizes:
+                    self._allocated(self._sizes, tensor.untyped_storage())
         return out
 
-    def _allocated(self, storage: Any) -> None:
-        assert self._sizes is not None
-        self._sizes[storage._cdata] = storage.nbytes()
+    def _allocated(self, sizes: dict[int, int], storage: Any) -> None:
+        sizes[storage._cdata] = storage.nbytes()
         self.held += storage.nbytes()
         self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._freed, self._sizes, storage._cdata)
+        weakref.finalize(storage, self._freed, sizes, storage._cdata)
 
     def _freed(self, sizes: dict[int, int], key: int) -> None:
         freed = sizes.pop(key)
-        if sizes is self._sizes:  # what outlives the count is none of the next one's business
+        if sizes is self._sizes:  # a storage that outlives its count does not touch the next one
             self.held -= freed
 
 
@@ -129,16 +111,20 @@ def count_step(
         ConfigurationError: if the model looks at values, or does not take the batch.
     """
     own = [*tensors_of(model), *batch.values()]
-    saved = SavedTensors(own)
+    own_keys, saved = {storage_key(tensor) for tensor in own}, dict[int, Any]()
+
+    def save(tensor: Tensor) -> Tensor:
+        if storage_key(tensor) not in own_keys:
+            saved[storage_key(tensor)] = tensor.untyped_storage()
+        return tensor
+
+    precision = torch.autocast("cpu", autocast) if autocast is not None else nullcontext()
     try:
         with mode.follow(own):
-            with (
-                saved,
-                _one_sequence_per_row(),
-                torch.autocast("cpu", autocast) if autocast is not None else nullcontext(),
-            ):
-                loss = loss_of(model, batch)
-            activations = saved.release()
+            with saved_tensors_hooks(save, lambda tensor: tensor), _one_sequence_per_row(), precision:
+                loss = _loss_of(model, batch)
+            activations = sum(storage.nbytes() for storage in saved.values())
+            saved.clear()
             loss.backward()  # type: ignore[no-untyped-call]
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigurationError(
@@ -151,14 +137,13 @@ def count_step(
             "set model, batch_size or sequence_length"
         ) from error
     gradients = storage_bytes(parameter.grad for parameter in model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = None
+    model.zero_grad(set_to_none=True)
     return StepMemory(activations, gradients, mode.peak)
 
 
 @contextmanager
 def _one_sequence_per_row() -> Iterator[None]:
-    """Let transformers know without values what it reads off position_ids otherwise: no row is made of several."""
+    """Tell transformers that no row is packed of several sequences, which it reads off the values of position_ids."""
     found = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda *_, **__: None
     try:
@@ -168,35 +153,27 @@ def _one_sequence_per_row() -> Iterator[None]:
 
 
 def token_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
-    """A batch of full sequences: int64 ``input_ids`` and, where the model has a loss of its own, its ``labels``.
+    """A batch of full sequences: int64 ``input_ids`` and, if the model has a loss of its own, its ``labels``.
 
     Raises:
         ConfigurationError: if the model does not read tokens.
     """
-    config: Any = model.config
+    name, config = type(model).__name__, model.config
     if getattr(model, "main_input_name", None) != "input_ids":
-        raise ConfigurationError(f"{type(model).__name__} does not read tokens (input_ids); set model")
-    ids = torch.zeros(batch_size, length, dtype=torch.long)
-    name = type(model).__name__
+        raise ConfigurationError(f"{name} does not read tokens (input_ids); set model")
+    batch = {"input_ids": torch.zeros(batch_size, length, dtype=torch.long)}
     if name.endswith("ForSequenceClassification"):
-        config.problem_type = "single_label_classification"
-        return {"input_ids": ids, "labels": torch.zeros(batch_size, dtype=torch.long)}
-    if name.endswith(
-        ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")
-    ):
-        return {"input_ids": ids, "labels": torch.zeros(batch_size, length, dtype=torch.long)}
-    return {"input_ids": ids}
+        config.problem_type = "single_label_classification"  # type: ignore[union-attr]
+        batch["labels"] = torch.zeros(batch_size, dtype=torch.long)
+    elif name.endswith(_WITH_LOSS):
+        batch["labels"] = torch.zeros(batch_size, length, dtype=torch.long)
+    return batch
 
 
-def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The model's own loss; without labels, the mean of what it gives out."""
+def _loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's own loss; without labels, the mean of its outputs."""
     out = model(**batch)
     if "labels" in batch:
         loss: Tensor = out.loss
         return loss
     return torch.stack([value.mean() for value in out.values() if isinstance(value, Tensor)]).sum()
-
-
-def _key(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key

@@ -75,8 +75,9 @@ def test_plot_is_a_picture(tiny, tmp_path, capsys):
     ("overrides", "words"),
     [
         (["budget=lots"], ["budget", "'lots'", "24GiB"]),
-        (["budget=0"], ["budget", "0"]),
-        (["ranks=[0]"], ["ranks", "[0]"]),
+        (["budget=24"], ["budget", "24", "24GiB"]),
+        (["budget=0B"], ["budget", "0"]),
+        (["ranks=[0]"], ["ranks", "got 0"]),
         (["ranks=[]"], ["ranks", "[]"]),
         (["ranks=[4.5]"], ["ranks", "4.5"]),
         (["ranks=[4,64]"], ["rank 64 of ranks", "min(d_in, d_out) = 32", "more"]),
