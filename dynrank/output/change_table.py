@@ -1,43 +1,44 @@
-"""Changes of rank as a table: layers grouped by their place in a block."""
+"""Changes of rank as a table with a line for each kind of layer."""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
 from dynrank.change.resize import LayerReport
-from dynrank.output.console import span
+from dynrank.output.console import empty_table, span
 
-__all__ = ["change_table", "group_layers"]
+__all__ = ["change_table", "layer_kinds"]
 
 
 def change_table(title: str, layers: Sequence[LayerReport]) -> Table:
-    """A line for each group of layers, and for all: how many, rank before and after, energy kept, parameters saved."""
-    table = Table(title=title)
-    for heading in ("layers", "count", "rank", "energy kept (min)", "params saved"):
-        table.add_column(heading, justify="left" if heading == "layers" else "right", overflow="fold")
-    for group, members in group_layers(layers).items():
-        table.add_row(group, *_summary(members))
+    """A line for each kind of layer, and for all: how many, rank before and after, energy kept, parameters saved."""
+    table = empty_table(title, "layers", "count", "rank", "energy kept (min)", "params saved")
+    kinds = layer_kinds(layer.layer for layer in layers)
+    for kind in dict.fromkeys(kinds.values()):
+        table.add_row(kind, *_summary([layer for layer in layers if kinds[layer.layer] == kind]))
     table.add_section()
     table.add_row("all", *_summary(layers))
     return table
 
 
-def group_layers(layers: Iterable[LayerReport]) -> dict[str, list[LayerReport]]:
-    """Reports by layer name without its numbers: ``h.0.attn`` and ``h.1.attn`` are one group, ``attn``.
+def layer_kinds(names: Iterable[str]) -> dict[str, str]:
+    """{layer: its kind}, which is what follows the last number in its name, or the whole name without its numbers.
 
-    A group is named by what follows the last number, or in full (``h.*.attn``) where that would name two.
+    The second is taken where the first would put layers from different places under one name.
+
+    >>> layer_kinds(["h.0.attn.q", "h.1.attn.q", "head"])
+    {'h.0.attn.q': 'attn.q', 'h.1.attn.q': 'attn.q', 'head': 'head'}
+    >>> layer_kinds(["encoder.0.q", "decoder.0.q"])
+    {'encoder.0.q': 'encoder.*.q', 'decoder.0.q': 'decoder.*.q'}
     """
-    groups: dict[str, list[LayerReport]] = {}
-    for layer in layers:
-        groups.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", layer.layer), []).append(layer)
-    short = [name.rpartition("*.")[2] for name in groups]
-    return {
-        tail if short.count(tail) == 1 else name: members
-        for tail, (name, members) in zip(short, groups.items(), strict=True)
-    }
+    whole = {name: re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
+    tails = {kind: kind.rpartition("*.")[2] for kind in whole.values()}
+    bearers = Counter(tails.values())
+    return {name: tails[kind] if bearers[tails[kind]] == 1 else kind for name, kind in whole.items()}
 
 
 def _summary(layers: Sequence[LayerReport]) -> tuple[str, str, str, str]:

@@ -1,17 +1,40 @@
-"""What the commands print on: tables, ranges of numbers, and silence while libraries are imported."""
+"""What the commands print on: tables, lines of facts, ranges of numbers, and silence while libraries are imported."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from rich.console import Console
+from rich.table import Table
+
+__all__ = ["empty_table", "print_facts", "print_table", "quiet_imports", "span", "table_console"]
 
 
 def table_console() -> Console:
     """The terminal; or, for a file or a pipe, lines with room for whole names of layers."""
     console = Console()
     return console if console.is_terminal else Console(width=180)
+
+
+def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Table:
+    """A table without rows: its first column and ``texts`` are aligned left, all others hold numbers."""
+    table = Table(title=title)
+    for index, heading in enumerate(headings):
+        justify = "left" if index == 0 or heading in texts else "right"
+        table.add_column(heading, justify=justify, overflow="fold", min_width=20 if heading == "layer" else None)
+    return table
+
+
+def print_table(table: Table) -> None:
+    """Print ``table`` as wide as the output takes it."""
+    table_console().print(table)
+
+
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Print a line for each fact, its name first."""
+    for name, fact in facts.items():
+        print(f"{name:<16} {fact}")
 
 
 def span(numbers: Collection[int]) -> str:
@@ -25,8 +48,8 @@ def span(numbers: Collection[int]) -> str:
 
 
 def quiet_imports() -> None:
-    """Keep libraries from talking while they are imported: of a font cache, and of kernels that nothing here needs."""
-    for name in ("matplotlib", "alembic"):  # the latter one of Optuna's
+    """Silence libraries that talk while they are imported."""
+    for name in ("matplotlib", "alembic"):  # the latter is imported by Optuna
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last one of torchao's own classes
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last one warns of torchao's classes
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,19 +1,24 @@
-"""The table of a change of rank groups layers by their place in a block."""
+"""Layers are grouped by their kind: their name without its numbers."""
+
+from rich.console import Console
 
 from dynrank.change.resize import LayerReport
-from dynrank.output.change_table import group_layers
+from dynrank.output.change_table import change_table, layer_kinds
 
 
-def report(name):
-    return LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), 10)
-
-
-def test_layers_are_grouped_by_their_name_without_numbers():
+def test_kind_is_what_follows_the_last_number_or_the_whole_name_where_that_would_collide():
     names = ["m.h.0.attn.q", "m.h.11.attn.q", "m.h.0.mlp", "m.head"]
-    groups = group_layers(report(name) for name in names)
-    assert {name: len(layers) for name, layers in groups.items()} == {"attn.q": 2, "mlp": 1, "m.head": 1}
+    assert list(layer_kinds(names).values()) == ["attn.q", "attn.q", "mlp", "m.head"]
+    assert list(layer_kinds(["encoder.0.q", "decoder.0.q"]).values()) == ["encoder.*.q", "decoder.*.q"]
 
 
-def test_groups_keep_their_full_names_where_the_short_ones_collide():
-    groups = group_layers(report(name) for name in ["encoder.0.q", "decoder.0.q"])
-    assert set(groups) == {"encoder.*.q", "decoder.*.q"}
+def test_table_has_a_line_for_each_kind_and_one_for_all():
+    layers = [LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), 10) for name in ("h.0.q", "h.1.q", "head")]
+    console = Console(width=120, record=True, quiet=True)
+    console.print(change_table("change", layers))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    cells = [[cell for cell in line if cell not in "│→"] for line in lines if line and line[0] == "│"]
+    expected = [["q", "2"], ["head", "1"], ["all", "3"]]
+    assert [line[:2] for line in cells] == expected
+    assert {tuple(line[2:-1]) for line in cells} == {("8", "4", "0.900", "(0.900)")}
+    assert [line[-1] for line in cells] == ["20", "10", "30"]
