@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +14,10 @@ from dynrank.adapters.config import alpha_of
 from dynrank.adapters.stored import StoredAdapter, one_thread
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, singular_values
+from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import table_console
 
-__all__ = ["LayerSpectrum", "check_plot", "inspect_adapter", "layer_kinds", "plot_inspection", "print_inspection"]
+__all__ = ["LayerSpectrum", "check_plot", "inspect_adapter", "plot_inspection", "print_inspection"]
 
 _FORMATS = (".png", ".pdf", ".svg")
 
@@ -104,15 +104,6 @@ def print_inspection(layers: Sequence[LayerSpectrum]) -> None:
     total = f"{sum(layer.parameters for layer in layers):,}"
     table.add_row(f"{len(layers)} layers", "", means[0], "", "", "", "", *means[1:], effective, total)
     table_console().print(table)
-
-
-def layer_kinds(names: Iterable[str]) -> dict[str, str]:
-    """{layer: its kind}, which is what follows the last number in its name.
-
-    >>> layer_kinds(["h.0.attn.q", "h.1.attn.q", "head"])
-    {'h.0.attn.q': 'attn.q', 'h.1.attn.q': 'attn.q', 'head': 'head'}
-    """
-    return {name: re.split(r"\.\d+\.", name)[-1] for name in names}
 
 
 def check_plot(file: Path) -> None:

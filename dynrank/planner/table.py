@@ -7,8 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.table import Table
 
-from dynrank.adapters.inspection import check_plot, layer_kinds
+from dynrank.adapters.inspection import check_plot
 from dynrank.errors import ConfigurationError
+from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import span, table_console
 from dynrank.planner.plan import Need, Plan, make_plan
 

@@ -16,9 +16,9 @@ def test_table_has_a_line_for_each_kind_and_one_for_all():
     layers = [LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), 10) for name in ("h.0.q", "h.1.q", "head")]
     console = Console(width=120, record=True, quiet=True)
     console.print(change_table("change", layers))
-    lines = [line.split() for line in console.export_text().splitlines()]
-    cells = [[cell for cell in line if cell not in "│→"] for line in lines if line and line[0] == "│"]
-    expected = [["q", "2"], ["head", "1"], ["all", "3"]]
-    assert [line[:2] for line in cells] == expected
-    assert {tuple(line[2:-1]) for line in cells} == {("8", "4", "0.900", "(0.900)")}
-    assert [line[-1] for line in cells] == ["20", "10", "30"]
+    lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["q", "2", "8 → 4", "0.900 (0.900)", "20"],
+        ["head", "1", "8 → 4", "0.900 (0.900)", "10"],
+        ["all", "3", "8 → 4", "0.900 (0.900)", "30"],
+    ]

@@ -10,7 +10,7 @@ from html import escape
 import matplotlib
 from matplotlib.figure import Figure
 
-from dynrank.adapters.inspection import layer_kinds
+from dynrank.output.change_table import layer_kinds
 from dynrank.output.metrics_csv import series
 from dynrank.output.plots import heat_map_figure, loss_figure, quality_figure, quality_metrics, spectra_figure
 from dynrank.run.report.record import RunRecord
