@@ -21,8 +21,9 @@ def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Tabl
     """A table without rows: its first column and ``texts`` are aligned left, all others hold numbers."""
     table = Table(title=title)
     for index, heading in enumerate(headings):
-        justify = "left" if index == 0 or heading in texts else "right"
-        table.add_column(heading, justify=justify, overflow="fold", min_width=20 if heading == "layer" else None)
+        text = index == 0 or heading in texts
+        width = 20 if heading == "layer" else None
+        table.add_column(heading, justify="left" if text else "right", overflow="fold", min_width=width)
     return table
 
 

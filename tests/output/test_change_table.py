@@ -1,5 +1,7 @@
 """Layers are grouped by their kind: their name without its numbers."""
 
+import io
+
 from rich.console import Console
 
 from dynrank.change.resize import LayerReport
@@ -14,7 +16,7 @@ def test_kind_is_what_follows_the_last_number_or_the_whole_name_where_that_would
 
 def test_table_has_a_line_for_each_kind_and_one_for_all():
     layers = [LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), 10) for name in ("h.0.q", "h.1.q", "head")]
-    console = Console(width=120, record=True, quiet=True)
+    console = Console(width=120, record=True, file=io.StringIO())
     console.print(change_table("change", layers))
     lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in line] for line in lines] == [
