@@ -1,7 +1,6 @@
-"""Checkpoint files that are whole or not there: written beside their place and moved, read only if unchanged.
+"""Checkpoint files that are whole or not there: written beside their place and moved, read only if undamaged.
 
-The file is what ``torch.save`` writes, plus a digest of all that is in it under the key ``DIGEST``. A zip file knows
-its bytes by CRC, so the digest is for what was changed and saved again.
+The file is what ``torch.save`` writes: a zip file, which holds a checksum of everything in it.
 """
 
 from __future__ import annotations
@@ -14,25 +13,21 @@ from typing import Any
 
 import torch
 
-from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
-from dynrank.layers.frozen_base import left_out
 from dynrank.output.whole_file import whole_file
-
-DIGEST = "dynrank_digest"
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Save ``checkpoint`` at ``path``: whatever happens on the way, ``path`` holds it whole, or what it held before.
 
-    It goes to ``path`` + ".part" first, which a process killed in between leaves behind and the next write replaces.
+    Written by :func:`dynrank.output.whole_file.whole_file`.
 
     Raises:
-        ConfigurationError: if it cannot be written (a full disk); the ".part" is gone then.
+        ConfigurationError: if it cannot be written (a full disk).
     """
     path = Path(path)
     content = io.BytesIO()  # torch hides the reason of a failed write to a file; an adapter's state is small
-    torch.save({**checkpoint, DIGEST: digest(checkpoint)}, content)
+    torch.save(dict(checkpoint), content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as part:
@@ -45,14 +40,14 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """The contents of a checkpoint file, tensors on the CPU, once it is known to be whole.
+    """The contents of a checkpoint file, tensors on the CPU.
 
     Args:
-        path: written by :func:`write_checkpoint`, or by Lightning (which has no digest).
+        path: written by :func:`write_checkpoint`, or by Lightning.
         weights_only: refuse to execute code from the file; for files that you trust only, False.
 
     Raises:
-        ConfigurationError: if it cannot be read, is broken, was changed after it was written, or holds code.
+        ConfigurationError: if it cannot be read, is damaged, holds no state dict, or holds code.
     """
     path = Path(path)
     try:
@@ -61,7 +56,8 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
         if broken is not None:
             raise ValueError(f"{broken!r} is damaged")
         checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
-        _check(checkpoint)
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+            raise ValueError("there is no state_dict in it")
     except OSError as error:
         raise ConfigurationError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}; set ckpt_path") from None
     except Exception as error:  # nobody knows all that a damaged or malicious file makes zipfile and pickle raise
@@ -69,12 +65,4 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
         raise ConfigurationError(
             f"{str(path)!r} is not a whole checkpoint of plain tensors: {reason:.200}; set ckpt_path"
         ) from None
-    return checkpoint  # type: ignore[no-any-return]
-
-
-def _check(checkpoint: Any) -> None:
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
-        raise ValueError("there is no state_dict in it")
-    stored = checkpoint.pop(DIGEST, None)
-    if (stored is not None or left_out(checkpoint["state_dict"])) and stored != digest(checkpoint):
-        raise ValueError("it was changed after it was written")
+    return checkpoint

@@ -7,12 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
 from dynrank.errors import ConfigurationError
-from dynrank.layers.frozen_base import MARK, frozen_bases
+from dynrank.layers.frozen_base import MARK
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
@@ -75,7 +73,7 @@ def test_it_holds_what_is_trained_and_what_lightning_needs(regression, run, tmp_
     base = {f"net.{i}.base.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     assert set(whole["state_dict"]) - set(ours["state_dict"]) == base
     assert set(ours["state_dict"]) - set(whole["state_dict"]) == {f"net.{MARK}"}
-    assert set(ours) - {"dynrank_digest"} == set(whole)
+    assert set(ours) == set(whole)
 
 
 @pytest.mark.parametrize("step", [CHANGE - 6, CHANGE - 1, CHANGE, CHANGE + 1, 20])
@@ -99,9 +97,7 @@ def test_it_goes_on_from_a_whole_checkpoint(regression, run, tmp_path):
 
 def test_last_and_a_second_fit_in_one_folder(regression, tmp_path, run):
     fit(regression, tmp_path, steps=CHANGE + 1, save_last=True)
-    (tmp_path / "step=3.ckpt.part").write_bytes(b"left by a killed run")
     assert_same(bits(*fit(regression, tmp_path, save_last=True, ckpt_path="last")), run[1])
-    assert not list(tmp_path.glob("*.part"))
 
 
 def test_best_from_before_the_change_is_tested_after_it(regression, tmp_path):
@@ -138,49 +134,63 @@ def test_load_from_checkpoint(regression, run, step):
 
 
 def test_another_base_is_refused_before_anything_changes(regression, run, tmp_path):
-    with pytest.raises(ConfigurationError, match=r"'2\.base\.weight' had other values than here"):
+    with pytest.raises(ConfigurationError, match=r"'net\.2\.base\.weight' had another shape or other values than here"):
         fit(regression, tmp_path, seed=3, ckpt_path=run[0] / "step=5.ckpt")
 
 
 def test_a_damaged_file_is_refused(regression, run, tmp_path):
-    content = bytearray((run[0] / "step=5.ckpt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "damaged.ckpt").write_bytes(content)
+    content = (run[0] / "step=5.ckpt").read_bytes()
+    (tmp_path / "damaged.ckpt").write_bytes(content[:-100])
     with pytest.raises(ConfigurationError, match=r"damaged\.ckpt"):
         fit(regression, tmp_path, ckpt_path=tmp_path / "damaged.ckpt")
 
 
-def test_a_trained_head_and_thawed_and_frozen_parameters_come_back(regression, tmp_path):
+def test_a_trained_head_and_parameters_trained_for_a_while_come_back(regression, tmp_path):
     make, data, trainer = regression
 
     class Headed(make):
         def __init__(self):
             super().__init__()
-            self.net.append(nn.Linear(6, 6))
+            self.net.extend([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)  # the frozen base, too
 
     class Thaw(lightning.Callback):
-        """A part of the base is trained by hand for a while, and frozen again."""
+        """A layer is trained for two steps, and frozen."""
 
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.global_step == 3:
-                with torch.no_grad():
-                    pl_module.net[0].base.bias.add_(1)
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.net[4].requires_grad_(trainer.global_step < 2)
 
     def go(steps, **options):
         module = Headed()
         saving = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        callbacks = [*options.pop("callbacks", []), saving]
-        trainer_ = trainer(max_steps=steps, callbacks=callbacks, enable_checkpointing=True, limit_val_batches=0)
-        trainer_.fit(module, *data(), **options)
-        return trainer_, module
+        options_ = {"callbacks": [Thaw(), saving], "enable_checkpointing": True, "limit_val_batches": 0}
+        trainer(max_steps=steps, **options_).fit(module, *data(), **options)
+        return module
 
-    _, first = go(4, callbacks=[Thaw()])
-    assert not torch.equal(first.net[3].weight, Headed().net[3].weight)
+    first = go(4)
     names = set(stored(tmp_path, 4)["state_dict"])
-    assert {"net.3.weight", "net.0.base.bias"} <= names
-    go(6, ckpt_path=tmp_path / "step=4.ckpt")  # what had changed is carried on, though it does not change any more
+    assert {"net.3.weight", "net.4.weight"} <= names
+    assert not {"net.0.base.weight", "net.2.base.bias"} & names
+    go(6, ckpt_path=tmp_path / "step=4.ckpt")  # what has been trained is carried on
     again = Headed.load_from_checkpoint(tmp_path / "step=6.ckpt")
-    assert torch.equal(again.net[0].base.bias, first.net[0].base.bias)
+    assert torch.equal(again.net[4].weight, first.net[4].weight)
+    assert not torch.equal(again.net[4].weight, Headed().net[4].weight)
+
+
+def test_a_diverged_model_is_not_saved(regression, tmp_path):
+    make, data, trainer = regression
+
+    class Diverging(make):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if self.global_step == 7 else 1)
+
+    saving = AdapterCheckpoint(tmp_path, filename="last", every_n_train_steps=2, enable_version_counter=False)
+    with pytest.raises(ConfigurationError, match=r"'net\.0\.lora_A' .*step 8: .*optimizer\.lr.*last\.ckpt"):
+        trainer(max_steps=12, callbacks=[saving], enable_checkpointing=True).fit(Diverging(), *data())
+    assert torch.load(tmp_path / "last.ckpt")["global_step"] == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
 
 
 def test_a_model_without_lora_layers_is_refused(regression, tmp_path):
@@ -210,21 +220,3 @@ def test_a_full_disk_stops_the_run_and_leaves_earlier_files(regression, tmp_path
     monkeypatch.undo()
     assert len(list(tmp_path.iterdir())) == 5
     assert_same(bits(*fit(regression, tmp_path / "more", ckpt_path=tmp_path / "step=5.ckpt")), run[1])
-
-
-def test_a_7b_llama_takes_less_than_100_mb_instead_of_27_gb():
-    size = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=32000, **size))
-    dynrank.add_lora(model, rank=16, target_modules=["q_proj", "v_proj"])
-    base = {name for parts in frozen_bases(model).values() for name in parts}
-    whole = sum(value.numel() * value.itemsize for value in model.state_dict().values())
-    kept = [value for name, value in model.state_dict().items() if name not in base]
-    adapter = sum(value.numel() * value.itemsize for value in kept)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == 32 * 2 * 16 * (4096 + 4096)
-    moments, marks = 2 * 4 * trained, len(base) * 256 * 4
-    assert adapter - 4 * trained < 1000  # scalings
-    assert whole > 26.9e9
-    assert adapter + marks < 35e6
-    assert adapter + marks + moments < 102e6

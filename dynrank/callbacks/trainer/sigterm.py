@@ -1,4 +1,4 @@
-"""Noticing SIGTERM without being interrupted by it, as before a job is preempted."""
+"""Noticing SIGTERM, as it comes before a job is preempted, without being interrupted by it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from lightning.pytorch import Trainer
 
 
 class SigtermNotice:
-    """Takes SIGTERM over until the trainer's teardown, which puts back what was there before Lightning's own handler.
+    """Notices SIGTERM from now until the trainer's teardown, which puts back the handler from before Lightning's own.
 
     Lightning's handler would end the run at the next batch, whether a step is complete there or not, and of several
-    processes the one that it interrupts takes part in a broadcast that the others do not make.
+    processes the one that it interrupts takes part in a broadcast that the others do not make. It has to be there
+    already, as it is from the trainer's start of training on.
     """
 
     def __init__(self) -> None:
         self._received = False
-
-    def take_over(self) -> None:
-        """From now on notice it; Lightning's handler has to be there (it comes after ``on_fit_start``)."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._note)
 
     def received(self, trainer: Trainer) -> bool:
-        """Whether any process has been told to end; collective."""
+        """Whether any process has been told to end; a collective call."""
         if trainer.world_size == 1:
             return self._received
         return trainer.strategy.reduce_boolean_decision(self._received, all=False)

@@ -11,12 +11,11 @@ import pytest
 
 from dynrank.callbacks import AdapterCheckpoint
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[3] / "scripts"
 CASES = [  # (moment, how many pass before, step that is saved)
     ("inside a step", 5, 6),  # the step ends first
     ("step", 9, 10),  # the last batch of an epoch, between the decision and the change
     ("validation", 6, 12),  # in one that checks the change made after step 11: the change and a step end first
-    ("validation", 8, 12),  # in the first batch of the one after step 12: at once
 ]
 PROGRAM = """
 import json, logging, os, signal, sys
