@@ -1,4 +1,4 @@
-"""The one error for what a user wrote, and pydantic's faults turned into it."""
+"""The one error for what a user wrote, pydantic's faults turned into it, and the types that many settings share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
-from typing import Any, ParamSpec, TypeVar, dataclass_transform, get_args
+from reprlib import Repr
+from typing import Annotated, Any, ParamSpec, TypeVar, dataclass_transform, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, validate_call
 from pydantic.dataclasses import dataclass
@@ -20,6 +21,12 @@ P = ParamSpec("P")
 # Strict: a bool is no int and a text no number; YAML and Python have said what they mean.
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
+Count = Annotated[int, Field(ge=1)]
+Steps = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, le=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1)]
 
 _WORDS = {  # of pydantic's messages
     "Input should": "must",
@@ -40,13 +47,13 @@ class ConfigurationError(ValueError):
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
-def validated(key: str, *, frozen: bool = True, kw_only: bool = False) -> Callable[[C], C]:
+def validated(key: str = "", *, frozen: bool = True, kw_only: bool = False) -> Callable[[C], C]:
     """Make a dataclass of a class whose values are checked against its annotations when an object is made.
 
     Write constraints as annotations: ``Annotated[int, Field(ge=1)]``, ``Literal["min", "max"]``.
 
     Args:
-        key: configuration key that the fields lie under; the error advises to set ``key.FIELD``.
+        key: configuration key that the fields lie under; the error advises to set ``key.FIELD``. "": no advice.
         frozen: whether fields stay as they are given.
         kw_only: whether the fields of this class (not of its subclasses) are given by name alone.
 
@@ -62,7 +69,7 @@ def validated(key: str, *, frozen: bool = True, kw_only: bool = False) -> Callab
     return decorate
 
 
-def validated_call(key: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+def validated_call(key: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Check the arguments of a function against its annotations, as :func:`validated` checks fields.
 
     Raises:
@@ -91,7 +98,14 @@ def read_as(kind: type[T], data: Any, where: str) -> T:
     try:  # as JSON, where a mapping may stand for a dataclass and a list for a tuple, but no text for a number
         return TypeAdapter(kind).validate_json(to_json(data, inf_nan_mode="constants"))
     except ValidationError as error:
-        raise ConfigurationError(_listed(_faults(error, known), f"fix {where}")) from None
+        raise ConfigurationError(_listed(_faults(error, known, nested=True), f"fix {where}")) from None
+
+
+def shown(value: Any) -> str:
+    """``repr(value)``, cut short while it is made, so that no value is too large for a message."""
+    short = Repr()
+    short.maxstring = short.maxother = 200
+    return short.repr(value)
 
 
 def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable[P, T]:
@@ -100,31 +114,44 @@ def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable
         try:
             return call(*args, **kwargs)
         except ValidationError as error:
-            faults = _faults(error, known)
-            raise ConfigurationError(_listed(faults, ", ".join(f"set {key}.{name}" for name in faults))) from None
+            faults = _faults(error, known, nested=False)
+            keys = [f"{key}.{name}" for name in faults if name] if key else []
+            raise ConfigurationError(_listed(faults, f"set {', '.join(keys)}" if keys else "")) from None
 
     return explained
 
 
-def _faults(error: ValidationError, known: Sequence[str]) -> dict[str, str]:
-    """{name of a field: what is wrong with it}."""
-    faults = {}
+def _faults(error: ValidationError, known: Sequence[str], *, nested: bool) -> dict[str, str]:
+    """{path of a value: what is wrong with it}.
+
+    Args:
+        error: what pydantic found.
+        known: names of the fields or arguments, in their order.
+        nested: whether texts in a location are keys of mappings; below an argument they name the types of a union.
+    """
+    faults: dict[str, str] = {}
     for fault in error.errors(include_url=False):
         first, *rest = fault["loc"] or ("",)
-        name = ".".join(map(str, [known[first] if isinstance(first, int) and first < len(known) else first, *rest]))
+        path = str(known[first] if isinstance(first, int) and first < len(known) else first)
+        for part in rest:
+            path += f"[{part}]" if isinstance(part, int) else f".{part}" if nested else ""
         if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            near = get_close_matches(name.rpartition(".")[2], known, n=3) or sorted(known)
-            faults[name] = f"{name!r} is unknown; nearest: {', '.join(near)}"
+            near = get_close_matches(path.rpartition(".")[2], known, n=3) or sorted(known)
+            faults[path] = f"{path!r} is unknown; nearest: {', '.join(near)}"
             continue
         said = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
         for theirs, ours in _WORDS.items():
             said = said.replace(theirs, ours)
-        got = "" if fault["type"].startswith(("missing", "value_error")) else f", got {fault['input']!r:.200}"
-        faults[name] = f"{name} {said}{got}".strip()
+        got = "" if fault["type"].startswith(("missing", "value_error")) else f", got {shown(fault['input'])}"
+        if path in faults and not nested:  # another type of a union
+            said, got = f"{said.removeprefix('must ')}{got}", ""
+            faults[path] = f"{faults[path].partition(', got ')[0]}, or {said}"
+        else:
+            faults[path] = f"{path} {said}{got}".strip()
     return faults
 
 
 def _listed(faults: dict[str, str], advice: str) -> str:
     if len(faults) == 1:
-        return f"{next(iter(faults.values()))}; {advice}"
-    return "these values cannot be used:\n  " + "\n  ".join(faults.values()) + f"\n{advice}"
+        return "; ".join(filter(None, [next(iter(faults.values())), advice]))
+    return "\n  ".join(["these values cannot be used:", *faults.values()]) + (f"\n{advice}" if advice else "")

@@ -14,21 +14,21 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import How, Stage, check_schedule
-from dynrank.targets import Budget, GrowBy, GrowTo, LayerState
+from dynrank.targets import UNBOUNDED, Budget, LayerState
 from dynrank.triggers import Run
 
 
 def needs_of(stage: Stage, how: How, layers: Mapping[str, RankedLayer]) -> Needs:
-    """What has to be measured before ``stage`` may change ``layers``; pinned ones don't count."""
-    reaches = [(rank, *stage.to.reach(rank, rank)) for rank in {la.rank for la in layers.values() if not la.pinned}]
+    """What has to be measured before ``stage`` may change ``layers``, be it the last stage or not."""
+    reaches = [
+        (layer.rank, *stage.to.reach(_bounded(layer, last))) for layer in layers.values() for last in (False, True)
+    ]
     growth = max((high - rank for rank, _, high in reaches), default=0)
     shrinks = any(low < rank for rank, low, _ in reaches)
-    if not isinstance(stage.to, GrowTo | GrowBy):
-        shrinks |= any(la.final_rank is not None and la.final_rank < la.rank for la in layers.values())
     return Needs(
-        grams=how.metric != "weight" and (shrinks or "values" in stage.needs),
-        scores="scores" in stage.needs,
-        new_rows=max(0, growth) if how.new_rows == "gradient" else 0,
+        grams=how.metric != "weight" and (shrinks or "values" in stage.to.needs),
+        scores="scores" in stage.to.needs,
+        new_rows=growth if how.new_rows == "gradient" else 0,
     )
 
 
@@ -42,14 +42,14 @@ def layer_states(
     """
     grams = window.grams if window is not None else None
     free = {name: layer for name, layer in layers.items() if not layer.pinned}
-    values = layer_spectra(free, metric, grams) if "values" in stage.needs else {}
+    values = layer_spectra(free, metric, grams) if "values" in stage.to.needs else {}
     scores = window.scores if window is not None else None
     states = {}
     for name, layer in layers.items():
         nothing = torch.zeros(layer.rank, dtype=torch.float64)  # nobody asks what a pinned layer's directions are worth
         states[name] = replace(
             _bounded(layer, last),
-            values=values.get(name, nothing) if "values" in stage.needs else None,
+            values=values.get(name, nothing) if "values" in stage.to.needs else None,
             scores=(scores.of(name) if name in free else nothing) if scores is not None else None,
         )
     return states
@@ -76,20 +76,14 @@ def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, tuple[
 
 
 def _path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int, int]]:
-    """(lowest, highest rank after it, highest that it asks for) of each stage."""
-    low = high = wanted = layer.rank
-    most, _ = max_rank(layer)
+    """(lowest, highest rank after it, lowest that it asks for whatever the layer's shape) of each stage."""
+    low = high = layer.rank
     path = []
     for number, stage in enumerate(schedule, 1):
-        if not layer.pinned:
-            before = low, high
-            low, wanted = stage.reach(low, high)
-            low, high = min(most, low), min(most, wanted)
-            if layer.final_rank is not None:
-                low, high = max(low, layer.final_rank), max(high, layer.final_rank)
-                if number == len(schedule):  # where it ends, unless it would have to shrink in a growth
-                    grows = isinstance(stage.to, GrowTo | GrowBy)
-                    low, high = before if grows else (layer.final_rank, layer.final_rank)
+        bounds = _bounded(layer, last=number == len(schedule))
+        from_low, from_high = (bounds if layer.pinned else replace(bounds, rank=rank) for rank in (low, high))
+        wanted, _ = stage.reach(replace(from_high, highest=UNBOUNDED))
+        low, high = stage.reach(from_low)[0], stage.reach(from_high)[1]
         path.append((low, high, wanted))
     return path
 
@@ -119,7 +113,7 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
     free = {name: layer for name, layer in layers.items() if not layer.pinned and layer.final_rank is None}
     if not free:
         return
-    check_schedule(schedule, how, highest=max(layer.rank for layer in free.values()), run=run)
+    check_schedule(schedule, highest=max(layer.rank for layer in free.values()), run=run)
     paths = {name: [(layer.rank, layer.rank, layer.rank), *_path(layer, schedule)] for name, layer in layers.items()}
     faults = []
     for number, stage in enumerate(schedule, 1):

@@ -350,7 +350,7 @@ class RankDriver:
     def _exhausted(self, layers: dict[str, Any], index: int) -> bool:
         """Whether a repeated stage has nothing left to do; one that must measure first finds out when it fires."""
         stage = self.stages[index]
-        return not stage.needs and not self._targets(layers, index, None)
+        return not stage.to.needs and not self._targets(layers, index, None)
 
     def _checked(self, training: Training, monitor: str, changed: bool) -> float:
         """The monitored value for the weights as they are; ``changed``: since the last validation."""

@@ -64,7 +64,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     run = Run(config.trainer.get("max_steps", -1) if config.trainer.get("max_steps", -1) > 0 else None)
     scheduler = make_scheduler(config.schedule, config.check_processes_every)
     ranks = [config.lora.rank, *(rule["rank"] for rule in pattern.values() if rule.get("rank") and not rule["pinned"])]
-    check_schedule(scheduler.stages, scheduler.how, highest=max(ranks), run=run)
+    check_schedule(scheduler.stages, highest=max(ranks), run=run)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None

@@ -1,24 +1,27 @@
-"""Changing ranks at a time that is known before the run starts."""
+"""Times that are known before a run starts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Annotated
 
-from dynrank.errors import ConfigurationError
+from pydantic import Field
+
+from dynrank.errors import ConfigurationError, Steps, validated
 
 
 @dataclass(frozen=True)
 class Run:
-    """How long a run is: ``total_steps`` optimizer steps (None: nobody knows), ``steps_per_epoch`` likewise."""
+    """The length of a run in optimizer steps, and that of an epoch; None where it is not known."""
 
     total_steps: int | None
     steps_per_epoch: int | None = None
 
 
-@dataclass(frozen=True)
+@validated("schedule.trigger")
 class At:
-    """A time in a run; exactly one of the three.
+    """A time in a run; exactly one of the three is given.
 
     Args:
         step: optimizer steps made before the change.
@@ -32,28 +35,24 @@ class At:
     51
     """
 
-    step: int | None = None
-    epoch: int | None = None
-    fraction: float | None = None
+    step: Steps | None = None
+    epoch: Steps | None = None
+    fraction: Annotated[float, Field(ge=0, le=1)] | None = None
 
     def __post_init__(self) -> None:
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
+        if len(self._given()) != 1:
             raise ConfigurationError(
-                f"a time is one of step, epoch and fraction, got {given or 'none'}; set schedule.trigger"
+                f"a time is one of step, epoch and fraction, got {self._given() or 'none'}; set schedule.trigger"
             )
-        ((name, value),) = given.items()
-        whole = name == "fraction" or isinstance(value, int)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not whole or not value >= 0:
-            raise ConfigurationError(
-                f"{name} must be a number of at least 0, got {value!r}; set schedule.trigger.{name}"
-            )
-        if name == "fraction" and value > 1:
-            raise ConfigurationError(f"fraction must be in [0, 1], got {value!r}; set schedule.trigger.fraction")
+
+    def _given(self) -> dict[str, float]:
+        return {name: value for name, value in vars(self).items() if value is not None}
 
     @property
     def reason(self) -> str:
-        return next(f"{name} {value:g}" for name, value in vars(self).items() if value is not None)
+        """What is written into a run's history when the time has come."""
+        ((name, value),) = self._given().items()
+        return f"{name} {value:g}"
 
     def in_steps(self, run: Run) -> int:
         """The optimizer step before which the change is made.

@@ -1,70 +1,50 @@
-"""When to act on the factors themselves: their spectrum has a small tail, or their leading directions have settled."""
+"""Triggers on the factors themselves: their spectrum has a small tail, or their leading directions have settled."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, Count, validated
 from dynrank.linalg import energy_kept, singular_values, truncate_product
-from dynrank.triggers.base import Trigger, check_count
+from dynrank.triggers.base import Trigger
 
 Factors = Mapping[str, tuple[Tensor, Tensor]]  # name -> (lora_B, lora_A)
+Part = Annotated[float, Field(gt=0, lt=1)]
 
 
-def _check_share(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ConfigurationError(f"{name} must be in (0, 1), got {value!r}; set schedule.trigger.{name}")
-
-
-def _spectrum(name: str, lora_B: Tensor, lora_A: Tensor) -> Tensor:
-    try:
-        return singular_values(lora_B, lora_A)
-    except ValueError as error:
-        raise ConfigurationError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error
-
-
-@dataclass
+@validated("schedule.trigger", frozen=False)
 class TailEnergy(Trigger):
     """True once the energy (sum of squared singular values) beyond ``rank`` is at most ``share``, a mean over layers.
 
     Layers whose update is still zero don't count; while all are, nothing fires.
 
     Args:
-        rank: directions that are not tail, >= 1.
+        rank: directions that are not tail.
         share: of the energy, in (0, 1).
-        every: optimizer steps between looks, >= 1.
-
-    Raises:
-        ConfigurationError: if a value is outside its range.
+        every: optimizer steps between looks.
     """
 
-    rank: int = 16
-    share: float = 0.05
-    every: int = 50  # type: ignore[misc]
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count(self, rank=1, every=1)
-        _check_share("share", self.share)
+    rank: Count = 16
+    share: Part = 0.05
+    every: Count = 50
 
     @property
     def reason(self) -> str:
         return f"energy beyond rank {self.rank} at most {self.share:g}"
 
-    def _fires(self, factors: Factors) -> bool:
+    def fires(self, factors: Factors) -> bool:
         spectra = [_spectrum(name, *pair) for name, pair in factors.items()]
         tails = [1 - energy_kept(values, self.rank) for values in spectra if values[0] > 0]
         return bool(tails) and sum(tails) / len(tails) <= self.share
 
-    def _forget(self) -> None:
-        pass  # each look stands for itself
 
-
-@dataclass
+@validated("schedule.trigger", frozen=False)
 class SubspaceStable(Trigger):
     """True once the leading ``rank`` right singular directions overlap by ``overlap`` with those of the look before.
 
@@ -72,29 +52,21 @@ class SubspaceStable(Trigger):
     Layers whose update is still zero don't count; while all are, nothing fires.
 
     Args:
-        rank: leading directions compared, >= 1.
+        rank: leading directions compared.
         overlap: in (0, 1).
-        every: optimizer steps between looks, >= 1.
-
-    Raises:
-        ConfigurationError: if a value is outside its range.
+        every: optimizer steps between looks.
     """
 
-    rank: int = 16
-    overlap: float = 0.95
-    every: int = 50  # type: ignore[misc]
-    _bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # name -> (I, rank) float32
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_count(self, rank=1, every=1)
-        _check_share("overlap", self.overlap)
+    rank: Count = 16
+    overlap: Part = 0.95
+    every: Count = 50
+    _bases: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)  # name -> (d_in, rank) float32
 
     @property
     def reason(self) -> str:
         return f"leading {self.rank} directions settled"
 
-    def _fires(self, factors: Factors) -> bool:
+    def fires(self, factors: Factors) -> bool:
         bases = {}
         for name, (lora_B, lora_A) in factors.items():
             if _spectrum(name, lora_B, lora_A)[0] == 0:
@@ -109,5 +81,9 @@ class SubspaceStable(Trigger):
         ]
         return bool(overlaps) and sum(overlaps) / len(overlaps) >= self.overlap
 
-    def _forget(self) -> None:
-        self._bases = {}
+
+def _spectrum(name: str, lora_B: Tensor, lora_A: Tensor) -> Tensor:
+    try:
+        return singular_values(lora_B, lora_A)
+    except ValueError as error:
+        raise ConfigurationError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error

@@ -1,0 +1,199 @@
+"""Schedules by name. Every argument is a key of the file of the same name in conf/schedule/.
+
+A preset returns new stages at each call, with a trigger of their own each: a trigger that is given is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import replace
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from dynrank.errors import ConfigurationError, Count, NotNegative, Share, validated_call
+from dynrank.schedules.stage import Stage
+from dynrank.targets import Budget, Energy, Factor, GrowTo, Rank, Target, Towards
+from dynrank.triggers import At, Plateau, Trigger
+
+Changes = Annotated[int, Field(ge=1, le=1000)]  # each is a stage: 1000 are far more than there are ranks to go through
+Time = Annotated[float, Field(ge=0, le=1)]  # share of the run
+
+
+def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, *, key: str) -> Stage:
+    """A stage with a trigger of its own (a plateau if None); a fixed time needs no deadline."""
+    when = Plateau() if trigger is None else deepcopy(trigger)
+    return Stage(when, target, None if isinstance(when, At) else deadline, key=key)
+
+
+def fixed() -> list[Stage]:
+    """The rank stays as it starts."""
+    return []
+
+
+@validated_call("schedule")
+def stages(stages: Sequence[Stage]) -> list[Stage]:
+    """Stages as they are given, for schedules written out in a configuration file."""
+    return [
+        stage if stage.key != "schedule.stages" else replace(stage, key=f"schedule.stages[{i}]")
+        for i, stage in enumerate(stages)
+    ]
+
+
+@validated_call("schedule")
+def one_stage(
+    trigger: Trigger | At, target: Target, deadline: Share | None = None, repeat: bool = False
+) -> list[Stage]:
+    """Any trigger with any target; a deadline beside a fixed time has no effect."""
+    return [replace(_once(trigger, target, deadline, key="schedule.target"), repeat=repeat)]
+
+
+@validated_call("schedule")
+def after_convergence(
+    final_rank: Count, trigger: Trigger | At | None = None, *, drops: Changes = 1, deadline: Share | None = 0.75
+) -> list[Stage]:
+    """Down to ``final_rank`` once training has converged, in ``drops`` equal factors.
+
+    Args:
+        final_rank: rank to end at.
+        trigger: when; :class:`dynrank.triggers.Plateau` when None.
+        drops: changes to get there (64 -> 8 in 3: 32, 16, 8).
+        deadline: share of the run at which the final rank is taken in any case; None: never.
+    """
+    return [
+        _once(trigger, Towards(final_rank, step, drops), deadline, key="schedule.final_rank")
+        for step in range(1, drops + 1)
+    ]
+
+
+@validated_call("schedule")
+def milestones(
+    ranks: Sequence[Count],
+    at: Sequence[NotNegative],
+    unit: Literal["fraction", "step", "epoch"] = "fraction",
+) -> list[Stage]:
+    """``ranks[i]`` from ``at[i]`` on, counted in ``unit``: "fraction" of the run, "step" or "epoch"."""
+    if len(ranks) != len(at) or not ranks:
+        raise ConfigurationError(
+            f"ranks and at must be lists of one length, got {ranks!r} and {at!r}; set schedule.ranks and schedule.at"
+        )
+    if sorted(at) != list(at) or (unit == "fraction" and at[-1] > 1):
+        raise ConfigurationError(
+            f"at must be ascending, and at most 1 as fractions, got {list(at)}; set schedule.at or schedule.unit"
+        )
+    if unit == "fraction":
+        times = [At(fraction=share) for share in at]
+    elif all(time == int(time) for time in at):
+        times = [At(step=int(time)) if unit == "step" else At(epoch=int(time)) for time in at]
+    else:
+        raise ConfigurationError(f"at must be whole numbers of {unit}s, got {list(at)}; set schedule.at")
+    return [
+        Stage(time, Rank(rank), key=f"schedule.ranks[{i}]")
+        for i, (time, rank) in enumerate(zip(times, ranks, strict=True))
+    ]
+
+
+@validated_call("schedule")
+def halving_on_plateau(
+    final_rank: Count, trigger: Trigger | None = None, *, factor: Share = 0.5, deadline: Share | None = 0.75
+) -> list[Stage]:
+    """Half the rank on every plateau, down to ``final_rank``, which is taken in any case at the deadline."""
+    halving = _once(trigger, Factor(factor, lowest=final_rank), None, key="schedule.final_rank")
+    repeated = [replace(halving, repeat=True)]
+    if deadline is None:
+        return repeated
+    return [*repeated, Stage(At(fraction=deadline), Rank(final_rank), key="schedule.final_rank")]
+
+
+@validated_call("schedule")
+def anneal(
+    final_rank: Count,
+    *,
+    steps: Changes = 4,
+    start: Time = 0.2,
+    end: Time = 0.8,
+    shape: Literal["geometric", "linear", "cosine"] = "geometric",
+) -> list[Stage]:
+    """From the starting rank to ``final_rank`` in ``steps`` changes at equal distances (LoRA-Squeeze in-tuning).
+
+    Args:
+        final_rank: rank to end at.
+        steps: changes.
+        start: share of the run at the first change.
+        end: share of the run at the last.
+        shape: "geometric" (64, 32, 16, 8), "linear" or "cosine".
+
+    Source: arXiv:2602.10993.
+    """
+    if start > end:
+        raise ConfigurationError(
+            f"start must be at most end = {end:g}, got {start:g}; set schedule.start or schedule.end"
+        )
+    times = [start + (end - start) * i / max(1, steps - 1) for i in range(steps)]
+    return [
+        Stage(At(fraction=time), Towards(final_rank, i, steps, shape), key="schedule.final_rank")
+        for i, time in enumerate(times, 1)
+    ]
+
+
+@validated_call("schedule")
+def squeeze_at_end(final_rank: Count) -> list[Stage]:
+    """Train at the starting rank, and squeeze after the last step (LoRA-Squeeze post-tuning, arXiv:2602.10993)."""
+    return [Stage(At(fraction=1.0), Rank(final_rank), key="schedule.final_rank")]
+
+
+@validated_call("schedule")
+def squeeze_then_tune(final_rank: Count, *, tune: Annotated[float, Field(gt=0, lt=1)] = 0.1) -> list[Stage]:
+    """Squeeze, then train the last share ``tune`` of the run (LoRA-Squeeze continued tuning, arXiv:2602.10993)."""
+    return [Stage(At(fraction=1 - tune), Rank(final_rank), key="schedule.final_rank")]
+
+
+@validated_call("schedule")
+def energy(
+    share: Share,
+    trigger: Trigger | At | None = None,
+    *,
+    lowest: Count = 1,
+    multiple: Count = 1,
+    deadline: Share | None = 0.75,
+) -> list[Stage]:
+    """Each layer to the rank that keeps ``share`` of its energy (sum of squared singular values), once converged."""
+    return [_once(trigger, Energy(share, lowest=lowest, multiple=multiple), deadline, key="schedule.lowest")]
+
+
+@validated_call("schedule")
+def budget(
+    share: Share | None = None,
+    parameters: Count | None = None,
+    trigger: Trigger | At | None = None,
+    *,
+    lowest: Count = 1,
+    highest: Count | None = None,
+    multiple: Count = 1,
+    score: Literal["energy", "sensitivity"] = "energy",
+    deadline: Share | None = 0.75,
+) -> list[Stage]:
+    """All layers to ranks that share one pool of parameters (see :class:`dynrank.targets.Budget`), once converged."""
+    pool = Budget(parameters, share, lowest=lowest, highest=highest, multiple=multiple, score=score)
+    return [_once(trigger, pool, deadline, key="schedule.lowest, schedule.share")]
+
+
+@validated_call("schedule")
+def grow(final_rank: Count, trigger: Trigger | At | None = None, *, deadline: Share | None = 0.5) -> list[Stage]:
+    """Up to ``final_rank`` without changing the function: when training at the starting rank has converged."""
+    return [_once(trigger, GrowTo(final_rank), deadline, key="schedule.final_rank")]
+
+
+@validated_call("schedule")
+def grow_then_shrink(
+    peak_rank: Count,
+    final_rank: Count,
+    *,
+    grow_at: Share = 0.2,
+    trigger: Trigger | At | None = None,
+    deadline: Share | None = 0.8,
+) -> list[Stage]:
+    """Up to ``peak_rank`` at the share ``grow_at`` of the run, then down to ``final_rank`` once it has converged."""
+    up = Stage(At(fraction=grow_at), GrowTo(peak_rank), key="schedule.peak_rank")
+    return [up, *after_convergence(final_rank, trigger, deadline=deadline)]

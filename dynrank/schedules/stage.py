@@ -1,0 +1,130 @@
+"""A stage of a schedule: when ranks change, to what and how; and the check of stages against each other and a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from dynrank.errors import ConfigurationError, Count, Name, NotNegative, Share, Steps, validated
+from dynrank.targets import LayerState, Target
+from dynrank.triggers import At, Run, Trigger
+
+
+@validated("schedule")
+class How:
+    """How a change of rank is made.
+
+    Args:
+        metric: what truncation minimises: "weight" (the update's Frobenius norm), "output" (of the layer, on the data
+            seen) or "loss" (a Kronecker-factored estimate of its increase).
+        window: optimizer steps before the change over which the statistics of the other two metrics (and of a budget by
+            sensitivity, and of growth along the gradient) are collected; a change that cannot be foreseen is made this
+            much later.
+        gauge: of the new factors: "balanced", or "keep_norm" (A keeps the norm of its rows).
+        rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
+        optimizer_state: "transport" carries the moments along, "reset" forgets them.
+        new_rows: of A, in a growth: "orthogonal" to the old ones at random, or along the "gradient".
+        max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
+            before and after it; one that costs more is undone and tried again half as far. None: no check.
+        check_monitor: name of the metric that is checked, smaller is better.
+
+    Raises:
+        ConfigurationError: if a value cannot be used.
+    """
+
+    metric: Literal["weight", "output", "loss"] = "weight"
+    window: Count = 20
+    gauge: Literal["balanced", "keep_norm"] = "balanced"
+    rewarmup_steps: Steps = 0
+    optimizer_state: Literal["transport", "reset"] = "transport"
+    new_rows: Literal["orthogonal", "gradient"] = "orthogonal"
+    max_regression: NotNegative | None = None
+    check_monitor: Name = "val/loss"
+
+
+@validated("schedule.stages")
+class Stage:
+    """One change of ranks, or several of a kind.
+
+    Args:
+        when: a time, or a trigger that watches training.
+        to: what ranks to change to.
+        deadline: share of the run's optimizer steps, in (0, 1], at which the change comes in any case; None: never.
+        repeat: act every time the trigger fires, until the target leaves all ranks as they are.
+        how: None: as the scheduler says for all stages.
+        key: configuration key that decides the target, for error messages.
+
+    Raises:
+        ConfigurationError: if a value cannot be used, or a deadline or a repetition goes with a fixed time.
+    """
+
+    when: Trigger | At
+    to: Target
+    deadline: Share | None = None
+    repeat: bool = False
+    how: How | None = None
+    key: str = "schedule.stages"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.when, At) and self.deadline is not None:
+            raise ConfigurationError(
+                f"deadline must be null beside a fixed time, got {self.deadline:g} and {self.when.reason}; "
+                "set schedule.deadline"
+            )
+        if isinstance(self.when, At) and self.repeat:
+            raise ConfigurationError(
+                f"repeat must be false beside a fixed time, which comes once, got true and {self.when.reason}; "
+                "set schedule.repeat or schedule.trigger"
+            )
+
+    def reach(self, layer: LayerState) -> tuple[int, int]:
+        """Lowest and highest rank that a layer may have after the stage (of a growth that repeats, after one)."""
+        low, high = self.to.reach(layer)
+        while self.repeat and low < layer.rank:
+            layer = replace(layer, rank=low)
+            low, _ = self.to.reach(layer)
+        return low, high
+
+    def planned_step(self, run: Run) -> int | None:
+        """The optimizer step by which the stage acts at the latest; None if nothing bounds it."""
+        if isinstance(self.when, At):
+            return self.when.in_steps(run)
+        return None if self.deadline is None else At(fraction=self.deadline).in_steps(run)
+
+
+def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None:
+    """Refuse stages that contradict each other, the starting ranks or the length of the run.
+
+    Args:
+        schedule: its stages.
+        highest: highest starting rank of all layers that may change.
+        run: length of the run; what needs an unknown one is not checked.
+
+    Raises:
+        ConfigurationError: listing every contradiction with its stage and key.
+    """
+    faults, before = [], -1
+    for number, stage in enumerate(schedule, 1):
+        fault = stage.to.fault(highest)
+        if fault:
+            faults.append(f"stage {number}: {fault}; set {stage.key} or lora.rank")
+        _, highest = stage.reach(LayerState(rank=highest))
+        if run.total_steps is None:
+            continue
+        in_epochs = isinstance(stage.when, At) and stage.when.epoch is not None
+        planned = None if in_epochs and run.steps_per_epoch is None else stage.planned_step(run)
+        if planned is None:
+            continue
+        if isinstance(stage.when, Trigger) and planned <= stage.when.warmup_steps:
+            faults.append(
+                f"stage {number}: deadline {stage.deadline:g} is step {planned}, within the warm-up of "
+                f"{stage.when.warmup_steps} steps; set schedule.deadline or schedule.trigger.warmup_steps"
+            )
+        if planned > run.total_steps:
+            faults.append(f"stage {number}: step {planned} is after the run's last, {run.total_steps}; set {stage.key}")
+        if planned < before:
+            faults.append(f"stage {number}: step {planned} is before stage {number - 1}'s, {before}; set {stage.key}")
+        before = max(before, planned)
+    if faults:
+        raise ConfigurationError("the schedule contradicts itself:\n  " + "\n  ".join(faults))

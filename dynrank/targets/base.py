@@ -1,0 +1,129 @@
+"""What a target knows of a layer, and what all targets share.
+
+A shrink never raises a rank and a growth never lowers one; both stay within the bounds that a layer carries.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import ceil
+
+from torch import Tensor
+
+from dynrank.errors import Count, validated
+
+UNBOUNDED = 2**31
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What a target may know of a layer.
+
+    Attributes:
+        rank: its rank now.
+        d_out, d_in: its shape.
+        lowest, highest: bounds of its next rank (both the rank itself if it is pinned, both its own final rank in the
+            last stage).
+        final_rank: where the rank map wants it to end; None: no wish.
+        values: singular values of its update in the metric of the change (scaling included), descending, ``rank``
+            numbers; None where the target does not ask for them.
+        scores: sensitivity of each direction, ``rank`` numbers in any order; None where the target does not ask.
+    """
+
+    rank: int
+    d_out: int = UNBOUNDED
+    d_in: int = UNBOUNDED
+    lowest: int = 1
+    highest: int = UNBOUNDED
+    final_rank: int | None = None
+    values: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def cost(self) -> int:
+        """Parameters of one direction."""
+        return self.d_out + self.d_in
+
+    def shrunk(self, rank: int) -> int:
+        """``rank`` brought within the bounds, never above the rank now."""
+        return min(self.rank, max(self.lowest, min(self.highest, rank)))
+
+    def grown(self, rank: int) -> int:
+        """``rank`` brought within the bounds, never below the rank now."""
+        return max(self.rank, min(self.highest, rank))
+
+
+class Target(ABC):
+    """To what rank each layer should change; write :meth:`ranks`, and ``needs`` where it reads measurements.
+
+    Attributes:
+        needs: which of "values" and "scores" of a layer it reads.
+        multiple: ranks are multiples of this, where bounds allow.
+
+    >>> class Half(Target):
+    ...     def ranks(self, layers):
+    ...         return {name: layer.shrunk(layer.rank // 2) for name, layer in layers.items()}
+    >>> Half().ranks({"q_proj": LayerState(rank=16)}), Half().reach(LayerState(rank=16))
+    ({'q_proj': 8}, (8, 8))
+    """
+
+    multiple: int = 1
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ()
+
+    @abstractmethod
+    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
+        """The next rank of every layer."""
+
+    def reach(self, layer: LayerState) -> tuple[int, int]:
+        """Lowest and highest rank that a layer may come out at, before anything is measured.
+
+        They don't fall where the layer's rank rises. A target that needs measurements, and whose reach is not all
+        that the layer's bounds allow, says so here.
+        """
+        if self.needs:
+            return min(layer.rank, layer.lowest), max(layer.rank, layer.highest)
+        (rank,) = self.ranks({"layer": layer}).values()
+        return rank, rank
+
+    def fault(self, highest: int) -> str | None:
+        """What contradicts a start where no layer is above rank ``highest``, with the field's name; None if nothing."""
+        return None
+
+
+@validated("schedule.target", kw_only=True)
+class Stepped(Target):
+    """A target whose ranks are multiples of ``multiple``, rounded up, and not below ``lowest``."""
+
+    lowest: Count = 1
+    multiple: Count = 1
+
+    def least(self) -> int:
+        """The lowest rank of a layer that has more."""
+        return up_to_multiple(self.lowest, self.multiple)
+
+    def fault(self, highest: int) -> str | None:
+        return too_high("lowest", self.lowest, highest) or no_multiple(self.multiple, self.lowest, highest)
+
+
+def too_high(name: str, rank: int, highest: int) -> str | None:
+    """What is wrong with a shrink to ``rank``; None if nothing."""
+    if rank <= highest:
+        return None
+    return f"{name} must be at most rank = {highest}, the highest at that stage, got {rank}"
+
+
+def no_multiple(multiple: int, lowest: int, highest: int) -> str | None:
+    """What is wrong with a multiple that no rank from ``lowest`` to ``highest`` is one of; None if nothing."""
+    if up_to_multiple(lowest, multiple) <= highest:
+        return None
+    return f"multiple must divide a rank between {lowest} and {highest}, got {multiple}"
+
+
+def up_to_multiple(rank: float, multiple: int) -> int:
+    """``rank`` rounded up to a multiple."""
+    return ceil(rank / multiple - 1e-9) * multiple  # 0.3 * 10 is above 3

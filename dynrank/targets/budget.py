@@ -1,0 +1,124 @@
+"""One pool of parameters for all layers, shared out so that what is kept is worth much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from math import floor, fsum, inf
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from dynrank.errors import ConfigurationError, Count, Share, validated
+from dynrank.targets.base import LayerState, Stepped, no_multiple, up_to_multiple
+
+
+@validated("schedule.target")
+class Budget(Stepped):
+    """One pool of adapter parameters for all layers, shared out so that what is kept is worth much.
+
+    A direction is worth its squared singular value; in the ``loss`` metric these have one unit over all layers
+    (estimated loss), in ``weight`` and ``output`` comparing layers is a heuristic. Every layer starts from its lowest
+    rank; then the step to a layer's next rank that is worth most per parameter is taken again and again, as long as it
+    fits. What is kept falls short of the best possible by less than one step is worth, and not at all where all steps
+    cost the same.
+
+    Args:
+        parameters: of all layers together after the change (pinned ones included); exactly one of this and ``share``.
+        share: the same as a share of the parameters now, in (0, 1]; the lowest ranks are kept in any case.
+        lowest: rank that every layer keeps (one that has less stays).
+        highest: rank that no layer exceeds; None: its rank now.
+        multiple: of which new ranks are multiples; a layer may also stay as it is.
+        score: "energy", or "sensitivity": AdaLoRA's importance of a direction (arXiv:2303.10512, equations 8 to 11).
+
+    Raises:
+        ConfigurationError: if a value is out of range; from :meth:`ranks` if ``parameters`` are below the lowest ranks.
+
+    >>> first, second = (torch.tensor(values) for values in ([3.0, 1.0], [2.0, 1.7]))
+    >>> layers = {"q": LayerState(2, 5, 5, values=first), "v": LayerState(2, 5, 5, values=second)}
+    >>> Budget(parameters=30).ranks(layers)
+    {'q': 1, 'v': 2}
+    """
+
+    parameters: Annotated[int, Field(ge=0)] | None = None
+    share: Share | None = None
+    highest: Count | None = Field(default=None, kw_only=True)
+    score: Literal["energy", "sensitivity"] = Field(default="energy", kw_only=True)
+
+    def __post_init__(self) -> None:
+        if (self.parameters is None) == (self.share is None):
+            raise ConfigurationError(
+                f"a budget is either parameters or a share, got {self.parameters!r} and {self.share!r}; "
+                "set schedule.parameters or schedule.share, and the other to null"
+            )
+        if self.highest is not None:
+            if self.highest < self.lowest:
+                raise ConfigurationError(
+                    f"highest must be at least lowest = {self.lowest}, got {self.highest}; set schedule.highest"
+                )
+            fault = no_multiple(self.multiple, self.lowest, self.highest)
+            if fault:
+                raise ConfigurationError(f"{fault}; set schedule.multiple, schedule.lowest or schedule.highest")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("values",) if self.score == "energy" else ("scores",)
+
+    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
+        ranks = {name: self._choices(layer)[0] for name, layer in layers.items()}
+        left, least = self.pool(layers), self.floor_parameters(layers)
+        if self.parameters is not None and left < least:
+            raise ConfigurationError(f"parameters must be at least {least:,}, of the lowest ranks, got {left:,}")
+        left -= least
+        ended = set()
+        for _, name, rank, size in sorted(step for name, layer in layers.items() for step in self._steps(name, layer)):
+            if size > left:
+                ended.add(name)
+            elif name not in ended:
+                ranks[name] = rank
+                left -= size
+        return ranks
+
+    def pool(self, layers: Mapping[str, LayerState]) -> int:
+        """Parameters that may be shared out to ``layers``."""
+        if self.parameters is not None:
+            return self.parameters
+        now = sum(layer.rank * layer.cost for layer in layers.values())
+        return floor((self.share or 0.0) * now + 1e-9)  # 0.29 * 100 is below 29
+
+    def floor_parameters(self, layers: Mapping[str, LayerState]) -> int:
+        """Parameters of the smallest ranks that the budget may be shared out to."""
+        return sum(self._choices(layer)[0] * layer.cost for layer in layers.values())
+
+    def reach(self, layer: LayerState) -> tuple[int, int]:
+        choices = self._choices(layer)
+        return choices[0], choices[-1]
+
+    def fault(self, highest: int) -> str | None:
+        top = highest if self.highest is None else min(highest, self.highest)
+        return super().fault(highest) or no_multiple(self.multiple, self.lowest, top)
+
+    def _choices(self, layer: LayerState) -> list[int]:
+        """The ranks that a layer may get, ascending: multiples below the rank now, and staying as it is."""
+        low = max(self.lowest, layer.lowest)
+        top = min(layer.highest, layer.rank if self.highest is None else self.highest)
+        if layer.rank <= low or layer.lowest == layer.highest:  # a layer that has less than the least stays
+            return [layer.shrunk(layer.rank)]
+        below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
+        choices = [*below, layer.rank] if layer.rank <= top else below
+        return choices or [max(low, top)]  # a layer's own bounds come first
+
+    def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, str, int, int]]:
+        """Each step to a next rank: (minus its worth per parameter, name, that rank, parameters), to be sorted."""
+        given = layer.values if self.score == "energy" else layer.scores
+        assert given is not None
+        if not torch.isfinite(given).all():
+            raise ConfigurationError(f"{name!r} has {self.score} that is not finite: lower optimizer.lr")
+        worth = (given.double().square() if self.score == "energy" else given.double()).sort(descending=True).values
+        density = inf
+        for below, above in pairwise(self._choices(layer)):
+            size = (above - below) * layer.cost
+            density = min(density, fsum(worth[below:above].tolist()) / size)  # falls, whatever rounding says
+            if density > 0:
+                yield -density, name, above, size
