@@ -23,7 +23,7 @@ def needs_of(stage: Stage, how: How, layers: Mapping[str, RankedLayer]) -> Needs
     reaches = [
         (layer.rank, *stage.to.reach(_bounded(layer, last))) for layer in layers.values() for last in (False, True)
     ]
-    growth = max((high - rank for rank, _, high in reaches), default=0)
+    growth = max([0, *(high - rank for rank, _, high in reaches)])
     shrinks = any(low < rank for rank, low, _ in reaches)
     return Needs(
         grams=how.metric != "weight" and (shrinks or "values" in stage.to.needs),
