@@ -71,8 +71,9 @@ class Budget(Stepped):
         if self.parameters is not None and left < least:
             raise ConfigurationError(f"parameters must be at least {least:,}, of the lowest ranks, got {left:,}")
         left -= least
+        steps = [step for name, layer in layers.items() for step in self._steps(name, layer)]
         ended = set()
-        for _, name, rank, size in sorted(step for name, layer in layers.items() for step in self._steps(name, layer)):
+        for _, name, rank, size in sorted(steps):
             if size > left:
                 ended.add(name)
             elif name not in ended:
