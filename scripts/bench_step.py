@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers, resize
 from dynrank.change.measuring import Grams
-from dynrank.models.pretrained import load_classifier, model_source
+from dynrank.models.pretrained import load_classifier
 from dynrank.output.console import table_console
 
 SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
@@ -109,7 +109,7 @@ class _Training:
 
 
 def _minilm() -> tuple[nn.Module, int | None]:
-    return load_classifier(model_source("minilm"), num_labels=100), 100
+    return load_classifier("minilm", 100), 100
 
 
 def _smollm2() -> tuple[nn.Module, int | None]:

@@ -34,7 +34,7 @@ from two_writers import data_of, is_causal, load_writer, prompts_of
 from two_writers import write_adapters as train_adapters
 
 from dynrank import add_lora, load_adapter, lora_layers, read_adapter, save_adapter, swap_adapter
-from dynrank.models.pretrained import head_names, load_classifier, model_source
+from dynrank.models.pretrained import head_names, load_classifier
 
 BYTES_7B = 32 * 2 * 16 * (4096 + 4096) * 4  # Llama 7B: q and v of 32 layers, rank 16, float32
 
@@ -57,7 +57,7 @@ def write_adapters(model_name: str, folder: Path) -> list[Path]:
 def load(model_name: str) -> nn.Module:
     """The model with a head for 100 classes, the same each time."""
     torch.manual_seed(0)
-    return load_classifier(model_source(model_name, "--model"), num_labels=100).eval()
+    return load_classifier(model_name, 100, "--model").eval()
 
 
 def factor_bytes(adapter: Path) -> int:

@@ -19,7 +19,7 @@ from dynrank import add_lora, compose, lora_layers
 from dynrank.change.measuring import Grams
 from dynrank.change.resize import layer_spectra
 from dynrank.errors import ConfigurationError
-from dynrank.models.pretrained import load_classifier, model_source
+from dynrank.models.pretrained import load_classifier
 from dynrank.run.config import plain
 from dynrank.run.trusted import make
 from dynrank.targets import Budget, LayerState
@@ -55,7 +55,7 @@ class Setting:
     def classifier(self) -> nn.Module:
         """The pre-trained encoder with a fresh head, in training mode."""
         torch.manual_seed(self.seed)
-        return load_classifier(model_source(self.config.task.model), self.labels).train()
+        return load_classifier(self.config.task.model, self.labels).train()
 
     def trainee(self, model: nn.Module, lr: float | None = None) -> Trainee:
         """``model`` with the default optimizer for its trainable parameters; ``lr`` replaces the adapter's rate."""

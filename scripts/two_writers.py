@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig
 
 from dynrank import add_lora, lora_layers, save_adapter
-from dynrank.models.pretrained import gguf_place, load_causal_lm, model_source
+from dynrank.models.names import model_source
+from dynrank.models.pretrained import load_causal_lm, read_config
 from dynrank.tasks.code_completion import FunctionsData
 from dynrank.tasks.prompted import PromptedData
 
@@ -40,14 +40,14 @@ class Diagnoses(PromptedData):
 
 def is_causal(model_name: str) -> bool:
     """Whether the model writes text; GGUF files hold no others here."""
-    place, gguf = gguf_place(model_source(model_name, "--model"))
-    names = AutoConfig.from_pretrained(place, **gguf).architectures
-    return bool(gguf) or any("CausalLM" in name or "LMHead" in name for name in names or ())
+    names = read_config(model_name, "--model").architectures or ()
+    gguf = model_source(model_name, "--model").endswith(".gguf")
+    return gguf or any("CausalLM" in name or "LMHead" in name for name in names)
 
 
 def load_writer(model_name: str) -> nn.Module:
     """The causal language model."""
-    return load_causal_lm(model_source(model_name, "--model")).eval()
+    return load_causal_lm(model_name, "--model").eval()
 
 
 def data_of(model_name: str) -> dict[str, PromptedData]:
@@ -80,7 +80,7 @@ def _trained(model_name: str, task: str, data: PromptedData, steps: int, folder:
     torch.manual_seed(0)
     model: Any = load_writer(model_name)
     if task == "medical":
-        bare = load_causal_lm(model_source(model_name, "--model"), on_meta=True)
+        bare = load_causal_lm(model_name, "--model", on_meta=True)
         names = [name for name, _ in lora_layers(add_lora(bare, rank=16, target_modules="attention"))]
         rules = {name: {"rank": 4, "alpha": 4} for name in names[::2]}
         add_lora(model, rank=16, alpha=16, target_modules="attention", rank_map=rules)

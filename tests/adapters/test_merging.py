@@ -225,7 +225,7 @@ def test_command_refuses_what_it_cannot_use(stored, refused, tmp_path):
     assert "--model" in error
     assert "LlamaForCausalLM has no module 'transformer." in error
     assert "cannot load --model" in refused("adapter", "--model", "empty", "--out", "out")
-    assert "--model is neither a folder" in refused("adapter", "--model", "./absent", "--out", "out")
+    assert "--model must be a folder" in refused("adapter", "--model", "./absent", "--out", "out")
     assert "cannot read the adapter" in refused("absent", "--model", model, "--out", "out")
     assert "--out" in refused("adapter", "--model", model)
     (model / "model.safetensors").write_bytes(b"no model")

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
 from dynrank.adapters.merging import merge_adapter
-from dynrank.models.pretrained import load_causal_lm, load_tokenizer, model_source
+from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
@@ -67,7 +67,7 @@ def file(llama, tmp_path_factory):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model_source(str(path))
+    return str(path)
 
 
 IDS = torch.arange(5, 17)[None]

