@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from dynrank.adapters.fit import read_adapter
     from dynrank.adapters.load import load_adapter, swap_adapter
     from dynrank.adapters.save import save_adapter
-    from dynrank.change.resize import predict, resize
+    from dynrank.change.predict import predict
+    from dynrank.change.resize import resize
     from dynrank.errors import ConfigurationError
     from dynrank.layers.finding import lora_layers
     from dynrank.layers.merging import merge
@@ -23,7 +24,7 @@ _HOMES = {
     "load_adapter": "dynrank.adapters.load",
     "lora_layers": "dynrank.layers.finding",
     "merge": "dynrank.layers.merging",
-    "predict": "dynrank.change.resize",
+    "predict": "dynrank.change.predict",
     "read_adapter": "dynrank.adapters.fit",
     "resize": "dynrank.change.resize",
     "save_adapter": "dynrank.adapters.save",

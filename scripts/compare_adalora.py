@@ -15,6 +15,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -42,10 +43,12 @@ from rich.table import Table as Printed
 from torch import Tensor, nn
 
 from dynrank import lora_layers, resize
-from dynrank.change.measuring import Grams
+from dynrank.change.measuring import Needs, Window
+from dynrank.schedules import How
 from dynrank.targets import Budget
 
 STEPS, FIRST, LAST, WINDOW = 300, 45, 195, 20  # AdaLoRA's budget falls from FIRST to LAST, along a cubic
+BY_LOSS = How(metric="loss")
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 HIGH, LOW = 16, 4
 ADALORA = "PEFT AdaLoRA"
@@ -119,11 +122,11 @@ def cut_down(trainee: Trainee, cuts: Cuts, pool: int) -> None:
     start = adapter_parameters(trainee.model)
     for index, step in enumerate(cuts.at, 1):
         trainee.train(step - WINDOW)
-        with Grams(dict(lora_layers(trainee.model)), WINDOW) as grams:
-            trainee.train(step, after_step=lambda _, grams=grams: grams.end_step())
+        with closing(Window(dict(lora_layers(trainee.model)), Needs(grams=True), WINDOW)) as measured:
+            trainee.train(step, after_step=lambda _, measured=measured: measured.end_step())
         share = Budget(parameters=round(start * (pool / start) ** (index / len(cuts.at))))
-        ranks = budget_ranks(trainee.model, share, "loss", grams)
-        resize(trainee.model, ranks, optimizers=[trainee.optimizer], metric="loss", grams=grams)
+        ranks = budget_ranks(trainee.model, share, BY_LOSS, measured)
+        resize(trainee.model, ranks, optimizers=[trainee.optimizer], how=BY_LOSS, measured=measured)
 
 
 def adalora(setting: Setting, lr: float | None, *, first: int, last: int, target: int = LOW) -> Trainee:
@@ -234,9 +237,9 @@ def measure_cost(rounds: int, file: Path) -> None:
     for trainee in models.values():
         trainee.done = WINDOW + 1  # all take the same batches: these differ in length
     reference, measured = list(models)[:2]
-    grams = Grams(dict(lora_layers(models[measured].model)), WINDOW)
+    window = Window(dict(lora_layers(models[measured].model)), Needs(grams=True), WINDOW)
     hooks = {name: allocation_of(trainee) for name, trainee in models.items() if ADALORA in name}
-    hooks[measured] = lambda step: grams.end_step()
+    hooks[measured] = lambda step: window.end_step()
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for index in range(rounds + 5):
         names = list(models)[index % len(models) :] + list(models)[: index % len(models)]

@@ -16,12 +16,13 @@ import transformers
 from torch import Tensor, nn
 
 from dynrank import add_lora, compose, lora_layers
-from dynrank.change.measuring import Grams
-from dynrank.change.resize import layer_spectra
+from dynrank.change.measuring import Window
+from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_classifier
 from dynrank.run.config import plain
 from dynrank.run.trusted import make
+from dynrank.schedules import How
 from dynrank.targets import Budget, LayerState
 from dynrank.tasks.optimizers import make_optimizer
 
@@ -126,12 +127,12 @@ def adapter_parameters(model: nn.Module) -> int:
     return sum(p.numel() for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B))
 
 
-def budget_ranks(model: nn.Module, budget: Budget, metric: str, grams: Grams) -> dict[str, int]:
+def budget_ranks(model: nn.Module, budget: Budget, how: How, measured: Window) -> dict[str, int]:
     """Ranks by layer that share out ``budget``, as the preset of that name does."""
     layers = dict(lora_layers(model))
-    spectra = layer_spectra(layers, metric, grams)
+    found = spectra(layers, how, measured)
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
-    states = {n: LayerState(layer.rank, *shapes[n], values=spectra[n]) for n, layer in layers.items()}
+    states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
     return budget.ranks(states)
 
 

@@ -19,6 +19,7 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -48,8 +49,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Printed
 
 from dynrank import lora_layers, resize
-from dynrank.change.measuring import Grams
+from dynrank.change.measuring import Needs, Window
 from dynrank.driver.rewarmup import Rewarmup
+from dynrank.schedules import How
 from dynrank.targets import Budget
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -135,7 +137,7 @@ class Point:
     """A model at a change: its validation loss before, and the statistics that a budget needs."""
 
     val_loss: float
-    grams: Grams
+    measured: Window
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -231,9 +233,9 @@ def rows_of(unit: Unit) -> list[Row]:
 def advance(trainee: Trainee, step: int) -> Point:
     """Train up to ``step``, measuring the last steps before it."""
     trainee.train(max(trainee.done, step - WINDOW))
-    with Grams(dict(lora_layers(trainee.model)), WINDOW) as grams:
-        trainee.train(step, after_step=lambda _: grams.end_step())
-    return Point(trainee.evaluate(trainee.setting.val)[0], grams)
+    with closing(Window(dict(lora_layers(trainee.model)), Needs(grams=True), WINDOW)) as measured:
+        trainee.train(step, after_step=lambda _: measured.end_step())
+    return Point(trainee.evaluate(trainee.setting.val)[0], measured)
 
 
 def finish(trainee: Trainee, arm: Arm, point: Point) -> tuple[Trainee, float | None] | None:
@@ -245,10 +247,10 @@ def finish(trainee: Trainee, arm: Arm, point: Point) -> tuple[Trainee, float | N
             if rises:
                 point = advance(trainee, round(share * steps))
             ranks: Any = rank
+            how = How(metric="loss" if arm.shared else "weight")
             if arm.shared:
-                ranks = budget_ranks(trainee.model, Budget(parameters=rank * per_rank), "loss", point.grams)
-            how: Any = {"metric": "loss", "grams": point.grams} if arm.shared else {"metric": "weight"}
-            resize(trainee.model, ranks, optimizers=[trainee.optimizer], **how)
+                ranks = budget_ranks(trainee.model, Budget(parameters=rank * per_rank), how, point.measured)
+            resize(trainee.model, ranks, optimizers=[trainee.optimizer], how=how, measured=point.measured)
             Rewarmup(trainee.optimizer, WINDOW)
             rises.append(trainee.evaluate(trainee.setting.val)[0] / point.val_loss - 1)
         trainee.train(steps)

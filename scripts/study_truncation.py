@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +24,13 @@ from rich.table import Table as Printed
 from torch import nn
 
 from dynrank import lora_layers, resize
-from dynrank.change.measuring import METRICS, Grams
+from dynrank.change.measuring import Needs, Window
+from dynrank.schedules import How
 from dynrank.targets import Budget
 
 STEPS, CUT, WINDOW = 240, 120, 20
 HIGH, LOW = 16, 2
+METRICS = ("weight", "output", "loss")
 FIELDS = ("seed", "arm", "parameters", "energy_kept", "val_before", "val_after", "test_loss", "test_accuracy")
 
 
@@ -39,6 +42,10 @@ class Arm:
     optimizer_state: str = "transport"
     shared: bool = False
     spared: str = ""  # a layer that keeps its rank
+
+    @property
+    def how(self) -> How:
+        return How(metric=self.metric, optimizer_state=self.optimizer_state)
 
     def __str__(self) -> str:
         ranks = "budget" if self.shared else f"all but {self.spared.rpartition('.')[0]}" if self.spared else "uniform"
@@ -79,28 +86,27 @@ def run_seed(seed: int, table: Table) -> None:
         return
     trunk = adapted(setting, HIGH)
     trunk.train(CUT - WINDOW)
-    with Grams(dict(lora_layers(trunk.model)), WINDOW) as grams:
-        trunk.train(CUT, after_step=lambda step: grams.end_step())
+    with closing(Window(dict(lora_layers(trunk.model)), Needs(grams=True), WINDOW)) as measured:
+        trunk.train(CUT, after_step=lambda step: measured.end_step())
     before, _ = trunk.evaluate(setting.val)
     for arm in arms:
         trainee = deepcopy(trunk)
         reports = resize(
             trainee.model,
-            targets(trainee.model, arm, grams),
+            targets(trainee.model, arm, measured),
             optimizers=[trainee.optimizer],
-            metric=arm.metric,
-            grams=grams,
-            optimizer_state=arm.optimizer_state,
+            how=arm.how,
+            measured=measured,
         )
         after, _ = trainee.evaluate(setting.val)
         kept = mean(report.energy_kept for report in reports)
         finish(trainee, seed, str(arm), {"energy_kept": kept, "val_before": before, "val_after": after}, table)
 
 
-def targets(model: nn.Module, arm: Arm, grams: Grams) -> dict[str, int]:
+def targets(model: nn.Module, arm: Arm, measured: Window) -> dict[str, int]:
     """New ranks of an arm, by layer."""
     if arm.shared:
-        return budget_ranks(model, Budget(share=LOW / HIGH), arm.metric, grams)
+        return budget_ranks(model, Budget(share=LOW / HIGH), arm.how, measured)
     return {name: HIGH if name == arm.spared else LOW for name, _ in lora_layers(model)}
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynrank.adapters.config import CONFIG_FILE, make_config
 from dynrank.adapters.stored import WEIGHTS_FILE, StoredAdapter, one_thread
 from dynrank.adapters.tensor_file import TensorWriter, piece_of
-from dynrank.change.resize import LayerReport
+from dynrank.change.predict import LayerReport
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import energy_kept, singular_values, truncate_product
 from dynrank.output.output_folder import check_free, whole_or_nothing

@@ -19,7 +19,7 @@ from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer
 from dynrank.linalg import RankChange
 
-__all__ = ["averaged_layers", "move_average"]
+__all__ = ["averaged_layers", "moved_average"]
 
 
 def averaged_layers(
@@ -46,11 +46,15 @@ def averaged_layers(
 
 
 @torch.no_grad()
-def move_average(layer: RankedLayer, change: RankChange) -> None:
-    """Give the averaged ``layer`` its factors in the new coordinates; a new direction has the new row of A already."""
+def moved_average(layer: RankedLayer, change: RankChange) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B of the averaged ``layer`` in the new coordinates; a new direction has the new row of A already.
+
+    Returns:
+        The factors in the dtypes and on the device that they have.
+    """
     device = layer.lora_A.device
     from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))
     is_new = from_A.eq(0).all(dim=1, keepdim=True)
-    moved_A: Tensor = torch.where(is_new, rows.double(), from_A @ layer.lora_A.double())
-    moved_B = layer.lora_B.double() @ from_B
-    layer.set_factors(moved_A.to(layer.lora_A.dtype), moved_B.to(layer.lora_B.dtype))
+    lora_A: Tensor = torch.where(is_new, rows.double(), from_A @ layer.lora_A.double())
+    lora_B = layer.lora_B.double() @ from_B
+    return lora_A.to(layer.lora_A.dtype), lora_B.to(layer.lora_B.dtype)

@@ -18,6 +18,7 @@ lora_A it is the map of lora_B, and the other way round):
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
+from dynrank.linalg import RankChange
 
 _KEPT, _LINEAR, _SQUARED, _ROW, _COLUMN, _POSITION, _SCALES = (
     "kept", "linear", "squared", "row", "column", "position", "scales",
@@ -57,20 +59,20 @@ _BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit state
 # times the latter takes (0.45 / 0.23 / 1.5)^2 = 1.7; 2.5 leaves room for gradients 1.2 times as large as the others.
 _SEED = 2.5
 
-OPTIMIZER_STATES = ("transport", "reset")
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer itself, where Lightning or accelerate has put a wrapper around it."""
+    raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return raw
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], optimizer_state: str) -> None:
     """Refuse, before anything is changed, an optimizer whose state for ``parameters`` cannot be carried.
 
     Raises:
-        ConfigurationError: if ``optimizer_state`` is neither "transport" nor "reset", the optimizer has no rule (or
-            cannot forget), or an entry of its state has no rule or not the shape that belongs to its parameter.
+        ConfigurationError: if the optimizer has no rule (or cannot forget), or an entry of its state has no rule or not
+            the shape that belongs to its parameter.
     """
-    if optimizer_state not in OPTIMIZER_STATES:
-        raise ConfigurationError(
-            f"optimizer_state must be one of {OPTIMIZER_STATES}, got {optimizer_state!r}; set schedule.optimizer_state"
-        )
     name, rules = _key(optimizer).removeprefix("torch."), _RULES.get(_key(optimizer))
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError(f"optimizer {name} keeps all parameters in one vector, whose length may not change")
@@ -101,16 +103,45 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
                 )
 
 
+def moved_states(
+    optimizer: Optimizer, lora_A: nn.Parameter, lora_B: nn.Parameter, change: RankChange, optimizer_state: str
+) -> dict[nn.Parameter, dict[str, Any]]:
+    """State for the new factors, by the parameter that takes it: empty for "reset"; parameters without state left out.
+
+    Args:
+        optimizer: one that :func:`check_optimizer` has passed.
+        lora_A: the parameter, with its old value.
+        lora_B: the parameter, with its old value.
+        change: its new factors and maps.
+        optimizer_state: "transport" or "reset".
+    """
+    from_A, from_B = change.from_A, change.from_B
+    both = (
+        (lora_A, change.lora_A, from_A, from_B.mT, 0, _gain(lora_B, change.lora_B)),
+        (lora_B, change.lora_B, from_B.mT, from_A, 1, _gain(lora_A.mT, change.lora_A.mT)),
+    )
+    moves = [move for move in both if optimizer.state.get(move[0])]
+    if optimizer_state == "reset":
+        return {parameter: {} for parameter, *_ in moves}
+    return {move[0]: moved_state(optimizer, *move) for move in moves}
+
+
+def _gain(old_NR: Tensor, new_NK: Tensor) -> float:
+    old, new = (float(factor.double().norm(dim=0).max()) for factor in (old_NR, new_NK))
+    return max(1.0, (new / old) ** 2) if old > 0 else 1.0
+
+
 @torch.no_grad()
-def change_state(
+def moved_state(
     optimizer: Optimizer,
     parameter: nn.Parameter,
+    value: Tensor,
     map_KR: Tensor,
     gradient_map_KR: Tensor,
     dim: int,
-    optimizer_state: str,
-) -> None:
-    """Move the state of ``parameter``, which has its new value already, or forget it.
+    gain: float = sys.float_info.max,
+) -> dict[str, Any]:
+    """The state of ``parameter`` for its new value; the old state stays as it is.
 
     A row of zeros in a map is a direction that did not exist or held nothing. There, first moments start from zero,
     second moments from 2.5 times the mean of the carried ones (v = 0 under an old step count makes Adam take several
@@ -118,40 +149,36 @@ def change_state(
     move by the same map, which commutes with going from one to the other.
 
     Args:
-        optimizer: one that :func:`check_optimizer` has passed; a parameter unknown to it is left alone.
-        parameter: the changed parameter (found by identity), new value = map @ old value along ``dim``.
+        optimizer: one that :func:`check_optimizer` has passed and that has state for ``parameter``.
+        parameter: the changed parameter, with its old value.
+        value: its new value, map @ old value along ``dim``.
         map_KR: (K, R), of the parameter along ``dim``.
         gradient_map_KR: (K, R), of its gradient along ``dim``.
         dim: 0 for lora_A, 1 for lora_B.
-        optimizer_state: "transport" or "reset".
+        gain: XXX
     """
-    state = optimizer.state.get(parameter)
-    if not state:
-        return
-    if optimizer_state == "reset":
-        del optimizer.state[parameter]
-        return
-    rules, along = _RULES[_key(optimizer)], (_ROW, _COLUMN)[dim]
+    state, rules, along = optimizer.state[parameter], _RULES[_key(optimizer)], (_ROW, _COLUMN)[dim]
 
-    def rank_first(value: Tensor) -> Tensor:  # and back
-        return value if dim == 0 else value.mT
+    def rank_first(tensor: Tensor) -> Tensor:  # and back
+        return tensor if dim == 0 else tensor.mT
 
-    def apply(map_: Tensor, value: Tensor) -> Tensor:
-        return map_.to(value.device, torch.float64) @ value
+    def apply(map_: Tensor, tensor: Tensor) -> Tensor:
+        return map_.to(tensor.device, torch.float64) @ tensor
 
-    def squared(value: Tensor) -> Tensor:
-        return _seeded(apply(gradient_map_KR.square(), value), value, _empty(gradient_map_KR).to(value.device))
+    def squared(tensor: Tensor) -> Tensor:
+        new = _seeded(apply(gradient_map_KR.square(), tensor), tensor, _empty(gradient_map_KR).to(tensor.device))
+        return new.clamp(max=gain * float(tensor.max()))
 
     moved = {}
-    for key, value in state.items():
+    for key, entry in state.items():
         kind = rules[key]
-        if value is None or kind in (_KEPT, _SCALES):
+        if entry is None or kind in (_KEPT, _SCALES):
             continue
         old = rank_first(_decoded(state, key).double())
         if kind == _LINEAR:
             new = apply(gradient_map_KR, old)
         elif kind == _POSITION:
-            own = rank_first(parameter.to(old.device, old.dtype))
+            own = rank_first(value.to(old.device, old.dtype))
             new = torch.where(_empty(map_KR).to(old.device), own, apply(map_KR, old))
         elif kind in (_SQUARED, along):
             new = squared(old)
@@ -160,9 +187,8 @@ def change_state(
             new = old * (squared(factor).mean() / factor.mean().clamp_min(torch.finfo(factor.dtype).tiny))
         moved[key] = rank_first(new).contiguous()
     if rules is _ADAM_8BIT:
-        _store_coded(optimizer, parameter, moved)
-    else:
-        state.update({key: new.to(state[key].dtype) for key, new in moved.items()})
+        return _coded(optimizer, parameter, value, moved)
+    return {**state, **{key: new.to(state[key].dtype) for key, new in moved.items()}}
 
 
 def _key(optimizer: Optimizer) -> str:
@@ -193,25 +219,27 @@ def _decoded(state: dict[str, Any], key: str) -> Tensor:
     return value
 
 
-def _store_coded(optimizer: Any, parameter: nn.Parameter, moved: dict[str, Tensor]) -> None:
-    """Store in 8 or 32 bits, as the optimizer would have begun with at the parameter's new size (min_8bit_size)."""
-    step = optimizer.state.pop(parameter)["step"]
+def _coded(optimizer: Any, parameter: nn.Parameter, value: Tensor, moved: dict[str, Tensor]) -> dict[str, Any]:
+    """State in 8 or 32 bits, as the optimizer would have begun with at the new size (min_8bit_size)."""
     (place,) = (
         (group, group_index, index)
         for group_index, group in enumerate(optimizer.param_groups)
         for index, member in enumerate(group["params"])
         if member is parameter
     )
-    optimizer.init_state(place[0], parameter, *place[1:])
-    state = optimizer.state[parameter]
-    state["step"] = step
-    for key, value in moved.items():
+    twin = object.__new__(type(optimizer))  # it writes into a state of its own
+    vars(twin).update(vars(optimizer), state=defaultdict(dict))
+    twin.init_state(place[0], value, *place[1:])
+    state: dict[str, Any] = twin.state[value]
+    state["step"] = optimizer.state[parameter]["step"]
+    for key, tensor in moved.items():
         if state[key].dtype == torch.uint8:
             code = state[f"qmap{key[-1]}"]
-            state[key], coding = _bitsandbytes().quantize_blockwise(value.float(), code=code, blocksize=_BLOCK)
+            state[key], coding = _bitsandbytes().quantize_blockwise(tensor.float(), code=code, blocksize=_BLOCK)
             state[f"absmax{key[-1]}"] = coding.absmax
         else:
-            state[key] = value.to(state[key].dtype)
+            state[key] = tensor.to(state[key].dtype)
+    return state
 
 
 def _bitsandbytes() -> Any:

@@ -5,6 +5,7 @@ Every function is collective: all processes call it, in the same order.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -27,22 +28,34 @@ def process_index() -> int:
 def from_first(make: Callable[[], T]) -> T:
     """What ``make`` returns in process 0, where alone it runs; what it raises there is raised in all.
 
+    Whatever it raises, KeyboardInterrupt too, reaches the other processes, so that none is left waiting. An error that
+    cannot be pickled is a RuntimeError with its text there.
+
     Args:
         make: its result is pickled; tensors in it should be on the CPU.
     """
     if process_count() == 1:
         return make()
-    made: list[Any] = [None, None]
+    outcome, failure = [b""], None
     if process_index() == 0:
         try:
-            made[0] = make()
-        except (ValueError, RuntimeError) as error:
-            made[1] = error
-    distributed.broadcast_object_list(made, src=0)
-    if made[1] is not None:
-        raise made[1]
-    result: T = made[0]
-    return result
+            outcome = [pickle.dumps((make(), None))]
+        except BaseException as error:
+            failure, outcome = error, [_pickled_error(error)]
+    distributed.broadcast_object_list(outcome, src=0)
+    result: tuple[T, BaseException | None] = pickle.loads(outcome[0])
+    if failure or result[1]:
+        raise failure or result[1]  # type: ignore[misc]
+    return result[0]
+
+
+def _pickled_error(error: BaseException) -> bytes:
+    try:
+        outcome = pickle.dumps((None, error))
+        pickle.loads(outcome)  # some errors are pickled and cannot be made again
+    except Exception:
+        outcome = pickle.dumps((None, RuntimeError(f"{type(error).__name__} in process 0: {error}")))
+    return outcome
 
 
 def from_all(value: T) -> list[T]:
@@ -51,15 +64,6 @@ def from_all(value: T) -> list[T]:
         return [value]
     values: list[Any] = [None] * process_count()
     distributed.all_gather_object(values, value)
-    return values
-
-
-def gathered(value: T) -> list[T]:
-    """``value`` of every process in process 0, an empty list in the others; tensors in dicts arrive on the CPU."""
-    if process_count() == 1:
-        return [value]
-    values: list[Any] = [None] * process_count() if process_index() == 0 else []
-    distributed.gather_object(_on_cpu(value), values or None, dst=0)
     return values
 
 
@@ -78,14 +82,16 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
 
 
 @torch.no_grad()
-def sum_over_processes(tensors: Iterable[Tensor]) -> None:
-    """Replace each of ``tensors`` by its sum over all processes."""
-    if process_count() > 1:
-        for tensor in tensors:
-            distributed.all_reduce(tensor)
-
-
-def _on_cpu(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _on_cpu(member) for key, member in value.items()}
-    return value.cpu() if isinstance(value, Tensor) else value
+def average_over_processes(tensors: Iterable[Tensor]) -> None:
+    """Replace each of ``tensors`` by its mean over all processes, in one message for each device and dtype."""
+    if process_count() == 1:
+        return
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for alike in kinds.values():
+        message = torch.cat([tensor.flatten() for tensor in alike])
+        distributed.all_reduce(message)
+        means = torch.split(message.div_(process_count()), [tensor.numel() for tensor in alike])
+        for tensor, mean in zip(alike, means, strict=True):
+            tensor.copy_(mean.view_as(tensor))

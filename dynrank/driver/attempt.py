@@ -12,7 +12,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.change.measuring import Window
-from dynrank.change.resize import LayerReport, Snapshot, predict, resize
+from dynrank.change.predict import LayerReport, predict
+from dynrank.change.replacement import Snapshot
+from dynrank.change.resize import resize
 from dynrank.distributed.agreement import check_processes
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
@@ -121,29 +123,23 @@ def change_ranks(
     """
     step, model, optimizers = training.step, training.model, training.optimizers
     ranks = {name: layer.rank for name, layer in lora_layers(model)}
-    grams = window.grams if window is not None else None
-    metric = how.metric if grams is not None else "weight"
-    along = {name: window.sketch.of(name) for name in targets} if window is not None and window.sketch else None
     before, snapshot = 0.0, None
     if how.max_regression is not None and targets:
         before = validated(training, how.check_monitor, False)
         snapshot = Snapshot(model, optimizers, training.averages)
     check_processes(model, optimizers, f"before the change of rank at step {step}")
     while targets:
-        predicted = predict(model, targets, metric=metric, grams=grams)
+        predicted = predict(model, targets, how=how, measured=window)
         training.tell("on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
         training.before_resize()
         reports = resize(
             model,
             targets,
             optimizers=optimizers,
-            metric=metric,
-            grams=grams,
-            gauge=how.gauge,
-            along=along,
-            optimizer_state=how.optimizer_state,
-            generator=torch.Generator().manual_seed(step),
+            how=how,
+            measured=window,
             averages=training.averages,
+            generator=torch.Generator().manual_seed(step),
             collective=True,
         )
         training.resized()

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dynrank.change.measuring import Needs, Window
-from dynrank.change.resize import layer_spectra
+from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
@@ -33,16 +33,15 @@ def needs_of(stage: Stage, how: How, layers: Mapping[str, RankedLayer]) -> Needs
 
 
 def layer_states(
-    layers: Mapping[str, RankedLayer], *, last: bool, stage: Stage, metric: str, window: Window | None
+    layers: Mapping[str, RankedLayer], *, last: bool, stage: Stage, how: How, window: Window | None
 ) -> dict[str, LayerState]:
     """What the stage's target may know of each layer; ``last``: no stage comes after it.
 
     Raises:
         ConfigurationError: if a layer's factors or statistics cannot be used.
     """
-    grams = window.grams if window is not None else None
     free = {name: layer for name, layer in layers.items() if not layer.pinned}
-    values = layer_spectra(free, metric, grams) if "values" in stage.to.needs else {}
+    values = spectra(free, how, window) if "values" in stage.to.needs else {}
     scores = window.scores if window is not None else None
     states = {}
     for name, layer in layers.items():

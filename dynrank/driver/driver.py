@@ -10,7 +10,7 @@ from torch import nn
 
 from dynrank.change.measuring import Window
 from dynrank.distributed.agreement import check_processes
-from dynrank.distributed.processes import from_first, gathered, mean_over_processes, process_count, process_index
+from dynrank.distributed.processes import from_first, mean_over_processes
 from dynrank.driver.attempt import RankEvent, Training, change_ranks
 from dynrank.driver.bounds import check_model, final_ranks, layer_states, needs_of
 from dynrank.driver.rewarmup import Rewarmup
@@ -139,7 +139,7 @@ class RankDriver:
         if self._resumed.get("window") is not None:
             self._open_window(training.model, self._window_stage)
             assert self._window is not None
-            self._window.load_states(self._resumed["window"], process_index(), process_count())
+            self._window.load_state_dict(self._resumed["window"])
         self._resumed = {}
         return self._observed_step == training.step
 
@@ -196,7 +196,7 @@ class RankDriver:
             "stage": self._at,
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "pending": asdict(self._pending) if self._pending else None,
-            "window": gathered(self._window.state_dict()) if self._window else None,
+            "window": self._window.state_dict() if self._window else None,
             "window_stage": self._window_stage,
             "observed_step": self._observed_step,
             "looked_step": self._looked_step,
@@ -321,7 +321,6 @@ class RankDriver:
         stage = self.stages[index]
         how, window = self._how(stage), self._window
         if window is not None:
-            window.sum_over_processes()
             self._close_window()
         targets = self._targets(dict(lora_layers(training.model)), index, window)
         changed = False
@@ -341,9 +340,8 @@ class RankDriver:
 
     def _targets(self, layers: dict[str, Any], index: int, window: Window | None) -> dict[str, int]:
         stage, last = self.stages[index], index == len(self.stages) - 1
-        metric = self._how(stage).metric if window is not None and window.grams is not None else "weight"
         wanted = from_first(
-            lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, metric=metric, window=window))
+            lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, how=self._how(stage), window=window))
         )
         return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
 

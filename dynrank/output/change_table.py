@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
-from dynrank.change.resize import LayerReport
+from dynrank.change.predict import LayerReport
 from dynrank.output.console import empty_table, span
 
 __all__ = ["change_table", "layer_kinds"]

@@ -13,9 +13,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.change.optimizer_state import change_state, check_optimizer
+from dynrank.change.optimizer_state import check_optimizer, moved_state
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import grow_product
+from dynrank.schedules import How
 
 OLD, NEW, OTHER = 5, 3, 4  # the rank before and after, and the parameter's other dimension
 BLOCK = 256  # of bitsandbytes' 8-bit state
@@ -82,8 +83,10 @@ def move(optimizer, parameter, map_KR, gradient_map_KR, dim, fresh=None):
     before = copy.deepcopy(optimizer.state[parameter])
     check_optimizer(optimizer, [parameter], "transport")
     value = along(map_KR, parameter.detach(), dim)
-    parameter.data = value if fresh is None else value + fresh
-    change_state(optimizer, parameter, map_KR, gradient_map_KR, dim, "transport")
+    value = value if fresh is None else value + fresh
+    state = moved_state(optimizer, parameter, value, map_KR, gradient_map_KR, dim)
+    assert_close(optimizer.state[parameter], before, rtol=0, atol=0)
+    parameter.data, optimizer.state[parameter] = value, state
     return before
 
 
@@ -113,7 +116,7 @@ def maps():
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("cls", "options"), ADAMS + SGDS)
-def test_change_state_first_moments_are_those_of_the_new_coordinates(cls, options, dim, maps):
+def test_moved_state_first_moments_are_those_of_the_new_coordinates(cls, options, dim, maps):
     _, state, reference = carried(cls, options, *maps, dim)
     keys = [key for key in FIRST if key in reference]
     assert keys
@@ -123,7 +126,7 @@ def test_change_state_first_moments_are_those_of_the_new_coordinates(cls, option
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("cls", "options"), [*ADAMS, *SCHEDULE_FREE])
-def test_change_state_second_moments_move_by_the_squared_map_and_counts_stay(cls, options, dim, maps):
+def test_moved_state_second_moments_move_by_the_squared_map_and_counts_stay(cls, options, dim, maps):
     before, state, reference = carried(cls, options, *maps, dim)
     squared = [key for key in before if key in SECOND]
     assert len(squared) == (2 if options.get("amsgrad") else 1)
@@ -146,7 +149,7 @@ def monomials(draw):
 @pytest.mark.parametrize(("cls", "options"), ADAMS + SGDS)
 @settings(max_examples=10, deadline=None)
 @given(monomial=monomials())
-def test_change_state_all_is_exact_when_directions_are_selected_and_scaled(cls, options, dim, monomial):
+def test_moved_state_all_is_exact_when_directions_are_selected_and_scaled(cls, options, dim, monomial):
     axes, sizes, signs = monomial
     factors = (sizes * signs)[:, None]
     _, state, reference = carried(cls, options, factors * axes, axes / factors, dim)
@@ -157,7 +160,7 @@ def test_change_state_all_is_exact_when_directions_are_selected_and_scaled(cls, 
 @pytest.mark.parametrize("dim", [0, 1])
 @settings(max_examples=20, deadline=None)
 @given(monomial=monomials())
-def test_change_state_adafactor_is_exact_for_separable_squares(dim, monomial):
+def test_moved_state_adafactor_is_exact_for_separable_squares(dim, monomial):
     axes, sizes, signs = monomial
     factors = (sizes * signs)[:, None]
     generator = torch.Generator().manual_seed(0)
@@ -173,7 +176,7 @@ def test_change_state_adafactor_is_exact_for_separable_squares(dim, monomial):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_change_state_adafactor_second_moments_move_by_the_squared_map(dim, maps):
+def test_moved_state_adafactor_second_moments_move_by_the_squared_map(dim, maps):
     def second_moments(state):
         return state["row_var"] @ state["col_var"] / state["row_var"].mean()
 
@@ -184,7 +187,7 @@ def test_change_state_adafactor_second_moments_move_by_the_squared_map(dim, maps
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("count", [NEW, OLD + 2])
-def test_change_state_adafactor_that_has_seen_no_gradient_stays_at_zero(dim, count):
+def test_moved_state_adafactor_that_has_seen_no_gradient_stays_at_zero(dim, count):
     gradients = [torch.zeros(shaped(OLD, dim), dtype=torch.float64)]
     map_KR = torch.eye(count, OLD, dtype=torch.float64)
     _, state, reference = carried(torch.optim.Adafactor, {}, map_KR, map_KR, dim, gradients)
@@ -196,7 +199,7 @@ def test_change_state_adafactor_that_has_seen_no_gradient_stays_at_zero(dim, cou
 @pytest.mark.parametrize(("cls", "options"), SCHEDULE_FREE)
 @settings(max_examples=10, deadline=None)
 @given(monomial=monomials())
-def test_change_state_schedule_free_lives_on_in_turned_round_directions(cls, options, dim, monomial):
+def test_moved_state_schedule_free_lives_on_in_turned_round_directions(cls, options, dim, monomial):
     axes, _, signs = monomial  # its steps do not scale with the gradient, so the directions may not be scaled
     map_KR = signs[:, None] * axes
     gradients = random_gradients(shaped(OLD, dim))
@@ -211,7 +214,7 @@ def test_change_state_schedule_free_lives_on_in_turned_round_directions(cls, opt
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_change_state_schedule_free_moves_all_its_points_by_the_map_in_either_mode(dim, mode, maps):
+def test_moved_state_schedule_free_moves_all_its_points_by_the_map_in_either_mode(dim, mode, maps):
     optimizer, parameter = lived(schedulefree.AdamWScheduleFree, {}, random_gradients(shaped(OLD, dim)))
     points = {}
     for name in ("eval", "train"):
@@ -226,7 +229,7 @@ def test_change_state_schedule_free_moves_all_its_points_by_the_map_in_either_mo
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_change_state_schedule_free_starts_new_directions_at_the_parameter(dim):
+def test_moved_state_schedule_free_starts_new_directions_at_the_parameter(dim):
     optimizer, parameter = lived(schedulefree.AdamWScheduleFree, {}, random_gradients(shaped(3, dim)))
     map_KR = torch.eye(5, 3, dtype=torch.float64)
     fresh = torch.zeros(shaped(5, dim), dtype=torch.float64)
@@ -241,7 +244,7 @@ def test_change_state_schedule_free_starts_new_directions_at_the_parameter(dim):
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("cls", "options"), EIGHT_BIT)
-def test_change_state_codes_in_8_bits_what_it_carries(cls, options, dim):
+def test_moved_state_codes_in_8_bits_what_it_carries(cls, options, dim):
     generator = torch.Generator().manual_seed(1)
     map_KR, gradient_map_KR = torch.randn(2, 6, 8, dtype=torch.float64, generator=generator).unbind()
     gradients = random_gradients(shaped(8, dim, other=100))  # 800 numbers, then 600: blocks that are not full
@@ -263,7 +266,7 @@ def test_change_state_codes_in_8_bits_what_it_carries(cls, options, dim):
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("before", "after"), [(10, 6), (6, 10)])
-def test_change_state_takes_the_bits_of_the_new_size(dim, before, after):
+def test_moved_state_takes_the_bits_of_the_new_size(dim, before, after):
     """4,096 numbers are the border: an optimizer that starts with this size chooses 32 bits below it."""
     map_KR = torch.eye(after, before, dtype=torch.float64) * 2
     gradients = random_gradients(shaped(before, dim, other=500))
@@ -286,7 +289,7 @@ def test_change_state_takes_the_bits_of_the_new_size(dim, before, after):
 
 @pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("cls", "options"), [*ADAMS[:3], ADAMS[-1], *EIGHT_BIT, SCHEDULE_FREE[0]])
-def test_change_state_growth_seeds_second_moments(cls, options, dim):
+def test_moved_state_growth_seeds_second_moments(cls, options, dim):
     map_KR = grow_product(torch.randn(9, 3), torch.randn(3, 9), 5).from_A
     before, state, _ = carried(cls, options, map_KR, map_KR, dim)
     old, new = (slice(3), slice(3, 5)) if dim == 0 else ((slice(None), slice(3)), (slice(None), slice(3, 5)))
@@ -304,7 +307,7 @@ def test_change_state_growth_seeds_second_moments(cls, options, dim):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_change_state_growth_seeds_adafactor(dim):
+def test_moved_state_growth_seeds_adafactor(dim):
     map_KR = torch.eye(5, 3, dtype=torch.float64)
     before, state, _ = carried(torch.optim.Adafactor, {}, map_KR, map_KR, dim)
     old, new = [s["row_var"] @ s["col_var"] / s["row_var"].mean() for s in (before, state)]
@@ -313,27 +316,10 @@ def test_change_state_growth_seeds_adafactor(dim):
     assert_close(new.movedim(dim, 0)[3:], 2.5 * torch.stack([mean, mean]))
 
 
-def test_change_state_seeds_from_the_old_moments_when_no_direction_is_carried():
+def test_moved_state_seeds_from_the_old_moments_when_no_direction_is_carried():
     zeros = torch.zeros(2, OLD, dtype=torch.float64)
     before, state, _ = carried(torch.optim.Adam, {}, zeros, zeros, 0)
     assert_close(state["exp_avg_sq"], 2.5 * before["exp_avg_sq"].mean(0).expand(2, -1))
-
-
-def test_change_state_reset_forgets_one_parameter_only(maps):
-    first, second = (nn.Parameter(torch.zeros(OLD, OTHER)) for _ in range(2))
-    optimizer = torch.optim.Adam([first, second])
-    first.grad, second.grad = torch.ones(OLD, OTHER), torch.ones(OLD, OTHER)
-    optimizer.step()
-    kept = copy.deepcopy(optimizer.state[second])
-    change_state(optimizer, first, *maps, 0, "reset")
-    assert first not in optimizer.state
-    assert all(torch.equal(optimizer.state[second][key], kept[key]) for key in kept)
-
-
-def test_change_state_leaves_an_unknown_parameter_alone(maps):
-    optimizer = torch.optim.Adam([nn.Parameter(torch.zeros(OLD, OTHER))])
-    change_state(optimizer, nn.Parameter(torch.zeros(OLD, OTHER)), *maps, 0, "transport")
-    assert not optimizer.state
 
 
 def adapted(rank=6):
@@ -375,7 +361,7 @@ def trained(cls, options, net):
 def test_optimizer_goes_on_learning_after_a_resize(cls, options, state, rank):
     net = adapted()
     optimizer = trained(cls, options, net)
-    dynrank.resize(net, rank, optimizers=[optimizer], optimizer_state=state)
+    dynrank.resize(net, rank, optimizers=[optimizer], how=How(optimizer_state=state))
     losses = train(net, optimizer, 20)
     assert losses[-1] < losses[0]
     fresh_net = adapted(rank)
@@ -426,7 +412,7 @@ def test_schedule_free_is_not_reset_because_its_next_step_would_be_far_too_long(
     optimizer = trained(schedulefree.AdamWScheduleFree, {}, net)
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(ConfigurationError, match=r"AdamWScheduleFree counts steps .*optimizer_state=transport"):
-        dynrank.resize(net, 2, optimizers=[optimizer], optimizer_state="reset")
+        dynrank.resize(net, 2, optimizers=[optimizer], how=How(optimizer_state="reset"))
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     parameter = nn.Parameter(torch.zeros(1))
     optimizer, parameter = lived(schedulefree.AdamWScheduleFree, {}, [torch.ones(1)] * 5000)
@@ -465,7 +451,7 @@ def test_lbfgs_is_refused_even_when_its_state_may_be_reset():
     optimizer = torch.optim.LBFGS([p for p in net.parameters() if p.requires_grad])
     train(net, optimizer, 2)
     with pytest.raises(ConfigurationError, match="LBFGS keeps all parameters in one vector"):
-        dynrank.resize(net, 2, optimizers=[optimizer], optimizer_state="reset")
+        dynrank.resize(net, 2, optimizers=[optimizer], how=How(optimizer_state="reset"))
     assert torch.tensor(train(net, optimizer, 2)).isfinite().all()
 
 
@@ -474,15 +460,13 @@ def test_optimizer_without_a_rule_goes_on_stepping_after_a_reset(name):
     net = adapted()
     optimizer = getattr(torch.optim, name)([p for p in net.parameters() if p.requires_grad])
     train(net, optimizer, 3)
-    dynrank.resize(net, 2, optimizers=[optimizer], optimizer_state="reset")
+    dynrank.resize(net, 2, optimizers=[optimizer], how=How(optimizer_state="reset"))
     assert torch.tensor(train(net, optimizer, 5)).isfinite().all()
 
 
-def test_check_optimizer_refuses_an_unknown_mode_entry_or_shape():
+def test_check_optimizer_refuses_an_unknown_entry_or_shape():
     parameter = nn.Parameter(torch.zeros(2, 3))
     optimizer = torch.optim.Adam([parameter])
-    with pytest.raises(ConfigurationError, match=r"optimizer_state must be one of .* got 'keep'"):
-        check_optimizer(optimizer, [parameter], "keep")
     optimizer.state[parameter] = {"exp_avg": torch.zeros(3, 2)}
     with pytest.raises(ConfigurationError, match=r"'exp_avg' of optimizer Adam has shape \[3, 2\]"):
         check_optimizer(optimizer, [parameter], "transport")

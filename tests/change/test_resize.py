@@ -10,6 +10,7 @@ from torch.testing import assert_close
 import dynrank
 from dynrank.change.resize import resize
 from dynrank.errors import ConfigurationError
+from dynrank.schedules import How
 
 SHAPES = {"0": (12, 10), "2": (12, 12), "4": (8, 12)}
 
@@ -68,8 +69,7 @@ def test_resize_names_the_diverged_layer_and_changes_nothing(trained, target, va
         (9, {}, r"'4': rank must be .* = 8, got 9"),
         (-1, {}, "got -1"),
         ({"0": 2.5}, {}, "rank"),
-        (3, {"metric": "magic"}, r"metric must be one of .* got 'magic'"),
-        (3, {"optimizer_state": "magic"}, "optimizer_state must be one of"),
+        (3, {"how": How(metric="loss")}, r"metric=loss needs statistics.*schedule\.metric"),
     ],
 )
 def test_resize_refuses_what_cannot_be_done_and_changes_nothing(trained, target, options, message):

@@ -46,7 +46,7 @@ def test_layer_states_bound_each_layer():
     stage = Stage(NOW, Rank(4))
     bounds = {}
     for last in (False, True):
-        states = layer_states(layers_of(net), last=last, stage=stage, metric="weight", window=None)
+        states = layer_states(layers_of(net), last=last, stage=stage, how=How(), window=None)
         assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
         assert {(s.values, s.scores) for s in states.values()} == {(None, None)}  # the target asks for neither
         bounds[last] = [(s.lowest, s.highest, s.final_rank) for s in states.values()]
@@ -59,7 +59,7 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     for layer in layers_of(net).values():
         layer.scaling = 3.0
         nn.init.normal_(layer.lora_B)
-    states = layer_states(layers_of(net), last=True, stage=Stage(NOW, Energy(0.9)), metric="weight", window=None)
+    states = layer_states(layers_of(net), last=True, stage=Stage(NOW, Energy(0.9)), how=How(), window=None)
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
         torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)  # the update is float32
@@ -85,7 +85,7 @@ def test_pinned_layers_are_neither_measured_nor_missed(target, options):
         nn.init.normal_(layer.lora_B)
     net(torch.randn(50, 16)).square().mean().backward()
     window.end_step()
-    states = layer_states(layers_of(net), last=True, stage=stage, metric=how.metric, window=window)
+    states = layer_states(layers_of(net), last=True, stage=stage, how=how, window=window)
     assert target.ranks(states)["1"] == 5
 
 

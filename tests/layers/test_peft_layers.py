@@ -24,7 +24,7 @@ from transformers import (
 
 import dynrank
 from dynrank.callbacks import RankScheduler, StepSeed
-from dynrank.change.resize import Snapshot
+from dynrank.change.replacement import Snapshot
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import PeftLayer, follow_checkpoint_ranks, sync_peft_configs
 from dynrank.schedules import How, after_convergence

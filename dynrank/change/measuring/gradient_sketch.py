@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrank.distributed.processes import sum_over_processes
+from dynrank.change.measuring.collector import Collector
 from dynrank.errors import ConfigurationError
 from dynrank.layers.ranked import RankedLayer
 
 _OVERSAMPLING = 8  # of a randomised range finder (Halko, Martinsson and Tropp, arXiv:0909.4061, section 4.2)
 
 
-class GradientSketch:
+class GradientSketch(Collector):
     """``Omega^T G`` of each layer: G is the loss's gradient at W (d_out, d_in), summed over steps, and Omega random.
 
     LoRA never forms G; its own gradients show only what of G lies in col(B) and row(A). The sketch costs two products
-    with ``count + 8`` columns in each backward pass.
+    with ``count + 8`` columns in each backward pass. All steps weigh the same.
 
     Args:
         layers: name -> layer; linear ones.
@@ -31,8 +31,7 @@ class GradientSketch:
     """
 
     def __init__(self, layers: Mapping[str, RankedLayer], count: int, seed: int) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._hooks: list[Any] = []
+        super().__init__(layers)
         generator = torch.Generator().manual_seed(seed)
         for name, layer in layers.items():
             if isinstance(layer.base, nn.Embedding | nn.Conv2d):
@@ -42,50 +41,23 @@ class GradientSketch:
                 )
             omega = torch.randn(layer.lora_B.shape[0], count + _OVERSAMPLING, generator=generator)
             omega = omega.to(layer.lora_A.device)
-            total = torch.zeros(omega.shape[1], layer.lora_A.shape[1], dtype=torch.float64, device=omega.device)
-            self._sums[name] = total
-            self._hooks.append(layer.module.register_forward_hook(_watch(omega, total)))
+            sketch = torch.zeros(omega.shape[1], layer.lora_A.shape[1], dtype=torch.float64, device=omega.device)
+            self._tensors[name] = {"sketch": sketch}
+            self._stops.append(layer.module.register_forward_hook(self._watch(name, omega)).remove)
 
-    def end_step(self) -> None:
-        """Nothing to do: all steps weigh the same."""
+    def _watch(self, name: str, omega_OP: Tensor) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                x = inputs[0].detach()
+
+                def add(dy: Tensor) -> None:
+                    dy_MO = dy.reshape(-1, dy.shape[-1]).float()
+                    self.of(name).add_((dy_MO @ omega_OP).mT @ x.reshape(-1, x.shape[-1]).float())
+
+                output.register_hook(add)  # type: ignore[no-untyped-call]
+
+        return hook
 
     def of(self, name: str) -> Tensor:
         """The sketch, (count + 8, d_in) float64."""
-        return self._sums[name]
-
-    def close(self) -> None:
-        """Stop collecting; what was collected stays."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def state_dict(self) -> dict[str, Any]:
-        return dict(self._sums)
-
-    def load_state_dict(self, *states: Mapping[str, Any], growth: float = 1.0) -> None:
-        """Hold the sum of what ``states`` hold; there are ``growth`` times as many processes as when it was collected.
-
-        Gradients of a mean over the examples of one process are as many times larger.
-        """
-        for name, total in self._sums.items():
-            total.zero_()
-            for state in states:
-                total.add_(state[name].to(total.device), alpha=growth)
-
-    def sum_over_processes(self) -> None:
-        """Add up the sums of all processes; in one process there is nothing to do."""
-        sum_over_processes(self._sums.values())
-
-
-def _watch(omega_OP: Tensor, total_PI: Tensor) -> Any:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            x = inputs[0].detach()
-
-            def add(dy: Tensor) -> None:
-                dy_MO = dy.reshape(-1, dy.shape[-1]).float()
-                total_PI.add_((dy_MO @ omega_OP).mT @ x.reshape(-1, x.shape[-1]).float())
-
-            output.register_hook(add)  # type: ignore[no-untyped-call]
-
-    return hook
+        return self._tensors[name]["sketch"]

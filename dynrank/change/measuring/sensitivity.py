@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dynrank.change.measuring.collector import Collector
 from dynrank.layers.ranked import RankedLayer
 from dynrank.linalg import truncate_product
 
 _BETA = 0.85  # both of AdaLoRA's smoothing factors, its default
 
 
-class Sensitivity:
+class Sensitivity(Collector):
     """Smoothed sensitivity times uncertainty of every direction of ``layers``, from weights and gradients.
 
     AdaLoRA parametrises the update as P Lambda Q; here the directions are those of the balanced SVD of ``B @ A`` when
@@ -25,19 +25,18 @@ class Sensitivity:
     """
 
     def __init__(self, layers: Mapping[str, RankedLayer]) -> None:
-        self._layers = dict(layers)
-        self._state: dict[str, dict[str, Tensor]] = {}
+        super().__init__(layers)
         for name, layer in layers.items():
             change = truncate_product(layer.lora_B, layer.lora_A, layer.rank)
-            self._state[name] = {"from_A": change.from_A, "from_B": change.from_B}
+            self._tensors[name] = {"from_A": change.from_A, "from_B": change.from_B}
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Take in the weights and the gradients of the step just made."""
+        """Take in the weights and gradients of the step just made, which all processes have alike already."""
         for name, layer in self._layers.items():
             if layer.lora_A.grad is None or layer.lora_B.grad is None:
                 continue
-            state = self._state[name]
+            state = self._tensors[name]
             from_A, from_B = state["from_A"], state["from_B"]
             rows = (from_A @ layer.lora_A.double()) * (from_B.mT @ layer.lora_A.grad.double())
             columns = (layer.lora_B.double() @ from_B) * (layer.lora_B.grad.double() @ from_A.mT)
@@ -50,23 +49,8 @@ class Sensitivity:
 
     def of(self, name: str) -> Tensor:
         """Importance of each direction, (rank,) float64; zero if no step was taken in."""
-        state = self._state[name]
+        state = self._tensors[name]
         if "rows_mean" not in state:
             return torch.zeros(len(state["from_A"]), dtype=torch.float64)
         rows, columns, values = (state[f"{p}_mean"] * state[f"{p}_spread"] for p in ("rows", "columns", "values"))
         return values + rows.mean(1) + columns.mean(0)
-
-    def close(self) -> None:
-        """Nothing is hooked into the layers."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: dict(state) for name, state in self._state.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._state = {  # a checkpoint is read to the CPU
-            name: {key: value.to(self._layers[name].lora_A.device) for key, value in tensors.items()}
-            for name, tensors in state.items()
-        }
-
-    def sum_over_processes(self) -> None:
-        """Nothing to do: the gradients of a step are averaged already, and so the same in all processes."""

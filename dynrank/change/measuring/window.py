@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dynrank.change.measuring.collector import Collector
 from dynrank.change.measuring.gradient_sketch import GradientSketch
 from dynrank.change.measuring.grams import Grams
 from dynrank.change.measuring.sensitivity import Sensitivity
@@ -25,16 +26,25 @@ class Needs:
 
 
 class Window:
-    """The collectors that a change needs, open over some training steps.
+    """The collectors that a change needs, open over some training steps until :meth:`close`.
+
+    What they hold is alike in all processes after every :meth:`end_step`, which is the only collective call: any
+    process may save the state by itself.
 
     Args:
         layers: name -> layer.
         needs: what to collect.
         span: steps that the exponential means reach over.
         seed: of what is drawn at random.
+
+    Attributes:
+        steps: how many optimizer steps it has seen.
+        grams: the Gram matrices, None where they are not needed.
+        scores: the sensitivities, or None.
+        sketch: the sketch of the gradient, or None.
     """
 
-    def __init__(self, layers: Mapping[str, RankedLayer], needs: Needs, span: int, seed: int) -> None:
+    def __init__(self, layers: Mapping[str, RankedLayer], needs: Needs, span: int, seed: int = 0) -> None:
         self.steps = 0
         self.grams = Grams(layers, span) if needs.grams else None
         self.scores = Sensitivity(layers) if needs.scores else None
@@ -42,18 +52,16 @@ class Window:
 
     def serves(self, needs: Needs) -> bool:
         """Whether everything that ``needs`` names is being collected (new rows beyond those sketched are random)."""
-        opened = self.grams is not None, self.scores is not None, self.sketch is not None
-        return all(
-            has or not need for has, need in zip(opened, (needs.grams, needs.scores, needs.new_rows), strict=True)
-        )
+        wanted = {"grams": needs.grams, "scores": needs.scores, "sketch": needs.new_rows > 0}
+        return self._open.keys() >= {name for name, wants in wanted.items() if wants}
 
     @property
-    def _open(self) -> dict[str, Grams | Sensitivity | GradientSketch]:
+    def _open(self) -> dict[str, Collector]:
         named = {"grams": self.grams, "scores": self.scores, "sketch": self.sketch}
         return {name: collector for name, collector in named.items() if collector is not None}
 
     def end_step(self) -> None:
-        """Say that an optimizer step was made; gradients must still be there."""
+        """Say that an optimizer step was made; gradients must still be there. A collective call."""
         self.steps += 1
         for collector in self._open.values():
             collector.end_step()
@@ -64,25 +72,10 @@ class Window:
             collector.close()
 
     def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors; passes since the last optimizer step are those of this process alone."""
         return {"steps": self.steps, **{name: collector.state_dict() for name, collector in self._open.items()}}
 
-    def sum_over_processes(self) -> None:
-        """Make of what each process has collected what all have; collective, and once."""
-        for collector in self._open.values():
-            collector.sum_over_processes()
-
-    def load_states(self, states: Sequence[Mapping[str, Any]], index: int, count: int) -> None:
-        """Go on from what was collected before, as process ``index`` of ``count``.
-
-        Args:
-            states: a state dict from each process of the run that is resumed; there may have been more or fewer.
-            index: number of this process.
-            count: how many processes there are now.
-        """
-        self.steps = states[0]["steps"]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
         for name, collector in self._open.items():
-            shares = [state[name] for state in states[index::count]]
-            if isinstance(collector, Sensitivity):
-                collector.load_state_dict(states[0][name])  # the same in all
-            else:
-                collector.load_state_dict(*shares, growth=count / len(states))
+            collector.load_state_dict(state[name])

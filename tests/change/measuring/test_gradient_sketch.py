@@ -8,10 +8,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import dynrank
-from dynrank.change.measuring import GradientSketch
+from dynrank.change.measuring import GradientSketch, Needs, Window
 from dynrank.change.resize import resize
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import grow_product
+from dynrank.schedules import How
 
 
 def problem(base=None, d_in=12, d_out=10, rank=2, dropout=0.0):
@@ -101,7 +102,9 @@ def test_growth_along_the_sketch_of_a_gradient_of_one_direction_takes_it():
     rows = torch.linalg.svd(net[0].lora_A.detach().double(), full_matrices=False).Vh
     outside = torch.eye(12, dtype=torch.float64) - rows.mT @ rows
     top = torch.linalg.svd(gradient @ outside).Vh[0]
-    resize(net, 3, along={"0": sketch_of(net, [x], count=1)})
+    window = Window({"0": net[0]}, Needs(new_rows=1), span=1)
+    loss_of(net(x)).backward()
+    resize(net, 3, how=How(new_rows="gradient"), measured=window)
     row = net[0].lora_A[2].detach().double()
     assert_close((row @ top).abs() / row.norm(), torch.tensor(1.0, dtype=torch.float64), rtol=0, atol=1e-4)
 

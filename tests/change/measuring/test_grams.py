@@ -1,12 +1,8 @@
 """Gram matrices against explicit sums over positions in float64, for every kind of layer and every way to run it."""
 
 import copy
-import os
 import pickle
-import socket
-import subprocess
-import sys
-from pathlib import Path
+from contextlib import closing
 
 import pytest
 import torch
@@ -16,10 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import dynrank
-from dynrank.change.measuring import METRICS, Grams
-from dynrank.change.resize import predict, resize
+from dynrank.change.measuring import Grams, Needs, Window
+from dynrank.change.predict import predict
+from dynrank.change.resize import resize
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import truncate_product
+from dynrank.schedules import How
 
 LAYERS = {
     "linear": (lambda: nn.Linear(10, 8), lambda g: torch.randn(2, 7, 10, generator=g)),
@@ -74,7 +72,7 @@ def moments(kind, layer, x, net, loss=loss_of):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_grams_are_the_moments_over_positions(kind):
     net, layer, (x, _) = adapted(kind)
-    with Grams({"0": layer}) as grams:
+    with closing(Grams({"0": layer})) as grams:
         loss_of(net(x)).backward()
     zz, uu, count = moments(kind, layer, x, net)
     assert grams.of("0", "weight") == (None, None)
@@ -92,7 +90,7 @@ def test_grams_weigh_steps_exponentially_and_passes_of_a_step_alike(kind):
     net, layer, inputs = adapted(kind)
     steps = [[inputs[0]], [inputs[1], inputs[0]], [inputs[1]]]
     sums = {"zz": 0.0, "uu": 0.0, "rows": 0.0, "steps": 0.0}
-    with Grams({"0": layer}, window=3) as grams:
+    with closing(Grams({"0": layer}, window=3)) as grams:
         for number, batches in enumerate(steps):
             weight = 0.5 ** (2 - number)
             for x in batches:
@@ -113,11 +111,11 @@ def test_grams_weigh_steps_exponentially_and_passes_of_a_step_alike(kind):
 
 def test_grams_of_an_accumulated_step_equal_those_of_one_large_batch():
     net, layer, inputs = adapted("linear")
-    with Grams({"0": layer}, window=5) as halves:
+    with closing(Grams({"0": layer}, window=5)) as halves:
         for x in inputs:
             (net(x).square().sum() / 28).backward()
         halves.end_step()
-    with Grams({"0": layer}, window=5) as whole:
+    with closing(Grams({"0": layer}, window=5)) as whole:
         (net(torch.cat(inputs)).square().sum() / 28).backward()
         whole.end_step()
     for mine, other in zip(halves.of("0", "loss"), whole.of("0", "loss"), strict=True):
@@ -141,7 +139,7 @@ def test_observed_passes_are_bit_equal_to_unobserved_ones(kind, dropout, autocas
         return [y.detach().clone(), *(grad.clone() for grad in grads if grad is not None)]
 
     before = passes()
-    with Grams({"0": layer}) as grams:
+    with closing(Grams({"0": layer})) as grams:
         during = passes()
         _, gram_z = grams.of("0", "loss")  # it has been watching
     after = passes()
@@ -173,7 +171,7 @@ def test_grams_under_dropout_are_of_what_the_update_really_saw(kind):
 
 def test_grams_under_autocast_are_those_of_float32_within_bfloat16():
     net, layer, (x, _) = adapted("linear")
-    with Grams({"0": layer}) as grams, torch.autocast("cpu", torch.bfloat16):
+    with closing(Grams({"0": layer})) as grams, torch.autocast("cpu", torch.bfloat16):
         net(x).float().square().mean().backward()
     zz, uu, count = moments("linear", layer, x, net, loss=lambda y: y.square().mean())
     gram_u, gram_z = grams.of("0", "loss")
@@ -187,9 +185,9 @@ def test_grams_under_autocast_are_those_of_float32_within_bfloat16():
 def test_gradient_checkpointing_counts_once(reentrant):
     net, layer, (x, _) = adapted("linear")
     x = x.requires_grad_()
-    with Grams({"0": layer}) as plain:
+    with closing(Grams({"0": layer})) as plain:
         loss_of(net(x)).backward()
-    with Grams({"0": layer}) as again:
+    with closing(Grams({"0": layer})) as again:
         loss_of(checkpoint(net, x, use_reentrant=reentrant)).backward()
     for mine, other in zip(again.of("0", "loss"), plain.of("0", "loss"), strict=True):
         assert torch.equal(mine, other)
@@ -207,7 +205,7 @@ def test_gradient_checkpointing_counts_once_with_dropout(reentrant):
 
 def test_nothing_is_collected_without_a_backward_pass():
     net, layer, (x, _) = adapted("linear")
-    with Grams({"0": layer}) as grams:
+    with closing(Grams({"0": layer})) as grams:
         net.eval()(x)
         net.train()
         with torch.no_grad():
@@ -223,7 +221,7 @@ def test_nothing_is_collected_without_a_backward_pass():
 
 def test_grams_name_a_layer_that_no_gradient_reaches():
     net = dynrank.add_lora(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), rank=2, target_modules=["0", "1"])
-    with Grams(dict(dynrank.lora_layers(net))) as grams:
+    with closing(Grams(dict(dynrank.lora_layers(net)))) as grams:
         net[0](torch.ones(2, 4)).sum().backward()
     assert grams.of("0", "output")[1] is not None
     with pytest.raises(ConfigurationError, match=r"'1'.*lora\.target_modules"):
@@ -232,7 +230,7 @@ def test_grams_name_a_layer_that_no_gradient_reaches():
 
 def test_layer_is_observed_by_one_at_a_time():
     net, layer, _ = adapted("linear")
-    with Grams({"0": layer}), pytest.raises(RuntimeError, match="observed already"):
+    with closing(Grams({"0": layer})), pytest.raises(RuntimeError, match="observed already"):
         Grams({"0": layer})
     Grams({"0": layer}).close()  # free again
 
@@ -240,7 +238,7 @@ def test_layer_is_observed_by_one_at_a_time():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_of_an_observed_layer_are_not_observed(copied):
     net, layer, (x, _) = adapted("linear")
-    with Grams({"0": layer}) as grams:
+    with closing(Grams({"0": layer})) as grams:
         loss_of(copied(net)(x)).backward()
         assert grams.state_dict()["0"]["rows"] == 0
         loss_of(net(x)).backward()
@@ -262,83 +260,16 @@ def test_grams_go_on_from_their_state(cut, tmp_path):
             loss_of(net(inputs[number % 2])).backward()
             grams.end_step()
 
-    with Grams({"0": layer}, window=3) as whole:
+    with closing(Grams({"0": layer}, window=3)) as whole:
         steps(whole, range(3))
-    with Grams({"0": layer}, window=3) as head:
+    with closing(Grams({"0": layer}, window=3)) as head:
         steps(head, range(cut))
         torch.save(head.state_dict(), tmp_path / "state")
-    with Grams({"0": layer}, window=3) as tail:
+    with closing(Grams({"0": layer}, window=3)) as tail:
         tail.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
         steps(tail, range(cut, 3))
     for mine, other in zip(tail.of("0", "loss"), whole.of("0", "loss"), strict=True):
         assert torch.equal(mine, other)
-
-
-# Several processes
-
-
-PROCESS = """
-import sys
-import torch
-from torch import distributed
-from dynrank.change.measuring import Grams
-
-class Layer:
-    rank, scaling, lora_A = 3, 2.0, torch.zeros(3, 5)
-    def observe(self, tap):
-        self.tap = tap
-        return lambda: None
-
-process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=process, world_size=2)
-layer = Layer()
-grams = Grams({"layer": layer})
-layer.tap(*torch.load(f"{folder}/seen")[process])
-grams.sum_over_processes()
-torch.save(grams.of("layer", "loss"), f"{folder}/{process}")
-distributed.destroy_process_group()
-"""
-
-
-@pytest.mark.timeout(150)
-def test_grams_of_two_processes_are_those_of_both(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    generator = torch.Generator().manual_seed(0)
-    seen = [[torch.randn(count, 3, generator=generator) for _ in range(2)] for count in (4, 7)]
-    torch.save(seen, tmp_path / "seen")
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(process), str(port), str(tmp_path)],
-            cwd=Path(dynrank.__file__).parents[1],  # the package may not be installed
-            stderr=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        for process in (0, 1)
-    ]
-    try:
-        for child in children:
-            _, stderr = child.communicate(timeout=120)
-            assert child.returncode == 0, stderr.decode()
-    finally:
-        for child in children:
-            child.kill()
-    z, dz = (torch.cat(parts).double() for parts in zip(*seen, strict=True))
-    for process in (0, 1):  # both know the same
-        gram_u, gram_z = torch.load(tmp_path / str(process))
-        assert_close(gram_z, z.mT @ z / 11, rtol=1e-6, atol=1e-6)
-        # u = dz / scaling; the gradients of a mean over both batches are half as large
-        assert_close(gram_u, (dz / 2).mT @ (dz / 2) / 2.0**2, rtol=1e-6, atol=1e-6)
-
-
-def test_grams_of_one_process_are_left_as_they_are():
-    net, layer, (x, _) = adapted("linear")
-    with Grams({"0": layer}) as grams:
-        loss_of(net(x)).backward()
-    before = [gram.clone() for gram in grams.of("0", "loss")]
-    grams.sum_over_processes()
-    assert all(torch.equal(a, b) for a, b in zip(before, grams.of("0", "loss"), strict=True))
 
 
 # The loss metric predicts
@@ -379,11 +310,12 @@ class Quadratic:
         e = self.net(self.x) - self.y
         return (e @ self.p * e).sum(1).mean() / 2
 
-    def grams(self):
-        with Grams(dict(dynrank.lora_layers(self.net))) as grams:
-            self.loss().backward()
-        grams.end_step()
-        return grams
+    def measured(self):
+        window = Window(dict(dynrank.lora_layers(self.net)), Needs(grams=True), span=20)
+        self.loss().backward()
+        window.end_step()
+        window.close()
+        return window
 
     def increase(self, lora_B, lora_A):
         """Of the loss, if these were the factors."""
@@ -399,10 +331,10 @@ class Quadratic:
 @pytest.mark.parametrize("rank", [1, 2, 3, 5])
 def test_loss_metric_predicts_the_increase_of_the_loss(rank):
     problem = Quadratic()
-    grams = problem.grams()
-    (report,) = predict(problem.net, rank, metric="loss", grams=grams)
+    measured = problem.measured()
+    (report,) = predict(problem.net, rank, how=How(metric="loss"), measured=measured)
     before = problem.loss().item()
-    resize(problem.net, rank, metric="loss", grams=grams)
+    resize(problem.net, rank, how=How(metric="loss"), measured=measured)
     increase = problem.loss().item() - before
     # half the squared norm, times the number of examples that the loss is a mean over
     assert report.predicted_error**2 / 2 * len(problem.x) == pytest.approx(increase, rel=1e-8)
@@ -412,17 +344,17 @@ def test_loss_metric_predicts_the_increase_of_the_loss(rank):
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_metric_ranks_truncations_as_the_loss_does(seed):
     problem = Quadratic(seed)
-    grams = problem.grams()
+    measured = problem.measured()
     factors = problem.layer.lora_B, problem.layer.lora_A
     increases = {}
-    for metric in METRICS:
-        gram_u, gram_z = grams.of("0", metric)
+    for metric in ("weight", "output", "loss"):
+        gram_u, gram_z = measured.grams.of("0", metric)
         change = truncate_product(*factors, 3, gram_u=gram_u, gram_z=gram_z)
         increases[metric] = problem.increase(change.lora_B, change.lora_A)
     assert increases["loss"] < increases["output"]
     assert increases["loss"] < increases["weight"]
     with torch.no_grad():  # the worst: the last three directions instead of the first
-        gram_u, gram_z = grams.of("0", "loss")
+        gram_u, gram_z = measured.grams.of("0", "loss")
         full = truncate_product(*factors, 6, gram_u=gram_u, gram_z=gram_z)
         best = truncate_product(*factors, 3, gram_u=gram_u, gram_z=gram_z)
         product, kept = full.lora_B @ full.lora_A, best.lora_B @ best.lora_A
@@ -434,10 +366,10 @@ def test_loss_metric_ranks_truncations_as_the_loss_does(seed):
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_output_metric_predicts_the_error_of_the_output(rank):
     problem = Quadratic()
-    grams = problem.grams()
-    (report,) = predict(problem.net, rank, metric="output", grams=grams)
+    measured = problem.measured()
+    (report,) = predict(problem.net, rank, how=How(metric="output"), measured=measured)
     with torch.no_grad():
         before = problem.net(problem.x)
-        resize(problem.net, rank, metric="output", grams=grams)
+        resize(problem.net, rank, how=How(metric="output"), measured=measured)
         error = (problem.net(problem.x) - before).square().sum(1).mean().sqrt()
     assert report.predicted_error == pytest.approx(float(error), rel=1e-8)

@@ -1,0 +1,110 @@
+"""New factors and optimizer state, put in the place of the old ones all at once; and the old ones, kept to go back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dynrank.change.averages import averaged_layers
+from dynrank.change.optimizer_state import unwrapped
+from dynrank.layers.compiled import forget_compiled
+from dynrank.layers.finding import lora_layers
+from dynrank.layers.peft_layers import sync_peft_configs
+from dynrank.layers.ranked import RankedLayer
+
+State = dict[str, Any]  # of one parameter in an optimizer
+
+
+@dataclass
+class Replacement:
+    """All that a change of ranks replaces, complete before the first assignment.
+
+    Attributes:
+        factors: (layer, its lora_A, its lora_B), of the model's layers and of its averages'.
+        states: (optimizer, parameter, the parameter's state), empty where the optimizer is to forget it.
+        modules: the model and its averages, whose PEFT configs follow the ranks.
+    """
+
+    factors: list[tuple[RankedLayer, Tensor, Tensor]] = field(default_factory=list)
+    states: list[tuple[Optimizer, nn.Parameter, State]] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+
+    def put(self) -> None:
+        """Replace everything. An interrupt (Ctrl-C) on the way is raised when all is done, so nothing is half changed.
+
+        Only assignments are made, and any of them may be made twice.
+        """
+        try:
+            for assign in self._assignments():
+                assign()
+        except BaseException:
+            for assign in self._assignments():
+                assign()
+            raise
+
+    def _assignments(self) -> Iterator[Callable[[], None]]:
+        for layer, lora_A, lora_B in self.factors:
+            yield partial(layer.set_factors, lora_A, lora_B)
+        for optimizer, parameter, state in self.states:
+            yield partial(_put_state, optimizer, parameter, state)
+        for module in self.modules:
+            yield partial(sync_peft_configs, module)
+        yield partial(forget_compiled, [layer for layer, *_ in self.factors])
+
+    def made(self) -> Iterator[Tensor]:
+        """The tensors that were made for it; what a state keeps of the old one is not among them."""
+        for _, *factors in self.factors:
+            yield from factors
+        for optimizer, parameter, state in self.states:
+            old = optimizer.state[parameter]
+            yield from (v for key, v in state.items() if isinstance(v, Tensor) and v is not old.get(key))
+
+    def copy(self) -> Replacement:
+        """The same with tensors of its own."""
+        return Replacement(
+            [(layer, lora_A.detach().clone(), lora_B.detach().clone()) for layer, lora_A, lora_B in self.factors],
+            [(optimizer, parameter, _copied(state)) for optimizer, parameter, state in self.states],
+            self.modules,
+        )
+
+
+def _put_state(optimizer: Optimizer, parameter: nn.Parameter, state: State) -> None:
+    if state:
+        optimizer.state[parameter] = state
+    else:
+        optimizer.state.pop(parameter, None)
+
+
+def _copied(state: State) -> State:
+    return {key: value.clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+
+
+class Snapshot:
+    """Everything that :func:`dynrank.resize` may change of model, optimizers and averages, to be put back exactly."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], averages: Iterable[nn.Module] = ()) -> None:
+        layers = dict(lora_layers(model))
+        followers = averaged_layers(averages, layers)
+        everywhere = [*layers.values(), *(layer for _, own in followers for layer in own.values())]
+        now = Replacement(
+            [(layer, layer.lora_A, layer.lora_B) for layer in everywhere],
+            [
+                (optimizer, parameter, optimizer.state.get(parameter, {}))
+                for optimizer in map(unwrapped, optimizers)
+                for layer in layers.values()
+                for parameter in (layer.lora_A, layer.lora_B)
+            ],
+            [model, *(average for average, _ in followers)],
+        )
+        self._saved = now.copy()
+
+    def restore(self) -> None:
+        """Put back factors, ranks and optimizer state, bit for bit; as often as is needed."""
+        self._saved.copy().put()
