@@ -54,16 +54,17 @@ class Grams(Collector):
     def _tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
         @torch.no_grad()
         def tap(z_MR: Tensor, dz_MR: Tensor) -> None:
-            sums = self._tensors[name]
+            sums, processes = self._tensors[name], process_count()
             z_MR, dz_MR = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (z_MR, dz_MR))
             if name not in self._in_step:  # the first backward of a step; more follow when gradients accumulate
                 self._in_step.add(name)
                 for total in sums.values():
                     total.mul_(self._decay)
                 sums["steps"].add_(1)
-            sums["zz"].add_(z_MR.mT @ z_MR)
-            sums["dzdz"].add_(dz_MR.mT @ dz_MR, alpha=1 / process_count())
-            sums["rows"].add_(len(z_MR))
+            # the mean over processes at the end of the step makes these the sums of one process that sees all
+            sums["zz"].add_(z_MR.mT @ z_MR, alpha=processes)
+            sums["rows"].add_(len(z_MR) * processes)
+            sums["dzdz"].add_(dz_MR.mT @ dz_MR, alpha=1 / processes)
 
         return tap
 
