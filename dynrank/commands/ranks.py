@@ -11,7 +11,7 @@ from rich.table import Table
 from dynrank.adapters.config import make_config
 from dynrank.adapters.save import target_modules, trained_heads
 from dynrank.driver.bounds import final_parameters
-from dynrank.layers.finding import lora_layers, own_layers
+from dynrank.layers.finding import own_layers
 from dynrank.output.console import span, table_console
 from dynrank.run.job import build
 
@@ -24,7 +24,7 @@ def print_ranks(config: DictConfig) -> None:
     """
     job = build(config, on_meta=True)
     model: Any = job.module.model
-    layers = dict(lora_layers(model))
+    layers = own_layers(model)
     final = job.scheduler.final_ranks(model)
     table = Table(title="LoRA layers of the composed run")
     table.add_column("layer", overflow="fold", min_width=20)

@@ -7,183 +7,30 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels.lora_linear import Tap
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.frozen_base import follow_base
-from dynrank.layers.ranked import put_factors, take_rank
+from dynrank.layers.peft_view import PeftLayer
+from dynrank.layers.ranked import take_rank
 from dynrank.rank_map import matches, peft_ranks
 
-__all__ = ["PeftLayer", "follow_checkpoint_ranks", "peft_layers", "refuse_peft", "sync_peft_configs", "take_peft_ranks"]
+__all__ = [
+    "HARMLESS_INIT",
+    "follow_checkpoint_ranks",
+    "peft_layers",
+    "refuse_peft",
+    "sync_peft_configs",
+    "take_peft_ranks",
+]
 
 # Initialisations that leave the base weight alone. The others take out of it what depends on the rank, and take it out
 # again of a fresh base when the adapter is loaded.
-_HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
-
-
-class PeftLayer:
-    """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.base.RankedLayer`.
-
-    A view: all that it knows is stored on the module, so that two views of one adapter are the same layer.
-
-    Args:
-        module: the peft.tuners.lora.LoraLayer.
-        adapter: name of one of its adapters.
-    """
-
-    capacity: int | None = None  # its layers are compiled anew for every rank
-
-    def __init__(self, module: Any, adapter: str) -> None:
-        self.module, self.adapter = module, adapter
-
-    @property
-    def lora_A(self) -> nn.Parameter:
-        """(rank, d_in)."""
-        return self._factors()[0]
-
-    @property
-    def lora_B(self) -> nn.Parameter:
-        """(d_out, rank)."""
-        return self._factors()[1]
-
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0]
-
-    @property
-    def scaling(self) -> float:
-        return float(self.module.scaling[self.adapter])
-
-    @property
-    def alpha(self) -> float:
-        return self.scaling * self.rank
-
-    @property
-    def base(self) -> nn.Module:
-        base: nn.Module = self.module.get_base_layer()
-        return base
-
-    @property
-    def merged(self) -> bool:
-        return bool(self.module.merged)
-
-    @property
-    def pinned(self) -> bool:
-        return bool(self._notes().get("pinned"))
-
-    @pinned.setter
-    def pinned(self, value: bool) -> None:
-        self._note(pinned=value)
-
-    @property
-    def final_rank(self) -> int | None:
-        return self._notes().get("final_rank")
-
-    @final_rank.setter
-    def final_rank(self, value: int | None) -> None:
-        self._note(final_rank=value)
-
-    @property
-    def rule(self) -> str | None:
-        return self._notes().get("rule")
-
-    @rule.setter
-    def rule(self, value: str | None) -> None:
-        self._note(rule=value)
-
-    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
-
-        The module's own record of the rank follows; PEFT's config does in :func:`sync_peft_configs`, once for all.
-
-        Args:
-            lora_A: (rank, d_in), own storage, dtype and device of the old.
-            lora_B: (d_out, rank), likewise.
-        """
-        put_factors(self, lora_A, lora_B)
-        if not self.of_embedding:
-            self.module.lora_A[self.adapter].out_features = self.module.lora_B[self.adapter].in_features = self.rank
-        self.module.r[self.adapter] = self.rank
-        self.record_alpha()
-
-    def record_alpha(self) -> None:
-        """Make alpha / rank the rule by which PEFT comes to the scaling that the layer has."""
-        self.module.lora_alpha[self.adapter], self.module.use_rslora[self.adapter] = self.alpha, False
-
-    def observe(self, tap: Tap) -> Callable[[], None]:
-        """From now on call ``tap(z, dz)`` once in each backward; stop when the returned function is called.
-
-        z is A applied to the layer's input (after dropout) and dz the gradient of the loss at z, which is
-        ``scaling * B^T g``; both (tokens, rank), without a graph. A layer that a forward pass runs twice reports twice.
-        Between forward and backward z is held, under gradient checkpointing too.
-
-        Raises:
-            RuntimeError: if the layer is being observed already.
-        """
-        if self._notes().get("observed"):
-            raise RuntimeError("the layer is being observed already")
-        self._note(observed=True)
-        on = True
-
-        def report(z: Tensor, dz: Tensor) -> None:
-            if on:
-                tap(z.reshape(-1, z.shape[-1]), dz.reshape(-1, dz.shape[-1]))
-
-        watch = self._watch_embedding if self.of_embedding else self._watch_linear
-        handle = watch(report)
-
-        def stop() -> None:
-            nonlocal on
-            on = False
-            handle.remove()
-            self._note(observed=False)
-
-        return stop
-
-    def _watch_linear(self, report: Tap) -> Any:
-        def watch(_: nn.Module, __: Any, z: Tensor) -> None:
-            if z.requires_grad:
-                values = z.detach()
-                z.register_hook(lambda dz: report(values, dz))  # type: ignore[no-untyped-call]
-
-        return self.module.lora_A[self.adapter].register_forward_hook(watch)
-
-    def _watch_embedding(self, report: Tap) -> Any:
-        # No module has z for its output here, so both come from the layer's own input and output.
-        def watch(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            if y.requires_grad and not module.merged and not module.disable_adapters:
-                values = F.embedding(inputs[0], self.lora_A.detach().mT)
-                scaling = self.scaling * getattr(self.base, "embed_scale", 1.0)  # Gemma 3 scales its embedding
-
-                def report_at_z(g: Tensor) -> None:
-                    report(values, scaling * (g.to(values.dtype) @ self.lora_B.detach()))
-
-                y.register_hook(report_at_z)  # type: ignore[no-untyped-call]
-
-        return self.module.register_forward_hook(watch)
-
-    @property
-    def of_embedding(self) -> bool:
-        """Whether the factors are bare Parameters, as PEFT has them for an embedding."""
-        return self.adapter in self.module.lora_embedding_A
-
-    def _factors(self) -> tuple[nn.Parameter, nn.Parameter]:
-        if self.of_embedding:
-            return self.module.lora_embedding_A[self.adapter], self.module.lora_embedding_B[self.adapter]
-        return self.module.lora_A[self.adapter].weight, self.module.lora_B[self.adapter].weight
-
-    def _notes(self) -> dict[str, Any]:
-        notes: dict[str, Any] = getattr(self.module, "dynrank_notes", {}).get(self.adapter, {})
-        return notes
-
-    def _note(self, **notes: Any) -> None:
-        vars(self.module).setdefault("dynrank_notes", {}).setdefault(self.adapter, {}).update(notes)
+HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
@@ -198,22 +45,21 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
     """
     layers, faults = {}, dict[str, list[str]]()
     configs = _configs(model)
-    for raw, module in _lora_modules(model):
-        name = plain_name(raw)
+    for name, module in _lora_modules(model):
         active = list(module.active_adapters)
         held = [adapter for adapter in active if adapter in _adapters(module)]
-        if len(held) > 1 or not active:
-            fault: str | None = f"adapters {active} are active; activate one with set_adapter()"
-        elif not held:
+        if active and not held:
             continue
-        elif id(module) not in configs:
+        if len(held) != 1:
+            fault: str | None = f"adapters {active} are active; activate one with set_adapter()"
+        elif module not in configs:
             fault = "PEFT's config is not in this model; pass the model that get_peft_model returned, or what holds it"
         else:
-            fault = _fault(module, held[0], configs[id(module)][1].get(held[0]))
+            fault = _fault(module, held[0], configs[module][1].get(held[0]))
         if fault is None:
-            layers[name] = PeftLayer(module, held[0])
+            layers[plain_name(name)] = PeftLayer(module, held[0])
         else:
-            faults.setdefault(fault, []).append(name)
+            faults.setdefault(fault, []).append(plain_name(name))
     if faults:
         lines = [f"{n[0]!r}{f' and {len(n) - 1} more' if len(n) > 1 else ''}: {fault}" for fault, n in faults.items()]
         raise ConfigurationError("these LoRA layers of PEFT cannot be used:\n  " + "\n  ".join(lines))
@@ -239,31 +85,30 @@ def sync_peft_configs(model: nn.Module) -> None:
     Raises:
         ConfigurationError: if a layer's config lies outside ``model``.
     """
-    configs, groups = _configs(model), dict[tuple[int, str], dict[str, PeftLayer]]()
-    for name, module in _lora_modules(model):
-        if id(module) not in configs:
-            raise ConfigurationError(f"the config of PEFT's layer {name!r} is not in the model; pass the whole model")
-        own_name, config_of = configs[id(module)]
-        for adapter in _adapters(module):
-            groups.setdefault((id(config_of), adapter), {})[own_name] = PeftLayer(module, adapter)
-    by_id = {id(config_of): config_of for _, config_of in configs.values()}
-    for (key, adapter), layers in groups.items():
-        config = by_id[key].get(adapter)
-        if config is None or config.peft_type != "LORA":
-            continue
-        if all(_rank_by(config, name) == layer.module.r[adapter] for name, layer in layers.items()):
-            continue
-        by_id[key][adapter] = config = copy.copy(config)  # the user's own object, and other adapters made of it, stay
-        for layer in layers.values():
-            layer.record_alpha()
-        for field, value in peft_ranks({name: (layer.rank, layer.alpha) for name, layer in layers.items()}).items():
-            setattr(config, field, value)
-        if config.init_lora_weights == "orthogonal":  # which PEFT would run on loading, and only for even ranks
-            config.init_lora_weights = True
+    configs = _configs(model)
+    lost = [name for name, module in _lora_modules(model) if module not in configs]
+    if lost:
+        raise ConfigurationError(f"the config of PEFT's layer {lost[0]!r} is not in the model; pass the whole model")
+    for by_adapter in {id(held): held for _, held in configs.values()}.values():
+        for adapter, config in list(by_adapter.items()):
+            layers = {
+                name: PeftLayer(module, adapter)
+                for module, (name, held) in configs.items()
+                if held is by_adapter and adapter in _adapters(module)
+            }
+            if config.peft_type != "LORA" or all(_rank_by(config, n) == la.rank for n, la in layers.items()):
+                continue
+            by_adapter[adapter] = new = copy.copy(config)  # the user's own object, and adapters made of it, stay
+            for layer in layers.values():
+                layer.record_alpha()
+            for field, value in peft_ranks({n: (la.rank, la.alpha) for n, la in layers.items()}).items():
+                setattr(new, field, value)
+            if new.init_lora_weights == "orthogonal":  # which PEFT would run on loading, and only for even ranks
+                new.init_lora_weights = True
 
 
 def follow_checkpoint_ranks(model: nn.Module) -> None:
-    """Let ``model.load_state_dict`` give PEFT's LoRA layers the ranks of the state dict, and their configs likewise.
+    """Let ``model.load_state_dict`` give PEFT's LoRA layers, and their configs, the ranks of the state dict.
 
     Without it a checkpoint from after a change of rank, or one without the frozen base (AdapterCheckpoint), does not
     fit a freshly wrapped model. RankScheduler calls it in ``setup``; for ``load_from_checkpoint``, which knows no
@@ -281,14 +126,12 @@ def take_peft_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
     configs, changed = _configs(model), False
     for name, module in _lora_modules(model):
         for adapter in _adapters(module):
-            layer = PeftLayer(module, adapter)
-            factors, end = ("lora_embedding_A", "lora_embedding_B"), adapter
-            if not layer.of_embedding:
-                factors, end = ("lora_A", "lora_B"), f"{adapter}.weight"
-            lora_A, lora_B = (state_dict.get(".".join(filter(None, (prefix + name, f, end)))) for f in factors)
+            layer, start = PeftLayer(module, adapter), f"{prefix}{name}." if name else prefix
+            key = "lora_embedding_{}." + adapter if layer.of_embedding else "lora_{}." + f"{adapter}.weight"
+            lora_A, lora_B = (state_dict.get(start + key.format(factor)) for factor in "AB")
             if lora_A is None or lora_A.shape == layer.lora_A.shape:
                 continue
-            fault = _fault(module, adapter, configs.get(id(module), ("", {}))[1].get(adapter))
+            fault = _fault(module, adapter, configs.get(module, ("", {}))[1].get(adapter))
             if fault:
                 raise ConfigurationError(f"{prefix + name!r} cannot take the rank of the checkpoint: {fault}")
             take_rank(layer, prefix + name, lora_A, lora_B)
@@ -307,9 +150,8 @@ def _fault(module: Any, adapter: str, config: Any) -> str | None:
         return "PEFT merges the adapter of a MultiheadAttention in every forward"
     if adapter in module.lora_variant:
         variant = type(module.lora_variant[adapter]).__name__
-        return f"the variant {variant} computes something else than plain LoRA; " + (
-            "set use_dora=False" if variant.startswith("Dora") else "use a plain LoraConfig"
-        )
+        instead = "set use_dora=False" if variant.startswith("Dora") else "use a plain LoraConfig"
+        return f"the variant {variant} computes something else than plain LoRA; {instead}"
     if module.lora_bias.get(adapter):
         return "lora_bias gives the update a bias; set lora_bias=False"
     if adapter in module.lora_A:
@@ -318,7 +160,7 @@ def _fault(module: Any, adapter: str, config: Any) -> str | None:
         kinds = [type(factors[adapter]) for factors in (module.lora_A, module.lora_B)]
         if kinds != [nn.Linear, nn.Linear]:
             return f"its factors are {' and '.join(kind.__name__ for kind in kinds)}, no plain Linear"
-    if config is not None and config.init_lora_weights not in _HARMLESS_INIT:
+    if config is not None and config.init_lora_weights not in HARMLESS_INIT:
         return (
             f"init_lora_weights={config.init_lora_weights!r} has taken a part out of the base weight that depends on "
             "the rank; save the base model as it is now, and set init_lora_weights to True in the adapter's config"
@@ -333,17 +175,16 @@ def _rank_by(config: Any, name: str) -> int:
     return int(next((rank for key, rank in config.rank_pattern.items() if matches(key, name)), config.r))
 
 
-def _configs(model: nn.Module) -> dict[int, tuple[str, dict[str, Any]]]:
-    """{id of a LoRA module: (the name that PEFT knows it by, its configs by adapter)}.
+def _configs(model: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Any]]]:
+    """{LoRA module: (the name that PEFT knows it by, its configs by adapter)}.
 
     PEFT leaves its configs on the model that it was given, so names are relative to the nearest module that has them.
     """
-    found: dict[int, tuple[str, dict[str, Any]]] = {}
-    if _peft_class("tuners.lora", "LoraLayer"):
-        for root in model.modules():
-            configs = vars(root).get("peft_config")
-            if isinstance(configs, dict):
-                found |= {id(module): (name, configs) for name, module in _lora_modules(root)}
+    found: dict[nn.Module, tuple[str, dict[str, Any]]] = {}
+    for root in model.modules() if _peft_class("tuners.lora", "LoraLayer") else ():
+        configs = vars(root).get("peft_config")
+        if isinstance(configs, dict):
+            found |= {module: (name, configs) for name, module in _lora_modules(root)}
     return found
 
 

@@ -1,4 +1,4 @@
-"""What resizing and scheduling need of a LoRA layer, whoever has put it into the model."""
+"""The LoRA layer as resizing and scheduling see it, and how it gets factors of another rank."""
 
 from __future__ import annotations
 
@@ -13,17 +13,13 @@ from dynrank.kernels.lora_linear import Tap
 
 
 class RankedLayer(Protocol):
-    """What resizing and scheduling need of a LoRA layer: dynrank's own layers, or a view of another library's.
+    """A LoRA layer whose rank can change: dynrank's own, or a view of another library's.
 
     Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank).
     """
 
-    final_rank: int | None
-    pinned: bool
-    rule: str | None
-
-    @property
-    def capacity(self) -> int | None: ...
+    final_rank: int | None  # where a schedule should bring it; None for the schedule's own target
+    pinned: bool  # whether no schedule may change it
 
     @property
     def lora_A(self) -> nn.Parameter: ...
@@ -38,13 +34,13 @@ class RankedLayer(Protocol):
     def scaling(self) -> float: ...
 
     @property
-    def alpha(self) -> float: ...
+    def capacity(self) -> int | None: ...  # the highest rank that compiled code serves, if it serves several
 
     @property
-    def base(self) -> nn.Module: ...
+    def base(self) -> nn.Module: ...  # the frozen layer
 
     @property
-    def module(self) -> nn.Module: ...
+    def module(self) -> nn.Module: ...  # whose input and output are the layer's
 
     @property
     def merged(self) -> bool: ...
@@ -74,14 +70,16 @@ def check_capacity(capacity: int | None, rank: int) -> None:
 
 @torch.no_grad()
 def put_factors(layer: RankedLayer, lora_A: Tensor, lora_B: Tensor) -> None:
-    """New factors, of any rank, in the same two Parameter objects of ``layer``; their gradients are dropped."""
+    """Put new factors, of any rank, into the same two Parameter objects of ``layer``, and drop their gradients."""
     for parameter, value in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
         parameter.grad = None
         parameter.set_(value)  # type: ignore[call-overload]
 
 
 def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
-    """Give the layer the rank of the factors that are about to be loaded into it; torch reports missing ones itself.
+    """Give the layer the rank of the factors that are about to be loaded; None for one that is missing.
+
+    torch reports missing factors by itself.
 
     Raises:
         ConfigurationError: if they are no factors of this layer.

@@ -26,7 +26,8 @@ import dynrank
 from dynrank.callbacks import RankScheduler, StepSeed
 from dynrank.change.replacement import Snapshot
 from dynrank.errors import ConfigurationError
-from dynrank.layers.peft_layers import PeftLayer, follow_checkpoint_ranks, sync_peft_configs
+from dynrank.layers.peft_layers import follow_checkpoint_ranks, sync_peft_configs
+from dynrank.layers.peft_view import PeftLayer
 from dynrank.schedules import How, after_convergence
 from dynrank.triggers import Plateau
 
@@ -310,10 +311,10 @@ def test_a_change_undone_is_undone_in_the_config_too(tmp_path):
 def test_what_a_schedule_may_not_touch_is_kept_on_the_module():
     model = wrapped()
     layer = next(iter(layers_of(model).values()))
-    assert (layer.pinned, layer.final_rank, layer.rule) == (False, None, None)
-    layer.pinned, layer.final_rank, layer.rule = True, 2, "q_proj"
+    assert (layer.pinned, layer.final_rank) == (False, None)
+    layer.pinned, layer.final_rank = True, 2
     again = next(iter(layers_of(copy.deepcopy(model)).values()))
-    assert (again.pinned, again.final_rank, again.rule) == (True, 2, "q_proj")
+    assert (again.pinned, again.final_rank) == (True, 2)
     assert not PeftLayer(layer.module, "other").pinned
 
 

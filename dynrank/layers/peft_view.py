@@ -1,0 +1,163 @@
+"""One adapter of one of PEFT's LoRA layers, seen as a layer whose rank can change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dynrank.kernels.lora_linear import Tap
+from dynrank.layers.ranked import put_factors
+
+__all__ = ["PeftLayer"]
+
+V = TypeVar("V")
+
+
+class _Note(Generic[V]):
+    """An attribute of :class:`PeftLayer` that is kept on PEFT's module, by adapter."""
+
+    def __init__(self, default: V) -> None:
+        self.default = default
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: PeftLayer, owner: type) -> V:
+        notes: dict[tuple[str, str], V] = vars(layer.module).get("dynrank_notes", {})
+        return notes.get((layer.adapter, self.name), self.default)
+
+    def __set__(self, layer: PeftLayer, value: V) -> None:
+        vars(layer.module).setdefault("dynrank_notes", {})[layer.adapter, self.name] = value
+
+
+class PeftLayer:
+    """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.ranked.RankedLayer`.
+
+    A view: all that it knows is stored on the module, so that two views of one adapter are the same layer.
+
+    Args:
+        module: the peft.tuners.lora.LoraLayer.
+        adapter: name of one of its adapters.
+    """
+
+    capacity: int | None = None  # its layers are compiled anew for every rank
+    final_rank = _Note[int | None](None)
+    pinned = _Note(False)
+    _observed = _Note(False)
+
+    def __init__(self, module: Any, adapter: str) -> None:
+        self.module, self.adapter = module, adapter
+
+    @property
+    def lora_A(self) -> nn.Parameter:
+        """(rank, d_in)."""
+        return self._factor("A")
+
+    @property
+    def lora_B(self) -> nn.Parameter:
+        """(d_out, rank)."""
+        return self._factor("B")
+
+    def _factor(self, which: str) -> nn.Parameter:
+        if self.of_embedding:
+            factor: nn.Parameter = getattr(self.module, f"lora_embedding_{which}")[self.adapter]
+        else:
+            factor = getattr(self.module, f"lora_{which}")[self.adapter].weight
+        return factor
+
+    @property
+    def of_embedding(self) -> bool:
+        """Whether the factors are bare Parameters, as PEFT has them for an embedding."""
+        return self.adapter in self.module.lora_embedding_A
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        return float(self.module.scaling[self.adapter])
+
+    @property
+    def alpha(self) -> float:
+        return self.scaling * self.rank
+
+    @property
+    def base(self) -> nn.Module:
+        base: nn.Module = self.module.get_base_layer()
+        return base
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.module.merged)
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
+
+        The module's own record of the rank follows; PEFT's config does in :func:`sync_peft_configs`, once for all.
+
+        Args:
+            lora_A: (rank, d_in), own storage, dtype and device of the old.
+            lora_B: (d_out, rank), own storage, dtype and device of the old.
+        """
+        put_factors(self, lora_A, lora_B)
+        if not self.of_embedding:
+            self.module.lora_A[self.adapter].out_features = self.module.lora_B[self.adapter].in_features = self.rank
+        self.module.r[self.adapter] = self.rank
+        self.record_alpha()
+
+    def record_alpha(self) -> None:
+        """Make alpha / rank the rule by which PEFT comes to the scaling that the layer has."""
+        self.module.lora_alpha[self.adapter], self.module.use_rslora[self.adapter] = self.alpha, False
+
+    def observe(self, tap: Tap) -> Callable[[], None]:
+        """From now on call ``tap(z, dz)`` once in each backward; stop when the returned function is called.
+
+        z is A applied to the layer's input (after dropout) and dz the gradient of the loss at z, which is
+        ``scaling * B^T g``; both (tokens, rank), without a graph. A layer that a forward pass runs twice reports twice.
+        Between forward and backward z is held, under gradient checkpointing too.
+
+        Raises:
+            RuntimeError: if the layer is being observed already.
+        """
+        if self._observed:
+            raise RuntimeError("the layer is being observed already")
+        self._observed = on = True
+
+        def report(z: Tensor, dz: Tensor) -> None:
+            if on:
+                tap(z.reshape(-1, z.shape[-1]), dz.reshape(-1, dz.shape[-1]))
+
+        handle = (self._watch_embedding if self.of_embedding else self._watch_linear)(report)
+
+        def stop() -> None:
+            nonlocal on
+            self._observed = on = False
+            handle.remove()
+
+        return stop
+
+    def _watch_linear(self, report: Tap) -> Any:
+        def watch(_: nn.Module, __: Any, z: Tensor) -> None:
+            if z.requires_grad:
+                values = z.detach()
+                z.register_hook(lambda dz: report(values, dz))  # type: ignore[no-untyped-call]
+
+        return self.module.lora_A[self.adapter].register_forward_hook(watch)
+
+    def _watch_embedding(self, report: Tap) -> Any:
+        # No module has z for its output here, so both come from the layer's own input and output.
+        def watch(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+            if y.requires_grad and not module.merged and not module.disable_adapters:
+                values = F.embedding(inputs[0], self.lora_A.detach().mT)
+                scaling = self.scaling * getattr(self.base, "embed_scale", 1.0)  # Gemma 3 scales its embedding
+
+                def report_at_z(g: Tensor) -> None:
+                    report(values, scaling * (g.to(values.dtype) @ self.lora_B.detach()))
+
+                y.register_hook(report_at_z)  # type: ignore[no-untyped-call]
+
+        return self.module.register_forward_hook(watch)
