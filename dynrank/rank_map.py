@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -170,7 +170,12 @@ def parse_rules(rules: Sequence[str]) -> dict[str, RankRule]:
 
 
 def resolve_rank_map(
-    shapes: Mapping[str, tuple[int, int]], rules: Mapping[str, RankRule], *, rank: int, alpha: float
+    shapes: Mapping[str, tuple[int, int]],
+    rules: Mapping[str, RankRule],
+    *,
+    rank: int,
+    alpha: float,
+    capped: Collection[str] = (),
 ) -> dict[str, LayerRank]:
     """The rank, alpha and final rank of each LoRA layer; the most specific rule wins whatever the order.
 
@@ -182,6 +187,7 @@ def resolve_rank_map(
         rules: key -> rule.
         rank: rank of layers that no rule sets.
         alpha: alpha of layers that no rule sets.
+        capped: names of layers for which ``rank`` is lowered to min(d_in, d_out) where that is less.
 
     Raises:
         ConfigurationError: if a key matches nothing, two rules conflict, or a rank is outside [1, min(d_in, d_out)]
@@ -200,7 +206,8 @@ def resolve_rank_map(
             continue
         key = best[0] if best else None
         rule = rules[key] if key is not None else RankRule()
-        layer = LayerRank(rule.rank or rank, rule.alpha or alpha, rule.final_rank, rule.pinned, key)
+        default = min(rank, d_out, d_in) if name in capped else rank
+        layer = LayerRank(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.pinned, key)
         faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, d_out, d_in)]
         layers[name] = layer
     if faults:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.kinds import layer_class
+
+__all__ = ["target_names"]
 
 PRESETS = ("attention", "all-linear")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -20,8 +24,10 @@ _PAST_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _CLASSIFIERS = ("classifier", "score")  # the fresh heads of transformers' ...ForSequenceClassification
 
 
-def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_whole: Sequence[str] = ()) -> list[str]:
-    """Names of the modules to adapt, in the order of ``model.named_modules()``.
+def target_names(
+    model: nn.Module, target_modules: str | Sequence[str], trained_whole: Sequence[str] = ()
+) -> dict[str, bool]:
+    """{name of a module to adapt: whether only a preset has chosen it}, in the order of ``model.named_modules()``.
 
     Args:
         model: any module.
@@ -36,7 +42,7 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
     """
     modules, alone = dict(named_modules(model)), compiled_alone(model)
     bypassed = {
-        ".".join(filter(None, (name, child)))
+        f"{name}.{child}".removeprefix(".")
         for name, module in modules.items()
         if isinstance(module, _PAST_CHILDREN)
         for child, _ in module.named_modules()
@@ -44,25 +50,28 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
     }
     del modules[""]
     whole = {name for name in modules if any(f"{name}.".startswith(f"{saved}.") for saved in trained_whole)}
-
-    def of_preset(preset: str) -> list[str]:
-        return [name for name in _preset(preset, model, modules) if name not in bypassed | whole]
-
+    presets = {
+        preset: [name for name in names if name not in bypassed | whole]
+        for preset, names in _presets(model, modules).items()
+    }
     if isinstance(target_modules, str):
-        preset = target_modules in PRESETS
-        names = of_preset(target_modules) if preset else _by_expression(target_modules, modules)
+        by_preset = presets.get(target_modules, [])
+        named = _by_expression(target_modules, modules) if target_modules not in presets else []
     elif isinstance(target_modules, Sequence) and all(isinstance(target, str) for target in target_modules):
-        names = _by_list(
-            target_modules, modules, {target: of_preset(target) for target in PRESETS if target in target_modules}
-        )
+        found = {target: presets.get(target, _by_name(target, modules)) for target in target_modules}
+        for target, names in found.items():
+            if not names:
+                raise _unmatched(target, modules)
+        by_preset = [name for target in found if target in presets for name in found[target]]
+        named = [name for target in found if target not in presets for name in found[target]]
     else:
         raise ConfigurationError(
             f"lora.target_modules must be a list, an expression or a preset, got {target_modules!r}"
         )
-    if not names:
-        kinds = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
-        raise ConfigurationError(f"no layer matches lora.target_modules={target_modules!r}; layers end in: {kinds}")
-    for name in names:
+    chosen = {name: name not in named for name in modules if name in {*named, *by_preset}}
+    if not chosen:
+        raise _unmatched(target_modules, modules)
+    for name in chosen:
         if name in bypassed:
             reason = "its parent reads the weight past the layer's forward"
         elif name in whole:
@@ -74,13 +83,15 @@ def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_
         else:
             continue
         raise ConfigurationError(f"{name!r} cannot have LoRA: {reason}; change lora.target_modules")
-    return names
+    if "all-linear" in ([target_modules] if isinstance(target_modules, str) else target_modules):
+        _warn_of_fused_layers(model)
+    return chosen
 
 
-def _preset(preset: str, model: nn.Module, modules: Mapping[str, nn.Module]) -> list[str]:
+def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
     heads = set(_output_heads(model))
     linear = [name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads]
-    return linear if preset == "all-linear" else [n for n in linear if _ATTENTION.search(n.rpartition(".")[0])]
+    return {"all-linear": linear, "attention": [n for n in linear if _ATTENTION.search(n.rpartition(".")[0])]}
 
 
 def _by_expression(expression: str, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -92,21 +103,15 @@ def _by_expression(expression: str, modules: Mapping[str, nn.Module]) -> list[st
         ) from None
 
 
-def _by_list(
-    targets: Sequence[str], modules: Mapping[str, nn.Module], presets: Mapping[str, Sequence[str]]
-) -> list[str]:
-    matched: set[str] = set()
-    for target in targets:
-        found = presets[target] if target in presets else [name for name in modules if _ends_with(name, target)]
-        if not found:
-            near = get_close_matches(target, {name.rpartition(".")[2] for name in modules} | set(modules), n=3)
-            raise ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
-        matched.update(found)
-    return [name for name in modules if name in matched]
+def _by_name(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    return [name for name in modules if f".{name}".endswith(f".{target}")]
 
 
-def _ends_with(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+def _unmatched(target: str | Sequence[str], modules: Mapping[str, nn.Module]) -> ConfigurationError:
+    """What to say of a target that matches nothing: the nearest names, or else those of all layers."""
+    layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
+    near = get_close_matches(str(target), {*layers, *modules}, n=3) or layers
+    return ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
 
 
 def _output_heads(model: nn.Module) -> Iterator[int]:
@@ -118,3 +123,21 @@ def _output_heads(model: nn.Module) -> Iterator[int]:
             yield id(head)
         if type(module).__name__.endswith("ForSequenceClassification"):
             yield from (id(getattr(module, name)) for name in _CLASSIFIERS if hasattr(module, name))
+
+
+def _warn_of_fused_layers(model: nn.Module) -> None:
+    """Say what all-linear leaves out: experts whose weights are stacked in one parameter (Mixtral)."""
+    fused = {
+        f"{name}.{leaf}": parameter.numel()
+        for name, module in named_modules(model)
+        if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d | ParametrizationList)
+        for leaf, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3 and parameter.shape[0] > 1
+    }
+    if fused:
+        share = sum(fused.values()) / sum(parameter.numel() for parameter in model.parameters())
+        warnings.warn(
+            f"lora.target_modules=all-linear leaves out {len(fused)} parameters that hold several layers each, as "
+            f"{next(iter(fused))!r} does, {share:.0%} of the model: they are no linear layers and stay frozen",
+            stacklevel=2,
+        )

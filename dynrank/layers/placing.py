@@ -44,7 +44,8 @@ def add_lora(
 
     Args:
         model: any module; names in the other arguments are those of its ``named_modules()``.
-        rank: rank of layers that no rule of ``rank_map`` sets.
+        rank: rank of layers that no rule of ``rank_map`` sets. Layers that a preset of ``target_modules`` has chosen
+            get less where min(d_in, d_out) is less.
         alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); ``rank`` when None.
         target_modules: see :func:`dynrank.layers.choosing.target_names`.
         rank_map: an override file, or its ``rank_pattern`` mapping.
@@ -75,26 +76,24 @@ def add_lora(
         raise ConfigurationError(f"dtype must be a floating-point dtype, got {dtype}")
     if not isinstance(rank, int) or rank < 1:
         raise ConfigurationError(f"rank must be an int of at least 1, got {rank!r}; set lora.rank")
-    options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend), "capacity": capacity}
     modules = dict(named_modules(model))
     _check_modules_to_save(model, modules_to_save)
-    bases = {name: modules[name] for name in target_names(model, target_modules, modules_to_save)}
-    shapes = {}
-    for name, base in bases.items():
-        cls = layer_class(base)
-        assert cls is not None  # target_names has seen to it
-        shapes[name] = cls.shape_of(base)
+    chosen = target_names(model, target_modules, modules_to_save)
+    shapes = {name: _layer_class(modules[name]).shape_of(modules[name]) for name in chosen}
     if isinstance(rank_map, str | Path):
         rules = load_rank_map(rank_map)
     else:
         rules = parse_rank_map(rank_map or {}, source="rank_map")
-    resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha if alpha is not None else rank)
+    alpha = alpha if alpha is not None else rank
+    capped = [name for name, by_preset in chosen.items() if by_preset]
+    resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha, capped=capped)
     check_capacity(capacity, max((at.rank for at in resolved.values()), default=0))
+    options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend), "capacity": capacity}
     layers = {}
-    for name, base in bases.items():
-        at = resolved[name]
-        scaling = initial_scaling(at.alpha, at.rank, rslora)
-        layers[name] = make_layer(base, rank=at.rank, scaling=scaling, **options)
+    for name, at in resolved.items():
+        # a layer narrower than lora.rank gets the scaling of the others
+        scaling = initial_scaling(at.alpha, rank if at.rule is None else at.rank, rslora)
+        layers[name] = make_layer(modules[name], rank=at.rank, scaling=scaling, **options)
         layers[name].final_rank, layers[name].pinned, layers[name].rule = at.final_rank, at.pinned, at.rule
     place_layers(model, layers, modules_to_save, group=group)
     return model
@@ -117,10 +116,14 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
 
 def make_layer(base: nn.Module, **options: Any) -> LoRALayer:
     """The LoRA layer for ``base``, not yet in any model; ``options`` are those of :class:`LoRALayer`."""
+    return _layer_class(base)(base, **options)
+
+
+def _layer_class(base: nn.Module) -> type[LoRALayer]:
     cls = layer_class(base)
     if cls is None:
-        raise ConfigurationError(f"{type(base).__name__} cannot have LoRA")
-    return cls(base, **options)
+        raise ConfigurationError(f"{type(base).__name__} cannot have LoRA; set lora.target_modules")
+    return cls
 
 
 def place_layers(

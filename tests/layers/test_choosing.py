@@ -15,12 +15,14 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.choosing import target_names
+from dynrank.layers import choosing
 
 TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -42,6 +44,10 @@ ATTENTION = {
     "bert-classification": {"query", "key", "value", "attention.output.dense"},
     "t5": {"q", "k", "v", "o"},
 }
+
+
+def target_names(*args):
+    return list(choosing.target_names(*args))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -111,8 +117,9 @@ def test_target_names_regex_matches_whole_names(llama):
     ("targets", "message"),
     [
         (["q_proj", "qproj"], r"'qproj'.*nearest: .*'q_proj'"),
+        (["query", "value"], r"'query'.*nearest: .*'q_proj'"),  # nothing is near: all there is
         ([], "no layer matches"),
-        ("no_such.*", r"no layer matches.*layers end in: .*'q_proj'"),
+        ("no_such.*", r"no layer matches.*nearest: .*'q_proj'"),
         (["self_attn"], "self_attn.*LlamaAttention is no plain"),
         (r".*norm", "norm.*LlamaRMSNorm is no plain"),
     ],
@@ -155,3 +162,18 @@ def test_target_names_refuses_a_subclass_with_its_own_forward():
     for targets in (["own"], "all-linear"):
         with pytest.raises(ConfigurationError, match="'own' cannot have LoRA: OwnForward"):
             target_names(model, targets)
+
+
+def test_target_names_says_which_names_a_preset_alone_has_chosen(llama):
+    chosen = choosing.target_names(llama, ["all-linear", "lm_head", "q_proj"])
+    named = {name for name, by_preset in chosen.items() if not by_preset}
+    assert named == {name for name in chosen if name.endswith(("lm_head", "q_proj"))}
+
+
+def test_all_linear_says_what_share_of_a_mixture_of_experts_it_leaves_out():
+    model = MixtralForCausalLM(MixtralConfig(**TINY, **ENCODER, num_key_value_heads=1, num_local_experts=4))
+    fused = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    share = f"{fused / sum(p.numel() for p in model.parameters()):.0%}"
+    with pytest.warns(UserWarning, match=rf"leaves out 4 parameters .*experts\..*, {share} of the model"):
+        target_names(model, "all-linear")
+    target_names(model, "attention")

@@ -64,6 +64,14 @@ def test_add_lora_scaling_starts_at_alpha_over_rank(net, options, alpha, scaling
         assert (layer.rank, layer.alpha, layer.scaling) == (4, alpha, scaling)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_add_lora_a_preset_gives_a_narrow_layer_the_rank_that_it_can_take_and_the_scaling_of_the_others(net, rslora):
+    dynrank.add_lora(net, rank=6, alpha=9, rslora=rslora)
+    layers = dict(dynrank.lora_layers(net))
+    assert {name: layer.rank for name, layer in layers.items()} == {"body.0": 6, "body.1": 6, "head": 4}
+    assert {layer.scaling for layer in layers.values()} == {9 / (6**0.5 if rslora else 6)}
+
+
 def test_add_lora_rank_map_sets_single_layers(net):
     rules = {"head": {"rank": 4, "alpha": 2, "pinned": True}, r"body\.0": {"rank": 3, "final_rank": 1}}
     dynrank.add_lora(net, rank=2, alpha=4, rank_map=rules)
@@ -87,7 +95,8 @@ def test_add_lora_rank_map_may_be_a_file(net, tmp_path):
     ("options", "message"),
     [
         ({"rank": 0}, "rank must be an int of at least 1"),
-        ({"rank": 5}, r"'head': rank must be .* = 4, got 5"),
+        ({"rank": 5, "target_modules": ["head"]}, r"'head': rank must be .* = 4, got 5"),
+        ({"rank_map": {"head": 5}}, r"'head': rank must be .* = 4, got 5"),
         ({"alpha": 0.0}, "alpha must be a finite number above 0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"target_modules": ["0", "tail"]}, "'tail'"),
