@@ -1,0 +1,212 @@
+"""What holds for every target: bounds, reach, what contradicts a start, and a target of a user's own."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynrank.errors import ConfigurationError
+from dynrank.targets import (
+    Budget,
+    EffectiveRank,
+    Energy,
+    Exactly,
+    Factor,
+    FinalRanks,
+    GrowBy,
+    GrowTo,
+    LayerState,
+    NumericalRank,
+    Rank,
+    Target,
+    Towards,
+)
+
+
+@st.composite
+def states(draw):
+    """A layer as planning makes it: free, with a final rank of its own (last stage or not), or pinned."""
+    d_out, d_in = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    most = min(d_out, d_in)
+    rank = draw(st.integers(1, most))
+    kind = draw(st.sampled_from(["free", "free", "pinned", "own", "own, last"]))
+    final_rank = draw(st.integers(1, rank)) if "own" in kind else None
+    lowest, highest = {"pinned": (rank, rank), "own, last": (final_rank, final_rank)}.get(kind, (final_rank or 1, most))
+    numbers = st.lists(st.floats(0, 100), min_size=rank, max_size=rank)
+    values = torch.tensor(sorted(draw(numbers), reverse=True), dtype=torch.float64)
+    scores = torch.tensor(draw(numbers), dtype=torch.float64)
+    return LayerState(rank, d_out, d_in, lowest, highest, final_rank, values, scores)
+
+
+COUNTS, SHARES = st.integers(1, 20), st.floats(0.01, 1.0)
+STEPPED = {"lowest": st.integers(1, 8), "multiple": st.integers(1, 5)}
+BUDGETS = st.builds(
+    lambda share, lowest, more, multiple, score: Budget(
+        share=share,
+        lowest=lowest,
+        highest=None if more is None else -(-lowest // multiple) * multiple + more,
+        multiple=multiple,
+        score=score,
+    ),
+    SHARES,
+    st.integers(1, 6),
+    st.one_of(st.none(), st.integers(0, 20)),
+    st.integers(1, 5),
+    st.sampled_from(["energy", "sensitivity"]),
+)
+SHRINKING = st.one_of(
+    st.builds(Rank, COUNTS),
+    st.builds(
+        lambda rank, steps, at, shape: Towards(rank, 1 + at % steps, steps, shape),
+        COUNTS,
+        st.integers(1, 5),
+        st.integers(0, 4),
+        st.sampled_from(["geometric", "linear", "cosine"]),
+    ),
+    st.builds(Factor, SHARES, **STEPPED),
+    st.builds(Energy, SHARES, **STEPPED),
+    st.builds(EffectiveRank, **STEPPED),
+    st.builds(NumericalRank, SHARES, **STEPPED),
+    BUDGETS,
+    st.just(FinalRanks()),
+)
+GROWING = st.one_of(st.builds(GrowTo, COUNTS), st.builds(GrowBy, COUNTS))
+MODELS = st.lists(states(), min_size=1, max_size=4).map(lambda all_: {f"layer.{i}": s for i, s in enumerate(all_)})
+
+
+@settings(max_examples=300, deadline=None)
+@given(SHRINKING, MODELS)
+def test_a_shrink_never_raises_and_keeps_bounds_and_multiples(target, model):
+    ranks = target.ranks(model)
+    assert list(ranks) == list(model)
+    for name, state in model.items():
+        rank = ranks[name]
+        assert isinstance(rank, int)
+        assert state.lowest <= rank <= state.rank
+        if state.lowest == state.highest:  # pinned, or in the last stage with a final rank of its own
+            assert rank == state.lowest
+        lowest = max(state.lowest, getattr(target, "lowest", 1))
+        fits = -(-lowest // target.multiple) * target.multiple <= state.rank
+        if fits and state.lowest < rank < state.rank:
+            assert rank % target.multiple == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(GROWING, COUNTS, MODELS)
+def test_a_growth_never_lowers_and_exactly_goes_both_ways_within_the_bounds(target, rank, model):
+    grown, exact = target.ranks(model), Exactly(rank).ranks(model)
+    for name, state in model.items():
+        assert state.rank <= grown[name] <= max(state.rank, state.highest)
+        assert exact[name] == min(max(rank, state.lowest), state.highest)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(SHRINKING, GROWING, st.builds(Exactly, COUNTS)), MODELS)
+def test_reach_bounds_the_ranks_and_rises_with_the_rank_now(target, model):
+    for name, rank in target.ranks(model).items():
+        unmeasured = replace(model[name], values=None, scores=None)
+        low, high = target.reach(unmeasured)
+        assert low <= rank <= high, (name, unmeasured)
+        if unmeasured.lowest < unmeasured.rank:
+            below, most = target.reach(replace(unmeasured, rank=unmeasured.rank - 1))
+            assert below <= low
+            assert most <= high
+
+
+class Third(Target):
+    def ranks(self, layers):
+        return {name: layer.shrunk(layer.rank // 3) for name, layer in layers.items()}
+
+
+@dataclass(frozen=True)
+class GrowWhereFull(Target):
+    """Doubles the rank of layers that use all of it."""
+
+    share: float = 0.1
+    needs = ("values",)
+
+    def ranks(self, layers):
+        full = {name: layer.values[-1] > self.share * layer.values[0] for name, layer in layers.items()}
+        return {name: layer.grown(layer.rank * (2 if full[name] else 1)) for name, layer in layers.items()}
+
+
+def test_a_target_of_ones_own_needs_ranks_alone():
+    assert Third().reach(LayerState(12)) == (4, 4)
+    assert Third().reach(LayerState(12, lowest=12, highest=12)) == (12, 12)
+    assert (Third().needs, Third().multiple, Third().fault(1)) == ((), 1, None)
+    full = LayerState(4, highest=16, values=torch.ones(4))
+    assert GrowWhereFull().ranks({"layer": full}) == {"layer": 8}
+    assert GrowWhereFull().reach(replace(full, values=None)) == (1, 16)  # only its bounds are known
+    assert GrowWhereFull().reach(LayerState(4, lowest=2, highest=2)) == (2, 4)  # it may stay
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: Rank(0), ["rank", "0"]),
+        (lambda: Exactly("4"), ["rank", "'4'"]),
+        (lambda: GrowTo(True), ["rank", "True"]),
+        (lambda: GrowBy(1.5), ["count", "1.5"]),
+        (lambda: GrowBy(None), ["count", "None"]),
+        (lambda: Factor(1.1), ["factor", "1.1"]),
+        (lambda: Energy(float("nan")), ["share", "nan"]),
+        (lambda: NumericalRank(0), ["tolerance", "0"]),
+        (lambda: EffectiveRank(lowest=0, multiple=-1), ["lowest", "0", "multiple", "-1"]),
+        (lambda: Energy(0.5, lowst=2), ["lowst", "nearest: lowest"]),
+        (lambda: Towards(4, 1, 1, "bent"), ["shape", "'bent'", "cosine"]),
+        (lambda: Budget(share=0.5, score="magic"), ["score", "'magic'", "sensitivity"]),
+        (lambda: Budget(parameters=-1), ["parameters", "-1"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(make, names):
+    with pytest.raises(ConfigurationError) as caught:
+        make()
+    assert all(name in str(caught.value) for name in [*names, f"schedule.target.{names[0]}"]), caught.value
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: Budget(), ["schedule.parameters", "schedule.share"]),
+        (lambda: Budget(parameters=100, share=0.5), ["100", "0.5", "schedule.parameters", "schedule.share"]),
+        (lambda: Budget(share=0.5, lowest=5, highest=4), ["5", "4", "schedule.highest"]),
+        (lambda: Budget(share=0.5, lowest=5, highest=7, multiple=4), ["multiple", "5", "7", "schedule.multiple"]),
+        (lambda: Towards(4, 3, 2), ["step", "3", "2"]),
+    ],
+)
+def test_values_that_contradict_each_other_are_named(make, names):
+    with pytest.raises(ConfigurationError) as caught:
+        make()
+    assert all(name in str(caught.value) for name in names), caught.value
+
+
+@pytest.mark.parametrize(
+    ("target", "highest", "names"),
+    [
+        (Rank(8), 7, ["rank", "7", "8"]),
+        (Towards(8), 7, ["rank", "7", "8"]),
+        (Factor(0.5, lowest=8), 7, ["lowest", "7", "8"]),
+        (Energy(0.5, lowest=5, multiple=4), 7, ["multiple", "4", "5", "7"]),
+        (Budget(share=0.5, lowest=8), 7, ["lowest", "7", "8"]),
+        (Budget(share=0.5, lowest=5, multiple=4, highest=8), 7, ["multiple", "4", "5", "7"]),
+        (GrowTo(8), 9, ["rank", "8", "9"]),
+        (Rank(8), 8, None),
+        (Towards(8), 8, None),
+        (Towards(8, 2, 2), 4, None),  # the step before has been there
+        (Factor(0.5, lowest=8, multiple=8), 8, None),
+        (Budget(share=0.5, lowest=5, multiple=4, highest=8), 8, None),
+        (GrowTo(8), 8, None),
+        (GrowBy(1), 8, None),
+        (Exactly(16), 8, None),
+        (FinalRanks(), 1, None),
+    ],
+)
+def test_fault_says_what_contradicts_the_ranks_at_the_start(target, highest, names):
+    fault = target.fault(highest)
+    assert (fault is None) == (names is None)
+    assert all(name in fault for name in names or ())

@@ -1,0 +1,169 @@
+"""A budget against its description and, on small models, against the best of all ways to spend it."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynrank.errors import ConfigurationError
+from dynrank.targets import Budget, LayerState
+
+
+def layer(values, d_out=100, d_in=100, **options):
+    return LayerState(len(values), d_out, d_in, values=torch.tensor(values, dtype=torch.float64), **options)
+
+
+def allowed(target, state):
+    """The ranks that a budget may give a layer, straight from its description."""
+    top = state.rank if target.highest is None else min(state.rank, target.highest)
+    least = max(target.lowest, state.lowest)
+    if state.lowest == state.highest:
+        return [min(state.rank, state.lowest)]
+    if state.rank <= least:
+        return [state.rank]
+    top = max(least, min(top, state.highest))
+    below = [k for k in range(least, min(top, state.rank - 1) + 1) if k % target.multiple == 0]
+    return (below + [state.rank] if state.rank <= top else below) or [top]  # a layer may also stay as it is
+
+
+def cost(model, ranks):
+    return sum(model[name].cost * rank for name, rank in ranks.items())
+
+
+def worth(target, state, below, above):
+    """What the directions from rank ``below`` to rank ``above`` are worth."""
+    values = state.values.square() if target.score == "energy" else state.scores
+    return float(values.sort(descending=True).values[below:above].sum())
+
+
+def kept(target, model, ranks):
+    return sum(worth(target, model[name], 0, rank) for name, rank in ranks.items())
+
+
+@st.composite
+def problems(draw, sizes=((5, 5), (5, 8), (20, 9), (7, 6)), multiples=(1, 2, 3)):
+    """(a budget in parameters that pays the lowest ranks, a model of up to 4 layers)."""
+    model = {}
+    for name in draw(st.permutations("abcd"))[: draw(st.integers(1, 4))]:
+        rank = draw(st.integers(1, 5))
+        numbers = [float(draw(st.integers(0, 6))) for _ in range(rank)]
+        bounds = draw(st.sampled_from([(1, 5), (1, 5), (rank, rank), (1, 1)]))
+        model[name] = LayerState(
+            rank,
+            *draw(st.sampled_from(sizes)),
+            *bounds,
+            values=torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64),
+            scores=torch.tensor(numbers, dtype=torch.float64),
+        )
+    multiple, lowest = draw(st.sampled_from(multiples)), draw(st.integers(1, 3))
+    highest = draw(st.one_of(st.none(), st.integers(0, 3).map(lambda more: -(-lowest // multiple) * multiple + more)))
+    score = draw(st.sampled_from(["energy", "sensitivity"]))
+    target = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple, score=score)
+    ends = [allowed(target, state) for state in model.values()]
+    least, most = (sum(s.cost * pick(e) for s, e in zip(model.values(), ends, strict=True)) for pick in (min, max))
+    return replace(target, share=None, parameters=draw(st.integers(least, most + 3))), model
+
+
+def best(target, model):
+    """The most that any ranks within the budget keep."""
+    choices = [allowed(target, state) for state in model.values()]
+    ways = (dict(zip(model, way, strict=True)) for way in itertools.product(*choices))
+    return max(kept(target, model, way) for way in ways if cost(model, way) <= target.parameters)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_budget_is_never_exceeded_and_falls_short_of_the_best_by_less_than_one_step(problem):
+    target, model = problem
+    ranks = target.ranks(model)
+    assert all(rank in allowed(target, model[name]) for name, rank in ranks.items())
+    left = target.parameters - cost(model, ranks)
+    assert left >= 0
+    missed = [0.0]
+    for name, rank in ranks.items():
+        above = [other for other in allowed(target, model[name]) if other > rank]
+        if above and (gain := worth(target, model[name], rank, above[0])):
+            assert (above[0] - rank) * model[name].cost > left  # nothing that fits is left out
+            missed.append(gain)
+    assert best(target, model) - kept(target, model, ranks) <= max(missed) + 1e-9
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(sizes=[(5, 5)], multiples=[1]))
+def test_budget_is_spent_best_where_all_steps_cost_the_same(problem):
+    target, model = problem
+    assert kept(target, model, target.ranks(model)) == pytest.approx(best(target, model))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems(), st.integers(0, 60), st.randoms())
+def test_a_larger_budget_keeps_no_less_and_the_order_of_layers_does_not_matter(problem, more, random):
+    target, model = problem
+    ranks = target.ranks(model)
+    larger = replace(target, parameters=target.parameters + more)
+    assert kept(larger, model, larger.ranks(model)) >= kept(target, model, ranks) - 1e-9
+    names = list(model)
+    random.shuffle(names)
+    assert target.ranks({name: model[name] for name in names}) == ranks
+
+
+@settings(deadline=None)
+@given(problems(), st.floats(0.01, 1.0))
+def test_a_share_is_of_the_parameters_now_and_keeps_the_lowest_ranks_in_any_case(problem, share):
+    target, model = problem
+    pool = int(share * sum(state.rank * state.cost for state in model.values()) + 1e-9)
+    least = sum(min(allowed(target, state)) * state.cost for state in model.values())
+    by_share = replace(target, parameters=None, share=share)
+    assert by_share.ranks(model) == replace(target, parameters=max(pool, least)).ranks(model)
+
+
+def test_budget_by_hand():
+    model = {
+        "wide": layer([3.0, 2.0, 1.0], d_out=150, d_in=50),  # 9, 4, 1 for 200 parameters each
+        "narrow": layer([2.0, 2.0, 2.0], d_out=50, d_in=50),  # 4, 4, 4 for 100
+        "pinned": layer([0.0, 0.0], d_out=50, d_in=50, lowest=2, highest=2),
+    }
+    for target, expected in [
+        (Budget(parameters=200 + 100 + 200), [1, 1, 2]),
+        (Budget(parameters=899), [1, 3, 2]),
+        (Budget(parameters=900), [2, 3, 2]),
+        (Budget(share=900 / 1100), [2, 3, 2]),
+        (Budget(share=1.0), [3, 3, 2]),
+        (Budget(parameters=900, highest=2), [2, 2, 2]),
+        (Budget(share=1.0, multiple=2), [3, 3, 2]),  # none need change
+        (Budget(parameters=1099, multiple=2), [2, 3, 2]),
+    ]:
+        assert list(target.ranks(model).values()) == expected, target
+
+
+def test_sensitivity_reads_scores_in_any_order():
+    scores = {"a": torch.tensor([0.1, 5.0]), "b": torch.tensor([3.0, 4.0])}
+    model = {name: LayerState(2, 100, 100, scores=given) for name, given in scores.items()}
+    assert Budget(parameters=3 * 200, score="sensitivity").ranks(model) == {"a": 1, "b": 2}
+
+
+def test_a_share_is_not_lost_to_rounding():
+    assert Budget(share=0.58).ranks({"layer": layer([1.0] * 50, 1, 1)}) == {"layer": 29}  # 0.58 * 100 is below 58
+
+
+def test_parameters_below_the_lowest_ranks_are_refused():
+    model = {"a": layer([1.0] * 4), "b": layer([1.0] * 4)}
+    with pytest.raises(ConfigurationError, match=r"parameters .*800.* got 799"):
+        Budget(parameters=799, lowest=2).ranks(model)
+    assert Budget(parameters=800, lowest=2).floor_parameters(model) == 800
+
+
+def test_a_layer_that_no_multiple_fits_stays_and_its_own_bounds_come_first():
+    model = {"a": layer([1.0] * 6), "b": layer([1.0] * 16)}
+    assert Budget(parameters=(6 + 12) * 200, lowest=5, multiple=4).ranks(model) == {"a": 6, "b": 12}
+    model = {"own": layer([1.0] * 8, lowest=5), "above": layer([1.0] * 16, lowest=8)}
+    assert Budget(share=1.0, highest=6, multiple=4).ranks(model) == {"own": 6, "above": 8}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_name_their_layer(value):
+    with pytest.raises(ConfigurationError, match=r"'b'.*finite.*optimizer\.lr"):
+        Budget(share=0.5).ranks({"a": layer([2.0, 1.0]), "b": layer([value, 1.0])})
