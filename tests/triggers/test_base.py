@@ -1,63 +1,137 @@
-"""What all triggers share, on one that fires whenever it is shown True."""
+"""What holds for every trigger: warm-up, cooldown, a history that a change clears, state, and wrong values."""
 
+import io
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from dynrank.errors import ConfigurationError
-from dynrank.triggers import Trigger
+from dynrank.triggers import Gap, Plateau, Slope, SubspaceStable, TailEnergy, Trigger
 
 
 @dataclass
 class WhenTold(Trigger):
+    """A trigger of a user's own: fires whenever it is shown True."""
+
     _heard: int = field(default=0, init=False)
 
-    def _fires(self, told):
+    def fires(self, told):
         self._heard += 1
         return told
-
-    def _forget(self):
-        self._heard = 0
 
 
 def heard(trigger, first, last):
     return [step for step in range(first, last) if trigger.observe(step, True)]
 
 
-def test_trigger_hears_nothing_before_the_warmup_is_over():
+def test_warmup_hides_what_lies_before_it():
     trigger = WhenTold(warmup_steps=3)
     assert heard(trigger, 0, 6) == [3, 4, 5]
     assert trigger._heard == 3  # what is not heard does not enter the history either
+    assert (trigger.reason, trigger.monitors, trigger.every) == ("WhenTold", (), 0)
 
 
-def test_trigger_hears_nothing_in_the_cooldown_after_a_change():
-    trigger = WhenTold(cooldown_steps=3)
-    trigger.reset(4)
-    assert heard(trigger, 4, 10) == [7, 8, 9]
-
-
-def test_trigger_reset_forgets_and_never_shortens_the_warmup():
-    trigger = WhenTold(warmup_steps=8, cooldown_steps=2)
+@pytest.mark.parametrize(("step", "warmup", "cooldown", "first"), [(4, 0, 3, 7), (1, 8, 2, 8), (4, 0, 0, 4)])
+def test_reset_forgets_and_starts_a_cooldown_that_never_shortens_the_warmup(step, warmup, cooldown, first):
+    trigger = WhenTold(warmup_steps=warmup, cooldown_steps=cooldown)
     trigger._heard = 5
-    trigger.reset(1)
+    trigger.reset(step)
     assert trigger._heard == 0
-    assert heard(trigger, 2, 10) == [8, 9]
+    assert heard(trigger, step, 12)[0] == first
 
 
-def test_trigger_state_holds_all_that_is_not_an_option():
-    trigger = WhenTold(warmup_steps=1, cooldown_steps=4)
-    heard(trigger, 0, 3)
-    trigger.reset(3)
-    heard(trigger, 3, 9)
-    state = trigger.state_dict()
-    assert state == {"_deaf_until": 7, "_heard": 2}
-    other = WhenTold(warmup_steps=1, cooldown_steps=4)
-    other.load_state_dict(state)
-    assert other == trigger
+def product(seed, tail):
+    """(lora_B, lora_A) with singular values 3 and ``tail``."""
+    generator = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(n, 2, dtype=torch.float64, generator=generator)).Q for n in (9, 12))
+    return u * torch.tensor([3.0, tail], dtype=torch.float64), v.mT
 
 
-@pytest.mark.parametrize("name", ["warmup_steps", "cooldown_steps"])
-@pytest.mark.parametrize("value", [-1, 0.5, "1", None, True])
-def test_trigger_refuses_spans_that_are_no_counts(name, value):
+LOSSES = [9.0, 8.0, 7.0, 7.0, 7.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0]
+FACTORS = [{"a": product(step // 5, 0.1), "fresh": (torch.zeros(9, 2), torch.ones(2, 12))} for step in range(13)]
+ALL = {
+    Plateau: ({"patience": 2}, LOSSES),
+    Slope: ({"window": 3, "min_delta": 0.05}, LOSSES),
+    Gap: ({"window": 2, "threshold": 0.1}, [(5.0, loss) for loss in LOSSES]),
+    TailEnergy: ({"rank": 1}, FACTORS),
+    SubspaceStable: ({"rank": 1}, FACTORS),
+}
+
+
+def run(trigger, seen, first=0, *, changes=True):
+    """What the trigger says to each observation; a change of rank resets it."""
+    answers = []
+    for step, value in enumerate(seen, first):
+        answers.append(trigger.observe(step, *(value if isinstance(value, tuple) else (value,))))
+        if answers[-1] and changes:
+            trigger.reset(step)
+    return answers
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_state_of_a_checkpoint_goes_on_as_if_uninterrupted(kind):
+    options, seen = ALL[kind]
+    options = {**options, "warmup_steps": 2, "cooldown_steps": 2}
+    whole = run(kind(**options), seen)
+    assert sum(whole) >= 2
+    for cut in range(1, len(seen)):
+        before, after, file = kind(**options), kind(**options), io.BytesIO()
+        head = run(before, seen[:cut])
+        torch.save(before.state_dict(), file)
+        file.seek(0)
+        after.load_state_dict(torch.load(file, weights_only=True))
+        assert head + run(after, seen[cut:], cut) == whole
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_change_starts_the_history_anew(kind):
+    """After a reset a trigger says what a new one would, later by the cooldown."""
+    options, seen = ALL[kind]
+    used = kind(**options, cooldown_steps=4)
+    run(used, seen[:6])
+    used.reset(6)
+    fresh = run(kind(**options, warmup_steps=10), seen[6:], 6, changes=False)
+    assert any(fresh)
+    assert run(used, seen[6:], 6, changes=False) == fresh
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize(
+    ("names", "values"),
+    [
+        (("warmup_steps", "cooldown_steps"), (-1, 0.5, "1", None, True)),
+        (("patience", "window", "rank", "every"), (0, 1.5, "2", None, True)),
+        (("min_delta", "threshold"), (-0.1, float("nan"), float("inf"), "1%", None)),
+        (("share", "overlap"), (0, 1, -0.1, float("nan"), "5%", True)),
+        (("monitor", "train", "val"), ("", None, 3)),
+        (("mode",), ("least", None)),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_key(kind, names, values):
+    for name in set(names) & {name for name in kind.__dataclass_fields__}:
+        for value in values:
+            with pytest.raises(ConfigurationError) as caught:
+                kind(**{name: value})
+            message = str(caught.value)
+            assert message.startswith(f"{name} must ")
+            assert f"got {value!r}; set schedule.trigger.{name}" in message
+
+
+@pytest.mark.parametrize(("kind", "options"), [(Slope, {"window": 2}), (Gap, {"threshold": 0})])
+def test_a_value_below_a_bound_of_its_own_is_named(kind, options):
+    (name,) = options
     with pytest.raises(ConfigurationError, match=rf"{name} must .*schedule\.trigger\.{name}"):
-        WhenTold(**{name: value})
+        kind(**options)
+
+
+def test_all_wrong_values_are_listed_and_an_unknown_one_gets_the_nearest():
+    with pytest.raises(ConfigurationError) as caught:
+        Plateau(patience=0, mode="least", min_dleta=1)
+    assert all(text in str(caught.value) for text in ("patience", "mode", "'min_dleta' is unknown; nearest: min_delta"))
+
+
+def test_the_metric_may_be_given_first():
+    assert Plateau("eval_loss").monitors == ("eval_loss",)
+    assert Gap("a", "b").monitors == ("a", "b")
+    assert TailEnergy(every=7).every == 7

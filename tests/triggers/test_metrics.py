@@ -1,17 +1,14 @@
 """Triggers on logged metrics: sequences short enough to check by hand, and recorded losses of real runs."""
 
 import csv
-import io
 import math
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from dynrank.errors import ConfigurationError
 from dynrank.triggers import Gap, Plateau, Slope
 
 
@@ -45,33 +42,12 @@ def test_plateau_compares_with_the_best_and_not_with_the_last():
     assert fired(Plateau(patience=3, min_delta=0.0), [1.0, 9.0, 8.0, 7.0]) == [3]
 
 
-def test_plateau_observes_nothing_during_the_warmup():
-    trigger = Plateau(patience=2, warmup_steps=4)
-    # 0.1 would be the best of all if it were seen, and the plateau would be there at step 5
-    assert fired(trigger, [0.1, 0.1, 0.1, 0.1, 5.0, 4.0, 4.0, 4.0]) == [7]
-
-
 def test_plateau_reset_forgets_the_history():
     trigger = Plateau(patience=2)
     assert fired(trigger, [1.0, 1.0, 1.0]) == [2]
     trigger.reset(2)
     # 9, 8 and 7 are worse than the forgotten best, and each improves on the one before
     assert fired(trigger, [9.0, 8.0, 7.0, 7.0, 7.0], first_step=3) == [7]
-
-
-@pytest.mark.parametrize("cooldown", [0, 5])
-def test_plateau_does_not_fire_again_on_the_same_plateau_within_the_cooldown(cooldown):
-    trigger = Plateau(patience=2, cooldown_steps=cooldown)
-    assert fired(trigger, [1.0] * 3) == [2]
-    trigger.reset(2)
-    first_heard = max(2 + cooldown, 3)
-    assert fired(trigger, [1.0] * 20, first_step=3)[0] == first_heard + 2
-
-
-def test_plateau_reset_within_the_warmup_does_not_shorten_it():
-    trigger = Plateau(patience=1, warmup_steps=10, cooldown_steps=2)
-    trigger.reset(1)
-    assert fired(trigger, [1.0] * 12) == [11]
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -121,13 +97,6 @@ def test_slope_leaves_values_out_that_are_not_finite():
     assert fired(Slope(window=3), [math.nan] * 9) == []
 
 
-def test_slope_reset_forgets_the_history_and_starts_the_cooldown():
-    trigger = Slope(window=3, cooldown_steps=4)
-    assert fired(trigger, [1.0] * 3) == [2]
-    trigger.reset(2)
-    assert fired(trigger, [1.0] * 8, first_step=3)[0] == 2 + 4 + 2
-
-
 # Gap
 
 
@@ -151,14 +120,7 @@ def test_gap_leaves_pairs_out_that_have_none(pair):
     assert fired(Gap(threshold=0.2, window=2), [(1.0, 1.5), pair, pair, (1.0, 1.5)]) == [3]
 
 
-def test_gap_reset_forgets_the_history_and_starts_the_cooldown():
-    trigger = Gap(threshold=0.2, window=2, cooldown_steps=3)
-    assert fired(trigger, [(1.0, 2.0)] * 2) == [1]
-    trigger.reset(1)
-    assert fired(trigger, [(1.0, 2.0)] * 8, first_step=2)[0] == 1 + 3 + 1
-
-
-# All of them
+# Both modes
 
 
 @pytest.mark.parametrize("kind", [Plateau, Slope])
@@ -168,68 +130,6 @@ def test_mode_max_mirrors_mode_min(kind):
     answers = fired(small, values)
     assert answers
     assert answers == fired(large, [-value for value in values])
-
-
-MAKERS = {
-    "plateau": lambda: Plateau(patience=2, warmup_steps=2, cooldown_steps=3),
-    "slope": lambda: Slope(window=3, min_delta=0.05, warmup_steps=2, cooldown_steps=2),
-    "gap": lambda: Gap(window=2, threshold=0.1, warmup_steps=2, cooldown_steps=2),
-}
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("cut", range(1, 12))
-def test_state_round_trip_goes_on_as_if_uninterrupted(kind, cut):
-    values = [9.0, 8.0, 7.0, 7.0, 7.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0]
-
-    def run(trigger, start, stop):
-        answers = []
-        for step in range(start, stop):
-            seen = (5.0, values[step]) if kind == "gap" else (values[step],)
-            answers.append(trigger.observe(step, *seen))
-            if answers[-1]:
-                trigger.reset(step)
-        return answers
-
-    whole = run(MAKERS[kind](), 0, len(values))
-    before, after, file = MAKERS[kind](), MAKERS[kind](), io.BytesIO()
-    head = run(before, 0, cut)
-    torch.save(before.state_dict(), file)
-    file.seek(0)
-    after.load_state_dict(torch.load(file, weights_only=True))
-    assert head + run(after, cut, len(values)) == whole
-    assert sum(whole) >= 2
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-def test_warmup_hides_what_lies_before_it(kind):
-    trigger = type(MAKERS[kind]())(warmup_steps=10)
-    seen = (1.0, 2.0) if kind == "gap" else (1.0,)
-    need = fired(type(trigger)(), [seen] * 10)[0]
-    assert fired(trigger, [seen] * 20)[0] == 10 + need
-
-
-@pytest.mark.parametrize(
-    ("kind", "name", "value"),
-    [
-        *[(kind, name, value) for kind in (Plateau, Slope, Gap) for name, value in [
-            ("mode", "least"), ("warmup_steps", -1), ("cooldown_steps", -1), ("cooldown_steps", 1.5),
-            ("warmup_steps", "ten"), ("warmup_steps", None), ("warmup_steps", True),
-        ]],
-        *[(kind, name, value) for kind in (Plateau, Slope) for name, value in [
-            ("monitor", ""), ("monitor", None), ("min_delta", -0.1), ("min_delta", math.nan), ("min_delta", "1%"),
-            ("min_delta", math.inf),
-        ]],
-        ("Plateau", "patience", 0), ("Plateau", "patience", 1.5), ("Plateau", "patience", "2"),
-        ("Slope", "window", 2), ("Slope", "window", 3.5),
-        ("Gap", "window", 0), ("Gap", "window", 1.5), ("Gap", "threshold", 0), ("Gap", "threshold", math.nan),
-        ("Gap", "threshold", math.inf), ("Gap", "threshold", "20%"), ("Gap", "train", ""), ("Gap", "val", 3),
-    ],
-)  # fmt: skip
-def test_value_out_of_range_names_its_key(kind, name, value):
-    kind = {"Plateau": Plateau, "Slope": Slope, "Gap": Gap}.get(kind, kind)
-    with pytest.raises(ConfigurationError, match=rf"{name} must .*schedule\.trigger\.{name}"):
-        kind(**{name: value})
 
 
 # Replay of recorded runs
@@ -243,32 +143,6 @@ def recorded(name):
 
 
 CURVES = ["medical_terms_drop_at_700", "medical_terms_fixed_16", "medical_terms_fixed_32"]
-REPLAYED = st.one_of(
-    st.builds(
-        Plateau,
-        patience=st.integers(1, 4),
-        min_delta=st.sampled_from([0.0, 0.01, 0.03]),
-        cooldown_steps=st.integers(0, 150),
-    ),
-    st.builds(
-        Slope,
-        window=st.integers(3, 6),
-        min_delta=st.sampled_from([0.0, 0.01, 0.03]),
-        cooldown_steps=st.integers(0, 150),
-    ),
-)
-
-
-@st.composite
-def noisy_curves(draw):
-    """(steps, values): a recorded validation loss, made longer by a flat end, with noise of up to 2%."""
-    rows = recorded(draw(st.sampled_from(CURVES)))
-    stride = rows[1][0] - rows[0][0]
-    steps = [step for step, *_ in rows] + [rows[-1][0] + stride * i for i in range(1, 13)]
-    level = [loss for *_, loss in rows] + [rows[-1][2]] * 12
-    noise = draw(st.lists(st.floats(-1, 1), min_size=len(level), max_size=len(level)))
-    size = draw(st.sampled_from([0.0, 0.005, 0.02]))
-    return steps, [value * (1 + size * n) for value, n in zip(level, noise, strict=True)]
 
 
 def replay(trigger, steps, values):
@@ -279,20 +153,6 @@ def replay(trigger, steps, values):
             trigger.reset(step)
             firings.append(step)
     return firings
-
-
-@settings(max_examples=200, deadline=None)
-@given(REPLAYED, noisy_curves())
-def test_replay_never_fires_twice_on_one_plateau(trigger, curve):
-    """Between two firings lie enough fresh values, all heard after the cooldown, to tell a plateau from them alone."""
-    steps, values = curve
-    firings = replay(trigger, steps, values)
-    need = trigger.patience + 1 if isinstance(trigger, Plateau) else trigger.window
-    for first, second in pairwise(firings):
-        fresh = [s for s in steps if max(first + 1, first + trigger.cooldown_steps) <= s <= second]
-        assert len(fresh) >= need
-    if firings:
-        assert steps.index(firings[0]) + 1 >= need
 
 
 @pytest.mark.parametrize("name", CURVES)
@@ -307,45 +167,3 @@ def test_replay_fires_on_the_flat_end_and_not_on_the_steep_start(name):
         reached = values[0] - 0.9 * (values[0] - min(values))
         assert firings
         assert values[steps.index(firings[0])] <= reached + 0.05 * values[0]
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    name=st.sampled_from(CURVES),
-    jump=st.floats(0.02, 0.10),
-    decay=st.floats(0.6, 0.9),
-    noise=st.lists(st.floats(-1, 1), min_size=40, max_size=40),
-    cooldown=st.integers(0, 100),
-    kind=st.sampled_from(["plateau", "slope"]),
-)
-def test_replay_never_fires_from_the_jump_of_its_own_change(name, jump, decay, noise, cooldown, kind):
-    """Each firing lifts the curve by a jump that decays; while it falls by min_delta a value or more, nothing fires."""
-    min_delta = 0.005
-    if kind == "plateau":
-        trigger, need = Plateau(patience=2, min_delta=min_delta, cooldown_steps=cooldown), 2
-    else:
-        trigger, need = Slope(window=4, min_delta=min_delta, cooldown_steps=cooldown), 3
-    rows = recorded(name)
-    stride = rows[1][0] - rows[0][0]
-    best, levels = math.inf, []
-    for *_, loss in rows:  # the curve's own ups are noise of their own: they would hide whose rise a rise is
-        best = min(best, loss)
-        levels.append(best)
-    levels += [best] * (40 - len(levels))
-    lift, firings = 0.0, []
-    heights = []
-    for index, level in enumerate(levels):
-        lift *= decay
-        heights.append(level * (1 + lift))
-        # what the noise does to `need` values together stays below what they recover
-        value = heights[-1] * (1 + 0.2 * min_delta * noise[index])
-        if trigger.observe(index * stride, value):
-            firings.append(index)
-            trigger.reset(index * stride)
-            lift += jump
-    for first, second in pairwise(firings):
-        recent = heights[second - need : second + 1] if second - need > first else heights[first + 1 : second + 1]
-        falls = [(a - b) / a for a, b in pairwise(recent)]
-        assert len(recent) > need  # fresh values only
-        assert not all(fall > min_delta for fall in falls)
-    assert len(firings) >= 2

@@ -1,0 +1,397 @@
+"""Each schedule of conf/schedule in a short but real training run, composed as on the command line."""
+
+import copy
+from importlib.resources import files
+
+import lightning
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import dynrank
+from dynrank.callbacks import RankScheduler
+from dynrank.run.config import CONFIG_MODULE, plain
+from dynrank.run.job import make_scheduler
+from dynrank.schedules import How, Stage, geometric, join, linear
+from dynrank.targets import Rank
+from dynrank.triggers import At, Plateau
+
+STEPS, EVERY = 40, 4  # of the run; between validations
+# nothing improves by 90% from one validation to the next: a plateau as soon as patience allows
+NEVER_BETTER = [
+    "schedule.trigger.min_delta=0.9",
+    "schedule.trigger.warmup_steps=0",
+    "schedule.trigger.cooldown_steps=0",
+]
+SHAPES = {"q_proj": (32, 32), "down_proj": (32, 64)}
+
+
+class TinyLlama(lightning.LightningModule):
+    """Learns to count on by 1, 2 or 3: the next token of ``a, a + d, a + 2 d, ...`` modulo the vocabulary."""
+
+    def __init__(self, lora):
+        super().__init__()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=16,
+            use_cache=False,
+            attn_implementation="eager",
+        )
+        self.model = dynrank.add_lora(LlamaForCausalLM(config), **{**lora, "target_modules": list(SHAPES)})
+
+    def loss(self, batch):
+        (ids,) = batch
+        return self.model(input_ids=ids, labels=ids).loss
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=3e-2)
+
+
+def sequences(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    start, stride = (torch.randint(1, most, (count, 1), generator=generator) for most in (64, 4))
+    return TensorDataset((start + stride * torch.arange(10)) % 64)
+
+
+class Witness(lightning.Callback):
+    """Remembers the run right before each change: the update of each layer, and all that an undo must put back."""
+
+    def __init__(self):
+        self.updates, self.snapshots = [], []
+
+    def on_rank_prediction(self, trainer, module, event):
+        self.updates.append({n: layer.delta_weight().detach().double() for n, layer in dynrank.lora_layers(module)})
+        self.snapshots.append(
+            (
+                {name: value.clone() for name, value in module.state_dict().items()},
+                copy.deepcopy(trainer.optimizers[0].state_dict()),
+            )
+        )
+
+
+def fit(scheduler, lora, quiet_trainer, **options):
+    """(module, witness) after a run."""
+    module, witness = TinyLlama(lora), Witness()
+    trainer = quiet_trainer(
+        callbacks=[scheduler, witness],
+        max_steps=STEPS,
+        val_check_interval=EVERY,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        **options,
+    )
+    # 80 sequences by 4: an epoch of 20 steps
+    trainer.fit(module, DataLoader(sequences(80, 1), batch_size=4), DataLoader(sequences(16, 2), batch_size=16))
+    assert trainer.global_step == STEPS
+    return module, witness
+
+
+@pytest.fixture
+def preset_run(regression):
+    """Run a schedule that is composed from overrides; returns (scheduler, module, witness)."""
+
+    def run(*overrides):
+        overrides = ["lora.rank=16", "lora.alpha=32", *overrides]
+        if "schedule=fixed" not in overrides:
+            overrides.insert(2, "schedule.window=4")
+            overrides.insert(2, "schedule.rewarmup_steps=2")
+        config = dynrank.compose(sorted(overrides, key=lambda o: not o.startswith("schedule=")))
+        scheduler = make_scheduler(config.schedule)
+        return scheduler, *fit(scheduler, plain(config.lora), regression[2])
+
+    return run
+
+
+def trajectory(scheduler):
+    """[(step, ranks before, ranks after)] with one number where all layers agree."""
+
+    def ranks(numbers):
+        return numbers[0] if len(set(numbers)) == 1 else numbers
+
+    return [
+        (event.step, ranks([la.rank_before for la in event.layers]), ranks([la.rank_after for la in event.layers]))
+        for event in scheduler.history
+    ]
+
+
+PLATEAU_AT_12 = [*NEVER_BETTER, "schedule.trigger.patience=2"]  # the first value is the best, two more are not better
+RUNS = {
+    "fixed": (["schedule=fixed"], []),
+    "after_convergence": (["schedule=after_convergence", "schedule.final_rank=4", *PLATEAU_AT_12], [(12, 16, 4)]),
+    "after_convergence, measured after it is decided": (
+        ["schedule=after_convergence", "schedule.final_rank=4", "schedule.metric=loss", *PLATEAU_AT_12],
+        [(16, 16, 4)],
+    ),
+    "after_convergence, two drops": (
+        ["schedule=after_convergence", "schedule.final_rank=4", "schedule.drops=2", *PLATEAU_AT_12],
+        [(12, 16, 8), (24, 8, 4)],  # three fresh values at 16, 20 and 24
+    ),
+    "after_convergence, by deadline": (
+        ["schedule=after_convergence", "schedule.final_rank=4", "schedule.trigger.patience=99", "schedule.deadline=0.6",
+         "schedule.trigger.warmup_steps=0", "schedule.metric=loss"],
+        [(24, 16, 4)],
+    ),
+    "milestones": (
+        ["schedule=milestones", "schedule.ranks=[12,8,4]", "schedule.at=[0.25,0.5,0.75]"],
+        [(10, 16, 12), (20, 12, 8), (30, 8, 4)],
+    ),
+    "milestones, epochs": (
+        ["schedule=milestones", "schedule.ranks=[8,4]", "schedule.at=[0,1]", "schedule.unit=epoch"],
+        [(0, 16, 8), (20, 8, 4)],
+    ),
+    "halving_on_plateau": (
+        ["schedule=halving_on_plateau", "schedule.final_rank=3", *NEVER_BETTER, "schedule.trigger.patience=1",
+         "schedule.trigger.cooldown_steps=4"],
+        [(8, 16, 8), (16, 8, 4), (24, 4, 3)],
+    ),
+    "halving_on_plateau, by deadline": (
+        ["schedule=halving_on_plateau", "schedule.final_rank=1", *NEVER_BETTER, "schedule.trigger.patience=1",
+         "schedule.trigger.cooldown_steps=4", "schedule.deadline=0.5"],
+        [(8, 16, 8), (16, 8, 4), (20, 4, 1)],
+    ),
+    "anneal": (
+        ["schedule=anneal", "schedule.final_rank=2", "schedule.metric=output"],
+        [(8, 16, 8), (20, 8, 4), (32, 4, 2)],
+    ),
+    "anneal, linear": (
+        ["schedule=anneal", "schedule.final_rank=4", "schedule.steps=4", "schedule.shape=linear", "schedule.end=0.5",
+         "schedule.gauge=keep_norm"],
+        [(8, 16, 13), (12, 13, 10), (16, 10, 7), (20, 7, 4)],
+    ),
+    "squeeze_at_end": (["schedule=squeeze_at_end", "schedule.final_rank=4", "schedule.metric=output"], [(40, 16, 4)]),
+    "squeeze_then_tune": (
+        ["schedule=squeeze_then_tune", "schedule.final_rank=4", "schedule.tune=0.25"],
+        [(30, 16, 4)],
+    ),
+    "grow": (
+        ["schedule=grow", "lora.rank=4", "schedule.final_rank=16", "schedule.trigger.patience=99",
+         "schedule.trigger.warmup_steps=0", "schedule.new_rows=gradient"],
+        [(20, 4, 16)],
+    ),
+    "grow, on a plateau": (["schedule=grow", "lora.rank=4", "schedule.final_rank=8", *PLATEAU_AT_12], [(12, 4, 8)]),
+    "grow_then_shrink": (
+        ["schedule=grow_then_shrink", "lora.rank=4", "schedule.peak_rank=16", "schedule.final_rank=8",
+         "schedule.grow_at=0.25", *PLATEAU_AT_12],
+        [(10, 4, 16), (20, 16, 8)],  # the plateau's three values come after the growth: 12, 16 and 20
+    ),
+    "one_stage": (
+        ["schedule=one_stage", "schedule.target.rank=4", *PLATEAU_AT_12],
+        [(12, 16, 4)],
+    ),
+    "one_stage, repeated": (
+        ["schedule=one_stage", "schedule/target=factor", "schedule.target.lowest=4", "schedule.repeat=true",
+         *NEVER_BETTER, "schedule.trigger.patience=1"],
+        [(8, 16, 8), (16, 8, 4)],
+    ),
+    "one_stage, step and factor": (
+        ["schedule=one_stage", "schedule/trigger=step", "schedule.trigger.step=15", "schedule/target=factor",
+         "schedule.target.factor=0.3", "schedule.target.multiple=4"],
+        [(15, 16, 8)],
+    ),
+    "one_stage, epoch and numerical rank": (
+        ["schedule=one_stage", "schedule/trigger=epoch", "schedule/target=numerical_rank",
+         "schedule.target.tolerance=1.0", "schedule.target.lowest=5"],
+        [(20, 16, 5)],
+    ),
+    "one_stage, fraction and growth by": (
+        ["schedule=one_stage", "schedule/trigger=fraction", "schedule.trigger.fraction=0.3",
+         "schedule/target=grow_by", "schedule.target.count=3"],
+        [(12, 16, 19)],
+    ),
+    "one_stage, slope and growth to": (
+        ["schedule=one_stage", "schedule/trigger=slope", "schedule.trigger.window=3", *NEVER_BETTER,
+         "schedule/target=grow_to", "schedule.target.rank=20"],
+        [(12, 16, 20)],
+    ),
+    "one_stage, gap": (
+        ["schedule=one_stage", "schedule/trigger=gap", "schedule.trigger.window=1", "schedule.trigger.threshold=1e-9",
+         "schedule.trigger.warmup_steps=30", "schedule.target.rank=4", "schedule.deadline=0.99"],
+        [(32, 16, 4)],  # by then validation is worse than training
+    ),
+    "one_stage, tail energy": (
+        ["schedule=one_stage", "schedule/trigger=tail_energy", "schedule.trigger.rank=15", "schedule.trigger.every=7",
+         "schedule.trigger.share=0.9", "schedule.trigger.warmup_steps=8", "schedule.target.rank=4"],
+        [(14, 16, 4)],
+    ),
+    "one_stage, subspace": (
+        ["schedule=one_stage", "schedule/trigger=subspace", "schedule.trigger.rank=4", "schedule.trigger.every=6",
+         "schedule.trigger.overlap=0.01", "schedule.trigger.warmup_steps=0", "schedule.target.rank=4"],
+        [(12, 16, 4)],  # the second look is the first that has one before it
+    ),
+    "one_stage, final ranks": (
+        ["schedule=one_stage", "schedule/trigger=step", "schedule.trigger.step=10", "schedule/target=final_ranks"],
+        [],  # nobody has one
+    ),
+    "stages": (
+        ["schedule=stages", "schedule.metric=loss",
+         "schedule.stages=[{_target_: dynrank.schedules.Stage,"
+         " when: {_target_: dynrank.triggers.At, step: 10}, to: {_target_: dynrank.targets.GrowTo, rank: 20}},"
+         " {_target_: dynrank.schedules.Stage, deadline: 0.75,"
+         " when: {_target_: dynrank.triggers.Plateau, patience: 99}, to: {_target_: dynrank.targets.Rank, rank: 8},"
+         " how: {_target_: dynrank.schedules.How, metric: output, window: 3}}]"],
+        [(10, 16, 20), (30, 20, 8)],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_preset_follows_its_trajectory(preset_run, name):
+    overrides, expected = RUNS[name]
+    scheduler, module, _ = preset_run(*overrides)
+    assert trajectory(scheduler) == expected
+    assert scheduler.finished
+    end = expected[-1][2] if expected else 16
+    assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {end}
+    for name, layer in dynrank.lora_layers(module):
+        assert (layer.lora_B.shape[0], layer.lora_A.shape[1]) == SHAPES[name.rsplit(".", 1)[1]]
+        assert torch.isfinite(layer.delta_weight()).all()
+
+
+def test_every_preset_has_a_run():
+    presets = {entry.name.removesuffix(".yaml") for entry in (files(CONFIG_MODULE) / "schedule").iterdir()}
+    covered = {name.split(",")[0] for name in RUNS} | {"energy", "budget"}
+    assert presets - {"how", "trigger", "target"} == covered
+    for group in ("trigger", "target"):
+        options = {e.name.removesuffix(".yaml") for e in (files(CONFIG_MODULE) / "schedule" / group).iterdir()}
+        chosen = {
+            o.split("=")[1] for overrides, _ in RUNS.values() for o in overrides if o.startswith(f"schedule/{group}")
+        }
+        # the default of one_stage, and the targets that have a test of their own below
+        assert options - chosen <= {"plateau", "rank", "energy", "effective_rank", "budget"}
+
+
+def dense_values(witness):
+    (updates,) = witness.updates
+    return {name: torch.linalg.svdvals(update)[:16] for name, update in updates.items()}
+
+
+@pytest.mark.parametrize("how", ["preset", "one_stage"])
+def test_energy_takes_each_layer_to_the_rank_that_keeps_its_share(preset_run, how):
+    if how == "preset":
+        overrides = ["schedule=energy", "schedule.share=0.95", "schedule.lowest=2"]
+    else:
+        overrides = [
+            "schedule=one_stage", "schedule/target=energy", "schedule.target.share=0.95", "schedule.target.lowest=2"
+        ]  # fmt: skip
+    scheduler, module, witness = preset_run(*overrides, *PLATEAU_AT_12)
+    expected = {}
+    for name, values in dense_values(witness).items():
+        kept = values.square().cumsum(0) / values.square().sum()
+        expected[name] = max(2, 1 + int((kept < 0.95).sum()))
+    assert [event.step for event in scheduler.history] == [12]
+    assert {name: layer.rank for name, layer in dynrank.lora_layers(module)} == expected
+    assert len(set(expected.values())) > 1  # or the test would not tell layers apart
+
+
+def test_effective_rank_takes_each_layer_to_its_own(preset_run):
+    scheduler, module, witness = preset_run("schedule=one_stage", "schedule/target=effective_rank", *PLATEAU_AT_12)
+    for name, values in dense_values(witness).items():
+        p = values / values.sum()
+        wanted = float(torch.exp(torch.special.entr(p).sum()))
+        assert dict(dynrank.lora_layers(module))[name].rank == -int(-wanted // 1)
+    assert [event.step for event in scheduler.history] == [12]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "share", "step"),
+    [
+        (["schedule=budget"], 0.5, 16),  # by the loss metric: decided at 12, measured over 4 steps
+        (["schedule=budget", "schedule.score=sensitivity", "schedule.metric=weight"], 0.5, 16),
+        (["schedule=one_stage", "schedule/target=budget", "schedule.target.share=0.2"], 0.2, 12),  # by weights
+    ],
+    ids=["loss", "sensitivity", "weight"],
+)
+def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
+    scheduler, module, _ = preset_run(*overrides, *PLATEAU_AT_12)
+    (event,) = scheduler.history
+    assert event.step == step
+    layers = dict(dynrank.lora_layers(module))
+    cost = {name: layer.lora_B.shape[0] + layer.lora_A.shape[1] for name, layer in layers.items()}
+    pool = share * sum(16 * c for c in cost.values())
+    spent = sum(layer.rank * cost[name] for name, layer in layers.items())
+    assert pool - min(cost.values()) < spent <= pool
+    assert len({layer.rank for layer in layers.values()}) > 1
+
+
+def test_function_of_the_step_drives_the_ranks(regression):
+    function = join([linear(8, 16, 8), geometric(16, 4, every=10)], boundaries=[16])
+    scheduler = RankScheduler(function, How(metric="output", window=2, new_rows="gradient"))
+    module, _ = fit(scheduler, {"rank": 8}, regression[2])
+    expected = [(step, 7 + step, 8 + step) for step in range(1, 9)] + [(26, 16, 8), (36, 8, 4)]
+    assert trajectory(scheduler) == expected
+    assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {4}
+
+
+def test_window_that_is_open_for_a_later_stage_serves_an_earlier_one(regression):
+    soon, later = (How(metric="output", window=window) for window in (2, 8))
+    schedule = [
+        Stage(Plateau(patience=2, min_delta=0.9), Rank(8), how=soon),  # fires at 12
+        Stage(At(step=16), Rank(4), how=later),  # measured from 8 on
+    ]
+    scheduler = RankScheduler(schedule)
+    fit(scheduler, {"rank": 16}, regression[2])
+    assert trajectory(scheduler) == [(12, 16, 8), (16, 8, 4)]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key
+
+
+def test_change_that_costs_too_much_is_undone_bit_for_bit_and_tried_gentler(preset_run):
+    scheduler, module, witness = preset_run(
+        "schedule=squeeze_then_tune",
+        "schedule.final_rank=1",
+        "schedule.tune=0.25",
+        "schedule.metric=loss",
+        "schedule.max_regression=1e-3",
+    )
+    attempts = trajectory(scheduler)
+    undone = [event.undone for event in scheduler.history]
+    assert {step for step, *_ in attempts} == {30}
+    # half as far each time, rounded towards the ranks as they were: by 15, 7, 3, 1 directions
+    assert [after for *_, after in attempts] == [1, 9, 13, 15][: len(attempts)]
+    assert all(before == 16 for _, before, _ in attempts)
+    assert len(attempts) >= 2
+    assert undone == [True] * (len(attempts) - 1) + [False]
+    assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {attempts[-1][2]}
+    # what the second attempt finds is what the first has found
+    first, *others = witness.snapshots
+    assert len(others) == len(attempts) - 1
+    for weights, optimizer in others:
+        assert_same(weights, first[0])
+        assert optimizer["param_groups"] == first[1]["param_groups"]
+        assert optimizer["state"].keys() == first[1]["state"].keys()
+        for index, state in optimizer["state"].items():
+            assert_same(state, first[1]["state"][index])
+    assert all("val/loss" in event.reason for event in scheduler.history[:-1])
+
+
+def test_change_that_nothing_can_afford_leaves_the_run_as_if_it_had_not_been_tried(preset_run):
+    scheduler, module, _ = preset_run(
+        "schedule=squeeze_then_tune",
+        "lora.rank=2",
+        "schedule.final_rank=1",
+        "schedule.tune=0.25",
+        "schedule.max_regression=1e-3",
+    )
+    (event,) = scheduler.history  # half of one direction is none
+    assert event.undone
+    assert scheduler.finished
+    _, untouched, _ = preset_run("schedule=fixed", "lora.rank=2")
+    assert_same(module.state_dict(), untouched.state_dict())

@@ -1,0 +1,123 @@
+"""How, Stage, and what contradicts itself in a schedule."""
+
+from dataclasses import replace
+
+import pytest
+
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage, check_schedule, grow, halving_on_plateau
+from dynrank.targets import Budget, Energy, GrowBy, GrowTo, LayerState, Rank
+from dynrank.triggers import At, Plateau, Run
+
+RUN = Run(total_steps=100, steps_per_epoch=20)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("metric", ("wieght", None)),
+        ("gauge", ("magic",)),
+        ("optimizer_state", ("magic",)),
+        ("new_rows", ("magic",)),
+        ("window", (0, -1, 2.5, True)),
+        ("rewarmup_steps", (-1, None)),
+        ("max_regression", (-0.1, float("nan"), float("inf"), "1%", True)),
+        ("check_monitor", ("", None)),
+    ],
+)
+def test_how_names_a_wrong_value_and_its_key(name, values):
+    for value in values:
+        with pytest.raises(ConfigurationError, match=rf"^{name} must .*got .*; set schedule\.{name}$"):
+            How(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: Stage(None, Rank(4)), ["when", "Trigger", "At", "None"]),
+        (lambda: Stage(Plateau(), 4), ["to", "Target", "4"]),
+        (lambda: Stage(Plateau(), Rank(4), deadline=1.5), ["deadline", "1.5"]),
+        (lambda: Stage(Plateau(), Rank(4), repeat="no"), ["repeat", "'no'"]),
+        (lambda: Stage(Plateau(), Rank(4), how="loss"), ["how", "How", "'loss'"]),
+        (lambda: Stage(At(step=3), Rank(4), deadline=0.5), ["0.5", "step 3", "schedule.deadline"]),
+        (lambda: Stage(At(step=3), Rank(4), repeat=True), ["step 3", "schedule.repeat"]),
+    ],
+)
+def test_stage_names_a_wrong_value(make, names):
+    with pytest.raises(ConfigurationError) as caught:
+        make()
+    assert all(name in str(caught.value) for name in names), caught.value
+
+
+def test_planned_step_is_the_time_or_the_deadline():
+    assert Stage(At(step=7), Rank(8)).planned_step(RUN) == 7
+    assert Stage(At(epoch=2), Rank(8)).planned_step(RUN) == 40
+    assert Stage(Plateau(), Rank(8), deadline=0.255).planned_step(RUN) == 26
+    assert Stage(Plateau(), Rank(8)).planned_step(RUN) is None
+
+
+def test_reach_of_a_stage_that_repeats_goes_all_the_way_down():
+    (halving,) = halving_on_plateau(3, deadline=None)
+    assert halving.reach(LayerState(32)) == (3, 16)
+    assert replace(halving, repeat=False).reach(LayerState(32)) == (16, 16)
+    assert Stage(Plateau(), GrowBy(4), repeat=True).reach(LayerState(32)) == (36, 36)
+
+
+PLATEAU = Plateau(warmup_steps=30)
+FAULTS = {
+    "target above the rank in a shrink": ([Stage(At(step=1), Rank(33), key="K")], ["stage 1", "32", "33", "K"]),
+    "target above the rank of the stage before": (
+        [Stage(At(step=1), Rank(8)), Stage(At(step=2), Rank(16), key="K")],
+        ["stage 2", "8", "16", "K"],
+    ),
+    "target above the rank after one repetition": (
+        [*halving_on_plateau(3, deadline=None), Stage(At(step=99), Rank(20), key="K")],
+        ["stage 2", "16", "20", "K"],
+    ),
+    "growth below the rank": ([Stage(At(step=1), GrowTo(31), key="K")], ["stage 1", "32", "31", "K"]),
+    "least above the rank": ([Stage(At(step=1), Energy(0.9, lowest=33), key="K")], ["stage 1", "lowest", "K"]),
+    "multiple that no rank meets after a stage": (
+        [Stage(At(step=1), Rank(6)), Stage(At(step=2), Budget(share=0.5, lowest=5, multiple=4), key="K")],
+        ["stage 2", "multiple", "4", "5", "6", "K"],
+    ),
+    "deadline before the warm-up": (
+        [Stage(PLATEAU, Rank(8), deadline=0.25)],
+        ["stage 1", "0.25", "25", "30", "schedule.deadline", "schedule.trigger.warmup_steps"],
+    ),
+    "deadline at the end of the warm-up": ([Stage(PLATEAU, Rank(8), deadline=0.3)], ["stage 1", "30"]),
+    "deadlines out of order": (
+        [Stage(Plateau(), Rank(16), deadline=0.5), Stage(Plateau(), Rank(8), deadline=0.4, key="K")],
+        ["stage 2", "40", "50", "K"],
+    ),
+    "times out of order": (
+        [Stage(At(step=50), Rank(16)), Stage(At(epoch=2), Rank(8), key="K")],
+        ["stage 2", "40", "50", "K"],
+    ),
+    "after the end": ([Stage(At(step=101), Rank(8), key="K")], ["stage 1", "101", "100", "K"]),
+    "after the last epoch": ([Stage(At(epoch=6), Rank(8), key="K")], ["stage 1", "120", "100", "K"]),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_contradiction_is_refused_with_its_stage_and_key(name):
+    schedule, words = FAULTS[name]
+    with pytest.raises(ConfigurationError) as caught:
+        check_schedule(schedule, highest=32, run=RUN)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert str(caught.value).count("\n") == 1  # one fault, one line
+
+
+def test_all_contradictions_are_listed_at_once():
+    schedule = [Stage(At(step=200), Rank(64), key="first"), Stage(At(step=20), GrowTo(2), key="second")]
+    with pytest.raises(ConfigurationError) as caught:
+        check_schedule(schedule, highest=32, run=RUN)
+    assert str(caught.value).count("\n") == 4, caught.value
+    assert {"first", "second"} <= set(str(caught.value).replace(";", " ").split())
+
+
+@pytest.mark.parametrize("run", [Run(None), Run(None, 20)])
+def test_what_needs_the_length_of_the_run_is_not_checked_without(run):
+    schedule = [Stage(PLATEAU, Rank(8), deadline=0.25), Stage(At(step=500), Rank(4)), Stage(At(fraction=0.1), Rank(2))]
+    check_schedule(schedule, highest=32, run=run)
+    check_schedule([Stage(At(epoch=99), Rank(8))], highest=32, run=Run(100))
+    check_schedule(grow(64) + halving_on_plateau(8), highest=32, run=run)
