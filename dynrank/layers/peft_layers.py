@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -43,9 +43,10 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
             ``y + scaling * B A x`` (DoRA, aLoRA, AdaLoRA, target_parameters, ...), factors that are not matrices, none
             or several active adapters, or a config that lies outside ``model``.
     """
+    modules = _lora_modules(model)
+    configs = _configs(model) if modules else {}
     layers, faults = {}, dict[str, list[str]]()
-    configs = _configs(model)
-    for name, module in _lora_modules(model):
+    for name, module in modules:
         active = list(module.active_adapters)
         held = [adapter for adapter in active if adapter in _adapters(module)]
         if active and not held:
@@ -181,7 +182,7 @@ def _configs(model: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Any]]]:
     PEFT leaves its configs on the model that it was given, so names are relative to the nearest module that has them.
     """
     found: dict[nn.Module, tuple[str, dict[str, Any]]] = {}
-    for root in model.modules() if _peft_class("tuners.lora", "LoraLayer") else ():
+    for root in model.modules():
         configs = vars(root).get("peft_config")
         if isinstance(configs, dict):
             found |= {module: (name, configs) for name, module in _lora_modules(root)}
@@ -192,16 +193,11 @@ def _adapters(module: Any) -> list[str]:
     return [*module.lora_A, *module.lora_embedding_A]
 
 
-def _lora_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _lora_modules(model: nn.Module) -> list[tuple[str, Any]]:
     return _peft_modules(model, "tuners.lora", "LoraLayer")
 
 
-def _peft_modules(model: nn.Module, home: str, kind: str) -> Iterator[tuple[str, Any]]:
-    cls = _peft_class(home, kind)
-    if cls is not None:
-        yield from ((name, module) for name, module in model.named_modules() if isinstance(module, cls))
-
-
-def _peft_class(home: str, kind: str) -> Any:
-    """A class of PEFT; None if PEFT was never imported, so that no model can hold one of its layers."""
-    return getattr(sys.modules.get(f"peft.{home}"), kind, None)
+def _peft_modules(model: nn.Module, home: str, kind: str) -> list[tuple[str, Any]]:
+    """Modules of a class of PEFT; none if PEFT was never imported."""
+    cls = getattr(sys.modules.get(f"peft.{home}"), kind, None)
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, cls)] if cls else []

@@ -23,20 +23,6 @@ def is_quantized(module: nn.Module) -> bool:
     return _computes_as(module, "Linear4bit") or _computes_as(module, "Linear8bitLt") or _has_torchao_weight(module)
 
 
-def unpack_fault(module: nn.Module) -> str | None:
-    """Why no plain layer can stand for a quantised one, if none can."""
-    if _computes_as(module, "Linear8bitLt") or _rounds_inputs(module):
-        return (
-            "the layer rounds its inputs as well as its weight, as no plain layer does; load the adapter into "
-            "the model before quantisation and merge that"
-        )
-    if _has_torchao_weight(module):
-        return None
-    if getattr(module.weight, "quant_state", None) is None:
-        return "its weight is not packed yet; move the model to its device first"
-    return None
-
-
 def unpacker(module: nn.Module) -> Callable[[], Tensor] | None:
     """What returns the (d_out, d_in) weight that a packed layer stands for, anew on every call.
 
@@ -44,7 +30,7 @@ def unpacker(module: nn.Module) -> Callable[[], Tensor] | None:
     dynamic quantisation); and where bitsandbytes has put the bits into another order, for its own product.
     """
     if _has_torchao_weight(module) and not _rounds_inputs(module):
-        return module.get_parameter("weight").dequantize
+        return module.get_parameter("weight").detach().dequantize
     if not _computes_as(module, "Linear4bit"):
         return None
     modules: Any = sys.modules["bitsandbytes.nn.modules"]
@@ -52,10 +38,8 @@ def unpacker(module: nn.Module) -> Callable[[], Tensor] | None:
     functional: Any = sys.modules["bitsandbytes.functional"]
     weight: Any = module.weight
     state = weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False) or tuple(state.shape) != (
-        module.out_features,
-        module.in_features,
-    ):
+    shape = (module.out_features, module.in_features)
+    if getattr(state, "packing_format_for_cpu", False) or tuple(state.shape) != shape:
         return None
     return lambda: functional.dequantize_4bit(weight.data, state)
 
@@ -64,6 +48,18 @@ def computes_in(module: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype in which a packed layer that can be unpacked multiplies ``x``."""
     dtype = getattr(module, "compute_dtype", None) if getattr(module, "compute_type_is_set", False) else None
     return dtype if isinstance(dtype, torch.dtype) else x.dtype
+
+
+def unpack_fault(module: nn.Module) -> str | None:
+    """Why no plain layer can stand for a quantised one, if none can."""
+    if _computes_as(module, "Linear8bitLt") or _rounds_inputs(module):
+        return (
+            "the layer rounds its inputs as well as its weight, as no plain layer does; load the adapter into "
+            "the model before quantisation and merge that"
+        )
+    if _computes_as(module, "Linear4bit") and getattr(module.weight, "quant_state", None) is None:
+        return "its weight is not packed yet; move the model to its device first"
+    return None
 
 
 @torch.no_grad()
@@ -76,13 +72,10 @@ def unpacked(module: nn.Module) -> nn.Linear:
     fault = unpack_fault(module)
     if fault:
         raise ConfigurationError(f"the layer cannot be merged: {fault}")
-    if _has_torchao_weight(module):
-        values = plain_values(module.get_parameter("weight"))
-    else:
-        module.state_dict()  # undoes the order in which bitsandbytes puts the bits for some CPUs
-        weight: Any = module.weight
-        functional: Any = sys.modules["bitsandbytes.functional"]
-        values = functional.dequantize_4bit(weight.data, weight.quant_state).reshape(weight.quant_state.shape)
+    module.state_dict()  # undoes the order in which bitsandbytes puts the bits for some CPUs
+    unpack = unpacker(module)
+    assert unpack is not None
+    values = unpack()
     plain = nn.Linear(values.shape[1], values.shape[0], bias=False, device="meta")
     plain.weight = nn.Parameter(values, requires_grad=False)
     bias = module.bias
