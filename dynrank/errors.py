@@ -35,6 +35,11 @@ _WORDS = {  # of pydantic's messages
     "Missing required argument": "is missing",
     "a valid integer": "an int",
     "a valid number": "a number",
+    "a valid boolean": "true or false",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+    "greater than": "above",
+    "less than": "below",
 }
 
 
@@ -104,7 +109,7 @@ def read_as(kind: type[T], data: Any, where: str) -> T:
 def shown(value: Any) -> str:
     """``repr(value)``, cut short while it is made, so that no value is too large for a message."""
     short = Repr()
-    short.maxstring = short.maxother = 200
+    short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
     return short.repr(value)
 
 
@@ -152,6 +157,6 @@ def _faults(error: ValidationError, known: Sequence[str], *, nested: bool) -> di
 
 
 def _listed(faults: dict[str, str], advice: str) -> str:
-    if len(faults) == 1:
-        return "; ".join(filter(None, [next(iter(faults.values())), advice]))
-    return "\n  ".join(["these values cannot be used:", *faults.values()]) + (f"\n{advice}" if advice else "")
+    if len(faults) == 1 or not advice:
+        return "; ".join(filter(None, [*faults.values(), advice]))
+    return "\n  ".join(["these values cannot be used:", *faults.values()]) + f"\n{advice}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -11,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
 
 __all__ = [
     "LayerRank",
@@ -26,7 +27,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True)
+@validated()
 class RankRule:
     """What an override says of the layers that its key matches; None leaves the run's own value.
 
@@ -35,12 +36,19 @@ class RankRule:
         final_rank: rank that a schedule brings the layer to.
         alpha: LoRA alpha; the layer's scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA).
         pinned: no schedule touches the layer.
+
+    Raises:
+        ConfigurationError: if a value cannot be used, or a pinned layer has a final rank.
     """
 
-    rank: int | None = None
-    final_rank: int | None = None
-    alpha: float | None = None
+    rank: Count | None = None
+    final_rank: Count | None = None
+    alpha: Positive | None = None
     pinned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.pinned and self.final_rank is not None:
+            raise ConfigurationError("a pinned layer has no final_rank; take out one of the two")
 
 
 @dataclass(frozen=True)
@@ -105,11 +113,11 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
         raise ConfigurationError(
             f"cannot read the override file {str(path)!r}: {error.strerror}; set rank_map.file"
         ) from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not text, or a date that is none
-        raise ConfigurationError(f"rank_map.file must be YAML, got {str(path)!r}: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a date that is none
+        raise ConfigurationError(f"rank_map.file must be YAML, got {str(path)!r}: {error!s:.500}") from None
     if not isinstance(data, dict) or set(data) != {"rank_pattern"} or not isinstance(data["rank_pattern"], dict):
         raise ConfigurationError(
-            f"an override file must hold the one key rank_pattern with a mapping below it, got {data!r:.200}; "
+            f"an override file must hold the one key rank_pattern with a mapping below it, got {shown(data)}; "
             f"fix {str(path)!r} (rank_map.file)"
         )
     return parse_rank_map(data["rank_pattern"], source=str(path))
@@ -132,7 +140,7 @@ def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, Ra
     """Checked rules from plain data: each value is an int (the rank) or a mapping of :class:`RankRule` fields.
 
     Args:
-        rank_pattern: key -> value as read from YAML.
+        rank_pattern: key -> value as read from YAML; a value may be a rule already.
         source: file or key to name in the error.
 
     Raises:
@@ -140,16 +148,31 @@ def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, Ra
     """
     rules, faults = {}, []
     for key, value in rank_pattern.items():
-        if isinstance(value, RankRule):
-            value = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) is not None}
-        entry = {"rank": value} if _is_int(value) else value
-        found = _rule_faults(key, entry)
-        faults += [f"{key!r}: {fault}" for fault in found]
-        if not found:
-            rules[key] = RankRule(**entry)
+        try:
+            rules[key] = _rule(key, value)
+        except ConfigurationError as error:
+            faults.append(f"{shown(key)}: {error}")
     if faults:
         raise ConfigurationError(f"faulty rank_pattern in {source} (rank_map):\n  " + "\n  ".join(faults))
     return rules
+
+
+def _rule(key: Any, value: Any) -> RankRule:
+    if not isinstance(key, str):
+        raise ConfigurationError(f"a key must be text, got {type(key).__name__}")
+    try:
+        re.compile(key)
+        re.compile(_whole_parts(key))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ConfigurationError(f"not a regular expression: {error}") from None
+    if isinstance(value, RankRule):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return RankRule(rank=value)
+    if not isinstance(value, Mapping) or not value:
+        names = ", ".join(field.name for field in fields(RankRule))
+        raise ConfigurationError(f"must be an int (the rank) or a mapping of {names}, got {shown(value)}")
+    return RankRule(**{str(name): entry for name, entry in value.items()})
 
 
 def parse_rules(rules: Sequence[str]) -> dict[str, RankRule]:
@@ -193,7 +216,7 @@ def resolve_rank_map(
         ConfigurationError: if a key matches nothing, two rules conflict, or a rank is outside [1, min(d_in, d_out)]
             (all faults are listed).
     """
-    matched = {key: [name for name in shapes if matches(key, name)] for key in rules}
+    matched = {key: {name for name in shapes if matches(key, name)} for key in rules}
     faults = [_unmatched(key, shapes) for key, names in matched.items() if not names]
     layers = {}
     for name, (d_out, d_in) in shapes.items():
@@ -225,60 +248,30 @@ def _layer_faults(layer: LayerRank, d_out: int, d_in: int) -> list[str]:
     return faults
 
 
-def _rule_faults(key: Any, entry: Any) -> list[str]:
-    if not isinstance(key, str):
-        return [f"a key must be text, got {type(key).__name__}"]
-    try:
-        re.compile(key)
-        re.compile(_whole_parts(key))
-    except re.error as error:
-        return [f"not a regular expression: {error}"]
-    names = [field.name for field in fields(RankRule)]
-    if not isinstance(entry, Mapping):
-        return [f"must be an int or a mapping of {names}, got {entry!r}"]
-    if not entry:
-        return [f"must set at least one of {names}, got an empty mapping"]
-    faults = [f"unknown field {name!r}, known: {names}" for name in entry if name not in names]
-    for name in ("rank", "final_rank"):
-        if name in entry and not (_is_int(entry[name]) and entry[name] >= 1):
-            faults.append(f"{name} must be an int of at least 1, got {entry[name]!r}")
-    alpha = entry.get("alpha", 1)
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
-        faults.append(f"alpha must be a number above 0, got {alpha!r}")
-    if not isinstance(entry.get("pinned", False), bool):
-        faults.append(f"pinned must be true or false, got {entry['pinned']!r}")
-    if entry.get("pinned") is True and "final_rank" in entry:
-        faults.append("a pinned layer has no final_rank; take out one of the two")
-    return faults
-
-
 def _unmatched(key: str, names: Mapping[str, Any]) -> str:
     parts = {".".join(name.split(".")[-n:]) for name in names for n in range(1, len(name.split(".")) + 1)}
     near = get_close_matches(re.sub(r"\\(?=\W)", "", key), sorted(parts), n=3, cutoff=0.5)
     return f"{key!r} matches no LoRA layer; nearest: {near or sorted(names)[:3]}"
 
 
-def _standing(key: str, name: str, matched: list[str]) -> int:
+def _standing(key: str, name: str, matched: set[str]) -> int:
+    """2 for a key that is the layer's name, 1 for a plain one that matches this layer only, 0 for any other pattern."""
     plain = re.sub(r"\\(?=\W)", "", key.removeprefix("^").removesuffix("$"))  # re.escape undone
     if plain == name:
         return 2
-    return 1 if matched == [name] and re.fullmatch(r"[\w.-]+", plain) else 0
+    return 1 if matched == {name} and re.fullmatch(r"[\w.-]+", plain) else 0
 
 
 def _whole_parts(key: str) -> str:
     return rf"(.*\.)?({key})$"
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 class _UniqueKeyLoader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, where YAML would quietly keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
+        keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for (_, key), times in keys.items():
+            if times > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
         return super().construct_mapping(node, deep)

@@ -133,51 +133,45 @@ def test_resolve_names_the_default_rank_when_that_does_not_fit():
         resolve({}, rank=6)
 
 
-FAULTY = [
-    (0, "rank must be an int of at least 1, got 0"),
-    (-3, "got -3"),
-    (True, "got True"),
-    (2.0, "got 2.0"),
-    ("8", "got '8'"),
-    (None, "got None"),
-    ([8], r"got \[8\]"),
-    ({}, "empty mapping"),
-    ({"rank": True}, "rank must be an int .* got True"),
-    ({"rank": 2.5}, "got 2.5"),
-    ({"rank": "8"}, "got '8'"),
-    ({"final_rank": 0}, "final_rank must be"),
-    ({"rnak": 8}, "unknown field 'rnak'"),
-    ({"alpha": 0}, "alpha must be a number above 0"),
-    ({"alpha": float("inf")}, "alpha must be"),
-    ({"alpha": float("nan")}, "alpha must be"),
-    ({"alpha": True}, "alpha must be"),
-    ({"pinned": 1}, "pinned must be true or false"),
-    ({"pinned": True, "final_rank": 2}, "pinned layer has no final_rank"),
-]
-
-
-@pytest.mark.parametrize(("value", "message"), FAULTY)
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (0, "rank must .* got 0"),
+        (True, "got True"),
+        (2.0, "got 2.0"),
+        ("8", "got '8'"),
+        (None, "got None"),
+        ([8], r"got \[8\]"),
+        ({}, "got {}"),
+        ({"rank": True}, "rank must .* got True"),
+        ({"rank": 2.5}, "rank must .* got 2.5"),
+        ({"final_rank": 0}, "final_rank must .* got 0"),
+        ({"rnak": 8}, "'rnak' is unknown; nearest: rank"),
+        ({"alpha": 0}, "alpha must .* got 0"),
+        ({"alpha": float("inf")}, "alpha must .* got inf"),
+        ({"alpha": True}, "alpha must .* got True"),
+        ({"pinned": 1}, "pinned must be true or false, got 1"),
+        ({"pinned": True, "final_rank": 2}, "pinned layer has no final_rank"),
+    ],
+)
 def test_parse_rank_map_refuses_a_faulty_rule(value, message):
     with pytest.raises(ConfigurationError, match=rf"'q_proj': .*{message}"):
         parse_rank_map({"q_proj": value}, "test")
 
 
-@pytest.mark.parametrize("key", ["(", "*q", "a)(b", 1, None, True])
+# global flags are an error anywhere but at the start, where PEFT's matching has its own text
+@pytest.mark.parametrize("key", ["(", "*q", "a)(b", 1, None, True, "(?i)Q_PROJ", "(" * 5000, "a{99999999999}"])
 def test_parse_rank_map_refuses_a_key_that_is_no_pattern(key):
-    with pytest.raises(ConfigurationError, match=re.escape(repr(key))):
+    with pytest.raises(ConfigurationError) as caught:
         parse_rank_map({key: 2}, "test")
-
-
-def test_parse_rank_map_refuses_a_key_that_no_pattern_may_hold():
-    """Global flags are an error anywhere but at the start, where PEFT's matching has its own text."""
-    with pytest.raises(ConfigurationError, match=r"\(\?i\)Q_PROJ"):
-        resolve({"(?i)Q_PROJ": 2})
+    assert repr(key)[:20] in str(caught.value)
+    assert len(str(caught.value)) < 500
 
 
 def test_faults_are_listed_all_at_once():
     with pytest.raises(ConfigurationError) as caught:
         parse_rank_map({"a": 0, "(": 2, "b": {"rnak": 1, "alpha": -1}}, "test")
-    assert all(text in str(caught.value) for text in ("'a'", "'('", "rnak", "alpha must be"))
+    assert all(text in str(caught.value) for text in ("'a'", "'('", "rnak", "alpha must"))
     with pytest.raises(ConfigurationError) as caught:
         resolve({"qproj": 2, "v_proj": 5, "1.q_proj": 9, ".*head": 3, "lm_.*": 4})
     message = str(caught.value)
@@ -239,12 +233,13 @@ def test_load_rank_map_reads_the_example_of_the_contract(written):
         ("rank_pattern: {q: {rank: 2, rank: 3}}", "'rank' stands twice"),
         ("rank_pattern: {q: 2}\nrank_pattern: {v: 2}\n", "'rank_pattern' stands twice"),
         ("rank_pattern: {q: !!python/object/apply:os.getcwd []}", "must be YAML"),
-        ("rank_pattern: {q: !!python/name:os.system }", "must be YAML"),
-        ("rank_pattern: {q: 2024-99-99}", "ranks.yaml"),
-        ("rank_pattern: {q: !!int abc}", "ranks.yaml"),
-        ("rank_pattern: {[q]: 2}", "ranks.yaml"),
+        ("rank_pattern: {q: 2024-99-99}", "must be YAML"),
+        ("rank_pattern: {q: 2024-12-31}", "must be an int"),
+        ("rank_pattern: {[q]: 2}", "must be YAML"),
+        ("rank_pattern: " + "[" * 5000, "must be YAML"),
+        ("rank_pattern: &a [*a]", "one key rank_pattern"),
+        ("rank_pattern: {q: &a {rank: *a}}", "rank must be an int"),
         ("", "one key rank_pattern"),
-        ("[q, v]", "one key rank_pattern"),
         ("q: 2", "one key rank_pattern"),
         ("rank_pattern: [q]", "one key rank_pattern"),
         ("rank_pattern: {q: 2}\nalpha: 3\n", "one key rank_pattern"),
@@ -257,6 +252,25 @@ def test_load_rank_map_refuses_a_file_and_names_it(written, text, message):
         load_rank_map(written(text))
     assert "ranks.yaml" in str(caught.value)
     assert "rank_map" in str(caught.value)
+
+
+def test_load_rank_map_follows_aliases_and_merge_keys(written):
+    file = written("rank_pattern: {q: &q {rank: 8, alpha: 4}, k: *q, v: {<<: *q, rank: 2}}")
+    assert load_rank_map(file) == {
+        "q": RankRule(8, alpha=4.0),
+        "k": RankRule(8, alpha=4.0),
+        "v": RankRule(2, alpha=4.0),
+    }
+
+
+def test_load_rank_map_stays_small_and_fast_for_a_hostile_file(written):
+    """Aliases of aliases stand for 10^20 values, and a thousand keys are no thousand squared comparisons."""
+    bomb = ["&a0 [" + "x, " * 10 + "]"] + [f"&a{i} [" + f"*a{i - 1}, " * 10 + "]" for i in range(1, 20)]
+    with pytest.raises(ConfigurationError) as caught:
+        load_rank_map(written("rank_pattern:\n" + "".join(f"  k{i}: {rule}\n" for i, rule in enumerate(bomb))))
+    assert len(str(caught.value)) < 10_000
+    rules = load_rank_map(written("rank_pattern:\n" + "".join(f"  k{i}: 2\n" for i in range(5_000))))
+    assert len(rules) == 5_000
 
 
 def test_load_rank_map_names_a_missing_file(tmp_path):

@@ -1,0 +1,96 @@
+"""What a user wrote, checked by annotations: every fault in one message, with its value and the key that fixes it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import pytest
+
+from dynrank.errors import ConfigurationError, Count, Name, Share, read_as, shown, validated, validated_call
+
+
+@validated("where")
+class Options:
+    size: Count
+    share: Share | None = None
+    mode: Literal["one", "two"] = "one"
+    others: Sequence[int] = ()
+
+    def __post_init__(self):
+        if self.size == 13:
+            raise ConfigurationError("size must not be 13; set where.size")
+
+
+@validated("where")
+class More(Options):
+    name: Name = "x"
+
+
+@validated_call("call")
+def area(width: Count, height: Count | Literal["auto"] = "auto", *, options: Options | More | None = None) -> int:
+    return width * (1 if height == "auto" else height)
+
+
+def refusal(call, *args, **kwargs):
+    with pytest.raises(ConfigurationError) as caught:
+        call(*args, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Options(0), "size must be at least 1, got 0; set where.size"),
+        (lambda: Options(True), "size must be an int, got True; set where.size"),
+        (lambda: Options("1"), "size must be an int, got '1'; set where.size"),
+        (lambda: Options(1, 1.5), "share must be at most 1, got 1.5; set where.share"),
+        (lambda: Options(1, mode="three"), "mode must be 'one' or 'two', got 'three'; set where.mode"),
+        (lambda: Options(1, others=[2, "x"]), "others[1] must be an int, got 'x'; set where.others[1]"),
+        (lambda: Options(), "size is missing; set where.size"),
+        (lambda: Options(1, shar=1), "'shar' is unknown; nearest: share; set where.shar"),
+        (lambda: Options(13), "size must not be 13; set where.size"),
+        (lambda: More(1, name=""), "name must have at least 1 character, got ''; set where.name"),
+        (lambda: replace(Options(1), size=0), "size must be at least 1, got 0; set where.size"),
+        (lambda: area(0), "width must be at least 1, got 0; set call.width"),
+        (lambda: area(1, 2.5), "height must be an int, or be 'auto', got 2.5; set call.height"),
+        (lambda: validated_call()(lambda n: n)(1, 2), "unexpected"),
+    ],
+)
+def test_a_fault_names_value_and_key(make, message):
+    assert message.lower() in refusal(make).lower()
+
+
+def test_all_faults_are_listed():
+    message = refusal(Options, 0, 2.0, "three")
+    assert [line.split()[0] for line in message.splitlines()[1:-1]] == ["size", "share", "mode"]
+    assert message.splitlines()[-1] == "set where.size, where.share, where.mode"
+
+
+def test_values_are_kept_and_subclasses_pass():
+    assert area(2, 3, options=More(1)) == 6
+    assert Options(1, share=1).share == 1.0
+
+    @dataclass(frozen=True)
+    class Users(More):
+        extra: int = 0
+
+    assert area(2, options=Users(1, extra=3)) == 2
+
+
+def test_plain_data_becomes_objects_or_one_message():
+    assert read_as(dict[str, Options], {"a": {"size": 1, "others": [1, 2]}}, "the file") == {
+        "a": Options(1, others=[1, 2])
+    }
+    message = refusal(read_as, dict[str, Options], {"a": {"size": 0}, "b": {"size": 1, "moed": "one"}}, "the file")
+    assert "a.size must be at least 1, got 0" in message
+    assert "'b.moed' is unknown; nearest: mode" in message
+    assert message.endswith("fix the file")
+
+
+def test_shown_is_short_for_any_value():
+    value: list = []
+    for _ in range(30):
+        value = [value] * 10  # 10^30 empty lists
+    assert len(shown(value)) < 1000
+    assert shown("x" * 10**6).count("x") < 250
+    assert shown({"a": [1, 2.5, None]}) == "{'a': [1, 2.5, None]}"
