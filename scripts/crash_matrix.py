@@ -125,7 +125,7 @@ class Watch(lightning.Callback):
             self.act()
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self.moment == "step" or (self.moment == "decided, not made" and self.scheduler._pending is not None):
+        if self.moment == "step" or (self.moment == "decided, not made" and self.scheduler.driver.progress.pending):
             self.pass_by()
 
     def on_before_optimizer_step(self, *_: Any) -> None:

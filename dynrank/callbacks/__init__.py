@@ -9,8 +9,7 @@ from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter
 from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.callbacks.step_seed import StepSeed
-from dynrank.callbacks.trainer.strategies import check_strategy
-from dynrank.driver.attempt import RankEvent
+from dynrank.driver.event import RankEvent
 
 if TYPE_CHECKING:
     from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback
@@ -25,7 +24,6 @@ __all__ = [
     "RunMeter",
     "ScheduleFreeMode",
     "StepSeed",
-    "check_strategy",
 ]
 
 

@@ -1,31 +1,38 @@
-"""Telling of a change of rank: a printed table, a CSV file, and numbers for the loggers."""
+"""Showing and recording changes of rank: a printed table, CSV files, numbers and spectra for the loggers."""
 
 from __future__ import annotations
 
 import csv
-import os
+from collections.abc import Iterable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
-from dynrank.callbacks.rank_logging import log_prediction, log_ranks
 from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
-from dynrank.driver.attempt import FIELDS, RankEvent
+from dynrank.driver.event import FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
+from dynrank.linalg import effective_rank
 from dynrank.output.change_table import change_table
+from dynrank.output.whole_file import whole_file
 
 
 class RankMonitor(Callback):
     """Shows and records what a :class:`RankScheduler` in the same trainer does; it changes nothing.
 
-    Every logger gets the ranks at the start and after each change, and before a change what it is expected to cost, see
-    :mod:`dynrank.callbacks.rank_logging`. A progress bar shows the mean rank, and a ModelSummary that the trainer has
+    Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change, and before a change
+    ``rank/predicted_error`` and ``rank/predicted_error_max``. All but the CSVLogger, where each name would be a column,
+    get ``rank/layer/NAME``, ``energy_kept/NAME`` and ``effective_rank/NAME`` of each layer too. TensorBoard also gets
+    ``spectrum/NAME``, a histogram of the singular values before a change, and where matplotlib is installed
+    ``spectra``, a picture of all of them. A progress bar shows the mean rank, and a ModelSummary that the trainer has
     is printed again after each change.
 
     Args:
@@ -46,26 +53,38 @@ class RankMonitor(Callback):
         self.history_file = Path(history_file) if history_file is not None else None
         self.prediction_file = Path(prediction_file) if prediction_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
+        self._ranks: dict[str, int] = {}  # finding the layers takes long enough to be felt in every step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_history(trainer)
+        self._write_history(trainer)  # for a run of no steps, too
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_history(trainer)  # FSDP2 loads what was changed before a resume later than on_fit_start
         self._log_ranks(trainer, pl_module)
 
     def on_rank_prediction(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
-        log_prediction(trainer.loggers, self._named(event))
+        event = self._named(event)
+        errors = torch.tensor([layer.predicted_error for layer in event.layers])
+        totals = {"rank/predicted_error": float(errors.norm()), "rank/predicted_error_max": float(errors.max())}
+        by_layer = {f"energy_kept/{layer.layer}": layer.energy_kept for layer in event.layers}
+        for layer in event.layers:
+            by_layer[f"effective_rank/{layer.layer}"] = effective_rank(torch.tensor(layer.singular_values))
+        _log(trainer, totals, by_layer)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                _log_spectra(logger, event)
         if self.prediction_file is not None and trainer.is_global_zero:
             new = not self.prediction_file.exists()
             with self.prediction_file.open("a", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerows([FIELDS] if new else [])
-                writer.writerows(self._rows(event))
+                csv.writer(file).writerows([*([FIELDS] if new else []), *_rows(event)])
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
-        self._print(event)
+        if trainer.is_global_zero:
+            verb = "taken back" if event.undone else "change"
+            title = f"rank {verb} at step {event.step}: {event.reason}"
+            Console().print(change_table(title, self._named(event).layers))
         for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
             if isinstance(callback, ModelSummary):  # RichModelSummary, too
                 callback.on_fit_start(trainer, pl_module)
@@ -74,46 +93,48 @@ class RankMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         bar = trainer.progress_bar_callback
-        if bar is not None and not isinstance(bar, RankProgressBar):  # which shows it by itself
-            ranks = [float(layer.rank) for _, layer in lora_layers(pl_module)]
-            pl_module.log("rank", sum(ranks) / max(1, len(ranks)), prog_bar=True, logger=False)
-
-    @rank_zero_only
-    def _write_history(self, trainer: Trainer) -> None:
-        if self.history_file is None:
-            return
-        events = [e for c in trainer.callbacks if isinstance(c, RankScheduler) for e in c.history]  # type: ignore[attr-defined]
-        part = self.history_file.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(FIELDS)
-            for event in events:
-                writer.writerows(self._rows(event))
-        os.replace(part, self.history_file)
-
-    def _rows(self, event: RankEvent) -> list[list[object]]:
-        return [
-            [
-                event.step,
-                layer.layer,
-                layer.rank_before,
-                layer.rank_after,
-                f"{layer.energy_kept:.6g}",
-                f"{layer.predicted_error:.6g}",
-                event.reason,
-            ]
-            for layer in self._named(event).layers
-        ]
+        if self._ranks and bar is not None and not isinstance(bar, RankProgressBar):  # which shows it by itself
+            pl_module.log("rank", float(mean(self._ranks.values())), prog_bar=True, logger=False)
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layers = {name.removeprefix(self.prefix): layer for name, layer in lora_layers(pl_module)}
-        log_ranks(trainer.loggers, layers, trainer.global_step)
+        self._ranks = {name.removeprefix(self.prefix): layer.rank for name, layer in lora_layers(pl_module)}
+        if self._ranks:
+            ranks = self._ranks.values()
+            by_layer = {f"rank/layer/{name}": float(rank) for name, rank in self._ranks.items()}
+            _log(trainer, {"rank/mean": float(mean(ranks)), "rank/max": float(max(ranks))}, by_layer)
+
+    def _write_history(self, trainer: Trainer) -> None:
+        if self.history_file is None or not trainer.is_global_zero:
+            return
+        events = [e for c in trainer.callbacks if isinstance(c, RankScheduler) for e in c.history]  # type: ignore[attr-defined]
+        with whole_file(self.history_file) as part, part.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([FIELDS, *(row for event in events for row in _rows(self._named(event)))])
 
     def _named(self, event: RankEvent) -> RankEvent:
+        """The event with the layers' names as the model has them."""
         layers = tuple(replace(layer, layer=layer.layer.removeprefix(self.prefix)) for layer in event.layers)
         return replace(event, layers=layers)
 
-    @rank_zero_only
-    def _print(self, event: RankEvent) -> None:
-        verb = "taken back" if event.undone else "change"
-        Console().print(change_table(f"rank {verb} at step {event.step}: {event.reason}", self._named(event).layers))
+
+def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
+    for la in event.layers:
+        costs = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
+        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.reason
+
+
+def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(totals if isinstance(logger, CSVLogger) else totals | by_layer, step=trainer.global_step)
+
+
+def _log_spectra(logger: TensorBoardLogger, event: RankEvent) -> None:
+    for layer in event.layers:
+        spectrum = torch.tensor(layer.singular_values)
+        logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
+    if find_spec("matplotlib") is not None:  # an extra of its own
+        from dynrank.output.plots import spectra_figure
+
+        spectra = {layer.layer: layer.singular_values for layer in event.layers}
+        kept = {layer.layer: layer.rank_after for layer in event.layers}
+        figure = spectra_figure(spectra, kept, f"before the change at step {event.step}")
+        logger.experiment.add_figure("spectra", figure, event.step, close=False)  # of no pyplot, which would close it

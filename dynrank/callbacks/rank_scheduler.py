@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import nn
-from torch.optim import Optimizer
 
 from dynrank.callbacks.trainer.averages import act_after_averages, averages_of, follow_averages
-from dynrank.callbacks.trainer.fit_check import check_averages, check_fit, check_told
+from dynrank.callbacks.trainer.fit_check import check_fit, check_sanity, check_told
 from dynrank.callbacks.trainer.strategies import (
     average_whole_gradients,
     check_strategy,
@@ -19,14 +18,16 @@ from dynrank.callbacks.trainer.strategies import (
     unwrap,
     wrap,
 )
-from dynrank.callbacks.trainer.validation import measure, run_missed_validation, validation_metrics
-from dynrank.driver.attempt import RankEvent
+from dynrank.callbacks.trainer.validation import run_missed_validation, validate_beside, validation_metrics
 from dynrank.driver.driver import RankDriver
+from dynrank.driver.event import RankEvent
+from dynrank.driver.training import Training
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
+from dynrank.schedules import How, RankFunction, Stage
 from dynrank.triggers import Run
 
 
-class RankScheduler(RankDriver, Callback):
+class RankScheduler(Callback):
     """Changes the ranks of LoRA layers during training.
 
     Works in any LightningModule whose model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``; under
@@ -51,13 +52,34 @@ class RankScheduler(RankDriver, Callback):
             are made at the start and around each change in any case; None: no more than those.
 
     Attributes:
-        history: every :class:`RankEvent` of the run, also those before a resume.
+        driver: holds the schedule, and takes it through the run.
 
     Raises:
         ConfigurationError: if a value cannot be used.
     """
 
-    _told = _told_once = False  # by step(): since the last batch began, and at all
+    def __init__(
+        self,
+        schedule: int | Stage | Sequence[Stage] | RankFunction,
+        how: How | None = None,
+        *,
+        check_every: int | None = None,
+    ) -> None:
+        self.driver = RankDriver(schedule, how, check_every=check_every)
+        self._told = self._ever_told = False  # by step(): since the last batch began, and at all
+
+    @property
+    def history(self) -> list[RankEvent]:
+        """Every change of the run, also those before a resume."""
+        return self.driver.history
+
+    def check_trainer(self, trainer: Trainer) -> None:
+        """Refuse a trainer whose strategy lets no rank change; nothing need be set up yet.
+
+        Raises:
+            ConfigurationError: naming the strategy, or its option, and what to use instead.
+        """
+        check_strategy(trainer)
 
     def step(self, pl_module: LightningModule) -> None:
         """Say, under manual optimization, that an optimizer step was made and that no gradients wait for another.
@@ -71,39 +93,41 @@ class RankScheduler(RankDriver, Callback):
         """
         if pl_module.automatic_optimization:
             raise RuntimeError("scheduler.step(module) is for manual optimization; this module's is automatic")
-        self._told = self._told_once = True
-        self.end_step(LightningTraining(pl_module.trainer, pl_module))
+        self._told = self._ever_told = True
+        self.driver.end_step(LightningTraining(pl_module.trainer, pl_module))
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.driver.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.driver.load_state_dict(state_dict)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)
         follow_averages(trainer)
         follow_sharded_checkpoint(trainer)
-        if stage != "fit":
-            return
-        check_strategy(trainer)
-        check_averages(trainer)
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        later = trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None
-        run = _run(trainer, pl_module, epochs=self.counts_epochs)
-        self.start(LightningTraining(trainer, pl_module), run, resumes_later=later)
-        check_fit(trainer, pl_module, self.hows)
-        act_after_averages(trainer, self)
+        if stage == "fit":
+            check_strategy(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.fit_loop._load_combined_loader_states()  # _run has had the data loaded before there was a state for it
-        if not self.resume(LightningTraining(trainer, pl_module)):
+        # Lightning forgets the place in the data if configure_optimizers has asked for the length of the run
+        trainer.fit_loop._load_combined_loader_states()
+        self.driver.start(LightningTraining(trainer, pl_module), _run(trainer, pl_module))
+        check_fit(trainer, pl_module, self.driver.hows)
+        act_after_averages(trainer, self)
+        if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        self.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
+        if trainer.sanity_checking:
+            check_sanity(self.driver, validation_metrics(trainer))
+        elif trainer.state.fn == "fit":
+            self.driver.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_told(trainer, pl_module)
         if not trainer.enable_validation:
-            self.observe(LightningTraining(trainer, pl_module))
+            self.driver.validated(LightningTraining(trainer, pl_module), {})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if pl_module.automatic_optimization:
@@ -111,7 +135,7 @@ class RankScheduler(RankDriver, Callback):
         else:
             between_steps, self._told = self._told, False
         if between_steps:
-            self.advance(LightningTraining(trainer, pl_module))
+            self.driver.advance(LightningTraining(trainer, pl_module))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         average_whole_gradients(trainer, optimizer)
@@ -120,52 +144,38 @@ class RankScheduler(RankDriver, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if pl_module.automatic_optimization:
-            self.end_step(LightningTraining(trainer, pl_module))
+            self.driver.end_step(LightningTraining(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_told(trainer, pl_module)
-        self.finish(LightningTraining(trainer, pl_module))
+        self.driver.finish(LightningTraining(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.abort()
+        self.driver.abort()
 
     def _check_told(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.stages and not self._told_once:
+        if self.driver.stages and not self._ever_told:
             check_told(trainer, pl_module)
 
 
-class LightningTraining:
-    """A Lightning trainer as :class:`dynrank.driver.attempt.Training`."""
+class LightningTraining(Training):
+    """A run of Lightning's Trainer, as it is now; made for one hook."""
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().__init__(pl_module, trainer.optimizers, trainer.global_step, averages_of(trainer))
         self.trainer, self.pl_module = trainer, pl_module
-
-    @property
-    def step(self) -> int:
-        return self.trainer.global_step
-
-    @property
-    def model(self) -> nn.Module:
-        return self.pl_module
-
-    @property
-    def optimizers(self) -> Sequence[Optimizer]:
-        return self.trainer.optimizers
-
-    @property
-    def averages(self) -> Sequence[nn.Module]:
-        return averages_of(self.trainer)
 
     def logged(self) -> Mapping[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
-    def validate(self) -> None:
-        measure(self.trainer)
+    def validate(self) -> Mapping[str, float]:
+        """Validate for the sake of the metrics; callbacks that save, stop or change ranks hear nothing of it."""
+        return validate_beside(self.trainer, Checkpoint, EarlyStopping, RankScheduler)
 
     def before_resize(self) -> None:
         unwrap(self.trainer)
 
-    def resized(self) -> None:
+    def after_resize(self) -> None:
         wrap(self.trainer)
 
     def tell(self, hook: str, event: RankEvent) -> None:
@@ -179,11 +189,10 @@ class LightningTraining:
         rank_zero_warn(message)
 
 
-def _run(trainer: Trainer, pl_module: LightningModule, *, epochs: bool) -> Run:
+def _run(trainer: Trainer, pl_module: LightningModule) -> Run:
+    """The length of the run; the data have been loaded."""
     if not pl_module.automatic_optimization:  # how many steps an epoch has is the module's own affair
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
-    if epochs:
-        trainer.fit_loop.setup_data()  # Lightning loads it later, unless somebody asks for the length of the run
     total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
     per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
     return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)  # -1: epochs of data of unknown length

@@ -1,21 +1,21 @@
-"""The same schedule in transformers' Trainer (and TRL's, which are made of it)."""
+"""The callback that changes ranks in transformers' Trainer (and TRL's trainers, which derive from it)."""
 
 from __future__ import annotations
 
 import base64
 import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from dynrank.change.optimizer_state import check_optimizer
-from dynrank.driver.attempt import RankEvent
+from dynrank.change.optimizer_state import check_optimizer, unwrapped
 from dynrank.driver.driver import RankDriver
+from dynrank.driver.event import RankEvent
+from dynrank.driver.metrics import checked, watched
+from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
@@ -25,7 +25,7 @@ from dynrank.triggers import Run
 __all__ = ["RankTrainerCallback"]
 
 
-class RankTrainerCallback(RankDriver, TrainerCallback, ExportableState):  # type: ignore[misc]
+class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process.
 
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Give the callback to the Trainer when
@@ -40,10 +40,11 @@ class RankTrainerCallback(RankDriver, TrainerCallback, ExportableState):  # type
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
         how: how changes are made, for stages that don't say; ``How()`` when None.
-        evaluate: evaluates the model as it is, for stages with ``max_regression``: ``lambda: trainer.evaluate()``.
+        evaluate: evaluates the model as it is and returns the metrics, for stages with ``max_regression``:
+            ``lambda: trainer.evaluate()``.
 
     Attributes:
-        history: every :class:`RankEvent` of the run, also those before a resume.
+        driver: holds the schedule, and takes it through the run.
 
     Raises:
         ConfigurationError: if a value cannot be used.
@@ -54,14 +55,18 @@ class RankTrainerCallback(RankDriver, TrainerCallback, ExportableState):  # type
         schedule: int | Stage | Sequence[Stage] | RankFunction,
         how: How | None = None,
         *,
-        evaluate: Callable[[], Any] | None = None,
+        evaluate: Callable[[], Mapping[str, Any]] | None = None,
     ) -> None:
-        super().__init__(schedule, how)
+        self.driver = RankDriver(schedule, how)
         self.evaluate = evaluate
-        self._logged: dict[str, float] = {}
-        self._evaluated: dict[str, float] = {}  # by the last evaluation, of one data set or several
-        self._evaluated_step = -1
-        self._unobserved = self._in_training = False
+        self.logged: dict[str, float] = {}  # the last value of every metric
+        self._evaluated: dict[str, float] = {}  # by evaluations that triggers have not seen yet, one for each data set
+        self._listening = False  # in training, and not to an evaluation of our own
+
+    @property
+    def history(self) -> list[RankEvent]:
+        """Every change of the run, also those before a resume."""
+        return self.driver.history
 
     # The Trainer's events
 
@@ -71,64 +76,65 @@ class RankTrainerCallback(RankDriver, TrainerCallback, ExportableState):  # type
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, state, kwargs)
-        _check_trainer(args, training, self)
+        _check_trainer(args, self)
         follow_checkpoint_ranks(training.model)
         if state.global_step:
             self._load(state)
-        self.start(training, _run(args, state, kwargs["train_dataloader"]))
-        for how in self.hows:
-            factors = adapter_parameters(training.model)
-            check_optimizer(training.optimizers[0], factors, how.optimizer_state)
-        self.resume(training)
-        self._in_training = True
+        self.driver.start(training, _run(args, state, kwargs["train_dataloader"]))
+        _check_hows(args, training, self)
+        self._listening = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, state, kwargs)
-        self._observe_evaluation(training)
-        self.advance(training)
+        self._show_evaluated(training)
+        self.driver.advance(training)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.end_step(HFTraining(self, state, kwargs, steps_uncounted=1))  # the Trainer counts after this event
+        self.driver.end_step(HFTraining(self, state, kwargs, steps_uncounted=1))  # the Trainer counts after this event
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        self._logged |= _numbers(logs or {})
+        if self._listening:
+            self.logged |= _numbers(logs or {})
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **kwargs: Any) -> None:
-        if not self._in_training or not state.global_step:
-            return
-        if self._evaluated_step != state.global_step or self._checking:
-            self._evaluated = {}
-        self._evaluated_step = state.global_step
-        self._evaluated |= _numbers(metrics)
-        self._logged |= self._evaluated
-        self._unobserved = True
-        if self._logged.keys() >= set(self.monitors):  # of several data sets the last one completes them
-            self._observe_evaluation(HFTraining(self, state, kwargs))
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
+        if self._listening and state.global_step:
+            self._evaluated |= _numbers(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, state, kwargs)
         if args.load_best_model_at_end:
             training.optimizers = []  # it knows the last weights; those that have been loaded may have other ranks
-        self._observe_evaluation(training)
-        self.finish(training)
-        self._in_training = False
+        self._show_evaluated(training)
+        self.driver.finish(training)
+        self._listening = False
 
-    def _observe_evaluation(self, training: HFTraining) -> None:
-        if self._unobserved:
-            self._unobserved = False
-            self.validated(training, self._evaluated)
+    def _show_evaluated(self, training: HFTraining) -> None:
+        """Show the evaluations after the last step together: each event brings the metrics of one data set."""
+        if self._evaluated:
+            metrics, self._evaluated = self._evaluated, {}
+            self.driver.validated(training, metrics)
+
+    def measure(self) -> dict[str, float]:
+        """Evaluate beside the run's own evaluations; triggers see nothing of it."""
+        assert self.evaluate is not None  # on_train_begin has seen to it
+        self._listening = False
+        try:
+            return _numbers(self.evaluate())
+        finally:
+            self._listening = True
 
     # The state in a checkpoint
 
     def state(self) -> dict[str, Any]:
         """For ``trainer_state.json``: JSON, so what :func:`torch.save` makes of the state is in base64."""
         buffer = io.BytesIO()
-        torch.save({"driver": self.state_dict(), "logged": self._logged, "evaluated": self._evaluated}, buffer)
+        state = {"driver": self.driver.state_dict(), "logged": self.logged, "evaluated": self._evaluated}
+        torch.save(state, buffer)
         return {"args": {}, "attributes": {"saved": base64.b64encode(buffer.getvalue()).decode("ascii")}}
 
     @classmethod
     def from_state(cls, state: Any) -> Any:
-        """Refused: a schedule is not made from JSON.
+        """Refuse to be made from JSON, which holds no schedule.
 
         Raises:
             ConfigurationError: always.
@@ -147,36 +153,24 @@ class RankTrainerCallback(RankDriver, TrainerCallback, ExportableState):  # type
             )
         content = base64.b64decode(stored["attributes"]["saved"])
         saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        self.load_state_dict(saved["driver"])
-        self._logged, self._evaluated = dict(saved["logged"]), dict(saved["evaluated"])
+        self.driver.load_state_dict(saved["driver"])
+        self.logged, self._evaluated = dict(saved["logged"]), dict(saved["evaluated"])
 
 
-class HFTraining:
-    """A run of transformers' Trainer as :class:`dynrank.driver.attempt.Training`; made for one event."""
-
-    averages: Sequence[nn.Module] = ()
+class HFTraining(Training):
+    """A run of transformers' Trainer, as it is now; made for one event."""
 
     def __init__(
         self, callback: RankTrainerCallback, state: Any, kwargs: Mapping[str, Any], *, steps_uncounted: int = 0
     ) -> None:
+        super().__init__(kwargs["model"], [unwrapped(kwargs["optimizer"])], int(state.global_step) + steps_uncounted)
         self.callback, self.state = callback, state
-        self.step = int(state.global_step) + steps_uncounted
-        self.model: nn.Module = kwargs["model"]
-        optimizer = kwargs["optimizer"]
-        self.optimizers: Sequence[Optimizer] = [getattr(optimizer, "optimizer", optimizer)]  # accelerate wraps it
 
     def logged(self) -> Mapping[str, float]:
-        return self.callback._logged
+        return self.callback.logged
 
-    def validate(self) -> None:
-        assert self.callback.evaluate is not None  # on_train_begin has seen to it
-        self.callback.evaluate()
-
-    def before_resize(self) -> None:
-        """One process: nobody else knows the factors' shapes."""
-
-    def resized(self) -> None:
-        """Likewise."""
+    def validate(self) -> Mapping[str, float]:
+        return self.callback.measure()
 
     def tell(self, hook: str, event: RankEvent) -> None:
         """Put the ranks after a change among what the Trainer has logged."""
@@ -185,18 +179,28 @@ class HFTraining:
             values = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks)), "step": self.step}
             self.state.log_history.append(values)
 
-    def warn(self, message: str) -> None:
-        warnings.warn(message, stacklevel=2)
 
-
-def _check_trainer(args: Any, training: HFTraining, callback: RankTrainerCallback) -> None:
+def _check_trainer(args: Any, callback: RankTrainerCallback) -> None:
+    """Refuse several processes, and names of metrics that the Trainer does not use."""
     if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
         raise ConfigurationError(
             f"RankTrainerCallback changes ranks in one process on one device, without DeepSpeed and FSDP; this Trainer "
             f"has {args.world_size} processes and {args.n_gpu} GPUs: set CUDA_VISIBLE_DEVICES to one, or train with "
             "dynrank.callbacks.RankScheduler (Lightning), which knows DDP and FSDP2"
         )
-    for how in callback.hows:
+    stages, hows = callback.driver.stages, callback.driver.hows
+    wrong = {name: what for name, what in watched(stages).items() if name.startswith("val")}  # as Lightning's users do
+    wrong |= {name: what for name, what in checked(hows).items() if not name.startswith("eval_")}
+    for name, argument in wrong.items():
+        raise ConfigurationError(
+            f"{argument} must name a metric of the Trainer's evaluations, which begin with eval_, got {name!r}; "
+            "set it to 'eval_loss', for example"
+        )
+
+
+def _check_hows(args: Any, training: Training, callback: RankTrainerCallback) -> None:
+    """Refuse settings and optimizers that changes as the schedule makes them cannot live with."""
+    for how in callback.driver.hows:
         if how.max_regression is not None and callback.evaluate is None:
             raise ConfigurationError(
                 f"max_regression={how.max_regression:g} evaluates before and after a change; give the callback "
@@ -207,6 +211,7 @@ def _check_trainer(args: Any, training: HFTraining, callback: RankTrainerCallbac
                 "fp16=True scales gradients by a factor that changes, which spoils statistics of them; set bf16=True, "
                 "metric='output' or new_rows='orthogonal'"
             )
+        check_optimizer(training.optimizers[0], adapter_parameters(training.model), how.optimizer_state)
 
 
 def _run(args: Any, state: Any, dataloader: Any) -> Run:

@@ -7,14 +7,14 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dynrank.distributed.processes import from_all
-from dynrank.driver.attempt import RankEvent
+from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers
 
 _MARK = Path("/proc/self/clear_refs")
@@ -57,27 +57,30 @@ class RunMeter(Callback):
 
     def __init__(self) -> None:
         self.phases = [Phase()]
-        self._start = 0.0
+        self.begun = False  # whether a training batch has
+        self._start = self._batches = 0.0  # of the batch, and seconds of those since the last optimizer step
         self._steps: list[float] = []  # seconds of each optimizer step since training began
-        self._batches, self._step, self._closed = 0.0, 0, 0
+        self._step = self._closed = 0  # optimizer steps made, and those of phases that are over
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phases = [_phase(trainer, pl_module)]
         self._steps, self._batches, self._step, self._closed = [], 0.0, trainer.global_step, 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.begun = True
         self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        phase = self.phases[-1]
+        phase.tokens += int(batch["attention_mask"].sum())  # waits for the device: the clock is read after that
         seconds = time.perf_counter() - self._start
-        self.phases[-1].train_seconds += seconds
+        phase.train_seconds += seconds
         self._batches += seconds
         if trainer.global_step > self._step:  # gradients of several batches may make one step
             self._steps.append(self._batches)
             self._batches, self._step = 0.0, trainer.global_step
-        self.phases[-1].tokens += int(batch["attention_mask"].sum())
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
@@ -88,23 +91,10 @@ class RunMeter(Callback):
         self._close(trainer)
 
     @property
-    def begun(self) -> bool:
-        """Whether a training batch has begun."""
-        return self._start > 0
-
-    @property
-    def tokens(self) -> int:
-        """Input tokens without padding, of this process, after training of all."""
-        return sum(phase.tokens for phase in self.phases)
-
-    @property
-    def train_seconds(self) -> float:
-        """Between the start and the end of training batches; validation is left out."""
-        return sum(phase.train_seconds for phase in self.phases)
-
-    @property
     def tokens_per_second(self) -> float:
-        return self.tokens / self.train_seconds if self.train_seconds else 0.0
+        """Of the whole run; tokens of all processes after training, of this one before."""
+        seconds = sum(phase.train_seconds for phase in self.phases)
+        return sum(phase.tokens for phase in self.phases) / seconds if seconds else 0.0
 
     @property
     def step_seconds(self) -> float | None:
@@ -123,18 +113,15 @@ class RunMeter(Callback):
         self._closed = len(self._steps)
         phase.peak_memory_bytes = peak_memory_bytes()
         forget_peak_memory()
-        values = {
-            "phase/tokens_per_second": phase.tokens_per_second,
-            "phase/peak_memory_bytes": float(phase.peak_memory_bytes),
-            "phase/mean_rank": phase.mean_rank,
-        }
+        names = ("tokens_per_second", "peak_memory_bytes", "mean_rank")
+        values = {f"phase/{name}": float(getattr(phase, name)) for name in names}
         for logger in trainer.loggers if phase.train_seconds else ():
             logger.log_metrics(values, step=trainer.global_step)
 
 
 def _phase(trainer: Trainer, pl_module: LightningModule) -> Phase:
     ranks = [layer.rank for _, layer in lora_layers(pl_module)]
-    return Phase(trainer.global_step, sum(ranks) / len(ranks) if ranks else 0.0)
+    return Phase(trainer.global_step, float(mean(ranks)) if ranks else 0.0)
 
 
 def peak_memory_bytes() -> int:

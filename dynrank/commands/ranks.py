@@ -10,7 +10,7 @@ from rich.table import Table
 
 from dynrank.adapters.config import make_config
 from dynrank.adapters.save import target_modules, trained_heads
-from dynrank.driver.bounds import final_parameters
+from dynrank.driver.bounds import final_parameters, final_ranks
 from dynrank.layers.finding import own_layers
 from dynrank.output.console import span, table_console
 from dynrank.run.job import build
@@ -25,7 +25,7 @@ def print_ranks(config: DictConfig) -> None:
     job = build(config, on_meta=True)
     model: Any = job.module.model
     layers = own_layers(model)
-    final = job.scheduler.final_ranks(model)
+    final = final_ranks(model, job.scheduler.driver.stages)
     table = Table(title="LoRA layers of the composed run")
     table.add_column("layer", overflow="fold", min_width=20)
     for heading in ("d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters"):
@@ -57,7 +57,7 @@ def print_ranks(config: DictConfig) -> None:
         "",
         "",
         f"{start:,}",
-        span(final_parameters(model, job.scheduler.stages)),
+        span(final_parameters(model, job.scheduler.driver.stages)),
         "",
     )
     table_console().print(table)

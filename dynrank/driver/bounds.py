@@ -1,4 +1,4 @@
-"""What a schedule means for a model: the bounds of each layer, what must be measured, and where ranks may end."""
+"""What a schedule means for a model: the bounds of each layer, where ranks may end, and what does not fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dynrank.change.measuring import Needs, Window
+from dynrank.change.measuring import Window
 from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
@@ -16,20 +16,6 @@ from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import How, Stage, check_schedule
 from dynrank.targets import UNBOUNDED, Budget, LayerState
 from dynrank.triggers import Run
-
-
-def needs_of(stage: Stage, how: How, layers: Mapping[str, RankedLayer]) -> Needs:
-    """What has to be measured before ``stage`` may change ``layers``, be it the last stage or not."""
-    reaches = [
-        (layer.rank, *stage.to.reach(_bounded(layer, last))) for layer in layers.values() for last in (False, True)
-    ]
-    growth = max([0, *(high - rank for rank, _, high in reaches)])
-    shrinks = any(low < rank for rank, low, _ in reaches)
-    return Needs(
-        grams=how.metric != "weight" and (shrinks or "values" in stage.to.needs),
-        scores="scores" in stage.to.needs,
-        new_rows=growth if how.new_rows == "gradient" else 0,
-    )
 
 
 def layer_states(
@@ -47,14 +33,14 @@ def layer_states(
     for name, layer in layers.items():
         nothing = torch.zeros(layer.rank, dtype=torch.float64)  # nobody asks what a pinned layer's directions are worth
         states[name] = replace(
-            _bounded(layer, last),
+            bounded(layer, last),
             values=values.get(name, nothing) if "values" in stage.to.needs else None,
             scores=(scores.of(name) if name in free else nothing) if scores is not None else None,
         )
     return states
 
 
-def _bounded(layer: RankedLayer, last: bool) -> LayerState:
+def bounded(layer: RankedLayer, last: bool) -> LayerState:
     """A layer's state without measurements; its own final rank bounds every shrink and is where the last stage ends."""
     (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
     lowest, highest = layer.final_rank or 1, max_rank(layer)[0]
@@ -79,7 +65,7 @@ def _path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int,
     low = high = layer.rank
     path = []
     for number, stage in enumerate(schedule, 1):
-        bounds = _bounded(layer, last=number == len(schedule))
+        bounds = bounded(layer, last=number == len(schedule))
         from_low, from_high = (bounds if layer.pinned else replace(bounds, rank=rank) for rank in (low, high))
         wanted, _ = stage.reach(replace(from_high, highest=UNBOUNDED))
         low, high = stage.reach(from_low)[0], stage.reach(from_high)[1]
@@ -94,7 +80,7 @@ def final_parameters(model: nn.Module, schedule: Sequence[Stage]) -> tuple[int, 
     costs = {name: layer.lora_B.shape[0] + layer.lora_A.shape[1] for name, layer in layers.items()}
     low, high = (sum(costs[name] * ends[name][i] for name in layers) for i in (0, 1))
     if schedule and isinstance(schedule[-1].to, Budget) and (len(schedule) == 1 or schedule[-1].to.share is None):
-        high = min(high, schedule[-1].to.pool({name: _bounded(layer, True) for name, layer in layers.items()}))
+        high = min(high, schedule[-1].to.pool({name: bounded(layer, True) for name, layer in layers.items()}))
     return low, high
 
 
@@ -131,7 +117,7 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
                 if isinstance(layer.base, nn.Embedding | nn.Conv2d) and paths[name][number][1] > before[name][0]
             ]
         if isinstance(stage.to, Budget):
-            states = {name: replace(_bounded(layer, last), rank=before[name][0]) for name, layer in layers.items()}
+            states = {name: replace(bounded(layer, last), rank=before[name][0]) for name, layer in layers.items()}
             known = all(low == high for low, high, _ in before.values())
             faults += _budget_faults(number, stage.to, states, known=known)
     if faults:

@@ -29,7 +29,6 @@ from dynrank.callbacks import (
     RunMeter,
     ScheduleFreeMode,
     StepSeed,
-    check_strategy,
 )
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
@@ -64,17 +63,17 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     run = Run(config.trainer.get("max_steps", -1) if config.trainer.get("max_steps", -1) > 0 else None)
     scheduler = make_scheduler(config.schedule, config.check_processes_every)
     ranks = [config.lora.rank, *(rule["rank"] for rule in pattern.values() if rule.get("rank") and not rule["pinned"])]
-    check_schedule(scheduler.stages, highest=max(ranks), run=run)
+    check_schedule(scheduler.driver.stages, highest=max(ranks), run=run)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
     seed_everything(config.seed, verbose=False)
     task = make(config.task, "task")
     lora = {**plain(config.lora), "rank_map": pattern}
-    check_monitors(scheduler.monitors, task.metrics)
+    check_monitors(scheduler.driver.monitors, task.metrics)
     check_objective(config.objective, task.final)
     module = task.module(lora, plain(config.optimizer), on_meta=True)  # what can be refused is, before weights load
-    scheduler.check_model(module.model, run)
+    scheduler.driver.check_model(module.model, run)
     if not on_meta:
         module = task.module(lora, plain(config.optimizer))
         if checkpoint is not None:
@@ -118,7 +117,7 @@ def run(
             f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
             "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
         )
-    check_strategy(trainer)  # the scheduler does so, too, when the other processes have been started
+    job.scheduler.check_trainer(trainer)  # the scheduler does so, too, when the other processes have been started
     if trainer.is_global_zero:
         if checkpoint is not None and goes_on:
             take_up(folder, read_checkpoint(checkpoint)["global_step"])

@@ -170,13 +170,10 @@ def test_plateau_reads_the_evaluations_and_survives_a_resume(tmp_path):
 def test_change_that_costs_too_much_is_undone(tmp_path):
     losses = iter([1.0, 1.5, 1.0, 1.0])  # before the change, after it, and when it is undone
 
-    def report(metrics):
-        made.callback_handler.on_evaluate(made.args, made.state, made.control, metrics)
-
     schedule = RankTrainerCallback(
         [Stage(At(step=5), Rank(1))],
         How(max_regression=0.1, check_monitor="eval_loss"),
-        evaluate=lambda: report({"eval_loss": next(losses)}),
+        evaluate=lambda: {"eval_loss": next(losses)},
     )
     model = own()
     made = trainer(tmp_path, model, schedule, learning_rate=0.1)
@@ -232,7 +229,7 @@ def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "how", "message"),
     [
-        ({}, {"max_regression": 0.1}, r"evaluate=lambda: trainer.evaluate\(\)"),
+        ({}, {"max_regression": 0.1, "check_monitor": "eval_loss"}, r"evaluate=lambda: trainer.evaluate\(\)"),
         ({"fp16": True}, {"metric": "loss"}, "fp16=True scales"),
         ({"optim": "rmsprop"}, {}, "RMSprop cannot be carried"),
     ],

@@ -1,51 +1,40 @@
-"""What of a trainer and a module is refused before the first step, because ranks could not change in such a run."""
+"""Refusing a trainer, a module or its metrics before the first step, because the schedule could not be carried out."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
 
-from dynrank.callbacks.trainer.averages import averaging_callbacks
-from dynrank.callbacks.trainer.strategies import check_setup
 from dynrank.change.optimizer_state import check_optimizer
+from dynrank.distributed.sharding import sharded_error, sharded_layers
+from dynrank.driver.driver import RankDriver
+from dynrank.driver.metrics import checked, not_logged, watched
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters
 from dynrank.schedules import How
 
 
-def check_told(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Refuse manual optimization that makes optimizer steps and never says so.
-
-    Raises:
-        ConfigurationError: naming the call.
-    """
-    if not pl_module.automatic_optimization and trainer.global_step:
-        raise ConfigurationError(
-            f"{trainer.global_step} optimizer steps of manual optimization, and RankScheduler was told of none, so it "
-            "could not change a rank: call scheduler.step(self) in training_step, after the optimizer's step"
-        )
-
-
 def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How]) -> None:
-    """Refuse optimizers, precisions, callbacks and missing validation that changes made as ``hows`` cannot live with.
+    """Refuse sharded adapters, and optimizers and precisions that changes made as ``hows`` cannot live with.
 
     Raises:
         ConfigurationError: naming what is wrong and the key that fixes it.
     """
-    if hows:
-        check_setup(trainer, pl_module)
-    if hows and trainer.precision == "16-true":
+    if not hows:
+        return
+    sharded = sharded_layers(pl_module)
+    if sharded:
+        raise sharded_error(sharded)
+    if trainer.precision == "16-true":
         raise ConfigurationError(
             "precision=16-true keeps adapters and optimizer state in float16, where Adam's eps of 1e-8 is zero and the "
             "first steps give NaN; set trainer.precision=bf16-true or 16-mixed"
         )
-    parameters = adapter_parameters(pl_module)
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     for how in hows:
         for optimizer in trainer.optimizers:
-            check_optimizer(optimizer, parameters, how.optimizer_state)
+            check_optimizer(optimizer, adapter_parameters(pl_module), how.optimizer_state)
         if scaled and (how.metric == "loss" or how.new_rows == "gradient"):
             raise ConfigurationError(
                 "precision=16-mixed scales gradients by a factor that changes, which spoils statistics of them; "
@@ -58,15 +47,31 @@ def check_fit(trainer: Trainer, pl_module: LightningModule, hows: Collection[How
             )
 
 
-def check_averages(trainer: Trainer) -> None:
-    """Refuse an average of a sharded model, which torch would refuse to copy, in other words.
+def check_sanity(driver: RankDriver, logged: Mapping[str, float]) -> None:
+    """Refuse a schedule that reads a metric of the validation which the sanity validation has not logged.
+
+    A trigger may also watch what only training logs: a name counts as one of the validation if it begins as those do
+    that it logs (``val/``).
 
     Raises:
-        ConfigurationError: naming the callback and the key that fixes it.
+        ConfigurationError: naming the metric, the argument that names it, and what is logged.
     """
-    averages = [type(callback).__name__ for callback in averaging_callbacks(trainer)]
-    if averages and isinstance(trainer.strategy, ModelParallelStrategy):
+    groups = {name.partition("/")[0] for name in logged if "/" in name}
+    asked = {name: what for name, what in watched(driver.stages).items() if name.partition("/")[0] in groups}
+    for name, argument in (asked | checked(driver.hows)).items():
+        if name not in logged:
+            error = not_logged(name, argument, logged)
+            raise ConfigurationError(f"{error}; if later validations log it, set num_sanity_val_steps=0")
+
+
+def check_told(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse manual optimization that makes optimizer steps and never says so.
+
+    Raises:
+        ConfigurationError: naming the call.
+    """
+    if not pl_module.automatic_optimization and trainer.global_step:
         raise ConfigurationError(
-            f"{averages[0]} copies the whole model, which ModelParallelStrategy shards; take it out, or set "
-            "trainer.strategy=ddp"
+            f"{trainer.global_step} optimizer steps of manual optimization, and RankScheduler was told of none, so it "
+            "could not change a rank: call scheduler.step(self) in training_step, after the optimizer's step"
         )

@@ -9,18 +9,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 
-def measure(trainer: Trainer) -> None:
-    """Validate now for the sake of the metrics; callbacks that save or stop hear nothing of it."""
-    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
-    trainer.callbacks = [c for c in callbacks if not isinstance(c, Checkpoint | EarlyStopping)]  # type: ignore[attr-defined]
+class _Metrics(Callback):
+    """Keeps what a validation logs."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.logged = validation_metrics(trainer)
+
+
+def validate_beside(trainer: Trainer, *deaf: type[Callback]) -> dict[str, float]:
+    """Validate now, beside the run's own validations; return the metrics.
+
+    Args:
+        trainer: between two batches of ``fit``.
+        *deaf: classes of callbacks that hear nothing of it.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    metrics = _Metrics()
+    trainer.callbacks = [*(c for c in callbacks if not isinstance(c, deaf)), metrics]  # type: ignore[attr-defined]
     try:
         run_validation(trainer)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    return metrics.logged
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
-from dynrank.driver.attempt import FIELDS, RankEvent
+from dynrank.driver.event import FIELDS, RankEvent
 from dynrank.errors import ConfigurationError
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span

@@ -81,15 +81,15 @@ def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch,
     class Reached(Exception):
         pass
 
-    def reached(trainer):
-        raise Reached
+    class Scheduler:
+        def check_trainer(self, trainer):
+            raise Reached
 
     class Trainer:
         world_size = 2
 
-    monkeypatch.setattr(job, "build", lambda config: None)
+    monkeypatch.setattr(job, "build", lambda config: job.Job(None, None, Scheduler()))
     monkeypatch.setattr(job, "_trainer", lambda *_: Trainer())
-    monkeypatch.setattr(job, "check_strategy", reached)
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
     if executor is not None:
         monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)

@@ -1,0 +1,39 @@
+"""One change of ranks in a run, as it is told, stored and written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dynrank.change.predict import LayerReport
+from dynrank.errors import read_as
+
+# columns of rank_history.csv and rank_predictions.csv
+FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
+
+
+@dataclass(frozen=True)
+class RankEvent:
+    """One change of ranks.
+
+    Attributes:
+        step: optimizer steps made before it.
+        reason: why it was made, or why it was undone.
+        layers: what it did to each layer that it changed.
+        undone: it cost too much and was taken back; the ranks are as before.
+    """
+
+    step: int
+    reason: str
+    layers: tuple[LayerReport, ...]
+    undone: bool = False
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> RankEvent:
+        """The event from which ``dataclasses.asdict`` made ``state``.
+
+        Raises:
+            ConfigurationError: if a value is missing or of another type than an event has.
+        """
+        return read_as(cls, state, "ckpt_path: the history of rank changes in the checkpoint is damaged")

@@ -1,0 +1,58 @@
+"""What a rank driver must know of a training run, and what it asks of it: the one thing that a new trainer provides."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.optim import Optimizer
+
+from dynrank.driver.event import RankEvent
+from dynrank.errors import ConfigurationError
+
+
+@dataclass(eq=False)
+class Training:
+    """A training run, for a plain loop as it stands; derive from it to add what the schedule needs or a trainer has.
+
+    Args:
+        model: holds the LoRA layers; their names are relative to it.
+        optimizers: all that hold the layers' parameters.
+        step: optimizer steps made so far; the loop counts them.
+        averages: moving averages of the model's weights, which follow its ranks.
+    """
+
+    model: nn.Module
+    optimizers: Sequence[Optimizer]
+    step: int = 0
+    averages: Sequence[nn.Module] = ()
+
+    def logged(self) -> Mapping[str, float]:
+        """Return the last value of every metric that a trigger may watch beside those of the validation."""
+        return {}
+
+    def validate(self) -> Mapping[str, float]:
+        """Validate the weights as they are, for stages with ``max_regression``; return the metrics.
+
+        Raises:
+            ConfigurationError: unless a subclass can do it.
+        """
+        raise ConfigurationError(
+            f"max_regression validates before and after a change, and {type(self).__name__} has no validate(); "
+            "define it, or set max_regression=None"
+        )
+
+    def before_resize(self) -> None:
+        """Let go of what knows the factors' shapes; called before every change and before one is undone."""
+
+    def after_resize(self) -> None:
+        """Take the factors' new shapes; called after every change and after one is undone."""
+
+    def tell(self, hook: str, event: RankEvent) -> None:
+        """Pass ``event`` to those who listen: hook is "on_rank_prediction" or "on_rank_change"."""
+
+    def warn(self, message: str) -> None:
+        """Tell the user, once for all processes."""
+        warnings.warn(message, stacklevel=2)

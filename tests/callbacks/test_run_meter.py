@@ -1,0 +1,58 @@
+"""Tokens, seconds and memory of a run, in each phase between changes of rank."""
+
+import csv
+import json
+
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from dynrank.callbacks import RankScheduler, RunMeter
+from dynrank.callbacks.run_meter import forget_peak_memory, peak_memory_bytes
+from dynrank.schedules import Stage
+from dynrank.targets import Rank
+from dynrank.triggers import At
+
+
+def test_phases_divide_the_run_at_each_change(regression, tmp_path):
+    module_class, data, trainer = regression
+
+    class Tokens(RunMeter):
+        """Of batches without a mask: a token a row, and one of padding."""
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            batch = {"attention_mask": torch.tensor([[1, 0]] * len(batch[0]))}
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    meter, logger = Tokens(), CSVLogger(tmp_path, name="", version="")
+    callbacks = [RankScheduler([Stage(At(step=4), Rank(3))]), meter]
+    options = {"max_steps": 8, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+    trainer(callbacks=callbacks, logger=logger, **options).fit(module_class(), *data())
+    assert [(p.first_step, p.mean_rank, p.tokens) for p in meter.phases] == [(0, 6.0, 64), (4, 3.0, 64)]
+    for phase in meter.phases:
+        assert phase.peak_memory_bytes > 0
+        assert phase.tokens_per_second == pytest.approx(64 / phase.train_seconds)
+        assert 0 < phase.step_seconds < phase.train_seconds
+    assert meter.tokens_per_second == pytest.approx(128 / sum(phase.train_seconds for phase in meter.phases))
+    logger.save()
+    with (tmp_path / "metrics.csv").open(newline="") as opened:
+        rows = [row for row in csv.DictReader(opened) if row.get("phase/mean_rank")]
+    assert [(row["step"], float(row["phase/mean_rank"])) for row in rows] == [("4", 6.0), ("8", 3.0)]
+
+
+def test_peak_memory_is_that_since_it_was_forgotten():
+    block = torch.ones(2**26)  # 256 MiB
+    high = peak_memory_bytes()
+    assert high > block.numel() * 4
+    del block
+    forget_peak_memory()
+    assert peak_memory_bytes() < high - 2**27
+
+
+def test_summary_of_a_run_has_its_phases(smoke_run):
+    folder, _ = smoke_run
+    summary = json.loads((folder / "summary.json").read_text())
+    steps = [0, *(change["step"] for change in summary["changes"] if not change["undone"])]
+    assert [phase["first_step"] for phase in summary["phases"]] == steps
+    assert summary["peak_memory_bytes"] >= max(phase["peak_memory_bytes"] for phase in summary["phases"])
+    assert all(phase["tokens_per_second"] > 0 for phase in summary["phases"])
