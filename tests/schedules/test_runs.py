@@ -253,7 +253,7 @@ def test_preset_follows_its_trajectory(preset_run, name):
     overrides, expected = RUNS[name]
     scheduler, module, _ = preset_run(*overrides)
     assert trajectory(scheduler) == expected
-    assert scheduler.finished
+    assert scheduler.driver.finished
     end = expected[-1][2] if expected else 16
     assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {end}
     for name, layer in dynrank.lora_layers(module):
@@ -392,6 +392,6 @@ def test_change_that_nothing_can_afford_leaves_the_run_as_if_it_had_not_been_tri
     )
     (event,) = scheduler.history  # half of one direction is none
     assert event.undone
-    assert scheduler.finished
+    assert scheduler.driver.finished
     _, untouched, _ = preset_run("schedule=fixed", "lora.rank=2")
     assert_same(module.state_dict(), untouched.state_dict())
