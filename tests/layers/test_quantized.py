@@ -1,4 +1,4 @@
-"""LoRA on layers that bitsandbytes has packed, for real, on the CPU: against the unpacked layer and against PEFT."""
+"""LoRA on layers that bitsandbytes or torchao has packed, on the CPU: against the unpacked layer and against PEFT."""
 
 import copy
 
@@ -6,6 +6,7 @@ import bitsandbytes.functional
 import lightning
 import pytest
 import torch
+import torchao.quantization
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import dynrank
-from dynrank.callbacks import RankScheduler
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import LoRAQuantizedLinear
 from dynrank.layers.quantized import is_quantized
@@ -22,6 +23,7 @@ from dynrank.schedules import anneal
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
     pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear may get different generations:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning"),  # it can't merge then
 ]
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 SETTINGS = {
@@ -29,6 +31,7 @@ SETTINGS = {
     "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
+LIKE_PLAIN = ["nf4", "torchao"]  # a plain layer with the unpacked weight can stand for these
 
 
 @pytest.fixture(autouse=True)
@@ -52,13 +55,24 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(params=SETTINGS)
+@pytest.fixture(params=["nf4", "torchao", "int8"])
 def base(request, folder):
     """Makes the quantised model anew on every call."""
-    settings = BitsAndBytesConfig(**SETTINGS[request.param])
-    return lambda: LlamaForCausalLM.from_pretrained(
-        folder, quantization_config=settings, device_map="cpu", dtype=torch.float32
-    ).eval()
+
+    def make(settings=None):
+        options = {"device_map": "cpu", "dtype": torch.float32}
+        if request.param != "torchao":
+            options["quantization_config"] = BitsAndBytesConfig(**SETTINGS[request.param])
+        model = LlamaForCausalLM.from_pretrained(folder, **options).eval()
+        if request.param == "torchao":
+            torchao.quantization.quantize_(model.model, settings or torchao.quantization.Int8WeightOnlyConfig())
+        return model
+
+    return make
+
+
+def only(*kinds):
+    return pytest.mark.parametrize("base", kinds, indirect=True)
 
 
 def logits(model):
@@ -67,12 +81,19 @@ def logits(model):
 
 
 def packed(model):
-    """Every tensor of the quantised layers, by name."""
+    """Every tensor of the quantised layers, by name; of torchao's the values that they stand for."""
     found = {}
     for name, module in model.named_modules():
         if is_quantized(module):
             found |= {f"{name.removesuffix('.base')}.{key}": value for key, value in module.state_dict().items()}
-    return found
+    return {n: value.dequantize() if type(value) is not torch.Tensor else value for n, value in found.items()}
+
+
+def dense(layer):
+    weight = layer.base.weight
+    if hasattr(weight, "quant_state"):
+        return bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+    return weight.detach().dequantize()
 
 
 def adapted(model, **options):
@@ -81,6 +102,10 @@ def adapted(model, **options):
     for _, layer in dynrank.lora_layers(model):
         nn.init.normal_(layer.lora_B, std=0.1)
     return model
+
+
+def up_proj(model):
+    return dict(dynrank.lora_layers(model))["model.layers.0.mlp.up_proj"]
 
 
 class Finetune(lightning.LightningModule):
@@ -95,23 +120,25 @@ class Finetune(lightning.LightningModule):
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
 
+DATA = DataLoader(torch.randint(20, (32, 6), generator=torch.Generator().manual_seed(2)), batch_size=4)
+
+
 @pytest.mark.parametrize("library", ["dynrank", "peft"])
 def test_trained_truncated_saved_and_loaded_by_peft(base, library, regression, tmp_path):
     if library == "dynrank":
         model = dynrank.add_lora(base(), rank=8, alpha=16)
     else:
-        model = get_peft_model(base(), LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+        targets = r"model\.layers.*_proj"
+        model = get_peft_model(base(), LoraConfig(r=8, lora_alpha=16, target_modules=targets))
     before = {key: value.clone() for key, value in packed(base()).items()}
-    assert before
     scheduler = RankScheduler(anneal(2, steps=2, start=0.3, end=0.7))
-    data = DataLoader(torch.randint(20, (32, 6), generator=torch.Generator().manual_seed(2)), batch_size=4)
-    regression[2](max_steps=8, callbacks=[scheduler]).fit(Finetune(model.train()), data)
+    regression[2](max_steps=8, callbacks=[scheduler]).fit(Finetune(model.train()), DATA)
     assert {layer.rank for _, layer in dynrank.lora_layers(model)} == {2}
     expected = logits(model.eval())
     if library == "dynrank":
         assert all(isinstance(layer, LoRAQuantizedLinear) for _, layer in dynrank.lora_layers(model))
         after = packed(model)
-        assert set(after) == set(before)
+        assert set(after) == set(before) != set()
         assert all(torch.equal(after[key], value) for key, value in before.items())
         dynrank.save_adapter(model, tmp_path)
     else:
@@ -123,8 +150,7 @@ def test_trained_truncated_saved_and_loaded_by_peft(base, library, regression, t
 
 @pytest.mark.parametrize("training", [False, True])
 def test_forward_and_gradients_are_those_of_the_packed_layer_and_the_formula(base, training):
-    model = adapted(base()).train(training)
-    layer = dict(dynrank.lora_layers(model))["model.layers.0.mlp.up_proj"]
+    layer = up_proj(adapted(base()).train(training))
     x = torch.randn(2, 3, 64, requires_grad=True)
     y = layer(x)
     assert y.dtype == torch.float32
@@ -140,95 +166,101 @@ def test_forward_and_gradients_are_those_of_the_packed_layer_and_the_formula(bas
     assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
+@only(*LIKE_PLAIN)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_in_training_4_bits_are_the_op_on_the_unpacked_weight_and_alone_are_kept(base, dropout):
-    model = adapted(base(), dropout=dropout).train()
-    if model.config.quantization_config.load_in_8bit:
-        return
-    layer = dict(dynrank.lora_layers(model))["model.layers.0.mlp.up_proj"]
-    weight = bitsandbytes.functional.dequantize_4bit(layer.base.weight.data, layer.base.weight.quant_state)
+def test_in_training_it_is_the_op_on_the_unpacked_weight_and_keeps_none(base, dropout):
+    layer = up_proj(adapted(base(), dropout=dropout).train())
+    weight = dense(layer)
     plain = nn.Sequential(nn.Linear(*weight.T.shape, bias=False))
     plain[0].weight = nn.Parameter(weight)
     dynrank.add_lora(plain, rank=4, alpha=6, target_modules=["0"], dropout=dropout).train()
     plain[0].load_state_dict({"lora_A": layer.lora_A, "lora_B": layer.lora_B}, strict=False)
     x, results, saved = torch.randn(2, 3, 64), [], []
-    for either in (layer, plain):
+    for either in (layer, plain[0]):
         torch.manual_seed(7)
         leaf = x.clone().requires_grad_()
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             y = either(leaf)
         kept = [t for t in saved if t.shape in (weight.shape, weight.T.shape) and t.is_floating_point()]
-        assert bool(kept) == (either is plain)
-        factors = (layer.lora_A, layer.lora_B) if either is layer else (plain[0].lora_A, plain[0].lora_B)
-        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, *factors])])
+        assert bool(kept) == (either is plain[0])
+        results.append([y, *torch.autograd.grad(y.square().sum(), [leaf, either.lora_A, either.lora_B])])
     assert all(map(torch.equal, *results))
 
 
-def test_merge_unpacks_4_bits_and_refuses_8(base, tmp_path):
-    model = adapted(base())
-    expected, kinds = logits(model), [type(m) for m in model.modules()]
-    if model.config.quantization_config.load_in_8bit:
-        with pytest.raises(ConfigurationError, match=r"q_proj'.*rounds its inputs"):
-            dynrank.merge(model)
-        assert [type(m) for m in model.modules()] == kinds
-        assert_close(logits(model), expected, rtol=0, atol=0)
-        return
-    dense = copy.deepcopy(base())
+@only(*LIKE_PLAIN, "nf4-double")
+def test_merge_unpacks(base, tmp_path):
+    model, unpacked = adapted(base()), copy.deepcopy(base())
+    expected = logits(model)
     for name, layer in dynrank.lora_layers(model):
-        weight = layer.base.weight
-        values = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
-        plain = nn.Linear(*values.T.shape, bias=False)
-        plain.weight = nn.Parameter(values + 1.5 * layer.lora_B.detach() @ layer.lora_A.detach())
-        dense.set_submodule(name, plain)
+        weight = dense(layer)
+        plain = nn.Linear(*weight.T.shape, bias=False)
+        plain.weight = nn.Parameter(weight + 1.5 * layer.lora_B.detach() @ layer.lora_A.detach())
+        unpacked.set_submodule(name, plain)
     dynrank.merge(model)
     assert not any(is_quantized(module) for module in model.modules())
     assert_close(logits(model), expected, rtol=0, atol=1e-5)
-    assert_close(logits(model), logits(dense), rtol=0, atol=1e-6)
+    assert_close(logits(model), logits(unpacked), rtol=0, atol=1e-6)
     model.save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path)
     assert not hasattr(loaded.config, "quantization_config")
     assert torch.equal(logits(loaded), logits(model))
 
 
+@only("int8", "torchao")
+def test_layers_that_round_their_inputs_keep_their_own_forward_and_are_not_merged(base):
+    model = adapted(base(torchao.quantization.Int8DynamicActivationInt8WeightConfig())).train()
+    layer, kinds = up_proj(model), [type(m) for m in model.modules()]
+    x = torch.randn(2, 3, 64)
+    before = layer(x)
+    assert_close(before, layer.base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T)
+    for merge in (lambda: dynrank.merge(model), layer.merge):
+        with pytest.raises(ConfigurationError, match="rounds its inputs as well as its weight"):
+            merge()
+    assert [type(m) for m in model.modules()] == kinds
+    assert torch.equal(layer(x), before)
+
+
+@only("nf4")
 def test_a_model_merged_in_part_stays_quantised_in_the_other_when_it_is_saved(base, tmp_path):
     model = adapted(base(), target_modules=["q_proj", "down_proj"])
-    if model.config.quantization_config.load_in_8bit:
-        return
     expected = logits(model)
     dynrank.merge(model).save_pretrained(tmp_path)
     loaded = LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu").eval()
-    kinds = {name: is_quantized(m) for name, m in loaded.named_modules() if isinstance(m, nn.Linear)}
-    assert {n for n, quantised in kinds.items() if not quantised} == {
-        "lm_head",
-        *(f"model.layers.0.{n}" for n in ("self_attn.q_proj", "mlp.down_proj")),
-    }
+    plain = {name for name, m in loaded.named_modules() if isinstance(m, nn.Linear) and not is_quantized(m)}
+    assert plain == {"lm_head", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"}
     assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
 
 
+@only(*LIKE_PLAIN)
 def test_merge_and_unmerge_of_a_layer_give_the_packed_base_back(base):
-    model = adapted(base())
-    layer = next(dynrank.lora_layers(model))[1]
+    layer = up_proj(adapted(base()))
     packed_base, x = layer.base, torch.randn(3, 64)
     y = layer(x)
-    if model.config.quantization_config.load_in_8bit:
-        with pytest.raises(ConfigurationError, match="rounds its inputs"):
-            layer.merge()
-    else:
-        layer.merge()
-        assert_close(layer(x), y, rtol=0, atol=1e-5)
-        layer.unmerge()
+    layer.merge()
+    assert_close(layer(x), y, rtol=0, atol=1e-5)
+    layer.unmerge()
     assert layer.base is packed_base
     assert torch.equal(layer(x), y)
 
 
+@only("nf4-double")
 @pytest.mark.usefixtures("as_the_cpu_is")
 def test_merge_unpacks_what_bitsandbytes_has_packed_again_for_this_cpu(base):
     model = adapted(base())
-    if model.config.quantization_config.load_in_8bit:
-        return
     expected = logits(model)  # here it packs again, where it does
-    x = torch.randn(2, 64)
-    assert dict(dynrank.lora_layers(model))["model.layers.0.mlp.up_proj"](x).dtype == torch.float32
+    assert up_proj(model)(torch.randn(2, 64)).dtype == torch.float32
     dynrank.merge(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert_close(logits(model), expected, rtol=0, atol=0.1 * expected.abs().max().item())  # seven layers in bfloat16
+
+
+def test_a_checkpoint_without_the_base_knows_it_again(base, regression, tmp_path):
+    saver, module = AdapterCheckpoint(tmp_path, save_last=True), Finetune(adapted(base()).train())
+    regression[2](max_steps=2, callbacks=[saver], enable_checkpointing=True).fit(module, DATA)
+    state = torch.load(saver.last_model_path)["state_dict"]
+    assert not [name for name in state if name.endswith("base.weight")]
+    other = Finetune(dynrank.add_lora(base(), rank=2, alpha=3))
+    other.load_state_dict(state)
+    assert torch.equal(logits(other.model.eval()), logits(module.model.eval()))
+    with pytest.raises(ConfigurationError, match="on another base"):
+        Finetune(dynrank.add_lora(LlamaForCausalLM(other.model.config), rank=2)).load_state_dict(state)
