@@ -89,6 +89,7 @@ class PlanConfig(RunConfig):
 
 
 OmegaConf.register_new_resolver("times", lambda first, second: first * second, replace=True)  # ${times:2,${lora.rank}}
+OmegaConf.register_new_resolver("half", lambda rank: max(1, rank // 2), replace=True)  # ${half:${lora.rank}}
 ConfigStore.instance().store(name="schema", node=RunConfig)
 ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
 

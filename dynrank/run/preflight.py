@@ -19,7 +19,8 @@ def check_run(config: DictConfig) -> None:
     Raises:
         ConfigurationError: naming the value and its key.
     """
-    for key, least in (("seed", 0), ("checkpoint_every", 1), ("trainer.accumulate_grad_batches", 1)):
+    leasts = {"lora.rank": 1, "seed": 0, "checkpoint_every": 1, "trainer.accumulate_grad_batches": 1}
+    for key, least in leasts.items():
         value = OmegaConf.select(config, key)
         if not isinstance(value, int) or value < least:
             raise ConfigurationError(f"{key} must be an int of at least {least}, got {value!r}")

@@ -10,8 +10,12 @@ from omegaconf.errors import OmegaConfBaseException
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import rank_pattern
+from dynrank.run.job import make_scheduler
+from dynrank.schedules import check_schedule
+from dynrank.triggers import Run
 
 CONF = Path(dynrank.__file__).parent / "conf"
+DROPS = ["after_convergence", "squeeze_at_end", "squeeze_then_tune"]
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
 GROUPS = {"task", "lora", "schedule", "rank_map", "optimizer", "trainer", "logger", "experiment", "sweep", "debug"}
 
@@ -34,6 +38,16 @@ def test_default_composition_is_that_of_the_contract():
     assert (config.lora.rank, config.schedule.final_rank) == (32, 16)
     assert config.task._target_.endswith("MedicalTerms")
     assert config.rank_map.file is None
+
+
+@pytest.mark.parametrize(("rank", "final"), [(1, [1, 1, 1]), (7, [3, 1, 1]), (8, [4, 2, 1]), (32, [16, 8, 4])])
+def test_the_final_rank_follows_the_starting_rank(rank, final):
+    for names, end in zip((DROPS, ["halving_on_plateau"], ["anneal"]), final, strict=True):
+        for name in names:
+            config = dynrank.compose([f"lora.rank={rank}", f"schedule={name}"])
+            assert config.schedule.final_rank == end
+            stages = make_scheduler(config.schedule).stages
+            check_schedule(stages, highest=rank, run=Run(total_steps=None))
 
 
 def test_slurm_takes_the_size_of_the_job_from_its_variables(monkeypatch):
