@@ -32,7 +32,8 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     Local files are written so that a run killed at any moment, or a full disk, leaves the previous checkpoint whole,
     and a damaged file is not loaded. All checkpoints of a trainer with it are of this kind, those of
-    ``trainer.save_checkpoint`` too. A model with NaN or inf in its trained parameters is not saved.
+    ``trainer.save_checkpoint`` too; but Lightning asks no callback about files with ``weights_only``, which hold the
+    base. A model with NaN or inf in its trained parameters is not saved.
 
     SIGTERM in training, as before a job is preempted, lets the step (and a validation) end, saves ``last.ckpt`` in the
     callback's folder and raises Lightning's SIGTERMException, which ends the program with exit code 0.

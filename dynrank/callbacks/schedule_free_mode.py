@@ -1,4 +1,4 @@
-"""Switching a schedule-free optimizer between the weights it trains and the weights it stands for."""
+"""Switching a schedule-free optimizer between the weights that it trains and their average, which is the model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class ScheduleFreeMode(Callback):
-    """Validates, checkpoints and leaves the averaged weights of schedule-free optimizers; others are left alone.
+    """Validates, saves and ends with the averaged weights of schedule-free optimizers; leaves other optimizers alone.
 
-    Between batches the parameters hold the point at which gradients are taken. They hold the average (Defazio et al.,
-    arXiv:2405.15682), which is the model, during validation, in checkpoints and after training. Put it before other
-    callbacks, so that a resumed run goes on to the same bits. Lightning tells callbacks nothing of checkpoints with
-    ``weights_only``: those written in the middle of training hold the former point.
+    In training the parameters hold the point at which gradients are taken. During validation, in checkpoints and after
+    training they hold the average (Defazio et al., arXiv:2405.15682), which is the model. Put this callback before the
+    others, so that a resumed run goes on to the same bits. Lightning asks no callback about checkpoints with
+    ``weights_only``: one written in the middle of training holds the point of the gradients.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -33,7 +33,7 @@ class ScheduleFreeMode(Callback):
         training = [optimizer for optimizer in _schedule_free(trainer) if optimizer.param_groups[0]["train_mode"]]
         if not training:
             return
-        # The way there and back rounds: the run itself goes it too, as one that is resumed from here has to.
+        # Switching there and back rounds. The run itself does it here, because one resumed from this checkpoint has to.
         _switch(trainer, "eval")
         trained = {id(p) for optimizer in training for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in pl_module.named_parameters(remove_duplicate=False):

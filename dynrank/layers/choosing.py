@@ -40,42 +40,31 @@ def target_names(
     Raises:
         ConfigurationError: if nothing matches, an entry of the list matches nothing, or a match cannot have LoRA.
     """
-    modules, alone = dict(named_modules(model)), compiled_alone(model)
-    bypassed = {
-        f"{name}.{child}".removeprefix(".")
-        for name, module in modules.items()
-        if isinstance(module, _PAST_CHILDREN)
-        for child, _ in module.named_modules()
-        if child
-    }
+    modules = dict(named_modules(model))
+    outside = _outside(modules, trained_whole)
     del modules[""]
-    whole = {name for name in modules if any(f"{name}.".startswith(f"{saved}.") for saved in trained_whole)}
     presets = {
-        preset: [name for name in names if name not in bypassed | whole]
-        for preset, names in _presets(model, modules).items()
+        preset: [name for name in names if name not in outside] for preset, names in _presets(model, modules).items()
     }
     if isinstance(target_modules, str):
-        by_preset = presets.get(target_modules, [])
-        named = _by_expression(target_modules, modules) if target_modules not in presets else []
+        targets, find = [target_modules], _by_expression
     elif isinstance(target_modules, Sequence) and all(isinstance(target, str) for target in target_modules):
-        found = {target: presets.get(target, _by_name(target, modules)) for target in target_modules}
-        for target, names in found.items():
-            if not names:
-                raise _unmatched(target, modules)
-        by_preset = [name for target in found if target in presets for name in found[target]]
-        named = [name for target in found if target not in presets for name in found[target]]
+        targets, find = list(target_modules), _by_name
     else:
         raise ConfigurationError(
             f"lora.target_modules must be a list, an expression or a preset, got {target_modules!r}"
         )
-    chosen = {name: name not in named for name in modules if name in {*named, *by_preset}}
-    if not chosen:
-        raise _unmatched(target_modules, modules)
+    found = {target: presets[target] if target in presets else find(target, modules) for target in targets}
+    for target in targets or [""]:
+        if not found.get(target):
+            raise _unmatched(target, modules)
+    named = {name for target, names in found.items() if target not in presets for name in names}
+    by_preset = {name for target, names in found.items() if target in presets for name in names}
+    chosen = {name: name not in named for name in modules if name in named | by_preset}
+    alone = compiled_alone(model)
     for name in chosen:
-        if name in bypassed:
-            reason = "its parent reads the weight past the layer's forward"
-        elif name in whole:
-            reason = "it is trained whole (modules_to_save)"
+        if name in outside:
+            reason = outside[name]
         elif id(modules[name]) in alone:
             reason = "torch.compile has wrapped it by itself and would go on calling it; compile the model afterwards"
         elif layer_class(modules[name]) is None:
@@ -83,9 +72,20 @@ def target_names(
         else:
             continue
         raise ConfigurationError(f"{name!r} cannot have LoRA: {reason}; change lora.target_modules")
-    if "all-linear" in ([target_modules] if isinstance(target_modules, str) else target_modules):
+    if "all-linear" in targets:
         _warn_of_fused_layers(model)
     return chosen
+
+
+def _outside(modules: Mapping[str, nn.Module], trained_whole: Sequence[str]) -> dict[str, str]:
+    """{name of a module that cannot have LoRA whatever its kind, and that presets leave out: why}."""
+    whole = "it is trained whole (modules_to_save)"
+    outside = {n: whole for n in modules if any(f"{n}.".startswith(f"{saved}.") for saved in trained_whole)}
+    for name, module in modules.items():
+        if isinstance(module, _PAST_CHILDREN):
+            children = (f"{name}.{child}".removeprefix(".") for child, _ in module.named_modules() if child)
+            outside |= dict.fromkeys(children, "its parent reads the weight past the layer's forward")
+    return outside
 
 
 def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
@@ -107,10 +107,10 @@ def _by_name(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
     return [name for name in modules if f".{name}".endswith(f".{target}")]
 
 
-def _unmatched(target: str | Sequence[str], modules: Mapping[str, nn.Module]) -> ConfigurationError:
+def _unmatched(target: str, modules: Mapping[str, nn.Module]) -> ConfigurationError:
     """What to say of a target that matches nothing: the nearest names, or else those of all layers."""
     layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
-    near = get_close_matches(str(target), {*layers, *modules}, n=3) or layers
+    near = get_close_matches(target, {*layers, *modules}, n=3) or layers
     return ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
 
 
