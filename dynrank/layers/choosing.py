@@ -94,12 +94,12 @@ def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, li
     return {"all-linear": linear, "attention": [n for n in linear if _ATTENTION.search(n.rpartition(".")[0])]}
 
 
-def _by_expression(expression: str, modules: Mapping[str, nn.Module]) -> list[str]:
+def _by_expression(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
     try:
-        return [name for name in modules if re.fullmatch(expression, name)]
+        return [name for name in modules if re.fullmatch(target, name)]
     except re.error as error:
         raise ConfigurationError(
-            f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, got {expression!r}: {error}"
+            f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, got {target!r}: {error}"
         ) from None
 
 
