@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynrank.adapters.fit import read_adapter
     from dynrank.adapters.load import load_adapter, swap_adapter
+    from dynrank.adapters.read import read_adapter
     from dynrank.adapters.save import save_adapter
     from dynrank.change.predict import predict
     from dynrank.change.resize import resize
@@ -24,8 +24,13 @@ _HOMES = {
     "load_adapter": "dynrank.adapters.load",
     "lora_layers": "dynrank.layers.finding",
     "merge": "dynrank.layers.merging",
+<<<<<<< HEAD
     "predict": "dynrank.change.predict",
     "read_adapter": "dynrank.adapters.fit",
+=======
+    "predict": "dynrank.change.resize",
+    "read_adapter": "dynrank.adapters.read",
+>>>>>>> 4d62216 (One reader of adapters, a gate for live swaps, settings checked by pydantic)
     "resize": "dynrank.change.resize",
     "save_adapter": "dynrank.adapters.save",
     "swap_adapter": "dynrank.adapters.load",

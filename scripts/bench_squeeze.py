@@ -18,10 +18,10 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from dynrank.adapters.squeeze import squeeze_adapter
-from dynrank.adapters.tensor_file import TensorWriter, piece_of
 from dynrank.linalg import truncate_product
 
 
@@ -53,14 +53,12 @@ def main() -> None:
 
 
 def make_adapter(folder: Path, layers: int, size: int, rank: int) -> None:
-    """A PEFT adapter of random factors, written one tensor at a time."""
+    """A PEFT adapter of random factors."""
     folder.mkdir()
     names = [f"base_model.model.layers.{i}.q_proj" for i in range(layers)]
-    pieces = {f"{name}.lora_A.weight": piece_of("F32", (rank, size)) for name in names}
-    pieces |= {f"{name}.lora_B.weight": piece_of("F32", (size, rank)) for name in names}
-    with TensorWriter(folder / "adapter_model.safetensors", pieces, {"format": "pt"}) as writer:
-        for key, piece in pieces.items():
-            writer.write(key, torch.randn(piece.shape))
+    tensors = {f"{name}.lora_A.weight": torch.randn(rank, size) for name in names}
+    tensors |= {f"{name}.lora_B.weight": torch.randn(size, rank) for name in names}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 

@@ -62,7 +62,8 @@ def load(model_name: str) -> nn.Module:
 
 def factor_bytes(adapter: Path) -> int:
     """Bytes of the tensors that come in with the adapter."""
-    return sum(tensor.nbytes for pair in read_adapter(adapter).factors.values() for tensor in pair.values())
+    stored = read_adapter(adapter)
+    return sum(stored.tensor(key).nbytes for layer in stored.layers.values() for key in layer.keys)
 
 
 @dataclass
@@ -238,7 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             disk, model, used = write_adapters(options.model, Path(folder)), load(options.model), options.swaps
             user = Forwards(model)
         memory, sizes, right = [read_adapter(path) for path in disk], [*map(factor_bytes, disk)], True
-        layers = " and ".join(str(len(adapter.factors)) for adapter in memory)
+        layers = " and ".join(str(len(adapter.layers)) for adapter in memory)
         print(f"{options.model}: adapters of {layers} layers, {' and '.join(f'{size / 1e6:.2f}' for size in sizes)} MB")
         print("adapter from  model is     ms a swap (quartiles)     a 7B's 33.6 MB at this rate (arithmetic)")
         for source, adapters in (("memory", memory), ("disk", disk)):

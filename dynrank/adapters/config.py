@@ -1,33 +1,117 @@
-"""``adapter_config.json`` of PEFT: written so that no two patterns overlap, and read with every value checked."""
+"""``adapter_config.json`` of PEFT: what is written there, and what of it is read, every value checked."""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from dynrank.errors import ConfigurationError
-from dynrank.rank_map import matches, peft_ranks
+import regex
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from dynrank.errors import ConfigurationError, read_as
+from dynrank.layers.base import initial_scaling
+from dynrank.layers.peft_layers import HARMLESS_INIT
+from dynrank.rank_map import peft_ranks
+
+__all__ = ["CONFIG_FILE", "AdapterConfig", "LayerSettings", "make_config", "read_config"]
 
 CONFIG_FILE = "adapter_config.json"
-# Settings of a PEFT config whose arithmetic is not y = W x + s B A x.
-_UNSUPPORTED = (
-    "use_dora",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "target_parameters",
-    "layer_replication",
-    "trainable_token_indices",
-    "use_qalora",
-    "megatron_config",
-)
-
-# Initialisations (besides true and false) that do not take a part out of the base weight, as pissa or olora do.
-_HARMLESS_INIT = ("gaussian", "orthogonal", "eva")
-
 _LARGEST = 3.4e38  # what float32 takes
+_PATIENCE = 5.0  # seconds for the expressions of an adapter, which may be written to take for ever
+
+
+def _unset(value: Any) -> Any:
+    if value:
+        raise ValueError(f"must be unset, got {value!r:.100}")
+    return value
+
+
+def _harmless(init: Any) -> Any:
+    if init is not None and init not in HARMLESS_INIT:
+        raise ValueError(f"must leave the base weight alone, got {init!r:.100}; convert the adapter with PEFT")
+    return init
+
+
+def _expressions(pattern: dict[str, Any] | None) -> dict[str, Any] | None:
+    for key in pattern or ():
+        try:
+            _expression(key)
+        except regex.error as error:
+            raise ValueError(f"has a key {key!r} that is no regular expression: {error}") from None
+    return pattern
+
+
+def _expression(key: str) -> Any:
+    """PEFT's matching, as in :func:`dynrank.rank_map.matches`; ``regex`` takes a time limit, which ``re`` does not."""
+    return regex.compile(rf"(.*\.)?({key})$")
+
+
+Unset = Annotated[Any, AfterValidator(_unset)]
+Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
+Rank = Annotated[int, Field(ge=1)]
+# The rank of a layer, its alpha, and the factor of ``lora_B @ lora_A`` in its update.
+LayerSettings = tuple[int, float, float]
+
+
+class AdapterConfig(BaseModel):
+    """The settings of a PEFT LoRA adapter that matter here; all others are kept as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    peft_type: Literal["LORA"]
+    r: Rank
+    lora_alpha: Number
+    rank_pattern: Annotated[dict[str, Rank] | None, AfterValidator(_expressions)] = None
+    alpha_pattern: Annotated[dict[str, Number] | None, AfterValidator(_expressions)] = None
+    use_rslora: bool | None = None
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    modules_to_save: list[str] | None = None
+    init_lora_weights: Annotated[Any, AfterValidator(_harmless)] = None
+    bias: Literal["none"] = "none"
+    # Variants whose arithmetic is not y = W x + s B A x.
+    use_dora: Unset = None
+    use_qalora: Unset = None
+    use_bdlora: Unset = None
+    lora_bias: Unset = None
+    alora_invocation_tokens: Unset = None
+    arrow_config: Unset = None
+    kasa_config: Unset = None
+    megatron_config: Unset = None
+    monteclora_config: Unset = None
+    layer_replication: Unset = None
+    target_parameters: Unset = None
+    trainable_token_indices: Unset = None
+
+    def of_layers(self, names: Iterable[str]) -> dict[str, LayerSettings]:
+        """{layer: (rank, alpha, scaling)} by PEFT's rules: the first matching key of a pattern, else r and lora_alpha.
+
+        Raises:
+            ConfigurationError: if the keys of the patterns take more than some seconds to match.
+        """
+        until = time.monotonic() + _PATIENCE
+        ranks, alphas = (
+            [(_expression(key), value) for key, value in (pattern or {}).items()]
+            for pattern in (self.rank_pattern, self.alpha_pattern)
+        )
+
+        def first(pattern: Sequence[tuple[Any, Any]], name: str, default: Any) -> Any:
+            left = max(until - time.monotonic(), 1e-3)
+            return next((value for key, value in pattern if key.match(name, timeout=left)), default)
+
+        found = {}
+        try:
+            for name in names:
+                rank, alpha = first(ranks, name, self.r), first(alphas, name, self.lora_alpha)
+                found[name] = rank, alpha, initial_scaling(alpha, rank, bool(self.use_rslora))
+        except TimeoutError:
+            raise ConfigurationError(
+                f"rank_pattern and alpha_pattern in {CONFIG_FILE} must be simple, their keys take over {_PATIENCE:g} s "
+                "to match; name the layers in full"
+            ) from None
+        return found
 
 
 def make_config(
@@ -64,64 +148,17 @@ def make_config(
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> AdapterConfig:
     """The settings of the adapter in ``folder``.
 
     Raises:
-        ConfigurationError: if the file is missing or broken, or a value has no meaning here (all faults are listed).
+        ConfigurationError: if the file is missing or broken, or values cannot be used (all of them are listed).
     """
+    file = folder / CONFIG_FILE
     try:
-        config: Any = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigurationError(f"cannot read the adapter {str(folder / CONFIG_FILE)!r}: {error.strerror}") from None
+        raise ConfigurationError(f"cannot read the adapter {str(file)!r}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{str(folder / CONFIG_FILE)!r} is not JSON: {error}") from None
-    kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-    if kind != "LORA":
-        raise ConfigurationError(f"peft_type must be LORA, got {kind!r} in {str(folder / CONFIG_FILE)!r}")
-    faults = _config_faults(config)
-    if faults:
-        raise ConfigurationError(f"{str(folder / CONFIG_FILE)!r} cannot be used:\n  " + "\n  ".join(faults))
-    return dict(config)
-
-
-def _config_faults(config: Mapping[str, Any]) -> list[str]:
-    faults = [f"{key} must be unset, got {config[key]!r}" for key in _UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        faults.append(f"bias must be 'none', got {config['bias']!r}")
-    init = config.get("init_lora_weights", True)
-    if init not in (None, True, False, *_HARMLESS_INIT):
-        faults.append(
-            f"init_lora_weights must leave the base weight alone, got {init!r}; convert the adapter with PEFT"
-        )
-    if config.get("use_rslora") not in (None, True, False):
-        faults.append(f"use_rslora must be true or false, got {config['use_rslora']!r}")
-    if not _is_number(config.get("lora_alpha")):
-        faults.append(f"lora_alpha must be a finite number, got {config.get('lora_alpha')!r}")
-    if not _is_number(config.get("lora_dropout") or 0.0):
-        faults.append(f"lora_dropout must be a number, got {config['lora_dropout']!r}")
-    pattern = config.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict) or not all(_is_number(value) for value in pattern.values()):
-        faults.append(f"alpha_pattern must map names to finite numbers, got {pattern!r}")
-    else:
-        for key in pattern:
-            try:
-                matches(key, "")
-            except re.error as error:
-                faults.append(f"alpha_pattern: {key!r} is not a regular expression: {error}")
-    saved = config.get("modules_to_save") or []
-    if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        faults.append(f"modules_to_save must be a list of names, got {saved!r}")
-    return faults
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
-
-
-def alpha_of(config: Mapping[str, Any], name: str) -> float:
-    """Alpha of a layer by PEFT's rule: the first key of alpha_pattern that matches its name, else lora_alpha."""
-    for key, value in (config.get("alpha_pattern") or {}).items():
-        if matches(key, name):
-            return float(value)
-    return float(config["lora_alpha"])
+        raise ConfigurationError(f"{str(file)!r} is not JSON: {error}") from None
+    return read_as(AdapterConfig, found, str(file))

@@ -8,10 +8,10 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from dynrank.adapters.between_forwards import between_forwards
-from dynrank.adapters.fit import Adapter, AdapterChange, read_adapter
+from dynrank.adapters.fit import AdapterChange
+from dynrank.adapters.gate import gate_of
+from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
-from dynrank.layers.compiled import uncompiled
 from dynrank.layers.finding import own_layers
 from dynrank.layers.peft_layers import refuse_peft
 
@@ -23,8 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32, group: bool = False) -> M:
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
-    Ranks come from the tensors, scaling from the config by PEFT's rules. Everything is checked before the model is
-    touched.
+    Ranks and scaling come from the settings by PEFT's rules. Everything is checked before the model is touched.
 
     Args:
         model: the model that the adapter was trained on, without LoRA layers.
@@ -45,8 +44,9 @@ def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = t
             "the model has LoRA layers already; take another adapter with dynrank.swap_adapter, merge them "
             "(dynrank.merge) or load a plain model"
         )
-    adapter = path if isinstance(path, Adapter) else read_adapter(path)
-    AdapterChange(model, adapter, dtype).make(keep_base=False, group=group)
+    change = AdapterChange(model, path if isinstance(path, Adapter) else read_adapter(path), dtype)
+    with gate_of(model).closed():
+        change.put(keep_base=False, group=group)
     return model
 
 
@@ -54,17 +54,20 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     """Give a model, plain or adapted, this adapter in the place of the one that it has; it may be in use meanwhile.
 
     Ranks, scaling and adapted layers may all differ: a layer that the adapter does not name goes back to its base. The
-    new layers are complete before the model is touched, and are exchanged when no other thread is in a call of the
-    model or in its ``generate``: each forward and each generated text, whichever thread it is made in, sees one adapter
-    or the other. So the swap waits for texts that are being written; those begun later wait for it. (See
-    :func:`dynrank.adapters.between_forwards.between_forwards`; calls of a compiled model wait likewise, then it is
-    compiled again.)
+    new layers are complete before the model is touched, and are exchanged when no thread is in a call of the model or
+    in its ``generate``: each forward and each generated text sees one adapter or the other. So the swap waits for texts
+    that are being written; those begun later wait for it. A call that waits for another thread to call the same model
+    would wait for ever.
+
+    Calls are known from the first ``load_adapter`` or ``swap_adapter`` of a model on: one that is under way when a
+    model gets its very first adapter by a swap may see both states. :func:`dynrank.adapters.gate.gate_of` names what
+    else is not seen, and :func:`dynrank.adapters.gate.one_adapter` protects loops of your own.
 
     The layers are new objects with new parameters: what held the old ones (an optimizer, a RankScheduler) has to be
-    made anew to train on. A backward pass must not be under way.
+    made anew to train on, and compiled code is compiled again. A backward pass must not be under way.
 
     Args:
-        model: the model that the adapter was trained on.
+        model: the model that the adapter was trained on; if compiled by ``torch.compile(model)``, what that returned.
         adapter: a folder with adapter_config.json and adapter_model.safetensors, or what :func:`read_adapter` returned.
         dtype: dtype of the factors.
 
@@ -80,8 +83,7 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     for name, layer in own_layers(model).items():
         if layer.merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge() before swapping adapters")
-    inner = uncompiled(model)
-    change = AdapterChange(inner, adapter if isinstance(adapter, Adapter) else read_adapter(adapter), dtype)
-    with between_forwards(inner):
-        change.make(keep_base=True)
+    change = AdapterChange(model, adapter if isinstance(adapter, Adapter) else read_adapter(adapter), dtype)
+    with gate_of(model).closed():
+        change.put(keep_base=True)
     return model

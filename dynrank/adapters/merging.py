@@ -5,17 +5,17 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dynrank.adapters.fit import Adapter, read_adapter
 from dynrank.adapters.load import load_adapter
+from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.merging import merge
 from dynrank.models.names import model_source
@@ -37,16 +37,7 @@ _AUTO_CLASSES = (
     "AutoModel",
 )
 # Files of a model's folder that say how its inputs are made.
-_INPUT_FILES = (
-    "*token*",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.spm",
-    "chat_template*",
-    "preprocessor_config.json",
-    "processor_config.json",
-)
+_INPUT_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.spm", "chat_template*", "*processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -80,21 +71,33 @@ def merge_adapter(source: str | Path, model: str, out: str | Path) -> MergedMode
         out: folder to make; it may exist if it is empty.
 
     Raises:
-        ConfigurationError: if the adapter or the model cannot be used, they do not fit, or ``out`` is not free or
-            cannot be written.
+        ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link to
+            somewhere else, or ``out`` is not free or cannot be written.
     """
     source, out = Path(source), Path(out)
     adapter, origin = read_adapter(source), model_source(model, "--model")
     check_free(out, source, Path(origin))
+    input_files = _input_files(Path(origin))
     merged: Any = merge(load_adapter(_base(origin, adapter), adapter))
     with whole_or_nothing(out) as folder:
-        try:
-            merged.save_pretrained(folder)
-        except SafetensorError as error:  # as it calls a full disk
-            raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error}") from None
-        _copy_input_files(origin, folder)
+        merged.save_pretrained(folder)
+        if not Path(origin).is_dir():
+            load_by_name(AutoTokenizer.from_pretrained, origin, "--model").save_pretrained(folder)
+        for file in input_files:
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
     total = sum(parameter.numel() for parameter in merged.parameters())
-    return MergedModel(type(merged).__name__, len(adapter.factors), merged.dtype, total)
+    return MergedModel(type(merged).__name__, len(adapter.layers), merged.dtype, total)
+
+
+def _input_files(origin: Path) -> list[Path]:
+    """Files of the model's folder that come along; a hub's cache keeps the files of a snapshot two folders above it."""
+    found = [file for pattern in _INPUT_FILES for file in origin.glob(pattern) if file.is_file()]
+    home = (origin.parent.parent if origin.parent.name == "snapshots" else origin).resolve()
+    for file in found:
+        if not file.resolve().is_relative_to(home):
+            raise ConfigurationError(f"{str(file)!r} must not be a link out of the folder of --model; copy it there")
+    return found
 
 
 def _base(origin: str, adapter: Adapter) -> nn.Module:
@@ -103,25 +106,25 @@ def _base(origin: str, adapter: Adapter) -> nn.Module:
     They come from its own files or are heads that the adapter has, whose shapes say the number of classes.
     """
     labels_of_base = read_config(origin, "--model").num_labels
-    heads = [value.shape[0] for name, value in adapter.others.items() if name.endswith("weight") and value.ndim == 2]
+    shapes = {name: tuple(adapter.tensor(key).shape) for name, key in adapter.others.items()}
+    heads = [shape[0] for name, shape in shapes.items() if name.endswith("weight") and len(shape) == 2]
     tried: dict[str, list[str]] = {}
     for labels in dict.fromkeys([labels_of_base, *heads]):
-        own = labels == labels_of_base
-        config = read_config(origin, "--model", **({} if own else {"num_labels": labels}))
+        options = {} if labels == labels_of_base else {"num_labels": labels}
+        config = read_config(origin, "--model", **options)
         for make in _makers(config, adapter):
             try:
                 with torch.device("meta"):
                     empty = make(config)
             except ValueError:  # no class of this kind
                 continue
-            cls = type(empty)
-            lacks = _misfits(empty, adapter)
+            lacks = _misfits(empty, adapter, shapes)
             if not lacks:
-                model, absent = _loaded(cls, config, origin, adapter)
+                model, absent = _loaded(type(empty), config, origin, adapter)
                 if not absent:
                     return model
                 lacks = [f"would have no weights {absent[:5]}"]
-            tried.setdefault(cls.__name__, lacks)
+            tried.setdefault(type(empty).__name__, lacks)
     raise ConfigurationError(
         f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither holds:\n  "
         + "\n  ".join(f"{name} {'; '.join(lacks[:3])}" for name, lacks in tried.items())
@@ -130,24 +133,23 @@ def _base(origin: str, adapter: Adapter) -> nn.Module:
 
 def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module]]:
     """What to try, in order: the class that the adapter names, those that the model's config does, the usual ones."""
-    mapping = adapter.config.get("auto_mapping")
+    mapping = (adapter.config.model_extra or {}).get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for name in [named, *(config.architectures or ())]:
-        cls = getattr(transformers, name, None) if isinstance(name, str) else None
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-            model_class: Any = cls
-            if model_class.config_class is type(config):
-                yield model_class
+        cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        is_model = isinstance(cls, type) and issubclass(cls, PreTrainedModel)
+        if is_model and cls.config_class is type(config):
+            yield cls
     for name in _AUTO_CLASSES:
-        yield getattr(transformers, name).from_config
+        yield partial(getattr(transformers, name).from_config, trust_remote_code=False)
 
 
-def _misfits(model: nn.Module, adapter: Adapter) -> list[str]:
+def _misfits(model: nn.Module, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[str]:
     modules, state = dict(model.named_modules()), model.state_dict()
-    faults = [f"has no module {name!r}" for name in adapter.factors if name not in modules]
-    for name, value in adapter.others.items():
-        if ".base_layer." not in name and (name not in state or state[name].shape != value.shape):
-            faults.append(f"has no {[*value.shape]} parameter {name!r}")
+    faults = [f"has no module {name!r}" for name in adapter.layers if name not in modules]
+    for name, shape in shapes.items():
+        if ".base_layer." not in name and (name not in state or state[name].shape != shape):
+            faults.append(f"has no {[*shape]} parameter {name!r}")
     return faults
 
 
@@ -157,13 +159,3 @@ def _loaded(cls: Any, config: Any, origin: str, adapter: Adapter) -> tuple[nn.Mo
     model, info = load_weights(cls.from_pretrained, origin, "--model", **options)
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
     return model, sorted(absent)
-
-
-def _copy_input_files(origin: str, folder: Path) -> None:
-    if not Path(origin).is_dir():
-        load_by_name(AutoTokenizer.from_pretrained, origin, "--model").save_pretrained(folder)
-        return
-    for pattern in _INPUT_FILES:
-        for file in Path(origin).glob(pattern):
-            if file.is_file() and not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)

@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dynrank.adapters.config import CONFIG_FILE, make_config
-from dynrank.adapters.stored import PREFIX, WEIGHTS_FILE
+from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, make_config
+from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, sort_keys
+from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import refuse_peft
+from dynrank.output.whole_file import whole_file
 
-__all__ = ["save_adapter"]
+__all__ = ["save_adapter", "target_modules", "trained_heads", "write_adapter"]
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") -> None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
 
-    A file is complete or absent: each is written beside its place and then renamed into it.
+    Each file is complete or absent. A reader that comes between the two is told by the digest noted with the tensors.
 
     Args:
         model: a model with LoRA layers, compiled or not. Modules outside them that hold parameters with requires_grad
@@ -40,7 +41,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
             global ``lora_alpha / r`` is right for all of them: for readers that know no patterns, such as llama.cpp.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers, or PEFT's, or ``layout`` is unknown.
+        ConfigurationError: if the model has no LoRA layers, or PEFT's, a value is NaN or inf, or ``layout`` is unknown.
     """
     refuse_peft(model, "save_adapter", "call its save_pretrained()")
     model = uncompiled(model)
@@ -53,7 +54,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         lora_A, lora_B, _ = written[name]
-        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in _to_peft(layer, lora_A, lora_B).items()}
+        tensors |= {f"{name}.{key}": value for key, value in _to_peft(layer, lora_A, lora_B).items()}
     heads = trained_heads(model, layers)
     for head in heads:
         if any(name.startswith(f"{head}." if head else "") for name in layers):
@@ -62,7 +63,13 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
                 "cannot store; freeze it before save_adapter, or save it yourself"
             )
         values = model.get_submodule(head).state_dict()
-        tensors |= {f"{PREFIX}{plain_name(f'{head}.{key}')}": value for key, value in values.items()}
+        tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
+    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ConfigurationError(
+            f"{broken[0]!r} holds NaN or inf, as do {len(broken) - 1} other tensors of the adapter: the training "
+            "diverged; set optimizer.lr lower"
+        )
     config = make_config(
         {name: (len(lora_A), scaling * len(lora_A)) for name, (lora_A, _, scaling) in written.items()},
         target_modules=target_modules(model, layers),
@@ -73,20 +80,38 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
     )
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, settings = folder / WEIGHTS_FILE, folder / CONFIG_FILE
-    own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    save_file(own, f"{weights}.part", metadata={"format": "pt"})
-    Path(f"{settings}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if weights.exists():
-        shutil.copyfile(weights, f"{weights}.old")  # over what a killed run may have left
-    try:
-        os.replace(f"{weights}.part", weights)
-        os.replace(f"{settings}.part", settings)
-    except OSError:
-        if Path(f"{weights}.old").exists():  # the new weights must not stand beside the old settings
-            os.replace(f"{weights}.old", weights)
-        raise
-    Path(f"{weights}.old").unlink(missing_ok=True)
+    own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    write_adapter(folder, own, config)
+
+
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write the two files of an adapter to a folder that exists, in the place of those that it has.
+
+    Args:
+        folder: to write to.
+        tensors: contiguous, on the CPU, by PEFT's keys.
+        config: settings, for adapter_config.json.
+
+    Raises:
+        OSError: if a file cannot be written; both are as they were before, unless the very last step failed.
+    """
+    settings = AdapterConfig.model_validate(config).of_layers(sort_keys(tensors, folder)[0])
+    metadata = {SETTINGS_DIGEST: digest(settings), "format": "pt"}
+    with whole_file(folder / CONFIG_FILE) as config_part, whole_file(folder / WEIGHTS_FILE) as weights_part:
+        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(dict(tensors), weights_part, metadata=metadata)
+        _sort_metadata(weights_part, metadata)
+        weights_part.chmod(config_part.stat().st_mode)  # safetensors lets nobody else read it
+
+
+def _sort_metadata(file: Path, metadata: dict[str, str]) -> None:
+    """Bring the metadata, which safetensors writes in any order, into theirs: equal adapters are equal files."""
+    wanted = json.dumps(metadata, separators=(",", ":")).encode()
+    other = json.dumps(dict(reversed(metadata.items())), separators=(",", ":")).encode()
+    with file.open("r+b") as opened:
+        start = opened.read(256)
+        opened.seek(0)
+        opened.write(start.replace(other, wanted))
 
 
 def target_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:

@@ -1,8 +1,7 @@
-"""Compress a stored PEFT adapter, layer by layer; neither a model nor PEFT is needed."""
+"""Compress a stored PEFT adapter; neither a model nor PEFT is needed."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from dynrank.adapters.config import CONFIG_FILE, make_config
-from dynrank.adapters.stored import WEIGHTS_FILE, StoredAdapter, one_thread
-from dynrank.adapters.tensor_file import TensorWriter, piece_of
+from dynrank.adapters.read import Adapter, one_thread, open_adapter
+from dynrank.adapters.save import write_adapter
 from dynrank.change.predict import LayerReport
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import energy_kept, singular_values, truncate_product
 from dynrank.output.output_folder import check_free, whole_or_nothing
+from dynrank.rank_map import peft_ranks
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
 __all__ = ["SqueezedLayer", "squeeze_adapter"]
@@ -43,7 +42,8 @@ def squeeze_adapter(
 
     Scaling stays, so alpha follows the rank, and rsLoRA becomes plain LoRA of the same scaling. A layer that has its
     rank already keeps its factors bit for bit, as do all other tensors (modules_to_save); dtypes and all other
-    settings stay. One pair of factors is in memory at a time. ``out`` appears when it is whole, or not at all.
+    settings stay. Memory holds the new adapter and one pair of the old factors. ``out`` appears when it is whole, or
+    not at all.
 
     Exactly one of ``rank``, ``energy`` and ``budget`` says how far:
 
@@ -65,7 +65,7 @@ def squeeze_adapter(
     """
     source, out = Path(source), Path(out)
     _check_options(rank, energy, budget, lowest, multiple)
-    with StoredAdapter(source) as adapter, one_thread():
+    with open_adapter(source) as adapter, one_thread():
         check_free(out, source)
         if rank is not None:
             ranks = _chosen_ranks(adapter, Rank(rank))
@@ -99,15 +99,15 @@ def _check_options(
             raise ConfigurationError(f"{name} goes with --energy or --budget, got {value} and {given}")
 
 
-def _chosen_ranks(adapter: StoredAdapter, target: Target) -> dict[str, int]:
+def _chosen_ranks(adapter: Adapter, target: Target) -> dict[str, int]:
     states = {}
-    for name, rank in adapter.ranks.items():
-        values = singular_values(*adapter.factors(name)) * adapter.scaling(name) if target.needs else None
-        states[name] = LayerState(rank, *adapter.shape(name), values=values)
+    for name, layer in adapter.layers.items():
+        values = singular_values(*adapter.factors(name)) * layer.scaling if target.needs else None
+        states[name] = LayerState(layer.rank, *layer.shape, values=values)
     return target.ranks(states)
 
 
-def _parameters(budget: int | float | str | None, adapter: StoredAdapter) -> int:
+def _parameters(budget: int | float | str | None, adapter: Adapter) -> int:
     text = str(budget).strip()
     if re.fullmatch(r"\d[\d_]*", text):
         return int(text)
@@ -119,51 +119,39 @@ def _parameters(budget: int | float | str | None, adapter: StoredAdapter) -> int
         raise ConfigurationError(
             f"--budget must be a number of parameters, or a share in (0, 1] as in 0.5 or 50%, got {budget!r}"
         )
-    return int(share * sum(rank * sum(adapter.shape(name)) for name, rank in adapter.ranks.items()))
+    return int(share * sum(layer.parameters for layer in adapter.layers.values()))
 
 
-def _write(adapter: StoredAdapter, ranks: Mapping[str, int], folder: Path) -> list[SqueezedLayer]:
-    pieces = dict(adapter.file.pieces)
+def _write(adapter: Adapter, ranks: Mapping[str, int], folder: Path) -> list[SqueezedLayer]:
+    tensors: dict[str, Tensor] = {key: adapter.tensor(key) for key in adapter.others.values()}
+    reports = []
     for name, rank in ranks.items():
-        for factor, key in adapter.keys[name].items():
-            dtype, shape, _ = pieces[key]
-            pieces[key] = piece_of(dtype, (rank, *shape[1:]) if factor == "A" else (shape[0], rank, *shape[2:]))
-    with TensorWriter(folder / WEIGHTS_FILE, pieces, adapter.file.metadata) as writer:
-        for key in adapter.others:
-            writer.write(key, adapter.file.chunks(key))
-        reports = [_write_layer(adapter, name, rank, writer) for name, rank in ranks.items()]
-    patterns = make_config(
-        {name: (rank, adapter.alpha(name, rank)) for name, rank in ranks.items()},
-        target_modules=[], modules_to_save=[], dropout=0.0, base="",
-    )  # fmt: skip
-    changed = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")  # all else is as it was
-    config = adapter.config | {key: patterns[key] for key in changed}
-    # last: without it, a folder that a killed process leaves is no adapter
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        layer = adapter.layers[name]
+        lora_B, lora_A = adapter.factors(name)
+        if rank < layer.rank:
+            change = truncate_product(lora_B, lora_A, rank)
+            lora_B, lora_A, values = change.lora_B, change.lora_A, change.singular_values
+        else:
+            values = singular_values(lora_B, lora_A)
+        ones = [1] * len(layer.kernel)
+        tensors[layer.keys[0]] = lora_A.reshape(rank, -1, *layer.kernel).contiguous()
+        tensors[layer.keys[1]] = lora_B.reshape(-1, rank, *ones).contiguous()
+        reports.append(_report(adapter, name, values, rank))
+    alphas = {name: (rank, adapter.layers[name].scaling * rank) for name, rank in ranks.items()}
+    write_adapter(folder, tensors, adapter.config.model_dump(exclude_unset=True) | peft_ranks(alphas))
     return reports
 
 
-def _write_layer(adapter: StoredAdapter, name: str, rank: int, writer: TensorWriter) -> SqueezedLayer:
-    pair, factors = adapter.keys[name], adapter.factors(name)
-    if rank == adapter.ranks[name]:
-        for key in pair.values():
-            writer.write(key, adapter.file.chunks(key))
-        return _report(adapter, name, singular_values(*factors), rank)
-    change = truncate_product(*factors, rank)
-    writer.write(pair["A"], change.lora_A)
-    writer.write(pair["B"], change.lora_B)
-    return _report(adapter, name, change.singular_values, rank)
-
-
-def _report(adapter: StoredAdapter, name: str, values: Tensor, rank: int) -> SqueezedLayer:
-    scaled, before = values * abs(adapter.scaling(name)), adapter.ranks[name]
+def _report(adapter: Adapter, name: str, values: Tensor, rank: int) -> SqueezedLayer:
+    layer = adapter.layers[name]
+    scaled = values * abs(layer.scaling)
     return SqueezedLayer(
         layer=name,
-        rank_before=before,
+        rank_before=layer.rank,
         rank_after=rank,
         energy_kept=energy_kept(scaled, rank),
         predicted_error=float(scaled[rank:].norm()),
         singular_values=tuple(scaled.tolist()),
-        parameters_saved=(before - rank) * sum(adapter.shape(name)),
-        parameters_before=before * sum(adapter.shape(name)),
+        parameters_saved=(layer.rank - rank) * sum(layer.shape),
+        parameters_before=layer.parameters,
     )

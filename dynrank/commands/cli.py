@@ -124,15 +124,9 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Picture of the singular values to write: FILE.png")] = None,
 ) -> None:
     """Show each layer of a PEFT adapter: rank, scaling, singular values, and how many directions hold its energy."""
-    from dynrank.adapters.inspection import check_plot, inspect_adapter, plot_inspection, print_inspection
+    from dynrank.commands.inspect import show_adapter
 
-    if plot is not None:
-        check_plot(plot)
-    layers = inspect_adapter(adapter)
-    print_inspection(layers)
-    if plot is not None:
-        plot_inspection(layers, plot)
-        print(f"plot             {plot}")
+    show_adapter(adapter, plot)
 
 
 @app.command()

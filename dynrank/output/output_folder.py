@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dynrank.errors import ConfigurationError
 
 __all__ = ["check_free", "whole_or_nothing"]
@@ -20,40 +22,58 @@ def check_free(out: Path, *sources: Path) -> None:
     Raises:
         ConfigurationError: naming it.
     """
-    if out.resolve() in [source.resolve() for source in sources]:
-        raise ConfigurationError(f"--out must be another folder than is read from, got {str(out)!r} for both")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigurationError(f"--out must be a new or empty folder, {str(out)!r} is not")
+    with _naming(out):
+        if out.resolve() in [source.resolve() for source in sources]:
+            raise ConfigurationError(f"--out must be another folder than is read from, got {str(out)!r} for both")
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigurationError(f"--out must be a new or empty folder, {str(out)!r} is not")
 
 
 @contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its name when all went well; one that a killed process left is gone over."""
-    out = out.resolve()
-    part = out.parent / f".{out.name}.part"
-    try:
+    """A folder beside ``out`` to write to, which takes its name at the end of the block.
+
+    An error leaves nothing; what a killed process left is replaced.
+
+    Raises:
+        ConfigurationError: if another process writes to ``out``, or a file or folder cannot be written.
+    """
+    with _naming(out):
+        out = out.resolve()
+        part = out.parent / f".{out.name}.part"
         part.mkdir(parents=True, exist_ok=True)
         with _held(part, out):
             try:
                 for left in part.iterdir():
                     left.unlink()
                 yield part
+                for file in part.iterdir():
+                    file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
                 os.rename(part, out)
             except BaseException:
                 shutil.rmtree(part, ignore_errors=True)
                 raise
-    except OSError as error:
-        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror or error}") from None
+
+
+@contextmanager
+def _naming(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # the latter of a disk that is full
+        said = getattr(error, "strerror", None) or error
+        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {said}") from None
 
 
 @contextmanager
 def _held(part: Path, out: Path) -> Iterator[None]:
     """Hold ``part`` against other processes; whatever ends this one lets go of it."""
-    handle = os.open(part, os.O_RDONLY)
+    if part.is_symlink():  # its files would be another folder's
+        raise ConfigurationError(f"{str(part)!r} must not be a link, since --out is written there first; remove it")
+    handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(handle), part.stat())  # or another process has just finished with it
+            mine = os.path.samestat(os.fstat(handle), part.lstat())  # or another process has just finished with it
         except (BlockingIOError, FileNotFoundError):
             mine = False
         if not mine:

@@ -7,10 +7,10 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.table import Table
 
-from dynrank.adapters.inspection import check_plot
 from dynrank.errors import ConfigurationError
 from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import span, table_console
+from dynrank.output.picture import check_plot
 from dynrank.planner.plan import Need, Plan, make_plan
 
 __all__ = ["show_plan"]

@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+from dynrank.adapters.stored import StoredAdapter
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,7 +18,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 import dynrank
 import dynrank.adapters.squeeze
 from dynrank.adapters.squeeze import squeeze_adapter
-from dynrank.adapters.stored import StoredAdapter
 from dynrank.errors import ConfigurationError
 
 pytestmark = [

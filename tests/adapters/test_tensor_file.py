@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from dynrank.adapters.tensor_file import TensorFile, TensorWriter, piece_of
 from safetensors.torch import load_file, save_file
 
-from dynrank.adapters.tensor_file import TensorFile, TensorWriter, piece_of
 from dynrank.errors import ConfigurationError
 
 TENSORS = {

@@ -1,0 +1,126 @@
+"""A gate at a model's calls: a change of adapters waits for those under way, and later ones wait for the change."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.eval_frame import skip_code
+
+from dynrank.layers.compiled import uncompiled
+
+__all__ = ["Gate", "gate_of", "one_adapter"]
+
+_installing = threading.Lock()
+
+
+class Gate:
+    """A context manager for each call of a model, whichever thread it is made in; calls may lie within each other."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls: dict[int, int] = {}  # thread -> how many calls it is in
+        self._closed, self._waiting = False, 0
+
+    def __enter__(self) -> None:
+        thread = threading.get_ident()
+        with self._changed:
+            if self._closed and thread not in self._calls:
+                self._waiting += 1
+                try:
+                    self._changed.wait_for(lambda: not self._closed)
+                finally:
+                    self._waiting -= 1
+                    self._changed.notify_all()
+            self._calls[thread] = self._calls.get(thread, 0) + 1
+
+    def __exit__(self, *_: object) -> None:
+        thread = threading.get_ident()
+        with self._changed:
+            self._calls[thread] -= 1
+            if not self._calls[thread]:
+                del self._calls[thread]
+                self._changed.notify_all()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Inside the block no call is under way; calls begun meanwhile wait for its end.
+
+        Raises:
+            RuntimeError: if this thread is itself in a call.
+        """
+        with self._changed:
+            if threading.get_ident() in self._calls:
+                raise RuntimeError("a model cannot be changed from within its own forward or generate")
+            self._changed.wait_for(lambda: not self._closed and not self._waiting)
+            self._closed = True
+        try:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._calls)
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
+
+
+def one_adapter(model: nn.Module) -> AbstractContextManager[None]:
+    """A block in which ``model`` keeps its adapter, for a loop of several calls that is not the model's ``generate``.
+
+    A change asked for meanwhile waits until the block ends.
+    """
+    return gate_of(model)
+
+
+def gate_of(model: nn.Module) -> Gate:
+    """The gate of a model, put there if it has none: calls of ``model`` and of its ``generate`` pass it from now on.
+
+    The model's class becomes a subclass of itself, of the same name, with two methods more, so that a call is counted
+    until it ends, by whatever exception. Not counted are: calls that were under way when the gate was put there; calls
+    of a part of the model past the model itself, and compiled code of a module around it (see :func:`one_adapter`); a
+    model that ``torch.compile`` wraps, until the wrapper is what is given here. Copies and pickles have no gate.
+    """
+    with _installing:
+        inner = uncompiled(model)
+        gate: Gate = getattr(type(inner), "_adapter_gate", None) or Gate()
+        for module in (inner, model):
+            if getattr(type(module), "_adapter_gate", None) is not gate:
+                object.__setattr__(module, "__class__", _gated(type(module), gate))
+    return gate
+
+
+def _gated(kind: type[nn.Module], gate: Gate) -> type[nn.Module]:
+    """A subclass of ``kind`` whose objects pass the gate when they are called, or are asked to generate."""
+
+    class Gated(kind):  # type: ignore[misc, valid-type]
+        _adapter_gate = gate
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_dynamo_compiling():  # within a larger graph, which a lock would break
+                return super().__call__(*args, **kwargs)
+            with gate:
+                return super().__call__(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            function, arguments, *rest = super().__reduce_ex__(protocol)
+            if arguments and arguments[0] is Gated:  # of copyreg.__newobj__, for which pickle wants the own class
+                function, arguments = object.__new__, (kind, *arguments[1:])
+            return (kind if function is Gated else function), arguments, *rest
+
+    skip_code(Gated.__call__.__code__)  # torch.compile begins with the forward, as it does for nn.Module's own __call__
+    if hasattr(kind, "generate"):
+
+        @wraps(kind.generate)
+        def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            with gate:
+                return kind.generate(self, *args, **kwargs)
+
+        Gated.generate = generate
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Gated, name, getattr(kind, name))
+    return Gated
