@@ -24,13 +24,8 @@ _HOMES = {
     "load_adapter": "dynrank.adapters.load",
     "lora_layers": "dynrank.layers.finding",
     "merge": "dynrank.layers.merging",
-<<<<<<< HEAD
     "predict": "dynrank.change.predict",
-    "read_adapter": "dynrank.adapters.fit",
-=======
-    "predict": "dynrank.change.resize",
     "read_adapter": "dynrank.adapters.read",
->>>>>>> 4d62216 (One reader of adapters, a gate for live swaps, settings checked by pydantic)
     "resize": "dynrank.change.resize",
     "save_adapter": "dynrank.adapters.save",
     "swap_adapter": "dynrank.adapters.load",

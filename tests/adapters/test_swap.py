@@ -273,7 +273,7 @@ def test_swap_waits_for_the_forward_under_way(chain, entry):
 
 def test_a_mixture_would_be_seen(chain, monkeypatch):
     """Without the waiting, the same forward sees both adapters: the tests beside this one can fail."""
-    monkeypatch.setattr(adapter_loading, "gate_of", lambda m: type("G",(),{"closed": lambda s: nullcontext()})())
+    monkeypatch.setattr(adapter_loading, "gate_of", lambda m: type("G", (), {"closed": lambda s: nullcontext()})())
     model, two, expected = chain
     result, early = swap_in_the_middle_of_a_forward(model, two[1])
     assert early
@@ -303,7 +303,7 @@ def test_every_forward_of_many_threads_sees_one_adapter_or_the_other(chain, entr
     for thread in threads:
         thread.join(20)
     assert not failures
-    print('SEEN', __import__('collections').Counter(map(str, seen)), expected)
+    print("SEEN", __import__("collections").Counter(map(str, seen)), expected)
     assert all(result in expected for result in seen)
     assert all(result in seen for result in expected)  # both were at work
 

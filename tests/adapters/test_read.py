@@ -1,0 +1,247 @@
+"""The one reader: what PEFT and dynrank 0.1 wrote is read; a broken, foreign or mixed adapter is refused by all."""
+
+import json
+import os
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import dynrank
+from dynrank.adapters import read
+from dynrank.adapters.config import AdapterConfig
+from dynrank.adapters.inspection import inspect_adapter
+from dynrank.adapters.merging import merge_adapter
+from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.errors import ConfigurationError, read_as
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Q = "base_model.model.model.layers.1.self_attn.q_proj"
+
+
+class Bomb:
+    def __reduce__(self):
+        return os._exit, (77,)
+
+
+def only_bin(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))  # reading it would end the test run
+
+
+def config(**changes):
+    return lambda folder: folder.joinpath(CONFIG).write_text(
+        json.dumps(json.loads((folder / CONFIG).read_text()) | changes)
+    )
+
+
+def tensors(change):
+    def edit(folder):
+        held = load_file(folder / WEIGHTS)
+        change(held)
+        save_file(held, folder / WEIGHTS)
+
+    return edit
+
+
+def factor(name, value):
+    return tensors(lambda held: held.update({f"{Q}.{name}": value}))
+
+
+BROKEN = {
+    "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-100]), "not a whole safetensors file"),
+    "foreign": (lambda f: save_file({"layers.0.weight": torch.ones(2)}, f / WEIGHTS), "PEFT's.*'layers.0.weight'"),
+    "no factors": (lambda f: save_file({"base_model.model.x": torch.ones(2)}, f / WEIGHTS), "no LoRA factors"),
+    "pickle": (only_bin, "pickled adapters"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "no adapter_model.safetensors"),
+    "no config": (lambda f: (f / CONFIG).unlink(), "cannot read the adapter"),
+    "no JSON": (lambda f: (f / CONFIG).write_text("{"), "not JSON"),
+    "nested without end": (lambda f: (f / CONFIG).write_text("[" * 200_000), "not JSON"),
+    "DoRA": (config(use_dora=True), "use_dora must be unset, got True"),
+    "bias": (config(bias="all"), "bias must be 'none', got 'all'"),
+    "not LoRA": (config(peft_type="LOHA"), "peft_type must be 'LORA', got 'LOHA'"),
+    "pissa": (config(init_lora_weights="pissa"), "init_lora_weights must leave the base weight alone, got 'pissa'"),
+    "no alpha": (config(lora_alpha=None), "lora_alpha must be a number, got None"),
+    "NaN alpha": (config(lora_alpha=float("nan")), "lora_alpha"),
+    "text as alpha": (config(alpha_pattern={"q_proj": "x"}), "alpha_pattern.q_proj must be a number, got 'x'"),
+    "no expression": (config(alpha_pattern={"(": 2}), r"alpha_pattern has a key '\(' that is no regular expression"),
+    "dropout": (config(lora_dropout=1.5), "lora_dropout must be less than 1, got 1.5"),
+    "NaN": (factor("lora_A.weight", torch.full((3, 8), float("nan"))), r"layers\.1.*q_proj' holds NaN"),
+    "half a pair": (tensors(lambda held: held.pop(f"{Q}.lora_A.weight")), "q_proj' lacks one of its two factors"),
+    "shape": (factor("lora_B.weight", torch.ones(8, 5)), r"q_proj' must .*\[3, 8\] and \[8, 5\]"),
+    "whole numbers": (factor("lora_A.weight", torch.ones(3, 8).int()), "q_proj' must .*got I32"),
+    "LoRA bias": (factor("lora_B.bias", torch.ones(8)), "q_proj.lora_B.bias' is a LoRA tensor of an unknown kind"),
+    "other rank": (config(r=6), "q_proj' must have the rank of the settings .* 6, got factors of 3"),
+    "other rank of a pattern": (config(rank_pattern={"q_proj": 2}), "q_proj' must have the rank .* 2, got .* 3"),
+    "catastrophic pattern": (config(alpha_pattern={"((a|[a-z._0-9]|.)+)+[!?]": 2}), "alpha_pattern .* must be simple"),
+}
+READERS = {
+    "load": lambda adapter, model, out: dynrank.load_adapter(model, adapter),
+    "swap": lambda adapter, model, out: dynrank.swap_adapter(model, adapter),
+    "squeeze": lambda adapter, model, out: squeeze_adapter(adapter, out, rank=1),
+    "inspect": lambda adapter, model, out: inspect_adapter(adapter),
+    "merge": lambda adapter, model, out: merge_adapter(adapter, "./nowhere", out),
+}
+
+
+def traces(model):
+    return [(n, p, p.clone(), p.requires_grad) for n, p in model.named_parameters()], [*map(id, model.modules())]
+
+
+def assert_untouched(model, before):
+    after = traces(model)
+    assert after[1] == before[1]
+    for (name, held, value, trains), (name_before, held_before, value_before, trained) in zip(
+        *(t[0] for t in (after, before)), strict=True
+    ):
+        assert (name, trains) == (name_before, trained)
+        assert held is held_before
+        assert torch.equal(value, value_before)
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_faulty_adapter_is_refused_and_nothing_changes(fault, zoo, tmp_path, monkeypatch):
+    from dynrank.adapters import config as config_file
+
+    monkeypatch.setattr(config_file, "_PATIENCE", 0.3)
+    zoo.by_peft("llama", tmp_path / "adapter")
+    break_it, message = BROKEN[fault]
+    break_it(tmp_path / "adapter")
+    model = zoo.plain("llama")
+    before = traces(model)
+    for name in READERS if fault == "half a pair" else ("load", "squeeze"):
+        with pytest.raises(ConfigurationError, match=message):
+            READERS[name](tmp_path / "adapter", model, tmp_path / "out")
+    assert_untouched(model, before)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_all_faults_of_the_settings_are_named_at_once():
+    wrong = {"r": 0, "lora_alpha": "x", "use_qalora": True, "trainable_token_indices": [1]}
+    with pytest.raises(ConfigurationError) as caught:
+        read_as(AdapterConfig, {"peft_type": "LORA", "new_of_peft": 3} | wrong, "the file")
+    assert all(f"\n  {name} must" in str(caught.value) for name in wrong)
+    assert "new_of_peft" not in str(caught.value)
+
+
+PATTERNS = {
+    "rslora": {"use_rslora": True},
+    "disjoint": {"rank_pattern": {"q_proj": 1, "down_proj": 5}, "alpha_pattern": {"v_proj": 2}},
+    "overlapping": {  # in sorted order, for PEFT sorts the keys when it saves: another order would be lost on disk
+        "rank_pattern": {r"layers\.0.*": 2, r"layers\.1\..*q_proj": 6, "q_proj": 4},
+        "alpha_pattern": {r"^model\.layers\.0.*": 1, "down_proj": 3, "q_proj": 7},
+    },
+    "overlapping-rslora": {"rank_pattern": {".*proj": 2, "v_proj": 4}, "use_rslora": True, "lora_alpha": 3},
+    "regex": {"target_modules": r".*\.1\..*_proj"},
+    "all-linear": {"target_modules": "all-linear"},
+}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_rank_and_scaling_are_those_of_peft(pattern, zoo, tmp_path):
+    theirs = zoo.by_peft("llama", tmp_path, **PATTERNS[pattern])
+    for name, layer in dynrank.read_adapter(tmp_path).layers.items():
+        other = theirs.base_model.model.get_submodule(name)
+        assert (layer.rank, layer.scaling) == (other.r["default"], pytest.approx(other.scaling["default"], rel=1e-12))
+    model = dynrank.load_adapter(zoo.plain("llama"), tmp_path)
+    assert (zoo.outputs(model) - zoo.outputs(theirs)).abs().max() <= 1e-5
+
+
+def test_an_adapter_of_version_0_1_loads(zoo, tmp_path):
+    """The files as 0.1 wrote them: without a digest of the settings among the tensors."""
+    torch.manual_seed(0)
+    kept = {}
+    for layer, rank in ((0, 3), (1, 2)):
+        name = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        kept |= {f"{name}.lora_A.weight": torch.randn(rank, 8), f"{name}.lora_B.weight": torch.randn(8, rank)}
+    save_file(kept, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    names = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    settings = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models.llama"},
+        "inference_mode": True,
+        "r": 3,
+        "lora_alpha": 6,
+        "rank_pattern": {r"^model\.layers\.1\.self_attn\.q_proj": 2},
+        "alpha_pattern": {r"^model\.layers\.1\.self_attn\.q_proj": 5},
+        "use_rslora": False,
+        "lora_dropout": 0.0,
+        "target_modules": names,
+        "modules_to_save": None,
+        "bias": "none",
+    }
+    (tmp_path / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+    model = zoo.plain("llama")
+    weights = [model.get_submodule(name).weight.clone() for name in names]
+    merged = dynrank.merge(dynrank.load_adapter(model, tmp_path))
+    factors = list(kept.values())
+    for index, scaling in ((0, 2.0), (1, 2.5)):
+        expected = weights[index] + scaling * factors[2 * index + 1] @ factors[2 * index]
+        assert torch.allclose(merged.get_submodule(names[index]).weight, expected, atol=1e-5)
+
+
+# --- a reader beside a writer
+
+
+def test_two_files_of_two_adapters_are_refused(zoo, tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "_PATIENCE", 0.1)
+    first, second = (zoo.saved(tmp_path / str(alpha), "llama", alpha=alpha) for alpha in (5, 6))
+    (first / WEIGHTS).replace(second / WEIGHTS)  # of equal ranks, so that PEFT would take it at another scaling
+    with pytest.raises(ConfigurationError, match="two adapters, or one is being written"):
+        dynrank.read_adapter(second)
+
+
+def test_a_reader_waits_for_the_second_file_of_a_writer(zoo, tmp_path):
+    first, second = (zoo.saved(tmp_path / str(alpha), "llama", alpha=alpha) for alpha in (5, 6))
+    (first / WEIGHTS).replace(second / WEIGHTS)
+    writer = threading.Timer(0.3, lambda: (first / CONFIG).replace(second / CONFIG))
+    writer.start()
+    assert {layer.alpha for layer in dynrank.read_adapter(second).layers.values()} == {5}
+    writer.join()
+
+
+def test_a_reader_beside_a_writer_never_sees_a_mixture(tmp_path):
+    """Ranks and scalings change all the time; what is read is one of the adapters, update for update."""
+    from torch import nn
+
+    models, updates = [], []
+    for rank, alpha in ((1, 3), (4, 4), (4, 8), (2, 6)):
+        torch.manual_seed(rank)
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), rank=rank, alpha=alpha)
+        for layer in model:
+            nn.init.normal_(layer.lora_B)
+        models.append(model)
+        updates.append([layer.delta_weight().detach() for layer in model])
+    dynrank.save_adapter(models[0], tmp_path)
+    stop, failures = threading.Event(), []
+
+    def write():
+        try:
+            while not stop.is_set():
+                for model in models:
+                    dynrank.save_adapter(model, tmp_path)
+        except Exception as error:
+            failures.append(error)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    seen = set()
+    until = time.monotonic() + 60
+    while len(seen) < len(models) or time.monotonic() < until - 57:  # all of them, and at least 3 seconds
+        adapter = dynrank.read_adapter(tmp_path)
+        found = []
+        for name, layer in adapter.layers.items():
+            lora_B, lora_A = adapter.factors(name)
+            found.append(layer.scaling * lora_B @ lora_A)
+        whose = [i for i, update in enumerate(updates) if all(map(torch.allclose, found, update))]
+        assert len(whose) == 1
+        seen.add(whose[0])
+        assert time.monotonic() < until
+    stop.set()
+    writer.join()
+    assert not failures
