@@ -14,18 +14,6 @@ import yaml
 
 from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
 
-__all__ = [
-    "LayerRank",
-    "RankRule",
-    "dump_rank_map",
-    "load_rank_map",
-    "matches",
-    "parse_rank_map",
-    "parse_rules",
-    "peft_ranks",
-    "resolve_rank_map",
-]
-
 
 @validated()
 class RankRule:

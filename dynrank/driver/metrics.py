@@ -14,7 +14,8 @@ from dynrank.triggers import Trigger
 def watched(stages: Sequence[Stage]) -> dict[str, str]:
     """{metric that a trigger watches: the argument that names it, for error messages}."""
     triggers = [stage.when for stage in stages if isinstance(stage.when, Trigger)]
-    return {
+    named = {name: f"monitors of {type(trigger).__name__}" for trigger in triggers for name in trigger.monitors}
+    return named | {
         getattr(trigger, field.name): f"{field.name} of {type(trigger).__name__} (schedule.trigger.{field.name})"
         for trigger in triggers
         for field in fields(trigger)

@@ -107,21 +107,12 @@ class Stepped(Target):
         return up_to_multiple(self.lowest, self.multiple)
 
     def fault(self, highest: int) -> str | None:
-        return too_high("lowest", self.lowest, highest) or no_multiple(self.multiple, self.lowest, highest)
-
-
-def too_high(name: str, rank: int, highest: int) -> str | None:
-    """What is wrong with a shrink to ``rank``; None if nothing."""
-    if rank <= highest:
-        return None
-    return f"{name} must be at most rank = {highest}, the highest at that stage, got {rank}"
-
-
-def no_multiple(multiple: int, lowest: int, highest: int) -> str | None:
-    """What is wrong with a multiple that no rank from ``lowest`` to ``highest`` is one of; None if nothing."""
-    if up_to_multiple(lowest, multiple) <= highest:
-        return None
-    return f"multiple must divide a rank between {lowest} and {highest}, got {multiple}"
+        if self.least() <= highest:
+            return None
+        return (
+            f"lowest must be at most rank = {highest}, the highest at that stage, got {self.lowest}, which is "
+            f"{self.least()} as a multiple of {self.multiple}"
+        )
 
 
 def up_to_multiple(rank: float, multiple: int) -> int:

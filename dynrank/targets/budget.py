@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
-from dynrank.targets.base import LayerState, Stepped, no_multiple, up_to_multiple
+from dynrank.targets.base import LayerState, Stepped, up_to_multiple
 
 
 @validated("schedule.target")
@@ -52,14 +52,11 @@ class Budget(Stepped):
                 f"a budget is either parameters or a share, got {self.parameters!r} and {self.share!r}; "
                 "set schedule.parameters or schedule.share, and the other to null"
             )
-        if self.highest is not None:
-            if self.highest < self.lowest:
-                raise ConfigurationError(
-                    f"highest must be at least lowest = {self.lowest}, got {self.highest}; set schedule.highest"
-                )
-            fault = no_multiple(self.multiple, self.lowest, self.highest)
-            if fault:
-                raise ConfigurationError(f"{fault}; set schedule.multiple, schedule.lowest or schedule.highest")
+        if self.highest is not None and self.least() > self.highest:
+            raise ConfigurationError(
+                f"highest must be at least {self.least()}, which is lowest = {self.lowest} as a multiple of "
+                f"{self.multiple}, got {self.highest}; set schedule.highest, schedule.lowest or schedule.multiple"
+            )
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -95,10 +92,6 @@ class Budget(Stepped):
     def reach(self, layer: LayerState) -> tuple[int, int]:
         choices = self._choices(layer)
         return choices[0], choices[-1]
-
-    def fault(self, highest: int) -> str | None:
-        top = highest if self.highest is None else min(highest, self.highest)
-        return super().fault(highest) or no_multiple(self.multiple, self.lowest, top)
 
     def _choices(self, layer: LayerState) -> list[int]:
         """The ranks that a layer may get, ascending: multiples below the rank now, and staying as it is."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.linalg import effective_rank, energy_rank, numerical_rank
-from dynrank.targets.base import LayerState, Stepped, Target, too_high, up_to_multiple
+from dynrank.targets.base import LayerState, Stepped, Target, up_to_multiple
 
 
 @validated("schedule.target")
@@ -24,7 +24,7 @@ class Rank(Target):
         return {name: layer.shrunk(self.rank) for name, layer in layers.items()}
 
     def fault(self, highest: int) -> str | None:
-        return too_high("rank", self.rank, highest)
+        return _too_high(self.rank, highest)
 
 
 @validated("schedule.target")
@@ -54,7 +54,7 @@ class Towards(Target):
         return {name: layer.shrunk(self._next(layer.rank, layer.final_rank)) for name, layer in layers.items()}
 
     def fault(self, highest: int) -> str | None:
-        return too_high("rank", self.rank, highest) if self.step == 1 else None
+        return _too_high(self.rank, highest) if self.step == 1 else None
 
     def _next(self, rank: int, final_rank: int | None) -> int:
         """From the rank after ``step - 1`` steps, so that the start need not be remembered."""
@@ -137,3 +137,9 @@ class NumericalRank(BySpectrum):
 
     def wanted(self, values: Tensor) -> float:
         return numerical_rank(values, 1, self.tolerance)
+
+
+def _too_high(rank: int, highest: int) -> str | None:
+    if rank <= highest:
+        return None
+    return f"rank must be at most rank = {highest}, the highest at that stage, got {rank}"

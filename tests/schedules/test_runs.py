@@ -1,6 +1,7 @@
 """Each schedule of conf/schedule in a short but real training run, composed as on the command line."""
 
 import copy
+from dataclasses import dataclass
 from importlib.resources import files
 
 import lightning
@@ -14,8 +15,8 @@ from dynrank.callbacks import RankScheduler
 from dynrank.run.config import CONFIG_MODULE, plain
 from dynrank.run.job import make_scheduler
 from dynrank.schedules import How, Stage, geometric, join, linear
-from dynrank.targets import Rank
-from dynrank.triggers import At, Plateau
+from dynrank.targets import Rank, Target
+from dynrank.triggers import At, Plateau, Trigger
 
 STEPS, EVERY = 40, 4  # of the run; between validations
 # nothing improves by 90% from one validation to the next: a plateau as soon as patience allows
@@ -105,10 +106,8 @@ def preset_run(regression):
     """Run a schedule that is composed from overrides; returns (scheduler, module, witness)."""
 
     def run(*overrides):
-        overrides = ["lora.rank=16", "lora.alpha=32", *overrides]
-        if "schedule=fixed" not in overrides:
-            overrides.insert(2, "schedule.window=4")
-            overrides.insert(2, "schedule.rewarmup_steps=2")
+        short = [] if "schedule=fixed" in overrides else ["schedule.window=4", "schedule.rewarmup_steps=2"]
+        overrides = ["lora.rank=16", "lora.alpha=32", *short, *overrides]
         config = dynrank.compose(sorted(overrides, key=lambda o: not o.startswith("schedule=")))
         scheduler = make_scheduler(config.schedule)
         return scheduler, *fit(scheduler, plain(config.lora), regression[2])
@@ -129,115 +128,84 @@ def trajectory(scheduler):
 
 
 PLATEAU_AT_12 = [*NEVER_BETTER, "schedule.trigger.patience=2"]  # the first value is the best, two more are not better
-RUNS = {
-    "fixed": (["schedule=fixed"], []),
-    "after_convergence": (["schedule=after_convergence", "schedule.final_rank=4", *PLATEAU_AT_12], [(12, 16, 4)]),
-    "after_convergence, measured after it is decided": (
-        ["schedule=after_convergence", "schedule.final_rank=4", "schedule.metric=loss", *PLATEAU_AT_12],
-        [(16, 16, 4)],
-    ),
-    "after_convergence, two drops": (
-        ["schedule=after_convergence", "schedule.final_rank=4", "schedule.drops=2", *PLATEAU_AT_12],
+PLATEAU_NEVER = ["schedule.trigger.patience=99", "schedule.trigger.warmup_steps=0"]
+RUNS = {  # schedule: (overrides, trajectory); what stands after a comma tells runs of one schedule apart
+    "fixed": ([], []),
+    "after_convergence": (
+        ["schedule.final_rank=4", "schedule.drops=2", *PLATEAU_AT_12],
         [(12, 16, 8), (24, 8, 4)],  # three fresh values at 16, 20 and 24
     ),
+    "after_convergence, measured after it is decided": (
+        ["schedule.final_rank=4", "schedule.metric=loss", *PLATEAU_AT_12],
+        [(16, 16, 4)],
+    ),
     "after_convergence, by deadline": (
-        ["schedule=after_convergence", "schedule.final_rank=4", "schedule.trigger.patience=99", "schedule.deadline=0.6",
-         "schedule.trigger.warmup_steps=0", "schedule.metric=loss"],
+        ["schedule.final_rank=4", "schedule.deadline=0.6", "schedule.metric=loss", *PLATEAU_NEVER],
         [(24, 16, 4)],
     ),
-    "milestones": (
-        ["schedule=milestones", "schedule.ranks=[12,8,4]", "schedule.at=[0.25,0.5,0.75]"],
-        [(10, 16, 12), (20, 12, 8), (30, 8, 4)],
-    ),
-    "milestones, epochs": (
-        ["schedule=milestones", "schedule.ranks=[8,4]", "schedule.at=[0,1]", "schedule.unit=epoch"],
-        [(0, 16, 8), (20, 8, 4)],
-    ),
+    "milestones": (["schedule.ranks=[8,4]", "schedule.at=[0,1]", "schedule.unit=epoch"], [(0, 16, 8), (20, 8, 4)]),
     "halving_on_plateau": (
-        ["schedule=halving_on_plateau", "schedule.final_rank=3", *NEVER_BETTER, "schedule.trigger.patience=1",
-         "schedule.trigger.cooldown_steps=4"],
-        [(8, 16, 8), (16, 8, 4), (24, 4, 3)],
-    ),
-    "halving_on_plateau, by deadline": (
-        ["schedule=halving_on_plateau", "schedule.final_rank=1", *NEVER_BETTER, "schedule.trigger.patience=1",
-         "schedule.trigger.cooldown_steps=4", "schedule.deadline=0.5"],
+        ["schedule.final_rank=1", *NEVER_BETTER, "schedule.trigger.patience=1", "schedule.trigger.cooldown_steps=4",
+         "schedule.deadline=0.5"],
         [(8, 16, 8), (16, 8, 4), (20, 4, 1)],
     ),
-    "anneal": (
-        ["schedule=anneal", "schedule.final_rank=2", "schedule.metric=output"],
-        [(8, 16, 8), (20, 8, 4), (32, 4, 2)],
-    ),
+    "anneal": (["schedule.final_rank=2", "schedule.metric=output"], [(8, 16, 8), (20, 8, 4), (32, 4, 2)]),
     "anneal, linear": (
-        ["schedule=anneal", "schedule.final_rank=4", "schedule.steps=4", "schedule.shape=linear", "schedule.end=0.5",
+        ["schedule.final_rank=4", "schedule.steps=4", "schedule.shape=linear", "schedule.end=0.5",
          "schedule.gauge=keep_norm"],
         [(8, 16, 13), (12, 13, 10), (16, 10, 7), (20, 7, 4)],
     ),
-    "squeeze_at_end": (["schedule=squeeze_at_end", "schedule.final_rank=4", "schedule.metric=output"], [(40, 16, 4)]),
-    "squeeze_then_tune": (
-        ["schedule=squeeze_then_tune", "schedule.final_rank=4", "schedule.tune=0.25"],
-        [(30, 16, 4)],
-    ),
-    "grow": (
-        ["schedule=grow", "lora.rank=4", "schedule.final_rank=16", "schedule.trigger.patience=99",
-         "schedule.trigger.warmup_steps=0", "schedule.new_rows=gradient"],
-        [(20, 4, 16)],
-    ),
-    "grow, on a plateau": (["schedule=grow", "lora.rank=4", "schedule.final_rank=8", *PLATEAU_AT_12], [(12, 4, 8)]),
+    "squeeze_at_end": (["schedule.metric=output"], [(40, 16, 8)]),
+    "squeeze_then_tune": (["schedule.tune=0.25"], [(30, 16, 8)]),
+    "grow": (["lora.rank=4", "schedule.final_rank=16", "schedule.new_rows=gradient", *PLATEAU_NEVER], [(20, 4, 16)]),
     "grow_then_shrink": (
-        ["schedule=grow_then_shrink", "lora.rank=4", "schedule.peak_rank=16", "schedule.final_rank=8",
-         "schedule.grow_at=0.25", *PLATEAU_AT_12],
+        ["lora.rank=4", "schedule.peak_rank=16", "schedule.final_rank=8", "schedule.grow_at=0.25", *PLATEAU_AT_12],
         [(10, 4, 16), (20, 16, 8)],  # the plateau's three values come after the growth: 12, 16 and 20
     ),
-    "one_stage": (
-        ["schedule=one_stage", "schedule.target.rank=4", *PLATEAU_AT_12],
-        [(12, 16, 4)],
-    ),
+    "one_stage": (["schedule.target.rank=4", *PLATEAU_AT_12], [(12, 16, 4)]),
     "one_stage, repeated": (
-        ["schedule=one_stage", "schedule/target=factor", "schedule.target.lowest=4", "schedule.repeat=true",
-         *NEVER_BETTER, "schedule.trigger.patience=1"],
+        ["schedule/target=factor", "schedule.target.lowest=4", "schedule.repeat=true", *NEVER_BETTER,
+         "schedule.trigger.patience=1"],
         [(8, 16, 8), (16, 8, 4)],
     ),
     "one_stage, step and factor": (
-        ["schedule=one_stage", "schedule/trigger=step", "schedule.trigger.step=15", "schedule/target=factor",
-         "schedule.target.factor=0.3", "schedule.target.multiple=4"],
+        ["schedule/trigger=step", "schedule.trigger.step=15", "schedule/target=factor", "schedule.target.factor=0.3",
+         "schedule.target.multiple=4"],
         [(15, 16, 8)],
     ),
     "one_stage, epoch and numerical rank": (
-        ["schedule=one_stage", "schedule/trigger=epoch", "schedule/target=numerical_rank",
-         "schedule.target.tolerance=1.0", "schedule.target.lowest=5"],
+        ["schedule/trigger=epoch", "schedule/target=numerical_rank", "schedule.target.tolerance=1.0",
+         "schedule.target.lowest=5"],
         [(20, 16, 5)],
     ),
     "one_stage, fraction and growth by": (
-        ["schedule=one_stage", "schedule/trigger=fraction", "schedule.trigger.fraction=0.3",
-         "schedule/target=grow_by", "schedule.target.count=3"],
+        ["schedule/trigger=fraction", "schedule.trigger.fraction=0.3", "schedule/target=grow_by",
+         "schedule.target.count=3"],
         [(12, 16, 19)],
     ),
     "one_stage, slope and growth to": (
-        ["schedule=one_stage", "schedule/trigger=slope", "schedule.trigger.window=3", *NEVER_BETTER,
-         "schedule/target=grow_to", "schedule.target.rank=20"],
+        ["schedule/trigger=slope", "schedule.trigger.window=3", *NEVER_BETTER, "schedule/target=grow_to",
+         "schedule.target.rank=20"],
         [(12, 16, 20)],
     ),
     "one_stage, gap": (
-        ["schedule=one_stage", "schedule/trigger=gap", "schedule.trigger.window=1", "schedule.trigger.threshold=1e-9",
-         "schedule.trigger.warmup_steps=30", "schedule.target.rank=4", "schedule.deadline=0.99"],
-        [(32, 16, 4)],  # by then validation is worse than training
+        ["schedule/trigger=gap", "schedule.trigger.window=1", "schedule.trigger.threshold=1e-9",
+         "schedule.trigger.warmup_steps=30", "schedule.deadline=0.99"],
+        [(32, 16, 8)],  # by then validation is worse than training
     ),
     "one_stage, tail energy": (
-        ["schedule=one_stage", "schedule/trigger=tail_energy", "schedule.trigger.rank=15", "schedule.trigger.every=7",
-         "schedule.trigger.share=0.9", "schedule.trigger.warmup_steps=8", "schedule.target.rank=4"],
-        [(14, 16, 4)],
+        ["schedule/trigger=tail_energy", "schedule.trigger.rank=15", "schedule.trigger.every=7",
+         "schedule.trigger.share=0.9", "schedule.trigger.warmup_steps=8"],
+        [(14, 16, 8)],
     ),
     "one_stage, subspace": (
-        ["schedule=one_stage", "schedule/trigger=subspace", "schedule.trigger.rank=4", "schedule.trigger.every=6",
-         "schedule.trigger.overlap=0.01", "schedule.trigger.warmup_steps=0", "schedule.target.rank=4"],
-        [(12, 16, 4)],  # the second look is the first that has one before it
+        ["schedule/trigger=subspace", "schedule.trigger.every=6", "schedule.trigger.overlap=0.01",
+         "schedule.trigger.warmup_steps=0"],
+        [(12, 16, 8)],  # the second look is the first that has one before it
     ),
-    "one_stage, final ranks": (
-        ["schedule=one_stage", "schedule/trigger=step", "schedule.trigger.step=10", "schedule/target=final_ranks"],
-        [],  # nobody has one
-    ),
+    "one_stage, final ranks": (["schedule/trigger=step", "schedule/target=final_ranks", "schedule.trigger.step=9"], []),
     "stages": (
-        ["schedule=stages", "schedule.metric=loss",
+        ["schedule.metric=loss",
          "schedule.stages=[{_target_: dynrank.schedules.Stage,"
          " when: {_target_: dynrank.triggers.At, step: 10}, to: {_target_: dynrank.targets.GrowTo, rank: 20}},"
          " {_target_: dynrank.schedules.Stage, deadline: 0.75,"
@@ -251,7 +219,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_preset_follows_its_trajectory(preset_run, name):
     overrides, expected = RUNS[name]
-    scheduler, module, _ = preset_run(*overrides)
+    scheduler, module, _ = preset_run(f"schedule={name.partition(',')[0]}", *overrides)
     assert trajectory(scheduler) == expected
     assert scheduler.driver.finished
     end = expected[-1][2] if expected else 16
@@ -274,20 +242,15 @@ def test_every_preset_has_a_run():
         assert options - chosen <= {"plateau", "rank", "energy", "effective_rank", "budget"}
 
 
-def dense_values(witness):
+def dense_values(witness, rank=16):
     (updates,) = witness.updates
-    return {name: torch.linalg.svdvals(update)[:16] for name, update in updates.items()}
+    return {name: torch.linalg.svdvals(update)[:rank] for name, update in updates.items()}
 
 
-@pytest.mark.parametrize("how", ["preset", "one_stage"])
-def test_energy_takes_each_layer_to_the_rank_that_keeps_its_share(preset_run, how):
-    if how == "preset":
-        overrides = ["schedule=energy", "schedule.share=0.95", "schedule.lowest=2"]
-    else:
-        overrides = [
-            "schedule=one_stage", "schedule/target=energy", "schedule.target.share=0.95", "schedule.target.lowest=2"
-        ]  # fmt: skip
-    scheduler, module, witness = preset_run(*overrides, *PLATEAU_AT_12)
+@pytest.mark.parametrize("preset", [["schedule=energy"], ["schedule=one_stage", "schedule/target=energy"]])
+def test_energy_takes_each_layer_to_the_rank_that_keeps_its_share(preset_run, preset):
+    prefix = "schedule." if len(preset) == 1 else "schedule.target."
+    scheduler, module, witness = preset_run(*preset, f"{prefix}share=0.95", f"{prefix}lowest=2", *PLATEAU_AT_12)
     expected = {}
     for name, values in dense_values(witness).items():
         kept = values.square().cumsum(0) / values.square().sum()
@@ -334,6 +297,34 @@ def test_function_of_the_step_drives_the_ranks(regression):
     expected = [(step, 7 + step, 8 + step) for step in range(1, 9)] + [(26, 16, 8), (36, 8, 4)]
     assert trajectory(scheduler) == expected
     assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {4}
+
+
+@dataclass
+class Below(Trigger):
+    limit: float = 0.0
+    monitors = ("val/loss",)
+
+    def fires(self, loss):
+        return loss < self.limit
+
+
+@dataclass(frozen=True)
+class OneMoreWhereFull(Target):
+    needs = ("values",)
+
+    def ranks(self, layers):
+        full = {name for name, layer in layers.items() if layer.values[-1] > 0.01 * layer.values[0]}
+        return {name: layer.grown(layer.rank + (name in full)) for name, layer in layers.items()}
+
+
+def test_trigger_and_target_of_ones_own_drive_the_ranks(regression):
+    scheduler = RankScheduler([Stage(Below(limit=99.0, warmup_steps=10), OneMoreWhereFull())])
+    own = {"layers.1.*q_proj": {"rank": 8, "final_rank": 3}}  # a growth never takes a layer down to its final rank
+    module, witness = fit(scheduler, {"rank": 8, "rank_map": own}, regression[2])
+    assert [(event.step, event.reason) for event in scheduler.history] == [(12, "Below")]
+    for name, values in dense_values(witness, 8).items():
+        layer = dict(dynrank.lora_layers(module))[name]
+        assert layer.rank == 8 + (values[-1] > 0.01 * values[0] and layer.final_rank is None)
 
 
 def test_window_that_is_open_for_a_later_stage_serves_an_earlier_one(regression):
