@@ -21,8 +21,6 @@ __all__ = [
     "truncate_product",
 ]
 
-
-GAUGES = ("balanced", "keep_norm")
 _ROUNDING = 1e-10  # a norm below this share of the factor's is rounding (float64 arithmetic)
 _ROOT_ROUNDING = 1e-8  # a singular value below this share of the largest is rounding, where it is the root of a Gram's
 
@@ -33,9 +31,8 @@ class RankChange:
 
     ``lora_A == from_A @ old_A`` and ``lora_B == old_B @ from_B``, with two exceptions. In a direction outside the
     numerical rank (truncation) one of the two factors is exactly zero; in a new direction (growth) the maps are zero,
-    the column of ``lora_B`` too, and the row of ``lora_A`` is fresh.
-    Gradients are covectors, so the optimizer's first moments move by the transposed maps: ``from_B.T`` for A,
-    ``from_A.T`` for B.
+    the column of ``lora_B`` too, and the row of ``lora_A`` is fresh. Gradients are covectors, so they move by the
+    transposed maps: those of A by ``from_B.T``, those of B by ``from_A.T``.
 
     Attributes:
         lora_A: (K, I), the dtype of the old A.
@@ -51,19 +48,11 @@ class RankChange:
     from_B: Tensor
     singular_values: Tensor
 
-    @property
-    def dropped(self) -> Tensor:
-        return self.singular_values[self.lora_A.shape[0] :]
-
 
 def singular_values(
     lora_B: Tensor, lora_A: Tensor, *, gram_u: Tensor | None = None, gram_z: Tensor | None = None
 ) -> Tensor:
-    """The R singular values of ``lora_B @ lora_A`` in a metric (see :func:`truncate_product`), descending, float64.
-
-    Raises:
-        ValueError: as :func:`truncate_product` does.
-    """
+    """The R singular values of ``lora_B @ lora_A``, descending, float64; arguments as in :func:`truncate_product`."""
     _check_factors(lora_B, lora_A)
     m_u, m_z = _metric_roots(lora_B.double(), lora_A.double(), gram_u, gram_z)
     values: Tensor = torch.linalg.svdvals(m_u @ m_z)
@@ -135,24 +124,24 @@ def truncate_product(
 ) -> RankChange:
     """Best rank-``rank`` factors of ``lora_B @ lora_A`` in a metric given by two R x R Gram matrices.
 
-    With any square roots ``M_u^T M_u = G_u`` and ``M_z M_z^T = G_z`` and the SVD ``M_u M_z = U S V^T``, the best
-    factors are ``A' = S^-1/2 U^T M_u A`` and ``B' = B M_z V S^-1/2``, and the error in that metric is the norm of the
-    dropped singular values. ``G_u = B^T B, G_z = A A^T`` is the Frobenius norm of the update (Eckart and Young, 1936);
-    there the roots come from QR of the factors, which keeps their condition number. ``G_z = E[z z^T]`` with ``z = A x``
-    measures the error of the layer's output, and with ``G_u = E[u u^T]``, ``u = B^T g``, a Kronecker-factored estimate
-    of the loss. Cost: O((O + I) R^2); the product is never formed.
+    With any roots ``M_u^T M_u = G_u`` and ``M_z M_z^T = G_z`` and the SVD ``M_u M_z = U S V^T``, the best factors are
+    ``A' = S^-1/2 U^T M_u A`` and ``B' = B M_z V S^-1/2``; the error in the metric is the norm of the dropped singular
+    values. ``G_u = B^T B, G_z = A A^T`` is the Frobenius norm of the update (Eckart and Young, 1936), whose roots come
+    from QR of the factors, which keeps their condition number. ``G_z = E[z z^T]`` with ``z = A x`` measures the error
+    of the layer's output, and with ``G_u = E[u u^T]``, ``u = B^T g``, a Kronecker-factored estimate of the loss. Cost:
+    O((O + I) R^2); the product is never formed.
 
     The new factors are balanced (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T`` of the product they form) in every metric.
-    Directions beyond the numerical rank carry nothing to rank: there B' is zero and A' keeps independent combinations
-    of the old rows (or the other way round, where the rows are zero), so that the layer can still learn: two zero
-    factors would have zero gradients for good. For a fresh layer (B = 0) that means the first rows of A.
+    In directions beyond the numerical rank B' is zero and A' keeps independent combinations of the old rows (or the
+    other way round, where the rows are zero), so that the layer can still learn: two zero factors would have zero
+    gradients for good. For a fresh layer (B = 0) that means the first rows of A.
 
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point.
         rank: K, directions to keep, 1 <= K <= R <= min(O, I).
         gram_u: (R, R), symmetric positive semi-definite; B^T B when None.
-        gram_z: (R, R), likewise; A A^T when None.
+        gram_z: (R, R), symmetric positive semi-definite; A A^T when None.
         gauge: "balanced", or "keep_norm": the rows of A keep their root mean square norm, B takes the rest.
 
     Returns:
@@ -166,8 +155,8 @@ def truncate_product(
     (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
     if not 1 <= rank <= old_rank:
         raise ValueError(f"rank must be between 1 and the current rank {old_rank}, got {rank}")
-    if gauge not in GAUGES:
-        raise ValueError(f"gauge must be one of {GAUGES}, got {gauge!r}")
+    if gauge not in ("balanced", "keep_norm"):
+        raise ValueError(f"gauge must be 'balanced' or 'keep_norm', got {gauge!r}")
     b_OR, a_RI = lora_B.double(), lora_A.double()
     m_u, m_z = _metric_roots(b_OR, a_RI, gram_u, gram_z)
     u, s, vh = torch.linalg.svd(m_u @ m_z)
@@ -178,9 +167,10 @@ def truncate_product(
     tolerance = max(d_out, d_in) * eps
     live = min(rank, numerical_rank(s, 1, tolerance if plain else max(tolerance, _ROOT_ROUNDING)))
 
-    root = s[:live].sqrt()
-    from_A_KR = (u[:, :live] / root).mT @ m_u
-    from_B_RK = m_z @ (vh[:live].mT / root)
+    chosen = torch.arange(live, device=s.device)  # the best; what follows holds for any set of live directions
+    root = s[chosen].sqrt()
+    from_A_KR = (u[:, chosen] / root).mT @ m_u
+    from_B_RK = m_z @ (vh[chosen].mT / root)
     new_A, new_B = from_A_KR @ a_RI, b_OR @ from_B_RK
     if live < rank:
         idle = _complement(from_A_KR)

@@ -15,7 +15,7 @@ from dynrank.layers.finding import lora_layers
 
 
 def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str) -> None:
-    """Compare the hash of every adapter, and of its optimizer state, in all processes; a collective call.
+    """Compare the digest of every adapter, and of its optimizer state, in all processes; a collective call.
 
     Whatever else is trained and kept whole in every process (a head) is compared too, shards are not.
 
@@ -29,18 +29,19 @@ def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str
     """
     if process_count() == 1:
         return
-    optimizers = [getattr(optimizer, "optimizer", optimizer) for optimizer in optimizers]  # Lightning wraps them
+    optimizers = list(optimizers)
     mine = {
-        name: (_digest(parameters, ()), _digest(parameters, optimizers)) for name, parameters in _trained(model).items()
+        name: (digest(parameters), digest([sorted(o.state.get(p, {}).items()) for o in optimizers for p in parameters]))
+        for name, parameters in _trained(model).items()
     }
     everywhere = from_all(mine)
     faults = []
     for name in dict.fromkeys(name for digests in everywhere for name in digests):
-        found = [digests.get(name) for digests in everywhere]
-        other = [index for index, digest in enumerate(found) if digest != found[0]]
-        if other:
-            weights = any((found[i] or ("",))[0] != (found[0] or ("",))[0] for i in other)
-            faults.append(f"{name!r} ({'weights' if weights else 'optimizer state'}, processes {other} against 0)")
+        weights, states = zip(*(digests.get(name, ("", "")) for digests in everywhere), strict=True)
+        kind, found = ("optimizer state", states) if len(set(weights)) == 1 else ("weights", weights)
+        others = [process for process, value in enumerate(found) if value != found[0]]
+        if others:
+            faults.append(f"{name!r} ({kind}, processes {others} against 0)")
     if faults:
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ConfigurationError(
@@ -51,12 +52,8 @@ def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str
 
 
 def _trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """What every process has whole, by layer; all else that is trained by its own name."""
     layers = {name: [layer.lora_A, layer.lora_B] for name, layer in lora_layers(model)}
     of_layers = {id(parameter) for parameters in layers.values() for parameter in parameters}
     rest = {n: [p] for n, p in model.named_parameters() if p.requires_grad and id(p) not in of_layers}
     return {n: ps for n, ps in (layers | rest).items() if not any(isinstance(p, DTensor) for p in ps)}
-
-
-def _digest(parameters: Iterable[nn.Parameter], optimizers: Iterable[Optimizer]) -> str:
-    optimizers = list(optimizers)
-    return digest([(p, *(sorted(o.state.get(p, {}).items()) for o in optimizers)) for p in parameters])

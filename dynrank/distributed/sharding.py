@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dynrank.distributed.processes import copy_from_first, from_first, process_count
+from dynrank.distributed.processes import average_over_processes, copy_from_first, from_first
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.finding import lora_layers, own_layers
@@ -59,8 +59,7 @@ def shard_frozen(
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigurationError(f"FSDP2 with LoRA needs torch >= 2.7, got {torch.__version__}")
     blocks = list(blocks if blocks is not None else _transformer_blocks(model))
-    inside = {id(part) for layer in layers.values() for part in layer.module.modules()}
-    inside -= {id(layer.module) for layer in layers.values()}
+    inside = {id(part) for layer in layers.values() for part in layer.module.modules() if part is not layer.module}
     for block in blocks:
         if id(block) in inside:
             raise ConfigurationError(
@@ -85,6 +84,15 @@ def sharded_layers(model: nn.Module) -> list[str]:
     ]
 
 
+def sharded_error(names: list[str]) -> ConfigurationError:
+    """The error for layers whose ranks would have to change and whose factors are sharded."""
+    return ConfigurationError(
+        f"the factors of {names[0]!r} ({len(names)} layers in all) are sharded by FSDP2, so their rank cannot change; "
+        "keep them out of sharding: dynrank.distributed.sharding.shard_frozen(model, mesh) in configure_model, or "
+        "fully_shard(..., ignored_params=...)"
+    )
+
+
 def trains_shards(optimizer: Optimizer) -> bool:
     """Whether anything that ``optimizer`` trains is sharded."""
     return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
@@ -96,22 +104,14 @@ def average_gradients(optimizer: Optimizer) -> None:
 
     A parameter that no process has used keeps no gradient; one that some have not used counts as zero there.
     """
-    if process_count() == 1:
-        return
-    kinds: dict[tuple[torch.device, torch.dtype], list[nn.Parameter]] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.requires_grad and not isinstance(parameter, DTensor):
-                kinds.setdefault((parameter.device, parameter.dtype), []).append(parameter)
-    for parameters in kinds.values():
-        used = parameters[0].new_tensor([float(p.grad is not None) for p in parameters])
-        grads = [p.grad.flatten() if p.grad is not None else p.new_zeros(p.numel()) for p in parameters]
-        buffer = torch.cat([used, *grads])  # one message, whatever the processes have used
-        distributed.all_reduce(buffer)
-        used, *means = torch.split(buffer, [len(parameters), *(p.numel() for p in parameters)])
-        for parameter, users, mean in zip(parameters, used.tolist(), means, strict=True):
-            if users:
-                parameter.grad = mean.div_(process_count()).view_as(parameter)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    whole = [p for p in trained if p.requires_grad and not isinstance(p, DTensor)]
+    users = [p.new_tensor(p.grad is not None) for p in whole]
+    means = [p.grad if p.grad is not None else torch.zeros_like(p) for p in whole]
+    average_over_processes([*users, *means])
+    for parameter, used, mean in zip(whole, users, means, strict=True):
+        if parameter.grad is None and used:
+            parameter.grad = mean
 
 
 def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
@@ -129,27 +129,20 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
     """
     shapes, scalings = from_first(lambda: _saved_shapes(Path(path)))
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    plain = {plain_name(name): value for name, value in saved.items()}
+    factors = {plain_name(name): value for name, value in saved.items()}
     scalings = {plain_name(name): value for name, value in scalings.items()}
-    sharded = {
-        name for name in sharded_layers(model) for key, value in plain.items()
-        if key.startswith(f"{name}.lora_A") and value.shape[0] != dict(lora_layers(model))[name].rank
-    }  # fmt: skip
-    if sharded:
-        raise sharded_error(sorted(sharded))
+    ranks = {name: layer.rank for name, layer in lora_layers(model)}
+    changing = [
+        name
+        for name in sharded_layers(model)
+        if any(key.startswith(f"{name}.lora_A") and len(value) != ranks[name] for key, value in factors.items())
+    ]
+    if changing:
+        raise sharded_error(changing)
     for name, layer in own_layers(model).items():
-        take_rank(layer, name, plain.get(f"{name}.lora_A"), plain.get(f"{name}.lora_B"))
+        take_rank(layer, name, factors.get(f"{name}.lora_A"), factors.get(f"{name}.lora_B"))
         layer.scaling = scalings.get(f"{name}._extra_state", layer.scaling)
     take_peft_ranks(model, saved)
-
-
-def sharded_error(names: list[str]) -> ConfigurationError:
-    """What to say where the ranks of sharded layers would have to change."""
-    return ConfigurationError(
-        f"the factors of {names[0]!r} ({len(names)} layers in all) are sharded by FSDP2, so their rank cannot change; "
-        "keep them out of sharding: dynrank.distributed.sharding.shard_frozen(model, mesh) in configure_model, or "
-        "fully_shard(..., ignored_params=...)"
-    )
 
 
 def _saved_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.change.optimizer_state import check_optimizer, moved_state
+from dynrank.change.optimizer_state import Move, check_optimizer, moved_state
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import grow_product
 from dynrank.schedules import How
@@ -84,7 +84,7 @@ def move(optimizer, parameter, map_KR, gradient_map_KR, dim, fresh=None):
     check_optimizer(optimizer, [parameter], "transport")
     value = along(map_KR, parameter.detach(), dim)
     value = value if fresh is None else value + fresh
-    state = moved_state(optimizer, parameter, value, map_KR, gradient_map_KR, dim)
+    state = moved_state(optimizer, parameter, Move(value, map_KR, gradient_map_KR, dim, gain=1e6))
     assert_close(optimizer.state[parameter], before, rtol=0, atol=0)
     parameter.data, optimizer.state[parameter] = value, state
     return before
