@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from dynrank.linalg import (
-    GAUGES,
     effective_rank,
     energy_kept,
     energy_rank,
@@ -18,6 +17,9 @@ from dynrank.linalg import (
     singular_values,
     truncate_product,
 )
+
+GAUGES = ["balanced", "keep_norm"]
+METRICS = ["weight", "output", "loss"]
 
 
 def factors(d_out, d_in, rank, decay=0.5, seed=0, dtype=torch.float64):
@@ -30,194 +32,23 @@ def factors(d_out, d_in, rank, decay=0.5, seed=0, dtype=torch.float64):
 
 @st.composite
 def problems(draw):
+    """(lora_B, lora_A, rank to keep), with condition numbers from a few to about 1e5."""
     rank = draw(st.integers(1, 6))
     d_out, d_in = draw(st.integers(rank, 20)), draw(st.integers(rank, 20))
-    decay = draw(st.sampled_from([1.0, 0.5, 0.1]))  # condition numbers from a few to about 1e5
-    seed = draw(st.integers(0, 2**31))
+    decay, seed = draw(st.sampled_from([1.0, 0.5, 0.1])), draw(st.integers(0, 2**31))
     return *factors(d_out, d_in, rank, decay, seed), draw(st.integers(1, rank))
 
 
-@settings(max_examples=60, deadline=None)
-@given(problems())
-def test_truncate_product_error_is_the_discarded_singular_values(problem):
-    lora_B, lora_A, rank = problem
-    u, s, vh = torch.linalg.svd(lora_B @ lora_A, full_matrices=False)
-    change = truncate_product(lora_B, lora_A, rank)
-    error = lora_B @ lora_A - change.lora_B @ change.lora_A
-    # 1e-8 of the product's size: what float64 leaves after a condition number of 1e5
-    scale = float(s[0])
-    assert_close(error.norm(), s[rank : lora_A.shape[0]].norm(), rtol=1e-8, atol=1e-12 * scale)
-    assert_close(change.dropped.norm(), error.norm(), rtol=1e-8, atol=1e-12 * scale)
-    best = u[:, :rank] * s[:rank] @ vh[:rank]
-    assert_close((lora_B @ lora_A - best).norm(), error.norm(), rtol=1e-8, atol=1e-12 * scale)
+def product(change):
+    return change.lora_B @ change.lora_A
 
 
-@settings(max_examples=40, deadline=None)
-@given(problems())
-def test_truncate_product_factors_are_balanced_and_follow_from_the_maps(problem):
-    lora_B, lora_A, rank = problem
-    change = truncate_product(lora_B, lora_A, rank)
-    gram_B, gram_A = change.lora_B.mT @ change.lora_B, change.lora_A @ change.lora_A.mT
-    atol = 1e-10 * float(change.singular_values[0])  # rounding of the Gram matrices
-    assert_close(gram_B, gram_A, rtol=1e-8, atol=atol)
-    assert_close(gram_A, torch.diag(change.singular_values[:rank]), rtol=1e-8, atol=atol)
-    # the maps divide by sqrt(sigma): their rounding grows with the condition number, 1e5 here
-    assert_close(change.from_A @ lora_A, change.lora_A, rtol=1e-7, atol=1e-9 * float(change.singular_values[0]) ** 0.5)
-    assert_close(lora_B @ change.from_B, change.lora_B, rtol=1e-7, atol=1e-9 * float(change.singular_values[0]) ** 0.5)
+def alive(change):
+    """Whether each direction can learn: as long as its row of A or its column of B isn't zero."""
+    return change.lora_A.norm(dim=1) + change.lora_B.norm(dim=0) > 1e-8  # rounding leaves about 1e-16
 
 
-@settings(max_examples=40, deadline=None)
-@given(problems())
-def test_singular_values_equal_those_of_the_dense_product(problem):
-    lora_B, lora_A, _ = problem
-    dense = torch.linalg.svdvals(lora_B @ lora_A)[: lora_A.shape[0]]
-    assert_close(singular_values(lora_B, lora_A), dense, rtol=1e-8, atol=1e-12 * float(dense[0]))
-
-
-def test_truncate_product_twice_equals_once():
-    lora_B, lora_A = factors(9, 7, 5)
-    first = truncate_product(lora_B, lora_A, 4)
-    twice, once = truncate_product(first.lora_B, first.lora_A, 2), truncate_product(lora_B, lora_A, 2)
-    assert_close(twice.lora_B @ twice.lora_A, once.lora_B @ once.lora_A)
-    assert_close(twice.lora_A.abs(), once.lora_A.abs())  # balanced factors are unique up to the sign of a direction
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_truncate_product_keeps_the_dtype_and_computes_in_double(dtype):
-    lora_B, lora_A = factors(9, 7, 4, dtype=dtype)
-    change = truncate_product(lora_B, lora_A, 2)
-    reference = truncate_product(lora_B.double(), lora_A.double(), 2)
-    assert change.lora_A.dtype == change.lora_B.dtype == dtype
-    assert torch.equal(change.lora_A, reference.lora_A.to(dtype))
-    assert torch.equal(change.lora_B, reference.lora_B.to(dtype))
-
-
-def test_truncate_product_keeps_the_first_rows_when_the_layer_is_fresh():
-    _, lora_A = factors(9, 7, 4)
-    change = truncate_product(torch.zeros(9, 4, dtype=torch.float64), lora_A, 3)
-    assert torch.equal(change.lora_A, lora_A[:3])
-    assert torch.equal(change.lora_B, torch.zeros(9, 3, dtype=torch.float64))
-
-
-def _deficient(kind):
-    """Factors of rank 4 whose product has rank 1."""
-    lora_B, lora_A = factors(9, 7, 4, decay=1.0)
-    if kind == "B":
-        lora_B[:, 1:] = 0
-    elif kind == "A":
-        lora_A[1:] = lora_A[0]
-    elif kind == "A, B orthonormal":
-        lora_A[:] = lora_A[:1].clone()
-        lora_B = torch.linalg.qr(lora_B).Q
-    else:
-        lora_B[:, 2:], lora_A[1:2] = 0, 0  # the product ends in one factor here, in the other there
-    return lora_B, lora_A
-
-
-@pytest.mark.parametrize("kind", ["B", "A", "A, B orthonormal", "both"])
-def test_truncate_product_keeps_the_function_and_no_dead_direction_when_the_product_is_deficient(kind):
-    lora_B, lora_A = _deficient(kind)
-    change = truncate_product(lora_B, lora_A, 3)
-    assert_close(change.lora_B @ change.lora_A, lora_B @ lora_A)
-    # a direction learns as long as its row of A or its column of B isn't zero; rounding leaves about 1e-16
-    alive = change.lora_A.norm(dim=1) + change.lora_B.norm(dim=0)
-    assert (alive > 1e-8).all(), alive
-
-
-def test_truncate_product_keeps_a_direction_alive_when_A_is_zero():
-    lora_B, _ = factors(9, 7, 4)
-    change = truncate_product(lora_B, torch.zeros(4, 7, dtype=torch.float64), 3)
-    assert (change.lora_A.norm(dim=1) + change.lora_B.norm(dim=0) > 1e-8).all()
-
-
-@pytest.mark.parametrize("rank", [4, 6, 7])
-def test_grow_product_leaves_the_old_factors_and_the_product_bit_equal(rank):
-    lora_B, lora_A = (factor.round() for factor in factors(9, 7, 4, decay=2.0))  # whole numbers: sums are exact
-    change = grow_product(lora_B, lora_A, rank)
-    assert torch.equal(change.lora_A[:4], lora_A)
-    assert torch.equal(change.lora_B[:, :4], lora_B)
-    assert torch.equal(change.lora_B @ change.lora_A, lora_B @ lora_A)
-
-
-def test_grow_product_adds_orthogonal_rows_at_the_median_norm():
-    lora_B, lora_A = factors(9, 12, 3)
-    lora_A *= torch.tensor([[1.0], [10.0], [100.0]])
-    rows = grow_product(lora_B, lora_A, 6).lora_A[3:]
-    expected = lora_A.norm(dim=1).sort().values[1]
-    assert_close(rows @ rows.mT, torch.eye(3, dtype=torch.float64) * expected**2)
-    assert_close(rows @ lora_A.mT, torch.zeros(3, 3, dtype=torch.float64), rtol=0, atol=1e-9 * float(expected) ** 2)
-
-
-def test_grow_product_draws_from_its_generator():
-    lora_B, lora_A = factors(9, 7, 2)
-    one, same, other = (
-        grow_product(lora_B, lora_A, 5, generator=torch.Generator().manual_seed(seed)).lora_A for seed in (1, 1, 2)
-    )
-    assert torch.equal(one, same)
-    assert not torch.allclose(one, other)
-
-
-def test_grow_then_truncate_is_the_identity():
-    balanced = truncate_product(*factors(9, 7, 3), 3)
-    grown = grow_product(balanced.lora_B, balanced.lora_A, 6)
-    back = truncate_product(grown.lora_B, grown.lora_A, 3)
-    assert_close(back.lora_B @ back.lora_A, balanced.lora_B @ balanced.lora_A)
-    assert_close(back.lora_A.abs(), balanced.lora_A.abs())  # unique up to the sign of a direction
-
-
-@pytest.mark.parametrize("function", [truncate_product, grow_product, lambda b, a, rank: singular_values(b, a)])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("which", ["lora_A", "lora_B"])
-def test_functions_name_the_factor_that_is_not_finite(function, value, which):
-    pair = dict(zip(("lora_B", "lora_A"), factors(9, 7, 4), strict=True))
-    pair[which][1, 1] = value
-    with pytest.raises(ValueError, match=f"{which} must be finite"):
-        function(pair["lora_B"], pair["lora_A"], 4)
-
-
-@pytest.mark.parametrize("function", [truncate_product, grow_product, lambda b, a, rank: singular_values(b, a)])
-@pytest.mark.parametrize("shapes", [((9, 4), (3, 7)), ((9,), (9, 7)), ((9, 4), (4, 7, 1))])
-def test_functions_refuse_shapes_that_form_no_product(function, shapes):
-    with pytest.raises(ValueError, match="factors must be"):
-        function(torch.ones(shapes[0]), torch.ones(shapes[1]), 3)
-
-
-@pytest.mark.parametrize(
-    ("function", "rank"), [(truncate_product, 0), (truncate_product, 5), (grow_product, 3), (grow_product, 8)]
-)
-def test_functions_refuse_a_rank_out_of_range(function, rank):
-    with pytest.raises(ValueError, match=f"rank must be between .* got {rank}"):
-        function(*factors(9, 7, 4), rank)
-
-
-def test_numerical_rank_equals_torch_matrix_rank():
-    for rank in range(5):
-        product = torch.matmul(*factors(9, 7, 4)) if rank == 4 else torch.zeros(9, 7, dtype=torch.float64)
-        if 0 < rank < 4:
-            product = torch.matmul(*factors(9, 7, rank))
-        assert numerical_rank(torch.linalg.svdvals(product), 9) == torch.linalg.matrix_rank(product) == rank
-
-
-def test_energy_kept_is_the_share_of_the_squared_frobenius_norm():
-    lora_B, lora_A = factors(9, 7, 4)
-    change = truncate_product(lora_B, lora_A, 2)
-    share = (change.lora_B @ change.lora_A).square().sum() / (lora_B @ lora_A).square().sum()
-    assert energy_kept(change.singular_values, 2) == pytest.approx(float(share), rel=1e-10)
-    assert energy_kept(change.singular_values, 4) == 1.0
-    assert energy_kept(torch.zeros(3), 1) == 1.0
-
-
-def test_truncation_of_rounded_rank_deficient_factors_takes_no_noise_for_signal():
-    """Directions that only float32's rounding holds up would be rows of about 1e-4: too small to learn."""
-    b = (torch.randn(60, 4, dtype=torch.float64) @ torch.randn(4, 12, dtype=torch.float64)).float()
-    a = torch.randn(12, 50)
-    change = truncate_product(b, a, 8)
-    assert change.lora_A.norm(dim=1).min() > 0.1
-    assert change.lora_B[:, 4:].abs().max() == 0
-    assert (b @ a - change.lora_B @ change.lora_A).norm() <= 1e-5 * (b @ a).norm()
-
-
-# Metrics: the same problem solved dense, whitened with the square roots of the moments of real samples
+# Truncation in a metric: the same problem solved dense, whitened with the square roots of moments of real samples
 
 
 def spd_root(gram):
@@ -241,9 +72,6 @@ def measured_problems(draw):
     return lora_B, lora_A, rank, *moments
 
 
-METRICS = ["weight", "output", "loss"]
-
-
 def metric_of(metric, lora_B, lora_A, moment_x, moment_g):
     """(H, C) of the norm ||H^1/2 D C^1/2|| and the (gram_u, gram_z) that stand for them."""
     h = moment_g if metric == "loss" else torch.eye(len(moment_g), dtype=torch.float64)
@@ -260,9 +88,9 @@ def weighted(delta, h, c):
     return (spd_root(h)[0] @ delta @ spd_root(c)[0]).norm()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(measured_problems(), st.sampled_from(METRICS), st.sampled_from(GAUGES))
-def test_truncate_product_equals_the_dense_whitened_solution_in_every_metric(problem, metric, gauge):
+def test_truncation_error_is_that_of_the_dense_whitened_solution(problem, metric, gauge):
     lora_B, lora_A, rank, moment_x, moment_g = problem
     h, c, grams = metric_of(metric, lora_B, lora_A, moment_x, moment_g)
     (h_root, h_inverse), (c_root, c_inverse) = spd_root(h), spd_root(c)
@@ -270,13 +98,13 @@ def test_truncate_product_equals_the_dense_whitened_solution_in_every_metric(pro
     u, s, vh = torch.linalg.svd(h_root @ dense @ c_root, full_matrices=False)
     best = h_inverse @ (u[:, :rank] * s[:rank]) @ vh[:rank] @ c_inverse
     change = truncate_product(lora_B, lora_A, rank, **grams, gauge=gauge)
-    error = weighted(dense - change.lora_B @ change.lora_A, h, c)
+    error = weighted(dense - product(change), h, c)
     # squares of condition numbers of 1e5 stand in the Gram matrices: their roots know a value to 1e-8 of the largest
     atol = (1e-12 if metric == "weight" else 2e-8) * float(s[0])
     assert_close(change.singular_values, s[: lora_A.shape[0]], rtol=1e-8, atol=atol)
-    assert_close(error, s[rank : lora_A.shape[0]].norm(), rtol=1e-8, atol=2 * atol)
-    assert_close(change.dropped.norm(), error, rtol=1e-8, atol=2 * atol)
-    assert_close(weighted(dense - best, h, c), error, rtol=1e-8, atol=2 * atol)
+    assert_close(singular_values(lora_B, lora_A, **grams), change.singular_values, rtol=1e-12, atol=atol)
+    assert_close(error, change.singular_values[rank:].norm(), rtol=1e-8, atol=2 * atol)
+    assert_close(error, weighted(dense - best, h, c), rtol=1e-8, atol=2 * atol)
 
 
 @settings(max_examples=40, deadline=None)
@@ -286,7 +114,7 @@ def test_truncate_product_equals_the_dense_whitened_solution_in_every_metric(pro
     st.tuples(st.integers(2, 6), st.integers(0, 10), st.integers(0, 10)),
     st.data(),
 )
-def test_truncate_product_is_the_dense_whitened_solution_to_1e8_when_well_conditioned(seed, metric, shape, data):
+def test_truncation_is_the_dense_whitened_solution_to_1e8_when_well_conditioned(seed, metric, shape, data):
     rank, more_out, more_in = shape
     keep = data.draw(st.integers(1, rank - 1))
     lora_B, lora_A = factors(rank + more_out, rank + more_in, rank, decay=0.6, seed=seed)
@@ -299,52 +127,22 @@ def test_truncate_product_is_the_dense_whitened_solution_to_1e8_when_well_condit
         return  # ill-conditioned after all, or two best solutions that lie almost as close
     best = h_inverse @ (u[:, :keep] * s[:keep]) @ vh[:keep] @ c_inverse
     change = truncate_product(lora_B, lora_A, keep, **grams)
-    assert_close(change.lora_B @ change.lora_A, best, rtol=1e-8, atol=1e-8 * float(best.abs().max()))
-    assert_close(change.singular_values, s[:rank], rtol=1e-8, atol=1e-8 * float(s[0]))
+    assert_close(product(change), best, rtol=1e-8, atol=1e-8 * float(best.abs().max()))
 
 
-@settings(max_examples=30, deadline=None)
-@given(measured_problems(), st.sampled_from(METRICS), st.integers(0, 2**31))
-def test_truncate_product_beats_every_competitor_of_its_rank(problem, metric, seed):
-    lora_B, lora_A, rank, moment_x, moment_g = problem
-    h, c, grams = metric_of(metric, lora_B, lora_A, moment_x, moment_g)
-    change = truncate_product(lora_B, lora_A, rank, **grams)
-    dense, found = lora_B @ lora_A, change.lora_B @ change.lora_A
-    error = weighted(dense - found, h, c)
-    slack = 1e-7 * weighted(dense, h, c)
-    generator = torch.Generator().manual_seed(seed)
-    for size in (1e-4, 1e-2, 1.0):
-        other_B, other_A = (
-            factor + size * factor.norm() * torch.randn(factor.shape, dtype=torch.float64, generator=generator)
-            for factor in (change.lora_B, change.lora_A)
-        )
-        assert weighted(dense - other_B @ other_A, h, c) >= error - slack
-    for other in METRICS:  # the best in another metric is no better in this one
-        _, _, other_grams = metric_of(other, lora_B, lora_A, moment_x, moment_g)
-        rival = truncate_product(lora_B, lora_A, rank, **other_grams)
-        assert weighted(dense - rival.lora_B @ rival.lora_A, h, c) >= error - slack
-
-
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(measured_problems(), st.sampled_from(METRICS))
-def test_truncate_product_factors_are_balanced_and_follow_from_the_maps_in_every_metric(problem, metric):
+def test_truncated_factors_are_balanced_and_follow_from_the_maps(problem, metric):
     lora_B, lora_A, rank, moment_x, moment_g = problem
     _, _, grams = metric_of(metric, lora_B, lora_A, moment_x, moment_g)
     change = truncate_product(lora_B, lora_A, rank, **grams)
     gram_B, gram_A = change.lora_B.mT @ change.lora_B, change.lora_A @ change.lora_A.mT
     largest = float(gram_A.abs().max())
     assert_close(gram_B, gram_A, rtol=1e-8, atol=1e-8 * largest)
-    assert_close(gram_A, torch.diag(gram_A.diagonal()), rtol=1e-8, atol=1e-8 * largest)
     # the values of the product itself, whatever the metric that chose it
-    assert_close(
-        gram_A.diagonal(),
-        torch.linalg.svdvals(change.lora_B @ change.lora_A)[:rank],
-        rtol=1e-7,
-        atol=1e-8 * largest,
-    )
-    live = change.lora_B.norm(dim=0) > 1e-6 * change.lora_B.norm()  # where B' is zero, A' stands for itself
-    if change.singular_values[rank - 1] > 1e-6 * change.singular_values[0]:
-        assert live.all()
+    values = torch.linalg.svdvals(product(change))[:rank]
+    assert_close(gram_A, torch.diag(values), rtol=1e-7, atol=1e-8 * largest)
+    if change.singular_values[rank - 1] > 1e-6 * change.singular_values[0]:  # all within the numerical rank
         # the maps divide by roots of singular values down to 1e-6 of the largest
         assert_close(change.from_A @ lora_A, change.lora_A, rtol=1e-6, atol=1e-6 * largest**0.5)
         assert_close(lora_B @ change.from_B, change.lora_B, rtol=1e-6, atol=1e-6 * largest**0.5)
@@ -357,22 +155,81 @@ def test_keep_norm_is_the_same_product_with_rows_of_A_as_large_as_before(problem
     _, _, grams = metric_of(metric, lora_B, lora_A, moment_x, moment_g)
     balanced = truncate_product(lora_B, lora_A, rank, **grams)
     change = truncate_product(lora_B, lora_A, rank, **grams, gauge="keep_norm")
-    product = balanced.lora_B @ balanced.lora_A
-    assert_close(change.lora_B @ change.lora_A, product, rtol=1e-9, atol=1e-12 * float(product.abs().max()))
-
-    def rms(rows):
-        return rows.square().sum(1).mean().sqrt()
-
-    assert_close(rms(change.lora_A), rms(lora_A))
+    assert_close(product(change), product(balanced), rtol=1e-9, atol=1e-12 * float(product(balanced).abs().max()))
+    assert_close(change.lora_A.norm() / rank**0.5, lora_A.norm() / len(lora_A) ** 0.5)  # root mean square
     scale = change.lora_A.norm() / balanced.lora_A.norm()
     assert_close(change.from_A, balanced.from_A * scale)
     assert_close(change.from_B, balanced.from_B / scale)
 
 
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.data())
+def test_truncating_twice_equals_once_to_the_smaller_rank(problem, data):
+    lora_B, lora_A, rank = problem
+    first = truncate_product(lora_B, lora_A, data.draw(st.integers(rank, lora_A.shape[0])))
+    twice, once = truncate_product(first.lora_B, first.lora_A, rank), truncate_product(lora_B, lora_A, rank)
+    s = once.singular_values
+    if rank < len(s) and s[rank] > 0.999 * s[rank - 1]:
+        return  # two directions of one size: either may stay
+    gap = 1.0 if rank == len(s) else float(1 - s[rank] / s[rank - 1])
+    assert_close(product(twice), product(once), rtol=1e-8, atol=1e-11 / gap * float(s[0]))
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e30])
+@pytest.mark.parametrize("gauge", GAUGES)
+def test_truncation_knows_the_product_alone_however_its_scale_is_shared(scale, gauge):
+    lora_B, lora_A = factors(9, 7, 4, dtype=torch.float32)
+    change = truncate_product(lora_B / scale, lora_A * scale, 2, gauge=gauge)
+    # float32 factors, rounded once more by the scale
+    assert_close(product(change), product(truncate_product(lora_B, lora_A, 2)), rtol=1e-5, atol=1e-6)
+    assert torch.isfinite(change.from_A).all()
+    assert torch.isfinite(change.from_B).all()
+
+
+# What has no place in the ranking
+
+
+@pytest.mark.parametrize("gauge", GAUGES)
+@pytest.mark.parametrize("metric", METRICS)
+def test_truncation_of_a_fresh_layer_keeps_its_first_rows_in_every_metric(gauge, metric):
+    _, lora_A = factors(9, 7, 4)
+    grams = {} if metric == "weight" else {"gram_z": lora_A @ lora_A.mT}
+    grams |= {"gram_u": torch.zeros(4, 4, dtype=torch.float64)} if metric == "loss" else {}
+    change = truncate_product(torch.zeros(9, 4, dtype=torch.float64), lora_A, 3, **grams, gauge=gauge)
+    rows = lora_A[:3] if gauge == "balanced" else lora_A[:3] / lora_A[:3].norm() * lora_A.norm() * (3 / 4) ** 0.5
+    assert_close(change.lora_A, rows)
+    assert not change.lora_B.any()
+
+
+def _deficient(kind):
+    """Factors of rank 4 whose product has rank 1, or 0."""
+    lora_B, lora_A = factors(9, 7, 4, decay=1.0)
+    if kind == "B":
+        lora_B[:, 1:] = 0
+    elif kind == "A":
+        lora_A[1:] = lora_A[0]
+    elif kind == "A, B orthonormal":
+        lora_A[:] = lora_A[:1].clone()
+        lora_B = torch.linalg.qr(lora_B).Q
+    elif kind == "both":
+        lora_B[:, 2:], lora_A[1:2] = 0, 0  # the product ends in one factor here, in the other there
+    else:
+        lora_A[:] = 0
+    return lora_B, lora_A
+
+
+@pytest.mark.parametrize("kind", ["B", "A", "A, B orthonormal", "both", "A is zero"])
+def test_truncation_keeps_the_function_and_no_dead_direction_when_the_product_is_deficient(kind):
+    lora_B, lora_A = _deficient(kind)
+    change = truncate_product(lora_B, lora_A, 3)
+    assert_close(product(change), lora_B @ lora_A)
+    assert alive(change).all()
+
+
 @pytest.mark.parametrize("metric", ["output", "loss"])
 @pytest.mark.parametrize("samples", [1, 2])
 @pytest.mark.parametrize("rank", [1, 2, 3])
-def test_truncate_product_with_fewer_samples_than_ranks_loses_nothing_that_was_seen(metric, samples, rank):
+def test_truncation_with_fewer_samples_than_ranks_loses_nothing_that_was_seen(metric, samples, rank):
     """Gram matrices of rank 1 or 2 for factors of rank 4: what the samples did not see ranks last."""
     lora_B, lora_A = factors(9, 7, 4)
     generator = torch.Generator().manual_seed(3)
@@ -380,82 +237,64 @@ def test_truncate_product_with_fewer_samples_than_ranks_loses_nothing_that_was_s
     h, c, grams = metric_of(metric, lora_B, lora_A, x.mT @ x, g.mT @ g)
     change = truncate_product(lora_B, lora_A, rank, **grams)
     s = torch.linalg.svdvals(spd_root(h)[0] @ lora_B @ lora_A @ spd_root(c)[0])
-    error = weighted(lora_B @ lora_A - change.lora_B @ change.lora_A, h, c)
+    error = weighted(lora_B @ lora_A - product(change), h, c)
     assert_close(error, s[rank:4].norm(), rtol=1e-7, atol=2e-8 * float(s[0]))
-    if rank >= samples:
-        assert error <= 2e-8 * s[0]
-    alive = change.lora_A.norm(dim=1) + change.lora_B.norm(dim=0)
-    assert (alive > 1e-8).all()
+    assert alive(change).all()
     assert torch.isfinite(change.from_A).all()
     assert torch.isfinite(change.from_B).all()
 
 
-@pytest.mark.parametrize("gauge", GAUGES)
-@pytest.mark.parametrize("grams", [(None, "zz"), ("uu", "zz")], ids=["output", "loss"])
-def test_truncate_product_of_a_fresh_layer_keeps_its_first_rows_in_every_metric(gauge, grams):
-    _, lora_A = factors(9, 7, 4)
-    moments = {"zz": lora_A @ lora_A.mT, "uu": torch.zeros(4, 4, dtype=torch.float64), None: None}
-    change = truncate_product(
-        torch.zeros(9, 4, dtype=torch.float64),
-        lora_A,
-        3,
-        gram_u=moments[grams[0]],
-        gram_z=moments[grams[1]],
-        gauge=gauge,
-    )
-    size = lora_A[:3] if gauge == "balanced" else lora_A[:3] / lora_A[:3].norm() * lora_A.norm() * (3 / 4) ** 0.5
-    assert_close(change.lora_A, size)
-    assert not change.lora_B.any()
-
-
-@settings(max_examples=40, deadline=None)
-@given(problems(), st.data())
-def test_truncate_product_twice_equals_once_to_the_smaller_rank(problem, data):
-    lora_B, lora_A, rank = problem
-    between = data.draw(st.integers(rank, lora_A.shape[0]))
-    first = truncate_product(lora_B, lora_A, between)
-    twice, once = truncate_product(first.lora_B, first.lora_A, rank), truncate_product(lora_B, lora_A, rank)
-    s = once.singular_values
-    if rank < len(s) and s[rank] > 0.999 * s[rank - 1]:
-        return  # two directions of one size: either may stay
-    gap = 1.0 if rank == len(s) else float(1 - s[rank] / s[rank - 1])
-    product = once.lora_B @ once.lora_A
-    assert_close(twice.lora_B @ twice.lora_A, product, rtol=1e-8, atol=1e-11 / gap * float(s[0]))
-    assert_close(twice.singular_values[:rank], s[:rank], rtol=1e-8, atol=1e-12 * float(s[0]))
-
-
-@settings(max_examples=40, deadline=None)
-@given(problems(), st.data())
-def test_growth_then_truncation_is_the_identity(problem, data):
-    lora_B, lora_A, _ = problem
-    rank, seed = lora_A.shape[0], data.draw(st.integers(0, 2**31))
-    to = data.draw(st.integers(rank, min(lora_B.shape[0], lora_A.shape[1])))
-    generator = torch.Generator().manual_seed(seed)
-    grown = grow_product(lora_B, lora_A, to, generator=generator)
-    assert torch.equal(grown.lora_B[:, :rank], lora_B)
-    assert torch.equal(grown.lora_A[:rank], lora_A)
-    assert not grown.lora_B[:, rank:].any()
-    back, direct = truncate_product(grown.lora_B, grown.lora_A, rank), truncate_product(lora_B, lora_A, rank)
-    size = float(direct.singular_values[0])
-    assert_close(back.lora_B @ back.lora_A, lora_B @ lora_A, rtol=1e-8, atol=1e-11 * size)
-    assert_close(back.dropped, torch.zeros(to - rank, dtype=torch.float64), rtol=0, atol=1e-12 * size)
-    overlap = grown.lora_A[rank:] @ lora_A.mT
-    rows = lora_A.norm(dim=1)
-    assert_close(overlap, torch.zeros_like(overlap), rtol=0, atol=1e-9 * float(rows.max()) * float(rows.median()))
+def test_truncation_of_rounded_rank_deficient_factors_takes_no_noise_for_signal():
+    """Directions that only float32's rounding holds up would be rows of about 1e-4: too small to learn."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(60, 4, generator=generator).double(), torch.randn(4, 12, generator=generator).double()
+    b, a = (left @ right).float(), torch.randn(12, 50, generator=generator)
+    change = truncate_product(b, a, 8)
+    assert change.lora_A.norm(dim=1).min() > 0.1
+    assert change.lora_B[:, 4:].abs().max() == 0
+    assert (b @ a - product(change)).norm() <= 1e-5 * (b @ a).norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("metric", METRICS)
-def test_truncate_product_computes_in_double_whatever_the_dtype(dtype, metric):
+def test_truncation_computes_in_double_whatever_the_dtype(dtype, metric):
     lora_B, lora_A = factors(9, 7, 4, dtype=dtype)
     moments = [torch.diag(torch.arange(1, dim + 1, dtype=torch.float64)) for dim in (7, 9)]
     _, _, grams = metric_of(metric, lora_B.double(), lora_A.double(), *moments)
     change = truncate_product(lora_B, lora_A, 2, **grams)
     reference = truncate_product(lora_B.double(), lora_A.double(), 2, **grams)
-    assert change.lora_A.dtype == change.lora_B.dtype == dtype
     assert {t.dtype for t in (change.from_A, change.from_B, change.singular_values)} == {torch.float64}
     assert torch.equal(change.lora_A, reference.lora_A.to(dtype))
     assert torch.equal(change.lora_B, reference.lora_B.to(dtype))
+
+
+# Growth
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.data())
+def test_growth_leaves_the_product_and_truncating_it_again_is_the_identity(problem, data):
+    lora_B, lora_A, _ = problem
+    rank, generator = lora_A.shape[0], torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    to = data.draw(st.integers(rank, min(lora_B.shape[0], lora_A.shape[1])))
+    grown = grow_product(lora_B, lora_A, to, generator=generator)
+    assert torch.equal(grown.lora_B[:, :rank], lora_B)
+    assert torch.equal(grown.lora_A[:rank], lora_A)
+    assert not grown.lora_B[:, rank:].any()
+    rows, size = grown.lora_A[rank:], lora_A.norm(dim=1).median()
+    assert_close(rows @ rows.mT, torch.eye(to - rank, dtype=torch.float64) * size**2)
+    assert_close(rows @ lora_A.mT, torch.zeros(to - rank, rank).double(), rtol=0, atol=1e-9 * float(lora_A.norm()) ** 2)
+    back, values = truncate_product(grown.lora_B, grown.lora_A, rank), singular_values(lora_B, lora_A)
+    assert_close(product(back), lora_B @ lora_A, rtol=1e-8, atol=1e-11 * float(values[0]))
+    assert_close(back.singular_values[:rank], values, rtol=1e-8, atol=1e-12 * float(values[0]))
+
+
+def test_growth_draws_from_its_generator():
+    one, same, other = (
+        grow_product(*factors(9, 7, 2), 5, generator=torch.Generator().manual_seed(seed)).lora_A for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
 
 
 @settings(max_examples=40, deadline=None)
@@ -488,27 +327,42 @@ def test_growth_along_a_gradient_of_too_few_directions_fills_up_at_random():
     rows = torch.linalg.svd(lora_A, full_matrices=False).Vh
     outside = direction - rows.mT @ (rows @ direction)
     assert_close((new[0] @ outside).abs(), new[0].norm() * outside.norm())
-    size = lora_A.norm(dim=1).median()
-    assert_close(new @ new.mT, torch.eye(4, dtype=torch.float64) * size**2)
-    assert_close(new @ lora_A.mT, torch.zeros(4, 2, dtype=torch.float64), rtol=0, atol=1e-9 * float(size) ** 2)
+    assert_close(new @ new.mT, torch.eye(4, dtype=torch.float64) * lora_A.norm(dim=1).median() ** 2)
 
 
-@pytest.mark.parametrize("along", [torch.ones(3, 6), torch.full((3, 7), float("nan"))])
-def test_growth_refuses_a_gradient_of_another_width_or_not_finite(along):
-    with pytest.raises(ValueError, match=r"along must be finite and \(N, 7\)"):
-        grow_product(*factors(9, 7, 2), 4, along=along)
+# Refusals
 
 
-@pytest.mark.parametrize("name", ["gram_u", "gram_z"])
-@pytest.mark.parametrize("gram", [torch.eye(3), torch.full((4, 4), float("inf")), torch.ones(4)])
-def test_truncate_product_names_a_gram_matrix_that_cannot_be_used(name, gram):
-    with pytest.raises(ValueError, match=rf"{name} must be finite and \(4, 4\)"):
-        truncate_product(*factors(9, 7, 4), 2, **{name: gram})
+@pytest.mark.parametrize("function", [truncate_product, grow_product, lambda b, a, rank: singular_values(b, a)])
+def test_functions_name_what_they_cannot_use(function):
+    for which in ("lora_A", "lora_B"):
+        for value in (float("nan"), float("inf")):
+            pair = dict(zip(("lora_B", "lora_A"), factors(9, 7, 4), strict=True))
+            pair[which][1, 1] = value
+            with pytest.raises(ValueError, match=f"{which} must be finite"):
+                function(pair["lora_B"], pair["lora_A"], 4)
+    for b, a in [((9, 4), (3, 7)), ((9,), (9, 7)), ((9, 4), (4, 7, 1))]:
+        with pytest.raises(ValueError, match="factors must be"):
+            function(torch.ones(b), torch.ones(a), 3)
 
 
-def test_truncate_product_refuses_an_unknown_gauge():
-    with pytest.raises(ValueError, match="gauge must be one of .* got 'magic'"):
-        truncate_product(*factors(9, 7, 4), 2, gauge="magic")
+@pytest.mark.parametrize(
+    ("function", "rank", "options", "message"),
+    [
+        (truncate_product, 0, {}, "rank must be between .* got 0"),
+        (truncate_product, 5, {}, "rank must be between .* got 5"),
+        (truncate_product, 2, {"gauge": "magic"}, "gauge must be .* got 'magic'"),
+        (truncate_product, 2, {"gram_u": torch.eye(3)}, r"gram_u must be finite and \(4, 4\)"),
+        (truncate_product, 2, {"gram_z": torch.full((4, 4), math.inf)}, r"gram_z must be finite and \(4, 4\)"),
+        (grow_product, 3, {}, "rank must be between .* got 3"),
+        (grow_product, 8, {}, "rank must be between .* got 8"),
+        (grow_product, 5, {"along": torch.ones(3, 6)}, r"along must be finite and \(N, 7\)"),
+        (grow_product, 5, {"along": torch.full((3, 7), math.nan)}, r"along must be finite and \(N, 7\)"),
+    ],
+)
+def test_functions_refuse_arguments_out_of_range(function, rank, options, message):
+    with pytest.raises(ValueError, match=message):
+        function(*factors(9, 7, 4), rank, **options)
 
 
 # Ranks of a spectrum
@@ -516,6 +370,14 @@ def test_truncate_product_refuses_an_unknown_gauge():
 SPECTRA = st.lists(st.one_of(st.floats(1e-6, 1e3), st.just(0.0)), min_size=1, max_size=8).map(
     lambda values: torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
 )
+
+
+def test_energy_kept_is_the_share_of_the_squared_frobenius_norm():
+    lora_B, lora_A = factors(9, 7, 4)
+    change = truncate_product(lora_B, lora_A, 2)
+    share = product(change).square().sum() / (lora_B @ lora_A).square().sum()
+    assert energy_kept(change.singular_values, 2) == pytest.approx(float(share), rel=1e-10)
+    assert energy_kept(change.singular_values, 4) == energy_kept(torch.zeros(3), 1) == 1.0
 
 
 @given(SPECTRA, st.floats(0.01, 1.0))
@@ -534,7 +396,6 @@ def test_energy_rank_is_the_least_that_keeps_the_share(values, share):
         ([2.0, 1.0, 1.0], 4 / 6, 1),  # exactly the share: squares 4, 1, 1
         ([2.0, 1.0, 1.0], 0.67, 2),
         ([1.0] * 100, 0.07, 7),  # 0.07 * 100 is above 7 in floats
-        ([1.0] * 10, 1.0, 10),
         ([1.0, 1.0, 1e-6], 1.0, 2),  # what is below rounding does not count
         ([0.0, 0.0], 0.9, 1),
         ([], 0.9, 1),
@@ -547,14 +408,9 @@ def test_energy_rank_by_hand(values, share, rank):
 @given(SPECTRA)
 def test_effective_rank_is_the_exponential_of_the_entropy(values):
     total = float(values.sum())
-    if total == 0:
-        assert effective_rank(values) == 1.0
-        return
     shares = [float(v) / total for v in values if v > 0]
-    expected = math.exp(-sum(p * math.log(p) for p in shares))
+    expected = math.exp(-sum(p * math.log(p) for p in shares)) if shares else 1.0
     assert effective_rank(values) == pytest.approx(expected, rel=1e-9)
-    assert 1 - 1e-9 <= effective_rank(values) <= len(values) + 1e-9
-    assert effective_rank(values * 7.0) == pytest.approx(effective_rank(values), rel=1e-9)
 
 
 @pytest.mark.parametrize(("tolerance", "rank"), [(1e-3, 3), (2e-3, 2), (0.4, 2), (0.6, 1), (1.0, 0)])
@@ -562,10 +418,8 @@ def test_numerical_rank_counts_what_is_above_the_tolerance_times_the_largest(tol
     assert numerical_rank(torch.tensor([2.0, 1.0, 3e-3], dtype=torch.float64), 1, tolerance) == rank
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 5), st.integers(0, 2**31))
-def test_numerical_rank_is_that_of_torch(rank, seed):
-    product = torch.matmul(*factors(9, 7, rank, seed=seed))
-    values = torch.linalg.svdvals(product)
-    assert numerical_rank(values, 9) == torch.linalg.matrix_rank(product)
+@pytest.mark.parametrize("rank", range(1, 6))
+def test_numerical_rank_is_that_of_torch(rank):
+    dense = torch.matmul(*factors(9, 7, rank))
+    assert numerical_rank(torch.linalg.svdvals(dense), 9) == torch.linalg.matrix_rank(dense) == rank
     assert numerical_rank(torch.zeros(3), 9) == numerical_rank(torch.zeros(0), 9) == 0
