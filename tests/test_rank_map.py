@@ -29,7 +29,7 @@ def ranks(rank_pattern):
 
 
 PARTS = ["q", "q_proj", "eq", "0", "1", "10", "layers", "a"]
-KEYS = [*PARTS, "layers.0", r"layers\.0", "^q", "^layers.*", "q$", r"layers\.[01]\.q", ".*", "q|a", "(q|a)_proj", "q.*"]
+KEYS = [*PARTS, *r"0.q layers.0 layers\.0 ^q ^layers.* q$ layers\.[01]\.q .* q|a (q|a)_proj q.*".split()]
 
 
 @settings(max_examples=300, deadline=None)
@@ -39,54 +39,32 @@ def test_matches_agrees_with_peft(key, name):
     assert matches(key, name) is theirs
 
 
-@pytest.mark.parametrize(
-    ("key", "name", "expected"),
-    [
-        ("q_proj", "q_proj", True),
-        ("q_proj", "layers.0.q_proj", True),
-        ("q_proj", "layers.0.eq_proj", False),
-        ("q_proj", "layers.0.q_proj.base", False),
-        ("0.q_proj", "layers.10.q_proj", False),
-        (r"layers\.[01]\..*", "model.layers.1.mlp.up", True),
-        ("^layers.*", "model.layers.1", False),
-    ],
-)
-def test_matches_takes_whole_trailing_parts(key, name, expected):
-    assert matches(key, name) is expected
-
-
-def test_resolve_without_rules_gives_the_defaults():
-    for layer in resolve({}).values():
-        assert (layer.rank, layer.alpha, layer.final_rank, layer.pinned, layer.rule) == (2, 4, None, False, None)
-
-
-def test_resolve_fields_of_a_rule_reach_its_layers_and_leave_the_rest():
+def test_fields_of_a_rule_reach_its_layers_and_leave_the_rest():
     layers = resolve({"q_proj": {"rank": 6, "final_rank": 3, "alpha": 1.5}, "lm_head": {"pinned": True}})
+    ends = {"q_proj": (6, 1.5, 3, False, "q_proj"), "v_proj": (2, 4, None, False, None)}
     for name, layer in layers.items():
         values = (layer.rank, layer.alpha, layer.final_rank, layer.pinned, layer.rule)
-        if name.endswith("q_proj"):
-            assert values == (6, 1.5, 3, False, "q_proj")
-        elif name == "lm_head":
-            assert values == (2, 4, None, True, "lm_head")
-        else:
-            assert values == (2, 4, None, False, None)
+        assert values == ends.get(name.rpartition(".")[2], (2, 4, None, True, "lm_head"))
 
 
 EXACT, PATTERN, WIDE = "model.layers.0.q_proj", "q_proj", ".*_proj"
 
 
-@pytest.mark.parametrize("exact", [EXACT, re.escape(EXACT), f"^{EXACT}$", f"^{re.escape(EXACT)}"])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_resolve_exact_name_wins_over_a_pattern_whatever_the_order(exact, reverse):
-    for pattern, others in ((PATTERN, 3), ("0.q_proj", 2)):  # the second is plain, and matches this layer only
-        rules = [(exact, 7), (pattern, 3)]
-        assert ranks(dict(reversed(rules) if reverse else rules)) == [7, 2, others, 2, 2]
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_resolve_plain_key_of_one_layer_wins_over_a_pattern_whatever_the_order(reverse):
-    rules = [("1.v_proj", 4), (".*v_proj", 3)]
-    assert ranks(dict(reversed(rules) if reverse else rules)) == [2, 3, 2, 4, 2]
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        # an exact name, however it is written, over a plain key of this layer only, over any other pattern
+        *[([(exact, 7), ("0.q_proj", 3)], [7, 2, 2, 2, 2])
+          for exact in (EXACT, re.escape(EXACT), f"^{EXACT}$", f"^{re.escape(EXACT)}")],
+        ([(EXACT, 7), (PATTERN, 3)], [7, 2, 3, 2, 2]),
+        ([("1.v_proj", 4), (".*v_proj", 3)], [2, 3, 2, 4, 2]),
+        ([(PATTERN, 3), (WIDE, {"rank": 3})], [3, 3, 3, 3, 2]),  # equals that agree
+        ([("1.q_proj", 5), (EXACT, 6), (PATTERN, 3), (WIDE, {"rank": 3})], [6, 3, 5, 3, 2]),
+    ],
+)  # fmt: skip
+def test_the_most_specific_rule_wins_whatever_the_order(rules, expected, reverse):
+    assert ranks(dict(reversed(rules) if reverse else rules)) == expected
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -95,16 +73,6 @@ def test_resolve_patterns_of_equal_standing_that_differ_are_an_error_naming_both
     with pytest.raises(ConfigurationError) as caught:
         resolve(dict(reversed(rules) if reverse else rules))
     assert all(text in str(caught.value) for text in ("'model.layers.0.q_proj'", repr(PATTERN), repr(WIDE)))
-
-
-def test_resolve_patterns_of_equal_standing_that_agree_are_no_error():
-    assert ranks({PATTERN: 3, WIDE: {"rank": 3}}) == [3, 3, 3, 3, 2]
-
-
-def test_resolve_exact_name_settles_a_conflict_of_patterns_for_its_layer():
-    shapes = {EXACT: (8, 8), "model.layers.0.v_proj": (8, 8)}
-    layers = resolve({"layers.*q_proj": 3, WIDE: 4, EXACT: 5}, shapes=shapes)
-    assert [layer.rank for layer in layers.values()] == [5, 4]
 
 
 @pytest.mark.parametrize(

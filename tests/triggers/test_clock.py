@@ -39,16 +39,8 @@ def test_at_is_one_of_three(options):
         At(**options)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *[(name, value) for name in ("step", "epoch", "fraction") for value in (-1, "1", True, float("nan"))],
-        ("step", 1.5),
-        ("epoch", 0.5),
-        ("fraction", 1.01),
-        ("fraction", float("inf")),
-    ],
-)
+@pytest.mark.parametrize("name", ["step", "epoch", "fraction"])
+@pytest.mark.parametrize("value", [-1, "1", True, float("nan"), 1.5])
 def test_at_refuses_a_value_out_of_range_with_its_key(name, value):
     with pytest.raises(ConfigurationError, match=rf"{name} must .*schedule\.trigger\.{name}"):
         At(**{name: value})
