@@ -29,7 +29,7 @@ def ranks(rank_pattern):
 
 
 PARTS = ["q", "q_proj", "eq", "0", "1", "10", "layers", "a"]
-KEYS = [*PARTS, *r"0.q layers.0 layers\.0 ^q ^layers.* q$ layers\.[01]\.q .* q|a (q|a)_proj q.*".split()]
+KEYS = [*PARTS, "0.q", r"layers\.0", "^q", "^layers.*", "q$", r"layers\.[01]\.q", ".*", "q|a", "(q|a)_proj", "q.*"]
 
 
 @settings(max_examples=300, deadline=None)
