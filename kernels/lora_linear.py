@@ -1,21 +1,45 @@
-"""Frozen linear plus low-rank update in one op: ``y = x W^T + b + scaling * (drop(x) A^T) B^T``.
+"""The fused op: ``y = x W^T + b + scaling * (drop(x) A^T) B^T`` for each layer that reads one x; W and b are frozen.
 
-Shape suffixes: M = tokens, I = d_in, O = d_out, R = rank.
+Shape suffixes: M = tokens, I = d_in, O = d_out, R = rank (of one layer, or of all together).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from dynrank.kernels.backends import chosen_backend, products_of
+from dynrank.kernels.backends import products_of
 
-__all__ = ["Tap", "lora_linear", "lora_linear_reference"]
+__all__ = ["Operands", "SharedInput", "Tap", "fused", "lora_linear", "lora_linear_reference"]
 
 Tap = Callable[[Tensor, Tensor], None]
+
+
+class Operands(NamedTuple):
+    """What one layer brings to the op.
+
+    Attributes:
+        weight: (O, I), or a function that returns it from a packed form. The function is called once in forward, and
+            once in backward where x needs a gradient; what it returns is not kept (QLoRA, arXiv:2305.14314, section 3).
+        bias: (O,) or None.
+        lora_A: (R, I).
+        lora_B: (O, R).
+        scaling: factor of the update.
+        tap: called in each backward with ``z = drop(x) A^T`` and the gradient at z, both (M, R), without a graph.
+    """
+
+    weight: Tensor | Callable[[], Tensor]
+    bias: Tensor | None
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    tap: Tap | None = None
 
 
 def lora_linear_reference(
@@ -37,7 +61,7 @@ def lora_linear_reference(
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Callable[[], Tensor],
     bias: Tensor | None,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -58,15 +82,15 @@ def lora_linear(
 
     Args:
         x: (..., I), any dtype that torch multiplies.
-        weight: (O, I), the dtype of x; gets no gradient.
+        weight: (O, I), the dtype of x, or a function that returns it (in any dtype); gets no gradient.
         bias: (O,) or None, the dtype of x; gets no gradient.
         lora_A: (R, I), any dtype. Where it is wider than x's, the products with A and the gradients of A and B are made
-            in it (by Triton's kernels always in x's dtype, with sums in float32).
+            in it (by Triton's kernels in x's dtype with sums in float32).
         lora_B: (O, R), the dtype of lora_A.
         scaling: factor of the update.
         dropout: probability of zeroing an element of the update's input, in [0, 1].
         seed: of the mask, see :func:`dynrank.kernels.dropout.draw_seed`; needed where ``dropout`` is above 0.
-        backend: who makes the products with A and B, see :func:`dynrank.kernels.backends.chosen_backend`.
+        backend: who makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
         tap: called in backward with ``z = drop(x) A^T`` and the gradient at z, both (M, R).
 
     Returns:
@@ -76,188 +100,291 @@ def lora_linear(
         ValueError: if a dtype or a shape does not fit, or the seed is missing or no 0-d int64 tensor beside x; as a
             ConfigurationError, if the backend cannot serve x.
     """
-    d_out, d_in = weight.shape
-    check_operands(x, weight.shape, bias, lora_A, lora_B, dropout, seed)
-    x, bias, lora_A, lora_B, backend = in_working_dtypes(x, weight.dtype, bias, lora_A, lora_B, dropout, backend)
-    x_MI, p = x.reshape(-1, d_in), float(dropout)
-    y_MO, s_MR = _op(x_MI, weight, bias, lora_A, lora_B, scaling, p, seed if p else None, backend)
-    report(tap, y_MO, s_MR, lora_B, scaling)
-    # reshaped out here: a view that leaves the op could not be changed in place (ReLU(inplace=True))
-    result: Tensor = y_MO if x.ndim == 2 else y_MO.view(*x.shape[:-1], d_out)
-    return result
+    layer = Operands(weight, bias, lora_A, lora_B, scaling, tap)
+    _check(x, layer, dropout, seed)
+    return fused(x, layer, dropout, seed, backend=backend)
 
 
-def check_operands(
-    x: Tensor,
-    shape: tuple[int, ...],
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    dropout: float,
-    seed: Tensor | None,
-) -> None:
-    """Refuse what :func:`lora_linear` cannot serve; ``shape`` is the weight's, (O, I).
+def fused(
+    x: Tensor, layer: Operands, dropout: float = 0.0, seed: Tensor | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """:func:`lora_linear` for operands that are known to fit: shapes, ``dropout`` and ``seed`` are not checked."""
+    x, layers = _in_working_dtypes(x, (layer,))
+    seed = seed if dropout else None
+    if torch.compiler.is_compiling() and isinstance(layer.weight, Tensor):
+        return _compiled(x, layers[0], dropout, seed, backend)
+    how = How(dropout, seed, products_of(backend, x, layer.lora_A.shape[0]))
+    y: Tensor = _Node.apply(x, None, layers, how, layers[0].lora_A, layers[0].lora_B)[0]  # type: ignore[no-untyped-call]
+    return y
 
-    Raises:
-        ValueError: see :func:`lora_linear`.
+
+class SharedInput:
+    """One pass over x for the layers that read it: ``s = drop(x) [A_1; A_2; ...]^T`` is made when it is opened.
+
+    Each layer's output is made when it is asked for, so that a layer which turns out to read another tensor costs its
+    share of a rank-sized product only. In backward, when the gradients of all outputs in use have arrived, dA is one
+    product, and dx one buffer to which each frozen product is added in place. x is saved once.
+
+    The outputs share a node of the autograd graph: a second backward, through another of them, needs
+    ``retain_graph=True``.
+
+    Args:
+        x: (..., I).
+        layers: with factors of one dtype that need gradients alike; ranks and d_out may differ.
+        dropout: as in :func:`lora_linear`; there is one mask for all layers.
+        seed: of the mask; None for no dropout.
+        backend: as in :func:`lora_linear`; it has to serve the ranks' sum.
     """
-    (d_out, d_in), rank = shape, lora_A.shape[0]
-    if x.shape[-1:] != (d_in,) or lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank):
-        raise ValueError(
-            f"x must be (..., {d_in}), lora_A (rank, {d_in}) and lora_B ({d_out}, rank) for a weight of "
-            f"{[*shape]}, got {[*x.shape]}, {[*lora_A.shape]} and {[*lora_B.shape]}"
-        )
-    if bias is not None and bias.shape != (d_out,):
-        raise ValueError(f"bias must be ({d_out},), got {[*bias.shape]}")
-    if lora_A.dtype != lora_B.dtype:
-        raise ValueError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
-    if not 0 <= dropout <= 1:
-        raise ValueError(f"dropout must be in [0, 1], got {dropout}")
-    if dropout and (seed is None or seed.dtype != torch.int64 or seed.ndim or seed.device != x.device):
-        got = None if seed is None else (seed.dtype, [*seed.shape], str(seed.device))
-        raise ValueError(f"dropout needs a seed, a 0-d int64 tensor on {x.device} (draw_seed), got {got}")
+
+    def __init__(
+        self,
+        x: Tensor,
+        layers: Sequence[Operands],
+        dropout: float = 0.0,
+        seed: Tensor | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        x, self._layers = _in_working_dtypes(x, layers)
+        self._how = How(dropout, seed, products_of(backend, x, sum(layer.lora_A.shape[0] for layer in layers)))
+        with torch.no_grad():
+            self._x_MI = _rows(x)
+            self._s_MR = _down(self._x_MI, self._layers, self._how)
+        factors = [factor for layer in self._layers for factor in (layer.lora_A, layer.lora_B)]
+        self._ys = _Node.apply(x, self._s_MR, self._layers, self._how, *factors)  # type: ignore[no-untyped-call]
+
+    def output(self, index: int) -> Tensor:
+        """The output of a layer, (..., O), to be asked for once."""
+        y: Tensor = self._ys[index]
+        with torch.no_grad():
+            s_MR = _split(self._s_MR, self._layers, 1)[index]
+            _up(y, self._x_MI, s_MR, self._layers[index], self._how)
+        return y
 
 
-def in_working_dtypes(
-    x: Tensor,
-    weight: torch.dtype,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    dropout: float,
-    backend: str,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, str]:
-    """(x, bias, lora_A, lora_B) in the dtypes that the products are made in, and the backend that makes them.
+class How(NamedTuple):
+    """How the rank-sized products are made."""
 
-    Raises:
-        ValueError: if x, weight and bias differ, outside of autocast, or the backend cannot serve x.
+    p: float  # of dropout
+    seed: Tensor | None  # of its mask; None for no dropout
+    products: ModuleType  # torch_backend or triton_launch
+
+
+def _down(x_MI: Tensor, layers: Sequence[Operands], how: How) -> Tensor:
+    """``drop(x) [A_1; A_2; ...]^T``."""
+    lora_A = _joined([layer.lora_A for layer in layers], 0)
+    s_MR: Tensor = how.products.shrink(x_MI, lora_A, how.products.dropout(x_MI, how.p, how.seed))
+    return s_MR
+
+
+def _up(y: Tensor, x_MI: Tensor, s_MR: Tensor, layer: Operands, how: How) -> None:
+    """Write ``scaling * s B^T + b + x W^T`` into ``y``."""
+    y_MO, products = _rows(y), how.products
+    products.expand(s_MR, layer.lora_B.mT, layer.scaling, layer.bias, products.NO_DROPOUT, y.dtype, out=y_MO)
+    y_MO.addmm_(x_MI, _weight(layer, x_MI.dtype).mT)
+
+
+def _gradients(
+    x_MI: Tensor, uses: Sequence[tuple[Tensor, Tensor, Operands]], how: How, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
+    """Gradients with respect to x, and to (A, B) of each layer, as far as ``needs`` says for x, the A and the B.
+
+    ``dB = scaling * dy^T s``, ``ds = scaling * dy B``, ``dA = ds^T drop(x)`` and ``dx = drop(ds A) + dy W``, the last
+    summed over the layers. ``uses`` has (dy, s, operands) of each, dy as (M, O).
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        weight = torch.get_autocast_dtype(x.device.type)
-        x, lora_A, lora_B = x.to(weight), lora_A.to(weight), lora_B.to(weight)
-        bias = None if bias is None else bias.to(weight)
-    if x.dtype != weight or (bias is not None and bias.dtype != weight):
-        got = f"{x.dtype}, {weight} and {None if bias is None else bias.dtype}"
-        raise ValueError(f"x, weight and bias must have one dtype, got {got}")
-    backend = chosen_backend(backend, x, lora_A.shape[0], dropout)
-    wide = x.dtype if backend == "triton" else torch.promote_types(x.dtype, lora_A.dtype)
-    return x, bias, lora_A.to(wide), lora_B.to(wide), backend
-
-
-def report(tap: Tap | None, y_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float) -> None:
-    """Call ``tap`` with s and the gradient at it when y's gradient arrives."""
-    if tap is not None and y_MO.requires_grad:
-        s_MR, lora_B = s_MR.detach(), lora_B.detach()
-        y_MO.register_hook(lambda dy_MO: tap(s_MR, dy_MO.to(lora_B.dtype) @ (scaling * lora_B)))  # type: ignore[no-untyped-call]
-
-
-def product(
-    x_MI: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """``y`` (M, O) and ``drop(x) A^T`` (M, R); a weight of another dtype is cast to x's."""
-    products = products_of(backend)
-    s_MR = products.down(x_MI, lora_A, p, seed)
-    y_MO = products.up(s_MR, lora_B, scaling, bias, x_MI.dtype)
-    return y_MO.addmm_(x_MI, weight.to(x_MI.dtype).mT), s_MR
-
-
-def gradients(
-    dy_MO: Tensor,
-    x_MI: Tensor,
-    s_MR: Tensor,
-    weight: Callable[[], Tensor],
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    backend: str,
-    needs: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients with respect to x, A and B, as far as ``needs`` says; ``weight`` is asked for x's alone."""
     need_x, need_A, need_B = needs
-    products, dx, d_A = products_of(backend), None, None
-    ds_MR, d_B = products.output_gradients(dy_MO, s_MR, lora_B, scaling, (need_x or need_A, need_B))
-    if ds_MR is not None:
-        dx, d_A = products.input_gradients(ds_MR, x_MI, lora_A, p, seed, (need_x, need_A))
-    if dx is not None:
-        dx.addmm_(dy_MO, weight().to(dx.dtype))
-    return dx, d_A, d_B
+    products, layers = how.products, [layer for *_, layer in uses]
+    ds, d_Bs, dx = [], [], None
+    d_As: list[Tensor | None] = [None] * len(uses)
+    for dy_MO, s_MR, layer in uses:
+        wanted = need_x or need_A or layer.tap is not None, need_B
+        ds_MR, d_B = products.grad_S_and_B(dy_MO, s_MR, layer.lora_B, layer.scaling, wanted)
+        if layer.tap is not None:
+            layer.tap(s_MR, ds_MR)
+        ds.append(ds_MR)
+        d_Bs.append(d_B)
+    if need_x or need_A:
+        ds_MR, dropout = _joined(ds, 1), products.dropout(x_MI, how.p, how.seed)
+        if need_A:
+            d_A = products.grad_A(ds_MR, x_MI, layers[0].lora_A.dtype, dropout)
+            # not views that keep the others' memory
+            d_As = [d_A] if len(layers) == 1 else [part.clone() for part in _split(d_A, layers, 0)]
+        if need_x:
+            dx = products.expand(ds_MR, _joined([layer.lora_A for layer in layers], 0), 1.0, None, dropout, x_MI.dtype)
+            for dy_MO, _, layer in uses:
+                dx.addmm_(dy_MO, _weight(layer, dx.dtype))
+    return dx, list(zip(d_As, d_Bs, strict=True))
+
+
+class _Node(torch.autograd.Function):
+    """The node of the autograd graph. Where s is given, outputs have their shapes only, for :func:`_up` to fill."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, s_MR: Tensor | None, layers: Sequence[Operands], how: How, *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ys = tuple([x.new_empty(*x.shape[:-1], layer.lora_B.shape[0]) for layer in layers])
+        if s_MR is None:
+            x_MI = _rows(x)
+            s_MR = _down(x_MI, layers, how)
+            _up(ys[0], x_MI, s_MR, layers[0], how)
+        ctx.set_materialize_grads(False)  # no zeros for an output that is not used
+        weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
+        ctx.save_for_backward(x, s_MR, how.seed, *factors, *weights)
+        ctx.layers, ctx.how = layers, how
+        return ys
+
+    @staticmethod
+    @once_differentiable  # drop(x) A^T is kept as a number, not as a function of x
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, s_MR, *_ = ctx.saved_tensors  # torch checks that none of them was changed, the layers' included
+        parts = zip(dys, _split(s_MR, ctx.layers, 1), ctx.layers, strict=True)
+        uses = [(_rows(dy), s, layer) for dy, s, layer in parts if dy is not None]
+        if not uses:
+            return (None,) * len(ctx.needs_input_grad)
+        need_x, *_, need_A, need_B = ctx.needs_input_grad  # all layers' factors need them alike
+        dx, pairs = _gradients(_rows(x), uses, ctx.how, (need_x, need_A, need_B))
+        given = iter(pairs)
+        factors = [grad for dy in dys for grad in ((None, None) if dy is None else next(given))]
+        return None if dx is None else dx.view(x.shape), None, None, None, *factors
+
+
+def _compiled(x: Tensor, layer: Operands, p: float, seed: Tensor | None, backend: str) -> Tensor:
+    """The output by an op that torch.compile takes as it is; in eager mode a Function takes less of the host's time."""
+    weight, bias, lora_A, lora_B, scaling, tap = layer
+    results: tuple[Tensor, Tensor] = _op(x, lora_A, lora_B, weight, bias, scaling, float(p), seed, backend)
+    y, s_MR = results
+    if tap is not None and y.requires_grad:
+        s_MR, lora_B = s_MR.detach(), lora_B.detach()
+        y.register_hook(lambda dy: tap(s_MR, scaling * (_rows(dy).to(lora_B.dtype) @ lora_B)))  # type: ignore[no-untyped-call]
+    return y
 
 
 @torch.library.custom_op("dynrank::lora_linear", mutates_args=())
 def _op(
-    x_MI: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
     scaling: float,
     p: float,
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return product(x_MI, weight, bias, lora_A, lora_B, scaling, p, seed, backend)
+    layer, how = Operands(weight, bias, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, len(lora_A)))
+    x_MI, y = _rows(x), x.new_empty(*x.shape[:-1], len(lora_B))
+    s_MR = _down(x_MI, (layer,), how)
+    _up(y, x_MI, s_MR, layer, how)
+    return y, s_MR
 
 
 @_op.register_fake
-def _(x_MI: Tensor, weight: Tensor, bias: Any, lora_A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    tokens = x_MI.shape[0]
-    return x_MI.new_empty(tokens, weight.shape[0]), lora_A.new_empty(tokens, lora_A.shape[0])
+def _(x: Tensor, lora_A: Tensor, lora_B: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, Tensor]:
+    s = x if rest[-1] == "triton" else lora_A
+    return x.new_empty(*x.shape[:-1], lora_B.shape[0]), s.new_empty(math.prod(x.shape[:-1]), lora_A.shape[0])
 
 
 @torch.library.custom_op("dynrank::lora_linear_backward", mutates_args=())
 def _backward_op(
-    dy_MO: Tensor,
-    x_MI: Tensor,
+    dy: Tensor,
+    x: Tensor,
     s_MR: Tensor,
-    weight: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
+    weight: Tensor,
     scaling: float,
     p: float,
     seed: Tensor | None,
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    layer, how = Operands(weight, None, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, len(lora_A)))
     need_x, need_A, need_B = needs
-    grads = gradients(
-        dy_MO, x_MI, s_MR, lambda: weight, lora_A, lora_B, scaling, p, seed, backend, (need_x, need_A, need_B)
-    )
-    dx, d_A, d_B = (dy_MO.new_empty(0) if grad is None else grad for grad in grads)  # an op's results aren't optional
+    dx, [(d_A, d_B)] = _gradients(_rows(x), [(_rows(dy), s_MR, layer)], how, (need_x, need_A, need_B))
+    dx = None if dx is None else dx.view(x.shape)
+    dx, d_A, d_B = (dy.new_empty(0) if grad is None else grad for grad in (dx, d_A, d_B))  # an op cannot return None
     return dx, d_A, d_B
 
 
 @_backward_op.register_fake
-def _(
-    dy_MO: Tensor, x_MI: Tensor, s_MR: Any, weight: Any, lora_A: Tensor, lora_B: Tensor, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    operands = zip((x_MI, lora_A, lora_B), rest[-1], strict=True)
-    dx, d_A, d_B = (torch.empty_like(operand) if need else dy_MO.new_empty(0) for operand, need in operands)
+def _(dy: Tensor, x: Tensor, s_MR: Any, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    operands = zip((x, lora_A, lora_B), rest[-1], strict=True)
+    dx, d_A, d_B = (operand.new_empty(operand.shape) if need else dy.new_empty(0) for operand, need in operands)
     return dx, d_A, d_B
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x_MI, weight, _, lora_A, lora_B, ctx.scaling, ctx.p, seed, ctx.backend = inputs
+    x, lora_A, lora_B, weight, _, ctx.scaling, ctx.p, seed, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x_MI, output[1], weight, lora_A, lora_B, seed)
+    ctx.save_for_backward(x, output[1], lora_A, lora_B, weight, seed)
 
 
-def _backward(ctx: Any, dy_MO: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    x_MI, s_MR, weight, lora_A, lora_B, seed = ctx.saved_tensors
-    need_x, _, _, need_A, need_B, *_ = ctx.needs_input_grad
-    needs = [need_x, need_A, need_B]
-    grads = _backward_op(dy_MO, x_MI, s_MR, weight, lora_A, lora_B, ctx.scaling, ctx.p, seed, ctx.backend, needs)
-    dx, d_A, d_B = (grad if need else None for grad, need in zip(grads, needs, strict=True))
-    return dx, None, None, d_A, d_B, None, None, None, None
+def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *operands, seed = ctx.saved_tensors
+    needs = [*ctx.needs_input_grad[:3]]
+    grads = _backward_op(dy, *operands, ctx.scaling, ctx.p, seed, ctx.backend, needs)
+    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(x: Tensor, layer: Operands, p: float, seed: Tensor | None) -> None:
+    """Refuse shapes that do not fit, factors of two dtypes, and a dropout that cannot be drawn."""
+    weight, bias, lora_A, lora_B, *_ = layer
+    d_out, d_in = weight.shape if isinstance(weight, Tensor) else (lora_B.shape[0], lora_A.shape[1])
+    rank = lora_A.shape[0]
+    if x.shape[-1:] != (d_in,) or lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank):
+        raise ValueError(
+            f"x must be (..., {d_in}), lora_A (rank, {d_in}) and lora_B ({d_out}, rank) for a weight of "
+            f"{[d_out, d_in]}, got {[*x.shape]}, {[*lora_A.shape]} and {[*lora_B.shape]}"
+        )
+    if bias is not None and bias.shape != (d_out,):
+        raise ValueError(f"bias must be ({d_out},), got {[*bias.shape]}")
+    if lora_A.dtype != lora_B.dtype:
+        raise ValueError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"dropout must be in [0, 1], got {p}")
+    if p and (seed is None or seed.dtype != torch.int64 or seed.ndim or seed.device != x.device):
+        got = None if seed is None else (seed.dtype, [*seed.shape], str(seed.device))
+        raise ValueError(f"dropout needs a seed, a 0-d int64 tensor on {x.device} (draw_seed), got {got}")
+
+
+def _in_working_dtypes(x: Tensor, layers: Sequence[Operands]) -> tuple[Tensor, Sequence[Operands]]:
+    """The operands in x's dtype, or autocast's under it; outside of autocast, factors stay in a wider one."""
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    if autocast:
+        x = x.to(torch.get_autocast_dtype(device))
+    dtype, working = x.dtype, []
+    for layer in layers:
+        weight, bias, lora_A, lora_B, *_ = layer
+        bias_dtype = dtype if bias is None else bias.dtype
+        if isinstance(weight, Tensor) and not autocast and not weight.dtype == bias_dtype == dtype:
+            raise ValueError(f"x, weight and bias must have one dtype, got {dtype}, {weight.dtype} and {bias_dtype}")
+        wide = dtype if autocast else torch.promote_types(dtype, lora_A.dtype)
+        if lora_A.dtype != wide or bias_dtype != dtype:
+            bias = None if bias is None else bias.to(dtype)
+            layer = layer._replace(bias=bias, lora_A=lora_A.to(wide), lora_B=lora_B.to(wide))
+        working.append(layer)
+    return x, working
+
+
+def _weight(layer: Operands, dtype: torch.dtype) -> Tensor:
+    """(O, I) in ``dtype``."""
+    weight = layer.weight if isinstance(layer.weight, Tensor) else layer.weight()
+    return weight if weight.dtype == dtype else weight.to(dtype)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([*parts], dim)
+
+
+def _split(joined: Tensor, layers: Sequence[Operands], dim: int) -> Sequence[Tensor]:
+    """What belongs to each layer of a tensor that has the ranks of all along ``dim``."""
+    return [joined] if len(layers) == 1 else torch.split(joined, [layer.lora_A.shape[0] for layer in layers], dim)

@@ -127,7 +127,7 @@ def _load_ranks(row_ptr, stride, rank_S, rank, row_is_real):
 
 @triton.jit(do_not_specialize=["rows", "rank", "stride_sm", "stride_fn", "threshold"])
 def expand_kernel(
-    out_ptr,  # (M, N), contiguous: mask * (s factor) / keep rate + bias
+    out_ptr,  # (M, N), contiguous: scale * mask * (s factor) + bias
     s_ptr,  # (M, R)
     factor_ptr,  # (R, N)
     bias_ptr,  # (N,), contiguous, or None
@@ -175,7 +175,8 @@ def expand_kernel(
             )
             out_MQ = tl.dot(s_MS, factor_SQ, out_MQ, input_precision="ieee")
         if DROPOUT:
-            out_MQ = _dropped(out_MQ, words, threshold, part) * scale
+            out_MQ = _dropped(out_MQ, words, threshold, part)
+        out_MQ = out_MQ * scale
         if bias_ptr is not None:
             out_MQ += tl.load(bias_ptr + column_Q, mask=column_is_real, other=0.0).to(tl.float32)[None, :]
         tl.store(

@@ -1,27 +1,27 @@
-"""The low-rank update's products on a GPU by Triton: dropout drawn in the kernels, sums in float32, nothing atomic.
+"""The rank-sized products of a LoRA layer on a GPU by Triton: dropout drawn in the kernels, nothing atomic.
 
 Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank, P = partial sums.
 
-All operands have one dtype (float32, bfloat16 or float16) and any strides. Sums over tokens are split among programs
-and added in a second stage in a fixed order, so a result is the same bits every time. Products of float32 are exact
-float32 products (``input_precision="ieee"``), as torch's are by default: TF32 would keep 10 bits of mantissa, and a
-step whose time goes into reading x gains nothing from it. Triton is imported when a kernel first runs.
+The same functions as :mod:`dynrank.kernels.torch_backend` has, for float32, bfloat16 and float16 and any strides. What
+they multiply is in x's dtype, sums are in float32. Sums over tokens are split among programs and added in a second
+stage in a fixed order, so a result is the same bits every time. Products of float32 are exact float32 products
+(``input_precision="ieee"``), as torch's are by default: TF32 would keep 10 bits of mantissa, and a step whose time goes
+into reading x gains nothing from it. Triton is imported when a kernel first runs.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dynrank.kernels.tile_table import BUCKETS, MULTIPROCESSORS, Tile, architecture_row, rank_bucket, tile
 
-__all__ = ["expand", "grad_A", "grad_S_and_B", "serves", "shrink"]
+__all__ = ["NO_DROPOUT", "Dropout", "dropout", "expand", "grad_A", "grad_S_and_B", "serves", "shrink"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SUM_BLOCK = 1024
@@ -45,122 +45,111 @@ def serves(x: Tensor, rank: int) -> str | None:
     return None
 
 
-def shrink(x_MI: Tensor, lora_A_RI: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """``drop(x) lora_A^T``, (M, R), the dtype of x.
+class Dropout(NamedTuple):
+    """A value is kept where its 16 random bits are below ``threshold``, and then multiplied by ``rescale``."""
 
-    Args:
-        x_MI: the tokens.
-        lora_A_RI: the dtype of x.
-        p: the share of x that is dropped, in [0, 1], to the nearest 1/65536; what is kept is divided by its share.
-        seed: int64, 0-d, on the device of x; read on the device. May be None where p is 0.
-    """
-    return _shrink(x_MI, lora_A_RI, _Dropout.of(p, seed), 1.0)
+    seed: Tensor | None
+    threshold: int
+    rescale: float
 
 
-def expand(s_MR: Tensor, factor_RN: Tensor, bias_N: Tensor | None, p: float, seed: Tensor | None) -> Tensor:
-    """``mask * (s factor) / keep rate + bias``, (M, N), the dtype of s; ``p`` and ``seed`` as for :func:`shrink`."""
+NO_DROPOUT = Dropout(None, 65536, 1.0)
+
+
+def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
+    """The dropout of ``x_MI`` with ``p`` to the nearest 1 / 65536; ``seed`` is read on the device."""
+    threshold = round((1.0 - p) * 65536)
+    if seed is None or threshold == 65536:
+        return NO_DROPOUT
+    return Dropout(seed, threshold, 65536 / threshold if threshold else 0.0)
+
+
+def shrink(x_MI: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
+    """``drop(x) A^T``, (M, R), the dtype of x."""
+    (rows, d_in), rank = x_MI.shape, lora_A.shape[0]
+    s_MR, A_RI = x_MI.new_empty(rows, rank), lora_A.to(x_MI.dtype)
+    if s_MR.numel() == 0:
+        return s_MR
+    shape, options = _tiling("shrink", x_MI, rank, dropout)
+    with torch.cuda.device(x_MI.get_device()):
+        _kernels().shrink_kernel[(_blocks(rows, shape.rows),)](
+            s_MR, x_MI, A_RI, dropout.seed,
+            rows, d_in, rank, *x_MI.stride(), *A_RI.stride(), dropout.threshold, dropout.rescale, **options,
+        )  # fmt: skip
+    return s_MR
+
+
+def expand(
+    s_MR: Tensor,
+    factor_RN: Tensor,
+    scale: float,
+    bias_N: Tensor | None,
+    dropout: Dropout,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``drop(scale * s factor) + bias``, (M, N) in ``dtype``, written into ``out``, contiguous, if there is one."""
     (rows, rank), width = s_MR.shape, factor_RN.shape[1]
-    out_MN = s_MR.new_empty(rows, width)
+    out_MN = s_MR.new_empty(rows, width, dtype=dtype) if out is None else out
     if out_MN.numel() == 0:
         return out_MN
+    factor_RN = factor_RN.to(s_MR.dtype)
     # A transposed factor (first stride 1) has a second stride that follows from the rank, and is not specialised.
     unit_stride = factor_RN.stride(1) == 1 and factor_RN.stride(0) != 1
-    dropout = _Dropout.of(p, seed)
-    shape = _tile("expand", s_MR, rank, dropout)
+    shape, options = _tiling("expand", s_MR, rank, dropout)
     with torch.cuda.device(s_MR.get_device()):
         _kernels().expand_kernel[_blocks(rows, shape.rows), _blocks(width, shape.width)](
             out_MN, s_MR, factor_RN, None if bias_N is None else bias_N.contiguous(), dropout.seed,
-            rows, width, rank, *s_MR.stride(), *factor_RN.stride(), dropout.threshold, dropout.scale,
+            rows, width, rank, *s_MR.stride(), *factor_RN.stride(), dropout.threshold, scale * dropout.rescale,
             UNIT_STRIDE=unit_stride, STEP_R=min(rank_bucket(rank), _EXACT_STEP if s_MR.element_size() == 4 else 128),
-            **_sub_tiles(shape, rank, dropout),
+            **options,
         )  # fmt: skip
     return out_MN
 
 
-def grad_A(ds_MR: Tensor, x_MI: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """``ds^T drop(x)``, (R, I), the dtype of x; ``p`` and ``seed`` as for :func:`shrink`."""
-    return _grad_A(ds_MR, x_MI, _Dropout.of(p, seed), 1.0)
+def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout) -> Tensor:
+    """``ds^T drop(x)``, (R, I), summed in float32 and stored in ``dtype``."""
+    (rows, d_in), rank = x_MI.shape, ds_MR.shape[1]
+    if x_MI.numel() == 0:
+        return x_MI.new_zeros(rank, d_in, dtype=dtype)
+    shape, options = _tiling("grad_A", x_MI, rank, dropout)
+    column_blocks = _blocks(d_in, shape.width)
+    rows_per_program, row_shares = _shares(x_MI, column_blocks, shape)
+    partial_PRI = x_MI.new_empty(row_shares, rank, d_in, dtype=torch.float32)
+    with torch.cuda.device(x_MI.get_device()):
+        _kernels().grad_A_kernel[column_blocks, row_shares](
+            partial_PRI, ds_MR, x_MI, dropout.seed, rows, d_in, rank, *ds_MR.stride(), *x_MI.stride(),
+            rows_per_program, dropout.threshold, dropout.rescale, **options,
+        )  # fmt: skip
+    return _sum_partials(partial_PRI, 1.0, dtype)
 
 
-def grad_S_and_B(dy_MO: Tensor, s_MR: Tensor, lora_B_OR: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
-    """``scaling * dy lora_B``, (M, R), and ``scaling * dy^T s``, (O, R), both in the dtype of dy, reading dy once.
+def grad_S_and_B(
+    dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``scaling * dy B``, (M, R), in the dtype of dy and ``scaling * dy^T s``, (O, R), in that of B; dy is read once.
 
     In the largest bucket dy is read twice: a program cannot hold enough columns there, and the float32 partial sums of
-    one pass would be more bytes than dy.
+    one pass would be more bytes than dy. Both are made whatever ``needs`` says.
     """
-    (rows, d_out), rank = dy_MO.shape, s_MR.shape[1]
+    (rows, d_out), rank, dtype, B_OR = dy_MO.shape, s_MR.shape[1], lora_B.dtype, lora_B.to(dy_MO.dtype)
     shape = tile(_architecture(dy_MO), dy_MO.element_size(), "grad_S_and_B", rank)
     if shape is None:
-        ds_MR = _shrink(dy_MO, lora_B_OR.mT.contiguous(), _NO_DROPOUT, scaling)
-        return ds_MR, _grad_A(s_MR, dy_MO, _NO_DROPOUT, scaling).mT
+        scaled = NO_DROPOUT._replace(rescale=scaling)
+        return shrink(dy_MO, B_OR.mT.contiguous(), scaled), grad_A(s_MR, dy_MO, dtype, scaled).mT.contiguous()
     if dy_MO.numel() == 0:
-        return dy_MO.new_zeros(rows, rank), dy_MO.new_zeros(d_out, rank)
+        return dy_MO.new_zeros(rows, rank), lora_B.new_zeros(d_out, rank)
     column_blocks = _blocks(d_out, shape.width)
     rows_per_program, row_shares = _shares(dy_MO, column_blocks, shape)
     ds_PMR = dy_MO.new_empty(column_blocks, rows, rank, dtype=torch.float32)
     db_POR = dy_MO.new_empty(row_shares, d_out, rank, dtype=torch.float32)
     with torch.cuda.device(dy_MO.get_device()):
         _kernels().grad_S_and_B_kernel[column_blocks, row_shares](
-            ds_PMR, db_POR, dy_MO, s_MR, lora_B_OR,
-            rows, d_out, rank, *dy_MO.stride(), *s_MR.stride(), *lora_B_OR.stride(), rows_per_program,
+            ds_PMR, db_POR, dy_MO, s_MR, B_OR,
+            rows, d_out, rank, *dy_MO.stride(), *s_MR.stride(), *B_OR.stride(), rows_per_program,
             BLOCK_M=shape.rows, BLOCK_R=rank_bucket(rank), BLOCK_O=shape.width, **_launch(shape),
         )  # fmt: skip
-    return _sum_partials(ds_PMR, scaling, dy_MO.dtype), _sum_partials(db_POR, scaling, dy_MO.dtype)
-
-
-@dataclass(frozen=True)
-class _Dropout:
-    """A value is kept where its 16 random bits are below ``threshold``, and then multiplied by ``scale``."""
-
-    seed: Tensor | None
-    threshold: int
-    scale: float
-
-    @classmethod
-    def of(cls, p: float, seed: Tensor | None) -> _Dropout:
-        threshold = round((1.0 - p) * 65536)
-        if threshold == 65536:
-            return _NO_DROPOUT
-        return cls(seed, threshold, 65536 / threshold if threshold else 0.0)
-
-    @property
-    def drops(self) -> bool:
-        return self.threshold < 65536
-
-
-_NO_DROPOUT = _Dropout(None, 65536, 1.0)
-
-
-def _shrink(x_MI: Tensor, a_RI: Tensor, dropout: _Dropout, factor: float) -> Tensor:
-    (rows, d_in), rank = x_MI.shape, a_RI.shape[0]
-    s_MR = x_MI.new_empty(rows, rank)
-    if s_MR.numel() == 0:
-        return s_MR
-    shape = _tile("shrink", x_MI, rank, dropout)
-    with torch.cuda.device(x_MI.get_device()):
-        _kernels().shrink_kernel[(_blocks(rows, shape.rows),)](
-            s_MR, x_MI, a_RI, dropout.seed,
-            rows, d_in, rank, *x_MI.stride(), *a_RI.stride(), dropout.threshold, factor * dropout.scale,
-            **_sub_tiles(shape, rank, dropout),
-        )  # fmt: skip
-    return s_MR
-
-
-def _grad_A(ds_MR: Tensor, x_MI: Tensor, dropout: _Dropout, factor: float) -> Tensor:
-    (rows, d_in), rank = x_MI.shape, ds_MR.shape[1]
-    if x_MI.numel() == 0:
-        return x_MI.new_zeros(rank, d_in)
-    shape = _tile("grad_A", x_MI, rank, dropout)
-    column_blocks = _blocks(d_in, shape.width)
-    rows_per_program, row_shares = _shares(x_MI, column_blocks, shape)
-    partial_PRI = x_MI.new_empty(row_shares, rank, d_in, dtype=torch.float32)
-    with torch.cuda.device(x_MI.get_device()):
-        _kernels().grad_A_kernel[column_blocks, row_shares](
-            partial_PRI, ds_MR, x_MI, dropout.seed,
-            rows, d_in, rank, *ds_MR.stride(), *x_MI.stride(), rows_per_program, dropout.threshold, dropout.scale,
-            **_sub_tiles(shape, rank, dropout),
-        )  # fmt: skip
-    return _sum_partials(partial_PRI, factor, x_MI.dtype)
+    return _sum_partials(ds_PMR, scaling, dy_MO.dtype), _sum_partials(db_POR, scaling, dtype)
 
 
 def _sum_partials(partial: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
@@ -175,29 +164,20 @@ def _sum_partials(partial: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
 
 
 def _shares(x: Tensor, column_blocks: int, shape: Tile) -> tuple[int, int]:
-    """Rows of a program, and programs along the rows, that occupy the GPU once; functions of sizes alone."""
-    wanted = _blocks(MULTIPROCESSORS[_architecture(x)], column_blocks)
+    """Rows of a program, and programs along the rows, that all run at one time on the GPU; functions of sizes alone."""
+    wanted = max(1, MULTIPROCESSORS[_architecture(x)] // column_blocks)
     row_blocks = _blocks(x.shape[0], shape.rows)
     blocks_per_program = _blocks(row_blocks, min(wanted, row_blocks))
     return blocks_per_program * shape.rows, _blocks(row_blocks, blocks_per_program)
 
 
-def _tile(kernel: str, x: Tensor, rank: int, dropout: _Dropout) -> Tile:
-    name = f"{kernel}+drop" if dropout.drops else kernel
-    found = tile(_architecture(x), x.element_size(), name, rank)
-    assert found is not None
-    return found
-
-
-def _sub_tiles(shape: Tile, rank: int, dropout: _Dropout) -> dict[str, Any]:
-    return {
-        "DROPOUT": dropout.drops,
-        "BLOCK_M": shape.rows,
-        "BLOCK_R": rank_bucket(rank),
-        "SUB": shape.sub,
-        "SLICES": shape.slices,
-        **_launch(shape),
-    }
+def _tiling(kernel: str, x: Tensor, rank: int, dropout: Dropout) -> tuple[Tile, dict[str, Any]]:
+    """The tile of a kernel that works by sub-tiles, and the options that it is launched with."""
+    drops = dropout.seed is not None
+    shape = tile(_architecture(x), x.element_size(), f"{kernel}+drop" if drops else kernel, rank)
+    assert shape is not None
+    sizes = {"BLOCK_M": shape.rows, "BLOCK_R": rank_bucket(rank), "SUB": shape.sub, "SLICES": shape.slices}
+    return shape, {"DROPOUT": drops, **sizes, **_launch(shape)}
 
 
 def _launch(shape: Tile) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 import torch
 from measuring import ratio, rounds
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers
@@ -44,6 +44,18 @@ def smollm2() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"MiniLM": minilm, "SmolLM2": smollm2}
+
+
+class Readers(nn.Module):
+    """Linear layers that read one x."""
+
+    def __init__(self, d_in: int, d_outs: Mapping[str, int]) -> None:
+        super().__init__()
+        for name, d_out in d_outs.items():
+            self.add_module(name, nn.Linear(d_in, d_out, bias=False))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [layer(x) for layer in self.children()]
 
 
 def main() -> None:
@@ -83,11 +95,11 @@ def _compared(pair: Mapping[bool, Callable[[], object]], count: int) -> list[str
 def _layers(
     d_in: int, d_outs: Mapping[str, int], dtype: torch.dtype, rank: int, p: float, group: bool, tokens: int
 ) -> Callable[[], object]:
-    model = nn.ModuleDict({name: nn.Linear(d_in, d_out, bias=False) for name, d_out in d_outs.items()}).to(dtype)
+    model = Readers(d_in, d_outs).to(dtype)
     _adapted(model, rank, p, group, list(d_outs))
     x = torch.randn(tokens, d_in).to(dtype).requires_grad_()
     dys = [torch.randn(tokens, d_out).to(dtype) for d_out in d_outs.values()]
-    return lambda: torch.autograd.backward([layer(x) for layer in model.values()], dys)
+    return lambda: torch.autograd.backward(model(x), dys)
 
 
 def _step(build: Callable[[], nn.Module], dtype: torch.dtype, p: float, group: bool, tokens: int) -> Callable[[], None]:

@@ -32,7 +32,7 @@ class LoRALayer(nn.Module):
         dropout: probability of zeroing an element of the update's input while training, in [0, 1).
         dtype: dtype of the factors; their device is the base's.
         backend: who makes the products with the factors of a linear layer, see
-            :func:`dynrank.kernels.backends.chosen_backend`; embeddings and convolutions have torch's only.
+            :func:`dynrank.kernels.backends.products_of`; embeddings and convolutions have torch's only.
         capacity: highest rank that the layer may get. Where it is given, code compiled by torch.compile serves every
             rank from 2 to it; without, it is compiled anew for every rank.
         factors: (lora_A, lora_B) to start with, copied; drawn anew when None.
@@ -86,7 +86,8 @@ class LoRALayer(nn.Module):
             lora_A, lora_B = (factor.detach().to(device, dtype, copy=True).contiguous() for factor in factors)
             self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self._let_rank_vary()
-        self._unmerged: list[Any] = []  # the base's own weight while merged; a list, so that it isn't registered
+        # (the base's own weight, the base) while merged; in a list, so that they aren't registered
+        self._unmerged: list[tuple[nn.Parameter, nn.Module]] = []
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
@@ -122,6 +123,11 @@ class LoRALayer(nn.Module):
         return self.lora_A.shape[0]
 
     @property
+    def drop_rate(self) -> float:
+        """The probability of dropout now: 0 outside of training."""
+        return self.dropout.p if self.training else 0.0
+
+    @property
     def alpha(self) -> float:
         return self.scaling * self.rank
 
@@ -140,13 +146,13 @@ class LoRALayer(nn.Module):
     @property
     def own_weight(self) -> nn.Parameter:
         """The base's weight without the update, also while merged."""
-        own: nn.Parameter = self._unmerged[0] if self._unmerged else self.weight
-        return own
+        return self._unmerged[0][0] if self._unmerged else self.weight
 
     @property
     def weight(self) -> nn.Parameter:
         """The base's weight, for models that look at a layer's dtype or device through it."""
-        return self.base.get_parameter("weight")
+        weight: Any = self.base.weight
+        return weight  # type: ignore[no-any-return]
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -202,30 +208,38 @@ class LoRALayer(nn.Module):
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
         return delta_OI.view_as(self.weight)
 
+    def _mergeable_base(self) -> nn.Module:
+        """The plain layer that the update can be added to."""
+        return self.base
+
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to a copy of the base's weight. A weight tied to another module's stays as it is there.
+        """Add the update to the base's weight, in a new tensor: one tied to another module's stays as it is there.
+
+        A base that is packed to 4 bits gives way to a plain layer.
 
         Raises:
             RuntimeError: if already merged.
+            ConfigurationError: if the base cannot be unpacked, see :func:`dynrank.layers.quantized.unpacked`.
         """
         if self.merged:
             raise RuntimeError("the layer is already merged; call unmerge() first")
-        old, delta = self.weight, self.delta_weight()
+        own, delta, base = (self.weight, self.base), self.delta_weight(), self._mergeable_base()
+        old = base.get_parameter("weight")
         wide = torch.promote_types(old.dtype, delta.dtype)
-        merged = (old.to(wide) + delta.to(wide)).to(old.dtype)
-        self._unmerged = [old]
-        self.base.weight = nn.Parameter(merged, requires_grad=False)
+        base.weight = nn.Parameter((old.to(wide) + delta.to(wide)).to(old.dtype), requires_grad=False)
+        self.base, self._unmerged = base, [own]
 
     def unmerge(self) -> None:
-        """Give the base its own weight back, bit for bit.
+        """Give the layer its base, and the base its weight, back, bit for bit.
 
         Raises:
             RuntimeError: if not merged.
         """
         if not self.merged:
             raise RuntimeError("the layer is not merged; call merge() first")
-        self.base.weight = self._unmerged.pop()
+        weight, self.base = self._unmerged.pop()
+        self.base.weight = weight
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"

@@ -1,22 +1,20 @@
-"""LoRA layers that read the same x, called one after the other: they share one pass over it."""
+"""LoRA layers that read the same x, called one after the other by one module: they share one pass over it."""
 
 from __future__ import annotations
 
 import threading
-import weakref
-from collections.abc import Iterable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynrank.kernels.backends import chosen_backend
 from dynrank.kernels.dropout import draw_seed
-from dynrank.kernels.grouped_lora_linear import Member, SharedInput
-from dynrank.kernels.lora_linear import Tap
+from dynrank.kernels.lora_linear import SharedInput
 from dynrank.kernels.triton_launch import serves
+from dynrank.layers.kinds import LoRAConv1D, LoRALinear
 
-__all__ = ["Group", "GroupedLayer", "group_layers", "shared_output"]
+__all__ = ["group_layers"]
 
 SETS = (  # names, within one parent, of layers that models call on one x
     ("q_proj", "k_proj", "v_proj"),
@@ -31,185 +29,110 @@ SETS = (  # names, within one parent, of layers that models call on one x
 )
 
 
-class GroupedLayer(Protocol):
-    """What grouping needs of a linear LoRA layer."""
+def group_layers(model: nn.Module) -> None:
+    """Let the linear layers of ``model`` that have the names of one of ``SETS`` in one module share their x.
 
-    training: bool
-    backend: str
-    scaling: float
-    dropout: nn.Dropout
-    _group: Group | None
-    _tap: Tap | None
+    The first of them that the module's forward calls on an x opens a pass for all that could follow; those that are
+    called on the very same tensor, unchanged, take their part of it; any other x opens another pass. Nothing is kept
+    when that forward ends, or decided by an earlier one, so a run that was resumed does what the whole run does.
 
-    @property
-    def lora_A(self) -> nn.Parameter: ...
+    A layer computes alone outside of its parent's forward, or in a part of it that is checkpointed by itself; while a
+    graph is compiled (whose tensors have no version); in plain inference, which has nothing to gain; where a tensor is
+    more than a plain one (sharded, packed, fake); and where Triton would serve its rank but not the ranks' sum.
 
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def lora_B(self) -> nn.Parameter: ...
-
-    @property
-    def weight(self) -> nn.Parameter: ...
-
-    @property
-    def bias(self) -> nn.Parameter | None: ...
-
-    @property
-    def merged(self) -> bool: ...
-
-    def _weight_OI(self) -> Tensor: ...
-
-
-class Group:
-    """Which layers may share: children of one module, by their names, so that it follows what is put there.
-
-    A copy of the module has a group of its own; a layer copied without the module is in none.
-    """
-
-    def __init__(self, parent: nn.Module | None, names: tuple[str, ...]) -> None:
-        self._parent = None if parent is None else weakref.ref(parent)
-        self._names = names
-
-    @property
-    def parent(self) -> nn.Module | None:
-        return None if self._parent is None else self._parent()
-
-    def members(self) -> list[GroupedLayer]:
-        """The layers that are in it now."""
-        children: dict[str, Any] = {} if self.parent is None else self.parent._modules
-        found = [children[name] for name in self._names if name in children]
-        return [child for child in found if getattr(child, "_group", None) is self]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Group:
-        return Group(memo.get(id(self.parent)), self._names)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"parent": self.parent, "names": self._names}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-
-def group_layers(model: nn.Module, kinds: Iterable[type]) -> None:
-    """Let the layers of ``model`` that have the names of one of ``SETS`` in one module, and one d_in, share their x.
-
-    Args:
-        model: with LoRA layers.
-        kinds: the classes of layers that can share, each with its like.
+    As the layers share a node of the autograd graph, a backward through the output of one and then another through that
+    of another needs ``retain_graph=True``. Layers must not get other values while their parent's forward runs.
     """
     for parent in model.modules():
         for names in SETS:
-            alike: dict[tuple[type, int], list[str]] = {}
-            for name in names:
-                child: Any = parent._modules.get(name)
-                if type(child) in kinds:
-                    alike.setdefault((type(child), child.lora_A.shape[1]), []).append(name)
-            for found in alike.values():
-                if len(found) > 1:
-                    group = Group(parent, tuple(found))
-                    for name in found:
-                        vars(parent._modules[name])["_group"] = group
+            children: list[Any] = [parent._modules.get(name) for name in names]
+            layers = [child for child in children if type(child) in (LoRALinear, LoRAConv1D)]
+            if len(layers) > 1:
+                for layer in layers:
+                    layer.shared_output = partial(_shared_output, names)
+                if _enter not in parent._forward_pre_hooks.values():
+                    parent.register_forward_pre_hook(_enter)
+                    parent.register_forward_hook(_leave, always_call=True)
 
 
-class _Pending:
-    """A pass over x that some members of a group have still to take their part of."""
+class _Pass:
+    """A pass over x, and which of its outputs have still to be taken."""
 
-    def __init__(self, x: Tensor, layers: list[GroupedLayer], backend: str) -> None:
-        self._x, self._version, self._context = x, x._version, _context(x)
-        self._waiting = {id(layer): (index, layer, _operands(layer)) for index, layer in enumerate(layers)}
-        p = _dropout(layers[0])
-        members = [Member(m._weight_OI(), m.bias, m.lora_A, m.lora_B, m.scaling) for m in layers]
+    def __init__(self, x: Tensor, layers: list[LoRALinear]) -> None:
+        p, backend = layers[0].drop_rate, layers[0].backend
+        self._x, self._state, self._waiting = x, _state(x), [*layers]
+        self._layers = layers
         seed = draw_seed(x.device) if p else None
-        self._shared = SharedInput(x, members, p, seed, backend=backend)
+        self._shared = SharedInput(x, [layer.operands() for layer in layers], p, seed, backend=backend)
 
-    def taken(self, layer: GroupedLayer, x: Tensor) -> Tensor | None:
-        """The layer's output, which is given once; None if x or anything that it was made of is another by now."""
-        if self._x is not x or self._version != x._version or self._context != _context(x) or self._shared.spent:
-            return None
-        index, _, operands = self._waiting.get(id(layer), (0, None, None))
-        if operands is None or operands != _operands(layer):
-            return None
-        del self._waiting[id(layer)]
-        return self._shared.output(index, layer._tap)
+    def has(self, layer: LoRALinear, x: Tensor) -> bool:
+        return self._x is x and self._state == _state(x) and layer in self._waiting
 
-    @property
-    def empty(self) -> bool:
-        return not self._waiting
+    def take(self, layer: LoRALinear) -> Tensor:
+        self._waiting.remove(layer)
+        return self._shared.output(self._layers.index(layer))
 
 
-class _Slot(threading.local):
-    pending: _Pending | None = None
+class _Within(threading.local):
+    """The module whose forward this thread is in, how it was entered, and the pass that is open there."""
+
+    parent: nn.Module | None = None
+    context: tuple[Any, ...] = ()
+    open_pass: _Pass | None = None
 
 
-_slot = _Slot()  # one in each thread: what was not asked for is dropped by the next group's call
+_within = _Within()
 
 
-def shared_output(layer: GroupedLayer, x: Tensor) -> Tensor | None:
-    """The output of ``layer``, from the pass over x that it shares; None if it is to compute alone.
+def _enter(parent: nn.Module, _: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _within.parent, _within.context, _within.open_pass = parent, _context(), None
 
-    The first layer of a group that is called on an x opens the pass, for all that could follow; those that are called
-    on the very same tensor, unchanged, take their part; any other x opens another pass. Nothing is decided beforehand
-    or remembered from one forward to the next, so a run that was resumed does what the whole run does.
 
-    A layer computes alone while a graph is compiled (whose tensors have no version), in plain inference (which has
-    nothing to gain), where a tensor is more than a plain one (sharded, packed, fake), and where Triton would serve its
-    rank but not the ranks' sum.
+def _leave(*_: Any) -> None:
+    if not torch.compiler.is_compiling():
+        _within.parent = _within.open_pass = None
 
-    As the layers share a node of the autograd graph, a backward through the output of one and then another through that
-    of another needs ``retain_graph=True``. A change of values through ``.data`` between the calls on one x is not seen.
-    Layers of a group must not be in parts of the model that reentrant checkpointing recomputes apart.
-    """
-    group = layer._group
-    if group is None or torch.compiler.is_compiling() or not (layer.training or torch.is_grad_enabled()):
+
+def _shared_output(names: tuple[str, ...], layer: LoRALinear, x: Tensor) -> Tensor | None:
+    """The output of ``layer`` from a pass that it shares with its siblings; None if it is to compute alone."""
+    if torch.compiler.is_compiling() or _within.parent is None or _within.context != _context():
         return None
-    if type(x) not in _PLAIN or x.is_inference():
+    if not (layer.training or torch.is_grad_enabled()) or type(x) not in _PLAIN or x.is_inference():
         return None
-    y = None if _slot.pending is None else _slot.pending.taken(layer, x)
-    if y is None:
-        _slot.pending = None
-        like = _kind(layer)
-        layers = [member for member in group.members() if _kind(member) == like]
-        if like is None or len(layers) < 2 or not any(member is layer for member in layers):
+    if _within.open_pass is None or not _within.open_pass.has(layer, x):
+        _within.open_pass = None
+        children, like = _within.parent._modules, _kind(layer)
+        layers: list[Any] = [children[name] for name in names if like is not None and _kind(children.get(name)) == like]
+        if len(layers) < 2 or layer not in layers:
             return None
-        backend = chosen_backend(layer.backend, x, layer.rank, _dropout(layer))
-        if backend == "triton" and serves(x, sum(member.rank for member in layers)) is not None:
+        if layer.backend == "triton" and serves(x, sum(member.rank for member in layers)) is not None:
             return None
-        _slot.pending = _Pending(x, layers, backend)
-        y = _slot.pending.taken(layer, x)
-    assert _slot.pending is not None
-    if _slot.pending.empty:
-        _slot.pending = None
-    return y
+        _within.open_pass = _Pass(x, layers)
+    return _within.open_pass.take(layer)
 
 
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def _kind(layer: GroupedLayer) -> tuple[Any, ...] | None:
+def _kind(layer: nn.Module | None) -> tuple[Any, ...] | None:
     """What layers must have in common to share; None for one that cannot."""
-    operands = layer.weight, layer.lora_A, layer.lora_B
-    if layer.merged or any(type(operand) not in _PLAIN or operand.is_inference() for operand in operands):
+    if not isinstance(layer, LoRALinear) or layer.merged:
         return None
-    weight, lora_A, _ = operands
-    return weight.dtype, weight.device, lora_A.dtype, lora_A.shape[1], _dropout(layer), layer.backend
-
-
-def _dropout(layer: GroupedLayer) -> float:
-    return layer.dropout.p if layer.training else 0.0
-
-
-def _operands(layer: GroupedLayer) -> tuple[Any, ...]:
-    """The identity and version of what a pass is made of."""
     tensors = layer.weight, layer.lora_A, layer.lora_B
-    needs = (tensor.requires_grad for tensor in tensors)
-    return *((id(tensor), tensor._version) for tensor in tensors), *needs, layer.scaling, _dropout(layer)
+    if any(type(tensor) not in _PLAIN or tensor.is_inference() for tensor in tensors):
+        return None
+    alike = (layer.lora_A.shape[1], layer.drop_rate, layer.backend, isinstance(layer, LoRAConv1D))
+    return *((tensor.dtype, tensor.device, tensor.requires_grad) for tensor in tensors), *alike
 
 
-def _context(x: Tensor) -> tuple[Any, ...]:
+def _state(x: Tensor) -> tuple[Any, ...]:
+    """What must stay between two calls on one x."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    # The hooks are those of a part that is checkpointed: what it saves must be saved in it.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    return torch.is_grad_enabled(), autocast, x.requires_grad, hooks
+    return x._version, x.requires_grad, autocast
+
+
+def _context() -> tuple[Any, ...]:
+    """What changes within a part that is checkpointed by itself, and so computed again out of its parent's forward."""
+    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)

@@ -12,41 +12,42 @@ from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.dropout import draw_seed
-from dynrank.kernels.lora_linear import lora_linear
-from dynrank.kernels.packed_lora_linear import packed_lora_linear
+from dynrank.kernels.lora_linear import Operands, fused
 from dynrank.layers.base import LoRALayer
-from dynrank.layers.grouping import Group, shared_output
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
 
 
 class LoRALinear(LoRALayer):
-    """``y = x W^T + b + scaling * (x A^T) B^T``; x is (..., d_in)."""
+    """``y = x W^T + b + scaling * (drop(x) A^T) B^T``; x is (..., d_in)."""
 
     supported = nn.Linear
-    _group: Group | None = None  # the layers that it may share a pass over x with
+    # What gives the output from a pass over x that is shared with other layers, where there is one; see grouping.py.
+    shared_output: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
         d_out, d_in = base.get_parameter("weight").shape
         return d_out, d_in
 
-    def _weight_OI(self) -> Tensor:
-        return self.weight
+    def _weight_OI(self) -> Tensor | Callable[[], Tensor]:
+        weight: Any = self.base.weight
+        return weight  # type: ignore[no-any-return]
+
+    def operands(self) -> Operands:
+        """What the layer brings to the fused op."""
+        bias: Any = self.base.bias
+        return Operands(self._weight_OI(), bias, self.lora_A, self.lora_B, self.scaling, self._tap)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.merged:
             y: Tensor = self.base(x)
             return y
-        shared = shared_output(self, x)
+        shared = None if self.shared_output is None else self.shared_output(self, x)
         if shared is not None:
             return shared
-        return self._fused(lora_linear, x, self._weight_OI())
-
-    def _fused(self, op: Callable[..., Tensor], x: Tensor, weight: Any) -> Tensor:
-        p = self.dropout.p if self.training else 0.0
+        p = self.drop_rate
         seed = draw_seed(x.device) if p else None
-        factors = self.lora_A, self.lora_B
-        return op(x, weight, self.bias, *factors, self.scaling, p, seed, backend=self.backend, tap=self._tap)
+        return fused(x, self.operands(), p, seed, backend=self.backend)
 
 
 class LoRAConv1D(LoRALinear):
@@ -76,43 +77,26 @@ class LoRAQuantizedLinear(LoRALinear):
         assert isinstance(d_in, int)
         return d_out, d_in
 
+    def _weight_OI(self) -> Callable[[], Tensor]:
+        unpack = unpacker(self.base)
+        assert unpack is not None  # as forward has seen to
+        return unpack
+
     def forward(self, x: Tensor) -> Tensor:
+        # in inference the libraries multiply by the packed weight, without unpacking it
+        if not self.merged and torch.is_grad_enabled() and unpacker(self.base) is not None:
+            return super().forward(x.to(computes_in(self.base, x))).to(x.dtype)
+        y: Tensor = self.base(x)
         if self.merged:
-            y: Tensor = self.base(x)
             return y
-        unpack = unpacker(self.base) if torch.is_grad_enabled() else None
-        if unpack is None:  # in inference the libraries multiply by the packed weight, without unpacking it
-            y = self.base(x)
-            down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
-            return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
-        return self._fused(packed_lora_linear, x.to(computes_in(self.base, x)), unpack).to(x.dtype)
+        down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
+        return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
 
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
         return delta_OI
 
-    def merge(self) -> None:
-        """Put a plain layer, unpacked and with the update, in the place of the base.
-
-        Raises:
-            RuntimeError: if already merged.
-            ConfigurationError: if the base is in 8 bits, see :func:`dynrank.layers.quantized.unpacked`.
-        """
-        if self.merged:
-            raise RuntimeError("the layer is already merged; call unmerge() first")
-        packed, self.base = self.base, unpacked(self.base)
-        super().merge()
-        self._unmerged = [packed.weight, packed]
-
-    def unmerge(self) -> None:
-        """Put the packed base back.
-
-        Raises:
-            RuntimeError: if not merged.
-        """
-        if not self.merged:
-            raise RuntimeError("the layer is not merged; call merge() first")
-        self.base = self._unmerged[1]
-        self._unmerged = []
+    def _mergeable_base(self) -> nn.Module:
+        return unpacked(self.base)
 
 
 class LoRAEmbedding(LoRALayer):
@@ -181,12 +165,35 @@ LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, Lo
 def layer_class(base: nn.Module) -> type[LoRALayer] | None:
     """The LoRA layer for ``base``; None for a module that cannot have one.
 
-    A subclass with a forward of its own (scaled, quantised by another library, ...) computes something else than its
-    parent and has none.
+    A subclass with a forward of its own (scaled, quantised by another library, ...) has one only where it is a linear
+    layer that computes what the plain one does, as Falcon's is.
     """
     if is_quantized(base):
         return LoRAQuantizedLinear
     for cls in LAYERS:
-        if isinstance(base, cls.supported) and type(base).forward is cls.supported.forward:
-            return cls
+        if isinstance(base, cls.supported):
+            plain = type(base).forward is cls.supported.forward or (cls is LoRALinear and _computes_linear(base))
+            return cls if plain else None
     return None
+
+
+def _computes_linear(base: nn.Module) -> bool:
+    """Whether ``base`` holds a weight and a bias only and computes ``x W^T + b``; tried on small random values."""
+    tensors = dict([*base.named_parameters(), *base.named_buffers()])
+    if "weight" not in tensors or tensors.keys() - {"weight", "bias"}:
+        return False
+    random = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, dtype=torch.float64, generator=random) for size in ((2, 3, 5), (4, 5), (4,)))
+    values = {"weight": weight, "bias": bias} if "bias" in tensors else {"weight": weight}
+    was_training = base.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            found = []
+            for base.training in (True, False):
+                found.append(torch.func.functional_call(base, values, x))
+    except Exception:  # it reads something else than x, or its weight in another way
+        return False
+    finally:
+        base.training = was_training
+    expected = F.linear(x, *values.values())
+    return all(y.shape == expected.shape and torch.allclose(y, expected, 1e-9, 1e-9) for y in found)

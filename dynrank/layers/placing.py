@@ -17,7 +17,7 @@ from dynrank.layers.compiled import named_modules
 from dynrank.layers.finding import own_layers, tied_weights
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.grouping import group_layers
-from dynrank.layers.kinds import LoRAConv1D, LoRALinear, layer_class
+from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.ranked import check_capacity
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
@@ -53,11 +53,11 @@ def add_lora(
         rslora: start at alpha / sqrt(rank).
         modules_to_save: names of modules that are trained whole and saved with the adapter (a fresh head).
         dtype: dtype of the factors.
-        backend: who makes the products with the factors, see :func:`dynrank.kernels.backends.chosen_backend`.
+        backend: who makes the products with the factors, see :func:`dynrank.kernels.backends.products_of`.
         capacity: highest rank that a layer may get. Where it is given, a model compiled by torch.compile serves every
             rank from 2 to it without being compiled again.
         group: layers that read one x (q, k, v; gate, up) share the pass over it, and dropout's mask; see
-            :func:`dynrank.layers.grouping.shared_output`. On CPU it pays where there is dropout.
+            :func:`dynrank.layers.grouping.group_layers`. On CPU it pays where there is dropout.
 
     Returns:
         ``model`` itself.
@@ -148,7 +148,7 @@ def place_layers(
     group = vars(model).get("_groups_layers", False) if group is None else group
     vars(model)["_groups_layers"] = group
     if group:
-        group_layers(model, (LoRALinear, LoRAConv1D))
+        group_layers(model)
     for name in modules_to_save:
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:

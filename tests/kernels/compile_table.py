@@ -43,11 +43,12 @@ def run_backend(rank, dtype, rows=200, p=0.1, scaling=2.0, d_in=512, d_out=768):
     a, b = torch.zeros(rank, d_in, dtype=dtype), torch.zeros(d_out, rank, dtype=dtype)
     bias, seed = torch.zeros(d_out, dtype=dtype), torch.zeros((), dtype=torch.int64)
     for rate in (0.0, p):
-        s = triton_launch.shrink(x, a, rate, seed)
-        triton_launch.grad_A(s, x, rate, seed)
-    triton_launch.expand(s, (scaling * b).mT, bias, 0.0, None)
-    triton_launch.expand(s, a, None, p, seed)
-    triton_launch.grad_S_and_B(dy, s, b, scaling)
+        drop = triton_launch.dropout(x, rate, seed)
+        s = triton_launch.shrink(x, a, drop)
+        triton_launch.grad_A(s, x, dtype, drop)
+        triton_launch.expand(s, a, 1.0, None, drop, dtype)
+    triton_launch.expand(s, b.mT, scaling, bias, triton_launch.NO_DROPOUT, dtype)
+    triton_launch.grad_S_and_B(dy, s, b, scaling, (True, True))
 
 
 def resources(kernel):

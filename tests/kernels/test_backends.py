@@ -6,41 +6,17 @@ from torch import nn
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.kernels import triton_launch
-from dynrank.kernels.backends import AUTO_FROM, chosen_backend
-from dynrank.kernels.grouped_lora_linear import Member, SharedInput
-from dynrank.kernels.lora_linear import lora_linear, lora_linear_reference
-from dynrank.kernels.packed_lora_linear import packed_lora_linear
+from dynrank.kernels import torch_backend, triton_launch
+from dynrank.kernels.backends import products_of
+from dynrank.kernels.lora_linear import Operands, SharedInput, lora_linear, lora_linear_reference
 
 M, D_IN, D_OUT, SCALING = 37, 70, 50, 1.5
 
 
-class OnGPU:
-    """What the choice looks at in a tensor, as if on a GPU."""
-
-    device, dtype = torch.device("cuda"), torch.bfloat16
-
-    def __init__(self, elements):
-        self.numel = lambda: elements
-
-
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_on_a_cpu_it_is_torch(backend):
-    assert chosen_backend(backend, torch.ones(2, 3), 8, 0.1) == "torch"
-
-
-@pytest.mark.parametrize(
-    ("fault", "p", "elements", "chosen"),
-    [
-        (None, 0.1, 10, "triton"),
-        (None, 0.0, AUTO_FROM, "triton"),
-        (None, 0.0, AUTO_FROM - 1, "torch"),
-        ("the rank is 129", 0.1, AUTO_FROM, "torch"),
-    ],
-)
-def test_auto_on_a_gpu_is_triton_where_it_serves_and_pays(monkeypatch, fault, p, elements, chosen):
-    monkeypatch.setattr(triton_launch, "serves", lambda x, rank: fault)
-    assert chosen_backend("auto", OnGPU(elements), 8, p) == chosen
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_auto_is_torch_whatever_the_device(backend, device):
+    assert products_of(backend, torch.ones(2, 3, device=device), 8) is torch_backend
 
 
 def test_what_triton_cannot_serve_is_an_error(monkeypatch):
@@ -49,9 +25,9 @@ def test_what_triton_cannot_serve_is_an_error(monkeypatch):
     with pytest.raises(ConfigurationError, match=r"(on a GPU, and x is on cpu|not installed); set lora.backend=torch"):
         model(torch.ones(1, 8))
     with pytest.raises(ConfigurationError, match=r"ranks up to 128, and the rank is 129; set lora.backend=torch"):
-        chosen_backend("triton", torch.ones(2, 300), 129, 0.0)
+        products_of("triton", torch.ones(2, 300), 129)
     with pytest.raises(ConfigurationError, match=r"x is float64; set lora.backend=torch"):
-        chosen_backend("triton", torch.ones(2, 300).double(), 8, 0.0)
+        products_of("triton", torch.ones(2, 300).double(), 8)
 
 
 def test_an_unknown_backend_is_refused_before_anything_is_changed():
@@ -73,14 +49,14 @@ def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p
     lora_A, lora_B = lora_A.float(), lora_B.float()  # wider than x, which Triton's kernels round to x's dtype
     seed, dy = torch.tensor(-5), torch.randn(2, M, D_OUT, generator=generator).to(dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_A, lora_B)]
-    function = packed_lora_linear if packed else lora_linear
-    y = function(
+    y = lora_linear(
         leaves[0], (lambda: weight) if packed else weight, bias, *leaves[1:], SCALING, p, seed, backend="triton"
     )
     got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     assert [t.dtype for t in got] == [dtype, dtype, torch.float32, torch.float32]
 
-    keep = triton_launch.expand(torch.ones(2 * M, 1), torch.ones(1, D_IN), None, p, seed).double()
+    ones, dropout = torch.ones(2 * M, D_IN), triton_launch.dropout(torch.ones(2 * M, D_IN), p, seed)
+    keep = triton_launch.expand(ones[:, :1], ones[:1], 1.0, None, dropout, torch.float32).double()
     assert bool((keep == 0).any()) == (p > 0)
     leaves = [tensor.to(dtype).double().requires_grad_() for tensor in (x, lora_A, lora_B)]
     wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.view(2, M, D_IN))
@@ -94,12 +70,11 @@ def test_grouped_layers_by_triton_are_the_layers_by_triton(triton_interpreter, p
     x, seed = torch.randn(M, D_IN, generator=generator).requires_grad_(), torch.tensor(-5)
     sizes = ((5, D_OUT), (12, 20), (1, 20))
     shapes = [((d_out, D_IN), (d_out,), (rank, D_IN), (d_out, rank)) for rank, d_out in sizes]
-    group = [Member(*(torch.randn(shape, generator=generator) for shape in each), SCALING) for each in shapes]
-    leaves = [x, *(factor.requires_grad_() for m in group for factor in (m.lora_A, m.lora_B))]
-    shared = SharedInput(x, group, p, seed, backend="triton")
+    group = [Operands(*(torch.randn(shape, generator=generator) for shape in each), SCALING) for each in shapes]
+    leaves = [x, *(factor.requires_grad_() for layer in group for factor in (layer.lora_A, layer.lora_B))]
+    shared = SharedInput(x, group, p, seed if p else None, backend="triton")
     ours = [shared.output(index) for index in range(len(group))]
-    operands = [(m.weight, m.bias, m.lora_A, m.lora_B, SCALING, p, seed) for m in group]
-    theirs = [lora_linear(x, *each, backend="triton") for each in operands]
+    theirs = [lora_linear(x, *layer[:5], p, seed, backend="triton") for layer in group]
     dys = [torch.randn(y.shape, generator=generator) for y in ours]
     results = [[*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)] for ys in (ours, theirs)]
     for one, other in zip(*results, strict=True):

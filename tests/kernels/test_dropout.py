@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dynrank.kernels.dropout import CPU_CHUNK, draw_seed, keep_mask, keep_rate, masked
+from dynrank.kernels.dropout import CPU_CHUNK, _bits_by_torch, draw_seed, keep_mask, keep_rate, masked
 
 
 def reference(rows, columns, p, seed):
@@ -28,6 +28,9 @@ def test_mask_is_the_hash(rows, columns, p, seed):
     mask = keep_mask(rows, columns, p, torch.tensor(seed))
     assert mask.dtype == torch.int16
     assert np.array_equal(mask.numpy(), -reference(rows, columns, p, seed).astype(np.int16))
+    # where numpy cannot write, torch computes the same
+    bits = _bits_by_torch((rows * columns + 1) // 2, torch.tensor(seed), round((1 - p) * 2**15))
+    assert torch.equal(bits[: rows * columns].view(rows, columns), mask)
 
 
 def test_mask_does_not_depend_on_how_it_is_cut():
@@ -56,8 +59,10 @@ def test_nothing_or_everything():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dropped_elements_are_zero_and_the_others_untouched(dtype):
     x = torch.tensor([[1.5, -2.0, math.inf, math.nan]], dtype=dtype)
-    dropped = masked(x, torch.tensor([[-1, 0, 0, 0]], dtype=torch.int16))
-    assert torch.equal(dropped, torch.tensor([[1.5, 0, 0, 0]], dtype=dtype))
+    mask = -torch.tensor([[1, 0, 0, 0]]).to(keep_mask(1, 1, 0.5, torch.tensor(1), x.itemsize).dtype)
+    assert torch.equal(masked(x, mask), torch.tensor([[1.5, 0, 0, 0]], dtype=dtype))
+    masked(x, mask, in_place=True)
+    assert torch.equal(x, torch.tensor([[1.5, 0, 0, 0]], dtype=dtype))
 
 
 def test_seeds_come_from_the_generator():

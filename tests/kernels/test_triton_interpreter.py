@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynrank.kernels import triton_launch
 from dynrank.kernels.tile_table import Tile
-from dynrank.kernels.triton_launch import expand, grad_A, grad_S_and_B, serves, shrink
+from dynrank.kernels.triton_launch import NO_DROPOUT, dropout, expand, grad_A, grad_S_and_B, serves, shrink
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 
@@ -85,8 +85,12 @@ def reference_mask(rows, columns, p, seed):
     return kept * (65536 / threshold) if threshold else kept
 
 
-def drawn_mask(rows, columns, p, seed):
-    return expand(torch.ones(rows, 1), torch.ones(1, columns), None, p, seed)
+def drawn_mask(rows, columns, drop):
+    return expand(torch.ones(rows, 1), torch.ones(1, columns), 1.0, None, drop, torch.float32)
+
+
+def drop(p, seed):
+    return dropout(None, p, seed)
 
 
 def check(got, expected, size, dtype):
@@ -101,6 +105,9 @@ def check(got, expected, size, dtype):
 def product(left, right):
     """The product in float64, and that of the absolute values."""
     return left.double() @ right.double(), left.double().abs() @ right.double().abs()
+
+
+BOTH = (True, True)
 
 
 @st.composite
@@ -120,6 +127,10 @@ def problems(draw):
     }
 
 
+def drop_of(problem):
+    return drop(problem["p"], problem["seed"])
+
+
 def mask_of(problem, columns):
     if not problem["p"]:
         return torch.ones(problem["rows"], columns, dtype=torch.float64)
@@ -132,29 +143,29 @@ def test_shrink_is_the_product_with_what_dropout_leaves(problem):
     x = matrix(0, (problem["rows"], problem["d_in"]), problem["dtype"], problem["layout"])
     a = matrix(1, (problem["rank"], problem["d_in"]), problem["dtype"], problem["layout"])
     expected = product(x.double() * mask_of(problem, problem["d_in"]), a.mT)
-    check(shrink(x, a, problem["p"], problem["seed"]), *expected, problem["dtype"])
+    check(shrink(x, a, drop_of(problem)), *expected, problem["dtype"])
 
 
 @cases
-@given(problem=problems())
-def test_expand_is_the_masked_product_and_bias(problem):
+@given(problem=problems(), scale=st.sampled_from([1.0, 0.37, -2.0]))
+def test_expand_is_the_masked_product_and_bias(problem, scale):
     s = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
     factor = matrix(1, (problem["rank"], problem["d_out"]), problem["dtype"], problem["layout"])
     bias = matrix(2, (1, problem["d_out"]), problem["dtype"], problem["layout"])[0] if problem["bias"] else None
-    mask = mask_of(problem, problem["d_out"])
+    mask = scale * mask_of(problem, problem["d_out"])
     expected, size = (mask * each for each in product(s, factor))
     if bias is not None:
-        expected, size = expected + bias.double(), size + bias.double().abs()
-    check(expand(s, factor, bias, problem["p"], problem["seed"]), expected, size, problem["dtype"])
+        expected, size = expected + bias.double(), size.abs() + bias.double().abs()
+    check(expand(s, factor, scale, bias, drop_of(problem), s.dtype), expected, size, problem["dtype"])
 
 
 @cases
-@given(problem=problems())
-def test_grad_A_is_the_product_with_what_dropout_leaves(problem):
+@given(problem=problems(), stored=st.sampled_from([torch.float32, None]))
+def test_grad_A_is_the_product_with_what_dropout_leaves(problem, stored):
     ds = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
     x = matrix(1, (problem["rows"], problem["d_in"]), problem["dtype"], problem["layout"])
-    expected = product(ds.mT, x.double() * mask_of(problem, problem["d_in"]))
-    check(grad_A(ds, x, problem["p"], problem["seed"]), *expected, problem["dtype"])
+    expected, dtype = product(ds.mT, x.double() * mask_of(problem, problem["d_in"])), stored or problem["dtype"]
+    check(grad_A(ds, x, dtype, drop_of(problem)), *expected, dtype)
 
 
 @cases
@@ -163,7 +174,7 @@ def test_grad_S_and_B_are_the_two_products(problem, scaling):
     dy = matrix(0, (problem["rows"], problem["d_out"]), problem["dtype"], problem["layout"])
     s = matrix(1, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
     b = matrix(2, (problem["d_out"], problem["rank"]), problem["dtype"], problem["layout"])
-    ds, db = grad_S_and_B(dy, s, b, scaling)
+    ds, db = grad_S_and_B(dy, s, b, scaling, BOTH)
     check(ds, *product(scaling * dy.double(), b), problem["dtype"])
     check(db, *product(scaling * dy.double().mT, s), problem["dtype"])
 
@@ -171,23 +182,9 @@ def test_grad_S_and_B_are_the_two_products(problem, scaling):
 def test_a_gradient_that_is_one_number_expanded_is_served():
     """``y.sum().backward()`` gives strides of 0."""
     dy, s, b = torch.ones(()).expand(40, 70), torch.randn(40, 3), torch.randn(70, 3)
-    ds, db = grad_S_and_B(dy, s, b, 1.0)
+    ds, db = grad_S_and_B(dy, s, b, 1.0, BOTH)
     check(ds, *product(dy, b), torch.float32)
     check(db, *product(dy.mT, s), torch.float32)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_no_tokens_give_empty_results_and_zero_gradients(dtype, p):
-    none, a, b = torch.ones(0, 40, dtype=dtype), torch.ones(3, 40, dtype=dtype), torch.ones(50, 3, dtype=dtype)
-    seed = seed_of(0)
-    s = shrink(none, a, p, seed)
-    assert (s.shape, s.dtype) == ((0, 3), dtype)
-    assert expand(s, b.mT, None, p, seed).shape == (0, 50)
-    assert torch.equal(grad_A(s, none, p, seed), torch.zeros(3, 40, dtype=dtype))
-    ds, db = grad_S_and_B(torch.ones(0, 50, dtype=dtype), s, b, 2.0)
-    assert ds.shape == (0, 3)
-    assert torch.equal(db, torch.zeros(50, 3, dtype=dtype))
 
 
 # Known answers of Random123, the authors' library.
@@ -210,30 +207,24 @@ def test_the_reference_is_philox(counter, key, answer):
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
 def test_mask_is_philox_of_seed_row_and_column(seed):
     expected = reference_mask(70, 530, 0.1, seed)
-    assert torch.equal(drawn_mask(70, 530, 0.1, seed_of(seed)).double(), expected.float().double())
+    assert torch.equal(drawn_mask(70, 530, drop(0.1, seed_of(seed))).double(), expected.float().double())
 
 
-def test_every_kernel_draws_the_same_mask():
-    seed, eye = seed_of(5), torch.eye(100)
-    mask = drawn_mask(100, 100, 0.3, seed)
-    assert torch.equal(shrink(torch.ones(100, 100), eye, 0.3, seed), mask)
-    assert torch.equal(grad_A(eye, torch.ones(100, 100), 0.3, seed), mask)
-
-
-@pytest.mark.parametrize("shape", [Tile(16, 32, 4, 4, 1), Tile(32, 32, 8, 4, 1), Tile(128, 32, 4, 4, 1)])
-def test_mask_does_not_depend_on_tile_sizes_or_on_the_number_of_tokens(monkeypatch, shape):
-    seed, eye = seed_of(6), torch.eye(100)
-    mask = drawn_mask(150, 300, 0.4, seed)
-    monkeypatch.setattr(triton_launch, "tile", lambda *_: shape)
-    assert torch.equal(drawn_mask(150, 300, 0.4, seed), mask)
-    assert torch.equal(drawn_mask(7, 90, 0.4, seed), mask[:7, :90])
-    assert torch.equal(shrink(torch.ones(130, 100), eye, 0.4, seed), mask[:130, :100])
-    assert torch.equal(grad_A(eye, torch.ones(100, 290), 0.4, seed), mask[:100, :290])
+@pytest.mark.parametrize("shape", [None, Tile(16, 32, 4, 4, 1), Tile(32, 32, 8, 4, 1), Tile(128, 32, 4, 4, 1)])
+def test_every_kernel_draws_the_same_mask_whatever_the_tile_and_the_number_of_tokens(monkeypatch, shape):
+    dropout, eye = drop(0.4, seed_of(6)), torch.eye(100)
+    mask = drawn_mask(150, 300, dropout)
+    if shape is not None:
+        monkeypatch.setattr(triton_launch, "tile", lambda *_: shape)
+    assert torch.equal(drawn_mask(150, 300, dropout), mask)
+    assert torch.equal(drawn_mask(7, 90, dropout), mask[:7, :90])
+    assert torch.equal(shrink(torch.ones(130, 100), eye, dropout), mask[:130, :100])
+    assert torch.equal(grad_A(eye, torch.ones(100, 290), torch.float32, dropout), mask[:100, :290])
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_mask_keeps_its_share(p):
-    mask = drawn_mask(400, 600, p, seed_of(7))
+    mask = drawn_mask(400, 600, drop(p, seed_of(7)))
     kept, threshold = (mask > 0).double(), round((1 - p) * 65536)
     rate = threshold / 65536
     assert abs(kept.mean() - rate) < 4 * (rate * (1 - rate) / mask.numel()) ** 0.5
@@ -243,7 +234,7 @@ def test_mask_keeps_its_share(p):
 
 
 def test_masks_of_two_seeds_rows_or_columns_are_independent():
-    first, second = (drawn_mask(400, 600, 0.5, seed_of(seed)) > 0 for seed in (8, 9))
+    first, second = (drawn_mask(400, 600, drop(0.5, seed_of(seed))) > 0 for seed in (8, 9))
     pairs = {
         "seeds": (first, second),
         "rows": (first[1:], first[:-1]),
@@ -256,43 +247,31 @@ def test_masks_of_two_seeds_rows_or_columns_are_independent():
         assert abs(agreement - 0.5) < 4 * (0.25 / one.numel()) ** 0.5, name
 
 
-def test_two_runs_give_the_same_bits():
-    x, dy, seed = torch.randn(150, 300), torch.randn(150, 200), seed_of(10)
-    a, b = torch.randn(20, 300), torch.randn(200, 20)
-
-    def everything():
-        s = shrink(x, a, 0.1, seed)
-        ds, db = grad_S_and_B(dy, s, b, 0.7)
-        return s, expand(s, a, None, 0.1, seed), grad_A(ds, x, 0.1, seed), ds, db
-
-    for first, second in zip(everything(), everything(), strict=True):
-        assert torch.equal(first, second)
-
-
 class ReadsOnTheHost(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket is not torch.ops.aten._local_scalar_dense, "waits for the GPU"
         return func(*args, **(kwargs or {}))
 
 
-def test_the_seed_is_not_read_on_the_host():
-    x, a, seed = torch.randn(20, 30), torch.randn(4, 30), seed_of(11)
+def test_two_runs_give_the_same_bits_and_the_seed_is_not_read_on_the_host():
+    x, dy, seed = torch.randn(150, 300), torch.randn(150, 200), seed_of(10)
+    a, b = torch.randn(20, 300), torch.randn(200, 20)
+
+    def everything():
+        dropout = drop(0.1, seed)
+        s = shrink(x, a, dropout)
+        ds, db = grad_S_and_B(dy, s, b, 0.7, BOTH)
+        return s, expand(s, a, 1.0, None, dropout, s.dtype), grad_A(ds, x, x.dtype, dropout), ds, db
+
     with ReadsOnTheHost():
-        s = shrink(x, a, 0.1, seed)
-        expand(s, a, None, 0.1, seed)
-        grad_A(s, x, 0.1, seed)
-    with pytest.raises(AssertionError, match="waits"), ReadsOnTheHost():
-        seed.item()
+        assert all(map(torch.equal, everything(), everything()))
+        with pytest.raises(AssertionError, match="waits"):
+            seed.item()
 
 
-@pytest.mark.parametrize("rank", [1, 16, 17, 128])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-def test_serves_what_the_kernels_can(rank, dtype):
-    assert serves(torch.ones(2, 3, dtype=dtype), rank) is None
-
-
-def test_serves_says_why_not(monkeypatch):
+def test_serves_what_the_kernels_can_and_says_why_not(monkeypatch):
     x = torch.ones(2, 3)
+    assert [serves(x.to(dtype), rank) for dtype in TOLERANCE for rank in (1, 128)] == [None] * 6
     assert serves(x, 129) == "the Triton kernels serve ranks up to 128, and the rank is 129"
     assert serves(x.double(), 8) == "the Triton kernels serve float32, bfloat16 and float16, and x is float64"
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -319,9 +298,9 @@ def test_the_interpreters_own_product_of_bfloat16_is_still_wrong(monkeypatch, tr
 
     x, a = torch.ones(4, 32, dtype=torch.bfloat16), torch.ones(2, 32, dtype=torch.bfloat16)
     expected = torch.full((4, 2), 32.0, dtype=torch.bfloat16)
-    assert torch.equal(shrink(x, a, 0.0, None), expected)
+    assert torch.equal(shrink(x, a, NO_DROPOUT), expected)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", triton_interpreter.own_dot)
-    assert not torch.equal(shrink(x, a, 0.0, None), expected)
+    assert not torch.equal(shrink(x, a, NO_DROPOUT), expected)
 
 
 def test_the_interpreters_own_rounding_to_bfloat16_is_still_wrong(monkeypatch, triton_interpreter):
@@ -329,6 +308,6 @@ def test_the_interpreters_own_rounding_to_bfloat16_is_still_wrong(monkeypatch, t
 
     s, factor = torch.tensor([[1.0, 1.0]]).bfloat16(), torch.tensor([[1.0], [0.0077]]).bfloat16()
     expected = torch.tensor([[1.0078125]]).bfloat16()  # the nearest: 1.0077 lies just below it
-    assert torch.equal(expand(s, factor, None, 0.0, None), expected)
+    assert torch.equal(expand(s, factor, 1.0, None, NO_DROPOUT, s.dtype), expected)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", triton_interpreter.own_cast)
-    assert not torch.equal(expand(s, factor, None, 0.0, None), expected)
+    assert not torch.equal(expand(s, factor, 1.0, None, NO_DROPOUT, s.dtype), expected)
