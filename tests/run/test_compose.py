@@ -46,7 +46,7 @@ def test_the_final_rank_follows_the_starting_rank(rank, final):
         for name in names:
             config = dynrank.compose([f"lora.rank={rank}", f"schedule={name}"])
             assert config.schedule.final_rank == end
-            stages = make_scheduler(config.schedule).stages
+            stages = make_scheduler(config.schedule).driver.stages
             check_schedule(stages, highest=rank, run=Run(total_steps=None))
 
 
