@@ -1,4 +1,4 @@
-"""Placing, finding and dissolving LoRA layers in whole models."""
+"""Putting LoRA layers into whole models, and finding them again."""
 
 import copy
 import json
@@ -7,29 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
 from dynrank.layers.kinds import LoRALinear
-
-IDS = torch.tensor([[3, 1, 4, 1, 5]])
-
-
-def gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-def randomize(model):
-    torch.manual_seed(1)
-    for _, layer in dynrank.lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.3)
-    return model
 
 
 @pytest.fixture
@@ -147,52 +128,9 @@ def test_add_lora_puts_one_layer_everywhere_its_shared_base_stands():
     assert model.nested[1] is model.again is model.first
     assert len(list(dynrank.lora_layers(model))) == 1
     x = torch.randn(3, 5)
-    y = randomize(model)(x)
+    nn.init.normal_(model.first.lora_B)
+    y = model(x)
     dynrank.merge(model)
     assert model.nested[1] is model.again is model.first
     assert type(model.first) is nn.Linear
     assert_close(model(x), y)
-
-
-def test_add_lora_leaves_a_tied_head_tied_and_the_embedding_as_it_is():
-    model = gpt2()
-    embedded = model.transformer.wte(IDS)
-    dynrank.add_lora(model, rank=2, target_modules=["lm_head"])
-    randomize(model)
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert torch.equal(model.transformer.wte(IDS), embedded)
-
-
-@pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["lm_head", "wte", "c_attn", "c_proj", "c_fc"]])
-def test_merge_unties_an_adapted_head_and_keeps_the_logits(targets, tmp_path):
-    model = dynrank.add_lora(gpt2(), rank=2, target_modules=targets)
-    logits = randomize(model)(IDS).logits
-    assert dynrank.merge(model) is model
-    assert not any(isinstance(module, LoRALayer) for module in model.modules())
-    assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)  # float32 sums in another order
-    assert model.lm_head.weight is not model.transformer.wte.weight
-    assert model.config.tie_word_embeddings is False
-    model.save_pretrained(tmp_path)
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
-
-
-def test_merge_leaves_the_tie_of_a_model_whose_head_is_not_adapted():
-    model = dynrank.add_lora(gpt2(), rank=2, target_modules="all-linear")
-    dynrank.merge(randomize(model))
-    assert model.lm_head.weight is model.transformer.wte.weight
-    assert model.config.tie_word_embeddings is True
-
-
-def test_merge_restores_the_module_tree_and_takes_layers_merged_before(net):
-    names = [(name, type(module)) for name, module in net.named_modules()]
-    dynrank.add_lora(net, rank=2)
-    randomize(net)
-    x = torch.randn(3, 6)
-    y = net["head"](net["body"](x))
-    net["head"].merge()
-    dynrank.merge(net)
-    assert [(name, type(module)) for name, module in net.named_modules()] == names
-    assert_close(net["head"](net["body"](x)), y)
-    with pytest.raises(ConfigurationError, match="no LoRA layers"):
-        dynrank.merge(net)

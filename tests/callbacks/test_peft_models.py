@@ -1,0 +1,94 @@
+"""RankScheduler on a user's module over PEFT's get_peft_model: resumes bit for bit, loads checkpoints of any rank."""
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import dynrank
+from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.layers.peft_layers import follow_checkpoint_ranks
+from dynrank.schedules import How, after_convergence
+from dynrank.triggers import Plateau
+
+
+def ranks_of(model):
+    return {layer.rank for _, layer in dynrank.lora_layers(model)}
+
+
+def schedule(**options):
+    return RankScheduler(after_convergence(3, Plateau(patience=1000), deadline=0.5), How(**options))
+
+
+@pytest.fixture(params=["__init__", "configure_model"])
+def module_class(request, regression):
+    """A user's module over get_peft_model, made where ``request.param`` says; it trains in train mode, with dropout."""
+
+    class Wrapped(regression[0]):
+        def __init__(self):
+            lightning.LightningModule.__init__(self)
+            self.net = None
+            if request.param == "__init__":
+                self.make()
+            follow_checkpoint_ranks(self)  # for load_from_checkpoint
+
+        def make(self):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(12, 24), nn.Dropout(0.2), nn.Linear(24, 6))
+            options = {"r": 6, "lora_alpha": 12, "lora_dropout": 0.1, "target_modules": ["0", "2"]}
+            self.net = get_peft_model(net, LoraConfig(**options, rank_pattern={"2": 5}))
+
+        def configure_model(self):
+            if self.net is None:
+                self.make()
+
+        def test_step(self, batch, batch_idx):
+            self.log("test/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    return Wrapped
+
+
+def fit(regression, module, scheduler, *, checkpoints=None, ckpt_path=None, **options):
+    callbacks = [scheduler, StepSeed(0)]
+    if checkpoints is not None:
+        callbacks.append(
+            ModelCheckpoint(
+                checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
+            )
+        )
+    options = {"max_steps": 12, "num_sanity_val_steps": 0, "val_check_interval": 5, **options}
+    trainer = regression[2](callbacks=callbacks, enable_checkpointing=checkpoints is not None, **options)
+    trainer.fit(module, *regression[1](), ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(regression, module_class, tmp_path):
+    scheduler = schedule(rewarmup_steps=2)
+    reference, _ = fit(regression, module_class(), scheduler, checkpoints=tmp_path / "ckpt")
+    assert [event.step for event in scheduler.history] == [6]
+    assert ranks_of(reference) == {3}
+    for step in (3, 5, 6, 7, 11):  # before, between the decision and the change, after
+        again = schedule(rewarmup_steps=2)
+        module, _ = fit(regression, module_class(), again, ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
+        assert again.history == scheduler.history, step
+        assert again.state_dict() == scheduler.state_dict(), step
+        assert vars(module.net.peft_config["default"]) == vars(reference.net.peft_config["default"]), step
+        for name, value in reference.state_dict().items():
+            assert torch.equal(module.state_dict()[name], value), f"{step}: {name}"
+
+
+def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(regression, module_class, tmp_path):
+    module, trainer = fit(regression, module_class(), schedule(), checkpoints=tmp_path)
+    x = torch.randn(5, 12)
+    for step, ranks in ((3, {6, 5}), (12, {3})):
+        file = tmp_path / f"step={step}.ckpt"
+        fresh = module_class.load_from_checkpoint(file, weights_only=True)
+        trainer.test(module, regression[1]()[1], ckpt_path=file, verbose=False)
+        assert ranks_of(fresh) == ranks_of(module) == ranks
+        expected = fresh.net.eval()(x)
+        assert torch.equal(module.net.eval()(x), expected)
+        module.net.save_pretrained(tmp_path / f"{step}")  # its config has followed, up and down
+        loaded = PeftModel.from_pretrained(fresh.net.unload(), tmp_path / f"{step}")
+        assert torch.equal(loaded.eval()(x), expected)
