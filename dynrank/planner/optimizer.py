@@ -33,7 +33,7 @@ def optimizer_state_bytes(
         ConfigurationError: if the optimizer cannot be made or does not make a step.
     """
     of_adapter, of_head = _stand_ins(adapter), _stand_ins(head)
-    made: Any = make_optimizer(of_adapter, of_head, 1000, **options)
+    made: Any = make_optimizer([*of_adapter], [*of_head], 1000, **options)
     optimizer = made["optimizer"]
     if hasattr(optimizer, "train"):  # a schedule-free optimizer has modes
         optimizer.train()

@@ -63,6 +63,7 @@ class RunConfig:
     lora: LoraConfig = MISSING
     rank_map: RankMapConfig = MISSING
     optimizer: OptimizerConfig = MISSING
+    data: Any = MISSING
     task: Any = MISSING
     schedule: Any = MISSING
     trainer: Any = MISSING

@@ -128,7 +128,7 @@ def run(
     model: Any = job.module.model
     ranks_at_start = {name: layer.rank for name, layer in lora_layers(model)}
     try:
-        trainer.fit(job.module, job.task.data, ckpt_path=config.ckpt_path)
+        trainer.fit(job.module, job.task, ckpt_path=config.ckpt_path)
     except SIGTERMException:
         if trainer.is_global_zero:
             saved = trainer.checkpoint_callback._last_checkpoint_saved or config.ckpt_path  # type: ignore[union-attr]
@@ -144,7 +144,7 @@ def run(
     if trainer.interrupted:
         raise KeyboardInterrupt
     held = held_bytes(model, trainer.optimizers)
-    tested = trainer.test(job.module, job.task.data, verbose=False)  # one mapping for each loader
+    tested = trainer.test(job.module, job.task, verbose=False)  # one mapping for each loader
     metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
     history = job.scheduler.history
     summary = summarise(model, history, metrics, meter, held, time.perf_counter() - start)

@@ -19,10 +19,9 @@ class ResumableLoader(DataLoader[Any]):
 
     Examples are drawn with replacement: with epochs, the training loss falls at the start of each pass over the data
     and climbs during it, which hides what a change of rank does to it. An "epoch" is as many batches as the data set
-    holds. Batch n depends on (``seed``, n) alone. Of several processes each takes its share of a batch that is as many
-    times larger, so that together they do what one process would do with that batch. Lightning saves and restores the
-    state of any loader that has
-    ``state_dict`` and ``load_state_dict``.
+    holds. Batch n depends on (``seed``, n) alone. Several processes draw one batch that is as many times larger, and
+    each takes its share, so that together they do what one process would do with that batch; a state of one process
+    serves several, and the other way round. Lightning saves and restores it.
 
     Args:
         dataset: indexable.
@@ -56,44 +55,6 @@ class ResumableLoader(DataLoader[Any]):
         self.stream.given = state["given"]
 
 
-def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0, 1)) -> list[list[int]]:
-    """Indices of the batches in which one process evaluates its share of ``count`` examples: each is taken once by one.
-
-    All processes get equally many batches, since each batch may be a step that they take together, of sizes that differ
-    by one at most.
-
-    Args:
-        count: of examples.
-        batch_size: the most per batch, at least 2.
-        share: (number of this process, how many there are).
-
-    Raises:
-        ValueError: if there are fewer examples than processes.
-    """
-    process, processes = share
-    if count < processes:
-        raise ValueError(f"{count} examples cannot be shared out among {processes} processes")
-    batches = -(-count // (batch_size * processes))
-    mine = range(process, count, processes)
-    cuts = [len(mine) * i // batches for i in range(batches + 1)]
-    return [list(mine[start:end]) for start, end in pairwise(cuts)]
-
-
-def spread(examples: Sequence[T], count: int | None) -> Sequence[T]:
-    """``count`` examples from everywhere in the list, or all."""
-    if count is None or count >= len(examples):
-        return examples
-    return [examples[i * len(examples) // count] for i in range(count)]
-
-
-def weight(count: int) -> float:
-    """What ``LightningModule.log`` takes as ``batch_size`` where a mean over several processes is to be exact.
-
-    Lightning 2.6 averages the counts over processes, and of ints it drops the rest of the division.
-    """
-    return float(count)
-
-
 class _SeededBatches(Sampler[list[int]]):
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: tuple[int, int]) -> None:
         if len(lengths) < batch_size:
@@ -120,3 +81,33 @@ class _SeededBatches(Sampler[list[int]]):
         picks.sort(key=lambda i: self.lengths[i])
         batches = [picks[i : i + self.batch_size] for i in range(0, len(picks), self.batch_size)]
         return [batches[i] for i in torch.randperm(CHUNK, generator=generator).tolist()]
+
+
+def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0, 1)) -> list[list[int]]:
+    """Indices of the batches in which one process evaluates its share of ``count`` examples.
+
+    Each example is taken once, by one process. All processes get equally many batches, since each batch may be a step
+    that they take together, of sizes that differ by one at most.
+
+    Args:
+        count: of examples.
+        batch_size: the most per batch, at least 2.
+        share: (number of this process, how many there are).
+
+    Raises:
+        ValueError: if there are fewer examples than processes.
+    """
+    process, processes = share
+    if count < processes:
+        raise ValueError(f"{count} examples cannot be shared out among {processes} processes")
+    batches = -(-count // (batch_size * processes))
+    mine = range(process, count, processes)
+    cuts = [len(mine) * i // batches for i in range(batches + 1)]
+    return [list(mine[start:end]) for start, end in pairwise(cuts)]
+
+
+def spread(examples: Sequence[T], count: int | None) -> Sequence[T]:
+    """``count`` examples from everywhere in the list, or all."""
+    if count is None or count >= len(examples):
+        return examples
+    return [examples[i * len(examples) // count] for i in range(count)]

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from pydantic import Field
 from torch import nn
 from transformers import get_scheduler
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, validated_call
 
 ELSEWHERE = {  # optimizers that are not torch's: the module that has them
     "bitsandbytes.Adam8bit": "bitsandbytes.optim",
     "bitsandbytes.AdamW8bit": "bitsandbytes.optim",
     "schedulefree.AdamWScheduleFree": "schedulefree",
 }
-DECAYS = ("constant_with_warmup", "linear", "cosine", "warmup_stable_decay")
 
 
+@validated_call("optimizer")
 def make_optimizer(
-    adapter: Iterable[nn.Parameter],
-    head: Iterable[nn.Parameter],
+    adapter: Sequence[nn.Parameter],
+    head: Sequence[nn.Parameter],
     total_steps: int,
     *,
     name: str,
     lr: float,
     head_lr: float,
     weight_decay: float,
-    warmup_steps: int,
-    decay: str,
-    decay_share: float,
+    warmup_steps: Annotated[int, Field(ge=0)],
+    decay: Literal["constant_with_warmup", "linear", "cosine", "warmup_stable_decay"],
+    decay_share: Annotated[float, Field(ge=0, le=1)],
     options: Mapping[str, Any],
 ) -> OptimizerLRScheduler:
     """What ``LightningModule.configure_optimizers`` returns; the rate changes after every optimizer step.
@@ -48,24 +49,17 @@ def make_optimizer(
         head_lr: that of the head.
         weight_decay: passed on.
         warmup_steps: optimizer steps of linear warm-up.
-        decay: one of ``DECAYS``; warmup_stable_decay keeps the peak rate and falls linearly at the end.
+        decay: warmup_stable_decay keeps the peak rate and falls linearly at the end.
         decay_share: share of ``total_steps`` over which warmup_stable_decay falls.
         options: further keyword arguments of the optimizer.
 
     Raises:
         ConfigurationError: if a value cannot be used, or the optimizer's package is not installed.
     """
+    groups: list[dict[str, Any]] = [{"params": list(adapter)}, {"params": list(head), "lr": head_lr}]
+    groups = [group for group in groups if group["params"]]
     make = _optimizer_class(name)
-    if warmup_steps < 0 or not 0 <= decay_share <= 1:
-        raise ConfigurationError(
-            f"optimizer.warmup_steps must be at least 0 and optimizer.decay_share in [0, 1], "
-            f"got {warmup_steps} and {decay_share}"
-        )
-    if decay not in DECAYS:
-        raise ConfigurationError(f"optimizer.decay must be one of {DECAYS}, got {decay!r}")
     try:
-        groups: list[dict[str, Any]] = [{"params": list(adapter)}, {"params": list(head), "lr": head_lr}]
-        groups = [group for group in groups if group["params"]]
         optimizer: torch.optim.Optimizer = make(groups, lr=lr, weight_decay=weight_decay, **options)
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"optimizer {name} does not take these values: {error}; set optimizer") from error

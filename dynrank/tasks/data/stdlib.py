@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import sys
 import sysconfig
 import tokenize
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, validated_call
+from dynrank.tasks.data.splits import Pairs, place
 
 _LEFT_OUT = {"test", "tests", "idle_test", "_bundled"}  # folders of tests, and the wheels of ensurepip
 
 
-@dataclass(frozen=True)
-class Function:
-    """A function at the left margin; ``prompt + body`` is its whole source.
+@validated_call("data")
+def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
+    """Functions at the left margin as (prompt, answer), by split.
 
-    Attributes:
-        prompt: signature and docstring, up to the closing quotes.
-        body: the rest, from the line break on, without one at its end.
-    """
-
-    prompt: str
-    body: str
-
-
-@dataclass(frozen=True)
-class FunctionSplits:
-    """The three splits."""
-
-    train: tuple[Function, ...]
-    val: tuple[Function, ...]
-    test: tuple[Function, ...]
-
-
-def stdlib_functions(modules: Sequence[str] | None, seed: int) -> FunctionSplits:
-    """All functions with a docstring of about 80% of the modules for training, and of 10% each for the other two.
-
-    A top-level module or package falls into one split as a whole, which depends on (``seed``, its name) alone. A
+    The prompt is signature and docstring, up to the closing quotes, and the answer is the rest, from the line break on,
+    without one at its end; together they are the whole source. A top-level module or package falls into one split as a
+    whole, about 80% of them for training and 10% each for the other two, which depends on (``seed``, its name) alone. A
     function that stands word for word in two of them is left out; so are tests. What there is differs between versions
     of Python.
 
@@ -58,37 +38,39 @@ def stdlib_functions(modules: Sequence[str] | None, seed: int) -> FunctionSplits
     files = _files()
     unknown = [name for name in modules or () if name not in files]
     if unknown:
-        near = get_close_matches(str(unknown[0]), files, n=3)
         raise ConfigurationError(
-            f"task.modules must name modules of the standard library that are written in Python, got {unknown}; "
-            f"nearest: {near}"
+            f"data.modules must name modules of the standard library that are written in Python, got {unknown}; "
+            f"nearest: {get_close_matches(unknown[0], files, n=3)}"
         )
-    modules_of: dict[Function, set[str]] = defaultdict(set)
+    modules_of: dict[tuple[str, str], set[str]] = defaultdict(set)
     for name in sorted(set(modules)) if modules is not None else files:
         for file in files[name]:
             for function in _functions(file):
                 modules_of[function].add(name)
-    places: dict[str, list[Function]] = {"train": [], "val": [], "test": []}
+    pairs: Pairs = {"train": [], "val": [], "test": []}
     for function, names in modules_of.items():
         if len(names) == 1:
-            places[_place(min(names), seed)].append(function)
-    empty = [split for split, functions in places.items() if not functions]
+            pairs[place(min(names), seed, 0.8, 0.9)].append(function)
+    empty = [split for split, functions in pairs.items() if not functions]
     if empty:
         raise ConfigurationError(
-            f"no functions are left for {empty}, since whole modules fall into a split; set task.modules or task.seed"
+            f"no functions are left for {empty}, since whole modules fall into a split; set data.modules or data.seed"
         )
-    return FunctionSplits(*map(tuple, places.values()))
+    return pairs
 
 
 def parses(source: str) -> bool:
     """Whether ``source`` is Python."""
+    return _tree(source) is not None
+
+
+def _tree(source: str) -> ast.Module | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of doubtful escapes and comparisons, which are Python nevertheless
         try:
-            ast.parse(source)
+            return ast.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; too deep for the parser
-            return False
-    return True
+            return None
 
 
 def _files() -> dict[str, list[Path]]:
@@ -102,24 +84,24 @@ def _files() -> dict[str, list[Path]]:
     return {name: found for name, found in files.items() if found}
 
 
-def _functions(file: Path) -> Iterator[Function]:
+def _functions(file: Path) -> Iterator[tuple[str, str]]:
     try:
         with tokenize.open(file) as text:
             source = text.read()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(source)
-    except (SyntaxError, UnicodeDecodeError):  # lib2to3 and others carry examples of Python 2
+    except (SyntaxError, UnicodeDecodeError):  # of the file's encoding
+        return
+    tree = _tree(source)
+    if tree is None:  # lib2to3 and others carry examples of Python 2
         return
     lines = source.split("\n")  # as ast counts them; splitlines also ends lines at form feeds
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
             function = _function(node, lines)
-            if function is not None and parses(function.prompt + function.body):
+            if function is not None and parses("".join(function)):
                 yield function
 
 
-def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> Function | None:
+def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> tuple[str, str] | None:
     docstring = node.body[0]
     assert docstring.end_lineno is not None
     last = lines[docstring.end_lineno - 1].encode()  # columns are counted in bytes
@@ -128,10 +110,5 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]
         return None
     signature = [*lines[node.lineno - 1 : docstring.end_lineno - 1], last[: docstring.end_col_offset].decode()]
     body = lines[docstring.end_lineno : node.end_lineno]
-    prompt, body_text = ("\n".join(line.removeprefix(indent) for line in part) for part in (signature, body))
-    return Function(prompt, "\n" + body_text.rstrip())
-
-
-def _place(module: str, seed: int) -> str:
-    share = int.from_bytes(hashlib.sha256(f"{seed}:{module}".encode()).digest()[:8]) / 2**64
-    return "train" if share < 0.8 else "val" if share < 0.9 else "test"
+    prompt, answer = ("\n".join(line.removeprefix(indent) for line in part) for part in (signature, body))
+    return prompt, "\n" + answer.rstrip()

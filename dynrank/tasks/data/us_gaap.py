@@ -11,12 +11,12 @@ import json
 import random
 import re
 from collections import defaultdict
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, validated_call
+from dynrank.tasks.data.splits import Pairs
 
 _FILE = Path("xbrl", "standardization", "gaap_mappings.json")
 _INSTALL = "pip install --no-deps edgartools==5.62.1"
@@ -26,28 +26,13 @@ _TEST, _VAL = 0.2, 0.1  # shares of each section
 _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[0-9])")
 
 
-@dataclass(frozen=True)
-class LineItem:
-    """``text``: "repayments of long term debt"; ``section``: "Financing Activities"."""
+@validated_call("data")
+def line_items(seed: int) -> Pairs:
+    """Line items as prompts and their sections as answers, by split: 70, 10 and 20% of each section, at random.
 
-    text: str
-    section: str
-
-
-@dataclass(frozen=True)
-class LineItemSplits:
-    """Training, validation and test items; no text of one stands in another, whatever its case, spaces and digits."""
-
-    train: tuple[LineItem, ...]
-    val: tuple[LineItem, ...]
-    test: tuple[LineItem, ...]
-
-
-def line_items(seed: int) -> LineItemSplits:
-    """All line items of sections that have at least 50, shared out at random within each section: 70, 10 and 20%.
-
-    Left out are tags that the package maps to several items, IFRS tags, and items without a section. Of texts that are
-    the same but for case, spaces and digits one is kept; if their sections differ, none.
+    Used are sections that have at least 50 items. Left out are tags that the package maps to several items, IFRS tags,
+    and items without a section. Of texts that are the same but for case, spaces and digits one is kept; if their
+    sections differ, none.
 
     Args:
         seed: of the splits.
@@ -55,18 +40,18 @@ def line_items(seed: int) -> LineItemSplits:
     Raises:
         ConfigurationError: if the package is not installed, or holds its data in another form.
     """
-    by_key: dict[str, list[LineItem]] = defaultdict(list)
+    by_key: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for tag, entry in _mappings().items():
         section = _section(tag, entry)
         if section is not None:
             text = _WORD_STARTS.sub(" ", tag).lower()
-            by_key[re.sub("[^a-z]", "", text)].append(LineItem(text, section))
-    by_section: dict[str, list[LineItem]] = defaultdict(list)
+            by_key[re.sub("[^a-z]", "", text)].append((text, section))
+    by_section: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for _, same in sorted(by_key.items()):
-        if len({item.section for item in same}) == 1:
-            by_section[same[0].section].append(min(same, key=lambda item: item.text))
+        if len({section for _, section in same}) == 1:
+            by_section[same[0][1]].append(min(same))
     draw = random.Random(seed)
-    parts: dict[str, list[LineItem]] = {"train": [], "val": [], "test": []}
+    parts: Pairs = {"train": [], "val": [], "test": []}
     for _, items in sorted(by_section.items()):
         if len(items) >= _MIN_ITEMS:
             draw.shuffle(items)
@@ -79,13 +64,16 @@ def line_items(seed: int) -> LineItemSplits:
         raise ConfigurationError(f"the installed edgartools holds its mappings in another form: {_INSTALL}")
     for part in parts.values():
         draw.shuffle(part)  # any few of them are of all sections
-    return LineItemSplits(**{name: tuple(part) for name, part in parts.items()})
+    return {
+        split: [(f"Line item: {text}\nSection:", f" {section}") for text, section in part]
+        for split, part in parts.items()
+    }
 
 
 def _mappings() -> dict[str, Any]:
     spec = find_spec("edgar")
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigurationError(f"task=financial_terms needs the package edgartools: {_INSTALL}")
+        raise ConfigurationError(f"data=us_gaap needs the package edgartools: {_INSTALL}")
     file = Path(spec.submodule_search_locations[0], _FILE)
     try:
         mappings = json.loads(file.read_text(encoding="utf-8"))

@@ -1,0 +1,92 @@
+"""A model of transformers with LoRA as a LightningModule: its optimizer, its loss, and what is measured of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from dynrank.distributed.sharding import shard_frozen
+from dynrank.layers.finding import adapter_parameters
+from dynrank.layers.placing import add_lora
+from dynrank.models.pretrained import head_names
+from dynrank.tasks.optimizers import make_optimizer
+
+__all__ = ["IGNORED", "AdapterModule"]
+
+IGNORED = -100  # label of a token that is not learned, as torch has it
+TESTED = ("test", "final/val", "final/train")  # what the loaders of a TextTask's test hold
+
+
+class AdapterModule(LightningModule):
+    """Trains an adapter by cross-entropy; ``self.model`` is what a run exports. Subclasses have :meth:`predict`.
+
+    A test also evaluates the examples of a validation and as many training examples, at the final weights, and logs
+    what it finds as ``final/val/…`` and ``final/train/loss``.
+
+    Args:
+        model: of transformers; a fresh head of it is trained whole.
+        lora: keyword arguments of :func:`dynrank.add_lora`.
+        optimizer: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
+        quality: by ``val``, ``test`` or ``final/val`` what is logged there beside the loss, of logits and labels.
+        label_smoothing: share of the target that is spread over all classes in training, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lora: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        quality: Mapping[str, MetricCollection],
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model, self.optimizer_options, self.label_smoothing = model, optimizer, label_smoothing
+        add_lora(model.train(), modules_to_save=head_names(model), **lora)
+        self.quality = nn.ModuleDict(quality)
+
+    def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (..., classes) in float32, and labels (...), ``IGNORED`` where there is nothing to learn."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # under ModelParallelStrategy; load_from_checkpoint calls this, too
+            shard_frozen(self.model, self.device_mesh["data_parallel"])
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        head = [p for name in head_names(self.model) for p in self.model.get_submodule(name).parameters()]
+        steps = int(self.trainer.estimated_stepping_batches)
+        return make_optimizer(adapter_parameters(self.model), head, steps, **self.optimizer_options)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = _loss(*self.predict(batch), self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate(batch, "val")
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate(batch, TESTED[dataloader_idx])
+
+    def evaluate(self, batch: dict[str, Tensor], split: str) -> None:
+        """Log the loss of a batch, and what is measured of ``split`` beside it."""
+        logits, labels = self.predict(batch)
+        # Lightning 2.6 averages the counts over processes, and of ints it drops the rest of the division
+        options: Any = {"batch_size": float((labels != IGNORED).sum()), "add_dataloader_idx": False}
+        shown = not split.startswith("final/")
+        self.log(f"{split}/loss", _loss(logits, labels), prog_bar=shown, sync_dist=True, **options)
+        if split in self.quality:
+            quality: Any = self.quality[split]
+            quality.update(logits, labels)
+            self.log_dict(quality, **options)
+
+
+def _loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    options: Any = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)

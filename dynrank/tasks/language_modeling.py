@@ -1,0 +1,239 @@
+"""What stands behind a prompt? A causal language model with LoRA learns it, and its answers are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+
+from dynrank.errors import ConfigurationError, validated_call
+from dynrank.models.pretrained import load_causal_lm, load_tokenizer
+from dynrank.tasks.adapter_module import IGNORED, AdapterModule
+from dynrank.tasks.answer_metrics import OF_LOGITS, OF_TEXTS, chosen
+from dynrank.tasks.data.splits import pairs_by_split
+from dynrank.tasks.loader import spread
+from dynrank.tasks.text_task import TextTask
+
+__all__ = ["LanguageModel", "LanguageModeling"]
+
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A prompt and its answer, and the tokens of both; the answer's with the one that ends it."""
+
+    prompt: str
+    answer: str
+    prompt_ids: list[int]
+    answer_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+class LanguageModeling(TextTask):
+    """Prompts and their answers as a task (see :class:`dynrank.tasks.task.Task`).
+
+    A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 where
+    there is nothing to learn. Examples that do not fit whole into ``max_length`` are left out. A batch whose answers
+    are to be written has input_ids and attention_mask of prompts, padded on the left, and the texts in ``prompts`` and
+    ``answers``.
+
+    Args:
+        model: name of a pre-trained model, see :func:`dynrank.models.names.model_source`.
+        data: ``train``, ``val`` and ``test``, each a ``datasets.Dataset`` with the columns prompt and answer, or a list
+            of (prompt, answer); or a function that returns these.
+        batch_size: training examples per batch of each process; evaluation takes twice as many.
+        max_length: tokens of prompt, answer and end.
+        measures: what is logged beside the loss, see :mod:`dynrank.tasks.answer_metrics`.
+        val_examples: that a validation takes; None for all. The test takes all.
+        val_generate: validation examples whose answers each validation lets the model write; 0 leaves it out.
+        generate: test examples whose answers a test lets the model write.
+        max_new_tokens: that the model writes at most; examples with longer answers are not among these.
+        indented: whether what the model writes ends before the first line that is not indented.
+        seed: of the order of the training batches.
+        limit: keep only this many examples of each split, for trying things out; None keeps all.
+    """
+
+    final = ("train/loss", "val/loss")
+
+    @validated_call("task")
+    def __init__(
+        self,
+        model: str,
+        data: Any,
+        *,
+        batch_size: Count = 8,
+        max_length: Count = 256,
+        measures: Sequence[Literal["perplexity", "accuracy", "bleu", "exact_match", "parses"]] = ("perplexity",),
+        val_examples: Count | None = None,
+        val_generate: Annotated[int, Field(ge=0)] = 0,
+        generate: Annotated[int, Field(ge=0)] = 0,
+        max_new_tokens: Count = 64,
+        indented: bool = False,
+        seed: int = 0,
+        limit: Count | None = None,
+    ) -> None:
+        sizes: Any = {"batch_size": batch_size, "evaluation_size": 2 * batch_size, "val_examples": val_examples}
+        super().__init__(model, **sizes, seed=seed)
+        self.data, self.max_length, self.limit = data, max_length, limit
+        self.measures, self.val_generate, self.generate = list(measures), val_generate, generate
+        self.max_new_tokens, self.indented = max_new_tokens, indented
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        measured = [name for name in self.measures if name in OF_LOGITS or self.val_generate]
+        return ("train/loss", "val/loss", *(f"val/{name}" for name in measured))
+
+    def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
+        written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
+        return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
+
+    def load(self) -> Mapping[str, Sequence[Prompted]]:
+        splits = pairs_by_split(self.data, ("prompt", "answer"))
+        examples = {split: spread(self._tokenised(pairs), self.limit) for split, pairs in splits.items()}
+        empty = [split for split, part in examples.items() if not part]
+        if empty:
+            raise ConfigurationError(f"no example of {empty} fits into {self.max_length} tokens; set task.max_length")
+        return examples
+
+    def collate(self, examples: Sequence[Prompted]) -> dict[str, Tensor]:
+        rows = [torch.tensor([*example.prompt_ids, *example.answer_ids]) for example in examples]
+        labels = [torch.tensor([IGNORED] * len(example.prompt_ids) + example.answer_ids) for example in examples]
+        return {**self._padded(rows, "right"), "labels": pad_sequence(labels, True, IGNORED)}
+
+    def val_dataloader(self) -> list[DataLoader[Any]]:
+        return [*super().val_dataloader(), *self._to_write("val", self.val_generate)]
+
+    def test_dataloader(self) -> list[DataLoader[Any]]:
+        return [*super().test_dataloader(), *self._to_write("test", self.generate)]
+
+    def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[Prompted]:
+        prompts = self.tokenizer([prompt for prompt, _ in pairs])["input_ids"]
+        answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
+        examples = [
+            Prompted(*pair, prompt, [*answer, self.tokenizer.eos_token_id])
+            for pair, prompt, answer in zip(pairs, prompts, answers, strict=True)
+        ]
+        return [example for example in examples if len(example) <= self.max_length]
+
+    def _to_write(self, split: str, count: int) -> list[DataLoader[Any]]:
+        """One loader of ``count`` prompts whose answers the model is to write, or none."""
+        short = [example for example in self.examples[split] if len(example.answer_ids) <= self.max_new_tokens]
+        if count and not short:
+            raise ConfigurationError(
+                f"no {split} example has an answer of up to {self.max_new_tokens} tokens; set task.max_new_tokens"
+            )
+        return [self.evaluation(spread(short, count), self._collate_prompts)] if count else []
+
+    def _collate_prompts(self, examples: Sequence[Prompted]) -> dict[str, Any]:
+        texts = {"prompts": [e.prompt for e in examples], "answers": [e.answer for e in examples]}
+        return {**self._padded([torch.tensor(example.prompt_ids) for example in examples], "left"), **texts}
+
+    def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
+        masks = [torch.ones_like(row) for row in rows]
+        return {
+            "input_ids": pad_sequence(rows, True, self.tokenizer.pad_token_id, side),
+            "attention_mask": pad_sequence(masks, True, 0, side),
+        }
+
+
+class LanguageModel(AdapterModule):
+    """A causal language model with LoRA that learns the answers behind prompts.
+
+    The loss is the mean cross-entropy of the tokens of answers. All arguments are plain values and are saved in
+    checkpoints, so ``load_from_checkpoint`` needs nothing else.
+
+    Args:
+        model: name of the pre-trained model.
+        lora: see :class:`AdapterModule`, as is ``optimizer``.
+        optimizer: of the adapter.
+        measures: see :class:`LanguageModeling`, as are the next two.
+        max_new_tokens: of an answer that the model writes.
+        indented: whether it ends before the first line that is not indented.
+        on_meta: build the model without weights, to look at its layers.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        lora: Mapping[str, Any],
+        optimizer: Mapping[str, Any],
+        measures: Sequence[str] = (),
+        max_new_tokens: int = 64,
+        indented: bool = False,
+        on_meta: bool = False,
+    ) -> None:
+        lora, optimizer, measures = dict(lora), dict(optimizer), list(measures)
+        quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
+        super().__init__(load_causal_lm(model, on_meta=on_meta), lora, optimizer, quality)
+        self.save_hyperparameters("model", "lora", "optimizer", "measures", "max_new_tokens", "indented")
+        self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
+        self.name, self.max_new_tokens, self.indented = model, max_new_tokens, indented
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.name)
+
+    def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        masked = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        logits: Tensor = self.model(**masked, use_cache=False).logits
+        return logits[:, :-1].float(), batch["labels"][:, 1:]  # of what comes next
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        if "answers" in batch:
+            self._write(batch, "val")
+        else:
+            super().validation_step(batch, batch_idx, dataloader_idx)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
+        if "answers" in batch:
+            self._write(batch, "test")
+        else:
+            super().test_step(batch, batch_idx, dataloader_idx)
+
+    @torch.no_grad()
+    def continuations(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
+        """What the model writes behind prompts, greedily, up to its end or ``max_new_tokens``.
+
+        Args:
+            input_ids: int64 (batch, length), padded on the left.
+            attention_mask: of the same shape.
+        """
+        writer: Any = self.model
+        made = writer.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+            synced_gpus=self.device_mesh is not None,  # each forward gathers the shards of all processes
+        )
+        texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
+        return texts
+
+    def _write(self, batch: dict[str, Any], split: str) -> None:
+        texts = self.continuations(batch["input_ids"], batch["attention_mask"])
+        texts = [_indented(text) for text in texts] if self.indented else texts
+        written: Any = self.written[split]
+        written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
+        self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
+
+
+def _indented(text: str) -> str:
+    """The first lines behind the prompt's last one, up to one that is not indented: another function, or prose."""
+    kept: list[str] = []
+    for line in text.split("\n")[1:]:
+        if line.strip() and not line[0].isspace():
+            break
+        kept.append(line)
+    return ("\n" + "\n".join(kept)).rstrip()
