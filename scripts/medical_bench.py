@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from dynrank import add_lora, compose, lora_layers
@@ -21,7 +22,6 @@ from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_classifier
 from dynrank.run.config import plain
-from dynrank.run.trusted import make
 from dynrank.schedules import How
 from dynrank.targets import Budget, LayerState
 from dynrank.tasks.optimizers import make_optimizer
@@ -45,13 +45,13 @@ class Setting:
         transformers.logging.disable_progress_bar()
         self.config = compose([f"seed={seed}", f"task.batch_size={BATCH}", *overrides])
         self.seed, self.steps = seed, steps
-        data = make(self.config.task, "task").data
-        data.setup("fit")
-        self.labels = len(data.labels)
-        loader = data.train_dataloader()
+        task = instantiate(self.config.task, _convert_="all")
+        task.setup("fit")
+        self.labels = len(task.labels)
+        loader = task.train_dataloader()
         self.batches: list[Batch] = list(islice(chain.from_iterable(repeat(loader)), steps))
-        self.val: list[Batch] = list(data.val_dataloader())
-        self.test: list[Batch] = list(data.test_dataloader()[0])
+        self.val: list[Batch] = list(task.val_dataloader()[0])
+        self.test: list[Batch] = list(task.test_dataloader()[0])
 
     def classifier(self) -> nn.Module:
         """The pre-trained encoder with a fresh head, in training mode."""

@@ -118,7 +118,7 @@ def soak(overrides: Sequence[str], *, minutes: float, steps: int | None, every: 
     warnings.filterwarnings("ignore", "training ended before stage")  # the schedule is longer than any run
     warnings.filterwarnings("ignore", ".*WeightAveraging doesn't support sharding")  # one process shards nothing
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):  # a table per change
-        trainer.fit(job.module, job.task.data)
+        trainer.fit(job.module, job.task)
     return sampler.samples
 
 

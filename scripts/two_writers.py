@@ -8,6 +8,7 @@ projections, and writes the body of a function behind signature and docstring.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,24 +19,24 @@ from torch import nn
 from dynrank import add_lora, lora_layers, save_adapter
 from dynrank.models.names import model_source
 from dynrank.models.pretrained import load_causal_lm, read_config
-from dynrank.tasks.code_completion import FunctionsData
-from dynrank.tasks.prompted import PromptedData
+from dynrank.tasks.data.splits import Pairs
+from dynrank.tasks.data.stdlib import stdlib_functions
+from dynrank.tasks.language_modeling import LanguageModeling
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
 INJURIES = tuple("STVWXY")  # codes of templated descriptions, half of all
 BATCH, LENGTH, RATE = 4, 96, 1e-3
 
 
-class Diagnoses(PromptedData):
-    """Inclusion terms of ICD-10-CM, the words clinicians use; behind each the description of its code."""
+def diagnoses() -> Pairs:
+    """Inclusion terms of ICD-10-CM, the words clinicians use, as prompts; the description of the code behind each."""
+    import simple_icd_10_cm as icd
 
-    def texts(self) -> Mapping[str, Sequence[tuple[str, str, Any]]]:
-        import simple_icd_10_cm as icd
-
-        codes = [code for code in icd.get_all_codes()[::10] if not code.startswith(INJURIES)]
-        pairs = [(term, icd.get_description(code)) for code in codes for term in icd.get_inclusion_term(code)]
-        made = [(f"Clinical term: {term}\nICD-10-CM:", f" {description}", None) for term, description in pairs]
-        return {"train": [text for i, text in enumerate(made) if i % 20], "test": made[::20]}
+    codes = [code for code in icd.get_all_codes()[::10] if not code.startswith(INJURIES)]
+    pairs = [(term, icd.get_description(code)) for code in codes for term in icd.get_inclusion_term(code)]
+    made = [(f"Clinical term: {term}\nICD-10-CM:", f" {description}") for term, description in pairs]
+    held_out = made[::20]
+    return {"train": [pair for i, pair in enumerate(made) if i % 20], "val": held_out, "test": held_out}
 
 
 def is_causal(model_name: str) -> bool:
@@ -50,30 +51,27 @@ def load_writer(model_name: str) -> nn.Module:
     return load_causal_lm(model_name, "--model").eval()
 
 
-def data_of(model_name: str) -> dict[str, PromptedData]:
+def data_of(model_name: str) -> dict[str, LanguageModeling]:
     """Examples of both tasks; their splits ``test`` are not trained on."""
-    own: Any = {"batch_size": BATCH, "max_length": LENGTH, "seed": 0, "limit": 400}
-    functions: Any = {"modules": MODULES, "val_functions": None, "val_generate": 0, "generate": 0}
-    both = {
-        "medical": Diagnoses(model_name, val_count=None, **own),
-        "code": FunctionsData(model_name, max_new_tokens=LENGTH, **functions, **own),
-    }
-    for data in both.values():
-        data.setup("fit")
+    sizes: Any = {"batch_size": BATCH, "max_length": LENGTH, "seed": 0, "limit": 400}
+    sources = {"medical": diagnoses, "code": partial(stdlib_functions, MODULES, 0)}
+    both = {name: LanguageModeling(model_name, data, **sizes) for name, data in sources.items()}
+    for task in both.values():
+        task.setup("fit")
     return both
 
 
-def write_adapters(model_name: str, data: Mapping[str, PromptedData], steps: int, folder: Path) -> list[Path]:
+def write_adapters(model_name: str, data: Mapping[str, LanguageModeling], steps: int, folder: Path) -> list[Path]:
     """Folders of the two adapters in ``folder``; those that are there already are not trained again."""
     return [_trained(model_name, name, data[name], steps, folder / f"{name}-{steps}") for name in ("medical", "code")]
 
 
-def prompts_of(data: Mapping[str, PromptedData], each: int) -> list[list[int]]:
+def prompts_of(data: Mapping[str, LanguageModeling], each: int) -> list[list[int]]:
     """Token ids of ``each`` test prompts of both tasks, in turn."""
-    return [part.examples["test"][i].prompt for i in range(each) for part in data.values()]
+    return [part.examples["test"][i].prompt_ids for i in range(each) for part in data.values()]
 
 
-def _trained(model_name: str, task: str, data: PromptedData, steps: int, folder: Path) -> Path:
+def _trained(model_name: str, task: str, data: LanguageModeling, steps: int, folder: Path) -> Path:
     if (folder / "adapter_model.safetensors").exists():
         print(f"{task}: {folder}")
         return folder

@@ -19,7 +19,8 @@ from torch.testing import assert_close
 import dynrank
 from dynrank.output.metrics_csv import series
 from dynrank.run import job
-from dynrank.tasks.code_completion import FunctionsData
+from dynrank.tasks.data.stdlib import stdlib_functions
+from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 
 pytestmark = [
@@ -243,10 +244,9 @@ MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shuti
 
 def odd_limit(model):
     """How many test functions to keep for an odd number of tokens, which two processes cannot halve."""
-    options = {"batch_size": 2, "max_length": 128, "modules": MODULES, "seed": 0, "val_functions": None}
-    data = FunctionsData(model, **options, val_generate=0, generate=0, max_new_tokens=48)
-    data.setup("test")
-    lengths = {n: sum(len(example.answer) for example in spread(data.examples["test"], n)) for n in range(12, 24)}
+    task = LanguageModeling(model, stdlib_functions(MODULES, 0), batch_size=2, max_length=128)
+    task.setup("test")
+    lengths = {n: sum(len(e.answer_ids) for e in spread(task.examples["test"], n)) for n in range(12, 24)}
     return next(n for n, tokens in lengths.items() if tokens % 2)
 
 
@@ -254,7 +254,7 @@ def test_means_over_two_processes_count_each_token_once(tiny_llama, tmp_path):
     """The loss is the logarithm of the perplexity, which adds up its counts by itself; also at the drop."""
     command = [
         "-m", "dynrank.train", "experiment=code_32_to_16", "debug=smoke", f"task.model={tiny_llama}",
-        f"task.limit={odd_limit(str(tiny_llama))}", f"task.modules=[{','.join(MODULES)}]", "task.val_functions=7",
+        f"task.limit={odd_limit(str(tiny_llama))}", f"data.modules=[{','.join(MODULES)}]", "task.val_examples=7",
         "task.val_generate=3", "task.generate=5", "task.max_new_tokens=48", "task.batch_size=2", "plots=false",
         "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=4", "hydra.run.dir=run",
         "trainer.val_check_interval=2",

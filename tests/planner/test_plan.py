@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from hydra.utils import instantiate
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
@@ -18,7 +19,6 @@ from dynrank.models.names import shipped_configs
 from dynrank.models.pretrained import meta_model, read_config
 from dynrank.planner.plan import make_plan
 from dynrank.run.config import plain
-from dynrank.tasks.medical_terms import MedicalTerms
 from dynrank.tasks.optimizers import make_optimizer
 
 SMALL = {"hidden_size": 64, "vocab_size": 200, "max_position_embeddings": 64}
@@ -153,7 +153,7 @@ def test_the_default_task_takes_the_bytes_that_were_counted():
     options = ["task.batch_size=8"]
     need = plan_of(*options, "ranks=null").needs[0]
     config = dynrank.compose(options)
-    task = MedicalTerms(**{key: value for key, value in plain(config.task).items() if key != "_target_"})
+    task = instantiate(config.task, _convert_="all")
     module = task.module(plain(config.lora), plain(config.optimizer))
     ids = torch.randint(1000, (8, 32))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros(8, dtype=torch.long)}

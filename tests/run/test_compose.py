@@ -17,7 +17,8 @@ from dynrank.triggers import Run
 CONF = Path(dynrank.__file__).parent / "conf"
 DROPS = ["after_convergence", "squeeze_at_end", "squeeze_then_tune"]
 OPTIONS = sorted(f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml"))
-GROUPS = {"task", "lora", "schedule", "rank_map", "optimizer", "trainer", "logger", "experiment", "sweep", "debug"}
+GROUPS = {"task", "data", "lora", "schedule", "rank_map", "optimizer", "trainer", "logger"}
+GROUPS |= {"experiment", "sweep", "debug"}
 
 
 def test_groups_are_those_of_the_contract():
@@ -36,7 +37,8 @@ def test_option_composes_without_a_missing_value(option):
 def test_default_composition_is_that_of_the_contract():
     config = dynrank.compose()
     assert (config.lora.rank, config.schedule.final_rank) == (32, 16)
-    assert config.task._target_.endswith("MedicalTerms")
+    assert config.task._target_.endswith("Classification")
+    assert config.data._target_.endswith("icd10_terms")
     assert config.rank_map.file is None
 
 

@@ -13,7 +13,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.names import model_source
 from dynrank.run.job import build, make_scheduler
 from dynrank.run.trusted import make
-from dynrank.tasks.medical_terms import TermClassifier
+from dynrank.tasks.classification import Classifier
 
 FILES = (
     ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "rank_history.csv", "metrics.csv"]
@@ -60,7 +60,7 @@ def test_summary_has_the_fields_of_the_contract(summary):
 # peft 0.21 asks transformers 5.24 for a name that is on its way out
 def test_adapter_gives_equal_logits_in_peft_and_here(smoke_run):
     folder, _ = smoke_run
-    module = TermClassifier.load_from_checkpoint(folder / "checkpoints" / "last.ckpt").eval()
+    module = Classifier.load_from_checkpoint(folder / "checkpoints" / "last.ckpt").eval()
     source, labels = model_source("minilm"), len(module.hparams["labels"])
 
     def plain():

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import simple_icd_10_cm as icd
 
@@ -26,48 +28,52 @@ def blocks_of_text():
     return found
 
 
+def texts(splits, *names):
+    return [text for name in names or splits for text, _ in splits[name]]
+
+
 def test_no_term_stands_in_two_splits(splits):
-    parts = [set(part.texts) for part in (splits.train, splits.val, splits.test)]
-    assert sum(len(part) for part in parts) == len(set.union(*parts))
-    assert all(len(part.texts) == len(set(part.texts)) for part in (splits.train, splits.val, splits.test))
+    assert len(texts(splits)) == len(set(texts(splits)))
 
 
 def test_every_label_is_the_block_of_its_term(splits):
     truth = blocks_of_text()
-    for part in (splits.train, splits.val, splits.test):
-        for text, label in zip(part.texts, part.labels, strict=True):
-            assert splits.blocks[label] in truth[text]
+    assert all(block in truth[text] for part in splits.values() for text, block in part)
 
 
 def test_evaluation_holds_inclusion_terms_only(splits):
     codes = [code for code in icd.get_all_codes() if not icd.is_chapter_or_block(code)]
     descriptions = {normal(icd.get_description(code)) for code in codes}
-    assert not descriptions & {*splits.val.texts, *splits.test.texts}
+    assert not descriptions & {*texts(splits, "val", "test")}
 
 
 def test_blocks_have_enough_training_terms(splits):
-    counts = [splits.train.labels.count(label) for label in range(len(splits.blocks))]
-    assert min(counts) >= 10
-    assert set(splits.test.labels) <= set(range(len(splits.blocks)))
+    sizes = Counter(block for _, block in splits["train"])
+    assert min(sizes.values()) >= 10
+    assert {block for part in splits.values() for _, block in part} == sizes.keys()
 
 
 def test_split_sizes_are_about_7_to_1_to_2(splits):
-    evaluated = len(splits.val.texts) + len(splits.test.texts)
-    assert len(splits.test.texts) / evaluated == pytest.approx(2 / 3, abs=0.07)
+    evaluated = len(splits["val"]) + len(splits["test"])
+    assert len(splits["test"]) / evaluated == pytest.approx(2 / 3, abs=0.07)
 
 
-def test_seed_changes_the_split_but_not_the_terms(splits):
+def test_seed_changes_the_split_alone(splits):
     other = icd10_terms([1, 2, 9], code_length=4, min_terms=10, seed=1)
-    assert set(other.test.texts) != set(splits.test.texts)
+    assert set(other["test"]) != set(splits["test"])
     assert icd10_terms([1, 2, 9], code_length=4, min_terms=10, seed=0) == splits
 
 
 def test_longer_codes_add_training_terms_only(splits):
     longer = icd10_terms([1, 2, 9], code_length=7, min_terms=10, seed=0)
-    assert len(longer.train.texts) > len(splits.train.texts)
-    assert len(longer.test.texts) <= len(splits.test.texts) + len(longer.blocks)
+    assert len(longer["train"]) > len(splits["train"])
+    blocks = {block for _, block in longer["train"]}
+    assert len(longer["test"]) <= len(splits["test"]) + len(blocks)
 
 
-def test_nothing_left_is_refused():
-    with pytest.raises(ConfigurationError, match=r"task\.chapters"):
-        icd10_terms([99], code_length=3, min_terms=10, seed=0)
+@pytest.mark.parametrize(
+    ("values", "key"), [({"chapters": [99]}, "data.chapters"), ({"code_length": 2}, "data.code_length")]
+)
+def test_what_cannot_be_used_is_named(values, key):
+    with pytest.raises(ConfigurationError, match=key):
+        icd10_terms(**{"chapters": None, "code_length": 3, "min_terms": 10, "seed": 0, **values})

@@ -1,0 +1,177 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, DistilBertConfig, LlamaConfig, RobertaConfig
+
+import dynrank
+from dynrank.errors import ConfigurationError
+from dynrank.models.pretrained import head_names, load_classifier
+from dynrank.tasks.classification import Classification, Classifier
+from dynrank.tasks.data.icd10 import icd10_terms
+
+LORA = {"rank": 4, "alpha": 8}
+SIZES = {"batch_size": 8, "max_length": 16, "limit": 40}
+
+
+@pytest.fixture(scope="module")
+def task():
+    made = Classification("minilm", icd10_terms([1], 3, 10, seed=0), **SIZES)
+    made.setup("fit")
+    return made
+
+
+@pytest.fixture(scope="module")
+def module(task, optimizer):
+    return task.module(LORA, optimizer)
+
+
+def test_batches_are_padded_to_their_longest_text(task):
+    batch = next(iter(task.train_dataloader()))
+    lengths = batch["attention_mask"].sum(1)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, int(lengths.max()))
+    assert batch["labels"].shape == (8,)
+    assert lengths.max() <= 16
+
+
+def rows(loader, task):
+    return [
+        (task.tokenizer.decode(ids, skip_special_tokens=True), task.labels[label])
+        for batch in loader
+        for ids, label in zip(batch["input_ids"], batch["labels"], strict=True)
+    ]
+
+
+def test_evaluation_takes_each_text_once_with_its_class(task):
+    test, val, train = (rows(loader, task) for loader in task.test_dataloader())
+    (validated,) = (rows(loader, task) for loader in task.val_dataloader())
+    assert sorted(val) == sorted(validated)
+    assert len(test) == len(set(test)) == min(40, len(task.pairs["test"]))
+    assert len(train) == len(set(train)) == len(val)
+
+    def known(split):  # the tokenizer sets blanks around punctuation, and long texts are cut
+        return {(text.replace(" ", "")[:20], label) for text, label in task.pairs[split]}
+
+    for split, found in (("test", test), ("val", val), ("train", train)):
+        assert {(text.replace(" ", "")[:20], label) for text, label in found} <= known(split)
+
+
+def test_final_metrics_are_those_of_a_plain_evaluation(task, optimizer, regression):
+    made = Classifier("minilm", task.labels, {**LORA, "dropout": 0.5}, optimizer, label_smoothing=0.5)
+    results = regression[2]().test(made, task, verbose=False)
+    metrics = {name: value for of_loader in results for name, value in of_loader.items()}
+    assert {name for name in metrics if name.startswith("final/")} == {f"final/{name}" for name in task.final}
+    made.eval()
+    for name, loader in zip(("test", "final/val", "final/train"), task.test_dataloader(), strict=True):
+        losses, right = [], []
+        for batch in loader:
+            for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
+                with torch.no_grad():
+                    logits = made.model(input_ids=ids[mask.bool()][None]).logits[0].double()
+                losses.append(-float(logits.log_softmax(0)[label]))
+                right.append(int(logits.argmax()) == int(label))
+        assert metrics[f"{name}/loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+        if name != "final/train":
+            assert metrics[f"{name}/accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_all_linear_leaves_the_trained_head_out(module):
+    names = [name for name, _ in dynrank.lora_layers(module.model)]
+    assert len(names) == 37  # 6 layers of 6, and the pooler
+    assert "classifier" not in names
+    trained = {name for name, p in module.model.named_parameters() if p.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {"classifier.weight", "classifier.bias"}
+
+
+def test_training_is_smoothed_and_with_dropout(task, module, optimizer):
+    assert all(part.training for part in module.model.modules())
+    batch = next(iter(task.train_dataloader()))
+    smoothed = Classifier("minilm", task.labels, LORA, optimizer, label_smoothing=0.5)
+    smoothed.load_state_dict(module.state_dict())
+    smoothed.eval()
+    logits = smoothed.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    smoothed.log = lambda *args, **kwargs: None
+    assert torch.equal(smoothed.training_step(batch, 0), F.cross_entropy(logits, batch["labels"], label_smoothing=0.5))
+
+
+def test_hyperparameters_are_plain_values(module):
+    def plain(value):
+        if isinstance(value, dict | list):
+            return all(map(plain, value.values() if isinstance(value, dict) else value))
+        return value is None or isinstance(value, str | int | float | bool)
+
+    assert plain(dict(module.hparams))
+
+
+ROWS = [("one", 10), ("two", 9), ("three", 10)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "labels"),
+    [(ROWS, ["9", "10"], [1, 0, 1]), ([("one", "b"), ("two", "a")], ["a", "b"], [1, 0])],
+    ids=["ints", "texts"],
+)
+def test_classes_are_the_labels_in_order(rows, names, labels, tiny_bert, optimizer):
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2)
+    task.setup("fit")
+    assert [example.label for example in task.examples["train"]] == labels
+    assert task.module(LORA, optimizer, on_meta=True).hparams["labels"] == names
+
+
+REFUSED = {
+    "batch_size": ({"batch_size": 0}, r"task\.batch_size"),
+    "max_length": ({"max_length": 1}, r"task\.max_length"),
+    "limit": ({"limit": 1.5}, r"1\.5.*task\.limit"),
+    "label_smoothing": ({"label_smoothing": 1.0}, r"1\.0.*task\.label_smoothing"),
+    "an unknown key": ({"max_lenght": 8}, "max_lenght.*max_length"),
+    "a large batch": ({"batch_size": 500}, r"500.*task\.batch_size|task\.batch_size.*500"),
+    "one class": ({"data": dict.fromkeys(["train", "val", "test"], [("x", "a")])}, "'a'.*set data"),
+    "labels of two kinds": ({"data": {"train": [("x", "a"), ("y", 1)], "val": ROWS, "test": ROWS}}, "set data"),
+    "a new label": ({"data": {"train": ROWS, "val": [("x", 3)], "test": ROWS}}, r"\[3\].*set data"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_used_is_named(case, tiny_bert):
+    def train():
+        data = dict.fromkeys(["train", "val", "test"], ROWS)
+        task = Classification(**{"model": str(tiny_bert), "data": data, "batch_size": 2, **REFUSED[case][0]})
+        task.setup("fit")
+        task.train_dataloader()
+
+    with pytest.raises(ConfigurationError, match=REFUSED[case][1]):
+        train()
+
+
+SMALL = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "intermediate_size": 64}
+ARCHITECTURES = {
+    "decoder": lambda v: LlamaConfig(vocab_size=v, num_key_value_heads=2, bos_token_id=101, eos_token_id=102, **SMALL),
+    "two-layer head": lambda v: RobertaConfig(vocab_size=v, **SMALL),
+    "pre_classifier": lambda v: DistilBertConfig(vocab_size=v, dim=32, hidden_dim=64, n_layers=2, n_heads=4),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_any_architecture_in_a_folder_trains_and_exports(architecture, task, optimizer, tmp_path):
+    folder = tmp_path / "model"
+    task.tokenizer.save_pretrained(folder)
+    made = AutoModelForSequenceClassification.from_config(ARCHITECTURES[architecture](len(task.tokenizer)))
+    made.save_pretrained(folder)  # with a head for 2 classes, which the task replaces
+    module = Classifier(str(folder), task.labels, LORA, optimizer)
+    heads = set(head_names(module.model))
+    assert heads
+    assert not [name for name, _ in dynrank.lora_layers(module.model) if name.split(".")[0] in heads]
+    for _, layer in dynrank.lora_layers(module.model):
+        torch.nn.init.normal_(layer.lora_B)
+    batch = next(iter(task.train_dataloader()))
+    module.log = lambda *args, **kwargs: None
+    module.training_step(batch, 0).backward()
+    assert all(p.grad is not None for p in module.model.parameters() if p.requires_grad)
+
+    dynrank.save_adapter(module.model, tmp_path / "adapter")
+    plain = load_classifier(str(folder), len(task.labels)).eval()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    before = plain(**inputs).logits
+    theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()(**inputs).logits
+    assert (theirs - module.model.eval()(**inputs).logits).abs().max() <= 1e-5
+    assert (theirs - before).abs().max() > 1e-2

@@ -1,0 +1,214 @@
+"""The task on a random Llama of two layers with a tokenizer made of Python: batches, losses, completions, resumes."""
+
+import math
+
+import pytest
+import torch
+
+import dynrank
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import milestones
+from dynrank.tasks.data.stdlib import stdlib_functions
+from dynrank.tasks.language_modeling import LanguageModel, LanguageModeling
+
+MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
+SIZES = {"batch_size": 4, "max_length": 160, "val_examples": 6, "val_generate": 5, "generate": 6, "limit": 24}
+MEASURED = {"measures": ["perplexity", "bleu", "exact_match", "parses"], "max_new_tokens": 48, "indented": True}
+LORA = {"rank": 8, "alpha": 16}
+
+
+@pytest.fixture(scope="module")
+def functions():
+    return stdlib_functions(MODULES, seed=0)
+
+
+@pytest.fixture(scope="module")
+def make(functions, tiny_llama):
+    """Makes a task, with its examples where ``setup`` is true."""
+
+    def of(*, setup=True, **values):
+        task = LanguageModeling(str(tiny_llama), **{"data": functions, **SIZES, **MEASURED, **values})
+        if setup:
+            task.setup("fit")
+        return task
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def task(make):
+    return make()
+
+
+@pytest.fixture
+def module(task, optimizer):
+    made = task.module(LORA, optimizer)
+    for _, layer in dynrank.lora_layers(made.model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    return made.eval()
+
+
+def test_batch_learns_the_answer_and_its_end_and_not_the_prompt(task, functions):
+    batch = next(iter(task.train_dataloader()))
+    for ids, mask, labels in zip(*(batch[key] for key in ("input_ids", "attention_mask", "labels")), strict=True):
+        length, learned = int(mask.sum()), labels != -100
+        assert length <= SIZES["max_length"]
+        assert not mask[length:].any()
+        assert torch.equal(labels[learned], ids[learned])
+        assert int(learned.nonzero()[-1]) == length - 1
+        assert int(learned.sum()) == length - int(learned.nonzero()[0])
+        prompt = task.tokenizer.decode(ids[: int(learned.nonzero()[0])])
+        answer = task.tokenizer.decode(ids[learned]).removesuffix("<|end|>")
+        assert (prompt, answer) in functions["train"]
+        assert ids[length - 1] == task.tokenizer.eos_token_id
+
+
+def texts(loader):
+    pairs = [pair for batch in loader for pair in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+    return sorted(tuple(ids[mask.bool()].tolist()) for ids, mask in pairs)
+
+
+def test_evaluation_takes_each_example_once(task, functions):
+    loss, val, train, written = task.test_dataloader()
+    assert texts(loss) == sorted((*e.prompt_ids, *e.answer_ids) for e in task.examples["test"])
+    assert texts(val) == texts(task.val_dataloader()[0])
+    assert len(texts(val)) == len(set(texts(train))) == SIZES["val_examples"]
+    assert set(texts(train)) <= {(*e.prompt_ids, *e.answer_ids) for e in task.examples["train"]}
+    for split, loader, count in (("test", written, 6), ("val", task.val_dataloader()[1], 5)):
+        pairs = [p for b in loader for p in zip(b["prompts"], b["answers"], strict=True)]
+        assert len(pairs) == len(set(pairs)) == count
+        assert set(pairs) <= set(functions[split])
+
+
+def test_loss_is_the_mean_over_the_tokens_of_answers(task, module):
+    batch = next(iter(task.train_dataloader()))
+    module.log = lambda *args, **kwargs: None
+    loss = module.training_step(batch, 0).detach()
+    log_probabilities = []
+    for ids, mask, labels in zip(*(batch[key] for key in ("input_ids", "attention_mask", "labels")), strict=True):
+        row = ids[mask.bool()]  # alone, without padding
+        logits = module.model(input_ids=row[None]).logits[0].detach().double().log_softmax(-1)
+        places = (labels[mask.bool()] != -100).nonzero().flatten()
+        log_probabilities += [logits[i - 1, row[i]] for i in places]
+    assert float(loss) == pytest.approx(-float(torch.stack(log_probabilities).mean()), rel=1e-5)
+
+
+def test_continuation_is_the_most_probable_token_again_and_again(task, module):
+    batch = next(iter(task.test_dataloader()[-1]))
+    assert int(batch["attention_mask"].sum(1).min()) < batch["input_ids"].shape[1]  # some prompt is padded
+    module.max_new_tokens = 12
+    written = module.continuations(batch["input_ids"], batch["attention_mask"])
+    for row, mask, text in zip(batch["input_ids"], batch["attention_mask"], written, strict=True):
+        ids = row[mask.bool()]
+        start = len(ids)
+        while len(ids) < start + 12 and (len(ids) == start or ids[-1] != 0):
+            ids = torch.cat([ids, module.model(input_ids=ids[None]).logits[0, -1].argmax()[None]])
+        assert text == module.tokenizer.decode(ids[start:], skip_special_tokens=True)
+    assert len(set(written)) > 1
+
+
+GOOD, NONE = {"bleu": 1.0, "exact_match": 1.0, "parses": 1.0}, {"bleu": 0.0, "exact_match": 0.0, "parses": 0.0}
+CASES = {  # what is written, of (number of the example, answer), and what is then measured
+    "answers": (lambda i, answer: answer, GOOD),
+    "answers and another function": (lambda i, answer: answer + "\n\ndef other():\n    return 1", GOOD),
+    "answers and prose": (lambda i, answer: answer + "\n```\nThis is it", GOOD),
+    "nothing": (lambda i, answer: "", NONE),
+    "half of them": (lambda i, answer: answer if i % 2 else "", {"exact_match": [2 / 5, 3 / 6], "parses": [0.4, 0.5]}),
+    "their first line": (lambda i, answer: answer + "\n    (", {"exact_match": 1.0, "parses": 0.0}),
+    "another line first": (lambda i, answer: "\n    zz" + answer, {"exact_match": 0.0, "parses": 1.0}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_quality_of_what_is_written(case, split, task, module, regression):
+    write, expected = CASES[case]
+    loaders = task.test_dataloader() if split == "test" else task.val_dataloader()
+    made = iter([write(i, answer) for i, answer in enumerate(a for b in loaders[-1] for a in b["answers"])])
+    module.continuations = lambda ids, mask: [next(made) for _ in ids]
+    trainer = regression[2]()
+    results = (trainer.test if split == "test" else trainer.validate)(module, task, verbose=False)
+    metrics = {name: value for of_loader in results for name, value in of_loader.items()}
+    for name, value in expected.items():
+        assert metrics[f"{split}/{name}"] == pytest.approx(value[split == "test"] if isinstance(value, list) else value)
+    assert metrics[f"{split}/perplexity"] == pytest.approx(math.exp(metrics[f"{split}/loss"]), rel=1e-4)
+
+
+def test_nothing_is_written_where_nothing_is_asked_for(make, module, regression):
+    task = make(generate=0, val_generate=0, setup=False)
+    results = regression[2]().test(module, task, verbose=False)
+    names = {"test/loss", "test/perplexity", "final/val/loss", "final/train/loss"}
+    assert {name for of_loader in results for name in of_loader} == names
+    (metrics,) = regression[2]().validate(module, task, verbose=False)
+    assert set(metrics) == {"val/loss", "val/perplexity"}
+
+
+@pytest.mark.parametrize("val_generate", [0, 5])
+def test_metrics_of_the_task_are_those_that_a_fit_logs(val_generate, make, optimizer, regression):
+    task = make(val_generate=val_generate, setup=False)
+    trainer = regression[2](max_steps=1, val_check_interval=1, check_val_every_n_epoch=None)
+    trainer.fit(task.module(LORA, optimizer), task)
+    assert set(task.metrics) == set(trainer.callback_metrics)
+
+
+def test_accuracy_is_the_share_that_greedy_decoding_writes_exactly(make, optimizer, regression):
+    rows = [(f"item {i}:", f" {('class', 'import', 'return x')[i % 3]}") for i in range(12)]
+    data = dict.fromkeys(["train", "val", "test"], rows)
+    task = make(data=data, measures=["accuracy"], generate=0, val_generate=0, setup=False)
+    torch.manual_seed(0)
+    module = task.module({"rank": 8, "alpha": 16}, {**optimizer, "lr": 7e-3})
+    regression[2](max_steps=60, limit_val_batches=0).fit(module, task)  # learned by heart in part
+    metrics, *_ = regression[2]().test(module, task, verbose=False)
+    module.eval()
+    right = 0
+    for example in task.examples["test"]:
+        options = {"max_new_tokens": len(example.answer_ids), "do_sample": False, "eos_token_id": 0, "pad_token_id": 0}
+        made = module.model.generate(torch.tensor([example.prompt_ids]), **options)
+        right += made[0, len(example.prompt_ids) :].tolist() == example.answer_ids
+    assert 0 < right < 12
+    assert metrics["test/accuracy"] == pytest.approx(right / 12)
+
+
+def test_resumed_run_is_the_run_bit_by_bit(make, optimizer, regression, tmp_path):
+    def run(**options):
+        torch.manual_seed(0)
+        task = make(setup=False)
+        made = LanguageModel(task.model, LORA, optimizer, max_new_tokens=8)
+        keep = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_top_k=-1)
+        callbacks = [RankScheduler(milestones([4], at=[4], unit="step")), keep]
+        often = {"val_check_interval": 3, "check_val_every_n_epoch": None, "enable_checkpointing": True}
+        regression[2](max_steps=8, callbacks=callbacks, **often).fit(made, task, **options)
+        assert {layer.rank for _, layer in dynrank.lora_layers(made.model)} == {4}
+        return dict(made.named_parameters())
+
+    whole = run()
+    for step in (2, 6):  # before the drop, and after it
+        resumed = run(ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert all(torch.equal(p, whole[name]) for name, p in resumed.items())
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"batch_size": 0}, r"task\.batch_size"),
+        ({"max_length": "long"}, r"'long'.*task\.max_length"),
+        ({"measures": ["blue"]}, r"'blue'.*task\.measures"),
+        ({"max_new_tokens": 0}, r"task\.max_new_tokens"),
+        ({"val_examples": -1}, r"-1.*task\.val_examples"),
+        ({"val_generate": 0.5}, r"0\.5.*task\.val_generate"),
+        ({"generate": -1}, r"-1.*task\.generate"),
+        ({"limit": 0}, r"task\.limit"),
+        ({"max_length": 8}, r"8 tokens.*task\.max_length"),
+        ({"batch_size": 25}, r"task\.batch_size must be at most the 24"),
+        ({"max_new_tokens": 1, "val_generate": 0}, r"no test example .* task\.max_new_tokens"),
+        ({"max_new_tokens": 1, "generate": 0}, r"no val example .* task\.max_new_tokens"),
+    ],
+)
+def test_what_cannot_be_used_is_named(values, named, make):
+    def load():
+        task = make(**values)
+        return task.train_dataloader(), task.val_dataloader(), task.test_dataloader()
+
+    with pytest.raises(ConfigurationError, match=named):
+        load()
