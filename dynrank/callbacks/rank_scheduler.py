@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dynrank.callbacks.trainer.averages import act_after_averages, averages_of, follow_averages
-from dynrank.callbacks.trainer.fit_check import check_fit, check_sanity, check_told
 from dynrank.callbacks.trainer.strategies import (
     average_whole_gradients,
     check_strategy,
@@ -19,11 +18,13 @@ from dynrank.callbacks.trainer.strategies import (
     wrap,
 )
 from dynrank.callbacks.trainer.validation import run_missed_validation, validate_beside, validation_metrics
-from dynrank.driver.driver import RankDriver
+from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent
+from dynrank.driver.metrics import check_validation
 from dynrank.driver.training import Training
+from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.schedules import How, RankFunction, Stage
+from dynrank.schedules import How
 from dynrank.triggers import Run
 
 
@@ -58,13 +59,7 @@ class RankScheduler(Callback):
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(
-        self,
-        schedule: int | Stage | Sequence[Stage] | RankFunction,
-        how: How | None = None,
-        *,
-        check_every: int | None = None,
-    ) -> None:
+    def __init__(self, schedule: Schedule, how: How | None = None, *, check_every: int | None = None) -> None:
         self.driver = RankDriver(schedule, how, check_every=check_every)
         self._told = self._ever_told = False  # by step(): since the last batch began, and at all
 
@@ -113,19 +108,18 @@ class RankScheduler(Callback):
         # Lightning forgets the place in the data if configure_optimizers has asked for the length of the run
         trainer.fit_loop._load_combined_loader_states()
         self.driver.start(LightningTraining(trainer, pl_module), _run(trainer, pl_module))
-        check_fit(trainer, pl_module, self.driver.hows)
         act_after_averages(trainer, self)
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
-            check_sanity(self.driver, validation_metrics(trainer))
+            check_validation(validation_metrics(trainer), self.driver.stages, self.driver.hows)
         elif trainer.state.fn == "fit":
             self.driver.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_told(trainer, pl_module)
+        self._check_told(pl_module)
         if not trainer.enable_validation:
             self.driver.validated(LightningTraining(trainer, pl_module), {})
 
@@ -147,23 +141,35 @@ class RankScheduler(Callback):
             self.driver.end_step(LightningTraining(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_told(trainer, pl_module)
+        self._check_told(pl_module)
         self.driver.finish(LightningTraining(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()
 
-    def _check_told(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.driver.stages and not self._ever_told:
-            check_told(trainer, pl_module)
+    def _check_told(self, pl_module: LightningModule) -> None:
+        """Refuse manual optimization that makes optimizer steps and never says so."""
+        steps = pl_module.trainer.global_step
+        if self.driver.stages and steps and not pl_module.automatic_optimization and not self._ever_told:
+            raise ConfigurationError(
+                f"{steps} optimizer steps of manual optimization, and RankScheduler was told of none, so it could not "
+                "change a rank: call scheduler.step(self) in training_step, after the optimizer's step"
+            )
 
 
 class LightningTraining(Training):
     """A run of Lightning's Trainer, as it is now; made for one hook."""
 
+    validate_by = "give fit() validation data"
+
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().__init__(pl_module, trainer.optimizers, trainer.global_step, averages_of(trainer))
+        self.scales_gradients = getattr(trainer.precision_plugin, "scaler", None) is not None
         self.trainer, self.pl_module = trainer, pl_module
+
+    @property
+    def validates(self) -> bool:
+        return bool(self.trainer.enable_validation)
 
     def logged(self) -> Mapping[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}

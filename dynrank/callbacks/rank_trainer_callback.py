@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from dynrank.change.optimizer_state import check_optimizer, unwrapped
-from dynrank.driver.driver import RankDriver
+from dynrank.change.optimizer_state import unwrapped
+from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, watched
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.schedules import How, RankFunction, Stage
+from dynrank.schedules import How
 from dynrank.triggers import Run
 
 __all__ = ["RankTrainerCallback"]
@@ -51,17 +51,13 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     """
 
     def __init__(
-        self,
-        schedule: int | Stage | Sequence[Stage] | RankFunction,
-        how: How | None = None,
-        *,
-        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        self, schedule: Schedule, how: How | None = None, *, evaluate: Callable[[], Mapping[str, Any]] | None = None
     ) -> None:
         self.driver = RankDriver(schedule, how)
         self.evaluate = evaluate
         self.logged: dict[str, float] = {}  # the last value of every metric
+        self.listening = False  # to training, and not to an evaluation that a change asks for
         self._evaluated: dict[str, float] = {}  # by evaluations that triggers have not seen yet, one for each data set
-        self._listening = False  # in training, and not to an evaluation of our own
 
     @property
     def history(self) -> list[RankEvent]:
@@ -77,12 +73,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, state, kwargs)
         _check_trainer(args, self)
+        training.scales_gradients = args.fp16
         follow_checkpoint_ranks(training.model)
         if state.global_step:
             self._load(state)
         self.driver.start(training, _run(args, state, kwargs["train_dataloader"]))
-        _check_hows(args, training, self)
-        self._listening = True
+        self.listening = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, state, kwargs)
@@ -93,11 +89,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.driver.end_step(HFTraining(self, state, kwargs, steps_uncounted=1))  # the Trainer counts after this event
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
-        if self._listening:
+        if self.listening:
             self.logged |= _numbers(logs or {})
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
-        if self._listening and state.global_step:
+        if self.listening and state.global_step:
             self._evaluated |= _numbers(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -106,22 +102,13 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             training.optimizers = []  # it knows the last weights; those that have been loaded may have other ranks
         self._show_evaluated(training)
         self.driver.finish(training)
-        self._listening = False
+        self.listening = False
 
     def _show_evaluated(self, training: HFTraining) -> None:
         """Show the evaluations after the last step together: each event brings the metrics of one data set."""
         if self._evaluated:
             metrics, self._evaluated = self._evaluated, {}
             self.driver.validated(training, metrics)
-
-    def measure(self) -> dict[str, float]:
-        """Evaluate beside the run's own evaluations; triggers see nothing of it."""
-        assert self.evaluate is not None  # on_train_begin has seen to it
-        self._listening = False
-        try:
-            return _numbers(self.evaluate())
-        finally:
-            self._listening = True
 
     # The state in a checkpoint
 
@@ -160,6 +147,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 class HFTraining(Training):
     """A run of transformers' Trainer, as it is now; made for one event."""
 
+    validate_by = "give the callback evaluate=lambda: trainer.evaluate()"
+
     def __init__(
         self, callback: RankTrainerCallback, state: Any, kwargs: Mapping[str, Any], *, steps_uncounted: int = 0
     ) -> None:
@@ -169,8 +158,18 @@ class HFTraining(Training):
     def logged(self) -> Mapping[str, float]:
         return self.callback.logged
 
+    @property
+    def validates(self) -> bool:
+        return self.callback.evaluate is not None
+
     def validate(self) -> Mapping[str, float]:
-        return self.callback.measure()
+        """Evaluate beside the run's own evaluations; triggers see nothing of it."""
+        assert self.callback.evaluate is not None  # the driver has asked whether it is there
+        self.callback.listening = False
+        try:
+            return _numbers(self.callback.evaluate())
+        finally:
+            self.callback.listening = True
 
     def tell(self, hook: str, event: RankEvent) -> None:
         """Put the ranks after a change among what the Trainer has logged."""
@@ -196,22 +195,6 @@ def _check_trainer(args: Any, callback: RankTrainerCallback) -> None:
             f"{argument} must name a metric of the Trainer's evaluations, which begin with eval_, got {name!r}; "
             "set it to 'eval_loss', for example"
         )
-
-
-def _check_hows(args: Any, training: Training, callback: RankTrainerCallback) -> None:
-    """Refuse settings and optimizers that changes as the schedule makes them cannot live with."""
-    for how in callback.driver.hows:
-        if how.max_regression is not None and callback.evaluate is None:
-            raise ConfigurationError(
-                f"max_regression={how.max_regression:g} evaluates before and after a change; give the callback "
-                "evaluate=lambda: trainer.evaluate(), or set max_regression=None"
-            )
-        if args.fp16 and (how.metric == "loss" or how.new_rows == "gradient"):
-            raise ConfigurationError(
-                "fp16=True scales gradients by a factor that changes, which spoils statistics of them; set bf16=True, "
-                "metric='output' or new_rows='orthogonal'"
-            )
-        check_optimizer(training.optimizers[0], adapter_parameters(training.model), how.optimizer_state)
 
 
 def _run(args: Any, state: Any, dataloader: Any) -> Run:

@@ -1,4 +1,4 @@
-"""One change of ranks in a run: predicted, made, checked by validation if asked for, undone if it cost too much."""
+"""One attempt at a change of ranks: predict, make, check by validation if asked for, undo if it cost too much."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Check:
     Args:
         training: as it is before the change.
         how: names the metric, and the largest relative worsening.
-        validated: metrics of these very weights.
+        validated: metrics of these very weights; None: they have to be validated.
     """
 
-    def __init__(self, training: Training, how: How, validated: Mapping[str, float]) -> None:
+    def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
         self._training, self._how = training, how
-        self._before = self._value(validated)
+        self._before = self._value(training.validate() if validated is None else validated)
         self._snapshot = Snapshot(training.model, training.optimizers, training.averages)
 
     def undo_if_worse(self) -> str | None:
@@ -43,13 +43,13 @@ class Check:
         return f"undone: {self._how.check_monitor} {before:.4g} → {after:.4g}"
 
     def _value(self, metrics: Mapping[str, float]) -> float:
-        return value(metrics, self._how.check_monitor, checked([self._how])[self._how.check_monitor])
+        return value(metrics, self._how.check_monitor, checked([self._how]))
 
 
 def attempt(
     training: Training, targets: Mapping[str, int], reason: str, how: How, window: Window | None, check: Check | None
 ) -> RankEvent:
-    """Change to ``targets``; the event says whether it was undone.
+    """Change to ``targets``; the event says whether that was undone.
 
     Args:
         training: between an optimizer step and the next forward.
@@ -77,9 +77,7 @@ def attempt(
     training.after_resize()
     check_processes(model, training.optimizers, f"after the change of rank at step {step}")
     undone = check.undo_if_worse() if check is not None else None
-    if undone is not None:
-        return RankEvent(step, f"{undone} ({reason})", tuple(reports), undone=True)
-    return RankEvent(step, reason, tuple(reports))
+    return RankEvent(step, f"{undone} ({reason})" if undone else reason, tuple(reports), undone is not None)
 
 
 def gentler(ranks: Mapping[str, int], refused: Mapping[str, int], multiple: int) -> dict[str, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -12,7 +12,8 @@ from dynrank.change.measuring import Window
 from dynrank.distributed.agreement import check_processes
 from dynrank.distributed.processes import from_first
 from dynrank.driver.attempt import Check, attempt, gentler
-from dynrank.driver.bounds import check_model, layer_states
+from dynrank.driver.bounds import layer_states
+from dynrank.driver.check import check_model, check_training
 from dynrank.driver.clock import Clock
 from dynrank.driver.event import RankEvent
 from dynrank.driver.measuring import Measuring
@@ -22,7 +23,9 @@ from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.finding import lora_layers
 from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
-from dynrank.triggers import Run, Trigger
+from dynrank.triggers import At, Run, Trigger
+
+Schedule: TypeAlias = int | Stage | Sequence[Stage] | RankFunction
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,6 @@ class Decision:
     reason: str
 
 
-@dataclass(frozen=True)
-class Validation:
-    """What the last validation logged, and the step after which it was made."""
-
-    step: int
-    metrics: dict[str, float]
-
-
 @dataclass
 class Progress:
     """How far a schedule has come in a run, as a checkpoint holds it.
@@ -48,18 +43,18 @@ class Progress:
     Attributes:
         stage: index of the first stage that is not over.
         pending: the change that comes next, if it has been decided.
-        validation: the last one of the weights as they are, if there was one.
-        observed_step: step of the last metrics that triggers were shown.
-        looked_step: step of the last factors that a trigger was shown.
         history: every change, and every attempt that was undone.
+        observed_step: step of the last metrics that triggers were shown.
+        metrics: those of the validation at that step, as long as the weights are those that were validated.
+        looked_step: step of the last factors that a trigger was shown.
     """
 
     stage: int = 0
     pending: Decision | None = None
-    validation: Validation | None = None
-    observed_step: int | None = None
-    looked_step: int | None = None
     history: list[RankEvent] = field(default_factory=list)
+    observed_step: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    looked_step: int | None = None
 
 
 class RankDriver:
@@ -86,13 +81,7 @@ class RankDriver:
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(
-        self,
-        schedule: int | Stage | Sequence[Stage] | RankFunction,
-        how: How | None = None,
-        *,
-        check_every: int | None = None,
-    ) -> None:
+    def __init__(self, schedule: Schedule, how: How | None = None, *, check_every: int | None = None) -> None:
         if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
             raise ConfigurationError(
                 f"check_every must be None or at least 1 step, got {check_every!r}; set check_processes_every"
@@ -101,11 +90,11 @@ class RankDriver:
         self.stages = _stages_of(schedule)
         self._function = schedule if callable(schedule) else None
         self.progress = Progress()
-        self._clock = Clock([], Run(None))
-        self._measuring = Measuring([], [])
+        self._run = Run(None)
+        self._clock, self._measuring = Clock([], self._run), Measuring([], [])
         self._ramps: list[Rewarmup] = []  # of each optimizer
-        self._loaded: Mapping[str, Any] = {}  # of a checkpoint: layers and optimizers come when training starts
         self._ended_step = 0  # the last one that end_step() has taken in
+        self._loaded: Mapping[str, Any] = {}  # of a checkpoint: layers and optimizers come when training starts
 
     @property
     def history(self) -> list[RankEvent]:
@@ -128,7 +117,7 @@ class RankDriver:
         return sorted(watched(self.stages).keys() | checked(self.hows))
 
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:
-        """Refuse a model that the schedule cannot be carried out on; see :func:`dynrank.driver.bounds.check_model`."""
+        """Refuse a model that the schedule cannot be carried out on; see :func:`dynrank.driver.check.check_model`."""
         check_model(model, self.stages, self.how, run or Run(None))
 
     def start(self, training: Training, run: Run) -> None:
@@ -146,25 +135,24 @@ class RankDriver:
             if run.total_steps is None:
                 raise ConfigurationError("a function of the step needs a run of known length; set trainer.max_steps")
             self.stages = from_function(self._function, run.total_steps)
-        self._clock = Clock(self.stages, run)
+        self._run, self._ended_step = run, training.step
+        self._clock, self._measuring = Clock(self.stages, run), Measuring(self.stages, self.hows)
         if not self.history:  # what was checked at the start still holds on resume, at other ranks
             self.check_model(training.model, run)
+        check_training(training, self.hows)
         check_processes(training.model, training.optimizers, "at the start of training")
-        self._ended_step = training.step
-        self._measuring = Measuring(self.stages, self.hows)
         if self._loaded:
-            ramps, self._loaded, window = self._loaded["ramps"], {}, self._loaded["measuring"]
+            ramps, window, self._loaded = self._loaded["ramps"], self._loaded["window"], {}
             self._ramps = [Rewarmup(o, *ramp) for o, ramp in zip(training.optimizers, ramps, strict=bool(ramps))]
             self._measuring.load_state_dict(window, training.model)
 
     def advance(self, training: Training) -> None:
         """Decide what is due, begin to measure for what will be, and change ranks if everything is there for it."""
-        if self.finished:
-            return
         self._look(training)
         self._follow_clock(training)
-        if self.progress.pending is not None and self._measured(training, self.progress.pending.stage):
-            self._change(training, self.progress.pending)
+        pending = self.progress.pending
+        if pending is not None and self._measured(training, pending.stage):
+            self._change(training, pending)
             self._follow_clock(training)  # the next stage may have to be measured from this step on
 
     def end_step(self, training: Training) -> None:
@@ -181,13 +169,13 @@ class RankDriver:
 
         Call it with no metrics after an epoch, if nothing is validated and triggers watch what training logs.
         """
-        metrics, step = {name: float(metric) for name, metric in metrics.items()}, training.step
-        self.progress.validation = Validation(step, metrics)
-        trigger, seen = self._waiting, step == self.progress.observed_step  # a resumed loop may end one twice
-        self.progress.observed_step = step
+        seen = training.step == self.progress.observed_step  # a resumed loop may end one validation twice
+        self.progress.observed_step = training.step
+        self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
+        trigger = self._waiting
         if trigger is not None and trigger.monitors and not seen:
-            names, found = watched(self.stages), {**training.logged(), **metrics}
-            self._decide(trigger.observe(step, *(value(found, name, names[name]) for name in trigger.monitors)))
+            logged, names = {**training.logged(), **self.progress.metrics}, watched(self.stages)
+            self._decide(trigger.observe(training.step, *(value(logged, name, names) for name in trigger.monitors)))
 
     def finish(self, training: Training) -> None:
         """Make what is due after the last step, and warn of what was not made."""
@@ -215,7 +203,7 @@ class RankDriver:
         return {
             **asdict(self.progress),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "measuring": self._measuring.state_dict(),
+            "window": self._measuring.state_dict(),
             "ramps": [(ramp.steps, ramp.done) for ramp in self._ramps],
         }
 
@@ -233,7 +221,7 @@ class RankDriver:
         for stage, saved in zip(self.stages, state["triggers"], strict=False):  # a function has no triggers
             if isinstance(stage.when, Trigger) and saved is not None:
                 stage.when.load_state_dict(saved)
-        self.progress = read_as(Progress, {f.name: state[f.name] for f in fields(Progress)}, "ckpt_path")
+        self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
         self._loaded, self._ended_step = state, 0
 
     # Deciding
@@ -264,12 +252,13 @@ class RankDriver:
         """Decide what is due by time, and begin to measure for what will be soon."""
         due = self._clock.due(self.progress.stage, training.step, ended=ended)
         if due is not None and (self.progress.pending is None or self.progress.pending.stage < due):
-            self.progress.pending = Decision(due, self._clock.reason(due))
-        if self.progress.pending is not None or ended:
-            return
-        for index, planned in self._clock.coming(self.progress.stage, training.step):
-            if self._measuring.window is None and planned - self.hows[index].window <= training.step:
-                self._measuring.begin(training.model, index)
+            when, deadline = self.stages[due].when, self.stages[due].deadline
+            reason = when.reason if isinstance(when, At) else f"deadline of {deadline:g} of the run"
+            self.progress.pending = Decision(due, reason)
+        if self.progress.pending is None and not ended:
+            for index, planned in self._clock.coming(self.progress.stage, training.step):
+                if self._measuring.window is None and planned - self.hows[index].window <= training.step:
+                    self._measuring.begin(training.model, index)
 
     def _measured(self, training: Training, index: int, *, ended: bool = False) -> bool:
         """Whether everything is there that a change of stage ``index`` needs; begin to collect it if not."""
@@ -288,16 +277,17 @@ class RankDriver:
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, or as much of it as the check allows, and wait for what comes next."""
         index, stage, how = decided.stage, self.stages[decided.stage], self.hows[decided.stage]
-        window = self._measuring.end()
+        window, changed, check = self._measuring.end(), False, None
         ranks = {name: layer.rank for name, layer in lora_layers(training.model)}
         targets = self._targets(training.model, index, window)
-        check = self._check(training, how) if targets and how.max_regression is not None else None
-        changed = False
+        if targets and how.max_regression is not None:
+            known = self.progress.metrics if self.progress.observed_step == training.step else {}
+            check = Check(training, how, known or None)
         while targets and not changed:
             event = attempt(training, targets, decided.reason, how, window, check)
             self.history.append(event)
             training.tell("on_rank_change", event)
-            self.progress.validation = None  # it was of the weights before
+            self.progress.metrics = {}  # they were of the weights before
             changed = not event.undone
             targets = gentler(ranks, targets, stage.to.multiple)
         over = not changed or not stage.repeat or self._exhausted(training.model, index)
@@ -305,21 +295,17 @@ class RankDriver:
         for later in self.stages[index:]:
             if isinstance(later.when, Trigger):
                 later.when.reset(training.step)
-        if changed and training.step < (self._clock.total_steps or float("inf")):
+        if changed and training.step < (self._run.total_steps or float("inf")):
             warn_of_low_rate(training)
         if changed and how.rewarmup_steps:
             for ramp in self._ramps:
                 ramp.remove()
             self._ramps = [Rewarmup(optimizer, how.rewarmup_steps) for optimizer in training.optimizers]
 
-    def _check(self, training: Training, how: How) -> Check:
-        known = self.progress.validation
-        return Check(training, how, known.metrics if known and known.step == training.step else training.validate())
-
     def _targets(self, model: nn.Module, index: int, window: Window | None) -> dict[str, int]:
         """{layer: the rank that stage ``index`` wants} of the layers that it would change."""
-        layers, stage, last = dict(lora_layers(model)), self.stages[index], index == len(self.stages) - 1
-        how = self.hows[index]
+        layers, stage, how = dict(lora_layers(model)), self.stages[index], self.hows[index]
+        last = index == len(self.stages) - 1
         wanted = from_first(
             lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, how=how, window=window))
         )

@@ -31,9 +31,5 @@ class RankEvent:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RankEvent:
-        """The event from which ``dataclasses.asdict`` made ``state``.
-
-        Raises:
-            ConfigurationError: if a value is missing or of another type than an event has.
-        """
-        return read_as(cls, state, "ckpt_path: the history of rank changes in the checkpoint is damaged")
+        """The event from which ``dataclasses.asdict`` made ``state``; ConfigurationError if that is damaged."""
+        return read_as(cls, state, "ckpt_path")

@@ -14,13 +14,14 @@ from dynrank.triggers import Trigger
 def watched(stages: Sequence[Stage]) -> dict[str, str]:
     """{metric that a trigger watches: the argument that names it, for error messages}."""
     triggers = [stage.when for stage in stages if isinstance(stage.when, Trigger)]
-    named = {name: f"monitors of {type(trigger).__name__}" for trigger in triggers for name in trigger.monitors}
-    return named | {
-        getattr(trigger, field.name): f"{field.name} of {type(trigger).__name__} (schedule.trigger.{field.name})"
-        for trigger in triggers
-        for field in fields(trigger)
-        if getattr(trigger, field.name) in trigger.monitors
-    }
+    return {name: _argument(trigger, name) for trigger in triggers for name in trigger.monitors}
+
+
+def _argument(trigger: Trigger, name: str) -> str:
+    values = {field.name: getattr(trigger, field.name) for field in fields(trigger)}
+    named = [argument for argument, value in values.items() if isinstance(value, str) and value == name]
+    argument = named[0] if named else "monitors"
+    return f"{argument} of {type(trigger).__name__} (schedule.trigger.{argument})"
 
 
 def checked(hows: Sequence[How]) -> dict[str, str]:
@@ -29,19 +30,35 @@ def checked(hows: Sequence[How]) -> dict[str, str]:
     return dict.fromkeys(names, "check_monitor of How (schedule.check_monitor)")
 
 
-def value(metrics: Mapping[str, float], name: str, argument: str) -> float:
+def value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:
     """The metric, as the mean over all processes.
 
     Raises:
-        ConfigurationError: if it is not there, naming ``argument``, which asks for it.
+        ConfigurationError: if it is not there, naming the one of ``arguments`` that asks for it.
     """
     if name not in metrics:
-        raise not_logged(name, argument, metrics)
+        raise _not_logged(name, arguments, metrics)
     return mean_over_processes(float(metrics[name]))
 
 
-def not_logged(name: str, argument: str, logged: Collection[str]) -> ConfigurationError:
-    """What to say of a metric that is not there."""
-    return ConfigurationError(
-        f"{argument} must name a metric that is logged, got {name!r}; logged: {', '.join(map(repr, sorted(logged)))}"
-    )
+def check_validation(logged: Collection[str], stages: Sequence[Stage], hows: Sequence[How]) -> None:
+    """Refuse a schedule that reads a metric of validations which the first one has not logged.
+
+    A trigger may also watch what only training logs: a name is one of validations if it begins as those do that they
+    log (``val/``).
+
+    Raises:
+        ConfigurationError: naming the metric, the argument that names it, and what is logged.
+    """
+    groups = {name.partition("/")[0] for name in logged if "/" in name}
+    names = {name: argument for name, argument in watched(stages).items() if name.partition("/")[0] in groups}
+    names |= checked(hows)
+    for name in names.keys() - set(logged):
+        raise ConfigurationError(
+            f"{_not_logged(name, names, logged)}; if later validations log it, set trainer.num_sanity_val_steps=0"
+        )
+
+
+def _not_logged(name: str, arguments: Mapping[str, str], logged: Collection[str]) -> ConfigurationError:
+    found = ", ".join(map(repr, sorted(logged)))
+    return ConfigurationError(f"{arguments[name]} must name a metric that is logged, got {name!r}; logged: {found}")

@@ -5,44 +5,46 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.driver.event import RankEvent
-from dynrank.errors import ConfigurationError
 
 
 @dataclass(eq=False)
 class Training:
-    """A training run, for a plain loop as it stands; derive from it to add what the schedule needs or a trainer has.
+    """A training run, for a plain loop as it stands; derive from it what the schedule needs beyond, or a trainer has.
 
     Args:
         model: holds the LoRA layers; their names are relative to it.
         optimizers: all that hold the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
         averages: moving averages of the model's weights, which follow its ranks.
+        scales_gradients: whether gradients are multiplied by a changing factor, as in mixed precision with float16.
     """
 
     model: nn.Module
     optimizers: Sequence[Optimizer]
     step: int = 0
     averages: Sequence[nn.Module] = ()
+    scales_gradients: bool = False
+
+    validate_by: ClassVar[str] = "define validate() in a class derived from Training"  # advice to a user
+
+    @property
+    def validates(self) -> bool:
+        """Whether :meth:`validate` can be called."""
+        return type(self).validate is not Training.validate
+
+    def validate(self) -> Mapping[str, float]:
+        """Validate the weights as they are and return the metrics; called around changes with ``max_regression``."""
+        raise NotImplementedError(self.validate_by)
 
     def logged(self) -> Mapping[str, float]:
         """Return the last value of every metric that a trigger may watch beside those of the validation."""
         return {}
-
-    def validate(self) -> Mapping[str, float]:
-        """Validate the weights as they are, for stages with ``max_regression``; return the metrics.
-
-        Raises:
-            ConfigurationError: unless a subclass can do it.
-        """
-        raise ConfigurationError(
-            f"max_regression validates before and after a change, and {type(self).__name__} has no validate(); "
-            "define it, or set max_regression=None"
-        )
 
     def before_resize(self) -> None:
         """Let go of what knows the factors' shapes; called before every change and before one is undone."""

@@ -488,7 +488,7 @@ def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(
 
 def test_check_without_validation_is_refused(regression):
     scheduler = RankScheduler(at(5, Rank(3)), How(max_regression=0.1))
-    with pytest.raises(ConfigurationError, match="no validation.*max_regression=null"):
+    with pytest.raises(ConfigurationError, match=r"give fit\(\) validation data.*max_regression=null"):
         train(regression, scheduler, limit_val_batches=0, max_steps=10)
 
 

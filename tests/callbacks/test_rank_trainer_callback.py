@@ -230,7 +230,7 @@ def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
     ("options", "how", "message"),
     [
         ({}, {"max_regression": 0.1, "check_monitor": "eval_loss"}, r"evaluate=lambda: trainer.evaluate\(\)"),
-        ({"fp16": True}, {"metric": "loss"}, "fp16=True scales"),
+        ({"fp16": True}, {"metric": "loss"}, "float16 scales gradients.*bf16=True"),
         ({"optim": "rmsprop"}, {}, "RMSprop cannot be carried"),
     ],
 )

@@ -6,7 +6,8 @@ from torch import nn
 
 import dynrank
 from dynrank.change.measuring import Needs, Window
-from dynrank.driver.bounds import check_model, final_ranks, layer_states
+from dynrank.driver.bounds import final_ranks, layer_states
+from dynrank.driver.check import check_model
 from dynrank.driver.measuring import needs_of
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import (

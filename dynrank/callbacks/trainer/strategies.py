@@ -20,11 +20,12 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import lacks_base
 from dynrank.output.checkpoint_file import read_checkpoint
 
-_INSTEAD = {  # strategies that are made of these, by the name of a base class: neither need be installed
-    "FSDPStrategy": "FSDP1 flattens parameters into one vector",
-    "DeepSpeedStrategy": "DeepSpeed flattens parameters into one vector",
-    "XLAStrategy": "XLA's processes have not been tried",
-}
+
+_UNKNOWN = (
+    "ranks change on one device, under DDP and under FSDP2, got {} (FSDP1 and DeepSpeed flatten parameters into one "
+    "vector, others have not been tried); set trainer.strategy=ddp, or, to shard the base, trainer=fsdp2 "
+    "(ModelParallelStrategy, with dynrank.distributed.sharding.shard_frozen)"
+)
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -34,56 +35,55 @@ def check_strategy(trainer: Trainer) -> None:
         ConfigurationError: naming the strategy, or its option, and what to use instead.
     """
     strategy: Any = trainer.strategy
-    names = [cls.__name__ for cls in type(strategy).__mro__]
-    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
-    why = next((reason for name, reason in _INSTEAD.items() if name in names), None if known else "it was never tried")
-    if why is not None:
-        raise ConfigurationError(
-            f"ranks cannot change under {type(strategy).__name__}: {why}. Set trainer.strategy=ddp, or, to shard "
-            "the base, trainer=fsdp2 (ModelParallelStrategy, with dynrank.distributed.sharding.shard_frozen)"
-        )
-    if isinstance(strategy, DDPStrategy):
-        _check_ddp(strategy)
-    if isinstance(strategy, ModelParallelStrategy):
-        _check_fsdp2(trainer, strategy)
+    kinds = {cls.__name__ for cls in type(strategy).__mro__}
+    if kinds & {"DeepSpeedStrategy", "XLAStrategy"}:  # which Lightning has derived from DDPStrategy
+        fault: str | None = _UNKNOWN.format(type(strategy).__name__)
+    elif isinstance(strategy, DDPStrategy):
+        fault = _ddp_fault(strategy)
+    elif isinstance(strategy, ModelParallelStrategy):
+        fault = _fsdp2_fault(trainer, strategy)
+    else:
+        fault = None if isinstance(strategy, SingleDeviceStrategy) else _UNKNOWN.format(type(strategy).__name__)
+    if fault is not None:
+        raise ConfigurationError(fault)
 
 
-def _check_ddp(strategy: Any) -> None:
+def _ddp_fault(strategy: Any) -> str | None:
     if strategy._start_method != "popen":
-        raise ConfigurationError(
+        return (
             f"DDPStrategy(start_method={strategy._start_method!r}), as in ddp_spawn and ddp_notebook, trains in "
             "processes whose results do not all come back, the history of ranks among them; set "
             "trainer.strategy=ddp, in a program that is started from a file"
         )
     state, period = strategy._ddp_comm_state, strategy._model_averaging_period
     if period is not None or type(state).__name__ in ("PostLocalSGDState", "PowerSGDState"):
-        raise ConfigurationError(
+        return (
             f"ddp_comm_state={type(state).__name__}, model_averaging_period={period}: PostLocalSGD lets the "
             "processes' adapters differ, and PowerSGD remembers gradients of the old shapes; use a hook without "
             "memory, such as fp16_compress_hook, or none"
         )
+    return None
 
 
-def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
-    tensor_parallel = strategy._tensor_parallel_size
-    if tensor_parallel == "auto":
-        tensor_parallel = strategy.num_processes
-    if tensor_parallel != 1:
-        raise ConfigurationError(
-            f"ModelParallelStrategy splits layers over {tensor_parallel} devices, and LoRA on split layers is not "
-            "supported; set tensor_parallel_size=1 and data_parallel_size to the number of processes"
+def _fsdp2_fault(trainer: Trainer, strategy: Any) -> str | None:
+    split, averages = strategy._tensor_parallel_size, averaging_callbacks(trainer)
+    split = strategy.num_processes if split == "auto" else split
+    if split != 1:
+        return (
+            f"ModelParallelStrategy splits layers over {split} devices, and LoRA on split layers is not supported; set "
+            "tensor_parallel_size=1 and data_parallel_size to the number of processes"
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        raise ConfigurationError(
-            "precision=16-mixed under ModelParallelStrategy skips a step in some processes only; "
-            "set trainer.precision=bf16-mixed"
+        return (
+            "precision=16-mixed under ModelParallelStrategy skips a step in some processes only; set "
+            "trainer.precision=bf16-mixed"
         )
-    averages = averaging_callbacks(trainer)
     if averages:
-        raise ConfigurationError(
+        return (
             f"{type(averages[0]).__name__} copies the whole model, which ModelParallelStrategy shards; take it out, or "
             "set trainer.strategy=ddp"
         )
+    return None
 
 
 def unwrap(trainer: Trainer) -> None:
@@ -126,9 +126,9 @@ def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
 def follow_sharded_checkpoint(trainer: Trainer) -> None:
     """Let the strategy of FSDP2 load checkpoints of other ranks and other strategies; call it in ``setup``.
 
-    ModelParallelStrategy loads by itself, when everything is set up, and asks no hook before it does. It would find the
-    optimizer's state of a single file by the place of a parameter in the model, where other strategies write its place
-    in the optimizer.
+    ModelParallelStrategy loads by itself, when everything is set up, and asks no hook before it does (in ``test`` and
+    ``validate``; ``fit`` has one). It would find the optimizer's state of a single file by the place of a parameter in
+    the model, where other strategies write its place in the optimizer.
     """
     strategy: Any = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy) or "load_checkpoint" in vars(strategy):

@@ -1,0 +1,99 @@
+"""Refusing, before the first step, a model or a run in which a schedule cannot be carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from dynrank.change.optimizer_state import check_optimizer
+from dynrank.distributed.sharding import sharded_error, sharded_layers
+from dynrank.driver.bounds import bounded, path
+from dynrank.driver.training import Training
+from dynrank.errors import ConfigurationError
+from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.layers.ranked import max_rank
+from dynrank.schedules import How, Stage, check_schedule
+from dynrank.targets import Budget, LayerState
+from dynrank.triggers import Run
+
+
+def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run) -> None:
+    """Refuse a model that the schedule cannot be carried out on; weights are not looked at.
+
+    Raises:
+        ConfigurationError: if there are no LoRA layers, or naming each stage, key and layer that does not fit.
+    """
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ConfigurationError(
+            "a rank schedule needs a model with LoRA layers; call dynrank.add_lora on it (lora.target_modules)"
+        )
+    free = {name: layer for name, layer in layers.items() if not layer.pinned and layer.final_rank is None}
+    if not free:
+        return
+    check_schedule(schedule, highest=max(layer.rank for layer in free.values()), run=run)
+    paths = {name: path(layer, schedule) for name, layer in layers.items()}
+    faults = []
+    for index, stage in enumerate(schedule):
+        before = {name: ranges[index] for name, ranges in paths.items()}
+        after = {name: ranges[index + 1] for name, ranges in paths.items()}
+        for name, layer in free.items():
+            (most, why), (_, _, wanted) = max_rank(layer), after[name]
+            if wanted > most:
+                faults.append(f"stage {index + 1}: rank {wanted} is above {why} = {most} of {name!r}; set {stage.key}")
+        if (stage.how or how).new_rows == "gradient":
+            faults += [
+                f"stage {index + 1}: {name!r} adapts a {type(layer.base).__name__}, and growing along the gradient is "
+                "for linear layers; set schedule.new_rows=orthogonal"
+                for name, layer in layers.items()
+                if isinstance(layer.base, nn.Embedding | nn.Conv2d) and after[name][1] > before[name][0]
+            ]
+        known = all(low == high for low, high, _ in before.values())
+        if isinstance(stage.to, Budget) and (known or stage.to.share is None):
+            last = index == len(schedule) - 1
+            states = {name: replace(bounded(layer, last), rank=before[name][0]) for name, layer in layers.items()}
+            faults += [f"stage {index + 1}: {fault}" for fault in _budget_faults(stage.to, states)]
+    if faults:
+        raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]))
+
+
+def _budget_faults(budget: Budget, states: Mapping[str, LayerState]) -> Iterator[str]:
+    given, least = budget.pool(states), budget.floor_parameters(states)
+    if given < least:
+        key = "schedule.share" if budget.share is not None else "schedule.parameters"
+        yield (
+            f"the budget of {given:,} parameters is below {least:,}, what the lowest ranks of {len(states)} layers "
+            f"cost; set {key} or schedule.lowest"
+        )
+
+
+def check_training(training: Training, hows: Collection[How]) -> None:
+    """Refuse sharded adapters, and what changes as in ``hows`` cannot live with: optimizers, float16, no validation.
+
+    Raises:
+        ConfigurationError: naming what is wrong and what fixes it.
+    """
+    factors, sharded = adapter_parameters(training.model), sharded_layers(training.model)
+    if hows and sharded:
+        raise sharded_error(sharded)
+    if hows and any(factor.dtype == torch.float16 for factor in factors):
+        raise ConfigurationError(
+            "adapters are in float16 (as by precision=16-true), where Adam's eps of 1e-8 is zero and the first steps "
+            "give NaN; keep them in float32 or bfloat16: set trainer.precision=16-mixed or bf16-true"
+        )
+    for how in hows:
+        for optimizer in training.optimizers:
+            check_optimizer(optimizer, factors, how.optimizer_state)
+        if training.scales_gradients and (how.metric == "loss" or how.new_rows == "gradient"):
+            raise ConfigurationError(
+                "training in float16 scales gradients by a factor that changes, which spoils statistics of them; set "
+                "trainer.precision=bf16-mixed (bf16=True), or schedule.metric=output and schedule.new_rows=orthogonal"
+            )
+        if how.max_regression is not None and not training.validates:
+            raise ConfigurationError(
+                f"max_regression={how.max_regression:g} validates before and after a change, which this run cannot: "
+                f"{training.validate_by}, or set max_regression=None (schedule.max_regression=null)"
+            )
