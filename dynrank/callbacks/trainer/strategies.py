@@ -20,7 +20,6 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import lacks_base
 from dynrank.output.checkpoint_file import read_checkpoint
 
-
 _UNKNOWN = (
     "ranks change on one device, under DDP and under FSDP2, got {} (FSDP1 and DeepSpeed flatten parameters into one "
     "vector, others have not been tried); set trainer.strategy=ddp, or, to shard the base, trainer=fsdp2 "
