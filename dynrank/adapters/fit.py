@@ -74,7 +74,7 @@ class AdapterChange:
                 _put(module, leaf, value.requires_grad_(False))
         for name, value in self._heads.items():
             module, leaf = self._places[name]
-            base_values(module, note=True).setdefault(leaf, _value(module, leaf) if keep_base else None)
+            base_values(module).setdefault(leaf, _value(module, leaf) if keep_base else None)
             _put(module, leaf, value)
             module.requires_grad_(True)
 

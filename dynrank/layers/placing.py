@@ -152,21 +152,17 @@ def place_layers(
     for name in modules_to_save:
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:
-                base_values(module, note=True).setdefault(leaf, None)
+                base_values(module).setdefault(leaf, None)
     model._has_lora = True  # type: ignore[assignment]
     follow_base(model)
 
 
-def base_values(module: nn.Module, *, note: bool = False) -> dict[str, Tensor | None]:
-    """What a module that is trained whole held before, by parameter or buffer; None where that is not kept.
+def base_values(module: nn.Module) -> dict[str, Tensor | None]:
+    """What a module that is trained whole held before, by parameter or buffer, to be read and written.
 
-    Args:
-        module: of a model with LoRA layers.
-        note: the result is to be written to.
+    None stands for a value that was not kept.
     """
-    values: dict[str, Tensor | None] = vars(module).get("_base_values", {})
-    if note:
-        vars(module)["_base_values"] = values
+    values: dict[str, Tensor | None] = vars(module).setdefault("_base_values", {})
     return values
 
 
