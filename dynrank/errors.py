@@ -12,7 +12,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar, dataclass_transform, get_
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, validate_call
 from pydantic.dataclasses import dataclass
-from pydantic_core import to_json
+from pydantic_core import PydanticSerializationError, to_json
 
 C = TypeVar("C", bound=type)
 T = TypeVar("T")
@@ -104,6 +104,8 @@ def read_as(kind: type[T], data: Any, where: str) -> T:
         return TypeAdapter(kind).validate_json(to_json(data, inf_nan_mode="constants"))
     except ValidationError as error:
         raise ConfigurationError(_listed(_faults(error, known, nested=True), f"fix {where}")) from None
+    except PydanticSerializationError as error:
+        raise ConfigurationError(f"{where} must hold plain data, got what is no JSON: {error}") from None
 
 
 def shown(value: Any) -> str:

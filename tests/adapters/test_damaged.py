@@ -1,11 +1,10 @@
 """Damaged adapters, by hypothesis: refused in one line or used; never half loaded, no traceback, nothing executed."""
 
 import copy
+import io
 import json
-import pickle
 import shutil
-import sys
-from pathlib import Path
+from contextlib import redirect_stderr
 
 import pytest
 import torch
@@ -164,13 +163,13 @@ def loaded_or_untouched(change, model, folder):
             assert model(IDS).logits.shape == (1, 5, 20)
 
 
-@settings(examples, max_examples=100)
+@settings(examples, max_examples=80)
 @given(data=st.data())
 def test_load_adapter_loads_the_whole_or_nothing(base, data):
     loaded_or_untouched(dynrank.load_adapter, copy.deepcopy(base[0]), damaged(data, base))
 
 
-@settings(examples, max_examples=60)
+@settings(examples, max_examples=40)
 @given(data=st.data())
 def test_swap_adapter_swaps_the_whole_or_nothing(base, data):
     model = dynrank.swap_adapter(copy.deepcopy(base[0]), base[2])
@@ -180,28 +179,25 @@ def test_swap_adapter_swaps_the_whole_or_nothing(base, data):
 def launch(arguments, out):
     """Run the command in this process: it ends with 0 and its output, or with 2, a message, and none."""
     shutil.rmtree(out, ignore_errors=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["dynrank", *map(str, arguments)])
-        patch.setattr(sys, "stderr", errors := open(out.with_name("stderr"), "w+"))  # noqa: SIM115
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(io.StringIO()) as errors:
+        patch.setattr("sys.argv", ["dynrank", *map(str, arguments)])
         try:
             cli.main()
             code = 0
         except SystemExit as ended:
             code = ended.code or 0
-        errors.seek(0)
-        text = errors.read()
-        errors.close()
-    assert code in (0, 2), text
-    assert (code == 2) == text.startswith("error: "), text
-    assert "Traceback" not in text
+    said = errors.getvalue()
+    assert code in (0, 2), said
+    assert (code == 2) == said.startswith("error: "), said
+    assert "Traceback" not in said
     return code
 
 
 COMMANDS = {
-    "inspect": (60, lambda folder, out, _: ["inspect", folder]),
-    "squeeze": (80, lambda folder, out, _: ["squeeze", folder, "--rank", 1, "--out", out]),
-    "squeeze --energy": (30, lambda folder, out, _: ["squeeze", folder, "--energy", 0.5, "--out", out]),
-    "merge": (40, lambda folder, out, model: ["merge", folder, "--model", model, "--out", out]),
+    "inspect": (40, lambda folder, out, _: ["inspect", folder]),
+    "squeeze": (60, lambda folder, out, _: ["squeeze", folder, "--rank", 1, "--out", out]),
+    "squeeze --energy": (20, lambda folder, out, _: ["squeeze", folder, "--energy", 0.5, "--out", out]),
+    "merge": (25, lambda folder, out, model: ["merge", folder, "--model", model, "--out", out]),
 }
 
 
@@ -218,35 +214,3 @@ def test_commands_end_with_a_result_or_a_message(base, name):
         assert not list(base[3].glob(".*"))
 
     run()
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return open, (self.path, "w")
-
-
-@pytest.mark.parametrize("name", [*COMMANDS, "load_adapter", "swap_adapter"])
-@pytest.mark.parametrize("place", ["adapter_model.bin", WEIGHTS])
-def test_a_pickle_is_refused_and_not_executed(base, name, place, tmp_path):
-    folder, made = tmp_path / "adapter", tmp_path / "made"
-    shutil.copytree(base[2], folder)
-    (folder / WEIGHTS).unlink()
-    (folder / place).write_bytes(pickle.dumps(Bomb(made)))
-    if name in COMMANDS:
-        assert launch(COMMANDS[name][1](folder, tmp_path / "out", base[1]), tmp_path / "out") == 2
-    else:
-        with pytest.raises(ConfigurationError, match=r"\.bin|not a whole safetensors file"):
-            getattr(dynrank, name)(copy.deepcopy(base[0]), folder)
-    assert not made.exists()
-    pickle.loads((folder / place).read_bytes()).close()  # the bomb is live
-    assert made.exists()
-
-
-def test_nesting_without_end_is_refused(base, tmp_path):
-    folder = tmp_path / "adapter"
-    shutil.copytree(base[2], folder)
-    Path(folder / CONFIG).write_text("[" * 200_000)
-    assert launch(["inspect", folder], tmp_path / "out") == 2

@@ -2,12 +2,11 @@
 
 import copy
 import json
-import sys
+import stat
 
 import pytest
 import torch
 from peft import PeftModel
-from torch import nn
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
@@ -15,66 +14,16 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
 )
 
 import dynrank
 from dynrank.adapters.merging import merge_adapter
-from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import layer_class
 
-pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to (True|False):UserWarning")
-
-TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-BERT = BertConfig(**TINY, **SIZES, num_labels=3)
-IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
-
-
-class ConvNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem, self.head = nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.Linear(6, 4)
-
-    def forward(self, image):
-        return self.head(self.stem(image).relu().mean((2, 3)))
-
-
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY, **SIZES)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**TINY, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
-    "bert": lambda: BertForSequenceClassification(BERT),
-    "conv": ConvNet,
-}
-
-
-def plain(kind):
-    torch.manual_seed(0)
-    return MODELS[kind]().eval()
-
-
-@torch.no_grad()
-def outputs(model):
-    if isinstance(model, PeftModel):
-        model = model.base_model.model
-    if isinstance(model, ConvNet):
-        return model(torch.ones(1, 3, 6, 6, dtype=model.head.weight.dtype).cumsum(3))
-    return model(input_ids=IDS).logits
-
-
-def adapted(model, **options):
-    options = {"rank": 3, "alpha": 5, "rslora": True} | options
-    model = dynrank.add_lora(model, **options)
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.3)
-    return model.eval()
+ROUNDING = {"rtol": 1e-12, "atol": 1e-12}
+IN_FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def everything(model, tied=True):
@@ -82,38 +31,32 @@ def everything(model, tied=True):
     return [n for n, m in model.named_modules() if layer_class(m) and not n.endswith(left_out)]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_merge_equals_the_adapted_model_to_rounding_in_float64(kind):
-    base = plain(kind).double()
-    model = adapted(copy.deepcopy(base), target_modules=everything(base), dtype=torch.float64)
-    expected = outputs(model)
-    assert_close(outputs(dynrank.merge(model)), expected, rtol=1e-12, atol=1e-12)
-    assert (expected - outputs(base)).abs().max() > 1e-2
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "conv"])
+def test_merge_equals_the_adapted_model_and_the_merge_of_peft_in_float64(kind, zoo, tmp_path):
+    base = zoo.plain(kind).double()
+    options = {"rslora": True, "modules_to_save": (), "dtype": torch.float64}
+    model = zoo.adapted(kind, base=copy.deepcopy(base), target_modules=everything(base), **options)
+    expected = zoo.outputs(model)
+    assert_close(zoo.outputs(dynrank.merge(model)), expected, **ROUNDING)
+    assert (expected - zoo.outputs(base)).abs().max() > 1e-2
     assert {p.dtype for p in model.parameters()} == {torch.float64}
 
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_merge_equals_that_of_peft(kind, tmp_path):
-    base = plain(kind).double()
     # PEFT's merge changes both ends of a tied weight
-    model = adapted(copy.deepcopy(base), target_modules=everything(base, tied=False), dtype=torch.float64)
+    model = zoo.adapted(kind, base=copy.deepcopy(base), target_modules=everything(base, tied=False), **options)
     dynrank.save_adapter(model, tmp_path)
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False)
-    theirs = theirs.double().merge_and_unload().state_dict()
-    ours = dynrank.merge(model).state_dict()
+    theirs, ours = theirs.double().merge_and_unload().state_dict(), dynrank.merge(model).state_dict()
     assert set(ours) == set(theirs)
     for name, value in ours.items():
-        assert_close(value, theirs[name], rtol=1e-12, atol=1e-12)
+        assert_close(value, theirs[name], **ROUNDING)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_merge_keeps_the_dtype_and_rounds_once(dtype):
-    base = plain("llama").to(dtype)
-    model = adapted(copy.deepcopy(base))
-    updates = {
-        name: layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
-        for name, layer in dynrank.lora_layers(model)
-    }
+def test_merge_keeps_the_dtype_and_rounds_once(dtype, zoo):
+    base = zoo.plain("llama").to(dtype)
+    model = zoo.adapted("llama", base=copy.deepcopy(base))
+    layers = dict(dynrank.lora_layers(model))
+    updates = {name: layer.scaling * layer.lora_B.double() @ layer.lora_A.double() for name, layer in layers.items()}
     dynrank.merge(model)
     for name, update in updates.items():
         exact = base.get_submodule(name).weight.double() + update
@@ -124,43 +67,39 @@ def test_merge_keeps_the_dtype_and_rounds_once(dtype):
         assert ((found.double() - exact).abs() <= half_step + 4e-7 * exact.abs().max()).all()
 
 
-def test_merge_of_a_layer_that_was_merged_by_itself_still_unties(tmp_path):
-    model = adapted(plain("gpt2"), target_modules=["lm_head"])
-    expected = outputs(model)
+def test_merge_of_a_layer_that_was_merged_by_itself_still_unties(zoo, tmp_path):
+    model = zoo.adapted("gpt2", target_modules=["lm_head"])
+    expected = zoo.outputs(model)
     model.lm_head.merge()
     dynrank.merge(model).save_pretrained(tmp_path)
-    assert_close(outputs(GPT2LMHeadModel.from_pretrained(tmp_path)), expected, rtol=1e-4, atol=1e-5)
+    assert_close(zoo.outputs(GPT2LMHeadModel.from_pretrained(tmp_path)), expected, **IN_FLOAT32)
 
 
 @pytest.fixture
-def stored(tmp_path):
+def stored(zoo, tmp_path):
     """(folder of a GPT-2, folder of an adapter for it, what it computes then); its tied head is adapted, too."""
-    plain("gpt2").save_pretrained(tmp_path / "model")
+    zoo.plain("gpt2").save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer_config.json").write_text('{"model_max_length": 16}')
-    model = adapted(plain("gpt2"), target_modules=["c_attn", "lm_head", "wte"], rank_map={"wte": 5})
+    model = zoo.adapted("gpt2", target_modules=["c_attn", "lm_head", "wte"], rank_map={"wte": 5})
     dynrank.save_adapter(model, tmp_path / "adapter")
-    return tmp_path / "model", tmp_path / "adapter", outputs(model)
-
-
-def test_command_writes_a_plain_model(stored, run_command, tmp_path):
-    model, adapter, expected = stored
-    done = run_command("dynrank", "merge", "adapter", "--model", model, "--out", "merged", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    assert "4 layers into GPT2LMHeadModel, float32" in done.stdout
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
-    assert_close(outputs(merged), expected, rtol=1e-4, atol=1e-5)
-    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == {"model_max_length": 16}
-    assert not [file.name for file in tmp_path.iterdir() if file.name.startswith(".")]
+    return tmp_path / "model", tmp_path / "adapter", zoo.outputs(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_adapter_keeps_the_dtype_of_the_files(stored, dtype, tmp_path):
-    model, adapter, _ = stored
+def test_command_writes_a_plain_model_of_the_dtype_of_the_files(stored, dtype, launch, zoo, tmp_path):
+    model, adapter, expected = stored
     GPT2LMHeadModel.from_pretrained(model, dtype=dtype).save_pretrained(model)
-    assert merge_adapter(adapter, str(model), tmp_path / "merged").dtype == dtype
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    code, printed, _ = launch("merge", adapter, "--model", model, "--out", tmp_path / "merged")
+    assert code == 0
+    assert f"4 layers into GPT2LMHeadModel, {str(dtype).removeprefix('torch.')}" in printed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
     assert {p.dtype for p in merged.parameters()} == {dtype}
+    if dtype == torch.float32:
+        assert_close(zoo.outputs(merged), expected, **IN_FLOAT32)
+    assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == {"model_max_length": 16}
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "merged").iterdir()}
+    assert modes == {stat.S_IMODE((model / "tokenizer_config.json").stat().st_mode)}
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("labels", [2, 3])
@@ -169,86 +108,98 @@ def test_merge_adapter_keeps_the_dtype_of_the_files(stored, dtype, tmp_path):
     # the second has a head of the same shapes: only the name tells them apart
     [(BertForSequenceClassification, True), (BertForSequenceClassification, False), (BertForTokenClassification, True)],
 )
-def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, labels, named, tmp_path):
+def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, labels, named, zoo, tmp_path):
     """An encoder stored by itself, trained with a head that is in the adapter only."""
-    torch.manual_seed(0)
-    BertModel(BERT).save_pretrained(tmp_path / "model")
-    model = cls.from_pretrained(tmp_path / "model", num_labels=labels).eval()
-    names = [f"encoder.layer.{index}.attention.self.query" for index in (0, 1)]
-    adapted(model, target_modules=[f"bert.{name}" for name in names], modules_to_save=["classifier"])
+    zoo.plain("bert").bert.save_pretrained(tmp_path / "model")
+    base = cls.from_pretrained(tmp_path / "model", num_labels=labels).eval()
+    names = [f"bert.encoder.layer.{index}.attention.self.query" for index in (0, 1)]
+    model = zoo.adapted("bert", base=base, target_modules=names)
     dynrank.save_adapter(model, tmp_path / "adapter")
     if not named:
-        file = tmp_path / "adapter" / "adapter_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_mapping": None}))
+        zoo.edit_config(tmp_path / "adapter", auto_mapping=None)
     assert merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out").kind == cls.__name__
-    merged = cls.from_pretrained(tmp_path / "out").eval()
-    assert_close(outputs(merged), outputs(model), rtol=1e-4, atol=1e-5)
+    assert_close(zoo.outputs(cls.from_pretrained(tmp_path / "out").eval()), zoo.outputs(model), **IN_FLOAT32)
 
 
-def test_merge_adapter_refuses_a_head_that_no_file_holds(tmp_path):
-    BertModel(BERT).save_pretrained(tmp_path / "model")
-    dynrank.save_adapter(adapted(plain("bert"), target_modules=["query"]), tmp_path / "adapter")
+def test_merge_adapter_refuses_a_head_that_no_file_holds(zoo, tmp_path):
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path / "model")
+    zoo.saved(tmp_path / "adapter", "bert", target_modules=["query"], modules_to_save=())
     with pytest.raises(ConfigurationError, match=r"BertForSequenceClassification would have no weights \['classifier"):
         merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys, tmp_path):
-    """Runs the command in this process; the message, after a check of the exit code and that nothing was written."""
+def refused(launch, tmp_path, monkeypatch):
+    """Runs the command; what it says, after a check of the exit code and that nothing was written."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-        monkeypatch.setattr(sys, "argv", ["dynrank", "merge", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        error = capsys.readouterr().err
-        assert caught.value.code == 2
-        assert "Traceback" not in error
+        code, _, said = launch("merge", *arguments)
+        assert code == 2
         assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-        return error
+        return said
 
     return call
 
 
-def test_command_refuses_what_it_cannot_use(stored, refused, tmp_path):
-    model, adapter, _ = stored
-    plain("llama").save_pretrained(tmp_path / "llama")
+def test_command_refuses_what_it_cannot_use(stored, refused, zoo, tmp_path):
+    model, _, _ = stored
+    zoo.plain("llama").save_pretrained(tmp_path / "llama")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("of mine")
     (tmp_path / "empty").mkdir()
     assert "--out must be a new or empty folder" in refused("adapter", "--model", model, "--out", "full")
-    assert "--out must be another folder" in refused("adapter", "--model", model, "--out", "adapter")
-    assert "--out must be another folder" in refused("adapter", "--model", model, "--out", "model")
-    error = refused("adapter", "--model", "llama", "--out", "out")
-    assert "--model" in error
-    assert "LlamaForCausalLM has no module 'transformer." in error
-    assert "cannot load --model" in refused("adapter", "--model", "empty", "--out", "out")
-    assert "--model must be a folder" in refused("adapter", "--model", "./absent", "--out", "out")
+    for source in ("adapter", "model"):
+        assert "--out must be another folder" in refused("adapter", "--model", model, "--out", source)
+    said = refused("adapter", "--model", "llama", "--out", "out")
+    assert "--model" in said
+    assert "LlamaForCausalLM has no module 'transformer." in said
+    for name in ("empty", "./absent"):
+        assert "--model" in refused("adapter", "--model", name, "--out", "out")
     assert "cannot read the adapter" in refused("absent", "--model", model, "--out", "out")
     assert "--out" in refused("adapter", "--model", model)
     (model / "model.safetensors").write_bytes(b"no model")
-    assert "cannot load --model" in refused("adapter", "--model", model, "--out", "out")
+    assert "--model" in refused("adapter", "--model", model, "--out", "out")
 
 
-def test_command_runs_no_code_of_the_model(stored, refused, tmp_path):
+@pytest.mark.parametrize("known", [False, True])
+def test_command_runs_no_code_of_the_model(stored, known, refused, tmp_path):
+    """Neither of a config that transformers does not know, nor of a class that it does not have for a known one."""
     model, _, _ = stored
     config = json.loads((model / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    classes = ("AutoConfig", "AutoModelForSeq2SeqLM", *(() if known else ("AutoModelForCausalLM",)))
+    config |= {"auto_map": {name: "code.Mine" for name in classes}, "architectures": []}
+    if known:
+        (tmp_path / "llama").mkdir()
+        config["n_embd"] = 4  # so that all classes are tried
+    else:
+        config["model_type"] = "mine"
     (model / "config.json").write_text(json.dumps(config))
-    (model / "code.py").write_text("open('ran', 'w')\nclass Config: pass\n")
-    assert "cannot load --model" in refused("adapter", "--model", model, "--out", "out")
+    (model / "code.py").write_text("open('ran', 'w')\nclass Mine: pass\n")
+    assert "--model" in refused("adapter", "--model", model, "--out", "out")
 
 
-def test_merge_adapter_that_cannot_write_leaves_nothing(stored, monkeypatch, tmp_path):
+def test_command_follows_no_link_out_of_the_models_folder(stored, refused, tmp_path):
     model, adapter, _ = stored
+    (tmp_path / "secret").write_text("of mine")
+    (model / "chat_template.jinja").symlink_to(tmp_path / "secret")
+    assert "chat_template.jinja' must not be a link" in refused("adapter", "--model", model, "--out", "out")
+    (model / "chat_template.jinja").unlink()
+    (model / "chat_template.jinja").symlink_to("tokenizer_config.json")
+    merge_adapter(adapter, str(model), tmp_path / "out")
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == '{"model_max_length": 16}'
 
-    def full(*_, **__):
-        (tmp_path / ".out.part" / "model.safetensors").write_bytes(b"half")
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(GPT2LMHeadModel, "save_pretrained", full)
-    with pytest.raises(ConfigurationError, match="cannot write to --out .*No space left"):
-        merge_adapter(adapter, str(model), tmp_path / "out")
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "adapter"}
+def test_files_of_a_hubs_cache_are_links_to_files_beside_the_snapshot(stored, tmp_path):
+    model, adapter, _ = stored
+    blobs, snapshot = tmp_path / "models--mine" / "blobs", tmp_path / "models--mine" / "snapshots" / "abc"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for file in model.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    merge_adapter(adapter, str(snapshot), tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer_config.json").read_text() == '{"model_max_length": 16}'

@@ -1,0 +1,84 @@
+"""The folder of --out: whole or not there, whatever goes wrong, and nobody else's files are touched."""
+
+import os
+import stat
+
+import pytest
+from safetensors import SafetensorError
+
+from dynrank.errors import ConfigurationError
+from dynrank.output.output_folder import check_free, whole_or_nothing
+
+
+def write(out):
+    with whole_or_nothing(out) as folder:
+        (folder / "file").write_text("whole")
+
+
+@pytest.mark.parametrize("out", ["out", "empty", "new/deep"])
+def test_folder_appears_with_files_as_readable_as_any_other(out, tmp_path):
+    (tmp_path / "empty").mkdir()
+    umask = os.umask(0o022)
+    try:
+        with whole_or_nothing(tmp_path / out) as folder:
+            os.close(os.open(folder / "file", os.O_CREAT, 0o600))  # as safetensors makes them
+            assert not (tmp_path / out / "file").exists()
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE((tmp_path / out / "file").stat().st_mode) == 0o644
+    assert not list((tmp_path / out).parent.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), SafetensorError("no space"), KeyboardInterrupt()]
+)
+def test_an_error_leaves_nothing(error, tmp_path):
+    def fail():
+        with whole_or_nothing(tmp_path / "out") as folder:
+            (folder / "file").write_text("half")
+            raise error
+
+    with pytest.raises((ConfigurationError, KeyboardInterrupt)) as caught:
+        fail()
+    assert isinstance(error, KeyboardInterrupt) or f"cannot write to --out '{tmp_path / 'out'}': " in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ConfigurationError, match="cannot write to --out .*Not a directory"):
+        write(tmp_path / "file" / "below")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_check_free_names_a_folder_that_is_taken(tmp_path):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").write_text("mine")
+    for out in (tmp_path / "used", tmp_path / "used" / "mine"):
+        with pytest.raises(ConfigurationError, match="--out must be a new or empty folder"):
+            check_free(out)
+    with pytest.raises(ConfigurationError, match="--out must be another folder"):
+        check_free(tmp_path / "new" / ".." / "used", tmp_path / "used")
+    check_free(tmp_path / "new", tmp_path / "used")
+
+
+def test_a_planted_link_does_not_cost_another_folder_its_files(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("mine")
+    (tmp_path / ".out.part").symlink_to(tmp_path / "precious")
+    with pytest.raises(ConfigurationError, match=r"\.out\.part' must not be a link"):
+        write(tmp_path / "out")
+    assert (tmp_path / "precious" / "file").read_text() == "mine"
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_process_left_is_replaced_and_what_another_one_writes_is_not(tmp_path):
+    out, part = tmp_path / "out", tmp_path / ".out.part"
+    part.mkdir()
+    (part / "half").write_text("half")
+    with whole_or_nothing(out) as folder:
+        assert not list(folder.iterdir())
+        with pytest.raises(ConfigurationError, match="no other process writes to"):
+            write(out)
+        (folder / "file").write_text("whole")
+    assert [file.name for file in out.iterdir()] == ["file"]
