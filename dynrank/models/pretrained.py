@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
@@ -63,8 +61,11 @@ def load_by_name(loader: Any, name: str, key: str, **options: Any) -> Any:
         if find_spec("gguf") is None:
             raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
         place, options = str(Path(place).parent), {**options, "gguf_file": Path(place).name}
-    with _refusing(name, key):
+    try:
         return loader(place, trust_remote_code=False, **options)
+    except _FAULTS as error:
+        what = f"{type(error).__name__}: {error!s:.500}"
+        raise ConfigurationError(f"transformers cannot load {key}={name}: {what}") from error
 
 
 def load_tokenizer(name: str, key: str = "task.model") -> Any:
@@ -87,9 +88,7 @@ def load_classifier(name: str, num_labels: int, key: str = "task.model", *, on_m
     """
     model: Any
     if on_meta:
-        config = read_config(name, key, num_labels=num_labels)
-        with _refusing(name, key), torch.device("meta"):
-            model = AutoModelForSequenceClassification.from_config(config, trust_remote_code=False)
+        model = _on_meta(AutoModelForSequenceClassification, read_config(name, key, num_labels=num_labels), key)
     else:
         # a head for another number of classes is replaced
         options = {"dtype": torch.float32, "num_labels": num_labels, "ignore_mismatched_sizes": True}
@@ -109,10 +108,7 @@ def head_names(model: nn.Module) -> list[str]:
 def load_causal_lm(name: str, key: str = "task.model", *, on_meta: bool = False) -> nn.Module:
     """A pre-trained causal language model in float32; ``on_meta`` builds it without memory for weights."""
     if on_meta:
-        config = read_config(name, key)
-        with _refusing(name, key), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-        return cast(nn.Module, model)
+        return cast(nn.Module, _on_meta(AutoModelForCausalLM, read_config(name, key), key))
     model, info = load_weights(AutoModelForCausalLM.from_pretrained, name, key, dtype=torch.float32)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -147,23 +143,18 @@ def meta_model(config: PretrainedConfig, dtype: torch.dtype, key: str = "model")
         dtype: of its parameters.
         key: what the user set, for errors.
     """
-    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
-    auto: Any = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+        named = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    return cast(PreTrainedModel, _on_meta(named, config, key, dtype))
+
+
+def _on_meta(cls: Any, config: PretrainedConfig, key: str, dtype: torch.dtype = torch.float32) -> Any:
+    auto = not issubclass(cls, PreTrainedModel)
     try:
         with torch.device("meta"):
-            if isinstance(named, type) and issubclass(named, PreTrainedModel):
-                cls: Any = named
-                return cast(PreTrainedModel, cls._from_config(config, dtype=dtype))
-            return cast(PreTrainedModel, auto.from_config(config, dtype=dtype, trust_remote_code=False))
+            if auto:
+                return cls.from_config(config, dtype=dtype, trust_remote_code=False)
+            return cls._from_config(config, dtype=dtype)
     except _FAULTS as error:
         raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {key}") from error
-
-
-@contextmanager
-def _refusing(name: str, key: str) -> Iterator[None]:
-    try:
-        yield
-    except _FAULTS as error:
-        raise ConfigurationError(
-            f"transformers cannot load {key}={name}: {type(error).__name__}: {error!s:.500}"
-        ) from error

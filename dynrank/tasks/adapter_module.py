@@ -20,7 +20,8 @@ from dynrank.tasks.optimizers import make_optimizer
 __all__ = ["IGNORED", "AdapterModule"]
 
 IGNORED = -100  # label of a token that is not learned, as torch has it
-TESTED = ("test", "final/val", "final/train")  # what the loaders of a TextTask's test hold
+# What the loaders of a test hold: see TextTask, and LanguageModeling for the last one, of prompts.
+TESTED = ("test", "final/val", "final/train", "test")
 
 
 class AdapterModule(LightningModule):

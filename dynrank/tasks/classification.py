@@ -73,7 +73,7 @@ class Classification(TextTask):
     @cached_property
     def pairs(self) -> dict[str, list[tuple[str, Any]]]:
         """(text, label) by split."""
-        return pairs_by_split(self.data, ("text", "label"))
+        return pairs_by_split(self.data, ("text", "label"), str | int)
 
     @cached_property
     def labels(self) -> list[Any]:

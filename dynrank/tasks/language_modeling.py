@@ -58,7 +58,7 @@ class LanguageModeling(TextTask):
         val_generate: validation examples whose answers each validation lets the model write; 0 leaves it out.
         generate: test examples whose answers a test lets the model write.
         max_new_tokens: that the model writes at most; examples with longer answers are not among these.
-        indented: whether what the model writes ends before the first line that is not indented.
+        indented: whether of what the model writes the indented lines behind the prompt's last one are its answer.
         seed: of the order of the training batches.
         limit: keep only this many examples of each split, for trying things out; None keeps all.
     """
@@ -98,7 +98,7 @@ class LanguageModeling(TextTask):
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
     def load(self) -> Mapping[str, Sequence[Prompted]]:
-        splits = pairs_by_split(self.data, ("prompt", "answer"))
+        splits = pairs_by_split(self.data, ("prompt", "answer"), str)
         examples = {split: spread(self._tokenised(pairs), self.limit) for split, pairs in splits.items()}
         empty = [split for split, part in examples.items() if not part]
         if empty:
@@ -158,7 +158,7 @@ class LanguageModel(AdapterModule):
         optimizer: of the adapter.
         measures: see :class:`LanguageModeling`, as are the next two.
         max_new_tokens: of an answer that the model writes.
-        indented: whether it ends before the first line that is not indented.
+        indented: whether it consists of indented lines.
         on_meta: build the model without weights, to look at its layers.
     """
 
@@ -188,17 +188,15 @@ class LanguageModel(AdapterModule):
         logits: Tensor = self.model(**masked, use_cache=False).logits
         return logits[:, :-1].float(), batch["labels"][:, 1:]  # of what comes next
 
-    def validation_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        if "answers" in batch:
-            self._write(batch, "val")
-        else:
-            super().validation_step(batch, batch_idx, dataloader_idx)
-
-    def test_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
-        if "answers" in batch:
-            self._write(batch, "test")
-        else:
-            super().test_step(batch, batch_idx, dataloader_idx)
+    def evaluate(self, batch: dict[str, Any], split: str) -> None:
+        if "answers" not in batch:
+            super().evaluate(batch, split)
+            return
+        texts = self.continuations(batch["input_ids"], batch["attention_mask"])
+        texts = [_indented(text) for text in texts] if self.indented else texts
+        written: Any = self.written[split]
+        written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
+        self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
 
     @torch.no_grad()
     def continuations(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
@@ -221,16 +219,9 @@ class LanguageModel(AdapterModule):
         texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
         return texts
 
-    def _write(self, batch: dict[str, Any], split: str) -> None:
-        texts = self.continuations(batch["input_ids"], batch["attention_mask"])
-        texts = [_indented(text) for text in texts] if self.indented else texts
-        written: Any = self.written[split]
-        written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
-        self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
-
 
 def _indented(text: str) -> str:
-    """The first lines behind the prompt's last one, up to one that is not indented: another function, or prose."""
+    """The lines of ``text`` but for the first, up to one that is not indented: another function, or prose."""
     kept: list[str] = []
     for line in text.split("\n")[1:]:
         if line.strip() and not line[0].isspace():

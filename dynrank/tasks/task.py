@@ -11,15 +11,15 @@ __all__ = ["Task"]
 
 
 class Task(Protocol):
-    """What ``task._target_`` makes: a ``LightningDataModule`` that has these three members, too.
+    """What ``task._target_`` makes: a ``LightningDataModule`` that has these three members, too."""
 
-    Attributes:
-        metrics: names that are logged in training and validation; a schedule may watch them.
-        final: those of them that a test logs as ``final/NAME``, measured at the final weights; ``objective`` is one.
-    """
+    @property
+    def metrics(self) -> Sequence[str]:
+        """Names that are logged in training and validation; a schedule may watch them."""
 
-    metrics: Sequence[str]
-    final: Sequence[str]
+    @property
+    def final(self) -> Sequence[str]:
+        """Those of them that a test logs as ``final/NAME``, measured at the final weights; ``objective`` is one."""
 
     def module(
         self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False

@@ -2,14 +2,14 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset, default_collate
 
-from dynrank.tasks.loader import CHUNK, ResumableLoader
+from dynrank.tasks.loader import CHUNK, ResumableLoader, evaluation_batches, spread
 
 LENGTHS = [1 + i % 7 for i in range(50)]
 
 
-def loader(seed=0):
+def loader(seed=0, batch_size=8, share=(0, 1)):
     data = TensorDataset(torch.arange(50), torch.tensor(LENGTHS))
-    return ResumableLoader(data, LENGTHS, 8, seed, default_collate)
+    return ResumableLoader(data, LENGTHS, batch_size, seed, default_collate, share=share)
 
 
 def stream(source, count):
@@ -32,6 +32,15 @@ def test_loader_resumes_at_any_batch(given):
     assert stream(second, 10) == whole[state["given"] : state["given"] + 10]
 
 
+@pytest.mark.parametrize("given", [0, 7])
+def test_two_processes_share_the_batches_of_one_also_after_a_resume(given):
+    sources = [loader(), *(loader(batch_size=4, share=(process, 2)) for process in (0, 1))]
+    for source in sources:
+        source.load_state_dict({"given": given})  # of either number of processes
+    whole, first, second = (stream(source, 20) for source in sources)
+    assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(first, second, strict=True))
+
+
 def test_loader_order_depends_on_the_seed_alone():
     assert stream(loader(1), 12) == stream(loader(1), 12) != stream(loader(2), 12)
 
@@ -43,9 +52,9 @@ def test_loader_gives_an_epoch_of_full_batches():
 
 
 def test_loader_batches_hold_similar_lengths():
-    spread = [batch[1].max() - batch[1].min() for batch in [b for _ in range(10) for b in loader()]]
+    ranges = [batch[1].max() - batch[1].min() for batch in [b for _ in range(10) for b in loader()]]
     shuffled = torch.tensor(LENGTHS)[torch.randperm(50)][:48].view(6, 8)
-    assert torch.stack(spread).float().mean() < (shuffled.amax(1) - shuffled.amin(1)).float().mean() / 2
+    assert torch.stack(ranges).float().mean() < (shuffled.amax(1) - shuffled.amin(1)).float().mean() / 2
 
 
 def test_loader_uses_every_example_in_time():
@@ -55,3 +64,23 @@ def test_loader_uses_every_example_in_time():
 def test_loader_refuses_fewer_examples_than_a_batch():
     with pytest.raises(ValueError, match="at most the number of examples, 2, got 8"):
         ResumableLoader(TensorDataset(torch.arange(2)), [1, 1], 8, 0, default_collate)
+
+
+@pytest.mark.parametrize(("count", "processes"), [(50, 1), (50, 2), (7, 3), (3, 3), (33, 4)])
+def test_evaluation_takes_each_example_once_in_equally_many_batches(count, processes):
+    shares = [evaluation_batches(count, 4, (process, processes)) for process in range(processes)]
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
+    assert len({len(share) for share in shares}) == 1
+    sizes = {len(batch) for share in shares for batch in share}
+    assert max(sizes) <= 4
+    assert all(max(map(len, share)) - min(map(len, share)) <= 1 for share in shares)
+
+
+def test_evaluation_refuses_fewer_examples_than_processes():
+    with pytest.raises(ValueError, match="2 examples .* 3 processes"):
+        evaluation_batches(2, 4, (0, 3))
+
+
+def test_spread_takes_from_everywhere():
+    assert spread(range(10), 5) == [0, 2, 4, 6, 8]
+    assert spread(range(3), 5) == spread(range(3), None) == range(3)

@@ -27,13 +27,14 @@ def place(key: str, seed: int, train: float, val: float) -> str:
     return "train" if share < train else "val" if share < val else "test"
 
 
-def pairs_by_split(data: Any, columns: tuple[str, str]) -> dict[str, list[tuple[str, Any]]]:
+def pairs_by_split(data: Any, columns: tuple[str, str], kind: Any) -> dict[str, list[tuple[str, Any]]]:
     """The rows of train, val and test as pairs of a text and what belongs to it.
 
     Args:
         data: a mapping from ``train``, ``val`` and ``test`` to a ``datasets.Dataset`` or to a list of pairs, or a
             function without arguments that returns such a mapping.
         columns: names of the two columns of a ``datasets.Dataset``.
+        kind: type, or types, of what belongs to a text.
 
     Raises:
         ConfigurationError: if a split or a column is missing, or a row cannot be used.
@@ -44,10 +45,11 @@ def pairs_by_split(data: Any, columns: tuple[str, str]) -> dict[str, list[tuple[
         raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {found!r:.200}; set data")
     pairs = {split: _pairs(splits[split], columns) for split in SPLITS}
     for split, rows in pairs.items():
-        wrong = [row for row in rows if not _is_pair(row)]
+        wrong = [row for row in rows if not _is_pair(row, kind)]
         if wrong or not rows:
-            got = f"{wrong[0]!r:.200}" if wrong else "none"
-            raise ConfigurationError(f"rows of {split} must be a {columns[0]} and a {columns[1]}, got {got}; set data")
+            got, kind = (f"{wrong[0]!r:.200}" if wrong else "none"), getattr(kind, "__name__", kind)
+            wanted = f"a {columns[0]} (str) and its {columns[1]} ({kind})"
+            raise ConfigurationError(f"rows of {split} must be {wanted}, got {got}; set data")
     return pairs
 
 
@@ -62,5 +64,5 @@ def _pairs(part: Any, columns: Sequence[str]) -> list[Any]:
     return list(zip(texts, others if classes is None else [classes[i] for i in others], strict=True))
 
 
-def _is_pair(row: Any) -> bool:
-    return isinstance(row, tuple | list) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], str | int)
+def _is_pair(row: Any, kind: Any) -> bool:
+    return isinstance(row, tuple | list) and len(row) == 2 and isinstance(row[0], str) and isinstance(row[1], kind)

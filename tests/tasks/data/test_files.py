@@ -30,7 +30,7 @@ def write(path, rows):
 
 def read(train, val=None, test=None, **values):
     settings = {"columns": NAMES, "val_share": 0.1, "test_share": 0.2, "seed": 0, **values}
-    return pairs_by_split(from_files(train, val, test, **settings), ("text", "label"))
+    return pairs_by_split(from_files(train, val, test, **settings), ("text", "label"), str)
 
 
 def pairs(rows):

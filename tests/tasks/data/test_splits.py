@@ -30,16 +30,16 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pairs_are_the_same_whatever_holds_them(kind):
-    assert pairs_by_split(KINDS[kind], COLUMNS) == PAIRS
+    assert pairs_by_split(KINDS[kind], COLUMNS, str) == PAIRS
 
 
 REFUSED = {
     "no split": (["a"], r"\['a'\]"),
     "a split too few": ({"train": [("a", "x")], "validation": [("a", "x")]}, "val.*validation"),
-    "an empty split": ({**PAIRS, "val": []}, "val must be a text and a label"),
+    "an empty split": ({**PAIRS, "val": []}, "rows of val must be a text .* and its label"),
     "a row of one": ({**PAIRS, "test": [("a", "x"), ("b",)]}, r"test .*\('b',\)"),
     "no text": ({**PAIRS, "train": [(None, "x")]}, r"train .*\(None, 'x'\)"),
-    "no label": ({**PAIRS, "train": [("a", None)]}, r"train .*\('a', None\)"),
+    "a number": ({**PAIRS, "train": [("a", 3)]}, r"train .*label \(str\), got \('a', 3\)"),
     "other columns": ({**PAIRS, "train": Dataset.from_dict({"text": ["a"], "class": ["x"]})}, "label.*class"),
 }
 
@@ -48,7 +48,7 @@ REFUSED = {
 def test_data_that_cannot_be_used_are_named(case):
     data, named = REFUSED[case]
     with pytest.raises(ConfigurationError, match=f"{named}.*set data"):
-        pairs_by_split(data, COLUMNS)
+        pairs_by_split(data, COLUMNS, str)
 
 
 def test_place_depends_on_seed_and_key_alone_and_keeps_the_shares():
