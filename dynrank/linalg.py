@@ -199,19 +199,16 @@ def grow_product(
     lora_A: Tensor,
     rank: int,
     *,
-    along: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> RankChange:
     """``lora_B @ lora_A`` with ``rank`` directions and the same value: new columns of B are zero.
 
-    New rows of A are orthogonal to the old rows and to each other, at the median norm of the old rows: the top right
-    singular vectors of ``along`` outside the old rows, if it is given, and random ones for the rest.
+    New rows of A are random, orthogonal to the old rows and to each other, at the median norm of the old rows.
 
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point.
         rank: K, R <= K <= min(O, I).
-        along: (N, I), the gradient of the update (or any sketch ``Omega^T G`` of it).
         generator: source of random rows; torch's default generator when None.
 
     Raises:
@@ -226,13 +223,6 @@ def grow_product(
     size = norms[norms > 0].median() if norms.any() else 1.0
     old = torch.linalg.qr(a_RI.mT).Q
     fresh = torch.randn(d_in, count, dtype=torch.float64, generator=generator).to(a_RI.device)
-    if along is not None:
-        if along.shape[1] != d_in or not torch.isfinite(along).all():
-            raise ValueError(f"along must be finite and (N, {d_in}), got {[*along.shape]}")
-        residual = along.double() - along.double() @ old @ old.mT
-        _, values, vh = torch.linalg.svd(residual, full_matrices=False)
-        found = min(count, numerical_rank(values, 1, float(_ROUNDING)))
-        fresh[:, :found] = vh[:found].mT
     rows = torch.linalg.qr(torch.cat([old, fresh], dim=1)).Q[:, old_rank:].mT * size
     maps = torch.eye(rank, old_rank, dtype=torch.float64, device=a_RI.device)
     return RankChange(

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers, resize
-from dynrank.change.measuring import Needs, Window
+from dynrank.change.measuring import Moments
 from dynrank.models.pretrained import load_classifier
 from dynrank.output.console import table_console
 
@@ -94,7 +94,7 @@ class _Training:
                 nn.init.normal_(parameter, std=0.01)
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-        self.measured = Window(dict(lora_layers(model)), Needs(grams=True), span=20) if measured else None
+        self.measured = Moments(dict(lora_layers(model)), 20) if measured else None
 
     def step(self) -> None:
         self.optimizer.zero_grad()

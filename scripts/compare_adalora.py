@@ -43,7 +43,7 @@ from rich.table import Table as Printed
 from torch import Tensor, nn
 
 from dynrank import lora_layers, resize
-from dynrank.change.measuring import Needs, Window
+from dynrank.change.measuring import Moments
 from dynrank.schedules import How
 from dynrank.targets import Budget
 
@@ -122,7 +122,7 @@ def cut_down(trainee: Trainee, cuts: Cuts, pool: int) -> None:
     start = adapter_parameters(trainee.model)
     for index, step in enumerate(cuts.at, 1):
         trainee.train(step - WINDOW)
-        with closing(Window(dict(lora_layers(trainee.model)), Needs(grams=True), WINDOW)) as measured:
+        with closing(Moments(dict(lora_layers(trainee.model)), WINDOW)) as measured:
             trainee.train(step, after_step=lambda _, measured=measured: measured.end_step())
         share = Budget(parameters=round(start * (pool / start) ** (index / len(cuts.at))))
         ranks = budget_ranks(trainee.model, share, BY_LOSS, measured)
@@ -237,7 +237,7 @@ def measure_cost(rounds: int, file: Path) -> None:
     for trainee in models.values():
         trainee.done = WINDOW + 1  # all take the same batches: these differ in length
     reference, measured = list(models)[:2]
-    window = Window(dict(lora_layers(models[measured].model)), Needs(grams=True), WINDOW)
+    window = Moments(dict(lora_layers(models[measured].model)), WINDOW)
     hooks = {name: allocation_of(trainee) for name, trainee in models.items() if ADALORA in name}
     hooks[measured] = lambda step: window.end_step()
     seconds: dict[str, list[float]] = {name: [] for name in models}

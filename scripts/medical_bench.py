@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from dynrank import add_lora, compose, lora_layers
-from dynrank.change.measuring import Window
+from dynrank.change.measuring import Moments
 from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_classifier
@@ -127,7 +127,7 @@ def adapter_parameters(model: nn.Module) -> int:
     return sum(p.numel() for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B))
 
 
-def budget_ranks(model: nn.Module, budget: Budget, how: How, measured: Window) -> dict[str, int]:
+def budget_ranks(model: nn.Module, budget: Budget, how: How, measured: Moments) -> dict[str, int]:
     """Ranks by layer that share out ``budget``, as the preset of that name does."""
     layers = dict(lora_layers(model))
     found = spectra(layers, how, measured)

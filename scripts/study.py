@@ -49,7 +49,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as Printed
 
 from dynrank import lora_layers, resize
-from dynrank.change.measuring import Needs, Window
+from dynrank.change.measuring import Moments
 from dynrank.driver.rewarmup import Rewarmup
 from dynrank.schedules import How
 from dynrank.targets import Budget
@@ -137,7 +137,7 @@ class Point:
     """A model at a change: its validation loss before, and the statistics that a budget needs."""
 
     val_loss: float
-    measured: Window
+    measured: Moments
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -233,7 +233,7 @@ def rows_of(unit: Unit) -> list[Row]:
 def advance(trainee: Trainee, step: int) -> Point:
     """Train up to ``step``, measuring the last steps before it."""
     trainee.train(max(trainee.done, step - WINDOW))
-    with closing(Window(dict(lora_layers(trainee.model)), Needs(grams=True), WINDOW)) as measured:
+    with closing(Moments(dict(lora_layers(trainee.model)), WINDOW)) as measured:
         trainee.train(step, after_step=lambda _: measured.end_step())
     return Point(trainee.evaluate(trainee.setting.val)[0], measured)
 

@@ -24,7 +24,7 @@ from rich.table import Table as Printed
 from torch import nn
 
 from dynrank import lora_layers, resize
-from dynrank.change.measuring import Needs, Window
+from dynrank.change.measuring import Moments
 from dynrank.schedules import How
 from dynrank.targets import Budget
 
@@ -86,7 +86,7 @@ def run_seed(seed: int, table: Table) -> None:
         return
     trunk = adapted(setting, HIGH)
     trunk.train(CUT - WINDOW)
-    with closing(Window(dict(lora_layers(trunk.model)), Needs(grams=True), WINDOW)) as measured:
+    with closing(Moments(dict(lora_layers(trunk.model)), WINDOW)) as measured:
         trunk.train(CUT, after_step=lambda step: measured.end_step())
     before, _ = trunk.evaluate(setting.val)
     for arm in arms:
@@ -103,7 +103,7 @@ def run_seed(seed: int, table: Table) -> None:
         finish(trainee, seed, str(arm), {"energy_kept": kept, "val_before": before, "val_after": after}, table)
 
 
-def targets(model: nn.Module, arm: Arm, measured: Window) -> dict[str, int]:
+def targets(model: nn.Module, arm: Arm, measured: Moments) -> dict[str, int]:
     """New ranks of an arm, by layer."""
     if arm.shared:
         return budget_ranks(model, Budget(share=LOW / HIGH), arm.how, measured)

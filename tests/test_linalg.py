@@ -297,39 +297,6 @@ def test_growth_draws_from_its_generator():
     assert not torch.allclose(one, other)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 4), st.integers(0, 4), st.integers(0, 2**31), st.booleans())
-def test_growth_along_a_gradient_takes_its_top_right_singular_vectors_outside_the_old_rows(rank, more, seed, sketched):
-    lora_B, lora_A = factors(10, 12, rank, seed=seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    gradient = torch.randn(10, 12, dtype=torch.float64, generator=generator)
-    if sketched:  # as many random combinations of its rows as it has span the same rows
-        gradient = torch.linalg.qr(torch.randn(10, 10, dtype=torch.float64, generator=generator)).Q @ gradient
-    change = grow_product(lora_B, lora_A, rank + more, along=gradient)
-    rows = torch.linalg.svd(lora_A, full_matrices=False).Vh
-    outside = torch.eye(12, dtype=torch.float64) - rows.mT @ rows
-    _, s, vh = torch.linalg.svd(gradient @ outside)
-    new = change.lora_A[rank:] / change.lora_A[rank:].norm(dim=1, keepdim=True)
-    gaps = [float(s[i] - s[i + 1]) / float(s[0]) for i in range(more)]
-    for i in range(more):
-        if min([*gaps[max(0, i - 1) : i + 1], 1.0]) > 1e-3:  # each direction where it is the only one of its size
-            assert_close(new[i].dot(vh[i]).abs(), torch.tensor(1.0, dtype=torch.float64), rtol=0, atol=1e-8)
-    # no other rows catch more of the gradient
-    assert_close((gradient @ new.mT).norm(), s[:more].norm(), rtol=1e-8, atol=1e-12)
-
-
-def test_growth_along_a_gradient_of_too_few_directions_fills_up_at_random():
-    lora_B, lora_A = factors(9, 12, 2)
-    direction = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
-    gradient = torch.outer(torch.ones(9, dtype=torch.float64), direction)
-    gradient = torch.cat([gradient, lora_A])  # part of it lies in the old rows, where nothing new is to be found
-    new = grow_product(lora_B, lora_A, 6, along=gradient, generator=torch.Generator().manual_seed(6)).lora_A[2:]
-    rows = torch.linalg.svd(lora_A, full_matrices=False).Vh
-    outside = direction - rows.mT @ (rows @ direction)
-    assert_close((new[0] @ outside).abs(), new[0].norm() * outside.norm())
-    assert_close(new @ new.mT, torch.eye(4, dtype=torch.float64) * lora_A.norm(dim=1).median() ** 2)
-
-
 # Refusals
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from dynrank.change.measuring import Gram, Window
+from dynrank.change.measuring import Gram, Moments
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
@@ -44,7 +44,7 @@ class LayerReport:
 
 
 def predict(
-    model: nn.Module, target: int | Mapping[str, int], *, how: How | None = None, measured: Window | None = None
+    model: nn.Module, target: int | Mapping[str, int], *, how: How | None = None, measured: Moments | None = None
 ) -> list[LayerReport]:
     """The reports that :func:`dynrank.resize` would return, without changing anything; same arguments, same errors."""
     how = how or How()
@@ -54,7 +54,7 @@ def predict(
 
 
 @torch.no_grad()
-def spectra(layers: Mapping[str, RankedLayer], how: How, measured: Window | None) -> dict[str, Tensor]:
+def spectra(layers: Mapping[str, RankedLayer], how: How, measured: Moments | None) -> dict[str, Tensor]:
     """Singular values of each layer's update in the metric, scaling included, descending, (rank,) float64.
 
     Raises:
@@ -71,9 +71,9 @@ def spectra(layers: Mapping[str, RankedLayer], how: How, measured: Window | None
     return found
 
 
-def grams_of(name: str, how: How, measured: Window | None) -> Gram:
+def grams_of(name: str, how: How, measured: Moments | None) -> Gram:
     """(G_u, G_z) of a layer for the metric; the factors' own where nothing had to be measured, as in growth."""
-    return measured.grams.of(name, how.metric) if measured is not None and measured.grams is not None else (None, None)
+    return measured.of(name, how.metric) if measured is not None else (None, None)
 
 
 def report_of(name: str, layer: RankedLayer, rank: int, values: Tensor) -> LayerReport:
@@ -91,7 +91,7 @@ def report_of(name: str, layer: RankedLayer, rank: int, values: Tensor) -> Layer
 
 
 def changing_layers(
-    model: nn.Module, target: int | Mapping[str, int], how: How, measured: Window | None
+    model: nn.Module, target: int | Mapping[str, int], how: How, measured: Moments | None
 ) -> tuple[dict[str, RankedLayer], dict[str, int]]:
     """(all LoRA layers by name, {name: new rank} of those whose rank changes), both in model order.
 
@@ -120,9 +120,9 @@ def changing_layers(
         raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
     changing = {name: targets[name] for name in layers if name in targets and targets[name] != layers[name].rank}
     shrinks = any(rank < layers[name].rank for name, rank in changing.items())
-    if shrinks and how.metric != "weight" and (measured is None or measured.grams is None):
+    if shrinks and how.metric != "weight" and measured is None:
         raise ConfigurationError(
-            f"metric={how.metric} needs statistics: collect them in a dynrank.change.measuring.Window over some "
+            f"metric={how.metric} needs statistics: collect them in dynrank.change.measuring.Moments over some "
             "training steps and pass measured=, or set schedule.metric=weight"
         )
     return layers, changing

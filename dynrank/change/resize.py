@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers, moved_average
-from dynrank.change.measuring import Window
+from dynrank.change.measuring import Moments
 from dynrank.change.optimizer_state import check_optimizer, moved_states, unwrapped
 from dynrank.change.predict import LayerReport, changing_layers, grams_of, report_of, unusable
 from dynrank.change.replacement import Replacement
@@ -29,7 +29,7 @@ def resize(
     *,
     optimizers: Iterable[Optimizer] = (),
     how: How | None = None,
-    measured: Window | None = None,
+    measured: Moments | None = None,
     averages: Iterable[nn.Module] = (),
     generator: torch.Generator | None = None,
     collective: bool = False,
@@ -45,9 +45,8 @@ def resize(
         model: a model with LoRA layers, dynrank's or PEFT's.
         target: the new rank of every layer, or {layer name: new rank} for some.
         optimizers: those that hold the layers' parameters; one that isn't given keeps moments of the old shape.
-        how: metric, gauge, source of new rows and what becomes of the optimizers' state; ``How()`` when None.
-        measured: what was collected since the last change. The metrics "output" and "loss" need it to shrink; new rows
-            along the gradient come from its sketch, and are random without one.
+        how: metric, gauge, and what becomes of the optimizers' state; ``How()`` when None.
+        measured: what was collected since the last change; the metrics "output" and "loss" need it to shrink.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); they move by the
             same maps, see :mod:`dynrank.change.averages`.
         generator: source of the random rows of a growth; torch's default generator when None.
@@ -88,7 +87,7 @@ def _changes(
     layers: Mapping[str, RankedLayer],
     targets: Mapping[str, int],
     how: How,
-    measured: Window | None,
+    measured: Moments | None,
     generator: torch.Generator | None,
     collective: bool,
 ) -> dict[str, RankChange]:
@@ -104,15 +103,13 @@ def _changes(
 
 
 def _change(
-    name: str, layer: RankedLayer, rank: int, how: How, measured: Window | None, generator: torch.Generator | None
+    name: str, layer: RankedLayer, rank: int, how: How, measured: Moments | None, generator: torch.Generator | None
 ) -> RankChange:
     gram_u, gram_z = grams_of(name, how, measured) if rank < layer.rank else (None, None)
-    sketch = measured.sketch if measured is not None and how.new_rows == "gradient" else None
-    along = sketch.of(name) if sketch is not None else None
     try:
         if rank < layer.rank:
             return truncate_product(layer.lora_B, layer.lora_A, rank, gram_u=gram_u, gram_z=gram_z, gauge=how.gauge)
-        return grow_product(layer.lora_B, layer.lora_A, rank, along=along, generator=generator)
+        return grow_product(layer.lora_B, layer.lora_A, rank, generator=generator)
     except ValueError as error:
         raise unusable(name, layer, rank, error) from error
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dynrank.change.measuring import Window
+from dynrank.change.measuring import Moments
 from dynrank.change.predict import spectra
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
@@ -31,7 +31,7 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
 
 
 def layer_states(
-    layers: Mapping[str, RankedLayer], *, last: bool, stage: Stage, how: How, window: Window | None
+    layers: Mapping[str, RankedLayer], *, last: bool, stage: Stage, how: How, moments: Moments | None
 ) -> dict[str, LayerState]:
     """What the stage's target may know of each layer; ``last``: no stage comes after it.
 
@@ -39,16 +39,12 @@ def layer_states(
         ConfigurationError: if a layer's factors or statistics cannot be used.
     """
     free = {name: layer for name, layer in layers.items() if not layer.pinned}
-    values = spectra(free, how, window) if "values" in stage.to.needs else {}
-    scores = window.scores if window is not None else None
+    values = spectra(free, how, moments) if "values" in stage.to.needs else {}
     states = {}
     for name, layer in layers.items():
         nothing = torch.zeros(layer.rank, dtype=torch.float64)  # nobody asks what a pinned layer's directions are worth
-        states[name] = replace(
-            bounded(layer, last),
-            values=values.get(name, nothing) if "values" in stage.to.needs else None,
-            scores=(scores.of(name) if name in free else nothing) if scores is not None else None,
-        )
+        measured = values.get(name, nothing) if "values" in stage.to.needs else None
+        states[name] = replace(bounded(layer, last), values=measured)
     return states
 
 

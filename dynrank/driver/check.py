@@ -44,13 +44,6 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
             (most, why), (_, _, wanted) = max_rank(layer), after[name]
             if wanted > most:
                 faults.append(f"stage {index + 1}: rank {wanted} is above {why} = {most} of {name!r}; set {stage.key}")
-        if (stage.how or how).new_rows == "gradient":
-            faults += [
-                f"stage {index + 1}: {name!r} adapts a {type(layer.base).__name__}, and growing along the gradient is "
-                "for linear layers; set schedule.new_rows=orthogonal"
-                for name, layer in layers.items()
-                if isinstance(layer.base, nn.Embedding | nn.Conv2d) and after[name][1] > before[name][0]
-            ]
         known = all(low == high for low, high, _ in before.values())
         if isinstance(stage.to, Budget) and (known or stage.to.share is None):
             last = index == len(schedule) - 1
@@ -87,10 +80,10 @@ def check_training(training: Training, hows: Collection[How]) -> None:
     for how in hows:
         for optimizer in training.optimizers:
             check_optimizer(optimizer, factors, how.optimizer_state)
-        if training.scales_gradients and (how.metric == "loss" or how.new_rows == "gradient"):
+        if training.scales_gradients and how.metric == "loss":
             raise ConfigurationError(
                 "training in float16 scales gradients by a factor that changes, which spoils statistics of them; set "
-                "trainer.precision=bf16-mixed (bf16=True), or schedule.metric=output and schedule.new_rows=orthogonal"
+                "trainer.precision=bf16-mixed (bf16=True), or schedule.metric=output"
             )
         if how.max_regression is not None and not training.validates:
             raise ConfigurationError(

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from dynrank.change.measuring import Window
+from dynrank.change.measuring import Moments
 from dynrank.distributed.agreement import check_processes
 from dynrank.distributed.processes import from_first
 from dynrank.driver.attempt import Check, attempt, gentler
@@ -142,9 +142,9 @@ class RankDriver:
         check_training(training, self.hows)
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._loaded:
-            ramps, window, self._loaded = self._loaded["ramps"], self._loaded["window"], {}
+            ramps, measured, self._loaded = self._loaded["ramps"], self._loaded["measured"], {}
             self._ramps = [Rewarmup(o, *ramp) for o, ramp in zip(training.optimizers, ramps, strict=bool(ramps))]
-            self._measuring.load_state_dict(window, training.model)
+            self._measuring.load_state_dict(measured, training.model)
 
     def advance(self, training: Training) -> None:
         """Decide what is due, begin to measure for what will be, and change ranks if everything is there for it."""
@@ -159,8 +159,8 @@ class RankDriver:
         """Take in the optimizer step just made, if there was one since the last call; gradients must still be there."""
         if training.step > self._ended_step:
             self._ended_step = training.step
-            if self._measuring.window is not None:
-                self._measuring.window.end_step()
+            if self._measuring.moments is not None:
+                self._measuring.moments.end_step()
             if self.check_every and training.step % self.check_every == 0:
                 check_processes(training.model, training.optimizers, f"after step {training.step}")
 
@@ -195,15 +195,15 @@ class RankDriver:
 
     def abort(self) -> None:
         """Leave the layers, which may be trained again; a checkpoint written now still holds what was measured."""
-        if self._measuring.window is not None:
-            self._measuring.window.close()
+        if self._measuring.moments is not None:
+            self._measuring.moments.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
         return {
             **asdict(self.progress),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "window": self._measuring.state_dict(),
+            "measured": self._measuring.state_dict(),
             "ramps": [(ramp.steps, ramp.done) for ramp in self._ramps],
         }
 
@@ -257,34 +257,32 @@ class RankDriver:
             self.progress.pending = Decision(due, reason)
         if self.progress.pending is None and not ended:
             for index, planned in self._clock.coming(self.progress.stage, training.step):
-                if self._measuring.window is None and planned - self.hows[index].window <= training.step:
+                if self._measuring.moments is None and planned - self.hows[index].window <= training.step:
                     self._measuring.begin(training.model, index)
 
     def _measured(self, training: Training, index: int, *, ended: bool = False) -> bool:
         """Whether everything is there that a change of stage ``index`` needs; begin to collect it if not."""
-        needs, window = self._measuring.needs(training.model, index), self._measuring.window
-        if not needs:
+        if not self._measuring.needed(training.model, index):
             return True
-        if window is None or not window.serves(needs):  # one opened for another stage may do
-            if not ended:
-                self._measuring.begin(training.model, index)
-            return False
+        if self._measuring.moments is None and not ended:
+            self._measuring.begin(training.model, index)
+        moments = self._measuring.moments  # they may have been begun for another stage
         late = ended or self._clock.has_come(index, training.step)
-        return window.steps >= (1 if late else self.hows[index].window)
+        return moments is not None and moments.steps >= (1 if late else self.hows[index].window)
 
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, or as much of it as the check allows, and wait for what comes next."""
         index, stage, how = decided.stage, self.stages[decided.stage], self.hows[decided.stage]
-        window, changed, check = self._measuring.end(), False, None
+        moments, changed, check = self._measuring.end(), False, None
         ranks = {name: layer.rank for name, layer in lora_layers(training.model)}
-        targets = self._targets(training.model, index, window)
+        targets = self._targets(training.model, index, moments)
         if targets and how.max_regression is not None:
             known = self.progress.metrics if self.progress.observed_step == training.step else {}
             check = Check(training, how, known or None)
         while targets and not changed:
-            event = attempt(training, targets, decided.reason, how, window, check)
+            event = attempt(training, targets, decided.reason, how, moments, check)
             self.history.append(event)
             training.tell("on_rank_change", event)
             self.progress.metrics = {}  # they were of the weights before
@@ -302,12 +300,12 @@ class RankDriver:
                 ramp.remove()
             self._ramps = [Rewarmup(optimizer, how.rewarmup_steps) for optimizer in training.optimizers]
 
-    def _targets(self, model: nn.Module, index: int, window: Window | None) -> dict[str, int]:
+    def _targets(self, model: nn.Module, index: int, moments: Moments | None) -> dict[str, int]:
         """{layer: the rank that stage ``index`` wants} of the layers that it would change."""
         layers, stage, how = dict(lora_layers(model)), self.stages[index], self.hows[index]
         last = index == len(self.stages) - 1
         wanted = from_first(
-            lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, how=how, window=window))
+            lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, how=how, moments=moments))
         )
         return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
 

@@ -171,11 +171,10 @@ def budget(
     lowest: Count = 1,
     highest: Count | None = None,
     multiple: Count = 1,
-    score: Literal["energy", "sensitivity"] = "energy",
     deadline: Share | None = 0.75,
 ) -> list[Stage]:
     """All layers to ranks that share one pool of parameters (see :class:`dynrank.targets.Budget`), once converged."""
-    pool = Budget(parameters, share, lowest=lowest, highest=highest, multiple=multiple, score=score)
+    pool = Budget(parameters, share, lowest=lowest, highest=highest, multiple=multiple)
     return [_once(trigger, pool, deadline, key="schedule.lowest, schedule.share")]
 
 

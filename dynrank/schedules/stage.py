@@ -18,13 +18,11 @@ class How:
     Args:
         metric: what truncation minimises: "weight" (the update's Frobenius norm), "output" (of the layer, on the data
             seen) or "loss" (a Kronecker-factored estimate of its increase).
-        window: optimizer steps before the change over which the statistics of the other two metrics (and of a budget by
-            sensitivity, and of growth along the gradient) are collected; a change that cannot be foreseen is made this
-            much later.
+        window: optimizer steps before the change over which the statistics of the other two metrics are collected; a
+            change that cannot be foreseen is made this much later.
         gauge: of the new factors: "balanced", or "keep_norm" (A keeps the norm of its rows).
         rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
         optimizer_state: "transport" carries the moments along, "reset" forgets them.
-        new_rows: of A, in a growth: "orthogonal" to the old ones at random, or along the "gradient".
         max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
             before and after it; one that costs more is undone and tried again half as far. None: no check.
         check_monitor: name of the metric that is checked, smaller is better.
@@ -38,7 +36,6 @@ class How:
     gauge: Literal["balanced", "keep_norm"] = "balanced"
     rewarmup_steps: Steps = 0
     optimizer_state: Literal["transport", "reset"] = "transport"
-    new_rows: Literal["orthogonal", "gradient"] = "orthogonal"
     max_regression: NotNegative | None = None
     check_monitor: Name = "val/loss"
 

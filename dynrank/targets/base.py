@@ -29,7 +29,6 @@ class LayerState:
         final_rank: where the rank map wants it to end; None: no wish.
         values: singular values of its update in the metric of the change (scaling included), descending, ``rank``
             numbers; None where the target does not ask for them.
-        scores: sensitivity of each direction, ``rank`` numbers in any order; None where the target does not ask.
     """
 
     rank: int
@@ -39,7 +38,6 @@ class LayerState:
     highest: int = UNBOUNDED
     final_rank: int | None = None
     values: Tensor | None = None
-    scores: Tensor | None = None
 
     @property
     def cost(self) -> int:
@@ -59,7 +57,7 @@ class Target(ABC):
     """To what rank each layer should change; write :meth:`ranks`, and ``needs`` where it reads measurements.
 
     Attributes:
-        needs: which of "values" and "scores" of a layer it reads.
+        needs: ("values",) if it reads a layer's singular values.
         multiple: ranks are multiples of this, where bounds allow.
 
     >>> class Half(Target):

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import floor, fsum, inf
-from typing import Annotated, Literal
+from typing import Annotated
 
-import torch
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
@@ -30,7 +29,6 @@ class Budget(Stepped):
         lowest: rank that every layer keeps (one that has less stays).
         highest: rank that no layer exceeds; None: its rank now.
         multiple: of which new ranks are multiples; a layer may also stay as it is.
-        score: "energy", or "sensitivity": AdaLoRA's importance of a direction (arXiv:2303.10512, equations 8 to 11).
 
     Raises:
         ConfigurationError: if a value is out of range; from :meth:`ranks` if ``parameters`` are below the lowest ranks.
@@ -44,7 +42,6 @@ class Budget(Stepped):
     parameters: Annotated[int, Field(ge=0)] | None = None
     share: Share | None = None
     highest: Count | None = Field(default=None, kw_only=True)
-    score: Literal["energy", "sensitivity"] = Field(default="energy", kw_only=True)
 
     def __post_init__(self) -> None:
         if (self.parameters is None) == (self.share is None):
@@ -58,9 +55,7 @@ class Budget(Stepped):
                 f"{self.multiple}, got {self.highest}; set schedule.highest, schedule.lowest or schedule.multiple"
             )
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("values",) if self.score == "energy" else ("scores",)
+    needs = ("values",)
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         ranks = {name: self._choices(layer)[0] for name, layer in layers.items()}
@@ -105,11 +100,8 @@ class Budget(Stepped):
 
     def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, str, int, int]]:
         """Each step to a next rank: (minus its worth per parameter, name, that rank, parameters), to be sorted."""
-        given = layer.values if self.score == "energy" else layer.scores
-        assert given is not None
-        if not torch.isfinite(given).all():
-            raise ConfigurationError(f"{name!r} has {self.score} that is not finite: lower optimizer.lr")
-        worth = (given.double().square() if self.score == "energy" else given.double()).sort(descending=True).values
+        assert layer.values is not None
+        worth = layer.values.double().square()
         density = inf
         for below, above in pairwise(self._choices(layer)):
             size = (above - below) * layer.cost

@@ -42,7 +42,7 @@ def fit(regression, module, scheduler, **options):
 SCHEDULES = {
     "weight": lambda: RankScheduler([Stage(At(step=8), Rank(3)), Stage(At(fraction=1.0), Rank(2))]),
     "loss": lambda: RankScheduler([Stage(At(step=8), Rank(3))], How(metric="loss", window=3, rewarmup_steps=2)),
-    "sensitivity": lambda: RankScheduler([Stage(At(step=8), Budget(share=0.5, score="sensitivity"))], How(window=3)),
+    "budget": lambda: RankScheduler([Stage(At(step=8), Budget(share=0.5))], How(metric="loss", window=3)),
     "plateau": lambda: RankScheduler(after_convergence(3, Plateau(patience=1, min_delta=0.99, warmup_steps=0))),
     "checked": lambda: RankScheduler([Stage(At(step=8), Rank(1))], How(max_regression=0.0)),
 }

@@ -102,8 +102,7 @@ RUNS = {
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
     ),
     "ddp, budget by loss": Run(HALF, LOSS),
-    "ddp, budget by sensitivity": Run(Stage(At(step=CHANGE), Budget(share=0.5, score="sensitivity")), How(window=4)),
-    "ddp, growth along the gradient": Run(grow(8, At(step=CHANGE)), How(new_rows="gradient", window=4)),
+    "ddp, growth": Run(grow(8, At(step=CHANGE))),
     "ddp, growth at random, then shrink": Run(join([constant(6), constant(9), constant(2)], [6, CHANGE])),
     "ddp, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp={"static_graph": True}),
     "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),

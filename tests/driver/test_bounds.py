@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import dynrank
-from dynrank.change.measuring import Needs, Window
+from dynrank.change.measuring import Moments
 from dynrank.driver.bounds import final_ranks, layer_states
 from dynrank.driver.check import check_model
-from dynrank.driver.measuring import needs_of
+from dynrank.driver.measuring import must_measure
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import (
     How,
@@ -48,9 +48,9 @@ def test_layer_states_bound_each_layer():
     stage = Stage(NOW, Rank(4))
     bounds = {}
     for last in (False, True):
-        states = layer_states(layers_of(net), last=last, stage=stage, how=How(), window=None)
+        states = layer_states(layers_of(net), last=last, stage=stage, how=How(), moments=None)
         assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
-        assert {(s.values, s.scores) for s in states.values()} == {(None, None)}  # the target asks for neither
+        assert {s.values for s in states.values()} == {None}  # the target does not ask for them
         bounds[last] = [(s.lowest, s.highest, s.final_rank) for s in states.values()]
     assert bounds[False] == [(1, 16, None), (5, 5, None), (3, 12, 3)]
     assert bounds[True] == [(1, 16, None), (5, 5, None), (3, 3, 3)]
@@ -61,7 +61,7 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     for layer in layers_of(net).values():
         layer.scaling = 3.0
         nn.init.normal_(layer.lora_B)
-    states = layer_states(layers_of(net), last=True, stage=Stage(NOW, Energy(0.9)), how=How(), window=None)
+    states = layer_states(layers_of(net), last=True, stage=Stage(NOW, Energy(0.9)), how=How(), moments=None)
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
         torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)  # the update is float32
@@ -72,55 +72,43 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     [
         (Budget(share=0.5), {"metric": "loss"}),
         (Energy(0.9), {"metric": "output"}),
-        (Budget(share=0.5, score="sensitivity"), {}),
-        (GrowTo(10), {"new_rows": "gradient"}),
     ],
 )
 def test_pinned_layers_are_neither_measured_nor_missed(target, options):
     net, how = model(layer_1={"rank": 5, "pinned": True}), How(**options)
     stage, free = Stage(NOW, target), {name: layer for name, layer in layers_of(net).items() if not layer.pinned}
-    needs = needs_of(stage, how, layers_of(net))
-    assert needs
-    assert needs == needs_of(stage, how, free)
-    window = Window(free, needs, span=4, seed=0)
+    assert must_measure(stage, how, layers_of(net))
+    moments = Moments(free, 4)
     for layer in layers_of(net).values():
         nn.init.normal_(layer.lora_B)
     net(torch.randn(50, 16)).square().mean().backward()
-    window.end_step()
-    states = layer_states(layers_of(net), last=True, stage=stage, how=how, window=window)
+    moments.end_step()
+    states = layer_states(layers_of(net), last=True, stage=stage, how=how, moments=moments)
     assert target.ranks(states)["1"] == 5
 
 
 @pytest.mark.parametrize(
-    ("target", "how", "needs"),
+    ("target", "metric", "measured"),
     [
-        (Rank(4), {}, Needs()),
-        (Rank(4), {"metric": "output"}, Needs(grams=True)),
-        (Rank(4), {"metric": "loss", "new_rows": "gradient"}, Needs(grams=True)),
-        (GrowTo(12), {"metric": "loss"}, Needs()),
-        (GrowTo(12), {"new_rows": "gradient"}, Needs(new_rows=4)),
-        (GrowBy(3), {"new_rows": "gradient", "metric": "loss"}, Needs(new_rows=3)),
-        (Exactly(12), {"new_rows": "gradient", "metric": "loss"}, Needs(new_rows=4)),
-        (Exactly(4), {"new_rows": "gradient", "metric": "loss"}, Needs(grams=True)),
-        (Energy(0.9), {}, Needs()),
-        (Budget(share=0.5), {"metric": "loss"}, Needs(grams=True)),
-        (Budget(share=0.5, score="sensitivity"), {}, Needs(scores=True)),
-        (Budget(share=0.5, score="sensitivity"), {"metric": "output"}, Needs(grams=True, scores=True)),
+        (Rank(4), "weight", False),
+        (Rank(4), "output", True),
+        (GrowTo(12), "loss", False),
+        (GrowBy(3), "loss", False),
+        (Exactly(12), "loss", False),
+        (Exactly(4), "loss", True),
+        (Energy(0.9), "weight", False),
+        (Budget(share=0.5), "loss", True),
     ],
 )
-def test_needs_of_a_stage(target, how, needs):
-    assert needs_of(Stage(NOW, target), How(**how), layers_of(model())) == needs
+def test_what_must_be_measured(target, metric, measured):
+    assert must_measure(Stage(NOW, target), How(metric=metric), layers_of(model())) is measured
 
 
-def test_needs_count_layers_of_different_ranks_and_not_the_pinned():
-    how = How(metric="loss", new_rows="gradient")
-    mixed = layers_of(model(layer_0={"rank": 12}, layer_1={"rank": 4}))  # and 8
-    assert needs_of(Stage(NOW, Exactly(8)), how, mixed) == Needs(grams=True, new_rows=4)  # one shrinks, one grows
-    pinned = layers_of(model(layer_1={"rank": 4, "pinned": True}))
-    assert not needs_of(Stage(NOW, GrowTo(8)), how, pinned)
-    own = layers_of(model(layer_1={"rank": 8, "final_rank": 2}))
-    assert needs_of(Stage(NOW, FinalRanks()), how, own) == Needs(grams=True)
-    assert needs_of(Stage(NOW, GrowTo(10)), how, own) == Needs(new_rows=2)
+def test_measuring_looks_at_layers_of_different_ranks_and_not_at_the_pinned():
+    how = How(metric="loss")
+    assert must_measure(Stage(NOW, Exactly(8)), how, layers_of(model(layer_0={"rank": 12})))  # one shrinks
+    assert not must_measure(Stage(NOW, Exactly(4)), how, layers_of(model(4, layer_0={"rank": 12, "pinned": True})))
+    assert must_measure(Stage(NOW, FinalRanks()), how, layers_of(model(layer_1={"rank": 8, "final_rank": 2})))
 
 
 # Where ranks may end
@@ -235,15 +223,6 @@ def test_budget_counts_pinned_layers_and_final_ranks_of_their_own():
     least = 2 * 40 + 6 * 36 + 5 * 52
     check_model(net, budget(parameters=least, lowest=2), How(), RUN)
     assert f"below {least:,}" in refusal(net, budget(parameters=least - 1, lowest=2))
-
-
-def test_growth_along_the_gradient_is_refused_where_there_is_no_matrix_of_features():
-    net = dynrank.add_lora(nn.Sequential(nn.Embedding(30, 16), nn.Linear(16, 12)), rank=4, target_modules=["0", "1"])
-    schedule, how = grow(8), How(new_rows="gradient")
-    assert "stage 1: '0' adapts a Embedding" in refusal(net, schedule, how)
-    assert "schedule.new_rows" in refusal(net, schedule, how)
-    check_model(net, schedule, How(), RUN)
-    check_model(net, after_convergence(2), how, RUN)  # nothing grows
 
 
 def test_every_fault_is_listed():

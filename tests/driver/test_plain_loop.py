@@ -67,9 +67,11 @@ def plateau():
 
 
 def planned():
-    """Growth along the gradient, a budget, and a change after the last step."""
-    grow = Stage(At(step=6), GrowTo(6), how=How(new_rows="gradient", window=3))
-    return RankDriver([Stage(At(step=2), Rank(4)), grow, Stage(At(step=14), Budget(share=0.5)), *at_end(Rank(2))])
+    """Growth, a budget by what was measured, and a change after the last step."""
+    grow, by_loss = Stage(At(step=6), GrowTo(6)), How(metric="loss", window=3)
+    return RankDriver(
+        [Stage(At(step=2), Rank(4)), grow, Stage(At(step=14), Budget(share=0.5), how=by_loss), *at_end(Rank(2))]
+    )
 
 
 def at_end(target):

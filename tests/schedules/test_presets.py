@@ -63,8 +63,8 @@ def test_preset_takes_a_layer_along_its_timeline(schedule, rank, changes):
 def test_presets_hand_their_values_to_the_stage():
     (stage,) = energy(0.8, Gap(), lowest=2, multiple=4, deadline=0.6)
     assert stage == Stage(Gap(), Energy(0.8, lowest=2, multiple=4), 0.6, key="schedule.lowest")
-    (stage,) = budget(parameters=900, lowest=2, highest=8, multiple=2, score="sensitivity", deadline=None)
-    assert stage.to == Budget(900, lowest=2, highest=8, multiple=2, score="sensitivity")
+    (stage,) = budget(parameters=900, lowest=2, highest=8, multiple=2, deadline=None)
+    assert stage.to == Budget(900, lowest=2, highest=8, multiple=2)
     assert (stage.when, stage.deadline) == (Plateau(), None)
     (stage,) = one_stage(Slope(), Rank(4), 0.5, True)
     assert stage == Stage(Slope(), Rank(4), 0.5, True, key="schedule.target")

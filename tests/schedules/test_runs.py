@@ -145,7 +145,7 @@ RUNS = {  # schedule: (overrides, trajectory); what stands after a comma tells r
     "anneal": (["schedule.final_rank=2", "schedule.metric=output"], [(8, 16, 8), (20, 8, 4), (32, 4, 2)]),
     "squeeze_at_end": (["schedule.metric=output"], [(40, 16, 8)]),
     "squeeze_then_tune": (["schedule.tune=0.25"], [(30, 16, 8)]),
-    "grow": (["lora.rank=4", "schedule.final_rank=16", "schedule.new_rows=gradient", *PLATEAU_NEVER], [(20, 4, 16)]),
+    "grow": (["lora.rank=4", "schedule.final_rank=16", *PLATEAU_NEVER], [(20, 4, 16)]),
     "grow_then_shrink": (
         ["lora.rank=4", "schedule.peak_rank=16", "schedule.final_rank=8", "schedule.grow_at=0.25", *PLATEAU_AT_12],
         [(10, 4, 16), (20, 16, 8)],  # the plateau's three values come after the growth: 12, 16 and 20
@@ -261,10 +261,9 @@ def test_effective_rank_takes_each_layer_to_its_own(preset_run):
     ("overrides", "share", "step"),
     [
         (["schedule=budget"], 0.5, 16),  # by the loss metric: decided at 12, measured over 4 steps
-        (["schedule=budget", "schedule.score=sensitivity", "schedule.metric=weight"], 0.5, 16),
         (["schedule=one_stage", "schedule/target=budget", "schedule.target.share=0.2"], 0.2, 12),  # by weights
     ],
-    ids=["loss", "sensitivity", "weight"],
+    ids=["loss", "weight"],
 )
 def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
     scheduler, module, _ = preset_run(*overrides, *PLATEAU_AT_12)
@@ -280,7 +279,7 @@ def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
 
 def test_function_of_the_step_drives_the_ranks(regression):
     function = join([linear(8, 16, 8), geometric(16, 4, every=10)], boundaries=[16])
-    scheduler = RankScheduler(function, How(metric="output", window=2, new_rows="gradient"))
+    scheduler = RankScheduler(function, How(metric="output", window=2))
     module, _ = fit(scheduler, {"rank": 8}, regression[2])
     expected = [(step, 7 + step, 8 + step) for step in range(1, 9)] + [(26, 16, 8), (36, 8, 4)]
     assert trajectory(scheduler) == expected

@@ -18,7 +18,6 @@ RUN = Run(total_steps=100, steps_per_epoch=20)
         ("metric", ("wieght", None)),
         ("gauge", ("magic",)),
         ("optimizer_state", ("magic",)),
-        ("new_rows", ("magic",)),
         ("window", (0, -1, 2.5, True)),
         ("rewarmup_steps", (-1, None)),
         ("max_regression", (-0.1, float("nan"), float("inf"), "1%", True)),

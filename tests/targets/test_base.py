@@ -36,25 +36,22 @@ def states(draw):
     lowest, highest = {"pinned": (rank, rank), "own, last": (final_rank, final_rank)}.get(kind, (final_rank or 1, most))
     numbers = st.lists(st.floats(0, 100), min_size=rank, max_size=rank)
     values = torch.tensor(sorted(draw(numbers), reverse=True), dtype=torch.float64)
-    scores = torch.tensor(draw(numbers), dtype=torch.float64)
-    return LayerState(rank, d_out, d_in, lowest, highest, final_rank, values, scores)
+    return LayerState(rank, d_out, d_in, lowest, highest, final_rank, values)
 
 
 COUNTS, SHARES = st.integers(1, 20), st.floats(0.01, 1.0)
 STEPPED = {"lowest": st.integers(1, 8), "multiple": st.integers(1, 5)}
 BUDGETS = st.builds(
-    lambda share, lowest, more, multiple, score: Budget(
+    lambda share, lowest, more, multiple: Budget(
         share=share,
         lowest=lowest,
         highest=None if more is None else -(-lowest // multiple) * multiple + more,
         multiple=multiple,
-        score=score,
     ),
     SHARES,
     st.integers(1, 6),
     st.one_of(st.none(), st.integers(0, 20)),
     st.integers(1, 5),
-    st.sampled_from(["energy", "sensitivity"]),
 )
 SHRINKING = st.one_of(
     st.builds(Rank, COUNTS),
@@ -106,7 +103,7 @@ def test_a_growth_never_lowers_and_exactly_goes_both_ways_within_the_bounds(targ
 @given(st.one_of(SHRINKING, GROWING, st.builds(Exactly, COUNTS)), MODELS)
 def test_reach_bounds_the_ranks_and_rises_with_the_rank_now(target, model):
     for name, rank in target.ranks(model).items():
-        unmeasured = replace(model[name], values=None, scores=None)
+        unmeasured = replace(model[name], values=None)
         low, high = target.reach(unmeasured)
         assert low <= rank <= high, (name, unmeasured)
         if unmeasured.lowest < unmeasured.rank:
@@ -159,7 +156,6 @@ def test_a_target_of_ones_own_needs_ranks_alone():
         (lambda: EffectiveRank(lowest=0, multiple=-1), ["lowest", "0", "multiple", "-1"]),
         (lambda: Energy(0.5, lowst=2), ["lowst", "nearest: lowest"]),
         (lambda: Towards(4, 1, 1, "bent"), ["shape", "'bent'", "cosine"]),
-        (lambda: Budget(share=0.5, score="magic"), ["score", "'magic'", "sensitivity"]),
         (lambda: Budget(parameters=-1), ["parameters", "-1"]),
         (lambda: Budget(), ["parameters", "share", "schedule.parameters", "schedule.share"]),
         (lambda: Budget(parameters=100, share=0.5), ["100", "0.5", "schedule.parameters", "schedule.share"]),

@@ -33,14 +33,13 @@ def cost(model, ranks):
     return sum(model[name].cost * rank for name, rank in ranks.items())
 
 
-def worth(target, state, below, above):
+def worth(state, below, above):
     """What the directions from rank ``below`` to rank ``above`` are worth."""
-    values = state.values.square() if target.score == "energy" else state.scores
-    return float(values.sort(descending=True).values[below:above].sum())
+    return float(state.values.square()[below:above].sum())
 
 
 def kept(target, model, ranks):
-    return sum(worth(target, model[name], 0, rank) for name, rank in ranks.items())
+    return sum(worth(model[name], 0, rank) for name, rank in ranks.items())
 
 
 @st.composite
@@ -56,12 +55,10 @@ def problems(draw, sizes=((5, 5), (5, 8), (20, 9), (7, 6)), multiples=(1, 2, 3))
             *draw(st.sampled_from(sizes)),
             *bounds,
             values=torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64),
-            scores=torch.tensor(numbers, dtype=torch.float64),
         )
     multiple, lowest = draw(st.sampled_from(multiples)), draw(st.integers(1, 3))
     highest = draw(st.one_of(st.none(), st.integers(0, 3).map(lambda more: -(-lowest // multiple) * multiple + more)))
-    score = draw(st.sampled_from(["energy", "sensitivity"]))
-    target = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple, score=score)
+    target = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple)
     ends = [allowed(target, state) for state in model.values()]
     least, most = (sum(s.cost * pick(e) for s, e in zip(model.values(), ends, strict=True)) for pick in (min, max))
     return replace(target, share=None, parameters=draw(st.integers(least, most + 3))), model
@@ -85,7 +82,7 @@ def test_budget_is_never_exceeded_and_falls_short_of_the_best_by_less_than_one_s
     missed = [0.0]
     for name, rank in ranks.items():
         above = [other for other in allowed(target, model[name]) if other > rank]
-        if above and (gain := worth(target, model[name], rank, above[0])):
+        if above and (gain := worth(model[name], rank, above[0])):
             assert (above[0] - rank) * model[name].cost > left  # nothing that fits is left out
             missed.append(gain)
     assert best(target, model) - kept(target, model, ranks) <= max(missed) + 1e-9
@@ -137,12 +134,6 @@ def test_budget_by_hand():
         (Budget(parameters=1099, multiple=2), [2, 3, 2]),
     ]:
         assert list(target.ranks(model).values()) == expected, target
-
-
-def test_sensitivity_reads_scores_in_any_order():
-    scores = {"a": torch.tensor([0.1, 5.0]), "b": torch.tensor([3.0, 4.0])}
-    model = {name: LayerState(2, 100, 100, scores=given) for name, given in scores.items()}
-    assert Budget(parameters=3 * 200, score="sensitivity").ranks(model) == {"a": 1, "b": 2}
 
 
 def test_a_share_is_not_lost_to_rounding():

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 import dynrank
-from dynrank.change.measuring import Grams, Needs, Window
+from dynrank.change.measuring import Moments
 from dynrank.change.predict import predict
 from dynrank.change.resize import resize
 from dynrank.errors import ConfigurationError
@@ -72,7 +72,7 @@ def moments(kind, layer, x, net, loss=loss_of):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_grams_are_the_moments_over_positions(kind):
     net, layer, (x, _) = adapted(kind)
-    with closing(Grams({"0": layer})) as grams:
+    with closing(Moments({"0": layer})) as grams:
         loss_of(net(x)).backward()
     zz, uu, count = moments(kind, layer, x, net)
     assert grams.of("0", "weight") == (None, None)
@@ -90,7 +90,7 @@ def test_grams_weigh_steps_exponentially_and_passes_of_a_step_alike(kind):
     net, layer, inputs = adapted(kind)
     steps = [[inputs[0]], [inputs[1], inputs[0]], [inputs[1]]]
     sums = {"zz": 0.0, "uu": 0.0, "rows": 0.0, "steps": 0.0}
-    with closing(Grams({"0": layer}, window=3)) as grams:
+    with closing(Moments({"0": layer}, window=3)) as grams:
         for number, batches in enumerate(steps):
             weight = 0.5 ** (2 - number)
             for x in batches:
@@ -111,11 +111,11 @@ def test_grams_weigh_steps_exponentially_and_passes_of_a_step_alike(kind):
 
 def test_grams_of_an_accumulated_step_equal_those_of_one_large_batch():
     net, layer, inputs = adapted("linear")
-    with closing(Grams({"0": layer}, window=5)) as halves:
+    with closing(Moments({"0": layer}, window=5)) as halves:
         for x in inputs:
             (net(x).square().sum() / 28).backward()
         halves.end_step()
-    with closing(Grams({"0": layer}, window=5)) as whole:
+    with closing(Moments({"0": layer}, window=5)) as whole:
         (net(torch.cat(inputs)).square().sum() / 28).backward()
         whole.end_step()
     for mine, other in zip(halves.of("0", "loss"), whole.of("0", "loss"), strict=True):
@@ -139,7 +139,7 @@ def test_observed_passes_are_bit_equal_to_unobserved_ones(kind, dropout, autocas
         return [y.detach().clone(), *(grad.clone() for grad in grads if grad is not None)]
 
     before = passes()
-    with closing(Grams({"0": layer})) as grams:
+    with closing(Moments({"0": layer})) as grams:
         during = passes()
         _, gram_z = grams.of("0", "loss")  # it has been watching
     after = passes()
@@ -171,7 +171,7 @@ def test_grams_under_dropout_are_of_what_the_update_really_saw(kind):
 
 def test_grams_under_autocast_are_those_of_float32_within_bfloat16():
     net, layer, (x, _) = adapted("linear")
-    with closing(Grams({"0": layer})) as grams, torch.autocast("cpu", torch.bfloat16):
+    with closing(Moments({"0": layer})) as grams, torch.autocast("cpu", torch.bfloat16):
         net(x).float().square().mean().backward()
     zz, uu, count = moments("linear", layer, x, net, loss=lambda y: y.square().mean())
     gram_u, gram_z = grams.of("0", "loss")
@@ -185,9 +185,9 @@ def test_grams_under_autocast_are_those_of_float32_within_bfloat16():
 def test_gradient_checkpointing_counts_once(reentrant):
     net, layer, (x, _) = adapted("linear")
     x = x.requires_grad_()
-    with closing(Grams({"0": layer})) as plain:
+    with closing(Moments({"0": layer})) as plain:
         loss_of(net(x)).backward()
-    with closing(Grams({"0": layer})) as again:
+    with closing(Moments({"0": layer})) as again:
         loss_of(checkpoint(net, x, use_reentrant=reentrant)).backward()
     for mine, other in zip(again.of("0", "loss"), plain.of("0", "loss"), strict=True):
         assert torch.equal(mine, other)
@@ -205,7 +205,7 @@ def test_gradient_checkpointing_counts_once_with_dropout(reentrant):
 
 def test_nothing_is_collected_without_a_backward_pass():
     net, layer, (x, _) = adapted("linear")
-    with closing(Grams({"0": layer})) as grams:
+    with closing(Moments({"0": layer})) as grams:
         net.eval()(x)
         net.train()
         with torch.no_grad():
@@ -221,7 +221,7 @@ def test_nothing_is_collected_without_a_backward_pass():
 
 def test_grams_name_a_layer_that_no_gradient_reaches():
     net = dynrank.add_lora(nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]), rank=2, target_modules=["0", "1"])
-    with closing(Grams(dict(dynrank.lora_layers(net)))) as grams:
+    with closing(Moments(dict(dynrank.lora_layers(net)))) as grams:
         net[0](torch.ones(2, 4)).sum().backward()
     assert grams.of("0", "output")[1] is not None
     with pytest.raises(ConfigurationError, match=r"'1'.*lora\.target_modules"):
@@ -230,15 +230,15 @@ def test_grams_name_a_layer_that_no_gradient_reaches():
 
 def test_layer_is_observed_by_one_at_a_time():
     net, layer, _ = adapted("linear")
-    with closing(Grams({"0": layer})), pytest.raises(RuntimeError, match="observed already"):
-        Grams({"0": layer})
-    Grams({"0": layer}).close()  # free again
+    with closing(Moments({"0": layer})), pytest.raises(RuntimeError, match="observed already"):
+        Moments({"0": layer})
+    Moments({"0": layer}).close()  # free again
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_of_an_observed_layer_are_not_observed(copied):
     net, layer, (x, _) = adapted("linear")
-    with closing(Grams({"0": layer})) as grams:
+    with closing(Moments({"0": layer})) as grams:
         loss_of(copied(net)(x)).backward()
         assert grams.state_dict()["0"]["rows"] == 0
         loss_of(net(x)).backward()
@@ -248,7 +248,7 @@ def test_copies_of_an_observed_layer_are_not_observed(copied):
 @pytest.mark.parametrize("window", [0, -1])
 def test_grams_refuse_a_window_of_no_steps(window):
     with pytest.raises(ConfigurationError, match=r"window.*schedule\.window"):
-        Grams({}, window=window)
+        Moments({}, window=window)
 
 
 @pytest.mark.parametrize("cut", [1, 2])
@@ -260,12 +260,12 @@ def test_grams_go_on_from_their_state(cut, tmp_path):
             loss_of(net(inputs[number % 2])).backward()
             grams.end_step()
 
-    with closing(Grams({"0": layer}, window=3)) as whole:
+    with closing(Moments({"0": layer}, window=3)) as whole:
         steps(whole, range(3))
-    with closing(Grams({"0": layer}, window=3)) as head:
+    with closing(Moments({"0": layer}, window=3)) as head:
         steps(head, range(cut))
         torch.save(head.state_dict(), tmp_path / "state")
-    with closing(Grams({"0": layer}, window=3)) as tail:
+    with closing(Moments({"0": layer}, window=3)) as tail:
         tail.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
         steps(tail, range(cut, 3))
     for mine, other in zip(tail.of("0", "loss"), whole.of("0", "loss"), strict=True):
@@ -311,7 +311,7 @@ class Quadratic:
         return (e @ self.p * e).sum(1).mean() / 2
 
     def measured(self):
-        window = Window(dict(dynrank.lora_layers(self.net)), Needs(grams=True), span=20)
+        window = Moments(dict(dynrank.lora_layers(self.net)), 20)
         self.loss().backward()
         window.end_step()
         window.close()
@@ -348,13 +348,13 @@ def test_loss_metric_ranks_truncations_as_the_loss_does(seed):
     factors = problem.layer.lora_B, problem.layer.lora_A
     increases = {}
     for metric in ("weight", "output", "loss"):
-        gram_u, gram_z = measured.grams.of("0", metric)
+        gram_u, gram_z = measured.of("0", metric)
         change = truncate_product(*factors, 3, gram_u=gram_u, gram_z=gram_z)
         increases[metric] = problem.increase(change.lora_B, change.lora_A)
     assert increases["loss"] < increases["output"]
     assert increases["loss"] < increases["weight"]
     with torch.no_grad():  # the worst: the last three directions instead of the first
-        gram_u, gram_z = measured.grams.of("0", "loss")
+        gram_u, gram_z = measured.of("0", "loss")
         full = truncate_product(*factors, 6, gram_u=gram_u, gram_z=gram_z)
         best = truncate_product(*factors, 3, gram_u=gram_u, gram_z=gram_z)
         product, kept = full.lora_B @ full.lora_A, best.lora_B @ best.lora_A
