@@ -68,10 +68,8 @@ def plateau():
 
 def planned():
     """Growth, a budget by what was measured, and a change after the last step."""
-    grow, by_loss = Stage(At(step=6), GrowTo(6)), How(metric="loss", window=3)
-    return RankDriver(
-        [Stage(At(step=2), Rank(4)), grow, Stage(At(step=14), Budget(share=0.5), how=by_loss), *at_end(Rank(2))]
-    )
+    shared = Stage(At(step=14), Budget(share=0.5), how=How(metric="loss", window=3))
+    return RankDriver([Stage(At(step=2), Rank(4)), Stage(At(step=6), GrowTo(6)), shared, *at_end(Rank(2))])
 
 
 def at_end(target):

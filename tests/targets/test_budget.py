@@ -152,9 +152,3 @@ def test_a_layer_that_no_multiple_fits_stays_and_its_own_bounds_come_first():
     assert Budget(parameters=(6 + 12) * 200, lowest=5, multiple=4).ranks(model) == {"a": 6, "b": 12}
     model = {"own": layer([1.0] * 8, lowest=5), "above": layer([1.0] * 16, lowest=8)}
     assert Budget(share=1.0, highest=6, multiple=4).ranks(model) == {"own": 6, "above": 8}
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_values_that_are_not_finite_name_their_layer(value):
-    with pytest.raises(ConfigurationError, match=r"'b'.*finite.*optimizer\.lr"):
-        Budget(share=0.5).ranks({"a": layer([2.0, 1.0]), "b": layer([value, 1.0])})
