@@ -58,7 +58,7 @@ def matches(key: str, name: str) -> bool:
     >>> matches(r"layers\.[01]\..*", "layers.1.v_proj")
     True
     """
-    return re.match(_whole_parts(key), name) is not None
+    return re.match(whole_parts(key), name) is not None
 
 
 def peft_ranks(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ def _rule(key: Any, value: Any) -> RankRule:
         raise ConfigurationError(f"a key must be text, got {type(key).__name__}")
     try:
         re.compile(key)
-        re.compile(_whole_parts(key))
+        re.compile(whole_parts(key))
     except (re.error, RecursionError, OverflowError) as error:
         raise ConfigurationError(f"not a regular expression: {error}") from None
     if isinstance(value, RankRule):
@@ -250,7 +250,8 @@ def _standing(key: str, name: str, matched: set[str]) -> int:
     return 1 if matched == {name} and re.fullmatch(r"[\w.-]+", plain) else 0
 
 
-def _whole_parts(key: str) -> str:
+def whole_parts(key: str) -> str:
+    """The expression that PEFT matches against a module's name for a key of rank_pattern or alpha_pattern."""
     return rf"(.*\.)?({key})$"
 
 

@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from dynrank.errors import ConfigurationError, read_as
+from dynrank.errors import ConfigurationError, Count, read_as
 from dynrank.layers.base import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
-from dynrank.rank_map import peft_ranks
+from dynrank.rank_map import peft_ranks, whole_parts
 
 __all__ = ["CONFIG_FILE", "AdapterConfig", "LayerSettings", "make_config", "read_config"]
 
@@ -45,13 +45,11 @@ def _expressions(pattern: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _expression(key: str) -> Any:
-    """PEFT's matching, as in :func:`dynrank.rank_map.matches`; ``regex`` takes a time limit, which ``re`` does not."""
-    return regex.compile(rf"(.*\.)?({key})$")
+    return regex.compile(whole_parts(key))  # matching by regex can be given a time limit, by re it cannot
 
 
 Unset = Annotated[Any, AfterValidator(_unset)]
 Number = Annotated[float, Field(ge=-_LARGEST, le=_LARGEST)]
-Rank = Annotated[int, Field(ge=1)]
 # The rank of a layer, its alpha, and the factor of ``lora_B @ lora_A`` in its update.
 LayerSettings = tuple[int, float, float]
 
@@ -62,9 +60,9 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     peft_type: Literal["LORA"]
-    r: Rank
+    r: Count
     lora_alpha: Number
-    rank_pattern: Annotated[dict[str, Rank] | None, AfterValidator(_expressions)] = None
+    rank_pattern: Annotated[dict[str, Count] | None, AfterValidator(_expressions)] = None
     alpha_pattern: Annotated[dict[str, Number] | None, AfterValidator(_expressions)] = None
     use_rslora: bool | None = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None

@@ -89,7 +89,7 @@ class Zoo:
     def by_peft(cls, kind, folder, **options):
         """A PEFT model, whose adapter is in ``folder`` afterwards."""
         defaults = {"r": 3, "lora_alpha": 5, "target_modules": cls.targets[kind]}
-        defaults["modules_to_save"] = cls.heads.get(kind)
+        defaults["modules_to_save"] = [*cls.heads.get(kind, ())] or None  # a copy: PEFT appends to it
         if kind == "bert":
             defaults["task_type"] = TaskType.SEQ_CLS
         model = cls.trained(get_peft_model(cls.plain(kind), LoraConfig(**(defaults | options))))
