@@ -33,64 +33,35 @@ class Tile:
         return self.sub * self.slices
 
 
-# {(architecture, bytes of a number): {kernel: a tile for each bucket}}. Under dropout a sub-tile has the 32 columns of
-# the mask's. grad_S_and_B ends at the bucket from which on its float32 partial sums would cost more than they save.
+# {row: {kernel: a tile for each bucket}}; under dropout a sub-tile has the 32 columns of the mask's. float32, which no
+# matrix instruction multiplies exactly, has one row, for the architecture with the least shared memory.
 _TABLE = {
-    ("sm_80", 2): {
+    "sm_80": {
         "shrink": (Tile(64, 64, 1, 8, 3),) * 4,
         "shrink+drop": (*(Tile(64, 32, 8, 8, 2),) * 3, Tile(32, 32, 8, 8, 2)),
         "expand": (Tile(64, 128, 2, 8, 1),) * 4,
         "expand+drop": (Tile(64, 32, 8, 8, 1),) * 4,
         "grad_A": (Tile(64, 128, 1, 8, 3),) * 4,
         "grad_A+drop": (Tile(64, 32, 8, 8, 3), Tile(64, 32, 4, 4, 3), *(Tile(64, 32, 4, 8, 3),) * 2),
-        "grad_S_and_B": (Tile(64, 256, 1, 8, 2), Tile(32, 256, 1, 8, 2)),
     },
-    ("sm_90", 2): {
-        "shrink": (Tile(64, 128, 1, 8, 4),) * 4,
-        "shrink+drop": (*(Tile(64, 32, 8, 8, 3),) * 3, Tile(64, 32, 8, 8, 2)),
-        "expand": (Tile(64, 128, 2, 8, 1),) * 4,
-        "expand+drop": (Tile(64, 32, 8, 8, 1),) * 4,
-        "grad_A": (*(Tile(64, 256, 1, 8, 3),) * 3, Tile(64, 128, 1, 8, 3)),
-        "grad_A+drop": (Tile(64, 32, 8, 8, 3), Tile(64, 32, 4, 4, 3), Tile(64, 32, 8, 8, 3), Tile(64, 32, 4, 8, 3)),
-        "grad_S_and_B": (*(Tile(64, 256, 1, 8, 3),) * 2, Tile(64, 256, 1, 8, 2)),
-    },
-    ("sm_100", 2): {
+    "sm_90": {
         "shrink": (*(Tile(64, 128, 1, 8, 4),) * 2, Tile(64, 128, 1, 8, 3), Tile(64, 128, 1, 8, 4)),
         "shrink+drop": (*(Tile(64, 32, 8, 8, 3),) * 3, Tile(64, 32, 8, 8, 2)),
         "expand": (Tile(64, 128, 2, 8, 1),) * 4,
         "expand+drop": (Tile(64, 32, 8, 8, 1),) * 4,
         "grad_A": (*(Tile(64, 256, 1, 8, 3),) * 3, Tile(64, 128, 1, 8, 3)),
         "grad_A+drop": (Tile(64, 32, 8, 8, 3), Tile(64, 32, 4, 4, 3), Tile(64, 32, 8, 8, 3), Tile(64, 32, 4, 8, 3)),
-        "grad_S_and_B": (Tile(64, 256, 1, 8, 3),) * 2,
     },
-    ("sm_80", 4): {
+    "float32": {
         "shrink": (*(Tile(64, 64, 1, 8, 3),) * 2, *(Tile(64, 32, 1, 8, 3),) * 2),
         "shrink+drop": (Tile(32, 32, 8, 8, 2), *(Tile(32, 32, 8, 8, 1),) * 3),
         "expand": (Tile(64, 32, 4, 8, 1),) * 4,
         "expand+drop": (Tile(64, 32, 8, 8, 1),) * 4,
         "grad_A": (*(Tile(32, 64, 1, 8, 3),) * 3, Tile(32, 32, 1, 8, 3)),
         "grad_A+drop": (Tile(32, 32, 4, 8, 2), *(Tile(16, 32, 4, 8, 2),) * 3),
-        "grad_S_and_B": (Tile(32, 64, 1, 8, 2),) * 2,
-    },
-    ("sm_90", 4): {
-        "shrink": (Tile(64, 64, 1, 8, 3),) * 4,
-        "shrink+drop": (*(Tile(64, 32, 8, 8, 2),) * 3, Tile(32, 32, 8, 8, 2)),
-        "expand": (Tile(64, 32, 4, 8, 1),) * 4,
-        "expand+drop": (Tile(64, 32, 8, 8, 1),) * 4,
-        "grad_A": (Tile(32, 64, 1, 8, 3),) * 4,
-        "grad_A+drop": (Tile(32, 32, 4, 8, 2), *(Tile(16, 32, 4, 8, 2),) * 3),
-        "grad_S_and_B": (Tile(32, 128, 1, 8, 2),) * 2,
-    },
-    ("sm_100", 4): {
-        "shrink": (Tile(64, 64, 1, 8, 3),) * 4,
-        "shrink+drop": (*(Tile(64, 32, 8, 8, 2),) * 3, Tile(32, 32, 8, 8, 2)),
-        "expand": (Tile(64, 32, 4, 8, 1),) * 4,
-        "expand+drop": (Tile(64, 32, 8, 8, 1),) * 4,
-        "grad_A": (Tile(32, 64, 1, 8, 3),) * 4,
-        "grad_A+drop": (Tile(32, 32, 4, 8, 2), *(Tile(16, 32, 4, 8, 2),) * 3),
-        "grad_S_and_B": (Tile(32, 128, 1, 8, 2),) * 2,
     },
 }
+_TABLE["sm_100"] = _TABLE["sm_90"]
 
 
 def rank_bucket(rank: int) -> int:
@@ -114,8 +85,7 @@ def architecture_row(backend: str, architecture: int | str) -> str | None:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}.get(major) if major else None
 
 
-def tile(architecture: str, itemsize: int, kernel: str, rank: int) -> Tile | None:
-    """The tile of ``kernel`` (``+drop`` with dropout); None where the table has none for so large a rank."""
-    tiles = _TABLE[architecture, itemsize][kernel]
-    index = BUCKETS.index(rank_bucket(rank))
-    return tiles[index] if index < len(tiles) else None
+def tile(architecture: str, itemsize: int, kernel: str, rank: int) -> Tile:
+    """The tile of ``kernel`` (``+drop`` with dropout) for numbers of ``itemsize`` bytes."""
+    row = _TABLE["float32" if itemsize == 4 else architecture]
+    return row[kernel][BUCKETS.index(rank_bucket(rank))]

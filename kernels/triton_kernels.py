@@ -16,7 +16,7 @@ bucket runs the same binary. Offsets are 64-bit, as M * I passes 2^31 at 512k to
 import triton
 import triton.language as tl
 
-__all__ = ["expand_kernel", "grad_A_kernel", "grad_S_and_B_kernel", "shrink_kernel", "sum_partials_kernel"]
+__all__ = ["expand_kernel", "grad_A_kernel", "shrink_kernel", "sum_partials_kernel"]
 
 
 @triton.jit
@@ -246,74 +246,18 @@ def grad_A_kernel(
         )
 
 
-@triton.jit(do_not_specialize=["rows", "rank", "stride_sm", "stride_bo", "rows_per_program"])
-def grad_S_and_B_kernel(
-    ds_partial_ptr,  # (P, M, R) float32, contiguous: dy lora_B of each program's columns
-    db_partial_ptr,  # (P, O, R) float32, contiguous: dy^T s of each program's rows
-    dy_ptr,  # (M, O)
-    s_ptr,  # (M, R)
-    b_ptr,  # (O, R)
-    rows,
-    d_out,
-    rank,
-    stride_ym,
-    stride_yo,
-    stride_sm,
-    stride_sr,
-    stride_bo,
-    stride_br,
-    rows_per_program,  # a multiple of BLOCK_M
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-):
-    """A program owns BLOCK_O columns, keeps their part of lora_B, and reads its share of their rows once."""
-    rank_R = tl.arange(0, BLOCK_R)
-    rank_is_real = rank_R[None, :] < rank
-    column_O = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    column_is_real = column_O < d_out
-    column_O = column_O.to(tl.int64)
-    first = tl.program_id(1).to(tl.int64) * rows_per_program
-    b_OR = tl.load(
-        b_ptr + column_O[:, None] * stride_bo + rank_R[None, :].to(tl.int64) * stride_br,
-        mask=column_is_real[:, None] & rank_is_real,
-        other=0.0,
-    )
-    db_OR = tl.full([BLOCK_O, BLOCK_R], 0.0, tl.float32)
-    for step in range(0, rows_per_program, BLOCK_M):
-        row_M = first + step + tl.arange(0, BLOCK_M)
-        row_is_real = row_M[:, None] < rows
-        dy_MO = tl.load(
-            dy_ptr + row_M[:, None] * stride_ym + column_O[None, :] * stride_yo,
-            mask=row_is_real & column_is_real[None, :],
-            other=0.0,
-        )
-        s_MR = tl.load(
-            s_ptr + row_M[:, None] * stride_sm + rank_R[None, :].to(tl.int64) * stride_sr,
-            mask=row_is_real & rank_is_real,
-            other=0.0,
-        )
-        ds_MR = tl.dot(dy_MO, b_OR, input_precision="ieee")
-        db_OR = tl.dot(tl.trans(dy_MO), s_MR, db_OR, input_precision="ieee")
-        ds_row = (tl.program_id(0).to(tl.int64) * rows + row_M) * rank
-        tl.store(ds_partial_ptr + ds_row[:, None] + rank_R[None, :], ds_MR, mask=row_is_real & rank_is_real)
-    db_row = (tl.program_id(1).to(tl.int64) * d_out + column_O) * rank
-    tl.store(db_partial_ptr + db_row[:, None] + rank_R[None, :], db_OR, mask=column_is_real[:, None] & rank_is_real)
-
-
 @triton.jit(do_not_specialize=["numel", "partials"])
 def sum_partials_kernel(
     out_ptr,  # numel values, contiguous
     partial_ptr,  # (P, numel) float32, contiguous
     numel,
     partials,
-    scale,
     BLOCK: tl.constexpr,
 ):
-    """The second stage of a sum: ``scale`` times the partial sums, added in their order whatever finished first."""
+    """The second stage of a sum: the partial sums, added in their order whatever finished first."""
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_real = offset < numel
     total = tl.full([BLOCK], 0.0, tl.float32)
     for partial in range(partials):
         total += tl.load(partial_ptr + partial * tl.cast(numel, tl.int64) + offset, mask=is_real, other=0.0)
-    tl.store(out_ptr + offset, (total * scale).to(out_ptr.dtype.element_ty), mask=is_real)
+    tl.store(out_ptr + offset, total.to(out_ptr.dtype.element_ty), mask=is_real)

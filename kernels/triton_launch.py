@@ -121,46 +121,24 @@ def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout) ->
             partial_PRI, ds_MR, x_MI, dropout.seed, rows, d_in, rank, *ds_MR.stride(), *x_MI.stride(),
             rows_per_program, dropout.threshold, dropout.rescale, **options,
         )  # fmt: skip
-    return _sum_partials(partial_PRI, 1.0, dtype)
+        d_A = x_MI.new_empty(rank, d_in, dtype=dtype)
+        _kernels().sum_partials_kernel[(_blocks(d_A.numel(), _SUM_BLOCK),)](
+            d_A, partial_PRI, d_A.numel(), row_shares, BLOCK=_SUM_BLOCK, num_warps=4, enable_fp_fusion=True
+        )
+    return d_A
 
 
 def grad_S_and_B(
     dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``scaling * dy B``, (M, R), in the dtype of dy and ``scaling * dy^T s``, (O, R), in that of B; dy is read once.
+    """``scaling * dy B``, (M, R) in the dtype of dy, and ``scaling * dy^T s``, (O, R) in that of B, as ``needs`` says.
 
-    In the largest bucket dy is read twice: a program cannot hold enough columns there, and the float32 partial sums of
-    one pass would be more bytes than dy. Both are made whatever ``needs`` says.
+    The kernels that serve A compute them from these operands.
     """
-    (rows, d_out), rank, dtype, B_OR = dy_MO.shape, s_MR.shape[1], lora_B.dtype, lora_B.to(dy_MO.dtype)
-    shape = tile(_architecture(dy_MO), dy_MO.element_size(), "grad_S_and_B", rank)
-    if shape is None:
-        scaled = NO_DROPOUT._replace(rescale=scaling)
-        return shrink(dy_MO, B_OR.mT.contiguous(), scaled), grad_A(s_MR, dy_MO, dtype, scaled).mT.contiguous()
-    if dy_MO.numel() == 0:
-        return dy_MO.new_zeros(rows, rank), lora_B.new_zeros(d_out, rank)
-    column_blocks = _blocks(d_out, shape.width)
-    rows_per_program, row_shares = _shares(dy_MO, column_blocks, shape)
-    ds_PMR = dy_MO.new_empty(column_blocks, rows, rank, dtype=torch.float32)
-    db_POR = dy_MO.new_empty(row_shares, d_out, rank, dtype=torch.float32)
-    with torch.cuda.device(dy_MO.get_device()):
-        _kernels().grad_S_and_B_kernel[column_blocks, row_shares](
-            ds_PMR, db_POR, dy_MO, s_MR, B_OR,
-            rows, d_out, rank, *dy_MO.stride(), *s_MR.stride(), *B_OR.stride(), rows_per_program,
-            BLOCK_M=shape.rows, BLOCK_R=rank_bucket(rank), BLOCK_O=shape.width, **_launch(shape),
-        )  # fmt: skip
-    return _sum_partials(ds_PMR, scaling, dy_MO.dtype), _sum_partials(db_POR, scaling, dtype)
-
-
-def _sum_partials(partial: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
-    """``factor`` times the sum over the first dimension, in its order."""
-    out = partial.new_empty(partial.shape[1:], dtype=dtype)
-    with torch.cuda.device(partial.get_device()):
-        _kernels().sum_partials_kernel[(_blocks(out.numel(), _SUM_BLOCK),)](
-            out, partial, out.numel(), partial.shape[0], float(factor),
-            BLOCK=_SUM_BLOCK, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out
+    scaled = NO_DROPOUT._replace(rescale=float(scaling))  # an int would be compiled for
+    B_RO = lora_B.mT.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a rank of 1 its strides
+    ds_MR = shrink(dy_MO, B_RO, scaled) if needs[0] else None
+    return ds_MR, grad_A(s_MR, dy_MO, lora_B.dtype, scaled).mT.contiguous() if needs[1] else None
 
 
 def _shares(x: Tensor, column_blocks: int, shape: Tile) -> tuple[int, int]:
@@ -172,17 +150,13 @@ def _shares(x: Tensor, column_blocks: int, shape: Tile) -> tuple[int, int]:
 
 
 def _tiling(kernel: str, x: Tensor, rank: int, dropout: Dropout) -> tuple[Tile, dict[str, Any]]:
-    """The tile of a kernel that works by sub-tiles, and the options that it is launched with."""
+    """The tile of a kernel, and the options that it is launched with."""
     drops = dropout.seed is not None
     shape = tile(_architecture(x), x.element_size(), f"{kernel}+drop" if drops else kernel, rank)
-    assert shape is not None
     sizes = {"BLOCK_M": shape.rows, "BLOCK_R": rank_bucket(rank), "SUB": shape.sub, "SLICES": shape.slices}
-    return shape, {"DROPOUT": drops, **sizes, **_launch(shape)}
-
-
-def _launch(shape: Tile) -> dict[str, Any]:
     # Said aloud, because Triton warns that the default of enable_fp_fusion will change.
-    return {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
+    launch = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
+    return shape, {"DROPOUT": drops, **sizes, **launch}
 
 
 def _blocks(size: int, block: int) -> int:

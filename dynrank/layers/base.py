@@ -1,4 +1,4 @@
-"""What every LoRA layer has: a frozen base, two factors, one scaling, and a rank that its checkpoint decides."""
+"""The LoRA layer: a frozen base, two factors, one scaling, and a rank that its checkpoint decides."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class LoRALayer(nn.Module):
             computes something else than the plain layer.
     """
 
-    supported: type[nn.Module]  # set by each subclass: the one class of layer that it adapts
+    supported: type[nn.Module]  # set by each subclass: the class of layer that it adapts
 
     def __init__(
         self,
@@ -70,39 +70,26 @@ class LoRALayer(nn.Module):
         if not 0 <= dropout < 1:
             raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}; set lora.dropout")
         check_capacity(capacity, rank)
+        self.backend, self.capacity = check_backend(backend), capacity
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
-        self.backend, self.capacity = check_backend(backend), capacity
         self.final_rank: int | None = None
         self.pinned = False
         self.rule: str | None = None
         self._tap: Tap | None = None
-        device = base.get_parameter("weight").device
-        if factors is None:
-            self.lora_A = nn.Parameter(torch.empty(rank, d_in, dtype=dtype, device=device))
-            self.lora_B = nn.Parameter(torch.zeros(d_out, rank, dtype=dtype, device=device))
-            self.init_A()
-        else:
-            lora_A, lora_B = (factor.detach().to(device, dtype, copy=True).contiguous() for factor in factors)
-            self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        self._let_rank_vary()
         # (the base's own weight, the base) while merged; in a list, so that they aren't registered
         self._unmerged: list[tuple[nn.Parameter, nn.Module]] = []
+        place: dict[str, Any] = {"device": base.get_parameter("weight").device, "dtype": dtype}
+        if factors is None:
+            self.lora_A = nn.Parameter(torch.empty(rank, d_in, **place))
+            self.lora_B = nn.Parameter(torch.zeros(d_out, rank, **place))
+            self.init_A()
+        else:
+            lora_A, lora_B = (factor.detach().to(**place, copy=True).contiguous() for factor in factors)
+            self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+        self._let_rank_vary()
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy, and a pickled layer, is not observed."""
-        return {**vars(self), "_tap": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._let_rank_vary()
-
-    def _let_rank_vary(self) -> None:
-        if self.capacity is not None:
-            compile_for_any_size(self.lora_A, 0)
-            compile_for_any_size(self.lora_B, 1)
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -113,14 +100,26 @@ class LoRALayer(nn.Module):
         """Draw lora_A as PEFT does, in place."""
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
-    @property
-    def module(self) -> nn.Module:
-        """The module whose input and output are the layer's (itself)."""
-        return self
+    def _let_rank_vary(self) -> None:
+        if self.capacity is not None:
+            compile_for_any_size(self.lora_A, 0)
+            compile_for_any_size(self.lora_B, 1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, and a pickled layer, is not observed."""
+        return {**vars(self), "_tap": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._let_rank_vary()
 
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]
+
+    @property
+    def alpha(self) -> float:
+        return self.scaling * self.rank
 
     @property
     def drop_rate(self) -> float:
@@ -128,25 +127,9 @@ class LoRALayer(nn.Module):
         return self.dropout.p if self.training else 0.0
 
     @property
-    def alpha(self) -> float:
-        return self.scaling * self.rank
-
-    def get_extra_state(self) -> Tensor:
-        """The scaling, so that a state dict says what function it stands for; float64 scalar."""
-        return torch.tensor(self.scaling, dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        if isinstance(state, Tensor):  # torch.distributed.checkpoint passes a mark that it has none
-            self.scaling = float(state)
-
-    @property
-    def merged(self) -> bool:
-        return bool(self._unmerged)
-
-    @property
-    def own_weight(self) -> nn.Parameter:
-        """The base's weight without the update, also while merged."""
-        return self._unmerged[0][0] if self._unmerged else self.weight
+    def module(self) -> nn.Module:
+        """The module whose input and output are the layer's (itself)."""
+        return self
 
     @property
     def weight(self) -> nn.Parameter:
@@ -156,8 +139,26 @@ class LoRALayer(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        bias: nn.Parameter | None = getattr(self.base, "bias", None)
-        return bias
+        return getattr(self.base, "bias", None)
+
+    def get_extra_state(self) -> Tensor:
+        """The scaling, so that a state dict says what function it stands for; float64 scalar."""
+        return torch.tensor(self.scaling, dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if isinstance(state, Tensor):  # torch.distributed.checkpoint passes a mark that it has none
+            self.scaling = float(state)
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
+        """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
+
+        Optimizers, hooks and users that hold the Parameters go on holding the right ones.
+
+        Args:
+            lora_A: (rank, d_in), own storage, dtype and device of the old.
+            lora_B: (d_out, rank), own storage, dtype and device of the old.
+        """
+        put_factors(self, lora_A, lora_B)
 
     def observe(self, tap: Tap) -> Callable[[], None]:
         """From now on call ``tap(z, dz)`` once in each backward; stop when the returned function is called.
@@ -171,34 +172,18 @@ class LoRALayer(nn.Module):
         if self._tap is not None:
             raise RuntimeError("the layer is being observed already")
         self._tap = tap
-
-        def stop() -> None:
-            self._tap = None
-
-        return stop
+        return lambda: setattr(self, "_tap", None)
 
     def _watched(self, z: Tensor, channels: int = -1) -> Tensor:
         """``z``, which reports to the tap, if there is one, when its gradient arrives."""
-        tap = self._tap
+        tap, values = self._tap, z.detach()
         if tap is not None and z.requires_grad:
-            values = z.detach()
 
             def report(dz: Tensor) -> None:
                 tap(*(t.movedim(channels, -1).reshape(-1, self.rank) for t in (values, dz)))
 
             z.register_hook(report)  # type: ignore[no-untyped-call]
         return z
-
-    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
-
-        Optimizers, hooks and users that hold the Parameters go on holding the right ones.
-
-        Args:
-            lora_A: (rank, d_in), own storage, dtype and device of the old.
-            lora_B: (d_out, rank), likewise.
-        """
-        put_factors(self, lora_A, lora_B)
 
     def delta_weight(self) -> Tensor:
         """``scaling * lora_B @ lora_A`` in the shape of the base's weight, float32 or wider."""
@@ -208,30 +193,39 @@ class LoRALayer(nn.Module):
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
         return delta_OI.view_as(self.weight)
 
-    def _mergeable_base(self) -> nn.Module:
-        """The plain layer that the update can be added to."""
+    def _plain_base(self) -> nn.Module:
+        """The layer whose weight the update can be added to."""
         return self.base
+
+    @property
+    def merged(self) -> bool:
+        return bool(self._unmerged)
+
+    @property
+    def own_weight(self) -> nn.Parameter:
+        """The base's weight without the update, also while merged."""
+        return self._unmerged[0][0] if self._unmerged else self.weight
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the update to the base's weight, in a new tensor: one tied to another module's stays as it is there.
+        """Add the update to a copy of the base's weight. A weight tied to another module's stays as it is there.
 
-        A base that is packed to 4 bits gives way to a plain layer.
+        A base that is packed into 4 bits gives way to a plain layer.
 
         Raises:
             RuntimeError: if already merged.
-            ConfigurationError: if the base cannot be unpacked, see :func:`dynrank.layers.quantized.unpacked`.
+            ConfigurationError: if the base is packed and cannot be unpacked.
         """
         if self.merged:
             raise RuntimeError("the layer is already merged; call unmerge() first")
-        own, delta, base = (self.weight, self.base), self.delta_weight(), self._mergeable_base()
+        own, base, delta = (self.weight, self.base), self._plain_base(), self.delta_weight()
         old = base.get_parameter("weight")
         wide = torch.promote_types(old.dtype, delta.dtype)
         base.weight = nn.Parameter((old.to(wide) + delta.to(wide)).to(old.dtype), requires_grad=False)
         self.base, self._unmerged = base, [own]
 
     def unmerge(self) -> None:
-        """Give the layer its base, and the base its weight, back, bit for bit.
+        """Give the layer its base, and that its own weight, back, bit for bit.
 
         Raises:
             RuntimeError: if not merged.

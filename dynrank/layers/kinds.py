@@ -95,7 +95,7 @@ class LoRAQuantizedLinear(LoRALinear):
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
         return delta_OI
 
-    def _mergeable_base(self) -> nn.Module:
+    def _plain_base(self) -> nn.Module:
         return unpacked(self.base)
 
 
@@ -185,15 +185,14 @@ def _computes_linear(base: nn.Module) -> bool:
     random = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, dtype=torch.float64, generator=random) for size in ((2, 3, 5), (4, 5), (4,)))
     values = {"weight": weight, "bias": bias} if "bias" in tensors else {"weight": weight}
-    was_training = base.training
+    expected, was_training, found = F.linear(x, *values.values()), base.training, []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            found = []
             for base.training in (True, False):
-                found.append(torch.func.functional_call(base, values, x))
-    except Exception:  # it reads something else than x, or its weight in another way
+                y = torch.func.functional_call(base, values, x)
+                found.append(y.shape == expected.shape and torch.allclose(y, expected, 1e-9, 1e-9))
+    except Exception:  # it takes another input, reads its weight in another way, or returns no tensor
         return False
     finally:
         base.training = was_training
-    expected = F.linear(x, *values.values())
-    return all(y.shape == expected.shape and torch.allclose(y, expected, 1e-9, 1e-9) for y in found)
+    return all(found)

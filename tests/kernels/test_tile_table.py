@@ -40,14 +40,3 @@ def test_every_bucket_has_a_tile_with_the_masks_sub_tiles(architecture, itemsize
         assert tile_table.tile(architecture, itemsize, kernel, bucket) is not None
         dropped = tile_table.tile(architecture, itemsize, f"{kernel}+drop", bucket)
         assert (dropped.sub, dropped.slices) in [(32, 4), (32, 8)]
-
-
-@pytest.mark.parametrize("itemsize", [2, 4])
-@pytest.mark.parametrize("architecture", tile_table.MULTIPROCESSORS)
-@pytest.mark.parametrize("bucket", tile_table.BUCKETS)
-def test_one_pass_is_where_its_partial_sums_are_no_more_bytes_than_another_pass(architecture, itemsize, bucket):
-    """One float32 sum of the rank's width a block of columns is written and read, against reading dy once more."""
-    found = tile_table.tile(architecture, itemsize, "grad_S_and_B", bucket)
-    widest = 256 if itemsize == 2 else 128
-    assert (found is not None) or 2 * 4 * bucket / widest >= itemsize
-    assert (found is None) or 2 * 4 * bucket / found.width <= itemsize

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
@@ -203,13 +204,47 @@ class ScaledLinear(nn.Linear):
         return 2 * super().forward(x)
 
 
+class NoisyLinear(nn.Linear):
+    """Plain in eval."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + torch.randn_like(y) if self.training else y
+
+
+class GatedLinear(nn.Linear):
+    """Plain until its gate is trained."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gate = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return self.gate * super().forward(x)
+
+
+class TupleLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), None
+
+
 class NamedLinear(nn.Linear):
     """A subclass that computes what its parent does."""
 
 
-def test_layer_class_refuses_a_subclass_with_its_own_forward():
-    assert layer_class(ScaledLinear(3, 3)) is None
-    assert layer_class(NamedLinear(3, 3)) is LoRALinear
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layer_class_takes_the_subclasses_of_linear_that_compute_the_plain_layer(device):
+    with torch.device(device):
+        plain = [cls(30, 20, bias=bias).bfloat16() for cls in (NamedLinear, FalconLinear) for bias in (True, False)]
+        other = [ScaledLinear(3, 3), NoisyLinear(3, 3).eval(), GatedLinear(3, 3), TupleLinear(3, 3)]
+    state = torch.get_rng_state()
+    assert [layer_class(base) for base in plain] == [LoRALinear] * 4
+    assert [layer_class(base) for base in other] == [None] * 4
+    assert [base.training for base in other] == [True, False, True, True]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_layer_class_takes_no_other_module():
     assert layer_class(nn.ReLU()) is None
     assert layer_class(nn.Conv1d(3, 3, 1)) is None
 
