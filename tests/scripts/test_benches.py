@@ -59,6 +59,13 @@ def test_bench_group(bench):
     assert all(float(row[4]) > 0 for row in rows)
 
 
+def test_bench_host(bench):
+    out = bench("bench_host", "--rounds", "2")
+    rows = [cells(line) for line in out.splitlines() if line.startswith("│")]
+    assert [row[:2] for row in rows] == [[what, p] for what in ("one layer", "q, k, v") for p in ("0.0", "0.1")]
+    assert all(float(value) > 0 for row in rows for value in row[2:])
+
+
 def test_bench_gpu_on_a_cpu(bench):
     out = bench("bench_gpu", "--device", "cpu", "--rounds", "2", "--ranks", "8", "--tokens", "32", "--width", "64")
     assert "CPU (small sizes)" in out
