@@ -1,0 +1,268 @@
+"""The driver in a loop of few lines: when it measures and acts, what it undoes, what it refuses, and its resume."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import dynrank
+from dynrank.driver.driver import RankDriver
+from dynrank.driver.training import Training
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage, after_convergence
+from dynrank.targets import Budget, Energy, Factor, GrowTo, Rank
+from dynrank.triggers import At, Plateau, Run, SubspaceStable, TailEnergy
+
+torch.manual_seed(1)
+X = torch.randn(80, 12)
+Y = X @ torch.randn(12, 6)
+
+
+class Loop(Training):
+    """Keeps the state of weights and optimizer at every hook, and counts validations."""
+
+    def __init__(self, rank, optimizer):
+        torch.manual_seed(0)
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6)), rank=rank)
+        made = optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        super().__init__(model, [made])
+        self.validations, self.told, self.rates = [], [], []
+        made.register_step_post_hook(lambda *_: self.rates.append(made.param_groups[0]["lr"]))  # before a ramp's own
+
+    def validate(self):
+        self.validations.append(self.step)
+        with torch.no_grad():
+            return {"val/loss": nn.functional.mse_loss(self.model(X), Y).item()}
+
+    def tell(self, hook, event):
+        state = self.optimizers[0].state
+        moments = [value for p in self.model.parameters() for value in state.get(p, {}).values()]
+        self.told.append((hook, event, [tensor.clone() for tensor in [*self.model.state_dict().values(), *moments]]))
+
+
+def drive(
+    driver, steps=24, *, every=5, rank=6, folder=None, start=None, batch_end=None, optimizer=torch.optim.AdamW, run=None
+):
+    """Train; with ``folder`` save each step there, and go on from step ``start`` if that is given."""
+    loop = Loop(rank, optimizer)
+    if start is not None:
+        saved = torch.load(folder / f"{start}.pt")
+        loop.model.load_state_dict(saved["model"])
+        loop.optimizers[0].load_state_dict(saved["optimizer"])
+        driver.load_state_dict(saved["driver"])
+        loop.step = start
+    driver.start(loop, run or Run(steps))
+    while loop.step < steps:
+        driver.advance(loop)
+        batch = torch.randint(80, (8,), generator=torch.Generator().manual_seed(loop.step))
+        nn.functional.mse_loss(loop.model(X[batch]), Y[batch]).backward()
+        loop.optimizers[0].step()
+        loop.step += 1
+        if batch_end is not None:
+            batch_end(loop)
+        driver.end_step(loop)
+        loop.optimizers[0].zero_grad()
+        if loop.step % every == 0:
+            driver.validated(loop, loop.validate())
+        if folder is not None and start is None:
+            parts = {"model": loop.model, "optimizer": loop.optimizers[0], "driver": driver}
+            torch.save({name: part.state_dict() for name, part in parts.items()}, folder / f"{loop.step}.pt")
+    driver.finish(loop)
+    return loop
+
+
+def at(step, target, **how):
+    return Stage(At(step=step), target, how=How(**how))
+
+
+def trajectory(driver):
+    return [(e.step, e.layers[0].rank_before, e.layers[0].rank_after) for e in driver.history]
+
+
+LOSS = {"metric": "loss", "window": 4, "rewarmup_steps": 4}
+SCHEDULES = {
+    "loss, undone, plateau": lambda: [  # decided at a validation, then measured, then checked
+        Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(**LOSS, max_regression=0.02))
+    ],
+    "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5, how=How(**LOSS))],
+    "grown, dropped": lambda: [at(4, Rank(3)), at(10, GrowTo(6)), at(15, Rank(2))],
+    "settled": lambda: [Stage(SubspaceStable(rank=2, overlap=0.5, every=3), Energy(0.9))],
+    "undone": lambda: [at(9, Rank(1), max_regression=0.02)],
+    "function": lambda: lambda step: 6 if step < 7 else 4 if step < 14 else 5,
+    "function, measured": lambda: lambda step: max(2, 6 - max(0, step - 2) // 2),  # each in the window of the next
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
+    def made():
+        return RankDriver(SCHEDULES[name](), How(**LOSS) if name == "function, measured" else None)
+
+    whole = made()
+    expected = drive(whole, folder=tmp_path).model.state_dict()
+    assert 3 < whole.history[0].step < 20  # checkpoints lie before, at and after it, in its window and in the ramp
+    for step in range(1, 24):
+        again = made()
+        model = drive(again, folder=tmp_path, start=step).model
+        assert again.history == whole.history, step
+        assert str(again.state_dict()) == str(whole.state_dict()), step
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, expected[key]), (step, key)
+
+
+def test_statistics_are_collected_in_the_window_and_nowhere_else():
+    measured = []
+    driver = RankDriver(at(20, Rank(3), metric="output", window=5))
+    drive(driver, batch_end=lambda loop: measured.append(loop.model[0]._tap is not None))
+    assert [step for step, on in enumerate(measured) if on] == [15, 16, 17, 18, 19]
+    assert trajectory(driver) == [(20, 6, 3)]
+
+
+@pytest.mark.parametrize(
+    ("stages", "changes"),
+    [
+        ([Stage(Plateau(patience=1, min_delta=0.99), Rank(3), how=How("loss", window=7))], [(17, 6, 3)]),  # fires at 10
+        ([Stage(At(fraction=1.0), Rank(2), how=How("loss", window=5))], [(24, 6, 2)]),
+        ([Stage(Plateau(patience=99), Rank(5)), Stage(Plateau(), Rank(4)), at(12, Rank(3))], [(12, 6, 3)]),
+        (
+            [Stage(Plateau(patience=1, min_delta=0.99), Factor(0.5, lowest=2), repeat=True)],
+            [(10, 6, 3), (20, 3, 2)],
+        ),
+    ],
+    ids=["unforeseen", "after the last step", "those before are over", "repeated"],
+)
+def test_stages_act_in_their_time(stages, changes):
+    driver = RankDriver(stages)
+    drive(driver)
+    assert trajectory(driver) == changes
+    assert driver.finished
+
+
+def test_factors_are_looked_at_in_the_trigger_s_own_pace_and_once_a_step():
+    looks = []
+
+    class Looking(TailEnergy):
+        def observe(self, step, *seen):
+            looks.append(step)
+            return super().observe(step, *seen)
+
+    driver = RankDriver(Stage(Looking(rank=3, share=0.999, every=7, warmup_steps=10), Rank(3)))
+    drive(driver, batch_end=driver.advance)  # as often as if every step was skipped once
+    assert looks == [7, 14]
+    assert trajectory(driver)[0] == (14, 6, 3)
+
+
+def test_change_that_costs_too_much_is_undone_exactly_and_tried_again_gentler():
+    driver = RankDriver(at(20, Rank(1), max_regression=0.02))
+    loop = drive(driver)
+    assert [after for _, _, after in trajectory(driver)] == [1, 4, 5][: len(driver.history)]  # half as far each time
+    assert driver.history[0].undone
+    before = loop.told[0][2]
+    for hook, event, state in loop.told:
+        same = all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
+        assert same is (hook == "on_rank_prediction" or event.undone)
+        assert event.undone is event.reason.startswith("undone: val/loss")
+    assert [event for hook, event, _ in loop.told if hook == "on_rank_change"] == driver.history
+
+
+def test_undone_change_leaves_the_run_as_if_it_had_not_been_tried():
+    refusing = RankDriver(at(20, Rank(1), max_regression=0.0))
+    model = drive(refusing).model
+    assert [event.undone for event in refusing.history] == [True] * 3
+    for name, value in drive(RankDriver([])).model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(("step", "validations"), [(20, [5, 10, 15, 20, 20]), (18, [5, 10, 15, 18, 18, 20])])
+def test_check_validates_before_the_change_only_where_the_last_value_is_old(step, validations):
+    driver = RankDriver(at(step, GrowTo(6), max_regression=0.0))  # a growth leaves the loss alone
+    assert drive(driver, rank=2).validations == validations
+    assert trajectory(driver) == [(step, 2, 6)]
+
+
+def test_validations_of_a_check_are_not_shown_to_triggers():
+    seen = []
+
+    class Seeing(Plateau):
+        def observe(self, step, *values):
+            seen.append(step)
+            return super().observe(step, *values)
+
+    drive(RankDriver([at(7, Rank(5), max_regression=99.0), Stage(Seeing(patience=99), Rank(2), deadline=1.0)]))
+    assert seen == [10, 15, 20]
+
+
+def test_rate_is_lowered_for_the_steps_after_the_change_only():
+    plain, ramped = (drive(RankDriver(at(10, Rank(3), rewarmup_steps=steps))).rates for steps in (0, 4))
+    ratios = [b / a for a, b in zip(plain, ramped, strict=True)]
+    assert ratios == pytest.approx([1.0] * 10 + [1 / 5, 2 / 5, 3 / 5, 4 / 5] + [1.0] * 10)
+
+
+def decayed(loop):
+    for group in loop.optimizers[0].param_groups:
+        group["initial_lr"], group["lr"] = 1e-2, 5e-4
+
+
+@pytest.mark.parametrize(
+    ("stage", "options", "message"),
+    [
+        (Stage(Plateau(patience=99), Rank(3)), {}, "before stage 1 .*plateau of val/loss; set schedule.deadline"),
+        (Stage(At(fraction=1.0), Rank(3), how=How("loss")), {"run": Run(99)}, r"not measured.*schedule\.metric=weight"),
+        (at(10, Rank(3)), {"batch_end": decayed}, "5.0% of its start, too little to recover"),
+        (Stage(At(fraction=1.0), Rank(3)), {"batch_end": decayed}, None),  # nothing is left to recover in
+    ],
+    ids=["no plateau", "not measured", "low rate", "at the end"],
+)
+def test_what_leaves_ranks_or_weights_unfinished_is_warned_of(stage, options, message):
+    with nullcontext() if message is None else pytest.warns(UserWarning, match=message):
+        drive(RankDriver(stage), **options)
+
+
+def test_nan_at_the_change_names_the_layer_and_changes_nothing():
+    def diverge(loop):
+        if loop.step == 5:
+            loop.model[2].lora_B.data[0, 0] = float("nan")
+            models.append(loop.model)
+
+    models = []
+    with pytest.raises(ConfigurationError, match="'2' .*nothing has been changed"):
+        drive(RankDriver(at(5, Rank(3))), batch_end=diverge)
+    assert [layer.rank for _, layer in dynrank.lora_layers(models[0])] == [6, 6]
+
+
+@pytest.mark.parametrize("schedule", [None, True, "16", "", b"", [16], [None], {}])
+def test_what_is_no_schedule_is_refused(schedule):
+    with pytest.raises(ConfigurationError, match="a rank, a stage, a list of stages or a function.*set schedule"):
+        RankDriver(schedule)
+
+
+@pytest.mark.parametrize(
+    ("stage", "how", "message"),
+    [
+        (Stage(Plateau("val/los"), Rank(3)), {}, r"monitor of Plateau \(schedule\.trigger\.monitor\).*'val/los'"),
+        (at(5, Rank(3), max_regression=1.0, check_monitor="loss"), {}, r"check_monitor of How .*; logged: 'val/loss'"),
+        (at(5, Rank(7)), {}, r"stage 1: rank .* rank = 6, .*got 7.*schedule\.stages"),
+        (at(5, Rank(3)), {"optimizer": torch.optim.Adagrad}, "Adagrad.*optimizer_state=reset"),
+        (lambda step: 3, {"run": Run(None)}, r"function .* known length; set trainer\.max_steps"),
+        (Stage(At(fraction=0.5), Rank(3)), {"run": Run(None)}, r"share of a run .*set trainer\.max_steps"),
+    ],
+    ids=["monitor", "check_monitor", "rank", "optimizer", "function", "share"],
+)  # fmt: skip
+def test_what_cannot_be_carried_out_is_refused(stage, how, message):
+    with pytest.raises(ConfigurationError, match=message):
+        drive(RankDriver(stage), **how)
+
+
+def test_optimizer_without_a_rule_works_when_its_state_may_be_reset():
+    driver = RankDriver(at(10, Rank(3), optimizer_state="reset"))
+    assert drive(driver, optimizer=torch.optim.RMSprop).model[0].rank == 3
+
+
+def test_driver_and_checkpoint_of_another_run_are_refused(tmp_path):
+    driver = RankDriver(at(3, Rank(3)))
+    drive(driver, 6, folder=tmp_path)
+    with pytest.raises(ConfigurationError, match="step 6 of another run"):
+        drive(driver)
+    with pytest.raises(ConfigurationError, match="1 stages.*2"):
+        drive(RankDriver(after_convergence(3, drops=2)), folder=tmp_path, start=4)
