@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.distributed.tensor import DTensor
 
 from dynrank.callbacks.trainer.sigterm import SigtermNotice
 from dynrank.distributed.processes import from_all
@@ -100,8 +102,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         Raises:
             ConfigurationError: if a trained parameter holds NaN or inf; nothing has been written then.
         """
-        broken = (n for n, p in pl_module.named_parameters() if p.requires_grad and not p.isfinite().all())
-        found = [name for name in from_all(next(broken, None)) if name]  # shards may be broken in one process alone
+        found = [name for name in from_all(_not_finite(pl_module)) if name]  # one process alone may hold what is broken
         if found:
             good = self._last_checkpoint_saved or trainer.ckpt_path or "none"
             raise ConfigurationError(
@@ -114,6 +115,16 @@ class AdapterCheckpoint(ModelCheckpoint):
         for key in _STATES:
             if key in checkpoint:
                 checkpoint[key] = without_base(pl_module, checkpoint[key], trained)
+
+
+def _not_finite(module: LightningModule) -> str | None:
+    """The name of a trained parameter that holds NaN or inf in this process, if one does."""
+    trained = {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in trained.values()]
+    if not local:
+        return None
+    finite = torch.stack([value.isfinite().all().to(local[0].device) for value in local])  # read from the device once
+    return next((name for name, good in zip(trained, finite.tolist(), strict=True) if not good), None)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

@@ -201,11 +201,6 @@ class LoRALayer(nn.Module):
     def merged(self) -> bool:
         return bool(self._unmerged)
 
-    @property
-    def own_weight(self) -> nn.Parameter:
-        """The base's weight without the update, also while merged."""
-        return self._unmerged[0][0] if self._unmerged else self.weight
-
     @torch.no_grad()
     def merge(self) -> None:
         """Add the update to a copy of the base's weight. A weight tied to another module's stays as it is there.

@@ -15,8 +15,6 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.kinds import layer_class
 
-__all__ = ["target_names"]
-
 PRESETS = ("attention", "all-linear")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # Their forward hands the weights of their children to a fused function, past the children's own forward.

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from dynrank.layers.ranked import RankedLayer
 
-__all__ = ["compile_for_any_size", "compiled_alone", "forget_compiled", "named_modules", "plain_name", "uncompiled"]
-
 _INSIDE = "_orig_mod"  # the one child of torch.compile's wrapper
 
 M = TypeVar("M", bound=nn.Module)

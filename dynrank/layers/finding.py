@@ -13,8 +13,6 @@ from dynrank.layers.compiled import named_modules, uncompiled
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.layers.ranked import RankedLayer
 
-__all__ = ["adapter_parameters", "lora_layers", "own_layers", "plain_modules", "tied_weights"]
-
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
     """Every LoRA layer of ``model`` with its name, in the order of ``named_modules()``.

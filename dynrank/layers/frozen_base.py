@@ -20,17 +20,6 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.quantized import plain_values
 
-__all__ = [
-    "MARK",
-    "adapted_models",
-    "check_base",
-    "fingerprint",
-    "follow_base",
-    "lacks_base",
-    "left_out",
-    "without_base",
-]
-
 MARK = "_frozen_base"
 SAMPLES = 256  # values of each parameter that its fingerprint knows
 _GOLDEN = 0.6180339887498949  # its multiples, taken modulo 1, lie evenly whatever their number

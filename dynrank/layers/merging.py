@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
 from typing import Any, TypeVar
 
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
-from dynrank.layers.finding import own_layers
+from dynrank.layers.finding import own_layers, tied_weights
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.placing import replace_modules
 from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
-
-__all__ = ["merge"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -38,24 +33,17 @@ def merge(model: M) -> M:
     faults = [f"{name!r}: {fault}" for name, base in packed.items() if (fault := unpack_fault(base))]
     if faults:
         raise ConfigurationError("the model cannot be merged:\n  " + "\n  ".join(faults[:20]))
-    if _adapts_tied_weight(model, layers.values()):
-        _mark_untied(model)
     for layer in layers.values():
-        if not layer.merged:
-            layer.merge()
+        if layer.merged:  # a tie shows in the base's own weight
+            layer.unmerge()
+    tied = tied_weights(model)
+    if any(id(layer.weight) in tied for layer in layers.values()):
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+    for layer in layers.values():
+        layer.merge()
     replace_modules(model, {id(layer): layer.base for layer in layers.values()})
     mark_unpacked(model)
     return model
-
-
-def _adapts_tied_weight(model: nn.Module, layers: Collection[LoRALayer]) -> bool:
-    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    places.update(id(layer.own_weight) for layer in layers if layer.merged)
-    return any(places[id(layer.own_weight)] > 1 for layer in layers)
-
-
-def _mark_untied(model: nn.Module) -> None:
-    for module in model.modules():
-        config: Any = getattr(module, "config", None)
-        if getattr(config, "tie_word_embeddings", False):
-            config.tie_word_embeddings = False

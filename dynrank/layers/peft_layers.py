@@ -19,15 +19,6 @@ from dynrank.layers.peft_view import PeftLayer
 from dynrank.layers.ranked import take_rank
 from dynrank.rank_map import matches, peft_ranks
 
-__all__ = [
-    "HARMLESS_INIT",
-    "follow_checkpoint_ranks",
-    "peft_layers",
-    "refuse_peft",
-    "sync_peft_configs",
-    "take_peft_ranks",
-]
-
 # Initialisations that leave the base weight alone. The others take out of it what depends on the rank, and take it out
 # again of a fresh base when the adapter is loaded.
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from dynrank.kernels.lora_linear import Tap
 from dynrank.layers.ranked import put_factors
 
-__all__ = ["PeftLayer"]
-
 V = TypeVar("V")
 
 
@@ -95,13 +93,9 @@ class PeftLayer:
         return bool(self.module.merged)
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
+        """As :meth:`dynrank.layers.base.LoRALayer.set_factors`; the module's own record of the rank follows.
 
-        The module's own record of the rank follows; PEFT's config does in :func:`sync_peft_configs`, once for all.
-
-        Args:
-            lora_A: (rank, d_in), own storage, dtype and device of the old.
-            lora_B: (d_out, rank), own storage, dtype and device of the old.
+        PEFT's config does in :func:`dynrank.layers.peft_layers.sync_peft_configs`, once for all layers.
         """
         put_factors(self, lora_A, lora_B)
         if not self.of_embedding:
@@ -114,11 +108,10 @@ class PeftLayer:
         self.module.lora_alpha[self.adapter], self.module.use_rslora[self.adapter] = self.alpha, False
 
     def observe(self, tap: Tap) -> Callable[[], None]:
-        """From now on call ``tap(z, dz)`` once in each backward; stop when the returned function is called.
+        """As :meth:`dynrank.layers.base.LoRALayer.observe`.
 
-        z is A applied to the layer's input (after dropout) and dz the gradient of the loss at z, which is
-        ``scaling * B^T g``; both (tokens, rank), without a graph. A layer that a forward pass runs twice reports twice.
-        Between forward and backward z is held, under gradient checkpointing too.
+        A layer that a forward pass runs twice reports twice. Between forward and backward z is held, under gradient
+        checkpointing too.
 
         Raises:
             RuntimeError: if the layer is being observed already.

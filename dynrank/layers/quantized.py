@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import named_modules
 
-__all__ = ["computes_in", "is_quantized", "mark_unpacked", "plain_values", "unpack_fault", "unpacked", "unpacker"]
-
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether it is bitsandbytes' Linear4bit or Linear8bitLt, or a plain linear layer with a weight of torchao."""

@@ -1,6 +1,6 @@
-"""Checkpoint files that are whole or not there: written beside their place and moved, read only if undamaged.
+"""Checkpoint files that are whole or not there, and are read only if undamaged.
 
-The file is what ``torch.save`` writes: a zip file, which holds a checksum of everything in it.
+A file is what ``torch.save`` writes: a zip file, which holds a checksum of everything in it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from dynrank.output.whole_file import whole_file
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Save ``checkpoint`` at ``path``: whatever happens on the way, ``path`` holds it whole, or what it held before.
-
-    Written by :func:`dynrank.output.whole_file.whole_file`.
 
     Raises:
         ConfigurationError: if it cannot be written (a full disk).
