@@ -1,0 +1,102 @@
+"""Interrupts anywhere in a change of rank leave all as it was or all changed; a snapshot brings all back."""
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+from torch.testing import assert_close
+
+import dynrank
+from dynrank.change.replacement import Snapshot
+
+SOURCES = str(Path(dynrank.__file__).parent)
+
+
+def made(cls=torch.optim.AdamW, **options):
+    """(net with two LoRA layers of rank 4, optimizer and average that have seen some steps)."""
+    torch.manual_seed(0)
+    net = dynrank.add_lora(nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 6)), rank=4, target_modules=["0", "1"])
+    optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=1e-2, **options)
+    average = AveragedModel(net)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(8, 7)).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(net)
+    return net, optimizer, average
+
+
+def contents(net, optimizer, average):
+    layers = [layer for module in (net, average.module) for _, layer in dynrank.lora_layers(module)]
+    factors = [(layer.lora_A.detach(), layer.lora_B.detach()) for layer in layers]
+    return copy.deepcopy((factors, [dict(optimizer.state[p]) for g in optimizer.param_groups for p in g["params"]]))
+
+
+def same(one, other):
+    try:
+        assert_close(one, other, rtol=0, atol=0)
+    except AssertionError:
+        return False
+    return True
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt at a line of dynrank, counted from the start; as Ctrl-C does between two lines."""
+
+    def __init__(self, at):
+        self.at, self.lines = at, 0
+
+    def __call__(self, frame, event, argument):
+        if not frame.f_code.co_filename.startswith(SOURCES):
+            return None
+        if event == "line":
+            self.lines += 1
+            if self.lines == self.at:
+                raise KeyboardInterrupt
+        return self
+
+
+def resized(start, at=0):
+    """(whether it was interrupted, what is there afterwards, lines that ran)."""
+    net, optimizer, average = copy.deepcopy(start)
+    interrupt, outer = Interrupt(at), sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        generator = torch.Generator().manual_seed(1)
+        dynrank.resize(net, {"0": 2, "1": 6}, optimizers=[optimizer], averages=[average], generator=generator)
+    except KeyboardInterrupt:
+        return True, contents(net, optimizer, average), interrupt.lines
+    finally:
+        sys.settrace(outer)
+    return False, contents(net, optimizer, average), interrupt.lines
+
+
+def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
+    start = made()
+    resized(start)  # what is imported by then has no lines to run
+    before, (_, after, lines) = contents(*start), resized(start)
+    assert not same(before, after)
+    ends = []
+    for at in range(1, lines + 1):
+        interrupted, found, _ = resized(start, at)
+        assert interrupted
+        ends.append("before" if same(found, before) else "after" if same(found, after) else f"between, at line {at}")
+    assert sorted(set(ends)) == ["after", "before"]
+    assert ends == sorted(ends, reverse=True)  # and there is one point of no return
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
+def test_snapshot_brings_back_every_bit_as_often_as_is_asked(cls):
+    net, optimizer, average = made(cls)
+    before, snapshot = contents(net, optimizer, average), Snapshot(net, [optimizer], [average])
+    for rank in (2, 6):
+        dynrank.resize(net, rank, optimizers=[optimizer], averages=[average])
+        net(torch.ones(2, 7)).square().mean().backward()
+        optimizer.step()
+        snapshot.restore()
+        assert same(contents(net, optimizer, average), before)
+        assert net[0].rank == average.module[0].rank == 4
