@@ -97,7 +97,6 @@ RUNS = {
     "ddp": Run(),
     "ddp, unused parameters": Run(model={"idle": True}, ddp={"find_unused_parameters": True}),
     "ddp, static graph": Run(ddp={"static_graph": True}),
-    "ddp, gradients as bucket views": Run(ddp={"gradient_as_bucket_view": True}),
     "ddp, accumulation and clipping": Run(
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
     ),
@@ -108,10 +107,8 @@ RUNS = {
     "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),
     "ddp, tail energy": Run(Stage(TailEnergy(rank=1, share=0.9, every=6), Rank(3), deadline=0.9)),
     "ddp, average": Run(average=True),
-    "ddp, average, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, average=True),
     "ddp, peft": Run(model={"peft": True}),
-    "fsdp2": Run(ddp=None),
-    "fsdp2, accumulation and clipping": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
+    "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
     "fsdp2, budget by loss": Run(HALF, LOSS, ddp=None),
     "fsdp2, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp=None),
 }

@@ -30,7 +30,8 @@ from distributed_runs import (
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
-from dynrank.callbacks import AdapterCheckpoint
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.distributed.processes import from_all, from_first
 from dynrank.errors import ConfigurationError
 
 
@@ -45,6 +46,15 @@ class Spoil(lightning.Callback):
         if trainer.global_step == CHANGE and trainer.global_rank == 1:
             factor = pl_module.net[2].lora_A
             (factor if self.what == "weights" else trainer.optimizers[0].state[factor]["exp_avg_sq"])[0, 0] += 1e-3
+
+
+class SaveAlone(lightning.Callback):
+    """Process 0 alone asks for the scheduler's state, while statistics are being collected."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == CHANGE - 1 and trainer.global_rank == 0:
+            (scheduler,) = (callback for callback in trainer.callbacks if isinstance(callback, RankScheduler))
+            assert "window" in str(scheduler.state_dict())
 
 
 class Keep(lightning.Callback):
@@ -90,6 +100,26 @@ def refusal(run: Run, **options: Any) -> str:
     return "not refused"
 
 
+class Unpicklable(Exception):
+    """An error that cannot be made again from what it is pickled to."""
+
+    def __init__(self, one: str, two: str) -> None:
+        super().__init__(one + two)
+
+
+def raised_in_first(make: Any) -> list[tuple[str, str]]:
+    """The error that :func:`from_first` raises here, and that the processes go on together afterwards."""
+    try:
+        from_first(make)
+    except BaseException as error:
+        return from_all((type(error).__name__, str(error)))
+    return []
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
 def another_base(run: Run, folder: Path) -> str:
     """Resuming where one shard of the base is another one."""
 
@@ -113,6 +143,12 @@ def main(folder: Path) -> None:
         checks[f"other {what}, found by the change"] = partial(
             refusal, RUNS["ddp"], callbacks=[Spoil(what)], check_every=None
         )
+    for error in (KeyError("key"), KeyboardInterrupt("stop"), ConfigurationError("bad"), Unpicklable("a", "b")):
+        checks[f"raised {type(error).__name__}"] = partial(raised_in_first, partial(fail, error))
+    checks["raised by pickle"] = partial(raised_in_first, lambda: lambda: None)
+    checks["saved alone"] = lambda: outcome(
+        *fit(RUNS["ddp, budget by loss"], strategy=strategy_of(RUNS["ddp"]), devices=2, callbacks=[SaveAlone()])
+    )
     for what in ("held", "compiled"):
         checks[what] = partial(refusal, RUNS["ddp"], callbacks=[Keep(what)])
     checks["a folder without the base"] = partial(

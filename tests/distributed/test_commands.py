@@ -29,12 +29,20 @@ pytestmark = [
     pytest.mark.xdist_group("distributed"),  # no more than two processes at a time
 ]
 SAVED, CHANGE, STEPS = 7, 9, 12
+LONG = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
 FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "checkpoints/last.ckpt",
     "final_ranks.yaml", "hparams.yaml", "metrics.csv", "rank_history.csv", "rank_predictions.csv",
     "summary.json", "train.log",
 }  # fmt: skip
+
+
+@pytest.fixture
+def cwd(tmp_path):
+    """Where commands are started."""
+    (tmp_path / "cwd").mkdir()
+    return tmp_path / "cwd"
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,20 @@ def start(folder, *command, **environment):
         )
 
 
+def pair(folder, *overrides):
+    """Both processes of a run, started as torchrun does."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    group |= {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
+    command = ["-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.devices=2"]
+    return [start(folder, *command, **group, RANK=process, LOCAL_RANK=process) for process in ("0", "1")]
+
+
+def wait_for(file, process):
+    deadline = time.monotonic() + 150  # other programs may keep the machine busy
+    while not file.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 def finish(folder, *children):
     """The exit codes, and what was printed."""
     try:
@@ -97,17 +119,26 @@ def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def assert_one_run(cwd, folder, printed):
+def one_run(cwd, *children):
+    """The folder that all ``children`` have written, once."""
+    codes, printed = finish(cwd, *children)
+    assert codes == [0] * len(children), printed
+    (folder,) = cwd.glob("outputs/*/*")
     assert files(cwd) == {str((folder / name).relative_to(cwd)) for name in FILES}
     for text in ("rank change at step", "test/accuracy", "files  "):
         assert printed.count(text) == 1, printed
     assert "Traceback" not in printed
+    return folder
+
+
+def assert_same_adapter(folder, alone):
+    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, alone))
+    assert_close(one, two, rtol=0, atol=1e-5)
 
 
 def assert_same_run(folder, alone):
     """What two processes have written is what one wrote that took both their batches."""
-    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, alone))
-    assert_close(one, two, rtol=0, atol=1e-5)
+    assert_same_adapter(folder, alone)
     one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
     assert one["final_ranks"] == two["final_ranks"]
     assert one["test"] == pytest.approx(two["test"], abs=1e-5)
@@ -127,68 +158,42 @@ def step_of(checkpoint):
     return torch.load(checkpoint, weights_only=True)["global_step"]
 
 
-def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, tmp_path):
-    cwd = tmp_path / "cwd"
-    cwd.mkdir()
+def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, cwd, tmp_path):
     command = ["-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    codes, printed = finish(cwd, start(cwd, *command))
-    assert codes == [0], printed
-    (folder,) = cwd.glob("outputs/*/*")
-    assert_one_run(cwd, folder, printed)
+    folder = one_run(cwd, start(cwd, *command))
     assert_same_run(folder, alone)
 
     checkpoint = folder / "checkpoints" / "last.ckpt"
     assert step_of(checkpoint) == SAVED
     job.run(dynrank.compose([*overrides, "task.batch_size=16", f"ckpt_path={checkpoint}"]), tmp_path / "resumed")
-    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (tmp_path / "resumed", alone))
-    assert_close(one, two, rtol=0, atol=1e-5)
+    assert_same_adapter(tmp_path / "resumed", alone)
 
 
-def test_fsdp2_started_by_torchrun_goes_on_from_one_process(overrides, alone, tmp_path):
-    cwd = tmp_path / "cwd"
-    cwd.mkdir()
+def test_fsdp2_started_by_torchrun_goes_on_from_one_process(overrides, alone, cwd):
     checkpoint = alone / "checkpoints" / "last.ckpt"
     assert step_of(checkpoint) == SAVED
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "-m"]
     command = ["dynrank.train", *overrides, "trainer=fsdp2", "trainer.accelerator=cpu", f"ckpt_path={checkpoint}"]
     command += ["checkpoint_every=10"]
-    codes, printed = finish(cwd, start(cwd, *launch, *command))
-    assert codes == [0], printed
-    (folder,) = cwd.glob("outputs/*/*")
-    assert_one_run(cwd, folder, printed)
-    one, two = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, alone))
-    assert_close(one, two, rtol=0, atol=1e-5)
+    assert_same_adapter(one_run(cwd, start(cwd, *launch, *command)), alone)
 
 
-def test_slurm_runs_what_srun_would_start(overrides, alone, tmp_path):
+def test_slurm_runs_what_srun_would_start(overrides, alone, cwd):
     """The variables are those of ``srun`` in a job of one node and two tasks; SLURM itself is not there."""
-    cwd = tmp_path / "cwd"
-    cwd.mkdir()
     job_of = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "dynrank", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"}
     job_of |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "MASTER_PORT": free_port()}
     command = ["-m", "dynrank.train", *overrides, "trainer=slurm", "trainer.accelerator=cpu"]
     tasks = [start(cwd, *command, **job_of, SLURM_PROCID=task, SLURM_LOCALID=task) for task in ("0", "1")]
-    codes, printed = finish(cwd, *tasks)
-    assert codes == [0, 0], printed
-    (folder,) = cwd.glob("outputs/*/*")
-    assert_one_run(cwd, folder, printed)
-    assert_same_run(folder, alone)
+    assert_same_run(one_run(cwd, *tasks), alone)
 
 
-def test_process_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(overrides, tmp_path):
+def test_process_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(overrides, cwd, tmp_path):
     """Started as torchrun does, but nobody watches over them: process 0 has to notice by itself."""
-    cwd, folder = tmp_path / "cwd", tmp_path / "run"
-    cwd.mkdir()
-    long = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
-    command = ["-m", "dynrank.train", *overrides, *long, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={folder}"]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    group |= {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
-    first, second = (start(cwd, *command, **group, RANK=process, LOCAL_RANK=process) for process in ("0", "1"))
+    folder = tmp_path / "run"
+    first, second = pair(cwd, *overrides, *LONG, f"hydra.run.dir={folder}")
     checkpoint = folder / "checkpoints" / "last.ckpt"
     try:
-        deadline = time.monotonic() + 60
-        while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.1)
+        wait_for(checkpoint, first)
         time.sleep(0.5)
     finally:
         second.kill()
@@ -198,29 +203,18 @@ def test_process_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(overrid
 
     saved = step_of(checkpoint)
     assert saved > CHANGE
-    again = [*overrides, *long, "schedule.deadline=0.5", f"trainer.max_steps={saved + 3}", f"ckpt_path={checkpoint}"]
+    again = [*overrides, *LONG, "schedule.deadline=0.5", f"trainer.max_steps={saved + 3}", f"ckpt_path={checkpoint}"]
     summary = job.run(dynrank.compose(again), tmp_path / "resumed")
     assert set(summary["final_ranks"].values()) == {2}
 
 
-def test_sigterm_to_one_process_stops_both_and_the_run_goes_on_in_its_folder(overrides, tmp_path):
+def test_sigterm_to_one_process_stops_both_and_the_run_goes_on_in_its_folder(overrides, cwd, tmp_path):
     """Process 1 gets it, as from a machine that is taken away; ckpt_path=last goes on in two processes."""
-    cwd, folder = tmp_path / "cwd", tmp_path / "run"
-    cwd.mkdir()
-    long = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
-    command = ["-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.devices=2", f"hydra.run.dir={folder}"]
-
-    def both(*more):
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        group |= {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
-        return [start(cwd, *command, *more, **group, RANK=process, LOCAL_RANK=process) for process in ("0", "1")]
-
-    first, second = both(*long)
+    folder = tmp_path / "run"
+    first, second = pair(cwd, *overrides, *LONG, f"hydra.run.dir={folder}")
     checkpoint = folder / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 60
     try:
-        while not checkpoint.exists() and first.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
+        wait_for(checkpoint, first)
         second.send_signal(signal.SIGTERM)
     finally:
         codes, printed = finish(cwd, first, second)
@@ -230,9 +224,9 @@ def test_sigterm_to_one_process_stops_both_and_the_run_goes_on_in_its_folder(ove
     assert printed.count(f"SIGTERM: stopped after step {stopped}; go on with ckpt_path={checkpoint}") == 1
 
     last = ["ckpt_path=last", f"trainer.max_steps={stopped + 3}", f"schedule.deadline={CHANGE / (stopped + 3)}"]
-    codes, printed = finish(cwd, *both(*last))
+    codes, printed = finish(cwd, *pair(cwd, *overrides, *last, f"hydra.run.dir={folder}"))
     assert codes == [0, 0], printed
-    assert {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} == FILES
+    assert files(folder) == FILES
     assert set(json.loads((folder / "summary.json").read_text())["final_ranks"].values()) == {2}
     with (folder / "metrics.csv").open() as file:
         steps = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]

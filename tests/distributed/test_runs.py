@@ -95,6 +95,33 @@ def test_resumed_processes_come_to_the_same_bits(results, name):
             assert_same_bits(end, ends["whole"])
 
 
+def test_one_process_may_save_the_state_by_itself_while_statistics_are_collected(results):
+    """What is collected is alike in all after every step, so nobody has to be asked, or waits."""
+    for alone, other in zip(found(results, "saved alone"), found(results, "ddp, budget by loss"), strict=True):
+        assert_same_bits(alone, other)
+
+
+@pytest.mark.parametrize(
+    ("kind", "there", "text"),
+    [
+        ("KeyError", "KeyError", "'key'"),
+        ("KeyboardInterrupt", "KeyboardInterrupt", "stop"),
+        ("ConfigurationError", "ConfigurationError", "bad"),
+        ("Unpicklable", "RuntimeError", "Unpicklable in process 0: ab"),  # in process 1; in process 0 as it was
+    ],
+)
+def test_whatever_process_0_raises_is_raised_in_all(results, kind, there, text):
+    for result in results:
+        first, second = result[f"raised {kind}"]
+        assert first[0] == kind
+        assert second == (there, text)
+
+
+def test_result_that_cannot_be_pickled_is_an_error_in_all(results):
+    for result in results:
+        assert len(result["raised by pickle"]) == 2
+
+
 @pytest.mark.parametrize("source", CROSSED)
 @pytest.mark.parametrize("to", CROSSED)
 def test_run_goes_on_from_the_checkpoint_of_other_processes(results, folder, to, source):
