@@ -144,17 +144,10 @@ class Move:
 def moved_states(
     optimizer: Optimizer, lora_A: nn.Parameter, lora_B: nn.Parameter, change: RankChange, optimizer_state: str
 ) -> dict[nn.Parameter, dict[str, Any]]:
-    """New states by parameter, empty for "reset"; of a parameter without a state there is none.
+    """New states of a layer's parameters, which still have their old values; empty for "reset".
 
-    Args:
-        optimizer: one that :func:`check_optimizer` has passed.
-        lora_A: the parameter, with its old value.
-        lora_B: the parameter, with its old value.
-        change: its new factors and maps.
-        optimizer_state: "transport" or "reset".
-
-    Raises:
-        ConfigurationError: as :func:`moved_state` does.
+    ``optimizer`` has passed :func:`check_optimizer`; a parameter that has no state in it gets none. Errors as in
+    :func:`moved_state`.
     """
     from_A, from_B = change.from_A, change.from_B
     moves = {
@@ -180,22 +173,16 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     Schedule-free may be in either mode: its two points move by the same map, which commutes with going from one to the
     other.
 
-    Args:
-        optimizer: one that :func:`check_optimizer` has passed and that has state for ``parameter``.
-        parameter: the parameter, with its old value.
-        move: of its coordinates.
-
     Raises:
         ConfigurationError: if the new state is not finite: the old one was not, or the factors' scales are extreme.
     """
     state, rules, along = optimizer.state[parameter], _RULES[_key(optimizer)], (_ROW, _COLUMN)[move.dim]
-    device = parameter.device
-    map_KR, gradient_map_KR = (map_.to(device, torch.float64) for map_ in (move.map_KR, move.gradient_map_KR))
 
     def rank_first(tensor: Tensor) -> Tensor:  # and back
         return tensor if move.dim == 0 else tensor.mT
 
     def squared(tensor: Tensor) -> Tensor:
+        gradient_map_KR = move.gradient_map_KR.to(tensor.device)
         is_new = _empty(gradient_map_KR)
         moved = gradient_map_KR.square() @ tensor
         carried = tensor if is_new.all() else moved[~is_new[:, 0]]
@@ -208,9 +195,10 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
             continue
         old = rank_first(_decoded(state, key).double())
         if kind == _LINEAR:
-            moved = gradient_map_KR @ old
+            moved = move.gradient_map_KR.to(old.device) @ old
         elif kind == _POSITION:
-            moved = torch.where(_empty(map_KR), rank_first(move.value.double()), map_KR @ old)
+            map_KR, own = move.map_KR.to(old.device), rank_first(move.value.to(old.device, old.dtype))
+            moved = torch.where(_empty(map_KR), own, map_KR @ old)
         elif kind in (_SQUARED, along):
             moved = squared(old)
         else:  # Adafactor's factor across the rank; both factors are zero where one has the mean zero

@@ -58,12 +58,13 @@ class Replacement:
         yield partial(forget_compiled, [layer for layer, *_ in self.factors])
 
     def made(self) -> Iterator[Tensor]:
-        """The tensors that were made for it; what a state keeps of the old one is not among them."""
+        """The tensors that were made for it, on the parameters' devices; what a state keeps is not among them."""
         for _, *factors in self.factors:
             yield from factors
         for optimizer, parameter, state in self.states:
             old = optimizer.state[parameter]
-            yield from (v for key, v in state.items() if isinstance(v, Tensor) and v is not old.get(key))
+            tensors = (v for key, v in state.items() if isinstance(v, Tensor) and v is not old.get(key))
+            yield from (tensor for tensor in tensors if tensor.device == parameter.device)
 
     def copy(self) -> Replacement:
         """The same with tensors of its own."""

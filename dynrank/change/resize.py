@@ -67,7 +67,8 @@ def resize(
     layers, targets = changing_layers(model, target, how, measured)
     followers = averaged_layers(averages, layers)
     for optimizer in optimizers:
-        check_optimizer(optimizer, _factors(layers[name] for name in targets), how.optimizer_state)
+        factors = [factor for name in targets for factor in (layers[name].lora_A, layers[name].lora_B)]
+        check_optimizer(optimizer, factors, how.optimizer_state)
 
     changes = _changes(layers, targets, how, measured, generator, collective)
     new = _replacement(model, layers, changes, how, optimizers, followers)
@@ -77,10 +78,6 @@ def resize(
 
     new.put()
     return reports
-
-
-def _factors(layers: Iterable[RankedLayer]) -> list[nn.Parameter]:
-    return [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
 
 
 def _changes(
