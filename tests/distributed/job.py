@@ -54,7 +54,7 @@ class SaveAlone(lightning.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == CHANGE - 1 and trainer.global_rank == 0:
             (scheduler,) = (callback for callback in trainer.callbacks if isinstance(callback, RankScheduler))
-            assert "window" in str(scheduler.state_dict())
+            assert "dzdz" in str(scheduler.state_dict())
 
 
 class Keep(lightning.Callback):
