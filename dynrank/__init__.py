@@ -3,22 +3,29 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from dynrank.adapters.load import load_adapter, swap_adapter
-    from dynrank.adapters.read import read_adapter
-    from dynrank.adapters.save import save_adapter
-    from dynrank.change.predict import predict
-    from dynrank.change.resize import resize
-    from dynrank.errors import ConfigurationError
-    from dynrank.layers.finding import lora_layers
-    from dynrank.layers.merging import merge
-    from dynrank.layers.placing import add_lora
-    from dynrank.run.config import compose
+if TYPE_CHECKING:  # the same names for type checkers
+    from dynrank.adapters.load import load_adapter as load_adapter
+    from dynrank.adapters.load import swap_adapter as swap_adapter
+    from dynrank.adapters.read import read_adapter as read_adapter
+    from dynrank.adapters.save import save_adapter as save_adapter
+    from dynrank.change.predict import predict as predict
+    from dynrank.change.resize import resize as resize
+    from dynrank.driver.driver import RankDriver as RankDriver
+    from dynrank.driver.training import Training as Training
+    from dynrank.errors import ConfigurationError as ConfigurationError
+    from dynrank.layers.finding import adapter_parameters as adapter_parameters
+    from dynrank.layers.finding import lora_layers as lora_layers
+    from dynrank.layers.merging import merge as merge
+    from dynrank.layers.placing import add_lora as add_lora
+    from dynrank.run.config import compose as compose
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "ConfigurationError": "dynrank.errors",
+    "RankDriver": "dynrank.driver.driver",
+    "Training": "dynrank.driver.training",
+    "adapter_parameters": "dynrank.layers.finding",
     "add_lora": "dynrank.layers.placing",
     "compose": "dynrank.run.config",
     "load_adapter": "dynrank.adapters.load",
@@ -30,19 +37,7 @@ _HOMES = {
     "save_adapter": "dynrank.adapters.save",
     "swap_adapter": "dynrank.adapters.load",
 }
-__all__ = [
-    "ConfigurationError",
-    "add_lora",
-    "compose",
-    "load_adapter",
-    "lora_layers",
-    "merge",
-    "predict",
-    "read_adapter",
-    "resize",
-    "save_adapter",
-    "swap_adapter",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
