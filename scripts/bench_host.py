@@ -1,14 +1,14 @@
 """Host time of LoRA layers, forward and backward, on tensors so small that arithmetic costs next to nothing.
 
-On a GPU this is what the CPU spends to launch a layer; where it exceeds the kernels' own time, the GPU waits for it.
-Every round runs all functions once in a drawn order; a cell is the median over rounds of one thread's CPU time, so that
-other processes of the machine count little.
+On a GPU this is what launching a layer takes. Every round runs all functions once in a drawn order; a cell is the
+median over rounds of one thread's CPU time, so that other processes of the machine count little.
 Run: .venv/bin/python scripts/bench_host.py [--rounds N]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -44,23 +44,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1000)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    table = Table(title="forward + backward, microseconds of one CPU thread")
-    for heading in ("what", "p", "ours", "ours, grouped", "PEFT", "frozen", "ours / PEFT", "grouped / PEFT"):
-        table.add_column(heading, justify="left" if heading == "what" else "right")
-    for what, names in READERS.items():
-        for p in (0.0, 0.1):
-            config = LoraConfig(r=RANK, target_modules=list(names), lora_dropout=p)
-            size = {"rank": RANK, "target_modules": list(names), "dropout": p}
-            models = {
-                "ours": add_lora(Readers(names), **size),
-                "grouped": add_lora(Readers(names), **size, group=True),
-                "PEFT": get_peft_model(Readers(names), config).base_model.model,
-                "frozen": Readers(names).requires_grad_(False),
-            }
-            cost = _microseconds({name: _step(model.train(), len(names)) for name, model in models.items()}, options)
-            ratios = [f"{cost[name] / cost['PEFT']:.2f}" for name in ("ours", "grouped")]
-            table.add_row(what, str(p), *(f"{each:.0f}" for each in cost.values()), *ratios)
+    headings = ("what", "p", "ours", "ours, grouped", "PEFT", "frozen", "ours / PEFT", "grouped / PEFT")
+    table = Table(*headings, title="forward + backward, microseconds of one CPU thread")
+    for (what, names), p in itertools.product(READERS.items(), (0.0, 0.1)):
+        config = LoraConfig(r=RANK, target_modules=list(names), lora_dropout=p)
+        size = {"rank": RANK, "target_modules": list(names), "dropout": p}
+        models = {
+            "ours": add_lora(Readers(names), **size),
+            "grouped": add_lora(Readers(names), **size, group=True),
+            "PEFT": get_peft_model(Readers(names), config).base_model.model,
+            "frozen": Readers(names).requires_grad_(False),
+        }
+        cost = _microseconds({n: _step(model.train(), len(names)) for n, model in models.items()}, options.rounds)
+        ratios = (f"{cost[name] / cost['PEFT']:.2f}" for name in ("ours", "grouped"))
+        table.add_row(what, str(p), *(f"{each:.0f}" for each in cost.values()), *ratios)
     table_console().print(table)
 
 
@@ -69,9 +66,9 @@ def _step(model: nn.Module, layers: int) -> Callable[[], object]:
     return lambda: torch.autograd.backward(model(x), [dy] * layers)
 
 
-def _microseconds(functions: Mapping[str, Callable[[], object]], options: argparse.Namespace) -> dict[str, float]:
+def _microseconds(functions: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name in random.sample(list(functions), len(functions)):
             start = time.thread_time()
             functions[name]()
@@ -81,4 +78,5 @@ def _microseconds(functions: Mapping[str, Callable[[], object]], options: argpar
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     main()

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch.testing import assert_close
-from torch.utils.checkpoint import checkpoint
 
 from dynrank.kernels.lora_linear import Operands, SharedInput, lora_linear
 
@@ -12,7 +11,7 @@ SIZES = ((8, 3, 1.5), (4, 2, 0.5), (4, 1, 2.0))  # d_out, rank, scaling: grouped
 SEED = torch.tensor(3)
 
 
-def layers(dtype=torch.float64, factors=None, bias=True, taps=(None, None, None)):
+def layers(dtype=torch.float64, factors=None, bias=True):
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape, of=dtype):
@@ -25,9 +24,8 @@ def layers(dtype=torch.float64, factors=None, bias=True, taps=(None, None, None)
             random(rank, D_IN, of=factors or dtype).requires_grad_(),
             random(d_out, rank, of=factors or dtype).requires_grad_(),
             scaling,
-            tap,
         )
-        for (d_out, rank, scaling), tap in zip(SIZES, taps, strict=True)
+        for d_out, rank, scaling in SIZES
     ]
 
 
@@ -42,7 +40,7 @@ def together(x, group, p=0.0):
 
 
 def singly(x, group, p=0.0):
-    return [lora_linear(x, *layer[:5], p, SEED, tap=layer.tap) for layer in group]
+    return [lora_linear(x, *layer[:5], p, SEED) for layer in group]
 
 
 def gradients(ys, leaves):
@@ -148,44 +146,3 @@ def test_mixed_dtypes_give_what_they_give_the_layers_one_by_one(autocast):
         assert one.dtype == other.dtype
         exact = not autocast and index > len(group)  # dA and dB; dx is rounded in another order
         assert (one - other).norm() <= (1e-6 if exact else 2**-6) * other.norm()
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_nothing(reentrant):
-    group, results = layers(), []
-
-    def part(x, *factors):
-        return sum(y.square().sum(-1) for y in together(x, with_factors(group, factors), 0.5))
-
-    for function in (part, lambda *leaves: checkpoint(part, *leaves, use_reentrant=reentrant)):
-        leaves = [leaf.detach().clone().requires_grad_() for leaf in leaves_of(inputs(5), group)]
-        y = function(*leaves)
-        y.sum().backward()
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    assert all(map(torch.equal, *results))
-
-
-def test_second_gradients_are_refused():
-    x, group = inputs(5), layers()
-    (first,) = torch.autograd.grad(sum(y.square().sum() for y in together(x, group)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.square().sum().backward()
-
-
-def test_outputs_may_be_changed_in_place():
-    x, group = inputs(2, 3), layers()
-    ys = [torch.relu_(y) for y in together(x, group)]
-    expected = [torch.relu(y) for y in singly(x, group)]
-    assert_same(*(gradients(each, leaves_of(x, group)) for each in (ys, expected)))
-
-
-def test_taps_see_what_they_see_in_the_layers_one_by_one():
-    seen = []
-    for function in (together, singly):
-        here = {}
-        taps = [lambda z, dz, at=index, to=here: to.update({at: (z, dz)}) for index in range(3)]
-        x, group = inputs(5), layers(taps=taps)
-        gradients(function(x, group, 0.4), [x])
-        seen.append([tensor for index in range(3) for tensor in here[index]])
-    assert_same(*seen)
-    assert not any(tensor.requires_grad for tensor in seen[0])
