@@ -92,10 +92,11 @@ class RankScheduler(Callback):
         self.driver.end_step(LightningTraining(pl_module.trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        return self.driver.state_dict()
+        return {**self.driver.state_dict(), "told": self._told}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
+        self._told = state_dict["told"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         follow_checkpoint_ranks(pl_module)

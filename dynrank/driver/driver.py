@@ -66,19 +66,11 @@ class RankDriver:
     - :meth:`validated` after a validation;
     - :meth:`finish` after the last step, or :meth:`abort` after an exception.
 
-    Args:
-        schedule: an int (drop to that rank after convergence), a stage, a list of stages (see
-            :mod:`dynrank.schedules`), or a function from the optimizer step to the rank of all layers.
-        how: how changes are made, for stages that don't say; ``How()`` when None.
-        check_every: optimizer steps between checks that all processes hold the same adapters and optimizer state, which
-            are made at the start and around each change in any case; None: no more than those.
+    Arguments and errors are those of :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
         stages: of the schedule; those of a function are made when the run's length is known.
         progress: how far it has come.
-
-    Raises:
-        ConfigurationError: if a value cannot be used.
     """
 
     def __init__(self, schedule: Schedule, how: How | None = None, *, check_every: int | None = None) -> None:

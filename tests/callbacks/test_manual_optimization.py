@@ -1,5 +1,6 @@
 """Manual optimization: with one optimizer it is the automatic run, several work, silence is refused."""
 
+import lightning
 import pytest
 import torch
 
@@ -31,11 +32,11 @@ def manual(module_class, scheduler, *, every=1, told=True):
     return Manual()
 
 
-def fit(regression, module, scheduler, **options):
+def fit(regression, module, scheduler, *, extra=(), ckpt_path=None, **options):
     _, data, trainer = regression
     settings = {"max_steps": 20, "num_sanity_val_steps": 0, "val_check_interval": 5} | options
-    fitted = trainer(callbacks=[scheduler, StepSeed(0)], **settings)
-    fitted.fit(module, *data())
+    fitted = trainer(callbacks=[scheduler, StepSeed(0), *extra], **settings)
+    fitted.fit(module, *data(), ckpt_path=ckpt_path)
     return module
 
 
@@ -129,23 +130,16 @@ def test_step_under_automatic_optimization_is_an_error(regression):
         RankScheduler([]).step(regression[0]())
 
 
-def test_manual_run_resumes_to_the_bit(regression, tmp_path):
-    whole, half, rest = (SCHEDULES["loss"]() for _ in range(3))
-    expected = fit(regression, manual(regression[0], whole), whole)
-    _, data, trainer = regression
-    module = manual(regression[0], half)
-    first = trainer(callbacks=[half, StepSeed(0)], max_steps=20, num_sanity_val_steps=0, val_check_interval=5)
-    saved = tmp_path / "at.ckpt"
-
-    class Save(StepSeed):
+@pytest.mark.parametrize("step", [7, 8])  # while it is being measured; when the next batch makes the change
+def test_manual_run_resumes_to_the_bit(regression, tmp_path, step):
+    class Save(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.global_step == 7:  # while it is being measured
-                trainer.save_checkpoint(saved)
+            if trainer.global_step == step:
+                trainer.save_checkpoint(tmp_path / "at.ckpt")
 
-    first.callbacks.append(Save(0))
-    first.fit(module, *data())
-    module = manual(regression[0], rest)
-    again = trainer(callbacks=[rest, StepSeed(0)], max_steps=20, num_sanity_val_steps=0, val_check_interval=5)
-    again.fit(module, *data(), ckpt_path=saved)
+    whole, rest = SCHEDULES["loss"](), SCHEDULES["loss"]()
+    expected = fit(regression, manual(regression[0], whole), whole, extra=[Save()])
+    module = fit(regression, manual(regression[0], rest), rest, ckpt_path=tmp_path / "at.ckpt")
+    assert rest.history == whole.history
     for name, value in expected.state_dict().items():
         assert torch.equal(module.state_dict()[name], value), name

@@ -265,7 +265,7 @@ from test_rank_trainer_callback import callback, own, trainer
 def cut(state, path):
     text = whole(state, path) or Path(path).read_text()
     if state.global_step == 6:
-        Path(path).write_text(text[: int(len(text) * float(sys.argv[3]))])
+        Path(path).write_text(text[: int(len(text) * 0.9)])
         os.kill(os.getpid(), signal.SIGKILL)
 
 whole, TrainerState.save_to_json = TrainerState.save_to_json, cut
@@ -273,12 +273,11 @@ trainer(sys.argv[2], own(), callback(), save_strategy="steps", save_steps=3).tra
 """
 
 
-@pytest.mark.parametrize("share", [0.0, 0.9])
-def test_checkpoint_that_a_kill_left_half_written_is_no_start(share, tmp_path):
+def test_checkpoint_that_a_kill_left_half_written_is_no_start(tmp_path):
     """The Trainer writes trainer_state.json last: what breaks off before is an error, and the one before goes on."""
     root = str(Path(dynrank.__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path), str(share)],
+        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)],
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=100, check=False, capture_output=True,
     )  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -298,3 +297,37 @@ def test_metric_that_nobody_logs_is_an_error(tmp_path):
     made = trainer(tmp_path, own(), callback(stages), eval_strategy="steps", eval_steps=2)
     with pytest.raises(ConfigurationError, match="'eval_bleu'; logged: .*eval_loss"):
         made.train()
+
+
+@pytest.mark.parametrize(
+    ("stage", "how", "message"),
+    [
+        (Stage(Plateau(), Rank(2)), {}, r"monitor of Plateau .*begin with eval_, got 'val/loss'.*'eval_loss'"),
+        (
+            Stage(At(step=4), Rank(2)),
+            {"max_regression": 0.1},
+            "check_monitor of How .*begin with eval_, got 'val/loss'",
+        ),
+    ],
+)
+def test_metric_by_another_name_than_the_trainer_s_is_refused_before_the_first_step(stage, how, message, tmp_path):
+    made = trainer(tmp_path, own(), RankTrainerCallback(stage, How(**how), evaluate=dict))
+    with pytest.raises(ConfigurationError, match=message):
+        made.train()
+    assert made.state.global_step == 0
+
+
+def test_evaluations_of_several_data_sets_are_seen_together(tmp_path):
+    seen = []
+
+    class Seeing(Plateau):
+        def observe(self, step, *values):
+            seen.append((step, *values))
+            return super().observe(step, *values)
+
+    schedule = callback([Stage(Seeing("eval_b_loss", warmup_steps=0), Rank(2), deadline=1.0)])
+    made = trainer(tmp_path, own(), schedule, eval_strategy="steps", eval_steps=4)
+    made.eval_dataset = {"a": data(4), "b": data(8)}
+    made.train()
+    losses = [(row["step"], row["eval_b_loss"]) for row in made.state.log_history if "eval_b_loss" in row]
+    assert seen == losses != []

@@ -22,7 +22,7 @@ from dynrank.schedules import (
     halving_on_plateau,
     one_stage,
 )
-from dynrank.targets import Budget, Energy, Exactly, Factor, FinalRanks, GrowBy, GrowTo, Rank
+from dynrank.targets import Budget, Energy, Exactly, Factor, FinalRanks, GrowBy, GrowTo, Rank, Target
 from dynrank.triggers import At, Plateau, Run
 
 RUN = Run(total_steps=100)
@@ -134,6 +134,16 @@ def test_measuring_looks_at_layers_of_different_ranks_and_not_at_the_pinned():
 def test_final_ranks_of_free_pinned_and_bound_layers(schedule, ends):
     net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
     assert list(final_ranks(net, schedule).values()) == ends
+
+
+def test_growth_by_a_target_of_the_users_is_no_shrink():
+    class Double(Target):
+        def ranks(self, layers):
+            return {name: layer.grown(2 * layer.rank) for name, layer in layers.items()}
+
+    net = model(4, layer_2={"rank": 6, "final_rank": 3})  # its own final rank is below
+    assert list(final_ranks(net, one_stage(NOW, Double())).values()) == [(8, 8), (8, 8), (6, 6)]
+    assert not must_measure(Stage(NOW, Double()), How(metric="loss"), layers_of(net))
 
 
 # What does not fit

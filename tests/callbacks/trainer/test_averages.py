@@ -117,12 +117,11 @@ def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(regression, 
         assert_close(weights.now(module)[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("average", [WeightAveraging, EMAWeightAveraging], ids=lambda cls: cls.__name__)
-def test_order_of_the_callbacks_does_not_matter(regression, average):
+def test_order_of_the_callbacks_does_not_matter(regression):
     stages = [Stage(At(step=8), Rank(4)), Stage(At(fraction=1.0), Rank(2))]
     ends = []
     for order in (1, -1):
-        module, _ = train(regression, [average(), scheduler(stages)][::order])
+        module, _ = train(regression, [WeightAveraging(), scheduler(stages)][::order])
         ends.append(module.state_dict())
     assert ends[0]["net.0.lora_A"].shape[0] == 2
     for name, value in ends[0].items():
@@ -142,26 +141,18 @@ def test_change_at_the_end_is_the_best_approximation_of_the_average(regression):
         assert_close(lost, torch.linalg.svdvals(old)[2:].norm(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("start", [4, 8, 9, 12])  # before, at and after the first change; between two
 @pytest.mark.parametrize("order", [1, -1])
-def test_resumed_run_ends_with_the_same_average_to_the_bit(regression, tmp_path, start, order):
-    pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
-    whole, _ = train(regression, pair, checkpoints=tmp_path / "whole")
-    pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
-    resumed, _ = train(regression, pair, ckpt_path=tmp_path / "whole" / f"sstep={start}.ckpt")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+@pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint], ids=lambda cls: cls.__name__)
+def test_resumed_run_ends_with_the_same_average_to_the_bit(regression, tmp_path, kind, order):
+    def pair():
+        return [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
 
-
-@pytest.mark.parametrize("order", [1, -1])
-def test_checkpoint_without_the_base_brings_the_average_back(regression, tmp_path, order):
-    pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
-    whole, _ = train(regression, pair, checkpoints=tmp_path / "whole", kind=AdapterCheckpoint)
-    pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
-    again = {"checkpoints": tmp_path / "whole", "kind": AdapterCheckpoint}
-    resumed, _ = train(regression, pair, ckpt_path=tmp_path / "whole" / "sstep=12.ckpt", **again)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+    saving = {"checkpoints": tmp_path, "kind": kind}
+    whole, _ = train(regression, pair(), **saving)
+    for start in (4, 8, 9, 12):  # before, at and after the first change; between two
+        resumed, _ = train(regression, pair(), ckpt_path=tmp_path / f"sstep={start}.ckpt", **saving)
+        for name, value in whole.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), (start, name)
 
 
 def test_undone_change_leaves_the_average_as_if_it_had_not_been_tried(regression):
@@ -200,34 +191,23 @@ def test_stochastic_average_resumes_to_the_bit(regression, tmp_path):
             assert torch.equal(resumed.state_dict()[name], value), (start, name)
 
 
-class Wrapped(lightning.LightningModule):
-    """A model of PEFT's."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6))
-        self.net = get_peft_model(net, LoraConfig(r=6, target_modules=["0", "2"]))
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return nn.functional.mse_loss(self.net(x), y)
-
-    def validation_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("val/loss", nn.functional.mse_loss(self.net(x), y))
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+def wrapped(module_class):
+    """The module with a model of PEFT's."""
+    module = module_class()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6))
+    module.net = get_peft_model(net, LoraConfig(r=6, target_modules=["0", "2"]))
+    return module
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_average_of_a_model_of_peft_resumes_after_a_change(regression, tmp_path, order):
+def test_average_of_a_model_of_peft_resumes_after_a_change(regression, tmp_path):
     def pair():
-        return [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
+        return [EMAWeightAveraging(decay=DECAY), scheduler()]
 
-    whole, _ = train(regression, pair(), module=Wrapped(), checkpoints=tmp_path / "whole")
-    resumed, _ = train(regression, pair(), module=Wrapped(), ckpt_path=tmp_path / "whole" / "sstep=12.ckpt")
+    whole, _ = train(regression, pair(), module=wrapped(regression[0]), checkpoints=tmp_path / "whole")
+    resumed, _ = train(
+        regression, pair(), module=wrapped(regression[0]), ckpt_path=tmp_path / "whole" / "sstep=12.ckpt"
+    )
     assert resumed.net.peft_config["default"].r == 5
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name

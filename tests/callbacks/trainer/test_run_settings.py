@@ -88,19 +88,6 @@ def test_run_ends_where_a_plain_loop_ends(regression, setting):
         assert_close(module.get_parameter(name), value, msg=name)
 
 
-def test_float16_on_the_cpu_is_lightnings_bfloat16(regression):
-    ends = []
-    for precision in ("16-mixed", "bf16-mixed"):
-        module = without_dropout(regression[0])
-        if precision == "16-mixed":
-            with pytest.warns(UserWarning, match="not supported on CPU"):
-                fit(regression, module, precision=precision)
-        else:
-            fit(regression, module, precision=precision)
-        ends.append(module.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(*(end.values() for end in ends), strict=True))
-
-
 def test_adapters_in_float16_are_refused(regression):
     with pytest.raises(ConfigurationError, match="16-true.*bf16-true"):
         fit(regression, regression[0](), precision="16-true")
