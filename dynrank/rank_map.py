@@ -114,11 +114,7 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
 def dump_rank_map(rules: Mapping[str, RankRule]) -> str:
     """The text of an override file with these rules; :func:`load_rank_map` reads it back."""
     pattern = {
-        key: {
-            field.name: getattr(rule, field.name)
-            for field in fields(rule)
-            if getattr(rule, field.name) != field.default
-        }
+        key: {f.name: getattr(rule, f.name) for f in fields(rule) if getattr(rule, f.name) != f.default}
         for key, rule in rules.items()
     }
     return yaml.safe_dump({"rank_pattern": pattern}, sort_keys=False)

@@ -103,9 +103,13 @@ def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None
     """
     faults, before = [], -1
     for number, stage in enumerate(schedule, 1):
-        fault = stage.to.fault(highest)
-        if fault:
-            faults.append(f"stage {number}: {fault}; set {stage.key} or lora.rank")
+        least, most = stage.to.starts()
+        if not least <= highest <= most:
+            bound = f"at least {least}" if highest < least else f"at most {most}"
+            faults.append(
+                f"stage {number}: the highest rank before {stage.to} must be {bound}, got {highest}; "
+                f"set {stage.key} or lora.rank"
+            )
         _, highest = stage.reach(LayerState(rank=highest))
         if run.total_steps is None:
             continue

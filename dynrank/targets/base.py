@@ -88,9 +88,9 @@ class Target(ABC):
         (rank,) = self.ranks({"layer": layer}).values()
         return rank, rank
 
-    def fault(self, highest: int) -> str | None:
-        """What contradicts a start where no layer is above rank ``highest``, with the field's name; None if nothing."""
-        return None
+    def starts(self) -> tuple[int, int]:
+        """Lowest and highest that the highest rank before the change may be; from others it would change nothing."""
+        return 1, UNBOUNDED
 
 
 @validated("schedule.target", kw_only=True)
@@ -104,13 +104,8 @@ class Stepped(Target):
         """The lowest rank of a layer that has more."""
         return up_to_multiple(self.lowest, self.multiple)
 
-    def fault(self, highest: int) -> str | None:
-        if self.least() <= highest:
-            return None
-        return (
-            f"lowest must be at most rank = {highest}, the highest at that stage, got {self.lowest}, which is "
-            f"{self.least()} as a multiple of {self.multiple}"
-        )
+    def starts(self) -> tuple[int, int]:
+        return self.least(), UNBOUNDED
 
 
 def up_to_multiple(rank: float, multiple: int) -> int:

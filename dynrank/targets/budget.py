@@ -86,7 +86,8 @@ class Budget(Stepped):
 
     def reach(self, layer: LayerState) -> tuple[int, int]:
         choices = self._choices(layer)
-        return choices[0], choices[-1]
+        # a layer of fewer directions may stay at `highest`, be that a multiple or not, and the reach does not fall
+        return choices[0], max(choices[-1], layer.shrunk(layer.rank if self.highest is None else self.highest))
 
     def _choices(self, layer: LayerState) -> list[int]:
         """The ranks that a layer may get, ascending: multiples below the rank now, and staying as it is."""

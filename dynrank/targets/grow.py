@@ -17,10 +17,8 @@ class GrowTo(Target):
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: layer.grown(self.rank) for name, layer in layers.items()}
 
-    def fault(self, highest: int) -> str | None:
-        if self.rank >= highest:
-            return None
-        return f"rank must be at least {highest}, the highest at that stage, for a growth, got {self.rank}"
+    def starts(self) -> tuple[int, int]:
+        return 1, self.rank
 
 
 @validated("schedule.target")

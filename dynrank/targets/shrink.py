@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.linalg import effective_rank, energy_rank, numerical_rank
-from dynrank.targets.base import LayerState, Stepped, Target, up_to_multiple
+from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, Target, up_to_multiple
 
 
 @validated("schedule.target")
@@ -23,8 +23,8 @@ class Rank(Target):
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: layer.shrunk(self.rank) for name, layer in layers.items()}
 
-    def fault(self, highest: int) -> str | None:
-        return _too_high(self.rank, highest)
+    def starts(self) -> tuple[int, int]:
+        return self.rank, UNBOUNDED
 
 
 @validated("schedule.target")
@@ -53,8 +53,8 @@ class Towards(Target):
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: layer.shrunk(self._next(layer.rank, layer.final_rank)) for name, layer in layers.items()}
 
-    def fault(self, highest: int) -> str | None:
-        return _too_high(self.rank, highest) if self.step == 1 else None
+    def starts(self) -> tuple[int, int]:
+        return (self.rank if self.step == 1 else 1), UNBOUNDED  # the steps before may have come to the end
 
     def _next(self, rank: int, final_rank: int | None) -> int:
         """From the rank after ``step - 1`` steps, so that the start need not be remembered."""
@@ -137,9 +137,3 @@ class NumericalRank(BySpectrum):
 
     def wanted(self, values: Tensor) -> float:
         return numerical_rank(values, 1, self.tolerance)
-
-
-def _too_high(rank: int, highest: int) -> str | None:
-    if rank <= highest:
-        return None
-    return f"rank must be at most rank = {highest}, the highest at that stage, got {rank}"

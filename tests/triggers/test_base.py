@@ -96,39 +96,23 @@ def test_a_change_starts_the_history_anew(kind):
     assert run(used, seen[6:], 6, changes=False) == fresh
 
 
-@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize(
-    ("names", "values"),
+    ("kind", "wrong"),
     [
-        (("warmup_steps", "cooldown_steps"), (-1, 0.5, "1", None, True)),
-        (("patience", "window", "rank", "every"), (0, 1.5, "2", None, True)),
-        (("min_delta", "threshold"), (-0.1, float("nan"), float("inf"), "1%", None)),
-        (("share", "overlap"), (0, 1, -0.1, float("nan"), "5%", True)),
-        (("monitor", "train", "val"), ("", None, 3)),
-        (("mode",), ("least", None)),
+        (Plateau, {"warmup_steps": -1}),
+        (Plateau, {"monitor": ""}),
+        (Slope, {"window": 2}),
+        (Slope, {"min_delta": float("nan")}),
+        (Gap, {"threshold": 0}),
+        (Gap, {"mode": "least"}),
+        (TailEnergy, {"share": 1}),
+        (SubspaceStable, {"every": True}),
     ],
 )
-def test_a_wrong_value_is_named_with_its_key(kind, names, values):
-    for name in set(names) & {name for name in kind.__dataclass_fields__}:
-        for value in values:
-            with pytest.raises(ConfigurationError) as caught:
-                kind(**{name: value})
-            message = str(caught.value)
-            assert message.startswith(f"{name} must ")
-            assert f"got {value!r}; set schedule.trigger.{name}" in message
-
-
-@pytest.mark.parametrize(("kind", "options"), [(Slope, {"window": 2}), (Gap, {"threshold": 0})])
-def test_a_value_below_a_bound_of_its_own_is_named(kind, options):
-    (name,) = options
-    with pytest.raises(ConfigurationError, match=rf"{name} must .*schedule\.trigger\.{name}"):
-        kind(**options)
-
-
-def test_all_wrong_values_are_listed_and_an_unknown_one_gets_the_nearest():
-    with pytest.raises(ConfigurationError) as caught:
-        Plateau(patience=0, mode="least", min_dleta=1)
-    assert all(text in str(caught.value) for text in ("patience", "mode", "'min_dleta' is unknown; nearest: min_delta"))
+def test_a_wrong_value_is_named_with_its_key(kind, wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ConfigurationError, match=rf"^{name} must .*got {value!r}; set schedule\.trigger\.{name}$"):
+        kind(**wrong)
 
 
 def test_the_metric_may_be_given_first():

@@ -25,7 +25,7 @@ def fresh(rank=4):
 # TailEnergy
 
 
-@pytest.mark.parametrize(("rank", "tail"), [(1, 14 / 30), (2, 5 / 30), (3, 1 / 30), (4, 0.0), (9, 0.0)])
+@pytest.mark.parametrize(("rank", "tail"), [(1, 14 / 30), (3, 1 / 30), (9, 0.0)])
 def test_tail_energy_is_the_share_of_the_squares_beyond_the_rank(rank, tail):
     factors = {"layer": pair([4.0, 3.0, 2.0, 1.0])}
     squares = torch.linalg.svdvals(torch.matmul(*factors["layer"]))[:4].square()
@@ -44,7 +44,7 @@ def test_tail_energy_is_a_mean_over_layers_that_have_an_update():
 # SubspaceStable
 
 
-def turned(angle, rank=2):
+def turned(angle):
     """A product whose two leading right singular directions are turned out of their plane by ``angle``."""
     v = torch.eye(12, dtype=torch.float64)[:, :3].clone()
     v[:, 1] = torch.cos(torch.tensor(angle)) * v[:, 1] + torch.sin(torch.tensor(angle)) * torch.eye(12)[:, 5]
@@ -101,11 +101,9 @@ def test_trigger_never_fires_while_all_layers_are_fresh(trigger):
     assert not any(trigger.observe(step, {"a": fresh(), "b": fresh(2)}) for step in (50, 100, 150))
 
 
-@pytest.mark.parametrize("kind", [TailEnergy, SubspaceStable])
-@pytest.mark.parametrize("which", [0, 1])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_factor_that_is_not_finite_names_its_layer(kind, which, value):
+@pytest.mark.parametrize(("kind", "value"), [(TailEnergy, float("nan")), (SubspaceStable, float("inf"))])
+def test_factor_that_is_not_finite_names_its_layer(kind, value):
     diverged = pair([2.0, 1.0])
-    diverged[which][0, 0] = value
+    diverged[1][0, 0] = value
     with pytest.raises(ConfigurationError, match=r"'net\.2'.*must be finite.*optimizer\.lr"):
         kind(rank=1).observe(50, {"net.0": pair([2.0, 1.0]), "net.2": diverged})
