@@ -96,8 +96,10 @@ class AdapterConfig(BaseModel):
         )
 
         def first(pattern: Sequence[tuple[Any, Any]], name: str, default: Any) -> Any:
-            left = max(until - time.monotonic(), 1e-3)
-            return next((value for key, value in pattern if key.match(name, timeout=left)), default)
+            for key, value in pattern:
+                if key.match(name, timeout=max(until - time.monotonic(), 1e-3)):
+                    return value
+            return default
 
         found = {}
         try:

@@ -82,8 +82,9 @@ def gate_of(model: nn.Module) -> Gate:
 
     The model's class becomes a subclass of itself, of the same name, with two methods more, so that a call is counted
     until it ends, by whatever exception. Not counted are: calls that were under way when the gate was put there; calls
-    of a part of the model past the model itself, and compiled code of a module around it (see :func:`one_adapter`); a
-    model that ``torch.compile`` wraps, until the wrapper is what is given here. Copies and pickles have no gate.
+    of a part of the model past the model itself, and compiled code of a module around it (see :func:`one_adapter`);
+    and those of a wrapper that ``torch.compile`` made of the model before, unless the wrapper is what is given here.
+    Copies and pickles have no gate.
     """
     with _installing:
         inner = uncompiled(model)

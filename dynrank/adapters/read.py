@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -179,16 +179,21 @@ def _numbers_as_such(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _opened(folder: Path) -> Any:
-    file = folder / WEIGHTS_FILE
-    if not file.is_file():
+@contextmanager
+def _opened(folder: Path) -> Iterator[Any]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
         raise ConfigurationError(
             f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
         )
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"{str(file)!r} is not a whole safetensors file: {error}") from None
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(path.open("rb"))
+            # safetensors opens a path twice, for the header and for the numbers; by then it may name another file
+            file = stack.enter_context(safe_open(f"/dev/fd/{held.fileno()}", framework="pt"))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ConfigurationError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+        yield file
 
 
 def _tensor(file: Any, key: str, folder: Path) -> Tensor:

@@ -3,12 +3,16 @@
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import dynrank
 from dynrank.adapters import read
@@ -205,43 +209,46 @@ def test_a_reader_waits_for_the_second_file_of_a_writer(zoo, tmp_path):
     writer.join()
 
 
+WRITER = """
+import sys, dynrank, torch
+from torch import nn
+models = []
+for path in sys.argv[2:]:
+    models.append(dynrank.load_adapter(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), path))
+while True:
+    for model in models:
+        dynrank.save_adapter(model, sys.argv[1])
+"""
+
+
+def updates(adapter):
+    found = []
+    for name, layer in adapter.layers.items():
+        lora_B, lora_A = adapter.factors(name)
+        found.append(layer.scaling * lora_B @ lora_A)
+    return found
+
+
 def test_a_reader_beside_a_writer_never_sees_a_mixture(tmp_path):
     """Ranks and scalings change all the time; what is read is one of the adapters, update for update."""
-    from torch import nn
-
-    models, updates = [], []
+    sources = []
     for rank, alpha in ((1, 3), (4, 4), (4, 8), (2, 6)):
-        torch.manual_seed(rank)
         model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)), rank=rank, alpha=alpha)
         for layer in model:
             nn.init.normal_(layer.lora_B)
-        models.append(model)
-        updates.append([layer.delta_weight().detach() for layer in model])
-    dynrank.save_adapter(models[0], tmp_path)
-    stop, failures = threading.Event(), []
-
-    def write():
-        try:
-            while not stop.is_set():
-                for model in models:
-                    dynrank.save_adapter(model, tmp_path)
-        except Exception as error:
-            failures.append(error)
-
-    writer = threading.Thread(target=write)
-    writer.start()
-    seen = set()
-    until = time.monotonic() + 60
-    while len(seen) < len(models) or time.monotonic() < until - 57:  # all of them, and at least 3 seconds
-        adapter = dynrank.read_adapter(tmp_path)
-        found = []
-        for name, layer in adapter.layers.items():
-            lora_B, lora_A = adapter.factors(name)
-            found.append(layer.scaling * lora_B @ lora_A)
-        whose = [i for i, update in enumerate(updates) if all(map(torch.allclose, found, update))]
-        assert len(whose) == 1
-        seen.add(whose[0])
-        assert time.monotonic() < until
-    stop.set()
-    writer.join()
-    assert not failures
+        sources.append(tmp_path / f"{rank}-{alpha}")
+        dynrank.save_adapter(model, sources[-1])
+    expected = [updates(dynrank.read_adapter(source)) for source in sources]
+    shared, seen, until = tmp_path / "shared", Counter(), time.monotonic() + 120
+    dynrank.save_adapter(model, shared)
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, shared, *sources])
+    try:
+        while len(seen) < 4 or seen.total() - seen[3] < 400:  # the last one is what lies there until the writer starts
+            assert time.monotonic() < until
+            assert writer.poll() is None
+            found = updates(dynrank.read_adapter(shared))
+            (whose,) = (i for i, update in enumerate(expected) if all(map(torch.equal, found, update)))
+            seen[whose] += 1
+    finally:
+        writer.kill()
+        writer.wait()
