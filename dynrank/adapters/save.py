@@ -22,7 +22,7 @@ from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import refuse_peft
-from dynrank.output.whole_file import whole_file
+from dynrank.output.whole_file import whole_files
 
 __all__ = ["save_adapter", "target_modules", "trained_heads", "write_adapter"]
 
@@ -97,7 +97,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     """
     settings = AdapterConfig.model_validate(config).of_layers(sort_keys(tensors, folder)[0])
     metadata = {SETTINGS_DIGEST: digest(settings), "format": "pt"}
-    with whole_file(folder / CONFIG_FILE) as config_part, whole_file(folder / WEIGHTS_FILE) as weights_part:
+    with whole_files(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_part, config_part):
         config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(dict(tensors), weights_part, metadata=metadata)
         _sort_metadata(weights_part, metadata)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["PART", "whole_file"]
+__all__ = ["PART", "whole_file", "whole_files"]
 
 PART = ".part"
 
@@ -22,18 +22,31 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Raises:
         OSError: if the file cannot be brought to the disk or moved.
     """
-    path = Path(path)
-    part = path.with_name(path.name + PART)
-    try:
+    with whole_files(path) as (part,):
         yield part
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(part, path)
+
+
+@contextmanager
+def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
+    """The same for several files that belong together: all are on the disk before the first is moved.
+
+    So another process sees old files beside new ones for no longer than the moves take.
+    """
+    parts = {Path(path): Path(f"{path}{PART}") for path in paths}
+    try:
+        yield list(parts.values())
+        for part in parts.values():
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+        for path, part in parts.items():
+            os.replace(part, path)
     except BaseException:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
+        for part in parts.values():
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    for folder in {path.parent for path in parts}:
+        _sync_folder(folder)
 
 
 def _sync_folder(folder: Path) -> None:
