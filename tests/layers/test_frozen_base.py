@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
 from dynrank.errors import ConfigurationError
@@ -23,8 +22,8 @@ def adapted(seed=0, rank=2, **options):
     )
 
 
-def stripped(model, trained=()):
-    return without_base(model, model.state_dict(), trained)
+def stripped(model):
+    return without_base(model, model.state_dict(), trained=())
 
 
 def test_what_is_left_out_is_the_frozen_parameters_alone():
@@ -34,16 +33,6 @@ def test_what_is_left_out_is_the_frozen_parameters_alone():
     frozen = {"0.base.weight", "0.base.bias", "1.weight", "1.bias"}
     assert left_out(state) == frozen
     assert set(state) == (set(model.state_dict()) - frozen) | {MARK}
-
-
-def test_a_parameter_that_was_trained_before_stays_in_and_comes_back():
-    model = adapted()
-    nn.init.normal_(model[1].weight)
-    state = stripped(model, [model[1].weight])
-    assert "1.weight" in state
-    fresh = adapted()
-    fresh.load_state_dict(state)
-    assert torch.equal(fresh[1].weight, model[1].weight)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -124,22 +113,18 @@ def test_a_fingerprint_knows_shape_and_values_but_not_the_layout(shape, dtype, d
     known = fingerprint(values)
     assert known != fingerprint(values[None])
     assert values.ndim < 2 or known == fingerprint(values.mT.contiguous().mT)
+    with pytest.raises(ConfigurationError, match="meta"):
+        fingerprint(values.to("meta"))
     values.view(-1)[data.draw(st.integers(0, values.numel() - 1))] += 1
     assert values.numel() > SAMPLES or known != fingerprint(values)
 
 
-@pytest.mark.parametrize("part", [(slice(256 * i, 256 * (i + 1)), slice(None)) for i in range(16)])
+@pytest.mark.parametrize("part", range(16))
 def test_a_fingerprint_sees_all_parts_of_a_large_tensor(part):
     values = torch.zeros(4096, 512)
     known = fingerprint(values)
-    values[part] = 1
+    values[256 * part : 256 * (part + 1)] = 1
     assert fingerprint(values) != known
-    assert fingerprint(values.mT.contiguous().mT) == fingerprint(values)
-
-
-def test_a_base_without_values_is_refused():
-    with pytest.raises(ConfigurationError, match="meta"):
-        fingerprint(torch.empty(3, device="meta"))
 
 
 @pytest.mark.parametrize("mark", [None, {}, {"model": "x", "parameters": []}, "yes"])
@@ -156,22 +141,19 @@ def test_a_merged_model_has_no_base_left():
 def test_peft_model():
     def wrapped(seed=0, rank=4):
         torch.manual_seed(seed)
-        size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", modules_to_save=["lm_head"])
-        model = nn.ModuleDict({"net": get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=20, **size)), config)})
+        net = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20), nn.Linear(20, 5))
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["0", "1"], modules_to_save=["2"])
+        model = nn.ModuleDict({"net": get_peft_model(net, config)})
         follow_checkpoint_ranks(model)
         return model
 
-    model = wrapped()
+    model, fresh, x = wrapped(), wrapped(rank=2), torch.randn(4, 40)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter)
     state = stripped(model)
     assert all(".lora_" in key or ".modules_to_save." in key or key.endswith(MARK) for key in state)
-    fresh = wrapped(rank=2)
     fresh.load_state_dict(state)
-    ids = torch.arange(5)[None]
-    with torch.no_grad():
-        assert torch.equal(fresh["net"](input_ids=ids).logits, model["net"](input_ids=ids).logits)
+    assert torch.equal(fresh["net"](x), model["net"](x))
     with pytest.raises(ConfigurationError, match="other values"):
         wrapped(seed=1).load_state_dict(state)
