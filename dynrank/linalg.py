@@ -48,6 +48,11 @@ class RankChange:
     from_B: Tensor
     singular_values: Tensor
 
+    @property
+    def dropped(self) -> Tensor:
+        """The singular values that are gone; their norm is the error in the metric."""
+        return self.singular_values[self.lora_A.shape[0] :]
+
 
 def singular_values(
     lora_B: Tensor, lora_A: Tensor, *, gram_u: Tensor | None = None, gram_z: Tensor | None = None
