@@ -182,7 +182,7 @@ def test_shrink_to_a_rank_above_a_small_layers_shape_is_none():
 
 def test_contradictions_of_the_schedule_come_first_at_the_highest_rank_of_a_free_layer():
     net = model(rank=4, layer_0={"rank": 16, "pinned": True}, layer_1={"rank": 12, "final_rank": 6})
-    assert "at most rank = 4" in refusal(net, after_convergence(8))
+    assert "must be at least 8, got 4" in refusal(net, after_convergence(8))
     check_model(net, after_convergence(4), How(), RUN)
 
 
