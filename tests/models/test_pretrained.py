@@ -7,7 +7,6 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from dynrank.errors import ConfigurationError
 from dynrank.models import pretrained
-from dynrank.models.names import model_source
 from dynrank.models.pretrained import load_causal_lm, load_classifier, load_tokenizer, read_config
 
 
@@ -92,9 +91,3 @@ def test_body_that_does_not_fit_its_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
     with pytest.raises(ConfigurationError, match=r"mlp.*task\.model.*do not fit"):
         load_classifier(str(tmp_path), 3)
-
-
-def test_a_model_is_read_by_its_name_or_its_folder():
-    assert read_config("minilm").to_dict() | {"_name_or_path": ""} == (
-        read_config(model_source("minilm")).to_dict() | {"_name_or_path": ""}
-    )

@@ -94,15 +94,6 @@ def test_training_is_smoothed_and_with_dropout(task, module, optimizer):
     assert torch.equal(smoothed.training_step(batch, 0), F.cross_entropy(logits, batch["labels"], label_smoothing=0.5))
 
 
-def test_hyperparameters_are_plain_values(module):
-    def plain(value):
-        if isinstance(value, dict | list):
-            return all(map(plain, value.values() if isinstance(value, dict) else value))
-        return value is None or isinstance(value, str | int | float | bool)
-
-    assert plain(dict(module.hparams))
-
-
 ROWS = [("one", 10), ("two", 9), ("three", 10)]
 
 

@@ -5,18 +5,10 @@ import torch
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.optimizers import make_optimizer
+from dynrank.tasks.optimizers import ELSEWHERE, make_optimizer
 
-VALUES = {
-    "name": "AdamW",
-    "lr": 0.1,
-    "head_lr": 0.3,
-    "weight_decay": 0.0,
-    "warmup_steps": 10,
-    "decay": "warmup_stable_decay",
-    "decay_share": 0.25,
-    "options": {},
-}
+VALUES = {"name": "AdamW", "lr": 0.1, "head_lr": 0.3, "weight_decay": 0.0, "warmup_steps": 10}
+VALUES |= {"decay": "warmup_stable_decay", "decay_share": 0.25, "options": {}}
 
 
 def rates(**values):
@@ -55,7 +47,9 @@ def test_head_rate_keeps_its_proportion(decay):
         ({"name": "functional"}, "optimizer.name"),
         ({"name": "bitsandbytes.Lion8bit"}, "optimizer.name"),
         ({"name": "schedulefree.sys"}, "optimizer.name"),
-        ({"decay": "exponential"}, "optimizer.decay"),
+        ({"decay": "exponential"}, "'exponential'.*optimizer.decay"),
+        ({"warmup_steps": -1}, "-1.*optimizer.warmup_steps"),
+        ({"decay_share": 1.5}, "1.5.*optimizer.decay_share"),
         ({"options": {"momentum": 0.9}}, "momentum"),
         ({"lr": -1.0}, "learning rate"),
     ],
@@ -65,9 +59,7 @@ def test_unusable_value_is_refused(values, key):
         rates(**values)
 
 
-@pytest.mark.parametrize(
-    "name", ["bitsandbytes.Adam8bit", "bitsandbytes.AdamW8bit", "schedulefree.AdamWScheduleFree", "Adafactor", "Muon"]
-)
+@pytest.mark.parametrize("name", [*ELSEWHERE, "Adafactor", "Muon"])
 def test_optimizers_of_this_and_other_packages_are_made_by_name(name):
     adapter, head = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
     made = make_optimizer([adapter], [head], 100, **{**VALUES, "name": name, "warmup_steps": 0})
@@ -75,14 +67,9 @@ def test_optimizers_of_this_and_other_packages_are_made_by_name(name):
     assert [group["lr"] for group in made["optimizer"].param_groups] == [0.1, 0.3]
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "package"),
-    [
-        ("bitsandbytes.AdamW8bit", "bitsandbytes.optim", "bitsandbytes"),
-        ("schedulefree.AdamWScheduleFree", "schedulefree", "schedulefree"),
-    ],
-)
-def test_missing_package_is_an_error_that_says_what_to_install(name, module, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)  # as Python does for what cannot be imported
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_missing_package_is_an_error_that_says_what_to_install(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, ELSEWHERE[name], None)  # as Python does for what cannot be imported
+    package = name.partition(".")[0]
     with pytest.raises(ConfigurationError, match=rf"optimizer.name={name} .*pip install {package}"):
         rates(name=name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dynrank.errors import ConfigurationError
@@ -39,17 +39,16 @@ def pairs_by_split(data: Any, columns: tuple[str, str], kind: Any) -> dict[str, 
     Raises:
         ConfigurationError: if a split or a column is missing, or a row cannot be used.
     """
-    splits: Mapping[str, Any] | Callable[[], Any] = data() if callable(data) else data
+    splits: Any = data() if callable(data) else data
     if not isinstance(splits, Mapping) or not splits.keys() >= {*SPLITS}:
         found = sorted(splits) if isinstance(splits, Mapping) else splits
         raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {found!r:.200}; set data")
     pairs = {split: _pairs(splits[split], columns) for split in SPLITS}
     for split, rows in pairs.items():
-        wrong = [row for row in rows if not _is_pair(row, kind)]
-        if wrong or not rows:
-            got, kind = (f"{wrong[0]!r:.200}" if wrong else "none"), getattr(kind, "__name__", kind)
-            wanted = f"a {columns[0]} (str) and its {columns[1]} ({kind})"
-            raise ConfigurationError(f"rows of {split} must be {wanted}, got {got}; set data")
+        wrong = [row for row in rows or ["no row"] if not _is_pair(row, kind)]
+        if wrong:
+            wanted = f"a {columns[0]} (str) and its {columns[1]} ({getattr(kind, '__name__', kind)})"
+            raise ConfigurationError(f"rows of {split} must be {wanted}, got {wrong[0]!r:.200}; set data")
     return pairs
 
 

@@ -29,7 +29,7 @@ def write(path, rows):
 
 
 def read(train, val=None, test=None, **values):
-    settings = {"columns": NAMES, "val_share": 0.1, "test_share": 0.2, "seed": 0, **values}
+    settings = {"columns": NAMES, "share": 0.2, "seed": 0, **values}
     return pairs_by_split(from_files(train, val, test, **settings), ("text", "label"), str)
 
 
@@ -44,7 +44,7 @@ def test_every_row_of_a_file_is_in_one_split(kind, tmp_path, monkeypatch):
     splits = read(write(tmp_path / f"rows.{kind}", ROWS))
     assert sorted(sum(splits.values(), [])) == pairs(ROWS)
     assert {split: len(rows) for split, rows in splits.items()} == pytest.approx(
-        {"train": 140, "val": 20, "test": 40}, abs=15
+        {"train": 120, "val": 40, "test": 40}, abs=15
     )
     assert not home.exists()
 
