@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
+from dynrank import __version__
 from dynrank.commands.exits import usage_errors
 from dynrank.output.console import quiet_imports
 from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME
-from dynrank.run.sweep.run import run_in_sweep
-from dynrank.run.sweep.table import table_at_end
+from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # as torchrun, srun and Lightning set them
+PATHS = ("rank_map.file", "ckpt_path", "task.model")  # relative to where the user stands
 
 
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
@@ -29,13 +32,28 @@ def _train(config: DictConfig) -> float | None:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     record = partial(_record, OmegaConf.create(OmegaConf.to_container(config)), folder)
+    _find_paths(config)
     if hydra_config.mode == RunMode.MULTIRUN:
         return run_in_sweep(config, folder, record)
-    from dynrank.run.job import run  # torch and transformers load here, so that --help need not wait for them
-
     with usage_errors():  # here, too: Hydra prints a line of its own for what gets out
-        run(config, folder, record=record)
+        try:
+            from dynrank.run.job import run  # torch and transformers load here, so that --help need not wait for them
+
+            run(config, folder, record=record)
+        finally:
+            if folder != Path.cwd():
+                with suppress(OSError):  # not empty: the run was not refused
+                    folder.rmdir()
     return None
+
+
+def _find_paths(config: DictConfig) -> None:
+    """Make paths absolute where hydra.job.chdir has moved this process away from where the user stands."""
+    for key in PATHS:
+        value = OmegaConf.select(config, key)
+        path = Path(get_original_cwd(), str(value))
+        if value is not None and Path.cwd() != Path(get_original_cwd()) and path.exists():
+            OmegaConf.update(config, key, str(path))
 
 
 def _record(config: Any, folder: Path) -> None:
@@ -49,7 +67,10 @@ def _record(config: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    """Entry point; see :func:`dynrank.commands.exits.usage_errors` for the exit codes."""
+    """Entry point; :func:`dynrank.commands.exits.usage_errors` has the exit codes."""
+    if "--version" in sys.argv[1:]:  # else Hydra prints its own
+        print(f"dynrank {__version__}")
+        return
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed and turned into exit code 1
     if any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS):
         # the first process writes the run's files; the time of day in the name of its folder may be another one here

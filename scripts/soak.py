@@ -29,7 +29,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dynrank import compose, lora_layers
 from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler, RunMeter
-from dynrank.run.job import _quiet, build
+from dynrank.run.job import build
+from dynrank.run.trainer import quiet_training
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At
@@ -87,7 +88,7 @@ def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
 
 def soak(overrides: Sequence[str], *, minutes: float, steps: int | None, every: int, folder: Path) -> list[Sample]:
     """Train, changing ranks every so many steps, for so long; returns what was read."""
-    _quiet()
+    quiet_training()
     last = steps or int(minutes * 60 * FASTEST)
     stages = [Stage(At(step=at), ROUND[i % len(ROUND)]) for i, at in enumerate(range(every, last, every))]
     config = compose(["schedule=fixed", "task.batch_size=8", "plots=false", *overrides])

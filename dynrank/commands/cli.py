@@ -7,10 +7,16 @@ from typing import Annotated
 
 import typer
 
+from dynrank import __version__
 from dynrank.commands.exits import usage_errors
 from dynrank.output.console import quiet_imports
 
+# Each command imports what it needs when it is called, so that --help need not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as for dynrank-train")]
+Adapter = Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")]
+Out = Annotated[Path, typer.Option(help="Folder to write; new or empty")]
 
 
 def _whole(text: str) -> int:
@@ -27,15 +33,25 @@ def _decimal(text: str) -> float:
         raise typer.BadParameter(f"must be a number, got {text!r}") from None
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"dynrank {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def dynrank() -> None:
+def dynrank(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version")
+    ] = False,
+) -> None:
     """LoRA adapters whose rank changes while they train. Training itself: dynrank-train."""
     quiet_imports()
 
 
 @app.command()
 def ranks(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as for dynrank-train")] = None,
+    overrides: Overrides = None,
     peft: Annotated[bool, typer.Option("--peft", help="Print the LoraConfig of PEFT that starts as this run")] = False,
 ) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
@@ -65,8 +81,8 @@ def plan(
 
 @app.command()
 def squeeze(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
-    out: Annotated[Path, typer.Option(help="Folder to write; new or empty")],
+    adapter: Adapter,
+    out: Out,
     rank: Annotated[
         int | None, typer.Option(parser=_whole, metavar="N", help="Rank of every layer that has more")
     ] = None,
@@ -89,38 +105,37 @@ def squeeze(
     """Compress a PEFT adapter to lower ranks; give one of --rank, --energy and --budget."""
     from dynrank.adapters.squeeze import squeeze_adapter
     from dynrank.output.change_table import change_table
-    from dynrank.output.console import table_console
+    from dynrank.output.console import print_facts, print_table
 
     layers = squeeze_adapter(adapter, out, rank=rank, energy=energy, budget=budget, lowest=lowest, multiple=multiple)
-    table_console().print(change_table("squeezed adapter", layers))
+    print_table(change_table("squeezed adapter", layers))
     before = sum(layer.parameters_before for layer in layers)
     after = before - sum(layer.parameters_saved for layer in layers)
-    print(f"parameters       {before:,} → {after:,} ({after / before:.1%})")
-    print(f"files            {out}")
+    print_facts({"parameters": f"{before:,} → {after:,} ({after / before:.1%})", "files": out})
 
 
 @app.command()
 def merge(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
+    adapter: Adapter,
     model: Annotated[str, typer.Option(help="Folder, hub name or short name of the model that it was trained on")],
-    out: Annotated[Path, typer.Option(help="Folder to write; new or empty")],
+    out: Out,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
     import transformers
 
     from dynrank.adapters.merging import merge_adapter
+    from dynrank.output.console import print_facts
 
     transformers.logging.set_verbosity_error()  # "newly initialized": the adapter holds the head
     transformers.logging.disable_progress_bar()
     merged = merge_adapter(adapter, model, out)
-    print(f"merged           {merged.layers} layers into {merged.kind}, {str(merged.dtype).removeprefix('torch.')}")
-    print(f"parameters       {merged.parameters:,}")
-    print(f"files            {out}")
+    into = f"{merged.layers} layers into {merged.kind}, {str(merged.dtype).removeprefix('torch.')}"
+    print_facts({"merged": into, "parameters": f"{merged.parameters:,}", "files": out})
 
 
 @app.command()
 def inspect(
-    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")],
+    adapter: Adapter,
     plot: Annotated[Path | None, typer.Option(help="Picture of the singular values to write: FILE.png")] = None,
 ) -> None:
     """Show each layer of a PEFT adapter: rank, scaling, singular values, and how many directions hold its energy."""
@@ -143,7 +158,7 @@ def sweep(
     plot: Annotated[bool, typer.Option(help="Draw sweep.png, too")] = True,
 ) -> None:
     """Print what the runs of a sweep came to, mean and deviation over seeds; write it to sweep.csv and sweep.png."""
-    from dynrank.run.sweep.report import show_sweep
+    from dynrank.run.sweep.table import show_sweep
 
     show_sweep(folder, plot=plot)
 

@@ -6,13 +6,12 @@ from pprint import pformat
 from typing import Any
 
 from omegaconf import DictConfig
-from rich.table import Table
 
 from dynrank.adapters.config import make_config
 from dynrank.adapters.save import target_modules, trained_heads
 from dynrank.driver.bounds import final_parameters, final_ranks
 from dynrank.layers.finding import own_layers
-from dynrank.output.console import span, table_console
+from dynrank.output.console import empty_table, print_table, span
 from dynrank.run.job import build
 
 
@@ -24,43 +23,29 @@ def print_ranks(config: DictConfig) -> None:
     """
     job = build(config, on_meta=True)
     model: Any = job.module.model
-    layers = own_layers(model)
-    final = final_ranks(model, job.scheduler.driver.stages)
-    table = Table(title="LoRA layers of the composed run")
-    table.add_column("layer", overflow="fold", min_width=20)
-    for heading in ("d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters"):
-        table.add_column(heading, justify="right", overflow="fold")
-    table.add_column("rule", overflow="fold")
+    layers, final = own_layers(model), final_ranks(model, job.scheduler.driver.stages)
+    headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters")
+    table = empty_table("LoRA layers of the composed run", *headings, "rule", texts=["rule"])
     start = 0
     for name, layer in layers.items():
-        (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
+        d_out, d_in = layer.lora_B.shape[0], layer.lora_A.shape[1]
         width = d_out + d_in
-        start += rank * width
-        pinned = " (pinned)" if layer.pinned else ""
+        start += layer.rank * width
         table.add_row(
             name,
             f"{d_out} x {d_in}",
-            str(rank),
-            f"{span(final[name])}{pinned}",
+            str(layer.rank),
+            span(final[name]) + (" (pinned)" if layer.pinned else ""),
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",
-            f"{rank * width:,}",
-            span([end * width for end in final[name]]),
+            f"{layer.rank * width:,}",
+            span([rank * width for rank in final[name]]),
             layer.rule or "lora.rank",
         )
     table.add_section()
-    table.add_row(
-        f"{len(layers)} layers",
-        "",
-        "",
-        "",
-        "",
-        "",
-        f"{start:,}",
-        span(final_parameters(model, job.scheduler.driver.stages)),
-        "",
-    )
-    table_console().print(table)
+    end = span(final_parameters(model, job.scheduler.driver.stages))
+    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{start:,}", end, "")
+    print_table(table)
 
 
 def print_peft_config(config: DictConfig) -> None:

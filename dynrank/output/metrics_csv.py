@@ -7,31 +7,30 @@ from pathlib import Path
 
 from dynrank.errors import ConfigurationError
 
-__all__ = ["metric_names", "series"]
+__all__ = ["Series", "read_metrics"]
+
+Series = tuple[list[int], list[float]]
+"""Optimizer steps, and the value of a metric at each of them."""
 
 
-def series(metrics_file: Path, name: str) -> tuple[list[int], list[float]]:
-    """Optimizer steps and values of a metric in a run's metrics.csv, those steps that have one.
+def read_metrics(file: Path) -> dict[str, Series]:
+    """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out.
 
     Raises:
-        ConfigurationError: if a row holds something else than numbers there; it names the line.
+        ConfigurationError: if the file cannot be read, or a cell is no number; it names the line.
     """
-    steps, values = [], []
-    with metrics_file.open(newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            if row.get(name):
-                try:
-                    steps.append(int(row["step"]))
-                    values.append(float(row[name]))
-                except (KeyError, TypeError, ValueError):
-                    raise ConfigurationError(
-                        f"{str(metrics_file)!r} must hold numbers as step and {name!r}, line {reader.line_num} does not"
-                    ) from None
-    return steps, values
-
-
-def metric_names(metrics_file: Path) -> list[str]:
-    """Names of the columns of a run's metrics.csv but for the step, those without a value among them."""
-    with metrics_file.open(newline="", encoding="utf-8") as file:
-        return [name for name in csv.DictReader(file).fieldnames or () if name != "step"]
+    metrics: dict[str, Series] = {}
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            rows = csv.DictReader(opened)
+            for row in rows:
+                step = int(row.pop("step"))
+                for name, number in [(name, float(cell)) for name, cell in row.items() if cell]:
+                    steps, values = metrics.setdefault(name, ([], []))
+                    steps.append(step)
+                    values.append(number)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {str(file)!r}: {error.strerror or error}") from None
+    except (KeyError, TypeError, ValueError):
+        raise ConfigurationError(f"{str(file)!r} must hold numbers, line {rows.line_num} does not") from None
+    return metrics

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
 from torch import nn
@@ -24,7 +23,7 @@ from dynrank.models.sizes import storage_bytes, tensors_of
 from dynrank.planner.base_weights import DTYPES, set_weights, without_values
 from dynrank.planner.optimizer import optimizer_state_bytes
 from dynrank.planner.step import CountingMode, count_step, token_batch
-from dynrank.run.config import plain, rank_pattern
+from dynrank.run.config import make, plain, rank_pattern
 
 __all__ = ["Need", "Plan", "make_plan"]
 
@@ -200,7 +199,7 @@ def _of_model(asked: Question) -> _Build:
 
 
 def _of_task(config: DictConfig) -> _Build:
-    task = instantiate(config.task, _convert_="all")
+    task = make(config.task, "task")
 
     def build(rank: int) -> tuple[PreTrainedModel, list[str]]:
         model: Any = task.module(_lora(config, rank), plain(config.optimizer), on_meta=True).model

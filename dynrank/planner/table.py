@@ -7,10 +7,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 from rich.table import Table
 
-from dynrank.errors import ConfigurationError
 from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import span, table_console
-from dynrank.output.picture import check_plot
+from dynrank.output.picture import check_plot, save_plot
 from dynrank.planner.plan import Need, Plan, make_plan
 
 __all__ = ["show_plan"]
@@ -80,7 +79,7 @@ def _print_best(plan: Plan, budget: int, checkpointing: bool) -> None:
 
 def _draw(plan: Plan, file: Path) -> None:
     """Draw the bytes by rank as stacked bars, with the budget."""
-    from dynrank.output.plots import plot_memory  # matplotlib is an extra
+    from dynrank.output.plots import memory_figure  # matplotlib is an extra
 
     bars = {}
     for need in plan.needs:
@@ -88,10 +87,7 @@ def _draw(plan: Plan, file: Path) -> None:
         parts["rest of the step"] = need.step - need.activations
         bars[_rank(need) + ("\nckpt" if need.checkpointing else "")] = parts
     title = f"{plan.model}, base in {plan.weights}\nbatch {plan.batch[0]} x {plan.batch[1]} tokens, {plan.optimizer}"
-    try:
-        plot_memory(bars, plan.budget, title, file)
-    except OSError as error:
-        raise ConfigurationError(f"cannot write --plot {str(file)!r}: {error.strerror or error}") from None
+    save_plot(memory_figure(bars, plan.budget, title), file)
 
 
 def _mebibytes(size: int) -> str:

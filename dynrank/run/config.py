@@ -1,4 +1,4 @@
-"""Names and types of a run's configuration; the values stand in ``conf/``."""
+"""Names and types of a run's configuration, whose values stand in ``conf/``; and the objects that it names."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from typing import Any
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
 from dynrank.rank_map import load_rank_map, parse_rank_map, parse_rules
+from dynrank.run.overrides import check_keys, overrides_explained
 
 CONFIG_MODULE, CONFIG_NAME = "dynrank.conf", "train"
 
@@ -101,9 +104,34 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME) -> DictConfi
     Args:
         overrides: in Hydra's syntax, such as ``["lora.rank=8", "schedule=fixed"]``.
         name: of the file in ``conf/``; ``plan`` is what ``dynrank plan`` composes.
+
+    Raises:
+        ConfigurationError: if an override cannot be used.
     """
-    with initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        return hydra_compose(name, overrides=list(overrides))
+    with overrides_explained(), initialize_config_module(CONFIG_MODULE, version_base="1.3"):
+        config = hydra_compose(name, overrides=list(overrides))
+    check_keys(config)
+    return config
+
+
+def make(node: Any, key: str) -> Any:
+    """The object that the ``_target_`` of the configuration node at ``key`` makes.
+
+    Raises:
+        ConfigurationError: if there is no ``_target_``, it cannot be imported, or it does not take its arguments.
+    """
+    target = node.get("_target_") if isinstance(node, DictConfig) else None
+    if not isinstance(target, str) or not target:
+        raise ConfigurationError(f"_target_ must name what {key} makes, got {target!r}; set {key}._target_")
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        arguments = isinstance(cause, ImportError | TypeError | ValueError | InstantiationException)
+        if not arguments or isinstance(cause, ConfigurationError):
+            raise cause from error  # what the class itself says
+        said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
+        raise ConfigurationError(f"{key}: {target} cannot be made: {said}; set {key}") from error
 
 
 def rank_pattern(config: DictConfig) -> dict[str, Any]:

@@ -1,20 +1,32 @@
-"""The folder of a run: a new one for each, or the one of an interrupted run that goes on where it stands.
+"""The folder of a run: a new one for each, or that of an interrupted run which goes on there.
 
-Of a run that goes on in its folder, ``metrics.csv`` is set aside as ``metrics.earlier.csv`` until it ends, since
-Lightning writes that file from its beginning.
+While a run goes on in its folder, ``metrics.csv`` from before is set aside as ``metrics.earlier.csv``, since Lightning
+writes that file from its beginning.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import os
-from contextlib import suppress
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dynrank.errors import ConfigurationError
+import yaml
+
+from dynrank.errors import ConfigurationError, read_as
+from dynrank.output.whole_file import PART, whole_file
+from dynrank.run.summary import SUMMARY
 
 METRICS, EARLIER, PREDICTIONS = "metrics.csv", "metrics.earlier.csv", "rank_predictions.csv"
-HISTORY = "rank_history.csv"
+HISTORY, LOCK = "rank_history.csv", ".lock"
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """Where the run in ``folder`` keeps its last checkpoint."""
+    return folder / "checkpoints" / "last.ckpt"
 
 
 def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
@@ -31,18 +43,38 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
         )
     if ckpt_path != "last":
         return Path(ckpt_path) if ckpt_path is not None else None
-    path = folder / "checkpoints" / "last.ckpt"
+    path = last_checkpoint(folder)
     if not path.is_file():
         raise ConfigurationError(
             f"ckpt_path=last: {str(folder)!r} holds no run with a checkpoint; set hydra.run.dir to the folder of the "
             "run that is to go on, or ckpt_path=null to begin one"
         )
-    if (folder / "summary.json").exists():
+    if (folder / SUMMARY).exists():
         raise ConfigurationError(
             f"ckpt_path=last: the run in {str(folder)!r} has ended; to train on, set hydra.run.dir to a new folder and "
             f"ckpt_path={path}"
         )
     return path
+
+
+@contextmanager
+def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
+    """Hold ``folder`` against other processes while a run is made there.
+
+    Args:
+        folder: of a new run; or of one that goes on.
+        goes_on_from: optimizer steps of the checkpoint that it goes on from; what was recorded of later ones is taken
+            out of the tables.
+
+    Raises:
+        ConfigurationError: if another process holds it, or a new run finds another one there.
+    """
+    if goes_on_from is None:
+        claim(folder)
+    with _locked(folder):
+        if goes_on_from is not None:
+            take_up(folder, goes_on_from)
+        yield
 
 
 def claim(folder: Path) -> None:
@@ -61,25 +93,28 @@ def claim(folder: Path) -> None:
 
 
 def release(folder: Path) -> None:
-    """Let a new run :func:`claim` the ``folder`` of one that was killed before its first checkpoint."""
-    place = folder / "checkpoints"
-    if not place.exists():
+    """Let a new run :func:`claim` the ``folder`` of one that was killed before its first checkpoint.
+
+    Raises:
+        ConfigurationError: if that run is still alive.
+    """
+    checkpoints = folder / "checkpoints"
+    if not checkpoints.exists():
         return
-    for file in (*(folder / name for name in (METRICS, EARLIER, PREDICTIONS, HISTORY)), *place.glob("*.part")):
-        file.unlink(missing_ok=True)
-    with suppress(OSError):  # not empty: it is no folder that such a run leaves, and claim says so
-        place.rmdir()
+    with _locked(folder):
+        names = (METRICS, EARLIER, PREDICTIONS, HISTORY)
+        for file in (*(folder / name for name in names), *checkpoints.glob(f"*{PART}")):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: no such run has left this folder, and claim will say so
+            checkpoints.rmdir()
 
 
 def take_up(folder: Path, step: int) -> None:
     """Leave in the tables of ``folder`` what was recorded before ``step``, where its run goes on."""
-    for name, kept in ((METRICS, EARLIER), (PREDICTIONS, PREDICTIONS)):
-        if (folder / name).exists():
-            before = _read(folder / kept) if kept != name else []
-            rows = [row for row in _joined(before, _read(folder / name)) if int(row["step"]) < step]
-            _write(folder / kept, rows)
-            if kept != name:
-                (folder / name).unlink()
+    metrics = _joined(_read(folder / EARLIER), _read(folder / METRICS))
+    for name, rows in ((EARLIER, metrics), (PREDICTIONS, _read(folder / PREDICTIONS))):
+        _write(folder / name, [row for row in rows if int(row["step"]) < step])
+    (folder / METRICS).unlink(missing_ok=True)
 
 
 def join(folder: Path) -> None:
@@ -89,13 +124,48 @@ def join(folder: Path) -> None:
         (folder / EARLIER).unlink()
 
 
+def read_overrides(folder: Path) -> list[str] | None:
+    """What the run in ``folder`` was given on the command line, as Hydra writes it; None: not recorded.
+
+    Raises:
+        ConfigurationError: if the file cannot be read, or is no list of texts.
+    """
+    file = folder / ".hydra" / "overrides.yaml"
+    if not file.exists():
+        return None
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigurationError(f"{str(file)!r} cannot be read: {error!s:.200}") from None
+    return read_as(list[str], found, str(file))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock in ``folder``; whatever ends this process lets go of it."""
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigurationError(
+                f"{str(folder)!r} is in use by {file.read() or 'another process'}; wait for its end, or set "
+                "hydra.run.dir (of a sweep hydra.sweep.dir) to another folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
 def _joined(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of both; of two that say the same of one step (a validation made again), the later one."""
-    rows: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in [*before, *after]:
-        names = sorted(name for name, value in row.items() if value)
-        rows[row["step"], row.get("layer", ""), *names] = row
-    return list(rows.values())
+    """Rows of both, without those of ``before`` that ``after`` has again: of a validation that was repeated."""
+
+    def subject(row: dict[str, str]) -> tuple[str, ...]:
+        return (row["step"], *sorted(name for name, value in row.items() if value))
+
+    again = {subject(row) for row in after}
+    return [row for row in before if subject(row) not in again] + after
 
 
 def _read(path: Path) -> list[dict[str, str]]:
@@ -106,10 +176,12 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write a table; one without rows goes, so that who adds the first row writes the headings, too."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
     names = list(dict.fromkeys(name for row in rows for name in row if name))
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    os.replace(part, path)

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from lightning.pytorch import LightningModule
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.frozen_base import check_base, left_out
+from dynrank.run.config import plain
+
+_STRICT = ConfigDict(strict=True, extra="ignore")
+
+
+@dataclass(config=_STRICT)
+class _TrainerLimits:
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
+    val_check_interval: Annotated[int | float, Field(gt=0)] = 1.0
+
+
+@dataclass(config=_STRICT)
+class _LoraLimits:
+    rank: Annotated[int, Field(ge=1)]
+
+
+@dataclass(config=_STRICT)
+class _Limits:
+    lora: _LoraLimits
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's generator takes no more
+    checkpoint_every: Annotated[int, Field(ge=1)]
+    trainer: _TrainerLimits
 
 
 def check_run(config: DictConfig) -> None:
@@ -19,42 +44,38 @@ def check_run(config: DictConfig) -> None:
     Raises:
         ConfigurationError: naming the value and its key.
     """
-    leasts = {"lora.rank": 1, "seed": 0, "checkpoint_every": 1, "trainer.accumulate_grad_batches": 1}
-    for key, least in leasts.items():
-        value = OmegaConf.select(config, key)
-        if not isinstance(value, int) or value < least:
-            raise ConfigurationError(f"{key} must be an int of at least {least}, got {value!r}")
-    if config.seed >= 2**32:  # NumPy's generator takes no more
-        raise ConfigurationError(f"seed must be below 2**32, got {config.seed}")
-    steps = config.trainer.get("max_steps", -1)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < -1:
-        raise ConfigurationError(f"trainer.max_steps must be an int of at least 0, or -1 (no end), got {steps!r}")
-    if config.trainer.get("devices", 1) is None:
+    trainer = plain(config.trainer)
+    numbers = {key: plain(config[key]) for key in ("lora", "seed", "checkpoint_every", "trainer")}
+    read_as(_Limits, numbers, "the configuration")
+    if trainer.get("devices", 1) is None:
         raise ConfigurationError(
             "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "
             "--ntasks-per-node only; start dynrank-train by srun in such a job, or set trainer=ddp"
         )
-    strategy = config.trainer.get("strategy", "auto")
+    strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
         raise ConfigurationError(
             f"trainer.strategy={strategy} trains in processes whose results do not all come back; set it to ddp"
         )
-    fsdp2 = isinstance(strategy, DictConfig) and str(strategy.get("_target_")).endswith(".ModelParallelStrategy")
+    fsdp2 = isinstance(strategy, dict) and str(strategy.get("_target_")).endswith(".ModelParallelStrategy")
     if fsdp2 and strategy.get("save_distributed_checkpoint", True):
         raise ConfigurationError(
             "trainer.strategy.save_distributed_checkpoint=true writes folders with pickled parts, which ckpt_path does "
             "not take; set it to false"
         )
-    interval = config.trainer.get("val_check_interval", 1.0)
-    if not isinstance(interval, int | float) or interval <= 0:
-        raise ConfigurationError(f"trainer.val_check_interval must be a number above 0, got {interval!r}")
 
 
-def check_monitors(monitors: Iterable[str], logged: Sequence[str]) -> None:
-    """Refuse names that the task never logs.
+def check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:
+    """Refuse names of metrics that the task never measures.
+
+    Args:
+        monitors: what the schedule watches.
+        logged: what the task logs in training and validation.
+        objective: what a sweeper is told.
+        final: what the task measures at the final weights.
 
     Raises:
-        ConfigurationError: naming them and what is logged.
+        ConfigurationError: naming them and what there is.
     """
     unknown = [name for name in monitors if name not in logged]
     if unknown:
@@ -62,16 +83,8 @@ def check_monitors(monitors: Iterable[str], logged: Sequence[str]) -> None:
             f"a schedule must watch a logged metric, got {unknown}; logged: {sorted(logged)}; "
             "set schedule.trigger.monitor or schedule.check_monitor"
         )
-
-
-def check_objective(name: str | None, measured: Sequence[str]) -> None:
-    """Refuse a name that the task does not measure at the final weights.
-
-    Raises:
-        ConfigurationError: naming it and what is measured.
-    """
-    if name is not None and name not in measured:
-        raise ConfigurationError(f"objective must be null or one of {sorted(measured)}, got {name!r}")
+    if objective is not None and objective not in final:
+        raise ConfigurationError(f"objective must be null or one of {sorted(final)}, got {objective!r}")
 
 
 def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
@@ -85,7 +98,8 @@ def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: 
         optimizer = checkpoint["hyper_parameters"]["optimizer"]["name"]
     except (KeyError, TypeError):
         optimizer = "unknown"
-    missing = {"optimizer_states", "loops", "callbacks", "pytorch-lightning_version"} - checkpoint.keys()
+    needed = {"optimizer_states", "loops", "callbacks", "global_step", "pytorch-lightning_version"}
+    missing = {name for name in needed if checkpoint.get(name) is None}
     if missing or optimizer != config.optimizer.name:
         raise ConfigurationError(
             f"the checkpoint {path!r} lacks {sorted(missing)} or was made with optimizer.name={optimizer}; "

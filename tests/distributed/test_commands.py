@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.output.metrics_csv import series
+from dynrank.output.metrics_csv import read_metrics
 from dynrank.run import job
 from dynrank.tasks.data.stdlib import stdlib_functions
 from dynrank.tasks.language_modeling import LanguageModeling
@@ -257,8 +257,7 @@ def test_means_over_two_processes_count_each_token_once(tiny_llama, tmp_path):
     assert codes == [0], printed
     tested = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
     assert tested["test/loss"] == pytest.approx(math.log(tested["test/perplexity"]), rel=1e-5)
-    losses, perplexities, bleu = (
-        series(tmp_path / "run" / "metrics.csv", f"val/{name}")[1] for name in ("loss", "perplexity", "bleu")
-    )
+    metrics = read_metrics(tmp_path / "run" / "metrics.csv")
+    losses, perplexities, bleu = (metrics[f"val/{name}"][1] for name in ("loss", "perplexity", "bleu"))
     assert len(losses) == len(bleu) == 4  # two of them at the drop
     assert losses == pytest.approx([math.log(perplexity) for perplexity in perplexities], rel=1e-5)

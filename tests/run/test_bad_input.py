@@ -1,7 +1,6 @@
 """What a user may get wrong on the command line: one message naming value and key, exit code 2, nothing left behind."""
 
-import re
-import sys
+from pathlib import Path
 
 import pytest
 from torch import nn
@@ -11,30 +10,7 @@ import dynrank
 from dynrank import train
 from dynrank.commands import cli
 
-
-@pytest.fixture
-def launch(monkeypatch, tmp_path, capsys):
-    """Run an entry point in this process, from an empty folder; returns (exit code, what it wrote to stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)  # the tests themselves may be a job
-
-    def call(main, *arguments):
-        monkeypatch.setattr(sys, "argv", [main.__module__, *arguments])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main() sets it; undone with the fixture
-        with pytest.raises(SystemExit) as caught:
-            main()
-        return caught.value.code, capsys.readouterr().err
-
-    return call
-
-
-def write(name, text):
-    with open(name, "w") as file:
-        file.write(text)
-
-
 RULES = {
-    "absent.yaml": None,
     "not_yaml.yaml": "rank_pattern: {query: [",
     "field.yaml": "rank_pattern: {query: {rnak: 8}}",
     "unmatched.yaml": "rank_pattern: {quary: 8}",
@@ -45,10 +21,12 @@ RULES = {
 }
 CASES = [
     # (overrides, what the message must name)
-    (["schedule.finl_rank=8"], ["schedule.finl_rank"]),
-    (["shedule=fixed"], ["shedule"]),
-    (["schedule=null"], ["NoneType", "schedule=fixed"]),
+    (["+rank=8"], ["rank is no key", "lora.rank"]),
     (["lora.rank=abc"], ["abc", "lora.rank"]),
+    (
+        ["seed=-1", "checkpoint_every=0", "trainer.val_check_interval=0"],
+        ["seed", "checkpoint_every", "val_check_interval"],
+    ),
     (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
     (["lora.rank=0"], ["0", "lora.rank"]),
     (["lora.rank=385"], ["385", "384", "lora.rank"]),
@@ -70,50 +48,9 @@ CASES = [
     (["schedule.trigger.patience=0"], ["patience", "0"]),
     (["schedule.trigger.mode=lowest"], ["lowest", "schedule.trigger.mode"]),
     (["schedule.metric=los"], ["los", "schedule.metric"]),
-    (["+logger.x={_target_: os.system}"], ["os.system"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
     (["trainer=fsdp2", "trainer.strategy.save_distributed_checkpoint=true"], ["trainer.strategy.save_distributed"]),
-]
-
-
-@pytest.mark.parametrize(("overrides", "named"), CASES, ids=lambda value: " ".join(value))
-def test_train_refuses(launch, tmp_path, overrides, named):
-    for name, text in RULES.items():
-        if text is not None:
-            write(name, text)
-    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
-    assert code == 2
-    assert "Traceback" not in message
-    for text in named:
-        assert text in message, message
-    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".ckpt", ".safetensors", ".csv")]
-
-
-@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"}])
-def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert, monkeypatch, environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    if environment:  # started by torchrun
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
-    sweep = ["--multirun", "hydra.sweep.dir=sweep", "lora.rank=16,24"]
-    code, message = launch(train.main, *sweep, "debug=smoke", *several)
-    assert code == 2
-    assert "--multirun cannot make a run of 2 processes" in message
-    assert "Traceback" not in message
-    assert not list(tmp_path.rglob("checkpoints"))
-
-
-def test_strategy_is_refused_before_other_processes_start(launch, tiny_bert):
-    strategy = ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"]
-    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", f"task.model={tiny_bert}", *strategy)
-    assert code == 2
-    assert "set tensor_parallel_size=1" in message
-
-
-SCHEDULES = [
     (["schedule.gauge=free"], ["free", "schedule.gauge"]),
     (["schedule.trigger.monitor=''"], ["schedule.trigger.monitor"]),
     (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
@@ -139,17 +76,19 @@ SCHEDULES = [
 ]
 
 
-@pytest.mark.parametrize(("overrides", "named"), SCHEDULES, ids=lambda value: " ".join(value))
-def test_schedule_is_refused_before_weights_load(launch, monkeypatch, overrides, named):
+@pytest.mark.parametrize(("overrides", "named"), CASES, ids=lambda value: " ".join(value))
+def test_train_refuses_before_weights_load(launch, monkeypatch, overrides, named):
     def load(*_, **__):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
-    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)  # the tests themselves may be a job
+    for name, text in RULES.items():
+        Path(name).write_text(text)
+    code, _, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
     assert code == 2
-    assert "Traceback" not in message
-    for text in named:
-        assert text in message, message
+    assert all(text in message for text in named), message
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize(
@@ -157,23 +96,55 @@ def test_schedule_is_refused_before_weights_load(launch, monkeypatch, overrides,
     [
         (["optimizer.name=Adagrad"], ["Adagrad", "optimizer.name", "schedule.optimizer_state=reset"]),
         (["optimizer.name=Adamw"], ["Adamw", "optimizer.name"]),
+        (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
+        (["+trainer.max_step=3"], ["max_step", "set trainer"]),
+        (
+            ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"],
+            ["tensor_parallel_size=1"],
+        ),
     ],
     ids=lambda value: " ".join(value),
 )
-def test_train_refuses_what_only_the_run_shows(launch, overrides, named):
-    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", "schedule.deadline=null", *overrides)
+def test_train_refuses_what_only_the_run_shows(launch, tiny_bert, overrides, named):
+    tiny = [f"task.model={tiny_bert}", "lora.rank=8", "schedule.final_rank=4", "schedule.deadline=null"]
+    code, _, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *tiny, *overrides)
     assert code == 2
-    assert "Traceback" not in message
-    for text in named:
-        assert text in message, message
+    assert all(text in message for text in named), message
+    assert not list(Path("run").rglob("*.csv"))
+
+
+@pytest.mark.parametrize("environment", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "GROUP_RANK": "0"}])
+def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if environment:  # started by torchrun
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]
+    sweep = ["--multirun", "hydra.sweep.dir=sweep", "lora.rank=16,24"]
+    code, _, message = launch(train.main, *sweep, "debug=smoke", *several)
+    assert (code, "--multirun cannot make a run of 2 processes" in message) == (2, True)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+def test_train_refuses_a_folder_that_holds_a_run(launch):
+    Path("run/checkpoints").mkdir(parents=True)
+    kept = Path("run/metrics.csv")
+    kept.write_text("step\n1\n")
+    code, _, message = launch(train.main, "debug=smoke", "hydra.run.dir=run")
+    assert (code, "hydra.run.dir" in message, kept.read_text()) == (2, True, "step\n1\n")
 
 
 @pytest.mark.parametrize("overrides", [["lora.rank=0"], ["rank_map.rules=['quary=8']"], ["nonsense=1"]], ids=str)
 def test_ranks_refuses_as_the_run_would(launch, overrides):
-    code, message = launch(cli.main, "ranks", *overrides)
+    code, _, message = launch(cli.main, "ranks", *overrides)
     assert code == 2
-    assert message.startswith("error: ")
-    assert re.search(r"lora\.rank|quary|nonsense", message)
+    assert any(name in message for name in ("lora.rank", "quary", "nonsense"))
+
+
+def test_unknown_command_and_option_exit_with_2(launch):
+    for main, argument in [(cli.main, "rnaks"), (cli.main, "--frobnicate"), (train.main, "--frobnicate")]:
+        assert launch(main, argument)[0] == 2
 
 
 @pytest.fixture
@@ -210,19 +181,17 @@ def test_squeeze_refuses(launch, tmp_path, options, named):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "notes.txt").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
-    code, message = launch(cli.main, "squeeze", "adapter", *([] if "--out" in options else ["--out", "out"]), *options)
+    out = [] if "--out" in options else ["--out", "out"]
+    code, _, message = launch(cli.main, "squeeze", "adapter", *out, *options)
     assert code == 2
-    assert "Traceback" not in message
-    for text in named:
-        assert text in message, message
+    assert all(text in message for text in named), message
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", [["squeeze", "absent", "--rank", "2", "--out", "out"], ["inspect", "absent"]])
 def test_squeeze_and_inspect_refuse_a_folder_without_adapter(launch, tmp_path, command):
-    code, message = launch(cli.main, *command)
-    assert code == 2
-    assert message.startswith("error: cannot read the adapter 'absent")
+    code, _, message = launch(cli.main, *command)
+    assert (code, "absent" in message) == (2, True)
     assert not list(tmp_path.iterdir())
 
 
@@ -230,22 +199,5 @@ def test_squeeze_and_inspect_refuse_a_folder_without_adapter(launch, tmp_path, c
 @pytest.mark.usefixtures("adapter")
 def test_inspect_refuses_a_picture_that_cannot_be_written(launch, tmp_path, plot):
     (tmp_path / "folder.png").mkdir()
-    code, message = launch(cli.main, "inspect", "adapter", "--plot", plot)
-    assert code == 2
-    assert "--plot" in message
-    assert plot in message
-
-
-def test_train_refuses_a_folder_that_holds_a_run(launch, tmp_path):
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    kept = tmp_path / "run" / "metrics.csv"
-    kept.write_text("step\n1\n")
-    code, message = launch(train.main, "debug=smoke", "hydra.run.dir=run")
-    assert (code, kept.read_text()) == (2, "step\n1\n")
-    assert "hydra.run.dir" in message
-
-
-def test_unknown_command_and_option_exit_with_2(launch):
-    assert launch(cli.main, "rnaks")[0] == 2
-    assert launch(cli.main, "ranks", "--frobnicate")[0] == 2
-    assert launch(train.main, "--frobnicate")[0] == 2
+    code, _, message = launch(cli.main, "inspect", "adapter", "--plot", plot)
+    assert (code, "--plot" in message, plot in message) == (2, True, True)

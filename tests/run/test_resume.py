@@ -1,115 +1,136 @@
-"""A run killed with SIGKILL and resumed ends bit-equal to one that was never stopped: real processes, real model."""
+"""A run that is stopped, by whatever signal, and goes on ends bit-equal to one that was never stopped."""
 
 import csv
 import os
-import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-STEPS = 24
-# the drop comes at step 9 of 24; a checkpoint every 2 steps, a validation every 4
-SETTINGS = ["debug=smoke", f"trainer.max_steps={STEPS}", "schedule.deadline=0.34", "checkpoint_every=2", "plots=false"]
-SETTINGS += ["optimizer.warmup_steps=2", "schedule.rewarmup_steps=4"]
+import dynrank
+from dynrank import train
+from dynrank.errors import ConfigurationError
+from dynrank.run import job
+
+STEPS, DROP = 120, 60
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Experiment logs directory")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory, run_command):
-    folder = tmp_path_factory.mktemp("whole")
-    done = run_command("dynrank-train", *SETTINGS, "hydra.run.dir=run", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder / "run"
+def settings(tiny_bert):
+    settings = ["debug=smoke", f"task.model={tiny_bert}", f"trainer.max_steps={STEPS}", "checkpoint_every=4"]
+    settings += ["lora.rank=6", "schedule.final_rank=2", f"schedule.deadline={DROP / STEPS}", "plots=false"]
+    return [*settings, "trainer.enable_progress_bar=false"]
 
 
-def started(folder):
-    command = [str(Path(sys.executable).parent / "dynrank-train"), *SETTINGS, "hydra.run.dir=killed"]
-    # 4 steps a second and more: slow enough to hit a certain step
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """The folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job.run(dynrank.compose(settings), folder)
+    return folder
+
+
+def stopped(settings, number, after):
+    """Send a signal to a run in ./run once its checkpoint holds ``after`` steps; returns its exit code and stderr."""
+    same = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "dynrank.train", *settings, "hydra.run.dir=run"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **same},
     )  # fmt: skip
+    try:
+        while saved_step(Path("run/checkpoints/last.ckpt")) < after:
+            assert child.poll() is None, child.stderr.read()
+            time.sleep(0.01)
+        child.send_signal(number)
+        return child.communicate(timeout=200)[1], child.returncode
+    finally:
+        child.kill()
 
 
 def saved_step(file):
-    try:
-        return torch.load(file, weights_only=True)["global_step"]
-    except FileNotFoundError:
-        return -1
+    return torch.load(file, weights_only=True)["global_step"] if file.exists() else -1
 
 
-def kill_after_step(folder, step):
-    """SIGKILL a fresh run at a random moment once its checkpoint holds at least ``step`` steps."""
-    process = started(folder)
-    file = folder / "killed" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 120
-    while saved_step(file) < step:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "no checkpoint in two minutes"
-        time.sleep(0.02)
-    time.sleep(random.uniform(0, 0.3))
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return file
+def table(path, metric=None):
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [(row["step"], row[metric]) for row in rows if row[metric]] if metric else rows
 
 
-def rows(folder, name):
-    with (folder / name).open(newline="") as file:
-        return list(csv.DictReader(file))
+def assert_same(folder, whole):
+    """Weights, optimizer and files of two runs are equal bit by bit."""
+    one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (folder, whole))
+    assert one["global_step"] == two["global_step"] == STEPS
+    tensors = {name: value for name, value in two["state_dict"].items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(one["state_dict"][name], value) for name, value in tensors.items())
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
+    for index, state in states[1].items():
+        assert all(torch.equal(states[0][index][key], value) for key, value in state.items())
+    for name in ("adapter/adapter_model.safetensors", "rank_history.csv", "final_ranks.yaml"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("after", [2, 10], ids=["before the drop", "after the drop"])
-def test_killed_run_resumes_to_the_same_bits(uninterrupted, tmp_path, run_command, after):
-    file = kill_after_step(tmp_path, after)
-    done = run_command("dynrank-train", *SETTINGS, "hydra.run.dir=resumed", f"ckpt_path={file}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    whole, resumed = (
-        torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (uninterrupted, tmp_path / "resumed")
-    )
-    assert whole["global_step"] == resumed["global_step"] == STEPS
-    assert whole["state_dict"].keys() == resumed["state_dict"].keys()
-    for name, value in whole["state_dict"].items():
-        if isinstance(value, torch.Tensor):  # of the base no more is there than a mark to know it by
-            assert torch.equal(value, resumed["state_dict"][name]), name
-    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (whole, resumed)]
-    for index, state in states[0].items():
-        for key, value in state.items():
-            assert torch.equal(value, states[1][index][key]), (index, key)
+@pytest.mark.parametrize(
+    ("number", "after", "code"),
+    [(signal.SIGKILL, DROP + 4, -9), (signal.SIGTERM, 4, 0), (signal.SIGINT, 4, 130)],
+    ids=["killed after the drop", "SIGTERM before it", "Ctrl-C before it"],
+)
+def test_stopped_run_goes_on_in_its_folder_to_the_same_bits(launch, settings, whole, number, after, code):
+    said, returned = stopped(settings, number, after)
+    assert returned == code, said
+    if number != signal.SIGKILL:
+        reason = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+        step, file = re.search(rf"{reason}: stopped after step (\d+); go on with ckpt_path=(\S+)", said).groups()
+        assert saved_step(Path(file)) == int(step)
+    hydra = {path.name: path.read_text() for path in Path("run/.hydra").iterdir()}
+    assert hydra.keys() == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    code, _, message = launch(train.main, *settings, "seed=1", "hydra.run.dir=run")
+    assert (code, "holds a run already" in message) == (2, True)
+    assert {path.name: path.read_text() for path in Path("run/.hydra").iterdir()} == hydra
+
+    code, printed, message = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=last")
+    assert (code, message) == (0, "")
+    assert re.search(r"goes on from +step \d+ of ", printed)
+    assert_same(Path("run"), whole)
+    assert Path("run/rank_predictions.csv").read_bytes() == (whole / "rank_predictions.csv").read_bytes()
+    for metric in ("train/loss", "val/loss"):
+        assert table(Path("run/metrics.csv"), metric) == table(whole / "metrics.csv", metric)
+    code, _, message = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=last")
+    assert (code, "has ended" in message) == (2, True)
+
+
+def test_a_run_from_the_end_of_another_only_tests_and_exports(launch, settings, whole):
+    file = whole / "checkpoints" / "last.ckpt"
+    code, _, message = launch(train.main, *settings, "hydra.run.dir=again", f"ckpt_path={file}")
+    assert (code, message) == (0, "")
     adapter = "adapter/adapter_model.safetensors"
-    assert (uninterrupted / adapter).read_bytes() == (tmp_path / "resumed" / adapter).read_bytes()
-    assert rows(uninterrupted, "rank_history.csv") == rows(tmp_path / "resumed", "rank_history.csv")
+    assert (whole / adapter).read_bytes() == Path("again", adapter).read_bytes()
 
 
-def test_resuming_twice_from_one_checkpoint_gives_the_same_run(uninterrupted, tmp_path, run_command):
-    file = uninterrupted / "checkpoints" / "last.ckpt"  # the end: nothing is left to train, test and export remain
-    for name in ("first", "second"):
-        done = run_command("dynrank-train", *SETTINGS, f"hydra.run.dir={name}", f"ckpt_path={file}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    adapters = [
-        (f / "adapter/adapter_model.safetensors").read_bytes()
-        for f in (uninterrupted, tmp_path / "first", tmp_path / "second")
-    ]
-    assert adapters[0] == adapters[1] == adapters[2]
+def test_a_checkpoint_of_another_model_is_an_error(launch, settings, whole):
+    last = f"ckpt_path={whole / 'checkpoints' / 'last.ckpt'}"
+    code, _, said = launch(train.main, *settings, "lora.target_modules=attention", "hydra.run.dir=run", last)
+    assert (code, "of another model" in said) == (2, True)
+    assert not Path("run").exists()
 
 
-def test_a_checkpoint_of_another_model_is_an_error(uninterrupted, tmp_path, run_command):
-    file = uninterrupted / "checkpoints" / "last.ckpt"
-    other = [*SETTINGS, "lora.target_modules=attention", "hydra.run.dir=run", f"ckpt_path={file}"]
-    done = run_command("dynrank-train", *other, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "of another model" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_only_errors_of_restoring_are_blamed_on_the_checkpoint(settings, whole, tmp_path, monkeypatch):
+    def fit(trainer, *_, **__):
+        raise error
 
-
-def test_a_broken_checkpoint_is_an_error(uninterrupted, tmp_path, run_command):
-    whole = (uninterrupted / "checkpoints" / "last.ckpt").read_bytes()
-    broken = tmp_path / "broken.ckpt"
-    broken.write_bytes(whole[: len(whole) // 2])
-    done = run_command("dynrank-train", *SETTINGS, "hydra.run.dir=run", f"ckpt_path={broken}", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "broken.ckpt" in done.stderr
-    assert "Traceback" not in done.stderr
+    config = dynrank.compose([*settings, f"ckpt_path={whole / 'checkpoints' / 'last.ckpt'}"])
+    monkeypatch.setattr(job.Trainer, "fit", fit)
+    for number, error in enumerate([KeyError("mine"), RuntimeError("CUDA error"), torch.OutOfMemoryError("full")]):
+        with pytest.raises(type(error)) as caught:
+            job.run(config.copy(), tmp_path / str(number))
+        assert not isinstance(caught.value, ConfigurationError)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
 import dynrank
 from dynrank.models.pretrained import load_tokenizer
-from dynrank.output.metrics_csv import series
+from dynrank.output.metrics_csv import read_metrics
 from dynrank.tasks.language_modeling import LanguageModel
 
 MODULES = "[base64,csv,gzip,heapq,pprint,queue,random,shutil,statistics,textwrap]"
@@ -70,11 +70,11 @@ def test_code_experiment_measures_right_before_and_right_after_the_drop_and_at_t
     with (code_runs["code_32_to_16"] / "rank_history.csv").open(newline="") as file:
         (drop,) = {int(row["step"]) for row in csv.DictReader(file)}
     for name in ("val/bleu", "val/exact_match", "val/parses", "val/loss"):
-        steps, values = series(code_runs["code_32_to_16"] / "metrics.csv", name)
+        steps, values = read_metrics(code_runs["code_32_to_16"] / "metrics.csv")[name]
         assert steps == [3, 7, drop, drop, 11]  # those after a batch have its index
         assert all(math.isfinite(value) for value in values)
     assert values[2] != values[3]
-    assert series(code_runs["code_fixed_16"] / "metrics.csv", "val/bleu")[0] == [3, 7, 11]
+    assert read_metrics(code_runs["code_fixed_16"] / "metrics.csv")["val/bleu"][0] == [3, 7, 11]
 
 
 def test_adapter_of_the_code_experiment_is_the_trained_one_everywhere(code_runs, tiny_llama):

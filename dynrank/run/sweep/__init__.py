@@ -1,1 +1,1 @@
-"""Many runs, and the table of them."""
+"""Several runs of one configuration, and what they came to."""

@@ -1,61 +1,204 @@
-"""The table at the end of a sweep, whether all its runs have ended well or not."""
+"""The table and the picture of a sweep, made from what its runs have left in their folders."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import csv
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from statistics import fmean, stdev
 
-from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
+from rich.markup import escape
+from rich.table import Table
 
-from dynrank.output.console import quiet_imports
-from dynrank.run.sweep.report import show_sweep
+from dynrank.errors import ConfigurationError
+from dynrank.output.console import empty_table, print_facts, print_table
+from dynrank.output.whole_file import whole_file
+from dynrank.run.folder import HISTORY, read_overrides
+from dynrank.run.summary import SUMMARY, Summary, read_summary
+
+__all__ = ["FAULT", "TABLE", "Arm", "SweepRun", "arms", "read_sweep", "show_sweep"]
+
+FAULT = "error.txt"  # in the folder of a run that failed: the error in one line, then its traceback
+TABLE, PICTURE = "sweep.csv", "sweep.png"
+_REPEATED = ("seed", "ckpt_path")  # overrides that make no other setting
+_SHOWN = {  # result -> (heading, unit, format); beside test metrics
+    "gap": ("gap", 1.0, ".4f"),
+    "adapter_parameters": ("adapter parameters", 1.0, ",.0f"),
+    "adapter_bytes": ("adapter: MiB", 2**20, ",.2f"),
+    "gradient_bytes": ("gradients: MiB", 2**20, ",.2f"),
+    "optimizer_bytes": ("optimizer: MiB", 2**20, ",.2f"),
+    "step_seconds": ("step: ms", 1e-3, ",.1f"),
+}
 
 
-class SweepFolder(Callback):
-    """Remembers where a sweep is made: Hydra tells its callbacks alone.
-
-    The table is not made in ``on_multirun_end``, which Hydra calls only where no run failed, and whose errors it turns
-    into warnings.
+@dataclass(frozen=True)
+class SweepRun:
+    """What one run of a sweep says of itself.
 
     Attributes:
-        begun: folder, and whether to draw, of the sweep that this process is making.
+        folder: of the run.
+        overrides: key -> value that it was started with, as text.
+        results: of its test, of other data at the end (``final/…``), ``gap``, ``adapter_parameters``,
+            ``adapter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and ``step_seconds``, as far as its summary.json
+            has them; empty if it has not ended.
+        fault: why it has no results.
     """
 
-    begun: ClassVar[tuple[Path, bool] | None] = None
+    folder: Path
+    overrides: dict[str, str]
+    results: dict[str, float]
+    fault: str | None = None
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        quiet_imports()  # of sweepers
-        SweepFolder.begun = Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True))
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed alone.
+
+    Attributes:
+        setting: override -> value, of those that differ between arms.
+        runs: all of them, ended or not.
+    """
+
+    setting: dict[str, str]
+    runs: list[SweepRun]
+
+    @property
+    def ended(self) -> int:
+        return sum(run.fault is None for run in self.runs)
+
+    def values(self, name: str) -> list[float]:
+        return [run.results[name] for run in self.runs if name in run.results]
+
+    def mean(self, name: str) -> float | None:
+        return fmean(self.values(name)) if self.values(name) else None
+
+    def deviation(self, name: str) -> float | None:
+        """Standard deviation of the sample; None of fewer than two values."""
+        return stdev(self.values(name)) if len(self.values(name)) > 1 else None
 
 
-@contextmanager
-def table_at_end() -> Iterator[None]:
-    """Show the table of the sweep that was made within, if it was one; after an interruption, how to go on."""
-    SweepFolder.begun = None
+def read_sweep(folder: Path) -> list[SweepRun]:
+    """The runs of the sweep in ``folder``, in the order of their numbers; not those that were refused at their start.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    folders = [file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")]
+    found = [run for run in folders if any((run / name).exists() for name in (SUMMARY, FAULT, HISTORY))]
+    if not found:
+        raise ConfigurationError(f"{str(folder)!r} must be the folder of a sweep (hydra.sweep.dir); it holds no run")
+    return [_read_run(run) for run in sorted(found, key=_order)]
+
+
+def arms(runs: Sequence[SweepRun]) -> list[Arm]:
+    """Put runs together whose overrides differ in ``seed`` alone, ascending where all that differs are numbers."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.overrides if key not in _REPEATED))
+    varied = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
+    members: dict[tuple[str, ...], list[SweepRun]] = {}
+    for run in runs:
+        members.setdefault(tuple(run.overrides.get(key, "") for key in varied), []).append(run)
     try:
-        yield
-    except Exception:
-        if SweepFolder.begun is not None:
-            _show_beside_error(*SweepFolder.begun)
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        if SweepFolder.begun is not None:
-            where = SweepFolder.begun[0]
-            print(f"go on with the same arguments and hydra.sweep.dir={where} ckpt_path=last", file=sys.stderr)
-        raise
-    if SweepFolder.begun is not None:
-        show_sweep(SweepFolder.begun[0], plot=SweepFolder.begun[1])
+        settings = sorted(members, key=lambda setting: [float(text) for text in setting])
+    except ValueError:
+        settings = list(members)
+    return [Arm(dict(zip(varied, setting, strict=True)), members[setting]) for setting in settings]
 
 
-def _show_beside_error(folder: Path, plot: bool) -> None:
-    """Show what there is; nothing, if the sweep was refused as a whole."""
+def show_sweep(folder: Path, *, plot: bool = True) -> None:
+    """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result.
+
+    Raises:
+        ConfigurationError: if there is no run, or ``plot`` is asked for without matplotlib.
+    """
+    runs = read_sweep(folder)
+    if plot and find_spec("matplotlib") is None:
+        raise ConfigurationError("the picture needs matplotlib: pip install 'dynrank[plots]', or add --no-plot")
+    names = list(dict.fromkeys(name for run in runs for name in run.results))
+    if names:
+        made = arms(runs)
+        print_table(_table(made, names))
+        _write(folder / TABLE, made, names)
+        print_facts({"table": folder / TABLE})
+        if plot:
+            _draw(folder / PICTURE, made, names)
+            print_facts({"plot": folder / PICTURE})
+    for run in runs:
+        if run.fault is not None:
+            given = " ".join(f"{key}={value}" for key, value in run.overrides.items())
+            print_facts({"no result": f"{run.folder} ({given}): {run.fault}"})
+
+
+def _read_run(folder: Path) -> SweepRun:
+    pairs = (text.lstrip("+~").partition("=") for text in read_overrides(folder) or ())
+    overrides = {key: value for key, _, value in pairs}
     try:
-        if not folder.exists():
-            return
-        show_sweep(folder, plot=plot)
-    except Exception as error:  # none takes the place of the one that ended the sweep, which is raised next
-        print(f"no table of the sweep: {type(error).__name__}: {error}", file=sys.stderr)
+        return SweepRun(folder, overrides, _results(read_summary(folder)))
+    except FileNotFoundError:
+        fault = folder / FAULT
+        said = f"failed: {fault.read_text(encoding='utf-8').splitlines()[0]}" if fault.exists() else "has not ended"
+        return SweepRun(folder, overrides, {}, said)
+    except ConfigurationError as error:  # one broken file hides no other run
+        return SweepRun(folder, overrides, {}, " ".join(str(error).split()))
+
+
+def _results(summary: Summary) -> dict[str, float]:
+    final = {f"final/{name}": value for name, value in summary.final.items()}
+    held = {f"{part.removesuffix('s')}_bytes": count for part, count in summary.bytes.items()}
+    one = {"gap": summary.gap, "adapter_parameters": summary.parameters["adapter"], **held}
+    results = {**summary.test, **final, **one, "step_seconds": summary.step_seconds}
+    return {name: float(value) for name, value in results.items() if value is not None}
+
+
+def _order(folder: Path) -> list[tuple[int, int, str]]:
+    """Numbers in a path by their value."""
+    parts = re.split(r"(\d+)", str(folder))
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
+
+
+def _shown(names: Sequence[str]) -> dict[str, tuple[str, float, str]]:
+    """Of the results ``names`` those for the table and the picture, with heading, unit and format."""
+    return {name: _SHOWN.get(name, (name, 1.0, ".4f")) for name in names if name in _SHOWN or name.startswith("test/")}
+
+
+def _table(made: Sequence[Arm], names: Sequence[str]) -> Table:
+    shown = _shown(names)
+    several = any(arm.ended > 1 for arm in made)
+    title = "mean ± standard deviation over seeds" if several else "runs of the sweep"
+    table = empty_table(title, *made[0].setting, "runs", *(heading for heading, _, _ in shown.values()))
+    for arm in made:
+        count = f"{arm.ended}" if arm.ended == len(arm.runs) else f"{arm.ended} of {len(arm.runs)}"
+        cells = [_cell(arm, name, unit, digits) for name, (_, unit, digits) in shown.items()]
+        table.add_row(*map(escape, arm.setting.values()), count, *cells)  # [query,value] is no markup
+    return table
+
+
+def _cell(arm: Arm, name: str, unit: float, digits: str) -> str:
+    mean, deviation = arm.mean(name), arm.deviation(name)
+    if mean is None:
+        return "-"
+    spread = f" ± {deviation / unit:{digits}}" if deviation else ""  # parameters are the same in every seed
+    return f"{mean / unit:{digits}}{spread}"
+
+
+def _write(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
+    with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        columns = [column for name in names for column in (name, f"{name}_sd")]
+        writer.writerow([*made[0].setting, "runs", "without_result", *columns])
+        for arm in made:
+            numbers = [number for name in names for number in (arm.mean(name), arm.deviation(name))]
+            writer.writerow([*arm.setting.values(), arm.ended, len(arm.runs) - arm.ended, *numbers])
+
+
+def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
+    from dynrank.output.plots import arms_figure  # matplotlib is an extra
+
+    panels = {
+        heading: [[value / unit for value in arm.values(name)] for arm in made]
+        for name, (heading, unit, _) in _shown(names).items()
+    }
+    settings = [list(arm.setting.values()) for arm in made]
+    arms_figure(settings, ", ".join(made[0].setting), panels).savefig(file)

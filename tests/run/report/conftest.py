@@ -90,15 +90,12 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self._open.append(tag)
-        if tag in ("th", "td", "caption", "title", "pre", "code", "text", "p", "h1"):
+        if tag in ("th", "td", "caption", "pre", "code", "p", "h1"):
             self.texts.setdefault(tag, []).append("")
         if tag == "tr":
             self.tables.setdefault(self.texts["caption"][-1], []).append([])
         elif tag in ("th", "td"):
             self.tables[self.texts["caption"][-1]][-1].append("")
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self._open, f"</{tag}> closes nothing"

@@ -1,0 +1,114 @@
+"""What a run leaves at its end: the adapter, its ranks as a rank map, summary.json and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from dynrank.adapters.save import save_adapter
+from dynrank.callbacks import RankEvent, RunMeter
+from dynrank.layers.finding import adapter_parameters, lora_layers
+from dynrank.models.sizes import storage_bytes
+from dynrank.output.whole_file import whole_file
+from dynrank.rank_map import RankRule, dump_rank_map
+from dynrank.run.folder import join
+from dynrank.run.report.page import write_report
+from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
+
+__all__ = ["export", "final_rank_map", "held_bytes", "summarise"]
+
+FINAL = "final/"  # before the names of what a test measures on other data than the test's
+
+
+def summarise(
+    model: nn.Module,
+    history: Iterable[RankEvent],
+    metrics: Mapping[str, float],
+    meter: RunMeter,
+    held: dict[str, int],
+    seconds: float,
+) -> Summary:
+    """The contents of summary.json.
+
+    Args:
+        model: as it is exported.
+        history: changes of rank.
+        metrics: of the test; those that begin with ``final/`` are of training and validation data, at the end.
+        meter: of the training.
+        held: as :func:`held_bytes` returns it, from before the test.
+        seconds: of the whole run.
+    """
+    final = {name.removeprefix(FINAL): float(value) for name, value in metrics.items() if name.startswith(FINAL)}
+    both = final.keys() >= {"train/loss", "val/loss"}
+    phases = [phase for phase in meter.phases if phase.train_seconds]
+    return Summary(
+        test={name: float(value) for name, value in metrics.items() if not name.startswith(FINAL)},
+        final=final,
+        gap=final["val/loss"] - final["train/loss"] if both else None,
+        final_ranks={name: layer.rank for name, layer in lora_layers(model)},
+        changes=[{"step": event.step, "reason": event.reason, "undone": event.undone} for event in history],
+        parameters={
+            "adapter": sum(factor.numel() for factor in adapter_parameters(model)),
+            "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "total": sum(p.numel() for p in model.parameters()),
+        },
+        bytes=held,
+        seconds=seconds,
+        step_seconds=meter.step_seconds,
+        tokens_per_second=meter.tokens_per_second,
+        peak_memory_bytes=meter.peak_memory_bytes,
+        phases=[PhaseSummary(**asdict(phase), tokens_per_second=phase.tokens_per_second) for phase in phases],
+    )
+
+
+def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
+    """Bytes of the tensors that training needs beside the frozen model, at the ranks of now.
+
+    Returns:
+        ``adapter``, the factors of all LoRA layers; ``gradients``, as many as all trained parameters have, those of a
+        head included; ``optimizer``, its state.
+    """
+    state = [value for optimizer in optimizers for value in tree_leaves(list(optimizer.state.values()))]
+    return {
+        "adapter": sum(factor.nbytes for factor in adapter_parameters(model)),
+        "gradients": sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad),
+        "optimizer": storage_bytes(value for value in state if isinstance(value, Tensor)),
+    }
+
+
+def export(model: nn.Module, summary: Summary, folder: Path, *, rslora: bool, config: str | None) -> None:
+    """Write the files of a run that has ended into ``folder``, summary.json after all that it stands for.
+
+    Args:
+        model: with LoRA layers.
+        summary: of the run.
+        folder: of the run.
+        rslora: whether the run's scaling started at alpha / sqrt(rank).
+        config: of the run as YAML, for its report; None: no report and no pictures.
+    """
+    join(folder)
+    save_adapter(model, folder / "adapter")
+    with whole_file(folder / "final_ranks.yaml") as part:
+        part.write_text(final_rank_map(model, rslora), encoding="utf-8")
+    write_summary(summary, folder)
+    report = write_report(folder, config) if config is not None else None
+    print_summary(summary, folder, report)
+
+
+def final_rank_map(model: nn.Module, rslora: bool) -> str:
+    """The text of an override file that starts a run at the ranks and scalings that ``model`` has now.
+
+    Args:
+        model: with LoRA layers.
+        rslora: whether that run's scaling starts at alpha / sqrt(rank).
+    """
+    rules = {
+        name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
+        for name, layer in lora_layers(model)
+    }
+    return dump_rank_map(rules)

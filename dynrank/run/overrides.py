@@ -1,0 +1,106 @@
+"""What is wrong with a user's overrides, in one line: Hydra's errors in our words, and keys that nothing reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from difflib import SequenceMatcher
+from typing import Any
+
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
+
+from dynrank.errors import ConfigurationError
+
+PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
+_TYPES = {"int": "an int", "float": "a number", "bool": "true or false", "str": "a text", "None": "null"}
+
+
+@contextmanager
+def overrides_explained() -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise within the block into a ConfigurationError of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigurationError(_explanation(error)) from error
+    except ValueError as error:
+        if not _raised_by_hydra(error):
+            raise
+        raise ConfigurationError(
+            f"{error}; a group takes a name, such as schedule=fixed (--help lists them)"
+        ) from error
+
+
+def check_keys(config: DictConfig) -> None:
+    """Refuse keys that ``+key=value`` has put where nothing reads them.
+
+    Groups whose ``_target_`` names a class take any key here: the class itself refuses what it does not know.
+
+    Raises:
+        ConfigurationError: naming the first one and the nearest keys.
+    """
+    for key in _unread(config):
+        raise ConfigurationError(_unknown(key, config))
+
+
+def _unread(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys of nodes with a dataclass as their type that are none of its fields."""
+    kind = OmegaConf.get_type(node)
+    if kind is None or not is_dataclass(kind):
+        return
+    known = {field.name for field in fields(kind)}
+    for name, child in _children(node):
+        if name not in known:
+            yield f"{prefix}{name}"
+        elif child is not None:
+            yield from _unread(child, f"{prefix}{name}.")
+
+
+def _explanation(error: HydraException | OmegaConfBaseException) -> str:
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
+        key, parent = str(cause.full_key), cause.parent_node
+        advice = "" if is_dataclass(OmegaConf.get_type(parent)) else f"; to pass a new one on, write +{key}=..."
+        return _unknown(key, parent._get_root()) + advice
+    if isinstance(cause, ValidationError) and is_dataclass(cause.object_type):
+        wanted = next(field.type for field in fields(cause.object_type) if field.name == cause.key)
+        words = " or ".join(_TYPES.get(word, word) for word in str(wanted).split(" | "))
+        return f"{cause.full_key} must be {words}, got {cause.value!r}"
+    missing = isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith(PLUGINS)
+    return f"{error}\nit comes with pip install 'dynrank[sweep]'" if missing else str(error)
+
+
+def _unknown(key: str, config: Any) -> str:
+    name = key.rpartition(".")[2]
+
+    def likeness(other: str) -> float:
+        last = other.rpartition(".")[2]
+        return 2 * SequenceMatcher(None, name, last).ratio() + SequenceMatcher(None, key, other).ratio()
+
+    known = {other for other in _keys(config) if not other.startswith("hydra")} - {key}
+    near = sorted(known, key=likeness, reverse=True)[:3]
+    return f"{key} is no key of the configuration; nearest: {', '.join(near)}"
+
+
+def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name, child in _children(node):
+        yield f"{prefix}{name}"
+        if child is not None:
+            yield from _keys(child, f"{prefix}{name}.")
+
+
+def _children(node: DictConfig) -> Iterator[tuple[str, DictConfig | None]]:
+    """Every key of ``node``, with the mapping that it holds, if it does."""
+    for name in map(str, node):
+        child = node._get_node(name)
+        yield name, child if isinstance(child, DictConfig) and not child._is_none() else None
+
+
+def _raised_by_hydra(error: ValueError) -> bool:
+    """A plain ValueError of Hydra's own, as for ``schedule=null``."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and at.tb_frame.f_globals["__name__"].startswith("hydra.")

@@ -1,0 +1,68 @@
+"""The pictures of a run, written to its plots/ and shown in its report."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dynrank.output.change_table import layer_kinds
+from dynrank.run.report.record import RunRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Picture", "draw"]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG file, and what can be seen in it."""
+
+    caption: str
+    file: Path
+
+    @property
+    def data_uri(self) -> str:
+        return f"data:image/png;base64,{b64encode(self.file.read_bytes()).decode()}"
+
+
+def draw(run: RunRecord) -> list[Picture]:
+    """Write the pictures of ``run``; none where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        return []
+    folder = run.folder / "plots"
+    folder.mkdir(exist_ok=True)
+    pictures = []
+    for name, caption, figure in _figures(run):
+        figure.savefig(folder / f"{name}.png")
+        pictures.append(Picture(caption, folder / f"{name}.png"))
+    return pictures
+
+
+def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
+    """(name of the file, caption, figure) of each picture."""
+    from dynrank.output.plots import loss_figure, quality_figure, ranks_figure, spectra_figure  # an extra
+
+    changes = {change.step: f"rank {change.ranks}" for change in run.made}
+    over = f"over {run.last_step:,} optimizer steps"
+    if run.metrics.keys() & {"train/loss", "val/loss"}:  # else it was resumed where it had ended
+        end = "dashed: ranks change" if changes else "no rank changes"
+        yield "loss", f"Training and validation loss {over}; {end}.", loss_figure(run.metrics, changes)
+    quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}
+    if quality:
+        yield "quality", f"In validation {over}: {', '.join(quality)}.", quality_figure(quality, changes)
+    ranks = run.ranks()
+    yield "ranks", f"Rank of {len(ranks)} layers {over}.", ranks_figure(ranks, run.last_step)
+    kinds = layer_kinds(run.layers)
+    before = [change for change in run.made if change.step in run.earlier_spectra]
+    shown = [(run.earlier_spectra[change.step], f"before the change at step {change.step}") for change in before[:1]]
+    shown.append(({name: layer.singular_values for name, layer in run.layers.items()}, "at the end"))
+    for number, (spectra, when) in enumerate(shown):
+        kept = {name: dict(ranks[name])[before[0].step] for name in spectra} if number < len(shown) - 1 else {}
+        caption = f"Singular values of {len(spectra)} updates {when}, relative to the largest of each."
+        figure = spectra_figure(spectra, kept, when, kinds)
+        yield ("spectra", "spectra_end")[number], caption, figure

@@ -1,0 +1,61 @@
+"""How a run that is stopped ends: saved, and with a line that says how to go on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+__all__ = ["CtrlC", "stoppable"]
+
+
+class CtrlC(Callback):
+    """Ends training at Ctrl-C as SIGTERM does: AdapterCheckpoint saves after the step. A second Ctrl-C ends at once."""
+
+    pressed = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self._stop)  # Lightning's teardown puts the earlier handler back
+
+    def _stop(self, *_: Any) -> None:
+        self.pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextmanager
+def stoppable(trainer: Trainer, checkpoint: Path | None) -> Iterator[None]:
+    """Say how to go on where SIGTERM or Ctrl-C ends what ``trainer`` does in the block.
+
+    Args:
+        trainer: with :class:`CtrlC` and an AdapterCheckpoint among its callbacks.
+        checkpoint: that the run goes on from.
+
+    Raises:
+        SIGTERMException: after SIGTERM; it ends the program with exit code 0.
+        KeyboardInterrupt: after Ctrl-C.
+    """
+    try:
+        yield
+    except SystemExit as stop:
+        pressed = any(isinstance(c, CtrlC) and c.pressed for c in trainer.callbacks)  # type: ignore[attr-defined]
+        pressed = pressed or isinstance(stop.__context__, KeyboardInterrupt)  # that Lightning got and turned into 1
+        if not pressed and not isinstance(stop, SIGTERMException):
+            raise
+        if trainer.is_global_zero:
+            saved = trainer.checkpoint_callback._last_checkpoint_saved or checkpoint  # type: ignore[union-attr]
+            advice = f"go on with ckpt_path={saved}" if saved else "there is no checkpoint yet"
+            reason = "Ctrl-C" if pressed else "SIGTERM"
+            print(f"{reason}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
+        if pressed:
+            raise KeyboardInterrupt from stop
+        raise

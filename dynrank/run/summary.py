@@ -1,0 +1,103 @@
+"""summary.json: what a finished run says of itself."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, field
+from pathlib import Path
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from dynrank.errors import ConfigurationError, read_as
+from dynrank.output.console import print_facts
+from dynrank.output.whole_file import whole_file
+
+__all__ = ["SUMMARY", "PhaseSummary", "Summary", "print_summary", "read_summary", "write_summary"]
+
+SUMMARY = "summary.json"
+
+_FORMAT = ConfigDict(strict=True, extra="ignore")  # another version may write more
+
+
+@dataclass(config=_FORMAT)
+class PhaseSummary:
+    """A part of a run in which ranks stay; the fields are those of :class:`dynrank.callbacks.run_meter.Phase`."""
+
+    first_step: int
+    mean_rank: float
+    tokens: int
+    train_seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    step_seconds: float = 0.0
+
+
+@dataclass(config=_FORMAT)
+class Summary:
+    """The contents of summary.json; fields with a default are missing where an earlier version wrote it.
+
+    Attributes:
+        test: metric -> value on test data.
+        final_ranks: layer -> rank.
+        parameters: how many are in the ``adapter``, ``trainable``, and in ``total``.
+        seconds: of the whole run.
+        tokens_per_second: in training batches.
+        peak_memory_bytes: the most that the process held.
+        phases: the run between its changes of rank.
+        changes: step, reason and whether it was undone, of each.
+        final: metric -> value on training and validation data, at the final weights.
+        gap: validation loss minus training loss, at the final weights.
+        bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
+        step_seconds: median of the optimizer steps; None where there was none.
+    """
+
+    test: dict[str, float]
+    final_ranks: dict[str, int]
+    parameters: dict[str, int]
+    seconds: float
+    tokens_per_second: float
+    peak_memory_bytes: int
+    phases: list[PhaseSummary]
+    changes: list[dict[str, int | str | bool]] = field(default_factory=list)
+    final: dict[str, float] = field(default_factory=dict)
+    gap: float | None = None
+    bytes: dict[str, int] = field(default_factory=dict)
+    step_seconds: float | None = None
+
+
+def read_summary(folder: Path) -> Summary:
+    """The summary of the run in ``folder``.
+
+    Raises:
+        FileNotFoundError: if there is none: the run has not ended.
+        ConfigurationError: if it is broken.
+    """
+    file = folder / SUMMARY
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigurationError(f"{str(file)!r} is not what a run writes at its end: {error}") from None
+    return read_as(Summary, content, str(file))
+
+
+def write_summary(summary: Summary, folder: Path) -> None:
+    """Write summary.json into ``folder``, whose run has ended with that."""
+    with whole_file(folder / SUMMARY) as part:
+        part.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
+
+
+def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
+    """Print what one wants to know at the end of the run in ``folder``; ``report`` is its page, if it has one."""
+    facts = {name: f"{value:.4f}" for name, value in summary.test.items()}
+    if summary.gap is not None:
+        validation, training = summary.final["val/loss"], summary.final["train/loss"]
+        facts["gap"] = f"{summary.gap:.4f} = validation {validation:.4f} - training {training:.4f} at the end"
+    facts["final rank"] = ", ".join(str(rank) for rank in sorted(set(summary.final_ranks.values())))
+    facts["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary.parameters)
+    facts["time"] = f"{summary.seconds:.0f} s, {summary.tokens_per_second:.0f} tokens/s in training"
+    facts["peak memory"] = f"{summary.peak_memory_bytes / 2**20:.0f} MiB"
+    facts["files"] = str(folder)
+    if report is not None:
+        facts["report"] = str(report)
+    print_facts(facts)

@@ -1,0 +1,147 @@
+"""The runs of a sweep: each is made, goes on, or is left alone because it has ended; the table comes at the end."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
+
+from dynrank.errors import ConfigurationError
+from dynrank.output.console import print_facts, quiet_imports
+from dynrank.run.folder import last_checkpoint, release
+from dynrank.run.summary import SUMMARY, Summary, read_summary
+from dynrank.run.sweep.table import FAULT, show_sweep
+
+__all__ = ["SweepFolder", "run_in_sweep", "table_at_end"]
+
+
+def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -> float | None:
+    """Make the run that ``config`` describes in ``folder``; returns its ``objective`` at the final weights.
+
+    With ``ckpt_path=last`` a run that has ended is left alone, one that was interrupted goes on from its checkpoint,
+    and one that has no checkpoint begins. A run that fails says so in its folder.
+
+    Args:
+        config: of the run.
+        folder: of the run.
+        record: writes the configuration into ``folder``.
+
+    Raises:
+        ConfigurationError: if a value cannot be used, or ``folder`` holds a run of another configuration.
+    """
+    own = not (folder / ".hydra").exists()  # else the folder may be that of another run
+
+    def begin() -> None:
+        nonlocal own
+        own = True
+        (folder / FAULT).unlink(missing_ok=True)  # of an earlier try
+        record()
+
+    try:
+        return _objective(_summary(config, folder, begin), config.objective)
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"no result        {folder}: {said}", file=sys.stderr)
+        if own:
+            if not (folder / ".hydra").exists():
+                record()
+            (folder / FAULT).write_text("\n".join([said, "", *traceback.format_exception(error)]), encoding="utf-8")
+        raise
+
+
+def _summary(config: DictConfig, folder: Path, begin: Callable[[], None]) -> Summary:
+    if config.ckpt_path == "last":
+        _check_same(folder, config)
+        if (folder / SUMMARY).exists():
+            print_facts({"has ended before": folder})
+            return read_summary(folder)
+        if not last_checkpoint(folder).exists():
+            release(folder)
+            config.ckpt_path = None
+    from dynrank.run.job import run  # torch and transformers load here
+
+    return run(config, folder, sweep=True, record=begin)
+
+
+def _objective(summary: Summary, name: str | None) -> float | None:
+    """The metric ``name`` of the final weights; which ones there are has been checked before training."""
+    return None if name is None else summary.final[name]
+
+
+def _check_same(folder: Path, config: DictConfig) -> None:
+    """Refuse to go on with a run that was started with other values than those of ``config``; none is no fault.
+
+    Raises:
+        ConfigurationError: naming keys that differ.
+    """
+    file = folder / ".hydra" / "config.yaml"
+    if not file.exists():
+        return
+    before, now = (_flat(OmegaConf.to_container(values)) for values in (OmegaConf.load(file), config))
+    wrong = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key != "ckpt_path")
+    if wrong:
+        raise ConfigurationError(
+            f"ckpt_path=last: {str(folder)!r} holds a run with {wrong[0]}={before.get(wrong[0])!r}, not "
+            f"{now.get(wrong[0])!r} (keys that differ: {wrong[:5]}); start the sweep as it was started first, or set "
+            "hydra.sweep.dir to a new folder"
+        )
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves of nested mappings by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+class SweepFolder(Callback):
+    """Remembers where a sweep is made, which Hydra tells to its callbacks alone.
+
+    The table is not made in ``on_multirun_end``, which Hydra calls only where no run failed, and whose errors it turns
+    into warnings.
+
+    Attributes:
+        begun: folder, and whether to draw, of the sweep that this process is making.
+    """
+
+    begun: ClassVar[tuple[Path, bool] | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        quiet_imports()  # of sweepers
+        SweepFolder.begun = Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True))
+
+
+@contextmanager
+def table_at_end() -> Iterator[None]:
+    """Show the table of the sweep that was made within, if it was one; after an interruption, how to go on."""
+    SweepFolder.begun = None
+    try:
+        yield
+    except Exception:
+        if SweepFolder.begun is not None:
+            _show_beside_error(*SweepFolder.begun)
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        if SweepFolder.begun is not None:
+            where = SweepFolder.begun[0]
+            print(f"go on with the same arguments and hydra.sweep.dir={where} ckpt_path=last", file=sys.stderr)
+        raise
+    if SweepFolder.begun is not None:
+        folder, plot = SweepFolder.begun
+        show_sweep(folder, plot=plot)
+
+
+def _show_beside_error(folder: Path, plot: bool) -> None:
+    """Show what there is; nothing, if the sweep was refused as a whole."""
+    try:
+        if folder.exists():
+            show_sweep(folder, plot=plot)
+    except Exception as error:  # none takes the place of the one that ended the sweep, which is raised next
+        print(f"no table of the sweep: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,0 +1,85 @@
+"""The lightning.Trainer of a run: its callbacks and loggers, and silence about what tells a user nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import transformers
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
+
+from dynrank.callbacks import (
+    AdapterCheckpoint,
+    RankMonitor,
+    RankProgressBar,
+    RankScheduler,
+    RunMeter,
+    ScheduleFreeMode,
+    StepSeed,
+)
+from dynrank.errors import ConfigurationError
+from dynrank.run.config import make, plain
+from dynrank.run.folder import HISTORY, PREDICTIONS, last_checkpoint
+from dynrank.run.stopping import CtrlC
+
+__all__ = ["make_trainer", "quiet_training"]
+
+
+def make_trainer(
+    config: DictConfig, folder: Path, scheduler: RankScheduler, meter: RunMeter, *, sweep: bool
+) -> Trainer:
+    """The trainer of the run that ``config`` describes, which writes into ``folder``.
+
+    Raises:
+        ConfigurationError: if Lightning does not take a value, ranks cannot change under the strategy, or this is one
+            run of a ``sweep`` and of several processes: each of these would do the whole sweep.
+    """
+    checkpoint = AdapterCheckpoint(
+        last_checkpoint(folder).parent,
+        filename=last_checkpoint(folder).stem,
+        every_n_train_steps=config.checkpoint_every,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    monitor = RankMonitor(folder / HISTORY, model_name="model", prediction_file=folder / PREDICTIONS)
+    callbacks: list[Any] = [ScheduleFreeMode(), scheduler, StepSeed(config.seed), meter, monitor, CtrlC()]
+    callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []
+    loggers = [CSVLogger(str(folder), name="", version="")]
+    loggers += [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
+    options = plain(config.trainer)
+    if isinstance(config.trainer.strategy, DictConfig):
+        options["strategy"] = make(config.trainer.strategy, "trainer.strategy")
+    try:
+        trainer = Trainer(
+            **options,
+            default_root_dir=folder,
+            callbacks=[*callbacks, checkpoint],
+            logger=loggers,
+            enable_model_summary=False,
+        )
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"lightning.Trainer does not take these values: {error}; set trainer") from error
+    if sweep and trainer.world_size > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":  # a SLURM job for each run
+        raise ConfigurationError(
+            f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
+            "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
+        )
+    scheduler.check_trainer(trainer)  # the scheduler does so, too, but only when the other processes have been started
+    return trainer
+
+
+def quiet_training() -> None:
+    """Silence what libraries print of every run."""
+    transformers.logging.set_verbosity_error()  # "classifier newly initialized": it is meant to be
+    transformers.logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists")  # it holds .hydra; an old run is refused
+    warnings.filterwarnings("ignore", "The dirpath has changed")  # a run goes on in a folder of its own
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)  # lightning on torch 2.13
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # batches are ready in memory

@@ -1,0 +1,168 @@
+"""Whole sweeps in miniature: the experiment and its table, one that is killed and goes on, and runs that fail."""
+
+import csv
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dynrank
+from dynrank import train
+from dynrank.run import job
+from dynrank.run.summary import read_summary
+from dynrank.run.sweep import runs as sweep_runs
+
+SMALL = ["--multirun", "debug=smoke", "trainer.enable_progress_bar=false", "task.limit=32"]
+
+
+@pytest.fixture
+def sweep(launch, tiny_bert):
+    """Makes a sweep of small runs in this process; returns its exit code, and what it printed to stdout and stderr."""
+    return lambda *arguments: launch(train.main, *SMALL, f"task.model={tiny_bert}", *arguments)
+
+
+def table(folder):
+    with Path(folder, "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measured(rows):
+    """Rows without what depends on the clock."""
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+
+
+def test_experiment_is_four_ranks_at_one_scaling():
+    scalings = []
+    for rank in (4, 8, 12, 16):
+        config = dynrank.compose(["experiment=medical_rank_sweep", f"lora.rank={rank}"])
+        scalings.append(config.lora.alpha / rank)
+        assert config.schedule == {"_target_": "dynrank.schedules.fixed"}
+    default = dynrank.compose().lora
+    assert set(scalings) == {default.alpha / default.rank}
+
+
+def test_experiment_in_miniature_ends_in_a_table(sweep):
+    code, printed, said = sweep("experiment=medical_rank_sweep", "hydra.sweep.dir=s", "lora.rank=4,8", "seed=0,1")
+    assert code == 0, said
+    runs = [json.loads(Path("s", number, "summary.json").read_text()) for number in "0123"]
+    for row, pair in zip(table("s"), (runs[:2], runs[2:]), strict=True):
+        for name, values in {
+            "test/accuracy": [run["test"]["test/accuracy"] for run in pair],
+            "gap": [run["final"]["val/loss"] - run["final"]["train/loss"] for run in pair],
+            "adapter_parameters": [run["parameters"]["adapter"] for run in pair],
+            "optimizer_bytes": [run["bytes"]["optimizer"] for run in pair],
+            "step_seconds": [run["step_seconds"] for run in pair],
+        }.items():
+            assert float(row[name]) == pytest.approx(statistics.mean(values))
+            assert float(row[f"{name}_sd"]) == pytest.approx(statistics.stdev(values), abs=1e-12)
+    assert [row["lora.rank"] for row in table("s")] == ["4", "8"]
+    assert "adapter parameters" in printed
+    assert Path("s/sweep.png").exists()
+    for number, run in enumerate(runs):
+        folder = Path("s", str(number))
+        adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
+        assert run["bytes"]["adapter"] == sum(t.nbytes for name, t in adapter.items() if "lora_" in name)
+        trained = sum(t.nbytes for t in adapter.values())
+        assert run["bytes"]["gradients"] == trained == 4 * run["parameters"]["trainable"]
+        (state,) = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
+        tensors = [value for of_one in state["state"].values() for value in of_one.values()]
+        assert run["bytes"]["optimizer"] == sum(tensor.nbytes for tensor in tensors)
+        assert 0 < run["step_seconds"] <= run["phases"][0]["train_seconds"]
+
+
+def test_targets_in_miniature_cost_what_their_layers_do(sweep):
+    code, printed, said = sweep("experiment=medical_targets", "hydra.sweep.dir=s", "seed=0", "plots=false")
+    assert code == 0, said
+    widths = {"[query,value]": 4 * 64, "attention": 8 * 64, "all-linear": 8 * 64 + 4 * 96 + 64}  # d_in + d_out
+    costs = {row["lora.target_modules"]: float(row["adapter_parameters"]) for row in table("s")}
+    assert costs == {name: 16 * width for name, width in widths.items()}
+    assert all(name in printed for name in widths)
+
+
+def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(sweep, tiny_bert):
+    settings = ["sweep=rank", "lora.rank=2,4,6", "trainer.max_steps=40", "plots=false"]
+    code, _, said = sweep(*settings, "hydra.sweep.dir=whole")
+    assert code == 0, said
+    same = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(Path(train.__file__).parents[1])}
+    child = subprocess.Popen(
+        [sys.executable, "-m", "dynrank.train", *SMALL, f"task.model={tiny_bert}", *settings, "hydra.sweep.dir=s"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **same},
+    )  # fmt: skip
+    try:
+        while not Path("s/1/checkpoints/last.ckpt").exists():
+            assert child.poll() is None
+            time.sleep(0.005)
+        child.send_signal(signal.SIGKILL)
+        child.wait(timeout=60)
+    finally:
+        child.kill()
+    ended = Path("s/0/summary.json").stat()
+    assert not Path("s/1/summary.json").exists()
+
+    code, _, said = sweep(*settings, "hydra.sweep.dir=s")
+    assert (code, "0' holds a run already" in said) == (2, True)
+    assert not list(Path("s").rglob("error.txt"))  # the folders are not those of the runs that were refused
+    code, _, said = sweep(*settings, "lora.rank=2,5,6", "hydra.sweep.dir=s", "ckpt_path=last")
+    assert (code, "holds a run with lora.rank=4, not 5" in said) == (2, True)
+
+    code, printed, said = sweep(*settings, "hydra.sweep.dir=s", "ckpt_path=last")
+    assert code == 0, said
+    assert "has ended before" in printed
+    assert Path("s/0/summary.json").stat().st_mtime_ns == ended.st_mtime_ns
+    assert measured(table("s")) == measured(table("whole"))
+    for number in "012":
+        one, two = (Path(folder, number, "adapter/adapter_model.safetensors").read_bytes() for folder in ("s", "whole"))
+        assert one == two
+    assert not list(Path("s").rglob("error.txt"))
+
+
+def test_run_that_is_refused_stops_no_other_and_decides_the_exit_code(sweep, monkeypatch):
+    settings = ["sweep=rank", "lora.rank=400,2", "plots=false"]
+    code, printed, said = sweep(*settings, "hydra.sweep.dir=s")
+    assert code == 2
+    assert "400" in said.rpartition("error: ")[2]
+    assert [(row["lora.rank"], row["runs"], row["without_result"]) for row in table("s")] == [
+        ("2", "1", "0"),
+        ("400", "0", "1"),
+    ]
+    assert "failed: ConfigurationError: " in printed
+    # what goes wrong with the table does not take the place of that error
+    monkeypatch.setattr(sweep_runs, "show_sweep", lambda *_, **__: {}["broken"])
+    code, _, said = sweep(*settings, "hydra.sweep.dir=t")
+    assert code == 2
+    assert "no table of the sweep: KeyError" in said
+    assert "400" in said.rpartition("error: ")[2]
+
+
+def test_run_that_crashes_stops_no_other_and_is_raised_at_the_end(sweep, monkeypatch):
+    def run(config, folder, *, record, **options):
+        record()
+        if config.lora.rank == 4:
+            raise RuntimeError("out of memory")
+        summary = {"test": {"test/loss": 1.0}, "parameters": {"adapter": 1}, "final": {"val/loss": 3.0}, "phases": []}
+        summary |= {"final_ranks": {}, "seconds": 1, "tokens_per_second": 1, "peak_memory_bytes": 1}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        return read_summary(folder)
+
+    monkeypatch.setattr(job, "run", run)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        sweep("sweep=rank", "lora.rank=4,8", "plots=false", "hydra.sweep.dir=s")
+    assert Path("s/0/error.txt").read_text().startswith("RuntimeError: out of memory\n")
+    assert [row["without_result"] for row in table("s")] == ["1", "0"]
+
+
+def test_ctrl_c_says_how_to_go_on(sweep, monkeypatch):
+    def run(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job, "run", run)
+    code, _, said = sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
+    assert (code, "hydra.sweep.dir=s ckpt_path=last" in said) == (130, True)
