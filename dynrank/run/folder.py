@@ -74,7 +74,12 @@ def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
     with _locked(folder):
         if goes_on_from is not None:
             take_up(folder, goes_on_from)
-        yield
+        try:
+            yield
+        except ConfigurationError:  # what only the start of training shows
+            if goes_on_from is None and not (folder / METRICS).exists():
+                _empty(folder)
+            raise
 
 
 def claim(folder: Path) -> None:
@@ -98,15 +103,9 @@ def release(folder: Path) -> None:
     Raises:
         ConfigurationError: if that run is still alive.
     """
-    checkpoints = folder / "checkpoints"
-    if not checkpoints.exists():
-        return
-    with _locked(folder):
-        names = (METRICS, EARLIER, PREDICTIONS, HISTORY)
-        for file in (*(folder / name for name in names), *checkpoints.glob(f"*{PART}")):
-            file.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: no such run has left this folder, and claim will say so
-            checkpoints.rmdir()
+    if (folder / "checkpoints").exists():
+        with _locked(folder):
+            _empty(folder)
 
 
 def take_up(folder: Path, step: int) -> None:
@@ -138,6 +137,15 @@ def read_overrides(folder: Path) -> list[str] | None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{str(file)!r} cannot be read: {error!s:.200}") from None
     return read_as(list[str], found, str(file))
+
+
+def _empty(folder: Path) -> None:
+    """Take out what a run writes before its first checkpoint."""
+    checkpoints = folder / "checkpoints"
+    for file in (*(folder / name for name in (METRICS, EARLIER, PREDICTIONS, HISTORY)), *checkpoints.glob(f"*{PART}")):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # not empty: no such run has left this folder, and claim will say so
+        checkpoints.rmdir()
 
 
 @contextmanager

@@ -29,7 +29,6 @@ CASES = [
     ),
     (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
     (["lora.rank=0"], ["0", "lora.rank"]),
-    (["lora.rank=385"], ["385", "384", "lora.rank"]),
     (["lora.dropout=1.0"], ["1.0", "lora.dropout"]),
     (["lora.target_modules=[qurey]"], ["qurey", "query", "lora.target_modules"]),
     (["lora.target_modules=nothing.*"], ["nothing.*", "lora.target_modules"]),
