@@ -77,9 +77,9 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch):
         build(dynrank.compose())
 
 
-TASK = """from dynrank.tasks.medical_terms import MedicalTerms
+TASK = """from dynrank.tasks.classification import Classification
 
-class MyTask(MedicalTerms):
+class MyTask(Classification):
     pass
 """
 
