@@ -88,9 +88,9 @@ class MyTask(Classification):
 def test_task_of_a_users_package_runs_from_a_users_config_and_paths_stay_where_the_user_stands(
     launch, tmp_path, tiny_bert, monkeypatch
 ):
-    (tmp_path / "my_pkg.py").write_text(TASK)
+    (tmp_path / "my_tasks.py").write_text(TASK)
     (tmp_path / "mine" / "task").mkdir(parents=True)
-    own = "defaults: [medical_terms]\n_target_: my_pkg.MyTask\n"
+    own = "defaults: [medical_terms]\n_target_: my_tasks.MyTask\n"
     (tmp_path / "mine" / "task" / "own.yaml").write_text(own)
     (tmp_path / "ranks.yaml").write_text("rank_pattern: {query: {rank: 3, pinned: true}}\n")
     (tmp_path / "bert").symlink_to(tiny_bert)
