@@ -34,7 +34,7 @@ FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "checkpoints/last.ckpt",
     "final_ranks.yaml", "hparams.yaml", "metrics.csv", "rank_history.csv", "rank_predictions.csv",
-    "summary.json", "train.log",
+    "summary.json", ".lock",
 }  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def test_process_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(overrid
     assert saved > CHANGE
     again = [*overrides, *LONG, "schedule.deadline=0.5", f"trainer.max_steps={saved + 3}", f"ckpt_path={checkpoint}"]
     summary = job.run(dynrank.compose(again), tmp_path / "resumed")
-    assert set(summary["final_ranks"].values()) == {2}
+    assert set(summary.final_ranks.values()) == {2}
 
 
 def test_sigterm_to_one_process_stops_both_and_the_run_goes_on_in_its_folder(overrides, cwd, tmp_path):
