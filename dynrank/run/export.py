@@ -20,7 +20,7 @@ from dynrank.run.folder import join
 from dynrank.run.report.page import write_report
 from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
 
-__all__ = ["export", "final_rank_map", "held_bytes", "summarise"]
+__all__ = ["export", "held_bytes", "summarise"]
 
 FINAL = "final/"  # before the names of what a test measures on other data than the test's
 
@@ -93,22 +93,12 @@ def export(model: nn.Module, summary: Summary, folder: Path, *, rslora: bool, co
     """
     join(folder)
     save_adapter(model, folder / "adapter")
-    with whole_file(folder / "final_ranks.yaml") as part:
-        part.write_text(final_rank_map(model, rslora), encoding="utf-8")
-    write_summary(summary, folder)
-    report = write_report(folder, config) if config is not None else None
-    print_summary(summary, folder, report)
-
-
-def final_rank_map(model: nn.Module, rslora: bool) -> str:
-    """The text of an override file that starts a run at the ranks and scalings that ``model`` has now.
-
-    Args:
-        model: with LoRA layers.
-        rslora: whether that run's scaling starts at alpha / sqrt(rank).
-    """
     rules = {
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
         for name, layer in lora_layers(model)
     }
-    return dump_rank_map(rules)
+    with whole_file(folder / "final_ranks.yaml") as part:  # starts a run at the ranks and scalings of now
+        part.write_text(dump_rank_map(rules), encoding="utf-8")
+    write_summary(summary, folder)
+    report = write_report(folder, config) if config is not None else None
+    print_summary(summary, folder, report)

@@ -68,14 +68,15 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         if first and checkpoint is not None:
             print(f"goes on from     step {step} of {checkpoint}")
         _fit(trainer, job, meter, checkpoint)
-        bytes_held = held_bytes(job.module.model, trainer.optimizers)  # type: ignore[arg-type]
+        model: Any = job.module.model
+        bytes_held = held_bytes(model, trainer.optimizers)
         tested = trainer.test(job.module, job.task, verbose=False)  # one mapping for each loader
         metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
         seconds = time.perf_counter() - start
-        summary = summarise(job.module.model, job.scheduler.history, metrics, meter, bytes_held, seconds)  # type: ignore[arg-type]
+        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds)
         if first:
             text = OmegaConf.to_yaml(config) if config.plots else None
-            export(job.module.model, summary, folder, rslora=config.lora.rslora, config=text)  # type: ignore[arg-type]
+            export(model, summary, folder, rslora=config.lora.rslora, config=text)
     return summary
 
 
