@@ -80,7 +80,7 @@ def test_plot_is_a_picture(tiny, tmp_path, capsys):
         (["ranks=[0]"], ["ranks", "got 0"]),
         (["ranks=[]"], ["ranks", "[]"]),
         (["ranks=[4.5]"], ["ranks", "4.5"]),
-        (["ranks=[4,64]"], ["rank 64 of ranks", "min(d_in, d_out) = 32", "more"]),
+        (["ranks=[4,64]", "lora.target_modules=[q_proj]"], ["rank 64 of ranks", "min(d_in, d_out) = 32"]),
         (["weights=int3"], ["weights", "'int3'", "nf4"]),
         (["batch_size=0"], ["batch_size", "0"]),
         (["sequence_length=33"], ["sequence_length", "33", "32"]),
