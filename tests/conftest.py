@@ -15,6 +15,27 @@ import dynrank
 from dynrank.tasks.loader import ResumableLoader
 
 
+# What scripts/test --quick runs: the maths, a small run of each schedule, round trips with PEFT, and bad input.
+QUICK = (
+    "test_layering.py",
+    "test_linalg.py",
+    "test_errors.py",
+    "test_rank_map.py",
+    "targets/",
+    "triggers/",
+    "schedules/",
+    "change/test_resize.py",
+    "driver/test_plain_loop.py",
+    "adapters/test_peft.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if str(item.path.relative_to(Path(__file__).parent)).startswith(QUICK):
+            item.add_marker(pytest.mark.quick)
+
+
 class Regression(lightning.LightningModule):
     """Learns a linear map with dropout in between; as plain as a user's first module."""
 

@@ -33,7 +33,8 @@ class Budget(Stepped):
     Raises:
         ConfigurationError: if a value is out of range; from :meth:`ranks` if ``parameters`` are below the lowest ranks.
 
-    >>> first, second = (torch.tensor(values) for values in ([3.0, 1.0], [2.0, 1.7]))
+    >>> from torch import tensor
+    >>> first, second = tensor([3.0, 1.0]), tensor([2.0, 1.7])
     >>> layers = {"q": LayerState(2, 5, 5, values=first), "v": LayerState(2, 5, 5, values=second)}
     >>> Budget(parameters=30).ranks(layers)
     {'q': 1, 'v': 2}
