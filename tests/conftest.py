@@ -14,7 +14,6 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 import dynrank
 from dynrank.tasks.loader import ResumableLoader
 
-
 # What scripts/test --quick runs: the maths, a small run of each schedule, round trips with PEFT, and bad input.
 QUICK = (
     "test_layering.py",
