@@ -4,28 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from dynrank.adapters.read import Adapter, one_thread, open_adapter
 from dynrank.adapters.save import write_adapter
-from dynrank.change.predict import LayerReport
+from dynrank.change.predict import LayerReport, report_of
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import energy_kept, singular_values, truncate_product
+from dynrank.linalg import singular_values, truncate_product
 from dynrank.output.output_folder import check_free, whole_or_nothing
 from dynrank.rank_map import peft_ranks
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
-__all__ = ["SqueezedLayer", "squeeze_adapter"]
-
-
-@dataclass(frozen=True)
-class SqueezedLayer(LayerReport):
-    """A :class:`LayerReport` with the numbers that the layer's factors had before."""
-
-    parameters_before: int
+__all__ = ["squeeze_adapter"]
 
 
 def squeeze_adapter(
@@ -37,7 +29,7 @@ def squeeze_adapter(
     budget: int | float | str | None = None,
     lowest: int = 1,
     multiple: int = 1,
-) -> list[SqueezedLayer]:
+) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks: each layer's best approximation in the weight norm.
 
     Scaling stays, so alpha follows the rank, and rsLoRA becomes plain LoRA of the same scaling. A layer that has its
@@ -122,7 +114,7 @@ def _parameters(budget: int | float | str | None, adapter: Adapter) -> int:
     return int(share * sum(layer.parameters for layer in adapter.layers.values()))
 
 
-def _write(adapter: Adapter, ranks: Mapping[str, int], folder: Path) -> list[SqueezedLayer]:
+def _write(adapter: Adapter, ranks: Mapping[str, int], folder: Path) -> list[LayerReport]:
     tensors: dict[str, Tensor] = {key: adapter.tensor(key) for key in adapter.others.values()}
     reports = []
     for name, rank in ranks.items():
@@ -136,22 +128,7 @@ def _write(adapter: Adapter, ranks: Mapping[str, int], folder: Path) -> list[Squ
         ones = [1] * len(layer.kernel)
         tensors[layer.keys[0]] = lora_A.reshape(rank, -1, *layer.kernel).contiguous()
         tensors[layer.keys[1]] = lora_B.reshape(-1, rank, *ones).contiguous()
-        reports.append(_report(adapter, name, values, rank))
+        reports.append(report_of(name, rank, values * abs(layer.scaling), sum(layer.shape)))
     alphas = {name: (rank, adapter.layers[name].scaling * rank) for name, rank in ranks.items()}
     write_adapter(folder, tensors, adapter.config.model_dump(exclude_unset=True) | peft_ranks(alphas))
     return reports
-
-
-def _report(adapter: Adapter, name: str, values: Tensor, rank: int) -> SqueezedLayer:
-    layer = adapter.layers[name]
-    scaled = values * abs(layer.scaling)
-    return SqueezedLayer(
-        layer=name,
-        rank_before=layer.rank,
-        rank_after=rank,
-        energy_kept=energy_kept(scaled, rank),
-        predicted_error=float(scaled[rank:].norm()),
-        singular_values=tuple(scaled.tolist()),
-        parameters_saved=(layer.rank - rank) * sum(layer.shape),
-        parameters_before=layer.parameters,
-    )

@@ -31,7 +31,7 @@ class LayerReport:
             Frobenius norm of the update's change, in ``output`` the root mean square norm of the output's change, in
             ``loss`` the root of twice the estimated increase of the loss, up to a factor common to all layers.
         singular_values: of the update before the change in the metric (scaling included), descending.
-        parameters_saved: trainable numbers that go away (negative for growth).
+        width: d_out + d_in, the parameters of one direction.
     """
 
     layer: str
@@ -40,7 +40,12 @@ class LayerReport:
     energy_kept: float
     predicted_error: float
     singular_values: tuple[float, ...]
-    parameters_saved: int
+    width: int
+
+    @property
+    def parameters_saved(self) -> int:
+        """Trainable numbers that go away (negative for growth)."""
+        return (self.rank_before - self.rank_after) * self.width
 
 
 def predict(
@@ -50,7 +55,7 @@ def predict(
     how = how or How()
     layers, targets = changing_layers(model, target, how, measured)
     values = spectra({name: layers[name] for name in targets}, how, measured)
-    return [report_of(name, layers[name], rank, values[name]) for name, rank in targets.items()]
+    return [report_of(name, rank, values[name], width_of(layers[name])) for name, rank in targets.items()]
 
 
 @torch.no_grad()
@@ -76,17 +81,21 @@ def grams_of(name: str, how: How, measured: Moments | None) -> Gram:
     return measured.of(name, how.metric) if measured is not None else (None, None)
 
 
-def report_of(name: str, layer: RankedLayer, rank: int, values: Tensor) -> LayerReport:
-    """The report of a change to ``rank``, from the layer's singular values as :func:`spectra` gives them."""
-    width = layer.lora_B.shape[0] + layer.lora_A.shape[1]
+def width_of(layer: RankedLayer) -> int:
+    """d_out + d_in: the parameters of one direction."""
+    return layer.lora_B.shape[0] + layer.lora_A.shape[1]
+
+
+def report_of(name: str, rank: int, values: Tensor, width: int) -> LayerReport:
+    """The report of a change to ``rank``; ``values`` are all singular values, scaling included, one per direction."""
     return LayerReport(
         layer=name,
-        rank_before=layer.rank,
+        rank_before=len(values),
         rank_after=rank,
         energy_kept=energy_kept(values, rank),
         predicted_error=float(values[rank:].norm()),
         singular_values=tuple(values.tolist()),
-        parameters_saved=(layer.rank - rank) * width,
+        width=width,
     )
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from dynrank.change.averages import averaged_layers, moved_average
 from dynrank.change.measuring import Moments
 from dynrank.change.optimizer_state import check_optimizer, moved_states, unwrapped
-from dynrank.change.predict import LayerReport, changing_layers, grams_of, report_of, unusable
+from dynrank.change.predict import LayerReport, changing_layers, grams_of, report_of, unusable, width_of
 from dynrank.change.replacement import Replacement
 from dynrank.distributed.processes import copy_from_first, from_first
 from dynrank.layers.ranked import RankedLayer
@@ -74,7 +74,10 @@ def resize(
     new = _replacement(model, layers, changes, how, optimizers, followers)
     if collective:  # the maps are the same everywhere, but not every machine multiplies to the same bits
         copy_from_first(new.made())
-    reports = [report_of(n, layers[n], targets[n], c.singular_values * layers[n].scaling) for n, c in changes.items()]
+    reports = [
+        report_of(name, targets[name], change.singular_values * layers[name].scaling, width_of(layers[name]))
+        for name, change in changes.items()
+    ]
 
     new.put()
     return reports

@@ -109,7 +109,7 @@ def squeeze(
 
     layers = squeeze_adapter(adapter, out, rank=rank, energy=energy, budget=budget, lowest=lowest, multiple=multiple)
     print_table(change_table("squeezed adapter", layers))
-    before = sum(layer.parameters_before for layer in layers)
+    before = sum(layer.rank_before * layer.width for layer in layers)
     after = before - sum(layer.parameters_saved for layer in layers)
     print_facts({"parameters": f"{before:,} → {after:,} ({after / before:.1%})", "files": out})
 

@@ -15,12 +15,12 @@ def test_kind_is_what_follows_the_last_number_or_the_whole_name_where_that_would
 
 
 def test_table_has_a_line_for_each_kind_and_one_for_all():
-    layers = [LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), 10) for name in ("h.0.q", "h.1.q", "head")]
+    layers = [LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), width=5) for name in ("h.0.q", "h.1.q", "head")]
     console = Console(width=120, record=True, file=io.StringIO())
     console.print(change_table("change", layers))
     lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in line] for line in lines] == [
-        ["q", "2", "8 → 4", "0.900 (0.900)", "20"],
-        ["head", "1", "8 → 4", "0.900 (0.900)", "10"],
-        ["all", "3", "8 → 4", "0.900 (0.900)", "30"],
+        ["q", "2", "8 → 4", "0.900 (0.900)", "40"],
+        ["head", "1", "8 → 4", "0.900 (0.900)", "20"],
+        ["all", "3", "8 → 4", "0.900 (0.900)", "60"],
     ]
