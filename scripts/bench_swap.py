@@ -144,8 +144,11 @@ def texts_of(model_name: str, model: nn.Module, adapters: Sequence[Path], prompt
 
 
 @contextmanager
-def in_use(use: Callable[[int], None], seconds: list[float]) -> Iterator[None]:
-    """Another thread uses the model, once after the other, and notes how long each takes."""
+def in_use(use: Callable[[int], None], seconds: list[float]) -> Iterator[Callable[[], None]]:
+    """Another thread uses the model, once after the other, and notes how long each takes.
+
+    Gives a function that waits for the middle of a use, with one use at least from beginning to end before it.
+    """
     stop, started, failures = threading.Event(), threading.Event(), list[Exception]()
 
     def work() -> None:
@@ -160,11 +163,17 @@ def in_use(use: Callable[[int], None], seconds: list[float]) -> Iterator[None]:
         except Exception as error:
             failures.append(error)
 
+    def reach_the_middle() -> None:
+        ended = len(seconds)
+        while len(seconds) < ended + 2 and not failures:
+            time.sleep(1e-4)
+        time.sleep(seconds[-1] / 2 if seconds else 0)
+
     thread = threading.Thread(target=work)
     thread.start()
     started.wait()
     try:
-        yield
+        yield reach_the_middle
     finally:
         stop.set()
         thread.join()
@@ -172,10 +181,17 @@ def in_use(use: Callable[[int], None], seconds: list[float]) -> Iterator[None]:
         raise failures[0]
 
 
-def times(model: nn.Module, adapters: Sequence[object], swaps: int, warm_up: int = 4) -> list[float]:
-    """Milliseconds of each swap, after those that warm up."""
+def times(
+    model: nn.Module,
+    adapters: Sequence[object],
+    swaps: int,
+    warm_up: int = 4,
+    before: Callable[[], None] = lambda: None,
+) -> list[float]:
+    """Milliseconds of each swap, after those that warm up; ``before`` is called before each and not timed."""
     measured = []
     for index in range(swaps + warm_up):
+        before()
         start = time.perf_counter()
         swap_adapter(model, adapters[index % 2])  # type: ignore[arg-type]
         measured.append(1e3 * (time.perf_counter() - start))
@@ -206,8 +222,9 @@ def row(model: nn.Module, source: str, adapters: Sequence[object], swaps: int, s
 def row_in_use(model: nn.Module, source: str, adapters: Sequence[object], swaps: int, user: Forwards | Texts) -> bool:
     """Measure and print swaps of a model in use; returns whether what came of the use is right."""
     seconds = list[float]()
-    with in_use(user.use, seconds):
-        low, median, high = statistics.quantiles(times(model, adapters, swaps, warm_up=2), n=4)
+    with in_use(user.use, seconds) as reach_the_middle:
+        measured = times(model, adapters, swaps, warm_up=2, before=reach_the_middle)
+    low, median, high = statistics.quantiles(measured, n=4)
     text, right = user.verdict()
     whole = 1e3 * statistics.median(seconds)
     print(f"{source:<12}  in use    {median:8.2f} ({low:.2f} to {high:.2f})  {user.noun} takes {whole:.1f} ms{text}")
