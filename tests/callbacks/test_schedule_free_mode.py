@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dynrank.callbacks import RankScheduler, ScheduleFreeMode, StepSeed
-from dynrank.schedules import after_convergence
+from dynrank.schedules import How, after_convergence, squeeze_at_end
 
 NAME = "net.2.lora_A"
 
@@ -64,24 +64,36 @@ def test_validation_checkpoint_and_result_are_the_average(regression, module_cla
         torch.testing.assert_close(module.trained[steps], expected)
 
 
-def test_run_across_a_drop_resumes_to_the_same_bits(regression, module_class, tmp_path):
+def test_no_checkpoint_changes_a_bit_of_the_run_and_all_resume_to_the_same(regression, module_class, tmp_path):
     _, data, trainer = regression
 
-    def train(steps, **options):
-        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    def train(every, **options):
+        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)
         callbacks = [ScheduleFreeMode(), RankScheduler(after_convergence(3, deadline=0.5)), StepSeed(0), saving]
         module = module_class()
-        trainer(callbacks=callbacks, enable_checkpointing=True, max_steps=steps, val_check_interval=4).fit(
+        trainer(callbacks=callbacks, enable_checkpointing=True, max_steps=16, val_check_interval=4).fit(
             module, *data(), **options
         )
-        return module
+        return module.state_dict()
 
-    whole = train(16)
-    assert whole.factor.shape[0] == 3
-    for step in (4, 12):  # before and after the drop; a validation is due right after either
-        resumed = train(16, ckpt_path=tmp_path / f"step={step}.ckpt")
-        for name, value in whole.state_dict().items():
-            assert torch.equal(value, resumed.state_dict()[name]), (step, name)
+    whole = train(100)  # none is written
+    assert whole[NAME].shape[0] == 3
+    ends = {"saved": train(1)}
+    # before and after the drop, before a validation and not, behind the last step
+    ends |= {step: train(100, ckpt_path=tmp_path / f"step={step}.ckpt") for step in (3, 4, 9, 12, 16)}
+    for when, end in ends.items():
+        for name, value in whole.items():
+            assert torch.equal(value, end[name]), (when, name)
+
+
+def test_a_change_checked_after_the_last_step_leaves_the_average(regression, module_class):
+    _, data, trainer = regression
+    stages = RankScheduler(squeeze_at_end(3), How(max_regression=1e9))
+    module = module_class()
+    trainer(callbacks=[ScheduleFreeMode(), stages], max_steps=4).fit(module, *data())
+    (event,) = stages.history
+    assert not event.undone
+    assert torch.equal(module.factor, module.validated[-1])
 
 
 def test_a_second_validation_and_other_optimizers_are_left_alone(regression, module_class):
