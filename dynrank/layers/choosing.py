@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -19,6 +21,7 @@ PRESETS = ("attention", "all-linear")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # Their forward hands the weights of their children to a fused function, past the children's own forward.
 _PAST_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_OPERAND = re.compile(r"\bself\.(\w+)\.weight\b(?!\.)")
 _CLASSIFIERS = ("classifier", "score")  # the fresh heads of transformers' ...ForSequenceClassification
 
 
@@ -80,10 +83,27 @@ def _outside(modules: Mapping[str, nn.Module], trained_whole: Sequence[str]) -> 
     whole = "it is trained whole (modules_to_save)"
     outside = {n: whole for n in modules if any(f"{n}.".startswith(f"{saved}.") for saved in trained_whole)}
     for name, module in modules.items():
-        if isinstance(module, _PAST_CHILDREN):
-            children = (f"{name}.{child}".removeprefix(".") for child, _ in module.named_modules() if child)
-            outside |= dict.fromkeys(children, "its parent reads the weight past the layer's forward")
+        for child in _past_forward(module):
+            outside[f"{name}.{child}".removeprefix(".")] = (
+                f"its parent reads the weight past the layer's forward (in {type(module).__name__})"
+            )
     return outside
+
+
+def _past_forward(module: nn.Module) -> list[str]:
+    """Names of the modules in ``module`` whose weights it hands to a fused function, at least on some device."""
+    if isinstance(module, _PAST_CHILDREN):
+        return [child for child, _ in module.named_modules() if child]
+    return _operands(type(module)) if hasattr(module, "A_log") else []  # type: ignore[arg-type]
+
+
+@cache
+def _operands(mixer: type[nn.Module]) -> list[str]:
+    """The children of a state-space layer (Mamba) whose weights its code uses; which ones differs from class to class.
+
+    On CUDA a kernel gets the weights, where other devices call the children. PEFT refuses such layers of some models.
+    """
+    return _OPERAND.findall(inspect.getsource(mixer))
 
 
 def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
