@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,17 +15,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, make_config
-from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, sort_keys
+from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, Adapter, read_adapter, sort_keys
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
-from dynrank.layers.peft_layers import refuse_peft
+from dynrank.layers.peft_layers import peft_layers
 from dynrank.output.whole_file import whole_files
+from dynrank.rank_map import peft_ranks
 
-__all__ = ["save_adapter", "target_modules", "trained_heads", "write_adapter"]
+__all__ = ["rewrite_adapter", "save_adapter", "target_modules", "trained_heads", "write_adapter"]
+
+Factors = tuple[Tensor, Tensor, float]  # lora_A, lora_B and the scaling of a layer
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") -> None:
@@ -34,23 +38,28 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
 
     Args:
         model: a model with LoRA layers, compiled or not. Modules outside them that hold parameters with requires_grad
-            are saved whole (PEFT's ``modules_to_save``).
+            are saved whole (PEFT's ``modules_to_save``). Of a model that get_peft_model has returned, the active
+            adapter is saved as its save_pretrained does it.
         path: folder to write to; made if missing.
         layout: "native" writes each layer at its own rank, with rank_pattern and alpha_pattern where they differ.
             "padded" writes every layer at the largest rank (rows of zeros, scaling folded into lora_B), so that the one
             global ``lora_alpha / r`` is right for all of them: for readers that know no patterns, such as llama.cpp.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers, or PEFT's, a value is NaN or inf, or ``layout`` is unknown.
+        ConfigurationError: if the model has no LoRA layers, a value is NaN or inf, or ``layout`` is unknown.
     """
-    refuse_peft(model, "save_adapter", "call its save_pretrained()")
+    if layout not in _LAYOUTS:
+        raise ConfigurationError(f"layout must be one of {[*_LAYOUTS]}, got {layout!r}")
     model = uncompiled(model)
+    if peft_layers(model):
+        _save_wrapped(model, Path(path), layout)
+        return
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
-    if layout not in _LAYOUTS:
-        raise ConfigurationError(f"layout must be one of {[*_LAYOUTS]}, got {layout!r}")
-    written = _LAYOUTS[layout](layers)
+    written = _LAYOUTS[layout](
+        {name: (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling) for name, layer in layers.items()}
+    )
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         lora_A, lora_B, _ = written[name]
@@ -64,12 +73,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
             )
         values = model.get_submodule(head).state_dict()
         tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
-    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise ConfigurationError(
-            f"{broken[0]!r} holds NaN or inf, as do {len(broken) - 1} other tensors of the adapter: the training "
-            "diverged; set optimizer.lr lower"
-        )
+    _check_finite(tensors)
     config = make_config(
         {name: (len(lora_A), scaling * len(lora_A)) for name, (lora_A, _, scaling) in written.items()},
         target_modules=target_modules(model, layers),
@@ -104,6 +108,56 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
         weights_part.chmod(config_part.stat().st_mode)  # safetensors lets nobody else read it
 
 
+def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
+    """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings stay.
+
+    Args:
+        folder: to write to; it exists.
+        adapter: read from a folder.
+        factors: of every layer of it.
+
+    Raises:
+        OSError: as :func:`write_adapter`.
+    """
+    tensors = {key: adapter.tensor(key) for key in adapter.others.values()}
+    for name, (lora_A, lora_B, _) in factors.items():
+        layer, rank = adapter.layers[name], len(lora_A)
+        tensors[layer.keys[0]] = lora_A.reshape(rank, -1, *layer.kernel).contiguous()
+        tensors[layer.keys[1]] = lora_B.reshape(-1, rank, *[1] * len(layer.kernel)).contiguous()
+    alphas = {name: (len(lora_A), scaling * len(lora_A)) for name, (lora_A, _, scaling) in factors.items()}
+    write_adapter(folder, tensors, adapter.config.model_dump(exclude_unset=True) | peft_ranks(alphas))
+
+
+def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
+    """Write the active adapter of PEFT's ``model`` as PEFT saves it, but for the layout of its factors."""
+    from peft import PeftModel  # here, because a model of its has imported it already, and it takes a second
+
+    if not isinstance(model, PeftModel):
+        raise ConfigurationError(
+            f"save_adapter takes a model wrapped by PEFT itself (what get_peft_model has returned), got a "
+            f"{type(model).__name__} around it"
+        )
+    _check_finite({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    with TemporaryDirectory() as place:
+        model.save_pretrained(place, selected_adapters=[model.active_adapter])
+        adapter = read_adapter(next(Path(place).rglob(CONFIG_FILE)).parent)
+    factors = {}
+    for name, layer in adapter.layers.items():
+        lora_B, lora_A = adapter.factors(name)
+        factors[name] = lora_A, lora_B, layer.scaling
+    folder.mkdir(parents=True, exist_ok=True)
+    rewrite_adapter(folder, adapter, _LAYOUTS[layout](factors))
+
+
+def _check_finite(tensors: Mapping[str, Tensor]) -> None:
+    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ConfigurationError(
+            f"{broken[0]!r} holds NaN or inf, as do {len(broken) - 1} other tensors of the adapter: the training "
+            "diverged; set optimizer.lr lower"
+        )
+
+
 def _sort_metadata(file: Path, metadata: dict[str, str]) -> None:
     """Bring the metadata, which safetensors writes in any order, into theirs: equal adapters are equal files."""
     wanted = json.dumps(metadata, separators=(",", ":")).encode()
@@ -123,17 +177,16 @@ def target_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[st
     return list(layers)
 
 
-def _native(layers: Mapping[str, LoRALayer]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """{layer: (lora_A, lora_B, scaling)} as they are."""
-    return {name: (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling) for name, layer in layers.items()}
+def _native(layers: Mapping[str, Factors]) -> Mapping[str, Factors]:
+    return layers
 
 
-def _padded(layers: Mapping[str, LoRALayer]) -> dict[str, tuple[Tensor, Tensor, float]]:
+def _padded(layers: Mapping[str, Factors]) -> Mapping[str, Factors]:
     """The same updates at one rank and one scaling: the largest of each, so that no factor grows."""
-    rank = max(layer.rank for layer in layers.values())
-    scaling = max((layer.scaling for layer in layers.values()), key=abs) or 1.0
+    rank = max(len(lora_A) for lora_A, _, _ in layers.values())
+    scaling = max((own for *_, own in layers.values()), key=abs) or 1.0
     padded = {}
-    for name, (lora_A, lora_B, own) in _native(layers).items():
+    for name, (lora_A, lora_B, own) in layers.items():
         missing = rank - len(lora_A)
         padded[name] = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B * (own / scaling), (0, missing)), scaling
     return padded

@@ -6,15 +6,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from dynrank.adapters.read import Adapter, one_thread, open_adapter
-from dynrank.adapters.save import write_adapter
+from dynrank.adapters.save import rewrite_adapter
 from dynrank.change.predict import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import singular_values, truncate_product
 from dynrank.output.output_folder import check_free, whole_or_nothing
-from dynrank.rank_map import peft_ranks
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
 __all__ = ["squeeze_adapter"]
@@ -115,8 +112,7 @@ def _parameters(budget: int | float | str | None, adapter: Adapter) -> int:
 
 
 def _write(adapter: Adapter, ranks: Mapping[str, int], folder: Path) -> list[LayerReport]:
-    tensors: dict[str, Tensor] = {key: adapter.tensor(key) for key in adapter.others.values()}
-    reports = []
+    factors, reports = {}, []
     for name, rank in ranks.items():
         layer = adapter.layers[name]
         lora_B, lora_A = adapter.factors(name)
@@ -125,10 +121,7 @@ def _write(adapter: Adapter, ranks: Mapping[str, int], folder: Path) -> list[Lay
             lora_B, lora_A, values = change.lora_B, change.lora_A, change.singular_values
         else:
             values = singular_values(lora_B, lora_A)
-        ones = [1] * len(layer.kernel)
-        tensors[layer.keys[0]] = lora_A.reshape(rank, -1, *layer.kernel).contiguous()
-        tensors[layer.keys[1]] = lora_B.reshape(-1, rank, *ones).contiguous()
+        factors[name] = lora_A, lora_B, layer.scaling
         reports.append(report_of(name, rank, values * abs(layer.scaling), sum(layer.shape)))
-    alphas = {name: (rank, adapter.layers[name].scaling * rank) for name, rank in ranks.items()}
-    write_adapter(folder, tensors, adapter.config.model_dump(exclude_unset=True) | peft_ranks(alphas))
+    rewrite_adapter(folder, adapter, factors)
     return reports

@@ -8,7 +8,7 @@ import torch
 import transformers as hf
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import load_peft_weights, set_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -244,6 +244,22 @@ def test_hotswap_between_adapters_of_unlike_ranks(mixed, zoo, judge, tmp_path):
         hotswap_adapter(theirs, str(tmp_path / folder), adapter_name="default", torch_device="cpu")
         close(zoo.outputs(theirs), zoo.outputs(ours))
         close(zoo.outputs(dynrank.swap_adapter(zoo.plain("llama"), tmp_path / folder)), zoo.outputs(ours))
+
+
+def test_padded_adapters_of_wrapped_models_hot_swap_in_a_prepared_model(zoo, judge, tmp_path):
+    """PEFT refuses to swap adapters whose patterns differ, as they do after changes of rank."""
+    for seed, ranks in enumerate(({"q_proj": 1, "v_proj": 6}, {"q_proj": 3, "v_proj": 2})):
+        model = zoo.by_peft("llama", tmp_path / f"before{seed}", r=4)
+        dynrank.resize(model, {n: ranks.get(n.rpartition(".")[2], 4) for n, _ in dynrank.lora_layers(model)})
+        zoo.trained(model, seed)
+        dynrank.save_adapter(model, tmp_path / f"{seed}", layout="padded")
+        model.save_pretrained(tmp_path / f"native{seed}")
+        close(zoo.outputs(judge(tmp_path / f"{seed}")), zoo.outputs(model))
+    theirs = judge(tmp_path / "0")
+    prepare_model_for_compiled_hotswap(theirs, target_rank=6)
+    for seed in (1, 0, 1):
+        hotswap_adapter(theirs, str(tmp_path / f"{seed}"), adapter_name="default", torch_device="cpu")
+        close(zoo.outputs(theirs), zoo.outputs(judge(tmp_path / f"native{seed}")))
 
 
 def test_a_head_trained_whole_belongs_to_the_adapter(zoo, tmp_path):

@@ -307,7 +307,6 @@ def test_layers_with_other_arithmetic_are_refused_by_name(message):
     ("call", "instead"),
     [
         (lambda model, _: dynrank.merge(model), r"merge_and_unload\(\)"),
-        (lambda model, folder: dynrank.save_adapter(model, folder / "out"), r"save_pretrained\(\)"),
         (lambda model, _: dynrank.add_lora(model, rank=2), "resize and RankScheduler"),
         (lambda model, folder: dynrank.load_adapter(model, folder), r"load_adapter\(\), or pass the plain model"),
     ],
@@ -315,6 +314,29 @@ def test_layers_with_other_arithmetic_are_refused_by_name(message):
 def test_functions_for_dynranks_own_layers_refuse_a_wrapped_model(call, instead, tmp_path):
     with pytest.raises(ConfigurationError, match=f"wrapped by PEFT .*{instead}"):
         call(wrapped(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("layout", ["native", "padded"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_saved_adapter_of_a_wrapped_model_loads_in_both_libraries(layout, kind, tmp_path):
+    model = wrapped(kind)
+    names = list(ranks_of(model))
+    dynrank.resize(model, {names[0]: 1, names[-1]: 4})
+    dynrank.save_adapter(model, tmp_path, layout=layout)
+    theirs, ours = PeftModel.from_pretrained(plain(kind), tmp_path), dynrank.load_adapter(plain(kind), tmp_path)
+    assert (logits(theirs) - logits(model)).abs().max() <= 1e-12
+    assert (logits(ours) - logits(model)).abs().max() <= 1e-6  # its factors are of float32
+    assert len(set(ranks_of(theirs).values())) == (1 if layout == "padded" else 3)
+
+
+def test_save_refuses_a_wrapped_model_in_another_and_numbers_that_are_not_finite(tmp_path):
+    with pytest.raises(ConfigurationError, match="wrapped by PEFT itself .* a ModuleDict around it"):
+        dynrank.save_adapter(nn.ModuleDict({"lm": wrapped()}), tmp_path / "out")
+    model = wrapped("bert")
+    model.base_model.model.classifier.modules_to_save["default"].bias.data[0] = torch.nan
+    with pytest.raises(ConfigurationError, match=r"classifier.*NaN.*optimizer\.lr"):
+        dynrank.save_adapter(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
