@@ -14,15 +14,16 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
+from dynrank.adapters.beside import with_labels
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.merging import merge
-from dynrank.models.names import model_source
+from dynrank.models.names import model_source, stored_source
 from dynrank.models.pretrained import load_by_name, load_weights, read_config
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
-__all__ = ["MergedModel", "merge_adapter"]
+__all__ = ["MergedModel", "base_model", "base_source", "merge_adapter"]
 
 # What a base is adapted as when the class that its config.json names does not have the adapter's layers: a model that
 # was stored as an encoder and trained with a head, for example.
@@ -57,17 +58,18 @@ class MergedModel:
     parameters: int
 
 
-def merge_adapter(source: str | Path, model: str, out: str | Path) -> MergedModel:
+def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> MergedModel:
     """Write the model with the adapter in ``source`` merged into it to ``out``, for ``from_pretrained``.
 
     Weights keep the dtype in which the model is stored; sums are made in float32 or wider. The class is the first that
     has all layers of the adapter: the one that the adapter names, the one that the model's config.json names, or a
-    usual one. Heads stored in the adapter (modules_to_save) come along, as do the model's tokenizer files. ``out``
-    appears when it is whole, or not at all. No code from the model's folder is run.
+    usual one. Heads stored in the adapter (modules_to_save) come along, as do tokenizer files and names of labels, from
+    its folder if they lie there. ``out`` appears when it is whole, or not at all. No code from the model's folder is
+    run.
 
     Args:
         source: folder of a PEFT LoRA adapter.
-        model: folder or hub name of the model that it was trained on.
+        model: folder or hub name of the model that it was trained on; None: as the adapter names it.
         out: folder to make; it may exist if it is empty.
 
     Raises:
@@ -75,13 +77,16 @@ def merge_adapter(source: str | Path, model: str, out: str | Path) -> MergedMode
             somewhere else, or ``out`` is not free or cannot be written.
     """
     source, out = Path(source), Path(out)
-    adapter, origin = read_adapter(source), model_source(model, "--model")
+    adapter = read_adapter(source)
+    origin = base_source(adapter, model)
     check_free(out, source, Path(origin))
-    input_files = _input_files(Path(origin))
-    merged: Any = merge(load_adapter(_base(origin, adapter), adapter))
+    input_files = _input_files(source)
+    own = bool(input_files)
+    input_files += _input_files(Path(origin))
+    merged: Any = with_labels(merge(load_adapter(base_model(origin, adapter), adapter)), source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
-        if not Path(origin).is_dir():
+        if not own and not Path(origin).is_dir():
             load_by_name(AutoTokenizer.from_pretrained, origin, "--model").save_pretrained(folder)
         for file in input_files:
             if not (folder / file.name).exists():
@@ -90,17 +95,29 @@ def merge_adapter(source: str | Path, model: str, out: str | Path) -> MergedMode
     return MergedModel(type(merged).__name__, len(adapter.layers), merged.dtype, total)
 
 
+def base_source(adapter: Adapter, given: str | None) -> str:
+    """Where the base model lies that the user has ``given``, or that the adapter names.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    base = given or (adapter.config.model_extra or {}).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ConfigurationError(f"the adapter {adapter.source!r} names no base model; give --model")
+    return model_source(stored_source(base), "--model")
+
+
 def _input_files(origin: Path) -> list[Path]:
-    """Files of the model's folder that come along; a hub's cache keeps the files of a snapshot two folders above it."""
+    """Files of a folder that come along; a hub's cache keeps the files of a snapshot two folders above it."""
     found = [file for pattern in _INPUT_FILES for file in origin.glob(pattern) if file.is_file()]
     home = (origin.parent.parent if origin.parent.name == "snapshots" else origin).resolve()
     for file in found:
         if not file.resolve().is_relative_to(home):
-            raise ConfigurationError(f"{str(file)!r} must not be a link out of the folder of --model; copy it there")
+            raise ConfigurationError(f"{str(file)!r} must not be a link out of its folder; copy it there")
     return found
 
 
-def _base(origin: str, adapter: Adapter) -> nn.Module:
+def base_model(origin: str, adapter: Adapter) -> nn.Module:
     """The model that the adapter was trained on, with all its weights.
 
     They come from its own files or are heads that the adapter has, whose shapes say the number of classes.

@@ -23,6 +23,7 @@ from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers
+from dynrank.models.names import public_name
 from dynrank.output.whole_file import whole_files
 from dynrank.rank_map import peft_ranks
 
@@ -79,7 +80,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
         target_modules=target_modules(model, layers),
         modules_to_save=heads,
         dropout=max(layer.dropout.p for layer in layers.values()),
-        base=getattr(getattr(model, "config", None), "_name_or_path", ""),
+        base=public_name(getattr(getattr(model, "config", None), "_name_or_path", "")),
         base_class=type(model) if hasattr(model, "config") else None,
     )
     folder = Path(path)

@@ -16,6 +16,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as for dynrank-train")]
 Adapter = Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")]
+Base = Annotated[
+    str | None,
+    typer.Option(help="Folder, hub name or short name of the model that it was trained on, if not as the adapter says"),
+]
 Out = Annotated[Path, typer.Option(help="Folder to write; new or empty")]
 
 
@@ -24,6 +28,12 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise typer.BadParameter(f"must be a whole number, got {text!r}") from None  # typer leaves the value out
+
+
+def _count(text: str) -> int:
+    if _whole(text) < 1:
+        raise typer.BadParameter(f"must be at least 1, got {text}")
+    return _whole(text)
 
 
 def _decimal(text: str) -> float:
@@ -117,8 +127,8 @@ def squeeze(
 @app.command()
 def merge(
     adapter: Adapter,
-    model: Annotated[str, typer.Option(help="Folder, hub name or short name of the model that it was trained on")],
     out: Out,
+    model: Base = None,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
     import transformers
@@ -131,6 +141,25 @@ def merge(
     merged = merge_adapter(adapter, model, out)
     into = f"{merged.layers} layers into {merged.kind}, {str(merged.dtype).removeprefix('torch.')}"
     print_facts({"merged": into, "parameters": f"{merged.parameters:,}", "files": out})
+
+
+@app.command()
+def predict(
+    adapter: Adapter,
+    texts: Annotated[
+        list[str], typer.Argument(metavar="TEXT... | FILE", help="Texts; or one file, a text in each line")
+    ],
+    model: Base = None,
+    batch_size: Annotated[int, typer.Option(parser=_count, metavar="N", help="Texts at a time")] = 16,
+    max_new_tokens: Annotated[
+        int, typer.Option(parser=_count, metavar="N", help="Tokens that are written at most")
+    ] = 64,
+    chat: Annotated[bool, typer.Option("--chat", help="Each text is a user's turn: apply the chat template")] = False,
+) -> None:
+    """Answer texts, a line for each: the likeliest labels and their probabilities, or what the model writes."""
+    from dynrank.commands.predict import print_answers
+
+    print_answers(adapter, texts, model, batch_size=batch_size, max_new_tokens=max_new_tokens, chat=chat)
 
 
 @app.command()

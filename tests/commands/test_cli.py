@@ -93,7 +93,7 @@ def test_final_ranks_of_a_run_are_a_rank_map(table, smoke_run):
     assert all(row[8] == row[0] for row in layers)
 
 
-COMMANDS = [[], *([name] for name in ("ranks", "plan", "squeeze", "merge", "inspect", "report", "sweep"))]
+COMMANDS = [[], *([name] for name in ("ranks", "plan", "squeeze", "merge", "predict", "inspect", "report", "sweep"))]
 NO_TORCH = """
 import sys
 from dynrank import train

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from dynrank import __version__
 from dynrank.errors import ConfigurationError
-from dynrank.output.console import span
 from dynrank.output.whole_file import whole_file
 from dynrank.run.report.pictures import draw
 from dynrank.run.report.record import read_run
+from dynrank.run.report.templates import template
 
 __all__ = ["REPORT_FILE", "write_report"]
 
@@ -31,18 +29,10 @@ def write_report(folder: Path, config: str | None = None) -> Path:
         ConfigurationError: if the folder is not that of a finished run, a file is broken, or it cannot be written.
     """
     run = read_run(folder, config)
-    pages = Environment(
-        loader=PackageLoader("dynrank.run.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters |= {"as": format, "span": span, "mebibytes": lambda count: f"{count / 2**20:,.0f} MiB"}
     title = "dynrank run " + "/".join(folder.resolve().parts[-2:])  # a run without a name has date and time
     file = folder / REPORT_FILE
     try:
-        page = pages.get_template("page.html.jinja").render(
+        page = template("page.html.jinja").render(
             run=run, title=title, pictures=draw(run), ranks=run.ranks(), version=__version__
         )
         with whole_file(file) as part:

@@ -1,0 +1,70 @@
+"""What lies beside the two files of an adapter, so that it can be used: the tokenizer, and names of the labels."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from dynrank.errors import ConfigurationError, read_as
+from dynrank.models.pretrained import load_tokenizer
+from dynrank.output.whole_file import whole_file
+
+__all__ = ["LABELS_FILE", "label_names", "tokenizer_of", "with_labels", "write_beside"]
+
+# No config.json: with one, transformers takes the folder for a whole model and looks for all weights in it.
+LABELS_FILE, TOKENIZER_FILE = "labels.json", "tokenizer_config.json"
+
+
+@dataclass(config=ConfigDict(strict=True, extra="ignore"))
+class _Labels:
+    labels: list[str]
+    problem_type: str | None = None
+
+
+def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Write the tokenizer's files, if there is one, and the labels of a classifier that has names for them."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if label_names(model):
+        labels = _Labels(label_names(model), model.config.problem_type)
+        with whole_file(folder / LABELS_FILE) as part:
+            part.write_text(json.dumps(asdict(labels), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def label_names(model: Any) -> list[str]:
+    """Names of the classes of a sequence classifier; none where they are transformers' own, or it is none."""
+    names = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
+    named = type(model).__name__.endswith("ForSequenceClassification") and names[0] != "LABEL_0"
+    return [str(names[index]) for index in range(len(names))] if named else []
+
+
+def with_labels(model: Any, folder: Path) -> Any:
+    """The model itself, which answers with the names of labels that lie in the adapter's ``folder``, if any do.
+
+    Raises:
+        ConfigurationError: if the file is broken, or of another number of labels.
+    """
+    file = folder / LABELS_FILE
+    if not file.exists():
+        return model
+    try:
+        found = read_as(_Labels, json.loads(file.read_text(encoding="utf-8")), str(file))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigurationError(f"{str(file)!r} cannot be read: {error}") from None
+    if len(found.labels) != model.config.num_labels:
+        raise ConfigurationError(f"{str(file)!r} must name {model.config.num_labels} labels, got {len(found.labels)}")
+    model.config.id2label = dict(enumerate(found.labels))
+    model.config.label2id = {label: index for index, label in enumerate(found.labels)}
+    model.config.problem_type = found.problem_type
+    return model
+
+
+def tokenizer_of(folder: Path, base: str) -> Any:
+    """The tokenizer that lies in the adapter's ``folder``, or that of the model ``base``; with a padding token."""
+    own = (folder / TOKENIZER_FILE).exists()
+    return load_tokenizer(str(folder.resolve()) if own else base, "--model")

@@ -1,0 +1,84 @@
+"""``dynrank predict``: a stored adapter on its base model answers texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynrank.adapters.beside import tokenizer_of, with_labels
+from dynrank.adapters.load import load_adapter
+from dynrank.adapters.merging import base_model, base_source
+from dynrank.adapters.read import read_adapter
+from dynrank.errors import ConfigurationError
+
+__all__ = ["answers"]
+
+SHOWN = 3  # labels of a text
+
+
+def answers(
+    source: Path, texts: Sequence[str], base: str | None, *, batch_size: int, max_new_tokens: int, chat: bool
+) -> Iterator[str]:
+    """A line for each text: the likeliest labels with their probabilities, or what the model writes, greedily.
+
+    Args:
+        source: folder of a PEFT LoRA adapter; its tokenizer and labels are taken from there, if they lie there.
+        texts: to answer.
+        base: name of the model that it was trained on; None: as the adapter names it.
+        batch_size: texts at a time.
+        max_new_tokens: that are written at most.
+        chat: put each text into the tokenizer's chat template, as a user's first turn.
+
+    Raises:
+        ConfigurationError: if the adapter, its base or a text cannot be used.
+    """
+    adapter = read_adapter(source)
+    origin = base_source(adapter, base)
+    model: Any = with_labels(load_adapter(base_model(origin, adapter), adapter).eval(), source)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = tokenizer_of(source, origin)
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify by their last real token
+    writes = model.can_generate()
+    if not writes and not type(model).__name__.endswith("ForSequenceClassification"):
+        raise ConfigurationError(f"predict takes classifiers and models that write, got a {type(model).__name__}")
+    if chat and not (writes and tokenizer.chat_template):
+        raise ConfigurationError("--chat needs a model that writes, and a tokenizer with a chat template")
+    for start in range(0, len(texts), batch_size):
+        batch = texts[start : start + batch_size]
+        yield from (
+            _written(model, tokenizer, batch, max_new_tokens, chat) if writes else _labelled(model, tokenizer, batch)
+        )
+
+
+@torch.no_grad()
+def _labelled(model: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[str]:
+    inputs = tokenizer([*texts], padding=True, truncation=True, return_tensors="pt").to(model.device)
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
+    several = model.config.problem_type == "multi_label_classification"
+    for row in logits.sigmoid() if several else logits.softmax(-1):
+        values, indices = row.topk(min(SHOWN, len(row)))
+        pairs = zip(indices.tolist(), values.tolist(), strict=True)
+        yield "\t".join(f"{model.config.id2label[index]} {value:.4f}" for index, value in pairs)
+
+
+@torch.no_grad()
+def _written(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int, chat: bool) -> Iterator[str]:
+    tokenizer.padding_side = "left"
+    prompts = [*texts]
+    if chat:
+        turns = [[{"role": "user", "content": text}] for text in texts]
+        prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    made = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    for text in tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
+        yield text.strip().replace("\n", "\\n")

@@ -1,0 +1,41 @@
+"""What ``dynrank predict`` reads and prints: texts, and a line for each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import transformers
+
+from dynrank.adapters.predicting import answers
+from dynrank.errors import ConfigurationError
+
+__all__ = ["print_answers"]
+
+
+def print_answers(
+    adapter: Path, texts: Sequence[str], model: str | None, *, batch_size: int, max_new_tokens: int, chat: bool
+) -> None:
+    """Print what :func:`dynrank.adapters.predicting.answers` says of ``texts``, or of the lines of the file they name.
+
+    Raises:
+        ConfigurationError: if a text is empty, the file is no plain text, or the adapter cannot be used.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if len(texts) == 1 and len(texts[0]) < 1000 and Path(texts[0]).is_file():
+        texts = _lines(Path(texts[0]))
+    empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
+    if empty or not texts:
+        raise ConfigurationError(f"TEXT must not be empty, number {empty[0] if empty else 1} is")
+    for line in answers(adapter, texts, model, batch_size=batch_size, max_new_tokens=max_new_tokens, chat=chat):
+        print(line, flush=True)
+
+
+def _lines(file: Path) -> list[str]:
+    if file.suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+        raise ConfigurationError(f"FILE must be plain text with a text in each line, got {str(file)!r}")
+    try:
+        return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"FILE {str(file)!r} cannot be read: {error}") from None

@@ -1,0 +1,49 @@
+"""README.md of an adapter: what it is, what it was trained on, what came out, and how to use it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dynrank import __version__
+from dynrank.adapters.beside import label_names
+from dynrank.layers.finding import lora_layers
+from dynrank.models.names import public_name
+from dynrank.output.change_table import layer_kinds
+from dynrank.output.whole_file import whole_file
+from dynrank.run.report.templates import template
+from dynrank.run.summary import Summary
+
+__all__ = ["write_card"]
+
+
+def write_card(folder: Path, model: Any, summary: Summary, steps: int, given: Sequence[str] | None) -> None:
+    """Write README.md into the adapter's ``folder``.
+
+    Args:
+        folder: of the adapter.
+        model: with its LoRA layers.
+        summary: of the run.
+        steps: of the optimizer.
+        given: overrides on the command line; None: not known.
+    """
+    base = public_name(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    ranks: dict[str, list[int]] = {}
+    layers = {name: layer.rank for name, layer in lora_layers(model)}
+    for name, kind in layer_kinds(layers).items():
+        ranks.setdefault(kind, []).append(layers[name])
+    page = template("card.md.jinja").render(
+        base=base,
+        on_hub=bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists(),
+        kind=type(model).__name__,
+        labels=label_names(model),
+        ranks=ranks,
+        summary=summary,
+        steps=steps,
+        given=given,
+        version=__version__,
+    )
+    with whole_file(folder / "README.md") as part:
+        part.write_text(page, encoding="utf-8")

@@ -1,0 +1,157 @@
+"""The adapter's folder can be used: by PEFT, by transformers once it is merged, and by ``dynrank predict``."""
+
+import json
+import os
+import re
+import stat
+import sys
+
+import pytest
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from transformers import AutoTokenizer, pipeline
+
+import dynrank
+from dynrank.adapters.merging import merge_adapter
+from dynrank.commands import cli
+from dynrank.run.job import run
+
+SMALL = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "trainer.enable_progress_bar=false"]
+ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word, label in [("a", "bad"), ("b", "ok")])]
+ROWS += [f"c number {i},so-so" for i in range(30)]
+TEXTS = ["a number 3", "something else entirely, and longer", "c"]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Experiment logs directory"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+
+
+def made(folder, *overrides):
+    umask = os.umask(0o022)
+    try:
+        run(dynrank.compose([*SMALL, *overrides]), folder)
+    finally:
+        os.umask(umask)
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory, tiny_bert):
+    """An adapter of three labels on a base whose own head has two."""
+    folder = tmp_path_factory.mktemp("classifier")
+    (folder / "rows.csv").write_text("\n".join(ROWS))
+    return made(
+        folder / "run", "task=classification", f"task.model={tiny_bert}", f"data.train={folder / 'rows.csv'}",
+        "optimizer.lr=0.05",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def writer(tmp_path_factory, tiny_llama):
+    folder = tmp_path_factory.mktemp("writer")
+    rows = [json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    return made(folder / "run", "task=completion", f"task.model={tiny_llama}", f"data.train={folder / 'rows.jsonl'}")
+
+
+def probabilities(line):
+    return {cell.rpartition(" ")[0]: float(cell.rpartition(" ")[2]) for cell in line.split("\t")}
+
+
+def card(folder):
+    """What the Python of the model card leaves behind, run in its folder."""
+    (block,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    here, names = os.getcwd(), {}
+    os.chdir(folder)
+    try:
+        exec(block, names)
+    finally:
+        os.chdir(here)
+    return names
+
+
+def test_folder_of_a_classifier_has_all_that_is_needed_and_everybody_may_read_it(classifier, tiny_bert):
+    names = {"README.md", "labels.json", "tokenizer.json", "tokenizer_config.json"}
+    assert {file.name for file in classifier.iterdir()} == names | {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    assert {stat.S_IMODE(file.stat().st_mode) for file in classifier.iterdir()} == {0o644}
+    config = json.loads((classifier / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(tiny_bert)
+    assert json.loads((classifier / "labels.json").read_text())["labels"] == ["bad", "ok", "so-so"]
+    page = (classifier / "README.md").read_text()
+    assert "base_model:" not in page  # a folder is no name on the hub, which would refuse the card
+    for text in ("4 steps", "bad, ok, so-so", "| test/accuracy |", "| attention.self.query | 2 | 2 |", "hf upload"):
+        assert text in page
+
+
+def test_card_command_and_merged_model_answer_alike_and_by_name(classifier, launch, tmp_path, capsys):
+    code, printed, said = launch(cli.main, "predict", classifier, *TEXTS)
+    assert code == 0, said
+    found = [probabilities(line) for line in printed.splitlines()]
+    peft = card(classifier)["model"]
+    merge_adapter(classifier, None, tmp_path / "merged")
+    ways = [
+        pipeline("text-classification", model=peft, tokenizer=str(classifier)),
+        pipeline("text-classification", str(tmp_path / "merged")),
+    ]
+    for way in ways:
+        for row, answer in zip(found, way(TEXTS, top_k=None), strict=True):
+            assert {cell["label"]: cell["score"] for cell in answer} == pytest.approx(row, abs=1e-4)
+    assert {max(row, key=row.get) for row in found} <= {"bad", "ok", "so-so"}
+    assert max(abs(a - b) for a, b in zip(found[0].values(), found[1].values(), strict=True)) > 1e-3
+
+
+def test_two_labels_need_no_argument(tiny_bert, tmp_path):
+    (tmp_path / "rows.csv").write_text("\n".join(ROWS[:61]))
+    data = ["task=classification", f"task.model={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
+    folder = made(tmp_path / "run", *data)
+    model = AutoPeftModelForSequenceClassification.from_pretrained(folder)
+    assert model(**AutoTokenizer.from_pretrained(folder)("a", return_tensors="pt")).logits.shape == (1, 2)
+
+
+def test_writer_writes_the_same_in_peft_and_by_the_command(writer, launch, tmp_path):
+    (tmp_path / "prompts.txt").write_text("def f7(x):\nclass\n")
+    code, printed, said = launch(cli.main, "predict", writer, "prompts.txt", "--max-new-tokens", 5)
+    assert code == 0, said
+    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(writer), AutoTokenizer.from_pretrained(writer)
+    for prompt, line in zip(("def f7(x):", "class"), printed.splitlines(), strict=True):
+        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
+        assert line == tokenizer.decode(ids, skip_special_tokens=True).strip().replace("\n", "\\n")
+    assert card(writer)["model"].peft_config["default"].r in (2, 4)
+
+
+def test_adapter_of_a_packaged_model_names_the_hub_and_is_found_without_it(smoke_run, launch):
+    folder = smoke_run[0] / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "sentence-transformers/all-MiniLM-L6-v2"
+    texts = [file.read_text() for file in folder.iterdir() if file.suffix in (".json", ".md")]
+    assert not [text for text in texts if sys.prefix in text]
+    page = (folder / "README.md").read_text()
+    assert "base_model: sentence-transformers/all-MiniLM-L6-v2\n" in page
+    assert "$ dynrank-train 'debug=smoke'" in page
+    code, printed, said = launch(cli.main, "predict", folder, "type 2 diabetes")
+    assert code == 0, said
+    assert set(probabilities(printed.strip())) < set(json.loads((folder / "labels.json").read_text())["labels"])
+
+
+def test_predict_refuses_what_it_cannot_answer(classifier, launch, tmp_path):
+    def said(*arguments):
+        code, _, error = launch(cli.main, "predict", *arguments)
+        assert (code, error.count("error")) == (2, 1)
+        return error
+
+    (tmp_path / "rows.csv").write_text("text\na\n")
+    assert "plain text" in said(classifier, "rows.csv")
+    assert "number 2 is" in said(classifier, "a", " ")
+    assert "--chat" in said(classifier, "a", "--chat")
+    assert "--model" in said(classifier, "a", "--model", "./absent")
+    assert "adapter_config.json" in said(tmp_path, "a")
+    labels = (classifier / "labels.json").read_text()
+    try:
+        (classifier / "labels.json").write_text('{"labels": ["one"]}')
+        assert "must name 3 labels, got 1" in said(classifier, "a")
+    finally:
+        (classifier / "labels.json").write_text(labels)
