@@ -269,5 +269,10 @@ def _check_factors(lora_B: Tensor, lora_A: Tensor) -> None:
     if lora_B.ndim != 2 or lora_A.ndim != 2 or lora_B.shape[1] != lora_A.shape[0]:
         raise ValueError(f"factors must be (d_out, rank) and (rank, d_in), got {[*lora_B.shape]} and {[*lora_A.shape]}")
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if not torch.isfinite(factor).all():
-            raise ValueError(f"{name} must be finite, got NaN or inf")
+        if not finite(factor):
+            raise ValueError(f"{name} must be finite, got NaN, inf or a number too large for float32")
+
+
+def finite(values: Tensor) -> bool:
+    """Whether all are finite in float32, too: products of larger ones are not finite even in float64."""
+    return bool(values.float().isfinite().all())

@@ -51,6 +51,10 @@ def _train(config: DictConfig) -> float | None:
             if folder != Path.cwd():
                 with suppress(OSError):  # not empty: the run was not refused
                     folder.rmdir()
+                    for parent in folder.parents:  # outputs/DATE, which Hydra has made, too
+                        if Path.cwd() not in parent.parents:
+                            break
+                        parent.rmdir()
     return None
 
 

@@ -303,7 +303,7 @@ def test_growth_draws_from_its_generator():
 @pytest.mark.parametrize("function", [truncate_product, grow_product, lambda b, a, rank: singular_values(b, a)])
 def test_functions_name_what_they_cannot_use(function):
     for which in ("lora_A", "lora_B"):
-        for value in (float("nan"), float("inf")):
+        for value in (float("nan"), float("inf"), 1e300):
             pair = dict(zip(("lora_B", "lora_A"), factors(9, 7, 4), strict=True))
             pair[which][1, 1] = value
             with pytest.raises(ValueError, match=f"{which} must be finite"):

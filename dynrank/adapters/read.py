@@ -17,6 +17,7 @@ from torch import Tensor
 from dynrank.adapters.config import AdapterConfig, LayerSettings, read_config
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
+from dynrank.linalg import finite
 
 __all__ = [
     "FLOATS",
@@ -86,12 +87,14 @@ class Adapter:
         """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer, as matrices.
 
         Raises:
-            ConfigurationError: if one holds NaN or inf, or the rank is above min(d_out, d_in).
+            ConfigurationError: if one is not finite in float32, or the rank is above min(d_out, d_in).
         """
         layer = self.layers[name]
         lora_A, lora_B = (self.tensor(key).flatten(1) for key in layer.keys)
-        if not (torch.isfinite(lora_A).all() and torch.isfinite(lora_B).all()):
-            raise ConfigurationError(f"{name!r} holds NaN or inf in the adapter {self.source!r}")
+        if not (finite(lora_A) and finite(lora_B)):
+            raise ConfigurationError(
+                f"{name!r} holds NaN, inf or a number too large for float32 in the adapter {self.source!r}"
+            )
         if lora_A[layer.rank :].any() or lora_B[:, layer.rank :].any():
             raise ConfigurationError(
                 f"{name!r} must have a rank of at most min(d_in, d_out) = {layer.rank}, got {len(lora_A)} in the "

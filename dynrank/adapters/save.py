@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,8 +23,9 @@ from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers
+from dynrank.linalg import finite
 from dynrank.models.names import public_name
-from dynrank.output.whole_file import whole_files
+from dynrank.output.whole_file import os_errors, whole_files
 from dynrank.rank_map import peft_ranks
 
 __all__ = ["rewrite_adapter", "save_adapter", "target_modules", "trained_heads", "write_adapter"]
@@ -47,7 +48,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
             global ``lora_alpha / r`` is right for all of them: for readers that know no patterns, such as llama.cpp.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers, a value is NaN or inf, or ``layout`` is unknown.
+        ConfigurationError: if the model has no LoRA layers, a value is not finite in float32, or ``layout`` is unknown.
+        OSError: if the files cannot be written; what was there before stays.
     """
     if layout not in _LAYOUTS:
         raise ConfigurationError(f"layout must be one of {[*_LAYOUTS]}, got {layout!r}")
@@ -83,14 +85,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
         base=public_name(getattr(getattr(model, "config", None), "_name_or_path", "")),
         base_class=type(model) if hasattr(model, "config") else None,
     )
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
-    write_adapter(folder, own, config)
+    write_adapter(Path(path), own, config)
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter to a folder that exists, in the place of those that it has.
+    """Write the two files of an adapter to a folder, made if missing, in the place of those that it has.
 
     Args:
         folder: to write to.
@@ -102,18 +102,24 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     """
     settings = AdapterConfig.model_validate(config).of_layers(sort_keys(tensors, folder)[0])
     metadata = {SETTINGS_DIGEST: digest(settings), "format": "pt"}
-    with whole_files(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_part, config_part):
-        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(dict(tensors), weights_part, metadata=metadata)
-        _sort_metadata(weights_part, metadata)
-        weights_part.chmod(config_part.stat().st_mode)  # safetensors lets nobody else read it
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with whole_files(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_part, config_part), os_errors(folder):
+            config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(dict(tensors), weights_part, metadata=metadata)
+            _sort_metadata(weights_part, metadata)
+            weights_part.chmod(config_part.stat().st_mode)  # safetensors lets nobody else read it
+    except OSError:
+        with suppress(OSError):  # an adapter from before is in it
+            folder.rmdir()
+        raise
 
 
 def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
     """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings stay.
 
     Args:
-        folder: to write to; it exists.
+        folder: to write to.
         adapter: read from a folder.
         factors: of every layer of it.
 
@@ -146,16 +152,15 @@ def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
     for name, layer in adapter.layers.items():
         lora_B, lora_A = adapter.factors(name)
         factors[name] = lora_A, lora_B, layer.scaling
-    folder.mkdir(parents=True, exist_ok=True)
     rewrite_adapter(folder, adapter, _LAYOUTS[layout](factors))
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    broken = [name for name, value in tensors.items() if not finite(value)]
     if broken:
         raise ConfigurationError(
-            f"{broken[0]!r} holds NaN or inf, as do {len(broken) - 1} other tensors of the adapter: the training "
-            "diverged; set optimizer.lr lower"
+            f"{broken[0]!r} holds NaN, inf or a number too large for float32, as do {len(broken) - 1} other tensors of "
+            "the adapter: the training diverged; set optimizer.lr lower"
         )
 
 

@@ -1,7 +1,11 @@
-"""Exit codes of the commands: 0 success, 1 failure (with a traceback), 2 what the user wrote (one clear message)."""
+"""Exit codes of the commands: 0 success, 1 failure, 2 what the user wrote (one clear message).
+
+A failure is shown with a traceback, but for a full disk.
+"""
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +16,7 @@ from dynrank.run.overrides import overrides_explained
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Print configuration errors without a traceback and exit with code 2; 130 after Ctrl-C."""
+    """Print configuration errors and exit with code 2, 1 for a full disk; 130 after Ctrl-C; no traceback then."""
     try:
         with overrides_explained():
             yield
@@ -22,7 +26,9 @@ def usage_errors() -> Iterator[None]:
     except Exception as error:
         # Lightning's own error for wrong arguments; looked up by name, since importing Lightning takes seconds
         theirs = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
-        if not theirs and not isinstance(error, ConfigurationError):
+        numbers = {getattr(each, "errno", None) for each in (error, error.__context__)}  # ours have the system's behind
+        full = not numbers.isdisjoint((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        if not theirs and not full and not isinstance(error, ConfigurationError):
             raise
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if full else 2)

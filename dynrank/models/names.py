@@ -52,6 +52,7 @@ def model_source(name: str, key: str = "task.model") -> str:
         return str(path.resolve())
     near = get_close_matches(text.lower(), known, n=3)
     local = text.startswith((".", "/", "~")) or text.endswith((".gguf", ".json")) or text.count("/") > 1
+    local = local or path.is_symlink()
     if not text or local or (near and "/" not in text):
         nearest = "" if "/" in text else f"; nearest known names: {near or known}"
         raise ConfigurationError(

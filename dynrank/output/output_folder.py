@@ -7,11 +7,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import realpath
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from dynrank.errors import ConfigurationError
+from dynrank.output.whole_file import os_errors
 
 __all__ = ["check_free", "whole_or_nothing"]
 
@@ -23,7 +23,7 @@ def check_free(out: Path, *sources: Path) -> None:
         ConfigurationError: naming it.
     """
     with _naming(out):
-        if out.resolve() in [source.resolve() for source in sources]:
+        if realpath(out) in [*map(realpath, sources)]:
             raise ConfigurationError(f"--out must be another folder than is read from, got {str(out)!r} for both")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigurationError(f"--out must be a new or empty folder, {str(out)!r} is not")
@@ -39,7 +39,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         ConfigurationError: if another process writes to ``out``, or a file or folder cannot be written.
     """
     with _naming(out):
-        out = out.resolve()
+        out = Path(realpath(out))  # Path.resolve has no OSError for a link to itself
         part = out.parent / f".{out.name}.part"
         part.mkdir(parents=True, exist_ok=True)
         with _held(part, out):
@@ -58,10 +58,10 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
 @contextmanager
 def _naming(out: Path) -> Iterator[None]:
     try:
-        yield
-    except (OSError, SafetensorError) as error:  # the latter of a disk that is full
-        said = getattr(error, "strerror", None) or error
-        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {said}") from None
+        with os_errors(out):
+            yield
+    except OSError as error:
+        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror or error}") from None
 
 
 @contextmanager

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["PART", "whole_file", "whole_files"]
+from safetensors import SafetensorError
+
+__all__ = ["PART", "os_errors", "whole_file", "whole_files"]
 
 PART = ".part"
+
+
+@contextmanager
+def os_errors(path: str | Path) -> Iterator[None]:
+    """Raise as an OSError of ``path`` what safetensors cannot write within the block: it hides the error's number."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from None
 
 
 @contextmanager

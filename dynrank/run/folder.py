@@ -86,7 +86,7 @@ def claim(folder: Path) -> None:
     """Make ``folder`` the place of a new run.
 
     Raises:
-        ConfigurationError: if it holds one already.
+        ConfigurationError: if it holds one already, or cannot be written to.
     """
     try:
         (folder / "checkpoints").mkdir(parents=True)
@@ -95,6 +95,8 @@ def claim(folder: Path) -> None:
             f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, or "
             "ckpt_path=last to go on there"
         ) from None
+    except OSError as error:
+        raise _unusable(folder, error) from None
 
 
 def release(folder: Path) -> None:
@@ -151,7 +153,11 @@ def _empty(folder: Path) -> None:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock in ``folder``; whatever ends this process lets go of it."""
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+    try:
+        file = (folder / LOCK).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _unusable(folder, error) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -164,6 +170,13 @@ def _locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _unusable(folder: Path, error: OSError) -> ConfigurationError:
+    return ConfigurationError(
+        f"no run can be made in {str(folder)!r}: {error.strerror}; set hydra.run.dir (of a sweep hydra.sweep.dir) to "
+        "another folder"
+    )
 
 
 def _joined(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[dict[str, str]]:

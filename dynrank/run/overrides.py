@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
+from traceback import walk_tb
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
@@ -15,19 +17,30 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from dynrank.errors import ConfigurationError
 
 PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
+_HYDRA = ("hydra", "hydra_plugins", "omegaconf", "antlr4", "yaml")
 _TYPES = {"int": "an int", "float": "a number", "bool": "true or false", "str": "a text", "None": "null"}
 
 
 @contextmanager
 def overrides_explained() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise within the block into a ConfigurationError of one line."""
+    """Turn what Hydra and OmegaConf raise within the block into a ConfigurationError of one line.
+
+    Hydra makes the folder of a run, or of a sweep, before it calls what is to be done there.
+    """
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(_explanation(error)) from error
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         if not _raised_by_hydra(error):
             raise
+        if isinstance(error, OSError):
+            said = f"the folder {error.filename!r} cannot be made: {error.strerror}; set hydra.run.dir (of a sweep "
+            raise ConfigurationError(f"{said}hydra.sweep.dir) to another one") from error
+        if isinstance(error, RecursionError):
+            raise ConfigurationError(
+                "a configuration file or override is nested too deeply to be read; take levels out"
+            ) from error
         raise ConfigurationError(
             f"{error}; a group takes a name, such as schedule=fixed (--help lists them)"
         ) from error
@@ -98,9 +111,7 @@ def _children(node: DictConfig) -> Iterator[tuple[str, DictConfig | None]]:
         yield name, child if isinstance(child, DictConfig) and not child._is_none() else None
 
 
-def _raised_by_hydra(error: ValueError) -> bool:
-    """A plain ValueError of Hydra's own, as for ``schedule=null``."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    return at is not None and at.tb_frame.f_globals["__name__"].startswith("hydra.")
+def _raised_by_hydra(error: Exception) -> bool:
+    """Whether Hydra, or what it reads files and overrides with, raised a plain error, as for ``schedule=null``."""
+    packages = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
+    return [name for name in packages if name not in sys.stdlib_module_names][-1] in _HYDRA

@@ -1,6 +1,8 @@
 """Models of four kinds, the same on every call, and adapters for them by dynrank and by PEFT."""
 
 import json
+import resource
+import signal
 
 import pytest
 import torch
@@ -111,6 +113,16 @@ class Zoo:
 @pytest.fixture(scope="session")
 def zoo():
     return Zoo
+
+
+@pytest.fixture
+def full_disk():
+    """No file can become larger than a page, as on a disk that is full."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.fixture

@@ -74,6 +74,7 @@ BROKEN = {
     "no expression": (config(alpha_pattern={"(": 2}), r"alpha_pattern has a key '\(' that is no regular expression"),
     "dropout": (config(lora_dropout=1.5), "lora_dropout must be .* 1, got 1.5"),
     "NaN": (factor("lora_A.weight", torch.full((3, 8), float("nan"))), r"layers\.1.*q_proj' holds NaN"),
+    "1e300": (factor("lora_A.weight", torch.full((3, 8), 1e300, dtype=torch.float64)), "too large for float32"),
     "half a pair": (tensors(lambda held: held.pop(f"{Q}.lora_A.weight")), "q_proj' lacks one of its two factors"),
     "shape": (factor("lora_B.weight", torch.ones(8, 5)), r"q_proj' must .*\[3, 8\] and \[8, 5\]"),
     "whole numbers": (factor("lora_A.weight", torch.ones(3, 8).int()), "q_proj' must .*got I32"),

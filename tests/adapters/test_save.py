@@ -1,6 +1,7 @@
 """Saved adapters: two whole files of one adapter, readable by all, in two layouts."""
 
 import copy
+import errno
 import json
 import os
 import stat
@@ -64,11 +65,22 @@ def test_save_that_fails_leaves_the_old_adapter_whole(part, zoo, tmp_path, monke
     assert content(tmp_path) == old
 
 
+@pytest.mark.usefixtures("full_disk")
+def test_save_to_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path):
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(600, 600)), rank=4, target_modules=["0"])
+    with pytest.raises(OSError, match=r"too large.*new") as caught:
+        dynrank.save_adapter(model, tmp_path / "new")
+    assert (caught.value.errno, [*tmp_path.iterdir()]) == (errno.EFBIG, [])
+
+
 @pytest.mark.parametrize("place", ["layer", "head"])
 def test_save_refuses_numbers_that_are_not_finite(place, zoo, tmp_path):
     model = zoo.adapted("bert")
     layer = model.bert.encoder.layer[1].attention.self.query
-    (layer.lora_B if place == "layer" else model.classifier.bias).data[0] = float("inf")
+    if place == "layer":
+        layer.lora_B.data = layer.lora_B.data.double().fill_(1e300)
+    else:
+        model.classifier.bias.data[0] = float("inf")
     with pytest.raises(ConfigurationError, match=r"(layer\.1.*query|classifier).*optimizer\.lr"):
         dynrank.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch import nn
 
 import dynrank
 import dynrank.adapters.squeeze
@@ -194,6 +195,15 @@ def test_squeeze_that_is_killed_leaves_nothing_that_looks_whole(by_peft, tmp_pat
     squeeze_adapter(source, out, rank=2)  # replaces what was left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
     assert {rank for _, rank in deltas(out).values()} == {2}
+
+
+def test_command_that_fills_the_disk_fails_in_one_line_and_leaves_nothing(launch, tmp_path, request):
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(600, 600)), rank=4, target_modules=["0"])
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    request.getfixturevalue("full_disk")
+    code, _, said = launch("squeeze", tmp_path / "adapter", "--rank", "2", "--out", tmp_path / "small")
+    assert (code, said.count("\n"), [*tmp_path.iterdir()]) == (1, 1, [tmp_path / "adapter"])
+    assert "cannot write to --out" in said
 
 
 def test_command_says_what_it_did(zoo, launch, tmp_path):

@@ -44,11 +44,14 @@ def test_an_error_leaves_nothing(error, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+@pytest.mark.parametrize("out", ["file/below", "loop", "loop/below"])
+def test_a_folder_that_cannot_be_made_is_one_line(out, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ConfigurationError, match="cannot write to --out .*Not a directory"):
-        write(tmp_path / "file" / "below")
-    assert (tmp_path / "file").read_text() == "mine"
+    (tmp_path / "loop").symlink_to("loop")
+    check_free(tmp_path / "free", tmp_path / "loop")
+    with pytest.raises(ConfigurationError, match="cannot write to --out .*(Not a directory|Too many levels)"):
+        write(tmp_path / out)
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}
 
 
 def test_check_free_names_a_folder_that_is_taken(tmp_path):

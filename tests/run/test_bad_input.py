@@ -134,6 +134,34 @@ def test_train_refuses_a_folder_that_holds_a_run(launch):
     assert (code, "hydra.run.dir" in message, kept.read_text()) == (2, True, "step\n1\n")
 
 
+DEEP = "{a: " * 1000 + "1" + "}" * 1000
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["hydra.run.dir=/proc/x"], ["'/proc/x' cannot be made", "hydra.run.dir"]),
+        (["hydra.run.dir=file"], ["'file' cannot be made: File exists"]),
+        (["hydra.run.dir=loop/x"], ["'loop/x' cannot be made: Too many levels"]),
+        (["hydra.sweep.dir=file/x", "lora.rank=2,4", "--multirun"], ["'file/x' cannot be made", "hydra.sweep.dir"]),
+        (["rank_map.file=loop"], ["'loop'", "rank_map.file"]),
+        (["ckpt_path=loop"], ["'loop'", "ckpt_path"]),
+        (["task.model=loop"], ["'loop'", "task.model"]),
+        ([f"rank_map.rank_pattern={DEEP}"], ["nested too deeply"]),
+        (["--config-dir", ".", "--config-name", "deep"], ["nested too deeply"]),
+    ],
+    ids=lambda value: " ".join(value)[:40],
+)
+def test_train_refuses_places_and_texts_that_cannot_be_used(launch, tmp_path, overrides, named):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "deep.yaml").write_text(f"schedule: {DEEP}")
+    before = sorted(tmp_path.rglob("*"))
+    code, _, message = launch(train.main, *overrides)
+    assert (code, message.count("\n"), sorted(tmp_path.rglob("*"))) == (2, 1, before), message
+    assert all(text in message for text in named), message
+
+
 @pytest.mark.parametrize("overrides", [["lora.rank=0"], ["rank_map.rules=['quary=8']"], ["nonsense=1"]], ids=str)
 def test_ranks_refuses_as_the_run_would(launch, overrides):
     code, _, message = launch(cli.main, "ranks", *overrides)

@@ -36,6 +36,12 @@ def test_tables_are_joined_at_the_step_that_a_run_goes_on_from(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "rank_predictions.csv"]
 
 
+@pytest.mark.parametrize("use", [run_folder.claim, lambda folder: run_folder.held(folder, 3).__enter__()])
+def test_a_folder_that_cannot_be_written_to_is_one_line(use):
+    with pytest.raises(ConfigurationError, match="no run can be made in '/proc': .*hydra.run.dir"):
+        use(Path("/proc"))
+
+
 def test_both_validations_of_a_checked_change_stay(tmp_path):
     write(tmp_path / "metrics.csv", "step,train,val\n1,0.9,\n2,,5.0\n2,,4.0\n2,0.8,\n")
     run_folder.take_up(tmp_path, 3)

@@ -141,7 +141,7 @@ def table_at_end() -> Iterator[None]:
 def _show_beside_error(folder: Path, plot: bool) -> None:
     """Show what there is; nothing, if the sweep was refused as a whole."""
     try:
-        if folder.exists():
+        if folder.is_dir():
             show_sweep(folder, plot=plot)
     except Exception as error:  # none takes the place of the one that ended the sweep, which is raised next
         print(f"no table of the sweep: {type(error).__name__}: {error}", file=sys.stderr)
