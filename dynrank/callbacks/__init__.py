@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint
+from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.rank_monitor import RankMonitor
 from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterCheckpoint",
+    "Generations",
     "RankEvent",
     "RankMonitor",
     "RankProgressBar",

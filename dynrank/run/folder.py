@@ -21,7 +21,7 @@ from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
 
 METRICS, EARLIER, PREDICTIONS = "metrics.csv", "metrics.earlier.csv", "rank_predictions.csv"
-HISTORY, LOCK = "rank_history.csv", ".lock"
+HISTORY, GENERATIONS, LOCK = "rank_history.csv", "generations.csv", ".lock"
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -113,7 +113,7 @@ def release(folder: Path) -> None:
 def take_up(folder: Path, step: int) -> None:
     """Leave in the tables of ``folder`` what was recorded before ``step``, where its run goes on."""
     metrics = _joined(_read(folder / EARLIER), _read(folder / METRICS))
-    for name, rows in ((EARLIER, metrics), (PREDICTIONS, _read(folder / PREDICTIONS))):
+    for name, rows in ((EARLIER, metrics), *((name, _read(folder / name)) for name in (PREDICTIONS, GENERATIONS))):
         _write(folder / name, [row for row in rows if int(row["step"]) < step])
     (folder / METRICS).unlink(missing_ok=True)
 
@@ -144,7 +144,8 @@ def read_overrides(folder: Path) -> list[str] | None:
 def _empty(folder: Path) -> None:
     """Take out what a run writes before its first checkpoint."""
     checkpoints = folder / "checkpoints"
-    for file in (*(folder / name for name in (METRICS, EARLIER, PREDICTIONS, HISTORY)), *checkpoints.glob(f"*{PART}")):
+    tables = (folder / name for name in (METRICS, EARLIER, PREDICTIONS, GENERATIONS, HISTORY))
+    for file in (*tables, *checkpoints.glob(f"*{PART}")):
         file.unlink(missing_ok=True)
     with suppress(OSError):  # not empty: no such run has left this folder, and claim will say so
         checkpoints.rmdir()

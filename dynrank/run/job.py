@@ -21,6 +21,7 @@ from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.run.config import make, plain, rank_pattern
 from dynrank.run.export import export, held_bytes, summarise
 from dynrank.run.folder import checkpoint_of, held
+from dynrank.run.loggers import check_loggers, finished
 from dynrank.run.overrides import check_keys
 from dynrank.run.preflight import check_checkpoint, check_metrics, check_run
 from dynrank.run.stopping import stoppable
@@ -62,7 +63,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
     step = read_checkpoint(checkpoint)["global_step"] if checkpoint is not None else 0
     first = trainer.is_global_zero
-    with held(folder, step if goes_on else None) if first else nullcontext(), stoppable(trainer, checkpoint):
+    holding = held(folder, step if goes_on else None) if first else nullcontext()
+    with finished(), holding, stoppable(trainer, checkpoint):
         if first and record is not None:
             record()
         if first and checkpoint is not None:
@@ -89,6 +91,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     check_keys(config)
     pattern = rank_pattern(config.rank_map)
     check_run(config)
+    check_loggers(config)
     steps = config.trainer.get("max_steps", -1)
     run = Run(steps if steps > 0 else None)
     scheduler = make_scheduler(config.schedule, config.check_processes_every)

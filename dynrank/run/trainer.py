@@ -10,11 +10,11 @@ from typing import Any
 
 import transformers
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from dynrank.callbacks import (
     AdapterCheckpoint,
+    Generations,
     RankMonitor,
     RankProgressBar,
     RankScheduler,
@@ -24,7 +24,8 @@ from dynrank.callbacks import (
 )
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make, plain
-from dynrank.run.folder import HISTORY, PREDICTIONS, last_checkpoint
+from dynrank.run.folder import GENERATIONS, HISTORY, PREDICTIONS, last_checkpoint
+from dynrank.run.loggers import make_loggers
 from dynrank.run.stopping import CtrlC
 
 __all__ = ["make_trainer", "quiet_training"]
@@ -48,9 +49,8 @@ def make_trainer(
     )
     monitor = RankMonitor(folder / HISTORY, model_name="model", prediction_file=folder / PREDICTIONS)
     callbacks: list[Any] = [ScheduleFreeMode(), scheduler, StepSeed(config.seed), meter, monitor, CtrlC()]
+    callbacks += [Generations(folder / GENERATIONS)]
     callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []
-    loggers = [CSVLogger(str(folder), name="", version="")]
-    loggers += [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
     options = plain(config.trainer)
     if isinstance(config.trainer.strategy, DictConfig):
         options["strategy"] = make(config.trainer.strategy, "trainer.strategy")
@@ -59,7 +59,7 @@ def make_trainer(
             **options,
             default_root_dir=folder,
             callbacks=[*callbacks, checkpoint],
-            logger=loggers,
+            logger=make_loggers(config, folder),
             enable_model_summary=False,
         )
     except (TypeError, ValueError) as error:

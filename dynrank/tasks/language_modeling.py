@@ -178,6 +178,7 @@ class LanguageModel(AdapterModule):
         self.save_hyperparameters("model", "lora", "optimizer", "measures", "max_new_tokens", "indented")
         self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
         self.name, self.max_new_tokens, self.indented = model, max_new_tokens, indented
+        self.generations: list[tuple[str, str, str]] = []  # prompt, wanted, written: for the callback of this name
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -195,6 +196,7 @@ class LanguageModel(AdapterModule):
         texts = self.continuations(batch["input_ids"], batch["attention_mask"])
         texts = [_indented(text) for text in texts] if self.indented else texts
         written: Any = self.written[split]
+        self.generations += zip(batch["prompts"], batch["answers"], texts, strict=True)
         written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
         self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
 
