@@ -35,6 +35,7 @@ class _Limits:
     lora: _LoraLimits
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's generator takes no more
     checkpoint_every: Annotated[int, Field(ge=1)]
+    start_timeout: Annotated[float, Field(gt=0)]
     trainer: _TrainerLimits
 
 
@@ -45,7 +46,7 @@ def check_run(config: DictConfig) -> None:
         ConfigurationError: naming the value and its key.
     """
     trainer = plain(config.trainer)
-    numbers = {key: plain(config[key]) for key in ("lora", "seed", "checkpoint_every", "trainer")}
+    numbers = {key: plain(config[key]) for key in ("lora", "seed", "checkpoint_every", "start_timeout", "trainer")}
     read_as(_Limits, numbers, "the configuration")
     if trainer.get("devices", 1) is None:
         raise ConfigurationError(

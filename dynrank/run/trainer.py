@@ -11,6 +11,7 @@ from typing import Any
 import transformers
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
+from torch import distributed
 
 from dynrank.callbacks import (
     AdapterCheckpoint,
@@ -22,6 +23,7 @@ from dynrank.callbacks import (
     ScheduleFreeMode,
     StepSeed,
 )
+from dynrank.distributed.meeting import meet
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make, plain
 from dynrank.run.folder import GENERATIONS, HISTORY, PREDICTIONS, last_checkpoint
@@ -69,8 +71,25 @@ def make_trainer(
             f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
             "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
         )
+    _meet_first(trainer, config.start_timeout)
     scheduler.check_trainer(trainer)  # the scheduler does so, too, but only when the other processes have been started
     return trainer
+
+
+def _meet_first(trainer: Trainer, seconds: float) -> None:
+    """Let the processes of ``trainer`` wait for each other, for ``seconds`` at most, before they make their group."""
+    strategy = trainer.strategy
+    set_up = strategy.setup_environment
+
+    def meet_and_set_up() -> None:
+        met = None  # held until torch's store has taken the port over
+        if trainer.world_size > 1 and not distributed.is_initialized():
+            group: Any = strategy.cluster_environment  # type: ignore[attr-defined]
+            met = meet(group.main_address, group.main_port, trainer.global_rank, trainer.world_size, seconds)
+        set_up()
+        del met
+
+    strategy.setup_environment = meet_and_set_up  # type: ignore[method-assign]
 
 
 def quiet_training() -> None:

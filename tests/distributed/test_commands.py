@@ -208,6 +208,16 @@ def test_process_that_is_killed_ends_the_run_and_its_checkpoint_is_whole(overrid
     assert set(summary.final_ranks.values()) == {2}
 
 
+def test_process_that_is_killed_at_the_start_leaves_no_other_waiting(overrides, cwd):
+    first, second = pair(cwd, *overrides, "start_timeout=1")
+    first.kill()
+    codes, printed = finish(cwd, first, second)
+    assert codes == [-signal.SIGKILL, 2], printed
+    assert "process 0 of 2 processes did not come within 1 s" in printed
+    assert "start_timeout" in printed
+    assert "Traceback" not in printed
+
+
 def test_sigterm_to_one_process_stops_both_and_the_run_goes_on_in_its_folder(overrides, cwd, tmp_path):
     """Process 1 gets it, as from a machine that is taken away; ckpt_path=last goes on in two processes."""
     folder = tmp_path / "run"
