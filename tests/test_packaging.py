@@ -77,6 +77,17 @@ def test_importing_dynrank_costs_nothing():
     assert done.stdout.strip() == "[]"
 
 
-def test_resize_stays_a_function_after_its_users_are_imported():
-    code = "import dynrank.run.job as _, dynrank; assert callable(dynrank.resize) and callable(dynrank.merge)"
+def test_a_program_needs_neither_triton_nor_peft_and_resize_stays_a_function_after_its_users_are_imported():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, dynrank
+from dynrank.kernels import triton_launch
+assert triton_launch.serves(torch.ones(2, 3), 8) == "Triton is not installed"
+net = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), rank=2, target_modules=["0"])
+dynrank.resize(net, 1)
+assert "peft" not in sys.modules
+import dynrank.run.job
+assert callable(dynrank.resize) and callable(dynrank.merge)
+"""
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, check=True)

@@ -1,25 +1,23 @@
 """Compiles what the Triton backend would launch on one GPU architecture, and prints what it takes there as JSON.
 
-A process of its own, ``python compile_table.py ARCHITECTURE DTYPE RANKS``, as in ``90 bfloat16 8,24``. The backend's
-own functions run on CPU tensors, over a driver that names the architecture and launches nothing: so what is compiled
-has the signature, the specialisation and the tile that it would have on the GPU.
+A process of its own, ``python compile_table.py ARCHITECTURE DTYPE=RANKS…``, as in ``90 bfloat16=8,24 float32=100``. The
+backend's own functions run on CPU tensors, over a driver that names the architecture and launches nothing: so what is
+compiled has the signature, the specialisation and the tile that it would have on the GPU.
 """
 
+import io
 import json
 import re
-import subprocess
 import sys
-from pathlib import Path
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 
 import torch
-import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dynrank.kernels import triton_launch
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def stub_driver(architecture):
@@ -51,44 +49,42 @@ def run_backend(rank, dtype, rows=200, p=0.1, scaling=2.0, d_in=512, d_out=768):
     triton_launch.grad_S_and_B(dy, s, b, scaling, (True, True))
 
 
-def resources(kernel):
-    """What ptxas says of a compiled kernel, and which matrix instructions it has."""
-    binary = Path(kernel.metadata_group[f"{kernel.name}.cubin"])
-    usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", binary], capture_output=True, text=True, check=True)
-    code = subprocess.run([TOOLS / "nvdisasm", binary], capture_output=True, text=True, check=True)
-    taken = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    return {
-        "registers": taken["REG"],
-        "spilled": taken["STACK"] + taken["LOCAL"],
-        "shared": kernel.metadata.shared,
-        "warps": kernel.metadata.num_warps,
-        "products": sorted(set(re.findall(r"\b(HGMMA|UTC\w*MMA|HMMA|FFMA)\b", code.stdout))),
-    }
-
-
-def compiled_kernels():
-    """{name: the kernels that were compiled under it so far, in their order}."""
+def compiled_by(runs):
+    """Of each kernel that these runs of the backend compile: bytes spilled and shared, tensor cores in its PTX."""
     from dynrank.kernels import triton_kernels
 
-    kernels = {name: getattr(triton_kernels, name) for name in triton_kernels.__all__}
-    return {name: [*kernel.device_caches[0][0].values()] for name, kernel in kernels.items()}
+    caches = {name: getattr(triton_kernels, name).device_caches[0][0] for name in triton_kernels.__all__}
+    before = {name: len(cache) for name, cache in caches.items()}
+    with redirect_stdout(io.StringIO()) as log:
+        for options in runs:
+            run_backend(**options)
+    names = re.findall(r"Compiling entry function '(\w+)'", log.getvalue())
+    taken = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", log.getvalue())
+    new = {name: iter([*cache.values()][before[name] :]) for name, cache in caches.items()}
+    rows = []
+    for name, counts in zip(names, taken, strict=True):
+        kernel = next(new[name])
+        tensor_cores = set(re.findall(r"\b(wgmma|tcgen05\.mma|mma\.sync)\b", kernel.asm["ptx"]))
+        row = {"kernel": name, "spilled": sum(map(int, counts)), "shared": kernel.metadata.shared}
+        rows.append({**row, "tensor_cores": sorted(tensor_cores)})
+    assert not [name for name, rest in new.items() if list(rest)], "every compilation is in the log"
+    return rows
 
 
-def main(architecture, dtype, ranks):
+def main(architecture, *tables):
     driver.set_active(stub_driver(int(architecture)))
-    dtype, ranks = getattr(torch, dtype), [int(rank) for rank in ranks.split(",")]
-    rows, counts = [], {}
-    for rank in ranks:
-        run_backend(rank, dtype)
-        for name, kernels in compiled_kernels().items():
-            rows += [{"kernel": name, "rank": rank, **resources(kernel)} for kernel in kernels[counts.get(name, 0) :]]
-            counts[name] = len(kernels)
-    buckets = {triton_launch.rank_bucket(rank) for rank in ranks}
-    for rank in range(1, 129):  # nothing here may compile: the launches themselves do nothing
-        if triton_launch.rank_bucket(rank) in buckets:
-            run_backend(rank, dtype, rows=rank, p=0.3, scaling=0.7)
-    compiled_later = sum(map(len, compiled_kernels().values())) - sum(counts.values())
-    print(json.dumps({"kernels": rows, "compiled_later": compiled_later}))
+    knobs.nvidia.dump_ptxas_log = True
+    found = {}
+    for table in tables:
+        name, _, ranks = table.partition("=")
+        dtype, ranks = getattr(torch, name), [int(rank) for rank in ranks.split(",")]
+        found[name] = [{"rank": rank, **row} for rank in ranks for row in compiled_by([{"rank": rank, "dtype": dtype}])]
+        buckets = {triton_launch.rank_bucket(rank) for rank in ranks}
+        others = [rank for rank in range(1, 129) if triton_launch.rank_bucket(rank) in buckets]
+        changed = {"dtype": dtype, "p": 0.3, "scaling": 0.7}
+        later = compiled_by([{"rank": rank, "rows": rank, **changed} for rank in others])
+        assert later == [], "another rank in a bucket, batch, p or scaling runs what is there"
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

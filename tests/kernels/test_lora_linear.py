@@ -211,41 +211,25 @@ def test_each_large_tensor_is_written_twice_once_by_the_update_and_once_by_the_f
     assert backward.found == [("mm", 48), ("addmm_", 48)]
 
 
-@pytest.mark.parametrize("name", ["x", "weight", "bias", "lora_A", "lora_B"])
-def test_another_dtype_is_refused(name):
-    made = operands(dtype=torch.float32)
-    made[name] = made[name].detach().double()
-    with pytest.raises(ValueError, match="must have one dtype"):
-        lora_linear(**made, scaling=SCALING)
-
-
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("changed", "message"),
     [
-        ("x", (4, 7)),
-        ("lora_A", (RANK, 7)),
-        ("lora_A", (2, D_IN)),
-        ("lora_B", (7, RANK)),
-        ("bias", (7,)),
-        ("bias", (1,)),
+        *(({name: value.float()}, "must have one dtype") for name, value in operands(requires_grad=()).items()),
+        *(
+            ({name: torch.ones(shape, dtype=torch.float64)}, "must be")
+            for name, shape in [("x", (4, 7)), ("lora_A", (RANK, 7)), ("lora_A", (2, D_IN)), ("lora_B", (7, RANK))]
+        ),
+        *(({"bias": torch.ones(size, dtype=torch.float64)}, "must be") for size in (7, 1)),
+        *(
+            ({"dropout": 0.1, "seed": seed}, "0-d int64 tensor on cpu")
+            for seed in (None, torch.tensor(1.0), torch.tensor([1]), torch.tensor(1, dtype=torch.int32))
+        ),
+        *(({"dropout": p, "seed": torch.tensor(1)}, r"in \[0, 1\]") for p in (-0.1, 1.1, float("nan"))),
     ],
 )
-def test_a_shape_that_does_not_fit_is_refused(name, shape):
-    made = {**operands(), name: torch.ones(shape, dtype=torch.float64)}
-    with pytest.raises(ValueError, match="must be"):
-        lora_linear(**made, scaling=SCALING)
-
-
-@pytest.mark.parametrize("seed", [None, torch.tensor(1.0), torch.tensor([1]), torch.tensor(1, dtype=torch.int32)])
-def test_what_is_no_seed_is_refused(seed):
-    with pytest.raises(ValueError, match="0-d int64 tensor on cpu"):
-        lora_linear(**operands(), scaling=SCALING, dropout=0.1, seed=seed)
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.1, float("nan")])
-def test_what_is_no_probability_is_refused(p):
-    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\]"):
-        lora_linear(**operands(), scaling=SCALING, dropout=p, seed=torch.tensor(1))
+def test_operands_that_do_not_fit_are_refused(changed, message):
+    with pytest.raises(ValueError, match=message):
+        lora_linear(**{**operands(), "scaling": SCALING, **changed})
 
 
 @pytest.mark.parametrize("changed", ["x", "seed", "lora_A", "lora_B", "weight"])
@@ -258,8 +242,7 @@ def test_what_changes_between_forward_and_backward_is_an_error(changed):
         y.sum().backward()
 
 
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("bias", "p"), [(True, 0.3), (False, 0.0)])
 def test_the_op_of_torch_compile_keeps_the_rules_of_custom_ops(bias, p):
     made = operands((2, 3, D_IN), torch.float32, bias)
     seed = torch.tensor(5) if p else None

@@ -1,6 +1,5 @@
 """The Triton kernels, run by Triton's interpreter, against float64 and a mask made by numpy."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("triton_interpreter")
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 RATES = (0.0, 0.1, 0.5, 1.0)
 LAYOUTS = ("contiguous", "padded rows", "transposed", "every other column")
-cases = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+cases = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +209,7 @@ def test_mask_is_philox_of_seed_row_and_column(seed):
     assert torch.equal(drawn_mask(70, 530, drop(0.1, seed_of(seed))).double(), expected.float().double())
 
 
-@pytest.mark.parametrize("shape", [None, Tile(16, 32, 4, 4, 1), Tile(32, 32, 8, 4, 1), Tile(128, 32, 4, 4, 1)])
+@pytest.mark.parametrize("shape", [None, Tile(16, 32, 4, 4, 1), Tile(128, 32, 8, 4, 1)])
 def test_every_kernel_draws_the_same_mask_whatever_the_tile_and_the_number_of_tokens(monkeypatch, shape):
     dropout, eye = drop(0.4, seed_of(6)), torch.eye(100)
     mask = drawn_mask(150, 300, dropout)
@@ -222,26 +221,22 @@ def test_every_kernel_draws_the_same_mask_whatever_the_tile_and_the_number_of_to
     assert torch.equal(grad_A(eye, torch.ones(100, 290), torch.float32, dropout), mask[:100, :290])
 
 
+# Of the reference, which the kernels draw bit for bit.
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
 def test_mask_keeps_its_share(p):
-    mask = drawn_mask(400, 600, drop(p, seed_of(7)))
+    mask = reference_mask(400, 600, p, seed_of(7))
     kept, threshold = (mask > 0).double(), round((1 - p) * 65536)
     rate = threshold / 65536
     assert abs(kept.mean() - rate) < 4 * (rate * (1 - rate) / mask.numel()) ** 0.5
-    assert torch.equal(mask[mask > 0].unique(), torch.tensor([65536 / threshold]))
+    assert mask[mask > 0].unique() == 65536 / threshold
     for share, count in ((kept.mean(0), 400), (kept.mean(1), 600)):  # no row or column stands out
         assert (share - rate).abs().max() < 6 * (rate * (1 - rate) / count) ** 0.5
 
 
 def test_masks_of_two_seeds_rows_or_columns_are_independent():
-    first, second = (drawn_mask(400, 600, drop(0.5, seed_of(seed))) > 0 for seed in (8, 9))
-    pairs = {
-        "seeds": (first, second),
-        "rows": (first[1:], first[:-1]),
-        "columns": (first[:, 1:], first[:, :-1]),
-        "columns 32 apart": (first[:, 32:], first[:, :-32]),
-        "columns 256 apart": (first[:, 256:], first[:, :-256]),
-    }
+    first, second = (reference_mask(400, 600, 0.5, seed_of(seed)) > 0 for seed in (8, 9))
+    pairs = {"seeds": (first, second), "rows": (first[1:], first[:-1])}
+    pairs |= {f"columns {by} apart": (first[:, by:], first[:, :-by]) for by in (1, 32, 256)}
     for name, (one, other) in pairs.items():
         agreement = (one == other).double().mean()
         assert abs(agreement - 0.5) < 4 * (0.25 / one.numel()) ** 0.5, name
@@ -254,8 +249,8 @@ class ReadsOnTheHost(TorchDispatchMode):
 
 
 def test_two_runs_give_the_same_bits_and_the_seed_is_not_read_on_the_host():
-    x, dy, seed = torch.randn(150, 300), torch.randn(150, 200), seed_of(10)
-    a, b = torch.randn(20, 300), torch.randn(200, 20)
+    x, dy, seed = torch.randn(150, 140), torch.randn(150, 70), seed_of(10)
+    a, b = torch.randn(20, 140), torch.randn(70, 20)
 
     def everything():
         dropout = drop(0.1, seed)
@@ -278,18 +273,6 @@ def test_serves_what_the_kernels_can_and_says_why_not(monkeypatch):
     assert serves(x, 8) == "the Triton kernels run on a GPU, and x is on cpu"
     monkeypatch.setitem(sys.modules, "triton", None)
     assert serves(x, 8) == "Triton is not installed"
-
-
-def test_the_backend_is_imported_without_triton():
-    code = """if True:
-        import sys
-        sys.modules["triton"] = None
-        import torch
-        from dynrank.kernels import triton_launch
-        print(triton_launch.serves(torch.ones(2, 3), 8))
-    """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout.strip() == "Triton is not installed"
 
 
 # When one of these fails, Triton has put its interpreter right, and its replacement in conftest.py can go.
