@@ -76,8 +76,8 @@ def plan(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Hydra overrides, as for dynrank-train; and model, weights, double_quantization, batch_size, "
-            "sequence_length, ranks=[4,8], budget=24GiB"
+            help="Hydra overrides, as for dynrank-train; and base, batch_size, sequence_length, ranks=[4,8], "
+            "budget=24GiB"
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Picture of the bytes by rank to write: FILE.png")] = None,

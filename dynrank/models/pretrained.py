@@ -1,17 +1,19 @@
-"""Tokenizers, configs and models by the name that a user gives; code from a model's folder is never run."""
+"""Tokenizers, configs and models by the name that a user gives, loaded as the keys of ``model`` say."""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -24,8 +26,11 @@ from transformers import (
 
 from dynrank.errors import ConfigurationError
 from dynrank.models.names import model_source
+from dynrank.models.packing import keep_packing, pack, packing_of
+from dynrank.models.settings import ModelSettings
 
 __all__ = [
+    "enable_checkpointing",
     "head_names",
     "load_by_name",
     "load_causal_lm",
@@ -40,15 +45,17 @@ __all__ = [
 _FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 _FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
 _HEADS = ("classifier", "pre_classifier", "score")  # what transformers calls the head of a sequence classifier
+_PLAIN = ModelSettings()
 
 
-def load_by_name(loader: Any, name: str, key: str, **options: Any) -> Any:
+def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> Any:
     """What ``loader``, a ``from_pretrained`` of transformers, makes of a model's name.
 
     Args:
         loader: of a config, a tokenizer or a model.
         name: of the model, see :func:`dynrank.models.names.model_source`.
         key: where the user wrote it.
+        settings: of loading.
         **options: further arguments of ``loader``.
 
     Raises:
@@ -61,42 +68,55 @@ def load_by_name(loader: Any, name: str, key: str, **options: Any) -> Any:
         if find_spec("gguf") is None:
             raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
         place, options = str(Path(place).parent), {**options, "gguf_file": Path(place).name}
+    options |= {"revision": settings.revision} if settings.revision is not None else {}
     try:
-        return loader(place, trust_remote_code=False, **options)
+        return loader(place, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
         what = f"{type(error).__name__}: {error!s:.500}"
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}") from error
 
 
-def load_tokenizer(name: str, key: str = "task.model") -> Any:
+def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN) -> Any:
     """The tokenizer of a model, with a padding token."""
-    tokenizer = load_by_name(AutoTokenizer.from_pretrained, name, key)
+    tokenizer = load_by_name(AutoTokenizer.from_pretrained, name, key, settings)
     if tokenizer.pad_token is None:  # as in most decoders
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def read_config(name: str, key: str = "model", **changes: Any) -> PretrainedConfig:
+def read_config(
+    name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, **changes: Any
+) -> PretrainedConfig:
     """The config of a model, with ``changes`` such as ``num_labels=3``."""
-    return cast(PretrainedConfig, load_by_name(AutoConfig.from_pretrained, name, key, **changes))
+    return cast(PretrainedConfig, load_by_name(AutoConfig.from_pretrained, name, key, settings, **changes))
 
 
-def load_classifier(name: str, num_labels: int, key: str = "task.model", *, on_meta: bool = False) -> nn.Module:
-    """A pre-trained sequence classifier in float32 with a fresh head for ``num_labels`` classes.
+def load_classifier(
+    name: str, num_labels: int, key: str = "task.model", settings: ModelSettings = _PLAIN, *, on_meta: bool = False
+) -> nn.Module:
+    """A pre-trained sequence classifier with a fresh head, in float32, for ``num_labels`` classes.
 
     ``on_meta`` builds it from its config alone, without memory for weights.
     """
-    model: Any
+    config, cls, model = (
+        read_config(name, key, settings, num_labels=num_labels),
+        AutoModelForSequenceClassification,
+        None,
+    )
     if on_meta:
-        model = _on_meta(AutoModelForSequenceClassification, read_config(name, key, num_labels=num_labels), key)
+        model = _on_meta(cls, config, key, settings, kept=_HEADS)
     else:
         # a head for another number of classes is replaced
-        options = {"dtype": torch.float32, "num_labels": num_labels, "ignore_mismatched_sizes": True}
-        model, info = load_weights(AutoModelForSequenceClassification.from_pretrained, name, key, **options)
+        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+        model, info = _load(cls, config, name, key, settings, kept=_HEADS, **options)
         misfits = [str(place[0]) for place in info["mismatched_keys"] if not str(place[0]).startswith(_HEADS)]
         if misfits:
             raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
-    model.config.pad_token_id = load_tokenizer(name, key).pad_token_id  # decoders classify by their last real token
+    model.config.pad_token_id = load_tokenizer(
+        name, key, settings
+    ).pad_token_id  # decoders classify by their last token
+    for head in head_names(model):  # it is trained, which takes more bits than the frozen base
+        model.get_submodule(head).float().register_forward_pre_hook(_in_dtype_of_weight)
     return cast(nn.Module, model)
 
 
@@ -105,56 +125,104 @@ def head_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_children() if name in _HEADS]
 
 
-def load_causal_lm(name: str, key: str = "task.model", *, on_meta: bool = False) -> nn.Module:
-    """A pre-trained causal language model in float32; ``on_meta`` builds it without memory for weights."""
+def load_causal_lm(
+    name: str, key: str = "task.model", settings: ModelSettings = _PLAIN, *, on_meta: bool = False
+) -> nn.Module:
+    """A pre-trained causal language model; ``on_meta`` builds it without memory for weights."""
+    config = read_config(name, key, settings)
     if on_meta:
-        return cast(nn.Module, _on_meta(AutoModelForCausalLM, read_config(name, key), key))
-    model, info = load_weights(AutoModelForCausalLM.from_pretrained, name, key, dtype=torch.float32)
+        return cast(nn.Module, _on_meta(AutoModelForCausalLM, config, key, settings))
+    model, info = _load(AutoModelForCausalLM, config, name, key, settings)
     missing = sorted(info["missing_keys"])
     if missing:
         raise ConfigurationError(f"{key}={name!r} is no causal language model: it lacks {missing[:3]}")
     return cast(nn.Module, model)
 
 
-def load_weights(loader: Any, name: str, key: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> tuple[Any, Any]:
     """A model and transformers' account of its loading; what a GGUF file holds is unpacked into plain layers.
 
     Args:
         loader: a ``from_pretrained`` of models.
         name: of the model.
         key: where the user wrote it.
+        settings: which revision, and whether its code runs.
         **options: further arguments of ``loader``.
     """
-    gguf = model_source(name, key).endswith(".gguf")
+    gguf, packing = model_source(name, key).endswith(".gguf"), options.get("quantization_config")
     if gguf and hasattr(transformers, "GgufConfig"):  # without it, newer versions keep layers packed if they can
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, info = load_by_name(loader, name, key, output_loading_info=True, **options)
+    model, info = load_by_name(loader, name, key, settings, output_loading_info=True, **options)
     quantizer = getattr(model, "hf_quantizer", None) if gguf else None
     if quantizer is not None:  # nothing is quantised any more: such a model could neither be saved nor trained
         quantizer.remove_quantization_config(model)
+    if gguf and packing is not None:  # bitsandbytes packs what safetensors hold
+        with TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            model, info = loader(folder, output_loading_info=True, **options | {"quantization_config": packing})
     return model, info
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype, key: str = "model") -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, settings: ModelSettings = _PLAIN, key: str = "task.model") -> PreTrainedModel:
     """The model of ``config.architectures``, or a causal language model, or the bare model; on the meta device.
 
     Args:
         config: of the model.
-        dtype: of its parameters.
+        settings: dtype, packing and so on.
         key: what the user set, for errors.
     """
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
         named = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-    return cast(PreTrainedModel, _on_meta(named, config, key, dtype))
+    return cast(PreTrainedModel, _on_meta(named, config, key, settings))
 
 
-def _on_meta(cls: Any, config: PretrainedConfig, key: str, dtype: torch.dtype = torch.float32) -> Any:
-    auto = not issubclass(cls, PreTrainedModel)
+def enable_checkpointing(model: Any) -> None:
+    """Let the blocks of a transformers model keep their inputs alone and compute the rest again in the backward."""
+    if not model.supports_gradient_checkpointing:
+        raise ConfigurationError(f"{type(model).__name__} has no checkpoints; set model.gradient_checkpointing=false")
+    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def _load(
+    cls: Any, config: Any, name: str, key: str, settings: ModelSettings, kept: Sequence[str] = (), **options: Any
+) -> tuple[Any, Any]:
+    options |= _options(config, settings)
+    if settings.quantization != "none":
+        options["quantization_config"] = packing_of(settings, options["dtype"], kept)
+    model, info = load_weights(cls.from_pretrained, name, key, settings, **options)
+    keep_packing(model)
+    if settings.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model, info
+
+
+def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Sequence[str] = ()) -> Any:
+    options = _options(config, settings)
     try:
         with torch.device("meta"):
-            if auto:
-                return cls.from_config(config, dtype=dtype, trust_remote_code=False)
-            return cls._from_config(config, dtype=dtype)
+            if not issubclass(cls, PreTrainedModel):
+                model = cls.from_config(config, trust_remote_code=settings.trust_remote_code, **options)
+            else:
+                model = cls._from_config(config, **options)
     except _FAULTS as error:
         raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {key}") from error
+    if settings.quantization != "none":
+        pack(model, packing_of(settings, options["dtype"], kept), options["dtype"])
+    if settings.gradient_checkpointing:
+        enable_checkpointing(model)
+    return model
+
+
+def _options(config: PretrainedConfig, settings: ModelSettings) -> dict[str, Any]:
+    """Arguments that ``from_pretrained`` and ``from_config`` share."""
+    own = config.dtype or torch.float32
+    dtype = own if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    attention = {} if settings.attention == "auto" else {"attn_implementation": settings.attention}
+    return {"dtype": dtype, **attention}
+
+
+def _in_dtype_of_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    dtype = next(module.parameters()).dtype
+    return tuple(value.to(dtype) for value in args)

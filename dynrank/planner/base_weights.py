@@ -1,66 +1,17 @@
-"""Giving a model on the meta device the dtype or the packing of a frozen base, and tensors without values."""
+"""Tensors without values for a model on the meta device, packed ones as bitsandbytes packs them."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
-from transformers import BitsAndBytesConfig, PreTrainedModel
 
-from dynrank.errors import ConfigurationError
 from dynrank.layers.quantized import is_quantized
 
-__all__ = ["DTYPES", "PACKED", "set_weights", "without_values"]
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PACKED = ("nf4", "int8")
-
-
-def set_weights(
-    model: PreTrainedModel, kind: str | None, default: torch.dtype | None, *, double: bool, kept: Sequence[str]
-) -> str:
-    """Bring all parameters to a dtype, and pack the linear layers that transformers would pack, in place.
-
-    Args:
-        model: on the meta device.
-        kind: a name in ``DTYPES``, "nf4" (QLoRA, arXiv:2305.14314) or "int8" (LLM.int8(), arXiv:2208.07339).
-        default: dtype if ``kind`` is None; None leaves the model's own.
-        double: with nf4, the scales of the blocks are quantised, too.
-        kept: names of modules that are not packed, beside embeddings, norms and the output head.
-
-    Returns:
-        The name of the dtype or packing that the model has now.
-
-    Raises:
-        ConfigurationError: if a packing needs bitsandbytes, which is not installed.
-    """
-    packed = kind in PACKED
-    dtype = torch.bfloat16 if packed else DTYPES.get(kind or "", default)
-    if dtype is not None:
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-    if packed:
-        _pack_linear(model, str(kind), double=double, kept=kept)
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    return kind or names.get(model.dtype, str(model.dtype).removeprefix("torch."))
-
-
-def _pack_linear(model: PreTrainedModel, kind: str, *, double: bool, kept: Sequence[str]) -> None:
-    if find_spec("bitsandbytes") is None:
-        raise ConfigurationError(f"weights={kind} needs bitsandbytes: pip install 'dynrank[optimizers]'")
-    # these import bitsandbytes, and other libraries of quantisation if they are installed
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import HfQuantizer
-
-    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": double, "bnb_4bit_compute_dtype": model.dtype}
-    options = {"load_in_4bit": True, **nf4} if kind == "nf4" else {"load_in_8bit": True}
-    skipped = HfQuantizer.get_modules_to_not_convert(model, keep_in_fp32_modules=model._keep_in_fp32_modules)
-    replace_with_bnb_linear(model, [*skipped, *kept], BitsAndBytesConfig(**options))
+__all__ = ["without_values"]
 
 
 def without_values(model: nn.Module, mode: FakeTensorMode) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -18,9 +18,10 @@ from dynrank.errors import ConfigurationError, read_as, validated
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.layers.placing import add_lora
-from dynrank.models.pretrained import meta_model, read_config
+from dynrank.models.pretrained import enable_checkpointing, meta_model, read_config
+from dynrank.models.settings import ModelSettings
 from dynrank.models.sizes import storage_bytes, tensors_of
-from dynrank.planner.base_weights import DTYPES, set_weights, without_values
+from dynrank.planner.base_weights import without_values
 from dynrank.planner.optimizer import optimizer_state_bytes
 from dynrank.planner.step import CountingMode, count_step, token_batch
 from dynrank.run.config import make, plain, rank_pattern
@@ -48,9 +49,7 @@ def _with_unit(size: object) -> object:
 class Question:
     """What ``dynrank plan`` is asked beside the run's own configuration; null takes the run's own value."""
 
-    model: Annotated[str, Field(min_length=1)] | None
-    weights: Literal["fp32", "bf16", "fp16", "nf4", "int8"] | None
-    double_quantization: bool
+    base: Annotated[str, Field(min_length=1)] | None
     batch_size: Annotated[int, Field(ge=1)]
     sequence_length: Annotated[int, Field(ge=1)]
     ranks: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=1)]
@@ -99,7 +98,7 @@ class Plan:
         model: its name and class.
         parameters: of the model without LoRA.
         head_parameters: those of them that are trained whole.
-        weights: dtype or packing of the frozen base: fp32, bf16, fp16, nf4 or int8.
+        weights: dtype of the frozen base, or its packing, nf4 or int8.
         layers: names of the layers that have LoRA.
         batch: (sequences, tokens of each).
         optimizer: its name.
@@ -135,22 +134,27 @@ def make_plan(config: DictConfig) -> Plan:
     if precision is None:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
     dtype, autocast = precision
-    build = _of_model(asked) if asked.model is not None else _of_task(config)
+    settings = ModelSettings(**plain(config.model))
+    build = _of_task(config) if asked.base is None else _of_model(asked.base, settings)
     batch, needs = (asked.batch_size, asked.sequence_length), list[Need]()
     for rank in sorted(set(asked.ranks)):
         with _rank_named(rank):
             model, heads = build(rank)
             _check_length(model, asked.sequence_length)
             parameters, head_parameters = model.num_parameters(), _count(model, heads)
-            kind = set_weights(model, asked.weights, dtype, double=asked.double_quantization, kept=heads)
+            for parameter in model.parameters() if dtype is not None else ():
+                parameter.data = parameter.data.to(dtype)
             add_lora(model.train(), modules_to_save=heads, dtype=dtype or torch.float32, **_lora(config, rank))
-        needs += _needs(model, rank, head_parameters, batch, autocast, plain(config.optimizer))
-    name = asked.model or config.task.get("model") or type(model).__name__
+        needs += _needs(
+            model, rank, head_parameters, batch, autocast, plain(config.optimizer), settings.gradient_checkpointing
+        )
+    kind = str(model.dtype).removeprefix("torch.")
+    name = asked.base or config.task.get("model") or type(model).__name__
     return Plan(
         model=f"{name} ({type(model).__name__})",
         parameters=parameters,
         head_parameters=head_parameters,
-        weights=kind,
+        weights=kind if settings.quantization == "none" else settings.quantization,
         layers=tuple(own_layers(model)),
         batch=batch,
         optimizer=config.optimizer.name,
@@ -192,10 +196,9 @@ _Build = Callable[[int], tuple[PreTrainedModel, list[str]]]
 """From a rank to the model without LoRA, on the meta device, and the names of what is trained whole."""
 
 
-def _of_model(asked: Question) -> _Build:
-    config = read_config(asked.model or "")
-    dtype = DTYPES.get(asked.weights or "") or config.dtype or torch.float32
-    return lambda rank: (meta_model(config, dtype), [])
+def _of_model(name: str, settings: ModelSettings) -> _Build:
+    config = read_config(name, "base", settings)
+    return lambda rank: (meta_model(config, settings, "base"), [])
 
 
 def _of_task(config: DictConfig) -> _Build:
@@ -225,8 +228,9 @@ def _needs(
     batch: tuple[int, int],
     autocast: torch.dtype | None,
     optimizer: dict[str, Any],
+    checkpointed: bool,
 ) -> Iterator[Need]:
-    """The need of a model with its LoRA layers, without checkpointing and, if the model supports it, with."""
+    """The need of a model with its LoRA layers: without checkpointing unless it is on, and with it where it can be."""
     layers = own_layers(model).values()
     parameters = sum(layer.rank * sum(type(layer).shape_of(layer.base)) for layer in layers)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -244,10 +248,10 @@ def _needs(
     adapter = storage_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     weights = storage_bytes(tensors_of(model)) - adapter
     ranks = [layer.rank for layer in layers]
-    for checkpointing in (False, True) if model.supports_gradient_checkpointing else (False,):
+    ways = (True,) if checkpointed else (False, True) if model.supports_gradient_checkpointing else (False,)
+    for checkpointing in ways:
         if checkpointing:
-            checkpoint: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-            checkpoint({"use_reentrant": False})
+            enable_checkpointing(model)
         step = count_step(model, inputs, mode, autocast=autocast)
         yield Need(
             rank=rank,

@@ -129,12 +129,12 @@ def count_step(
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigurationError(
             f"{type(model).__name__} computes with values, so its bytes cannot be counted from its config ({error}); "
-            "set model"
+            "set base or task.model"
         ) from error
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         raise ConfigurationError(
             f"{type(model).__name__} cannot be run on a batch of {[*next(iter(batch.values())).shape]} ({error}); "
-            "set model, batch_size or sequence_length"
+            "set base, batch_size or sequence_length"
         ) from error
     gradients = storage_bytes(parameter.grad for parameter in model.parameters())
     model.zero_grad(set_to_none=True)
@@ -160,7 +160,7 @@ def token_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Ten
     """
     name, config = type(model).__name__, model.config
     if getattr(model, "main_input_name", None) != "input_ids":
-        raise ConfigurationError(f"{name} does not read tokens (input_ids); set model")
+        raise ConfigurationError(f"{name} does not read tokens (input_ids); set base or task.model")
     batch = {"input_ids": torch.zeros(batch_size, length, dtype=torch.long)}
     if name.endswith("ForSequenceClassification"):
         config.problem_type = "single_label_classification"  # type: ignore[union-attr]

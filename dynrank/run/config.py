@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
+from dynrank.models.settings import ModelSettings
 from dynrank.rank_map import load_rank_map, parse_rank_map, parse_rules
 from dynrank.run.overrides import check_keys, overrides_explained
 
@@ -67,6 +68,7 @@ class RunConfig:
     rank_map: RankMapConfig = MISSING
     optimizer: OptimizerConfig = MISSING
     data: Any = MISSING
+    model: Any = MISSING
     task: Any = MISSING
     schedule: Any = MISSING
     trainer: Any = MISSING
@@ -84,9 +86,7 @@ class RunConfig:
 class PlanConfig(RunConfig):
     """A run and what ``dynrank plan`` is asked about it."""
 
-    model: str | None = MISSING
-    weights: str | None = MISSING
-    double_quantization: bool = MISSING
+    base: str | None = MISSING
     batch_size: int | None = MISSING
     sequence_length: int | None = MISSING
     ranks: Any = MISSING
@@ -97,6 +97,7 @@ OmegaConf.register_new_resolver("times", lambda first, second: first * second, r
 OmegaConf.register_new_resolver("half", lambda rank: max(1, rank // 2), replace=True)  # ${half:${lora.rank}}
 ConfigStore.instance().store(name="schema", node=RunConfig)
 ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
+ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
 
 
 def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME) -> DictConfig:

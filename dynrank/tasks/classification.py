@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.models.pretrained import load_classifier
+from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import AdapterModule
 from dynrank.tasks.data.splits import pairs_by_split
 from dynrank.tasks.text_task import TextTask
@@ -47,6 +48,7 @@ class Classification(TextTask):
         label_smoothing: share of the target that is spread over all classes in training.
         seed: of the order of the training batches.
         limit: keep only this many texts of each split, for trying things out; None keeps all.
+        settings: how the model is loaded: fields of :class:`dynrank.models.settings.ModelSettings`.
     """
 
     metrics = final = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1")
@@ -62,13 +64,15 @@ class Classification(TextTask):
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(model, batch_size=batch_size, evaluation_size=4 * batch_size, seed=seed)
+        sizes = {"batch_size": batch_size, "evaluation_size": 4 * batch_size}
+        super().__init__(model, **sizes, seed=seed, settings=settings)
         self.data, self.max_length, self.label_smoothing, self.limit = data, max_length, label_smoothing, limit
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
         labels = [str(label) for label in self.labels]
-        return Classifier(self.model, labels, lora, optimizer, self.label_smoothing, on_meta)
+        return Classifier(self.model, labels, lora, optimizer, self.label_smoothing, asdict(self.settings), on_meta)
 
     @cached_property
     def pairs(self) -> dict[str, list[tuple[str, Any]]]:
@@ -113,6 +117,7 @@ class Classifier(AdapterModule):
         lora: see :class:`AdapterModule`, as are ``optimizer`` and ``label_smoothing``.
         optimizer: of the adapter and the head.
         label_smoothing: in training.
+        settings: how the model is loaded, see :class:`Classification`.
         on_meta: build the model without weights, to look at its layers.
     """
 
@@ -123,6 +128,7 @@ class Classifier(AdapterModule):
         lora: Mapping[str, Any],
         optimizer: Mapping[str, Any],
         label_smoothing: float = 0.0,
+        settings: Mapping[str, Any] | None = None,
         on_meta: bool = False,
     ) -> None:
         labels, lora, optimizer, count = list(labels), dict(lora), dict(optimizer), len(labels)
@@ -131,10 +137,10 @@ class Classifier(AdapterModule):
             split: MetricCollection({"accuracy": accuracy, "macro_f1": f1}).clone(prefix=f"{split}/")
             for split in ("val", "test", "final/val")
         }
-        classifier: Any = load_classifier(model, count, on_meta=on_meta)
+        classifier: Any = load_classifier(model, count, settings=ModelSettings(**settings or {}), on_meta=on_meta)
         classifier.config.id2label = dict(enumerate(labels))
         super().__init__(classifier, lora, optimizer, quality, label_smoothing)
-        self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing")
+        self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing", "settings")
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits

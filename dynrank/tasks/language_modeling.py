@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
+from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import IGNORED, AdapterModule
 from dynrank.tasks.answer_metrics import OF_LOGITS, OF_TEXTS, chosen
 from dynrank.tasks.data.splits import pairs_by_split
@@ -61,6 +62,7 @@ class LanguageModeling(TextTask):
         indented: whether of what the model writes the indented lines behind the prompt's last one are its answer.
         seed: of the order of the training batches.
         limit: keep only this many examples of each split, for trying things out; None keeps all.
+        settings: how the model is loaded: fields of :class:`dynrank.models.settings.ModelSettings`.
     """
 
     final = ("train/loss", "val/loss")
@@ -81,9 +83,10 @@ class LanguageModeling(TextTask):
         indented: bool = False,
         seed: int = 0,
         limit: Count | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         sizes: Any = {"batch_size": batch_size, "evaluation_size": 2 * batch_size, "val_examples": val_examples}
-        super().__init__(model, **sizes, seed=seed)
+        super().__init__(model, **sizes, seed=seed, settings=settings)
         self.data, self.max_length, self.limit = data, max_length, limit
         self.measures, self.val_generate, self.generate = list(measures), val_generate, generate
         self.max_new_tokens, self.indented = max_new_tokens, indented
@@ -95,6 +98,7 @@ class LanguageModeling(TextTask):
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
         written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
+        written["settings"] = asdict(self.settings)
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
     def load(self) -> Mapping[str, Sequence[Prompted]]:
@@ -159,6 +163,7 @@ class LanguageModel(AdapterModule):
         measures: see :class:`LanguageModeling`, as are the next two.
         max_new_tokens: of an answer that the model writes.
         indented: whether it consists of indented lines.
+        settings: how the model is loaded, see :class:`LanguageModeling`.
         on_meta: build the model without weights, to look at its layers.
     """
 
@@ -170,19 +175,21 @@ class LanguageModel(AdapterModule):
         measures: Sequence[str] = (),
         max_new_tokens: int = 64,
         indented: bool = False,
+        settings: Mapping[str, Any] | None = None,
         on_meta: bool = False,
     ) -> None:
         lora, optimizer, measures = dict(lora), dict(optimizer), list(measures)
         quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
-        super().__init__(load_causal_lm(model, on_meta=on_meta), lora, optimizer, quality)
-        self.save_hyperparameters("model", "lora", "optimizer", "measures", "max_new_tokens", "indented")
+        self.settings = ModelSettings(**settings or {})
+        super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
+        self.save_hyperparameters("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings")
         self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
         self.name, self.max_new_tokens, self.indented = model, max_new_tokens, indented
         self.generations: list[tuple[str, str, str]] = []  # prompt, wanted, written: for the callback of this name
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.name)
+        return load_tokenizer(self.name, settings=self.settings)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         masked = {key: batch[key] for key in ("input_ids", "attention_mask")}

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
+from dynrank.models.settings import ModelSettings
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
 __all__ = ["TextTask"]
@@ -30,12 +31,21 @@ class TextTask(LightningDataModule):
         evaluation_size: examples per batch of a validation or test, at most.
         val_examples: that a validation takes; None for all.
         seed: of the order of the training batches.
+        settings: how the model is loaded, see :class:`dynrank.models.settings.ModelSettings`.
     """
 
     def __init__(
-        self, model: str, *, batch_size: int, evaluation_size: int, seed: int, val_examples: int | None = None
+        self,
+        model: str,
+        *,
+        batch_size: int,
+        evaluation_size: int,
+        seed: int,
+        val_examples: int | None = None,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        self.settings = ModelSettings(**settings or {})
         self.model, self.batch_size, self.evaluation_size = model, batch_size, evaluation_size
         self.seed, self.val_examples = seed, val_examples
         self.examples: Mapping[str, Sequence[Any]] = {}
@@ -50,7 +60,7 @@ class TextTask(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.model)
+        return load_tokenizer(self.model, settings=self.settings)
 
     @property
     def share(self) -> tuple[int, int]:

@@ -21,7 +21,7 @@ def tiny(tmp_path):
     file = tmp_path / "tiny.json"
     size = {**LAYERS, "intermediate_size": 48, "max_position_embeddings": 32}
     file.write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"], **size}))
-    return f"model={file}"
+    return f"base={file}"
 
 
 @pytest.fixture
@@ -39,7 +39,8 @@ def command(monkeypatch, tmp_path):
 
 
 def test_plan_prints_what_llama_7b_trains(command, capsys, tmp_path):
-    options = ["model=llama-2-7b", "lora.target_modules=[q_proj,v_proj]", "ranks=[8]", "budget=24GiB"]
+    options = ["base=llama-2-7b", "lora.target_modules=[q_proj,v_proj]", "ranks=[8]", "budget=24GiB"]
+    options.append("model.dtype=auto")
     assert command(*options, "batch_size=1", "sequence_length=64") == 0
     out = capsys.readouterr().out
     for words in ("6,738,415,616 parameters", "4,194,304", "0.06%", "rank 8 is the highest of these that fits"):
@@ -81,11 +82,12 @@ def test_plot_is_a_picture(tiny, tmp_path, capsys):
         (["ranks=[]"], ["ranks", "[]"]),
         (["ranks=[4.5]"], ["ranks", "4.5"]),
         (["ranks=[4,64]", "lora.target_modules=[q_proj]"], ["rank 64 of ranks", "min(d_in, d_out) = 32"]),
-        (["weights=int3"], ["weights", "'int3'", "nf4"]),
+        (["model.quantization=int3"], ["model.quantization", "'int3'", "nf4"]),
+        (["+model.weights=nf4"], ["'weights' is unknown", "dtype"]),
         (["batch_size=0"], ["batch_size", "0"]),
         (["sequence_length=33"], ["sequence_length", "33", "32"]),
-        (["model=lama-2-7b"], ["model", "'lama-2-7b'", "llama-2-7b"]),
-        (["model=./nowhere"], ["model", "'./nowhere'"]),
+        (["base=lama-2-7b"], ["base", "'lama-2-7b'", "llama-2-7b"]),
+        (["base=./nowhere"], ["base", "'./nowhere'"]),
         (["trainer.precision=64-true"], ["trainer.precision", "64-true"]),
         (["optimizer.name=LBFGS"], ["optimizer", "LBFGS"]),
         (["lora.target_modules=[qq_proj]"], ["lora.target_modules", "qq_proj", "q_proj"]),
@@ -103,14 +105,14 @@ def test_what_cannot_be_used_is_named(tiny, overrides, words):
 )
 def test_a_file_that_is_no_config_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigurationError, match=f"model={tmp_path}"):
-        make_plan(dynrank.compose([f"model={tmp_path}"], "plan"))
+    with pytest.raises(ConfigurationError, match=f"base={tmp_path}"):
+        make_plan(dynrank.compose([f"base={tmp_path}"], "plan"))
 
 
 def test_a_mistake_exits_with_2_and_one_line(command, capsys):
-    assert command("model=lama-2-7b") == 2
+    assert command("base=lama-2-7b") == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: model must be")
+    assert err.startswith("error: base must be")
     assert err.count("\n") == 1
 
 
@@ -130,7 +132,8 @@ finally:
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(used.ru_maxrss, used.ru_utime + used.ru_stime, file=sys.stderr)
 """
-    options = ["plan", "model=llama-2-70b", "batch_size=1", "sequence_length=2048", "ranks=[16]"]
+    options = ["plan", "base=llama-2-70b", "batch_size=1", "sequence_length=2048", "ranks=[16]"]
+    options.append("model.dtype=auto")
     command = [sys.executable, "-c", code, *options]
     done = subprocess.run(command, check=True, timeout=240, capture_output=True, text=True)
     kibibytes, seconds = map(float, done.stderr.split()[-2:])

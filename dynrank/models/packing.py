@@ -1,0 +1,52 @@
+"""Packing the linear layers of a frozen base by bitsandbytes, of a model that is loaded and of one without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from dynrank.errors import ConfigurationError
+from dynrank.models.settings import ModelSettings
+
+__all__ = ["keep_packing", "pack", "packing_of"]
+
+
+def packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
+    """How ``from_pretrained`` is to pack: all linear layers but ``kept``, or but the output head if that is empty.
+
+    Raises:
+        ConfigurationError: if a package that it takes is not installed.
+    """
+    for package in ("bitsandbytes", "accelerate"):
+        if find_spec(package) is None:
+            needed = f"model.quantization={settings.quantization} needs {package}"
+            raise ConfigurationError(f"{needed}: pip install 'dynrank[hf,optimizers]'")
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    options = {"load_in_4bit": True, **nf4} if settings.quantization == "nf4" else {"load_in_8bit": True}
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=[*kept] or None)
+
+
+def pack(model: PreTrainedModel, packing: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' layers into a model on the meta device, in place, as ``from_pretrained`` does."""
+    from transformers.quantizers import AutoHfQuantizer  # imports every library of quantisation that is installed
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # of the new layers' biases
+    try:
+        AutoHfQuantizer.from_config(packing, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
+    finally:
+        torch.set_default_dtype(before)
+
+
+def keep_packing(model: nn.Module) -> None:
+    """Leave packed weights as they lie: on CPUs with AVX512-BF16, bitsandbytes packs NF4 anew in every evaluation.
+
+    It does so for its own product, which not every shape fits, and the way back is not exact.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, for mypy

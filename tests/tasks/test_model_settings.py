@@ -1,0 +1,74 @@
+"""The keys of ``model``: a packed base is trained for real, a run of it goes on to the same bits."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import dynrank
+from dynrank.errors import ConfigurationError
+from dynrank.layers.quantized import is_quantized
+from dynrank.models.pretrained import load_causal_lm
+from dynrank.models.settings import ModelSettings
+from dynrank.run import job
+from dynrank.tasks.language_modeling import LanguageModel
+
+ROWS = [{"prompt": f"item {i}:", "answer": f" {('class', 'import', 'return x')[i % 3]}"} for i in range(60)]
+SPEED = ["optimizer.lr=0.01", "optimizer.warmup_steps=1", "optimizer.decay=constant_with_warmup", "task.batch_size=8"]
+
+
+@pytest.fixture
+def options(tiny_llama, tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    data = ["task=completion", f"data.train={tmp_path / 'rows.json'}", f"task.model={tiny_llama}", *SPEED]
+    return [*data, "trainer.enable_progress_bar=false", "plots=false", "lora.rank=8", "schedule=fixed"]
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(quantization, options, tiny_llama, tmp_path):
+    options = [*options, f"model.quantization={quantization}", "model.gradient_checkpointing=true"]
+    options += ["checkpoint_every=8", "trainer.val_check_interval=8"]
+
+    def run(name, *more):
+        summary = job.run(dynrank.compose([*options, *more]), tmp_path / name)
+        return summary, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+
+    first, _ = run("first", "trainer.max_steps=8")
+    whole, adapter = run("whole", "trainer.max_steps=24")
+    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    _, resumed = run("resumed", "trainer.max_steps=24", f"ckpt_path={checkpoint}")
+    assert whole.test["test/loss"] < 0.7 * first.test["test/loss"]
+    assert adapter.keys() == resumed.keys()
+    assert all(torch.equal(factor, resumed[name]) for name, factor in adapter.items())
+    base = load_causal_lm(str(tiny_llama), settings=ModelSettings(quantization=quantization))
+    adapted = dynrank.load_adapter(base, tmp_path / "whole" / "adapter")
+    assert all(is_quantized(layer.base) for _, layer in dynrank.lora_layers(adapted))
+    trained = LanguageModel.load_from_checkpoint(tmp_path / "whole" / "checkpoints" / "last.ckpt").model
+    ids = torch.arange(27).view(3, 9) * 22
+    assert torch.equal(adapted.eval()(input_ids=ids).logits, trained.eval()(input_ids=ids).logits)
+
+
+def test_settings_reach_the_model(tiny_llama):
+    model = load_causal_lm(str(tiny_llama), settings=ModelSettings(dtype="bfloat16", attention="eager"))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.config._attn_implementation == "eager"
+    assert not model.is_gradient_checkpointing
+    model = load_causal_lm(str(tiny_llama), settings=ModelSettings(dtype="auto", gradient_checkpointing=True))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}  # as its config says
+    assert model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"quantization": "int3"}, "'int3'.*set model.quantization"),
+        ({"dtype": "fp16"}, "'fp16'.*set model.dtype"),
+        ({"attention": "flash_attention_2"}, "FlashAttention2|flash_attn"),
+        ({"quantisation": "nf4"}, "'quantisation' is unknown; nearest: quantization"),
+    ],
+)
+def test_what_cannot_be_used_is_named(values, named, tiny_llama):
+    with pytest.raises(ConfigurationError, match=named):
+        load_causal_lm(str(tiny_llama), settings=ModelSettings(**values))
