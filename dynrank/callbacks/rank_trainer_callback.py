@@ -19,6 +19,7 @@ from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
+from dynrank.output.checkpoint_file import load_undamaged
 from dynrank.schedules import How
 from dynrank.triggers import Run
 
@@ -139,7 +140,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
                 "schedule cannot go on from it; set resume_from_checkpoint to one made with it"
             )
         content = base64.b64decode(stored["attributes"]["saved"])
-        saved = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        saved = load_undamaged(io.BytesIO(content))
         self.driver.load_state_dict(saved["driver"])
         self.logged, self._evaluated = dict(saved["logged"]), dict(saved["evaluated"])
 

@@ -241,6 +241,16 @@ def test_names_are_those_of_the_model_passed_in_and_the_config_is_found_in_it():
     assert settings(injected)[0] == 2
 
 
+def test_a_config_that_cannot_follow_stops_a_change_before_it_begins():
+    model, stray = wrapped(), wrapped().base_model.model.model.layers[0].mlp.down_proj
+    stray._active_adapter = "other"  # which it does not hold, so it is none of the layers that change
+    outer = nn.ModuleDict({"lm": model, "stray": stray})
+    before = copy.deepcopy((model.state_dict(), settings(model)))
+    with pytest.raises(ConfigurationError, match="the config of PEFT's layer 'stray' is not in the model"):
+        dynrank.resize(outer, 2)
+    assert_close((model.state_dict(), settings(model)), before, rtol=0, atol=0)
+
+
 def test_sync_leaves_a_config_alone_that_is_right():
     model = wrapped(use_rslora=True, rank_pattern={"q_proj": 4})
     before = copy.deepcopy(model.peft_config["default"])
