@@ -15,7 +15,8 @@ from dynrank.change.averages import averaged_layers
 from dynrank.change.optimizer_state import unwrapped
 from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.peft_layers import sync_peft_configs
+from dynrank.layers.peft_layers import config_changes
+from dynrank.layers.peft_view import PeftLayer
 from dynrank.layers.ranked import RankedLayer
 
 State = dict[str, Any]  # of one parameter in an optimizer
@@ -39,22 +40,26 @@ class Replacement:
         """Replace everything. An interrupt (Ctrl-C) on the way is raised when all is done, so nothing is half changed.
 
         Only assignments are made, and any of them may be made twice.
+
+        Raises:
+            ConfigurationError: before the first assignment, if a layer of PEFT's has its config outside the modules.
         """
+        ranks = {(layer.module, layer.adapter): len(a) for layer, a, _ in self.factors if isinstance(layer, PeftLayer)}
+        configs = [change for module in self.modules for change in config_changes(module, ranks)]
         try:
-            for assign in self._assignments():
+            for assign in self._assignments(configs):
                 assign()
         except BaseException:
-            for assign in self._assignments():
+            for assign in self._assignments(configs):
                 assign()
             raise
 
-    def _assignments(self) -> Iterator[Callable[[], None]]:
+    def _assignments(self, configs: Iterable[Callable[[], None]]) -> Iterator[Callable[[], None]]:
         for layer, lora_A, lora_B in self.factors:
             yield partial(layer.set_factors, lora_A, lora_B)
         for optimizer, parameter, state in self.states:
             yield partial(_put_state, optimizer, parameter, state)
-        for module in self.modules:
-            yield partial(sync_peft_configs, module)
+        yield from configs
         yield partial(forget_compiled, [layer for layer, *_ in self.factors])
 
     def made(self) -> Iterator[Tensor]:

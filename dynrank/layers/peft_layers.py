@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -69,34 +70,46 @@ def refuse_peft(model: nn.Module, action: str, instead: str) -> None:
 
 
 def sync_peft_configs(model: nn.Module) -> None:
-    """Make every PEFT config in ``model`` say the ranks that its layers have, so that what PEFT saves loads again.
+    """Make every PEFT config in ``model`` say the ranks that its layers have; see :func:`config_changes`."""
+    for change in config_changes(model, {}):
+        change()
+
+
+def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int]) -> list[Callable[[], None]]:
+    """What makes every PEFT config in ``model`` say the ranks of its layers, so that what PEFT saves loads again.
 
     r, lora_alpha, rank_pattern and alpha_pattern then hold one anchored entry per layer that differs, and use_rslora is
-    false. A config that says the right ranks already is left alone.
+    false. A config that says the right ranks already is left alone. Only assignments are left to be made.
+
+    Args:
+        model: that PEFT has wrapped, or any other, which has no configs.
+        ranks: by module and adapter, those that layers will have by the time the assignments are made.
 
     Raises:
         ConfigurationError: if a layer's config lies outside ``model``.
     """
-    configs = _configs(model)
+    configs, changes = _configs(model), list[Callable[[], None]]()
     lost = [name for name, module in _lora_modules(model) if module not in configs]
     if lost:
         raise ConfigurationError(f"the config of PEFT's layer {lost[0]!r} is not in the model; pass the whole model")
     for by_adapter in {id(held): held for _, held in configs.values()}.values():
-        for adapter, config in list(by_adapter.items()):
+        for adapter, config in by_adapter.items():
             layers = {
                 name: PeftLayer(module, adapter)
                 for module, (name, held) in configs.items()
                 if held is by_adapter and adapter in _adapters(module)
             }
-            if config.peft_type != "LORA" or all(_rank_by(config, n) == la.rank for n, la in layers.items()):
+            will_be = {name: ranks.get((layer.module, adapter), layer.rank) for name, layer in layers.items()}
+            if config.peft_type != "LORA" or all(_rank_by(config, n) == rank for n, rank in will_be.items()):
                 continue
-            by_adapter[adapter] = new = copy.copy(config)  # the user's own object, and adapters made of it, stay
-            for layer in layers.values():
-                layer.record_alpha()
-            for field, value in peft_ranks({n: (la.rank, la.alpha) for n, la in layers.items()}).items():
+            new = copy.copy(config)  # the user's own object, and adapters made of it, stay
+            for field, value in peft_ranks({n: (r, layers[n].scaling * r) for n, r in will_be.items()}).items():
                 setattr(new, field, value)
             if new.init_lora_weights == "orthogonal":  # which PEFT would run on loading, and only for even ranks
                 new.init_lora_weights = True
+            changes += [layer.record_alpha for layer in layers.values()]
+            changes.append(partial(by_adapter.__setitem__, adapter, new))
+    return changes
 
 
 def follow_checkpoint_ranks(model: nn.Module) -> None:

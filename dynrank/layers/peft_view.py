@@ -95,7 +95,7 @@ class PeftLayer:
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """As :meth:`dynrank.layers.base.LoRALayer.set_factors`; the module's own record of the rank follows.
 
-        PEFT's config does in :func:`dynrank.layers.peft_layers.sync_peft_configs`, once for all layers.
+        PEFT's config does in :func:`dynrank.layers.peft_layers.config_changes`, once for all layers.
         """
         put_factors(self, lora_A, lora_B)
         if not self.of_embedding:
