@@ -59,8 +59,9 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     quiet_training()
     checkpoint, goes_on = checkpoint_of(folder, config.ckpt_path), config.ckpt_path == "last"
     config.ckpt_path = str(checkpoint) if checkpoint is not None else None
-    job, meter = build(config), RunMeter()
-    trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
+    with stoppable(None, checkpoint):
+        job, meter = build(config), RunMeter()
+        trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
     step = read_checkpoint(checkpoint)["global_step"] if checkpoint is not None else 0
     first = trainer.is_global_zero
     holding = held(folder, step if goes_on else None) if first else nullcontext()

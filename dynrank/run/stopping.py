@@ -33,29 +33,39 @@ class CtrlC(Callback):
 
 
 @contextmanager
-def stoppable(trainer: Trainer, checkpoint: Path | None) -> Iterator[None]:
-    """Say how to go on where SIGTERM or Ctrl-C ends what ``trainer`` does in the block.
+def stoppable(trainer: Trainer | None, checkpoint: Path | None) -> Iterator[None]:
+    """Say how to go on where SIGTERM or Ctrl-C ends a run in the block; SIGTERM outside of training does it at once.
 
     Args:
-        trainer: with :class:`CtrlC` and an AdapterCheckpoint among its callbacks.
+        trainer: with :class:`CtrlC` and an AdapterCheckpoint among its callbacks; None while it is made.
         checkpoint: that the run goes on from.
 
     Raises:
         SIGTERMException: after SIGTERM; it ends the program with exit code 0.
         KeyboardInterrupt: after Ctrl-C.
     """
+    callbacks: list[Any] = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
+    main = threading.current_thread() is threading.main_thread()
+    earlier = signal.signal(signal.SIGTERM, _end) if main else None  # in training, AdapterCheckpoint has its own
     try:
         yield
     except SystemExit as stop:
-        pressed = any(isinstance(c, CtrlC) and c.pressed for c in trainer.callbacks)  # type: ignore[attr-defined]
+        pressed = any(isinstance(c, CtrlC) and c.pressed for c in callbacks)
         pressed = pressed or isinstance(stop.__context__, KeyboardInterrupt)  # that Lightning got and turned into 1
         if not pressed and not isinstance(stop, SIGTERMException):
             raise
-        if trainer.is_global_zero:
-            saved = trainer.checkpoint_callback._last_checkpoint_saved or checkpoint  # type: ignore[union-attr]
+        if trainer is None or trainer.is_global_zero:
+            when = "before training" if trainer is None else f"after step {trainer.global_step}"
+            saved = trainer and trainer.checkpoint_callback._last_checkpoint_saved or checkpoint  # type: ignore[union-attr]
             advice = f"go on with ckpt_path={saved}" if saved else "there is no checkpoint yet"
-            reason = "Ctrl-C" if pressed else "SIGTERM"
-            print(f"{reason}: stopped after step {trainer.global_step}; {advice}", file=sys.stderr)
+            print(f"{'Ctrl-C' if pressed else 'SIGTERM'}: stopped {when}; {advice}", file=sys.stderr)
         if pressed:
             raise KeyboardInterrupt from stop
         raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, earlier)
+
+
+def _end(*_: Any) -> None:
+    raise SIGTERMException
