@@ -18,6 +18,7 @@ from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers
 
 _MARK = Path("/proc/self/clear_refs")
+_WAITED = Path("/proc/thread-self/schedstat")  # its second number: nanoseconds in which this thread could have run
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Phase:
         train_seconds: between the start and the end of its training batches; validation is left out.
         step_seconds: median of its optimizer steps, each with all of its training batches; 0 until it is over.
         peak_memory_bytes: see :func:`peak_memory_bytes`; 0 until it is over.
+        waited_seconds: of train_seconds, in which this process waited for a processor; 0 where the system is no Linux.
     """
 
     first_step: int = 0
@@ -39,6 +41,7 @@ class Phase:
     train_seconds: float = 0.0
     step_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    waited_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -59,6 +62,7 @@ class RunMeter(Callback):
         self.phases = [Phase()]
         self.begun = False  # whether a training batch has
         self._start = self._batches = 0.0  # of the batch, and seconds of those since the last optimizer step
+        self._waited = 0.0  # until the batch
         self._steps: list[float] = []  # seconds of each optimizer step since training began
         self._step = self._closed = 0  # optimizer steps made, and those of phases that are over
 
@@ -68,7 +72,7 @@ class RunMeter(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.begun = True
-        self._start = time.perf_counter()
+        self._start, self._waited = time.perf_counter(), _waited_seconds()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -77,6 +81,7 @@ class RunMeter(Callback):
         phase.tokens += int(batch["attention_mask"].sum())  # waits for the device: the clock is read after that
         seconds = time.perf_counter() - self._start
         phase.train_seconds += seconds
+        phase.waited_seconds += _waited_seconds() - self._waited
         self._batches += seconds
         if trainer.global_step > self._step:  # gradients of several batches may make one step
             self._steps.append(self._batches)
@@ -122,6 +127,10 @@ class RunMeter(Callback):
 def _phase(trainer: Trainer, pl_module: LightningModule) -> Phase:
     ranks = [layer.rank for _, layer in lora_layers(pl_module)]
     return Phase(trainer.global_step, float(mean(ranks)) if ranks else 0.0)
+
+
+def _waited_seconds() -> float:
+    return int(_WAITED.read_text(encoding="ascii").split()[1]) / 1e9 if _WAITED.exists() else 0.0
 
 
 def peak_memory_bytes() -> int:

@@ -174,11 +174,19 @@ def inspect(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Folder of a finished run")]) -> None:
-    """Write report.html of a finished run into its folder: one page with its settings, losses, ranks and spectra."""
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folder of a finished run")],
+    against: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN...", help="Folders of other finished runs to compare it with")
+    ] = None,
+) -> None:
+    """Write report.html of a finished run into its folder: what it came to, its losses, ranks and spectra."""
     from dynrank.run.report.page import write_report
 
-    print(f"report           {write_report(run)}")
+    run, *more = runs
+    if more and not against:
+        raise typer.BadParameter("one run has a report; name those to compare with behind --against")
+    print(f"report           {write_report(run, against=[*(against or ()), *more])}")
 
 
 @app.command()

@@ -14,10 +14,10 @@ from dynrank.output.metrics_csv import Series
 
 __all__ = ["arms_figure", "loss_figure", "memory_figure", "quality_figure", "ranks_figure", "spectra_figure"]
 
-_WIDTH = 7.0  # inches
+_WIDTH = 4.6  # inches; so narrow that 9 points are legible on a telephone
 _NAMED_CHANGES = 8  # more texts than that would lie on each other
 _POINTS = 4000  # of a curve: more than a picture has pixels across
-_NAME = 44  # letters of a layer's name that have room beside a picture
+_NAME = 28  # letters of a layer's name that have room beside a picture
 
 
 def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
@@ -34,7 +34,7 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
     drawn = slice(None, None, 1 + len(steps) // _POINTS)
     means = [fmean(losses[max(0, end - 20) : end]) for end in range(1, len(losses) + 1)]
     axes.plot(steps[drawn], losses[drawn], color="tab:blue", alpha=0.25, linewidth=0.8)
-    axes.plot(steps[drawn], means[drawn], color="tab:blue", label="training, mean of 20 steps")
+    axes.plot(steps[drawn], means[drawn], color="tab:blue", label="training, mean of 20")
     axes.plot(*metrics.get("val/loss", ([], [])), color="tab:orange", marker="o", markersize=4, label="validation")
     _mark(axes, changes)
     axes.legend()
@@ -71,7 +71,7 @@ def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int)
     axes.grid(visible=False)
     named = levels[:: 1 + (len(levels) - 1) // 16]
     legend = [Patch(color=shades[rank], label=str(rank)) for rank in named]
-    figure.legend(handles=legend, loc="outside upper center", title="rank", ncols=8)
+    figure.legend(handles=legend, loc="outside upper center", title="rank", ncols=6)
     return figure
 
 
@@ -91,7 +91,7 @@ def spectra_figure(
     kinds = kinds or {}
     colours = {kind: f"C{index % 10}" for index, kind in enumerate(sorted(set(kinds.values())))}
     found = [kind for kind in colours if any(kinds[name] == kind for name in shares)]
-    figure, (axes,) = _panels("singular value", ["relative to the largest"], height=max(4.5, 0.22 * len(found)))
+    figure, (axes,) = _panels("singular value", ["relative to the largest"], height=3.6 + 0.2 * len(found))
     for name, values in shares.items():
         width = 0.9 if len(shares) < 100 else 0.5  # hundreds of lines must not hide each other
         colour = colours[kinds[name]] if kinds else "tab:blue"
@@ -114,7 +114,8 @@ def spectra_figure(
     zero = len(spectra) - len(shares)
     axes.set_title(f"{title}, {len(spectra)} layers" + (f", {zero} of them zero" if zero else ""))
     if found:
-        figure.legend(loc="outside right upper", fontsize=8, title="median of each kind", title_fontsize=8)
+        columns = 2 if max(map(len, found)) < 24 else 1
+        figure.legend(loc="outside lower center", fontsize=9, title="median of each kind", ncols=columns)
     elif kept:
         axes.legend()
     return figure
@@ -128,7 +129,7 @@ def memory_figure(bars: Mapping[str, Mapping[str, int]], budget: int | None, tit
         budget: bytes, if there is one.
         title: of the picture.
     """
-    figure, (axes,) = _panels("rank (ckpt: with gradient checkpointing)", ["GiB"])
+    figure, (axes,) = _panels("rank (ckpt: with gradient checkpointing)", ["GiB"], width=7.0)
     bottoms = [0.0] * len(bars)
     for part in next(iter(bars.values())):
         heights = [parts[part] / 2**30 for parts in bars.values()]
@@ -182,9 +183,11 @@ def arms_figure(
     return figure
 
 
-def _panels(xlabel: str, ylabels: Sequence[str], height: float = 4.5) -> tuple[Figure, list[Axes]]:
-    """A figure of panels with one x axis, one below the other; ``height`` in inches."""
-    figure = Figure(figsize=(_WIDTH, height), dpi=140, layout="constrained")
+def _panels(
+    xlabel: str, ylabels: Sequence[str], height: float = 3.6, width: float = _WIDTH
+) -> tuple[Figure, list[Axes]]:
+    """A figure of panels with one x axis, one below the other; its size is in inches."""
+    figure = Figure(figsize=(width, height), dpi=210, layout="constrained")
     panels = list(figure.subplots(len(ylabels), sharex=True, squeeze=False)[:, 0])
     for axes, ylabel in zip(panels, ylabels, strict=True):
         axes.set_ylabel(ylabel)
@@ -199,4 +202,4 @@ def _mark(axes: Axes, changes: Mapping[int, str], *, named: bool = True) -> None
         axes.axvline(step, color="tab:red", linestyle="--", linewidth=1)
         if named and len(changes) <= _NAMED_CHANGES:
             above = axes.get_xaxis_transform()
-            axes.text(step, 1.01, text, transform=above, rotation=30, fontsize=8, color="tab:red")
+            axes.text(step, 1.01, text, transform=above, rotation=30, fontsize=9, color="tab:red")

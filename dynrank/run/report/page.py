@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dynrank import __version__
@@ -10,13 +12,24 @@ from dynrank.output.whole_file import whole_file
 from dynrank.run.report.pictures import draw
 from dynrank.run.report.record import read_run
 from dynrank.run.report.templates import template
+from dynrank.run.report.verdict import (
+    Rival,
+    around,
+    conclusions,
+    kinds_of_loss,
+    next_commands,
+    read_rival,
+    run_name,
+    unit_of_error,
+    warnings,
+)
 
 __all__ = ["REPORT_FILE", "write_report"]
 
 REPORT_FILE = "report.html"
 
 
-def write_report(folder: Path, config: str | None = None) -> Path:
+def write_report(folder: Path, config: str | None = None, against: Sequence[Path] = ()) -> Path:
     """Write ``report.html`` of a finished run into its folder, and its pictures into ``plots/``; returns its path.
 
     Where matplotlib is not installed the page has no pictures, and says so.
@@ -24,16 +37,28 @@ def write_report(folder: Path, config: str | None = None) -> Path:
     Args:
         folder: of the run; only its files are read.
         config: as for :func:`dynrank.run.report.record.read_run`.
+        against: folders of other finished runs, to compare with.
 
     Raises:
         ConfigurationError: if the folder is not that of a finished run, a file is broken, or it cannot be written.
     """
     run = read_run(folder, config)
-    title = "dynrank run " + "/".join(folder.resolve().parts[-2:])  # a run without a name has date and time
+    rivals = [read_rival(other) for other in against]
     file = folder / REPORT_FILE
     try:
         page = template("page.html.jinja").render(
-            run=run, title=title, pictures=draw(run), ranks=run.ranks(), version=__version__
+            run=run,
+            rivals=[Rival(run_name(folder), run.summary), *rivals] if rivals else [],
+            title=f"dynrank run {run_name(folder)}",
+            conclusions=conclusions(run, rivals),
+            warnings=list(warnings(run)),
+            kinds_of_loss=kinds_of_loss(run),
+            around=partial(around, run),
+            unit_of_error=unit_of_error(run),
+            pictures=draw(run),
+            ranks=run.ranks(),
+            next_commands=next_commands(run),
+            version=__version__,
         )
         with whole_file(file) as part:
             part.write_text(page, encoding="utf-8")

@@ -39,7 +39,8 @@ def draw(run: RunRecord) -> list[Picture]:
     pictures = []
     for name, caption, figure in _figures(run):
         figure.savefig(folder / f"{name}.png")
-        pictures.append(Picture(caption, folder / f"{name}.png"))
+        if name != "ranks" or run.layers_differ:  # bars of one colour say less than a line of text
+            pictures.append(Picture(caption, folder / f"{name}.png"))
     return pictures
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import yaml
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
@@ -17,10 +18,12 @@ from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
 from dynrank.output.metrics_csv import Series, read_metrics
-from dynrank.run.folder import HISTORY, METRICS, last_checkpoint, read_overrides
+from dynrank.run.folder import GENERATIONS, HISTORY, METRICS, last_checkpoint, read_overrides
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 
-__all__ = ["Change", "LayerChange", "RunRecord", "read_run"]
+__all__ = ["Change", "Generation", "LayerChange", "RunRecord", "read_run"]
+
+Row = TypeVar("Row")
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))  # not strict: cells of CSV are texts
@@ -34,6 +37,17 @@ class LayerChange:
     energy_kept: float
     predicted_error: float
     reason: str
+
+
+@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Generation:
+    """A line of generations.csv: what the model wrote behind a prompt after ``step`` optimizer steps."""
+
+    step: int
+    split: str
+    prompt: str
+    wanted: str
+    written: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ class RunRecord:
     Attributes:
         folder: where it is.
         config: its whole configuration, YAML.
+        settings: values of the configuration by their keys, as deep as ``group.key``.
         overrides: what was given on the command line; None: not recorded.
         summary: summary.json.
         metrics: metrics.csv.
@@ -80,10 +95,12 @@ class RunRecord:
         layers: of the exported adapter, layer -> spectrum, in the order of the model.
         earlier_spectra: optimizer step -> layer -> singular values right before the change there, of those changes
             that the last checkpoint knows of.
+        generations: generations.csv.
     """
 
     folder: Path
     config: str
+    settings: dict[str, Any]
     overrides: list[str] | None
     summary: Summary
     metrics: dict[str, Series]
@@ -91,6 +108,7 @@ class RunRecord:
     changes: list[Change]
     layers: dict[str, LayerSpectrum]
     earlier_spectra: dict[int, dict[str, tuple[float, ...]]]
+    generations: list[Generation]
 
     @property
     def made(self) -> list[Change]:
@@ -104,6 +122,19 @@ class RunRecord:
             own = [change.layers[name] for change in self.made if name in change.layers]
             ranks[name] = [(0, own[0].rank_before if own else last), *((la.step, la.rank_after) for la in own)]
         return ranks
+
+    @property
+    def layers_differ(self) -> bool:
+        """Whether any layer has other ranks than another at any time."""
+        return len(set(map(tuple, self.ranks().values()))) > 1
+
+    def answers(self, count: int) -> list[dict[int, Generation]]:
+        """What was written last behind ``count`` prompts, in validations if there are any, and first before that."""
+        split = "val" if any(line.split == "val" for line in self.generations) else "test"
+        found: dict[str, dict[int, Generation]] = {}
+        for line in (line for line in self.generations if line.split == split):
+            found.setdefault(line.prompt, {})[line.step] = line
+        return [{step: lines[step] for step in (min(lines), max(lines))} for lines in found.values()][:count]
 
     def energy_kept(self, layer: str) -> list[float]:
         """By each change of ``layer`` that was not taken back."""
@@ -125,9 +156,13 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         summary = read_summary(folder)
         if config is None or (folder / ".hydra" / "config.yaml").exists():
             config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
-        changes = _changes(folder / HISTORY)
+        groups = {name: values for name, values in yaml.safe_load(config).items() if isinstance(values, dict)}
+        changes, written = _changes(folder / HISTORY), folder / GENERATIONS
+        generations = list(_rows(written, Generation)) if written.exists() else []
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ConfigurationError(f"{str(folder / '.hydra' / 'config.yaml')!r} is no configuration: {error}") from None
     layers = {layer.layer: layer for layer in inspect_adapter(folder / "adapter")}
     changed = {name for change in changes for name in change.layers}
     if summary.final_ranks != {name: layer.rank for name, layer in layers.items()} or not changed <= layers.keys():
@@ -142,6 +177,7 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
     return RunRecord(
         folder=folder,
         config=config,
+        settings={f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()},
         overrides=read_overrides(folder),
         summary=summary,
         metrics=metrics,
@@ -149,19 +185,25 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         changes=changes,
         layers={name: layers[name] for name in summary.final_ranks},
         earlier_spectra=_earlier_spectra(checkpoint),
+        generations=generations,
     )
 
 
 def _changes(file: Path) -> list[Change]:
     changes: list[Change] = []
-    rows = csv.DictReader(file.read_text(encoding="utf-8").splitlines())
-    for row in rows:
-        line = read_as(LayerChange, {name or "": cell for name, cell in row.items()}, f"{file}, line {rows.line_num}")
+    for line in _rows(file, LayerChange):
         last = changes[-1] if changes else None
         if last is None or (last.step, last.reason) != (line.step, line.reason) or line.layer in last.layers:
             changes.append(Change(line.step, line.reason))
         changes[-1].layers[line.layer] = line
     return changes
+
+
+def _rows(file: Path, kind: type[Row]) -> Iterator[Row]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = csv.DictReader(opened)
+        for row in rows:
+            yield read_as(kind, {name or "": cell for name, cell in row.items()}, f"{file}, line {rows.line_num}")
 
 
 def _earlier_spectra(checkpoint: Mapping[str, Any]) -> dict[int, dict[str, tuple[float, ...]]]:

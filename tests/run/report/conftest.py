@@ -65,7 +65,9 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / ".hydra").mkdir(exist_ok=True)
-    (folder / ".hydra" / "config.yaml").write_text(f"lora:\n  rank: {rank}\nnote: '{NASTY}'\n", encoding="utf-8")
+    (folder / ".hydra" / "config.yaml").write_text(
+        f"lora:\n  rank: {rank}\nnote: {json.dumps(NASTY)}\n", encoding="utf-8"
+    )
     (folder / ".hydra" / "overrides.yaml").write_text(f"- lora.rank={rank}\n- note={NASTY!r}\n", encoding="utf-8")
     return folder
 
@@ -90,7 +92,7 @@ class Page(HTMLParser):
         self.elements.append((tag, dict(attrs)))
         if tag not in VOID:
             self._open.append(tag)
-        if tag in ("th", "td", "caption", "pre", "code", "p", "h1"):
+        if tag in ("th", "td", "caption", "pre", "code", "p", "h1", "li", "dt", "summary"):
             self.texts.setdefault(tag, []).append("")
         if tag == "tr":
             self.tables.setdefault(self.texts["caption"][-1], []).append([])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+from PIL import Image
 
 from dynrank.run.report.page import write_report
 
@@ -17,16 +18,19 @@ MEASURE = """<script>
 addEventListener("load", () => {
   const box = (e) => { const r = e.getBoundingClientRect(); return [r.left, r.top, r.right, r.bottom]; };
   const all = (selector) => [...document.querySelectorAll(selector)];
-  document.body.dataset.measured = JSON.stringify({
+  parent.postMessage(JSON.stringify({
     pictures: all("img").map((i) => [...box(i), i.naturalWidth]),
     width: document.documentElement.scrollWidth,
     sections: all("main section").map((s) => [s.querySelector("h2").textContent, box(s)]),
     ink: ["body", "figcaption"].map((name) => getComputedStyle(document.querySelector(name)).color),
     paper: getComputedStyle(document.body).backgroundColor,
     fetched: performance.getEntriesByType("resource").map((e) => e.name).filter((n) => !n.startsWith("data:")),
-  });
+  }), "*");
 });
 </script>"""
+# A window is never narrower than 500 pixels, a frame in it is; it tells the page around it what it has measured.
+FRAME = """<body><script>addEventListener("message", (m) => { document.body.dataset.measured = m.data; });</script>
+<iframe src="report.html" style="border: 0" width="%d" height="4000"></iframe>"""
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)")
 
@@ -55,27 +59,32 @@ def luminance(colour):
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (500, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (400, "dark")])
 def test_page_is_laid_out_legible_and_fetches_nothing(report, tmp_path, width, scheme):
-    copy = tmp_path / "report.html"
+    copy, frame = tmp_path / "report.html", tmp_path / "frame.html"
+    frame.write_text(FRAME % width)
     copy.write_text(report.read_text(encoding="utf-8").replace("</body>", f"{MEASURE}</body>"), encoding="utf-8")
     options = [
-        f"--window-size={width},4000",
+        f"--window-size={width + 100},4100",
+        "--virtual-time-budget=10000",
         f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}",
     ]
-    dom, log = browse(copy, tmp_path, "--dump-dom", *options)
+    dom, log = browse(frame, tmp_path, "--dump-dom", *options)
     (measured,) = re.findall(r'data-measured="([^"]*)"', dom)
     page = json.loads(measured.replace("&quot;", '"').replace("&lt;", "<").replace("&amp;", "&"))
-    assert page["width"] == width  # wide tables and pictures scroll by themselves
+    assert page["width"] == width  # wide tables scroll by themselves
     assert len(page["pictures"]) == 3
+    with Image.open(report.parent / "plots" / "loss.png") as picture:
+        dpi = picture.info["dpi"][0]
     for left, top, right, bottom, pixels in page["pictures"]:
         assert left >= 0
-        assert right - left >= 480  # letters of 10 points are at least 9 pixels high
+        assert right <= width
+        assert 9 * (right - left) / pixels * dpi / 72 >= 8.9  # pixels of a letter of 9 points
         assert bottom - top > 150
-        assert pixels > 900
     boxes = [box for _, box in page["sections"]]
     assert all(above[3] <= below[1] for above, below in zip(boxes, boxes[1:], strict=False))
     headings = ["Changes of rank", "Pictures", "Layers", "Speed and memory", "Configuration"]
+    headings.append("What to try next")
     assert [heading for heading, _ in page["sections"]] == headings
     assert (luminance(page["paper"]) < 0.1) == (scheme == "dark")
     for ink in page["ink"]:

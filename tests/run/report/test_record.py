@@ -79,6 +79,7 @@ def damaged_checkpoint(folder):
         (edit("metrics.csv", "step", "time"), "metrics.csv.*line 2"),
         (other_layers, "files of one run"),
         (damaged_checkpoint, "last.ckpt"),
+        (edit(".hydra/config.yaml", "note: ", "note: {"), "config.yaml"),
         (edit(".hydra/overrides.yaml", "- lora", "lora"), "overrides.yaml"),
     ],
 )

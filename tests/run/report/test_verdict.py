@@ -1,0 +1,115 @@
+"""The page begins with what came out, compares with other runs, warns, and ends with commands that run."""
+
+import csv
+import json
+import shlex
+from types import SimpleNamespace
+
+import pytest
+
+import dynrank
+from dynrank.commands import cli
+from dynrank.errors import ConfigurationError
+from dynrank.run.report.page import write_report
+from dynrank.run.report.record import read_run
+from dynrank.run.report.verdict import around, next_commands, warnings
+
+
+def edited(folder, **changes):
+    file = folder / "summary.json"
+    summary = json.loads(file.read_text())
+    file.write_text(json.dumps({**summary, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({9: 1.0, 19: 3.0}, (1.0, 3.0)),  # after 10 and 20 steps
+        ({9: 1.0, (10, "check"): 2.0, 19: 3.0}, (1.0, 2.0)),
+        ({9: 1.0, (10, "before"): 1.5, (10, "after"): 2.0, 19: 3.0}, (1.5, 2.0)),
+        ({19: 3.0}, (None, 3.0)),
+        ({}, (None, None)),
+    ],
+)
+def test_values_around_a_change_are_those_of_the_nearest_validations(rows, expected):
+    steps = [row[0] if isinstance(row, tuple) else row for row in rows]
+    run = SimpleNamespace(metrics={"val/loss": (steps, list(rows.values()))} if rows else {})
+    assert around(run, SimpleNamespace(step=10), "val/loss") == expected
+
+
+def test_first_lines_say_test_change_bytes_and_gap(run_folder, tmp_path, page_of):
+    folder = run_folder(tmp_path / "run", drops=[(10, 4)])
+    final = {"val/loss": 0.9, "train/loss": 0.2}
+    edited(folder, final=final, gap=0.7, bytes={"adapter": 2_500_000, "gradients": 1, "optimizer": 1})
+    with (folder / "metrics.csv").open(newline="") as file:
+        losses = {int(row["step"]): float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+    (before, after, end) = (losses[step] for step in (4, 10, 28))
+    lines = page_of(write_report(folder)).texts["li"]
+    assert lines[0].startswith("test/loss 1.25, after 30 steps")
+    assert (
+        f"{before:.4g} before, {after:.4g} after it ({100 * (after / before - 1):+.1f}%), {end:.4g} at the" in lines[1]
+    )
+    # 4 of 5 layers went from 8 to 4
+    assert "2.50 MB, 60% of what it began with" in lines[2]
+    assert "gap is 0.7: validation loss 0.9, training loss 0.2" in lines[3]
+
+
+def test_other_runs_stand_beside_it_and_their_differences_at_the_top(run_folder, tmp_path, page_of, launch):
+    for name, loss in (("a", 1.25), ("b", 1.5), ("c", 1.0)):
+        edited(run_folder(tmp_path / name), test={"test/loss": loss})
+    code, _, said = launch(cli.main, "report", "a", "--against", "b", "c")
+    assert code == 0, said
+    report = page_of(tmp_path / "a" / "report.html")
+    assert [line.partition("test/loss ")[2].split(",")[0] for line in report.texts["li"][-2:]] == ["-0.25", "+0.25"]
+    assert report.table("What each came to")[1] == ["test/loss", "1.25", "1.5", "1"]
+    assert launch(cli.main, "report", "a", "b")[0] == 2
+    (tmp_path / "empty").mkdir()
+    before = (tmp_path / "a" / "report.html").read_bytes()
+    with pytest.raises(ConfigurationError, match=r"--against.*empty"):
+        write_report(tmp_path / "a", against=[tmp_path / "empty"])
+    assert (tmp_path / "a" / "report.html").read_bytes() == before
+
+
+def test_busy_machine_is_named_and_an_idle_one_is_not(run_folder, tmp_path):
+    folder = run_folder(tmp_path)
+    phases = json.loads((folder / "summary.json").read_text())["phases"]
+    assert not list(warnings(read_run(folder)))  # of an earlier version, which did not measure it
+    for waited, said in ((0.1, 0), (1.0, 1)):  # of 2 s
+        edited(folder, phases=[{**phases[0], "waited_seconds": waited}])
+        assert len(list(warnings(read_run(folder)))) == said
+    assert "50%" in next(warnings(read_run(folder)))
+
+
+def test_layers_are_shown_closed_where_all_have_one_rank(run_folder, smoke_run, tmp_path, page_of):
+    differ, alike = page_of(write_report(run_folder(tmp_path))), page_of(smoke_run[0] / "report.html")
+    for page, is_open in ((differ, True), (alike, False)):
+        details = next(attributes for tag, attributes in page.elements if tag == "details")
+        assert ("open" in details) == is_open
+        captions = [attributes["alt"] for tag, attributes in page.elements if tag == "img"]
+        assert any(caption.startswith("Rank of") for caption in captions) == is_open
+
+
+def test_page_says_why_the_two_losses_are_not_of_one_kind(smoke_run, page_of):
+    page = page_of(smoke_run[0] / "report.html")
+    assert any("label smoothing (0.1)" in text and "measured alike" in text for text in page.texts["p"])
+
+
+def test_what_was_written_is_shown_first_and_last(run_folder, tmp_path, page_of):
+    rows = [[step, "val", f"p{i}", f"w{i}", f"<{step}>\n{i}"] for step in (4, 8, 12) for i in range(6)]
+    with (run_folder(tmp_path) / "generations.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["step", "split", "prompt", "wanted", "written"], *rows])
+    _, *shown = page_of(write_report(tmp_path)).table("Behind some prompts")
+    assert shown[:2] == [["p0", "w0", "4", "<4>\n0"], ["p0", "w0", "12", "<12>\n0"]]
+    assert len(shown) == 8
+
+
+def test_commands_at_the_end_compose(smoke_run):
+    run = read_run(smoke_run[0])
+    commands = [shlex.split(command) for _, command in next_commands(run)]
+    trained = [arguments for name, *arguments in commands if name == "dynrank-train"]
+    assert len(trained) >= 3
+    for arguments in trained:
+        config = dynrank.compose([a.replace("1,2,3", "1") for a in arguments if a != "--multirun"])
+        assert config.trainer.max_steps == 12  # of debug=smoke, which the run was given
+    assert ["dynrank", "predict", str(smoke_run[0] / "adapter"), "a text"] in commands
