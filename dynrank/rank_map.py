@@ -7,12 +7,17 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
+from dynrank.matching import EXPRESSION_ERRORS, Matching, compiled, whole_parts
+
+_PLAIN = re.compile(r"[\w.-]+")  # a name, or trailing parts of one
+_LISTED = 20  # keys that match nothing: to look for the nearest names takes time
 
 
 @validated()
@@ -48,17 +53,6 @@ class LayerRank:
     final_rank: int | None
     pinned: bool
     rule: str | None
-
-
-def matches(key: str, name: str) -> bool:
-    r"""PEFT's matching: ``key`` is a regular expression for whole trailing parts of a module name.
-
-    >>> matches("q_proj", "layers.0.q_proj"), matches("q_proj", "layers.0.eq_proj")
-    (True, False)
-    >>> matches(r"layers\.[01]\..*", "layers.1.v_proj")
-    True
-    """
-    return re.match(whole_parts(key), name) is not None
 
 
 def peft_ranks(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
@@ -145,9 +139,10 @@ def _rule(key: Any, value: Any) -> RankRule:
     if not isinstance(key, str):
         raise ConfigurationError(f"a key must be text, got {type(key).__name__}")
     try:
-        re.compile(key)
-        re.compile(whole_parts(key))
-    except (re.error, RecursionError, OverflowError) as error:
+        if not _PLAIN.fullmatch(key):
+            compiled(key)
+            compiled(whole_parts(key))
+    except EXPRESSION_ERRORS as error:
         raise ConfigurationError(f"not a regular expression: {error}") from None
     if isinstance(value, RankRule):
         return value
@@ -198,10 +193,11 @@ def resolve_rank_map(
 
     Raises:
         ConfigurationError: if a key matches nothing, two rules conflict, or a rank is outside [1, min(d_in, d_out)]
-            (all faults are listed).
+            (faults are listed, of keys the first ones); or if matching takes too long.
     """
-    matched = {key: {name for name in shapes if matches(key, name)} for key in rules}
-    faults = [_unmatched(key, shapes) for key, names in matched.items() if not names]
+    matching = Matching("the keys of rank_pattern (rank_map)")
+    matched = {key: {*matching.names(whole_parts(key), shapes)} for key in rules}
+    faults = [_unmatched(key, shapes) for key in islice((key for key in rules if not matched[key]), _LISTED)]
     layers = {}
     for name, (d_out, d_in) in shapes.items():
         standing = {key: _standing(key, name, matched[key]) for key in rules if name in matched[key]}
@@ -243,12 +239,7 @@ def _standing(key: str, name: str, matched: set[str]) -> int:
     plain = re.sub(r"\\(?=\W)", "", key.removeprefix("^").removesuffix("$"))  # re.escape undone
     if plain == name:
         return 2
-    return 1 if matched == {name} and re.fullmatch(r"[\w.-]+", plain) else 0
-
-
-def whole_parts(key: str) -> str:
-    """The expression that PEFT matches against a module's name for a key of rank_pattern or alpha_pattern."""
-    return rf"(.*\.)?({key})$"
+    return 1 if matched == {name} and _PLAIN.fullmatch(plain) else 0
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import regex
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from dynrank.errors import ConfigurationError, Count, read_as
 from dynrank.layers.base import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
-from dynrank.rank_map import peft_ranks, whole_parts
+from dynrank.matching import EXPRESSION_ERRORS, Matching, compiled, whole_parts
+from dynrank.rank_map import peft_ranks
 
 __all__ = ["CONFIG_FILE", "AdapterConfig", "LayerSettings", "make_config", "read_config"]
 
 CONFIG_FILE = "adapter_config.json"
 _LARGEST = 3.4e38  # what float32 takes
-_PATIENCE = 5.0  # seconds for the expressions of an adapter, which may be written to take for ever
 
 
 def _unset(value: Any) -> Any:
@@ -38,14 +36,10 @@ def _harmless(init: Any) -> Any:
 def _expressions(pattern: dict[str, Any] | None) -> dict[str, Any] | None:
     for key in pattern or ():
         try:
-            _expression(key)
-        except regex.error as error:
-            raise ValueError(f"has a key {key!r} that is no regular expression: {error}") from None
+            compiled(whole_parts(key))
+        except EXPRESSION_ERRORS as error:
+            raise ValueError(f"has a key {key!r:.100} that is no regular expression: {error}") from None
     return pattern
-
-
-def _expression(key: str) -> Any:
-    return regex.compile(whole_parts(key))  # matching by regex can be given a time limit, by re it cannot
 
 
 Unset = Annotated[Any, AfterValidator(_unset)]
@@ -89,28 +83,12 @@ class AdapterConfig(BaseModel):
         Raises:
             ConfigurationError: if the keys of the patterns take more than some seconds to match.
         """
-        until = time.monotonic() + _PATIENCE
-        ranks, alphas = (
-            [(_expression(key), value) for key, value in (pattern or {}).items()]
-            for pattern in (self.rank_pattern, self.alpha_pattern)
-        )
-
-        def first(pattern: Sequence[tuple[Any, Any]], name: str, default: Any) -> Any:
-            for key, value in pattern:
-                if key.match(name, timeout=max(until - time.monotonic(), 1e-3)):
-                    return value
-            return default
-
+        names, matching = [*names], Matching(f"rank_pattern and alpha_pattern in {CONFIG_FILE}")
+        ranks, alphas = matching.first(self.rank_pattern or {}, names), matching.first(self.alpha_pattern or {}, names)
         found = {}
-        try:
-            for name in names:
-                rank, alpha = first(ranks, name, self.r), first(alphas, name, self.lora_alpha)
-                found[name] = rank, alpha, initial_scaling(alpha, rank, bool(self.use_rslora))
-        except TimeoutError:
-            raise ConfigurationError(
-                f"rank_pattern and alpha_pattern in {CONFIG_FILE} must be simple, their keys take over {_PATIENCE:g} s "
-                "to match; name the layers in full"
-            ) from None
+        for name in names:
+            rank, alpha = ranks.get(name, self.r), alphas.get(name, self.lora_alpha)
+            found[name] = rank, alpha, initial_scaling(alpha, rank, bool(self.use_rslora))
         return found
 
 
