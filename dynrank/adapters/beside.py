@@ -14,10 +14,12 @@ from dynrank.errors import ConfigurationError, read_as
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.output.whole_file import whole_file
 
-__all__ = ["LABELS_FILE", "label_names", "tokenizer_of", "with_labels", "write_beside"]
+__all__ = ["LABELS_FILE", "input_files", "label_names", "tokenizer_of", "with_labels", "write_beside"]
 
 # No config.json: with one, transformers takes the folder for a whole model and looks for all weights in it.
 LABELS_FILE, TOKENIZER_FILE = "labels.json", "tokenizer_config.json"
+# Files of a model's folder that say how its inputs are made.
+_INPUT_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.spm", "chat_template*", "*processor_config.json")
 
 
 @dataclass(config=ConfigDict(strict=True, extra="ignore"))
@@ -68,3 +70,13 @@ def tokenizer_of(folder: Path, base: str) -> Any:
     """The tokenizer that lies in the adapter's ``folder``, or that of the model ``base``; with a padding token."""
     own = (folder / TOKENIZER_FILE).exists()
     return load_tokenizer(str(folder.resolve()) if own else base, "--model")
+
+
+def input_files(origin: Path) -> list[Path]:
+    """Files of a folder that come along; a hub's cache keeps the files of a snapshot two folders above it."""
+    found = [file for pattern in _INPUT_FILES for file in origin.glob(pattern) if file.is_file()]
+    home = (origin.parent.parent if origin.parent.name == "snapshots" else origin).resolve()
+    for file in found:
+        if not file.resolve().is_relative_to(home):
+            raise ConfigurationError(f"{str(file)!r} must not be a link out of its folder; copy it there")
+    return found

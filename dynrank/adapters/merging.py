@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
-from dynrank.adapters.beside import with_labels
+from dynrank.adapters.beside import input_files, with_labels
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
@@ -37,8 +37,6 @@ _AUTO_CLASSES = (
     "AutoModelForImageClassification",
     "AutoModel",
 )
-# Files of a model's folder that say how its inputs are made.
-_INPUT_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.spm", "chat_template*", "*processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -80,15 +78,13 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Mer
     adapter = read_adapter(source)
     origin = base_source(adapter, model)
     check_free(out, source, Path(origin))
-    input_files = _input_files(source)
-    own = bool(input_files)
-    input_files += _input_files(Path(origin))
+    own, of_base = input_files(source), input_files(Path(origin))
     merged: Any = with_labels(merge(load_adapter(base_model(origin, adapter), adapter)), source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         if not own and not Path(origin).is_dir():
             load_by_name(AutoTokenizer.from_pretrained, origin, "--model").save_pretrained(folder)
-        for file in input_files:
+        for file in own + of_base:
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
     total = sum(parameter.numel() for parameter in merged.parameters())
@@ -105,16 +101,6 @@ def base_source(adapter: Adapter, given: str | None) -> str:
     if not isinstance(base, str) or not base:
         raise ConfigurationError(f"the adapter {adapter.source!r} names no base model; give --model")
     return model_source(stored_source(base), "--model")
-
-
-def _input_files(origin: Path) -> list[Path]:
-    """Files of a folder that come along; a hub's cache keeps the files of a snapshot two folders above it."""
-    found = [file for pattern in _INPUT_FILES for file in origin.glob(pattern) if file.is_file()]
-    home = (origin.parent.parent if origin.parent.name == "snapshots" else origin).resolve()
-    for file in found:
-        if not file.resolve().is_relative_to(home):
-            raise ConfigurationError(f"{str(file)!r} must not be a link out of its folder; copy it there")
-    return found
 
 
 def base_model(origin: str, adapter: Adapter) -> nn.Module:

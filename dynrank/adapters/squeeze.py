@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from dynrank.adapters.beside import LABELS_FILE, input_files
 from dynrank.adapters.read import Adapter, one_thread, open_adapter
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.change.predict import LayerReport, report_of
@@ -31,8 +33,8 @@ def squeeze_adapter(
 
     Scaling stays, so alpha follows the rank, and rsLoRA becomes plain LoRA of the same scaling. A layer that has its
     rank already keeps its factors bit for bit, as do all other tensors (modules_to_save); dtypes and all other
-    settings stay. Memory holds the new adapter and one pair of the old factors. ``out`` appears when it is whole, or
-    not at all.
+    settings stay, and tokenizer files and names of labels come along. Memory holds the new adapter and one pair of the
+    old factors. ``out`` appears when it is whole, or not at all.
 
     Exactly one of ``rank``, ``energy`` and ``budget`` says how far:
 
@@ -56,6 +58,7 @@ def squeeze_adapter(
     _check_options(rank, energy, budget, lowest, multiple)
     with open_adapter(source) as adapter, one_thread():
         check_free(out, source)
+        beside = [*input_files(source), *source.glob(LABELS_FILE)]
         if rank is not None:
             ranks = _chosen_ranks(adapter, Rank(rank))
         elif energy is not None:
@@ -67,6 +70,8 @@ def squeeze_adapter(
             except ConfigurationError as error:
                 raise ConfigurationError(f"--budget {budget} cannot be met: {error}") from None
         with whole_or_nothing(out) as folder:
+            for file in beside:
+                shutil.copyfile(file, folder / file.name)
             return _write(adapter, ranks, folder)
 
 

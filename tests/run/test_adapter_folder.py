@@ -103,6 +103,14 @@ def test_card_command_and_merged_model_answer_alike_and_by_name(classifier, laun
     assert max(abs(a - b) for a, b in zip(found[0].values(), found[1].values(), strict=True)) > 1e-3
 
 
+def test_squeezed_adapter_answers_by_name(classifier, launch, tmp_path):
+    assert launch(cli.main, "squeeze", classifier, "--rank", 1, "--out", tmp_path / "small")[0] == 0
+    code, printed, said = launch(cli.main, "predict", tmp_path / "small", "a number 3")
+    assert code == 0, said
+    assert set(probabilities(printed.strip())) == {"bad", "ok", "so-so"}
+    assert not (tmp_path / "small" / "README.md").exists()  # which says what the other one was
+
+
 def test_two_labels_need_no_argument(tiny_bert, tmp_path):
     (tmp_path / "rows.csv").write_text("\n".join(ROWS[:61]))
     data = ["task=classification", f"task.model={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
