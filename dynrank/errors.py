@@ -51,6 +51,10 @@ class ConfigurationError(ValueError):
     """
 
 
+class DivergedError(ConfigurationError):
+    """What was trained holds NaN, inf or numbers too large to go on with; the command line exits with code 1."""
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
 def validated(key: str = "", *, frozen: bool = True, kw_only: bool = False) -> Callable[[C], C]:
     """Make a dataclass of a class whose values are checked against its annotations when an object is made.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, make_config
 from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, Adapter, read_adapter, sort_keys
 from dynrank.digest import digest
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
 from dynrank.layers.finding import own_layers
@@ -158,7 +158,7 @@ def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     broken = [name for name, value in tensors.items() if not finite(value)]
     if broken:
-        raise ConfigurationError(
+        raise DivergedError(
             f"{broken[0]!r} holds NaN, inf or a number too large for float32, as do {len(broken) - 1} other tensors of "
             "the adapter: the training diverged; set optimizer.lr lower"
         )

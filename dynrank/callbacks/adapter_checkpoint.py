@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from dynrank.callbacks.trainer.sigterm import SigtermNotice
 from dynrank.distributed.processes import from_all
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.frozen_base import adapted_models, follow_base, without_base
 from dynrank.output.checkpoint_file import read_checkpoint, write_checkpoint
 
@@ -100,21 +100,35 @@ class AdapterCheckpoint(ModelCheckpoint):
         """Take the base out of ``checkpoint``.
 
         Raises:
-            ConfigurationError: if a trained parameter holds NaN or inf; nothing has been written then.
+            DivergedError: if a trained parameter holds NaN or inf; nothing has been written then.
         """
-        found = [name for name in from_all(_not_finite(pl_module)) if name]  # one process alone may hold what is broken
-        if found:
-            good = self._last_checkpoint_saved or trainer.ckpt_path or "none"
-            raise ConfigurationError(
-                f"{found[0]!r} holds NaN or inf after step {trainer.global_step}: the run has diverged and is not "
-                f"saved; lower optimizer.lr and go on from the last checkpoint (ckpt_path), {good}"
-            )
+        _check_finite(pl_module)
         trained = [
             parameter for optimizer in trainer.optimizers for parameter, state in optimizer.state.items() if state
         ]
         for key in _STATES:
             if key in checkpoint:
                 checkpoint[key] = without_base(pl_module, checkpoint[key], trained)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let no run end well that has diverged since its last checkpoint; errors as in :meth:`on_save_checkpoint`."""
+        _check_finite(pl_module)
+        super().on_train_end(trainer, pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Add to the error of a run that has diverged where it did, and what to go on from."""
+        if isinstance(exception, DivergedError):
+            good = self._last_checkpoint_saved or trainer.ckpt_path or "none"
+            exception.add_note(
+                f"found after step {trainer.global_step}; the last good checkpoint (ckpt_path) is {good}"
+            )
+        super().on_exception(trainer, pl_module, exception)
+
+
+def _check_finite(module: LightningModule) -> None:
+    found = [name for name in from_all(_not_finite(module)) if name]  # one process alone may hold what is broken
+    if found:
+        raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower optimizer.lr")
 
 
 def _not_finite(module: LightningModule) -> str | None:

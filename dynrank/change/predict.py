@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.change.measuring import Gram, Moments
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.linalg import energy_kept, singular_values
@@ -137,9 +137,9 @@ def changing_layers(
     return layers, changing
 
 
-def unusable(name: str, layer: RankedLayer, rank: int, error: ValueError) -> ConfigurationError:
+def unusable(name: str, layer: RankedLayer, rank: int, error: ValueError) -> DivergedError:
     """The error to raise where the factors or statistics of a layer cannot be computed with."""
-    return ConfigurationError(
+    return DivergedError(
         f"{name!r} cannot change from rank {layer.rank} to {rank}: {error}; nothing has been changed. "
         "Training has diverged: lower optimizer.lr"
     )

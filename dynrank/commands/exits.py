@@ -1,6 +1,6 @@
 """Exit codes of the commands: 0 success, 1 failure, 2 what the user wrote (one clear message).
 
-A failure is shown with a traceback, but for a full disk.
+A failure is shown with a traceback, but for a full disk and a run that diverged.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.run.overrides import overrides_explained
 
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Print configuration errors and exit with code 2, 1 for a full disk; 130 after Ctrl-C; no traceback then."""
+    """Print configuration errors and exit with code 2; 1 for a full disk and a run that diverged, 130 after Ctrl-C."""
     try:
         with overrides_explained():
             yield
@@ -30,5 +30,5 @@ def usage_errors() -> Iterator[None]:
         full = not numbers.isdisjoint((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         if not theirs and not full and not isinstance(error, ConfigurationError):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if full else 2)
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
+        sys.exit(1 if full or isinstance(error, DivergedError) else 2)

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,6 +77,26 @@ def test_missing_matplotlib_says_what_to_install(monkeypatch):
     monkeypatch.setattr("dynrank.run.job.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=r"dynrank\[plots\].*plots=false"):
         build(dynrank.compose())
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
+@pytest.mark.parametrize(
+    "found_by", [["schedule=fixed", "checkpoint_every=1"], ["schedule.deadline=0.75"], ["schedule=fixed"]], ids=str
+)
+def test_a_run_that_diverges_fails_and_leaves_nothing_that_is_not_finite(launch, tiny_bert, found_by):
+    """By a checkpoint, by a change of rank, or at the end of training."""
+    small = ["debug=smoke", f"task.model={tiny_bert}", "trainer.max_steps=6", "lora.rank=4", "checkpoint_every=99"]
+    code, _, said = launch(train.main, *small, "plots=false", "optimizer.lr=1e30", *found_by, "hydra.run.dir=run")
+    assert (code, said.count("\n")) == (1, 1), said
+    kept = [*Path("run").rglob("*.ckpt")]
+    good = kept[0].absolute() if kept else "none"
+    assert re.search(
+        rf"lora_.*optimizer\.lr; found after step \d; the last good checkpoint \(ckpt_path\) is {good}", said
+    )
+    assert bool(kept) == ("checkpoint_every=1" in found_by)
+    state = torch.load(kept[0])["state_dict"] if kept else {}
+    assert all(value.isfinite().all() for name, value in state.items() if "lora_" in name)
+    assert not Path("run/adapter").exists()
 
 
 TASK = """from dynrank.tasks.classification import Classification
