@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
 from dynrank.callbacks.trainer.averages import act_after_averages, averages_of, follow_averages
+from dynrank.callbacks.trainer.ending import end_in_full
 from dynrank.callbacks.trainer.strategies import (
     average_whole_gradients,
     check_strategy,
@@ -104,6 +105,7 @@ class RankScheduler(Callback):
         follow_sharded_checkpoint(trainer)
         if stage == "fit":
             check_strategy(trainer)
+            end_in_full(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning forgets the place in the data if configure_optimizers has asked for the length of the run

@@ -6,12 +6,12 @@ What does not depend on the trainer is tested in tests/driver.
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 
 import dynrank
 from dynrank.callbacks import RankScheduler, StepSeed
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, after_convergence
+from dynrank.schedules import How, Stage, after_convergence, squeeze_at_end
 from dynrank.targets import Rank
 from dynrank.triggers import At, Plateau
 
@@ -109,6 +109,27 @@ def test_resume_from_any_checkpoint_is_bit_equal(regression, tmp_path, name):
         assert str(resumed.state_dict()) == str(whole.state_dict()), file.name
         for key, value in reference.state_dict().items():
             assert torch.equal(module.state_dict()[key], value), f"{file.name}: {key}"
+
+
+@pytest.mark.parametrize("end", ["squeeze", "plateau", "average"])
+def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint(regression, tmp_path, end):
+    """At a set time, decided by the last validation, which comes after a checkpoint, and beside Lightning's average."""
+
+    def run(**options):
+        last = after_convergence(3, Plateau(patience=1, min_delta=0.99), deadline=None)
+        scheduler = RankScheduler(last if end == "plateau" else squeeze_at_end(3), How(max_regression=1e9))
+        extra = [EMAWeightAveraging(decay=0.8)] if end == "average" else []
+        return *train(regression, scheduler, extra=extra, max_steps=10, **options), scheduler.history
+
+    module, _, history = run(checkpoints=tmp_path)
+    assert ranks(module) == {3}
+    files = sorted(tmp_path.glob("*step=10*"))
+    assert len(files) == 2  # before the validation and after it
+    for file in files:
+        again, _, events = run(ckpt_path=file)
+        assert events == history, file.name
+        for name, value in module.state_dict().items():
+            assert torch.equal(again.state_dict()[name], value), f"{file.name}: {name}"
 
 
 @pytest.mark.parametrize("asks", [False, True])
