@@ -14,28 +14,30 @@ from dynrank.callbacks import AdapterCheckpoint
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 CASES = [  # (moment, how many pass before, step that is saved)
     ("inside a step", 5, 6),  # the step ends first
-    ("step", 9, 10),  # the last batch of an epoch, between the decision and the change
+    ("decided, not made", 1, 10),  # the last batch of an epoch, between the decision and the change
     ("validation", 6, 12),  # in one that checks the change made after step 11: the change and a step end first
 ]
 PROGRAM = """
-import json, logging, os, signal, sys
-from functools import partial
+import json, logging, sys
 from pathlib import Path
 import torch
-from crash_matrix import equal, forked, train
+from crash_matrix import Stop, ends, equal, run
+from crash_runs import Case
 
-def ended(work):
-    return os.waitstatus_to_exitcode(os.waitpid(forked(work), 0)[1])
+def folder(name):
+    Path(name, "disk").mkdir(parents=True)
+    return Path(name)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-assert ended(partial(train, Path("whole"))) == 0
+case = Case("plateau and cut, checked", "AdamW", 1, "AdapterCheckpoint", 1)
+assert run(case, folder("whole")) == [0]
 for index, (moment, number, _) in enumerate(json.loads(sys.argv[1])):
-    folder = Path(str(index))
-    code = ended(partial(train, folder, moment, number, lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    files = sorted(path.name for path in folder.iterdir())
-    step = torch.load(folder / "last.ckpt")["global_step"]
-    resumed = ended(partial(train, folder))
-    same = equal(torch.load(folder / "end.pt"), torch.load("whole/end.pt"))
+    here = folder(str(index))
+    code = run(case, here, Stop("SIGTERM", moment, number, 0.0, 0, 0))
+    files = sorted(path.name for path in (here / "disk").iterdir())
+    step = torch.load(here / "disk" / "last.ckpt")["global_step"]
+    resumed = run(case, here)
+    same = equal(ends(case, here)[0][0], ends(case, Path("whole"))[0][0])
     print(json.dumps({"code": code, "files": files, "step": step, "resumed": resumed, "same": same}), flush=True)
 """
 
@@ -54,7 +56,7 @@ def ends(tmp_path_factory):
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: " ".join(map(str, CASES[index])))
 def test_sigterm_ends_the_step_saves_and_exits_0(ends, index):
     step = CASES[index][2]
-    assert ends[index] == {"code": 0, "files": ["last.ckpt"], "step": step, "resumed": 0, "same": True}
+    assert ends[index] == {"code": [0], "files": ["last.ckpt"], "step": step, "resumed": [0], "same": True}
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
