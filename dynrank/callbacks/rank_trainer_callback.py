@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
-from dynrank.change.optimizer_state import unwrapped
+from dynrank.change.optimizer_rules import unwrapped
 from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, watched

@@ -1,19 +1,21 @@
 """Carrying an optimizer's state through a linear change of a parameter's coordinates.
 
-Every entry of a parameter's state is of one of a few kinds, and the kind says how it moves. With R the old rank, K the
-new one, ``map_KR`` that of the parameter and ``gradient_map_KR`` that of its gradient (gradients are covectors, so for
-lora_A it is the map of lora_B, and the other way round):
+Every entry of a parameter's state is of a kind (:mod:`dynrank.change.optimizer_rules`), which says how it moves. With R
+the old rank, K the new one, ``map_KR`` that of the parameter and ``gradient_map_KR`` that of its gradient (gradients
+are covectors, so for lora_A it is the map of lora_B, and the other way round):
 
 - what is linear in gradients moves by the gradient map;
 - second moments move by its square, element by element: the diagonal of ``M diag(v) M^T``;
 - Adafactor's second moment is the outer product ``row col / mean(row)``. The squared map takes it to another outer
   product: the factor along the rank moves by the squared map, and the other one, a mean over the rank, is multiplied by
   the ratio of the new mean to the old one (both factors have the same mean);
-- what lives where the parameter lives (the ``z`` of schedule-free) moves by the parameter's map;
+- what lives where the parameter lives (the ``z`` of schedule-free) moves by the parameter's map, as do steps that are
+  still to be made (the momentum of RMSprop, which is of its steps and not of gradients);
 - counts stay.
 
-A new direction starts with first moments of zero, with a position that is the parameter's own, and with second moments
-of 2.5 times the mean of the carried ones: v = 0 under an old step count makes Adam take several times its normal step.
+A new direction starts with first moments and steps of zero, with a position that is the parameter's own, and with
+second moments of 2.5 times the mean of the carried ones: v = 0 under an old step count makes Adam take several times
+its normal step.
 
 Second moments are bounded: ``max(v') <= max(v) max(1, (b' / b)^2)``, where b and b' are the largest norms of a column
 of the other factor before and after. The gradient of a row of A is ``b_r^T G``, with b_r a column of B and G the
@@ -30,7 +32,6 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,88 +39,30 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dynrank.change.optimizer_rules import (
+    BLOCK,
+    COLUMN,
+    KEPT,
+    LINEAR,
+    POSITION,
+    ROW,
+    RULES,
+    SCALES,
+    SQUARED,
+    STEP,
+    rule_name,
+    shape_of,
+)
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import RankChange
 
-__all__ = ["Move", "check_optimizer", "moved_state", "moved_states", "unwrapped"]
-
-_KEPT, _LINEAR, _SQUARED, _ROW, _COLUMN, _POSITION, _SCALES = (
-    "kept", "linear", "squared", "row", "column", "position", "scales",
-)  # fmt: skip
-
-_ADAM = {"step": _KEPT, "exp_avg": _LINEAR, "exp_avg_sq": _SQUARED, "max_exp_avg_sq": _SQUARED}
-_ADAM_8BIT = {"step": _KEPT, "state1": _LINEAR, "state2": _SQUARED} | {
-    "qmap1": _KEPT, "qmap2": _KEPT, "absmax1": _SCALES, "absmax2": _SCALES,
-}  # fmt: skip
-# Kinds of the entries, by package and class: nothing but torch needs to be installed. What isn't here is refused, a
-# subclass too, which may hold anything.
-_RULES: dict[str, dict[str, str]] = {
-    "torch.SGD": {"momentum_buffer": _LINEAR},
-    "torch.Adam": _ADAM,
-    "torch.AdamW": _ADAM,
-    "torch.RAdam": _ADAM,
-    "torch.NAdam": _ADAM | {"mu_product": _KEPT},
-    "torch.Adafactor": {"step": _KEPT, "row_var": _ROW, "col_var": _COLUMN},
-    "torch.Muon": {"momentum_buffer": _LINEAR},
-    "bitsandbytes.Adam8bit": _ADAM_8BIT,
-    "bitsandbytes.AdamW8bit": _ADAM_8BIT,
-    "schedulefree.AdamWScheduleFree": {"z": _POSITION, "exp_avg_sq": _SQUARED},
-}
-_BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit state
+__all__ = ["Move", "moved_state", "moved_states"]
 
 # Second moments of a new direction, as a multiple of the mean of the others. Its first gradients agree in sign, those
 # of trained directions mostly cancel. With the mean itself, beta1 = 0.9 and gradients of one size, the first 10 steps
 # are rms(1 - 0.9^k) = 0.45 of the rate for the former and sqrt(0.1 / 1.9) = 0.23 for the latter. To stay below 1.5
 # times the latter takes (0.45 / 0.23 / 1.5)^2 = 1.7; 2.5 leaves room for gradients 1.2 times as large as the others.
 _SEED = 2.5
-
-
-def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer itself, where Lightning or accelerate has put a wrapper around it."""
-    raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return raw
-
-
-def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], optimizer_state: str) -> None:
-    """Refuse, before anything is changed, an optimizer whose state for ``parameters`` cannot be carried (or forgotten).
-
-    Args:
-        optimizer: without a wrapper.
-        parameters: those that will change.
-        optimizer_state: "transport" or "reset".
-
-    Raises:
-        ConfigurationError: if the optimizer has no rule or cannot forget, or an entry of its state has no rule or not
-            the shape that belongs to its parameter.
-    """
-    name, rules = _key(optimizer).removeprefix("torch."), _RULES.get(_key(optimizer))
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigurationError(f"optimizer {name} keeps all parameters in one vector, whose length may not change")
-    if optimizer_state == "reset":
-        if _key(optimizer) in ("schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree"):
-            # v = 0 with a bias correction that is over: the first step would be 1 / sqrt(1 - beta2) = 31 times too long
-            raise ConfigurationError(
-                f"optimizer {name} counts steps for a whole group, so the moments of one parameter cannot start again; "
-                "set schedule.optimizer_state=transport"
-            )
-        return
-    if rules is None:
-        raise ConfigurationError(
-            f"the state of optimizer {name} cannot be carried through a change of rank; carried: "
-            f"{sorted(kind.removeprefix('torch.') for kind in _RULES)}; set optimizer.name to one of them or "
-            "schedule.optimizer_state=reset"
-        )
-    for parameter in parameters:
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if key not in rules:
-                raise ConfigurationError(
-                    f"no rule carries {key!r} of optimizer {name}; set schedule.optimizer_state=reset"
-                )
-            if rules[key] != _KEPT and value is not None and value.shape != _shape(rules[key], parameter):
-                raise ConfigurationError(
-                    f"{key!r} of optimizer {name} has shape {[*value.shape]} for a parameter of shape "
-                    f"{[*parameter.shape]}; set schedule.optimizer_state=reset"
-                )
 
 
 @dataclass(frozen=True)
@@ -176,7 +119,7 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     Raises:
         ConfigurationError: if the new state is not finite: the old one was not, or the factors' scales are extreme.
     """
-    state, rules, along = optimizer.state[parameter], _RULES[_key(optimizer)], (_ROW, _COLUMN)[move.dim]
+    state, rules, along = optimizer.state[parameter], RULES[rule_name(optimizer)], (ROW, COLUMN)[move.dim]
 
     def rank_first(tensor: Tensor) -> Tensor:  # and back
         return tensor if move.dim == 0 else tensor.mT
@@ -191,38 +134,32 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     new: dict[str, Tensor] = {}
     for key, value in state.items():
         kind = rules[key]
-        if value is None or kind in (_KEPT, _SCALES):
+        if value is None or kind in (KEPT, SCALES):
             continue
-        old = rank_first(_decoded(state, key).double())
-        if kind == _LINEAR:
+        shape = shape_of(kind, parameter)
+        old = rank_first(_decoded(state, key).double().reshape(shape))
+        if kind == LINEAR:
             moved = move.gradient_map_KR.to(old.device) @ old
-        elif kind == _POSITION:
+        elif kind == STEP:
+            moved = move.map_KR.to(old.device) @ old
+        elif kind == POSITION:
             map_KR, own = move.map_KR.to(old.device), rank_first(move.value.to(old.device, old.dtype))
             moved = torch.where(_empty(map_KR), own, map_KR @ old)
-        elif kind in (_SQUARED, along):
+        elif kind in (SQUARED, along):
             moved = squared(old)
         else:  # Adafactor's factor across the rank; both factors are zero where one has the mean zero
-            factor = rank_first(state[next(name for name in rules if rules[name] == along)].double())
+            factor = state[next(name for name in rules if rules[name] == along)].double()
+            factor = rank_first(factor.reshape(shape_of(along, parameter)))
             moved = old * (squared(factor).mean() / factor.mean().clamp_min(torch.finfo(factor.dtype).tiny))
         dtype = value.dtype if value.is_floating_point() else torch.float32  # in which 8-bit state is coded
-        new[key] = rank_first(moved).to(dtype).contiguous()
+        moved = rank_first(moved).to(dtype).contiguous()
+        new[key] = moved if value.shape == shape else moved.flatten()
         if not new[key].isfinite().all():
             raise ConfigurationError(
-                f"{key!r} of optimizer {_key(optimizer)} would not be finite after the change of rank: it is not now, "
-                "or the scales of lora_A and lora_B are too far apart; set schedule.optimizer_state=reset"
+                f"{key!r} of optimizer {rule_name(optimizer)} would not be finite after the change of rank: it is not "
+                "now, or the scales of lora_A and lora_B are too far apart; set schedule.optimizer_state=reset"
             )
-    return _coded(optimizer, parameter, move.value, new) if rules is _ADAM_8BIT else {**state, **new}
-
-
-def _key(optimizer: Optimizer) -> str:
-    cls = type(optimizer)
-    return f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}"
-
-
-def _shape(kind: str, parameter: nn.Parameter) -> tuple[int, ...]:
-    rows, columns = parameter.shape
-    special = {_ROW: (rows, 1), _COLUMN: (1, columns), _SCALES: (-(-parameter.numel() // _BLOCK),)}
-    return special.get(kind, (rows, columns))
+    return _coded(optimizer, parameter, move.value, new) if "qmap1" in rules else {**state, **new}
 
 
 def _empty(map_KR: Tensor) -> Tensor:
@@ -233,7 +170,7 @@ def _decoded(state: dict[str, Any], key: str) -> Tensor:
     value: Tensor = state[key]
     if value.dtype == torch.uint8:
         scales, code = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
-        value = _bitsandbytes().dequantize_blockwise(value, absmax=scales, code=code, blocksize=_BLOCK)
+        value = _bitsandbytes().dequantize_blockwise(value, absmax=scales, code=code, blocksize=BLOCK)
     return value
 
 
@@ -253,7 +190,7 @@ def _coded(optimizer: Any, parameter: nn.Parameter, value: Tensor, new: dict[str
     for key, moved in new.items():
         if state[key].dtype == torch.uint8:
             code = state[f"qmap{key[-1]}"]
-            state[key], coding = _bitsandbytes().quantize_blockwise(moved, code=code, blocksize=_BLOCK)
+            state[key], coding = _bitsandbytes().quantize_blockwise(moved, code=code, blocksize=BLOCK)
             state[f"absmax{key[-1]}"] = coding.absmax
         else:
             state[key] = moved

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers
-from dynrank.change.optimizer_state import unwrapped
+from dynrank.change.optimizer_rules import unwrapped
 from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import config_changes

@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers, moved_average
 from dynrank.change.measuring import Moments
-from dynrank.change.optimizer_state import check_optimizer, moved_states, unwrapped
+from dynrank.change.optimizer_rules import check_optimizer, unwrapped
+from dynrank.change.optimizer_state import moved_states
 from dynrank.change.predict import LayerReport, changing_layers, grams_of, report_of, unusable, width_of
 from dynrank.change.replacement import Replacement
 from dynrank.distributed.processes import copy_from_first, from_first

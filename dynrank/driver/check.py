@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dynrank.change.optimizer_state import check_optimizer
+from dynrank.change.optimizer_rules import check_optimizer
 from dynrank.distributed.sharding import sharded_error, sharded_layers
 from dynrank.driver.bounds import bounded, path
 from dynrank.driver.training import Training

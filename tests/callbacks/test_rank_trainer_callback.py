@@ -96,6 +96,17 @@ def test_ranks_and_optimizer_follow_the_schedule(make, tmp_path):
     assert [(row["step"], row["rank/mean"]) for row in made.state.log_history if "rank/mean" in row] == [(4, 2), (7, 3)]
 
 
+@pytest.mark.parametrize("optim", ["adafactor", "sgd", "adagrad", "rmsprop", "adamw_8bit", "lion_8bit", "rmsprop_bnb"])
+def test_other_optimizers_of_the_trainer_are_carried(optim, tmp_path):
+    model = own()
+    made = trainer(tmp_path, model, callback(), optim=optim)
+    made.train()
+    assert ranks(model) == {3}
+    for parameter in dynrank.adapter_parameters(model):
+        assert parameter.isfinite().all()
+        assert not optim.startswith("ada") or made.optimizer.state[parameter]  # SGD of the Trainer's has none
+
+
 def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
     """Two batches a step, clipped, a linear decay: as the Trainer documents it."""
     model = dynrank.add_lora(base(), rank=4, alpha=8)
@@ -231,7 +242,8 @@ def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
     [
         ({}, {"max_regression": 0.1, "check_monitor": "eval_loss"}, r"evaluate=lambda: trainer.evaluate\(\)"),
         ({"fp16": True}, {"metric": "loss"}, "float16 scales gradients.*bf16=True"),
-        ({"optim": "rmsprop"}, {}, "RMSprop cannot be carried"),
+        ({"optim": "rmsprop", "optim_args": "centered=True"}, {}, r"RMSprop\(centered\) cannot be carried"),
+        ({"optim": "ademamix_8bit"}, {}, r"AdEMAMix cannot be carried .*transformers\.Adafactor"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(options, how, message, tmp_path):

@@ -8,13 +8,16 @@ import bitsandbytes
 import pytest
 import schedulefree
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim import Optimizer
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.change.optimizer_state import Move, check_optimizer, moved_state
+from dynrank.change.optimizer_rules import check_optimizer
+from dynrank.change.optimizer_state import Move, moved_state
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import grow_product
 from dynrank.schedules import How
@@ -22,7 +25,7 @@ from dynrank.schedules import How
 OLD, NEW, OTHER = 5, 3, 4  # the rank before and after, and the parameter's other dimension
 BLOCK = 256  # of bitsandbytes' 8-bit state
 FIRST = ("exp_avg", "momentum_buffer", "state1")
-SECOND = ("exp_avg_sq", "max_exp_avg_sq", "state2")
+SECOND = ("exp_avg_sq", "max_exp_avg_sq", "state2", "square_avg", "sum")
 LARGE = {"min_8bit_size": 10**9}  # all state of an 8-bit optimizer in 32 bits
 ADAMS = [
     pytest.param(torch.optim.Adam, {}, id="Adam"),
@@ -33,23 +36,43 @@ ADAMS = [
     pytest.param(torch.optim.NAdam, {}, id="NAdam"),
     pytest.param(bitsandbytes.optim.Adam8bit, LARGE, id="Adam8bit-32"),
     pytest.param(bitsandbytes.optim.AdamW8bit, LARGE, id="AdamW8bit-32"),
+    pytest.param(bitsandbytes.optim.AdamW, {}, id="bitsandbytes.AdamW"),
 ]
 SGDS = [
     pytest.param(torch.optim.SGD, {"momentum": 0.9}, id="SGD"),
     pytest.param(torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1, "nesterov": False}, id="SGD-dampening"),
     pytest.param(torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}, id="SGD-nesterov"),
     pytest.param(torch.optim.Muon, {}, id="Muon"),
+    pytest.param(bitsandbytes.optim.SGD, {"momentum": 0.9}, id="bitsandbytes.SGD"),
+    pytest.param(bitsandbytes.optim.Lion, {}, id="bitsandbytes.Lion"),
+]
+SQUARES = [  # alone
+    pytest.param(torch.optim.RMSprop, {}, id="RMSprop"),
+    pytest.param(torch.optim.Adagrad, {}, id="Adagrad"),
+    pytest.param(bitsandbytes.optim.RMSprop, {}, id="bitsandbytes.RMSprop"),
+    pytest.param(bitsandbytes.optim.Adagrad, {}, id="bitsandbytes.Adagrad"),
 ]
 EIGHT_BIT = [
     pytest.param(bitsandbytes.optim.Adam8bit, {"min_8bit_size": 1}, id="Adam8bit"),
     pytest.param(bitsandbytes.optim.AdamW8bit, {"min_8bit_size": 1}, id="AdamW8bit"),
 ]
+LION_8BIT = pytest.param(bitsandbytes.optim.Lion8bit, {"min_8bit_size": 1}, id="Lion8bit")
 ADAFACTOR = pytest.param(torch.optim.Adafactor, {}, id="Adafactor")
+PLAIN = {"relative_step": False, "scale_parameter": False}  # as transformers' Trainer has it
+TRANSFORMERS_ADAFACTOR = pytest.param(transformers.Adafactor, PLAIN, id="transformers.Adafactor")
 SCHEDULE_FREE = [
     pytest.param(schedulefree.AdamWScheduleFree, {}, id="AdamWScheduleFree"),
     pytest.param(schedulefree.AdamWScheduleFree, {"foreach": False}, id="AdamWScheduleFree-loop"),
+    pytest.param(schedulefree.RAdamScheduleFree, {}, id="RAdamScheduleFree"),
+    pytest.param(schedulefree.SGDScheduleFree, {}, id="SGDScheduleFree"),
 ]
-RESETTABLE = [*ADAMS, *SGDS, *EIGHT_BIT, ADAFACTOR]
+ALONG = [  # entries that move as the parameter does, beside others
+    pytest.param(torch.optim.RMSprop, {"momentum": 0.9}, id="RMSprop-momentum"),
+    pytest.param(torch.optim.ASGD, {"t0": 2}, id="ASGD"),
+    pytest.param(transformers.Adafactor, PLAIN | {"beta1": 0.9}, id="transformers.Adafactor-beta1"),
+]
+RESETTABLE = [*ADAMS, *SGDS, *SQUARES, *EIGHT_BIT, LION_8BIT, ADAFACTOR, TRANSFORMERS_ADAFACTOR, *ALONG]
+CARRIED = [*RESETTABLE, *SCHEDULE_FREE]
 
 
 def shaped(rank, dim, other=OTHER):
@@ -65,7 +88,7 @@ def lived(cls, options, gradients):
     parameter = nn.Parameter(torch.zeros_like(gradients[0]))
     # the decoupled or L2 decay of a parameter isn't linear in the gradient
     optimizer = cls([parameter], lr=0.1, weight_decay=0.0, **options)
-    if cls is schedulefree.AdamWScheduleFree:
+    if hasattr(optimizer, "train"):  # schedule-free
         optimizer.train()
     for gradient in gradients:
         parameter.grad = gradient.clone()
@@ -116,7 +139,7 @@ def maps():
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(("cls", "options"), [*ADAMS, *SGDS, *SCHEDULE_FREE])
+@pytest.mark.parametrize(("cls", "options"), [*ADAMS, *SGDS, *SQUARES[:2], *SCHEDULE_FREE[:3]])
 def test_moments_move_by_the_gradient_map_and_its_square_and_counts_stay(cls, options, dim, maps):
     before, state, reference = carried(cls, options, *maps, dim)
     for key in state.keys() & FIRST:
@@ -129,16 +152,16 @@ def test_moments_move_by_the_gradient_map_and_its_square_and_counts_stay(cls, op
 
 
 @st.composite
-def monomials(draw):
-    """A selection of old directions in any order, each scaled and perhaps turned round."""
-    axes = draw(st.lists(st.integers(0, OLD - 1), min_size=1, max_size=OLD, unique=True))
+def monomials(draw, whole=False):
+    """A selection of old directions (or all) in any order, each scaled and perhaps turned round."""
+    axes = draw(st.lists(st.integers(0, OLD - 1), min_size=OLD if whole else 1, max_size=OLD, unique=True))
     sizes = draw(st.lists(st.floats(0.1, 10), min_size=len(axes), max_size=len(axes)))
     signs = draw(st.lists(st.sampled_from([-1, 1]), min_size=len(axes), max_size=len(axes)))
     return torch.eye(OLD, dtype=torch.float64)[axes], torch.tensor(sizes).double(), torch.tensor(signs).double()
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(("cls", "options"), ADAMS + SGDS)
+@pytest.mark.parametrize(("cls", "options"), ADAMS + SGDS + SQUARES)
 @settings(max_examples=10, deadline=None)
 @given(monomial=monomials())
 def test_state_is_exact_when_directions_are_selected_and_scaled(cls, options, dim, monomial):
@@ -189,19 +212,19 @@ def test_adafactor_that_has_seen_no_gradient_stays_at_zero(dim, count):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(("cls", "options"), SCHEDULE_FREE)
-@settings(max_examples=10, deadline=None)
-@given(monomial=monomials())
-def test_schedule_free_lives_on_in_turned_round_directions(cls, options, dim, monomial):
-    axes, _, signs = monomial  # its steps do not scale with the gradient, so the directions may not be scaled
+@pytest.mark.parametrize(("cls", "options"), [case for case in CARRIED if case not in [*EIGHT_BIT, LION_8BIT]])
+@settings(max_examples=5, deadline=None)
+@given(monomial=monomials(whole=True))
+def test_all_state_lives_on_in_turned_round_directions(cls, options, dim, monomial):
+    axes, _, signs = monomial  # steps do not scale with the gradient, so the directions may not be scaled
     map_KR = signs[:, None] * axes
     gradients = random_gradients(shaped(OLD, dim))
     optimizer, parameter = lived(cls, options, gradients)
     move(optimizer, parameter, map_KR, map_KR, dim)
     reference, reference_parameter = lived(cls, options, [along(map_KR, g, dim) for g in gradients])
     assert_close(dict(optimizer.state[parameter]), dict(reference.state[reference_parameter]))
-    for one, other in ((optimizer.eval, reference.eval), (optimizer.train, reference.train)):
-        one(), other()
+    for mode in ("eval", "train") if hasattr(optimizer, "train") else ():
+        getattr(optimizer, mode)(), getattr(reference, mode)()
         assert_close(parameter, reference_parameter)
 
 
@@ -281,7 +304,7 @@ def test_takes_the_bits_of_the_new_size(dim, before, after):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(("cls", "options"), [*ADAMS[:3], ADAMS[-1], *EIGHT_BIT, SCHEDULE_FREE[0]])
+@pytest.mark.parametrize(("cls", "options"), [*ADAMS[:3], ADAMS[-1], *SQUARES[:2], *EIGHT_BIT, SCHEDULE_FREE[0]])
 def test_growth_seeds_second_moments(cls, options, dim):
     map_KR = grow_product(torch.randn(9, 3), torch.randn(3, 9), 5).from_A
     before, state, _ = carried(cls, options, map_KR, map_KR, dim)
@@ -321,6 +344,7 @@ def train(net, optimizer, steps):
     target = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
     losses = []
 
+    @torch.enable_grad()  # transformers' Adafactor calls it without
     def closure():
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(net(data), target)
@@ -334,7 +358,7 @@ def train(net, optimizer, steps):
 
 def trained(cls, options, net):
     optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=0.02, **options)
-    if cls is schedulefree.AdamWScheduleFree:
+    if hasattr(optimizer, "train"):  # schedule-free
         optimizer.train()
     train(net, optimizer, 10)
     return optimizer
@@ -343,7 +367,7 @@ def trained(cls, options, net):
 @pytest.mark.parametrize("rank", [2, 8])
 @pytest.mark.parametrize(
     ("cls", "options", "state"),
-    [pytest.param(*case.values, "transport", id=f"{case.id}-transport") for case in [*RESETTABLE, *SCHEDULE_FREE]]
+    [pytest.param(*case.values, "transport", id=f"{case.id}-transport") for case in CARRIED]
     + [pytest.param(*case.values, "reset", id=f"{case.id}-reset") for case in RESETTABLE],
 )
 def test_optimizer_goes_on_learning_after_a_resize(cls, options, state, rank):
@@ -415,11 +439,36 @@ class OwnAdam(torch.optim.Adam):
     """A user's subclass may hold anything in its state."""
 
 
-REFUSED = ["RMSprop", "Adagrad", "Rprop", "LBFGS", "Adamax"]
+REFUSED = ["Adadelta", "Adamax", "Rprop", "LBFGS"]
+OF_TORCH = [cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, Optimizer)]
+
+
+@pytest.mark.parametrize("cls", [cls for cls in OF_TORCH if cls is not Optimizer])
+def test_every_optimizer_of_torch_is_carried_or_refused_by_name(cls):
+    net, carried = adapted(), {case.values[0] for case in CARRIED}
+    optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=0.01)
+    if cls is not torch.optim.SparseAdam:  # which makes no step with gradients such as these
+        train(net, optimizer, 2)
+    before = net(torch.ones(3, 10))
+    if cls in carried:
+        dynrank.resize(net, 8, optimizers=[optimizer])
+        assert_close(net(torch.ones(3, 10)), before)
+        return
+    with pytest.raises(ConfigurationError, match=f"optimizer {cls.__name__} ") as caught:
+        dynrank.resize(net, 8, optimizers=[optimizer])
+    listed = str(caught.value).split("carried: ")[-1]
+    assert cls.__name__ == "LBFGS" or all(repr(known.__name__) in listed for known in carried & {*OF_TORCH})
+
+
+@pytest.mark.parametrize(("cls", "option"), [(torch.optim.RMSprop, "centered"), (bitsandbytes.optim.AdamW, "is_paged")])
+def test_an_option_that_makes_the_state_another_one_is_refused_before_there_is_any(cls, option):
+    parameter = nn.Parameter(torch.zeros(2, 3))
+    with pytest.raises(ConfigurationError, match=rf"{cls.__name__}\({option}\) cannot be carried"):
+        check_optimizer(cls([parameter], **{option: True}), [parameter], "transport")
 
 
 @pytest.mark.parametrize(
-    "cls", [*(getattr(torch.optim, name) for name in REFUSED), OwnAdam, bitsandbytes.optim.Lion8bit]
+    "cls", [*(getattr(torch.optim, name) for name in REFUSED), OwnAdam, bitsandbytes.optim.AdEMAMix8bit]
 )
 def test_resize_refuses_an_optimizer_without_a_rule_and_changes_nothing(cls):
     net = adapted()

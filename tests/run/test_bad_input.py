@@ -93,7 +93,7 @@ def test_train_refuses_before_weights_load(launch, monkeypatch, overrides, named
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["optimizer.name=Adagrad"], ["Adagrad", "optimizer.name", "schedule.optimizer_state=reset"]),
+        (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.optimizer_state=reset"]),
         (["optimizer.name=Adamw"], ["Adamw", "optimizer.name"]),
         (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
         (["+trainer.max_step=3"], ["max_step", "set trainer"]),

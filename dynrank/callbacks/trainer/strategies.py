@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dynrank.callbacks.trainer.averages import averaging_callbacks
-from dynrank.change.optimizer_state import unwrapped
+from dynrank.change.optimizer_rules import unwrapped
 from dynrank.distributed.processes import from_all, from_first
 from dynrank.distributed.sharding import average_gradients, take_saved_ranks, trains_shards
 from dynrank.errors import ConfigurationError

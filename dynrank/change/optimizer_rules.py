@@ -1,0 +1,118 @@
+"""Which optimizers' state can be carried through a change of rank, and of what kind each entry of it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from dynrank.errors import ConfigurationError
+
+BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit state
+KEPT, LINEAR, SQUARED, ROW, COLUMN, POSITION, STEP, SCALES = (
+    "kept", "linear", "squared", "row", "column", "position", "step", "scales",
+)  # fmt: skip
+
+_ADAM = {"step": KEPT, "exp_avg": LINEAR, "exp_avg_sq": SQUARED, "max_exp_avg_sq": SQUARED}
+_BITS = {"step": KEPT, "qmap1": KEPT, "qmap2": KEPT, "absmax1": SCALES, "absmax2": SCALES}  # bitsandbytes' own
+_SCHEDULE_FREE = {"z": POSITION, "exp_avg_sq": SQUARED}
+# Kinds of the entries, by package and class: nothing but torch needs to be installed. What isn't here is refused, a
+# subclass too, which may hold anything; so are RMSprop that is centred (a square is no longer above that of the mean
+# once both have moved) and Adamax (the largest gradient of a sum is not known).
+RULES: dict[str, dict[str, str]] = {
+    "torch.SGD": {"momentum_buffer": LINEAR},
+    "torch.RMSprop": {"step": KEPT, "square_avg": SQUARED, "momentum_buffer": STEP},
+    "torch.Adagrad": {"step": KEPT, "sum": SQUARED},
+    "torch.ASGD": {"step": KEPT, "eta": KEPT, "mu": KEPT, "ax": POSITION},
+    "torch.Adam": _ADAM,
+    "torch.AdamW": _ADAM,
+    "torch.RAdam": _ADAM,
+    "torch.NAdam": _ADAM | {"mu_product": KEPT},
+    "torch.Adafactor": {"step": KEPT, "row_var": ROW, "col_var": COLUMN},
+    "torch.Muon": {"momentum_buffer": LINEAR},
+    "transformers.Adafactor": {
+        "step": KEPT, "RMS": KEPT, "exp_avg": STEP, "exp_avg_sq_row": ROW, "exp_avg_sq_col": COLUMN,
+    },
+    "schedulefree.SGDScheduleFree": _SCHEDULE_FREE,
+    "schedulefree.AdamWScheduleFree": _SCHEDULE_FREE,
+    "schedulefree.RAdamScheduleFree": _SCHEDULE_FREE,
+} | {
+    f"bitsandbytes.{name}{bits}": _BITS | {f"state{number}": kind for number, kind in enumerate(kinds, start=1)}
+    for name, kinds in {
+        "SGD": [LINEAR], "Lion": [LINEAR], "RMSprop": [SQUARED], "Adagrad": [SQUARED],
+        "Adam": [LINEAR, SQUARED], "AdamW": [LINEAR, SQUARED],
+    }.items()
+    for bits in ("", "8bit", "32bit")
+}  # fmt: skip
+
+
+def unwrapped(optimizer: Any) -> Optimizer:
+    """The optimizer itself, where Lightning or accelerate has put a wrapper around it."""
+    raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return raw
+
+
+def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], optimizer_state: str) -> None:
+    """Refuse, before anything is changed, an optimizer whose state for ``parameters`` cannot be carried (or forgotten).
+
+    Args:
+        optimizer: without a wrapper.
+        parameters: those that will change.
+        optimizer_state: "transport" or "reset".
+
+    Raises:
+        ConfigurationError: if the optimizer has no rule or cannot forget, or an entry of its state has no rule or not
+            the shape that belongs to its parameter.
+    """
+    name, rules = rule_name(optimizer).removeprefix("torch."), RULES.get(rule_name(optimizer))
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigurationError(f"optimizer {name} keeps all parameters in one vector, whose length may not change")
+    if optimizer_state == "reset":
+        if rule_name(optimizer) in ("schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree"):
+            # v = 0 with a bias correction that is over: the first step would be 1 / sqrt(1 - beta2) = 31 times too long
+            raise ConfigurationError(
+                f"optimizer {name} counts steps for a whole group, so the moments of one parameter cannot start again; "
+                "set schedule.optimizer_state=transport"
+            )
+        return
+    if rules is None:
+        raise ConfigurationError(
+            f"the state of optimizer {name} cannot be carried through a change of rank; carried: "
+            f"{sorted(kind.removeprefix('torch.') for kind in RULES)}; set optimizer.name to one of them or "
+            "schedule.optimizer_state=reset"
+        )
+    for parameter in parameters:
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if key not in rules:
+                raise ConfigurationError(
+                    f"no rule carries {key!r} of optimizer {name}; set schedule.optimizer_state=reset"
+                )
+            if rules[key] == KEPT or value is None:
+                continue
+            shape = shape_of(rules[key], parameter)
+            flat = (math.prod(shape),) if rules[key] in (ROW, COLUMN) else shape  # as transformers keeps them
+            if value.shape not in (shape, flat):
+                raise ConfigurationError(
+                    f"{key!r} of optimizer {name} has shape {[*value.shape]} for a parameter of shape "
+                    f"{[*parameter.shape]}; set schedule.optimizer_state=reset"
+                )
+
+
+def rule_name(optimizer: Optimizer) -> str:
+    """Package and class, and an option by which the state becomes another one."""
+    cls = type(optimizer)
+    options = {"is_paged": getattr(optimizer, "is_paged", False)}  # of bitsandbytes
+    options["centered"] = any(group.get("centered") for group in optimizer.param_groups)
+    chosen = "".join(f"({option})" for option, value in options.items() if value)
+    return f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}{chosen}"
+
+
+def shape_of(kind: str, parameter: nn.Parameter) -> tuple[int, ...]:
+    """The shape of an entry of this kind; factors of a second moment may be flat."""
+    rows, columns = parameter.shape
+    special = {ROW: (rows, 1), COLUMN: (1, columns), SCALES: (-(-parameter.numel() // BLOCK),)}
+    return special.get(kind, (rows, columns))
