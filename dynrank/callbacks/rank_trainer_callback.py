@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from dynrank.change.optimizer_rules import unwrapped
+from dynrank.distributed.processes import process_count
 from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, watched
@@ -27,7 +30,7 @@ __all__ = ["RankTrainerCallback"]
 
 
 class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process.
+    """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several (DDP).
 
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Give the callback to the Trainer when
     that is made (``callbacks=[...]``), or a checkpoint from after a change does not fit a model of PEFT's. Changes are
@@ -155,6 +158,7 @@ class HFTraining(Training):
     ) -> None:
         super().__init__(kwargs["model"], [unwrapped(kwargs["optimizer"])], int(state.global_step) + steps_uncounted)
         self.callback, self.state = callback, state
+        self._torn: list[tuple[Any, dict[str, Any]]] = []  # DDP modules without their reducer, and all else they are
 
     def logged(self) -> Mapping[str, float]:
         return self.callback.logged
@@ -172,6 +176,31 @@ class HFTraining(Training):
         finally:
             self.callback.listening = True
 
+    def before_resize(self) -> None:
+        """Take DDP's reducer away, whose buckets are as large as parameters were.
+
+        The Trainer's loop keeps the DDP module itself in a variable, so it cannot be replaced by another one.
+
+        Raises:
+            ConfigurationError: if gradients are averaged by something that is not DDP around the model.
+        """
+        if process_count() > 1:
+            found: list[Any] = [
+                o for o in gc.get_objects() if type(o) is DistributedDataParallel and o.module is self.model
+            ]
+            if not found:
+                raise ConfigurationError(
+                    "ranks change in several processes under plain DDP alone; set torch_compile=False"
+                )
+            self._torn = [(module, module.__getstate__()) for module in found]
+            for module, _ in self._torn:
+                del module.reducer, module.logger
+
+    def after_resize(self) -> None:
+        """Give DDP another reducer, as when it is unpickled."""
+        for module, state in self._torn:
+            module.__setstate__(state)
+
     def tell(self, hook: str, event: RankEvent) -> None:
         """Put the ranks after a change among what the Trainer has logged."""
         if hook == "on_rank_change":
@@ -181,12 +210,12 @@ class HFTraining(Training):
 
 
 def _check_trainer(args: Any, callback: RankTrainerCallback) -> None:
-    """Refuse several processes, and names of metrics that the Trainer does not use."""
-    if args.world_size > 1 or args.n_gpu > 1 or args.deepspeed or args.fsdp:
+    """Refuse what shards or copies the model, and names of metrics that the Trainer does not use."""
+    if args.n_gpu > 1 or args.deepspeed or args.fsdp:
         raise ConfigurationError(
-            f"RankTrainerCallback changes ranks in one process on one device, without DeepSpeed and FSDP; this Trainer "
-            f"has {args.world_size} processes and {args.n_gpu} GPUs: set CUDA_VISIBLE_DEVICES to one, or train with "
-            "dynrank.callbacks.RankScheduler (Lightning), which knows DDP and FSDP2"
+            f"RankTrainerCallback changes ranks in processes of one device each, without DeepSpeed and FSDP; this "
+            f"Trainer has {args.n_gpu} GPUs in one process: start it with torchrun or accelerate launch, or train with "
+            "dynrank.callbacks.RankScheduler (Lightning), which knows FSDP2, too"
         )
     stages, hows = callback.driver.stages, callback.driver.hows
     wrong = {name: what for name, what in watched(stages).items() if name.startswith("val")}  # as Lightning's users do

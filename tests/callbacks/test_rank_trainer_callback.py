@@ -1,8 +1,10 @@
 """The schedule in a real transformers.Trainer, for dynrank's layers and for PEFT's, and its resume."""
 
+import itertools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -253,18 +255,71 @@ def test_what_cannot_work_is_refused_before_the_first_step(options, how, message
     assert made.state.global_step == 0
 
 
-@pytest.mark.parametrize(
-    "setting", [{"world_size": 2}, {"n_gpu": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": True}]
-)
-def test_several_processes_and_sharding_are_refused(setting, tmp_path):
+@pytest.mark.parametrize("setting", [{"n_gpu": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": True}])
+def test_copies_and_sharding_are_refused(setting, tmp_path):
     """As the Trainer's arguments would have it there: one message, before the first step, and nothing has changed."""
     model, schedule = own(), callback()
     made = trainer(tmp_path, model, schedule)
     args = SimpleNamespace(**{"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": None, **setting})
     events = {"model": model, "optimizer": made.create_optimizer(), "train_dataloader": made.get_train_dataloader()}
-    with pytest.raises(ConfigurationError, match=r"in one process on one device, without DeepSpeed.*RankScheduler"):
+    with pytest.raises(ConfigurationError, match=r"one device each, without DeepSpeed.*RankScheduler"):
         schedule.on_train_begin(args, made.state, made.control, **events)
     assert ranks(model) == {4}
+
+
+TWO = """
+import os, sys
+import torch
+sys.path.insert(0, sys.argv[1])
+from test_rank_trainer_callback import ended
+
+torch.save(ended(sys.argv[2], per_device_train_batch_size=2), f"{sys.argv[2]}/{os.environ['RANK']}.pt")
+"""
+
+
+def ended(folder, **options):
+    """Weights at the end, and which changes were undone: measured, made, refused, and grown again."""
+    torch.manual_seed(0)
+    model = dynrank.add_lora(base(), rank=4, alpha=8)
+    stages = [
+        Stage(At(step=4), Rank(3), how=How(metric="output", window=2)),
+        Stage(At(step=6), Rank(1), how=How(max_regression=0.0, check_monitor="eval_loss")),
+        Stage(At(step=8), GrowTo(4)),
+    ]
+    worse = itertools.count(1)
+    schedule = RankTrainerCallback(stages, evaluate=lambda: made.evaluate() | {"eval_loss": float(next(worse))})
+    made = trainer(folder, model, schedule, **options)
+    made.train()
+    return {"state": model.state_dict(), "undone": [event.undone for event in schedule.history]}
+
+
+def test_two_processes_end_where_one_with_both_their_batches_ends(tmp_path):
+    root, port, started = str(Path(dynrank.__file__).parents[1]), str(free_port()), []
+    for rank in "01":
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+        environment |= {"MASTER_PORT": port, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-W", "ignore", "-c", TWO, str(Path(__file__).parent), str(tmp_path)]
+        started.append(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True))
+    try:
+        one = ended(tmp_path / "one")
+        for process in started:
+            _, said = process.communicate(timeout=250)
+            assert process.returncode == 0, said
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in "01")
+    assert first["undone"] == second["undone"] == one["undone"] == [False, True, True, False]
+    for name, value in one["state"].items():
+        assert torch.equal(first["state"][name], second["state"][name])
+        torch.testing.assert_close(first["state"][name], value, rtol=1e-3, atol=1e-5)
+
+
+def free_port():
+    with socket.socket() as listening:
+        listening.bind(("localhost", 0))
+        return listening.getsockname()[1]
 
 
 KILLED = """
