@@ -157,6 +157,7 @@ def _warn_of_fused_layers(model: nn.Module) -> None:
         share = sum(fused.values()) / sum(parameter.numel() for parameter in model.parameters())
         warnings.warn(
             f"lora.target_modules=all-linear leaves out {len(fused)} parameters that hold several layers each, as "
-            f"{next(iter(fused))!r} does, {share:.0%} of the model: they are no linear layers and stay frozen",
+            f"{next(iter(fused))!r} does, {share:.0%} of the model: they are no linear layers and stay frozen; "
+            "to adapt them, use PEFT with target_parameters, at a fixed rank",
             stacklevel=2,
         )

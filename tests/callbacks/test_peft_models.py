@@ -10,8 +10,9 @@ from torch import nn
 import dynrank
 from dynrank.callbacks import RankScheduler, StepSeed
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.schedules import How, after_convergence
-from dynrank.triggers import Plateau
+from dynrank.schedules import How, after_convergence, one_stage
+from dynrank.targets import Budget, Energy, Rank
+from dynrank.triggers import At, Plateau, Run
 
 
 def ranks_of(model):
@@ -92,3 +93,29 @@ def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(re
         module.net.save_pretrained(tmp_path / f"{step}")  # its config has followed, up and down
         loaded = PeftModel.from_pretrained(fresh.net.unload(), tmp_path / f"{step}")
         assert torch.equal(loaded.eval()(x), expected)
+
+
+@pytest.mark.parametrize("target", [Rank(2), Energy(0.9), Budget(share=0.5)], ids=str)
+def test_layer_narrower_than_its_rank_is_cut_with_the_others(target, tmp_path):
+    """PEFT gives every layer of all-linear the one rank, Qwen2-MoE's gate of one output, too."""
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 24), nn.Linear(24, 1))
+
+    net = get_peft_model(base(), LoraConfig(r=6, target_modules=["0", "1"]))
+    optimizer = torch.optim.AdamW(dynrank.adapter_parameters(net), lr=1e-2)
+    driver, loop = dynrank.RankDriver(one_stage(At(step=2), target)), dynrank.Training(net, [optimizer])
+    driver.start(loop, Run(total_steps=5))
+    while loop.step < 5:
+        driver.advance(loop)
+        net(torch.ones(4, 12)).square().mean().backward()
+        optimizer.step()
+        loop.step += 1
+        driver.end_step(loop)
+        optimizer.zero_grad()
+    wide, narrow = (layer.rank for _, layer in dynrank.lora_layers(net))
+    assert (narrow, wide < 6) == (1, True)
+    net.save_pretrained(tmp_path)
+    x = torch.randn(3, 12)
+    assert torch.equal(PeftModel.from_pretrained(base(), tmp_path)(x), net(x))
