@@ -81,6 +81,8 @@ def load_undamaged(file: Path | io.BytesIO, *, weights_only: bool = True) -> Any
         broken = archive.testzip()
     if broken is not None:
         raise ValueError(f"{broken!r} is damaged")
+    if isinstance(file, io.BytesIO):
+        file.seek(0)  # zipfile has left it somewhere
     content = torch.load(file, map_location="cpu", weights_only=weights_only)
     size = sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(content) if isinstance(leaf, Tensor))
     if size > _NAMES * length:  # of strides of 0, for instance: such a tensor takes its memory when it is copied
