@@ -68,7 +68,7 @@ def go_on(launch, run):
     return code
 
 
-@examples(24)
+@examples(10)
 @given(data=st.data())
 def test_checkpoint_of_damaged_bytes(launch, run, tmp_path, data):
     content = bytearray(run[1].read_bytes())
@@ -104,7 +104,7 @@ def changed(checkpoint, data):
     return checkpoint
 
 
-@examples(12)
+@examples(5)
 @given(data=st.data())
 def test_checkpoint_that_a_program_wrote_wrongly(launch, run, tmp_path, data):
     """A whole file; what it says cannot be known to be wrong before it is used."""
@@ -128,7 +128,7 @@ def test_code_in_a_checkpoint_is_not_run(launch, run, tmp_path):
     assert (tmp_path / "trapped").exists()
 
 
-@examples(36)
+@examples(16)
 @given(data=st.data())
 def test_rank_map_of_damaged_bytes(launch, run, tmp_path, data):
     content = bytearray(RULES.encode())
@@ -147,7 +147,7 @@ def keys_of(node, path=""):
             yield from keys_of(value, inner)
 
 
-@examples(48)
+@examples(20)
 @given(data=st.data())
 def test_configuration_value(launch, run, data):
     schedules = [[], ["schedule=anneal"], ["schedule=one_stage"], ["schedule=budget"], ["schedule=milestones"]]

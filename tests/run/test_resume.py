@@ -18,7 +18,7 @@ from dynrank import train
 from dynrank.errors import ConfigurationError
 from dynrank.run import job
 
-STEPS, DROP = 120, 60
+STEPS, DROP = 72, 24
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Experiment logs directory")
 
