@@ -6,6 +6,7 @@ A failure is shown with a traceback, but for a full disk and a run that diverged
 from __future__ import annotations
 
 import errno
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ def usage_errors() -> Iterator[None]:
         # Lightning's own error for wrong arguments; looked up by name, since importing Lightning takes seconds
         theirs = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
         numbers = {getattr(each, "errno", None) for each in (error, error.__context__)}  # ours have the system's behind
+        numbers |= {int(number) for number in re.findall(r"os error (\d+)", str(error))}  # as Rust's tokenizers say it
         full = not numbers.isdisjoint((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         if not theirs and not full and not isinstance(error, ConfigurationError):
             raise
