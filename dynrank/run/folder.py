@@ -16,7 +16,7 @@ from pathlib import Path
 
 import yaml
 
-from dynrank.errors import ConfigurationError, read_as
+from dynrank.errors import ConfigurationError, shown
 from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
 
@@ -136,9 +136,11 @@ def read_overrides(folder: Path) -> list[str] | None:
         return None
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigurationError(f"{str(file)!r} cannot be read: {error!s:.200}") from None
-    return read_as(list[str], found, str(file))
+    if not isinstance(found, list) or not all(isinstance(override, str) for override in found):
+        raise ConfigurationError(f"{str(file)!r} must hold a list of texts, got {shown(found)}")  # aliases or not
+    return found
 
 
 def _empty(folder: Path) -> None:

@@ -13,9 +13,19 @@ from transformers import AutoModelForSequenceClassification
 import dynrank
 from dynrank import train
 from dynrank.commands import cli
+from dynrank.commands.exits import usage_errors
 from dynrank.commands.ranks import print_peft_config, print_ranks
 from dynrank.output import console
 from dynrank.run.job import build
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), Exception("No space left (os error 28)")])
+def test_a_full_disk_is_a_failure_in_one_line(error, capsys):
+    with pytest.raises(SystemExit) as caught, usage_errors():
+        raise error
+    assert (caught.value.code, capsys.readouterr().err.count("\n")) == (1, 1)
+    with pytest.raises(OSError, match="No such"), usage_errors():  # a traceback for what nobody expects
+        raise OSError(2, "No such file")
 
 
 @pytest.fixture

@@ -36,6 +36,17 @@ def test_tables_are_joined_at_the_step_that_a_run_goes_on_from(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "rank_predictions.csv"]
 
 
+BOMB = "- &0 [x, x]\n" + "".join(f"- &{i} [{f'*{i - 1}, ' * 10}]\n" for i in range(1, 25))
+
+
+@pytest.mark.parametrize(("text", "named"), [(BOMB, "must hold a list of texts"), ("[" * 3000, "cannot be read")])
+def test_overrides_that_no_run_has_written_are_one_short_line(text, named, tmp_path):
+    write(tmp_path / ".hydra" / "overrides.yaml", text)
+    with pytest.raises(ConfigurationError, match=named) as caught:
+        run_folder.read_overrides(tmp_path)
+    assert len(str(caught.value)) < 2000
+
+
 @pytest.mark.parametrize("use", [run_folder.claim, lambda folder: run_folder.held(folder, 3).__enter__()])
 def test_a_folder_that_cannot_be_written_to_is_one_line(use):
     with pytest.raises(ConfigurationError, match="no run can be made in '/proc': .*hydra.run.dir"):
