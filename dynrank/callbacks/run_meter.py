@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -52,7 +52,8 @@ class RunMeter(Callback):
     """Counts the tokens and the seconds of the training batches, and the memory, in each phase between changes of rank.
 
     When a phase is over, loggers get ``phase/tokens_per_second``, ``phase/peak_memory_bytes`` and ``phase/mean_rank``
-    of it. Batches are mappings with an ``attention_mask``. A resumed run counts from where it is resumed.
+    of it. Batches are mappings with an ``attention_mask``. A resumed run goes on with the phases of its checkpoint; of
+    several processes, each is taken to have had as many tokens before it as process 0 had.
 
     Attributes:
         phases: of this run, the last one is open until training ends.
@@ -60,6 +61,8 @@ class RunMeter(Callback):
 
     def __init__(self) -> None:
         self.phases = [Phase()]
+        self._before: list[Phase] = []  # of the checkpoint that the run goes on from
+        self._processes = 1
         self.begun = False  # whether a training batch has
         self._start = self._batches = 0.0  # of the batch, and seconds of those since the last optimizer step
         self._waited = 0.0  # until the batch
@@ -67,8 +70,18 @@ class RunMeter(Callback):
         self._step = self._closed = 0  # optimizer steps made, and those of phases that are over
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.phases = [_phase(trainer, pl_module)]
+        self.phases, self._before = self._before or [_phase(trainer, pl_module)], []
+        self._processes = trainer.world_size
+        self.phases[-1].tokens *= trainer.is_global_zero  # when it is over those of all processes are added up
         self._steps, self._batches, self._step, self._closed = [], 0.0, trainer.global_step, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        now, phase = self._measured(), self.phases[-1]
+        open_phase = {**asdict(phase), **now, "tokens": phase.tokens * self._processes}
+        return {"phases": [*map(asdict, self.phases[:-1]), open_phase]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._before = [Phase(**phase) for phase in state_dict["phases"]]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.begun = True
@@ -111,12 +124,16 @@ class RunMeter(Callback):
         """Of the whole run, and of what came before it and since its last change of rank."""
         return max(peak_memory_bytes(), *(phase.peak_memory_bytes for phase in self.phases))
 
+    def _measured(self) -> dict[str, Any]:
+        """What the open phase says of itself when it is over."""
+        phase, steps = self.phases[-1], self._steps[self._closed :]
+        peak = max(phase.peak_memory_bytes, peak_memory_bytes())
+        return {"step_seconds": median(steps) if steps else phase.step_seconds, "peak_memory_bytes": peak}
+
     def _close(self, trainer: Trainer) -> None:
-        phase = self.phases[-1]
+        phase = self.phases[-1] = replace(self.phases[-1], **self._measured())
         phase.tokens = sum(from_all(phase.tokens))
-        phase.step_seconds = median(self._steps[self._closed :] or [0.0])
         self._closed = len(self._steps)
-        phase.peak_memory_bytes = peak_memory_bytes()
         forget_peak_memory()
         names = ("tokens_per_second", "peak_memory_bytes", "mean_rank")
         values = {f"phase/{name}": float(getattr(phase, name)) for name in names}

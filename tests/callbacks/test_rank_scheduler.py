@@ -121,13 +121,15 @@ def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint
         extra = [EMAWeightAveraging(decay=0.8)] if end == "average" else []
         return *train(regression, scheduler, extra=extra, max_steps=10, **options), scheduler.history
 
-    module, _, history = run(checkpoints=tmp_path)
+    module, trainer, history = run(checkpoints=tmp_path)
     assert ranks(module) == {3}
     files = sorted(tmp_path.glob("*step=10*"))
     assert len(files) == 2  # before the validation and after it
     for file in files:
-        again, _, events = run(ckpt_path=file)
+        again, resumed, events = run(ckpt_path=file)
         assert events == history, file.name
+        steps = [made.fit_loop.epoch_loop._batches_that_stepped for made in (resumed, trainer)]  # loggers' step
+        assert steps == [10, 10], file.name
         for name, value in module.state_dict().items():
             assert torch.equal(again.state_dict()[name], value), f"{file.name}: {name}"
 

@@ -13,23 +13,23 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from dynrank.callbacks import RankScheduler, RunMeter
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler, RunMeter
 from dynrank.callbacks.run_meter import forget_peak_memory, peak_memory_bytes
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
 
 
+class Tokens(RunMeter):
+    """Of batches without a mask: a token a row, and one of padding."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        batch = {"attention_mask": torch.tensor([[1, 0]] * len(batch[0]))}
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+
 def test_phases_divide_the_run_at_each_change(regression, tmp_path):
     module_class, data, trainer = regression
-
-    class Tokens(RunMeter):
-        """Of batches without a mask: a token a row, and one of padding."""
-
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            batch = {"attention_mask": torch.tensor([[1, 0]] * len(batch[0]))}
-            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
     meter, logger = Tokens(), CSVLogger(tmp_path, name="", version="")
     callbacks = [RankScheduler([Stage(At(step=4), Rank(3))]), meter]
     options = {"max_steps": 8, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
@@ -44,6 +44,24 @@ def test_phases_divide_the_run_at_each_change(regression, tmp_path):
     with (tmp_path / "metrics.csv").open(newline="") as opened:
         rows = [row for row in csv.DictReader(opened) if row.get("phase/mean_rank")]
     assert [(row["step"], float(row["phase/mean_rank"])) for row in rows] == [("4", 6.0), ("8", 3.0)]
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+def test_resumed_run_has_the_phases_of_the_whole_one(regression, tmp_path):
+    module_class, data, trainer = regression
+
+    def phases(**options):
+        meter = Tokens()
+        saver = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        callbacks = [RankScheduler([Stage(At(step=4), Rank(3))]), meter, saver]
+        trainer(callbacks=callbacks, max_steps=8, enable_checkpointing=True).fit(module_class(), *data(), **options)
+        assert all(phase.tokens_per_second > 0 < phase.step_seconds for phase in meter.phases)
+        return [(phase.first_step, phase.mean_rank, phase.tokens) for phase in meter.phases]
+
+    whole = phases()
+    assert whole == [(0, 6.0, 32), (4, 3.0, 32)]
+    for step in (2, 4, 6, 8):  # before the change, at it, after it, behind the last step
+        assert phases(ckpt_path=tmp_path / f"step={step}.ckpt") == whole, step
 
 
 def test_peak_memory_is_that_since_it_was_forgotten():

@@ -21,6 +21,8 @@ def end_in_full(trainer: Trainer) -> None:
         if loop.restarting and loop.max_batches and loop.done:
             loop.reset()
             loop.on_run_start()
+            if trainer.lightning_module.automatic_optimization:  # the number that loggers give to what comes now
+                loop.epoch_loop._batches_that_stepped = loop.epoch_loop.global_step
             loop.restarting = False
             loop.on_run_end()
         else:
