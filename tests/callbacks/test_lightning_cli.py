@@ -1,0 +1,64 @@
+"""LightningCLI builds every schedule, trigger and target from YAML, equal to what Hydra makes of conf/."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+import dynrank
+from dynrank.callbacks import RankScheduler
+from dynrank.run.config import plain
+from dynrank.run.job import make_scheduler
+from dynrank.schedules import How
+
+jsonargparse = pytest.importorskip("jsonargparse", reason="needs jsonargparse: pip install 'jsonargparse[signatures]'")
+
+SCHEDULES = Path(dynrank.__file__).parent / "conf" / "schedule"
+NAMES = [f"schedule={file.stem}" for file in SCHEDULES.glob("*.yaml") if file.stem != "stages"]
+PARTS = [f"schedule/{room}={file.stem}" for room in ("trigger", "target") for file in (SCHEDULES / room).glob("*.yaml")]
+
+
+def as_class(node):
+    """A node of Hydra's as jsonargparse writes it."""
+    if isinstance(node, dict) and "_target_" in node:
+        arguments = {key: as_class(value) for key, value in node.items() if key != "_target_"}
+        return {"class_path": node["_target_"], **({"init_args": arguments} if arguments else {})}
+    return node
+
+
+@pytest.fixture(scope="module")
+def parser():
+    made = jsonargparse.ArgumentParser(exit_on_error=False)
+    made.add_class_arguments(RankScheduler, "ranks")
+    return made
+
+
+@pytest.mark.parametrize("override", [*NAMES, *PARTS])
+def test_schedule_is_built_as_hydra_builds_it(override, parser):
+    overrides = [override] if override in NAMES else ["schedule=one_stage", override]
+    node = dynrank.compose(overrides).schedule
+    hows = {field.name for field in fields(How)}
+    schedule = {key: value for key, value in plain(node).items() if key not in hows}
+    found = parser.parse_string(yaml.safe_dump({"ranks": {"schedule": as_class(schedule)}}))
+    assert parser.instantiate(found).ranks.driver.stages == make_scheduler(node).driver.stages
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning 2.6 calls jsonargparse by names that are on their way out
+def test_stages_of_ones_own_stand_in_the_file_of_a_lightning_cli(regression, tmp_path, monkeypatch):
+    from lightning.pytorch.cli import LightningCLI
+
+    module_class, _, _ = regression
+    stage = {"when": {"class_path": "dynrank.triggers.Plateau"}, "to": {"class_path": "dynrank.targets.Rank"}}
+    stage["when"]["init_args"], stage["to"]["init_args"] = {"monitor": "val/loss"}, {"rank": 2}
+    callback = {"class_path": "dynrank.callbacks.RankScheduler"}
+    callback["init_args"] = {"schedule": [{**stage, "deadline": 0.5}], "how": {"metric": "output"}}
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({"trainer": {"logger": False, "callbacks": [callback]}}))
+    monkeypatch.setattr(sys, "argv", ["fit.py", "--config", str(file)])
+    cli = LightningCLI(module_class, run=False, save_config_callback=None, seed_everything_default=1)
+    (scheduler,) = (found for found in cli.trainer.callbacks if isinstance(found, RankScheduler))
+    assert scheduler.driver.stages[0].deadline == 0.5
+    assert scheduler.driver.stages[0].to.rank == 2
+    assert scheduler.driver.how.metric == "output"
