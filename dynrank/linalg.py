@@ -1,4 +1,4 @@
-"""Changing the rank of a product ``B @ A`` without forming it, and what the change costs.
+"""Changing the rank of a product ``B @ A`` without forming it.
 
 Shape suffixes: O = d_out, I = d_in, R = current rank, K = new rank, N = any width.
 """
@@ -22,7 +22,6 @@ __all__ = [
 ]
 
 _ROUNDING = 1e-10  # a norm below this share of the factor's is rounding (float64 arithmetic)
-_ROOT_ROUNDING = 1e-8  # a singular value below this share of the largest is rounding, where it is the root of a Gram's
 
 
 @dataclass(frozen=True)
@@ -48,19 +47,12 @@ class RankChange:
     from_B: Tensor
     singular_values: Tensor
 
-    @property
-    def dropped(self) -> Tensor:
-        """The singular values that are gone; their norm is the error in the metric."""
-        return self.singular_values[self.lora_A.shape[0] :]
 
-
-def singular_values(
-    lora_B: Tensor, lora_A: Tensor, *, gram_u: Tensor | None = None, gram_z: Tensor | None = None
-) -> Tensor:
-    """The R singular values of ``lora_B @ lora_A``, descending, float64; arguments as in :func:`truncate_product`."""
+def singular_values(lora_B: Tensor, lora_A: Tensor) -> Tensor:
+    """The R singular values of ``lora_B @ lora_A``, descending, float64."""
     _check_factors(lora_B, lora_A)
-    m_u, m_z = _metric_roots(lora_B.double(), lora_A.double(), gram_u, gram_z)
-    values: Tensor = torch.linalg.svdvals(m_u @ m_z)
+    r_b, r_a = _triangles(lora_B.double(), lora_A.double())
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.mT)
     return values
 
 
@@ -119,24 +111,15 @@ def effective_rank(values: Tensor) -> float:
 
 @torch.no_grad()
 def truncate_product(
-    lora_B: Tensor,
-    lora_A: Tensor,
-    rank: int,
-    *,
-    gram_u: Tensor | None = None,
-    gram_z: Tensor | None = None,
-    gauge: str = "balanced",
+    lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor | None = None, gauge: str = "balanced"
 ) -> RankChange:
-    """Best rank-``rank`` factors of ``lora_B @ lora_A`` in a metric given by two R x R Gram matrices.
+    """Factors of ``rank`` singular directions of ``lora_B @ lora_A``: the largest, which are the best approximation.
 
-    With any roots ``M_u^T M_u = G_u`` and ``M_z M_z^T = G_z`` and the SVD ``M_u M_z = U S V^T``, the best factors are
-    ``A' = S^-1/2 U^T M_u A`` and ``B' = B M_z V S^-1/2``; the error in the metric is the norm of the dropped singular
-    values. ``G_u = B^T B, G_z = A A^T`` is the Frobenius norm of the update (Eckart and Young, 1936), whose roots come
-    from QR of the factors, which keeps their condition number. ``G_z = E[z z^T]`` with ``z = A x`` measures the error
-    of the layer's output, and with ``G_u = E[u u^T]``, ``u = B^T g``, a Kronecker-factored estimate of the loss. Cost:
-    O((O + I) R^2); the product is never formed.
+    With the QR decompositions ``B = Q_b R_b`` and ``A^T = Q_a R_a`` and the SVD ``R_b R_a^T = U S V^T``, the new
+    factors are ``A' = S^-1/2 U^T R_b A`` and ``B' = B R_a^T V S^-1/2``: columns of the SVD of the product, balanced,
+    ``B' = Q_b U sqrt(S)`` and ``A' = sqrt(S) V^T Q_a^T`` (Eckart and Young, 1936). Their error in the Frobenius norm is
+    the norm of the singular values that are left out. Cost: O((O + I) R^2); the product is never formed.
 
-    The new factors are balanced (``B' = U sqrt(S)``, ``A' = sqrt(S) V^T`` of the product they form) in every metric.
     In directions beyond the numerical rank B' is zero and A' keeps independent combinations of the old rows (or the
     other way round, where the rows are zero), so that the layer can still learn: two zero factors would have zero
     gradients for good. For a fresh layer (B = 0) that means the first rows of A.
@@ -145,16 +128,12 @@ def truncate_product(
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point.
         rank: K, directions to keep, 1 <= K <= R <= min(O, I).
-        gram_u: (R, R), symmetric positive semi-definite; B^T B when None.
-        gram_z: (R, R), symmetric positive semi-definite; A A^T when None.
+        keep: (K,) which singular directions to keep, ascending, 0 the largest; the first K when None.
         gauge: "balanced", or "keep_norm": the rows of A keep their root mean square norm, B takes the rest.
 
-    Returns:
-        The change; its singular values are those of the metric.
-
     Raises:
-        ValueError: if ``rank`` is outside [1, R], the shapes do not form a product, a factor or a Gram matrix is not
-            finite, or the gauge is unknown.
+        ValueError: if ``rank`` is outside [1, R], ``keep`` does not name so many different directions, the shapes do
+            not form a product, a factor is not finite, or the gauge is unknown.
     """
     _check_factors(lora_B, lora_A)
     (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
@@ -162,36 +141,33 @@ def truncate_product(
         raise ValueError(f"rank must be between 1 and the current rank {old_rank}, got {rank}")
     if gauge not in ("balanced", "keep_norm"):
         raise ValueError(f"gauge must be 'balanced' or 'keep_norm', got {gauge!r}")
+    keep = torch.arange(rank) if keep is None else keep.cpu()
+    if len(keep) != rank or keep[0] < 0 or keep[-1] >= old_rank or not (keep.diff() > 0).all():
+        raise ValueError(f"keep must be {rank} ascending directions of {old_rank}, got {keep.tolist()}")
     b_OR, a_RI = lora_B.double(), lora_A.double()
-    m_u, m_z = _metric_roots(b_OR, a_RI, gram_u, gram_z)
-    u, s, vh = torch.linalg.svd(m_u @ m_z)
+    r_b, r_a = _triangles(b_OR, a_RI)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # a rule for the sign that the SVD leaves open
     u, vh = u * signs, vh * signs.mT
-    plain = gram_u is None and gram_z is None
     eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
-    tolerance = max(d_out, d_in) * eps
-    live = min(rank, numerical_rank(s, 1, tolerance if plain else max(tolerance, _ROOT_ROUNDING)))
+    live = numerical_rank(s, max(d_out, d_in), eps)
+    root = s[:live].sqrt()
+    live_A, live_B = (u[:, :live] / root).mT @ r_b, r_a.mT @ (vh[:live].mT / root)
 
-    chosen = torch.arange(live, device=s.device)  # the best; what follows holds for any set of live directions
-    root = s[chosen].sqrt()
-    from_A_KR = (u[:, chosen] / root).mT @ m_u
-    from_B_RK = m_z @ (vh[chosen].mT / root)
+    chosen = keep[keep < live].to(s.device)
+    from_A_KR, from_B_RK = live_A[chosen], live_B[:, chosen]
     new_A, new_B = from_A_KR @ a_RI, b_OR @ from_B_RK
-    if live < rank:
-        idle = _complement(from_A_KR)
-        # in each direction one of the two vanishes, or the product (in this metric) would not
+    if len(chosen) < rank:
+        idle = _complement(live_A)
+        # in each direction one of the two vanishes, or the product would not
         rows, columns = idle.mT @ a_RI, b_OR @ idle
         in_A = rows.norm(dim=1) > _ROUNDING * a_RI.norm()
         in_B = ~in_A & (columns.norm(dim=0) > _ROUNDING * b_OR.norm())
-        kept = torch.argsort((in_A | in_B).int(), descending=True, stable=True)[: rank - live]
+        kept = torch.argsort((in_A | in_B).int(), descending=True, stable=True)[: rank - len(chosen)]
         from_A_KR = torch.cat([from_A_KR, idle[:, kept].mT])
         from_B_RK = torch.cat([from_B_RK, idle[:, kept]], dim=1)
         new_A = torch.cat([new_A, (rows * in_A[:, None])[kept]])
         new_B = torch.cat([new_B, (columns * in_B)[:, kept]], dim=1)
-    if not plain:  # raw factors carry the scale of the statistics: balance them
-        balanced = truncate_product(new_B, new_A, rank)
-        new_A, new_B = balanced.lora_A, balanced.lora_B
-        from_A_KR, from_B_RK = balanced.from_A @ from_A_KR, from_B_RK @ balanced.from_B
     if gauge == "keep_norm" and new_A.any():
         c = a_RI.norm() / new_A.norm() * (rank / old_rank) ** 0.5
         new_A, from_A_KR, new_B, from_B_RK = new_A * c, from_A_KR * c, new_B / c, from_B_RK / c
@@ -239,21 +215,9 @@ def grow_product(
     )
 
 
-def _metric_roots(b_OR: Tensor, a_RI: Tensor, gram_u: Tensor | None, gram_z: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(M_u, M_z) of :func:`truncate_product`."""
-    rank = a_RI.shape[0]
-    m_u = torch.linalg.qr(b_OR, mode="r").R if gram_u is None else _root(gram_u, "gram_u", rank)
-    m_z = torch.linalg.qr(a_RI.mT, mode="r").R.mT if gram_z is None else _root(gram_z, "gram_z", rank).mT
-    return m_u, m_z
-
-
-def _root(gram_RR: Tensor, name: str, rank: int) -> Tensor:
-    """M with M^T M = gram; by eigenvalues, since a Gram matrix of few rows is singular."""
-    if gram_RR.shape != (rank, rank) or not torch.isfinite(gram_RR).all():
-        raise ValueError(f"{name} must be finite and ({rank}, {rank}), got {[*gram_RR.shape]}")
-    values, vectors = torch.linalg.eigh(gram_RR.double())
-    root: Tensor = values.clamp(min=0).sqrt()[:, None] * vectors.mT
-    return root
+def _triangles(b_OR: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
+    """R of the QR decompositions of B and of A^T, (R, R) each where R <= min(O, I): they keep the condition number."""
+    return torch.linalg.qr(b_OR, mode="r").R, torch.linalg.qr(a_RI.mT, mode="r").R
 
 
 def _complement(rows_NR: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ class Operands(NamedTuple):
         lora_A: (R, I).
         lora_B: (O, R).
         scaling: factor of the update.
-        tap: called in each backward with ``z = drop(x) A^T`` and the gradient at z, both (M, R), without a graph.
+        tap: called in each backward with ``z = drop(x) A^T`` and the gradient at z, both (..., R) as x is (..., I),
+            without a graph.
     """
 
     weight: Tensor | Callable[[], Tensor]
@@ -91,7 +92,7 @@ def lora_linear(
         dropout: probability of zeroing an element of the update's input, in [0, 1].
         seed: of the mask, see :func:`dynrank.kernels.dropout.draw_seed`; needed where ``dropout`` is above 0.
         backend: who makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
-        tap: called in backward with ``z = drop(x) A^T`` and the gradient at z, both (M, R).
+        tap: called in backward with ``z = drop(x) A^T`` and the gradient at z, both (..., R).
 
     Returns:
         (..., O), the dtype of x (of autocast, under it).
@@ -367,8 +368,15 @@ def _in_working_dtypes(x: Tensor, layers: Sequence[Operands]) -> tuple[Tensor, S
         if lora_A.dtype != wide or bias_dtype != dtype:
             bias = None if bias is None else bias.to(dtype)
             layer = layer._replace(bias=bias, lora_A=lora_A.to(wide), lora_B=lora_B.to(wide))
+        if layer.tap is not None:
+            layer = layer._replace(tap=_shaped(layer.tap, x.shape[:-1]))
         working.append(layer)
     return x, working
+
+
+def _shaped(tap: Tap, shape: Sequence[int]) -> Tap:
+    """A tap that is called with rows and calls ``tap`` with what they are rows of."""
+    return lambda z_MR, dz_MR: tap(*(t.reshape(*shape, t.shape[-1]) for t in (z_MR, dz_MR)))
 
 
 def _weight(layer: Operands, dtype: torch.dtype) -> Tensor:

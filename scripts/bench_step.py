@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers, resize
-from dynrank.change.measuring import Moments
+from dynrank.change.gates import Gates
 from dynrank.models.pretrained import load_classifier
 from dynrank.output.console import table_console
 
@@ -57,7 +57,7 @@ def _compare(name: str, dropout: float, tokens: int, count: int) -> Iterator[tup
     dropped.drop(16)
     steps = {"PEFT": peft.step, "32": high.step, "32 to 16": dropped.step, "16": low.step}
     if not dropout:
-        steps["measured"] = _Training(name, dropout, 32, measured=True).step
+        steps["watched"] = _Training(name, dropout, 32, watched=True).step
     seconds = rounds(steps, count)
     peak = {key: peak_bytes(step) for key, step in steps.items()}
     yield "PEFT, r = 32", "1", "", f"{tokens / statistics.median(seconds['PEFT']):.0f}", "1"
@@ -65,7 +65,7 @@ def _compare(name: str, dropout: float, tokens: int, count: int) -> Iterator[tup
         ("dynrank, r = 32 / PEFT, r = 32", "32", "PEFT"),
         ("dynrank, 32 dropped to 16 / r = 16 from the start", "32 to 16", "16"),
         ("dynrank, 32 dropped to 16 / r = 32", "32 to 16", "32"),
-        ("dynrank, r = 32, measuring for output and loss / not", "measured", "32"),
+        ("dynrank, r = 32, watching gates / not", "watched", "32"),
     ):
         if above in seconds:
             median, quartiles = ratio(seconds[above], seconds[below])
@@ -76,7 +76,7 @@ def _compare(name: str, dropout: float, tokens: int, count: int) -> Iterator[tup
 class _Training:
     """A model with its optimizer and one batch; a negative rank is PEFT's."""
 
-    def __init__(self, name: str, dropout: float, rank: int, *, measured: bool = False) -> None:
+    def __init__(self, name: str, dropout: float, rank: int, *, watched: bool = False) -> None:
         torch.manual_seed(0)
         model, labels = MODELS[name]()
         rows, length = BATCHES[name]
@@ -94,14 +94,14 @@ class _Training:
                 nn.init.normal_(parameter, std=0.01)
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-        self.measured = Moments(dict(lora_layers(model)), 20) if measured else None
+        self.watched = Gates(dict(lora_layers(model)), 20) if watched else None
 
     def step(self) -> None:
         self.optimizer.zero_grad()
         self.model(**self.batch).loss.backward()
         self.optimizer.step()
-        if self.measured is not None:
-            self.measured.end_step()
+        if self.watched is not None:
+            self.watched.end_step()
 
     def drop(self, rank: int) -> None:
         resize(self.model, rank, optimizers=[self.optimizer])

@@ -29,15 +29,15 @@ from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
 STEPS = 30  # 10 batches an epoch, a validation every 4
-CHECKED = How(metric="loss", window=3, rewarmup_steps=3, max_regression=10.0)  # validated before and after
+CHECKED = How(metric="gates", window=3, rewarmup_steps=3, max_regression=10.0)  # validated before and after
 LEVEL = Plateau(patience=1, min_delta=0.9)  # decided at step 8
 SCHEDULES: dict[str, tuple[Any, How]] = {
     "plateau and cut, checked": ([Stage(LEVEL, Rank(4)), Stage(At(step=19), Rank(2))], CHECKED),
     "undone, then half as far": ([Stage(At(step=9), Rank(2)), Stage(At(step=20), Rank(1))], How(max_regression=0.01)),
     "grown, then cut": (grow_then_shrink(9, 3, grow_at=0.25), How(rewarmup_steps=2)),
     "grown at random, then cut": (join([constant(6), constant(9), constant(2)], [6, 17]), How()),
-    "budget by loss": ([Stage(At(step=12), Budget(share=0.5))], How(metric="loss", window=4)),
-    "halving by output": (halving_on_plateau(2, LEVEL), How(metric="output", window=2)),
+    "budget by gates": ([Stage(At(step=12), Budget(share=0.5))], How(metric="gates", window=4)),
+    "halving by gates": (halving_on_plateau(2, LEVEL), How(metric="gates", window=2)),
     "anneal": (anneal(2), How(rewarmup_steps=2)),
     "squeezed at the end, checked": (squeeze_at_end(2), How(max_regression=10.0)),
 }

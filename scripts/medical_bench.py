@@ -17,12 +17,11 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from dynrank import add_lora, compose, lora_layers
-from dynrank.change.measuring import Moments
+from dynrank.change.gates import Gates
 from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_classifier
 from dynrank.run.config import plain
-from dynrank.schedules import How
 from dynrank.targets import Budget, LayerState
 from dynrank.tasks.optimizers import make_optimizer
 
@@ -115,10 +114,12 @@ class Trainee:
         return loss / count, right / count
 
 
-def adapted(setting: Setting, rank: int, lr: float | None = None) -> Trainee:
-    """A fresh model with an adapter of ``rank`` on every linear layer of the encoder."""
+def adapted(setting: Setting, rank: int, lr: float | None = None, rank_map: Any = None) -> Trainee:
+    """A fresh model with an adapter of ``rank`` on every linear layer of the encoder; ``rank_map`` has others."""
     model = setting.classifier()
-    add_lora(model, rank=rank, alpha=SCALING * rank, modules_to_save=[HEAD])
+    add_lora(model, rank=rank, alpha=SCALING * rank, modules_to_save=[HEAD], rank_map=rank_map)
+    for _, layer in lora_layers(model):
+        layer.scaling = SCALING
     return setting.trainee(model, lr)
 
 
@@ -127,10 +128,10 @@ def adapter_parameters(model: nn.Module) -> int:
     return sum(p.numel() for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B))
 
 
-def budget_ranks(model: nn.Module, budget: Budget, how: How, measured: Moments) -> dict[str, int]:
-    """Ranks by layer that share out ``budget``, as the preset of that name does."""
+def budget_ranks(model: nn.Module, budget: Budget, gates: Gates) -> dict[str, int]:
+    """Ranks by layer that share out ``budget`` by what the gates say."""
     layers = dict(lora_layers(model))
-    found = spectra(layers, how, measured)
+    found = spectra(layers, gates)
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
     states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
     return budget.ranks(states)

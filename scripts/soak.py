@@ -94,7 +94,7 @@ def soak(overrides: Sequence[str], *, minutes: float, steps: int | None, every: 
     config = compose(["schedule=fixed", "task.batch_size=8", "plots=false", *overrides])
     job, sampler = build(config), Sampler()
     callbacks = [
-        RankScheduler(stages, How(metric="loss", window=min(5, every - 1))),
+        RankScheduler(stages, How(metric="gates", window=min(5, every - 1))),
         EMAWeightAveraging(decay=0.99),
         RankMonitor(folder / "history.csv", "model", prediction_file=folder / "predictions.csv"),
         RunMeter(),

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
-from dynrank.driver.event import FIELDS, RankEvent
+from dynrank.driver.event import FIELDS, LOSS_FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.linalg import effective_rank
 from dynrank.output.change_table import change_table
@@ -29,17 +29,17 @@ class RankMonitor(Callback):
     """Shows and records what a :class:`RankScheduler` in the same trainer does; it changes nothing.
 
     Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change, and before a change
-    ``rank/predicted_error`` and ``rank/predicted_error_max``. All but the CSVLogger, where each name would be a column,
-    get ``rank/layer/NAME``, ``energy_kept/NAME`` and ``effective_rank/NAME`` of each layer too. TensorBoard also gets
-    ``spectrum/NAME``, a histogram of the singular values before a change, and where matplotlib is installed
-    ``spectra``, a picture of all of them. A progress bar shows the mean rank, and a ModelSummary that the trainer has
-    is printed again after each change.
+    ``rank/predicted_error`` and ``rank/predicted_error_max``, by gates ``rank/predicted_loss_change``, too. All but the
+    CSVLogger, where each name would be a column, get ``rank/layer/NAME``, ``energy_kept/NAME`` and
+    ``effective_rank/NAME`` of each layer. TensorBoard also gets ``spectrum/NAME``, a histogram of the singular values
+    before a change, and where matplotlib is installed ``spectra``, a picture of all of them. A progress bar shows the
+    mean rank, and a ModelSummary that the trainer has is printed again after each change.
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume (the reason of a change that was
             taken back begins with "undone"); None: no file.
-        prediction_file: CSV file of the same form, written before each change: what it is expected to cost; None: no
-            file.
+        prediction_file: CSV file written before each change: what it is expected to cost, with each layer's part in the
+            estimated change of the loss where gates were watched; None: no file.
         model_name: attribute of the LightningModule that holds the model; left out of the layers' names.
     """
 
@@ -66,6 +66,8 @@ class RankMonitor(Callback):
         event = self._named(event)
         errors = torch.tensor([layer.predicted_error for layer in event.layers])
         totals = {"rank/predicted_error": float(errors.norm()), "rank/predicted_error_max": float(errors.max())}
+        if event.loss is not None:
+            totals["rank/predicted_loss_change"] = event.loss.total
         by_layer = {f"energy_kept/{layer.layer}": layer.energy_kept for layer in event.layers}
         for layer in event.layers:
             by_layer[f"effective_rank/{layer.layer}"] = effective_rank(torch.tensor(layer.singular_values))
@@ -76,7 +78,7 @@ class RankMonitor(Callback):
         if self.prediction_file is not None and trainer.is_global_zero:
             new = not self.prediction_file.exists()
             with self.prediction_file.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([*([FIELDS] if new else []), *_rows(event)])
+                csv.writer(file).writerows([*([FIELDS + LOSS_FIELDS] if new else []), *_predictions(event)])
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         self._write_history(trainer)
@@ -84,7 +86,7 @@ class RankMonitor(Callback):
         if trainer.is_global_zero:
             verb = "taken back" if event.undone else "change"
             title = f"rank {verb} at step {event.step}: {event.reason}"
-            Console().print(change_table(title, self._named(event).layers))
+            Console().print(change_table(title, self._named(event).layers, event.loss))
         for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
             if isinstance(callback, ModelSummary):  # RichModelSummary, too
                 callback.on_fit_start(trainer, pl_module)
@@ -120,6 +122,11 @@ def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
         costs = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
         yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.reason
+
+
+def _predictions(event: RankEvent) -> Iterable[tuple[object, ...]]:
+    for row, la in zip(_rows(event), event.layers, strict=True):
+        yield *row, *(f"{getattr(la.loss, name):.6g}" if la.loss else "" for name in LOSS_FIELDS)
 
 
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:

@@ -167,12 +167,15 @@ class LightningTraining(Training):
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().__init__(pl_module, trainer.optimizers, trainer.global_step, averages_of(trainer))
-        self.scales_gradients = getattr(trainer.precision_plugin, "scaler", None) is not None
         self.trainer, self.pl_module = trainer, pl_module
 
     @property
     def validates(self) -> bool:
         return bool(self.trainer.enable_validation)
+
+    def loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
 
     def logged(self) -> Mapping[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}

@@ -77,7 +77,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, state, kwargs)
         _check_trainer(args, self)
-        training.scales_gradients = args.fp16
         follow_checkpoint_ranks(training.model)
         if state.global_step:
             self._load(state)
@@ -159,6 +158,10 @@ class HFTraining(Training):
         super().__init__(kwargs["model"], [unwrapped(kwargs["optimizer"])], int(state.global_step) + steps_uncounted)
         self.callback, self.state = callback, state
         self._torn: list[tuple[Any, dict[str, Any]]] = []  # DDP modules without their reducer, and all else they are
+        self._scaler = getattr(kwargs["optimizer"], "scaler", None)  # of accelerate
+
+    def loss_scale(self) -> float:
+        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def logged(self) -> Mapping[str, float]:
         return self.callback.logged

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from dynrank.change.measuring import Gram, Moments
+from dynrank.change.gates import Gates
+from dynrank.change.greedy import LossChange
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import RankedLayer, max_rank
+from dynrank.layers.ranked import RankedLayer, max_rank, width_of
 from dynrank.linalg import energy_kept, singular_values
 from dynrank.schedules import How
 
@@ -26,12 +27,11 @@ class LayerReport:
         layer: its name in the model.
         rank_before: rank before the change.
         rank_after: rank after it.
-        energy_kept: share of the energy (sum of squared singular values, in the metric) that stays, in [0, 1].
-        predicted_error: norm of the dropped singular values, known before the change is made: in ``weight`` the
-            Frobenius norm of the update's change, in ``output`` the root mean square norm of the output's change, in
-            ``loss`` the root of twice the estimated increase of the loss, up to a factor common to all layers.
-        singular_values: of the update before the change in the metric (scaling included), descending.
+        energy_kept: share of the energy (sum of squared singular values) that stays, in [0, 1].
+        predicted_error: norm of the dropped singular values: the Frobenius norm of the update's change.
+        singular_values: of the update before the change (scaling included), descending.
         width: d_out + d_in, the parameters of one direction.
+        loss: the layer's part in the estimated change of the loss; None where no gates were watched.
     """
 
     layer: str
@@ -41,6 +41,7 @@ class LayerReport:
     predicted_error: float
     singular_values: tuple[float, ...]
     width: int
+    loss: LossChange | None = None
 
     @property
     def parameters_saved(self) -> int:
@@ -49,64 +50,93 @@ class LayerReport:
 
 
 def predict(
-    model: nn.Module, target: int | Mapping[str, int], *, how: How | None = None, measured: Moments | None = None
+    model: nn.Module, target: int | Mapping[str, int], *, how: How | None = None, gates: Gates | None = None
 ) -> list[LayerReport]:
     """The reports that :func:`dynrank.resize` would return, without changing anything; same arguments, same errors."""
-    how = how or How()
-    layers, targets = changing_layers(model, target, how, measured)
-    values = spectra({name: layers[name] for name in targets}, how, measured)
-    return [report_of(name, rank, values[name], width_of(layers[name])) for name, rank in targets.items()]
+    layers, targets = changing_layers(model, target, how or How(), gates)
+    kept = kept_directions(layers, targets, gates)
+    values = spectra({name: layers[name] for name in targets})
+    return reports_of(layers, targets, kept, values, gates)
 
 
 @torch.no_grad()
-def spectra(layers: Mapping[str, RankedLayer], how: How, measured: Moments | None) -> dict[str, Tensor]:
-    """Singular values of each layer's update in the metric, scaling included, descending, (rank,) float64.
+def spectra(layers: Mapping[str, RankedLayer], gates: Gates | None = None) -> dict[str, Tensor]:
+    """What each layer's directions are worth, (rank,) float64, descending.
+
+    Singular values of its update, scaling included; with ``gates``, what they are worth to the loss (see
+    :meth:`dynrank.change.greedy.Quadratic.values`).
 
     Raises:
-        ConfigurationError: if a factor is not finite (it names the layer), or no statistics of a layer were measured.
+        ConfigurationError: if a layer's factors are not finite (it names the layer), or no pass has reached its gates.
     """
+    if gates is not None:
+        values = gates.values()
+        return {name: values[name] for name in layers}
     found = {}
     for name, layer in layers.items():
-        gram_u, gram_z = grams_of(name, how, measured)
         try:
-            values = singular_values(layer.lora_B, layer.lora_A, gram_u=gram_u, gram_z=gram_z)
+            found[name] = singular_values(layer.lora_B, layer.lora_A) * layer.scaling
         except ValueError as error:
             raise unusable(name, layer, layer.rank, error) from error
-        found[name] = values * layer.scaling
     return found
 
 
-def grams_of(name: str, how: How, measured: Moments | None) -> Gram:
-    """(G_u, G_z) of a layer for the metric; the factors' own where nothing had to be measured, as in growth."""
-    return measured.of(name, how.metric) if measured is not None else (None, None)
+def kept_directions(
+    layers: Mapping[str, RankedLayer], targets: Mapping[str, int], gates: Gates | None
+) -> dict[str, Tensor]:
+    """{layer: (rank,) which of its singular directions stay, ascending} of ``targets``; all of them where it grows."""
+    shrunk = {name: rank for name, rank in targets.items() if rank < layers[name].rank}
+    chosen = gates.kept(shrunk) if gates is not None and shrunk else {}
+    return {name: chosen.get(name, torch.arange(min(rank, layers[name].rank))) for name, rank in targets.items()}
 
 
-def width_of(layer: RankedLayer) -> int:
-    """d_out + d_in: the parameters of one direction."""
-    return layer.lora_B.shape[0] + layer.lora_A.shape[1]
+def report_of(name: str, rank: int, values: Tensor, width: int, kept: Tensor | None = None) -> LayerReport:
+    """The report of a change to ``rank``.
 
-
-def report_of(name: str, rank: int, values: Tensor, width: int) -> LayerReport:
-    """The report of a change to ``rank``; ``values`` are all singular values, scaling included, one per direction."""
+    Args:
+        name: of the layer.
+        rank: after the change.
+        values: all singular values, scaling included, one per direction.
+        width: parameters of one direction.
+        kept: which directions stay; the first ``rank`` when None.
+    """
+    gone = torch.ones(len(values), dtype=torch.bool)
+    gone[torch.arange(min(rank, len(values))) if kept is None else kept] = False
+    ordered = torch.cat([values[~gone.to(values.device)], values[gone.to(values.device)]])
     return LayerReport(
         layer=name,
         rank_before=len(values),
         rank_after=rank,
-        energy_kept=energy_kept(values, rank),
-        predicted_error=float(values[rank:].norm()),
+        energy_kept=energy_kept(ordered, rank),
+        predicted_error=float(ordered[rank:].norm()),
         singular_values=tuple(values.tolist()),
         width=width,
     )
 
 
+def reports_of(
+    layers: Mapping[str, RankedLayer],
+    targets: Mapping[str, int],
+    kept: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
+    gates: Gates | None,
+) -> list[LayerReport]:
+    """The report of each changing layer; with ``gates``, of what the loss is estimated to do, too."""
+    changes = gates.change(kept) if gates is not None else {}
+    reports = (
+        report_of(name, rank, values[name], width_of(layers[name]), kept[name]) for name, rank in targets.items()
+    )
+    return [replace(report, loss=changes.get(report.layer)) for report in reports]
+
+
 def changing_layers(
-    model: nn.Module, target: int | Mapping[str, int], how: How, measured: Moments | None
+    model: nn.Module, target: int | Mapping[str, int], how: How, gates: Gates | None
 ) -> tuple[dict[str, RankedLayer], dict[str, int]]:
     """(all LoRA layers by name, {name: new rank} of those whose rank changes), both in model order.
 
     Raises:
         ConfigurationError: if there are no LoRA layers, listing every unknown name and every rank outside
-            [1, highest] (see :func:`dynrank.layers.ranked.max_rank`), or if the metric needs what was not measured.
+            [1, highest] (see :func:`dynrank.layers.ranked.max_rank`), or if the metric needs gates and there are none.
         RuntimeError: if a layer is merged.
     """
     layers = dict(lora_layers(model))
@@ -129,10 +159,10 @@ def changing_layers(
         raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
     changing = {name: targets[name] for name in layers if name in targets and targets[name] != layers[name].rank}
     shrinks = any(rank < layers[name].rank for name, rank in changing.items())
-    if shrinks and how.metric != "weight" and measured is None:
+    if shrinks and how.metric == "gates" and gates is None:
         raise ConfigurationError(
-            f"metric={how.metric} needs statistics: collect them in dynrank.change.measuring.Moments over some "
-            "training steps and pass measured=, or set schedule.metric=weight"
+            "metric=gates needs what the loss says of each direction: watch training with dynrank.change.gates.Gates "
+            "over some steps and pass gates=, or set schedule.metric=weight"
         )
     return layers, changing
 

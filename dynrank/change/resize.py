@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers, moved_average
-from dynrank.change.measuring import Moments
+from dynrank.change.gates import Gates
 from dynrank.change.optimizer_rules import check_optimizer, unwrapped
 from dynrank.change.optimizer_state import moved_states
-from dynrank.change.predict import LayerReport, changing_layers, grams_of, report_of, unusable, width_of
+from dynrank.change.predict import LayerReport, changing_layers, kept_directions, reports_of, unusable
 from dynrank.change.replacement import Replacement
 from dynrank.distributed.processes import copy_from_first, from_first
 from dynrank.layers.ranked import RankedLayer
@@ -30,14 +30,15 @@ def resize(
     *,
     optimizers: Iterable[Optimizer] = (),
     how: How | None = None,
-    measured: Moments | None = None,
+    gates: Gates | None = None,
     averages: Iterable[nn.Module] = (),
     generator: torch.Generator | None = None,
     collective: bool = False,
 ) -> list[LayerReport]:
     """Change the rank of LoRA layers in place, and carry the optimizers' state; shrinks or grows.
 
-    Shrinking is the best approximation in the metric; growing leaves the function as it is. Scaling stays. The
+    Shrinking keeps the largest singular directions, which is the best approximation of the update, or with ``gates``
+    those that the loss needs most; growing leaves the function as it is. Scaling stays. The
     Parameter objects stay too, so optimizers, their param groups, schedulers and hooks go on working; gradients are
     dropped, so call it when none are pending. All or nothing: everything is checked and computed before the first
     layer is changed, and an interrupt (Ctrl-C) leaves all as it was, or all changed.
@@ -47,7 +48,7 @@ def resize(
         target: the new rank of every layer, or {layer name: new rank} for some.
         optimizers: those that hold the layers' parameters; one that isn't given keeps moments of the old shape.
         how: metric, gauge, and what becomes of the optimizers' state; ``How()`` when None.
-        measured: what was collected since the last change; the metrics "output" and "loss" need it to shrink.
+        gates: what the loss says of every direction, watched over some steps since the last change.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); they move by the
             same maps, see :mod:`dynrank.change.averages`.
         generator: source of the random rows of a growth; torch's default generator when None.
@@ -59,26 +60,25 @@ def resize(
         A report per changed layer, in model order; layers that have their target rank already are left alone.
 
     Raises:
-        ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, statistics are missing, a factor
+        ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, the gates are missing, a factor
             holds NaN or inf (it names the layer), an optimizer's state cannot be carried, or an average has other
             layers.
         RuntimeError: if a layer is merged.
     """
     how, optimizers = how or How(), [unwrapped(optimizer) for optimizer in optimizers]
-    layers, targets = changing_layers(model, target, how, measured)
+    layers, targets = changing_layers(model, target, how, gates)
     followers = averaged_layers(averages, layers)
     for optimizer in optimizers:
         factors = [factor for name in targets for factor in (layers[name].lora_A, layers[name].lora_B)]
         check_optimizer(optimizer, factors, how.optimizer_state)
 
-    changes = _changes(layers, targets, how, measured, generator, collective)
+    kept = kept_directions(layers, targets, gates)
+    changes = _changes(layers, targets, kept, how, generator, collective)
     new = _replacement(model, layers, changes, how, optimizers, followers)
     if collective:  # the maps are the same everywhere, but not every machine multiplies to the same bits
         copy_from_first(new.made())
-    reports = [
-        report_of(name, targets[name], change.singular_values * layers[name].scaling, width_of(layers[name]))
-        for name, change in changes.items()
-    ]
+    values = {name: change.singular_values * layers[name].scaling for name, change in changes.items()}
+    reports = reports_of(layers, targets, kept, values, gates)
 
     new.put()
     return reports
@@ -87,15 +87,15 @@ def resize(
 def _changes(
     layers: Mapping[str, RankedLayer],
     targets: Mapping[str, int],
+    kept: Mapping[str, Tensor],
     how: How,
-    measured: Moments | None,
     generator: torch.Generator | None,
     collective: bool,
 ) -> dict[str, RankChange]:
     """New factors and maps by layer; process 0's in all where ``collective``."""
 
     def computed() -> dict[str, RankChange]:
-        return {name: _change(name, layers[name], rank, how, measured, generator) for name, rank in targets.items()}
+        return {name: _change(name, layers[name], rank, kept[name], how, generator) for name, rank in targets.items()}
 
     if not collective:
         return computed()
@@ -104,12 +104,11 @@ def _changes(
 
 
 def _change(
-    name: str, layer: RankedLayer, rank: int, how: How, measured: Moments | None, generator: torch.Generator | None
+    name: str, layer: RankedLayer, rank: int, kept: Tensor, how: How, generator: torch.Generator | None
 ) -> RankChange:
-    gram_u, gram_z = grams_of(name, how, measured) if rank < layer.rank else (None, None)
     try:
         if rank < layer.rank:
-            return truncate_product(layer.lora_B, layer.lora_A, rank, gram_u=gram_u, gram_z=gram_z, gauge=how.gauge)
+            return truncate_product(layer.lora_B, layer.lora_A, rank, keep=kept, gauge=how.gauge)
         return grow_product(layer.lora_B, layer.lora_A, rank, generator=generator)
     except ValueError as error:
         raise unusable(name, layer, rank, error) from error

@@ -7,7 +7,7 @@ from math import isfinite
 
 import torch
 
-from dynrank.change.measuring import Moments
+from dynrank.change.gates import Gates
 from dynrank.change.predict import predict
 from dynrank.change.replacement import Snapshot
 from dynrank.change.resize import resize
@@ -47,7 +47,7 @@ class Check:
 
 
 def attempt(
-    training: Training, targets: Mapping[str, int], reason: str, how: How, measured: Moments | None, check: Check | None
+    training: Training, targets: Mapping[str, int], reason: str, how: How, gates: Gates | None, check: Check | None
 ) -> RankEvent:
     """Change to ``targets``; the event says whether that was undone.
 
@@ -56,12 +56,12 @@ def attempt(
         targets: {layer: new rank} of those that change.
         reason: why, for the event.
         how: how the change is made.
-        measured: what was measured for it; None where nothing had to be.
+        gates: those that were watched for it; None where none had to be.
         check: may undo it; None: it stays.
     """
     model, step = training.model, training.step
     check_processes(model, training.optimizers, f"before the change of rank at step {step}")
-    predicted = predict(model, targets, how=how, measured=measured)
+    predicted = predict(model, targets, how=how, gates=gates)
     training.tell("on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
     training.before_resize()
     reports = resize(
@@ -69,7 +69,7 @@ def attempt(
         targets,
         optimizers=training.optimizers,
         how=how,
-        measured=measured,
+        gates=gates,
         averages=training.averages,
         generator=torch.Generator().manual_seed(step),
         collective=True,

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dynrank.change.measuring import Moments
+from dynrank.change.gates import Gates
 from dynrank.change.predict import spectra
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
-from dynrank.schedules import How, Stage
+from dynrank.schedules import Stage
 from dynrank.targets import UNBOUNDED, Budget, LayerState
 
 
@@ -31,15 +31,15 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
 
 
 def layer_states(
-    layers: Mapping[str, RankedLayer], *, last: bool, stage: Stage, how: How, moments: Moments | None
+    layers: Mapping[str, RankedLayer], *, last: bool, stage: Stage, gates: Gates | None
 ) -> dict[str, LayerState]:
     """What the stage's target may know of each layer; ``last``: no stage comes after it.
 
     Raises:
-        ConfigurationError: if a layer's factors or statistics cannot be used.
+        ConfigurationError: if a layer's factors or gates cannot be used.
     """
     free = {name: layer for name, layer in layers.items() if not layer.pinned}
-    values = spectra(free, how, moments) if "values" in stage.to.needs else {}
+    values = spectra(free, gates) if "values" in stage.to.needs else {}
     states = {}
     for name, layer in layers.items():
         nothing = torch.zeros(layer.rank, dtype=torch.float64)  # nobody asks what a pinned layer's directions are worth

@@ -11,6 +11,7 @@ from torch import nn
 from dynrank.change.optimizer_rules import check_optimizer
 from dynrank.distributed.sharding import sharded_error, sharded_layers
 from dynrank.driver.bounds import bounded, path
+from dynrank.driver.rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
@@ -80,11 +81,7 @@ def check_training(training: Training, hows: Collection[How]) -> None:
     for how in hows:
         for optimizer in training.optimizers:
             check_optimizer(optimizer, factors, how.optimizer_state)
-        if training.scales_gradients and how.metric == "loss":
-            raise ConfigurationError(
-                "training in float16 scales gradients by a factor that changes, which spoils statistics of them; set "
-                "trainer.precision=bf16-mixed (bf16=True), or schedule.metric=output"
-            )
+            check_groups(optimizer, factors, how)
         if how.max_regression is not None and not training.validates:
             raise ConfigurationError(
                 f"max_regression={how.max_regression:g} validates before and after a change, which this run cannot: "

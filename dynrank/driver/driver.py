@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from dynrank.change.measuring import Moments
+from dynrank.change.gates import FEW, Gates
 from dynrank.distributed.agreement import check_processes
 from dynrank.distributed.processes import from_first
 from dynrank.driver.attempt import Check, attempt, gentler
@@ -16,12 +16,12 @@ from dynrank.driver.bounds import layer_states
 from dynrank.driver.check import check_model, check_training
 from dynrank.driver.clock import Clock
 from dynrank.driver.event import RankEvent
-from dynrank.driver.measuring import Measuring
 from dynrank.driver.metrics import checked, value, watched
-from dynrank.driver.rewarmup import Rewarmup, warn_of_low_rate
+from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.training import Training
+from dynrank.driver.watching import Watching
 from dynrank.errors import ConfigurationError, read_as
-from dynrank.layers.finding import lora_layers
+from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
 from dynrank.triggers import At, Run, Trigger
 
@@ -83,8 +83,8 @@ class RankDriver:
         self._function = schedule if callable(schedule) else None
         self.progress = Progress()
         self._run = Run(None)
-        self._clock, self._measuring = Clock([], self._run), Measuring([], [])
-        self._ramps: list[Rewarmup] = []  # of each optimizer
+        self._clock, self._watching = Clock([], self._run), Watching([], [])
+        self._rates: list[Rates] = []  # of each optimizer, since the last change
         self._ended_step = 0  # the last one that end_step() has taken in
         self._loaded: Mapping[str, Any] = {}  # of a checkpoint: layers and optimizers come when training starts
 
@@ -128,31 +128,37 @@ class RankDriver:
                 raise ConfigurationError("a function of the step needs a run of known length; set trainer.max_steps")
             self.stages = from_function(self._function, run.total_steps)
         self._run, self._ended_step = run, training.step
-        self._clock, self._measuring = Clock(self.stages, run), Measuring(self.stages, self.hows)
+        self._clock, self._watching = Clock(self.stages, run), Watching(self.stages, self.hows)
         if not self.history:  # what was checked at the start still holds on resume, at other ranks
             self.check_model(training.model, run)
         check_training(training, self.hows)
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._loaded:
-            ramps, measured, self._loaded = self._loaded["ramps"], self._loaded["measured"], {}
-            self._ramps = [Rewarmup(o, *ramp) for o, ramp in zip(training.optimizers, ramps, strict=bool(ramps))]
-            self._measuring.load_state_dict(measured, training.model)
+            rates, watched_before, self._loaded = self._loaded["rates"], self._loaded["gates"], {}
+            adapters = adapter_parameters(training.model)
+            self._rates = [
+                Rates(optimizer, adapters, *rate)
+                for optimizer, rate in zip(training.optimizers, rates, strict=bool(rates))
+            ]
+            self._watching.load_state_dict(watched_before, training.model)
 
     def advance(self, training: Training) -> None:
-        """Decide what is due, begin to measure for what will be, and change ranks if everything is there for it."""
+        """Decide what is due, begin to watch gates for what will be, and change ranks if everything is there for it."""
         self._look(training)
         self._follow_clock(training)
         pending = self.progress.pending
-        if pending is not None and self._measured(training, pending.stage):
+        if pending is not None and self._is_ready(training, pending.stage):
             self._change(training, pending)
-            self._follow_clock(training)  # the next stage may have to be measured from this step on
+            self._follow_clock(training)  # gates for the next stage may have to be watched from this step on
+        if self._watching.gates is not None:
+            self._watching.gates.loss_scale = training.loss_scale()
 
     def end_step(self, training: Training) -> None:
         """Take in the optimizer step just made, if there was one since the last call; gradients must still be there."""
         if training.step > self._ended_step:
             self._ended_step = training.step
-            if self._measuring.moments is not None:
-                self._measuring.moments.end_step()
+            if self._watching.gates is not None:
+                self._watching.gates.end_step()
             if self.check_every and training.step % self.check_every == 0:
                 check_processes(training.model, training.optimizers, f"after step {training.step}")
 
@@ -173,30 +179,30 @@ class RankDriver:
         """Make what is due after the last step, and warn of what was not made."""
         self._follow_clock(training, ended=True)
         pending = self.progress.pending
-        if pending is not None and self._measured(training, pending.stage, ended=True):
+        if pending is not None and self._is_ready(training, pending.stage, ended=True):
             self._change(training, pending)
-        self._measuring.end()
+        self._watching.end()
         if not self.finished:
             why = f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
             if self.progress.pending is not None:
-                why = "what its change needs was not measured before; set schedule.metric=weight or an earlier time"
+                why = "the gates it needs were not watched before; set schedule.metric=weight or an earlier time"
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule: the ranks are not final, "
                 f"{why}"
             )
 
     def abort(self) -> None:
-        """Leave the layers, which may be trained again; a checkpoint written now still holds what was measured."""
-        if self._measuring.moments is not None:
-            self._measuring.moments.close()
+        """Leave the layers, which may be trained again; a checkpoint written now still holds what was watched."""
+        if self._watching.gates is not None:
+            self._watching.gates.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
         return {
             **asdict(self.progress),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "measured": self._measuring.state_dict(),
-            "ramps": [(ramp.steps, ramp.done) for ramp in self._ramps],
+            "gates": self._watching.state_dict(),
+            "rates": [(rates.factor, rates.steps, rates.done) for rates in self._rates],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -241,7 +247,7 @@ class RankDriver:
         self._decide(trigger.observe(step, factors))
 
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
-        """Decide what is due by time, and begin to measure for what will be soon."""
+        """Decide what is due by time, and begin to watch gates for what will be soon."""
         due = self._clock.due(self.progress.stage, training.step, ended=ended)
         if due is not None and (self.progress.pending is None or self.progress.pending.stage < due):
             when, deadline = self.stages[due].when, self.stages[due].deadline
@@ -249,32 +255,37 @@ class RankDriver:
             self.progress.pending = Decision(due, reason)
         if self.progress.pending is None and not ended:
             for index, planned in self._clock.coming(self.progress.stage, training.step):
-                if self._measuring.moments is None and planned - self.hows[index].window <= training.step:
-                    self._measuring.begin(training.model, index)
+                if self._watching.gates is None and planned - self.hows[index].window <= training.step:
+                    self._watching.begin(training.model, index)
 
-    def _measured(self, training: Training, index: int, *, ended: bool = False) -> bool:
-        """Whether everything is there that a change of stage ``index`` needs; begin to collect it if not."""
-        if not self._measuring.needed(training.model, index):
+    def _is_ready(self, training: Training, index: int, *, ended: bool = False) -> bool:
+        """Whether the gates have been watched that a change of stage ``index`` needs; begin to watch them if not."""
+        if not self._watching.needed(training.model, index):
             return True
-        if self._measuring.moments is None and not ended:
-            self._measuring.begin(training.model, index)
-        moments = self._measuring.moments  # they may have been begun for another stage
+        if self._watching.gates is None and not ended:
+            self._watching.begin(training.model, index)
+        gates = self._watching.gates  # they may have been begun for another stage
         late = ended or self._clock.has_come(index, training.step)
-        return moments is not None and moments.steps >= (1 if late else self.hows[index].window)
+        return gates is not None and gates.steps >= (1 if late else self.hows[index].window)
 
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, or as much of it as the check allows, and wait for what comes next."""
         index, stage, how = decided.stage, self.stages[decided.stage], self.hows[decided.stage]
-        moments, changed, check = self._measuring.end(), False, None
+        gates, changed, check = self._watching.end(), False, None
+        if gates is not None and gates.examples < FEW:
+            training.warn(
+                f"the directions to keep were chosen by {gates.examples} examples, fewer than {FEW}: mostly by noise; "
+                "set schedule.window higher"
+            )
         ranks = {name: layer.rank for name, layer in lora_layers(training.model)}
-        targets = self._targets(training.model, index, moments)
+        targets = self._targets(training.model, index, gates)
         if targets and how.max_regression is not None:
             known = self.progress.metrics if self.progress.observed_step == training.step else {}
             check = Check(training, how, known or None)
         while targets and not changed:
-            event = attempt(training, targets, decided.reason, how, moments, check)
+            event = attempt(training, targets, decided.reason, how, gates, check)
             self.history.append(event)
             training.tell("on_rank_change", event)
             self.progress.metrics = {}  # they were of the weights before
@@ -287,22 +298,27 @@ class RankDriver:
                 later.when.reset(training.step)
         if changed and training.step < (self._run.total_steps or float("inf")):
             warn_of_low_rate(training)
-        if changed and how.rewarmup_steps:
-            for ramp in self._ramps:
-                ramp.remove()
-            self._ramps = [Rewarmup(optimizer, how.rewarmup_steps) for optimizer in training.optimizers]
+        if changed:
+            self._follow_rates(training, how, ranks)
 
-    def _targets(self, model: nn.Module, index: int, moments: Moments | None) -> dict[str, int]:
+    def _follow_rates(self, training: Training, how: How, ranks: Mapping[str, int]) -> None:
+        """Begin the ramp after a change from ``ranks``, and multiply the adapters' rates from now on."""
+        factor = rate_factor(how, ranks, {name: layer.rank for name, layer in lora_layers(training.model)})
+        factor *= self._rates[0].factor if self._rates else 1.0
+        for rates in self._rates:
+            rates.remove()
+        adapters = adapter_parameters(training.model)
+        self._rates = [Rates(optimizer, adapters, factor, how.rewarmup_steps) for optimizer in training.optimizers]
+
+    def _targets(self, model: nn.Module, index: int, gates: Gates | None) -> dict[str, int]:
         """{layer: the rank that stage ``index`` wants} of the layers that it would change."""
-        layers, stage, how = dict(lora_layers(model)), self.stages[index], self.hows[index]
+        layers, stage = dict(lora_layers(model)), self.stages[index]
         last = index == len(self.stages) - 1
-        wanted = from_first(
-            lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, how=how, moments=moments))
-        )
+        wanted = from_first(lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, gates=gates)))
         return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
 
     def _exhausted(self, model: nn.Module, index: int) -> bool:
-        """Whether a repeated stage has nothing left to do; one that must measure first finds out when it fires."""
+        """Whether a repeated stage has nothing left to do; one that must look first finds out when it fires."""
         return not self.stages[index].to.needs and not self._targets(model, index, None)
 
 

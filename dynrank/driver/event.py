@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from dynrank.change.greedy import LossChange
 from dynrank.change.predict import LayerReport
 from dynrank.errors import read_as
 
-# columns of rank_history.csv and rank_predictions.csv
+# columns of rank_history.csv; rank_predictions.csv has the estimated change of the loss, too
 FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
+LOSS_FIELDS = tuple(field.name for field in fields(LossChange))
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ class RankEvent:
     reason: str
     layers: tuple[LayerReport, ...]
     undone: bool = False
+
+    @property
+    def loss(self) -> LossChange | None:
+        """The estimated change of the loss, of all layers together; None where no gates were watched."""
+        parts = [layer.loss for layer in self.layers if layer.loss is not None]
+        return LossChange(*(sum(getattr(part, name) for part in parts) for name in LOSS_FIELDS)) if parts else None
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RankEvent:

@@ -22,14 +22,12 @@ class Training:
         optimizers: all that hold the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
         averages: moving averages of the model's weights, which follow its ranks.
-        scales_gradients: whether gradients are multiplied by a changing factor, as in mixed precision with float16.
     """
 
     model: nn.Module
     optimizers: Sequence[Optimizer]
     step: int = 0
     averages: Sequence[nn.Module] = ()
-    scales_gradients: bool = False
 
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"  # advice to a user
 
@@ -41,6 +39,10 @@ class Training:
     def validate(self) -> Mapping[str, float]:
         """Validate the weights as they are and return the metrics; called around changes with ``max_regression``."""
         raise NotImplementedError(self.validate_by)
+
+    def loss_scale(self) -> float:
+        """Return what the loss of the next step is multiplied by before backward, as by torch.amp.GradScaler."""
+        return 1.0
 
     def logged(self) -> Mapping[str, float]:
         """Return the last value of every metric that a trigger may watch beside those of the validation."""

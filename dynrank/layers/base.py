@@ -164,7 +164,7 @@ class LoRALayer(nn.Module):
         """From now on call ``tap(z, dz)`` once in each backward; stop when the returned function is called.
 
         z is A applied to the layer's input (after dropout) and dz the gradient of the loss at z, which is
-        ``scaling * B^T g``; both (positions, rank), without a graph.
+        ``scaling * B^T g``; both (examples, positions..., rank) as the layer's input has them, without a graph.
 
         Raises:
             RuntimeError: if the layer is being observed already.
@@ -180,7 +180,7 @@ class LoRALayer(nn.Module):
         if tap is not None and z.requires_grad:
 
             def report(dz: Tensor) -> None:
-                tap(*(t.movedim(channels, -1).reshape(-1, self.rank) for t in (values, dz)))
+                tap(*(t.movedim(channels, -1) for t in (values, dz)))
 
             z.register_hook(report)  # type: ignore[no-untyped-call]
         return z

@@ -122,7 +122,7 @@ class PeftLayer:
 
         def report(z: Tensor, dz: Tensor) -> None:
             if on:
-                tap(z.reshape(-1, z.shape[-1]), dz.reshape(-1, dz.shape[-1]))
+                tap(z, dz)
 
         handle = (self._watch_embedding if self.of_embedding else self._watch_linear)(report)
 

@@ -58,6 +58,11 @@ def max_rank(layer: RankedLayer) -> tuple[int, str]:
     return most, "min(d_in, d_out)"
 
 
+def width_of(layer: RankedLayer) -> int:
+    """d_out + d_in: the parameters of one direction."""
+    return layer.lora_B.shape[0] + layer.lora_A.shape[1]
+
+
 def check_capacity(capacity: int | None, rank: int) -> None:
     """Refuse a capacity below the rank that a layer starts with.
 

@@ -8,20 +8,29 @@ from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 
+from dynrank.change.greedy import LossChange
 from dynrank.change.predict import LayerReport
 from dynrank.output.console import empty_table, span
 
 __all__ = ["change_table", "layer_kinds"]
 
 
-def change_table(title: str, layers: Sequence[LayerReport]) -> Table:
-    """A line for each kind of layer, and for all: how many, rank before and after, energy kept, parameters saved."""
+def change_table(title: str, layers: Sequence[LayerReport], loss: LossChange | None = None) -> Table:
+    """A line for each kind of layer, and for all: how many, rank before and after, energy kept, parameters saved.
+
+    ``loss`` is the estimated change of the loss, which stands below.
+    """
     table = empty_table(title, "layers", "count", "rank", "energy kept (min)", "params saved")
     kinds = layer_kinds(layer.layer for layer in layers)
     for kind in dict.fromkeys(kinds.values()):
         table.add_row(kind, *_summary([layer for layer in layers if kinds[layer.layer] == kind]))
     table.add_section()
     table.add_row("all", *_summary(layers))
+    if loss is not None:
+        table.caption = (
+            f"estimated change of the training loss {loss.total:+.4f}: first order {loss.first_order:+.4f}, "
+            f"second {loss.second_order:+.4f}, between layers {loss.between_layers:+.4f}"
+        )
     return table
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from dynrank.errors import ConfigurationError, Count, Name, NotNegative, Share, Steps, validated
 from dynrank.targets import LayerState, Target
@@ -16,12 +18,16 @@ class How:
     """How a change of rank is made.
 
     Args:
-        metric: what truncation minimises: "weight" (the update's Frobenius norm), "output" (of the layer, on the data
-            seen) or "loss" (a Kronecker-factored estimate of its increase).
-        window: optimizer steps before the change over which the statistics of the other two metrics are collected; a
-            change that cannot be foreseen is made this much later.
+        metric: which singular directions a cut keeps: "weight", the largest, or "gates", those that the loss needs most
+            (a quadratic estimate with all interactions, see :mod:`dynrank.change.greedy`).
+        window: optimizer steps before the change over which gates are watched; a change that cannot be foreseen is made
+            this much later.
+        loss_terms: over how many terms the loss of a step is the mean, if not over the positions that reach the layer
+            nearest to the loss (examples of a classifier, counted tokens of a language model); 1 for a sum.
         gauge: of the new factors: "balanced", or "keep_norm" (A keeps the norm of its rows).
         rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
+        rate_after: what the adapters' learning rates are multiplied by from the change on, whatever their scheduler
+            does; "sqrt": the root of mean rank before / after, which keeps the size of a step of the update.
         optimizer_state: "transport" carries the moments along, "reset" forgets them.
         max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
             before and after it; one that costs more is undone and tried again half as far. None: no check.
@@ -31,10 +37,12 @@ class How:
         ConfigurationError: if a value cannot be used.
     """
 
-    metric: Literal["weight", "output", "loss"] = "weight"
+    metric: Literal["weight", "gates"] = "weight"
     window: Count = 20
+    loss_terms: Count | None = None
     gauge: Literal["balanced", "keep_norm"] = "balanced"
     rewarmup_steps: Steps = 0
+    rate_after: Annotated[float, Field(gt=0)] | Literal["sqrt"] = 1.0
     optimizer_state: Literal["transport", "reset"] = "transport"
     max_regression: NotNegative | None = None
     check_monitor: Name = "val/loss"

@@ -42,8 +42,8 @@ def fit(regression, module, scheduler, *, extra=(), ckpt_path=None, **options):
 
 SCHEDULES = {
     "weight": lambda: RankScheduler([Stage(At(step=8), Rank(3)), Stage(At(fraction=1.0), Rank(2))]),
-    "loss": lambda: RankScheduler([Stage(At(step=8), Rank(3))], How(metric="loss", window=3, rewarmup_steps=2)),
-    "budget": lambda: RankScheduler([Stage(At(step=8), Budget(share=0.5))], How(metric="loss", window=3)),
+    "loss": lambda: RankScheduler([Stage(At(step=8), Rank(3))], How(metric="gates", window=3, rewarmup_steps=2)),
+    "budget": lambda: RankScheduler([Stage(At(step=8), Budget(share=0.5))], How(metric="gates", window=3)),
     "plateau": lambda: RankScheduler(after_convergence(3, Plateau(patience=1, min_delta=0.99, warmup_steps=0))),
     "checked": lambda: RankScheduler([Stage(At(step=8), Rank(1))], How(max_regression=0.0)),
 }

@@ -103,7 +103,9 @@ def test_prediction_is_recorded_before_the_change_and_is_what_happens(regression
 
     updates, monitor = Updates(), RankMonitor(tmp_path / "history.csv", prediction_file=tmp_path / "predictions.csv")
     fit(regression, [updates, monitor])
-    assert monitor.prediction_file.read_text() == monitor.history_file.read_text()
+    predicted = [line.rsplit(",", 3) for line in monitor.prediction_file.read_text().splitlines()]
+    assert [line[0] for line in predicted] == monitor.history_file.read_text().splitlines()
+    assert [line[1:] for line in predicted[:2]] == [["first_order", "second_order", "between_layers"], ["", "", ""]]
     errors = [float(row["predicted_error"]) for row in rows_of(monitor.prediction_file)]
     made = [float((old - new).norm()) for old, new in zip(updates.before, updates.after, strict=True)]
     assert errors == pytest.approx(made, rel=1e-4)  # float32 factors

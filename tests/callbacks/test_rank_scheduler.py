@@ -88,7 +88,7 @@ ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accum
 SCHEDULES = {
     "plateau": (lambda: plateau(rewarmup_steps=4), {}),
     # validations that fall into the middle of epochs; decided at one, then measured
-    "loss, accumulating": (lambda: plateau(metric="loss", window=4, rewarmup_steps=4), ACCUMULATING),
+    "loss, accumulating": (lambda: plateau(metric="gates", window=4, rewarmup_steps=4), ACCUMULATING),
     # checkpoints between the validation that decides and the change that it is compared with
     "checked at a plateau": (lambda: plateau(max_regression=0.05), {}),
 }
@@ -226,14 +226,14 @@ def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(
 
     module = Failing()
     with pytest.raises(ZeroDivisionError):
-        train(regression, RankScheduler(at(10, Rank(4)), How("loss", window=4)), module=module, max_steps=12)
+        train(regression, RankScheduler(at(10, Rank(4)), How("gates", window=4)), module=module, max_steps=12)
     assert [layer._tap for _, layer in dynrank.lora_layers(module)] == [None, None]
 
 
 def test_end_that_comes_unforeseen_says_what_was_not_measured(regression):
     stop = EarlyStopping("val/loss", patience=1, min_delta=99)
-    scheduler = RankScheduler([Stage(At(fraction=1.0), Rank(2))], How(metric="loss", window=5))
-    with pytest.warns(UserWarning, match=r"not measured before; set schedule\.metric=weight"):
+    scheduler = RankScheduler([Stage(At(fraction=1.0), Rank(2))], How(metric="gates", window=5))
+    with pytest.warns(UserWarning, match=r"not watched before; set schedule\.metric=weight"):
         train(regression, scheduler, extra=[stop])
 
 

@@ -91,7 +91,7 @@ class Run:
     average: bool = False  # an exponential average of the weights, which is what the run ends with
 
 
-LOSS, HALF = How(metric="loss", window=4), Stage(At(step=CHANGE), Budget(share=0.5))
+LOSS, HALF = How(metric="gates", window=4), Stage(At(step=CHANGE), Budget(share=0.5))
 UNDONE = How(max_regression=0.01, check_monitor="val/loss")
 RUNS = {
     "ddp": Run(),

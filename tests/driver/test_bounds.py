@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import dynrank
-from dynrank.change.measuring import Moments
+from dynrank.change.gates import Gates
 from dynrank.driver.bounds import final_ranks, layer_states
 from dynrank.driver.check import check_model
-from dynrank.driver.measuring import must_measure
+from dynrank.driver.watching import must_watch
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import (
     How,
@@ -48,7 +48,7 @@ def test_layer_states_bound_each_layer():
     stage = Stage(NOW, Rank(4))
     bounds = {}
     for last in (False, True):
-        states = layer_states(layers_of(net), last=last, stage=stage, how=How(), moments=None)
+        states = layer_states(layers_of(net), last=last, stage=stage, gates=None)
         assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
         assert {s.values for s in states.values()} == {None}  # the target does not ask for them
         bounds[last] = [(s.lowest, s.highest, s.final_rank) for s in states.values()]
@@ -61,54 +61,48 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     for layer in layers_of(net).values():
         layer.scaling = 3.0
         nn.init.normal_(layer.lora_B)
-    states = layer_states(layers_of(net), last=True, stage=Stage(NOW, Energy(0.9)), how=How(), moments=None)
+    states = layer_states(layers_of(net), last=True, stage=Stage(NOW, Energy(0.9)), gates=None)
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
         torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)  # the update is float32
 
 
-@pytest.mark.parametrize(
-    ("target", "options"),
-    [
-        (Budget(share=0.5), {"metric": "loss"}),
-        (Energy(0.9), {"metric": "output"}),
-    ],
-)
-def test_pinned_layers_are_neither_measured_nor_missed(target, options):
-    net, how = model(layer_1={"rank": 5, "pinned": True}), How(**options)
+@pytest.mark.parametrize("target", [Budget(share=0.5), Energy(0.9)])
+def test_pinned_layers_are_neither_watched_nor_missed(target):
+    net, how = model(layer_1={"rank": 5, "pinned": True}), How(metric="gates")
     stage, free = Stage(NOW, target), {name: layer for name, layer in layers_of(net).items() if not layer.pinned}
-    assert must_measure(stage, how, layers_of(net))
-    moments = Moments(free, 4)
+    assert must_watch(stage, how, layers_of(net))
+    gates = Gates(free, 4)
     for layer in layers_of(net).values():
         nn.init.normal_(layer.lora_B)
     net(torch.randn(50, 16)).square().mean().backward()
-    moments.end_step()
-    states = layer_states(layers_of(net), last=True, stage=stage, how=how, moments=moments)
+    gates.end_step()
+    states = layer_states(layers_of(net), last=True, stage=stage, gates=gates)
     assert target.ranks(states)["1"] == 5
 
 
 @pytest.mark.parametrize(
-    ("target", "metric", "measured"),
+    ("target", "metric", "watched"),
     [
         (Rank(4), "weight", False),
-        (Rank(4), "output", True),
-        (GrowTo(12), "loss", False),
-        (GrowBy(3), "loss", False),
-        (Exactly(12), "loss", False),
-        (Exactly(4), "loss", True),
+        (Rank(4), "gates", True),
+        (GrowTo(12), "gates", False),
+        (GrowBy(3), "gates", False),
+        (Exactly(12), "gates", False),
+        (Exactly(4), "gates", True),
         (Energy(0.9), "weight", False),
-        (Budget(share=0.5), "loss", True),
+        (Budget(share=0.5), "gates", True),
     ],
 )
-def test_what_must_be_measured(target, metric, measured):
-    assert must_measure(Stage(NOW, target), How(metric=metric), layers_of(model())) is measured
+def test_what_must_be_watched(target, metric, watched):
+    assert must_watch(Stage(NOW, target), How(metric=metric), layers_of(model())) is watched
 
 
-def test_measuring_looks_at_layers_of_different_ranks_and_not_at_the_pinned():
-    how = How(metric="loss")
-    assert must_measure(Stage(NOW, Exactly(8)), how, layers_of(model(layer_0={"rank": 12})))  # one shrinks
-    assert not must_measure(Stage(NOW, Exactly(4)), how, layers_of(model(4, layer_0={"rank": 12, "pinned": True})))
-    assert must_measure(Stage(NOW, FinalRanks()), how, layers_of(model(layer_1={"rank": 8, "final_rank": 2})))
+def test_watching_looks_at_layers_of_different_ranks_and_not_at_the_pinned():
+    how = How(metric="gates")
+    assert must_watch(Stage(NOW, Exactly(8)), how, layers_of(model(layer_0={"rank": 12})))  # one shrinks
+    assert not must_watch(Stage(NOW, Exactly(4)), how, layers_of(model(4, layer_0={"rank": 12, "pinned": True})))
+    assert must_watch(Stage(NOW, FinalRanks()), how, layers_of(model(layer_1={"rank": 8, "final_rank": 2})))
 
 
 # Where ranks may end
@@ -143,7 +137,7 @@ def test_growth_by_a_target_of_the_users_is_no_shrink():
 
     net = model(4, layer_2={"rank": 6, "final_rank": 3})  # its own final rank is below
     assert list(final_ranks(net, one_stage(NOW, Double())).values()) == [(8, 8), (8, 8), (6, 6)]
-    assert not must_measure(Stage(NOW, Double()), How(metric="loss"), layers_of(net))
+    assert not must_watch(Stage(NOW, Double()), How(metric="gates"), layers_of(net))
 
 
 # What does not fit

@@ -80,24 +80,24 @@ def trajectory(driver):
     return [(e.step, e.layers[0].rank_before, e.layers[0].rank_after) for e in driver.history]
 
 
-LOSS = {"metric": "loss", "window": 4, "rewarmup_steps": 4}
+GATES = {"metric": "gates", "window": 4, "rewarmup_steps": 4}
 SCHEDULES = {
-    "loss, undone, plateau": lambda: [  # decided at a validation, then measured, then checked
-        Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(**LOSS, max_regression=0.02))
+    "gates, undone, plateau": lambda: [  # decided at a validation, then watched, then checked
+        Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(**GATES, max_regression=0.02))
     ],
-    "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5, how=How(**LOSS))],
+    "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5, how=How(**GATES))],
     "grown, dropped": lambda: [at(4, Rank(3)), at(10, GrowTo(6)), at(15, Rank(2))],
     "settled": lambda: [Stage(SubspaceStable(rank=2, overlap=0.5, every=3), Energy(0.9))],
     "undone": lambda: [at(9, Rank(1), max_regression=0.02)],
     "function": lambda: lambda step: 6 if step < 7 else 4 if step < 14 else 5,
-    "function, measured": lambda: lambda step: max(2, 6 - max(0, step - 2) // 2),  # each in the window of the next
+    "function, gates": lambda: lambda step: max(2, 6 - max(0, step - 2) // 2),  # each in the window of the next
 }
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
     def made():
-        return RankDriver(SCHEDULES[name](), How(**LOSS) if name == "function, measured" else None)
+        return RankDriver(SCHEDULES[name](), How(**GATES) if name == "function, gates" else None)
 
     whole = made()
     expected = drive(whole, folder=tmp_path).model.state_dict()
@@ -111,19 +111,22 @@ def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
             assert torch.equal(value, expected[key]), (step, key)
 
 
-def test_statistics_are_collected_in_the_window_and_nowhere_else():
-    measured = []
-    driver = RankDriver(at(20, Rank(3), metric="output", window=5))
-    drive(driver, batch_end=lambda loop: measured.append(loop.model[0]._tap is not None))
-    assert [step for step, on in enumerate(measured) if on] == [15, 16, 17, 18, 19]
+def test_gates_are_watched_in_the_window_and_nowhere_else():
+    watched = []
+    driver = RankDriver(at(20, Rank(3), metric="gates", window=5))
+    drive(driver, batch_end=lambda loop: watched.append(loop.model[0]._tap is not None))
+    assert [step for step, on in enumerate(watched) if on] == [15, 16, 17, 18, 19]
     assert trajectory(driver) == [(20, 6, 3)]
 
 
 @pytest.mark.parametrize(
     ("stages", "changes"),
     [
-        ([Stage(Plateau(patience=1, min_delta=0.99), Rank(3), how=How("loss", window=7))], [(17, 6, 3)]),  # fires at 10
-        ([Stage(At(fraction=1.0), Rank(2), how=How("loss", window=5))], [(24, 6, 2)]),
+        (
+            [Stage(Plateau(patience=1, min_delta=0.99), Rank(3), how=How("gates", window=7))],
+            [(17, 6, 3)],
+        ),  # fires at 10
+        ([Stage(At(fraction=1.0), Rank(2), how=How("gates", window=5))], [(24, 6, 2)]),
         ([Stage(Plateau(patience=99), Rank(5)), Stage(Plateau(), Rank(4)), at(12, Rank(3))], [(12, 6, 3)]),
         (
             [Stage(Plateau(patience=1, min_delta=0.99), Factor(0.5, lowest=2), repeat=True)],
@@ -208,11 +211,11 @@ def decayed(loop):
     ("stage", "options", "message"),
     [
         (Stage(Plateau(patience=99), Rank(3)), {}, "before stage 1 .*plateau of val/loss; set schedule.deadline"),
-        (Stage(At(fraction=1.0), Rank(3), how=How("loss")), {"run": Run(99)}, r"not measured.*schedule\.metric=weight"),
+        (Stage(At(fraction=1.0), Rank(3), how=How("gates")), {"run": Run(99)}, r"not watched.*schedule\.metric=weight"),
         (at(10, Rank(3)), {"batch_end": decayed}, "5.0% of its start, too little to recover"),
         (Stage(At(fraction=1.0), Rank(3)), {"batch_end": decayed}, None),  # nothing is left to recover in
     ],
-    ids=["no plateau", "not measured", "low rate", "at the end"],
+    ids=["no plateau", "not watched", "low rate", "at the end"],
 )
 def test_what_leaves_ranks_or_weights_unfinished_is_warned_of(stage, options, message):
     with nullcontext() if message is None else pytest.warns(UserWarning, match=message):

@@ -62,7 +62,7 @@ def train(driver, folder, resume_from=None, kind=Loop):
 
 def plateau():
     """Fires at the third validation; the change costs too much and is made half as far, over three steps of ramp."""
-    how = How(metric="loss", window=3, rewarmup_steps=3, max_regression=0.02)
+    how = How(metric="gates", window=3, rewarmup_steps=3, max_regression=0.02)
     return RankDriver(after_convergence(1, Plateau(patience=2, min_delta=0.9)), how)
 
 

@@ -53,7 +53,7 @@ CASES = [
     (["schedule.gauge=free"], ["free", "schedule.gauge"]),
     (["schedule.trigger.monitor=''"], ["schedule.trigger.monitor"]),
     (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
-    (["schedule.metric=loss", "schedule.window=0"], ["window", "0", "schedule.window"]),
+    (["schedule.metric=gates", "schedule.window=0"], ["window", "0", "schedule.window"]),
     (["optimizer.warmup_steps=10"], ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"]),
     (["schedule=milestones", "schedule.ranks=[16,24,8]"], ["stage 2", "24", "schedule.ranks[1]"]),
     (["schedule=milestones", "schedule.at=[0.5,0.4,0.7]"], ["0.5, 0.4", "schedule.at"]),

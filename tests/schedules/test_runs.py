@@ -129,11 +129,11 @@ RUNS = {  # schedule: (overrides, trajectory); what stands after a comma tells r
         [(12, 16, 8), (24, 8, 4)],  # three fresh values at 16, 20 and 24
     ),
     "after_convergence, measured after it is decided": (
-        ["schedule.final_rank=4", "schedule.metric=loss", *PLATEAU_AT_12],
+        ["schedule.final_rank=4", "schedule.metric=gates", *PLATEAU_AT_12],
         [(16, 16, 4)],
     ),
     "after_convergence, by deadline": (
-        ["schedule.final_rank=4", "schedule.deadline=0.6", "schedule.metric=loss", *PLATEAU_NEVER],
+        ["schedule.final_rank=4", "schedule.deadline=0.6", "schedule.metric=gates", *PLATEAU_NEVER],
         [(24, 16, 4)],
     ),
     "milestones": (["schedule.ranks=[8,4]", "schedule.at=[0,1]", "schedule.unit=epoch"], [(0, 16, 8), (20, 8, 4)]),
@@ -142,8 +142,8 @@ RUNS = {  # schedule: (overrides, trajectory); what stands after a comma tells r
          "schedule.deadline=0.5"],
         [(8, 16, 8), (16, 8, 4), (20, 4, 1)],
     ),
-    "anneal": (["schedule.final_rank=2", "schedule.metric=output"], [(8, 16, 8), (20, 8, 4), (32, 4, 2)]),
-    "squeeze_at_end": (["schedule.metric=output"], [(40, 16, 8)]),
+    "anneal": (["schedule.final_rank=2", "schedule.metric=gates"], [(8, 16, 8), (20, 8, 4), (32, 4, 2)]),
+    "squeeze_at_end": (["schedule.metric=gates"], [(40, 16, 8)]),
     "squeeze_then_tune": (["schedule.tune=0.25"], [(30, 16, 8)]),
     "grow": (["lora.rank=4", "schedule.final_rank=16", *PLATEAU_NEVER], [(20, 4, 16)]),
     "grow_then_shrink": (
@@ -193,12 +193,12 @@ RUNS = {  # schedule: (overrides, trajectory); what stands after a comma tells r
     ),
     "one_stage, final ranks": (["schedule/trigger=step", "schedule/target=final_ranks", "schedule.trigger.step=9"], []),
     "stages": (
-        ["schedule.metric=loss",
+        ["schedule.metric=gates",
          "schedule.stages=[{_target_: dynrank.schedules.Stage,"
          " when: {_target_: dynrank.triggers.At, step: 10}, to: {_target_: dynrank.targets.GrowTo, rank: 20}},"
          " {_target_: dynrank.schedules.Stage, deadline: 0.75,"
          " when: {_target_: dynrank.triggers.Plateau, patience: 99}, to: {_target_: dynrank.targets.Rank, rank: 8},"
-         " how: {_target_: dynrank.schedules.How, metric: output, window: 3}}]"],
+         " how: {_target_: dynrank.schedules.How, metric: gates, window: 3}}]"],
         [(10, 16, 20), (30, 20, 8)],
     ),
 }  # fmt: skip
@@ -279,7 +279,7 @@ def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
 
 def test_function_of_the_step_drives_the_ranks(regression):
     function = join([linear(8, 16, 8), geometric(16, 4, every=10)], boundaries=[16])
-    scheduler = RankScheduler(function, How(metric="output", window=2))
+    scheduler = RankScheduler(function, How(metric="gates", window=2))
     module, _ = fit(scheduler, {"rank": 8}, regression[2])
     expected = [(step, 7 + step, 8 + step) for step in range(1, 9)] + [(26, 16, 8), (36, 8, 4)]
     assert trajectory(scheduler) == expected
@@ -315,7 +315,7 @@ def test_trigger_and_target_of_ones_own_drive_the_ranks(regression):
 
 
 def test_window_that_is_open_for_a_later_stage_serves_an_earlier_one(regression):
-    soon, later = (How(metric="output", window=window) for window in (2, 8))
+    soon, later = (How(metric="gates", window=window) for window in (2, 8))
     schedule = [
         Stage(Plateau(patience=2, min_delta=0.9), Rank(8), how=soon),  # fires at 12
         Stage(At(step=16), Rank(4), how=later),  # measured from 8 on

@@ -96,7 +96,7 @@ def test_adapters_in_float16_are_refused(regression):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own,
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # while it compiles
 @pytest.mark.parametrize(
-    ("backend", "how"), [("aot_eager", How()), ("eager", How(metric="loss", window=2))], ids=["weight", "loss"]
+    ("backend", "how"), [("aot_eager", How()), ("eager", How(metric="gates", window=2))], ids=["weight", "loss"]
 )
 def test_compiled_model_uses_the_new_factors(regression, backend, how):
     plain, compiled = (without_dropout(regression[0]) for _ in range(2))
@@ -156,7 +156,7 @@ def test_checkpointed_activations_change_nothing(regression, reentrant):
     ends = []
     for checkpointing in (None, reentrant):
         module = Llama(checkpointing)
-        scheduler = RankScheduler([Stage(At(step=4), Rank(2))], How(metric="loss", window=2))
+        scheduler = RankScheduler([Stage(At(step=4), Rank(2))], How(metric="gates", window=2))
         trainer = regression[2](callbacks=[scheduler, StepSeed(0)], max_steps=6)
         trainer.fit(module, torch.utils.data.DataLoader(ids, batch_size=8))
         ends.append((scheduler.history, module.state_dict()))

@@ -1,0 +1,222 @@
+"""What the loss says of each singular direction of each layer's update, collected in training's own backward.
+
+Each direction has a gate of 1 before it. For example s the gradient of the batch's mean loss by gate i of a layer is
+``c[s, i] = sum_t (F_B^T dz_t)_i (F_A z_t)_i``, with z = A x, dz the gradient at z, t the example's positions, and F_A
+and F_B the maps from today's factors to the balanced ones of the SVD. So what has to be kept of an example is the
+(R, R) core ``sum_t dz_t z_t^T``, and the directions may be chosen at the end. Over the N terms that a batch's loss is
+the mean of, ``g = sum_s c_s`` and ``H = N sum_s c_s c_s^T`` (the empirical Fisher matrix); both are means over the
+window's steps. The Fisher matrix orders directions well and knows the size of the curvature badly: far from
+convergence it was half of the measured one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from dynrank.change.greedy import LossChange, Quadratic
+from dynrank.distributed.processes import from_all, from_first, process_count
+from dynrank.errors import ConfigurationError
+from dynrank.layers.ranked import RankedLayer, width_of
+from dynrank.linalg import truncate_product
+
+__all__ = ["EXAMPLES", "FEW", "Gates"]
+
+EXAMPLES = 640  # kept of a window at most: as many are enough, and a 7B's cores at rank 32 take 587 MB
+FEW = 32  # with fewer examples the choice is mostly noise
+
+
+@dataclass
+class _Pass:
+    """What one backward pass has shown: examples, terms of the loss, and by layer the cores of the first examples."""
+
+    number: int
+    examples: int
+    terms: Tensor
+    cores: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Gates:
+    """The gates of ``layers``, watched in every backward pass until :meth:`close`.
+
+    :meth:`end_step` is collective: after it all processes hold the same numbers, so that any process may save them by
+    itself, and any number of processes may go on from them. :meth:`kept` and :meth:`change` are, too.
+
+    Args:
+        layers: name -> layer; the model is trained as usual meanwhile.
+        window: optimizer steps that are going to be made; of each, an equal share of ``EXAMPLES`` is kept.
+        loss_terms: N, if the loss of a step is not the mean over the positions that reach the layer nearest to the
+            loss (a classifier's examples, a language model's counted tokens): 1 for a sum.
+
+    Attributes:
+        steps: how many optimizer steps were seen.
+        loss_scale: what the loss is multiplied by before backward, as in mixed precision with float16.
+        terms: N of the last step, in all processes.
+    """
+
+    def __init__(self, layers: Mapping[str, RankedLayer], window: int, loss_terms: int | None = None) -> None:
+        self.steps, self.loss_scale, self.terms = 0, 1.0, 0.0
+        self._layers, self._loss_terms = dict(layers), loss_terms
+        self._quota = -(-EXAMPLES // window // process_count())
+        self._passes: list[_Pass] = []  # of the step under way
+        self._cores: dict[str, list[Tensor]] = {name: [] for name in layers}  # (examples, R, R) of each step
+        self._weights: list[tuple[float, float]] = []  # of each step: factors of its cores in g, and of squares in H
+        self._quadratic: Quadratic | None = None
+        self._stops = [layer.observe(self._tap(name)) for name, layer in layers.items()]
+
+    @property
+    def examples(self) -> int:
+        """How many examples are held, of all processes."""
+        return sum(len(cores) for cores in next(iter(self._cores.values()), []))
+
+    def _tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
+        @torch.no_grad()
+        def tap(z: Tensor, dz: Tensor) -> None:
+            current = self._pass(name, dz)
+            if len(dz) != current.examples:
+                raise ConfigurationError(
+                    f"{name!r} sees {len(dz)} examples in a batch of {current.examples}: its input does not have one "
+                    "row for each, so schedule.metric=gates cannot tell them apart; set schedule.metric=weight, or "
+                    "leave the layer out (lora.target_modules)"
+                )
+            room = max(0, self._quota - sum(other.examples for other in self._passes if other is not current))
+            z_SPR, dz_SPR = (t[:room].flatten(1, -2) if t.ndim > 2 else t[:room, None] for t in (z, dz))
+            wide = torch.promote_types(z.dtype, torch.float32)
+            cores = dz_SPR.to(wide).mT @ z_SPR.to(wide)
+            seen = current.cores.get(name)
+            current.cores[name] = cores if seen is None else seen.add_(cores)  # a layer may be used twice
+
+        return tap
+
+    def _pass(self, name: str, dz: Tensor) -> _Pass:
+        """The backward pass under way; the first layer that it reaches tells its examples and terms.
+
+        Reentrant checkpointing runs a backward pass in several, which show different layers: they are taken as one.
+        """
+        number = torch._C._current_graph_task_id()
+        last = self._passes[-1] if self._passes else None
+        if last is not None and (last.number == number or (name not in last.cores and len(dz) == last.examples)):
+            last.number = number
+            return last
+        terms = dz.reshape(-1, dz.shape[-1]).ne(0).any(dim=1).sum()
+        self._passes.append(_Pass(number, len(dz), terms))
+        return self._passes[-1]
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Say that an optimizer step was made."""
+        self.steps += 1
+        passes, self._passes = self._passes, []
+        if not passes and process_count() == 1:
+            return
+        mine = {name: _joined(passes, name, layer) for name, layer in self._layers.items()}
+        counts = sum(p.examples for p in passes), sum(int(p.terms) for p in passes), len(next(iter(mine.values())))
+        totals = from_all(counts)
+        examples, terms, held = (sum(column) for column in zip(*totals, strict=True))
+        cores = {name: core.cpu() for name, core in _gathered(mine, [count for *_, count in totals]).items()}
+        if not held or not all(
+            torch.isfinite(core).all() for core in cores.values()
+        ):  # a step that float16's scaler skips, or a loss that is about to be refused
+            return
+        self.terms = float(self._loss_terms or terms)
+        scale = 1 / self.loss_scale / process_count()  # gradients are means over processes
+        share = examples / held
+        self._weights.append((scale * share, scale**2 * share * self.terms))
+        for name, core in cores.items():
+            self._cores[name].append(core)
+
+    def close(self) -> None:
+        """Stop watching; what was collected stays."""
+        for stop in self._stops:
+            stop()
+        self._stops = []
+
+    def values(self) -> dict[str, Tensor]:
+        """{layer: (rank,) descending} what the directions are worth to the loss, for targets; not collective.
+
+        Raises:
+            ConfigurationError: if a layer has seen no backward pass, or its factors are not finite.
+        """
+        return self._estimate().values()
+
+    def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+        """{layer: the directions to keep, ascending} of the layers in ``ranks``, the others staying whole.
+
+        Raises:
+            ConfigurationError: as :meth:`values`.
+        """
+        whole = {name: layer.rank for name, layer in self._layers.items()} | dict(ranks)
+        kept = from_first(lambda: self._estimate().kept(whole))
+        return {name: kept[name] for name in ranks}
+
+    def change(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
+        """{layer: its part in the estimated change of the loss} if of each layer these directions are kept."""
+        whole = {name: torch.arange(layer.rank) for name, layer in self._layers.items()} | dict(kept)
+        parts = from_first(lambda: self._estimate().change(whole))
+        return {name: parts[name] for name in kept}
+
+    def _estimate(self) -> Quadratic:
+        """The quadratic in the singular directions of the factors as they are when it is first asked for."""
+        if self._quadratic is None:
+            self._quadratic = Quadratic(*self._gradients(), {name: width_of(la) for name, la in self._layers.items()})
+        return self._quadratic
+
+    @torch.no_grad()
+    def _gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        gradients, roots, steps = {}, {}, len(self._weights)
+        for name, layer in self._layers.items():
+            cores = self._cores[name]
+            if not any(len(core) for core in cores):
+                raise ConfigurationError(
+                    f"no backward pass has reached {name!r} while its gates were watched, so metric=gates cannot rank "
+                    "its directions; set schedule.metric=weight, or leave the layer out (lora.target_modules)"
+                )
+            try:
+                whole = truncate_product(layer.lora_B, layer.lora_A, layer.rank)
+            except ValueError as error:
+                raise ConfigurationError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error
+            from_A, from_B = whole.from_A.cpu(), whole.from_B.cpu()
+            live = (whole.lora_A.any(dim=1) & whole.lora_B.any(dim=0)).cpu()  # a gate before nothing changes nothing
+            parts = [torch.einsum("rk,srt,kt->sk", from_B, core.double(), from_A) * live for core in cores]
+            linear, square = zip(*self._weights, strict=True)
+            gradients[name] = sum(c.sum(0) * w for c, w in zip(parts, linear, strict=True)) / steps
+            roots[name] = torch.cat([c * (w / steps) ** 0.5 for c, w in zip(parts, square, strict=True)])
+        return gradients, roots
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers and tensors; passes since the last optimizer step are left out."""
+        cores = {name: list(parts) for name, parts in self._cores.items()}
+        return {"steps": self.steps, "terms": self.terms, "weights": list(self._weights), "cores": cores}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps, self.terms = state["steps"], state["terms"]
+        self._weights = [(float(linear), float(square)) for linear, square in state["weights"]]
+        self._cores = {name: list(state["cores"][name]) for name in self._layers}
+
+
+def _joined(passes: list[_Pass], name: str, layer: RankedLayer) -> Tensor:
+    """(examples kept, R, R) of a step; zeros where a pass has not reached the layer."""
+    whole = [next(iter(p.cores.values())) for p in passes]
+    parts = [
+        p.cores[name] if name in p.cores else some.new_zeros(len(some), layer.rank, layer.rank)
+        for p, some in zip(passes, whole, strict=True)
+    ]
+    return torch.cat(parts) if parts else layer.lora_A.new_zeros(0, layer.rank, layer.rank, dtype=torch.float32)
+
+
+def _gathered(cores: Mapping[str, Tensor], counts: list[int]) -> dict[str, Tensor]:
+    """The cores of all processes, of which ``counts`` says how many examples each has, in one message."""
+    if len(counts) == 1:
+        return dict(cores)
+    message = torch.cat([core.flatten(1) for core in cores.values()], dim=1)
+    padded = message.new_zeros(max(counts), message.shape[1])
+    padded[: len(message)] = message
+    received = [torch.empty_like(padded) for _ in counts]
+    distributed.all_gather(received, padded)
+    whole = torch.cat([rows[:count] for rows, count in zip(received, counts, strict=True)])
+    parts = torch.split(whole, [core[0].numel() if len(core) else core.shape[1] ** 2 for core in cores.values()], dim=1)
+    return {name: part.reshape(-1, *core.shape[1:]) for (name, core), part in zip(cores.items(), parts, strict=True)}

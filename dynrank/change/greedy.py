@@ -1,0 +1,116 @@
+"""Which singular directions of all layers the loss needs least, by a quadratic estimate with all interactions.
+
+A gate of 1 stands before every direction. With ``g`` the gradient of the loss by the gates and ``H`` an estimate of
+its Hessian, dropping the set S changes the loss by about ``-sum_S g + 1/2 sum_{S x S} H``. The greedy drops, again and
+again, the direction that adds least to this per parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["LossChange", "Quadratic"]
+
+
+@dataclass(frozen=True)
+class LossChange:
+    """The change of the loss that a change of ranks is estimated to make, or one layer's part in it.
+
+    Attributes:
+        first_order: minus the sum of the gradients by the gates that close.
+        second_order: of the curvature within the layer.
+        between_layers: of the curvature between layers; each of two layers bears half.
+    """
+
+    first_order: float
+    second_order: float
+    between_layers: float
+
+    @property
+    def total(self) -> float:
+        return self.first_order + self.second_order + self.between_layers
+
+
+class Quadratic:
+    """The quadratic of the loss in all gates.
+
+    Args:
+        gradients: {layer: (R,) gradient of the loss by its gates}.
+        roots: {layer: (S, R)}, the rows of a root of the Hessian: ``H = roots^T roots`` with all layers side by side.
+        widths: {layer: parameters of one of its directions}.
+
+    Everything is float64 on the CPU. Layers are taken in the order of their names, and of equal candidates the first
+    one, so that the same numbers give the same choice whatever the order of the layers.
+    """
+
+    def __init__(self, gradients: Mapping[str, Tensor], roots: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+        names, counts = sorted(gradients), [len(gradients[name]) for name in sorted(gradients)]
+        ends = np.cumsum(counts)
+        self._places = {
+            name: slice(int(end) - count, int(end)) for name, end, count in zip(names, ends, counts, strict=True)
+        }
+        self._owners = np.repeat(np.arange(len(names)), counts)
+        self._gradient = torch.cat([gradients[name] for name in names]).numpy()
+        self._roots = torch.cat([roots[name] for name in names], dim=1).numpy()
+        self._widths = np.repeat([float(widths[name]) for name in names], counts)
+        self._hessian = self._roots.T @ self._roots
+
+    def dropped(self, ranks: Mapping[str, int]) -> tuple[list[int], list[float]]:
+        """Every direction above ``ranks`` (of each layer), in the order in which the greedy drops them, and its price.
+
+        The price is what the drop adds to the loss, per parameter.
+        """
+        left = np.array([place.stop - place.start - ranks[name] for name, place in self._places.items()])
+        cost, order, prices = 0.5 * np.diag(self._hessian) - self._gradient, [], []
+        cost[left[self._owners] <= 0] = np.inf
+        for _ in range(int(left.clip(min=0).sum())):
+            first = int(np.argmin(cost / self._widths))
+            order.append(first)
+            prices.append(float(cost[first] / self._widths[first]))
+            cost += self._hessian[first]
+            cost[first] = np.inf
+            owner = self._owners[first]
+            left[owner] -= 1
+            if left[owner] == 0:
+                cost[self._owners == owner] = np.inf
+        return order, prices
+
+    def values(self) -> dict[str, Tensor]:
+        """{layer: (R,) descending}: numbers whose squares, per parameter, order all directions as the greedy does.
+
+        A direction that is dropped cheaply after a dear one, because that one is gone, counts as much as the dear one
+        and a trifle more; what lowers the loss counts as a trifle. So targets may treat them as singular values.
+        """
+        order, prices = self.dropped(dict.fromkeys(self._places, 1))
+        rest = [i for i in range(len(self._gradient)) if i not in set(order)]  # the last one of each layer
+        levels = np.maximum.accumulate(np.maximum([*prices, *[0.0] * len(rest)], 0.0))
+        top = levels[-1] if len(levels) and levels[-1] > 0 else 1.0
+        levels = levels + top * 1e-9 * np.arange(1, len(levels) + 1) / len(levels)
+        worth = np.empty(len(levels))
+        worth[[*order, *rest]] = levels
+        roots = np.sqrt(worth * self._widths)
+        return {name: torch.from_numpy(np.sort(roots[place])[::-1].copy()) for name, place in self._places.items()}
+
+    def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+        """{layer: (rank,) the directions that the greedy leaves, ascending} at these ranks of all layers."""
+        gone = np.zeros(len(self._gradient), dtype=bool)
+        gone[self.dropped(ranks)[0]] = True
+        return {name: torch.from_numpy(np.flatnonzero(~gone[place])) for name, place in self._places.items()}
+
+    def change(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
+        """{layer: its part in the estimated change of the loss} where of each layer these directions are kept."""
+        first, moved = {}, {}
+        for name, place in self._places.items():
+            gone = np.ones(place.stop - place.start)
+            gone[kept[name].numpy()] = 0.0
+            first[name], moved[name] = -float(gone @ self._gradient[place]), self._roots[:, place] @ gone
+        whole: np.ndarray = sum(moved.values(), np.zeros(len(self._roots)))
+        return {
+            name: LossChange(first[name], 0.5 * float(own @ own), 0.5 * float(own @ (whole - own)))
+            for name, own in moved.items()
+        }

@@ -1,0 +1,47 @@
+"""PEFT's AdaLoRA as an arm of the studies (arXiv:2303.10512)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from medical_bench import HEAD, SCALING, Setting, Trainee
+from peft import AdaLoraConfig, get_peft_model
+from torch import nn
+
+
+def adalora(setting: Setting, start: int, target: int, lr: float | None = None) -> Trainee:
+    """A fresh model with PEFT's AdaLoRA on every linear layer.
+
+    Its mean rank falls from ``start`` to ``target`` between 0.15 and 0.65 of the run, along a cubic.
+    """
+    first, last = round(0.15 * setting.steps), round(0.65 * setting.steps)
+    model = setting.classifier()
+    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
+    config = AdaLoraConfig(
+        init_r=start,
+        target_r=target,
+        lora_alpha=round(SCALING * start),  # PEFT divides by the initial rank
+        tinit=first,
+        tfinal=setting.steps - last,
+        deltaT=5,
+        total_step=setting.steps,
+        target_modules=targets,
+        modules_to_save=[HEAD],
+    )
+    return setting.trainee(get_peft_model(model, config).train(), lr)  # type: ignore[arg-type]
+
+
+def allocation_of(trainee: Trainee) -> Callable[[int], None]:
+    """What AdaLoRA wants done after each step."""
+    model: Any = trainee.model
+    allocate: Callable[[int], None] = model.base_model.update_and_allocate
+    return allocate
+
+
+def kept_parameters(model: nn.Module) -> int:
+    """Numbers in the triplets that AdaLoRA has not masked."""
+    rows = {name: p for name, p in model.named_parameters() if ".lora_" in name}
+    kept = {name: int((p != 0).sum()) for name, p in rows.items() if ".lora_E." in name}
+    pairs = {name: (rows[name.replace("_E.", "_B.")], rows[name.replace("_E.", "_A.")]) for name in kept}
+    return sum(kept[name] * (lora_B.shape[0] + 1 + lora_A.shape[1]) for name, (lora_B, lora_A) in pairs.items())

@@ -1,0 +1,331 @@
+"""Gates against gradients by each example's own backward pass in float64, for every kind of layer and way to run it."""
+
+import copy
+import pickle
+from contextlib import closing
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+import dynrank
+from dynrank.change.gates import EXAMPLES, Gates
+from dynrank.change.predict import predict
+from dynrank.change.resize import resize
+from dynrank.errors import ConfigurationError
+from dynrank.linalg import truncate_product
+from dynrank.schedules import How
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(10, 8), lambda g: torch.randn(5, 7, 10, generator=g)),
+    "conv1d": (lambda: Conv1D(8, 10), lambda g: torch.randn(5, 7, 10, generator=g)),
+    "embedding": (lambda: nn.Embedding(20, 8), lambda g: torch.randint(20, (5, 7), generator=g)),
+    "conv2d": (
+        lambda: nn.Conv2d(3, 8, (3, 2), stride=2, padding=1),
+        lambda g: torch.randn(5, 3, 9, 8, generator=g),
+    ),
+}
+
+
+def adapted(kind, rank=3, **options):
+    """(net of one LoRA layer with an update, its layer, two inputs of five examples)."""
+    make, draw = LAYERS[kind]
+    torch.manual_seed(0)
+    net = dynrank.add_lora(nn.Sequential(make()), rank=rank, alpha=6, target_modules=["0"], **options)
+    nn.init.normal_(net[0].lora_B)
+    generator = torch.Generator().manual_seed(1)
+    return net, net[0], [draw(generator) for _ in range(2)]
+
+
+def loss_of(y):
+    """The mean over examples of a number of each."""
+    return (y.sin() * y.exp().clamp(max=3)).flatten(1).mean(1).mean()
+
+
+def gate_gradients(net, x, loss=loss_of):
+    """{layer: (examples, rank) gradient of the loss by the gates, through each example}, by autograd on real gates."""
+    layers = dict(dynrank.lora_layers(net))
+    changes = {name: truncate_product(la.lora_B, la.lora_A, la.rank) for name, la in layers.items()}
+    rows = {name: [] for name in layers}
+    for example in x.split(1):
+        twin = copy.deepcopy(net)
+        gates = {}
+        for name, layer in dynrank.lora_layers(twin):
+            gates[name] = torch.ones(layer.rank, dtype=torch.float64, requires_grad=True)
+            layer.lora_A.data, layer.lora_B.data = changes[name].lora_A.double(), changes[name].lora_B.double()
+        twin.double()
+        given = example.double() if example.is_floating_point() else example
+        factors = {f"{n}.lora_B": la.lora_B * gates[n] for n, la in dynrank.lora_layers(twin)}
+        y = torch.func.functional_call(twin, factors, (given,))
+        for name, grad in zip(gates, torch.autograd.grad(loss(y) / len(x), [*gates.values()]), strict=True):
+            rows[name].append(grad)
+    return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+def estimate(gates):
+    return gates._gradients()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_are_those_of_real_gates_in_each_example(kind):
+    net, layer, (x, _) = adapted(kind)
+    with closing(Gates({"0": layer}, 1, loss_terms=5)) as gates:
+        loss_of(net(x)).backward()
+        gates.end_step()
+    expected = gate_gradients(net, x)["0"]
+    (gradient, root) = (part["0"] for part in estimate(gates))
+    assert_close(gradient, expected.sum(0), rtol=1e-4, atol=1e-6)  # the passes are float32
+    assert_close(root.mT @ root, 5 * expected.mT @ expected, rtol=1e-4, atol=1e-6)
+
+
+def deep(seed=0, tokens=True):
+    """(net of three layers, one used twice, with LoRA on all; input of six examples)."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            x = self.b(torch.tanh(self.b(torch.tanh(self.a(x)))))
+            return self.head(x.mean(1) if tokens else x)
+
+    torch.manual_seed(seed)
+    net = dynrank.add_lora(Net(), rank=3, alpha=6, target_modules=["a", "b", "head"], dtype=torch.float64).double()
+    for _, layer in dynrank.lora_layers(net):
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return net, torch.randn(6, 5, 6, dtype=torch.float64)
+
+
+def test_layers_that_are_used_twice_and_read_pooled_inputs_share_their_examples():
+    net, x = deep()
+    with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
+        loss_of(net(x)).backward()
+        gates.end_step()
+    assert gates.terms == 6  # the head, nearest to the loss, has one position of each example
+    expected, (gradients, roots) = gate_gradients(net, x), estimate(gates)
+    for name, rows in expected.items():
+        assert_close(gradients[name], rows.sum(0), rtol=1e-10, atol=1e-14)
+    whole, mine = (torch.cat([part[name] for name in expected], 1) for part in (expected, roots))
+    assert_close(mine.mT @ mine, 6 * whole.mT @ whole, rtol=1e-10, atol=1e-14)  # all layers together
+
+
+def test_accumulated_passes_are_one_step_and_steps_are_averaged():
+    net, x = deep()
+    layers = dict(dynrank.lora_layers(net))
+    with closing(Gates(layers, 2)) as whole, torch.no_grad():
+        for part in (x[:4], x[2:]):
+            with torch.enable_grad():
+                loss_of(net(part)).backward()
+            whole.end_step()
+    with closing(Gates(layers, 2)) as parts:
+        for part in (x[:4], x[2:]):
+            for micro in part.split(2):
+                (loss_of(net(micro)) / 2).backward()
+            parts.end_step()
+    for one, other in zip(estimate(whole), estimate(parts), strict=True):
+        for name, value in one.items():
+            assert_close(other[name], value, rtol=1e-10, atol=1e-14)
+    assert parts.steps == whole.steps == 2
+    first, second = (gate_gradients(net, part) for part in (x[:4], x[2:]))
+    for name, value in estimate(whole)[0].items():
+        assert_close(value, (first[name].sum(0) + second[name].sum(0)) / 2, rtol=1e-10, atol=1e-14)
+
+
+def test_counted_tokens_are_the_terms_of_a_language_model_s_loss():
+    net, x = deep(tokens=False)
+    counted = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.4
+    with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
+        net(x).sin().sum(-1)[counted].mean().backward()
+        gates.end_step()
+    assert gates.terms == counted.sum()
+
+
+def test_scaled_losses_are_taken_as_they_are():
+    net, x = deep()
+    found = []
+    for scale in (1.0, 1024.0):
+        with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
+            gates.loss_scale = scale
+            (scale * loss_of(net(x))).backward()
+            gates.end_step()
+        found.append(estimate(gates))
+    for one, other in zip(*found, strict=True):
+        for name, value in one.items():
+            assert_close(other[name], value, rtol=1e-12, atol=1e-15)
+
+
+def test_examples_beyond_the_quota_are_left_out_and_the_rest_weighs_more():
+    net, x = deep()
+    with closing(Gates(dict(dynrank.lora_layers(net)), EXAMPLES // 3 + 1)) as gates:  # three of each step
+        loss_of(net(x)).backward()
+        gates.end_step()
+    assert gates.examples == 3
+    expected, (gradients, roots) = gate_gradients(net, x), estimate(gates)
+    for name, rows in expected.items():
+        assert_close(gradients[name], 2 * rows[:3].sum(0), rtol=1e-10, atol=1e-14)
+        assert_close(roots[name].mT @ roots[name], 2 * 6 * rows[:3].mT @ rows[:3], rtol=1e-10, atol=1e-14)
+
+
+def test_infinite_gradients_of_a_skipped_step_leave_no_trace():
+    net, x = deep()
+    with closing(Gates(dict(dynrank.lora_layers(net)), 2)) as gates:
+        (float("inf") * loss_of(net(x))).backward()
+        gates.end_step()
+        loss_of(net(x)).backward()
+        gates.end_step()
+    assert (gates.steps, gates.examples) == (2, 6)
+    expected = gate_gradients(net, x)
+    for name, value in estimate(gates)[0].items():
+        assert_close(value, expected[name].sum(0), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradient_checkpointing_shows_the_same(reentrant, dropout):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+    dynrank.add_lora(net, rank=3, target_modules=["0", "2", "4"], dropout=dropout)
+    for _, layer in dynrank.lora_layers(net):
+        nn.init.normal_(layer.lora_B)
+    x, found = torch.randn(5, 3, 6).requires_grad_(), []
+    for run in (
+        net,
+        lambda x: checkpoint(net[2:], checkpoint(net[:2], x, use_reentrant=reentrant), use_reentrant=reentrant),
+    ):
+        torch.manual_seed(3)
+        with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
+            loss_of(run(x)).backward()
+            gates.end_step()
+        assert gates.examples == 5
+        found.append(estimate(gates))
+    for one, other in zip(*found, strict=True):
+        for name, value in one.items():
+            assert_close(other[name], value, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("dropout", "autocast"), [(0.0, False), (0.5, True)])
+def test_watched_passes_are_bit_equal_to_others(kind, dropout, autocast):
+    net, layer, (x, _) = adapted(kind, dropout=dropout)
+
+    def passes():
+        torch.manual_seed(4)
+        net.zero_grad()
+        given = x.clone().requires_grad_() if x.is_floating_point() else x
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = net(given)
+        loss_of(y.float()).backward()
+        grads = [layer.lora_A.grad, layer.lora_B.grad, given.grad if x.is_floating_point() else None]
+        return [y.detach().clone(), *(grad.clone() for grad in grads if grad is not None)]
+
+    before = passes()
+    with closing(Gates({"0": layer}, 1)) as gates:
+        during = passes()
+        gates.end_step()
+    after = passes()
+    assert gates.examples == 5
+    for mine, other, third in zip(before, during, after, strict=True):
+        assert torch.equal(mine, other)
+        assert torch.equal(mine, third)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
+def test_copies_of_a_watched_layer_are_not_watched(copied):
+    net, layer, (x, _) = adapted("linear")
+    with closing(Gates({"0": layer}, 1)) as gates:
+        loss_of(copied(net)(x)).backward()
+        gates.end_step()
+        assert gates.examples == 0
+        with pytest.raises(RuntimeError, match="observed already"):
+            Gates({"0": layer}, 1)
+    with pytest.raises(ConfigurationError, match=r"'0'.*metric=gates.*schedule\.metric=weight.*lora\.target_modules"):
+        gates.values()
+
+
+def test_flattened_examples_are_refused():
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x.flatten(0, 1)).view(*x.shape[:2], 6))
+
+    net = dynrank.add_lora(Flat(), rank=2, target_modules=["a", "b"])
+    nn.init.normal_(net.b.lora_B)
+    with closing(Gates(dict(dynrank.lora_layers(net)), 1)):
+        loss = loss_of(net(torch.randn(4, 3, 6)))
+        with pytest.raises(ConfigurationError, match=r"'a' sees 12 examples in a batch of 4.*schedule\.metric=weight"):
+            loss.backward()
+
+
+def test_gates_go_on_from_their_state(tmp_path):
+    net, x = deep()
+    layers = dict(dynrank.lora_layers(net))
+
+    def steps(gates, numbers):
+        for number in numbers:
+            loss_of(net(x[number:])).backward()
+            gates.end_step()
+
+    with closing(Gates(layers, 3)) as whole:
+        steps(whole, range(3))
+    with closing(Gates(layers, 3)) as head:
+        steps(head, range(2))
+        torch.save(head.state_dict(), tmp_path / "state")
+    with closing(Gates(layers, 3)) as tail:
+        tail.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
+        steps(tail, range(2, 3))
+    assert (tail.steps, tail.terms) == (whole.steps, whole.terms)
+    for one, other in zip(estimate(whole), estimate(tail), strict=True):
+        assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_prediction_is_the_increase_of_a_loss_that_is_quadratic_in_the_gates(rank):
+    """One position an example and a residual that the Fisher matrix is exact for: noise of variance 1 around y."""
+    torch.manual_seed(0)
+    net = nn.ModuleDict({"a": nn.Linear(5, 4, dtype=torch.float64), "b": nn.Linear(5, 4, dtype=torch.float64)})
+    dynrank.add_lora(net, rank=3, target_modules=["a", "b"], dtype=torch.float64)
+    for _, layer in dynrank.lora_layers(net):
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(40, 5, dtype=torch.float64)
+    noise = torch.cat([torch.eye(4), -torch.eye(4)]).double() * 2  # mean 0, covariance 1
+    inputs, noise = x.repeat_interleave(8, 0), noise.repeat(40, 1)
+    y = (net["a"](inputs) + net["b"](inputs)).detach() + noise
+
+    def loss():
+        return 0.5 * (net["a"](inputs) + net["b"](inputs) - y).square().sum(1).mean()
+
+    layers = dict(dynrank.lora_layers(net))
+    with closing(Gates(layers, 1)) as gates:
+        loss().backward()
+        gates.end_step()
+    before = loss().item()
+    predicted = predict(net, rank, gates=gates)
+    reports = resize(net, rank, gates=gates)
+    assert [report.loss for report in reports] == [report.loss for report in predicted]
+    assert sum(report.loss.total for report in reports) == pytest.approx(loss().item() - before, rel=1e-10)
+    assert any(abs(report.loss.between_layers) > 1e-3 for report in reports)
+
+
+def test_gates_keep_a_small_direction_that_the_loss_needs():
+    """Not a prefix of the spectrum: what is kept is in the product, what is dropped is not."""
+    net = dynrank.add_lora(nn.Sequential(nn.Linear(6, 6, bias=False)), rank=3, alpha=3, target_modules=["0"])
+    with torch.no_grad():
+        net[0].lora_A.copy_(torch.eye(3, 6))
+        net[0].lora_B.copy_(torch.eye(6, 3) * torch.tensor([3.0, 2.0, 1.0]))
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1e-3, 1.0, 1, 1, 1])
+    with closing(Gates({"0": net[0]}, 1)) as gates:
+        (
+            net(x) - net(x).detach() + torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+        ).square().mean().backward()
+        gates.end_step()
+    (report,) = resize(net, 1, how=How(metric="gates"), gates=gates)
+    assert_close(net[0].delta_weight(), torch.diag(torch.tensor([0.0, 0, 1, 0, 0, 0])), atol=1e-6, rtol=0)
+    assert report.energy_kept == pytest.approx(1 / 14)
+    assert report.predicted_error == pytest.approx(13**0.5)
