@@ -74,6 +74,6 @@ def final_parameters(model: nn.Module, schedule: Sequence[Stage]) -> tuple[int, 
     states, ends = {name: bounded(layer, True) for name, layer in lora_layers(model)}, final_ranks(model, schedule)
     low, high = (sum(state.cost * ends[name][i] for name, state in states.items()) for i in (0, 1))
     target = schedule[-1].to if schedule else None
-    if isinstance(target, Budget) and (len(schedule) == 1 or target.share is None):
+    if isinstance(target, Budget) and (len(schedule) == 1 or not target.is_relative):
         high = min(high, target.pool(states))
     return low, high

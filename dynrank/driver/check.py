@@ -46,7 +46,7 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
             if wanted > max(most, before[name][1]):  # PEFT gives a narrow layer ranks above it, and a cut takes them
                 faults.append(f"stage {index + 1}: rank {wanted} is above {why} = {most} of {name!r}; set {stage.key}")
         known = all(low == high for low, high, _ in before.values())
-        if isinstance(stage.to, Budget) and (known or stage.to.share is None):
+        if isinstance(stage.to, Budget) and (known or not stage.to.is_relative):
             last = index == len(schedule) - 1
             states = {name: replace(bounded(layer, last), rank=before[name][0]) for name, layer in layers.items()}
             faults += [f"stage {index + 1}: {fault}" for fault in _budget_faults(stage.to, states)]
@@ -57,7 +57,8 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
 def _budget_faults(budget: Budget, states: Mapping[str, LayerState]) -> Iterator[str]:
     given, least = budget.pool(states), budget.floor_parameters(states)
     if given < least:
-        key = "schedule.share" if budget.share is not None else "schedule.parameters"
+        size = next(name for name in ("parameters", "share", "rank", "bytes") if getattr(budget, name) is not None)
+        key = "schedule.final_rank" if size == "rank" else f"schedule.{size}"
         yield (
             f"the budget of {given:,} parameters is below {least:,}, what the lowest ranks of {len(states)} layers "
             f"cost; set {key} or schedule.lowest"

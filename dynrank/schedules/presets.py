@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, NotNegative, Share, validated_call
 from dynrank.schedules.stage import Stage
@@ -168,14 +168,55 @@ def budget(
     parameters: Count | None = None,
     trigger: Trigger | At | None = None,
     *,
+    final_rank: Count | None = None,
+    bytes: ByteSize | None = None,
     lowest: Count = 1,
     highest: Count | None = None,
     multiple: Count = 1,
     deadline: Share | None = 0.75,
 ) -> list[Stage]:
-    """All layers to ranks that share one pool of parameters (see :class:`dynrank.targets.Budget`), once converged."""
-    pool = Budget(parameters, share, lowest=lowest, highest=highest, multiple=multiple)
+    """All layers to ranks that share one pool of parameters, once converged; sizes as in :func:`early_budget`."""
+    pool = _pool(final_rank, share, parameters, bytes, lowest=lowest, highest=highest, multiple=multiple)
     return [_once(trigger, pool, deadline, key="schedule.lowest, schedule.share")]
+
+
+@validated_call("schedule")
+def early_budget(
+    final_rank: Count | None = None,
+    *,
+    share: Share | None = None,
+    parameters: Count | None = None,
+    bytes: ByteSize | None = None,
+    at: Time = 0.3333,
+    lowest: Count = 1,
+    highest: Count | None = None,
+    multiple: Count = 1,
+) -> list[Stage]:
+    """All layers to ranks that share one pool of parameters, early in the run.
+
+    Its file in conf/schedule/ cuts by gates, doubles the adapter's rate afterwards and has no ramp; in Python these are
+    ``How(metric="gates", rate_after=2.0)``.
+
+    Args:
+        final_rank: the pool has as many parameters as this rank; used where none of the next three is given.
+        share: of the parameters before the change.
+        parameters: of all layers together.
+        bytes: of all layers together in float32: 8388608, or "8MiB".
+        at: share of the run at which the ranks change.
+        lowest: rank that every layer keeps.
+        highest: rank that no layer exceeds; None: its rank now.
+        multiple: of which new ranks are multiples.
+    """
+    pool = _pool(final_rank, share, parameters, bytes, lowest=lowest, highest=highest, multiple=multiple)
+    return [Stage(At(fraction=at), pool, key="schedule.final_rank, schedule.share")]
+
+
+def _pool(
+    final_rank: int | None, share: float | None, parameters: int | None, bytes: ByteSize | None, **bounds: Any
+) -> Budget:
+    """The budget of the one size that is given; ``final_rank`` is the default of the others."""
+    others = (share, parameters, bytes) != (None, None, None)
+    return Budget(parameters, share, rank=None if others else final_rank, bytes=bytes, **bounds)
 
 
 @validated_call("schedule")

@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import floor, fsum, inf
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.targets.base import LayerState, Stepped, up_to_multiple
@@ -17,15 +17,17 @@ from dynrank.targets.base import LayerState, Stepped, up_to_multiple
 class Budget(Stepped):
     """One pool of adapter parameters for all layers, shared out so that what is kept is worth much.
 
-    A direction is worth its squared singular value; in the ``loss`` metric these have one unit over all layers
-    (estimated loss), in ``weight`` and ``output`` comparing layers is a heuristic. Every layer starts from its lowest
+    A direction is worth what the loss loses with it where gates were watched, else its squared singular value, by which
+    comparing layers is a heuristic. Every layer starts from its lowest
     rank; then the step to a layer's next rank that is worth most per parameter is taken again and again, as long as it
     fits. What is kept falls short of the best possible by less than one step is worth, and not at all where all steps
     cost the same.
 
     Args:
-        parameters: of all layers together after the change (pinned ones included); exactly one of this and ``share``.
+        parameters: of all layers together after the change (pinned ones included); exactly one of the sizes is given.
         share: the same as a share of the parameters now, in (0, 1]; the lowest ranks are kept in any case.
+        rank: as many parameters as this rank has, if all layers go down to it.
+        bytes: of all layers together in float32, as a number or a text: "8MiB".
         lowest: rank that every layer keeps (one that has less stays).
         highest: rank that no layer exceeds; None: its rank now.
         multiple: of which new ranks are multiples; a layer may also stay as it is.
@@ -42,13 +44,17 @@ class Budget(Stepped):
 
     parameters: Annotated[int, Field(ge=0)] | None = None
     share: Share | None = None
+    rank: Count | None = Field(default=None, kw_only=True)
+    bytes: ByteSize | None = Field(default=None, kw_only=True)
     highest: Count | None = Field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        if (self.parameters is None) == (self.share is None):
+        sizes = {name: getattr(self, name) for name in ("parameters", "share", "rank", "bytes")}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        if len(given) != 1:
             raise ConfigurationError(
-                f"a budget is either parameters or a share, got {self.parameters!r} and {self.share!r}; "
-                "set schedule.parameters or schedule.share, and the other to null"
+                f"a budget has one size: parameters, share, rank or bytes, got {given or 'none'}; set one of "
+                "schedule.parameters, schedule.share, schedule.final_rank and schedule.bytes, and the others to null"
             )
         if self.highest is not None and self.least() > self.highest:
             raise ConfigurationError(
@@ -61,8 +67,8 @@ class Budget(Stepped):
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         ranks = {name: self._choices(layer)[0] for name, layer in layers.items()}
         left, least = self.pool(layers), self.floor_parameters(layers)
-        if self.parameters is not None and left < least:
-            raise ConfigurationError(f"parameters must be at least {least:,}, of the lowest ranks, got {left:,}")
+        if self.share is None and left < least:
+            raise ConfigurationError(f"a budget must be at least {least:,} parameters, the lowest ranks', got {left:,}")
         left -= least
         steps = [step for name, layer in layers.items() for step in self._steps(name, layer)]
         ended = set()
@@ -74,10 +80,19 @@ class Budget(Stepped):
                 left -= size
         return ranks
 
+    @property
+    def is_relative(self) -> bool:
+        """Whether the pool depends on the ranks before."""
+        return self.share is not None or self.rank is not None
+
     def pool(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters that may be shared out to ``layers``."""
         if self.parameters is not None:
             return self.parameters
+        if self.bytes is not None:
+            return self.bytes // 4
+        if self.rank is not None:
+            return sum(layer.shrunk(self.rank) * layer.cost for layer in layers.values())
         now = sum(layer.rank * layer.cost for layer in layers.values())
         return floor((self.share or 0.0) * now + 1e-9)  # 0.29 * 100 is below 29
 

@@ -100,7 +100,7 @@ RUNS = {
     "ddp, accumulation and clipping": Run(
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
     ),
-    "ddp, budget by loss": Run(HALF, LOSS),
+    "ddp, budget by gates": Run(HALF, LOSS),
     "ddp, growth": Run(grow(8, At(step=CHANGE))),
     "ddp, growth at random, then shrink": Run(join([constant(6), constant(9), constant(2)], [6, CHANGE])),
     "ddp, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp={"static_graph": True}),
@@ -109,18 +109,18 @@ RUNS = {
     "ddp, average": Run(average=True),
     "ddp, peft": Run(model={"peft": True}),
     "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
-    "fsdp2, budget by loss": Run(HALF, LOSS, ddp=None),
+    "fsdp2, budget by gates": Run(HALF, LOSS, ddp=None),
     "fsdp2, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp=None),
 }
 
 RESUMED = {  # (a run, what else its strategy is told, and the kind of its checkpoints)
-    "resume ddp": (RUNS["ddp, budget by loss"], {}),
+    "resume ddp": (RUNS["ddp, budget by gates"], {}),
     "resume ddp, peft": (RUNS["ddp, peft"], {}),
     "resume ddp, plateau": (RUNS["ddp, plateau"], {"kind": AdapterCheckpoint}),
-    "resume fsdp2, one file": (RUNS["fsdp2, budget by loss"], {"save_distributed_checkpoint": False}),
-    "resume fsdp2, a folder": (RUNS["fsdp2, budget by loss"], {"save_distributed_checkpoint": True}),
+    "resume fsdp2, one file": (RUNS["fsdp2, budget by gates"], {"save_distributed_checkpoint": False}),
+    "resume fsdp2, a folder": (RUNS["fsdp2, budget by gates"], {"save_distributed_checkpoint": True}),
     "resume fsdp2, without the base": (
-        RUNS["fsdp2, budget by loss"],
+        RUNS["fsdp2, budget by gates"],
         {"save_distributed_checkpoint": False, "kind": AdapterCheckpoint},
     ),
     "resume fsdp2, peft": (
@@ -130,9 +130,9 @@ RESUMED = {  # (a run, what else its strategy is told, and the kind of its check
 }
 
 CROSSED = {  # one run in different processes: what it is there, and the folder of the checkpoints it leaves there
-    "one process": (RUNS["ddp, budget by loss"], "one process"),
-    "ddp": (RUNS["ddp, budget by loss"], "resume ddp"),
-    "fsdp2": (RUNS["fsdp2, budget by loss"], "resume fsdp2, one file"),
+    "one process": (RUNS["ddp, budget by gates"], "one process"),
+    "ddp": (RUNS["ddp, budget by gates"], "resume ddp"),
+    "fsdp2": (RUNS["fsdp2, budget by gates"], "resume fsdp2, one file"),
 }
 CROSSINGS = [CHANGE - 2, CHANGE + 2]  # steps: statistics are being measured, and at the ranks after the change
 

@@ -147,7 +147,7 @@ def main(folder: Path) -> None:
         checks[f"raised {type(error).__name__}"] = partial(raised_in_first, partial(fail, error))
     checks["raised by pickle"] = partial(raised_in_first, lambda: lambda: None)
     checks["saved alone"] = lambda: outcome(
-        *fit(RUNS["ddp, budget by loss"], strategy=strategy_of(RUNS["ddp"]), devices=2, callbacks=[SaveAlone()])
+        *fit(RUNS["ddp, budget by gates"], strategy=strategy_of(RUNS["ddp"]), devices=2, callbacks=[SaveAlone()])
     )
     for what in ("held", "compiled"):
         checks[what] = partial(refusal, RUNS["ddp"], callbacks=[Keep(what)])

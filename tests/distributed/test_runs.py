@@ -97,7 +97,7 @@ def test_resumed_processes_come_to_the_same_bits(results, name):
 
 def test_one_process_may_save_the_state_by_itself_while_statistics_are_collected(results):
     """What is collected is alike in all after every step, so nobody has to be asked, or waits."""
-    for alone, other in zip(found(results, "saved alone"), found(results, "ddp, budget by loss"), strict=True):
+    for alone, other in zip(found(results, "saved alone"), found(results, "ddp, budget by gates"), strict=True):
         assert_same_bits(alone, other)
 
 

@@ -12,6 +12,7 @@ from dynrank.schedules import (
     anneal,
     budget,
     check_schedule,
+    early_budget,
     energy,
     fixed,
     grow,
@@ -63,6 +64,10 @@ def test_presets_hand_their_values_to_the_stage():
     (stage,) = budget(parameters=900, lowest=2, highest=8, multiple=2, deadline=None)
     assert stage.to == Budget(900, lowest=2, highest=8, multiple=2)
     assert (stage.when, stage.deadline) == (Plateau(), None)
+    (stage,) = early_budget(4, at=0.25, lowest=2)
+    assert (stage.when, stage.to) == (At(fraction=0.25), Budget(rank=4, lowest=2))
+    assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)  # a final rank is the default of the other sizes
+    assert budget(final_rank=4, bytes="8MiB")[0].to == Budget(bytes=8 * 2**20)
     (stage,) = one_stage(Slope(), Rank(4), 0.5, True)
     assert stage == Stage(Slope(), Rank(4), 0.5, True, key="schedule.target")
     (halving,) = halving_on_plateau(8, deadline=None)
@@ -99,7 +104,9 @@ def test_stages_are_taken_as_they_are_and_named_by_their_place():
         (lambda: milestones([16, 8], [1, 1.5], "epoch"), "at"),
         (lambda: anneal(4, start=0.9, end=0.8), "start"),
         (lambda: squeeze_then_tune(4, tune=1), "tune"),
-        (lambda: budget(), "share"),
+        (lambda: budget(), "parameters; schedule.share; schedule.final_rank and schedule.bytes"),
+        (lambda: early_budget(share=0.5, parameters=7), "parameters"),
+        (lambda: early_budget(bytes="8 apples"), "bytes"),
         (lambda: budget(0.5, highest=2, lowest=3), "highest"),
         (lambda: stages([Rank(4)]), "stages[0]"),
     ],

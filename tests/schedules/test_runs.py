@@ -219,7 +219,7 @@ def test_preset_follows_its_trajectory(preset_run, name):
 
 def test_every_preset_has_a_run():
     presets = {entry.name.removesuffix(".yaml") for entry in (files(CONFIG_MODULE) / "schedule").iterdir()}
-    covered = {name.split(",")[0] for name in RUNS} | {"energy", "budget"}
+    covered = {name.split(",")[0] for name in RUNS} | {"energy", "budget", "early_budget"}
     assert presets - {"how", "trigger", "target"} == covered
     for group in ("trigger", "target"):
         options = {e.name.removesuffix(".yaml") for e in (files(CONFIG_MODULE) / "schedule" / group).iterdir()}
@@ -260,13 +260,14 @@ def test_effective_rank_takes_each_layer_to_its_own(preset_run):
 @pytest.mark.parametrize(
     ("overrides", "share", "step"),
     [
-        (["schedule=budget"], 0.5, 16),  # by the loss metric: decided at 12, measured over 4 steps
+        (["schedule=budget"], 0.5, 16),  # by gates: decided at 12, watched over 4 steps
+        (["schedule=early_budget", "schedule.final_rank=4"], 0.25, 14),
         (["schedule=one_stage", "schedule/target=budget", "schedule.target.share=0.2"], 0.2, 12),  # by weights
     ],
-    ids=["loss", "weight"],
+    ids=["gates", "early", "weight"],
 )
 def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
-    scheduler, module, _ = preset_run(*overrides, *PLATEAU_AT_12)
+    scheduler, module, _ = preset_run(*overrides, *([] if "early" in overrides[0] else PLATEAU_AT_12))
     (event,) = scheduler.history
     assert event.step == step
     layers = dict(dynrank.lora_layers(module))

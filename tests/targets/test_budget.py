@@ -136,13 +136,21 @@ def test_budget_by_hand():
         assert list(target.ranks(model).values()) == expected, target
 
 
+def test_a_rank_and_bytes_name_the_parameters_of_a_pool():
+    model = {"a": layer([3.0, 2.0, 1.0], d_out=150, d_in=50), "b": layer([3.0, 2.0, 1.5], d_out=50, d_in=50)}
+    model["pinned"] = replace(model["b"], lowest=3, highest=3)
+    assert Budget(rank=2).pool(model) == 2 * 200 + 2 * 100 + 3 * 100
+    assert Budget(rank=2).ranks(model) == Budget(parameters=900).ranks(model)
+    assert Budget(bytes="3600B").ranks(model) == Budget(bytes=3603).ranks(model) == Budget(parameters=900).ranks(model)
+
+
 def test_a_share_is_not_lost_to_rounding():
     assert Budget(share=0.58).ranks({"layer": layer([1.0] * 50, 1, 1)}) == {"layer": 29}  # 0.58 * 100 is below 58
 
 
 def test_parameters_below_the_lowest_ranks_are_refused():
     model = {"a": layer([1.0] * 4), "b": layer([1.0] * 4)}
-    with pytest.raises(ConfigurationError, match=r"parameters .*800.* got 799"):
+    with pytest.raises(ConfigurationError, match=r"budget .*800.* got 799"):
         Budget(parameters=799, lowest=2).ranks(model)
     assert Budget(parameters=800, lowest=2).floor_parameters(model) == 800
 
