@@ -281,7 +281,7 @@ def ended(folder, **options):
     torch.manual_seed(0)
     model = dynrank.add_lora(base(), rank=4, alpha=8)
     stages = [
-        Stage(At(step=4), Rank(3), how=How(metric="output", window=2)),
+        Stage(At(step=4), Rank(3), how=How(metric="gates", window=2)),
         Stage(At(step=6), Rank(1), how=How(max_regression=0.0, check_monitor="eval_loss")),
         Stage(At(step=8), GrowTo(4)),
     ]

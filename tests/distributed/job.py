@@ -49,12 +49,12 @@ class Spoil(lightning.Callback):
 
 
 class SaveAlone(lightning.Callback):
-    """Process 0 alone asks for the scheduler's state, while statistics are being collected."""
+    """Process 0 alone asks for the scheduler's state, while gates are watched."""
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == CHANGE - 1 and trainer.global_rank == 0:
             (scheduler,) = (callback for callback in trainer.callbacks if isinstance(callback, RankScheduler))
-            assert "dzdz" in str(scheduler.state_dict())
+            assert "cores" in str(scheduler.state_dict())
 
 
 class Keep(lightning.Callback):
