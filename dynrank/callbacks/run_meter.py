@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dynrank.distributed.processes import from_all
 from dynrank.driver.event import RankEvent
+from dynrank.errors import NotNegative, Steps, read_as
 from dynrank.layers.finding import lora_layers
 
 _MARK = Path("/proc/self/clear_refs")
@@ -35,13 +36,13 @@ class Phase:
         waited_seconds: of train_seconds, in which this process waited for a processor; 0 where the system is no Linux.
     """
 
-    first_step: int = 0
-    mean_rank: float = 0.0
-    tokens: int = 0
-    train_seconds: float = 0.0
-    step_seconds: float = 0.0
-    peak_memory_bytes: int = 0
-    waited_seconds: float = 0.0
+    first_step: Steps = 0
+    mean_rank: NotNegative = 0.0
+    tokens: Steps = 0
+    train_seconds: NotNegative = 0.0
+    step_seconds: NotNegative = 0.0
+    peak_memory_bytes: Steps = 0
+    waited_seconds: NotNegative = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -81,7 +82,7 @@ class RunMeter(Callback):
         return {"phases": [*map(asdict, self.phases[:-1]), open_phase]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._before = [Phase(**phase) for phase in state_dict["phases"]]
+        self._before = read_as(list[Phase], state_dict["phases"], "ckpt_path")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.begun = True
