@@ -13,8 +13,8 @@ from dynrank.run.report.pictures import draw
 from dynrank.run.report.record import read_run
 from dynrank.run.report.templates import template
 from dynrank.run.report.verdict import (
-    Rival,
     around,
+    compared,
     conclusions,
     kinds_of_loss,
     next_commands,
@@ -43,12 +43,13 @@ def write_report(folder: Path, config: str | None = None, against: Sequence[Path
         ConfigurationError: if the folder is not that of a finished run, a file is broken, or it cannot be written.
     """
     run = read_run(folder, config)
-    rivals = [read_rival(other) for other in against]
+    rivals = {run_name(other): read_rival(other) for other in against}
     file = folder / REPORT_FILE
     try:
         page = template("page.html.jinja").render(
             run=run,
-            rivals=[Rival(run_name(folder), run.summary), *rivals] if rivals else [],
+            rivals=rivals,
+            compared=compared([run.summary, *rivals.values()]),
             title=f"dynrank run {run_name(folder)}",
             conclusions=conclusions(run, rivals),
             warnings=list(warnings(run)),

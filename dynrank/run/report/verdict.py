@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from dynrank.errors import ConfigurationError
+from dynrank.output.console import span
 from dynrank.run.report.record import Change, RunRecord
 from dynrank.run.summary import Summary, read_summary
 
 __all__ = [
-    "Rival",
+    "around",
+    "compared",
     "conclusions",
     "kinds_of_loss",
     "next_commands",
@@ -25,22 +26,14 @@ __all__ = [
 LOSS, BUSY, WORSE, FAR = "val/loss", 0.1, 0.01, 0.3  # shares: of time waited; of loss lost by a change; of gap in loss
 
 
-@dataclass(frozen=True)
-class Rival:
-    """Another finished run."""
-
-    name: str
-    summary: Summary
-
-
-def read_rival(folder: Path) -> Rival:
-    """The run in ``folder``, to compare with.
+def read_rival(folder: Path) -> Summary:
+    """The summary of another run, to compare with.
 
     Raises:
         ConfigurationError: if there is none that has ended.
     """
     try:
-        return Rival(run_name(folder), read_summary(folder))
+        return read_summary(folder)
     except OSError as error:
         raise ConfigurationError(
             f"--against must be the folder of a finished run, got {str(folder)!r}: {error}"
@@ -52,7 +45,7 @@ def run_name(folder: Path) -> str:
     return "/".join(folder.resolve().parts[-2:])
 
 
-def conclusions(run: RunRecord, rivals: list[Rival]) -> Iterator[str]:
+def conclusions(run: RunRecord, rivals: Mapping[str, Summary]) -> Iterator[str]:
     """Sentences, the most wanted first."""
     summary = run.summary
     if summary.test:
@@ -78,11 +71,22 @@ def conclusions(run: RunRecord, rivals: list[Rival]) -> Iterator[str]:
             f"The gap is {summary.gap:.3g}: validation loss {summary.final[LOSS]:.4g}, training loss "
             f"{summary.final['train/loss']:.4g}, both of the final weights and measured alike."
         )
-    for rival in rivals:
-        common = [name for name in summary.test if name in rival.summary.test]
-        differences = [f"{name} {summary.test[name] - rival.summary.test[name]:+.4g}" for name in common]
-        times = summary.parameters["adapter"] / rival.summary.parameters["adapter"]
-        yield f"Against {rival.name}: {', '.join([*differences, f'{times:.3g} times its adapter parameters'])}."
+    for name, rival in rivals.items():
+        differences = [f"{key} {summary.test[key] - rival.test[key]:+.4g}" for key in summary.test if key in rival.test]
+        times = summary.parameters["adapter"] / rival.parameters["adapter"]
+        yield f"Against {name}: {', '.join([*differences, f'{times:.3g} times its adapter parameters'])}."
+
+
+def compared(runs: Iterable[Summary]) -> dict[str, list[str]]:
+    """What is compared -> how it came out in each of ``runs``, "–" where it was not measured."""
+    rows: list[dict[str, str]] = [
+        {name: f"{value:.4g}" for name, value in run.test.items()}
+        | ({"gap": f"{run.gap:.3g}"} if run.gap is not None else {})
+        | {"adapter parameters": f"{run.parameters['adapter']:,}", "final rank": span(run.final_ranks.values())}
+        | {"seconds": f"{run.seconds:,.0f}", "tokens per second": f"{run.tokens_per_second:,.0f}"}
+        for run in runs
+    ]
+    return {name: [row.get(name, "–") for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def warnings(run: RunRecord) -> Iterator[str]:
