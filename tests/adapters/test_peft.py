@@ -32,6 +32,7 @@ ARCHITECTURES = {
     "opt": lambda: hf.OPTForCausalLM(
         hf.OPTConfig(**TOKENS, **SIZES, ffn_dim=12, max_position_embeddings=16, word_embed_proj_dim=6)
     ),
+    "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**TOKENS, **SIZES)),
     "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**TOKENS, **SIZES, intermediate_size=12)),
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT, num_labels=4)),
     "roberta": lambda: hf.RobertaForTokenClassification(hf.RobertaConfig(**BERT, num_labels=4)),
