@@ -113,8 +113,10 @@ def release(folder: Path) -> None:
 def take_up(folder: Path, step: int) -> None:
     """Leave in the tables of ``folder`` what was recorded before ``step``, where its run goes on."""
     metrics = _joined(_read(folder / EARLIER), _read(folder / METRICS))
-    for name, rows in ((EARLIER, metrics), *((name, _read(folder / name)) for name in (PREDICTIONS, GENERATIONS))):
-        _write(folder / name, [row for row in rows if int(row["step"]) < step])
+    tables = {EARLIER: metrics, **{name: _read(folder / name) for name in (PREDICTIONS, GENERATIONS)}}
+    for name, rows in tables.items():
+        end = step + (name == GENERATIONS)  # what was written after n steps is in rows of n, not of n - 1
+        _write(folder / name, [row for row in rows if int(row["step"]) < end])
     (folder / METRICS).unlink(missing_ok=True)
 
 

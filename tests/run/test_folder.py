@@ -23,7 +23,10 @@ def write(path, text):
 def test_tables_are_joined_at_the_step_that_a_run_goes_on_from(tmp_path):
     write(tmp_path / "metrics.csv", "step,train,val\n0,1.0,\n1,0.9,\n1,,5.0\n2,0.8,\n3,0.7\n4,")
     write(tmp_path / "rank_predictions.csv", "step,layer,reason\n1,a,x\n1,b,x\n2,a,y\n")
+    write(tmp_path / "generations.csv", 'step,split,written\n2,val,"a\n5"\n3,val,b\n')
     run_folder.take_up(tmp_path, 2)
+    assert [row["written"] for row in table(tmp_path / "generations.csv")] == ["a\n5"]
+    (tmp_path / "generations.csv").unlink()
     assert not (tmp_path / "metrics.csv").exists()
     assert [row["layer"] for row in table(tmp_path / "rank_predictions.csv")] == ["a", "b"]
     write(tmp_path / "metrics.csv", "step,val,train,rank\n1,5.5,,\n2,,0.81,4\n")  # the validation was made again
