@@ -28,6 +28,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -64,7 +65,8 @@ def act(stop: Stop, folder: Path, process: int, step: int = -1, written: str | N
     """Stop the process of this number, or fill the disk; what a killed one was writing is cut."""
     (folder / "step").write_text(str(step))
     if stop.way == FULL:
-        (folder / "disk" / "filler").write_bytes(bytes(max(0, shutil.disk_usage(folder / "disk").free - stop.room)))
+        with suppress(OSError):  # the run may be writing, too
+            (folder / "disk" / "filler").write_bytes(bytes(max(0, shutil.disk_usage(folder / "disk").free - stop.room)))
         return
     if written is not None and stop.way == "SIGKILL":
         os.truncate(written, os.stat(written).st_size // 3)

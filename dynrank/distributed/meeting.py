@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
+from threading import Timer
 
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
@@ -15,17 +18,19 @@ from dynrank.errors import ConfigurationError
 _PAUSE = 0.05  # seconds between looks, so that Ctrl-C is heard
 
 
-def meet(host: str, port: int, process: int, processes: int, seconds: float) -> Store:
-    """Wait until all processes have called this; hold what it returns until torch's process group is made.
+@contextmanager
+def meeting(host: str, port: int, process: int, processes: int, seconds: float) -> Iterator[Store]:
+    """Wait until all processes have come, then make torch's process group in the block; the store that they share.
 
-    torch itself waits half an hour for one that has died before it came.
+    torch itself waits half an hour for one that has died. One that dies within the block, where torch waits and hears
+    nothing, ends this process with exit code 1 after ``seconds``.
 
     Args:
         host: where process 0 is, or the agent of torchrun.
         port: where it listens; torch's own store will share it.
         process: the number of this one.
         processes: how many there are.
-        seconds: to wait.
+        seconds: to wait, for all to come and then for the group.
 
     Raises:
         ConfigurationError: naming the processes that have not come in time.
@@ -41,7 +46,22 @@ def meet(host: str, port: int, process: int, processes: int, seconds: float) -> 
     if not _in_time(deadline, lambda: store.check([str(other) for other in range(processes)])):
         missing = [other for other in range(processes) if not store.check([str(other)])]
         raise _late(f"processes {missing}", "", processes, seconds)
-    return store
+    given_up = Timer(seconds, _give_up, [seconds])
+    given_up.daemon = True
+    given_up.start()
+    try:
+        yield store
+    finally:
+        given_up.cancel()
+
+
+def _give_up(seconds: float) -> None:
+    print(
+        f"error: all processes had come, but could not make their group within {seconds:g} s: one has ended meanwhile, "
+        "see what it printed; if it only takes longer, set start_timeout higher",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(1)
 
 
 def _in_time(deadline: float, done: Callable[[], bool]) -> bool:

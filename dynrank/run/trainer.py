@@ -23,7 +23,7 @@ from dynrank.callbacks import (
     ScheduleFreeMode,
     StepSeed,
 )
-from dynrank.distributed.meeting import meet
+from dynrank.distributed.meeting import meeting
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make, plain
 from dynrank.run.folder import GENERATIONS, HISTORY, PREDICTIONS, last_checkpoint
@@ -82,12 +82,12 @@ def _meet_first(trainer: Trainer, seconds: float) -> None:
     set_up = strategy.setup_environment
 
     def meet_and_set_up() -> None:
-        met = None  # held until torch's store has taken the port over
-        if trainer.world_size > 1 and not distributed.is_initialized():
-            group: Any = strategy.cluster_environment  # type: ignore[attr-defined]
-            met = meet(group.main_address, group.main_port, trainer.global_rank, trainer.world_size, seconds)
-        set_up()
-        del met
+        if trainer.world_size == 1 or distributed.is_initialized():
+            set_up()
+            return
+        group: Any = strategy.cluster_environment  # type: ignore[attr-defined]
+        with meeting(group.main_address, group.main_port, trainer.global_rank, trainer.world_size, seconds):
+            set_up()
 
     strategy.setup_environment = meet_and_set_up  # type: ignore[method-assign]
 
