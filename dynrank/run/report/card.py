@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def write_card(folder: Path, model: Any, summary: Summary, steps: int, given: Se
         ranks=ranks,
         summary=summary,
         steps=steps,
-        given=given,
+        command=None if given is None else shlex.join(["dynrank-train", *given]),
         version=__version__,
     )
     with whole_file(folder / "README.md") as part:
