@@ -1,29 +1,16 @@
 """The bench of swaps in miniature: it swaps, measures all that it says, and finds a leak."""
 
 import re
-import sys
-from pathlib import Path
 
 import pytest
 
 from dynrank.adapters import load
 from dynrank.adapters.gate import Gate
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
 
 @pytest.fixture(scope="module")
-def bench():
-    sys.path.insert(0, str(SCRIPTS))
-    import bench_swap
-
-    sys.path.remove(str(SCRIPTS))
-    return bench_swap
-
-
-@pytest.fixture(scope="module")
-def two_writers(bench):
-    return sys.modules["two_writers"]
+def bench(script):
+    return script("bench_swap")
 
 
 def test_every_row_is_measured_and_nothing_is_kept(bench, tiny_bert, capsys):
@@ -44,22 +31,9 @@ def test_adapters_differ_in_layers_and_ranks(bench, tiny_bert, tmp_path):
     assert bench.factor_bytes(first) == 4 * 32 * (2 * (4 * 64 + 2 * 96) + 64)
 
 
-def test_texts_under_swaps_are_one_adapters_or_the_others(
-    bench, two_writers, tiny_llama, tmp_path, capsys, monkeypatch
-):
-    arguments = [
-        "--swaps",
-        "4",
-        "--model",
-        str(tiny_llama),
-        "--steps",
-        "6",
-        "--tokens",
-        "12",
-        "--adapters",
-        str(tmp_path),
-    ]
-    monkeypatch.setattr(two_writers, "RATE", 0.05)  # so that a few steps make unlike texts
+def test_texts_under_swaps_are_one_adapters_or_the_others(bench, script, tiny_llama, tmp_path, capsys, monkeypatch):
+    arguments = f"--swaps 4 --model {tiny_llama} --steps 6 --tokens 12 --adapters {tmp_path}".split()
+    monkeypatch.setattr(script("two_writers"), "RATE", 0.05)  # so that a few steps make unlike texts
     monkeypatch.setattr(bench, "leak", lambda *_: ("", True))
     assert bench.main(arguments) == 0
     printed = capsys.readouterr().out

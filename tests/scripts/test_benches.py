@@ -2,23 +2,21 @@
 
 import re
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.fixture
-def bench(monkeypatch, capsys):
+def bench(script, monkeypatch, capsys):
     """Runs the named script with arguments; returns what it has printed."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.setenv("COLUMNS", "220")
 
     def run(name, *arguments, **replacements):
-        module = __import__(name)
+        module = script(name)
         for attribute, value in replacements.items():
             monkeypatch.setattr(module, attribute, value)
         monkeypatch.setattr(sys, "argv", [name, *arguments])
@@ -44,10 +42,8 @@ def test_bench_layer(bench):
 
 
 def test_bench_group(bench):
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-
     def tiny():
-        return LlamaForCausalLM(LlamaConfig(vocab_size=3000, use_cache=False, **size))
+        return LlamaForCausalLM(LlamaConfig(vocab_size=3000, use_cache=False, **SIZE))
 
     readers, models = {"q, k": (64, {"q_proj": 64, "k_proj": 64})}, {"tiny": tiny}
     arguments = ("--rounds", "2", "--tokens", "64", "--ranks", "8")
@@ -83,10 +79,8 @@ def test_bench_gpu_without_a_gpu_says_so(bench):
 
 
 def test_bench_step(bench):
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-
     def tiny():
-        return LlamaForCausalLM(LlamaConfig(vocab_size=20001, use_cache=False, **size)), None
+        return LlamaForCausalLM(LlamaConfig(vocab_size=20001, use_cache=False, **SIZE)), None
 
     arguments = ("--models", "smollm2", "--rounds", "2")
     out = bench("bench_step", *arguments, MODELS={"smollm2": tiny}, BATCHES={"smollm2": (2, 8)})
@@ -97,10 +91,8 @@ def test_bench_step(bench):
 
 
 def test_bench_generation(bench):
-    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-
     def tiny():
-        return LlamaForCausalLM(LlamaConfig(vocab_size=64, **size))
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, **SIZE))
 
     arguments = ("--ranks", "8", "4", "--rows", "2", "--prompt", "3", "--tokens", "4", "--rounds", "3")
     rows = [cells(line) for line in bench("bench_generation", *arguments, MODEL=tiny).splitlines() if line[:1] == "│"]

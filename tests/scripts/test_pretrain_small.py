@@ -9,7 +9,6 @@ from transformers.pytorch_utils import Conv1D
 
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 SIZE = ["--batch", "4", "--length", "32", "--width", "64", "--layers", "2", "--vocabulary", "600"]
 FUSED = {
     "gpt2": ("transformer.h.1.attn.c_attn", Conv1D),
@@ -17,27 +16,19 @@ FUSED = {
 }
 
 
-@pytest.fixture(scope="module")
-def script():
-    sys.path.insert(0, str(SCRIPTS))
-    import pretrain_small
-
-    sys.path.remove(str(SCRIPTS))
-    return pretrain_small
-
-
-def launch(script, monkeypatch, architecture, folder):
+def launch(pretraining, monkeypatch, architecture, folder):
     options = ["--architecture", architecture, "--out", str(folder), "--steps", "6", "--characters", "40000", *SIZE]
     monkeypatch.setattr(sys, "argv", ["pretrain_small.py", *options])
-    script.main()
+    pretraining.main()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "bloom"])
 def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
     script, architecture, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(script, "KEEP_EVERY", 2)
-    launch(script, monkeypatch, architecture, tmp_path / "whole")
+    pretraining = script("pretrain_small")
+    monkeypatch.setattr(pretraining, "KEEP_EVERY", 2)
+    launch(pretraining, monkeypatch, architecture, tmp_path / "whole")
     losses = [
         float(line.split("held out ")[1].split(",")[0])
         for line in capsys.readouterr().out.splitlines()
@@ -55,9 +46,9 @@ def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
 
     monkeypatch.setattr(torch, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        launch(script, monkeypatch, architecture, tmp_path / "part")
+        launch(pretraining, monkeypatch, architecture, tmp_path / "part")
     monkeypatch.setattr(torch, "save", save)
-    launch(script, monkeypatch, architecture, tmp_path / "part")
+    launch(pretraining, monkeypatch, architecture, tmp_path / "part")
     assert "goes on at step 4" in capsys.readouterr().out
 
     whole, part = (load_causal_lm(str(tmp_path / name)) for name in ("whole", "part"))

@@ -1,21 +1,12 @@
 """The soak in miniature, and its arithmetic."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
-
 
 @pytest.fixture(scope="module")
-def soak():
-    sys.path.insert(0, str(SCRIPTS))
-    import soak
-
-    sys.path.remove(str(SCRIPTS))
-    return soak
+def soak(script):
+    return script("soak")
 
 
 def test_short_soak_changes_ranks_and_leaves_no_handle_open(soak, tiny_bert, tmp_path):

@@ -1,9 +1,7 @@
 """The studies in miniature, a tiny model and a few steps: the rows they write, and going on where one stopped."""
 
 import csv
-import sys
 from copy import deepcopy
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,19 +10,12 @@ from peft.tuners.adalora.layer import SVDLinear
 
 from dynrank.errors import ConfigurationError
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)  # d_in + d_out over the adapted layers of the tiny model
 
 
 @pytest.fixture(scope="module")
-def scripts():
-    sys.path.insert(0, str(SCRIPTS))
-    import adalora
-    import medical_bench
-    import study
-
-    sys.path.remove(str(SCRIPTS))
-    return SimpleNamespace(bench=medical_bench, adalora=adalora, study=study)
+def scripts(script):
+    return SimpleNamespace(bench=script("medical_bench"), adalora=script("adalora"), study=script("study"))
 
 
 @pytest.fixture
@@ -80,7 +71,6 @@ def test_table_of_other_columns_is_refused_and_kept(scripts, tmp_path):
 def study(scripts, tiny_bert, monkeypatch, tmp_path):
     """A function that runs the study on 80 terms: an arm of each kind, two learning rates, one of which diverges."""
     study = scripts.study
-    monkeypatch.syspath_prepend(SCRIPTS)  # for the processes that it starts
     kinds = [
         study.Arm(2),
         study.Arm(16, rate=2.0),
