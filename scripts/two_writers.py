@@ -68,7 +68,8 @@ def write_adapters(model_name: str, data: Mapping[str, LanguageModeling], steps:
 
 def prompts_of(data: Mapping[str, LanguageModeling], each: int) -> list[list[int]]:
     """Token ids of ``each`` test prompts of both tasks, in turn."""
-    return [part.examples["test"][i].prompt_ids for i in range(each) for part in data.values()]
+    examples = [part.examples["test"][i] for i in range(each) for part in data.values()]
+    return [example["input_ids"][: example["prompt_length"]] for example in examples]
 
 
 def _trained(model_name: str, task: str, data: LanguageModeling, steps: int, folder: Path) -> Path:

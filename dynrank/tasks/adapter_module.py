@@ -55,6 +55,15 @@ class AdapterModule(LightningModule):
         """Logits (..., classes) in float32, and labels (...), ``IGNORED`` where there is nothing to learn."""
         raise NotImplementedError
 
+    def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        """The mean over all that is learned."""
+        options: Any = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+
+    def measured(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """What the metrics are shown."""
+        return logits, labels
+
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # under ModelParallelStrategy; load_from_checkpoint calls this, too
             shard_frozen(self.model, self.device_mesh["data_parallel"])
@@ -65,7 +74,7 @@ class AdapterModule(LightningModule):
         return make_optimizer(adapter_parameters(self.model), head, steps, **self.optimizer_options)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = _loss(*self.predict(batch), self.label_smoothing)
+        loss = self.loss(*self.predict(batch), self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
@@ -81,13 +90,8 @@ class AdapterModule(LightningModule):
         # Lightning 2.6 averages the counts over processes, and of ints it drops the rest of the division
         options: Any = {"batch_size": float((labels != IGNORED).sum()), "add_dataloader_idx": False}
         shown = not split.startswith("final/")
-        self.log(f"{split}/loss", _loss(logits, labels), prog_bar=shown, sync_dist=True, **options)
+        self.log(f"{split}/loss", self.loss(logits, labels), prog_bar=shown, sync_dist=True, **options)
         if split in self.quality:
             quality: Any = self.quality[split]
-            quality.update(logits, labels)
+            quality.update(*self.measured(logits, labels))
             self.log_dict(quality, **options)
-
-
-def _loss(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    options: Any = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)

@@ -3,46 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from typing import Annotated, Any
 
+import datasets
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MultilabelAccuracy, MultilabelF1Score
 
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.models.pretrained import load_classifier
 from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import AdapterModule
-from dynrank.tasks.data.splits import pairs_by_split
+from dynrank.tasks.data.rows import each
 from dynrank.tasks.text_task import TextTask
 
 __all__ = ["Classification", "Classifier"]
 
 
-@dataclass(frozen=True)
-class Labelled:
-    """Token ids of a text, and the index of its class."""
-
-    ids: list[int]
-    label: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
 class Classification(TextTask):
     """Texts and their classes as a task (see :class:`dynrank.tasks.task.Task`).
 
-    A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,).
+    A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,); or,
+    where each text has a list of labels, float32 labels (batch, classes) of ones and zeros.
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.models.names.model_source`.
-        data: ``train``, ``val`` and ``test``, each a ``datasets.Dataset`` with the columns text and label, or a list
-            of (text, label); or a function that returns these. Labels are texts or ints.
+        data: rows of a text, perhaps a text_pair, and a label or a list of labels; see
+            :func:`dynrank.tasks.data.splits.rows_by_split`. Labels are texts or ints.
         batch_size: training texts per batch of each process; evaluation takes four times as many.
         max_length: tokens after which a text is cut.
         label_smoothing: share of the target that is spread over all classes in training.
@@ -67,23 +59,25 @@ class Classification(TextTask):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "evaluation_size": 4 * batch_size}
-        super().__init__(model, **sizes, seed=seed, settings=settings)
-        self.data, self.max_length, self.label_smoothing, self.limit = data, max_length, label_smoothing, limit
+        super().__init__(model, data, "classification", **sizes, seed=seed, settings=settings)
+        self.max_length, self.label_smoothing, self.limit = max_length, label_smoothing, limit
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
-        labels = [str(label) for label in self.labels]
-        return Classifier(self.model, labels, lora, optimizer, self.label_smoothing, asdict(self.settings), on_meta)
+        labels, several = [str(label) for label in self.labels], self.several
+        rest: Any = {"settings": asdict(self.settings), "several": several, "on_meta": on_meta}
+        return Classifier(self.model, labels, lora, optimizer, self.label_smoothing, **rest)
 
-    @cached_property
-    def pairs(self) -> dict[str, list[tuple[str, Any]]]:
-        """(text, label) by split."""
-        return pairs_by_split(self.data, ("text", "label"), str | int)
+    @property
+    def several(self) -> bool:
+        """Whether a text has a list of labels."""
+        return isinstance(self.rows["train"][0]["label"], list)
 
     @cached_property
     def labels(self) -> list[Any]:
         """The labels of the training texts, sorted: those of the classes."""
-        labels = {label for _, label in self.pairs["train"]}
-        unknown = {label for rows in self.pairs.values() for _, label in rows} - labels
+        found = {split: self._labels_of(rows) for split, rows in self.rows.items()}
+        labels = found["train"]
+        unknown = set().union(*found.values()) - labels
         if len({type(label) for label in labels}) > 1 or len(labels) < 2 or unknown:
             raise ConfigurationError(
                 f"labels of the training texts must be two or more texts, or two or more ints, got {[*labels][:9]}; "
@@ -91,19 +85,39 @@ class Classification(TextTask):
             )
         return sorted(labels)
 
-    def load(self) -> Mapping[str, Sequence[Labelled]]:
-        index = {label: i for i, label in enumerate(self.labels)}
+    def _labels_of(self, rows: datasets.Dataset) -> set[Any]:
+        rows = rows.select_columns("label")  # else all columns were written anew
+        return {label for row in each(rows) for label in row["label"]} if self.several else {*rows.unique("label")}
+
+    def load(self) -> Mapping[str, datasets.Dataset]:
         examples = {}
-        for split, rows in self.pairs.items():
+        label = datasets.Sequence(datasets.Value("bool")) if self.several else datasets.Value("int32")
+        ids, kinds = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
+        features = {"input_ids": ids, "label": label, "length": datasets.Value("int32")}
+        for split, rows in self.rows.items():
             if self.limit is not None:  # from everywhere: the rows may be sorted
-                rows = rows[:: max(1, len(rows) // self.limit)][: self.limit]
-            ids = self.tokenizer([text for text, _ in rows], truncation=True, max_length=self.max_length)["input_ids"]
-            examples[split] = [Labelled(i, index[label]) for i, (_, label) in zip(ids, rows, strict=True)]
+                rows = rows.select(range(0, len(rows), max(1, len(rows) // self.limit))[: self.limit])
+            pairs = {"token_type_ids": kinds} if "text_pair" in rows.column_names else {}
+            options = {"max_length": self.max_length, "labels": self.labels}
+            examples[split] = self.tokenised(rows, _make_examples, datasets.Features(features | pairs), **options)
         return examples
 
-    def collate(self, examples: Sequence[Labelled]) -> dict[str, Tensor]:
-        padded = self.tokenizer.pad({"input_ids": [example.ids for example in examples]}, return_tensors="pt")
-        return {**padded, "labels": torch.tensor([example.label for example in examples])}
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
+        padded = self.tokenizer.pad({name: [e[name] for e in examples] for name in names}, return_tensors="pt")
+        labels = torch.tensor([example["label"] for example in examples])
+        return {**padded, "labels": labels.float() if self.several else labels}
+
+
+def _make_examples(
+    rows: Mapping[str, list[Any]], *, tokenizer: Any, max_length: int, labels: list[Any]
+) -> dict[str, list[Any]]:
+    texts = [rows[name] for name in ("text", "text_pair") if name in rows]
+    options = {"return_token_type_ids": len(texts) > 1, "return_attention_mask": False}
+    made = tokenizer(*texts, truncation=True, max_length=max_length, **options)
+    index = {label: i for i, label in enumerate(labels)}
+    values = [[one in given for one in labels] if isinstance(given, list) else index[given] for given in rows["label"]]
+    return {**made, "label": values, "length": [len(ids) for ids in made["input_ids"]]}
 
 
 class Classifier(AdapterModule):
@@ -118,6 +132,7 @@ class Classifier(AdapterModule):
         optimizer: of the adapter and the head.
         label_smoothing: in training.
         settings: how the model is loaded, see :class:`Classification`.
+        several: whether each class is asked for by itself, since a text may have several labels.
         on_meta: build the model without weights, to look at its layers.
     """
 
@@ -129,19 +144,32 @@ class Classifier(AdapterModule):
         optimizer: Mapping[str, Any],
         label_smoothing: float = 0.0,
         settings: Mapping[str, Any] | None = None,
+        several: bool = False,
         on_meta: bool = False,
     ) -> None:
         labels, lora, optimizer, count = list(labels), dict(lora), dict(optimizer), len(labels)
-        accuracy, f1 = MulticlassAccuracy(count, average="micro"), MulticlassF1Score(count, average="macro")
+        accuracy: Any = (MultilabelAccuracy if several else MulticlassAccuracy)(count, average="micro")
+        f1: Any = (MultilabelF1Score if several else MulticlassF1Score)(count, average="macro")
         quality = {
             split: MetricCollection({"accuracy": accuracy, "macro_f1": f1}).clone(prefix=f"{split}/")
             for split in ("val", "test", "final/val")
         }
         classifier: Any = load_classifier(model, count, settings=ModelSettings(**settings or {}), on_meta=on_meta)
         classifier.config.id2label = dict(enumerate(labels))
+        if several:
+            classifier.config.problem_type = "multi_label_classification"  # probabilities are sigmoids then
         super().__init__(classifier, lora, optimizer, quality, label_smoothing)
-        self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing", "settings")
+        self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several")
+        self.several = several
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         return logits.float(), batch["labels"]
+
+    def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+        if not self.several:
+            return super().loss(logits, labels, label_smoothing)
+        return F.binary_cross_entropy_with_logits(logits, labels * (1 - label_smoothing) + label_smoothing / 2)
+
+    def measured(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return (logits.sigmoid(), labels.int()) if self.several else (logits, labels)

@@ -1,13 +1,15 @@
-"""What stands behind a prompt? A causal language model with LoRA learns it, and its answers are measured."""
+"""A causal language model with LoRA learns answers, the assistant's turns of chats, or texts; answers are measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from typing import Annotated, Any, Literal
 
+import datasets
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -18,8 +20,10 @@ from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import IGNORED, AdapterModule
 from dynrank.tasks.answer_metrics import OF_LOGITS, OF_TEXTS, chosen
-from dynrank.tasks.data.splits import pairs_by_split
+from dynrank.tasks.chats import check_template
+from dynrank.tasks.examples import FEATURES, make_examples
 from dynrank.tasks.loader import spread
+from dynrank.tasks.packing import check_packing, positions
 from dynrank.tasks.text_task import TextTask
 
 __all__ = ["LanguageModel", "LanguageModeling"]
@@ -27,33 +31,23 @@ __all__ = ["LanguageModel", "LanguageModeling"]
 Count = Annotated[int, Field(ge=1)]
 
 
-@dataclass(frozen=True)
-class Prompted:
-    """A prompt and its answer, and the tokens of both; the answer's with the one that ends it."""
-
-    prompt: str
-    answer: str
-    prompt_ids: list[int]
-    answer_ids: list[int]
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.answer_ids)
-
-
 class LanguageModeling(TextTask):
-    """Prompts and their answers as a task (see :class:`dynrank.tasks.task.Task`).
+    """Prompts with answers, chats or texts as a task (see :class:`dynrank.tasks.task.Task`).
 
     A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 where
-    there is nothing to learn. Examples that do not fit whole into ``max_length`` are left out. A batch whose answers
+    there is nothing to learn; where rows are packed, position_ids start again with each example. Examples that do not
+    fit whole into ``max_length`` are left out, which is said; texts are cut into pieces that do. A batch whose answers
     are to be written has input_ids and attention_mask of prompts, padded on the left, and the texts in ``prompts`` and
-    ``answers``.
+    ``answers``; the answer of a chat is its last turn of the assistant.
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.models.names.model_source`.
-        data: ``train``, ``val`` and ``test``, each a ``datasets.Dataset`` with the columns prompt and answer, or a list
-            of (prompt, answer); or a function that returns these.
+        data: rows of a prompt and an answer, of messages (each with role and content), or of a text; see
+            :func:`dynrank.tasks.data.splits.rows_by_split`.
+        form: which of them: completion, chat or text.
+        packed: several examples share a row of up to ``max_length`` tokens, and none sees another.
         batch_size: training examples per batch of each process; evaluation takes twice as many.
-        max_length: tokens of prompt, answer and end.
+        max_length: tokens of a row: of prompt, answer and end, of a chat, or of a piece of text.
         measures: what is logged beside the loss, see :mod:`dynrank.tasks.answer_metrics`.
         val_examples: that a validation takes; None for all. The test takes all.
         val_generate: validation examples whose answers each validation lets the model write; 0 leaves it out.
@@ -73,6 +67,8 @@ class LanguageModeling(TextTask):
         model: str,
         data: Any,
         *,
+        form: Literal["completion", "chat", "text"] = "completion",
+        packed: bool = False,
         batch_size: Count = 8,
         max_length: Count = 256,
         measures: Sequence[Literal["perplexity", "accuracy", "bleu", "exact_match", "parses"]] = ("perplexity",),
@@ -86,10 +82,16 @@ class LanguageModeling(TextTask):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         sizes: Any = {"batch_size": batch_size, "evaluation_size": 2 * batch_size, "val_examples": val_examples}
-        super().__init__(model, **sizes, seed=seed, settings=settings)
-        self.data, self.max_length, self.limit = data, max_length, limit
+        super().__init__(model, data, form, **sizes, seed=seed, settings=settings)
+        self.packed, self.max_length, self.limit = packed, max_length, limit
         self.measures, self.val_generate, self.generate = list(measures), val_generate, generate
         self.max_new_tokens, self.indented = max_new_tokens, indented
+        written = [name for name in self.measures if name in OF_TEXTS or name == "accuracy"]
+        if (packed or form == "text") and (written or val_generate or generate):
+            raise ConfigurationError(
+                "texts and packed rows have no answers of their own; set task.measures=[perplexity], "
+                "task.val_generate=0, task.generate=0, or task.packed=false"
+            )
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -98,21 +100,36 @@ class LanguageModeling(TextTask):
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> LanguageModel:
         written: Any = {"max_new_tokens": self.max_new_tokens, "indented": self.indented}
-        written["settings"] = asdict(self.settings)
+        written |= {"settings": asdict(self.settings), "packed": self.packed}
+        if self.form == "chat":
+            check_template(self.tokenizer, self.model)
+        if not on_meta:
+            _ = self.rows  # what is wrong with them is said before weights load
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
-    def load(self) -> Mapping[str, Sequence[Prompted]]:
-        splits = pairs_by_split(self.data, ("prompt", "answer"), str)
-        examples = {split: spread(self._tokenised(pairs), self.limit) for split, pairs in splits.items()}
-        empty = [split for split, part in examples.items() if not part]
-        if empty:
-            raise ConfigurationError(f"no example of {empty} fits into {self.max_length} tokens; set task.max_length")
+    def load(self) -> Mapping[str, datasets.Dataset]:
+        examples = {}
+        for split, rows in self.rows.items():
+            options = {"max_length": self.max_length, "packed": self.packed, "texts": split != "train"}
+            made = self.tokenised(rows, make_examples, FEATURES, form=self.form, **options)
+            if not len(made):
+                long = f"no example of {split} fits into {self.max_length} tokens"
+                raise ConfigurationError(f"{long}; set task.max_length")
+            if len(made) < len(rows) and not self.packed:
+                _say(f"left out         {len(rows) - len(made):,} of {len(rows):,} {split} examples, longer than "
+                     f"task.max_length={self.max_length}")  # fmt: skip
+            examples[split] = spread(made, self.limit)
         return examples
 
-    def collate(self, examples: Sequence[Prompted]) -> dict[str, Tensor]:
-        rows = [torch.tensor([*example.prompt_ids, *example.answer_ids]) for example in examples]
-        labels = [torch.tensor([IGNORED] * len(example.prompt_ids) + example.answer_ids) for example in examples]
-        return {**self._padded(rows, "right"), "labels": pad_sequence(labels, True, IGNORED)}
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        rows = [torch.tensor(example["input_ids"]) for example in examples]
+        batch, learned = self._padded(rows, "right"), [torch.tensor(example["learned"]) for example in examples]
+        if self.packed:
+            places = [positions(example["lengths"]) for example in examples]
+            learned = [own & (place > 0) for own, place in zip(learned, places, strict=True)]  # nothing lies before 0
+            batch["position_ids"] = pad_sequence(places, True, 0)
+        labels = [torch.where(own, row, IGNORED) for own, row in zip(learned, rows, strict=True)]
+        return {**batch, "labels": pad_sequence(labels, True, IGNORED)}
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
         return [*super().val_dataloader(), *self._to_write("val", self.val_generate)]
@@ -120,27 +137,23 @@ class LanguageModeling(TextTask):
     def test_dataloader(self) -> list[DataLoader[Any]]:
         return [*super().test_dataloader(), *self._to_write("test", self.generate)]
 
-    def _tokenised(self, pairs: Sequence[tuple[str, str]]) -> list[Prompted]:
-        prompts = self.tokenizer([prompt for prompt, _ in pairs])["input_ids"]
-        answers = self.tokenizer([answer for _, answer in pairs], add_special_tokens=False)["input_ids"]
-        examples = [
-            Prompted(*pair, prompt, [*answer, self.tokenizer.eos_token_id])
-            for pair, prompt, answer in zip(pairs, prompts, answers, strict=True)
-        ]
-        return [example for example in examples if len(example) <= self.max_length]
-
     def _to_write(self, split: str, count: int) -> list[DataLoader[Any]]:
         """One loader of ``count`` prompts whose answers the model is to write, or none."""
-        short = [example for example in self.examples[split] if len(example.answer_ids) <= self.max_new_tokens]
-        if count and not short:
+        if not count:
+            return []
+        rows = self.examples[split]
+        sizes = zip(rows["length"], rows["prompt_length"], strict=True)
+        short = rows.select([i for i, (whole, prompt) in enumerate(sizes) if whole - prompt <= self.max_new_tokens])
+        if not len(short):
             raise ConfigurationError(
                 f"no {split} example has an answer of up to {self.max_new_tokens} tokens; set task.max_new_tokens"
             )
-        return [self.evaluation(spread(short, count), self._collate_prompts)] if count else []
+        return [self.evaluation(spread(short, count), self._collate_prompts)]
 
-    def _collate_prompts(self, examples: Sequence[Prompted]) -> dict[str, Any]:
-        texts = {"prompts": [e.prompt for e in examples], "answers": [e.answer for e in examples]}
-        return {**self._padded([torch.tensor(example.prompt_ids) for example in examples], "left"), **texts}
+    def _collate_prompts(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        texts = {f"{name}s": [example[name] for example in examples] for name in ("prompt", "answer")}
+        prompts = [torch.tensor(example["input_ids"][: example["prompt_length"]]) for example in examples]
+        return {**self._padded(prompts, "left"), **texts}
 
     def _padded(self, rows: list[Tensor], side: str) -> dict[str, Tensor]:
         masks = [torch.ones_like(row) for row in rows]
@@ -151,9 +164,9 @@ class LanguageModeling(TextTask):
 
 
 class LanguageModel(AdapterModule):
-    """A causal language model with LoRA that learns the answers behind prompts.
+    """A causal language model with LoRA that learns what its batches say.
 
-    The loss is the mean cross-entropy of the tokens of answers. All arguments are plain values and are saved in
+    The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values and are saved in
     checkpoints, so ``load_from_checkpoint`` needs nothing else.
 
     Args:
@@ -164,6 +177,7 @@ class LanguageModel(AdapterModule):
         max_new_tokens: of an answer that the model writes.
         indented: whether it consists of indented lines.
         settings: how the model is loaded, see :class:`LanguageModeling`.
+        packed: whether rows are; a model whose attention cannot keep their examples apart is refused.
         on_meta: build the model without weights, to look at its layers.
     """
 
@@ -176,13 +190,18 @@ class LanguageModel(AdapterModule):
         max_new_tokens: int = 64,
         indented: bool = False,
         settings: Mapping[str, Any] | None = None,
+        packed: bool = False,
         on_meta: bool = False,
     ) -> None:
         lora, optimizer, measures = dict(lora), dict(optimizer), list(measures)
         quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
-        self.save_hyperparameters("model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings")
+        self.save_hyperparameters(
+            "model", "lora", "optimizer", "measures", "max_new_tokens", "indented", "settings", "packed"
+        )
+        if packed and not on_meta:
+            check_packing(self.model)
         self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
         self.name, self.max_new_tokens, self.indented = model, max_new_tokens, indented
         self.generations: list[tuple[str, str, str]] = []  # prompt, wanted, written: for the callback of this name
@@ -192,7 +211,8 @@ class LanguageModel(AdapterModule):
         return load_tokenizer(self.name, settings=self.settings)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        masked = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        own = "position_ids" if "position_ids" in batch else "attention_mask"  # with a mask, packed rows go unnoticed
+        masked = {key: batch[key] for key in ("input_ids", own)}
         logits: Tensor = self.model(**masked, use_cache=False).logits
         return logits[:, :-1].float(), batch["labels"][:, 1:]  # of what comes next
 
@@ -227,6 +247,11 @@ class LanguageModel(AdapterModule):
         )
         texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
         return texts
+
+
+@rank_zero_only
+def _say(text: str) -> None:
+    print(text)
 
 
 def _indented(text: str) -> str:

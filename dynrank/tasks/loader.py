@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
+import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-
-T = TypeVar("T")
 
 CHUNK = 10  # batches that are drawn together and sorted by length
 
@@ -106,8 +105,8 @@ def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0,
     return [list(mine[start:end]) for start, end in pairwise(cuts)]
 
 
-def spread(examples: Sequence[T], count: int | None) -> Sequence[T]:
-    """``count`` examples from everywhere in the list, or all."""
+def spread(examples: datasets.Dataset, count: int | None) -> datasets.Dataset:
+    """``count`` examples from everywhere in the data set, or all."""
     if count is None or count >= len(examples):
         return examples
-    return [examples[i * len(examples) // count] for i in range(count)]
+    return examples.select([i * len(examples) // count for i in range(count)])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import datasets
+import numpy as np
+from datasets.fingerprint import Hasher
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -13,9 +16,13 @@ from torch.utils.data import DataLoader
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.models.settings import ModelSettings
+from dynrank.tasks.data.rows import Form, bars_on_terminals
+from dynrank.tasks.data.splits import rows_by_split
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
 __all__ = ["TextTask"]
+
+CACHED = 1  # counted up when examples are made otherwise, so that older ones in a cache are not taken
 
 
 class TextTask(LightningDataModule):
@@ -23,10 +30,12 @@ class TextTask(LightningDataModule):
 
     Training draws them as :class:`dynrank.tasks.loader.ResumableLoader` does. A validation and a test take each example
     once, by length; a test takes the test examples, those of a validation, and as many training examples. Subclasses
-    have :meth:`load` and :meth:`collate`.
+    have :meth:`load` and :meth:`collate`. Data and examples are memory-mapped where they come from files.
 
     Args:
         model: name of the model whose tokenizer makes the examples.
+        data: see :func:`dynrank.tasks.data.splits.rows_by_split`.
+        form: of the data's rows.
         batch_size: training examples per batch of each process.
         evaluation_size: examples per batch of a validation or test, at most.
         val_examples: that a validation takes; None for all.
@@ -37,6 +46,8 @@ class TextTask(LightningDataModule):
     def __init__(
         self,
         model: str,
+        data: Any,
+        form: Form,
         *,
         batch_size: int,
         evaluation_size: int,
@@ -46,26 +57,63 @@ class TextTask(LightningDataModule):
     ) -> None:
         super().__init__()
         self.settings = ModelSettings(**settings or {})
-        self.model, self.batch_size, self.evaluation_size = model, batch_size, evaluation_size
+        self.model, self.data, self.form = model, data, form
+        self.batch_size, self.evaluation_size = batch_size, evaluation_size
         self.seed, self.val_examples = seed, val_examples
-        self.examples: Mapping[str, Sequence[Any]] = {}
+        self.examples: Mapping[str, datasets.Dataset] = {}
 
-    def load(self) -> Mapping[str, Sequence[Any]]:
-        """The examples of train, val and test; the length of an example is its number of tokens."""
+    def load(self) -> Mapping[str, datasets.Dataset]:
+        """The examples of train, val and test; the column ``length`` has their numbers of tokens."""
         raise NotImplementedError
 
-    def collate(self, examples: Sequence[Any]) -> dict[str, Tensor]:
+    def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch of these examples."""
         raise NotImplementedError
 
     @cached_property
+    def rows(self) -> dict[str, datasets.Dataset]:
+        """The data by split, checked."""
+        return rows_by_split(self.data, self.form)
+
+    @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.model, settings=self.settings)
+        tokenizer = load_tokenizer(self.model, settings=self.settings)
+        self._tokenizer_hash = Hasher.hash(tokenizer)  # before it is used, which changes what it remembers
+        return tokenizer
+
+    def tokenised(
+        self, rows: datasets.Dataset, make: Callable[..., Any], features: datasets.Features, **options: Any
+    ) -> datasets.Dataset:
+        """Examples of ``rows``, taken from the cache on disk if the same were made before.
+
+        Args:
+            rows: of a split.
+            make: from a batch of rows, as a mapping of columns, the tokenizer and ``options`` to a batch of examples.
+            features: of the examples.
+            **options: all that makes a difference, beside the rows and the tokenizer.
+        """
+        tokenizer = self.tokenizer  # sets its hash
+        key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, make.__qualname__, options)
+        bars_on_terminals()
+        return rows.map(
+            make,
+            batched=True,
+            fn_kwargs={"tokenizer": tokenizer, **options},
+            remove_columns=rows.column_names,
+            features=features,
+            keep_in_memory=not rows.cache_files,
+            new_fingerprint=Hasher.hash(key),
+            desc="tokenising",
+        )
 
     @property
     def share(self) -> tuple[int, int]:
         """(number of this process, how many the trainer has)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    def prepare_data(self) -> None:
+        """Fill the cache in one process, before the others read it."""
+        self.setup("fit")
 
     def setup(self, stage: str) -> None:
         self.examples = self.examples or self.load()
@@ -77,7 +125,7 @@ class TextTask(LightningDataModule):
                 f"task.batch_size must be at most the {len(examples)} training examples, got {self.batch_size} in each "
                 f"of {self.share[1]} processes"
             )
-        lengths = [len(example) for example in examples]
+        lengths = _lengths(examples)
         return ResumableLoader(examples, lengths, self.batch_size, self.seed, self.collate, share=self.share)
 
     def val_dataloader(self) -> list[DataLoader[Any]]:
@@ -88,8 +136,12 @@ class TextTask(LightningDataModule):
         parts = self.examples["test"], val, spread(self.examples["train"], len(val))
         return [self.evaluation(part) for part in parts]
 
-    def evaluation(self, examples: Sequence[Any], collate: Any = None) -> DataLoader[Any]:
+    def evaluation(self, examples: datasets.Dataset, collate: Any = None) -> DataLoader[Any]:
         """Each of the examples once, by length; ``collate`` makes other batches of them than training has."""
-        ordered: Any = sorted(examples, key=len)  # equal lengths need no padding
+        ordered: Any = examples.select(np.argsort(_lengths(examples), kind="stable"))  # equal ones need no padding
         batches = evaluation_batches(len(ordered), self.evaluation_size, self.share)
         return DataLoader(ordered, batch_sampler=batches, collate_fn=collate or self.collate)
+
+
+def _lengths(examples: datasets.Dataset) -> Any:
+    return examples.select_columns("length").with_format("numpy")[:]["length"]

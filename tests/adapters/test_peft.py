@@ -59,17 +59,10 @@ def logits(model):
         return model(input_ids=IDS, **extra).logits
 
 
-# Mixed ranks on every architecture; what the writer alone decides on one of each kind of layers.
-OTHERS = [("uniform", "native"), ("rslora", "native"), ("mixed", "padded")]
-
-
 @pytest.mark.parametrize(
-    ("architecture", "ranks", "layout"),
-    [
-        *((name, "mixed", "native") for name in ARCHITECTURES),
-        *((name, *other) for name in ("llama", "gpt2", "bert", "t5") for other in OTHERS),
-    ],
+    ("ranks", "layout"), [("uniform", "native"), ("mixed", "native"), ("rslora", "native"), ("mixed", "padded")]
 )
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_adapter_has_equal_logits_in_peft_and_comes_back(architecture, ranks, layout, zoo, tmp_path):
     torch.manual_seed(0)
     base = ARCHITECTURES[architecture]().eval()

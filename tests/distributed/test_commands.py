@@ -242,7 +242,8 @@ def odd_limit(model):
     """How many test functions to keep for an odd number of tokens, which two processes cannot halve."""
     task = LanguageModeling(model, stdlib_functions(MODULES, 0), batch_size=2, max_length=128)
     task.setup("test")
-    lengths = {n: sum(len(e.answer_ids) for e in spread(task.examples["test"], n)) for n in range(5, 40)}
+    parts = {n: spread(task.examples["test"], n) for n in range(5, 40)}
+    lengths = {n: sum(part["length"]) - sum(part["prompt_length"]) for n, part in parts.items()}
     return next(n for n, tokens in lengths.items() if tokens % 2)
 
 

@@ -46,11 +46,11 @@ def test_evaluation_takes_each_text_once_with_its_class(task):
     test, val, train = (rows(loader, task) for loader in task.test_dataloader())
     (validated,) = (rows(loader, task) for loader in task.val_dataloader())
     assert sorted(val) == sorted(validated)
-    assert len(test) == len(set(test)) == min(40, len(task.pairs["test"]))
+    assert len(test) == len(set(test)) == min(40, len(task.rows["test"]))
     assert len(train) == len(set(train)) == len(val)
 
     def known(split):  # the tokenizer sets blanks around punctuation, and long texts are cut
-        return {(text.replace(" ", "")[:20], label) for text, label in task.pairs[split]}
+        return {(row["text"].replace(" ", "")[:20], row["label"]) for row in task.rows[split]}
 
     for split, found in (("test", test), ("val", val), ("train", train)):
         assert {(text.replace(" ", "")[:20], label) for text, label in found} <= known(split)
@@ -97,7 +97,7 @@ ROWS = [("one", 10), ("two", 9), ("three", 10)]
 def test_classes_are_the_labels_in_order(rows, names, labels, tiny_bert, optimizer):
     task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2)
     task.setup("fit")
-    assert [example.label for example in task.examples["train"]] == labels
+    assert [*task.examples["train"]["label"]] == labels
     assert task.module(LORA, optimizer, on_meta=True).hparams["labels"] == names
 
 

@@ -71,10 +71,10 @@ def texts(loader):
 
 def test_evaluation_takes_each_example_once(task, functions):
     loss, val, train, written = task.test_dataloader()
-    assert texts(loss) == sorted((*e.prompt_ids, *e.answer_ids) for e in task.examples["test"])
+    assert texts(loss) == sorted(map(tuple, task.examples["test"]["input_ids"]))
     assert texts(val) == texts(task.val_dataloader()[0])
     assert len(texts(val)) == len(set(texts(train))) == SIZES["val_examples"]
-    assert set(texts(train)) <= {(*e.prompt_ids, *e.answer_ids) for e in task.examples["train"]}
+    assert set(texts(train)) <= set(map(tuple, task.examples["train"]["input_ids"]))
     for split, loader, count in (("test", written, 6), ("val", task.val_dataloader()[1], 5)):
         pairs = [p for b in loader for p in zip(b["prompts"], b["answers"], strict=True)]
         assert len(pairs) == len(set(pairs)) == count
@@ -163,9 +163,10 @@ def test_accuracy_is_the_share_that_greedy_decoding_writes_exactly(make, optimiz
     module.eval()
     right = 0
     for example in task.examples["test"]:
-        options = {"max_new_tokens": len(example.answer_ids), "do_sample": False, "eos_token_id": 0, "pad_token_id": 0}
-        made = module.model.generate(torch.tensor([example.prompt_ids]), **options)
-        right += made[0, len(example.prompt_ids) :].tolist() == example.answer_ids
+        prompt, answer = torch.tensor(example["input_ids"]).tensor_split([example["prompt_length"]])
+        options = {"max_new_tokens": len(answer), "do_sample": False, "eos_token_id": 0, "pad_token_id": 0}
+        made = module.model.generate(prompt[None], **options)
+        right += made[0, len(prompt) :].tolist() == answer.tolist()
     assert 0 < right < 12
     assert metrics["test/accuracy"] == pytest.approx(right / 12)
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from datasets import Dataset
 from torch.utils.data import TensorDataset, default_collate
 
 from dynrank.tasks.loader import CHUNK, ResumableLoader, evaluation_batches, spread
@@ -82,5 +83,6 @@ def test_evaluation_refuses_fewer_examples_than_processes():
 
 
 def test_spread_takes_from_everywhere():
-    assert spread(range(10), 5) == [0, 2, 4, 6, 8]
-    assert spread(range(3), 5) == spread(range(3), None) == range(3)
+    ten = Dataset.from_dict({"number": range(10)})
+    assert [*spread(ten, 5)["number"]] == [0, 2, 4, 6, 8]
+    assert [*spread(ten, 15)["number"]] == [*spread(ten, None)["number"]] == [*range(10)]

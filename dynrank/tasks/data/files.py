@@ -1,19 +1,25 @@
-"""A user's own files: csv, tsv, json, jsonl and parquet."""
+"""A user's own files: csv, tsv, json, jsonl, parquet and txt; a folder or a name on the hub. They stay on the disk."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import datasets
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, validated_call
-from dynrank.tasks.data.splits import SPLITS, place
+from dynrank.tasks.data.rows import COLUMNS, Form, bars_on_terminals, check_rows, each, find_columns
+from dynrank.tasks.data.splits import SPLITS, number_of
 
-_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_OPTIONS: dict[str, dict[str, Any]] = {".tsv": {"sep": "\t"}, ".txt": {"sample_by": "paragraph"}}
+_THEIR_SPLITS = {"train": "train", "val": "validation", "test": "test"}  # in folders, and on the hub
 
 
 @validated_call("data")
@@ -22,46 +28,129 @@ def from_files(
     val: str | None,
     test: str | None,
     *,
-    columns: Mapping[str, str],
+    form: Form,
+    columns: Mapping[str, str | None],
     share: Annotated[float, Field(gt=0, lt=0.5)],
     seed: int,
 ) -> dict[str, datasets.Dataset]:
-    """Train, val and test with the columns text and label, or prompt and answer; no text stands in two of them.
+    """Train, val and test with the columns of ``form``; no text stands in two of them. What was found is printed.
+
+    The rows lie in the cache of ``datasets`` (HF_HOME) and are read from there when they are needed.
 
     Args:
-        train: file of the training rows; those whose text is in another split's file are left out.
-        val: file of the validation rows; None takes ``share`` of the texts in ``train``.
-        test: file of the test rows; None takes ``share`` of the texts in ``train``.
-        columns: how the columns text, label, prompt and answer are called in the files.
+        train: the training rows; those whose text is in another split's file are left out.
+        val: the validation rows; None takes ``share`` of the texts in ``train``.
+        test: the test rows; None takes ``share`` of the texts in ``train``.
+        form: of the rows, see :data:`dynrank.tasks.data.rows.COLUMNS`.
+        columns: how the columns are called in the files; None: as usual.
         share: of the texts, chosen by (``seed``, text) alone.
         seed: of the splits.
 
     Raises:
-        ConfigurationError: if a file cannot be read.
+        ConfigurationError: if a file cannot be read, or a row cannot be used.
     """
-    given = {split: _read(file, split, columns) for split, file in (("val", val), ("test", test)) if file is not None}
-    rows = _read(train, "train", columns)
-    key = next((name for name in ("text", "prompt") if name in rows.column_names), rows.column_names[0])
-    elsewhere = {text for part in given.values() for text in part[key]}
-    numbers: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for number, text in enumerate(rows[key]):
-        split = place(str(text), seed, 1 - 2 * share, 1 - share)
-        if text not in elsewhere:
-            numbers["train" if split in given else split].append(number)
-    return {split: rows.select(numbers[split]) for split in SPLITS} | given
+    parts: dict[str, datasets.Dataset] = {}
+    for split, name in (("train", train), ("val", val), ("test", test)):
+        if split == "train" or name is not None:
+            where, rows = f"data.{split}={name}", _read(name, split)
+            found = find_columns(rows.column_names, columns, form, where)
+            rows = rows.select_columns([*found.values()])
+            rows = rows.rename_columns({theirs: ours for ours, theirs in found.items() if theirs != ours})
+            if rows.features.get("label") == datasets.Value("float64"):  # ints, of which a csv file lacks some
+                with suppress(ValueError):
+                    rows = rows.cast_column("label", datasets.Value("int64"))
+            try:
+                check_rows(rows, form, where)
+            except UnicodeDecodeError as error:  # in a JSON text, which Arrow looks at no sooner
+                raise _unreadable(name, split, error) from error
+            parts[split] = rows
+            if split == "train":
+                _say("columns         ", ", ".join(f"{ours} <- {theirs}" for ours, theirs in found.items()))
+                _check_labels(parts[split], where)
+    numbers = {split: _numbers(part, COLUMNS[form][0], seed) for split, part in parts.items()}
+    shares, rows = numbers["train"] / 2**64, parts["train"]
+    drawn = np.where(shares < 1 - 2 * share, 0, np.where(shares < 1 - share, 1, 2))
+    for i, split in enumerate(SPLITS[1:], start=1):
+        if split in parts:
+            drawn[drawn == i] = 0
+        drawn[np.isin(numbers["train"], numbers.get(split, []))] = -1
+    for i, split in enumerate(SPLITS):
+        if i == 0 or split not in parts:
+            parts[split] = rows.select(np.flatnonzero(drawn == i))
+        if not len(parts[split]):
+            raise ConfigurationError(f"data.train={train} leaves no rows for {split}; set data.{split} or data.share")
+    return parts
 
 
-def _read(file: str | None, split: str, columns: Mapping[str, str]) -> datasets.Dataset:
-    path = Path(file or "").expanduser()
-    reader = _READERS.get(path.suffix)
-    if reader is None or not path.is_file():
-        raise ConfigurationError(f"data.{split} must be a file of {[*_READERS]}, got {file!r}; set data.{split}")
-    options: dict[str, Any] = {"sep": "\t"} if path.suffix == ".tsv" else {}
-    datasets.disable_progress_bars()
+@rank_zero_only
+def _say(*words: str) -> None:
+    print(*words)
+
+
+def _read(name: str | None, split: str) -> datasets.Dataset:
+    path = Path(name or "").expanduser()
+    hub = name is not None and name.count("/") == 1 and not path.exists() and not path.suffix
+    if not hub and not path.is_dir() and not (path.is_file() and path.suffix in _READERS) or name in (None, ""):
+        raise ConfigurationError(
+            f"data.{split} must be a file of {[*_READERS]}, a folder or ORG/NAME on the hub, got {name!r}; "
+            f"set data.{split}"
+        )
+    bars_on_terminals()
     try:
-        with TemporaryDirectory() as cache:  # the rows stay in memory, and nothing is left in the user's home
-            options |= {"cache_dir": cache, "keep_in_memory": True}
-            rows: Any = datasets.load_dataset(reader, data_files=str(path), split="train", **options)
+        if hub or path.is_dir():
+            return datasets.load_dataset(str(name if hub else path), split=_THEIR_SPLITS[split])
+        options = _OPTIONS.get(path.suffix, {})
+        return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ConfigurationError(f"data.{split}={file} cannot be read: {error.__cause__ or error}") from error
-    return rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs in rows.column_names})
+        raise _unreadable(name, split, error) from error
+
+
+def _unreadable(name: str | None, split: str, error: Exception) -> ConfigurationError:
+    path = Path(name or "").expanduser()
+    fault = (_first_fault(path) if path.is_file() else None) or error.__cause__ or error
+    return ConfigurationError(f"data.{split}={name} cannot be read: {' '.join(str(fault).split())}; set data.{split}")
+
+
+def _first_fault(path: Path) -> str | None:
+    """The first line that is not UTF-8, or no JSON in a file of JSON; None where the fault is of another kind."""
+    if path.suffix == ".parquet":
+        return None
+    if not path.stat().st_size:
+        return "it is empty"
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                text = line.decode()
+                if path.suffix == ".jsonl" and text.strip():
+                    json.loads(text)
+            except ValueError as error:  # of both kinds
+                return f"row {number} is {'not UTF-8' if isinstance(error, UnicodeDecodeError) else 'no JSON'}: {error}"
+    try:
+        json.loads(path.read_text(encoding="utf-8") if path.suffix == ".json" else "0")
+    except ValueError as error:
+        return f"it is no JSON: {error}"  # which says the line
+    return None
+
+
+def _check_labels(rows: datasets.Dataset, where: str) -> None:
+    """Refuse a label of a single row: either nothing is learned of it, or nothing is known of how well."""
+    if "label" not in rows.column_names:
+        return
+    first: dict[Any, int] = {}
+    again = set()
+    for number, row in enumerate(each(rows.select_columns("label")), start=1):
+        for label in row["label"] if isinstance(row["label"], list) else [row["label"]]:
+            again |= {label} if label in first else set()
+            first.setdefault(label, number)
+    for label, number in first.items():
+        if label not in again:
+            raise ConfigurationError(f"{where}: row {number} alone has the label {label!r}; add rows, or take it out")
+
+
+def _numbers(rows: datasets.Dataset, column: str, seed: int) -> np.ndarray[Any, Any]:
+    """A number of each row's text, equal for equal texts, evenly spread over those below 2**64."""
+    found = np.empty(len(rows), np.uint64)
+    for i, row in enumerate(each(rows.select_columns(column))):
+        key = row[column] if isinstance(row[column], str) else json.dumps(row[column])
+        found[i] = number_of(key, seed)
+    return found

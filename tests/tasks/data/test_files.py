@@ -8,10 +8,8 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import build
 from dynrank.tasks.data.files import from_files
-from dynrank.tasks.data.splits import pairs_by_split
 
 ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(200)]
-NAMES = {"text": "text", "label": "label", "prompt": "prompt", "answer": "answer"}
 
 
 def write(path, rows):
@@ -29,8 +27,9 @@ def write(path, rows):
 
 
 def read(train, val=None, test=None, **values):
-    settings = {"columns": NAMES, "share": 0.2, "seed": 0, **values}
-    return pairs_by_split(from_files(train, val, test, **settings), ("text", "label"), str)
+    settings = {"form": "classification", "columns": {}, "share": 0.2, "seed": 0, **values}
+    found = from_files(train, val, test, **settings)
+    return {split: [*zip(rows["text"], rows["label"], strict=True)] for split, rows in found.items()}
 
 
 def pairs(rows):
@@ -38,15 +37,12 @@ def pairs(rows):
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl", "parquet"])
-def test_every_row_of_a_file_is_in_one_split(kind, tmp_path, monkeypatch):
-    home = tmp_path / "home"
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(home))
+def test_every_row_of_a_file_is_in_one_split(kind, tmp_path):
     splits = read(write(tmp_path / f"rows.{kind}", ROWS))
     assert sorted(sum(splits.values(), [])) == pairs(ROWS)
     assert {split: len(rows) for split, rows in splits.items()} == pytest.approx(
         {"train": 120, "val": 40, "test": 40}, abs=15
     )
-    assert not home.exists()
 
 
 def test_splits_depend_on_seed_and_text_alone(tmp_path):
@@ -65,17 +61,100 @@ def test_no_text_stands_in_two_splits(tmp_path):
     assert not {*splits["train"]} & {*splits["test"]}
 
 
-def test_columns_go_by_the_names_of_the_user(tmp_path):
-    renamed = [{"review": row["text"], "stars": row["label"]} for row in ROWS]
-    file = write(tmp_path / "renamed.csv", renamed)
-    assert read(file, columns={**NAMES, "text": "review", "label": "stars"}) == read(write(tmp_path / "a.csv", ROWS))
+@pytest.mark.parametrize("given", [{}, {"text": "review"}, {"text": "review", "label": "Stars"}])
+def test_columns_are_found_and_said(given, tmp_path, capsys):
+    renamed = [{"id": i, "review": row["text"], "Stars": row["label"]} for i, row in enumerate(ROWS)]
+    file = write(
+        tmp_path / "renamed.csv",
+        renamed
+        if given.get("label")
+        else [dict(zip(("id", "review", "Topic"), row.values(), strict=True)) for row in renamed],
+    )
+    found = read(file, columns={"label": None, **given})
+    assert capsys.readouterr().out.split() == [
+        "columns",
+        "text",
+        "<-",
+        "review,",
+        "label",
+        "<-",
+        given.get("label", "Topic"),
+    ]
+    assert found == read(write(tmp_path / "a.csv", ROWS))
 
 
-@pytest.mark.parametrize("name", [None, "none.csv", "rows.txt", "broken.json", "broken.parquet", "empty.csv"])
+def test_a_folder_has_its_own_splits(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for split, part in (("train", ROWS[:150]), ("validation", ROWS[150:])):
+        write(folder / f"{split}.jsonl", part)
+    found = read(str(folder), val=str(folder))
+    assert found["val"] == [tuple(row.values()) for row in ROWS[150:]]
+    assert sorted(found["train"] + found["test"]) == pairs(ROWS[:150])
+
+
+def test_paragraphs_of_a_plain_file_are_texts(tmp_path):
+    (tmp_path / "a.txt").write_text("\n\n".join(f"line {i}\nof text" for i in range(50)))
+    parts = from_files(str(tmp_path / "a.txt"), None, None, form="text", columns={}, share=0.2, seed=0)
+    assert sorted(text for part in parts.values() for text in part["text"]) == sorted(
+        f"line {i}\nof text" for i in range(50)
+    )
+
+
+def lines(*rows, count=30, **shape):
+    """JSONL of good rows and then of these."""
+    shape = shape or {"text": "text {}", "label": "a"}
+    good = [
+        {key: value.format(i) if isinstance(value, str) else value for key, value in shape.items()}
+        for i in range(count)
+    ]
+    return "\n".join(
+        [*map(json.dumps, good), *(row if isinstance(row, str) else json.dumps(row) for row in rows)]
+    ).encode()
+
+
+PROMPTED = {"prompt": "p {}", "answer": "a"}
+CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+TALKS = CHAT["messages"]
+BAD = {  # form, name of the file, what is in it, what the error says beside the file
+    "not UTF-8": ("classification", "a.csv", "text,label\nfine,a\ncaf\xe9,b\n".encode("latin-1"), "row 3 is not UTF-8"),
+    "no UTF-8 in JSON": ("classification", "a.jsonl", lines() + b'\n{"text": "\xff"}', "row 31 is not UTF-8"),
+    "broken JSON": ("classification", "a.jsonl", lines('{"text": ', count=16), "row 17 is no JSON"),
+    "a row without a label": ("classification", "a.csv", b"text,label\nx,1\ny,2\nz,\n", "row 3 has no label"),
+    "a null label": ("classification", "a.jsonl", lines({"text": "x", "label": None}), "row 31 has no label"),
+    "a label seen once": ("classification", "a.jsonl", lines({"text": "x", "label": "b"}), "row 31 alone .* 'b'"),
+    "an empty text": ("classification", "a.jsonl", lines({"text": " ", "label": "a"}), "row 31 has an empty text"),
+    "an empty answer": ("completion", "a.jsonl", lines({"prompt": "x", "answer": ""}, **PROMPTED), "row 31 has an em"),
+    "0 rows": ("classification", "a.csv", b"text,label\n", "0 rows|cannot be read"),
+    "0 bytes": ("classification", "a.csv", b"", "it is empty"),
+    "no column": ("completion", "a.jsonl", lines(), r"no prompt column .*\['text', 'label'\]; set data.columns.prompt"),
+    "a row too long": ("classification", "a.csv", b"text,label\na,b\nc,d,e\n", "line 3|row 2"),
+    "the assistant first": ("chat", "a.jsonl", lines({"messages": TALKS[1:]}, **CHAT), "row 31 .*starts with the ass"),
+    "nobody answers": ("chat", "a.jsonl", lines({"messages": TALKS[:1]}, **CHAT), "row 31 .*without a turn"),
+    "a silent user": ("chat", "a.jsonl", lines({"messages": [{**TALKS[0], "content": ""}]}, **CHAT), "row 31 .*user"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_file_is_one_line_with_file_row_and_key(case, tmp_path):
+    form, name, content, said = BAD[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigurationError, match=rf"data\.train=.*{name}.*({said})") as caught:
+        from_files(str(tmp_path / name), None, None, form=form, columns={}, share=0.2, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_column_that_is_not_there_is_named(tmp_path):
+    file = write(tmp_path / "a.csv", ROWS)
+    with pytest.raises(ConfigurationError, match=r"a\.csv has no column 'body'; it has .*; set data\.columns\.text"):
+        read(file, columns={"text": "body"})
+
+
+@pytest.mark.parametrize("name", [None, "", "none.csv", "rows.doc", "broken.json", "broken.parquet"])
 def test_file_that_cannot_be_read_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for file in ("rows.txt", "broken.json", "broken.parquet", "empty.csv"):
-        (tmp_path / file).write_text("" if file == "empty.csv" else "broken")
+    for file in ("rows.doc", "broken.json", "broken.parquet"):
+        (tmp_path / file).write_text("broken")
     with pytest.raises(ConfigurationError, match=rf"data\.train.*{name}"):
         read(name)
 

@@ -4,9 +4,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.data.splits import pairs_by_split, place
+from dynrank.tasks.data.splits import place, rows_by_split
 
-COLUMNS = ("text", "label")
 PAIRS = {"train": [("a", "x"), ("b", "y")], "val": [("c", "x")], "test": [("d", "y")]}
 
 
@@ -29,18 +28,20 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pairs_are_the_same_whatever_holds_them(kind):
-    assert pairs_by_split(KINDS[kind], COLUMNS, str) == PAIRS
+def test_rows_are_the_same_whatever_holds_them(kind):
+    found = rows_by_split(KINDS[kind], "classification")
+    assert {split: [*zip(rows["text"], rows["label"], strict=True)] for split, rows in found.items()} == PAIRS
 
 
 REFUSED = {
     "no split": (["a"], r"\['a'\]"),
     "a split too few": ({"train": [("a", "x")], "validation": [("a", "x")]}, "val.*validation"),
-    "an empty split": ({**PAIRS, "val": []}, "rows of val must be a text .* and its label"),
-    "a row of one": ({**PAIRS, "test": [("a", "x"), ("b",)]}, r"test .*\('b',\)"),
-    "no text": ({**PAIRS, "train": [(None, "x")]}, r"train .*\(None, 'x'\)"),
-    "a number": ({**PAIRS, "train": [("a", 3)]}, r"train .*label \(str\), got \('a', 3\)"),
-    "other columns": ({**PAIRS, "train": Dataset.from_dict({"text": ["a"], "class": ["x"]})}, "label.*class"),
+    "an empty split": ({**PAIRS, "val": []}, "val has 0 rows"),
+    "a row of one": ({**PAIRS, "test": [("a", "x"), ("b",)]}, r"test: row 2 must be text and label.*\('b',\)"),
+    "no text": ({**PAIRS, "train": [(None, "x")]}, "train: row 1 has no text"),
+    "a broken number": ({**PAIRS, "train": [("a", "x"), ("a", 0.5)]}, r"train: row 2 must have texts or ints.*0\.5"),
+    "two types": ({**PAIRS, "train": [("a", "x"), ("a", 3)]}, "train.*of one type"),
+    "other columns": ({**PAIRS, "train": Dataset.from_dict({"text": ["a"], "kind": ["x"]})}, "no label.*kind"),
 }
 
 
@@ -48,7 +49,7 @@ REFUSED = {
 def test_data_that_cannot_be_used_are_named(case):
     data, named = REFUSED[case]
     with pytest.raises(ConfigurationError, match=f"{named}.*set data"):
-        pairs_by_split(data, COLUMNS, str)
+        rows_by_split(data, "classification")
 
 
 def test_place_depends_on_seed_and_key_alone_and_keeps_the_shares():

@@ -1,0 +1,59 @@
+"""Which tokens of a chat are the assistant's: by the marks of the tokenizer's own template, or by its prefixes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from dynrank.errors import ConfigurationError, shown
+
+__all__ = ["check_template", "tokens_of_chat"]
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+
+
+def check_template(tokenizer: Any, model: str) -> None:
+    """Refuse a tokenizer that writes no chats."""
+    if not tokenizer.chat_template:
+        raise ConfigurationError(f"the tokenizer of task.model={model} has no chat template; set task.model")
+
+
+def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
+    """The tokens of a chat as the template writes it, and which of them to learn: the assistant's turns.
+
+    A template with ``{% generation %}`` says which these are. Of another one, a turn is what it writes behind the chat
+    up to there and the prompt for an answer.
+
+    Raises:
+        ConfigurationError: if the template refuses the chat, or writes earlier turns otherwise as the chat goes on.
+    """
+    turns = [dict(message) for message in messages]
+    try:
+        if _MARKED.search(str(tokenizer.chat_template)):
+            options = {"return_dict": True, "return_assistant_tokens_mask": True}
+            made = tokenizer.apply_chat_template(turns, **options)
+            return made["input_ids"], [bool(own) for own in made["assistant_masks"]]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        places = [_place(tokenizer, turns, i, text) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    except TemplateError as error:
+        raise ConfigurationError(
+            f"the chat template refuses {shown(turns)}: {error}; correct it, or set data"
+        ) from error
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in made["offset_mapping"]]
+    return made["input_ids"], [any(first <= start < end for first, end in places) for start in starts]
+
+
+def _place(tokenizer: Any, turns: list[dict[str, str]], i: int, text: str) -> tuple[int, int]:
+    """(start, end) of turn ``i`` in the text of all."""
+    before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
+    behind = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+    if not (behind.startswith(before) and text.startswith(behind)):
+        raise ConfigurationError(
+            f"the chat template writes turn {i + 1} of {shown(turns)} otherwise as the chat goes on, so its tokens "
+            "cannot be told; set task.model to one whose template has {% generation %}"
+        )
+    return len(before), len(behind)

@@ -1,0 +1,73 @@
+"""Rows of a prompt and an answer, of a chat or of a text as the examples that a language model learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+
+from dynrank.tasks.chats import tokens_of_chat
+from dynrank.tasks.packing import Example, pack
+
+__all__ = ["FEATURES", "make_examples"]
+
+_IDS, _FLAGS = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("bool"))
+# learned: of each token; lengths: of the examples in a packed row; prompt_length: in tokens, where there is a prompt
+FEATURES = datasets.Features(
+    {"input_ids": _IDS, "learned": _FLAGS, "lengths": _IDS, "length": datasets.Value("int32")}
+    | {"prompt": datasets.Value("string"), "answer": datasets.Value("string"), "prompt_length": datasets.Value("int32")}
+)
+
+
+def make_examples(
+    rows: Mapping[str, list[Any]], *, tokenizer: Any, form: str, max_length: int, packed: bool, texts: bool
+) -> dict[str, list[Any]]:
+    """Columns of :data:`FEATURES` for a batch of rows; what does not fit into ``max_length`` tokens is left out.
+
+    Args:
+        rows: of ``form``.
+        tokenizer: of the model.
+        form: completion, chat or text.
+        max_length: of a row of examples.
+        packed: whether several examples share a row.
+        texts: keep the texts of prompts and answers.
+    """
+    made: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    fitting = [example for example in _OF[form](rows, tokenizer, max_length) if len(example.ids) <= max_length]
+    for row in pack(fitting, max_length) if packed else [[example] for example in fitting]:
+        lengths = [len(example.ids) for example in row]
+        ids, learned = [i for e in row for i in e.ids], [own for e in row for own in e.learned]
+        kept = (row[0].prompt, row[0].answer) if texts else ("", "")
+        values = (ids, learned, lengths, sum(lengths), *kept, row[0].prompt_length)
+        for name, value in zip(FEATURES, values, strict=True):
+            made[name].append(value)
+    return made
+
+
+def _of_completions(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int) -> Iterator[Example]:
+    prompts = tokenizer(rows["prompt"])["input_ids"]
+    answers = tokenizer(rows["answer"], add_special_tokens=False)["input_ids"]
+    for text, wanted, prompt, answer in zip(rows["prompt"], rows["answer"], prompts, answers, strict=True):
+        learned = [False] * len(prompt) + [True] * (len(answer) + 1)
+        yield Example([*prompt, *answer, tokenizer.eos_token_id], learned, text, wanted, len(prompt))
+
+
+def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int) -> Iterator[Example]:
+    for messages in rows["messages"]:
+        ids, learned = tokens_of_chat(tokenizer, messages)
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        end = len(learned) - learned[::-1].index(True)
+        prompt_length = end - learned[:end][::-1].index(False)
+        yield Example(ids, learned, messages[last - 1]["content"], messages[last]["content"], prompt_length)
+
+
+def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int) -> Iterator[Example]:
+    for ids in tokenizer(rows["text"])["input_ids"]:
+        whole = [*ids, tokenizer.eos_token_id]
+        for start in range(0, len(whole), max_length):  # a longer text is cut
+            piece = whole[start : start + max_length]
+            yield Example(piece, [True] * len(piece))
+
+
+_OF = {"completion": _of_completions, "chat": _of_chats, "text": _of_texts}

@@ -1,0 +1,64 @@
+"""Several examples in one row, none of which sees another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dynrank.errors import ConfigurationError
+
+__all__ = ["Example", "check_packing", "pack", "positions"]
+
+
+class Example(NamedTuple):
+    """Tokens, which of them to learn, and of a prompt with an answer the texts and the prompt's number of tokens."""
+
+    ids: list[int]
+    learned: list[bool]
+    prompt: str = ""
+    answer: str = ""
+    prompt_length: int = 0
+
+
+def pack(examples: Iterable[Example], length: int) -> list[list[Example]]:
+    """Examples of up to ``length`` tokens each, in their order, put into rows of up to ``length``."""
+    rows: list[list[Example]] = []
+    room = -1
+    for example in examples:
+        if len(example.ids) > room:
+            rows.append([])
+            room = length
+        rows[-1].append(example)
+        room -= len(example.ids)
+    return rows
+
+
+def positions(lengths: Iterable[int]) -> Tensor:
+    """0, 1, ... for each example of a row."""
+    return torch.cat([torch.arange(length) for length in lengths])
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Refuse a model in which an example sees another one of its row, by trying it.
+
+    transformers takes positions that start again for another example; not every model's attention asks it.
+    """
+    tokens = torch.arange(1, 9, device=next(model.parameters()).device)
+    rows = torch.stack([tokens, torch.cat([tokens[4:], tokens[4:]])])  # alike in their second example alone
+    training, places = model.training, positions([4, 4]).to(tokens.device).expand(2, 8)
+    try:
+        first, second = model.eval()(input_ids=rows, position_ids=places, use_cache=False).logits[:, 4:].float()
+    except TypeError:  # takes no positions
+        first, second = tokens[:1], tokens[1:2]
+    finally:
+        model.train(training)
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
+        config: Any = model.config
+        raise ConfigurationError(
+            f"{type(model).__name__} with model.attention={config._attn_implementation} sees the other examples of a "
+            "packed row; set task.packed=false"
+        )

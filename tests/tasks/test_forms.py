@@ -1,0 +1,276 @@
+"""Chats, packed texts, pairs and several labels: what is learned of them, and batches that can be resumed."""
+
+import json
+import re
+import shutil
+from functools import cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import dynrank
+from dynrank.errors import ConfigurationError
+from dynrank.models.pretrained import load_tokenizer
+from dynrank.run import job
+from dynrank.tasks.chats import tokens_of_chat
+from dynrank.tasks.packing import check_packing
+
+PLAIN = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|end|>\n"
+    "{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+SHORTENED = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:3] }}")  # as of thoughts
+
+
+def turns(*contents, system=None):
+    roles = ["user", "assistant"] * len(contents)
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *({"role": r, "content": c} for r, c in zip(roles, contents, strict=False))]
+
+
+CHATS = {
+    "one turn": turns("def f(x):", "return x"),
+    "several turns and a system": turns("import os", "os.path", "and é, 漢?", "  return 1\n", system="class Path"),
+    "the user has the last word": turns("a", "b", "c"),
+    "words of the template": turns("<|assistant|>\nno<|end|>", "<|user|>\nreturn"),
+}
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny_llama, tmp_path_factory):
+    """Makes the tiny Llama's folder with a chat template."""
+
+    @cache
+    def make(template):
+        folder = tmp_path_factory.mktemp("chatty") / "llama"
+        shutil.copytree(tiny_llama, folder)
+        tokenizer = load_tokenizer(str(folder))
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["plain", "marked"])
+@pytest.mark.parametrize("chat", CHATS)
+def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, template, chatty):
+    """Beside bytes that are counted by hand in the text as it has to be."""
+    tokenizer = load_tokenizer(str(chatty(template)))
+    ids, learned = tokens_of_chat(tokenizer, CHATS[chat])
+    text, own = b"", []
+    for turn in CHATS[chat]:
+        head, body = f"<|{turn['role']}|>\n".encode(), f"{turn['content']}<|end|>\n".encode()
+        text += head + body
+        own += [False] * len(head) + [turn["role"] == "assistant"] * len(body)
+    table = {char: bytes([byte]) for byte, char in byte_characters().items()}
+    place = 0
+    for token, is_learned in zip(tokenizer.convert_ids_to_tokens(ids), learned, strict=True):
+        written = token.encode() if token == "<|end|>" else b"".join(table[char] for char in token)
+        assert text[place:].startswith(written)
+        assert is_learned == own[place]
+        place += len(written)
+    assert place == len(text)
+    assert sum(learned) == sum(1 for t in learned if t) > 0
+
+
+def byte_characters():
+    """The characters that byte-level tokenizers write bytes as, by GPT-2's published rule."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(chatty):
+    tokenizer = load_tokenizer(str(chatty(SHORTENED)))
+    with pytest.raises(ConfigurationError, match=r"otherwise as the chat goes on.*generation"):
+        tokens_of_chat(tokenizer, turns("long question", "long answer", "q", "a"))
+
+
+def test_a_template_that_refuses_a_chat_and_none_at_all_are_named(chatty, tiny_llama, tmp_path):
+    tokenizer = load_tokenizer(str(chatty("{{ raise_exception('no system please') }}")))
+    with pytest.raises(ConfigurationError, match="no system please.*set data"):
+        tokens_of_chat(tokenizer, turns("q", "a"))
+    with pytest.raises(ConfigurationError, match=r"task\.model=.* has no chat template"):
+        job.build(dynrank.compose([*made("chat", tiny_llama, tmp_path), "plots=false"]), on_meta=True)
+
+
+WORDS = ["class", "import", "return x", "def", "with open", "lambda"]
+ROWS = {
+    "chat": [{"messages": turns(f"item {i}" * (1 + i % 3 * 9), WORDS[i % 3], "more", WORDS[i % 6])} for i in range(90)],
+    "text": [{"text": f"def item{i}():\n    return {i}\n" * (1 + i % 5)} for i in range(90)],
+    "completion": [{"prompt": f"item {i}:", "answer": " " + WORDS[i % 3]} for i in range(90)],
+    "pair": [{"text": f"one {i}", "text_pair": f"two {i % 7}", "label": "ab"[i % 2]} for i in range(90)],
+    "several": [{"text": f"{WORDS[i % 4]} {i}", "label": [["a"], ["a", "b"], [], ["c"]][i % 4]} for i in range(90)],
+}
+LABELLED, LENGTH = {"pair", "several"}, 100
+
+
+def made(form, model, folder):
+    """Overrides of a run."""
+    file = folder / f"{form}.jsonl"
+    if not file.exists():
+        file.write_text("\n".join(map(json.dumps, ROWS[form])))
+    task = "classification" if form in LABELLED else form
+    return [
+        f"task={task}",
+        f"data.train={file}",
+        f"task.model={model}",
+        f"task.max_length={LENGTH}",
+        "task.batch_size=4",
+    ]
+
+
+@pytest.fixture
+def task_of(chatty, tiny_bert, tmp_path):
+    def make(form):
+        model = tiny_bert if form in LABELLED else chatty(PLAIN)
+        config = dynrank.compose([*made(form, model, tmp_path), "plots=false"])
+        task = job.make(config.task, "task")
+        task.setup("fit")
+        return task
+
+    return make
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_batches_go_on_bit_by_bit_and_two_processes_share_those_of_one(form, task_of, monkeypatch):
+    task = task_of(form)
+
+    def batches(count, size=4, share=(0, 1), state=None):
+        monkeypatch.setattr(task, "trainer", SimpleNamespace(global_rank=share[0], world_size=share[1]))
+        monkeypatch.setattr(task, "batch_size", size)
+        loader = task.train_dataloader()
+        if state is not None:
+            loader.load_state_dict(state)
+        found = []
+        while len(found) < count:
+            found += [(batch, loader.state_dict()) for batch in loader]
+        return found[:count]
+
+    whole = batches(30)
+    for start in (1, 13):
+        for (resumed, _), (batch, _) in zip(batches(8, state=whole[start - 1][1]), whole[start:], strict=False):
+            assert resumed.keys() == batch.keys()
+            assert all(torch.equal(value, resumed[name]) for name, value in batch.items())
+    one, *two = batches(12, size=8), batches(12, share=(0, 2)), batches(12, share=(1, 2))
+    for (both, _), *halves in zip(one, *two, strict=True):
+        for i, (half, _) in enumerate(halves):
+            for name, value in half.items():
+                wanted = both[name][i::2]
+                assert torch.equal(value, wanted[:, : value.shape[1]] if value.dim() > 1 else wanted)
+
+
+@pytest.mark.parametrize("form", ROWS)
+def test_examples_are_made_once_and_then_read_from_the_disk(form, task_of, monkeypatch):
+    first = task_of(form).examples
+    assert all(part.cache_files for part in first.values())
+
+    def fail(*_, **__):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", fail)
+    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", fail)
+    again = task_of(form).examples
+    assert all(again[split].to_list() == part.to_list() for split, part in first.items())
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+@pytest.mark.parametrize("form", ["chat", "text", "several"])
+def test_a_run_learns_drops_and_goes_on_to_the_same_bits(form, chatty, tiny_bert, tmp_path):
+    model = tiny_bert if form in LABELLED else chatty(MARKED)
+    written = ["task.val_generate=2", "task.generate=2", "task.measures=[exact_match]"] if form == "chat" else []
+    shape = ["lora.rank=8", "schedule=milestones", "schedule.ranks=[4]", "schedule.at=[6]", "schedule.unit=step"]
+    speed = ["optimizer.lr=0.01", "optimizer.head_lr=0.01", "optimizer.warmup_steps=1"]
+    often = ["checkpoint_every=8", "trainer.val_check_interval=8", "trainer.enable_progress_bar=false", "plots=false"]
+    speed += ["optimizer.decay=constant_with_warmup"]
+    options = [*made(form, model, tmp_path), *written, *shape, *speed, *often]
+
+    def run(name, *more):
+        summary = job.run(dynrank.compose([*options, *more]), tmp_path / name)
+        return summary, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+
+    first, _ = run("first", "trainer.max_steps=8")
+    whole, adapter = run("whole", "trainer.max_steps=48")
+    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
+    _, resumed = run("resumed", "trainer.max_steps=48", f"ckpt_path={last}")
+    assert all(torch.equal(factor, resumed[name]) for name, factor in adapter.items())
+    assert set(whole.final_ranks.values()) == {4}
+    assert whole.final["train/loss"] < 0.9 * first.final["train/loss"]
+
+
+def test_packed_rows_hold_every_text_once_and_no_text_sees_another(task_of, optimizer):
+    task = task_of("text")
+    ids = {}
+    for split, rows in task.examples.items():
+        places = [[i for i, n in enumerate(row["lengths"]) for _ in range(n)] for row in rows]
+        pieces = [
+            [t for t, p in zip(row["input_ids"], place, strict=True) if p == i]
+            for row, place in zip(rows, places, strict=True)
+            for i in range(len(row["lengths"]))
+        ]
+        ids[split] = [token for piece in pieces for token in piece]
+        assert max(rows["length"]) <= LENGTH
+        wanted = [token for text in task.rows[split]["text"] for token in [*task.tokenizer(text)["input_ids"], 0]]
+        assert ids[split] == wanted
+    assert len(task.examples["train"]) < len(task.rows["train"])
+    module = task.module({"rank": 4, "alpha": 8}, optimizer).eval()
+    for _, layer in dynrank.lora_layers(module.model):
+        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    batch = task.collate([row for row in task.examples["train"] if len(row["lengths"]) > 1][:4])
+    logits, labels = module.predict(batch)
+    losses = []
+    for row, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
+        starts = [*(places == 0).nonzero().flatten().tolist(), len(row)]
+        for start, end in zip(starts, starts[1:], strict=False):
+            if end - start > 1:  # padding lies alone
+                alone = module.model(input_ids=row[start:end][None]).logits[0].double().log_softmax(-1)
+                losses += [-alone[i, row[start + i + 1]] for i in range(end - start - 1)]
+    assert int((labels != -100).sum()) == len(losses)
+    mean = torch.stack(losses).mean().detach()
+    assert float(module.loss(logits, labels).detach()) == pytest.approx(float(mean), rel=1e-5)
+
+
+SIZE = {"vocab_size": 50, "n_layer": 1, "n_head": 2}
+
+
+def test_a_model_whose_examples_see_each_other_is_refused(tiny_llama):
+    check_packing(AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, **SIZE)))
+    for kind in ("sdpa", "eager"):
+        check_packing(LlamaForCausalLM.from_pretrained(tiny_llama, attn_implementation=kind))
+    with pytest.raises(ConfigurationError, match=r"BloomForCausalLM .* sees the other .* set task\.packed=false"):
+        check_packing(AutoModelForCausalLM.from_config(BloomConfig(hidden_size=32, **SIZE)))
+
+
+def test_pairs_are_one_text_with_two_types_and_several_labels_are_ones(task_of):
+    batch = next(iter(task_of("pair").train_dataloader()))
+    for ids, kinds, mask in zip(*(batch[n] for n in ("input_ids", "token_type_ids", "attention_mask")), strict=True):
+        second = ids.tolist().index(102) + 1  # behind the first [SEP]
+        assert kinds.tolist() == [0] * second + [1] * (int(mask.sum()) - second) + [0] * int((mask == 0).sum())
+    task = task_of("several")
+    assert task.labels == ["a", "b", "c"]
+    row = next(row for row in ROWS["several"] if row["label"] == ["a", "b"])
+    found = {
+        row["text"]: example["label"] for row, example in zip(task.rows["train"], task.examples["train"], strict=True)
+    }
+    assert found.get(row["text"], [True, True, False]) == [True, True, False]
+    assert {tuple(value) for value in found.values()} == {(1, 0, 0), (1, 1, 0), (0, 0, 0), (0, 0, 1)}
+
+
+def test_longer_examples_are_left_out_and_said(task_of, capsys):
+    task = task_of("chat")
+    said = re.findall(
+        r"left out +(\d+) of (\d+) (\w+) examples, longer than task.max_length=100", capsys.readouterr().out
+    )
+    for count, all_rows, split in said:
+        assert (int(all_rows), int(all_rows) - int(count)) == (len(task.rows[split]), len(task.examples[split]))
+    assert {split for *_, split in said} == {s for s, rows in task.rows.items() if len(rows) > len(task.examples[s])}
+    assert said
