@@ -20,7 +20,6 @@ from dynrank.run.report.verdict import (
     next_commands,
     read_rival,
     run_name,
-    unit_of_error,
     warnings,
 )
 
@@ -55,7 +54,6 @@ def write_report(folder: Path, config: str | None = None, against: Sequence[Path
             warnings=list(warnings(run)),
             kinds_of_loss=kinds_of_loss(run),
             around=partial(around, run),
-            unit_of_error=unit_of_error(run),
             pictures=draw(run),
             ranks=run.ranks(),
             next_commands=next_commands(run),

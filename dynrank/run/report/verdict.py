@@ -19,7 +19,6 @@ __all__ = [
     "next_commands",
     "read_rival",
     "run_name",
-    "unit_of_error",
     "warnings",
 ]
 
@@ -112,12 +111,6 @@ def kinds_of_loss(run: RunRecord) -> str:
     )
 
 
-def unit_of_error(run: RunRecord) -> str:
-    """What the predicted error of a change is, by the metric of the schedule."""
-    units = {"output": "root mean square of the outputs' change", "loss": "root of twice the loss, up to a factor"}
-    return units.get(str(run.settings.get("schedule.metric")), "norm of the updates' change")
-
-
 def around(run: RunRecord, change: Change, metric: str) -> tuple[float | None, float | None]:
     """The last value of ``metric`` before a change, and the first after it; a validation after n steps is in row n - 1.
 
@@ -153,7 +146,7 @@ def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
         if len(ranks) == 1:
             yield (
                 "one budget for all layers, in place of one rank",
-                _train(run, f"lora.rank={2 * middle}", "schedule=budget"),
+                _train(run, f"lora.rank={2 * middle}", "schedule=early_budget"),
             )
         gap, loss = run.summary.gap, run.summary.final.get(LOSS)
         if gap is not None and loss and gap > FAR * loss and not config.get("lora.dropout"):
