@@ -116,8 +116,14 @@ def counted(need):
     return need.weights, need.adapter, need.optimizer, need.gradients, need.activations
 
 
-@pytest.mark.parametrize(("dtype", "checkpointing"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "checkpointing"),
+    [
+        *((kind, *how) for kind in TINY for how in (("bfloat16", False), ("bfloat16", True))),
+        ("llama", "float32", False),
+        ("bert", "float32", False),
+    ],
+)
 def test_counted_bytes_are_those_of_a_real_step(kind, dtype, checkpointing, config_file):
     file, cls = config_file(kind)
     options = [f"base={file}", "batch_size=3", "sequence_length=24", f"model.dtype={dtype}", "ranks=[4]"]
