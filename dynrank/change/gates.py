@@ -54,12 +54,13 @@ class Gates:
 
     Attributes:
         steps: how many optimizer steps were seen.
+        examples: how many examples were kept, of all processes.
         loss_scale: what the loss is multiplied by before backward, as in mixed precision with float16.
         terms: N of the last step, in all processes.
     """
 
     def __init__(self, layers: Mapping[str, RankedLayer], window: int, loss_terms: int | None = None) -> None:
-        self.steps, self.loss_scale, self.terms = 0, 1.0, 0.0
+        self.steps, self.examples, self.loss_scale, self.terms = 0, 0, 1.0, 0.0
         self._layers, self._loss_terms = dict(layers), loss_terms
         self._quota = -(-EXAMPLES // window // process_count())
         self._passes: list[_Pass] = []  # of the step under way
@@ -67,11 +68,6 @@ class Gates:
         self._weights: list[tuple[float, float]] = []  # of each step: factors of its cores in g, and of squares in H
         self._quadratic: Quadratic | None = None
         self._stops = [layer.observe(self._tap(name)) for name, layer in layers.items()]
-
-    @property
-    def examples(self) -> int:
-        """How many examples are held, of all processes."""
-        return sum(len(cores) for cores in next(iter(self._cores.values()), []))
 
     def _tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
         @torch.no_grad()
@@ -122,7 +118,7 @@ class Gates:
             torch.isfinite(core).all() for core in cores.values()
         ):  # a step that float16's scaler skips, or a loss that is about to be refused
             return
-        self.terms = float(self._loss_terms or terms)
+        self.examples, self.terms = self.examples + held, float(self._loss_terms or terms)
         scale = 1 / self.loss_scale / process_count()  # gradients are means over processes
         share = examples / held
         self._weights.append((scale * share, scale**2 * share * self.terms))
@@ -162,15 +158,18 @@ class Gates:
     def _estimate(self) -> Quadratic:
         """The quadratic in the singular directions of the factors as they are when it is first asked for."""
         if self._quadratic is None:
-            self._quadratic = Quadratic(*self._gradients(), {name: width_of(la) for name, la in self._layers.items()})
+            parts = self._gradients()
+            self._cores = {}  # a 7B's cores and its Hessian need not be held at once
+            self._quadratic = Quadratic(*parts, {name: width_of(la) for name, la in self._layers.items()})
         return self._quadratic
 
     @torch.no_grad()
     def _gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        gradients, roots, steps = {}, {}, len(self._weights)
+        """Of each layer the (R,) gradient of the loss by its gates, and the (examples, R) root of their Hessian."""
+        gradients, roots, steps = {}, {}, max(1, len(self._weights))
         for name, layer in self._layers.items():
             cores = self._cores[name]
-            if not any(len(core) for core in cores):
+            if not any(core.any() for core in cores) and layer.scaling and layer.lora_B.any():
                 raise ConfigurationError(
                     f"no backward pass has reached {name!r} while its gates were watched, so metric=gates cannot rank "
                     "its directions; set schedule.metric=weight, or leave the layer out (lora.target_modules)"
@@ -181,19 +180,23 @@ class Gates:
                 raise ConfigurationError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error
             from_A, from_B = whole.from_A.cpu(), whole.from_B.cpu()
             live = (whole.lora_A.any(dim=1) & whole.lora_B.any(dim=0)).cpu()  # a gate before nothing changes nothing
-            parts = [torch.einsum("rk,srt,kt->sk", from_B, core.double(), from_A) * live for core in cores]
-            linear, square = zip(*self._weights, strict=True)
-            gradients[name] = sum(c.sum(0) * w for c, w in zip(parts, linear, strict=True)) / steps
-            roots[name] = torch.cat([c * (w / steps) ** 0.5 for c, w in zip(parts, square, strict=True)])
+            gradients[name] = torch.zeros(layer.rank, dtype=torch.float64)
+            rows = [gradients[name].new_zeros(0, layer.rank)]
+            for core, (linear, square) in zip(cores, self._weights, strict=True):
+                c_SR = torch.einsum("rk,srt,kt->sk", from_B, core.double(), from_A) * live
+                gradients[name] += c_SR.sum(0) * (linear / steps)
+                rows.append(c_SR * (square / steps) ** 0.5)
+            roots[name] = torch.cat(rows)
         return gradients, roots
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors; passes since the last optimizer step are left out."""
         cores = {name: list(parts) for name, parts in self._cores.items()}
-        return {"steps": self.steps, "terms": self.terms, "weights": list(self._weights), "cores": cores}
+        counts = {"steps": self.steps, "examples": self.examples, "terms": self.terms}
+        return counts | {"weights": list(self._weights), "cores": cores}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps, self.terms = state["steps"], state["terms"]
+        self.steps, self.examples, self.terms = state["steps"], state["examples"], state["terms"]
         self._weights = [(float(linear), float(square)) for linear, square in state["weights"]]
         self._cores = {name: list(state["cores"][name]) for name in self._layers}
 

@@ -19,12 +19,18 @@ from dynrank.triggers import At, Plateau, Trigger
 
 Changes = Annotated[int, Field(ge=1, le=1000)]  # each is a stage: 1000 are far more than there are ranks to go through
 Time = Annotated[float, Field(ge=0, le=1)]  # share of the run
+Shape = Literal["geometric", "linear", "cosine"]
 
 
 def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, *, key: str) -> Stage:
     """A stage with a trigger of its own (a plateau if None); a fixed time needs no deadline."""
     when = Plateau() if trigger is None else deepcopy(trigger)
     return Stage(when, target, None if isinstance(when, At) else deadline, key=key)
+
+
+def _down_to(rank: int, shared: bool, step: int, steps: int, shape: Shape = "geometric") -> Target:
+    """Step ``step`` of ``steps`` on the way to ``rank`` for every layer, or to one pool of as many parameters."""
+    return Budget(rank=rank, left=steps - step) if shared else Towards(rank, step, steps, shape)
 
 
 def fixed() -> list[Stage]:
@@ -51,18 +57,24 @@ def one_stage(
 
 @validated_call("schedule")
 def after_convergence(
-    final_rank: Count, trigger: Trigger | At | None = None, *, drops: Changes = 1, deadline: Share | None = 0.75
+    final_rank: Count,
+    trigger: Trigger | At | None = None,
+    *,
+    shared: bool = False,
+    drops: Changes = 1,
+    deadline: Share | None = 0.75,
 ) -> list[Stage]:
     """Down to ``final_rank`` once training has converged, in ``drops`` equal factors.
 
     Args:
         final_rank: rank to end at.
         trigger: when; :class:`dynrank.triggers.Plateau` when None.
+        shared: to one pool of as many parameters for all layers, instead of to that rank in each.
         drops: changes to get there (64 -> 8 in 3: 32, 16, 8).
         deadline: share of the run at which the final rank is taken in any case; None: never.
     """
     return [
-        _once(trigger, Towards(final_rank, step, drops), deadline, key="schedule.final_rank")
+        _once(trigger, _down_to(final_rank, shared, step, drops), deadline, key="schedule.final_rank")
         for step in range(1, drops + 1)
     ]
 
@@ -72,8 +84,13 @@ def milestones(
     ranks: Sequence[Count],
     at: Sequence[NotNegative],
     unit: Literal["fraction", "step", "epoch"] = "fraction",
+    *,
+    shared: bool = False,
 ) -> list[Stage]:
-    """``ranks[i]`` from ``at[i]`` on, counted in ``unit``: "fraction" of the run, "step" or "epoch"."""
+    """``ranks[i]`` from ``at[i]`` on, counted in ``unit``: "fraction" of the run, "step" or "epoch".
+
+    ``shared``: as one pool of the parameters of ``ranks[i]``.
+    """
     if len(ranks) != len(at) or not ranks:
         raise ConfigurationError(
             f"ranks and at must be lists of one length, got {ranks!r} and {at!r}; set schedule.ranks and schedule.at"
@@ -89,7 +106,7 @@ def milestones(
     else:
         raise ConfigurationError(f"at must be whole numbers of {unit}s, got {list(at)}; set schedule.at")
     return [
-        Stage(time, Rank(rank), key=f"schedule.ranks[{i}]")
+        Stage(time, Budget(rank=rank) if shared else Rank(rank), key=f"schedule.ranks[{i}]")
         for i, (time, rank) in enumerate(zip(times, ranks, strict=True))
     ]
 
@@ -113,7 +130,8 @@ def anneal(
     steps: Changes = 4,
     start: Time = 0.2,
     end: Time = 0.8,
-    shape: Literal["geometric", "linear", "cosine"] = "geometric",
+    shape: Shape = "geometric",
+    shared: bool = False,
 ) -> list[Stage]:
     """From the starting rank to ``final_rank`` in ``steps`` changes at equal distances (LoRA-Squeeze in-tuning).
 
@@ -123,30 +141,43 @@ def anneal(
         start: share of the run at the first change.
         end: share of the run at the last.
         shape: "geometric" (64, 32, 16, 8), "linear" or "cosine".
+        shared: to pools of as many parameters for all layers; geometric only.
 
     Source: arXiv:2602.10993.
     """
+    if shared and shape != "geometric":
+        raise ConfigurationError(
+            f"a shared pool falls by equal factors, got shape={shape!r}; set schedule.shape=geometric"
+        )
     if start > end:
         raise ConfigurationError(
             f"start must be at most end = {end:g}, got {start:g}; set schedule.start or schedule.end"
         )
     times = [start + (end - start) * i / max(1, steps - 1) for i in range(steps)]
     return [
-        Stage(At(fraction=time), Towards(final_rank, i, steps, shape), key="schedule.final_rank")
+        Stage(At(fraction=time), _down_to(final_rank, shared, i, steps, shape), key="schedule.final_rank")
         for i, time in enumerate(times, 1)
     ]
 
 
 @validated_call("schedule")
-def squeeze_at_end(final_rank: Count) -> list[Stage]:
-    """Train at the starting rank, and squeeze after the last step (LoRA-Squeeze post-tuning, arXiv:2602.10993)."""
-    return [Stage(At(fraction=1.0), Rank(final_rank), key="schedule.final_rank")]
+def squeeze_at_end(final_rank: Count, *, shared: bool = False) -> list[Stage]:
+    """Train at the starting rank, and squeeze after the last step (LoRA-Squeeze post-tuning, arXiv:2602.10993).
+
+    ``shared``: to one pool of the parameters of ``final_rank``.
+    """
+    return [Stage(At(fraction=1.0), _down_to(final_rank, shared, 1, 1), key="schedule.final_rank")]
 
 
 @validated_call("schedule")
-def squeeze_then_tune(final_rank: Count, *, tune: Annotated[float, Field(gt=0, lt=1)] = 0.1) -> list[Stage]:
-    """Squeeze, then train the last share ``tune`` of the run (LoRA-Squeeze continued tuning, arXiv:2602.10993)."""
-    return [Stage(At(fraction=1 - tune), Rank(final_rank), key="schedule.final_rank")]
+def squeeze_then_tune(
+    final_rank: Count, *, tune: Annotated[float, Field(gt=0, lt=1)] = 0.1, shared: bool = False
+) -> list[Stage]:
+    """Squeeze, then train the last share ``tune`` of the run (LoRA-Squeeze continued tuning, arXiv:2602.10993).
+
+    ``shared``: to one pool of the parameters of ``final_rank``.
+    """
+    return [Stage(At(fraction=1 - tune), _down_to(final_rank, shared, 1, 1), key="schedule.final_rank")]
 
 
 @validated_call("schedule")

@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
-from dynrank.targets.base import LayerState, Stepped, up_to_multiple
+from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, up_to_multiple
 
 
 @validated("schedule.target")
@@ -27,6 +27,7 @@ class Budget(Stepped):
         parameters: of all layers together after the change (pinned ones included); exactly one of the sizes is given.
         share: the same as a share of the parameters now, in (0, 1]; the lowest ranks are kept in any case.
         rank: as many parameters as this rank has, if all layers go down to it.
+        left: changes of this kind that are still to come: the pool goes 1 / (left + 1) of the way, by a factor.
         bytes: of all layers together in float32, as a number or a text: "8MiB".
         lowest: rank that every layer keeps (one that has less stays).
         highest: rank that no layer exceeds; None: its rank now.
@@ -45,6 +46,7 @@ class Budget(Stepped):
     parameters: Annotated[int, Field(ge=0)] | None = None
     share: Share | None = None
     rank: Count | None = Field(default=None, kw_only=True)
+    left: Annotated[int, Field(ge=0)] = Field(default=0, kw_only=True)
     bytes: ByteSize | None = Field(default=None, kw_only=True)
     highest: Count | None = Field(default=None, kw_only=True)
 
@@ -83,18 +85,23 @@ class Budget(Stepped):
     @property
     def is_relative(self) -> bool:
         """Whether the pool depends on the ranks before."""
-        return self.share is not None or self.rank is not None
+        return self.share is not None or self.rank is not None or self.left > 0
 
     def pool(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters that may be shared out to ``layers``."""
-        if self.parameters is not None:
-            return self.parameters
-        if self.bytes is not None:
-            return self.bytes // 4
-        if self.rank is not None:
-            return sum(layer.shrunk(self.rank) * layer.cost for layer in layers.values())
         now = sum(layer.rank * layer.cost for layer in layers.values())
-        return floor((self.share or 0.0) * now + 1e-9)  # 0.29 * 100 is below 29
+        if self.parameters is not None:
+            end = self.parameters
+        elif self.bytes is not None:
+            end = self.bytes // 4
+        elif self.rank is not None:
+            end = sum(layer.shrunk(self.rank) * layer.cost for layer in layers.values())
+        else:
+            end = floor((self.share or 0.0) * now + 1e-9)  # 0.29 * 100 is below 29
+        return floor(now * (end / now) ** (1 / (self.left + 1)) + 1e-6) if self.left and now else end
+
+    def starts(self) -> tuple[int, int]:
+        return max(self.least(), self.rank or 1), UNBOUNDED
 
     def floor_parameters(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters of the smallest ranks that the budget may be shared out to."""

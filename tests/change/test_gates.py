@@ -246,6 +246,22 @@ def test_copies_of_a_watched_layer_are_not_watched(copied):
         gates.values()
 
 
+def test_a_layer_that_no_pass_has_reached_is_named():
+    net, x = deep()
+    with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
+        loss_of(net.head(net.a(x).mean(1))).backward()
+        gates.end_step()
+    with pytest.raises(ConfigurationError, match=r"reached 'b' while"):
+        gates.values()
+
+
+def test_what_a_seven_billion_model_s_window_holds():
+    """By count: 224 layers at rank 32. The cores go before the Hessian comes."""
+    layers, rank = 224, 32
+    assert EXAMPLES * layers * rank**2 * 4 < 600e6
+    assert (layers * rank) ** 2 * 8 + 2 * EXAMPLES * layers * rank * 8 < 600e6
+
+
 def test_flattened_examples_are_refused():
     class Flat(nn.Module):
         def __init__(self):

@@ -67,6 +67,8 @@ def test_presets_hand_their_values_to_the_stage():
     (stage,) = early_budget(4, at=0.25, lowest=2)
     assert (stage.when, stage.to) == (At(fraction=0.25), Budget(rank=4, lowest=2))
     assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)  # a final rank is the default of the other sizes
+    assert [s.to for s in after_convergence(4, shared=True, drops=2)] == [Budget(rank=4, left=1), Budget(rank=4)]
+    assert [s.to for s in milestones([8, 4], [0.1, 0.2], shared=True)] == [Budget(rank=8), Budget(rank=4)]
     assert budget(final_rank=4, bytes="8MiB")[0].to == Budget(bytes=8 * 2**20)
     (stage,) = one_stage(Slope(), Rank(4), 0.5, True)
     assert stage == Stage(Slope(), Rank(4), 0.5, True, key="schedule.target")
@@ -107,6 +109,7 @@ def test_stages_are_taken_as_they_are_and_named_by_their_place():
         (lambda: budget(), "parameters; schedule.share; schedule.final_rank and schedule.bytes"),
         (lambda: early_budget(share=0.5, parameters=7), "parameters"),
         (lambda: early_budget(bytes="8 apples"), "bytes"),
+        (lambda: anneal(4, shape="cosine", shared=True), "shape"),
         (lambda: budget(0.5, highest=2, lowest=3), "highest"),
         (lambda: stages([Rank(4)]), "stages[0]"),
     ],

@@ -121,19 +121,20 @@ def trajectory(scheduler):
 
 
 PLATEAU_AT_12 = [*NEVER_BETTER, "schedule.trigger.patience=2"]  # the first value is the best, two more are not better
+ALIKE = ["schedule.shared=false"]
 PLATEAU_NEVER = ["schedule.trigger.patience=99", "schedule.trigger.warmup_steps=0"]
 RUNS = {  # schedule: (overrides, trajectory); what stands after a comma tells runs of one schedule apart
     "fixed": ([], []),
     "after_convergence": (
-        ["schedule.final_rank=4", "schedule.drops=2", *PLATEAU_AT_12],
+        ["schedule.final_rank=4", "schedule.drops=2", *ALIKE, "schedule.metric=weight", *PLATEAU_AT_12],
         [(12, 16, 8), (24, 8, 4)],  # three fresh values at 16, 20 and 24
     ),
-    "after_convergence, measured after it is decided": (
-        ["schedule.final_rank=4", "schedule.metric=gates", *PLATEAU_AT_12],
+    "after_convergence, gates watched after it is decided": (
+        ["schedule.final_rank=4", *ALIKE, *PLATEAU_AT_12],
         [(16, 16, 4)],
     ),
     "after_convergence, by deadline": (
-        ["schedule.final_rank=4", "schedule.deadline=0.6", "schedule.metric=gates", *PLATEAU_NEVER],
+        ["schedule.final_rank=4", "schedule.deadline=0.6", *ALIKE, *PLATEAU_NEVER],
         [(24, 16, 4)],
     ),
     "milestones": (["schedule.ranks=[8,4]", "schedule.at=[0,1]", "schedule.unit=epoch"], [(0, 16, 8), (20, 8, 4)]),
@@ -262,12 +263,14 @@ def test_effective_rank_takes_each_layer_to_its_own(preset_run):
     [
         (["schedule=budget"], 0.5, 16),  # by gates: decided at 12, watched over 4 steps
         (["schedule=early_budget", "schedule.final_rank=4"], 0.25, 14),
+        (["schedule=after_convergence", "schedule.final_rank=4"], 0.25, 16),
+        (["schedule=squeeze_at_end", "schedule.shared=true", "schedule.metric=gates"], 0.5, 40),
         (["schedule=one_stage", "schedule/target=budget", "schedule.target.share=0.2"], 0.2, 12),  # by weights
     ],
-    ids=["gates", "early", "weight"],
+    ids=["gates", "early", "shared", "at the end", "weight"],
 )
 def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
-    scheduler, module, _ = preset_run(*overrides, *([] if "early" in overrides[0] else PLATEAU_AT_12))
+    scheduler, module, _ = preset_run(*overrides, *(PLATEAU_AT_12 if step in (12, 16) else []))
     (event,) = scheduler.history
     assert event.step == step
     layers = dict(dynrank.lora_layers(module))

@@ -144,6 +144,20 @@ def test_a_rank_and_bytes_name_the_parameters_of_a_pool():
     assert Budget(bytes="3600B").ranks(model) == Budget(bytes=3603).ranks(model) == Budget(parameters=900).ranks(model)
 
 
+def test_a_pool_falls_by_equal_factors():
+    model = {"a": layer([1.0] * 64, 4, 4), "b": layer([1.0] * 64, 12, 12)}
+    pools = []
+    for left in (2, 1, 0):
+        budget = Budget(rank=8, left=left)
+        pools.append(budget.pool(model))
+        ranks = budget.ranks(model)
+        model = {
+            name: replace(state, rank=ranks[name], values=state.values[: ranks[name]]) for name, state in model.items()
+        }
+    assert pools[-1] == 8 * 32
+    assert pools[:2] == pytest.approx([32 * 32, 16 * 32], rel=0.02)  # whole directions
+
+
 def test_a_share_is_not_lost_to_rounding():
     assert Budget(share=0.58).ranks({"layer": layer([1.0] * 50, 1, 1)}) == {"layer": 29}  # 0.58 * 100 is below 58
 

@@ -34,7 +34,14 @@ WAYS = {
 def test_own_texts_are_trained_on(way, tiny_bert, tmp_path, monkeypatch):
     (tmp_path / "reviews.py").write_text(REVIEWS)
     monkeypatch.syspath_prepend(tmp_path)
-    options = ["debug=smoke", f"task.model={tiny_bert}", "optimizer.lr=0.003", "optimizer.head_lr=0.003", "plots=false"]
+    options = [
+        "debug=smoke",
+        f"task.model={tiny_bert}",
+        "optimizer.lr=0.003",
+        "optimizer.head_lr=0.003",
+        "plots=false",
+        "schedule.shared=false",
+    ]
     job.run(dynrank.compose([*WAYS[way], *options, "task.limit=null", "trainer.max_steps=100"]), tmp_path / "run")
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["test"]["test/accuracy"] == 1
