@@ -110,9 +110,7 @@ def effective_rank(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def truncate_product(
-    lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor | None = None, gauge: str = "balanced"
-) -> RankChange:
+def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor | None = None) -> RankChange:
     """Factors of ``rank`` singular directions of ``lora_B @ lora_A``: the largest, which are the best approximation.
 
     With the QR decompositions ``B = Q_b R_b`` and ``A^T = Q_a R_a`` and the SVD ``R_b R_a^T = U S V^T``, the new
@@ -129,18 +127,15 @@ def truncate_product(
         lora_A: (R, I), floating point.
         rank: K, directions to keep, 1 <= K <= R <= min(O, I).
         keep: (K,) which singular directions to keep, ascending, 0 the largest; the first K when None.
-        gauge: "balanced", or "keep_norm": the rows of A keep their root mean square norm, B takes the rest.
 
     Raises:
         ValueError: if ``rank`` is outside [1, R], ``keep`` does not name so many different directions, the shapes do
-            not form a product, a factor is not finite, or the gauge is unknown.
+            not form a product, or a factor is not finite.
     """
     _check_factors(lora_B, lora_A)
     (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
     if not 1 <= rank <= old_rank:
         raise ValueError(f"rank must be between 1 and the current rank {old_rank}, got {rank}")
-    if gauge not in ("balanced", "keep_norm"):
-        raise ValueError(f"gauge must be 'balanced' or 'keep_norm', got {gauge!r}")
     keep = torch.arange(rank) if keep is None else keep.cpu()
     if len(keep) != rank or keep[0] < 0 or keep[-1] >= old_rank or not (keep.diff() > 0).all():
         raise ValueError(f"keep must be {rank} ascending directions of {old_rank}, got {keep.tolist()}")
@@ -168,9 +163,6 @@ def truncate_product(
         from_B_RK = torch.cat([from_B_RK, idle[:, kept]], dim=1)
         new_A = torch.cat([new_A, (rows * in_A[:, None])[kept]])
         new_B = torch.cat([new_B, (columns * in_B)[:, kept]], dim=1)
-    if gauge == "keep_norm" and new_A.any():
-        c = a_RI.norm() / new_A.norm() * (rank / old_rank) ** 0.5
-        new_A, from_A_KR, new_B, from_B_RK = new_A * c, from_A_KR * c, new_B / c, from_B_RK / c
     return RankChange(new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), from_A_KR, from_B_RK, s)
 
 

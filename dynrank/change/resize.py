@@ -47,7 +47,7 @@ def resize(
         model: a model with LoRA layers, dynrank's or PEFT's.
         target: the new rank of every layer, or {layer name: new rank} for some.
         optimizers: those that hold the layers' parameters; one that isn't given keeps moments of the old shape.
-        how: metric, gauge, and what becomes of the optimizers' state; ``How()`` when None.
+        how: metric, and what becomes of the optimizers' state; ``How()`` when None.
         gates: what the loss says of every direction, watched over some steps since the last change.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); they move by the
             same maps, see :mod:`dynrank.change.averages`.
@@ -108,7 +108,7 @@ def _change(
 ) -> RankChange:
     try:
         if rank < layer.rank:
-            return truncate_product(layer.lora_B, layer.lora_A, rank, keep=kept, gauge=how.gauge)
+            return truncate_product(layer.lora_B, layer.lora_A, rank, keep=kept)
         return grow_product(layer.lora_B, layer.lora_A, rank, generator=generator)
     except ValueError as error:
         raise unusable(name, layer, rank, error) from error

@@ -24,7 +24,6 @@ class How:
             this much later.
         loss_terms: over how many terms the loss of a step is the mean, if not over the positions that reach the layer
             nearest to the loss (examples of a classifier, counted tokens of a language model); 1 for a sum.
-        gauge: of the new factors: "balanced", or "keep_norm" (A keeps the norm of its rows).
         rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
         rate_after: what the adapters' learning rates are multiplied by from the change on, whatever their scheduler
             does; "sqrt": the root of mean rank before / after, which keeps the size of a step of the update.
@@ -40,7 +39,6 @@ class How:
     metric: Literal["weight", "gates"] = "weight"
     window: Count = 20
     loss_terms: Count | None = None
-    gauge: Literal["balanced", "keep_norm"] = "balanced"
     rewarmup_steps: Steps = 0
     rate_after: Annotated[float, Field(gt=0)] | Literal["sqrt"] = 1.0
     optimizer_state: Literal["transport", "reset"] = "transport"

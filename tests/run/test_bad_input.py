@@ -50,7 +50,6 @@ CASES = [
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
     (["trainer=fsdp2", "trainer.strategy.save_distributed_checkpoint=true"], ["trainer.strategy.save_distributed"]),
-    (["schedule.gauge=free"], ["free", "schedule.gauge"]),
     (["schedule.trigger.monitor=''"], ["schedule.trigger.monitor"]),
     (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
     (["schedule.metric=gates", "schedule.window=0"], ["window", "0", "schedule.window"]),
