@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 
 from dynrank.change.greedy import LossChange, Quadratic
 from dynrank.distributed.processes import from_all, from_first, process_count
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.ranked import RankedLayer, width_of
 from dynrank.linalg import truncate_product
 
@@ -54,13 +54,14 @@ class Gates:
 
     Attributes:
         steps: how many optimizer steps were seen.
+        skipped: how many of these had gradients that were not finite, and left nothing.
         examples: how many examples were kept, of all processes.
         loss_scale: what the loss is multiplied by before backward, as in mixed precision with float16.
         terms: N of the last step, in all processes.
     """
 
     def __init__(self, layers: Mapping[str, RankedLayer], window: int, loss_terms: int | None = None) -> None:
-        self.steps, self.examples, self.loss_scale, self.terms = 0, 0, 1.0, 0.0
+        self.steps, self.skipped, self.examples, self.loss_scale, self.terms = 0, 0, 0, 1.0, 0.0
         self._layers, self._loss_terms = dict(layers), loss_terms
         self._quota = -(-EXAMPLES // window // process_count())
         self._passes: list[_Pass] = []  # of the step under way
@@ -72,6 +73,7 @@ class Gates:
     def _tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
         @torch.no_grad()
         def tap(z: Tensor, dz: Tensor) -> None:
+            z, dz = (t[None] if t.ndim == 1 else t for t in (z, dz))  # one position without a batch is one example
             current = self._pass(name, dz)
             if len(dz) != current.examples:
                 raise ConfigurationError(
@@ -114,9 +116,10 @@ class Gates:
         totals = from_all(counts)
         examples, terms, held = (sum(column) for column in zip(*totals, strict=True))
         cores = {name: core.cpu() for name, core in _gathered(mine, [count for *_, count in totals]).items()}
-        if not held or not all(
-            torch.isfinite(core).all() for core in cores.values()
-        ):  # a step that float16's scaler skips, or a loss that is about to be refused
+        if not all(torch.isfinite(core).all() for core in cores.values()):  # a step that float16's scaler skips
+            self.skipped += 1
+            return
+        if not held:
             return
         self.examples, self.terms = self.examples + held, float(self._loss_terms or terms)
         scale = 1 / self.loss_scale / process_count()  # gradients are means over processes
@@ -166,18 +169,22 @@ class Gates:
     @torch.no_grad()
     def _gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Of each layer the (R,) gradient of the loss by its gates, and the (examples, R) root of their Hessian."""
+        if self.skipped and not self._weights:
+            raise DivergedError(
+                f"no gradient of {self.skipped} steps was finite. Training has diverged: lower optimizer.lr"
+            )
         gradients, roots, steps = {}, {}, max(1, len(self._weights))
         for name, layer in self._layers.items():
+            try:
+                whole = truncate_product(layer.lora_B, layer.lora_A, layer.rank)
+            except ValueError as error:
+                raise DivergedError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error
             cores = self._cores[name]
             if not any(core.any() for core in cores) and layer.scaling and layer.lora_B.any():
                 raise ConfigurationError(
                     f"no backward pass has reached {name!r} while its gates were watched, so metric=gates cannot rank "
                     "its directions; set schedule.metric=weight, or leave the layer out (lora.target_modules)"
                 )
-            try:
-                whole = truncate_product(layer.lora_B, layer.lora_A, layer.rank)
-            except ValueError as error:
-                raise ConfigurationError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error
             from_A, from_B = whole.from_A.cpu(), whole.from_B.cpu()
             live = (whole.lora_A.any(dim=1) & whole.lora_B.any(dim=0)).cpu()  # a gate before nothing changes nothing
             gradients[name] = torch.zeros(layer.rank, dtype=torch.float64)
@@ -192,11 +199,12 @@ class Gates:
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors; passes since the last optimizer step are left out."""
         cores = {name: list(parts) for name, parts in self._cores.items()}
-        counts = {"steps": self.steps, "examples": self.examples, "terms": self.terms}
+        counts = {"steps": self.steps, "skipped": self.skipped, "examples": self.examples, "terms": self.terms}
         return counts | {"weights": list(self._weights), "cores": cores}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps, self.examples, self.terms = state["steps"], state["examples"], state["terms"]
+        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.examples, self.terms = state["examples"], state["terms"]
         self._weights = [(float(linear), float(square)) for linear, square in state["weights"]]
         self._cores = {name: list(state["cores"][name]) for name in self._layers}
 

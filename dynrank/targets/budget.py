@@ -95,7 +95,8 @@ class Budget(Stepped):
         elif self.bytes is not None:
             end = self.bytes // 4
         elif self.rank is not None:
-            end = sum(layer.shrunk(self.rank) * layer.cost for layer in layers.values())
+            ends = (max(layer.lowest, min(layer.highest, self.rank)) * layer.cost for layer in layers.values())
+            end = min(now, sum(ends))
         else:
             end = floor((self.share or 0.0) * now + 1e-9)  # 0.29 * 100 is below 29
         return floor(now * (end / now) ** (1 / (self.left + 1)) + 1e-6) if self.left and now else end

@@ -15,7 +15,15 @@ from dynrank.adapters.merging import merge_adapter
 from dynrank.commands import cli
 from dynrank.run.job import run
 
-SMALL = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "trainer.enable_progress_bar=false"]
+SMALL = [
+    "schedule.shared=false",
+    "schedule.metric=weight",
+    "debug=smoke",
+    "lora.rank=4",
+    "plots=false",
+    "trainer.max_steps=4",
+    "trainer.enable_progress_bar=false",
+]
 ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word, label in [("a", "bad"), ("b", "ok")])]
 ROWS += [f"c number {i},so-so" for i in range(30)]
 TEXTS = ["a number 3", "something else entirely, and longer", "c"]
