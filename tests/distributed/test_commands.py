@@ -51,7 +51,7 @@ def overrides(tiny_bert):
     """A run of 16 examples a step over all processes, whose last checkpoint was made before its ranks change."""
     return [
         "debug=smoke", f"task.model={tiny_bert}", "task.batch_size=8", f"trainer.max_steps={STEPS}", "lora.rank=6",
-        "lora.alpha=6", "schedule.final_rank=2", f"schedule.deadline={CHANGE / STEPS}", f"checkpoint_every={SAVED}",
+        "lora.alpha=6", "schedule.final_rank=2", "schedule.shared=false", f"schedule.deadline={CHANGE / STEPS}", f"checkpoint_every={SAVED}",
         "optimizer=sgd", "optimizer.lr=0.5", "plots=false", "trainer.accelerator=cpu",
     ]  # fmt: skip
 
