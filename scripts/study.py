@@ -272,7 +272,7 @@ def draw(table: Table, best: dict[Arm, float], file: Path) -> None:
             )
             axes.annotate(note, (size, mean(losses)), xytext=(6, -3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="adapter, MB in float32", ylabel="test loss, mean and sd over seeds")
-    axes.set_title("medical_terms, MiniLM: each arm at its best learning rate")
+    axes.set_title("medical_terms, MiniLM: each arm at its best learning rate of those that were tried")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=110)
