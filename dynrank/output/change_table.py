@@ -28,8 +28,9 @@ def change_table(title: str, layers: Sequence[LayerReport], loss: LossChange | N
     table.add_row("all", *_summary(layers))
     if loss is not None:
         table.caption = (
-            f"estimated change of the training loss {loss.total:+.4f}: first order {loss.first_order:+.4f}, "
-            f"second {loss.second_order:+.4f}, between layers {loss.between_layers:+.4f}"
+            f"chosen by gates, which put its cost in loss at {loss.total:+.4f} (an order of directions, no forecast): "
+            f"first order {loss.first_order:+.4f}, second {loss.second_order:+.4f}, between layers "
+            f"{loss.between_layers:+.4f}"
         )
     return table
 
