@@ -28,16 +28,22 @@ __all__ = ["EXAMPLES", "FEW", "Gates"]
 
 EXAMPLES = 640  # kept of a window at most: as many are enough, and a 7B's cores at rank 32 take 587 MB
 FEW = 32  # with fewer examples the choice is mostly noise
+_HELD = 4  # reports of a pass that may come before the first layer with one row for each example
 
 
 @dataclass
 class _Pass:
-    """What one backward pass has shown: examples, terms of the loss, and by layer the cores of the first examples."""
+    """What one backward pass has shown: examples, terms of the loss, and by layer the cores of the first examples.
+
+    ``held`` has the first reports as they came, ``more`` says that others followed.
+    """
 
     number: int
     examples: int
     terms: Tensor
     cores: dict[str, Tensor] = field(default_factory=dict)
+    held: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+    more: bool = False
 
 
 class Gates:
@@ -75,20 +81,31 @@ class Gates:
         def tap(z: Tensor, dz: Tensor) -> None:
             z, dz = (t[None] if t.ndim == 1 else t for t in (z, dz))  # one position without a batch is one example
             current = self._pass(name, dz)
-            if len(dz) != current.examples:
+            if len(dz) < current.examples and current.examples % len(dz) == 0 and not current.more:
+                current.examples, current.cores = len(dz), {}  # those before it saw batch and positions in one
+                for report in current.held:
+                    self._add(current, *report)
+            if len(dz) % current.examples:
                 raise ConfigurationError(
-                    f"{name!r} sees {len(dz)} examples in a batch of {current.examples}: its input does not have one "
-                    "row for each, so schedule.metric=gates cannot tell them apart; set schedule.metric=weight, or "
-                    "leave the layer out (lora.target_modules)"
+                    f"{name!r} sees {len(dz)} rows in a batch of {current.examples}, not as many for each example, so "
+                    "schedule.metric=gates cannot tell them apart; set schedule.metric=weight, or leave the layer out "
+                    "(lora.target_modules)"
                 )
-            room = max(0, self._quota - sum(other.examples for other in self._passes if other is not current))
-            z_SPR, dz_SPR = (t[:room].flatten(1, -2) if t.ndim > 2 else t[:room, None] for t in (z, dz))
-            wide = torch.promote_types(z.dtype, torch.float32)
-            cores = dz_SPR.to(wide).mT @ z_SPR.to(wide)
-            seen = current.cores.get(name)
-            current.cores[name] = cores if seen is None else seen.add_(cores)  # a layer may be used twice
+            current.more |= len(current.held) == _HELD
+            if not current.more:
+                current.held.append((name, z, dz))
+            self._add(current, name, z, dz)
 
         return tap
+
+    def _add(self, current: _Pass, name: str, z: Tensor, dz: Tensor) -> None:
+        """Add the cores of the examples that there is room for; a layer may be used twice in a pass."""
+        room = max(0, self._quota - sum(other.examples for other in self._passes if other is not current))
+        wide = torch.promote_types(z.dtype, torch.float32)
+        z_SPR, dz_SPR = (t.reshape(current.examples, -1, t.shape[-1])[:room].to(wide) for t in (z, dz))
+        cores = dz_SPR.mT @ z_SPR
+        seen = current.cores.get(name)
+        current.cores[name] = cores if seen is None else seen.add_(cores)
 
     def _pass(self, name: str, dz: Tensor) -> _Pass:
         """The backward pass under way; the first layer that it reaches tells its examples and terms.

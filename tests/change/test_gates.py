@@ -262,20 +262,42 @@ def test_what_a_seven_billion_model_s_window_holds():
     assert (layers * rank) ** 2 * 8 + 2 * EXAMPLES * layers * rank * 8 < 600e6
 
 
-def test_flattened_examples_are_refused():
-    class Flat(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 4)
+class Flat(nn.Module):
+    """A layer that sees batch and positions in one, as OPT's do, behind or before one that does not."""
 
-        def forward(self, x):
-            return self.b(self.a(x.flatten(0, 1)).view(*x.shape[:2], 6))
+    def __init__(self, first, cut=None):
+        super().__init__()
+        self.a, self.b, self.first, self.cut = nn.Linear(6, 6), nn.Linear(6, 6), first, cut
 
-    net = dynrank.add_lora(Flat(), rank=2, target_modules=["a", "b"])
+    def forward(self, x):
+        flat, plain = (self.a, self.b) if self.first else (self.b, self.a)
+        if self.first:
+            x = flat(x.flatten(0, 1)).view(x.shape)
+            return plain(torch.tanh(x))
+        return flat(torch.tanh(plain(x)).flatten(0, 1)[: self.cut]).view(len(x), -1, 6)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_layers_that_see_batch_and_positions_in_one_are_told_apart(first):
+    torch.manual_seed(0)
+    net = dynrank.add_lora(Flat(first), rank=2, target_modules=["a", "b"], dtype=torch.float64).double()
+    for _, layer in dynrank.lora_layers(net):
+        nn.init.normal_(layer.lora_B)
+    x = torch.randn(4, 3, 6, dtype=torch.float64)
+    with closing(Gates(dict(dynrank.lora_layers(net)), 1, loss_terms=4)) as gates:
+        loss_of(net(x)).backward()
+        gates.end_step()
+    expected, (_, roots) = gate_gradients(net, x), estimate(gates)
+    whole, mine = (torch.cat([part[name] for name in expected], 1) for part in (expected, roots))
+    assert_close(mine.mT @ mine, 4 * whole.mT @ whole, rtol=1e-10, atol=1e-14)
+
+
+def test_rows_that_belong_to_no_example_are_refused():
+    net = dynrank.add_lora(Flat(False, cut=8), rank=2, target_modules=["a", "b"])
     nn.init.normal_(net.b.lora_B)
     with closing(Gates(dict(dynrank.lora_layers(net)), 1)):
-        loss = loss_of(net(torch.randn(4, 3, 6)))
-        with pytest.raises(ConfigurationError, match=r"'a' sees 12 examples in a batch of 4.*schedule\.metric=weight"):
+        loss = net(torch.randn(4, 3, 6)).square().mean() + net.b(torch.randn(7, 6)).sum()
+        with pytest.raises(ConfigurationError, match=r"sees \d+ rows in a batch of \d.*schedule\.metric=weight"):
             loss.backward()
 
 
