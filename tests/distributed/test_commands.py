@@ -199,7 +199,7 @@ def test_process_that_is_killed_at_the_start_leaves_no_other_waiting(overrides, 
 
 
 def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_was_killed(overrides, cwd, tmp_path):
-    """Two go on after each; the end knows every step once."""
+    """Two go on after each; the end knows no step twice."""
     folder = tmp_path / "run"
     checkpoint, command = folder / "checkpoints" / "last.ckpt", [*overrides, *LONG, f"hydra.run.dir={folder}"]
     first, second = pair(cwd, *command)
@@ -224,15 +224,18 @@ def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_w
     assert codes == [1, -signal.SIGKILL], printed
     assert "by peer" in printed  # the connection was closed, or reset
 
-    steps = step_of(checkpoint) + 3
-    assert steps > max(stopped, CHANGE) + 3
+    saved = step_of(checkpoint)
+    steps = saved + 3
+    assert saved > max(stopped, CHANGE)
     last = ["ckpt_path=last", f"trainer.max_steps={steps}", f"schedule.deadline={CHANGE / steps}"]
     codes, printed = finish(cwd, *pair(cwd, *overrides, *last, f"hydra.run.dir={folder}"))
     assert codes == [0, 0], printed
     assert files(folder) == FILES
     assert set(json.loads((folder / "summary.json").read_text())["final_ranks"].values()) == {2}
     with (folder / "metrics.csv").open() as file:
-        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [*range(steps)]
+        found = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert found == sorted(set(found))
+    assert {*range(steps)} - {*found} <= {saved - 1}  # whose row is written after its checkpoint
 
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]

@@ -129,8 +129,9 @@ from dynrank.commands.cli import main
 try:
     main()
 finally:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    print(used.ru_maxrss, used.ru_utime + used.ru_stime, file=sys.stderr)
+    used = resource.getrusage(resource.RUSAGE_SELF)  # whose ru_maxrss may be that of the process that started this one
+    (peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print(peak, used.ru_utime + used.ru_stime, file=sys.stderr)
 """
     options = ["plan", "base=llama-2-70b", "batch_size=1", "sequence_length=2048", "ranks=[16]"]
     options.append("model.dtype=auto")
