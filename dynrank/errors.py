@@ -55,6 +55,11 @@ class DivergedError(ConfigurationError):
     """What was trained holds NaN, inf or numbers too large to go on with; the command line exits with code 1."""
 
 
+def diverged(name: str, error: ValueError) -> DivergedError:
+    """The error to raise where the factors of layer ``name`` cannot be computed with."""
+    return DivergedError(f"{name!r}: {error}; nothing has been changed. Training has diverged: lower optimizer.lr")
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
 def validated(key: str = "", *, frozen: bool = True, kw_only: bool = False) -> Callable[[C], C]:
     """Make a dataclass of a class whose values are checked against its annotations when an object is made.

@@ -8,8 +8,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from dynrank.adapters.call_lock import call_lock_of
 from dynrank.adapters.fit import AdapterChange
-from dynrank.adapters.gate import gate_of
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
@@ -45,7 +45,7 @@ def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = t
             "(dynrank.merge) or load a plain model"
         )
     change = AdapterChange(model, path if isinstance(path, Adapter) else read_adapter(path), dtype)
-    with gate_of(model).closed():
+    with call_lock_of(model).closed():
         change.put(keep_base=False, group=group)
     return model
 
@@ -60,8 +60,8 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     would wait for ever.
 
     Calls are known from the first ``load_adapter`` or ``swap_adapter`` of a model on: one that is under way when a
-    model gets its very first adapter by a swap may see both states. :func:`dynrank.adapters.gate.gate_of` names what
-    else is not seen, and :func:`dynrank.adapters.gate.one_adapter` protects loops of your own.
+    model gets its very first adapter by a swap may see both states. What else is not seen is named by
+    :func:`dynrank.adapters.call_lock.call_lock_of`, and :func:`dynrank.adapters.call_lock.one_adapter` protects loops of your own.
 
     The layers are new objects with new parameters: what held the old ones (an optimizer, a RankScheduler) has to be
     made anew to train on, and compiled code is compiled again. A backward pass must not be under way.
@@ -84,6 +84,6 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
         if layer.merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge() before swapping adapters")
     change = AdapterChange(model, adapter if isinstance(adapter, Adapter) else read_adapter(adapter), dtype)
-    with gate_of(model).closed():
+    with call_lock_of(model).closed():
         change.put(keep_base=True)
     return model

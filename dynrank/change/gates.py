@@ -20,7 +20,7 @@ from torch import Tensor, distributed
 
 from dynrank.change.greedy import LossChange, Quadratic
 from dynrank.distributed.processes import from_all, from_first, process_count
-from dynrank.errors import ConfigurationError, DivergedError
+from dynrank.errors import ConfigurationError, DivergedError, diverged
 from dynrank.layers.ranked import RankedLayer, width_of
 from dynrank.linalg import truncate_product
 
@@ -165,6 +165,9 @@ class Gates:
         Raises:
             ConfigurationError: as :meth:`values`.
         """
+        strange = sorted(ranks.keys() - self._layers.keys())
+        if strange:
+            raise ConfigurationError(f"the gates of {strange[:3]} were not watched; leave these layers as they are")
         whole = {name: layer.rank for name, layer in self._layers.items()} | dict(ranks)
         kept = from_first(lambda: self._estimate().kept(whole))
         return {name: kept[name] for name in ranks}
@@ -195,7 +198,7 @@ class Gates:
             try:
                 whole = truncate_product(layer.lora_B, layer.lora_A, layer.rank)
             except ValueError as error:
-                raise DivergedError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error
+                raise diverged(name, error) from error
             cores = self._cores[name]
             if not any(core.any() for core in cores) and layer.scaling and layer.lora_B.any():
                 raise ConfigurationError(

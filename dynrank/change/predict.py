@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dynrank.change.gates import Gates
 from dynrank.change.greedy import LossChange
-from dynrank.errors import ConfigurationError, DivergedError
+from dynrank.errors import ConfigurationError, diverged
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank, width_of
 from dynrank.linalg import energy_kept, singular_values
@@ -77,7 +77,7 @@ def spectra(layers: Mapping[str, RankedLayer], gates: Gates | None = None) -> di
         try:
             found[name] = singular_values(layer.lora_B, layer.lora_A) * layer.scaling
         except ValueError as error:
-            raise unusable(name, layer, layer.rank, error) from error
+            raise diverged(name, error) from error
     return found
 
 
@@ -165,11 +165,3 @@ def changing_layers(
             "over some steps and pass gates=, or set schedule.metric=weight"
         )
     return layers, changing
-
-
-def unusable(name: str, layer: RankedLayer, rank: int, error: ValueError) -> DivergedError:
-    """The error to raise where the factors or statistics of a layer cannot be computed with."""
-    return DivergedError(
-        f"{name!r} cannot change from rank {layer.rank} to {rank}: {error}; nothing has been changed. "
-        "Training has diverged: lower optimizer.lr"
-    )

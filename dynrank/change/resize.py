@@ -13,9 +13,10 @@ from dynrank.change.averages import averaged_layers, moved_average
 from dynrank.change.gates import Gates
 from dynrank.change.optimizer_rules import check_optimizer, unwrapped
 from dynrank.change.optimizer_state import moved_states
-from dynrank.change.predict import LayerReport, changing_layers, kept_directions, reports_of, unusable
+from dynrank.change.predict import LayerReport, changing_layers, kept_directions, reports_of
 from dynrank.change.replacement import Replacement
 from dynrank.distributed.processes import copy_from_first, from_first
+from dynrank.errors import diverged
 from dynrank.layers.ranked import RankedLayer
 from dynrank.linalg import RankChange, grow_product, truncate_product
 from dynrank.schedules import How
@@ -111,7 +112,7 @@ def _change(
             return truncate_product(layer.lora_B, layer.lora_A, rank, keep=kept)
         return grow_product(layer.lora_B, layer.lora_A, rank, generator=generator)
     except ValueError as error:
-        raise unusable(name, layer, rank, error) from error
+        raise diverged(name, error) from error
 
 
 def _to(change: RankChange, device: torch.device) -> RankChange:

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dynrank.errors import Count, DivergedError, validated
+from dynrank.errors import Count, diverged, validated
 from dynrank.linalg import energy_kept, singular_values, truncate_product
 from dynrank.triggers.base import Trigger
 
@@ -86,4 +86,4 @@ def _spectrum(name: str, lora_B: Tensor, lora_A: Tensor) -> Tensor:
     try:
         return singular_values(lora_B, lora_A)
     except ValueError as error:
-        raise DivergedError(f"{name!r}: {error}. Training has diverged: lower optimizer.lr") from error
+        raise diverged(name, error) from error

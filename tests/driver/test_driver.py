@@ -229,7 +229,7 @@ def test_nan_at_the_change_names_the_layer_and_changes_nothing():
             models.append(loop.model)
 
     models = []
-    with pytest.raises(ConfigurationError, match="'2' .*nothing has been changed"):
+    with pytest.raises(ConfigurationError, match="'2': .*nothing has been changed"):
         drive(RankDriver(at(5, Rank(3))), batch_end=diverge)
     assert [layer.rank for _, layer in dynrank.lora_layers(models[0])] == [6, 6]
 

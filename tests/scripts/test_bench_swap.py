@@ -5,7 +5,7 @@ import re
 import pytest
 
 from dynrank.adapters import load
-from dynrank.adapters.gate import Gate
+from dynrank.adapters.call_lock import CallLock
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_texts_under_swaps_are_one_adapters_or_the_others(bench, script, tiny_ll
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     assert len(before) == 2
 
-    monkeypatch.setattr(load, "gate_of", lambda model: Gate())  # a swap comes between two tokens
+    monkeypatch.setattr(load, "call_lock_of", lambda model: CallLock())  # a swap comes between two tokens
     assert bench.main(arguments) == 1
     printed = capsys.readouterr().out
     assert "neither: " in printed

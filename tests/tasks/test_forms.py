@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dynrank
@@ -185,7 +184,7 @@ def test_examples_are_made_once_and_then_read_from_the_disk(form, task_of, monke
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
 @pytest.mark.parametrize("form", ["chat", "text", "several"])
-def test_a_run_learns_drops_and_goes_on_to_the_same_bits(form, chatty, tiny_bert, tmp_path):
+def test_a_run_learns_drops_and_goes_on_to_the_same_bits(form, chatty, tiny_bert, tmp_path, whole_and_resumed):
     model = tiny_bert if form in LABELLED else chatty(MARKED)
     written = ["task.val_generate=2", "task.generate=2", "task.measures=[exact_match]"] if form == "chat" else []
     shape = ["lora.rank=8", "schedule=milestones", "schedule.ranks=[4]", "schedule.at=[6]", "schedule.unit=step"]
@@ -194,15 +193,7 @@ def test_a_run_learns_drops_and_goes_on_to_the_same_bits(form, chatty, tiny_bert
     speed += ["optimizer.decay=constant_with_warmup"]
     options = [*made(form, model, tmp_path), *written, *shape, *speed, *often]
 
-    def run(name, *more):
-        summary = job.run(dynrank.compose([*options, *more]), tmp_path / name)
-        return summary, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-
-    first, _ = run("first", "trainer.max_steps=8")
-    whole, adapter = run("whole", "trainer.max_steps=48")
-    last = tmp_path / "first" / "checkpoints" / "last.ckpt"
-    _, resumed = run("resumed", "trainer.max_steps=48", f"ckpt_path={last}")
-    assert all(torch.equal(factor, resumed[name]) for name, factor in adapter.items())
+    first, whole = whole_and_resumed(options, 48)
     assert set(whole.final_ranks.values()) == {4}
     assert whole.final["train/loss"] < 0.9 * first.final["train/loss"]
 

@@ -4,14 +4,12 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.quantized import is_quantized
 from dynrank.models.pretrained import load_causal_lm
 from dynrank.models.settings import ModelSettings
-from dynrank.run import job
 from dynrank.tasks.language_modeling import LanguageModel
 
 ROWS = [{"prompt": f"item {i}:", "answer": f" {('class', 'import', 'return x')[i % 3]}"} for i in range(60)]
@@ -27,21 +25,14 @@ def options(tiny_llama, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(quantization, options, tiny_llama, tmp_path):
+def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(
+    quantization, options, tiny_llama, tmp_path, whole_and_resumed
+):
     options = [*options, f"model.quantization={quantization}", "model.gradient_checkpointing=true"]
     options += ["checkpoint_every=8", "trainer.val_check_interval=8"]
 
-    def run(name, *more):
-        summary = job.run(dynrank.compose([*options, *more]), tmp_path / name)
-        return summary, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
-
-    first, _ = run("first", "trainer.max_steps=8")
-    whole, adapter = run("whole", "trainer.max_steps=24")
-    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
-    _, resumed = run("resumed", "trainer.max_steps=24", f"ckpt_path={checkpoint}")
+    first, whole = whole_and_resumed(options, 24)
     assert whole.test["test/loss"] < 0.7 * first.test["test/loss"]
-    assert adapter.keys() == resumed.keys()
-    assert all(torch.equal(factor, resumed[name]) for name, factor in adapter.items())
     base = load_causal_lm(str(tiny_llama), settings=ModelSettings(quantization=quantization))
     adapted = dynrank.load_adapter(base, tmp_path / "whole" / "adapter")
     assert all(is_quantized(layer.base) for _, layer in dynrank.lora_layers(adapted))

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
 from dynrank.adapters import load
-from dynrank.adapters.gate import Gate, one_adapter
+from dynrank.adapters.call_lock import CallLock, one_adapter
 
 LONG = 60  # seconds: a busy machine
 
@@ -173,7 +173,7 @@ def test_swap_waits_for_the_use_under_way(used):
 
 def test_a_mixture_would_be_seen(used, monkeypatch):
     """Without the waiting, the same use sees both adapters: the tests beside this one can fail."""
-    monkeypatch.setattr(load, "gate_of", lambda model: SimpleNamespace(closed=nullcontext))
+    monkeypatch.setattr(load, "call_lock_of", lambda model: SimpleNamespace(closed=nullcontext))
     result, early = swap_in_the_middle(used, used.model)
     assert early
     assert result not in used.expected
@@ -317,7 +317,7 @@ def test_swap_that_is_interrupted_while_it_waits_lets_all_go_on(used, monkeypatc
     assert used.use(used.model) == used.expected[1]
 
 
-def test_a_model_with_a_gate_is_still_what_it_was(tmp_path):
+def test_a_model_with_a_lock_is_still_what_it_was(tmp_path):
     """It is named, saved, copied and pickled as before, and freed when nobody holds it."""
     used = Texts(tmp_path)
     model = used.model
@@ -332,20 +332,20 @@ def test_a_model_with_a_gate_is_still_what_it_was(tmp_path):
 
 
 def test_a_call_that_has_waited_comes_before_the_next_change():
-    gate, order = Gate(), []
+    lock, order = CallLock(), []
 
     def call():
-        with gate:
+        with lock:
             order.append("call")
 
     def change():
-        with gate.closed():
+        with lock.closed():
             order.append("second change")
 
-    with gate.closed():
+    with lock.closed():
         threads = [threading.Thread(target=target) for target in (call, change)]
         threads[0].start()
-        while not gate._waiting:
+        while not lock._waiting:
             time.sleep(0.001)
         threads[1].start()
         order.append("first change")

@@ -1,4 +1,4 @@
-"""A gate at a model's calls: a change of adapters waits for those under way, and later ones wait for the change."""
+"""A lock that a model's calls share: a change of adapters waits for those under way, and later ones wait for it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch._dynamo.eval_frame import skip_code
 
 from dynrank.layers.compiled import uncompiled
 
-__all__ = ["Gate", "gate_of", "one_adapter"]
+__all__ = ["CallLock", "call_lock_of", "one_adapter"]
 
 _installing = threading.Lock()
 
 
-class Gate:
+class CallLock:
     """A context manager for each call of a model, whichever thread it is made in; calls may lie within each other."""
 
     def __init__(self) -> None:
@@ -74,54 +74,56 @@ def one_adapter(model: nn.Module) -> AbstractContextManager[None]:
 
     A change asked for meanwhile waits until the block ends.
     """
-    return gate_of(model)
+    return call_lock_of(model)
 
 
-def gate_of(model: nn.Module) -> Gate:
-    """The gate of a model, put there if it has none: calls of ``model`` and of its ``generate`` pass it from now on.
+def call_lock_of(model: nn.Module) -> CallLock:
+    """The lock of a model, put there if it has none: calls of ``model`` and of its ``generate`` share it from now on.
 
     The model's class becomes a subclass of itself, of the same name, with two methods more, so that a call is counted
-    until it ends, by whatever exception. Not counted are: calls that were under way when the gate was put there; calls
+    until it ends, by whatever exception. Not counted are: calls that were under way when the lock was put there; calls
     of a part of the model past the model itself, and compiled code of a module around it (see :func:`one_adapter`);
     and those of a wrapper that ``torch.compile`` made of the model before, unless the wrapper is what is given here.
-    Copies and pickles have no gate.
+    Copies and pickles have no lock.
     """
     with _installing:
         inner = uncompiled(model)
-        gate: Gate = getattr(type(inner), "_adapter_gate", None) or Gate()
+        lock: CallLock = getattr(type(inner), "_call_lock", None) or CallLock()
         for module in (inner, model):
-            if getattr(type(module), "_adapter_gate", None) is not gate:
-                object.__setattr__(module, "__class__", _gated(type(module), gate))
-    return gate
+            if getattr(type(module), "_call_lock", None) is not lock:
+                object.__setattr__(module, "__class__", _with_lock(type(module), lock))
+    return lock
 
 
-def _gated(kind: type[nn.Module], gate: Gate) -> type[nn.Module]:
-    """A subclass of ``kind`` whose objects pass the gate when they are called, or are asked to generate."""
+def _with_lock(kind: type[nn.Module], lock: CallLock) -> type[nn.Module]:
+    """A subclass of ``kind`` whose objects hold the lock while they are called, or are asked to generate."""
 
-    class Gated(kind):  # type: ignore[misc, valid-type]
-        _adapter_gate = gate
+    class Locked(kind):  # type: ignore[misc, valid-type]
+        _call_lock = lock
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_dynamo_compiling():  # within a larger graph, which a lock would break
                 return super().__call__(*args, **kwargs)
-            with gate:
+            with lock:
                 return super().__call__(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             function, arguments, *rest = super().__reduce_ex__(protocol)
-            if arguments and arguments[0] is Gated:  # of copyreg.__newobj__, for which pickle wants the own class
+            if arguments and arguments[0] is Locked:  # of copyreg.__newobj__, for which pickle wants the own class
                 function, arguments = object.__new__, (kind, *arguments[1:])
-            return (kind if function is Gated else function), arguments, *rest
+            return (kind if function is Locked else function), arguments, *rest
 
-    skip_code(Gated.__call__.__code__)  # torch.compile begins with the forward, as it does for nn.Module's own __call__
+    skip_code(
+        Locked.__call__.__code__
+    )  # torch.compile begins with the forward, as it does for nn.Module's own __call__
     if hasattr(kind, "generate"):
 
         @wraps(kind.generate)
         def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with gate:
+            with lock:
                 return kind.generate(self, *args, **kwargs)
 
-        Gated.generate = generate
+        Locked.generate = generate
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
-        setattr(Gated, name, getattr(kind, name))
-    return Gated
+        setattr(Locked, name, getattr(kind, name))
+    return Locked
