@@ -61,7 +61,8 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
 
     Calls are known from the first ``load_adapter`` or ``swap_adapter`` of a model on: one that is under way when a
     model gets its very first adapter by a swap may see both states. What else is not seen is named by
-    :func:`dynrank.adapters.call_lock.call_lock_of`, and :func:`dynrank.adapters.call_lock.one_adapter` protects loops of your own.
+    :func:`dynrank.adapters.call_lock.call_lock_of`; :func:`dynrank.adapters.call_lock.one_adapter` protects loops of
+    your own.
 
     The layers are new objects with new parameters: what held the old ones (an optimizer, a RankScheduler) has to be
     made anew to train on, and compiled code is compiled again. A backward pass must not be under way.
