@@ -39,10 +39,10 @@ def resize(
     """Change the rank of LoRA layers in place, and carry the optimizers' state; shrinks or grows.
 
     Shrinking keeps the largest singular directions, which is the best approximation of the update, or with ``gates``
-    those that the loss needs most; growing leaves the function as it is. Scaling stays. The
-    Parameter objects stay too, so optimizers, their param groups, schedulers and hooks go on working; gradients are
-    dropped, so call it when none are pending. All or nothing: everything is checked and computed before the first
-    layer is changed, and an interrupt (Ctrl-C) leaves all as it was, or all changed.
+    those that the loss needs most; growing leaves the function as it is. Scaling stays. The Parameter objects stay too,
+    so optimizers, their param groups, schedulers and hooks go on working; gradients are dropped, so call it when none
+    are pending. All or nothing: everything is checked and computed before the first layer is changed, and an interrupt
+    (Ctrl-C) leaves all as it was, or all changed.
 
     Args:
         model: a model with LoRA layers, dynrank's or PEFT's.

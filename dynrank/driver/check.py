@@ -57,11 +57,9 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run)
 def _budget_faults(budget: Budget, states: Mapping[str, LayerState]) -> Iterator[str]:
     given, least = budget.pool(states), budget.floor_parameters(states)
     if given < least:
-        size = next(name for name in ("parameters", "share", "rank", "bytes") if getattr(budget, name) is not None)
-        key = "schedule.final_rank" if size == "rank" else f"schedule.{size}"
         yield (
             f"the budget of {given:,} parameters is below {least:,}, what the lowest ranks of {len(states)} layers "
-            f"cost; set {key} or schedule.lowest"
+            f"cost; set {budget.key} or schedule.lowest"
         )
 
 

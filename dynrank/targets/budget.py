@@ -12,16 +12,22 @@ from pydantic import ByteSize, Field
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, up_to_multiple
 
+_SIZES = {  # of which a budget has one, and their configuration keys
+    "parameters": "schedule.parameters",
+    "share": "schedule.share",
+    "rank": "schedule.final_rank",
+    "bytes": "schedule.bytes",
+}
+
 
 @validated("schedule.target")
 class Budget(Stepped):
     """One pool of adapter parameters for all layers, shared out so that what is kept is worth much.
 
     A direction is worth what the loss loses with it where gates were watched, else its squared singular value, by which
-    comparing layers is a heuristic. Every layer starts from its lowest
-    rank; then the step to a layer's next rank that is worth most per parameter is taken again and again, as long as it
-    fits. What is kept falls short of the best possible by less than one step is worth, and not at all where all steps
-    cost the same.
+    comparing layers is a heuristic. Every layer starts from its lowest rank; then the step to a layer's next rank that
+    is worth most per parameter is taken again and again, as long as it fits. What is kept falls short of the best
+    possible by less than one step is worth, and not at all where all steps cost the same.
 
     Args:
         parameters: of all layers together after the change (pinned ones included); exactly one of the sizes is given.
@@ -51,12 +57,11 @@ class Budget(Stepped):
     highest: Count | None = Field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        sizes = {name: getattr(self, name) for name in ("parameters", "share", "rank", "bytes")}
-        given = {name: size for name, size in sizes.items() if size is not None}
+        given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         if len(given) != 1:
             raise ConfigurationError(
-                f"a budget has one size: parameters, share, rank or bytes, got {given or 'none'}; set one of "
-                "schedule.parameters, schedule.share, schedule.final_rank and schedule.bytes, and the others to null"
+                f"a budget has one size: {', '.join(_SIZES)}, got {given or 'none'}; set one of "
+                f"{', '.join(_SIZES.values())}, and the others to null"
             )
         if self.highest is not None and self.least() > self.highest:
             raise ConfigurationError(
@@ -81,6 +86,11 @@ class Budget(Stepped):
                 ranks[name] = rank
                 left -= size
         return ranks
+
+    @property
+    def key(self) -> str:
+        """The configuration key of its size."""
+        return next(key for name, key in _SIZES.items() if getattr(self, name) is not None)
 
     @property
     def is_relative(self) -> bool:

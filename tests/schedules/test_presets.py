@@ -106,7 +106,7 @@ def test_stages_are_taken_as_they_are_and_named_by_their_place():
         (lambda: milestones([16, 8], [1, 1.5], "epoch"), "at"),
         (lambda: anneal(4, start=0.9, end=0.8), "start"),
         (lambda: squeeze_then_tune(4, tune=1), "tune"),
-        (lambda: budget(), "parameters; schedule.share; schedule.final_rank and schedule.bytes"),
+        (lambda: budget(), "parameters; schedule.share; schedule.final_rank; schedule.bytes"),
         (lambda: early_budget(share=0.5, parameters=7), "parameters"),
         (lambda: early_budget(bytes="8 apples"), "bytes"),
         (lambda: anneal(4, shape="cosine", shared=True), "shape"),
