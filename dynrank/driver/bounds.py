@@ -13,7 +13,7 @@ from dynrank.change.predict import spectra
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import Stage
-from dynrank.targets import UNBOUNDED, Budget, LayerState
+from dynrank.targets import UNBOUNDED, Budget, LayerState, Target
 
 
 def bounded(layer: RankedLayer, last: bool) -> LayerState:
@@ -31,19 +31,19 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
 
 
 def layer_states(
-    layers: Mapping[str, RankedLayer], *, last: bool, stage: Stage, gates: Gates | None
+    layers: Mapping[str, RankedLayer], *, last: bool, target: Target, gates: Gates | None
 ) -> dict[str, LayerState]:
-    """What the stage's target may know of each layer; ``last``: no stage comes after it.
+    """What ``target`` may know of each layer; ``last``: no stage comes after its own.
 
     Raises:
         ConfigurationError: if a layer's factors or gates cannot be used.
     """
     free = {name: layer for name, layer in layers.items() if not layer.pinned}
-    values = spectra(free, gates) if "values" in stage.to.needs else {}
+    values = spectra(free, gates) if "values" in target.needs else {}
     states = {}
     for name, layer in layers.items():
         nothing = torch.zeros(layer.rank, dtype=torch.float64)  # nobody asks what a pinned layer's directions are worth
-        measured = values.get(name, nothing) if "values" in stage.to.needs else None
+        measured = values.get(name, nothing) if "values" in target.needs else None
         states[name] = replace(bounded(layer, last), values=measured)
     return states
 

@@ -314,7 +314,7 @@ class RankDriver:
         """{layer: the rank that stage ``index`` wants} of the layers that it would change."""
         layers, stage = dict(lora_layers(model)), self.stages[index]
         last = index == len(self.stages) - 1
-        wanted = from_first(lambda: stage.to.ranks(layer_states(layers, last=last, stage=stage, gates=gates)))
+        wanted = from_first(lambda: stage.to.ranks(layer_states(layers, last=last, target=stage.to, gates=gates)))
         return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
 
     def _exhausted(self, model: nn.Module, index: int) -> bool:

@@ -45,10 +45,9 @@ def layers_of(net):
 
 def test_layer_states_bound_each_layer():
     net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
-    stage = Stage(NOW, Rank(4))
     bounds = {}
     for last in (False, True):
-        states = layer_states(layers_of(net), last=last, stage=stage, gates=None)
+        states = layer_states(layers_of(net), last=last, target=Rank(4), gates=None)
         assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
         assert {s.values for s in states.values()} == {None}  # the target does not ask for them
         bounds[last] = [(s.lowest, s.highest, s.final_rank) for s in states.values()]
@@ -61,7 +60,7 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     for layer in layers_of(net).values():
         layer.scaling = 3.0
         nn.init.normal_(layer.lora_B)
-    states = layer_states(layers_of(net), last=True, stage=Stage(NOW, Energy(0.9)), gates=None)
+    states = layer_states(layers_of(net), last=True, target=Energy(0.9), gates=None)
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
         torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)  # the update is float32
@@ -77,7 +76,7 @@ def test_pinned_layers_are_neither_watched_nor_missed(target):
         nn.init.normal_(layer.lora_B)
     net(torch.randn(50, 16)).square().mean().backward()
     gates.end_step()
-    states = layer_states(layers_of(net), last=True, stage=stage, gates=gates)
+    states = layer_states(layers_of(net), last=True, target=target, gates=gates)
     assert target.ranks(states)["1"] == 5
 
 
