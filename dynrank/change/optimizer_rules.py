@@ -34,6 +34,7 @@ RULES: dict[str, dict[str, str]] = {
     "torch.NAdam": _ADAM | {"mu_product": KEPT},
     "torch.Adafactor": {"step": KEPT, "row_var": ROW, "col_var": COLUMN},
     "torch.Muon": {"momentum_buffer": LINEAR},
+    "dynrank.Muon": {"momentum_buffer": LINEAR} | _ADAM,
     "transformers.Adafactor": {
         "step": KEPT, "RMS": KEPT, "exp_avg": STEP, "exp_avg_sq_row": ROW, "exp_avg_sq_col": COLUMN,
     },

@@ -17,6 +17,7 @@ from dynrank.errors import ConfigurationError, validated_call
 ELSEWHERE = {  # optimizers that are not torch's: the module that has them
     "bitsandbytes.Adam8bit": "bitsandbytes.optim",
     "bitsandbytes.AdamW8bit": "bitsandbytes.optim",
+    "dynrank.Muon": "dynrank.tasks.muon",
     "schedulefree.AdamWScheduleFree": "schedulefree",
 }
 
@@ -57,6 +58,8 @@ def make_optimizer(
         ConfigurationError: if a value cannot be used, or the optimizer's package is not installed.
     """
     groups: list[dict[str, Any]] = [{"params": list(adapter)}, {"params": list(head), "lr": head_lr}]
+    if name == "dynrank.Muon":
+        groups[1]["use_muon"] = False
     groups = [group for group in groups if group["params"]]
     make = _optimizer_class(name)
     try:

@@ -21,6 +21,7 @@ from dynrank.change.optimizer_state import Move, moved_state
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import grow_product
 from dynrank.schedules import How
+from dynrank.tasks.muon import Muon
 
 OLD, NEW, OTHER = 5, 3, 4  # the rank before and after, and the parameter's other dimension
 BLOCK = 256  # of bitsandbytes' 8-bit state
@@ -43,6 +44,7 @@ SGDS = [
     pytest.param(torch.optim.SGD, {"momentum": 0.9, "dampening": 0.1, "nesterov": False}, id="SGD-dampening"),
     pytest.param(torch.optim.SGD, {"momentum": 0.9, "nesterov": True, "foreach": True}, id="SGD-nesterov"),
     pytest.param(torch.optim.Muon, {}, id="Muon"),
+    pytest.param(Muon, {}, id="dynrank.Muon"),
     pytest.param(bitsandbytes.optim.SGD, {"momentum": 0.9}, id="bitsandbytes.SGD"),
     pytest.param(bitsandbytes.optim.Lion, {}, id="bitsandbytes.Lion"),
 ]

@@ -170,7 +170,7 @@ def test_the_default_task_takes_the_bytes_that_were_counted():
     assert need.step == pytest.approx(peak, rel=0.05)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "schedulefree", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "muon", "schedulefree", "sgd"])
 def test_optimizer_state_is_that_of_a_real_step(optimizer, config_file):
     file, cls = config_file("llama", intermediate_size=2048)  # factors above 4,096 numbers have states of 8 bits
     need = plan_of(f"base={file}", f"optimizer={optimizer}", "sequence_length=8", "batch_size=1", "ranks=[8]").needs[0]

@@ -1,0 +1,162 @@
+"""Muon and AdamW in one, against torch's two optimizers and exact singular vectors."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dynrank
+from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.driver.rates import Rates
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, one_stage
+from dynrank.targets import Rank
+from dynrank.tasks.muon import Muon, near_polar_factor
+from dynrank.tasks.optimizers import make_optimizer
+from dynrank.triggers import At
+
+
+def parameters(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def steps(count, trained, *optimizers):
+    """Steps with random gradients, alike at every call; returns how far they have moved the parameters."""
+    generator, start = torch.Generator().manual_seed(1), deepcopy(trained)
+    for _ in range(count):
+        for parameter in trained:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        for optimizer in optimizers:
+            optimizer.step()
+    return [(now - before).detach() for now, before in zip(trained, start, strict=True)]
+
+
+def test_matrices_step_as_torchs_muon_and_all_else_as_its_adamw(optimizer):
+    """Torch iterates in bfloat16, so that an element of the step is off by a few hundredths."""
+    ours = parameters((4, 12), (12, 4), (4, 12), (5, 5), (1, 9), (7,), (3, 6), (3,))
+    values = optimizer | {"name": "dynrank.Muon", "lr": 0.01, "head_lr": 0.1, "weight_decay": 0.1, "warmup_steps": 0}
+    values |= {"decay": "constant_with_warmup"}
+    made = make_optimizer(ours[:6], ours[6:], 100, **values)["optimizer"]
+    twins = deepcopy(ours)
+    muon = torch.optim.Muon(twins[:5], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW([{"params": [twins[5]]}, {"params": twins[6:], "lr": 0.1}], lr=0.01, weight_decay=0.1)
+    moved, expected = steps(6, ours, made), steps(6, twins, muon, adamw)
+    for mine, other in zip(moved[:5], expected[:5], strict=True):
+        assert (mine - other).norm() < 0.03 * other.norm()
+    for mine, other in zip(moved[5:], expected[5:], strict=True):
+        assert_close(mine, other, rtol=0, atol=0)
+    for parameter, twin in zip(ours[:5], twins[:5], strict=True):
+        assert_close(made.state[parameter], dict(muon.state[twin]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("smallest", [0.3, 1e-2, 1e-6, 0.0])
+def test_near_polar_factor_has_the_singular_vectors_and_almost_equal_values(smallest, dtype):
+    generator = torch.Generator().manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(7, 8, 40, dtype=torch.float64, generator=generator), full_matrices=False)
+    values = torch.linspace(1, 0, 8, dtype=torch.float64)[:, None] ** 2 * (1 - smallest) + smallest
+    near = near_polar_factor((3e3 * u @ (values * vh)).to(dtype))
+    x = values / values.norm()
+    for _ in range(5):  # what torch.optim.Muon says that it does to each singular value
+        x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
+    assert_close(near.double(), u @ (x * vh), rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-6)
+    large = values[:, 0] > 0.01
+    assert (torch.linalg.svdvals(near)[:, large] - 1).abs().max() < 0.35
+
+
+def test_a_matrix_of_zeros_stays_where_it_is():
+    assert_close(near_polar_factor(torch.zeros(2, 3, 5)), torch.zeros(2, 3, 5))
+
+
+class Launches(TorchDispatchMode):
+    """Counts kernels: a view is none, and a list's operation is one if its tensors are laid out alike."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_foreach_" in str(func):
+            lists = [[tensor.stride() for tensor in arg] for arg in args if isinstance(arg, list)]
+            self.count += 1 if all(strides == lists[0] for strides in lists) else len(lists[0])
+        elif not func.is_view and "view" not in str(func):
+            self.count += 1
+        return func(*args, **kwargs or {})
+
+
+def test_the_factors_of_a_large_model_are_few_batches():
+    layer = [(4, 8), (8, 4)] * 4 + [(4, 8), (12, 4)] * 2 + [(4, 12), (8, 4)]
+    factors = parameters(*layer * 32)
+    optimizer = Muon(factors)
+    steps(1, factors, optimizer)
+    with Launches() as launches:
+        optimizer.step()
+    assert len(factors) == 448
+    assert launches.count < 100
+
+
+def test_it_is_one_optimizer_to_hooks_rates_and_closures():
+    factor, head = parameters((2, 8), (2, 8))
+    optimizer = Muon([{"params": [factor]}, {"params": [head], "lr": 0.1, "use_muon": False}], lr=0.01)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(1))
+    twins, twin = deepcopy(([factor, head], optimizer))
+    plain = steps(1, [factor, head], optimizer)
+    Rates(twin, [twins[0]], 3.0)
+    tripled = steps(1, twins, twin)
+    assert_close(tripled, [3 * plain[0], plain[1]])
+    assert optimizer.step(lambda: head.sum().backward() or 5.0) == 5.0
+    assert len(seen) == 2
+
+
+def test_a_run_goes_on_to_the_same_bits_from_before_and_after_a_cut(regression, tmp_path):
+    module_class, data, trainer = regression
+
+    class Module(module_class):
+        def configure_optimizers(self):
+            head = {"params": list(self.net[2].parameters()), "lr": 0.1, "use_muon": False}
+            optimizer = Muon([{"params": dynrank.adapter_parameters(self.net)}, head], lr=0.01)
+            return [optimizer], [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]
+
+    def run(ckpt_path=None):
+        scheduler = RankScheduler(one_stage(At(step=6), Rank(3)), How(rate_after=2.0, rewarmup_steps=4))
+        saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=4, save_top_k=-1)
+        made = trainer(callbacks=[scheduler, StepSeed(0), saving], max_steps=12, enable_checkpointing=True)
+        module = Module(target_modules=["0"], modules_to_save=["2"])
+        made.fit(module, *data(), ckpt_path=ckpt_path)
+        return module.state_dict(), made.optimizers[0].state_dict()
+
+    whole = run()
+    shapes = [value["momentum_buffer"].shape for value in whole[1]["state"].values() if "momentum_buffer" in value]
+    assert shapes == [(3, 12), (24, 3)]
+    for step in (4, 8):
+        assert_close(run(tmp_path / f"step={step}.ckpt"), whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"momentum": 1.0}, "momentum must be below 1, got 1.0"),
+        ({"lr": -1.0}, "lr must be at least 0"),
+        ({"nesterov": True}, "'nesterov' is unknown"),
+    ],
+)
+def test_unusable_values_are_refused(values, message):
+    with pytest.raises(ConfigurationError, match=message):
+        Muon(parameters((2, 3)), **values)
+
+
+def test_sharded_matrices_are_refused():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharded = nn.Parameter(distribute_tensor(torch.ones(4, 6), init_device_mesh("cpu", (1,))))
+        with pytest.raises(ConfigurationError, match=r"sharded by FSDP2.*shard_frozen.*use_muon=False"):
+            Muon([sharded])
+        Muon([{"params": [sharded], "use_muon": False}])
+    finally:
+        distributed.destroy_process_group()
