@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from dynrank.models.names import model_source, stored_source
 from dynrank.models.pretrained import load_by_name, load_weights, read_config
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
-__all__ = ["MergedModel", "base_model", "base_source", "merge_adapter"]
+__all__ = ["base_model", "base_source", "merge_adapter"]
 
 # What a base is adapted as when the class that its config.json names does not have the adapter's layers: a model that
 # was stored as an encoder and trained with a head, for example.
@@ -39,25 +38,8 @@ _AUTO_CLASSES = (
 )
 
 
-@dataclass(frozen=True)
-class MergedModel:
-    """What :func:`merge_adapter` has written.
-
-    Attributes:
-        kind: class of transformers.
-        layers: number of layers with an update.
-        dtype: of the weights.
-        parameters: numbers in the model.
-    """
-
-    kind: str
-    layers: int
-    dtype: torch.dtype
-    parameters: int
-
-
-def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> MergedModel:
-    """Write the model with the adapter in ``source`` merged into it to ``out``, for ``from_pretrained``.
+def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> PreTrainedModel:
+    """The model with the adapter in ``source`` merged into it, as it has been written to ``out``.
 
     Weights keep the dtype in which the model is stored; sums are made in float32 or wider. The class is the first that
     has all layers of the adapter: the one that the adapter names, the one that the model's config.json names, or a
@@ -87,8 +69,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Mer
         for file in own + of_base:
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-    total = sum(parameter.numel() for parameter in merged.parameters())
-    return MergedModel(type(merged).__name__, len(adapter.layers), merged.dtype, total)
+    return merged  # type: ignore[no-any-return]
 
 
 def base_source(adapter: Adapter, given: str | None) -> str:

@@ -8,7 +8,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +15,6 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
-from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.driver.event import FIELDS, LOSS_FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
@@ -32,8 +30,8 @@ class RankMonitor(Callback):
     ``rank/predicted_error`` and ``rank/predicted_error_max``, by gates ``rank/predicted_loss_change``, too. All but the
     CSVLogger, where each name would be a column, get ``rank/layer/NAME``, ``energy_kept/NAME`` and
     ``effective_rank/NAME`` of each layer. TensorBoard also gets ``spectrum/NAME``, a histogram of the singular values
-    before a change, and where matplotlib is installed ``spectra``, a picture of all of them. A progress bar shows the
-    mean rank, and a ModelSummary that the trainer has is printed again after each change.
+    before a change, and where matplotlib is installed ``spectra``, a picture of all of them. A ModelSummary that the
+    trainer has is printed again after each change. (RankProgressBar shows the ranks in every step.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume (the reason of a change that was
@@ -53,7 +51,6 @@ class RankMonitor(Callback):
         self.history_file = Path(history_file) if history_file is not None else None
         self.prediction_file = Path(prediction_file) if prediction_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
-        self._ranks: dict[str, int] = {}  # finding the layers takes long enough to be felt in every step
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_history(trainer)  # for a run of no steps, too
@@ -91,19 +88,11 @@ class RankMonitor(Callback):
             if isinstance(callback, ModelSummary):  # RichModelSummary, too
                 callback.on_fit_start(trainer, pl_module)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        bar = trainer.progress_bar_callback
-        if self._ranks and bar is not None and not isinstance(bar, RankProgressBar):  # which shows it by itself
-            pl_module.log("rank", float(mean(self._ranks.values())), prog_bar=True, logger=False)
-
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ranks = {name.removeprefix(self.prefix): layer.rank for name, layer in lora_layers(pl_module)}
-        if self._ranks:
-            ranks = self._ranks.values()
-            by_layer = {f"rank/layer/{name}": float(rank) for name, rank in self._ranks.items()}
-            _log(trainer, {"rank/mean": float(mean(ranks)), "rank/max": float(max(ranks))}, by_layer)
+        ranks = {name.removeprefix(self.prefix): float(layer.rank) for name, layer in lora_layers(pl_module)}
+        if ranks:
+            totals = {"rank/mean": mean(ranks.values()), "rank/max": max(ranks.values())}
+            _log(trainer, totals, {f"rank/layer/{name}": rank for name, rank in ranks.items()})
 
     def _write_history(self, trainer: Trainer) -> None:
         if self.history_file is None or not trainer.is_global_zero:

@@ -139,8 +139,8 @@ def merge(
     transformers.logging.set_verbosity_error()  # "newly initialized": the adapter holds the head
     transformers.logging.disable_progress_bar()
     merged = merge_adapter(adapter, model, out)
-    into = f"{merged.layers} layers into {merged.kind}, {str(merged.dtype).removeprefix('torch.')}"
-    print_facts({"merged": into, "parameters": f"{merged.parameters:,}", "files": out})
+    kind = f"{type(merged).__name__}, {str(merged.dtype).removeprefix('torch.')}"
+    print_facts({"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out})
 
 
 @app.command()

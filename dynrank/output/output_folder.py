@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os.path import realpath
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import os_errors
@@ -31,53 +30,31 @@ def check_free(out: Path, *sources: Path) -> None:
 
 @contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write to, which takes its name at the end of the block.
+    """A folder to write to, which takes the name ``out`` at the end of the block; an error leaves nothing.
 
-    An error leaves nothing; what a killed process left is replaced.
+    A killed process leaves a hidden folder beside ``out``.
 
     Raises:
-        ConfigurationError: if another process writes to ``out``, or a file or folder cannot be written.
+        ConfigurationError: if a file or folder cannot be written, or ``out`` holds something by then.
     """
     with _naming(out):
         out = Path(realpath(out))  # Path.resolve has no OSError for a link to itself
-        part = out.parent / f".{out.name}.part"
-        part.mkdir(parents=True, exist_ok=True)
-        with _held(part, out):
-            try:
-                for left in part.iterdir():
-                    left.unlink()
-                yield part
-                for file in part.iterdir():
-                    file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
-                os.rename(part, out)
-            except BaseException:
-                shutil.rmtree(part, ignore_errors=True)
-                raise
+        if not os.path.lexists(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
+            part = Path(beside) / out.name
+            part.mkdir()
+            yield part
+            for file in part.iterdir():
+                file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
+            os.rename(part, out)
 
 
 @contextmanager
 def _naming(out: Path) -> Iterator[None]:
+    """Raise as a ConfigurationError that names ``out`` what the system says within the block."""
     try:
         with os_errors(out):
             yield
     except OSError as error:
         raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror or error}") from None
-
-
-@contextmanager
-def _held(part: Path, out: Path) -> Iterator[None]:
-    """Hold ``part`` against other processes; whatever ends this one lets go of it."""
-    if part.is_symlink():  # its files would be another folder's
-        raise ConfigurationError(f"{str(part)!r} must not be a link, since --out is written there first; remove it")
-    handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            mine = os.path.samestat(os.fstat(handle), part.lstat())  # or another process has just finished with it
-        except (BlockingIOError, FileNotFoundError):
-            mine = False
-        if not mine:
-            raise ConfigurationError(f"--out must be a folder that no other process writes to, got {str(out)!r}")
-        yield
-    finally:
-        os.close(handle)

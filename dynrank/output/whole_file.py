@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -33,7 +33,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
     Whatever happens on the way, ``path`` holds the new file whole, or what it held before. A process killed within the
     block leaves ``path`` + ".part" behind, which the next write replaces; an error leaves nothing. Of several writers
-    of one path, in one process or more, each waits until those before it are done.
+    to one folder, in one process or more, each waits until those before it are done.
 
     Raises:
         OSError: if the file cannot be brought to the disk or moved.
@@ -44,14 +44,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
-    """The same for several files that belong together: all are on the disk before the first is moved.
+    """The same for several files of one folder that belong together: all are on the disk before the first is moved.
 
     So another process sees old files beside new ones for no longer than the moves take.
     """
     parts = {Path(path): Path(f"{path}{PART}") for path in paths}
-    with ExitStack() as held:
-        for part in parts.values():
-            held.enter_context(_alone(part))
+    with _alone_in(next(iter(parts)).parent) as folder:
         try:
             yield list(parts.values())
             for part in parts.values():
@@ -59,53 +57,23 @@ def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
                     os.fsync(written.fileno())
             for path, part in parts.items():
                 os.replace(part, path)
+            os.fsync(folder)  # the moves themselves
         except BaseException:
             for part in parts.values():
                 with suppress(OSError):
                     part.unlink(missing_ok=True)
             raise
-    for folder in {path.parent for path in parts}:
-        _sync_folder(folder)
 
 
 @contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Wait for other writers of ``part`` and keep them out; whatever ends this process lets go of it."""
-    while True:
-        with part.open("ab") as file, _locked(file.fileno()):
-            if _is(file.fileno(), part):
-                yield
-                return
-
-
-def _is(handle: int, path: Path) -> bool:
-    """Whether an open file is the one at ``path``: another writer may have moved it to its place, or removed it."""
+def _alone_in(folder: Path) -> Iterator[int]:
+    """Wait for other writers to ``folder`` and keep them out; nobody is kept out where the file system has no locks."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-@contextmanager
-def _locked(handle: int) -> Iterator[None]:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-        yield  # a file system without locks: there nobody is kept out
-        return
-    try:
-        yield
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield handle
     finally:
-        fcntl.flock(handle, fcntl.LOCK_UN)  # a process that was forked meanwhile would hold it on
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the move itself to the disk, where folders can be opened."""
-    if hasattr(os, "O_DIRECTORY"):
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # a process that was forked meanwhile has the handle, too
+        os.close(handle)

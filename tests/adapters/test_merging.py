@@ -91,7 +91,7 @@ def test_command_writes_a_plain_model_of_the_dtype_of_the_files(stored, dtype, l
     GPT2LMHeadModel.from_pretrained(model, dtype=dtype).save_pretrained(model)
     code, printed, _ = launch("merge", adapter, "--model", model, "--out", tmp_path / "merged")
     assert code == 0
-    assert f"4 layers into GPT2LMHeadModel, {str(dtype).removeprefix('torch.')}" in printed
+    assert f"GPT2LMHeadModel, {str(dtype).removeprefix('torch.')}" in printed
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto").eval()
     assert {p.dtype for p in merged.parameters()} == {dtype}
     if dtype == torch.float32:
@@ -117,7 +117,7 @@ def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, 
     dynrank.save_adapter(model, tmp_path / "adapter")
     if not named:
         zoo.edit_config(tmp_path / "adapter", auto_mapping=None)
-    assert merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out").kind == cls.__name__
+    assert type(merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out")) is cls
     assert_close(zoo.outputs(cls.from_pretrained(tmp_path / "out").eval()), zoo.outputs(model), **IN_FLOAT32)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynrank.callbacks.trainer.averages import averaging_callbacks
 from dynrank.change.optimizer_rules import unwrapped
-from dynrank.distributed.processes import from_all, from_first
+from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import average_gradients, take_saved_ranks, trains_shards
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import lacks_base
@@ -54,12 +52,11 @@ def _ddp_fault(strategy: Any) -> str | None:
             "processes whose results do not all come back, the history of ranks among them; set "
             "trainer.strategy=ddp, in a program that is started from a file"
         )
-    state, period = strategy._ddp_comm_state, strategy._model_averaging_period
-    if period is not None or type(state).__name__ in ("PostLocalSGDState", "PowerSGDState"):
+    state = type(strategy._ddp_comm_state).__name__
+    if state in ("PostLocalSGDState", "PowerSGDState"):
         return (
-            f"ddp_comm_state={type(state).__name__}, model_averaging_period={period}: PostLocalSGD lets the "
-            "processes' adapters differ, and PowerSGD remembers gradients of the old shapes; use a hook without "
-            "memory, such as fp16_compress_hook, or none"
+            f"ddp_comm_state={state} lets the processes' adapters differ, or remembers gradients of the old shapes; "
+            "use a hook without memory, such as fp16_compress_hook, or none"
         )
     return None
 
@@ -86,28 +83,22 @@ def _fsdp2_fault(trainer: Trainer, strategy: Any) -> str | None:
 
 
 def unwrap(trainer: Trainer) -> None:
-    """Take DDP off the module, so that parameters may change shape: its buckets are as large as they were; collective.
+    """Take DDP off the module, so that parameters may change shape: its buckets are as large as they were.
+
+    Whoever uses ``trainer.strategy.model`` has to read it there each time: the old DDP module averages no more.
 
     Raises:
-        ConfigurationError: in all processes, before anything is resized, if something else holds the DDP module, which
-            would not average right any more, or wraps it, which would be lost.
+        ConfigurationError: before anything is resized, if something wraps the DDP module, which would be lost.
     """
     strategy = trainer.strategy
     if not isinstance(strategy, DDPStrategy):
         return
-    fault = None
     if not isinstance(strategy.model, DistributedDataParallel):
-        fault = f"is wrapped in {type(strategy.model).__name__}"
-    old, strategy.model = weakref.ref(strategy.model), strategy.lightning_module
-    if fault is None and old() is not None:
-        gc.collect()  # what only a cycle keeps alive is used by nobody
-        fault = "is held by something else" if old() is not None else None
-    faults = [f"in process {process} it {fault}" for process, fault in enumerate(from_all(fault)) if fault]
-    if faults:
         raise ConfigurationError(
-            f"a change of rank replaces trainer.strategy.model, the DDP module, and {faults[0]}: read "
-            "trainer.strategy.model where it is used instead of keeping it, and compile the model inside of it"
+            "a change of rank replaces trainer.strategy.model, the DDP module, and it is wrapped in "
+            f"{type(strategy.model).__name__}: compile the model inside of it"
         )
+    strategy.model = strategy.lightning_module
 
 
 def wrap(trainer: Trainer) -> None:
