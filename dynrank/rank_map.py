@@ -17,7 +17,7 @@ from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
 from dynrank.matching import EXPRESSION_ERRORS, Matching, compiled, whole_parts
 
 _PLAIN = re.compile(r"[\w.-]+")  # a name, or trailing parts of one
-_LISTED = 20  # keys that match nothing: to look for the nearest names takes time
+_LISTED = 20  # faults; of keys that match nothing the nearest names are looked for, which takes time
 
 
 @validated()
@@ -193,7 +193,7 @@ def resolve_rank_map(
 
     Raises:
         ConfigurationError: if a key matches nothing, two rules conflict, or a rank is outside [1, min(d_in, d_out)]
-            (faults are listed, of keys the first ones); or if matching takes too long.
+            (the first faults are listed); or if matching takes too long.
     """
     matching = Matching("the keys of rank_pattern (rank_map)")
     matched = {key: {*matching.names(whole_parts(key), shapes)} for key in rules}
@@ -214,7 +214,7 @@ def resolve_rank_map(
         faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, d_out, d_in)]
         layers[name] = layer
     if faults:
-        raise ConfigurationError("ranks cannot be resolved:\n  " + "\n  ".join(faults))
+        raise ConfigurationError("ranks cannot be resolved:\n  " + "\n  ".join(faults[:_LISTED]))
     return layers
 
 

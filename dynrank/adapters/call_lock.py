@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch._dynamo.eval_frame import skip_code
 
 from dynrank.layers.compiled import uncompiled
 
-__all__ = ["CallLock", "call_lock_of", "one_adapter"]
+__all__ = ["CallLock", "call_lock_of"]
 
 _installing = threading.Lock()
 
@@ -69,20 +69,14 @@ class CallLock:
                 self._changed.notify_all()
 
 
-def one_adapter(model: nn.Module) -> AbstractContextManager[None]:
-    """A block in which ``model`` keeps its adapter, for a loop of several calls that is not the model's ``generate``.
-
-    A change asked for meanwhile waits until the block ends.
-    """
-    return call_lock_of(model)
-
-
 def call_lock_of(model: nn.Module) -> CallLock:
     """The lock of a model, put there if it has none: calls of ``model`` and of its ``generate`` share it from now on.
 
+    A loop of several calls keeps one adapter in a block ``with call_lock_of(model):``; a swap waits until it ends.
+
     The model's class becomes a subclass of itself, of the same name, with two methods more, so that a call is counted
     until it ends, by whatever exception. Not counted are: calls that were under way when the lock was put there; calls
-    of a part of the model past the model itself, and compiled code of a module around it (see :func:`one_adapter`);
+    of a part of the model past the model itself, and compiled code of a module around it;
     and those of a wrapper that ``torch.compile`` made of the model before, unless the wrapper is what is given here.
     Copies and pickles have no lock.
     """
@@ -113,9 +107,7 @@ def _with_lock(kind: type[nn.Module], lock: CallLock) -> type[nn.Module]:
                 function, arguments = object.__new__, (kind, *arguments[1:])
             return (kind if function is Locked else function), arguments, *rest
 
-    skip_code(
-        Locked.__call__.__code__
-    )  # torch.compile begins with the forward, as it does for nn.Module's own __call__
+    skip_code(Locked.__call__.__code__)  # torch.compile begins with the forward, as for nn.Module's own __call__
     if hasattr(kind, "generate"):
 
         @wraps(kind.generate)

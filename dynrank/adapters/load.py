@@ -60,9 +60,8 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     would wait for ever.
 
     Calls are known from the first ``load_adapter`` or ``swap_adapter`` of a model on: one that is under way when a
-    model gets its very first adapter by a swap may see both states. What else is not seen is named by
-    :func:`dynrank.adapters.call_lock.call_lock_of`; :func:`dynrank.adapters.call_lock.one_adapter` protects loops of
-    your own.
+    model gets its very first adapter by a swap may see both states. :func:`dynrank.adapters.call_lock.call_lock_of`
+    says what else is not seen, and protects loops of your own.
 
     The layers are new objects with new parameters: what held the old ones (an optimizer, a RankScheduler) has to be
     made anew to train on, and compiled code is compiled again. A backward pass must not be under way.

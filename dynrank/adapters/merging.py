@@ -61,7 +61,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
     origin = base_source(adapter, model)
     check_free(out, source, Path(origin))
     own, of_base = input_files(source), input_files(Path(origin))
-    merged: Any = with_labels(merge(load_adapter(base_model(origin, adapter), adapter)), source)
+    merged: PreTrainedModel = with_labels(merge(load_adapter(base_model(origin, adapter), adapter)), source)
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
         if not own and not Path(origin).is_dir():
@@ -69,7 +69,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
         for file in own + of_base:
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
-    return merged  # type: ignore[no-any-return]
+    return merged
 
 
 def base_source(adapter: Adapter, given: str | None) -> str:

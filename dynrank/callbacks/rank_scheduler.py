@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dynrank.callbacks.trainer.averages import act_after_averages, averages_of, follow_averages
+from dynrank.callbacks.trainer.averages import act_after_averages, averages_of
 from dynrank.callbacks.trainer.ending import end_in_full
 from dynrank.callbacks.trainer.strategies import (
     average_whole_gradients,
@@ -69,14 +69,6 @@ class RankScheduler(Callback):
         """Every change of the run, also those before a resume."""
         return self.driver.history
 
-    def check_trainer(self, trainer: Trainer) -> None:
-        """Refuse a trainer whose strategy lets no rank change; nothing need be set up yet.
-
-        Raises:
-            ConfigurationError: naming the strategy, or its option, and what to use instead.
-        """
-        check_strategy(trainer)
-
     def step(self, pl_module: LightningModule) -> None:
         """Say, under manual optimization, that an optimizer step was made and that no gradients wait for another.
 
@@ -100,8 +92,8 @@ class RankScheduler(Callback):
         self._told = state_dict["told"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        follow_checkpoint_ranks(pl_module)
-        follow_averages(trainer)
+        for module in [pl_module, *averages_of(trainer)]:  # averages made later are copies of a module that follows
+            follow_checkpoint_ranks(module)
         follow_sharded_checkpoint(trainer)
         if stage == "fit":
             check_strategy(trainer)

@@ -50,12 +50,8 @@ def target_names(
     }
     if isinstance(target_modules, str):
         targets, find = [target_modules], _by_expression
-    elif isinstance(target_modules, Sequence) and all(isinstance(target, str) for target in target_modules):
-        targets, find = list(target_modules), _by_name
     else:
-        raise ConfigurationError(
-            f"lora.target_modules must be a list, an expression or a preset, got {target_modules!r}"
-        )
+        targets, find = list(target_modules), _by_name
     found = {target: presets[target] if target in presets else find(target, modules) for target in targets}
     for target in targets or [""]:
         if not found.get(target):

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, Count, Positive, validated_call
 from dynrank.kernels.backends import check_backend
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import target_names
@@ -25,13 +25,14 @@ from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 M = TypeVar("M", bound=nn.Module)
 
 
+@validated_call("lora")
 def add_lora(
     model: M,
     *,
-    rank: int,
-    alpha: float | None = None,
+    rank: Count,
+    alpha: Positive | None = None,
     target_modules: str | Sequence[str] = "all-linear",
-    rank_map: str | Path | Mapping[str, Any] | None = None,
+    rank_map: str | Path | Mapping[Any, Any] | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
     modules_to_save: Sequence[str] = (),
@@ -70,12 +71,8 @@ def add_lora(
     )
     if own_layers(model):
         raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)")
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise ConfigurationError(f"alpha must be a finite number above 0, got {alpha}; set lora.alpha")
     if not dtype.is_floating_point:
         raise ConfigurationError(f"dtype must be a floating-point dtype, got {dtype}")
-    if not isinstance(rank, int) or rank < 1:
-        raise ConfigurationError(f"rank must be an int of at least 1, got {rank!r}; set lora.rank")
     modules = dict(named_modules(model))
     _check_modules_to_save(model, modules_to_save)
     chosen = target_names(model, target_modules, modules_to_save)

@@ -175,13 +175,11 @@ def _asked(config: DictConfig) -> Question:
 
 @contextmanager
 def _rank_named(rank: int) -> Iterator[None]:
-    """Say in an error at which of the ranks it arose, and list no more than three layers."""
+    """Say in an error at which of the ranks it arose."""
     try:
         yield
     except ConfigurationError as error:
-        lines = str(error).splitlines()
-        more = [f"  and {len(lines) - 4} more"] if len(lines) > 4 else []
-        raise ConfigurationError("\n".join([f"rank {rank} of ranks: {lines[0]}", *lines[1:4], *more])) from error
+        raise ConfigurationError(f"rank {rank} of ranks: {error}") from error
 
 
 def _check_length(model: PreTrainedModel, length: int) -> None:

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from dynrank.output.change_table import layer_kinds
-from dynrank.output.console import span, table_console
+from dynrank.output.console import print_table, span
 from dynrank.output.picture import check_plot, save_plot
 from dynrank.planner.plan import Need, Plan, make_plan
 
@@ -32,7 +32,7 @@ def show_plan(config: DictConfig, plot: Path | None) -> None:
     if plan.head_parameters:
         print(f"trained whole    {plan.head_parameters:,} parameters")
     print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
-    table_console().print(_table(plan))
+    print_table(_table(plan))
     print("total            weights + adapter + optimizer + step, the most that forward and backward hold at once")
     if plan.budget is not None:
         for checkpointing in (False, True):

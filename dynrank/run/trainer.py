@@ -23,6 +23,7 @@ from dynrank.callbacks import (
     ScheduleFreeMode,
     StepSeed,
 )
+from dynrank.callbacks.trainer.strategies import check_strategy
 from dynrank.distributed.meeting import meeting
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make, plain
@@ -72,7 +73,7 @@ def make_trainer(
             "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
         )
     _meet_first(trainer, config.start_timeout)
-    scheduler.check_trainer(trainer)  # the scheduler does so, too, but only when the other processes have been started
+    check_strategy(trainer)  # the scheduler does so, too, but only when the other processes have been started
     return trainer
 
 

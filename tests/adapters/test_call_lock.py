@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
 from dynrank.adapters import load
-from dynrank.adapters.call_lock import CallLock, one_adapter
+from dynrank.adapters.call_lock import CallLock, call_lock_of
 
 LONG = 60  # seconds: a busy machine
 
@@ -127,7 +127,7 @@ class OwnLoop(Texts):
     @staticmethod
     def use(model, halfway=None):
         ids = torch.tensor([[3, 1, 4, 1, 5]])
-        with one_adapter(model):
+        with call_lock_of(model):
             for count in range(8):
                 ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
                 if halfway is not None and count == 4:

@@ -9,8 +9,6 @@ from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveragi
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from dynrank.layers.peft_layers import follow_checkpoint_ranks
-
 
 def averaging_callbacks(trainer: Trainer) -> list[Any]:
     """The trainer's callbacks that keep an average of the weights; subclasses too."""
@@ -24,12 +22,6 @@ def averages_of(trainer: Trainer) -> list[nn.Module]:
     return [
         average.module if isinstance(average, AveragedModel) else average for average in held if average is not None
     ]
-
-
-def follow_averages(trainer: Trainer) -> None:
-    """Let the averages made so far take a checkpoint's ranks; those made later are copies of a module that does."""
-    for average in averages_of(trainer):
-        follow_checkpoint_ranks(average)
 
 
 def act_after_averages(trainer: Trainer, scheduler: Callback) -> None:
