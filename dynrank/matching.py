@@ -39,11 +39,7 @@ def compiled(expression: str) -> Any:
 
 
 class Matching:
-    """Matches names by expressions, with a limit to the time that all of them take.
-
-    Args:
-        source: where the expressions stand.
-    """
+    """Matches names by expressions that stand in ``source``, with a limit to the time that all of them take."""
 
     def __init__(self, source: str) -> None:
         self._source, self._until = source, time.thread_time() + _PATIENCE

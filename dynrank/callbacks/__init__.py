@@ -10,6 +10,7 @@ from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter
 from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.callbacks.step_seed import StepSeed
+from dynrank.callbacks.trainer.strategies import check_strategy
 from dynrank.driver.event import RankEvent
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "RunMeter",
     "ScheduleFreeMode",
     "StepSeed",
+    "check_strategy",
 ]
 
 

@@ -17,11 +17,8 @@ COLUMNS = ("step", "split", "prompt", "wanted", "written")
 class Generations(Callback):
     """Records the texts that a module has put into its list ``generations``: (prompt, wanted, written).
 
-    They are added to a CSV file, and shown by TensorBoard (``val/written``), Weights & Biases (a table of that name)
-    and MLflow (a file). Of several processes the first one tells its own share. Modules without such a list write none.
-
-    Args:
-        file: to add to.
+    They are added to the CSV file ``file``, and shown by TensorBoard (``val/written``), Weights & Biases (a table of
+    that name) and MLflow (a file). Of several processes the first one tells its own share.
     """
 
     def __init__(self, file: Path) -> None:

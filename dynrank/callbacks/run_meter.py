@@ -111,18 +111,18 @@ class RunMeter(Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the whole run; tokens of all processes after training, of this one before."""
+        """Tokens per second of the whole run: of all processes once training is over, of this one before."""
         seconds = sum(phase.train_seconds for phase in self.phases)
         return sum(phase.tokens for phase in self.phases) / seconds if seconds else 0.0
 
     @property
     def step_seconds(self) -> float | None:
-        """Median of the optimizer steps, each with all of its training batches; None where there was none."""
+        """Median seconds of an optimizer step with all of its training batches; None where none was made."""
         return median(self._steps) if self._steps else None
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of the whole run, and of what came before it and since its last change of rank."""
+        """The most memory that was held in any phase, and since the last one."""
         return max(peak_memory_bytes(), *(phase.peak_memory_bytes for phase in self.phases))
 
     def _measured(self) -> dict[str, Any]:

@@ -11,11 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class StepSeed(Callback):
     """Seeds torch before each training batch from (``seed``, epoch, batch), so dropout is the same after any resume.
 
-    Nothing that happens between batches (a validation, a re-made loader, a restart) can change the masks of the next
-    one.
-
-    Args:
-        seed: the run's seed, >= 0.
+    Nothing that happens between batches (a validation, a re-made loader, a restart) changes the masks of the next one.
     """
 
     def __init__(self, seed: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -90,27 +90,24 @@ def kept_directions(
     return {name: chosen.get(name, torch.arange(min(rank, layers[name].rank))) for name, rank in targets.items()}
 
 
-def report_of(name: str, rank: int, values: Tensor, width: int, kept: Tensor | None = None) -> LayerReport:
-    """The report of a change to ``rank``.
+def report_of(
+    name: str, rank: int, values: Tensor, width: int, kept: Tensor | None = None, loss: LossChange | None = None
+) -> LayerReport:
+    """The report of a change to ``rank``, of a layer with these singular values (scaling included), one per direction.
 
-    Args:
-        name: of the layer.
-        rank: after the change.
-        values: all singular values, scaling included, one per direction.
-        width: parameters of one direction.
-        kept: which directions stay; the first ``rank`` when None.
+    ``kept`` are the directions that stay, the first ones when None; ``width`` and ``loss`` as in :class:`LayerReport`.
     """
-    gone = torch.ones(len(values), dtype=torch.bool)
-    gone[torch.arange(min(rank, len(values))) if kept is None else kept] = False
-    ordered = torch.cat([values[~gone.to(values.device)], values[gone.to(values.device)]])
+    stays = (torch.arange(min(rank, len(values))) if kept is None else kept).to(values.device)
+    gone = values.index_fill(0, stays, 0.0)
     return LayerReport(
         layer=name,
         rank_before=len(values),
         rank_after=rank,
-        energy_kept=energy_kept(ordered, rank),
-        predicted_error=float(ordered[rank:].norm()),
+        energy_kept=energy_kept(torch.cat([values[stays], gone]), len(stays)),
+        predicted_error=float(gone.norm()),
         singular_values=tuple(values.tolist()),
         width=width,
+        loss=loss,
     )
 
 
@@ -123,10 +120,10 @@ def reports_of(
 ) -> list[LayerReport]:
     """The report of each changing layer; with ``gates``, of what the loss is estimated to do, too."""
     changes = gates.change(kept) if gates is not None else {}
-    reports = (
-        report_of(name, rank, values[name], width_of(layers[name]), kept[name]) for name, rank in targets.items()
-    )
-    return [replace(report, loss=changes.get(report.layer)) for report in reports]
+    return [
+        report_of(name, rank, values[name], width_of(layers[name]), kept[name], changes.get(name))
+        for name, rank in targets.items()
+    ]
 
 
 def changing_layers(

@@ -19,13 +19,9 @@ def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str
 
     Whatever else is trained and kept whole in every process (a head) is compared too, shards are not.
 
-    Args:
-        model: holds the LoRA layers.
-        optimizers: hold their state.
-        when: for the error.
-
     Raises:
-        ConfigurationError: in all processes, naming the first layers that differ and the processes where they do.
+        ConfigurationError: in all processes, with ``when`` it was found, the first layers that differ and the processes
+            where they do.
     """
     if process_count() == 1:
         return

@@ -22,8 +22,8 @@ from dynrank.callbacks import (
     RunMeter,
     ScheduleFreeMode,
     StepSeed,
+    check_strategy,
 )
-from dynrank.callbacks.trainer.strategies import check_strategy
 from dynrank.distributed.meeting import meeting
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make, plain

@@ -68,7 +68,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"dtype": torch.int32}, "dtype"),
         ({"alpha": float("nan")}, "alpha"),
         ({"rank": 2.5}, "rank must be an int"),
-        ({"target_modules": [3]}, "target_modules must be .*; set lora.target_modules"),
+        ({"target_modules": [3]}, "set lora.target_modules"),
     ],
 )
 def test_add_lora_failure_changes_nothing(net, options, message):
