@@ -12,6 +12,8 @@ from dynrank.errors import ConfigurationError
 
 __all__ = ["print_answers"]
 
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+
 
 def print_answers(
     adapter: Path, texts: Sequence[str], model: str | None, *, batch_size: int, max_new_tokens: int, chat: bool
@@ -23,7 +25,7 @@ def print_answers(
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    if len(texts) == 1 and len(texts[0]) < 1000 and Path(texts[0]).is_file():
+    if len(texts) == 1 and len(texts[0]) < 1000 and (Path(texts[0]).is_file() or _named_as_file(texts[0])):
         texts = _lines(Path(texts[0]))
     empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
     if empty or not texts:
@@ -32,8 +34,12 @@ def print_answers(
         print(line, flush=True)
 
 
+def _named_as_file(text: str) -> bool:
+    return len(text.split()) == 1 and Path(text).suffix in (".txt", *_TABLES)
+
+
 def _lines(file: Path) -> list[str]:
-    if file.suffix in (".csv", ".tsv", ".json", ".jsonl", ".parquet"):
+    if file.suffix in _TABLES:
         raise ConfigurationError(f"FILE must be plain text with a text in each line, got {str(file)!r}")
     try:
         return file.read_text(encoding="utf-8").removesuffix("\n").split("\n")

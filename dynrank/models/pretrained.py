@@ -72,7 +72,7 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     try:
         return loader(place, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
-        what = f"{type(error).__name__}: {error!s:.500}"
+        what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}") from error
 
 
@@ -207,7 +207,8 @@ def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Seq
             else:
                 model = cls._from_config(config, **options)
     except _FAULTS as error:
-        raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {key}") from error
+        fix = key if settings.attention == "auto" else "model.attention"
+        raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {fix}") from error
     if settings.quantization != "none":
         pack(model, packing_of(settings, options["dtype"], kept), options["dtype"])
     if settings.gradient_checkpointing:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynrank.callbacks import RankScheduler, RunMeter
 from dynrank.errors import ConfigurationError
 from dynrank.output.checkpoint_file import read_checkpoint
+from dynrank.output.console import span
 from dynrank.run.config import make, plain, rank_pattern
 from dynrank.run.export import export, held_bytes, summarise
 from dynrank.run.folder import checkpoint_of, held
@@ -62,14 +63,16 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     with stoppable(None, checkpoint):
         job, meter = build(config), RunMeter()
         trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
-    step = read_checkpoint(checkpoint)["global_step"] if checkpoint is not None else 0
+    saved = read_checkpoint(checkpoint) if checkpoint is not None else {"global_step": 0}
+    step = saved["global_step"]
     first = trainer.is_global_zero
     holding = held(folder, step if goes_on else None) if first else nullcontext()
     with finished(), holding, stoppable(trainer, checkpoint):
         if first and record is not None:
             record()
         if first and checkpoint is not None:
-            print(f"goes on from     step {step} of {checkpoint}")
+            ranks = [len(value) for name, value in saved["state_dict"].items() if "lora_A" in name.split(".")]
+            print(f"goes on from     step {step} at rank {span(ranks)}, {checkpoint}")
         _fit(trainer, job, meter, checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)

@@ -87,10 +87,12 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
 
 def _unknown(key: str, config: Any) -> str:
     name = key.rpartition(".")[2]
+    initials = "".join(word[:1] for word in name.split("_"))  # of learning_rate: lr
 
     def likeness(other: str) -> float:
         last = other.rpartition(".")[2]
-        return 2 * SequenceMatcher(None, name, last).ratio() + SequenceMatcher(None, key, other).ratio()
+        alike = 1.0 if last == initials else SequenceMatcher(None, name, last).ratio()
+        return 2 * alike + SequenceMatcher(None, key, other).ratio()
 
     known = {other for other in _keys(config) if not other.startswith("hydra")} - {key}
     near = sorted(known, key=likeness, reverse=True)[:3]

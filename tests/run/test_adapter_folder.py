@@ -161,6 +161,7 @@ def test_predict_refuses_what_it_cannot_answer(classifier, launch, tmp_path):
 
     (tmp_path / "rows.csv").write_text("text\na\n")
     assert "plain text" in said(classifier, "rows.csv")
+    assert "No such file" in said(classifier, "rows.txt")
     assert "number 2 is" in said(classifier, "a", " ")
     assert "--chat" in said(classifier, "a", "--chat")
     assert "--model" in said(classifier, "a", "--model", "./absent")

@@ -69,6 +69,7 @@ def test_debug_wins_over_the_groups_it_changes():
         ("lora.rnak=8", ["lora.rnak", "lora.rank"]),
         ("+lora.rnk=8", ["lora.rnk", "lora.rank"]),
         ("+optimizer.weight_dcay=8", ["optimizer.weight_dcay", "optimizer.weight_decay"]),
+        ("+optimizer.learning_rate=8", ["optimizer.learning_rate", "optimizer.lr"]),
         ("schedule.finl_rank=1", ["schedule.finl_rank", "schedule.final_rank", "+schedule.finl_rank"]),
         ("shedule=fixed", ["shedule", "schedule"]),
         ("schedule=never", ["never", "after_convergence"]),

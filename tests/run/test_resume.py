@@ -1,6 +1,7 @@
 """A run that is stopped, by whatever signal, and goes on ends bit-equal to one that was never stopped."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -57,6 +58,15 @@ def stopped(settings, number, after):
         child.kill()
 
 
+def ranks_at(folder, step):
+    """The lowest and the highest rank of a run's layers at ``step``, by its history; one number if they are equal."""
+    ranks = dict.fromkeys(json.loads((folder / "summary.json").read_text())["final_ranks"], 6)
+    with (folder / "rank_history.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
+    ranks |= {row["layer"]: int(row["rank_after"]) for row in rows}
+    return "-".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
+
+
 def saved_step(file):
     return torch.load(file, weights_only=True)["global_step"] if file.exists() else -1
 
@@ -100,7 +110,8 @@ def test_stopped_run_goes_on_in_its_folder_to_the_same_bits(launch, settings, wh
 
     code, printed, message = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=last")
     assert (code, message) == (0, "")
-    assert re.search(r"goes on from +step \d+ of ", printed)
+    step, rank = re.search(r"goes on from +step (\d+) at rank (\S+), ", printed).groups()
+    assert rank == ranks_at(whole, int(step))
     assert_same(Path("run"), whole)
     assert Path("run/rank_predictions.csv").read_bytes() == (whole / "rank_predictions.csv").read_bytes()
     for metric in ("train/loss", "val/loss"):

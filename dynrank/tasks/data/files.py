@@ -96,6 +96,8 @@ def _read(name: str | None, split: str) -> datasets.Dataset:
             f"set data.{split}"
         )
     bars_on_terminals()
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs in its own words what is raised here
     try:
         if hub or path.is_dir():
             return datasets.load_dataset(str(name if hub else path), split=_THEIR_SPLITS[split])
@@ -103,6 +105,8 @@ def _read(name: str | None, split: str) -> datasets.Dataset:
         return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise _unreadable(name, split, error) from error
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _unreadable(name: str | None, split: str, error: Exception) -> ConfigurationError:
@@ -125,6 +129,8 @@ def _first_fault(path: Path) -> str | None:
                     json.loads(text)
             except ValueError as error:  # of both kinds
                 return f"row {number} is {'not UTF-8' if isinstance(error, UnicodeDecodeError) else 'no JSON'}: {error}"
+    if number == 1 and path.suffix in (".csv", ".tsv"):
+        return "it has 0 rows"
     try:
         json.loads(path.read_text(encoding="utf-8") if path.suffix == ".json" else "0")
     except ValueError as error:

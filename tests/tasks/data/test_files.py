@@ -125,7 +125,7 @@ BAD = {  # form, name of the file, what is in it, what the error says beside the
     "a label seen once": ("classification", "a.jsonl", lines({"text": "x", "label": "b"}), "row 31 alone .* 'b'"),
     "an empty text": ("classification", "a.jsonl", lines({"text": " ", "label": "a"}), "row 31 has an empty text"),
     "an empty answer": ("completion", "a.jsonl", lines({"prompt": "x", "answer": ""}, **PROMPTED), "row 31 has an em"),
-    "0 rows": ("classification", "a.csv", b"text,label\n", "0 rows|cannot be read"),
+    "0 rows": ("classification", "a.csv", b"text,label\n", "it has 0 rows"),
     "0 bytes": ("classification", "a.csv", b"", "it is empty"),
     "no column": ("completion", "a.jsonl", lines(), r"no prompt column .*\['text', 'label'\]; set data.columns.prompt"),
     "a row too long": ("classification", "a.csv", b"text,label\na,b\nc,d,e\n", "line 3|row 2"),
@@ -136,12 +136,13 @@ BAD = {  # form, name of the file, what is in it, what the error says beside the
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_file_is_one_line_with_file_row_and_key(case, tmp_path):
+def test_bad_file_is_one_line_with_file_row_and_key(case, tmp_path, caplog):
     form, name, content, said = BAD[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigurationError, match=rf"data\.train=.*{name}.*({said})") as caught:
         from_files(str(tmp_path / name), None, None, form=form, columns={}, share=0.2, seed=0)
     assert "\n" not in str(caught.value)
+    assert not caplog.records  # nothing beside it
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path):
