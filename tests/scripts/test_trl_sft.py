@@ -1,0 +1,58 @@
+"""TRL's SFTTrainer with a schedule of ranks, as a user starts it: alone, and in two processes."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import dynrank
+
+ROOT = Path(dynrank.__file__).parents[1]
+SIZE = 2 * (4 * (32 + 32) + 3 * (32 + 48))  # d_in + d_out of all layers of tiny_llama, which has two blocks
+
+
+@pytest.fixture
+def arguments(tiny_llama, tmp_path):
+    """Those of a short run into ``OUT`` with so many examples per step and process."""
+    rows = [{"prompt": f"{i} and 1 is", "completion": f" {i + 1}" * (1 + i % 3)} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    fixed = ["--rank", "8", "--steps", "6", "--learning-rate", "1e-2"]
+    return lambda out, size: [str(tiny_llama), str(file), str(out), "--batch-size", str(size), *fixed]
+
+
+@pytest.mark.timeout(900)  # for a machine with ten other processes
+@pytest.mark.filterwarnings("ignore")
+def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends(
+    script, arguments, tiny_llama, tmp_path, monkeypatch
+):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "trl_sft.py"), *arguments(tmp_path / "two", 2)]
+    started = [
+        subprocess.Popen(command, env={**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    try:
+        monkeypatch.setattr(sys, "argv", ["trl_sft.py", *arguments(tmp_path / "one", 4)])
+        script("trl_sft").main()
+        assert [process.wait(timeout=800) for process in started] == [0, 0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "two" / "adapter")
+    assert len({layer.rank for _, layer in dynrank.lora_layers(loaded)}) > 1  # each has its own
+    assert 3 * SIZE < sum(value.numel() for value in one.values()) <= 4 * SIZE  # of rank 8, at rank 4 on average
