@@ -73,7 +73,8 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         return loader(place, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
-        raise ConfigurationError(f"transformers cannot load {key}={name}: {what}") from error
+        fix = _fix(error, key, settings)
+        raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error
 
 
 def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN) -> Any:
@@ -207,13 +208,18 @@ def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Seq
             else:
                 model = cls._from_config(config, **options)
     except _FAULTS as error:
-        fix = key if settings.attention == "auto" else "model.attention"
+        fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {fix}") from error
     if settings.quantization != "none":
         pack(model, packing_of(settings, options["dtype"], kept), options["dtype"])
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
     return model
+
+
+def _fix(error: Exception, key: str, settings: ModelSettings) -> str:
+    """The key to set: the package of an attention that the user has asked for may be missing."""
+    return "model.attention" if isinstance(error, ImportError) and settings.attention != "auto" else key
 
 
 def _options(config: PretrainedConfig, settings: ModelSettings) -> dict[str, Any]:

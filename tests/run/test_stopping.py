@@ -1,4 +1,4 @@
-"""SIGTERM outside of training: there is nothing to finish, so a run ends at once."""
+"""A run that ends at once: at SIGTERM outside of training, and at a second Ctrl-C in it."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint
 from dynrank.run import job
-from dynrank.run.stopping import stoppable
+from dynrank.run.stopping import CtrlC, stoppable
 
 
 def told_to_end(*_, **__):
@@ -44,3 +44,23 @@ def test_sigterm_before_the_first_and_after_the_last_step_ends_it_too(hook, said
     with pytest.raises(SIGTERMException):
         fit_and_test(trainer(max_steps=2, callbacks=[saver], enable_checkpointing=True), module, *data())
     assert f"SIGTERM: stopped after {said}" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_path, capsys):
+    make, data, trainer = regression
+    saver, module, pressed = AdapterCheckpoint(tmp_path, save_last=True, every_n_train_steps=1), make(), []
+    step = module.training_step
+
+    def twice_in_the_second_step(batch, batch_idx):
+        if batch_idx == 1:
+            for press in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+                pressed.append(press)
+        return step(batch, batch_idx)
+
+    module.training_step = twice_in_the_second_step
+    with pytest.raises(KeyboardInterrupt):
+        fit_and_test(trainer(max_steps=4, callbacks=[saver, CtrlC()], enable_checkpointing=True), module, *data())
+    assert pressed == [0]  # the first one let the step go on, the second did not return
+    assert "Ctrl-C: stopped after step 1; go on with" in capsys.readouterr().err
