@@ -63,7 +63,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     with stoppable(None, checkpoint):
         job, meter = build(config), RunMeter()
         trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
-    saved = read_checkpoint(checkpoint) if checkpoint is not None else {"global_step": 0}
+    saved: dict[str, Any] = read_checkpoint(checkpoint) if checkpoint is not None else {"global_step": 0}
     step = saved["global_step"]
     first = trainer.is_global_zero
     holding = held(folder, step if goes_on else None) if first else nullcontext()
