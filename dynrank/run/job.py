@@ -63,16 +63,14 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     with stoppable(None, checkpoint):
         job, meter = build(config), RunMeter()
         trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
-    saved: dict[str, Any] = read_checkpoint(checkpoint) if checkpoint is not None else {"global_step": 0}
-    step = saved["global_step"]
+    step, ranks = _reached(checkpoint) if checkpoint is not None else (0, "")
     first = trainer.is_global_zero
     holding = held(folder, step if goes_on else None) if first else nullcontext()
     with finished(), holding, stoppable(trainer, checkpoint):
         if first and record is not None:
             record()
         if first and checkpoint is not None:
-            ranks = [len(value) for name, value in saved["state_dict"].items() if "lora_A" in name.split(".")]
-            print(f"goes on from     step {step} at rank {span(ranks)}, {checkpoint}")
+            print(f"goes on from     step {step} at rank {ranks}, {checkpoint}")
         _fit(trainer, job, meter, checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
@@ -128,6 +126,13 @@ def make_scheduler(node: DictConfig, check_every: int | None = None) -> RankSche
     values = plain(node) or {}  # interpolations are resolved while the node still hangs in its configuration
     how = {field.name: values.pop(field.name) for field in fields(How) if field.name in values}
     return RankScheduler(make(OmegaConf.create(values), "schedule"), How(**how), check_every=check_every)
+
+
+def _reached(checkpoint: Path) -> tuple[int, str]:
+    """The step of a checkpoint, and the lowest and the highest rank of its LoRA layers."""
+    saved, factors = read_checkpoint(checkpoint), {"lora_A", "lora_embedding_A"}
+    ranks = [len(value) for name, value in saved["state_dict"].items() if factors & {*name.split(".")}]
+    return saved["global_step"], span(ranks)
 
 
 def _fit(trainer: Trainer, job: Job, meter: RunMeter, checkpoint: Path | None) -> None:

@@ -68,12 +68,13 @@ def from_files(
                 _say("columns         ", ", ".join(f"{ours} <- {theirs}" for ours, theirs in found.items()))
                 _check_labels(parts[split], where)
     numbers = {split: _numbers(part, COLUMNS[form][0], seed) for split, part in parts.items()}
-    shares, rows = numbers["train"] / 2**64, parts["train"]
-    drawn = np.where(shares < 1 - 2 * share, 0, np.where(shares < 1 - share, 1, 2))
+    rows = parts["train"]
+    edges = [np.uint64((1 - 2 * share) * 2**64), np.uint64((1 - share) * 2**64)]
+    drawn: Any = sum((numbers["train"] >= edge).astype(np.int8) for edge in edges)  # of each row, in few bytes
     for i, split in enumerate(SPLITS[1:], start=1):
         if split in parts:
             drawn[drawn == i] = 0
-        drawn[np.isin(numbers["train"], numbers.get(split, []))] = -1
+            drawn[_among(numbers["train"], numbers[split])] = -1
     for i, split in enumerate(SPLITS):
         if i == 0 or split not in parts:
             parts[split] = rows.select(np.flatnonzero(drawn == i))
@@ -151,6 +152,12 @@ def _check_labels(rows: datasets.Dataset, where: str) -> None:
     for label, number in first.items():
         if label not in again:
             raise ConfigurationError(f"{where}: row {number} alone has the label {label!r}; add rows, or take it out")
+
+
+def _among(values: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Whether each of ``values`` is one of ``others``; a part at a time, since numpy takes many times its memory."""
+    parts = np.array_split(values, 1 + len(values) // 2**20)
+    return np.concatenate([np.isin(part, others) for part in parts])
 
 
 def _numbers(rows: datasets.Dataset, column: str, seed: int) -> np.ndarray[Any, Any]:
