@@ -1,0 +1,43 @@
+"""Makes the files of somebody who tries dynrank for the first time: ``python scripts/new_user.py FOLDER``.
+
+FOLDER/tickets.csv has 2,000 texts with one of four labels, FOLDER/talks.jsonl 500 chats with one answer each; README.md
+beside this file goes through the commands.
+"""
+
+import csv
+import json
+import random
+import sys
+from pathlib import Path
+
+PRODUCTS = ["router", "printer", "scanner", "phone", "tablet", "monitor", "camera", "charger", "keyboard", "speaker"]
+PLACES = ["office", "warehouse", "shop", "school", "library", "clinic", "hotel", "garage", "kitchen", "studio"]
+TICKETS = {
+    "account": ["cannot log in to the {0} portal", "the password of our {1} was rejected", "please unlock user {2}"],
+    "billing": ["invoice {2} for the {0} is too high", "the {1} was charged twice", "refund order {2}, please"],
+    "delivery": ["parcel {2} never came to the {1}", "the {0} arrived at another {1}", "where is shipment {2}?"],
+    "repair": ["the {0} in the {1} smells of smoke", "screen of {0} {2} is broken", "our {0} makes a grinding noise"],
+}
+
+
+def main(folder: Path) -> None:
+    draw = random.Random(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "tickets.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["body", "topic"])
+        for number in range(2000):
+            topic = draw.choice(list(TICKETS))
+            words = draw.choice(PRODUCTS), draw.choice(PLACES), str(1000 + number)
+            rows.writerow([f"{draw.choice(TICKETS[topic]).format(*words)} (case {number})", topic])
+    with (folder / "talks.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(500):
+            product, place = draw.choice(PRODUCTS), draw.choice(PLACES)
+            question = f"Who looks after the {product} in the {place}, room {number}?"
+            answer = f"The {product} desk. Ask for the {place} team and name room {number}."
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
