@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import csv
+from functools import cache
+from pathlib import Path
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
 
-__all__ = ["BACKENDS", "check_backend", "products_of"]
+__all__ = ["BACKENDS", "check_backend", "paying_size", "products_of"]
 
 BACKENDS = ("auto", "torch", "triton")
+MEASURED = Path(__file__).with_name("measured.csv")  # rows are appended by scripts/bench_gpu.py
 
 
 def check_backend(backend: str) -> str:
@@ -26,16 +31,34 @@ def check_backend(backend: str) -> str:
 
 
 def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
-    """The module that makes the products: Triton's kernels where ``backend`` is ``triton``, else ATen.
+    """The module that makes the products.
 
-    ``auto`` is ATen everywhere until the kernels have been measured on a GPU.
+    ``auto`` is Triton's kernels where they serve ``x`` and this card's measurements say that they pay, else ATen.
 
     Raises:
-        ConfigurationError: if there is no such backend, or Triton's kernels cannot serve ``x`` at this rank.
+        ConfigurationError: if there is no such backend, or Triton's kernels were asked for and cannot serve ``x``.
     """
-    if check_backend(backend) != "triton":
+    check_backend(backend)
+    if backend == "torch" or (backend == "auto" and not _pays(x)):
         return torch_backend
     fault = triton_launch.serves(x, rank)
-    if fault is not None:
-        raise ConfigurationError(f"{fault}; set lora.backend=torch, or auto")
-    return triton_launch
+    if fault is None:
+        return triton_launch
+    if backend == "auto":
+        return torch_backend
+    raise ConfigurationError(f"{fault}; set lora.backend=torch, or auto")
+
+
+def _pays(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.numel() >= paying_size(torch.cuda.get_device_name(x.device))
+
+
+@cache
+def paying_size(card: str, measured: Path = MEASURED) -> float:
+    """Elements of x from which on every row of ``measured`` for this card has Triton ahead of ATen; inf if none has."""
+    with measured.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["gpu"] == card]
+    ahead = {True: [float("inf")], False: [0.0]}
+    for row in rows:
+        ahead[float(row["triton_us"]) < float(row["torch_us"])].append(int(row["tokens"]) * int(row["d_in"]))
+    return min(size for size in ahead[True] if size > max(ahead[False]))

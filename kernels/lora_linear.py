@@ -277,7 +277,7 @@ def _op(
     x_MI, y = _rows(x), x.new_empty(*x.shape[:-1], len(lora_B))
     s_MR = _down(x_MI, (layer,), how)
     _up(y, x_MI, s_MR, layer, how)
-    return y, s_MR
+    return y, s_MR.contiguous()  # Triton's rows are wider; the compiler is told what they are below
 
 
 @_op.register_fake

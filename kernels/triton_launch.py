@@ -2,11 +2,11 @@
 
 Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank, P = partial sums.
 
-The same functions as :mod:`dynrank.kernels.torch_backend` has, for float32, bfloat16 and float16 and any strides. What
-they multiply is in x's dtype, sums are in float32. Sums over tokens are split among programs and added in a second
-stage in a fixed order, so a result is the same bits every time. Products of float32 are exact float32 products
-(``input_precision="ieee"``), as torch's are by default: TF32 would keep 10 bits of mantissa, and a step whose time goes
-into reading x gains nothing from it. Triton is imported when a kernel first runs.
+The same functions as :mod:`dynrank.kernels.torch_backend` has, for bfloat16 and float16 and any strides. What they
+multiply is in x's dtype, sums are in float32. Long sums are split among as many programs as the card runs at one time,
+and added in a second stage in a fixed order, so a result is the same bits every time. float32 is not served: no matrix
+instruction multiplies it exactly, and beside its frozen product these passes take 1% of the time. Triton is imported
+when a kernel first runs.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynrank.kernels.tile_table import BUCKETS, MULTIPROCESSORS, Tile, architecture_row, rank_bucket, tile
+from dynrank.kernels.tile_table import BUCKETS, PER_MULTIPROCESSOR, ROWS, WARPS, rank_bucket, tile
 
-__all__ = ["NO_DROPOUT", "Dropout", "dropout", "expand", "grad_A", "grad_S_and_B", "serves", "shrink"]
+__all__ = ["NO_DROPOUT", "Dropout", "dropout", "empty_S", "expand", "grad_A", "grad_S_and_B", "serves", "shrink"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SUM_BLOCK = 1024
-_EXACT_STEP = 32  # a longer step of an exact float32 product, which no matrix instruction computes, spills
+_DTYPES = (torch.bfloat16, torch.float16)
+# Launched with every kernel; said aloud, because Triton warns that the default of enable_fp_fusion will change.
+_OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
 def serves(x: Tensor, rank: int) -> str | None:
@@ -33,15 +33,15 @@ def serves(x: Tensor, rank: int) -> str | None:
     if rank > BUCKETS[-1]:
         return f"the Triton kernels serve ranks up to {BUCKETS[-1]}, and the rank is {rank}"
     if x.dtype not in _DTYPES:
-        return f"the Triton kernels serve float32, bfloat16 and float16, and x is {str(x.dtype).removeprefix('torch.')}"
+        return f"the Triton kernels serve bfloat16 and float16, and x is {str(x.dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if _interpreted():
         return None
-    if x.device.type != "cuda":
-        return f"the Triton kernels run on a GPU, and x is on {x.device}"
-    if _row_of(x.get_device()) is None:
-        return f"the Triton kernels have no tile sizes for {torch.cuda.get_device_name(x.device)}"
+    if x.device.type != "cuda" or torch.version.hip is not None:
+        return f"the Triton kernels run on a GPU from NVIDIA, and x is on {x.device}"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return f"the Triton kernels need compute capability 8.0, which {torch.cuda.get_device_name(x.device)} lacks"
     return None
 
 
@@ -64,18 +64,29 @@ def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
     return Dropout(seed, threshold, 65536 / threshold if threshold else 0.0)
 
 
+def empty_S(x_MI: Tensor, rank: int) -> Tensor:
+    """Memory for s, (M, R), in rows as wide as the rank's bucket, which the kernels load whole."""
+    return x_MI.new_empty(x_MI.shape[0], rank_bucket(rank))[:, :rank]
+
+
 def shrink(x_MI: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
-    """``drop(x) A^T``, (M, R), the dtype of x."""
-    (rows, d_in), rank = x_MI.shape, lora_A.shape[0]
-    s_MR, A_RI = x_MI.new_empty(rows, rank), lora_A.to(x_MI.dtype)
+    """``drop(x) A^T``, (M, R) as :func:`empty_S` lays it out, the dtype of x."""
+    x_MI, A_RI = _rows_whole(x_MI), _whole(lora_A, x_MI.dtype)
+    (rows, d_in), rank, bucket = x_MI.shape, lora_A.shape[0], rank_bucket(lora_A.shape[0])
+    s_MR = empty_S(x_MI, rank)
     if s_MR.numel() == 0:
         return s_MR
-    shape, options = _tiling("shrink", x_MI, rank, dropout)
+    options = _options("shrink", rank, dropout)
+    row_blocks, width = _blocks(rows, ROWS), options["WIDTH"]
+    steps, shares = _shares(x_MI, _blocks(d_in, width), row_blocks, least=8 * bucket // width)
+    partial_PMR = s_MR if shares == 1 else x_MI.new_empty(shares, rows, bucket, dtype=torch.float32)
     with torch.cuda.device(x_MI.get_device()):
-        _kernels().shrink_kernel[(_blocks(rows, shape.rows),)](
-            s_MR, x_MI, A_RI, dropout.seed,
-            rows, d_in, rank, *x_MI.stride(), *A_RI.stride(), dropout.threshold, dropout.rescale, **options,
+        _kernels().shrink_kernel[row_blocks, shares](
+            partial_PMR, x_MI, A_RI, dropout.seed,
+            rows, d_in, rank, x_MI.stride(0), steps, dropout.threshold, dropout.rescale, **options,
         )  # fmt: skip
+        if shares > 1:
+            _sum(partial_PMR, s_MR, BLOCK_ROWS=64, BLOCK_COLUMNS=16)
     return s_MR
 
 
@@ -88,44 +99,24 @@ def expand(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``drop(scale * s factor) + bias``, (M, N) in ``dtype``, written into ``out``, contiguous, if there is one."""
+    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``, written into ``out``, contiguous, if there is one."""
     (rows, rank), width = s_MR.shape, factor_RN.shape[1]
     out_MN = s_MR.new_empty(rows, width, dtype=dtype) if out is None else out
     if out_MN.numel() == 0:
         return out_MN
-    factor_RN = factor_RN.to(s_MR.dtype)
-    # A transposed factor (first stride 1) has a second stride that follows from the rank, and is not specialised.
-    unit_stride = factor_RN.stride(1) == 1 and factor_RN.stride(0) != 1
-    shape, options = _tiling("expand", s_MR, rank, dropout)
+    options = _options("expand", rank, dropout)
     with torch.cuda.device(s_MR.get_device()):
-        _kernels().expand_kernel[_blocks(rows, shape.rows), _blocks(width, shape.width)](
-            out_MN, s_MR, factor_RN, None if bias_N is None else bias_N.contiguous(), dropout.seed,
-            rows, width, rank, *s_MR.stride(), *factor_RN.stride(), dropout.threshold, scale * dropout.rescale,
-            UNIT_STRIDE=unit_stride, STEP_R=min(rank_bucket(rank), _EXACT_STEP if s_MR.element_size() == 4 else 128),
-            **options,
+        _kernels().expand_kernel[_blocks(rows, ROWS), _blocks(width, options["WIDTH"])](
+            out_MN, _bucket_wide(s_MR), _whole(factor_RN, s_MR.dtype),
+            None if bias_N is None else bias_N.contiguous(), dropout.seed,
+            rows, width, rank, dropout.threshold, scale * dropout.rescale, **options,
         )  # fmt: skip
     return out_MN
 
 
 def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout) -> Tensor:
     """``ds^T drop(x)``, (R, I), summed in float32 and stored in ``dtype``."""
-    (rows, d_in), rank = x_MI.shape, ds_MR.shape[1]
-    if x_MI.numel() == 0:
-        return x_MI.new_zeros(rank, d_in, dtype=dtype)
-    shape, options = _tiling("grad_A", x_MI, rank, dropout)
-    column_blocks = _blocks(d_in, shape.width)
-    rows_per_program, row_shares = _shares(x_MI, column_blocks, shape)
-    partial_PRI = x_MI.new_empty(row_shares, rank, d_in, dtype=torch.float32)
-    with torch.cuda.device(x_MI.get_device()):
-        _kernels().grad_A_kernel[column_blocks, row_shares](
-            partial_PRI, ds_MR, x_MI, dropout.seed, rows, d_in, rank, *ds_MR.stride(), *x_MI.stride(),
-            rows_per_program, dropout.threshold, dropout.rescale, **options,
-        )  # fmt: skip
-        d_A = x_MI.new_empty(rank, d_in, dtype=dtype)
-        _kernels().sum_partials_kernel[(_blocks(d_A.numel(), _SUM_BLOCK),)](
-            d_A, partial_PRI, d_A.numel(), row_shares, BLOCK=_SUM_BLOCK, num_warps=4, enable_fp_fusion=True
-        )
-    return d_A
+    return _summed_over_tokens(ds_MR, x_MI, x_MI.new_empty(ds_MR.shape[1], x_MI.shape[1], dtype=dtype), dropout)
 
 
 def grad_S_and_B(
@@ -136,27 +127,87 @@ def grad_S_and_B(
     The kernels that serve A compute them from these operands.
     """
     scaled = NO_DROPOUT._replace(rescale=float(scaling))  # an int would be compiled for
-    B_RO = lora_B.mT.clone(memory_format=torch.contiguous_format)  # contiguous() leaves a rank of 1 its strides
-    ds_MR = shrink(dy_MO, B_RO, scaled) if needs[0] else None
-    return ds_MR, grad_A(s_MR, dy_MO, lora_B.dtype, scaled).mT.contiguous() if needs[1] else None
+    ds_MR = shrink(dy_MO, lora_B.mT, scaled) if needs[0] else None
+    if not needs[1]:
+        return ds_MR, None
+    d_B = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
+    _summed_over_tokens(s_MR, dy_MO, d_B, scaled, transposed=True)
+    return ds_MR, d_B
 
 
-def _shares(x: Tensor, column_blocks: int, shape: Tile) -> tuple[int, int]:
-    """Rows of a program, and programs along the rows, that all run at one time on the GPU; functions of sizes alone."""
-    wanted = max(1, MULTIPROCESSORS[_architecture(x)] // column_blocks)
-    row_blocks = _blocks(x.shape[0], shape.rows)
-    blocks_per_program = _blocks(row_blocks, min(wanted, row_blocks))
-    return blocks_per_program * shape.rows, _blocks(row_blocks, blocks_per_program)
+def _summed_over_tokens(
+    ds_MR: Tensor, x_MI: Tensor, out: Tensor, dropout: Dropout, *, transposed: bool = False
+) -> Tensor:
+    """``ds^T drop(x)``, written into ``out``, (R, I), or (I, R) where it is transposed."""
+    if x_MI.numel() == 0:
+        return out.zero_()
+    x_MI, ds_MR, rank = _rows_whole(x_MI), _bucket_wide(ds_MR), ds_MR.shape[1]
+    rows, d_in = x_MI.shape
+    options = _options("grad_A", rank, dropout)
+    column_blocks = _blocks(d_in, options["WIDTH"])
+    steps, shares = _shares(x_MI, _blocks(rows, ROWS), column_blocks, least=8 * options["BLOCK_R"] // ROWS)
+    partial_PRI = x_MI.new_empty(shares, rank, d_in, dtype=torch.float32)
+    with torch.cuda.device(x_MI.get_device()):
+        _kernels().grad_A_kernel[column_blocks, shares](
+            partial_PRI, ds_MR, x_MI, dropout.seed,
+            rows, d_in, rank, x_MI.stride(0), steps, dropout.threshold, dropout.rescale, **options,
+        )  # fmt: skip
+        _sum(partial_PRI, out, BLOCK_ROWS=16, BLOCK_COLUMNS=64, TRANSPOSED=transposed)
+    return out
 
 
-def _tiling(kernel: str, x: Tensor, rank: int, dropout: Dropout) -> tuple[Tile, dict[str, Any]]:
-    """The tile of a kernel, and the options that it is launched with."""
-    drops = dropout.seed is not None
-    shape = tile(_architecture(x), x.element_size(), f"{kernel}+drop" if drops else kernel, rank)
-    sizes = {"BLOCK_M": shape.rows, "BLOCK_R": rank_bucket(rank), "SUB": shape.sub, "SLICES": shape.slices}
-    # Said aloud, because Triton warns that the default of enable_fp_fusion will change.
-    launch = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
-    return shape, {"DROPOUT": drops, **sizes, **launch}
+def _sum(partial: Tensor, out: Tensor, *, TRANSPOSED: bool = False, **block: int) -> None:
+    """Write the sum over the first dimension of ``partial`` into ``out``."""
+    partials, rows, columns = partial.shape
+    grid = _blocks(rows, block["BLOCK_ROWS"]), _blocks(columns, block["BLOCK_COLUMNS"])
+    _kernels().sum_partials_kernel[grid](
+        out, partial, rows, columns, partials, TRANSPOSED=TRANSPOSED, **block, **_OPTIONS
+    )
+
+
+def _shares(x: Tensor, blocks: int, others: int, least: int) -> tuple[int, int]:
+    """Blocks of a program along the dimension that is summed over, and programs along it, as many as run at one time.
+
+    ``others`` programs are along the other dimension, and ``least`` blocks at least are summed by one, so that partial
+    sums are half of what is read at most. The order of a sum follows from sizes and from the card alone.
+    """
+    wanted = max(1, min(_programs_at_once(x.get_device()) // others, blocks // least))
+    steps = _blocks(blocks, wanted)
+    return steps, _blocks(blocks, steps)
+
+
+@cache
+def _programs_at_once(device: int) -> int:
+    """What the card runs at one time; by the interpreter, as many as on an H100."""
+    multiprocessors = 132 if _interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
+    return multiprocessors * PER_MULTIPROCESSOR
+
+
+def _options(kernel: str, rank: int, dropout: Dropout) -> dict[str, Any]:
+    """The constants that a kernel is compiled for."""
+    width, stages = tile(kernel, rank)
+    sizes = {"BLOCK_M": ROWS, "BLOCK_R": rank_bucket(rank), "WIDTH": width, "num_stages": stages}
+    return {"DROPOUT": dropout.seed is not None, **sizes, **_OPTIONS}
+
+
+def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``, contiguous, in ``dtype``: in one operation if it is not so already."""
+    if tensor.dtype == dtype and tensor.is_contiguous():
+        return tensor
+    return tensor.new_empty(tensor.shape, dtype=dtype).copy_(tensor)
+
+
+def _rows_whole(x_MN: Tensor) -> Tensor:
+    """``x`` with the values of a row side by side; rows may lie anywhere."""
+    return x_MN if x_MN.stride(1) == 1 else x_MN.contiguous()
+
+
+def _bucket_wide(s_MR: Tensor) -> Tensor:
+    """``s`` in rows as wide as the rank's bucket: as it lies where :func:`empty_S` laid it out."""
+    bucket = rank_bucket(s_MR.shape[1])
+    if s_MR.stride() == (bucket, 1) and s_MR.storage_offset() % bucket == 0:
+        return s_MR
+    return torch.nn.functional.pad(s_MR, (0, bucket - s_MR.shape[1])).contiguous()
 
 
 def _blocks(size: int, block: int) -> int:
@@ -165,24 +216,6 @@ def _blocks(size: int, block: int) -> int:
 
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def _architecture(x: Tensor) -> str:
-    row = _row_of(x.get_device())
-    assert row is not None  # as serves() says
-    return row
-
-
-@cache
-def _row_of(device: int) -> str | None:
-    """The table's row for a GPU; the interpreter runs the tiles of sm_90."""
-    if _interpreted():
-        return "sm_90"
-    from triton.runtime import driver
-
-    with torch.cuda.device(device):
-        target = driver.active.get_current_target()
-    return architecture_row(target.backend, target.arch)
 
 
 def _kernels() -> Any:

@@ -1,23 +1,31 @@
 """Compiles what the Triton backend would launch on one GPU architecture, and prints what it takes there as JSON.
 
-A process of its own, ``python compile_table.py ARCHITECTURE DTYPE=RANKS…``, as in ``90 bfloat16=8,24 float32=100``. The
-backend's own functions run on CPU tensors, over a driver that names the architecture and launches nothing: so what is
-compiled has the signature, the specialisation and the tile that it would have on the GPU.
+A process of its own, ``python compile_table.py ARCHITECTURE RANK…``, as in ``90 8 24``. The backend's own functions run
+on CPU tensors, over a driver that names the architecture and launches nothing: so what is compiled has the signature,
+the specialisation and the tile that it would have on the GPU.
 """
 
-import io
 import json
 import re
+import subprocess
 import sys
-from contextlib import redirect_stdout
+import tempfile
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from triton import knobs
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from dynrank.kernels import triton_launch
+from dynrank.kernels.triton_launch import NO_DROPOUT, rank_bucket
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TENSOR_CORES = r"(HMMA|HGMMA|UTCHMMA)\b"
+# What the integer unit does, at half the rate at which instructions are issued.
+INTEGER = r"(IADD|VIADD|LOP|PLOP|SHF|PRMT|ISETP|SEL|LEA|IMNMX|VIMNMX)"
 
 
 def stub_driver(architecture):
@@ -35,54 +43,76 @@ def stub_driver(architecture):
     )
 
 
-def run_backend(rank, dtype, rows=200, p=0.1, scaling=2.0, d_in=512, d_out=768):
-    """Every function of the backend as forward and backward call it, with dropout and without."""
-    x, dy = torch.zeros(rows, d_in, dtype=dtype), torch.zeros(rows, d_out, dtype=dtype)
-    a, b = torch.zeros(rank, d_in, dtype=dtype), torch.zeros(d_out, rank, dtype=dtype)
-    bias, seed = torch.zeros(d_out, dtype=dtype), torch.zeros((), dtype=torch.int64)
-    for rate in (0.0, p):
+def run_backend(rank, rows=200, p=0.1, scaling=2.0, d_in=512, d_out=768):
+    """Every function of the backend as forward and backward call it; yields what has been called after each."""
+    x, dy, bias = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((rows, d_in), (rows, d_out), (d_out,)))
+    a, b, seed = torch.zeros(rank, d_in), torch.zeros(d_out, rank), torch.zeros((), dtype=torch.int64)
+    for rate, suffix in ((0.0, ""), (p, "+drop")):
         drop = triton_launch.dropout(x, rate, seed)
-        s = triton_launch.shrink(x, a, drop)
-        triton_launch.grad_A(s, x, dtype, drop)
-        triton_launch.expand(s, a, 1.0, None, drop, dtype)
-    triton_launch.expand(s, b.mT, scaling, bias, triton_launch.NO_DROPOUT, dtype)
+        for at_once in (1, 264):
+            triton_launch._programs_at_once = lambda device, at_once=at_once: at_once
+            s = triton_launch.shrink(x, a, drop)
+            yield f"shrink{suffix}"
+        triton_launch.grad_A(s, x, a.dtype, drop)
+        yield f"grad_A{suffix}"
+        triton_launch.expand(s, a, 1.0, None, drop, x.dtype)
+        yield f"expand{suffix}"
+    triton_launch.expand(s, b.mT, scaling, bias, NO_DROPOUT, x.dtype)
+    yield "expand+bias"
     triton_launch.grad_S_and_B(dy, s, b, scaling, (True, True))
+    yield "grad_S_and_B"
 
 
-def compiled_by(runs):
-    """Of each kernel that these runs of the backend compile: bytes spilled and shared, tensor cores in its PTX."""
+def compiled_by(rank, **sizes):
+    """(what was called, the name of a kernel, the kernel) for each that this run of the backend compiles."""
     from dynrank.kernels import triton_kernels
 
     caches = {name: getattr(triton_kernels, name).device_caches[0][0] for name in triton_kernels.__all__}
-    before = {name: len(cache) for name, cache in caches.items()}
-    with redirect_stdout(io.StringIO()) as log:
-        for options in runs:
-            run_backend(**options)
-    names = re.findall(r"Compiling entry function '(\w+)'", log.getvalue())
-    taken = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes", log.getvalue())
-    new = {name: iter([*cache.values()][before[name] :]) for name, cache in caches.items()}
-    rows = []
-    for name, counts in zip(names, taken, strict=True):
-        kernel = next(new[name])
-        tensor_cores = set(re.findall(r"\b(wgmma|tcgen05\.mma|mma\.sync)\b", kernel.asm["ptx"]))
-        row = {"kernel": name, "spilled": sum(map(int, counts)), "shared": kernel.metadata.shared}
-        rows.append({**row, "tensor_cores": sorted(tensor_cores)})
-    assert not [name for name, rest in new.items() if list(rest)], "every compilation is in the log"
-    return rows
+    known = {name: len(cache) for name, cache in caches.items()}
+    for called in run_backend(rank, **sizes):
+        for name, cache in caches.items():
+            for kernel in [*cache.values()][known[name] :]:
+                yield called, name.removesuffix("_kernel"), kernel
+            known[name] = len(cache)
 
 
-def main(architecture, *tables):
+def facts(called, name, kernel):
+    """What the machine code of a kernel takes; of its instructions, those of the loop with the matrix instructions."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [CUOBJDUMP, "-sass", "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    taken = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?(.*?);", text)]
+    multiplies = [at for at, line in code if re.match(TENSOR_CORES, line)]
+    jumps = [(int(line.split()[-1], 16), at) for at, line in code if re.match(r"BRA\b.* 0x", line)]
+    loops = [(first, last) for first, last in jumps if any(first <= at <= last for at in multiplies)]
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0]) if loops else (0, code[-1][0])
+    count = Counter(line.split()[0] for at, line in code if first <= at <= last)
+    return {
+        "called": called,
+        "kernel": name,
+        "registers": taken["REG"],
+        "spilled": taken["STACK"] + taken["LOCAL"],
+        "shared": kernel.metadata.shared,
+        "threads": 32 * kernel.metadata.num_warps,
+        "loops": bool(loops),
+        "tensor_cores": sorted({re.match(TENSOR_CORES, line)[1] for at, line in code if at in multiplies}),
+        "instructions": count.total(),
+        "integer": sum(number for operation, number in count.items() if re.match(INTEGER, operation)),
+        "memory": {op: number for op, number in count.items() if re.match(r"(LD|ST|UTMA|UBLK)", op)},
+    }
+
+
+def main(architecture, *ranks):
     driver.set_active(stub_driver(int(architecture)))
-    knobs.nvidia.dump_ptxas_log = True
-    found = {}
-    for table in tables:
-        name, _, ranks = table.partition("=")
-        dtype, ranks = getattr(torch, name), [int(rank) for rank in ranks.split(",")]
-        found[name] = [{"rank": rank, **row} for rank in ranks for row in compiled_by([{"rank": rank, "dtype": dtype}])]
-        buckets = {triton_launch.rank_bucket(rank) for rank in ranks}
-        others = [rank for rank in range(1, 129) if triton_launch.rank_bucket(rank) in buckets]
-        changed = {"dtype": dtype, "p": 0.3, "scaling": 0.7}
-        later = compiled_by([{"rank": rank, "rows": rank, **changed} for rank in others])
+    ranks, found = [*map(int, ranks)], []
+    for rank in ranks:
+        found += [{"rank": rank, **facts(*compiled)} for compiled in compiled_by(rank)]
+    buckets = {rank_bucket(rank) for rank in ranks}
+    for rank in [rank for rank in range(1, 129) if rank_bucket(rank) in buckets]:
+        later = [*compiled_by(rank, rows=rank, p=0.3, scaling=0.7)]
         assert later == [], "another rank in a bucket, batch, p or scaling runs what is there"
     print(json.dumps(found))
 

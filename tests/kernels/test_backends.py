@@ -7,7 +7,7 @@ from torch import nn
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
-from dynrank.kernels.backends import products_of
+from dynrank.kernels.backends import MEASURED, paying_size, products_of
 from dynrank.kernels.lora_linear import Operands, SharedInput, lora_linear, lora_linear_reference
 
 M, D_IN, D_OUT, SCALING = 37, 70, 50, 1.5
@@ -19,11 +19,22 @@ def test_auto_is_torch_whatever_the_device(backend, device):
     assert products_of(backend, torch.ones(2, 3, device=device), 8) is torch_backend
 
 
+def test_auto_is_triton_from_the_size_on_from_which_this_card_was_always_faster_with_it(tmp_path):
+    rows = [("A", 100, 5, 4), ("A", 200, 4, 5), ("A", 300, 5, 4), ("A", 400, 5, 4), ("B", 100, 4, 5)]
+    lines = [f"{gpu},2,9,{tokens},8,0.1,1,9,{torch_us},{triton_us}" for gpu, tokens, torch_us, triton_us in rows]
+    measured = tmp_path / "measured.csv"
+    measured.write_text("\n".join([MEASURED.read_text().strip(), *lines]))
+    sizes = {card: paying_size(card, measured) for card in ("A", "B", "not measured")}
+    assert sizes == {"A": 600, "B": float("inf"), "not measured": float("inf")}
+
+
 def test_what_triton_cannot_serve_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = dynrank.add_lora(nn.Sequential(nn.Linear(8, 8)), rank=2, target_modules=["0"], backend="triton")
-    with pytest.raises(ConfigurationError, match=r"(on a GPU, and x is on cpu|not installed); set lora.backend=torch"):
+    with pytest.raises(ConfigurationError, match=r"serve bfloat16 and float16, and x is float32; set lora.backend=tor"):
         model(torch.ones(1, 8))
+    with pytest.raises(ConfigurationError, match=r"(NVIDIA, and x is on cpu|not installed); set lora.backend=torch"):
+        model.bfloat16()(torch.ones(1, 8).bfloat16())
 
 
 def test_an_unknown_backend_is_refused_before_anything_is_changed():
@@ -36,7 +47,7 @@ def test_an_unknown_backend_is_refused_before_anything_is_changed():
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p, packed):
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, M, D_IN), (D_OUT, D_IN), (D_OUT,), (5, D_IN), (D_OUT, 5))
@@ -51,8 +62,9 @@ def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p
     got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     assert [t.dtype for t in got] == [dtype, dtype, torch.float32, torch.float32]
 
-    ones, dropout = torch.ones(2 * M, D_IN), triton_launch.dropout(torch.ones(2 * M, D_IN), p, seed)
-    keep = triton_launch.expand(ones[:, :1], ones[:1], 1.0, None, dropout, torch.float32).double()
+    ones, dropout = torch.ones(2 * M, D_IN, dtype=dtype), triton_launch.dropout(x, p, seed)
+    kept = triton_launch.expand(ones[:, :1], ones[:1], 1 / dropout.rescale, None, dropout, dtype).double()
+    keep = kept * dropout.rescale  # 1 / keep rate is no number of 16 bits
     assert bool((keep == 0).any()) == (p > 0)
     leaves = [tensor.to(dtype).double().requires_grad_() for tensor in (x, lora_A, lora_B)]
     wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.view(2, M, D_IN))
@@ -63,15 +75,17 @@ def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_grouped_layers_by_triton_are_the_layers_by_triton(triton_interpreter, p):
     generator = torch.Generator().manual_seed(0)
-    x, seed = torch.randn(M, D_IN, generator=generator).requires_grad_(), torch.tensor(-5)
+    x, seed = torch.randn(M, D_IN, generator=generator).bfloat16().requires_grad_(), torch.tensor(-5)
     sizes = ((5, D_OUT), (12, 20), (1, 20))
     shapes = [((d_out, D_IN), (d_out,), (rank, D_IN), (d_out, rank)) for rank, d_out in sizes]
-    group = [Operands(*(torch.randn(shape, generator=generator) for shape in each), SCALING) for each in shapes]
+    group = [
+        Operands(*(torch.randn(shape, generator=generator).bfloat16() for shape in each), SCALING) for each in shapes
+    ]
     leaves = [x, *(factor.requires_grad_() for layer in group for factor in (layer.lora_A, layer.lora_B))]
     shared = SharedInput(x, group, p, seed if p else None, backend="triton")
     ours = [shared.output(index) for index in range(len(group))]
     theirs = [lora_linear(x, *layer[:5], p, seed, backend="triton") for layer in group]
-    dys = [torch.randn(y.shape, generator=generator) for y in ours]
+    dys = [torch.randn(y.shape, generator=generator).bfloat16() for y in ours]
     results = [[*(y.detach() for y in ys), *torch.autograd.grad(ys, leaves, dys)] for ys in (ours, theirs)]
     for one, other in zip(*results, strict=True):
-        assert (one - other).norm() <= 2e-6 * other.norm()
+        assert (one.double() - other.double()).norm() <= 1e-2 * other.double().norm()

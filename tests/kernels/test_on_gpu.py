@@ -9,18 +9,27 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 M, D_IN, D_OUT, SCALING = 300, 512, 384, 1.5
 
 
-def multiplied_by(p, seed, backend):
+def multiplied_by(p, seed, backend, dtype):
     """What dropout multiplies x by, (M, D_IN), from the op itself: ones in, 64 of their columns out at a time."""
-    ones, eye = torch.ones(M, D_IN, device="cuda"), torch.eye(D_IN, device="cuda")
+    ones, eye = torch.ones(M, D_IN, device="cuda", dtype=dtype), torch.eye(D_IN, device="cuda", dtype=dtype)
     how = {"scaling": 1.0, "dropout": p, "seed": seed, "backend": backend}
-    nothing = torch.zeros(64, D_IN, device="cuda")
-    return torch.cat([lora_linear(ones, nothing, None, some, eye[:64, :64], **how) for some in eye.split(64)], dim=1)
+    nothing = torch.zeros(64, D_IN, device="cuda", dtype=dtype)
+    parts = [lora_linear(ones, nothing, None, some, eye[:64, :64], **how) for some in eye.split(64)]
+    keep = torch.cat(parts, dim=1).double()
+    return keep if dtype == torch.float32 else (keep != 0) / (1 - p)  # 1 / keep rate is no number of 16 bits
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("rank", [8, 24, 64, 128])
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(
+    ("backend", "dtype", "tolerance"),
+    [
+        ("torch", torch.float32, 2e-6),
+        ("torch", torch.bfloat16, 1e-2),
+        ("triton", torch.bfloat16, 1e-2),
+        ("triton", torch.float16, 2e-3),
+    ],
+)
 def test_the_op_is_the_formula(dtype, tolerance, backend, rank, p):
     generator = torch.Generator().manual_seed(0)
     shapes = ((M, D_IN), (D_OUT, D_IN), (D_OUT,), (rank, D_IN), (D_OUT, rank))
@@ -30,9 +39,9 @@ def test_the_op_is_the_formula(dtype, tolerance, backend, rank, p):
     y = lora_linear(leaves[0], weight, bias, *leaves[1:], SCALING, p, seed, backend=backend)
     got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
-    keep = multiplied_by(p, seed, backend)
+    keep = multiplied_by(p, seed, backend, dtype)
     assert abs((keep == 0).double().mean().item() - p) < 0.01
     leaves = [tensor.double().requires_grad_() for tensor in (x, lora_A, lora_B)]
-    wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.double())
+    wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep)
     for one, other in zip(got, [wide.detach(), *torch.autograd.grad(wide, leaves, dy.double())], strict=True):
         assert (one.double() - other).norm() <= tolerance * other.norm()

@@ -1,4 +1,4 @@
-"""The tile table, compiled for each architecture without a GPU: no spills, shared memory, tensor cores.
+"""The Triton kernels, compiled for each architecture without a GPU, and judged by their machine code.
 
 Each architecture is a process of its own, as the rest of the tests runs the kernels by the interpreter.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dynrank.kernels.tile_table import BUCKETS
+from dynrank.kernels.tile_table import BUCKETS, PER_MULTIPROCESSOR, ROWS, rank_bucket, tile
 
 TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
 pytestmark = [
@@ -24,42 +24,53 @@ pytestmark = [
     ),
 ]
 
-# Bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical specifications by compute
-# capability); the row of sm_80 also serves 8.6, 8.9 and 12.x, which have 99 KiB.
-SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
-TENSOR_CORES = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma"}
+# KiB of shared memory of a multiprocessor, of which each program takes one more than it asks for (CUDA C++ Programming
+# Guide, technical specifications by compute capability). Registers are 65536 on all of them.
+SHARED_MEMORY = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
+TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 RANKS = {8: 16, 24: 32, 40: 64, 100: 128}  # one of each bucket, none of them a multiple of 16
-# Every tile for the architecture that its row was made for; where a row is borrowed, the largest bucket.
-COMPILED = {
-    "sm_80": {"bfloat16": [*RANKS], "float32": [*RANKS]},
-    "sm_90": {"bfloat16": [*RANKS], "float32": [100]},
-    "sm_100": {"bfloat16": [100], "float32": [100]},
-}
+# Every bucket where most GPUs of the kind are; elsewhere the one that takes the most registers and shared memory.
+COMPILED = {80: [8, 100], 89: [100], 90: [*RANKS], 100: [100], 120: [100]}
+# An H100: multiprocessors, cycles a second, bytes a second (of 3.35e12, what copies reach), instructions a cycle.
+MULTIPROCESSORS, CLOCK, BANDWIDTH, ISSUED = 132, 1.755e9, 3.0e12, 128
 
 
+@pytest.mark.timeout(1800)  # a machine with ten other programs compiles slowly
 @pytest.mark.parametrize("architecture", COMPILED)
-def test_every_kernel_fits_the_architecture(architecture, tmp_path):
+def test_machine_code(architecture, tmp_path):
     """One test for all of it, because compiling takes long; the process itself looks that nothing compiles later."""
     assert set(RANKS.values()) == set(BUCKETS)
-    tables = [f"{dtype}={','.join(map(str, ranks))}" for dtype, ranks in COMPILED[architecture].items()]
+    arguments = map(str, (architecture, *COMPILED[architecture]))
     done = subprocess.run(
-        [sys.executable, Path(__file__).with_name("compile_table.py"), architecture.removeprefix("sm_"), *tables],
-        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
-        capture_output=True, text=True, timeout=280, check=False,
+        [sys.executable, Path(__file__).with_name("compile_table.py"), *arguments],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    for dtype, kernels in json.loads(done.stdout).items():
-        for rank in COMPILED[architecture][dtype]:
-            names = [kernel["kernel"] for kernel in kernels if kernel["rank"] == rank]
-            # with dropout and without; expand without dropout also with a bias
-            assert [names.count(f"{name}_kernel") for name in ("shrink", "grad_A", "expand")] == [2, 2, 3], rank
-        for kernel in kernels:
-            assert kernel["spilled"] == 0, kernel
-            assert kernel["shared"] <= SHARED_MEMORY[architecture], kernel
-            if dtype == "float32" or kernel["kernel"] == "sum_partials_kernel":
-                assert kernel["tensor_cores"] == [], "TF32 is not exact"
-            # Rank is the first dimension of grad_A's product, and the wide instructions of sm_90 take 64 at least.
-            elif kernel["kernel"] == "grad_A_kernel" and RANKS[kernel["rank"]] < 64:
-                assert kernel["tensor_cores"] == ["mma.sync"], kernel
-            else:
-                assert kernel["tensor_cores"] == [TENSOR_CORES[architecture]], kernel
+    kernels = json.loads(done.stdout)
+    for rank in COMPILED[architecture]:
+        names = [kernel["kernel"] for kernel in kernels if kernel["rank"] == rank]
+        # with dropout and without; shrink also into partial sums, expand also with a bias
+        assert [names.count(name) for name in ("shrink", "grad_A", "expand")] == [4, 2, 3], rank
+    for kernel in kernels:
+        assert kernel["spilled"] == 0, kernel
+        # All programs that are launched at once run at once.
+        assert PER_MULTIPROCESSOR * kernel["registers"] * kernel["threads"] <= 65536, kernel
+        assert PER_MULTIPROCESSOR * (kernel["shared"] + 1024) <= 1024 * SHARED_MEMORY[architecture], kernel
+        if kernel["kernel"] == "sum_partials":
+            assert kernel["tensor_cores"] == [], kernel
+            continue
+        # Rank is the first dimension of grad_A's product, and the wide instructions take 64 at least.
+        narrow = kernel["kernel"] == "grad_A" and rank_bucket(kernel["rank"]) < 64
+        assert kernel["tensor_cores"] == ["HMMA" if narrow else TENSOR_CORES[architecture]], kernel
+        if not kernel["loops"]:
+            assert kernel["kernel"] == "expand", kernel
+            continue
+        assert not [name for name in kernel["memory"] if name.endswith(("U16", "S16"))], kernel
+        loads = sum(n for name, n in kernel["memory"].items() if name.startswith("LDGSTS") and name.endswith(".128"))
+        values = ROWS * tile(kernel["kernel"], kernel["rank"]).width / kernel["threads"]  # of x, of each thread
+        assert loads >= values / 8, f"x is loaded 128 bits at a time: {kernel}"
+        if architecture == 90 and kernel["rank"] < 64:  # beyond, A and ds are as much of the work as x is
+            budget = MULTIPROCESSORS * CLOCK * ISSUED * 2 / BANDWIDTH  # instructions while a value of x is read
+            assert kernel["instructions"] / values <= budget, kernel
+            assert kernel["integer"] / values <= budget / 2, kernel

@@ -1,6 +1,7 @@
 """The Triton kernels, run by Triton's interpreter, against float64 and a mask made by numpy."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynrank.kernels import triton_launch
-from dynrank.kernels.tile_table import Tile
+from dynrank.kernels.lora_linear import lora_linear
+from dynrank.kernels.tile_table import Tile, rank_bucket
 from dynrank.kernels.triton_launch import NO_DROPOUT, dropout, expand, grad_A, grad_S_and_B, serves, shrink
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 
 # Norm of the error over the norm of the result: sums in float32, then one rounding to what is stored.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+OPERANDS = (torch.bfloat16, torch.float16)
 RATES = (0.0, 0.1, 0.5, 1.0)
 LAYOUTS = ("contiguous", "padded rows", "transposed", "every other column")
 cases = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -75,17 +78,17 @@ def philox_4x32_10(counter, key):
 def reference_mask(rows, columns, p, seed):
     """(rows, columns) of 0 and 1 / keep rate, by the definition of the mask, element for element."""
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
-    counter = (32 * (column // 256) + column % 32, row, 0 * row, 0 * row)
+    counter = (column // 8, row, 0 * row, 0 * row)
     words = philox_4x32_10(counter, (int(seed) % 2**32, int(seed) // 2**32 % 2**32))
-    part = column % 256 // 32
-    bits = np.choose(part // 2, words) >> (16 * (part % 2)).astype(np.uint64) & np.uint64(0xFFFF)
+    bits = np.choose(column % 8 // 2, words) >> (16 * (column % 2)).astype(np.uint64) & np.uint64(0xFFFF)
     threshold = round((1 - p) * 65536)
     kept = torch.from_numpy((bits < threshold).astype(np.float64))
     return kept * (65536 / threshold) if threshold else kept
 
 
 def drawn_mask(rows, columns, drop):
-    return expand(torch.ones(rows, 1), torch.ones(1, columns), 1.0, None, drop, torch.float32)
+    ones = torch.ones(rows, columns, dtype=torch.bfloat16)
+    return expand(ones[:, :1], ones[:1], 1.0, None, drop, ones.dtype)
 
 
 def drop(p, seed):
@@ -111,7 +114,7 @@ BOTH = (True, True)
 
 @st.composite
 def problems(draw):
-    dtype = draw(st.sampled_from([*TOLERANCE]))
+    dtype = draw(st.sampled_from(OPERANDS))
     p = draw(st.sampled_from(RATES))
     return {
         "dtype": dtype,
@@ -151,10 +154,11 @@ def test_expand_is_the_masked_product_and_bias(problem, scale):
     s = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
     factor = matrix(1, (problem["rank"], problem["d_out"]), problem["dtype"], problem["layout"])
     bias = matrix(2, (1, problem["d_out"]), problem["dtype"], problem["layout"])[0] if problem["bias"] else None
-    mask = scale * mask_of(problem, problem["d_out"])
-    expected, size = (mask * each for each in product(s, factor))
+    kept = mask_of(problem, problem["d_out"])
+    expected, size = (kept * scale * each for each in product(s, factor))
     if bias is not None:
-        expected, size = expected + bias.double(), size.abs() + bias.double().abs()
+        kept = kept.bool()  # dropout and a bias are never together in the op
+        expected, size = expected + kept * bias.double(), size.abs() + bias.double().abs()
     check(expand(s, factor, scale, bias, drop_of(problem), s.dtype), expected, size, problem["dtype"])
 
 
@@ -168,22 +172,24 @@ def test_grad_A_is_the_product_with_what_dropout_leaves(problem, stored):
 
 
 @cases
-@given(problem=problems(), scaling=st.sampled_from([2, 0.37, -1.5]))
-def test_grad_S_and_B_are_the_two_products(problem, scaling):
+@given(problem=problems(), scaling=st.sampled_from([2, 0.37, -1.5]), stored=st.sampled_from([torch.float32, None]))
+def test_grad_S_and_B_are_the_two_products(problem, scaling, stored):
+    """A gradient of float32 factors is the float32 sum, not rounded to the dtype of dy."""
     dy = matrix(0, (problem["rows"], problem["d_out"]), problem["dtype"], problem["layout"])
     s = matrix(1, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
     b = matrix(2, (problem["d_out"], problem["rank"]), problem["dtype"], problem["layout"])
-    ds, db = grad_S_and_B(dy, s, b, scaling, BOTH)
+    ds, db = grad_S_and_B(dy, s, b.to(stored or b.dtype), scaling, BOTH)
     check(ds, *product(scaling * dy.double(), b), problem["dtype"])
-    check(db, *product(scaling * dy.double().mT, s), problem["dtype"])
+    check(db, *product(scaling * dy.double().mT, s), stored or problem["dtype"])
 
 
 def test_a_gradient_that_is_one_number_expanded_is_served():
     """``y.sum().backward()`` gives strides of 0."""
-    dy, s, b = torch.ones(()).expand(40, 70), torch.randn(40, 3), torch.randn(70, 3)
+    dy, s, b = (each.bfloat16() for each in (torch.ones(()), torch.randn(40, 3), torch.randn(70, 3)))
+    dy = dy.expand(40, 70)
     ds, db = grad_S_and_B(dy, s, b, 1.0, BOTH)
-    check(ds, *product(dy, b), torch.float32)
-    check(db, *product(dy.mT, s), torch.float32)
+    check(ds, *product(dy, b), dy.dtype)
+    check(db, *product(dy.mT, s), dy.dtype)
 
 
 # Known answers of Random123, the authors' library.
@@ -206,19 +212,32 @@ def test_the_reference_is_philox(counter, key, answer):
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
 def test_mask_is_philox_of_seed_row_and_column(seed):
     expected = reference_mask(70, 530, 0.1, seed)
-    assert torch.equal(drawn_mask(70, 530, drop(0.1, seed_of(seed))).double(), expected.float().double())
+    assert torch.equal(drawn_mask(70, 530, drop(0.1, seed_of(seed))), expected.bfloat16())
 
 
-@pytest.mark.parametrize("shape", [None, Tile(16, 32, 4, 4, 1), Tile(128, 32, 8, 4, 1)])
+@pytest.mark.parametrize("shape", [None, Tile(32, 1), Tile(256, 1)])
 def test_every_kernel_draws_the_same_mask_whatever_the_tile_and_the_number_of_tokens(monkeypatch, shape):
-    dropout, eye = drop(0.4, seed_of(6)), torch.eye(100)
+    dropout, eye = drop(0.4, seed_of(6)), torch.eye(100, dtype=torch.bfloat16)
     mask = drawn_mask(150, 300, dropout)
     if shape is not None:
         monkeypatch.setattr(triton_launch, "tile", lambda *_: shape)
+    ones = torch.ones_like(mask)
     assert torch.equal(drawn_mask(150, 300, dropout), mask)
     assert torch.equal(drawn_mask(7, 90, dropout), mask[:7, :90])
-    assert torch.equal(shrink(torch.ones(130, 100), eye, dropout), mask[:130, :100])
-    assert torch.equal(grad_A(eye, torch.ones(100, 290), torch.float32, dropout), mask[:100, :290])
+    assert torch.equal(shrink(ones[:130, :100], eye, dropout), mask[:130, :100])
+    assert torch.equal(grad_A(eye, ones[:100, :290], ones.dtype, dropout), mask[:100, :290])
+
+
+@pytest.mark.parametrize("at_once", [1, 1000])
+@pytest.mark.parametrize("rank", [5, 40])
+def test_sums_are_right_however_many_programs_share_them(monkeypatch, at_once, rank):
+    """Of one program, and of as many as the sizes allow; and s is laid out in the width of the rank's bucket."""
+    monkeypatch.setattr(triton_launch, "_programs_at_once", lambda device: at_once)
+    x, a = matrix(0, (700, 900), torch.bfloat16), matrix(1, (rank, 900), torch.bfloat16)
+    s = shrink(x, a, drop(0.0, None))
+    check(s, *product(x, a.mT), x.dtype)
+    assert s.stride() == (rank_bucket(rank), 1)
+    check(grad_A(s, x, torch.float32, drop(0.0, None)), *product(s.mT, x), torch.float32)
 
 
 # Of the reference, which the kernels draw bit for bit.
@@ -242,6 +261,43 @@ def test_masks_of_two_seeds_rows_or_columns_are_independent():
         assert abs(agreement - 0.5) < 4 * (0.25 / one.numel()) ** 0.5, name
 
 
+class Subscripted:
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, index):
+        return self.function(index)
+
+
+class Work(TorchDispatchMode):
+    """Names of what would be launched, ATen's operations and Triton's kernels, and the shapes that the latter touch."""
+
+    def __init__(self):
+        super().__init__()
+        self.launched, self.touched, self.interpreting = [], [], False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if not (
+            self.interpreting or func.is_view or name in ("promote_types", "empty", "new_empty", "empty_like", "detach")
+        ):
+            self.launched.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def kernel(self, name, kernel):
+        def launcher(grid):
+            def launch(*arguments, **options):
+                self.launched.append(name.removesuffix("_kernel"))
+                self.touched += [tuple(each.shape) for each in arguments if isinstance(each, torch.Tensor)]
+                self.interpreting = True
+                kernel[grid](*arguments, **options)
+                self.interpreting = False
+
+            return launch
+
+        return Subscripted(launcher)
+
+
 class ReadsOnTheHost(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert func.overloadpacket is not torch.ops.aten._local_scalar_dense, "waits for the GPU"
@@ -249,8 +305,8 @@ class ReadsOnTheHost(TorchDispatchMode):
 
 
 def test_two_runs_give_the_same_bits_and_the_seed_is_not_read_on_the_host():
-    x, dy, seed = torch.randn(150, 140), torch.randn(150, 70), seed_of(10)
-    a, b = torch.randn(20, 140), torch.randn(70, 20)
+    shapes, seed = ((150, 140), (150, 70), (20, 140), (70, 20)), seed_of(10)
+    x, dy, a, b = (matrix(index, shape, torch.bfloat16) for index, shape in enumerate(shapes))
 
     def everything():
         dropout = drop(0.1, seed)
@@ -264,13 +320,39 @@ def test_two_runs_give_the_same_bits_and_the_seed_is_not_read_on_the_host():
             seed.item()
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_layer_touches_x_and_dy_as_often_as_its_products_read_them(monkeypatch, triton_interpreter, p):
+    """Forward: x read, y written, then the frozen product; backward: dy read twice, x read, dx written, and the other.
+
+    Factors in float32 are cast, and B is transposed, in one operation each.
+    """
+    monkeypatch.setattr(triton_launch, "_programs_at_once", lambda device: 1)  # s without partial sums
+    rows, d_in, d_out, rank = 300, 256, 384, 5
+    work, kernels = Work(), triton_interpreter.kernels
+    recorded = {name: work.kernel(name, getattr(kernels, name)) for name in kernels.__all__}
+    monkeypatch.setattr(triton_launch, "_kernels", lambda: SimpleNamespace(**recorded))
+    x, dy = (matrix(0, (rows, width), torch.bfloat16).requires_grad_() for width in (d_in, d_out))
+    a, b = torch.randn(rank, d_in, requires_grad=True), torch.randn(d_out, rank, requires_grad=True)
+    weight = matrix(1, (d_out, d_in), torch.bfloat16)
+    with work:
+        y = lora_linear(x, weight, None, a, b, 2.0, p, seed_of(1), backend="triton")
+        forward = (work.launched, work.touched)
+        work.launched, work.touched = [], []
+        torch.autograd.grad(y, (x, a, b), dy.detach())
+    casts, wide = ["copy_"] * 2, ((rows, d_in), (rows, d_out))
+    assert sorted(forward[0]) == sorted([*casts, "shrink", "expand", "addmm_"])
+    assert sorted(work.launched) == sorted([*casts, "shrink", *["grad_A", "sum_partials"] * 2, "expand", "addmm_"])
+    assert [forward[1].count(shape) for shape in wide] == [1, 1]
+    assert [work.touched.count(shape) for shape in wide] == [2, 2]
+
+
 def test_serves_what_the_kernels_can_and_says_why_not(monkeypatch):
-    x = torch.ones(2, 3)
-    assert [serves(x.to(dtype), rank) for dtype in TOLERANCE for rank in (1, 128)] == [None] * 6
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    assert [serves(x.to(dtype), rank) for dtype in OPERANDS for rank in (1, 128)] == [None] * 4
     assert serves(x, 129) == "the Triton kernels serve ranks up to 128, and the rank is 129"
-    assert serves(x.double(), 8) == "the Triton kernels serve float32, bfloat16 and float16, and x is float64"
+    assert serves(x.float(), 8) == "the Triton kernels serve bfloat16 and float16, and x is float32"
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert serves(x, 8) == "the Triton kernels run on a GPU, and x is on cpu"
+    assert serves(x, 8) == "the Triton kernels run on a GPU from NVIDIA, and x is on cpu"
     monkeypatch.setitem(sys.modules, "triton", None)
     assert serves(x, 8) == "Triton is not installed"
 
