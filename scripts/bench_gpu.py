@@ -1,96 +1,261 @@
-"""One LoRA layer on a GPU, forward and backward: beside the frozen linear, PEFT, and unsloth's order of operations.
+"""LoRA layers on a GPU, forward and backward: beside the frozen linear, PEFT and unsloth's order of operations.
 
-A round runs all of them once, in an order that is drawn; the table has medians over rounds of the ratios within a round
-beside the target for an H100 (roofline arithmetic in bfloat16), and the bytes that are saved for backward beyond x.
-The last line is the step after a change of rank within a bucket, 32 to 24, beside the step before it.
-No GPU: --device cpu runs the same code on small sizes, where the targets mean nothing.
-Run: .venv/bin/python scripts/bench_gpu.py [--ranks 8 16 64] [--tokens M] [--width D] [--backends torch triton]
+Every round runs all of them once, in an order that is drawn. GPU time is that of a CUDA graph, between two events, so
+nothing of the host is in it; what cannot be captured is timed as it is launched, and marked "eager". Host time is that
+of one CPU thread. The gradients are those of torch.autograd.grad, which adds nothing to x.grad.
+It ends in a markdown table for the README, and appends its rows to kernels/measured.csv, from which lora.backend=auto
+decides. The targets are for an H100, 8192 tokens, d = 4096 (roofline arithmetic in bfloat16).
+No GPU: --device cpu runs the same code on small sizes, where the times mean nothing and no row is kept.
+Run: .venv/bin/python scripts/bench_gpu.py [--ranks 8 16 64] [--tokens M…] [--shapes D_INxD_OUT…] [--rounds N]
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
+import random
 import statistics
 import sys
+import time
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from bench_layer import frozen, ours, peft
-from measuring import ratio, rounds, saved_bytes
-from rich.table import Table
+from bench_group import Readers
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
-from dynrank import resize
-from dynrank.errors import ConfigurationError
-from dynrank.output.console import table_console
+from dynrank import add_lora
+from dynrank.kernels.backends import MEASURED
 
-# ours / other, at p = 0 and p > 0, on an H100 with M = 8192 and d = 4096
+# Triton / other, at p = 0 and p > 0, on an H100 with M = 8192 and d = 4096
 TARGETS = {"frozen": (1.22, 1.25), "PEFT": (0.82, 0.75), "PEFT autocast": (0.66, 0.58), "unsloth's order": (0.94, None)}
+OURS = {"ATen": "torch", "Triton": "triton"}
+Function = Callable[[], object]
+
+
+class Times(NamedTuple):
+    """Medians over rounds, in microseconds."""
+
+    gpu: float
+    host: float
+    captured: bool = True
+
+
+class Row(NamedTuple):
+    """What was measured for one size; ``times`` by the name of the layer."""
+
+    what: str  # one layer, or those that read one x
+    d_in: int
+    d_out: int
+    tokens: int
+    rank: int
+    p: float
+    times: Mapping[str, Times]
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tokens", type=int)
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--shapes", nargs="+", default=["4096x4096", "4096x14336", "14336x4096", "2048x2048"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64])
-    parser.add_argument("--backends", nargs="+", choices=["torch", "triton"])
     parser.add_argument("--rounds", type=int, default=50)
     options = parser.parse_args()
-    on_gpu = options.device == "cuda"
-    if on_gpu and not torch.cuda.is_available():
+    if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch sees no GPU; run it where one is, or set --device cpu for small sizes")
-    tokens, width = options.tokens or (8192 if on_gpu else 64), options.width or (4096 if on_gpu else 64)
-    backends = options.backends or (["torch", "triton"] if on_gpu else ["torch"])
-    name = torch.cuda.get_device_name() if on_gpu else "CPU (small sizes)"
-    table = Table(title=f"{name}: bfloat16, {tokens} tokens, d = {width}, forward + backward")
-    for heading in ("r", "p", "backend", "other", "ours / other", "quartiles", "target", "ms", "saved beyond x"):
-        table.add_column(heading, justify="left" if heading in ("backend", "other") else "right")
-    for rank in options.ranks:
-        for p in (0.0, 0.1):
-            for backend in backends:
-                try:
-                    for row in _compare(backend, rank, p, tokens, width, options):
-                        table.add_row(str(rank), str(p), *row)
-                except ConfigurationError as error:
-                    sys.exit(f"error: {error}")
-    table_console().print(table)
-
-
-def _compare(
-    backend: str, rank: int, p: float, tokens: int, width: int, options: argparse.Namespace
-) -> list[tuple[str, ...]]:
-    dtype, device = torch.bfloat16, options.device
-    narrow = peft(width, rank, p, dtype).to(dtype)
-    layers: dict[str, Callable[[Tensor], Tensor]] = {
-        "ours": ours(width, rank, p, dtype, backend, dtype),
-        "frozen": frozen(width, dtype),
-        "PEFT": narrow,
-        "PEFT autocast": _Autocast(peft(width, rank, p, dtype), device),
-        "within a bucket": ours(width, rank, p, dtype, backend, dtype),
-    }
-    if not p:  # it falls back to PEFT's layer where there is dropout
-        layers["unsloth's order"] = _Reordered(width, rank, dtype)
-    for layer in layers.values():
-        layer.to(device)  # type: ignore[attr-defined]
-    resize(layers["within a bucket"], max(1, 3 * rank // 4))
-    x = torch.randn(tokens, width, dtype=dtype, device=device, requires_grad=True)
-    dy = torch.randn(tokens, width, dtype=dtype, device=device)
-    seconds = rounds({name: lambda f=f: f(x).backward(dy) for name, f in layers.items()}, options.rounds)
-    saved = saved_bytes(layers["ours"], x) - x.nbytes  # type: ignore[arg-type]
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes]
     rows = []
-    for other in list(layers)[1:]:
-        above, below = ("within a bucket", "ours") if other == "within a bucket" else ("ours", other)
-        median, quartiles = ratio(seconds[above], seconds[below])
-        target = TARGETS.get(other, (1.01, 1.01))[p > 0]
-        label = f"rank {max(1, 3 * rank // 4)} after a change / rank {rank}" if other == "within a bucket" else other
-        rows.append((backend, label, f"{median:.3f}", quartiles, "" if target is None else f"{target:.2f}", "", ""))
-    mine = 1e3 * statistics.median(seconds["ours"])
-    rows[0] = (*rows[0][:-2], f"{mine:.3f}", f"{saved:,} (target {tokens * rank * 2 + 64:,})")
-    return rows
+    for (d_in, d_out), tokens, rank, p in itertools.product(shapes, options.tokens, options.ranks, (0.0, 0.1)):
+        layers = one_layer(d_in, d_out, rank, p, options.device)
+        rows.append(_row("one layer", layers, d_in, d_out, tokens, rank, p, options))
+        print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
+    (d_in, _), tokens, rank = shapes[0], max(options.tokens), options.ranks[0]
+    for p in (0.0, 0.1):
+        rows.append(_row("q, k, v", group(d_in, rank, p, options.device), d_in, d_in, tokens, rank, p, options))
+    card = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (small sizes)"
+    print(f"{card}, torch {torch.__version__}: bfloat16, forward + backward\n\n{markdown(rows)}")
+    if options.device == "cuda":
+        append(rows, card, MEASURED)
+        print(f"\n{bandwidths(d_in, tokens, rank)}")
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table: GPU time of each layer / that of the frozen one, what Triton's may be, and host times / PEFT's."""
+    names = [name for name in dict.fromkeys(name for row in rows for name in row.times) if name != "frozen"]
+    heading = ["layers", "d", "M", "r", "p", "frozen µs", *names, "target", "host / PEFT"]
+    lines = [heading, ["---"] * len(heading)]
+    for row in rows:
+        frozen, peft = row.times["frozen"], row.times["PEFT"]
+        cells = [
+            ""
+            if name not in row.times
+            else f"{row.times[name].gpu / frozen.gpu:.2f}{'' if row.times[name].captured else ' eager'}"
+            for name in names
+        ]
+        at_target = (row.what, row.d_in, row.d_out, row.tokens) == ("one layer", 4096, 4096, 8192)
+        host = row.times["Triton" if "Triton" in row.times else "ATen"].host / peft.host
+        size = [row.what, f"{row.d_in} → {row.d_out}", str(row.tokens), str(row.rank), str(row.p), f"{frozen.gpu:.0f}"]
+        lines.append([*size, *cells, f"{TARGETS['frozen'][row.p > 0]:.2f}" if at_target else "", f"{host:.2f}"])
+        if at_target and "Triton" in row.times:
+            missed = [_missed(other, row) for other in TARGETS if other in row.times]
+            lines[-1][-2] += "".join(f"; {each}" for each in missed if each)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _missed(other: str, row: Row) -> str:
+    target, reached = TARGETS[other][row.p > 0], row.times["Triton"].gpu / row.times[other].gpu
+    return f"missed {target:.2f} of {other}: {reached:.2f}" if target is not None and reached > target else ""
+
+
+def append(rows: Sequence[Row], card: str, measured: Path) -> None:
+    """Add what ``auto`` decides from to the file: single layers that both ATen and Triton ran."""
+    with measured.open("a", encoding="utf-8", newline="") as file:
+        for row in rows:
+            if row.what == "one layer" and {*OURS} <= {*row.times}:
+                gpu = [f"{row.times[name].gpu:.1f}" for name in ("frozen", "PEFT", "ATen", "Triton")]
+                csv.writer(file, lineterminator="\n").writerow([card, *row[1:6], *gpu])
+
+
+def one_layer(d_in: int, d_out: int, rank: int, p: float, device: str) -> dict[str, Callable[[Tensor], Tensor]]:
+    """The layers by name; Triton's on a GPU alone, and unsloth's where it does not fall back to PEFT's."""
+
+    def base() -> nn.Module:
+        return nn.Sequential(nn.Linear(d_in, d_out, bias=False)).to(device, torch.bfloat16).requires_grad_(False)
+
+    def peft() -> nn.Module:
+        return _trained(get_peft_model(base(), LoraConfig(r=rank, target_modules=["0"], lora_dropout=p)))
+
+    def ours(backend: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+        size = {"rank": rank, "target_modules": ["0"], "dropout": p, "backend": backend, "dtype": dtype}
+        return _trained(add_lora(base(), **size))  # type: ignore[arg-type]
+
+    layers = {
+        "frozen": base(),
+        "ATen": ours("torch"),
+        "PEFT": peft().bfloat16(),
+        "PEFT autocast": _Autocast(peft(), device),
+    }
+    if device == "cuda":
+        layers |= {"Triton": ours("triton"), "Triton, float32 adapter": ours("triton", torch.float32)}
+        layers["Triton, compiled"] = torch.compile(ours("triton"))  # type: ignore[assignment]
+    if not p:
+        layers["unsloth's order"] = _Reordered(d_in, d_out, rank).to(device)
+    return layers  # type: ignore[return-value]
+
+
+def group(width: int, rank: int, p: float, device: str) -> dict[str, Callable[[Tensor], Any]]:
+    """Three layers that read one x, by name."""
+    names = ["q_proj", "k_proj", "v_proj"]
+
+    def base() -> nn.Module:
+        return Readers(width, dict.fromkeys(names, width)).to(device, torch.bfloat16).requires_grad_(False)
+
+    size = {"rank": rank, "target_modules": names, "dropout": p, "dtype": torch.bfloat16}
+    config = LoraConfig(r=rank, target_modules=names, lora_dropout=p)
+    models = {"frozen": base(), "PEFT": _trained(get_peft_model(base(), config).base_model.model).bfloat16()}
+    for name, backend in OURS.items() if device == "cuda" else [("ATen", "torch")]:
+        for suffix, together in (("", False), (", grouped", True)):
+            models[name + suffix] = _trained(add_lora(base(), **size, backend=backend, group=together))
+    return models  # type: ignore[return-value]
+
+
+def _row(
+    what: str, layers: Mapping[str, Callable[[Tensor], Any]], d_in: int, d_out: int, tokens: int, rank: int, p: float,
+    options: argparse.Namespace,
+) -> Row:  # fmt: skip
+    x = torch.randn(tokens, d_in, dtype=torch.bfloat16, device=options.device, requires_grad=True)
+    dy = torch.randn(tokens, d_out, dtype=torch.bfloat16, device=options.device)
+
+    def step(layer: Callable[[Tensor], Any]) -> Function:
+        leaves = [x, *(each for each in getattr(layer, "parameters", list)() if each.requires_grad)]
+
+        def forward_and_backward() -> object:
+            ys = layer(x)
+            ys = ys if isinstance(ys, list) else [ys]
+            return torch.autograd.grad(ys, leaves, [dy] * len(ys))
+
+        return forward_and_backward
+
+    steps = {name: step(layer) for name, layer in layers.items()}
+    return Row(what, d_in, d_out, tokens, rank, p, measure(steps, options.rounds, options.device))
+
+
+def measure(functions: Mapping[str, Function], rounds: int, device: str) -> dict[str, Times]:
+    """Times of each function; on a CPU the time that has passed stands for the GPU's."""
+    graphs = {name: _captured(function) if device == "cuda" else None for name, function in functions.items()}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name in random.sample(list(functions), len(functions)):
+            start = time.thread_time()
+            functions[name]()
+            host = time.thread_time() - start
+            taken[name].append((_passed(graphs[name] or functions[name], device), 1e6 * host))
+    return {
+        name: Times(*map(statistics.median, zip(*pairs, strict=True)), device == "cpu" or graphs[name] is not None)
+        for name, pairs in taken.items()
+    }
+
+
+def _captured(function: Function) -> Function | None:
+    """The function as a CUDA graph; None where it reads a number of the GPU's or of a generator on the host."""
+    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph):
+            function()
+    except RuntimeError as error:
+        print(f"not captured: {str(error).splitlines()[0]}", file=sys.stderr)
+        return None
+    return graph.replay
+
+
+def _passed(function: Function, device: str) -> float:
+    """Microseconds from before to after."""
+    if device == "cpu":
+        start = time.perf_counter()
+        function()
+        return 1e6 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    begin.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return 1e3 * begin.elapsed_time(end)
+
+
+def bandwidths(width: int, tokens: int, rank: int) -> str:
+    """GB/s of each of Triton's kernels: the bytes of x over its time, by torch's profiler."""
+    lines = ["| kernel | p | µs | GB/s |", "| --- | --- | --- | --- |"]
+    for p in (0.0, 0.1):
+        layer = one_layer(width, width, rank, p, "cuda")["Triton"]
+        x = torch.randn(tokens, width, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        layer(x).sum().backward()
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            for _ in range(20):
+                layer(x).backward(torch.ones_like(x))
+        for event in recorded.key_averages():
+            if event.key.split("_kernel")[0] in ("shrink", "expand", "grad_A"):
+                microseconds = event.device_time_total / event.count
+                lines.append(f"| {event.key} | {p} | {microseconds:.1f} | {x.nbytes / microseconds / 1e3:.0f} |")
+    return "\n".join(lines)
+
+
+def _trained(model: nn.Module) -> nn.Module:
+    """B is zero in a new adapter, and a layer that multiplies zeros may be faster than one that does not."""
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.01)
+    return model.train()
 
 
 class _Autocast(nn.Module):
@@ -109,11 +274,11 @@ class _Autocast(nn.Module):
 class _Reordered(nn.Module):
     """The order of unsloth's layer (github.com/unslothai/unsloth, fast_lora.py): frozen product first, S made twice."""
 
-    def __init__(self, width: int, rank: int, dtype: torch.dtype) -> None:
+    def __init__(self, d_in: int, d_out: int, rank: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(width, width, dtype=dtype) / width**0.5, requires_grad=False)
-        self.lora_A = nn.Parameter(torch.randn(rank, width, dtype=dtype) / width**0.5)
-        self.lora_B = nn.Parameter(torch.randn(width, rank, dtype=dtype) * 0.01)
+        self.weight = nn.Parameter(torch.randn(d_out, d_in, dtype=torch.bfloat16) / d_in**0.5, requires_grad=False)
+        self.lora_A = nn.Parameter(torch.randn(rank, d_in, dtype=torch.bfloat16) / d_in**0.5)
+        self.lora_B = nn.Parameter(torch.randn(d_out, rank, dtype=torch.bfloat16) * 0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = _ReorderedFunction.apply(x, self.weight, self.lora_A, self.lora_B, 2.0)

@@ -54,6 +54,7 @@ def test_wheel_holds_the_configuration_and_kernels_as_files(wheel):
     for path in [
         *ROOT.glob("conf/**/*.yaml"),
         *ROOT.glob("kernels/*.py"),
+        ROOT / "kernels/measured.csv",
         *ROOT.glob("dynrank/**/*.py"),
         *ROOT.glob("dynrank/models/*.json"),
         *ROOT.glob("dynrank/**/*.jinja"),

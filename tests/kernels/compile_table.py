@@ -43,7 +43,7 @@ def stub_driver(architecture):
     )
 
 
-def run_backend(rank, rows=200, p=0.1, scaling=2.0, d_in=512, d_out=768):
+def run_backend(rank, rows=200, p=0.1, scaling=2.0, d_in=2048, d_out=768):
     """Every function of the backend as forward and backward call it; yields what has been called after each."""
     x, dy, bias = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((rows, d_in), (rows, d_out), (d_out,)))
     a, b, seed = torch.zeros(rank, d_in), torch.zeros(d_out, rank), torch.zeros((), dtype=torch.int64)
