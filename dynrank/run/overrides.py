@@ -55,7 +55,7 @@ def check_keys(config: DictConfig) -> None:
         ConfigurationError: naming the first one and the nearest keys.
     """
     for key in _unread(config):
-        raise ConfigurationError(_unknown(key, config))
+        raise ConfigurationError(unknown_key(key, config))
 
 
 def _unread(node: DictConfig, prefix: str = "") -> Iterator[str]:
@@ -76,7 +76,7 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         key, parent = str(cause.full_key), cause.parent_node
         advice = "" if is_dataclass(OmegaConf.get_type(parent)) else f"; to pass a new one on, write +{key}=..."
-        return _unknown(key, parent._get_root()) + advice
+        return unknown_key(key, parent._get_root()) + advice
     if isinstance(cause, ValidationError) and is_dataclass(cause.object_type):
         wanted = next(field.type for field in fields(cause.object_type) if field.name == cause.key)
         words = " or ".join(_TYPES.get(word, word) for word in str(wanted).split(" | "))
@@ -85,7 +85,8 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
     return f"{error}\nit comes with pip install 'dynrank[sweep]'" if missing else str(error)
 
 
-def _unknown(key: str, config: Any) -> str:
+def unknown_key(key: str, config: Any) -> str:
+    """What to say of a key that nothing reads: the nearest ones of ``config``."""
     name = key.rpartition(".")[2]
     initials = "".join(word[:1] for word in name.split("_"))  # of learning_rate: lr
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Annotated, Any
 
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from omegaconf import DictConfig
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.run.config import plain
+from dynrank.run.overrides import unknown_key
 
 _STRICT = ConfigDict(strict=True, extra="ignore")
 
@@ -46,6 +48,8 @@ def check_run(config: DictConfig) -> None:
         ConfigurationError: naming the value and its key.
     """
     trainer = plain(config.trainer)
+    for name in sorted(trainer.keys() - signature(Trainer).parameters.keys()):
+        raise ConfigurationError(unknown_key(f"trainer.{name}", config))
     numbers = {key: plain(config[key]) for key in ("lora", "seed", "checkpoint_every", "start_timeout", "trainer")}
     read_as(_Limits, numbers, "the configuration")
     if trainer.get("devices", 1) is None:

@@ -22,6 +22,7 @@ RULES = {
 CASES = [
     # (overrides, what the message must name)
     (["+rank=8"], ["rank is no key", "lora.rank"]),
+    (["+trainer.max_step=3"], ["trainer.max_step is no key", "nearest: trainer.max_steps"]),
     (["lora.rank=abc"], ["abc", "lora.rank"]),
     (
         ["seed=-1", "checkpoint_every=0", "trainer.val_check_interval=0"],
@@ -95,7 +96,6 @@ def test_train_refuses_before_weights_load(launch, monkeypatch, overrides, named
         (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.optimizer_state=reset"]),
         (["optimizer.name=Adamw"], ["Adamw", "optimizer.name"]),
         (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
-        (["+trainer.max_step=3"], ["max_step", "set trainer"]),
         (
             ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"],
             ["tensor_parallel_size=1"],
