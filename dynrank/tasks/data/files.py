@@ -129,7 +129,9 @@ def _first_fault(path: Path) -> str | None:
                 if path.suffix == ".jsonl" and text.strip():
                     json.loads(text)
             except ValueError as error:  # of both kinds
-                return f"row {number} is {'not UTF-8' if isinstance(error, UnicodeDecodeError) else 'no JSON'}: {error}"
+                return (
+                    f"line {number} is {'not UTF-8' if isinstance(error, UnicodeDecodeError) else 'no JSON'}: {error}"
+                )
     if number == 1 and path.suffix in (".csv", ".tsv"):
         return "it has 0 rows"
     try:

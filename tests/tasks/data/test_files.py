@@ -117,9 +117,9 @@ PROMPTED = {"prompt": "p {}", "answer": "a"}
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 TALKS = CHAT["messages"]
 BAD = {  # form, name of the file, what is in it, what the error says beside the file
-    "not UTF-8": ("classification", "a.csv", "text,label\nfine,a\ncaf\xe9,b\n".encode("latin-1"), "row 3 is not UTF-8"),
-    "no UTF-8 in JSON": ("classification", "a.jsonl", lines() + b'\n{"text": "\xff"}', "row 31 is not UTF-8"),
-    "broken JSON": ("classification", "a.jsonl", lines('{"text": ', count=16), "row 17 is no JSON"),
+    "not UTF-8": ("classification", "a.csv", "text,label\nfine,a\ncaf\xe9,b\n".encode("latin-1"), "line 3 is not UTF"),
+    "no UTF-8 in JSON": ("classification", "a.jsonl", lines() + b'\n{"text": "\xff"}', "line 31 is not UTF-8"),
+    "broken JSON": ("classification", "a.jsonl", lines('{"text": ', count=16), "line 17 is no JSON"),
     "a row without a label": ("classification", "a.csv", b"text,label\nx,1\ny,2\nz,\n", "row 3 has no label"),
     "a null label": ("classification", "a.jsonl", lines({"text": "x", "label": None}), "row 31 has no label"),
     "a label seen once": ("classification", "a.jsonl", lines({"text": "x", "label": "b"}), "row 31 alone .* 'b'"),
