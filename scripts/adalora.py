@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from medical_bench import HEAD, SCALING, Setting, Trainee
 from peft import AdaLoraConfig, get_peft_model
+from study_bench import SCALING, Setting, Trainee, linear_layers
 from torch import nn
 
 
@@ -16,8 +16,7 @@ def adalora(setting: Setting, start: int, target: int, lr: float | None = None) 
     Its mean rank falls from ``start`` to ``target`` between 0.15 and 0.65 of the run, along a cubic.
     """
     first, last = round(0.15 * setting.steps), round(0.65 * setting.steps)
-    model = setting.classifier()
-    targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != HEAD]
+    model = setting.model()
     config = AdaLoraConfig(
         init_r=start,
         target_r=target,
@@ -26,8 +25,8 @@ def adalora(setting: Setting, start: int, target: int, lr: float | None = None) 
         tfinal=setting.steps - last,
         deltaT=5,
         total_step=setting.steps,
-        target_modules=targets,
-        modules_to_save=[HEAD],
+        target_modules=linear_layers(setting, model),
+        modules_to_save=[*setting.heads] or None,
     )
     return setting.trainee(get_peft_model(model, config).train(), lr)  # type: ignore[arg-type]
 

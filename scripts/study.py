@@ -1,14 +1,14 @@
-"""Which way from a high rank to a small adapter pays? medical_terms at the bytes of ranks 16 to 2.
+"""Which way from a high rank to a small adapter pays, at the bytes of ranks 16 to 2?
 
-Arms: fixed ranks; cuts from rank 16, uniform or one budget by gates, early or late, with and without twice the
-adapter's rate afterwards; fixed ranks whose rate doubles at the same time; the allocation that the gates have found,
-from the start; PEFT's AdaLoRA. Batches, dropout, head and scaling are the same in all arms of a seed, and arms that
-start alike go on from one model up to their cut. On the first seed every arm is trained at each learning rate, on the
-others at the rate of its best validation loss there.
+Arms: fixed ranks; cuts from rank 16, uniform or one budget by gates, early or late, with and without a higher rate of
+the adapter afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found by gates or by
+the gradients before the first step (GoRA); PEFT's AdaLoRA; some of them with Muon. Batches, dropout, head and scaling
+are the same in all arms of a seed, and arms that start alike go on from one model up to their cut. On the first seed
+every arm is trained at each learning rate, on the others at the rate of its best validation loss there.
 
-Writes study.csv (a row per run) and study.png into scripts/results/, and prints the table. It may be interrupted: runs
-that the file holds already are not made again.
-Run: .venv/bin/python scripts/study.py [--seeds N] [--steps N] [--processes N] [--rates R ...] [--minutes M] [KEY=V ...]
+Writes study.csv (a row per run) and study_TASK.png into scripts/results/, and prints the table. It may be interrupted:
+runs that the file holds already are not made again.
+Run: .venv/bin/python scripts/study.py [TASK] [--seeds N] [--rates R ...] [--minutes M] [--processes N] [KEY=V ...]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import multiprocessing
 import signal
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
 from copy import deepcopy
@@ -31,9 +31,21 @@ from typing import Any
 import torch
 from adalora import adalora, allocation_of, kept_parameters
 from matplotlib.figure import Figure
-from medical_bench import RESULTS, Diverged, Setting, Table, Trainee, adapted, adapter_parameters, budget_ranks, values
 from rich.console import Console
 from rich.table import Table as Printed
+from study_bench import (
+    RESULTS,
+    TASKS,
+    Diverged,
+    Setting,
+    Table,
+    Trainee,
+    adapted,
+    adapter_parameters,
+    budget_ranks,
+    gora_ranks,
+    values,
+)
 
 from dynrank import lora_layers, resize
 from dynrank.change.gates import Gates
@@ -41,9 +53,8 @@ from dynrank.driver.rates import Rates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.targets import Budget
 
-RATES = (5e-4, 1e-3, 2e-3)
 HIGH, WINDOW, EARLY = 16, 20, 1 / 3
-FIELDS = ("seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy")
+FIELDS = ("task", "seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy")
 Row = dict[str, object]
 
 
@@ -54,7 +65,7 @@ class Arm:
     Attributes:
         rank: whose bytes it ends with.
         by: "" is fixed from the start; "uniform" cuts every layer to the rank; "gates" shares the bytes out;
-            "found" starts with what gates shared out; "AdaLoRA" is PEFT's.
+            "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is PEFT's.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
     """
@@ -63,39 +74,73 @@ class Arm:
     by: str = ""
     at: float = EARLY
     rate: float = 1.0
+    optimizer: str = "AdamW"
 
     def __str__(self) -> str:
         if self.by == "AdaLoRA":
             return f"AdaLoRA {HIGH} → {self.rank}"
         name = f"{HIGH} → {self.rank} {self.by} at {self.at:.2g}" if self.is_cut else f"rank {self.rank}"
         name += ", allocation found by gates, from the start" if self.by == "found" else ""
-        return name + (f", rate × {self.rate:g}" if self.rate != 1 else "")
+        name += ", allocation by GoRA" if self.by == "GoRA" else ""
+        name += f", rate × {self.rate:.3g}" if self.rate != 1 else ""
+        return name + (f", {self.optimizer}" if self.optimizer != "AdamW" else "")
 
     @property
     def is_cut(self) -> bool:
         return self.by in ("uniform", "gates")
 
     @property
-    def trunk(self) -> object:
+    def trunk(self) -> tuple[int, str] | None:
         """What arms have in common that start alike; None for those that share nothing."""
-        return HIGH if self.is_cut or self.by == "found" else self.rank if not self.by else None
+        high = self.is_cut or self.by == "found"
+        return (HIGH if high else self.rank, self.optimizer) if high or not self.by else None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of the optimizer, beside the task's."""
+        return {"name": "dynrank.Muon"} if self.optimizer == "Muon" else {}
 
 
-ARMS = [
-    *(Arm(rank) for rank in (2, 4, 8, HIGH)),
-    *(Arm(rank, rate=2.0) for rank in (2, HIGH)),
-    *(Arm(low, by, rate=2.0) for low in (4, 2) for by in ("uniform", "gates", "found")),
-    Arm(8, "gates", rate=2.0),
-    *(Arm(low, "gates") for low in (4, 2)),
-    Arm(4, "gates", at=0.75),
-    *(Arm(low, "AdaLoRA") for low in (4, 2)),
-]
+ROOT = (HIGH / 2) ** 0.5  # rate × this keeps the size of a step of the update
+_RANKS = [Arm(rank) for rank in (2, 4, HIGH)]
+_RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
+_CUTS = [Arm(low, "gates", rate=2.0) for low in (4, 2)]
+_MUON = [Arm(4, optimizer="Muon"), Arm(HIGH, optimizer="Muon"), Arm(4, "gates", rate=2.0, optimizer="Muon")]
+ARMS = {
+    "medical_terms": [
+        *_RANKS,
+        *_RAISED,
+        *_CUTS,
+        Arm(8),
+        Arm(8, "gates", rate=2.0),
+        *(Arm(low, by, rate=2.0) for low in (4, 2) for by in ("uniform", "found")),
+        *(Arm(low, "gates") for low in (4, 2)),
+        Arm(2, "gates", rate=ROOT),
+        Arm(4, "gates", at=0.75),
+        *(Arm(low, "AdaLoRA") for low in (4, 2)),
+        *(Arm(low, "GoRA") for low in (4, 2)),
+        *_MUON,
+    ],
+    "few_medical_terms": [*_RANKS, *_CUTS],
+    "financial_terms": [
+        *_RANKS,
+        *_RAISED,
+        *_CUTS,
+        Arm(2, "uniform", rate=2.0),
+        Arm(2, "found", rate=2.0),
+        Arm(2, "gates", rate=ROOT),
+        Arm(2, "AdaLoRA"),
+        *_MUON,
+    ],
+    "code_completion": [Arm(2), Arm(HIGH), Arm(2, "gates", rate=2.0), Arm(2, "uniform", rate=2.0)],
+}
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process does in one go: arms of one seed and rate that start alike."""
+    """What one process does in one go: arms of one task, seed and rate that start alike."""
 
+    task: str
     seed: int
     lr: float
     steps: int
@@ -106,35 +151,46 @@ class Unit:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then print and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", nargs="?", choices=TASKS, default="medical_terms")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=240)
+    parser.add_argument("--steps", type=int, help="of a run, instead of the task's")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rates", type=float, nargs="+", default=RATES)
+    parser.add_argument("--rates", type=float, nargs="+", help="instead of the task's")
     parser.add_argument("--minutes", type=float, default=inf, help="begin no run after these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file and the plot")
-    parser.add_argument("overrides", nargs="*", help="of the configuration, such as task.model=FOLDER")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration: task.model=FOLDER")
     options = parser.parse_args(arguments)
-    table, until = (
-        Table(options.out / "study.csv", FIELDS, ("seed", "arm", "lr")),
-        time.monotonic() + 60 * options.minutes,
-    )
-    run_all(table, [(0, arm, lr) for lr in options.rates for arm in ARMS], options, until)
-    best = {arm: rate for arm in ARMS if (rate := best_rate(table, arm, options.rates)) is not None}
-    run_all(table, [(seed, arm, lr) for seed in range(1, options.seeds) for arm, lr in best.items()], options, until)
-    show(table, best)
-    draw(table, best, options.out / "study.png")
+    work, arms, task = TASKS[options.task], ARMS[options.task], options.task
+    rates, overrides = options.rates or work.rates, (*work.overrides, *options.set)
+    until = time.monotonic() + 60 * options.minutes
+    table = Table(options.out / "study.csv", FIELDS, ("task", "seed", "arm", "lr"))
+
+    def run(seeds: Iterable[int], arms_and_rates: Sequence[tuple[Arm, float]]) -> None:
+        missing = [
+            Unit(task, seed, lr, options.steps or work.steps, (arm,), overrides)
+            for seed in seeds
+            for arm, lr in arms_and_rates
+            if table.lacks(task, seed, str(arm), lr)
+        ]
+        run_all(table, missing, options.processes, until)
+
+    run([0], [(arm, lr) for lr in rates for arm in arms])
+    best = {arm: rate for arm in arms if (rate := best_rate(table, task, arm, rates)) is not None}
+    run(range(1, options.seeds), [*best.items()])
+    rows = [row for row in table.rows if row["task"] == task]
+    show(rows, best, task)
+    draw(rows, best, task, options.out / f"study_{task}.png")
 
 
-def run_all(table: Table, runs: Iterable[tuple[int, Arm, float]], options: Any, until: float) -> None:
-    """Train what the table lacks, arms of a common start in one process; each unit is in the table when it is done."""
+def run_all(table: Table, missing: Iterable[Unit], processes: int, until: float) -> None:
+    """Train units of an arm each, arms of a common start in one go; each unit is in the table when it is done."""
     units: dict[object, Unit] = {}
-    for seed, arm, lr in runs:
-        if table.lacks(seed, str(arm), lr):
-            alike = (seed, lr, arm.trunk or arm)
-            before = units.get(alike, Unit(seed, lr, options.steps, (), tuple(options.overrides)))
-            units[alike] = replace(before, arms=(*before.arms, arm))
+    for unit in missing:
+        alike = (unit.seed, unit.lr, unit.arms[0].trunk or unit.arms)
+        before = units.get(alike, replace(unit, arms=()))
+        units[alike] = replace(before, arms=(*before.arms, *unit.arms))
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, mp_context=context, initializer=_leave_interrupts) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interrupts) as pool:
         waiting = sorted(units.values(), key=lambda unit: (unit.seed, -len(unit.arms)))
         try:
             for done in as_completed([pool.submit(rows_of, unit, until) for unit in waiting]):
@@ -161,9 +217,10 @@ def rows_of(unit: Unit, until: float) -> list[Row]:
     torch.set_num_threads(1)  # small products: a second thread mostly spins
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft on transformers 5
     setting = Setting(unit.seed, unit.steps, unit.overrides)
-    if unit.arms[0].trunk is None:
-        return [_row(unit, arm, *_adalora(setting, arm, unit.lr)) for arm in unit.arms]
-    trunk, rows, gates = adapted(setting, int(str(unit.arms[0].trunk)), unit.lr), [], None
+    first = unit.arms[0]
+    if first.trunk is None:
+        return [_row(unit, first, *from_the_start(setting, first, unit.lr))]
+    trunk, rows, gates = adapted(setting, first.trunk[0], unit.lr, **first.options), [], None
     for at in sorted({arm.at for arm in unit.arms}):
         try:
             gates = advance(trunk, round(at * unit.steps))
@@ -194,7 +251,7 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
             resize(trainee.model, ranks, optimizers=[trainee.optimizer], gates=gates if shared else None)
             rise = f"{trainee.evaluate(trainee.setting.val)[0] / before - 1:.4f}"
         elif arm.by == "found":
-            trainee = adapted(trainee.setting, HIGH, lr, {name: {"rank": rank} for name, rank in ranks.items()})
+            trainee = with_ranks(trainee.setting, ranks, lr)
             trainee.train(round(arm.at * trainee.setting.steps))
         if arm.rate != 1:
             Rates(trainee.optimizer, adapter_factors(trainee.model), arm.rate)
@@ -204,17 +261,27 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
     return trainee, rise
 
 
-def _adalora(setting: Setting, arm: Arm, lr: float) -> tuple[Trainee | None, str]:
-    trainee = adalora(setting, HIGH, arm.rank, lr)
+def from_the_start(setting: Setting, arm: Arm, lr: float) -> tuple[Trainee | None, str]:
+    """An arm that shares its start with no other: AdaLoRA, or GoRA's ranks."""
+    if arm.by == "AdaLoRA":
+        trainee = adalora(setting, HIGH, arm.rank, lr)
+        after_step = allocation_of(trainee)
+    else:
+        trainee, after_step = with_ranks(setting, gora_ranks(setting, arm.rank), lr), None
     try:
-        trainee.train(setting.steps, allocation_of(trainee))
+        trainee.train(setting.steps, after_step)
     except Diverged:
         return None, ""
     return trainee, ""
 
 
+def with_ranks(setting: Setting, ranks: Mapping[str, int], lr: float) -> Trainee:
+    """A fresh model with adapters of these ranks."""
+    return adapted(setting, HIGH, lr, {name: {"rank": rank} for name, rank in ranks.items()})
+
+
 def _row(unit: Unit, arm: Arm, trainee: Trainee | None, rise: object) -> Row:
-    row: Row = {"seed": unit.seed, "arm": str(arm), "lr": unit.lr, "steps": unit.steps, "rise": rise}
+    row: Row = {"task": unit.task, "seed": unit.seed, "arm": str(arm), "lr": unit.lr, "steps": unit.steps, "rise": rise}
     if trainee is None:
         return row | {"parameters": "", "val_loss": inf, "test_loss": inf, "test_accuracy": 0.0}
     count = kept_parameters(trainee.model) if arm.by == "AdaLoRA" else adapter_parameters(trainee.model)
@@ -223,21 +290,21 @@ def _row(unit: Unit, arm: Arm, trainee: Trainee | None, rise: object) -> Row:
     return row | {"parameters": count, "val_loss": val_loss, "test_loss": test_loss, "test_accuracy": accuracy}
 
 
-def best_rate(table: Table, arm: Arm, rates: Sequence[float]) -> float | None:
+def best_rate(table: Table, task: str, arm: Arm, rates: Sequence[float]) -> float | None:
     """The learning rate with the lowest validation loss on the first seed; None if it was trained at none."""
-    losses = {lr: values(table.rows, "val_loss", seed=0, arm=arm, lr=f"{lr:.6g}") for lr in rates}
+    losses = {lr: values(table.rows, "val_loss", task=task, seed=0, arm=arm, lr=f"{lr:.6g}") for lr in rates}
     return min((lr for lr in rates if losses[lr]), key=lambda lr: losses[lr][0], default=None)
 
 
-def show(table: Table, best: dict[Arm, float]) -> None:
+def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str) -> None:
     """Each arm at its best rate, means over seeds, and its distance to rank 16 throughout, seed by seed."""
-    printed = Printed(title="medical_terms, each arm at its best rate")
+    printed = Printed(title=f"{task}, each arm at its best rate")
     for column in ("arm", "lr", "MB", "rise at the cut", "test loss (sd)", "less rank 16's, by seed", "accuracy"):
         printed.add_column(column, justify="left" if column == "arm" else "right")
     whole = Arm(HIGH)
-    rival = values(table.rows, "test_loss", arm=whole, lr=f"{best[whole]:.6g}") if whole in best else []
+    rival = values(rows, "test_loss", arm=whole, lr=f"{best[whole]:.6g}") if whole in best else []
     for arm, lr in best.items():
-        mine = [row for row in table.rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}")]
+        mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}")]
         loss, accuracy = values(mine, "test_loss"), values(mine, "test_accuracy")
         rises = [float(row["rise"]) for row in mine if row["rise"]]
         sizes = [4e-6 * float(row["parameters"]) for row in mine if row["parameters"]]
@@ -253,14 +320,14 @@ def show(table: Table, best: dict[Arm, float]) -> None:
     Console(width=150).print(printed)
 
 
-def draw(table: Table, best: dict[Arm, float], file: Path) -> None:
+def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, file: Path) -> None:
     """Test loss against the bytes of the adapter, mean and standard deviation over seeds, each arm at its best rate."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    styles = {"": "ko", "uniform": "vm", "gates": "^g", "found": "<c", "AdaLoRA": "sr"}
+    styles = {"": "ko", "uniform": "vm", "gates": "^g", "found": "<c", "GoRA": "Db", "AdaLoRA": "sr"}
     seen: set[str] = set()
     for arm, lr in best.items():
-        mine = [row for row in table.rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}") and row["parameters"]]
+        mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}") and row["parameters"]]
         losses = values(mine, "test_loss")
         if losses:
             size, spread = mean(values(mine, "parameters")) * 4e-6, stdev(losses) if len(losses) > 1 else 0.0
@@ -272,7 +339,7 @@ def draw(table: Table, best: dict[Arm, float], file: Path) -> None:
             )
             axes.annotate(note, (size, mean(losses)), xytext=(6, -3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="adapter, MB in float32", ylabel="test loss, mean and sd over seeds")
-    axes.set_title("medical_terms, MiniLM: each arm at its best learning rate of those that were tried")
+    axes.set_title(f"{task}: each arm at its best learning rate of those that were tried")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(file, dpi=110)

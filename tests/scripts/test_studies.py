@@ -15,7 +15,7 @@ WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)  # d_in + d_out over th
 
 @pytest.fixture(scope="module")
 def scripts(script):
-    return SimpleNamespace(bench=script("medical_bench"), adalora=script("adalora"), study=script("study"))
+    return SimpleNamespace(bench=script("study_bench"), adalora=script("adalora"), study=script("study"))
 
 
 @pytest.fixture
@@ -75,13 +75,15 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(2),
         study.Arm(16, rate=2.0),
         *(study.Arm(2, by, rate=2.0) for by in ("uniform", "gates", "found")),
+        study.Arm(2, "AdaLoRA"),
+        study.Arm(2, "GoRA"),
     ]
-    monkeypatch.setattr(study, "ARMS", [*kinds, study.Arm(2, "AdaLoRA")])
+    monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
     small = ["task.limit=80", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
 
     def start():
         options = ["--seeds", "2", "--steps", "10", "--processes", "1", "--rates", "1e-3", "1e30"]
-        study.main([*options, "--out", str(tmp_path), *small])
+        study.main([*options, "--out", str(tmp_path), "--set", *small])
         return rows(tmp_path / "study.csv")
 
     return start
@@ -89,7 +91,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study, scripts, tmp_path, capsys):
-    written, arms = study(), list(map(str, scripts.study.ARMS))
+    written, arms = study(), list(map(str, scripts.study.ARMS["medical_terms"]))
     at_best = {(row["seed"], row["arm"]): row for row in written if row["lr"] == "0.001"}
     assert at_best.keys() == {(seed, arm) for seed in "01" for arm in arms}
     diverged = [row for row in written if row["lr"] != "0.001"]
@@ -97,14 +99,15 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
         ("0", a, "inf") for a in arms
     )
     size = {arm: int(at_best["0", arm]["parameters"]) for arm in arms}
-    fixed, doubled, uniform, gates, found, theirs = arms
+    fixed, doubled, uniform, gates, found, theirs, gora = arms
     assert size[fixed] == size[uniform] == 2 * WIDTHS
     assert size[doubled] == 16 * WIDTHS
     assert size[found] == size[gates] <= 2 * WIDTHS
     assert 0 < size[theirs] < 16 * WIDTHS
-    assert [bool(at_best["0", arm]["rise"]) for arm in arms] == [False, False, True, True, False, False]
+    assert 1.5 * WIDTHS < size[gora] <= 2 * WIDTHS
+    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates]
     assert "each arm at its best rate" in capsys.readouterr().out
-    assert (tmp_path / "study.png").stat().st_size > 0
+    assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
 
     file = tmp_path / "study.csv"
     lost = [row for row in written if row["arm"] == gates and row["seed"] == "1"]

@@ -1,4 +1,4 @@
-"""What the studies share: MiniLM on medical_terms, a training loop that any adapter can go through, their results."""
+"""What the studies share: tasks, a training loop that any adapter can go through, their results."""
 
 from __future__ import annotations
 
@@ -20,49 +20,80 @@ from dynrank import add_lora, compose, lora_layers
 from dynrank.change.gates import Gates
 from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
-from dynrank.models.pretrained import load_classifier
+from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
 from dynrank.run.config import plain
 from dynrank.targets import Budget, LayerState
+from dynrank.tasks.adapter_module import IGNORED
+from dynrank.tasks.classification import Classification
 from dynrank.tasks.optimizers import make_optimizer
 
 RESULTS = Path(__file__).resolve().parent / "results"
-BATCH = 32
-HEAD = "classifier"  # trained whole, at its own rate
 SCALING = 2.0  # of every adapter in every arm, whatever its rank
 
 Batch = Mapping[str, Tensor]
 
 
-class Setting:
-    """Data and model of the default task for one seed: splits, order of batches, head and dropout follow from it.
+@dataclass(frozen=True)
+class Work:
+    """What a study trains on, and for how long.
 
-    ``overrides`` are further values of the configuration, such as task.limit=80.
+    Attributes:
+        steps: optimizer steps of a run.
+        rates: learning rates that every arm is tried at.
+        overrides: values of the configuration, task and batch size among them.
+    """
+
+    steps: int
+    rates: tuple[float, ...]
+    overrides: tuple[str, ...]
+
+
+_LM = ("optimizer.warmup_steps=8", "model.dtype=bfloat16")
+TASKS = {
+    "medical_terms": Work(240, (5e-4, 1e-3, 2e-3), ("task=medical_terms", "task.batch_size=32")),
+    # six times the steps on 600 terms (and as many of validation and test): a high rank overfits
+    "few_medical_terms": Work(1440, (5e-4, 1e-3), ("task=medical_terms", "task.batch_size=32", "task.limit=600")),
+    "financial_terms": Work(96, (1e-3, 2e-3, 4e-3), ("task=financial_terms", "task.batch_size=16", *_LM)),
+    "code_completion": Work(96, (1e-3, 2e-3, 4e-3), ("task=code_completion", "task.batch_size=4", *_LM)),
+}
+
+
+class Setting:
+    """Data and model of a task for one seed: splits, order of batches, head and dropout follow from it.
+
+    ``overrides`` are values of the configuration, such as task=medical_terms or task.limit=80.
     """
 
     def __init__(self, seed: int, steps: int, overrides: Sequence[str] = ()) -> None:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.config = compose([f"seed={seed}", f"task.batch_size={BATCH}", *overrides])
+        self.config = compose([f"seed={seed}", *overrides])
         self.seed, self.steps = seed, steps
-        task = instantiate(self.config.task, _convert_="all")
-        task.setup("fit")
-        self.labels = len(task.labels)
-        loader = task.train_dataloader()
+        self.heads: set[str] = set()  # of the model that was made last
+        self.task = instantiate(self.config.task, _convert_="all")
+        self.task.setup("fit")
+        loader = self.task.train_dataloader()
         self.batches: list[Batch] = list(islice(chain.from_iterable(repeat(loader)), steps))
-        self.val: list[Batch] = list(task.val_dataloader()[0])
-        self.test: list[Batch] = list(task.test_dataloader()[0])
+        self.val: list[Batch] = list(self.task.val_dataloader()[0])
+        self.test: list[Batch] = list(self.task.test_dataloader()[0])
 
-    def classifier(self) -> nn.Module:
-        """The pre-trained encoder with a fresh head, in training mode."""
+    def model(self) -> nn.Module:
+        """The pre-trained model in training mode, a classifier with a fresh head."""
         torch.manual_seed(self.seed)
-        return load_classifier(self.config.task.model, self.labels).train()
+        name, settings = self.task.model, self.task.settings
+        if isinstance(self.task, Classification):
+            model = load_classifier(name, len(self.task.labels), settings=settings)
+        else:
+            model = load_causal_lm(name, settings=settings)
+        self.heads = set(head_names(model))
+        return model.train()
 
-    def trainee(self, model: nn.Module, lr: float | None = None) -> Trainee:
-        """``model`` with the default optimizer for its trainable parameters; ``lr`` replaces the adapter's rate."""
+    def trainee(self, model: nn.Module, lr: float | None = None, **optimizer: Any) -> Trainee:
+        """``model`` with an optimizer for its trainable parameters: the configuration's, but for ``lr`` and others."""
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        head = [p for name, p in trainable.items() if HEAD in name.split(".")]
-        adapter = [p for name, p in trainable.items() if HEAD not in name.split(".")]
-        options = plain(self.config.optimizer) | ({} if lr is None else {"lr": lr})
+        head = [p for name, p in trainable.items() if self.heads.intersection(name.split("."))]
+        adapter = [p for name, p in trainable.items() if self.heads.isdisjoint(name.split("."))]
+        options = plain(self.config.optimizer) | optimizer | ({} if lr is None else {"lr": lr})
         made: Any = make_optimizer(adapter, head, self.steps, **options)
         return Trainee(self, model, made["optimizer"], made["lr_scheduler"]["scheduler"])
 
@@ -103,24 +134,28 @@ class Trainee:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, float]:
-        """(cross-entropy, accuracy), mean over examples."""
+        """(cross-entropy, accuracy), means over examples, of a language model over the tokens that are learned."""
         self.model.eval()
         loss = right = count = 0.0
         for batch in batches:
             logits = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
-            loss += float(F.cross_entropy(logits, batch["labels"], reduction="sum"))
-            right += float((logits.argmax(-1) == batch["labels"]).sum())
-            count += len(logits)
+            labels = batch["labels"]
+            if logits.ndim == 3:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            counted = labels != IGNORED
+            loss += float(F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"))
+            right += float((logits[counted].argmax(-1) == labels[counted]).sum())
+            count += int(counted.sum())
         return loss / count, right / count
 
 
-def adapted(setting: Setting, rank: int, lr: float | None = None, rank_map: Any = None) -> Trainee:
-    """A fresh model with an adapter of ``rank`` on every linear layer of the encoder; ``rank_map`` has others."""
-    model = setting.classifier()
-    add_lora(model, rank=rank, alpha=SCALING * rank, modules_to_save=[HEAD], rank_map=rank_map)
+def adapted(setting: Setting, rank: int, lr: float | None = None, rank_map: Any = None, **optimizer: Any) -> Trainee:
+    """A fresh model with an adapter of ``rank`` on every linear layer of the body; ``rank_map`` has others."""
+    model = setting.model()
+    add_lora(model, rank=rank, alpha=SCALING * rank, modules_to_save=[*setting.heads], rank_map=rank_map)
     for _, layer in lora_layers(model):
         layer.scaling = SCALING
-    return setting.trainee(model, lr)
+    return setting.trainee(model, lr, **optimizer)
 
 
 def adapter_parameters(model: nn.Module) -> int:
@@ -135,6 +170,33 @@ def budget_ranks(model: nn.Module, budget: Budget, gates: Gates) -> dict[str, in
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
     states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
     return budget.ranks(states)
+
+
+def linear_layers(setting: Setting, model: nn.Module) -> list[str]:
+    """Names of the layers of a plain model that adapters go to."""
+    kept = {*setting.heads, "lm_head"}
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in kept]
+
+
+def gora_ranks(setting: Setting, rank: int, batches: int = 8, highest: int = 16) -> dict[str, int]:
+    """Ranks by layer in proportion to ``mean |W * dL/dW|`` before the first step (GoRA, arXiv:2502.12171, section 3.2).
+
+    They have about the parameters of ``rank`` in every layer, and are 1 to ``highest``.
+    """
+    model = setting.model().eval()
+    weights: Any = {name: model.get_submodule(name).weight for name in linear_layers(setting, model)}
+    for batch in setting.batches[:batches]:
+        model(**batch).loss.backward()
+    importance = {name: float((w * w.grad).float().abs().mean()) for name, w in weights.items()}
+    sizes = {name: sum(w.shape) for name, w in weights.items()}
+    pool, total = rank * sum(sizes.values()), sum(importance.values())
+    low, high = 0.0, 1e3  # of a factor: ranks that are cut off at their bounds leave the others more
+    for _ in range(60):
+        factor = (low + high) / 2
+        shares = {name: factor * pool * part / total / sizes[name] for name, part in importance.items()}
+        ranks = {name: max(1, min(highest, round(share))) for name, share in shares.items()}
+        low, high = (factor, high) if sum(ranks[name] * sizes[name] for name in ranks) <= pool else (low, factor)
+    return ranks
 
 
 class Table:
