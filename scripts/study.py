@@ -4,7 +4,8 @@ Arms: fixed ranks; cuts from rank 16, uniform or one budget by gates, early or l
 the adapter afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found by gates or by
 the gradients before the first step (GoRA); PEFT's AdaLoRA; some of them with Muon. Batches, dropout, head and scaling
 are the same in all arms of a seed, and arms that start alike go on from one model up to their cut. On the first seed
-every arm is trained at each learning rate, on the others at the rate of its best validation loss there.
+every arm is trained at each learning rate, and at a neighbour where it is best at the edge; on the others at the rate
+of its best validation loss there.
 
 Writes study.csv (a row per run) and study_TASK.png into scripts/results/, and prints the table. It may be interrupted:
 runs that the file holds already are not made again.
@@ -175,7 +176,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         run_all(table, missing, options.processes, until)
 
     run([0], [(arm, lr) for lr in rates for arm in arms])
-    best = {arm: rate for arm in arms if (rate := best_rate(table, task, arm, rates)) is not None}
+    while (edges := at_an_edge(table, task, arms)) and time.monotonic() < until:
+        run([0], edges)
+    best = {arm: rate for arm in arms if (rate := best_rate(table, task, arm)) is not None}
     run(range(1, options.seeds), [*best.items()])
     rows = [row for row in table.rows if row["task"] == task]
     show(rows, best, task)
@@ -290,10 +293,26 @@ def _row(unit: Unit, arm: Arm, trainee: Trainee | None, rise: object) -> Row:
     return row | {"parameters": count, "val_loss": val_loss, "test_loss": test_loss, "test_accuracy": accuracy}
 
 
-def best_rate(table: Table, task: str, arm: Arm, rates: Sequence[float]) -> float | None:
+def losses_by_rate(table: Table, task: str, arm: Arm) -> dict[float, float]:
+    """Validation losses on the first seed, by learning rate."""
+    tried = [row for row in table.rows if (row["task"], row["seed"], row["arm"]) == (task, "0", str(arm))]
+    return {float(row["lr"]): float(row["val_loss"]) for row in tried}
+
+
+def best_rate(table: Table, task: str, arm: Arm) -> float | None:
     """The learning rate with the lowest validation loss on the first seed; None if it was trained at none."""
-    losses = {lr: values(table.rows, "val_loss", task=task, seed=0, arm=arm, lr=f"{lr:.6g}") for lr in rates}
-    return min((lr for lr in rates if losses[lr]), key=lambda lr: losses[lr][0], default=None)
+    losses = losses_by_rate(table, task, arm)
+    return min(losses, key=lambda lr: losses[lr], default=None)
+
+
+def at_an_edge(table: Table, task: str, arms: Sequence[Arm]) -> list[tuple[Arm, float]]:
+    """Arms that are best at the lowest or highest rate tried, and the next rate to try."""
+    edges = []
+    for arm in arms:
+        best, tried = best_rate(table, task, arm), losses_by_rate(table, task, arm)
+        if best is not None and best in (min(tried), max(tried)) and isfinite(tried[best]):
+            edges.append((arm, best / 2 if best == min(tried) else best * 2))
+    return edges
 
 
 def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str) -> None:
