@@ -77,8 +77,10 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         *(study.Arm(2, by, rate=2.0) for by in ("uniform", "gates", "found")),
         study.Arm(2, "AdaLoRA"),
         study.Arm(2, "GoRA"),
+        study.Arm(2, optimizer="Muon"),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
+    monkeypatch.setattr(study, "at_an_edge", lambda *_: [])
     small = ["task.limit=80", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
 
     def start():
@@ -99,8 +101,9 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
         ("0", a, "inf") for a in arms
     )
     size = {arm: int(at_best["0", arm]["parameters"]) for arm in arms}
-    fixed, doubled, uniform, gates, found, theirs, gora = arms
-    assert size[fixed] == size[uniform] == 2 * WIDTHS
+    fixed, doubled, uniform, gates, found, theirs, gora, muon = arms
+    assert size[fixed] == size[uniform] == size[muon] == 2 * WIDTHS
+    assert at_best["0", muon]["test_loss"] != at_best["0", fixed]["test_loss"]
     assert size[doubled] == 16 * WIDTHS
     assert size[found] == size[gates] <= 2 * WIDTHS
     assert 0 < size[theirs] < 16 * WIDTHS
@@ -115,3 +118,14 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     kept = [line for line, row in zip(lines, written, strict=True) if row not in lost]
     file.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
     assert study() == [*(row for row in written if row not in lost), *lost]  # the same numbers again
+
+
+def test_next_rate_to_try_is_beyond_the_edge_that_is_best_until_it_diverges(scripts, tmp_path):
+    study, table = scripts.study, scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
+    low, inside, high, broken = (study.Arm(rank) for rank in (2, 4, 8, 16))
+    losses = {low: (1.0, 2.0, 3.0), inside: (2.0, 1.0, 3.0), high: (3.0, 2.0, 1.0), broken: (float("inf"),) * 3}
+    for arm, by_rate in losses.items():
+        for lr, loss in zip((1e-3, 2e-3, 4e-3), by_rate, strict=True):
+            row = dict.fromkeys(study.FIELDS, "") | {"task": "any", "seed": 0, "arm": str(arm), "lr": lr}
+            table.add(row | {"val_loss": loss})
+    assert study.at_an_edge(table, "any", list(losses)) == [(low, 5e-4), (high, 8e-3)]
