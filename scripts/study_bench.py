@@ -123,7 +123,7 @@ class Trainee:
             torch.manual_seed(self.setting.seed * 1_000_003 + self.done)
             loss = self.model(**self.setting.batches[self.done]).loss  # PEFT's AdaLoRA adds its regularisation here
             if not loss.isfinite():
-                raise Diverged(f"the loss is {float(loss)} at step {self.done}")
+                raise Diverged(f"the loss is {loss.item()} at step {self.done}")
             loss.backward()
             self.optimizer.step()
             self.scheduler.step()
