@@ -67,14 +67,14 @@ class RunMeter(Callback):
         self.begun = False  # whether a training batch has
         self._start = self._batches = 0.0  # of the batch, and seconds of those since the last optimizer step
         self._waited = 0.0  # until the batch
-        self._steps: list[float] = []  # seconds of each optimizer step since training began
-        self._step = self._closed = 0  # optimizer steps made, and those of phases that are over
+        self._steps: list[float] = []  # seconds of each optimizer step of the open phase since the start or resume
+        self._step = 0  # optimizer steps made
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phases, self._before = self._before or [_phase(trainer, pl_module)], []
         self._processes = trainer.world_size
         self.phases[-1].tokens *= trainer.is_global_zero  # when it is over those of all processes are added up
-        self._steps, self._batches, self._step, self._closed = [], 0.0, trainer.global_step, 0
+        self._steps, self._batches, self._step = [], 0.0, trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
         now, phase = self._measured(), self.phases[-1]
@@ -116,25 +116,20 @@ class RunMeter(Callback):
         return sum(phase.tokens for phase in self.phases) / seconds if seconds else 0.0
 
     @property
-    def step_seconds(self) -> float | None:
-        """Median seconds of an optimizer step with all of its training batches; None where none was made."""
-        return median(self._steps) if self._steps else None
-
-    @property
     def peak_memory_bytes(self) -> int:
         """The most memory that was held in any phase, and since the last one."""
         return max(peak_memory_bytes(), *(phase.peak_memory_bytes for phase in self.phases))
 
     def _measured(self) -> dict[str, Any]:
-        """What the open phase says of itself when it is over."""
-        phase, steps = self.phases[-1], self._steps[self._closed :]
+        """The values of the open phase that are known only when it is over, as if it were over now."""
+        phase = self.phases[-1]
         peak = max(phase.peak_memory_bytes, peak_memory_bytes())
-        return {"step_seconds": median(steps) if steps else phase.step_seconds, "peak_memory_bytes": peak}
+        return {"step_seconds": median(self._steps) if self._steps else phase.step_seconds, "peak_memory_bytes": peak}
 
     def _close(self, trainer: Trainer) -> None:
         phase = self.phases[-1] = replace(self.phases[-1], **self._measured())
         phase.tokens = sum(from_all(phase.tokens))
-        self._closed = len(self._steps)
+        self._steps = []
         forget_peak_memory()
         names = ("tokens_per_second", "peak_memory_bytes", "mean_rank")
         values = {f"phase/{name}": float(getattr(phase, name)) for name in names}

@@ -72,7 +72,7 @@ class Replacement:
             yield from (tensor for tensor in tensors if tensor.device == parameter.device)
 
     def copy(self) -> Replacement:
-        """The same with tensors of its own."""
+        """A replacement with the same values in tensors of its own."""
         return Replacement(
             [(layer, lora_A.detach().clone(), lora_B.detach().clone()) for layer, lora_A, lora_B in self.factors],
             [(optimizer, parameter, _copied(state)) for optimizer, parameter, state in self.states],

@@ -123,7 +123,7 @@ def _by_name(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _unmatched(target: str, modules: Mapping[str, nn.Module]) -> ConfigurationError:
-    """What to say of a target that matches nothing: the nearest names, or else those of all layers."""
+    """The error for a target that matches nothing: it lists the nearest names, or else those of all layers."""
     layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
     near = get_close_matches(target, {*layers, *modules}, n=3) or layers
     return ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")

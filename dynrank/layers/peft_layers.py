@@ -77,7 +77,7 @@ def sync_peft_configs(model: nn.Module) -> None:
 
 
 def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int]) -> list[Callable[[], None]]:
-    """What makes every PEFT config in ``model`` say the ranks of its layers, so that what PEFT saves loads again.
+    """Assignments that make every PEFT config in ``model`` say the ranks of its layers, so that what PEFT saves loads.
 
     r, lora_alpha, rank_pattern and alpha_pattern then hold one anchored entry per layer that differs, and use_rslora is
     false. A config that says the right ranks already is left alone. Only assignments are left to be made.

@@ -155,7 +155,7 @@ def place_layers(
 
 
 def base_values(module: nn.Module) -> dict[str, Tensor | None]:
-    """What a module that is trained whole held before, by parameter or buffer, to be read and written.
+    """The values that a module which is trained whole held before, by parameter or buffer; to be read and written.
 
     None stands for a value that was not kept.
     """

@@ -22,7 +22,7 @@ def is_quantized(module: nn.Module) -> bool:
 
 
 def unpacker(module: nn.Module) -> Callable[[], Tensor] | None:
-    """What returns the (d_out, d_in) weight that a packed layer stands for, anew on every call.
+    """A function that unpacks the (d_out, d_in) weight of a packed layer anew on every call.
 
     None where the layer's own forward has to be used: where it rounds its inputs too (Linear8bitLt, and torchao's
     dynamic quantisation); and where bitsandbytes has put the bits into another order, for its own product.

@@ -44,7 +44,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
-    """The same for several files of one folder that belong together: all are on the disk before the first is moved.
+    """Paths for several files of one folder, as in :func:`whole_file`: all are on the disk before the first is moved.
 
     So another process sees old files beside new ones for no longer than the moves take.
     """

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
-from torch import nn
 from transformers import PreTrainedModel
 
 from dynrank.adapters.save import trained_heads
@@ -141,7 +140,8 @@ def make_plan(config: DictConfig) -> Plan:
         with _rank_named(rank):
             model, heads = build(rank)
             _check_length(model, asked.sequence_length)
-            parameters, head_parameters = model.num_parameters(), _count(model, heads)
+            parameters = model.num_parameters()
+            head_parameters = sum(p.numel() for head in heads for p in model.get_submodule(head).parameters())
             for parameter in model.parameters() if dtype is not None else ():
                 parameter.data = parameter.data.to(dtype)
             add_lora(model.train(), modules_to_save=heads, dtype=dtype or torch.float32, **_lora(config, rank))
@@ -263,7 +263,3 @@ def _needs(
             activations=step.activations,
             step=step.peak,
         )
-
-
-def _count(model: nn.Module, heads: list[str]) -> int:
-    return sum(parameter.numel() for name in heads for parameter in model.get_submodule(name).parameters())

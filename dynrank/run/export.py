@@ -63,7 +63,7 @@ def summarise(
         },
         bytes=held,
         seconds=seconds,
-        step_seconds=meter.step_seconds,
+        step_seconds=phases[-1].step_seconds if phases else None,
         tokens_per_second=meter.tokens_per_second,
         peak_memory_bytes=meter.peak_memory_bytes,
         phases=[PhaseSummary(**asdict(phase), tokens_per_second=phase.tokens_per_second) for phase in phases],

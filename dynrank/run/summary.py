@@ -50,7 +50,7 @@ class Summary:
         final: metric -> value on training and validation data, at the final weights.
         gap: validation loss minus training loss, at the final weights.
         bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
-        step_seconds: median of the optimizer steps; None where there was none.
+        step_seconds: median of the optimizer steps of the last phase; None where there was none.
     """
 
     test: dict[str, float]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import transformers
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
-from torch import distributed
 
 from dynrank.callbacks import (
     AdapterCheckpoint,
@@ -72,25 +72,21 @@ def make_trainer(
             f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
             "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
         )
-    _meet_first(trainer, config.start_timeout)
+    _bound_start(trainer, config.start_timeout)
     check_strategy(trainer)  # the scheduler does so, too, but only when the other processes have been started
     return trainer
 
 
-def _meet_first(trainer: Trainer, seconds: float) -> None:
-    """Let the processes of ``trainer`` wait for each other, for ``seconds`` at most, before they make their group."""
+def _bound_start(trainer: Trainer, seconds: float) -> None:
+    """Let the processes of ``trainer`` wait for each other, when they make their group, for ``seconds`` at most."""
     strategy = trainer.strategy
     set_up = strategy.setup_environment
 
-    def meet_and_set_up() -> None:
-        if trainer.world_size == 1 or distributed.is_initialized():
-            set_up()
-            return
-        group: Any = strategy.cluster_environment  # type: ignore[attr-defined]
-        with meeting(group.main_address, group.main_port, trainer.global_rank, trainer.world_size, seconds):
+    def set_up_in_time() -> None:
+        with meeting(seconds) if trainer.world_size > 1 else nullcontext():
             set_up()
 
-    strategy.setup_environment = meet_and_set_up  # type: ignore[method-assign]
+    strategy.setup_environment = set_up_in_time  # type: ignore[method-assign]
 
 
 def quiet_training() -> None:

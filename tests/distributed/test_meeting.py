@@ -1,55 +1,56 @@
-"""Processes that meet at the start: here threads, which a store cannot tell from processes."""
+"""Processes that meet at the start, or do not."""
 
 import os
-import socket
+import signal
+import subprocess
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from dynrank.distributed.meeting import meeting
-from dynrank.errors import ConfigurationError
 
 
 @pytest.fixture
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def meet(port, process, processes, seconds):
-    with meeting("127.0.0.1", port, process, processes, seconds) as store:
-        return store
-
-
-def test_all_that_come_in_time_meet(port):
-    with ThreadPoolExecutor(3) as threads:
-        stores = list(threads.map(lambda process: meet(port, process, 3, 30), (2, 1, 0)))
-    stores[0].set("greeting", "hello")
-    assert stores[2].get("greeting") == b"hello"
-
-
-def test_process_0_names_those_that_are_missing(port):
-    with ThreadPoolExecutor(2) as threads:
-        waiting = [threads.submit(meet, port, process, 4, 1) for process in (0, 2)]
-        with pytest.raises(ConfigurationError, match=r"processes \[1, 3\] of 4 .*within 1 s.*start_timeout"):
-            waiting[0].result()
-
-
-def test_process_0_that_never_comes_is_named(port):
-    with pytest.raises(ConfigurationError, match=rf"process 0 of 2 .*at 127\.0\.0\.1:{port}"):
-        meet(port, 1, 2, 0.2)
-
-
-def test_a_group_that_cannot_be_made_ends_the_process(port, monkeypatch, capsys):
+def ended(monkeypatch):
     ended = []
     monkeypatch.setattr(os, "_exit", ended.append)
-    with meeting("127.0.0.1", port, 0, 1, 0.2):
+    return ended
+
+
+def test_a_group_that_cannot_be_made_ends_the_process(ended, capsys):
+    with meeting(0.2):
         time.sleep(0.5)
     assert ended == [1]
-    assert "error: all processes had come" in capsys.readouterr().err
-    with meeting("127.0.0.1", port, 0, 1, 0.2):
+    assert "did not all come within 0.2 s" in capsys.readouterr().err
+
+
+def test_a_group_that_is_made_in_time_changes_nothing(ended):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with meeting(0.2):
         pass
     time.sleep(0.4)
-    assert ended == [1]
+    assert not ended
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+ALONE = """
+import sys
+from torch import distributed
+from dynrank.distributed.meeting import meeting
+with meeting(float(sys.argv[1])):
+    print("waits", flush=True)
+    distributed.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=2)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "stop", "code"), [("1", None, 1), ("300", signal.SIGINT, -signal.SIGINT)])
+def test_process_that_waits_for_one_that_never_comes_ends(seconds, stop, code):
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    alone = subprocess.Popen([sys.executable, "-c", ALONE, seconds], env=environment, stdout=subprocess.PIPE)
+    with alone:
+        assert alone.stdout.readline() == b"waits\n"
+        if stop is not None:
+            time.sleep(1)
+            alone.send_signal(stop)
+        assert alone.wait(100) == code

@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 
 def averaging_callbacks(trainer: Trainer) -> list[Any]:
@@ -17,11 +16,9 @@ def averaging_callbacks(trainer: Trainer) -> list[Any]:
 
 
 def averages_of(trainer: Trainer) -> list[nn.Module]:
-    """The averages that they keep now: modules with the layers of the LightningModule."""
+    """The averages that they keep now: copies of the LightningModule, or AveragedModels of it."""
     held = [callback._average_model for callback in averaging_callbacks(trainer)]  # Lightning offers no other way
-    return [
-        average.module if isinstance(average, AveragedModel) else average for average in held if average is not None
-    ]
+    return [average for average in held if average is not None]
 
 
 def act_after_averages(trainer: Trainer, scheduler: Callback) -> None:
