@@ -11,10 +11,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from dynrank.errors import ConfigurationError, read_as
-from dynrank.models.pretrained import load_tokenizer
 from dynrank.output.whole_file import whole_file
 
-__all__ = ["LABELS_FILE", "input_files", "label_names", "tokenizer_of", "with_labels", "write_beside"]
+__all__ = ["LABELS_FILE", "input_files", "label_names", "tokenizer_source", "with_labels", "write_beside"]
 
 # No config.json: with one, transformers takes the folder for a whole model and looks for all weights in it.
 LABELS_FILE, TOKENIZER_FILE = "labels.json", "tokenizer_config.json"
@@ -66,10 +65,9 @@ def with_labels(model: Any, folder: Path) -> Any:
     return model
 
 
-def tokenizer_of(folder: Path, base: str) -> Any:
-    """The tokenizer that lies in the adapter's ``folder``, or that of the model ``base``; with a padding token."""
-    own = (folder / TOKENIZER_FILE).exists()
-    return load_tokenizer(str(folder.resolve()) if own else base, "--model")
+def tokenizer_source(folder: Path, base: str) -> str:
+    """Where the adapter's tokenizer lies: in its ``folder``, or with the model ``base``."""
+    return str(folder.resolve()) if (folder / TOKENIZER_FILE).exists() else base
 
 
 def input_files(origin: Path) -> list[Path]:

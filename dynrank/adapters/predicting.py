@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from dynrank.adapters.beside import tokenizer_of, with_labels
+from dynrank.adapters.beside import tokenizer_source, with_labels
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.merging import base_model, base_source
-from dynrank.adapters.read import read_adapter
+from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
+from dynrank.models.pretrained import load_tokenizer
 
-__all__ = ["answers"]
+__all__ = ["answers", "on_base"]
 
 SHOWN = 3  # labels of a text
 
@@ -35,15 +36,10 @@ def answers(
     Raises:
         ConfigurationError: if the adapter, its base or a text cannot be used.
     """
-    adapter = read_adapter(source)
-    origin = base_source(adapter, base)
-    model: Any = with_labels(load_adapter(base_model(origin, adapter), adapter).eval(), source)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = tokenizer_of(source, origin)
+    model, tokenizer_at = on_base(read_adapter(source), base)
+    tokenizer = load_tokenizer(tokenizer_at, "--model")
     model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify by their last real token
     writes = model.can_generate()
-    if not writes and not type(model).__name__.endswith("ForSequenceClassification"):
-        raise ConfigurationError(f"predict takes classifiers and models that write, got a {type(model).__name__}")
     if chat and not (writes and tokenizer.chat_template):
         raise ConfigurationError("--chat needs a model that writes, and a tokenizer with a chat template")
     for start in range(0, len(texts), batch_size):
@@ -51,6 +47,27 @@ def answers(
         yield from (
             _written(model, tokenizer, batch, max_new_tokens, chat) if writes else _labelled(model, tokenizer, batch)
         )
+
+
+def on_base(adapter: Adapter, base: str | None) -> tuple[Any, str]:
+    """(the model that ``adapter`` was trained on, with it, ready to answer; where its tokenizer lies).
+
+    Tokenizer and names of labels are those beside the adapter, if they lie there.
+
+    Args:
+        adapter: of a classifier or of a model that writes.
+        base: name of the model; None: as the adapter names it.
+
+    Raises:
+        ConfigurationError: if the adapter or its base cannot be used.
+    """
+    origin, source = base_source(adapter, base), Path(adapter.source)
+    model: Any = with_labels(load_adapter(base_model(origin, adapter), adapter).eval(), source)
+    if not model.can_generate() and not type(model).__name__.endswith("ForSequenceClassification"):
+        raise ConfigurationError(
+            f"{adapter.source!r} must adapt a classifier or a model that writes, not a {type(model).__name__}"
+        )
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer_source(source, origin)
 
 
 @torch.no_grad()

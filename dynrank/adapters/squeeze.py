@@ -1,22 +1,24 @@
-"""Compress a stored PEFT adapter; neither a model nor PEFT is needed."""
+"""Compress a stored PEFT adapter; by its factors alone, neither a model nor PEFT is needed."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from dynrank.adapters.beside import LABELS_FILE, input_files
 from dynrank.adapters.read import Adapter, one_thread, open_adapter
-from dynrank.adapters.save import rewrite_adapter
+from dynrank.adapters.save import Factors, rewrite_adapter
 from dynrank.change.predict import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import singular_values, truncate_product
 from dynrank.output.output_folder import check_free, whole_or_nothing
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
-__all__ = ["squeeze_adapter"]
+__all__ = ["Squeezed", "squeeze_adapter"]
+
+Squeezed = tuple[dict[str, Factors], list[LayerReport]]  # new factors by layer, and what became of each
 
 
 def squeeze_adapter(
@@ -28,6 +30,7 @@ def squeeze_adapter(
     budget: int | float | str | None = None,
     lowest: int = 1,
     multiple: int = 1,
+    way: Callable[[Adapter, Target], Squeezed] | None = None,
 ) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks: each layer's best approximation in the weight norm.
 
@@ -47,6 +50,7 @@ def squeeze_adapter(
             squared singular values of the update (scaling included) are largest.
         lowest: with energy or budget, the lowest rank (a layer below it stays as it is).
         multiple: with energy or budget, ranks are multiples of it (or stay as they are).
+        way: another way than by the weight norm to choose the ranks and the directions that stay.
 
     Returns:
         A report for each layer, unchanged ones included.
@@ -56,23 +60,22 @@ def squeeze_adapter(
     """
     source, out = Path(source), Path(out)
     _check_options(rank, energy, budget, lowest, multiple)
-    with open_adapter(source) as adapter, one_thread():
+    with open_adapter(source) as adapter:
         check_free(out, source)
         beside = [*input_files(source), *source.glob(LABELS_FILE)]
+        target: Target
         if rank is not None:
-            ranks = _chosen_ranks(adapter, Rank(rank))
+            target = Rank(rank)
         elif energy is not None:
-            ranks = _chosen_ranks(adapter, Energy(energy, lowest=lowest, multiple=multiple))
+            target = Energy(energy, lowest=lowest, multiple=multiple)
         else:
-            parameters = _parameters(budget, adapter)
-            try:
-                ranks = _chosen_ranks(adapter, Budget(parameters, lowest=lowest, multiple=multiple))
-            except ConfigurationError as error:
-                raise ConfigurationError(f"--budget {budget} cannot be met: {error}") from None
+            target = _budget(budget, adapter, lowest, multiple)
         with whole_or_nothing(out) as folder:
             for file in beside:
                 shutil.copyfile(file, folder / file.name)
-            return _write(adapter, ranks, folder)
+            factors, reports = (way or _by_norm)(adapter, target)
+            rewrite_adapter(folder, adapter, factors)
+            return reports
 
 
 def _check_options(
@@ -93,12 +96,13 @@ def _check_options(
             raise ConfigurationError(f"{name} goes with --energy or --budget, got {value} and {given}")
 
 
-def _chosen_ranks(adapter: Adapter, target: Target) -> dict[str, int]:
-    states = {}
-    for name, layer in adapter.layers.items():
-        values = singular_values(*adapter.factors(name)) * layer.scaling if target.needs else None
-        states[name] = LayerState(layer.rank, *layer.shape, values=values)
-    return target.ranks(states)
+def _budget(budget: int | float | str | None, adapter: Adapter, lowest: int, multiple: int) -> Budget:
+    states = {name: LayerState(layer.rank, *layer.shape) for name, layer in adapter.layers.items()}
+    target = Budget(_parameters(budget, adapter), lowest=lowest, multiple=multiple)
+    least = target.floor_parameters(states)
+    if target.pool(states) < least:
+        raise ConfigurationError(f"--budget {budget} cannot be met: the lowest ranks have {least:,} parameters")
+    return target
 
 
 def _parameters(budget: int | float | str | None, adapter: Adapter) -> int:
@@ -116,9 +120,14 @@ def _parameters(budget: int | float | str | None, adapter: Adapter) -> int:
     return int(share * sum(layer.parameters for layer in adapter.layers.values()))
 
 
-def _write(adapter: Adapter, ranks: Mapping[str, int], folder: Path) -> list[LayerReport]:
-    factors, reports = {}, []
-    for name, rank in ranks.items():
+@one_thread()
+def _by_norm(adapter: Adapter, target: Target) -> Squeezed:
+    """Each layer's largest singular values; they are read one after the other."""
+    factors, reports, states = {}, [], {}
+    for name, layer in adapter.layers.items():
+        values = singular_values(*adapter.factors(name)) * layer.scaling if target.needs else None
+        states[name] = LayerState(layer.rank, *layer.shape, values=values)
+    for name, rank in target.ranks(states).items():
         layer = adapter.layers[name]
         lora_B, lora_A = adapter.factors(name)
         if rank < layer.rank:
@@ -128,5 +137,4 @@ def _write(adapter: Adapter, ranks: Mapping[str, int], folder: Path) -> list[Lay
             values = singular_values(lora_B, lora_A)
         factors[name] = lora_A, lora_B, layer.scaling
         reports.append(report_of(name, rank, values * abs(layer.scaling), sum(layer.shape)))
-    rewrite_adapter(folder, adapter, factors)
-    return reports
+    return factors, reports

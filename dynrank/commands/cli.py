@@ -20,6 +20,13 @@ Base = Annotated[
     str | None,
     typer.Option(help="Folder, hub name or short name of the model that it was trained on, if not as the adapter says"),
 ]
+Gates = Annotated[
+    bool, typer.Option("--gates", help="Ask the loss of the examples in --data, not the singular values alone")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="With --gates: rows of text and label; of prompt and answer, messages or text"),
+]
 Out = Annotated[Path, typer.Option(help="Folder to write; new or empty")]
 
 
@@ -111,17 +118,16 @@ def squeeze(
     multiple: Annotated[
         int, typer.Option(parser=_whole, metavar="N", help="With --energy or --budget: ranks are multiples of this")
     ] = 1,
+    gates: Gates = False,
+    model: Base = None,
+    data: Data = None,
 ) -> None:
     """Compress a PEFT adapter to lower ranks; give one of --rank, --energy and --budget."""
-    from dynrank.adapters.squeeze import squeeze_adapter
-    from dynrank.output.change_table import change_table
-    from dynrank.output.console import print_facts, print_table
+    from dynrank.commands.examples import examples_given
+    from dynrank.commands.squeeze import print_squeeze
 
-    layers = squeeze_adapter(adapter, out, rank=rank, energy=energy, budget=budget, lowest=lowest, multiple=multiple)
-    print_table(change_table("squeezed adapter", layers))
-    before = sum(layer.rank_before * layer.width for layer in layers)
-    after = before - sum(layer.parameters_saved for layer in layers)
-    print_facts({"parameters": f"{before:,} → {after:,} ({after / before:.1%})", "files": out})
+    options = {"rank": rank, "energy": energy, "budget": budget, "lowest": lowest, "multiple": multiple}
+    print_squeeze(adapter, out, examples_given(gates, model, data), **options)
 
 
 @app.command()
@@ -131,13 +137,10 @@ def merge(
     model: Base = None,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
-    import transformers
-
     from dynrank.adapters.merging import merge_adapter
-    from dynrank.output.console import print_facts
+    from dynrank.output.console import print_facts, quiet_loading
 
-    transformers.logging.set_verbosity_error()  # "newly initialized": the adapter holds the head
-    transformers.logging.disable_progress_bar()
+    quiet_loading()
     merged = merge_adapter(adapter, model, out)
     kind = f"{type(merged).__name__}, {str(merged.dtype).removeprefix('torch.')}"
     print_facts({"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out})
@@ -166,11 +169,18 @@ def predict(
 def inspect(
     adapter: Adapter,
     plot: Annotated[Path | None, typer.Option(help="Picture of the singular values to write: FILE.png")] = None,
+    gates: Gates = False,
+    model: Base = None,
+    data: Data = None,
 ) -> None:
-    """Show each layer of a PEFT adapter: rank, scaling, singular values, and how many directions hold its energy."""
+    """Show each layer of a PEFT adapter: rank, scaling, singular values, and how many directions hold its energy.
+
+    With --gates also the rank that it would keep in an adapter of half and of a quarter of the parameters.
+    """
+    from dynrank.commands.examples import examples_given
     from dynrank.commands.inspect import show_adapter
 
-    show_adapter(adapter, plot)
+    show_adapter(adapter, plot, examples_given(gates, model, data))
 
 
 @app.command()

@@ -2,29 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
+from dynrank.adapters.read import read_adapter
+from dynrank.commands.examples import Examples
 from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import empty_table, print_facts, print_table
 from dynrank.output.picture import check_plot, save_plot
+from dynrank.targets import Budget
 
 __all__ = ["print_spectra", "show_adapter"]
 
 SHARES = (0.9, 0.99)  # of the energy
+BUDGETS = (0.5, 0.25)  # of the parameters
+
+Kept = Mapping[float, Mapping[str, int]]  # {share of the parameters: {layer: rank that it keeps}}
 
 
-def show_adapter(folder: Path, plot: Path | None) -> None:
+def show_adapter(folder: Path, plot: Path | None, examples: Examples | None = None) -> None:
     """Print the layers of the adapter in ``folder``, and draw their singular values into ``plot``.
 
+    With ``examples`` the ranks are shown that gates would leave of it, as ``squeeze`` does.
+
     Raises:
-        ConfigurationError: if the adapter cannot be used, or the picture cannot be written.
+        ConfigurationError: if the adapter, or the examples' model or file, cannot be used, or the picture cannot be
+            written.
     """
     if plot is not None:
         check_plot(plot)
-    layers = inspect_adapter(folder)
-    print_spectra(layers)
+    layers, kept = inspect_adapter(folder), {}
+    if examples is not None:
+        from dynrank.commands.gates import WatchedAdapter  # which loads what trains models
+
+        watched = WatchedAdapter(read_adapter(folder), examples)
+        kept = {share: watched.ranks(Budget(share=share)) for share in BUDGETS}
+    print_spectra(layers, kept)
     if plot is not None:
         from dynrank.output.plots import spectra_figure  # matplotlib is an extra
 
@@ -33,12 +47,13 @@ def show_adapter(folder: Path, plot: Path | None) -> None:
         print_facts({"plot": plot})
 
 
-def print_spectra(layers: Sequence[LayerSpectrum]) -> None:
+def print_spectra(layers: Sequence[LayerSpectrum], kept: Kept) -> None:
     """Print a line per layer, and totals."""
-    headings = ["layer", "d_out x d_in", "rank", "alpha", "scaling", "sigma max", "sigma min"]
-    headings += [f"{share:.0%} energy" for share in SHARES]
+    counts = {f"{share:.0%} energy": [layer.energy_rank(share) for layer in layers] for share in SHARES}
+    counts |= {f"rank in {share:.0%}": [ranks[layer.layer] for layer in layers] for share, ranks in kept.items()}
+    headings = ["layer", "d_out x d_in", "rank", "alpha", "scaling", "sigma max", "sigma min", *counts]
     table = empty_table("LoRA layers of the adapter", *headings, "effective rank", "parameters")
-    for layer in layers:
+    for layer, *own in zip(layers, *counts.values(), strict=True):
         table.add_row(
             layer.layer,
             f"{layer.shape[0]} x {layer.shape[1]}",
@@ -47,14 +62,14 @@ def print_spectra(layers: Sequence[LayerSpectrum]) -> None:
             f"{layer.scaling:g}",
             f"{layer.singular_values[0]:.3g}",
             f"{layer.singular_values[-1]:.3g}",
-            *(str(layer.energy_rank(share)) for share in SHARES),
+            *map(str, own),
             f"{layer.effective_rank:.1f}",
             f"{layer.parameters:,}",
         )
     table.add_section()
-    ranks = [layer.rank for layer in layers], *([layer.energy_rank(share) for layer in layers] for share in SHARES)
-    rank, *energies = (f"{sum(column) / len(layers):.1f} (mean)" for column in ranks)
+    columns = [layer.rank for layer in layers], *counts.values()
+    rank, *others = (f"{sum(column) / len(layers):.1f} (mean)" for column in columns)
     effective = f"{sum(layer.effective_rank for layer in layers) / len(layers):.1f} (mean)"
     total = f"{sum(layer.parameters for layer in layers):,}"
-    table.add_row(f"{len(layers)} layers", "", rank, "", "", "", "", *energies, effective, total)
+    table.add_row(f"{len(layers)} layers", "", rank, "", "", "", "", *others, effective, total)
     print_table(table)

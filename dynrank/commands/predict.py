@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
-
 from dynrank.adapters.predicting import answers
 from dynrank.errors import ConfigurationError
+from dynrank.output.console import quiet_loading
 
 __all__ = ["print_answers"]
 
@@ -23,8 +22,7 @@ def print_answers(
     Raises:
         ConfigurationError: if a text is empty, the file is no plain text, or the adapter cannot be used.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_loading()
     if len(texts) == 1 and len(texts[0]) < 1000 and (Path(texts[0]).is_file() or _named_as_file(texts[0])):
         texts = _lines(Path(texts[0]))
     empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["empty_table", "print_facts", "print_table", "quiet_imports", "span", "table_console"]
+__all__ = ["empty_table", "print_facts", "print_table", "quiet_imports", "quiet_loading", "span", "table_console"]
 
 
 def table_console() -> Console:
@@ -54,3 +54,11 @@ def quiet_imports() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last one warns of torchao's classes
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_loading() -> None:
+    """Silence transformers where it loads a model whose head the adapter has, which it calls newly initialized."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

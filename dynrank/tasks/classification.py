@@ -89,18 +89,15 @@ class Classification(TextTask):
         rows = rows.select_columns("label")  # else all columns were written anew
         return {label for row in each(rows) for label in row["label"]} if self.several else {*rows.unique("label")}
 
-    def load(self) -> Mapping[str, datasets.Dataset]:
-        examples = {}
+    def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         label = datasets.Sequence(datasets.Value("bool")) if self.several else datasets.Value("int32")
         ids, kinds = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
         features = {"input_ids": ids, "label": label, "length": datasets.Value("int32")}
-        for split, rows in self.rows.items():
-            if self.limit is not None:  # from everywhere: the rows may be sorted
-                rows = rows.select(range(0, len(rows), max(1, len(rows) // self.limit))[: self.limit])
-            pairs = {"token_type_ids": kinds} if "text_pair" in rows.column_names else {}
-            options = {"max_length": self.max_length, "labels": self.labels}
-            examples[split] = self.tokenised(rows, _make_examples, datasets.Features(features | pairs), **options)
-        return examples
+        if self.limit is not None:  # from everywhere: the rows may be sorted
+            rows = rows.select(range(0, len(rows), max(1, len(rows) // self.limit))[: self.limit])
+        pairs = {"token_type_ids": kinds} if "text_pair" in rows.column_names else {}
+        options = {"max_length": self.max_length, "labels": self.labels}
+        return self.tokenised(rows, _make_examples, datasets.Features(features | pairs), **options)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]

@@ -107,19 +107,16 @@ class LanguageModeling(TextTask):
             _ = self.rows  # what is wrong with them is said before weights load
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
-    def load(self) -> Mapping[str, datasets.Dataset]:
-        examples = {}
-        for split, rows in self.rows.items():
-            options = {"max_length": self.max_length, "packed": self.packed, "texts": split != "train"}
-            made = self.tokenised(rows, make_examples, FEATURES, form=self.form, **options)
-            if not len(made):
-                long = f"no example of {split} fits into {self.max_length} tokens"
-                raise ConfigurationError(f"{long}; set task.max_length")
-            if len(made) < len(rows) and not self.packed:
-                _say(f"left out         {len(rows) - len(made):,} of {len(rows):,} {split} examples, longer than "
-                     f"task.max_length={self.max_length}")  # fmt: skip
-            examples[split] = spread(made, self.limit)
-        return examples
+    def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+        options = {"max_length": self.max_length, "packed": self.packed, "texts": split != "train"}
+        made = self.tokenised(rows, make_examples, FEATURES, form=self.form, **options)
+        if not len(made):
+            long = f"no example of {split} fits into {self.max_length} tokens"
+            raise ConfigurationError(f"{long}; set task.max_length")
+        if len(made) < len(rows) and not self.packed:
+            _say(f"left out         {len(rows) - len(made):,} of {len(rows):,} {split} examples, longer than "
+                 f"task.max_length={self.max_length}")  # fmt: skip
+        return spread(made, self.limit)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [torch.tensor(example["input_ids"]) for example in examples]

@@ -30,7 +30,7 @@ class TextTask(LightningDataModule):
 
     Training draws them as :class:`dynrank.tasks.loader.ResumableLoader` does. A validation and a test take each example
     once, by length; a test takes the test examples, those of a validation, and as many training examples. Subclasses
-    have :meth:`load` and :meth:`collate`. Data and examples are memory-mapped where they come from files.
+    have :meth:`examples_of` and :meth:`collate`. Data and examples are memory-mapped where they come from files.
 
     Args:
         model: name of the model whose tokenizer makes the examples.
@@ -62,8 +62,8 @@ class TextTask(LightningDataModule):
         self.seed, self.val_examples = seed, val_examples
         self.examples: Mapping[str, datasets.Dataset] = {}
 
-    def load(self) -> Mapping[str, datasets.Dataset]:
-        """The examples of train, val and test; the column ``length`` has their numbers of tokens."""
+    def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+        """The examples of a split's rows; the column ``length`` has their numbers of tokens."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ class TextTask(LightningDataModule):
         self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        self.examples = self.examples or self.load()
+        self.examples = self.examples or {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
 
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]

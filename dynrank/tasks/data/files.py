@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, validated_call
-from dynrank.tasks.data.rows import COLUMNS, Form, bars_on_terminals, check_rows, each, find_columns
+from dynrank.tasks.data.rows import COLUMNS, Form, bars_on_terminals, check_rows, each, find_columns, form_of
 from dynrank.tasks.data.splits import SPLITS, number_of
 
 _READERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -52,21 +52,13 @@ def from_files(
     parts: dict[str, datasets.Dataset] = {}
     for split, name in (("train", train), ("val", val), ("test", test)):
         if split == "train" or name is not None:
-            where, rows = f"data.{split}={name}", _read(name, split)
-            found = find_columns(rows.column_names, columns, form, where)
-            rows = rows.select_columns([*found.values()])
-            rows = rows.rename_columns({theirs: ours for ours, theirs in found.items() if theirs != ours})
-            if rows.features.get("label") == datasets.Value("float64"):  # ints, of which a csv file lacks some
-                with suppress(ValueError):
-                    rows = rows.cast_column("label", datasets.Value("int64"))
-            try:
-                check_rows(rows, form, where)
-            except UnicodeDecodeError as error:  # in a JSON text, which Arrow looks at no sooner
-                raise _unreadable(name, split, error) from error
-            parts[split] = rows
+            key = f"data.{split}"
+            rows = _read(name, key, split)
+            found = find_columns(rows.column_names, columns, form, f"{key}={name}")
+            parts[split] = _usable(rows, found, form, name, key)
             if split == "train":
                 _say("columns         ", ", ".join(f"{ours} <- {theirs}" for ours, theirs in found.items()))
-                _check_labels(parts[split], where)
+                _check_labels(parts[split], f"{key}={name}")
     numbers = {split: _numbers(part, COLUMNS[form][0], seed) for split, part in parts.items()}
     rows = parts["train"]
     edges = [np.uint64((1 - 2 * share) * 2**64), np.uint64((1 - share) * 2**64)]
@@ -83,18 +75,49 @@ def from_files(
     return parts
 
 
+def from_file(name: str, key: str, forms: Sequence[Form]) -> tuple[datasets.Dataset, Form]:
+    """All rows of one file, with the columns of the first of ``forms`` that it has by their usual names; that form.
+
+    Args:
+        name: of the file; a folder or a name on the hub stands for its training rows.
+        key: where the user wrote it.
+        forms: that can be used.
+
+    Raises:
+        ConfigurationError: if it cannot be read, has the columns of none of them, or a row cannot be used.
+    """
+    rows = _read(name, key, "train")
+    form, found = form_of(rows.column_names, forms, f"{key}={name}")
+    return _usable(rows, found, form, name, key), form
+
+
+def _usable(
+    rows: datasets.Dataset, found: Mapping[str, str], form: Form, name: str | None, key: str
+) -> datasets.Dataset:
+    """The columns ``found``, by our names, of rows that are all as ``form`` has them."""
+    rows = rows.select_columns([*found.values()])
+    rows = rows.rename_columns({theirs: ours for ours, theirs in found.items() if theirs != ours})
+    if rows.features.get("label") == datasets.Value("float64"):  # ints, of which a csv file lacks some
+        with suppress(ValueError):
+            rows = rows.cast_column("label", datasets.Value("int64"))
+    try:
+        check_rows(rows, form, f"{key}={name}")
+    except UnicodeDecodeError as error:  # in a JSON text, which Arrow looks at no sooner
+        raise _unreadable(name, key, error) from error
+    return rows
+
+
 @rank_zero_only
 def _say(*words: str) -> None:
     print(*words)
 
 
-def _read(name: str | None, split: str) -> datasets.Dataset:
+def _read(name: str | None, key: str, split: str) -> datasets.Dataset:
     path = Path(name or "").expanduser()
     hub = name is not None and name.count("/") == 1 and not path.exists() and not path.suffix
     if not hub and not path.is_dir() and not (path.is_file() and path.suffix in _READERS) or name in (None, ""):
         raise ConfigurationError(
-            f"data.{split} must be a file of {[*_READERS]}, a folder or ORG/NAME on the hub, got {name!r}; "
-            f"set data.{split}"
+            f"{key} must be a file of {[*_READERS]}, a folder or ORG/NAME on the hub, got {name!r}; set {key}"
         )
     bars_on_terminals()
     verbosity = datasets.logging.get_verbosity()
@@ -105,15 +128,15 @@ def _read(name: str | None, split: str) -> datasets.Dataset:
         options = _OPTIONS.get(path.suffix, {})
         return datasets.load_dataset(_READERS[path.suffix], data_files=str(path), split="train", **options)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise _unreadable(name, split, error) from error
+        raise _unreadable(name, key, error) from error
     finally:
         datasets.logging.set_verbosity(verbosity)
 
 
-def _unreadable(name: str | None, split: str, error: Exception) -> ConfigurationError:
+def _unreadable(name: str | None, key: str, error: Exception) -> ConfigurationError:
     path = Path(name or "").expanduser()
     fault = (_first_fault(path) if path.is_file() else None) or error.__cause__ or error
-    return ConfigurationError(f"data.{split}={name} cannot be read: {' '.join(str(fault).split())}; set data.{split}")
+    return ConfigurationError(f"{key}={name} cannot be read: {' '.join(str(fault).split())}; set {key}")
 
 
 def _first_fault(path: Path) -> str | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import datasets
 
 from dynrank.errors import ConfigurationError, shown
 
-__all__ = ["COLUMNS", "Form", "bars_on_terminals", "check_rows", "each", "find_columns"]
+__all__ = ["COLUMNS", "Form", "bars_on_terminals", "check_rows", "each", "find_columns", "form_of"]
 
 Form = Literal["classification", "completion", "chat", "text"]
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -51,6 +52,19 @@ def find_columns(names: Sequence[str], given: Mapping[str, str | None], form: st
             wanted = f"column {theirs!r}" if theirs else f"{ours} column by a usual name ({', '.join(_USUAL[ours])})"
             raise ConfigurationError(f"{where} has no {wanted}; it has {[*names]}; set data.columns.{ours}")
     return found
+
+
+def form_of(names: Sequence[str], forms: Sequence[Form], where: str) -> tuple[Form, dict[str, str]]:
+    """The first of ``forms`` whose columns are among ``names``, as they are usually called, and what they are here.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    for form in forms:
+        with suppress(ConfigurationError):
+            return form, find_columns(names, {}, form, where)
+    wanted = ", or ".join(" and ".join(COLUMNS[form]) for form in forms)
+    raise ConfigurationError(f"{where} must have the columns {wanted}, by usual names; it has {[*names]}; rename them")
 
 
 def bars_on_terminals() -> None:

@@ -1,0 +1,110 @@
+"""What the loss says of a stored adapter's directions, by examples in a file: ``squeeze`` and ``inspect`` by gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+
+from dynrank.adapters.beside import label_names
+from dynrank.adapters.predicting import on_base
+from dynrank.adapters.read import Adapter
+from dynrank.change.gates import EXAMPLES, FEW, Gates
+from dynrank.commands.examples import Examples
+from dynrank.driver.bounds import layer_states
+from dynrank.errors import ConfigurationError
+from dynrank.layers.finding import lora_layers
+from dynrank.output.console import quiet_loading
+from dynrank.targets import Target
+from dynrank.tasks.classification import Classification
+from dynrank.tasks.data.files import from_file
+from dynrank.tasks.data.rows import Form
+from dynrank.tasks.data.splits import SPLITS
+from dynrank.tasks.language_modeling import LanguageModeling
+from dynrank.tasks.loader import spread
+from dynrank.tasks.text_task import TextTask
+
+__all__ = ["WatchedAdapter"]
+
+WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")  # what a model that writes learns, the first that is there
+LENGTH = 512  # tokens of an example: longer texts are cut, longer answers left out
+
+
+class WatchedAdapter:
+    """A stored adapter on its base, whose gates were watched over up to ``EXAMPLES`` examples of a file, in eval mode.
+
+    Args:
+        adapter: of a classifier or a causal language model.
+        examples: where they are.
+
+    Attributes:
+        model: with the adapter.
+        gates: what was seen.
+        batches: of the examples.
+
+    Raises:
+        ConfigurationError: if the adapter, its base or the file cannot be used.
+    """
+
+    def __init__(self, adapter: Adapter, examples: Examples) -> None:
+        quiet_loading()
+        self.model, tokenizer = on_base(adapter, examples.model)
+        self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, examples.data)
+        self._layers = dict(lora_layers(self.model))
+        self.gates = Gates(self._layers, len(self.batches))
+        self.gates.loss_scale = 1024.0 if self.model.dtype == torch.float16 else 1.0  # or small gradients were zero
+        with closing(self.gates):
+            for loss in self._losses():
+                torch.autograd.backward(loss * self.gates.loss_scale)
+                self.gates.end_step()
+                self.model.zero_grad()
+
+    def ranks(self, target: Target) -> dict[str, int]:
+        """{layer: the rank that ``target`` gives it}, by what the gates say."""
+        return target.ranks(layer_states(self._layers, last=True, target=target, gates=self.gates))
+
+    @torch.no_grad()
+    def loss(self) -> float:
+        """The mean loss of the examples now."""
+        return sum(float(loss) for loss in self._losses()) / len(self.batches)
+
+    def _losses(self) -> Iterator[Tensor]:
+        for batch in self.batches:
+            yield self.model(**{key: value.to(self.model.device) for key, value in batch.items()}).loss
+
+
+def _batches(model: Any, tokenizer: str, data: str) -> list[dict[str, Tensor]]:
+    if model.config.is_encoder_decoder:
+        raise ConfigurationError(f"--gates takes classifiers and causal language models, got a {type(model).__name__}")
+    rows, form = from_file(data, "--data", WRITTEN if model.can_generate() else ("classification",))
+    options: Any = {"model": tokenizer, "data": dict.fromkeys(SPLITS, spread(rows, EXAMPLES)), "max_length": LENGTH}
+    if form == "classification":
+        task: TextTask = _named(Classification(**options, batch_size=8), model, data)
+    else:
+        task = LanguageModeling(**options, form=form, batch_size=2)
+    model.config.pad_token_id = task.tokenizer.pad_token_id  # decoders classify by their last real token
+    examples = spread(task.examples_of(task.rows["train"], "--data"), EXAMPLES)
+    if len(examples) < FEW:
+        raise ConfigurationError(f"--data={data} must have at least {FEW} examples, got {len(examples)}")
+    return [*task.evaluation(examples)]
+
+
+def _named(task: Classification, model: Any, data: str) -> Classification:
+    """The task, whose classes are those of the model, in their order."""
+    names = label_names(model) or [str(index) for index in range(model.config.num_labels)]
+    rows, kind = task.rows["train"], datasets.Value("string")
+    rows = rows.cast_column("label", datasets.Sequence(kind) if task.several else kind)
+    strange = sorted(set(_flat(rows["label"])) - set(names))
+    if strange:
+        raise ConfigurationError(f"labels in --data={data} must be the adapter's, {names[:9]}, got {strange[:9]}")
+    task.rows, task.labels = {"train": rows}, names
+    return task
+
+
+def _flat(labels: Sequence[Any]) -> Iterator[str]:
+    for label in labels:
+        yield from label if isinstance(label, list) else [label]

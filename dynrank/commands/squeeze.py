@@ -1,0 +1,71 @@
+"""What ``dynrank squeeze`` prints, and the squeeze that keeps what the loss needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dynrank.adapters.read import Adapter
+from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
+from dynrank.change.predict import report_of, spectra
+from dynrank.change.resize import resize
+from dynrank.commands.examples import Examples
+from dynrank.driver.event import RankEvent
+from dynrank.layers.finding import lora_layers
+from dynrank.layers.ranked import width_of
+from dynrank.output.change_table import change_table
+from dynrank.output.console import print_facts, print_table
+from dynrank.targets import Target
+
+__all__ = ["print_squeeze"]
+
+
+def print_squeeze(source: Path, out: Path, examples: Examples | None, **options: Any) -> None:
+    """Squeeze the adapter in ``source`` into ``out``, and print what became of it.
+
+    Args:
+        source: folder of a PEFT LoRA adapter.
+        out: folder to make.
+        examples: by which gates choose; None: singular values do.
+        **options: of :func:`dynrank.adapters.squeeze.squeeze_adapter`.
+
+    Raises:
+        ConfigurationError: as there, or if the examples or the model cannot be used.
+    """
+    by_gates = ByGates(examples) if examples is not None else None
+    layers = squeeze_adapter(source, out, **options, way=by_gates)
+    print_table(change_table("squeezed adapter", layers, RankEvent(0, "squeeze", tuple(layers)).loss))
+    before = sum(layer.rank_before * layer.width for layer in layers)
+    after = before - sum(layer.parameters_saved for layer in layers)
+    facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})"} | (by_gates.facts if by_gates else {})
+    print_facts(facts | {"files": out})
+
+
+class ByGates:
+    """A way to squeeze: the ranks and directions that the loss of examples needs, as in training.
+
+    Attributes:
+        facts: to be printed, once it was called.
+    """
+
+    def __init__(self, examples: Examples) -> None:
+        self._examples = examples
+        self.facts: dict[str, object] = {}
+
+    def __call__(self, adapter: Adapter, target: Target) -> Squeezed:
+        from dynrank.commands.gates import WatchedAdapter  # which loads what trains models
+
+        watched = WatchedAdapter(adapter, self._examples)
+        layers, before = dict(lora_layers(watched.model)), watched.loss()
+        values = spectra(layers)
+        ranks = watched.ranks(target)
+        changed = {report.layer: report for report in resize(watched.model, ranks, gates=watched.gates)}
+        self.facts["loss"] = f"{before:.4f} → {watched.loss():.4f}, of the very examples that chose"
+        factors, reports = {}, []
+        for name, layer in layers.items():
+            lora_B, lora_A = adapter.factors(name)
+            if name in changed:
+                lora_A, lora_B = layer.lora_A.detach().to(lora_A), layer.lora_B.detach().to(lora_B)
+            factors[name] = lora_A, lora_B, layer.scaling
+            reports.append(changed.get(name) or report_of(name, layer.rank, values[name], width_of(layer)))
+        return factors, reports
