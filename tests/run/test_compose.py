@@ -142,3 +142,9 @@ def test_target_is_whatever_the_user_names(tmp_path, monkeypatch):
         made(_target_="my_pkg.Task", width=3)
     with pytest.raises(RuntimeError, match="a fault of this class"):  # with its own traceback
         made(_target_="my_pkg.Task", size=2)
+
+
+@pytest.mark.parametrize("rank", [4, 8, 32])
+def test_another_rank_keeps_the_scaling(rank):
+    assert dynrank.compose([f"lora.rank={rank}"]).lora.alpha == 2 * rank
+    assert dynrank.compose([f"lora.rank={rank}", "lora.alpha=3"]).lora.alpha == 3
