@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from dynrank.change.greedy import LossChange, Quadratic
 from dynrank.distributed.processes import from_all, from_first, process_count
 from dynrank.errors import ConfigurationError, DivergedError, diverged
+from dynrank.layers.compiled import uncompiled
 from dynrank.layers.ranked import RankedLayer, width_of
 from dynrank.linalg import truncate_product
 
@@ -35,12 +38,14 @@ _HELD = 4  # reports of a pass that may come before the first layer with one row
 class _Pass:
     """What one backward pass has shown: examples, terms of the loss, and by layer the cores of the first examples.
 
-    ``held`` has the first reports as they came, ``more`` says that others followed.
+    ``held`` has the first reports as they came, ``more`` says that others followed; ``sizes`` are the positions of each
+    example where rows hold several.
     """
 
     number: int
     examples: int
     terms: Tensor
+    sizes: list[int] | None = None
     cores: dict[str, Tensor] = field(default_factory=dict)
     held: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
     more: bool = False
@@ -57,6 +62,8 @@ class Gates:
         window: optimizer steps that are going to be made; of each, an equal share of ``EXAMPLES`` is kept.
         loss_terms: N, if the loss of a step is not the mean over the positions that reach the layer nearest to the
             loss (a classifier's examples, a language model's counted tokens): 1 for a sum.
+        model: that holds the layers; where its last call before a backward pass was given ``position_ids``, examples
+            packed into one row are told apart by them. None: each row is an example.
 
     Attributes:
         steps: how many optimizer steps were seen.
@@ -66,7 +73,13 @@ class Gates:
         terms: N of the last step, in all processes.
     """
 
-    def __init__(self, layers: Mapping[str, RankedLayer], window: int, loss_terms: int | None = None) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, RankedLayer],
+        window: int,
+        loss_terms: int | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
         self.steps, self.skipped, self.examples, self.loss_scale, self.terms = 0, 0, 0, 1.0, 0.0
         self._layers, self._loss_terms = dict(layers), loss_terms
         self._quota = -(-EXAMPLES // window // process_count())
@@ -74,18 +87,23 @@ class Gates:
         self._cores: dict[str, list[Tensor]] = {name: [] for name in layers}  # (examples, R, R) of each step
         self._weights: list[tuple[float, float]] = []  # of each step: factors of its cores in g, and of squares in H
         self._quadratic: Quadratic | None = None
+        self._call = _Call()
         self._stops = [layer.observe(self._tap(name)) for name, layer in layers.items()]
+        taker = _taker_of_positions(model) if model is not None else None
+        if taker is not None:
+            self._stops.append(taker.register_forward_pre_hook(self._call, with_kwargs=True).remove)
 
     def _tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
         @torch.no_grad()
         def tap(z: Tensor, dz: Tensor) -> None:
             z, dz = (t[None] if t.ndim == 1 else t for t in (z, dz))  # one position without a batch is one example
             current = self._pass(name, dz)
-            if len(dz) < current.examples and current.examples % len(dz) == 0 and not current.more:
+            flat = current.sizes is None and len(dz) < current.examples and current.examples % len(dz) == 0
+            if flat and not current.more:
                 current.examples, current.cores = len(dz), {}  # those before it saw batch and positions in one
                 for report in current.held:
                     self._add(current, *report)
-            if len(dz) % current.examples:
+            if dz[..., 0].numel() != sum(current.sizes) if current.sizes else len(dz) % current.examples:
                 raise ConfigurationError(
                     f"{name!r} sees {len(dz)} rows in a batch of {current.examples}, not as many for each example, so "
                     "schedule.metric=gates cannot tell them apart; set schedule.metric=weight, or leave the layer out "
@@ -102,7 +120,11 @@ class Gates:
         """Add the cores of the examples that there is room for; a layer may be used twice in a pass."""
         room = max(0, self._quota - sum(other.examples for other in self._passes if other is not current))
         wide = torch.promote_types(z.dtype, torch.float32)
-        z_SPR, dz_SPR = (t.reshape(current.examples, -1, t.shape[-1])[:room].to(wide) for t in (z, dz))
+        if current.sizes is None:
+            z_SPR, dz_SPR = (t.reshape(current.examples, -1, t.shape[-1])[:room].to(wide) for t in (z, dz))
+        else:  # zeros fill the shorter ones up
+            parts = ([*torch.split(t.reshape(-1, t.shape[-1]), current.sizes)][: max(room, 1)] for t in (z, dz))
+            z_SPR, dz_SPR = (pad_sequence(part, batch_first=True)[:room].to(wide) for part in parts)
         cores = dz_SPR.mT @ z_SPR
         seen = current.cores.get(name)
         current.cores[name] = cores if seen is None else seen.add_(cores)
@@ -114,11 +136,13 @@ class Gates:
         """
         number = torch._C._current_graph_task_id()
         last = self._passes[-1] if self._passes else None
-        if last is not None and (last.number == number or (name not in last.cores and len(dz) == last.examples)):
+        goes_on = last is not None and name not in last.cores and (last.sizes or len(dz) == last.examples)
+        if last is not None and (last.number == number or goes_on):
             last.number = number
             return last
         terms = dz.reshape(-1, dz.shape[-1]).ne(0).any(dim=1).sum()
-        self._passes.append(_Pass(number, len(dz), terms))
+        sizes = _packed_sizes(self._call.position_ids)
+        self._passes.append(_Pass(number, len(sizes or dz), terms, sizes))
         return self._passes[-1]
 
     @torch.no_grad()
@@ -133,7 +157,8 @@ class Gates:
         totals = from_all(counts)
         examples, terms, held = (sum(column) for column in zip(*totals, strict=True))
         cores = {name: core.cpu() for name, core in _gathered(mine, [count for *_, count in totals]).items()}
-        if not all(torch.isfinite(core).all() for core in cores.values()):  # a step that float16's scaler skips
+        sums = torch.stack([core.sum(dtype=torch.float64) for core in cores.values()])  # finite if all are, and quick
+        if not torch.isfinite(sums).all():  # a step that float16's scaler skips
             self.skipped += 1
             return
         if not held:
@@ -227,6 +252,41 @@ class Gates:
         self.examples, self.terms = state["examples"], state["terms"]
         self._weights = [(float(linear), float(square)) for linear, square in state["weights"]]
         self._cores = {name: list(state["cores"][name]) for name in self._layers}
+
+
+class _Call:
+    """A hook before a model's call, which notes the position ids of the batch that is under way."""
+
+    position_ids: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():  # no validation
+            self.position_ids = kwargs.get("position_ids")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copy of the model, and a pickled one, takes no batch along
+
+
+def _taker_of_positions(model: nn.Module) -> nn.Module | None:
+    """The outermost module of ``model`` that takes ``position_ids``, if one does."""
+    return next((m for m in model.modules() if "position_ids" in signature(uncompiled(m).forward).parameters), None)
+
+
+def _packed_sizes(position_ids: Tensor | None) -> list[int] | None:
+    """How many positions each example of a batch (rows, positions) has, row by row; None if each row is one example.
+
+    An example starts where its positions do, with 0 and 1. So padding, which has zeros, goes with the example before,
+    and so does a single token, of which nothing is learned.
+    """
+    if position_ids is None or position_ids.ndim != 2:
+        return None
+    starts = (position_ids == 0) & (position_ids.roll(-1, 1) == 1)
+    number = starts.cumsum(1).clamp(min=1)  # of its example in the row
+    counts = number[:, -1]
+    if int(counts.max()) == 1:
+        return None
+    sizes: list[int] = (number - 1 + (counts.cumsum(0) - counts)[:, None]).flatten().bincount().tolist()
+    return sizes
 
 
 def _joined(passes: list[_Pass], name: str, layer: RankedLayer) -> Tensor:

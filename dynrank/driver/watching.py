@@ -47,7 +47,7 @@ class Watching:
         self.end()
         if self.needed(model, index):
             layers, how = {name: layer for name, layer in lora_layers(model) if not layer.pinned}, self._hows[index]
-            self.gates, self._index = Gates(layers, how.window, how.loss_terms), index
+            self.gates, self._index = Gates(layers, how.window, how.loss_terms, model), index
 
     def end(self) -> Gates | None:
         """Leave the layers; return the gates that were watched."""

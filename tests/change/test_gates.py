@@ -6,9 +6,12 @@ from contextlib import closing
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import dynrank
@@ -17,7 +20,9 @@ from dynrank.change.predict import predict
 from dynrank.change.resize import resize
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import truncate_product
+from dynrank.models.pretrained import enable_checkpointing
 from dynrank.schedules import How
+from dynrank.tasks.packing import positions
 
 LAYERS = {
     "linear": (lambda: nn.Linear(10, 8), lambda g: torch.randn(5, 7, 10, generator=g)),
@@ -299,6 +304,48 @@ def test_rows_that_belong_to_no_example_are_refused():
         loss = net(torch.randn(4, 3, 6)).square().mean() + net.b(torch.randn(7, 6)).sum()
         with pytest.raises(ConfigurationError, match=r"sees \d+ rows in a batch of \d.*schedule\.metric=weight"):
             loss.backward()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_examples_packed_into_rows_are_what_they_are_alone(checkpointing):
+    """Two passes of packed rows, one with padding, against one pass with a row for each example."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=30)).double().train()
+    dynrank.add_lora(model, rank=2, target_modules="all-linear", dtype=torch.float64)
+    for _, layer in dynrank.lora_layers(model):
+        nn.init.normal_(layer.lora_B)
+    if checkpointing:
+        enable_checkpointing(model)
+    examples = [torch.randint(1, 30, (length,)) for length in (4, 7, 3, 5, 2, 6)]
+    learned = [torch.cat([torch.tensor([-100]), example[1:]]) for example in examples]
+
+    def gates_of(batches):
+        with closing(Gates(dict(dynrank.lora_layers(model)), 1, model=model)) as gates:
+            for rows, options in batches:
+                ids, labels = (
+                    pad_sequence([torch.cat([part[i] for i in row]) for row in rows], True, value)
+                    for part, value in ((examples, 0), (learned, -100))
+                )
+                logits = model(input_ids=ids, use_cache=False, **options).logits[:, :-1]
+                loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+                (loss / sum(len(example) - 1 for example in examples)).backward()
+            gates.end_step()
+        return gates
+
+    def packed(*rows):
+        places = [positions(len(examples[i]) for i in row) for row in rows]
+        return rows, {"position_ids": pad_sequence(places, True, 0)}
+
+    mask = pad_sequence([torch.ones_like(example) for example in examples], True, 0)
+    alone = gates_of([([[i] for i in range(6)], {"attention_mask": mask})])
+    together = gates_of([packed([0, 1], [2, 3]), packed([4, 5])])
+    assert (together.examples, together.terms) == (alone.examples, alone.terms) == (6, 21)
+    for one, other in zip(estimate(alone), estimate(together), strict=True):
+        for name, value in one.items():
+            assert_close(other[name], value, rtol=1e-10, atol=1e-14)
+    lowest = dict.fromkeys(dict(dynrank.lora_layers(model)), 1)
+    assert together._estimate().dropped(lowest)[0] == alone._estimate().dropped(lowest)[0]
 
 
 def test_gates_go_on_from_their_state(tmp_path):
