@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 
 _TABLE = {  # a tile for each bucket
-    "shrink": (Tile(128, 2), Tile(128, 2), Tile(64, 3), Tile(64, 2)),
+    "shrink": (Tile(128, 2), Tile(128, 2), Tile(64, 3), Tile(32, 3)),
     "expand": (Tile(128, 1),) * 4,
     "grad_A": (Tile(128, 2), Tile(128, 2), Tile(128, 2), Tile(64, 2)),
 }
