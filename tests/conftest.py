@@ -1,10 +1,8 @@
-"""What several test files share: a small LightningModule of a user's, and commands run as a user would run them."""
+"""What several test files share: a small LightningModule of a user's, small models, and one whole run."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import lightning
 import pytest
 import torch
@@ -83,24 +81,6 @@ def regression():
     return Regression, regression_data, quiet_trainer
 
 
-def command(name, *arguments, cwd, timeout=240, **environment):
-    """Run an installed command as a user would; returns the completed process."""
-    return subprocess.run(
-        [str(Path(sys.executable).parent / name), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-        check=False,
-    )
-
-
-@pytest.fixture(scope="session")
-def run_command():
-    return command
-
-
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """The folder of a random BERT of two layers without dropout, with MiniLM's tokenizer; for ``task.model``."""
@@ -144,6 +124,6 @@ ALIKE = ("schedule.shared=false", "schedule.metric=weight")  # to one rank, by s
 def smoke_run(tmp_path_factory):
     """The folder of one short but whole run of the default task, to rank 16 in every layer, and what it printed."""
     folder = tmp_path_factory.mktemp("smoke") / "run"
-    done = command("dynrank-train", "debug=smoke", *ALIKE, f"hydra.run.dir={folder}", cwd=folder.parent)
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    code, printed = forked.run(forked.TRAIN, "debug=smoke", *ALIKE, f"hydra.run.dir={folder}", cwd=folder.parent)
+    assert code == 0, printed
+    return folder, printed

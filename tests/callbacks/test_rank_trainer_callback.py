@@ -2,14 +2,11 @@
 
 import itertools
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -293,32 +290,14 @@ def ended(folder, **options):
 
 
 def test_two_processes_end_where_one_with_both_their_batches_ends(tmp_path):
-    root, port, started = str(Path(dynrank.__file__).parents[1]), str(free_port()), []
-    for rank in "01":
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-        environment |= {"MASTER_PORT": port, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "ignore", "-c", TWO, str(Path(__file__).parent), str(tmp_path)]
-        started.append(subprocess.Popen(command, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True))
-    try:
-        one = ended(tmp_path / "one")
-        for process in started:
-            _, said = process.communicate(timeout=250)
-            assert process.returncode == 0, said
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
+    started = forked.pair(TWO, Path(__file__).parent, tmp_path, cwd=tmp_path)
+    one = ended(tmp_path / "one")
+    assert forked.end(started) == [0, 0], forked.printed(tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in "01")
     assert first["undone"] == second["undone"] == one["undone"] == [False, True, True, False]
     for name, value in one["state"].items():
         assert torch.equal(first["state"][name], second["state"][name])
         torch.testing.assert_close(first["state"][name], value, rtol=1e-3, atol=1e-5)
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("localhost", 0))
-        return listening.getsockname()[1]
 
 
 KILLED = """
@@ -341,12 +320,8 @@ trainer(sys.argv[2], own(), callback(), save_strategy="steps", save_steps=3).tra
 
 def test_checkpoint_that_a_kill_left_half_written_is_no_start(tmp_path):
     """The Trainer writes trainer_state.json last: what breaks off before is an error, and the one before goes on."""
-    root = str(Path(dynrank.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path)],
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}, timeout=100, check=False, capture_output=True,
-    )  # fmt: skip
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code, said = forked.run(KILLED, Path(__file__).parent, tmp_path, cwd=tmp_path)
+    assert code == -signal.SIGKILL, said
     model, schedule = own(), callback()
     with pytest.raises(json.JSONDecodeError):
         trainer(tmp_path, model, schedule).train(resume_from_checkpoint=True)

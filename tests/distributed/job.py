@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 import traceback
 import warnings
@@ -125,7 +124,8 @@ def another_base(run: Run, folder: Path) -> str:
     return refusal(run, callbacks=[Other()], ckpt_path=saved(folder, CHANGE))
 
 
-def main(folder: Path) -> None:
+def main(place: str) -> None:
+    folder = Path(place)
     checks = {name: partial(whole, run) for name, run in RUNS.items()}
     for name, (run, strategy) in RESUMED.items():
         checks[name] = partial(resumed, run, folder / name, **strategy)
@@ -162,7 +162,3 @@ def main(folder: Path) -> None:
         print(f"{time.perf_counter() - start:5.2f} s {name}", flush=True)
         torch.save(results, folder / f"{process}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -5,18 +5,19 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import dynrank
+from dynrank import train
 from dynrank.output.metrics_csv import read_metrics
 from dynrank.run import job
 from dynrank.tasks.data.stdlib import stdlib_functions
@@ -24,7 +25,6 @@ from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 
 pytestmark = [
-    pytest.mark.timeout(280),
     pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data
     pytest.mark.xdist_group("distributed"),  # no more than two processes at a time
 ]
@@ -64,66 +64,24 @@ def alone(overrides, tmp_path_factory):
     return folder
 
 
-def start(folder, *command, **environment):
-    """A Python program in ``folder``, in a group of processes of its own; it prints into a file."""
-    root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
-    with (folder.parent / f"{folder.name}.txt").open("a") as printed:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            cwd=folder,
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **settings, **environment},
-            start_new_session=True,
-        )
-
-
 def pair(folder, *overrides):
-    """Both processes of a run, started as torchrun does."""
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    group |= {"TORCHELASTIC_RUN_ID": "tests", "GROUP_RANK": "0"}
-    command = ["-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.devices=2"]
-    return [start(folder, *command, **group, RANK=process, LOCAL_RANK=process) for process in ("0", "1")]
+    return forked.pair(forked.TRAIN, *overrides, "trainer=ddp", "trainer.devices=2", cwd=folder)
 
 
 def wait_for(condition, process):
-    deadline = time.monotonic() + 150  # other programs may keep the machine busy
-    while not condition() and process.poll() is None and time.monotonic() < deadline:
+    deadline = time.monotonic() + 400  # other programs may keep the machine busy
+    while not condition() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def finish(folder, *children):
-    """The exit codes, and what was printed."""
-    try:
-        codes = [child.wait(timeout=200) for child in children]
-    finally:
-        for child in children:
-            kill_group(child)
-    return codes, (folder.parent / f"{folder.name}.txt").read_text()
-
-
-def kill_group(child):
-    try:
-        os.killpg(child.pid, signal.SIGKILL)
-    except ProcessLookupError:  # all of it has ended
-        child.wait()
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
 
 
 def files(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def one_run(cwd, *children):
-    """The folder that all ``children`` have written, once."""
-    codes, printed = finish(cwd, *children)
-    assert codes == [0] * len(children), printed
+def one_run(cwd, codes):
+    """The folder that all processes with these exit codes have written, once."""
+    printed = forked.printed(cwd)
+    assert set(codes) == {0}, printed
     (folder,) = cwd.glob("outputs/*/*")
     assert files(cwd) == {str((folder / name).relative_to(cwd)) for name in FILES}
     for text in ("rank change at step", "test/accuracy", "files  "):
@@ -160,8 +118,14 @@ def step_of(checkpoint):
 
 
 def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, cwd, tmp_path):
-    command = ["-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    folder = one_run(cwd, start(cwd, *command))
+    """As a user starts it: a new interpreter, which starts another."""
+    root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
+    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.devices=2"]
+    with forked.output(cwd).open("w") as output:
+        environment = {**os.environ, **settings}
+        done = subprocess.run(command, cwd=cwd, stdout=output, stderr=output, env=environment, check=False)
+    folder = one_run(cwd, [done.returncode])
     assert_same_run(folder, alone)
 
     checkpoint = folder / "checkpoints" / "last.ckpt"
@@ -173,25 +137,31 @@ def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, c
 def test_fsdp2_started_by_torchrun_goes_on_from_one_process(overrides, alone, cwd):
     checkpoint = alone / "checkpoints" / "last.ckpt"
     assert step_of(checkpoint) == SAVED
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port(), "-m"]
-    command = ["dynrank.train", *overrides, "trainer=fsdp2", "trainer.accelerator=cpu", f"ckpt_path={checkpoint}"]
-    command += ["checkpoint_every=10"]
-    assert_same_adapter(one_run(cwd, start(cwd, *launch, *command)), alone)
+    torchrun = ["--nproc-per-node", "2", "--master-port", forked.free_port(), "--run-path", "--start-method", "fork"]
+    command = [*overrides, "trainer=fsdp2", f"ckpt_path={checkpoint}", "checkpoint_every=10"]
+    code, _ = forked.run("from torch.distributed.run import main; main()", *torchrun, train.__file__, *command, cwd=cwd)
+    assert_same_adapter(one_run(cwd, [code]), alone)
 
 
 def test_slurm_runs_what_srun_would_start(overrides, alone, cwd):
     """The variables are those of ``srun`` in a job of one node and two tasks; SLURM itself is not there."""
     job_of = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "dynrank", "SLURM_NODELIST": "127.0.0.1", "SLURM_NODEID": "0"}
-    job_of |= {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1", "MASTER_PORT": free_port()}
-    command = ["-m", "dynrank.train", *overrides, "trainer=slurm", "trainer.accelerator=cpu"]
-    tasks = [start(cwd, *command, **job_of, SLURM_PROCID=task, SLURM_LOCALID=task) for task in ("0", "1")]
-    assert_same_run(one_run(cwd, *tasks), alone)
+    job_of |= {
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_NNODES": "1",
+        "MASTER_PORT": forked.free_port(),
+    }
+    command = [*overrides, "trainer=slurm", "trainer.accelerator=cpu"]
+    numbers = [{"SLURM_PROCID": number, "SLURM_LOCALID": number} for number in ("0", "1")]
+    tasks = [forked.start(forked.TRAIN, *command, cwd=cwd, **job_of, **number) for number in numbers]
+    assert_same_run(one_run(cwd, forked.end(tasks)), alone)
 
 
 def test_process_that_is_killed_at_the_start_leaves_no_other_waiting(overrides, cwd):
     first, second = pair(cwd, *overrides, "start_timeout=1")
     first.kill()
-    codes, printed = finish(cwd, first, second)
+    codes, printed = forked.end([first, second]), forked.printed(cwd)
     assert codes == [-signal.SIGKILL, 1], printed
     assert "the processes of the run did not all come within 1 s" in printed
     assert "start_timeout" in printed
@@ -205,9 +175,9 @@ def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_w
     first, second = pair(cwd, *command)
     try:
         wait_for(lambda: checkpoint.exists(), first)
-        second.send_signal(signal.SIGTERM)  # as from a machine that is taken away
+        second.terminate()  # as from a machine that is taken away
     finally:
-        codes, printed = finish(cwd, first, second)
+        codes, printed = forked.end([first, second]), forked.printed(cwd)
     assert codes == [0, 0], printed
     assert "Traceback" not in printed
     stopped = step_of(checkpoint)
@@ -220,7 +190,7 @@ def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_w
         time.sleep(0.5)
     finally:
         second.kill()  # nobody watches over them: process 0 has to notice by itself
-        codes, printed = finish(cwd, first, second)
+        codes, printed = forked.end([first, second]), forked.printed(cwd)
     assert codes == [1, -signal.SIGKILL], printed
     assert "by peer" in printed  # the connection was closed, or reset
 
@@ -228,8 +198,7 @@ def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_w
     steps = saved + 3
     assert saved > max(stopped, CHANGE)
     last = ["ckpt_path=last", f"trainer.max_steps={steps}", f"schedule.deadline={CHANGE / steps}"]
-    codes, printed = finish(cwd, *pair(cwd, *overrides, *last, f"hydra.run.dir={folder}"))
-    assert codes == [0, 0], printed
+    assert forked.end(pair(cwd, *overrides, *last, f"hydra.run.dir={folder}")) == [0, 0], forked.printed(cwd)
     assert files(folder) == FILES
     assert set(json.loads((folder / "summary.json").read_text())["final_ranks"].values()) == {2}
     with (folder / "metrics.csv").open() as file:
@@ -253,14 +222,12 @@ def odd_limit(model):
 def test_means_over_two_processes_count_each_token_once(tiny_llama, tmp_path):
     """The loss is the logarithm of the perplexity, which adds up its counts by itself; also at the drop."""
     command = [
-        "-m", "dynrank.train", "experiment=code_32_to_16", "debug=smoke", f"task.model={tiny_llama}",
+        "experiment=code_32_to_16", "debug=smoke", f"task.model={tiny_llama}",
         f"task.limit={odd_limit(str(tiny_llama))}", f"data.modules=[{','.join(MODULES)}]", "task.val_examples=7",
         "task.val_generate=3", "task.generate=5", "task.max_new_tokens=48", "task.batch_size=2", "plots=false",
-        "trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=4", "hydra.run.dir=run",
-        "trainer.val_check_interval=2",
+        "trainer.accelerator=cpu", "trainer.max_steps=4", "hydra.run.dir=run", "trainer.val_check_interval=2",
     ]  # fmt: skip
-    codes, printed = finish(tmp_path, start(tmp_path, *command))
-    assert codes == [0], printed
+    assert forked.end(pair(tmp_path, *command)) == [0, 0], forked.printed(tmp_path)
     tested = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
     assert tested["test/loss"] == pytest.approx(math.log(tested["test/perplexity"]), rel=1e-5)
     metrics = read_metrics(tmp_path / "run" / "metrics.csv")

@@ -1,23 +1,16 @@
 """Two real processes on gloo: they come to the same bits, and to what one process comes to with both their batches."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
+import forked
 import lightning
 import pytest
 import torch
 from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
 from torch.testing import assert_close
 
-import dynrank
 from dynrank.callbacks.trainer.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 
 pytestmark = [
-    pytest.mark.timeout(280),
     pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data and logging
     pytest.mark.xdist_group("distributed"),  # the job is made once
 ]
@@ -35,30 +28,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def results(folder):
     """[what process 0 found, what process 1 found], by check; see job.py."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "tests"}
-    rendezvous |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
-    root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
-    children = []
-    try:
-        for process in ("0", "1"):
-            numbers = {"RANK": process, "LOCAL_RANK": process, "PYTHONPATH": root}
-            with (folder / f"printed{process}").open("w") as printed:
-                child = subprocess.Popen(
-                    [sys.executable, str(Path(__file__).with_name("job.py")), str(folder)],
-                    stdout=printed,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **rendezvous, **numbers},
-                )
-            children.append(child)
-        codes = [child.wait(timeout=240) for child in children]
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-    assert codes == [0, 0], "".join((folder / f"printed{process}").read_text()[-3000:] for process in (0, 1))
+    children = forked.pair("import sys, job; job.main(sys.argv[1])", folder, cwd=folder)
+    assert forked.end(children) == [0, 0], forked.printed(folder)[-5000:]
     return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
 
 

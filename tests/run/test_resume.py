@@ -5,12 +5,11 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -42,20 +41,16 @@ def whole(settings, tmp_path_factory):
 
 
 def stopped(settings, number, after):
-    """Send a signal to a run in ./run once its checkpoint holds ``after`` steps; returns its exit code and stderr."""
-    same = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(Path(train.__file__).parents[1])}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "dynrank.train", *settings, "hydra.run.dir=run"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, **same},
-    )  # fmt: skip
+    """Send a signal to a run in ./run once its checkpoint holds ``after`` steps; returns its exit code and output."""
+    child = forked.start(forked.TRAIN, *settings, "hydra.run.dir=run", cwd=Path.cwd())
     try:
         while saved_step(Path("run/checkpoints/last.ckpt")) < after:
-            assert child.poll() is None, child.stderr.read()
+            assert child.is_alive(), forked.printed(Path.cwd())
             time.sleep(0.01)
-        child.send_signal(number)
-        return child.communicate(timeout=200)[1], child.returncode
+        os.kill(child.pid, number)
     finally:
-        child.kill()
+        (code,) = forked.end([child])
+    return code, forked.printed(Path.cwd())
 
 
 def ranks_at(folder, step):
@@ -96,7 +91,7 @@ def assert_same(folder, whole):
     ids=["killed after the drop", "SIGTERM before it", "Ctrl-C before it"],
 )
 def test_stopped_run_goes_on_in_its_folder_to_the_same_bits(launch, settings, whole, number, after, code):
-    said, returned = stopped(settings, number, after)
+    returned, said = stopped(settings, number, after)
     assert returned == code, said
     if number != signal.SIGKILL:
         reason = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"

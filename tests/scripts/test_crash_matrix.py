@@ -1,20 +1,21 @@
 """The crash matrix in short: some stops of most kinds; the whole of it is a command of its own."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).parents[2] / "scripts" / "crash_matrix.py"
+import forked
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from crash_matrix import main
+sys.exit(main())
+"""
 
 
-def test_stopped_runs_end_in_the_bits_of_those_that_were_not():
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), "--tries", "4", "--seed", "6508"],
-        capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROGRAM.parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    kind, tried, survived, lost = done.stdout.splitlines()[-1].split()
+def test_stopped_runs_end_in_the_bits_of_those_that_were_not(tmp_path):
+    scripts = Path(__file__).parents[2] / "scripts"
+    code, printed = forked.run(PROGRAM, scripts, "--tries", "4", "--seed", "6508", cwd=tmp_path)
+    assert code == 0, printed
+    kind, tried, survived, lost = printed.splitlines()[-1].split()
     assert (kind, lost) == ("all", "0")
     assert int(tried) == int(survived) == 4

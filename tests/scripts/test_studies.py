@@ -4,6 +4,7 @@ import csv
 from copy import deepcopy
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from peft.tuners.adalora.layer import SVDLinear
@@ -71,6 +72,7 @@ def test_table_of_other_columns_is_refused_and_kept(scripts, tmp_path):
 def study(scripts, tiny_bert, monkeypatch, tmp_path):
     """A function that runs the study on 80 terms: an arm of each kind, two learning rates, one of which diverges."""
     study = scripts.study
+    monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: forked.CONTEXT)  # which starts them sooner
     kinds = [
         study.Arm(2),
         study.Arm(16, rate=2.0),

@@ -5,6 +5,7 @@ import json
 import math
 from importlib.util import find_spec
 
+import forked
 import pytest
 import torch
 from peft import PeftModel
@@ -22,11 +23,11 @@ FUSED = {"transformer.h.0.attn.c_attn", "transformer.h.0.self_attention.query_ke
 TOKENS = {"vocab_size": 600, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2}
 
 
-def sweep(run_command, names, folder, *options):
+def sweep(names, folder, *options):
     """Folders by name of runs made by one command."""
     options = ["debug=smoke", "plots=false", f"hydra.sweep.dir={folder}", *options]
-    done = run_command("dynrank-train", "--multirun", f"experiment={','.join(names)}", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
+    code, said = forked.run(forked.TRAIN, "--multirun", f"experiment={','.join(names)}", *options, cwd=folder)
+    assert code == 0, said
     return {name: folder / str(number) for number, name in enumerate(names)}
 
 
@@ -48,10 +49,10 @@ def assert_adapter_is_the_trained_one(folder, base):
 
 
 @pytest.fixture(scope="module")
-def code_runs(tiny_llama, run_command, tmp_path_factory):
+def code_runs(tiny_llama, tmp_path_factory):
     task = ["task=code_completion", f"task.model={tiny_llama}", f"data.modules={MODULES}", "task.val_generate=3"]
     sizes = ["task.generate=4", "task.max_new_tokens=48", "task.limit=8", "task.batch_size=2"]
-    return sweep(run_command, CODE, tmp_path_factory.mktemp("code"), *task, *sizes)
+    return sweep(CODE, tmp_path_factory.mktemp("code"), *task, *sizes)
 
 
 @pytest.mark.parametrize("name", CODE)
@@ -98,11 +99,11 @@ def tied(request, tiny_llama, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def layered_runs(tied, run_command, tmp_path_factory):
+def layered_runs(tied, tmp_path_factory):
     if find_spec("edgar") is None:
         pytest.skip("needs edgartools (pip install --no-deps)")
     task = ["task=financial_terms", f"task.model={tied}", "task.limit=16", "task.batch_size=4", "trainer.max_steps=8"]
-    return sweep(run_command, LAYERED, tmp_path_factory.mktemp("layered"), *task)
+    return sweep(LAYERED, tmp_path_factory.mktemp("layered"), *task)
 
 
 @pytest.mark.parametrize("name", LAYERED)

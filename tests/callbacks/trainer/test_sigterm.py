@@ -1,12 +1,10 @@
 """SIGTERM in training: the step ends, the run is saved, the process exits with 0, and a resume comes to equal bits."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from dynrank.callbacks import AdapterCheckpoint
@@ -21,6 +19,7 @@ PROGRAM = """
 import json, logging, sys
 from pathlib import Path
 import torch
+sys.path.insert(0, sys.argv[2])
 from crash_matrix import Stop, ends, equal, run
 from crash_runs import Case
 
@@ -44,13 +43,9 @@ for index, (moment, number, _) in enumerate(json.loads(sys.argv[1])):
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory):
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(CASES)],
-        capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path_factory.mktemp("runs"),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{SCRIPTS}:{SCRIPTS.parent}"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    code, said = forked.run(PROGRAM, json.dumps(CASES), SCRIPTS, cwd=tmp_path_factory.mktemp("runs"))
+    assert code == 0, said
+    return [json.loads(line) for line in said.splitlines()]
 
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: " ".join(map(str, CASES[index])))

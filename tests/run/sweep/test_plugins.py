@@ -1,11 +1,9 @@
 """Sweeps that Hydra's plugins make: Optuna's search, two runs at a time, jobs of SLURM."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
@@ -33,18 +31,20 @@ def test_extra_brings_the_plugins():
     assert {"OptunaSweeper", "JoblibLauncher", "SlurmLauncher"} <= names
 
 
+SWEEP = f"""{forked.TRAIN}
+from joblib.externals.loky import get_reusable_executor
+get_reusable_executor().shutdown()  # which else waits for five minutes for more to do
+"""
+
+
 @pytest.mark.filterwarnings("ignore")  # what Optuna itself uses
 def test_optuna_searches_two_at_a_time_and_what_has_ended_is_not_made_again(tiny_bert, tmp_path, launch):
     arguments = ["--multirun", "debug=smoke", f"task.model={tiny_bert}", "task.limit=16", "plots=false"]
     arguments += ["sweep=optuna", "hydra/launcher=joblib", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
     arguments += ["trainer.enable_progress_bar=false", "hydra.sweep.dir=s"]
-    done = subprocess.run(
-        [sys.executable, "-m", "dynrank.train", *arguments, "hydra.launcher.n_jobs=2"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=280, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dynrank.__file__).parents[1])},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "runs of the sweep" in done.stdout
+    code, said = forked.run(SWEEP, *arguments, "hydra.launcher.n_jobs=2", cwd=tmp_path)
+    assert code == 0, said
+    assert "runs of the sweep" in said
     best = yaml.safe_load(Path("s/optimization_results.yaml").read_text())
     folders = [tmp_path / "s" / number for number in "01"]
     runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
@@ -74,7 +74,7 @@ def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
     assert config.hydra.launcher._target_.endswith(".SlurmLauncher")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")  # what such a job finds
     monkeypatch.setenv("SLURM_NNODES", "2")
-    assert (config.trainer.devices, config.trainer.num_nodes) == (4, 2)
+    assert (config.trainer.devices, config.trainer.num_nodes, config.trainer.strategy) == (4, 2, "ddp")
 
 
 @pytest.mark.parametrize(("executor", "refused"), [("slurm", False), ("local", True), (None, True)])

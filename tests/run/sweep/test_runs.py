@@ -2,14 +2,12 @@
 
 import csv
 import json
-import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -92,19 +90,12 @@ def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(sweep, tiny_ber
     settings = ["sweep=rank", "lora.rank=2,4,6", "trainer.max_steps=24", "plots=false"]
     code, _, said = sweep(*settings, "hydra.sweep.dir=whole")
     assert code == 0, said
-    same = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(Path(train.__file__).parents[1])}
-    child = subprocess.Popen(
-        [sys.executable, "-m", "dynrank.train", *SMALL, f"task.model={tiny_bert}", *settings, "hydra.sweep.dir=s"],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **same},
-    )  # fmt: skip
-    try:
-        while not Path("s/1/checkpoints/last.ckpt").exists():
-            assert child.poll() is None
-            time.sleep(0.005)
-        child.send_signal(signal.SIGKILL)
-        child.wait(timeout=60)
-    finally:
-        child.kill()
+    arguments = [*SMALL, f"task.model={tiny_bert}", *settings, "hydra.sweep.dir=s"]
+    child = forked.start(forked.TRAIN, *arguments, cwd=Path.cwd())
+    while child.is_alive() and not Path("s/1/checkpoints/last.ckpt").exists():
+        time.sleep(0.005)
+    child.kill()
+    assert forked.end([child]) == [-signal.SIGKILL]
     ended = Path("s/0/summary.json").stat()
     assert not Path("s/1/summary.json").exists()
 

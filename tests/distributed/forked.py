@@ -1,0 +1,85 @@
+"""Programs in processes of their own, forked from one that has imported what they need: that takes longer than they."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import dynrank
+
+TRAIN = "from dynrank.train import main; main()"
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["dynrank.run.job", "transformers.trainer", "simple_icd_10_cm"])
+
+
+def start(program: str, *arguments: Any, cwd: Path, **environment: str) -> Any:
+    """``python -W ignore -c program arguments`` as a multiprocessing.Process; :func:`printed` has what it prints.
+
+    Threads are as many as here, so that its numbers are those of this process.
+    """
+    settings = [*map(str, arguments)], cwd, environment, torch.get_num_threads()
+    process = CONTEXT.Process(target=_run, args=(program, *settings))
+    root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
+    with mock.patch.dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=root):  # where it is forked
+        process.start()
+    return process
+
+
+def run(program: str, *arguments: Any, cwd: Path, **environment: str) -> tuple[int, str]:
+    """The exit code of a program (that of a signal is negative), and what it printed."""
+    return end([start(program, *arguments, cwd=cwd, **environment)])[0], printed(cwd)
+
+
+def pair(program: str, *arguments: Any, cwd: Path) -> list[Any]:
+    """Both processes of a program, with the variables that torchrun gives them."""
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "TORCHELASTIC_RUN_ID": "tests"}
+    group |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0"}
+    return [start(program, *arguments, cwd=cwd, **group, RANK=number, LOCAL_RANK=number) for number in ("0", "1")]
+
+
+def end(processes: list[Any]) -> list[int]:
+    """The exit codes of processes, which have a time that is enough beside ten other programs."""
+    until = time.monotonic() + 800
+    for process in processes:
+        process.join(max(0, until - time.monotonic()))
+        process.kill()
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def free_port() -> str:
+    """A port that nobody listens at, for processes that are to meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def printed(cwd: Path) -> str:
+    """What all programs that were started in a folder have printed, to stdout and stderr."""
+    return output(cwd).read_text()
+
+
+def output(cwd: Path) -> Path:
+    """The file beside the folder that holds it."""
+    return cwd.parent / f"{cwd.name}.txt"
+
+
+def _run(program: str, arguments: list[str], cwd: Path, environment: dict[str, str], threads: int) -> None:
+    with output(cwd).open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    sys.argv = ["-c", *arguments]
+    exec(program, {"__name__": "__main__"})
