@@ -17,7 +17,7 @@ _TEMPLATED = ("19", "20")
 
 @validated_call("data")
 def icd10_terms(
-    chapters: Sequence[int] | None,
+    chapters: Sequence[Annotated[int, Field(ge=1, le=22)]] | None,
     code_length: Annotated[int, Field(ge=3, le=7)],
     min_terms: Annotated[int, Field(ge=1)],
     seed: int,
@@ -63,18 +63,17 @@ def _terms(chapters: Sequence[int] | None, code_length: int) -> tuple[list[tuple
         raise ConfigurationError(
             "data=icd10 needs the package simple-icd-10-cm; pip install 'dynrank[medical]'"
         ) from None
-    wanted = {str(chapter) for chapter in chapters} if chapters is not None else None
     described: list[tuple[str, str]] = []
     included: list[tuple[str, str]] = []
-    for code in icd.get_all_codes():
-        ancestors = icd.get_ancestors(code)
-        block = next((c for c in [code, *ancestors] if icd.is_block(c)), None)
-        if block is None or (icd.is_block(code) and not icd.is_category(code)):  # 'C7A' is a block and a category
-            continue
-        if (wanted is None or ancestors[-1] in wanted) and (icd.is_category(code) or ancestors[-1] not in _TEMPLATED):
-            if len(code.replace(".", "")) <= code_length:
-                described.append((_normal(icd.get_description(code)), block))
-            included += [(_normal(term), block) for term in icd.get_inclusion_term(code)]
+    for chapter in map(str, range(1, 23) if chapters is None else chapters):
+        for code in icd.get_descendants(chapter):
+            block = next((c for c in [code, *icd.get_ancestors(code)] if icd.is_block(c)), None)
+            if block is None or (icd.is_block(code) and not icd.is_category(code)):  # 'C7A' is a block and a category
+                continue
+            if icd.is_category(code) or chapter not in _TEMPLATED:
+                if len(code.replace(".", "")) <= code_length:
+                    described.append((_normal(icd.get_description(code)), block))
+                included += [(_normal(term), block) for term in icd.get_inclusion_term(code)]
     return described, included
 
 
