@@ -67,14 +67,6 @@ def test_merge_keeps_the_dtype_and_rounds_once(dtype, zoo):
         assert ((found.double() - exact).abs() <= half_step + 4e-7 * exact.abs().max()).all()
 
 
-def test_merge_of_a_layer_that_was_merged_by_itself_still_unties(zoo, tmp_path):
-    model = zoo.adapted("gpt2", target_modules=["lm_head"])
-    expected = zoo.outputs(model)
-    model.lm_head.merge()
-    dynrank.merge(model).save_pretrained(tmp_path)
-    assert_close(zoo.outputs(GPT2LMHeadModel.from_pretrained(tmp_path)), expected, **IN_FLOAT32)
-
-
 @pytest.fixture
 def stored(zoo, tmp_path):
     """(folder of a GPT-2, folder of an adapter for it, what it computes then); its tied head is adapted, too."""

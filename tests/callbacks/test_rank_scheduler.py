@@ -79,11 +79,6 @@ def test_scheduler_never_acts_within_accumulation(regression, accumulate):
     assert batches == [0]
 
 
-def test_change_decided_by_the_last_validation_is_made(regression):
-    schedule = after_convergence(3, Plateau(patience=1, min_delta=0.99), deadline=None)
-    assert ranks(train(regression, RankScheduler(schedule), max_steps=10)[0]) == {3}
-
-
 ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
 SCHEDULES = {
     "plateau": (lambda: plateau(rewarmup_steps=4), {}),
@@ -199,15 +194,6 @@ def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regressi
     assert ranks(module) == {6}
 
 
-def test_load_from_checkpoint_takes_the_reduced_rank(regression, tmp_path):
-    module, fitted = train(regression, RankScheduler(at(5, Rank(3))), max_steps=10)
-    fitted.save_checkpoint(tmp_path / "after.ckpt")
-    reloaded = regression[0].load_from_checkpoint(tmp_path / "after.ckpt", weights_only=True)
-    assert ranks(reloaded) == {3}
-    x = torch.randn(5, 12)
-    assert torch.equal(reloaded.eval().net(x), module.eval().net(x))
-
-
 def test_same_trainer_goes_on_with_its_scheduler(regression):
     scheduler = RankScheduler([*at(5, Rank(4)), Stage(Plateau(patience=99), Rank(2))])
     with pytest.warns(UserWarning, match="training ended before stage 2"):
@@ -278,14 +264,6 @@ def test_check_without_validation_is_refused(regression):
     scheduler = RankScheduler(at(5, Rank(3)), How(max_regression=0.1))
     with pytest.raises(ConfigurationError, match=r"give fit\(\) validation data.*max_regression=null"):
         train(regression, scheduler, limit_val_batches=0, max_steps=10)
-
-
-def test_model_without_lora_layers_is_refused(regression):
-    module = regression[0]()
-    dynrank.merge(module)
-    module.net.requires_grad_(True)
-    with pytest.raises(ConfigurationError, match="LoRA layers"):
-        train(regression, RankScheduler(at(5, Rank(3))), module=module)
 
 
 def test_share_of_a_run_of_unknown_length_is_refused(regression):

@@ -26,7 +26,7 @@ def fresh_compiler():
 
 def adapted(**options):
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=20, use_cache=False, **sizes))
     dynrank.add_lora(model, rank=8, **options)
     for _, layer in dynrank.lora_layers(model):

@@ -125,14 +125,6 @@ def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, ti
     assert not list(tmp_path.rglob("checkpoints"))
 
 
-def test_train_refuses_a_folder_that_holds_a_run(launch):
-    Path("run/checkpoints").mkdir(parents=True)
-    kept = Path("run/metrics.csv")
-    kept.write_text("step\n1\n")
-    code, _, message = launch(train.main, "debug=smoke", "hydra.run.dir=run")
-    assert (code, "hydra.run.dir" in message, kept.read_text()) == (2, True, "step\n1\n")
-
-
 DEEP = "{a: " * 1000 + "1" + "}" * 1000
 
 

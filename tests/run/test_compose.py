@@ -49,13 +49,6 @@ def test_the_final_rank_follows_the_starting_rank(rank, final):
             check_schedule(stages, highest=rank, run=Run(total_steps=None))
 
 
-def test_slurm_takes_the_size_of_the_job_from_its_variables(monkeypatch):
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
-    monkeypatch.setenv("SLURM_NNODES", "2")
-    trainer = dynrank.compose(["trainer=slurm"]).trainer
-    assert (trainer.devices, trainer.num_nodes, trainer.strategy) == (4, 2, "ddp")
-
-
 def test_debug_wins_over_the_groups_it_changes():
     assert dynrank.compose(["debug=smoke"]).checkpoint_every == 4
 

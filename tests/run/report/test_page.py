@@ -86,8 +86,8 @@ def test_run_that_changed_no_rank_says_so(run_folder, tmp_path, page_of):
 
 
 def test_two_hundred_layers_and_many_steps_stay_below_two_megabytes(run_folder, tmp_path, page_of):
-    drops = [(2000 * i, 12 - i) for i in range(1, 11)]
-    run_folder(tmp_path, blocks=67, kinds=("a", "b", "c"), drops=drops, steps=30_000, rank=12)
+    drops = [(700 * i, 12 - i) for i in range(1, 11)]
+    run_folder(tmp_path, blocks=67, kinds=("a", "b", "c"), drops=drops, steps=10_000, rank=12)
     file = write_report(tmp_path)
     assert file.stat().st_size < 2e6
     report = page_of(file)
