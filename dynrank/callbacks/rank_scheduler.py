@@ -22,7 +22,7 @@ from dynrank.callbacks.trainer.validation import run_missed_validation, validate
 from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import check_validation
-from dynrank.driver.training import Training
+from dynrank.driver.training import Batches, Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.schedules import How
@@ -152,6 +152,9 @@ class RankScheduler(Callback):
             )
 
 
+_DEAF = Checkpoint, EarlyStopping, RankScheduler  # to validations that a change asks for
+
+
 class LightningTraining(Training):
     """A run of Lightning's Trainer, as it is now; made for one hook."""
 
@@ -174,7 +177,10 @@ class LightningTraining(Training):
 
     def validate(self) -> Mapping[str, float]:
         """Validate for the sake of the metrics; callbacks that save, stop or change ranks hear nothing of it."""
-        return validate_beside(self.trainer, Checkpoint, EarlyStopping, RankScheduler)
+        return validate_beside(self.trainer, *_DEAF)[0]
+
+    def validate_batches(self, monitor: str, most: int | None) -> tuple[Mapping[str, float], Batches]:
+        return validate_beside(self.trainer, *_DEAF, monitor=monitor, most=most, silent=True)
 
     def before_resize(self) -> None:
         unwrap(self.trainer)

@@ -71,6 +71,8 @@ class Gates:
         examples: how many examples were kept, of all processes.
         loss_scale: what the loss is multiplied by before backward, as in mixed precision with float16.
         terms: N of the last step, in all processes.
+        caution: by how many standard errors each gradient is taken lower in the choice, so that a shallow cut does not
+            begin with directions that only seem to do harm: of very many, some do by chance.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Gates:
         model: nn.Module | None = None,
     ) -> None:
         self.steps, self.skipped, self.examples, self.loss_scale, self.terms = 0, 0, 0, 1.0, 0.0
+        self.caution = 0.0
         self._layers, self._loss_terms = dict(layers), loss_terms
         self._quota = -(-EXAMPLES // window // process_count())
         self._passes: list[_Pass] = []  # of the step under way
@@ -208,7 +211,11 @@ class Gates:
         if self._quadratic is None:
             parts = self._gradients()
             self._cores = {}  # a 7B's cores and its Hessian need not be held at once
-            self._quadratic = Quadratic(*parts, {name: width_of(la) for name, la in self._layers.items()})
+            widths = {name: width_of(layer) for name, layer in self._layers.items()}
+            ratios = [linear**2 / square for linear, square in self._weights if square]
+            ratio = sum(ratios) / max(1, len(ratios)) ** 2  # of a gradient's squared standard error to the curvature
+            errors = {name: (ratio * root.square().sum(0)).sqrt() for name, root in parts[1].items()}
+            self._quadratic = Quadratic(*parts, widths, {name: self.caution * e for name, e in errors.items()})
         return self._quadratic
 
     @torch.no_grad()

@@ -43,12 +43,19 @@ class Quadratic:
         gradients: {layer: (R,) gradient of the loss by its gates}.
         roots: {layer: (S, R)}, the rows of a root of the Hessian: ``H = roots^T roots`` with all layers side by side.
         widths: {layer: parameters of one of its directions}.
+        margins: {layer: (R,) by how much each gradient is taken lower when directions are dropped}; 0 where None.
 
     Everything is float64 on the CPU. Layers are taken in the order of their names, and of equal candidates the first
     one, so that the same numbers give the same choice whatever the order of the layers.
     """
 
-    def __init__(self, gradients: Mapping[str, Tensor], roots: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        gradients: Mapping[str, Tensor],
+        roots: Mapping[str, Tensor],
+        widths: Mapping[str, int],
+        margins: Mapping[str, Tensor] | None = None,
+    ) -> None:
         names, counts = sorted(gradients), [len(gradients[name]) for name in sorted(gradients)]
         ends = np.cumsum(counts)
         self._places = {
@@ -58,6 +65,7 @@ class Quadratic:
         self._gradient = torch.cat([gradients[name] for name in names]).numpy()
         self._roots = torch.cat([roots[name] for name in names], dim=1).numpy()
         self._widths = np.repeat([float(widths[name]) for name in names], counts)
+        self._margin = torch.cat([margins[name] for name in names]).numpy() if margins else 0.0
         self._hessian = self._roots.T @ self._roots
 
     def dropped(self, ranks: Mapping[str, int]) -> tuple[list[int], list[float]]:
@@ -66,7 +74,7 @@ class Quadratic:
         The price is what the drop adds to the loss, per parameter.
         """
         left = np.array([place.stop - place.start - ranks[name] for name, place in self._places.items()])
-        cost, order, prices = 0.5 * np.diag(self._hessian) - self._gradient, [], []
+        cost, order, prices = 0.5 * np.diag(self._hessian) - self._gradient + self._margin, [], []
         cost[left[self._owners] <= 0] = np.inf
         for _ in range(int(left.clip(min=0).sum())):
             first = int(np.argmin(cost / self._widths))

@@ -8,7 +8,7 @@ from math import isfinite
 import torch
 
 from dynrank.change.gates import Gates
-from dynrank.change.predict import predict
+from dynrank.change.predict import LayerReport, predict
 from dynrank.change.replacement import Snapshot
 from dynrank.change.resize import resize
 from dynrank.distributed.agreement import check_processes
@@ -19,30 +19,45 @@ from dynrank.schedules import How
 
 
 class Check:
-    """Whether a change costs more of the validated metric than the user allows; takes back one that does.
+    """Whether a change costs more of the validated metric than the user allows, and the way back from one that does.
 
     Args:
         training: as it is before the change.
         how: names the metric, and the largest relative worsening.
         validated: metrics of these very weights; None: they have to be validated.
+
+    Attributes:
+        before: the metric, before the change.
+        most: by how much it may get worse.
     """
 
     def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
         self._training, self._how = training, how
-        self._before = self._value(training.validate() if validated is None else validated)
+        self.before = self.value(training.validate() if validated is None else validated)
+        self.most = (how.max_regression or 0.0) * abs(self.before)
         self._snapshot = Snapshot(training.model, training.optimizers, training.averages)
 
     def undo_if_worse(self) -> str | None:
         """Validate the changed weights, and take the change back if it costs too much; return why, or None."""
-        before, after = self._before, self._value(self._training.validate())
-        if isfinite(after) and after - before <= (self._how.max_regression or 0.0) * abs(before):
+        after = self.value(self._training.validate())
+        if self.allows(after):
             return None
+        self.undo()
+        return f"undone: {self._how.check_monitor} {self.before:.4g} → {after:.4g}"
+
+    def allows(self, after: float) -> bool:
+        """Whether the metric may be ``after`` with the change; never where one of the two is not finite."""
+        worse = after - self.before if self._how.check_mode == "min" else self.before - after
+        return isfinite(worse) and worse <= self.most
+
+    def undo(self) -> None:
+        """Take the change back, as often as one is made."""
         self._training.before_resize()
         self._snapshot.restore()
         self._training.after_resize()
-        return f"undone: {self._how.check_monitor} {before:.4g} → {after:.4g}"
 
-    def _value(self, metrics: Mapping[str, float]) -> float:
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """The metric in ``metrics``, as the mean over all processes."""
         return value(metrics, self._how.check_monitor, checked([self._how]))
 
 
@@ -63,21 +78,27 @@ def attempt(
     check_processes(model, training.optimizers, f"before the change of rank at step {step}")
     predicted = predict(model, targets, how=how, gates=gates)
     training.tell("on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
+    reports = change(training, targets, how, gates)
+    check_processes(model, training.optimizers, f"after the change of rank at step {step}")
+    undone = check.undo_if_worse() if check is not None else None
+    return RankEvent(step, f"{undone} ({reason})" if undone else reason, tuple(reports), undone is not None)
+
+
+def change(training: Training, targets: Mapping[str, int], how: How, gates: Gates | None) -> list[LayerReport]:
+    """Resize to ``targets``; return a report for each layer."""
     training.before_resize()
     reports = resize(
-        model,
+        training.model,
         targets,
         optimizers=training.optimizers,
         how=how,
         gates=gates,
         averages=training.averages,
-        generator=torch.Generator().manual_seed(step),
+        generator=torch.Generator().manual_seed(training.step),
         collective=True,
     )
     training.after_resize()
-    check_processes(model, training.optimizers, f"after the change of rank at step {step}")
-    undone = check.undo_if_worse() if check is not None else None
-    return RankEvent(step, f"{undone} ({reason})" if undone else reason, tuple(reports), undone is not None)
+    return reports
 
 
 def gentler(ranks: Mapping[str, int], refused: Mapping[str, int], multiple: int) -> dict[str, int]:

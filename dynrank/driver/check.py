@@ -17,7 +17,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.layers.ranked import max_rank
 from dynrank.schedules import How, Stage, check_schedule
-from dynrank.targets import Budget, LayerState
+from dynrank.targets import Budget, LayerState, Smallest
 from dynrank.triggers import Run
 
 
@@ -63,8 +63,8 @@ def _budget_faults(budget: Budget, states: Mapping[str, LayerState]) -> Iterator
         )
 
 
-def check_training(training: Training, hows: Collection[How]) -> None:
-    """Refuse sharded adapters, and what changes as in ``hows`` cannot live with: optimizers, float16, no validation.
+def check_training(training: Training, stages: Collection[Stage], hows: Collection[How]) -> None:
+    """Refuse sharded adapters, and what ``stages``, made as in ``hows``, cannot live with: optimizers, no validation.
 
     Raises:
         ConfigurationError: naming what is wrong and what fixes it.
@@ -83,6 +83,13 @@ def check_training(training: Training, hows: Collection[How]) -> None:
             check_groups(optimizer, factors, how)
         if how.max_regression is not None and not training.validates:
             raise ConfigurationError(
-                f"max_regression={how.max_regression:g} validates before and after a change, which this run cannot: "
-                f"{training.validate_by}, or set max_regression=None (schedule.max_regression=null)"
+                f"max_regression={how.max_regression:g} (or tolerance) validates around a change, which this run "
+                f"cannot: {training.validate_by}, or set max_regression=None (schedule.max_regression=null)"
+            )
+    for stage in stages:
+        parts = type(training).validate_batches is not Training.validate_batches
+        if isinstance(stage.to, Smallest) and stage.to.check_batches is not None and not parts:
+            raise ConfigurationError(
+                f"check_batches={stage.to.check_batches} validates a part of the data, which this run cannot: set it "
+                "to None, or define validate_batches() in a class derived from Training"
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -12,6 +12,7 @@ from dynrank.change.gates import FEW, Gates
 from dynrank.distributed.agreement import check_processes
 from dynrank.distributed.processes import from_first
 from dynrank.driver.attempt import Check, attempt, gentler
+from dynrank.driver.bisection import cut_to_smallest
 from dynrank.driver.bounds import layer_states
 from dynrank.driver.check import check_model, check_training
 from dynrank.driver.clock import Clock
@@ -23,7 +24,10 @@ from dynrank.driver.watching import Watching
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
+from dynrank.targets import LayerState, Smallest
 from dynrank.triggers import At, Run, Trigger
+
+CAUTION = 2.0  # of the gates when trials decide how far a cut goes: one wrong direction at its start would end them
 
 Schedule: TypeAlias = int | Stage | Sequence[Stage] | RankFunction
 
@@ -100,8 +104,8 @@ class RankDriver:
 
     @property
     def hows(self) -> list[How]:
-        """How each stage changes ranks."""
-        return [stage.how or self.how for stage in self.stages]
+        """How each stage changes ranks; a tolerance is the largest regression that it allows."""
+        return [_how(stage, stage.how or self.how) for stage in self.stages]
 
     @property
     def monitors(self) -> list[str]:
@@ -131,7 +135,7 @@ class RankDriver:
         self._clock, self._watching = Clock(self.stages, run), Watching(self.stages, self.hows)
         if not self.history:  # what was checked at the start still holds on resume, at other ranks
             self.check_model(training.model, run)
-        check_training(training, self.hows)
+        check_training(training, self.stages, self.hows)
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._loaded:
             rates, watched_before, self._loaded = self._loaded["rates"], self._loaded["gates"], {}
@@ -273,24 +277,18 @@ class RankDriver:
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, or as much of it as the check allows, and wait for what comes next."""
         index, stage, how = decided.stage, self.stages[decided.stage], self.hows[decided.stage]
-        gates, changed, check = self._watching.end(), False, None
+        gates, changed = self._watching.end(), False
         if gates is not None and gates.examples < FEW:
             training.warn(
                 f"the directions to keep were chosen by {gates.examples} examples, fewer than {FEW}: mostly by noise; "
                 "set schedule.window higher"
             )
         ranks = {name: layer.rank for name, layer in lora_layers(training.model)}
-        targets = self._targets(training.model, index, gates)
-        if targets and how.max_regression is not None:
-            known = self.progress.metrics if self.progress.observed_step == training.step else {}
-            check = Check(training, how, known or None)
-        while targets and not changed:
-            event = attempt(training, targets, decided.reason, how, gates, check)
+        for event in self._attempts(training, decided, how, gates):
             self.history.append(event)
             training.tell("on_rank_change", event)
             self.progress.metrics = {}  # they were of the weights before
             changed = not event.undone
-            targets = gentler(ranks, targets, stage.to.multiple)
         over = not changed or not stage.repeat or self._exhausted(training.model, index)
         self.progress.pending, self.progress.stage = None, index + 1 if over else index
         for later in self.stages[index:]:
@@ -300,6 +298,27 @@ class RankDriver:
             warn_of_low_rate(training)
         if changed:
             self._follow_rates(training, how, ranks)
+
+    def _attempts(self, training: Training, decided: Decision, how: How, gates: Gates | None) -> Iterator[RankEvent]:
+        """Attempts at the decided change, the last of which may stay."""
+        target, ranks = self.stages[decided.stage].to, {name: la.rank for name, la in lora_layers(training.model)}
+        if gates is not None and isinstance(target, Smallest):
+            gates.caution = CAUTION
+        targets = self._targets(training.model, decided.stage, gates)
+        if not targets:
+            return
+        if isinstance(target, Smallest):
+            order = from_first(lambda: target.order(self._states(training.model, decided.stage, gates)))
+            yield cut_to_smallest(training, target, order, targets, decided.reason, how, gates)
+            return
+        check = None
+        if how.max_regression is not None:
+            known = self.progress.metrics if self.progress.observed_step == training.step else {}
+            check = Check(training, how, known or None)
+        while targets:
+            event = attempt(training, targets, decided.reason, how, gates, check)
+            yield event
+            targets = gentler(ranks, targets, self.stages[decided.stage].to.multiple) if event.undone else {}
 
     def _follow_rates(self, training: Training, how: How, ranks: Mapping[str, int]) -> None:
         """Begin the ramp after a change from ``ranks``, and multiply the adapters' rates from now on."""
@@ -312,14 +331,30 @@ class RankDriver:
 
     def _targets(self, model: nn.Module, index: int, gates: Gates | None) -> dict[str, int]:
         """{layer: the rank that stage ``index`` wants} of the layers that it would change."""
-        layers, stage = dict(lora_layers(model)), self.stages[index]
-        last = index == len(self.stages) - 1
-        wanted = from_first(lambda: stage.to.ranks(layer_states(layers, last=last, target=stage.to, gates=gates)))
+        layers, target = dict(lora_layers(model)), self.stages[index].to
+        wanted = from_first(lambda: target.ranks(self._states(model, index, gates)))
         return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
+
+    def _states(self, model: nn.Module, index: int, gates: Gates | None) -> dict[str, LayerState]:
+        """What the target of stage ``index`` may know of each layer."""
+        last = index == len(self.stages) - 1
+        return layer_states(dict(lora_layers(model)), last=last, target=self.stages[index].to, gates=gates)
 
     def _exhausted(self, model: nn.Module, index: int) -> bool:
         """Whether a repeated stage has nothing left to do; one that must look first finds out when it fires."""
         return not self.stages[index].to.needs and not self._targets(model, index, None)
+
+
+def _how(stage: Stage, how: How) -> How:
+    """``how``, with the tolerance of the stage if it has one."""
+    if not isinstance(stage.to, Smallest):
+        return how
+    if how.max_regression is not None:
+        raise ConfigurationError(
+            f"a cut within a tolerance is checked by that, got max_regression={how.max_regression:g}, too; set "
+            "schedule.max_regression=null"
+        )
+    return replace(how, max_regression=stage.to.tolerance)
 
 
 def _stages_of(schedule: object) -> list[Stage]:

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from dynrank.driver.event import RankEvent
 
+Batches = Sequence[tuple[float, float]]  # of each batch: the mean of a metric, and its weight in the mean of all
+
 
 @dataclass(eq=False)
 class Training:
@@ -37,8 +39,15 @@ class Training:
         return type(self).validate is not Training.validate
 
     def validate(self) -> Mapping[str, float]:
-        """Validate the weights as they are and return the metrics; called around changes with ``max_regression``."""
+        """Validate the weights as they are and return the metrics; called around changes that are checked."""
         raise NotImplementedError(self.validate_by)
+
+    def validate_batches(self, monitor: str, most: int | None) -> tuple[Mapping[str, float], Batches]:
+        """Validate at most ``most`` batches (None: all), the same every time, as a trial of ``schedule=auto``.
+
+        Return the metrics, and the batches' parts in ``monitor``, which tell the noise; none where they are not known.
+        """
+        return self.validate(), []
 
     def loss_scale(self) -> float:
         """Return what the loss of the next step is multiplied by before backward, as by torch.amp.GradScaler."""

@@ -7,6 +7,7 @@ from dynrank.schedules.functions import RankFunction, constant, cosine, from_fun
 from dynrank.schedules.presets import (
     after_convergence,
     anneal,
+    auto,
     budget,
     early_budget,
     energy,
@@ -28,6 +29,7 @@ __all__ = [
     "Stage",
     "after_convergence",
     "anneal",
+    "auto",
     "budget",
     "check_schedule",
     "constant",

@@ -14,7 +14,7 @@ from pydantic import ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, NotNegative, Share, validated_call
 from dynrank.schedules.stage import Stage
-from dynrank.targets import Budget, Energy, Factor, GrowTo, Rank, Target, Towards
+from dynrank.targets import Budget, Energy, Factor, GrowTo, Rank, Smallest, Target, Towards
 from dynrank.triggers import At, Plateau, Trigger
 
 Changes = Annotated[int, Field(ge=1, le=1000)]  # each is a stage: 1000 are far more than there are ranks to go through
@@ -240,6 +240,32 @@ def early_budget(
     """
     pool = _pool(final_rank, share, parameters, bytes, lowest=lowest, highest=highest, multiple=multiple)
     return [Stage(At(fraction=at), pool, key="schedule.final_rank, schedule.share")]
+
+
+@validated_call("schedule")
+def auto(
+    tolerance: NotNegative = 0.01,
+    *,
+    at: Time = 0.3333,
+    check_batches: Count | None = None,
+    lowest: Count = 1,
+    highest: Count | None = None,
+    multiple: Count = 1,
+) -> list[Stage]:
+    """The smallest adapter that validates as well as the uncut one: early in the run, and again after the last step.
+
+    Its file in conf/schedule/ has the ``How`` of that of :func:`early_budget`.
+
+    Args:
+        tolerance: largest relative worsening of ``How.check_monitor`` by each of the two cuts.
+        at: share of the run at the first one.
+        check_batches: of validation data that each trial validates; None: all.
+        lowest: rank that every layer keeps.
+        highest: rank that no layer exceeds; None: its rank now.
+        multiple: of which new ranks are multiples.
+    """
+    smallest = Smallest(tolerance, check_batches=check_batches, lowest=lowest, highest=highest, multiple=multiple)
+    return [Stage(At(fraction=share), smallest, key="schedule.lowest") for share in (at, 1.0)]
 
 
 def _pool(

@@ -30,7 +30,8 @@ class How:
         optimizer_state: "transport" carries the moments along, "reset" forgets them.
         max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
             before and after it; one that costs more is undone and tried again half as far. None: no check.
-        check_monitor: name of the metric that is checked, smaller is better.
+        check_monitor: name of the metric that is checked.
+        check_mode: "min" if a smaller one is better, else "max".
 
     Raises:
         ConfigurationError: if a value cannot be used.
@@ -44,6 +45,7 @@ class How:
     optimizer_state: Literal["transport", "reset"] = "transport"
     max_regression: NotNegative | None = None
     check_monitor: Name = "val/loss"
+    check_mode: Literal["min", "max"] = "min"
 
 
 @validated("schedule.stages")

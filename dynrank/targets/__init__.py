@@ -1,7 +1,7 @@
 """To what rank: what is known of each layer, and pure functions of it that give its next rank."""
 
 from dynrank.targets.base import UNBOUNDED, LayerState, Target
-from dynrank.targets.budget import Budget
+from dynrank.targets.budget import Budget, Smallest
 from dynrank.targets.grow import Exactly, GrowBy, GrowTo
 from dynrank.targets.shrink import EffectiveRank, Energy, Factor, FinalRanks, NumericalRank, Rank, Towards
 
@@ -18,6 +18,7 @@ __all__ = [
     "LayerState",
     "NumericalRank",
     "Rank",
+    "Smallest",
     "Target",
     "Towards",
 ]

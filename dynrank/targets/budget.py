@@ -1,4 +1,4 @@
-"""One pool of parameters for all layers, shared out so that what is kept is worth much."""
+"""Targets that weigh the directions of all layers against each other, and keep those that are worth most."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import ByteSize, Field
 
-from dynrank.errors import ConfigurationError, Count, Share, validated
+from dynrank.errors import ConfigurationError, Count, NotNegative, Share, validated
 from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, up_to_multiple
 
 _SIZES = {  # of which a budget has one, and their configuration keys
@@ -20,14 +20,67 @@ _SIZES = {  # of which a budget has one, and their configuration keys
 }
 
 
-@validated("schedule.target")
-class Budget(Stepped):
-    """One pool of adapter parameters for all layers, shared out so that what is kept is worth much.
+@validated("schedule.target", kw_only=True)
+class Shared(Stepped):
+    """Ranks by what the directions of all layers are worth per parameter, not above ``highest``.
 
     A direction is worth what the loss loses with it where gates were watched, else its squared singular value, by which
-    comparing layers is a heuristic. Every layer starts from its lowest rank; then the step to a layer's next rank that
-    is worth most per parameter is taken again and again, as long as it fits. What is kept falls short of the best
-    possible by less than one step is worth, and not at all where all steps cost the same.
+    comparing layers is a heuristic.
+    """
+
+    highest: Count | None = None
+
+    needs = ("values",)
+
+    def __post_init__(self) -> None:
+        if self.highest is not None and self.least() > self.highest:
+            raise ConfigurationError(
+                f"highest must be at least {self.least()}, which is lowest = {self.lowest} as a multiple of "
+                f"{self.multiple}, got {self.highest}; set schedule.highest, schedule.lowest or schedule.multiple"
+            )
+
+    def lowest_ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
+        """The smallest ranks that there are to start from."""
+        return {name: self._choices(layer)[0] for name, layer in layers.items()}
+
+    def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
+        """(layer, its next rank) of every step up from the lowest ranks, what is worth most per parameter first."""
+        return [(name, rank) for _, name, rank in sorted(s for item in layers.items() for s in self._steps(*item))]
+
+    def reach(self, layer: LayerState) -> tuple[int, int]:
+        choices = self._choices(layer)
+        # a layer of fewer directions may stay at `highest`, be that a multiple or not, and the reach does not fall
+        return choices[0], max(choices[-1], layer.shrunk(layer.rank if self.highest is None else self.highest))
+
+    def _choices(self, layer: LayerState) -> list[int]:
+        """The ranks that a layer may get, ascending: multiples below the rank now, and staying as it is."""
+        low = max(self.lowest, layer.lowest)
+        top = min(layer.highest, layer.rank if self.highest is None else self.highest)
+        if layer.rank <= low or layer.lowest == layer.highest:  # a layer that has less than the least stays
+            return [layer.shrunk(layer.rank)]
+        below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
+        choices = [*below, layer.rank] if layer.rank <= top else below
+        return choices or [max(low, top)]  # a layer's own bounds come first
+
+    def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, str, int]]:
+        """Each step to a next rank: (minus its worth per parameter, name, that rank), to be sorted."""
+        assert layer.values is not None
+        worth = layer.values.double().square()
+        density = inf
+        for below, above in pairwise(self._choices(layer)):
+            size = (above - below) * layer.cost
+            density = min(density, fsum(worth[below:above].tolist()) / size)  # falls, whatever rounding says
+            if density > 0:
+                yield -density, name, above
+
+
+@validated("schedule.target")
+class Budget(Shared):
+    """One pool of adapter parameters for all layers, shared out so that what is kept is worth much.
+
+    Every layer starts from its lowest rank; then the step to a layer's next rank that is worth most per parameter is
+    taken again and again, as long as it fits. What is kept falls short of the best possible by less than one step is
+    worth, and not at all where all steps cost the same.
 
     Args:
         parameters: of all layers together after the change (pinned ones included); exactly one of the sizes is given.
@@ -54,32 +107,25 @@ class Budget(Stepped):
     rank: Count | None = Field(default=None, kw_only=True)
     left: Annotated[int, Field(ge=0)] = Field(default=0, kw_only=True)
     bytes: ByteSize | None = Field(default=None, kw_only=True)
-    highest: Count | None = Field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         if len(given) != 1:
             raise ConfigurationError(
                 f"a budget has one size: {', '.join(_SIZES)}, got {given or 'none'}; set one of "
                 f"{', '.join(_SIZES.values())}, and the others to null"
             )
-        if self.highest is not None and self.least() > self.highest:
-            raise ConfigurationError(
-                f"highest must be at least {self.least()}, which is lowest = {self.lowest} as a multiple of "
-                f"{self.multiple}, got {self.highest}; set schedule.highest, schedule.lowest or schedule.multiple"
-            )
-
-    needs = ("values",)
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        ranks = {name: self._choices(layer)[0] for name, layer in layers.items()}
+        ranks = self.lowest_ranks(layers)
         left, least = self.pool(layers), self.floor_parameters(layers)
         if self.share is None and left < least:
             raise ConfigurationError(f"a budget must be at least {least:,} parameters, the lowest ranks', got {left:,}")
         left -= least
-        steps = [step for name, layer in layers.items() for step in self._steps(name, layer)]
         ended = set()
-        for _, name, rank, size in sorted(steps):
+        for name, rank in self.order(layers):
+            size = (rank - ranks[name]) * layers[name].cost
             if size > left:
                 ended.add(name)
             elif name not in ended:
@@ -116,30 +162,19 @@ class Budget(Stepped):
 
     def floor_parameters(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters of the smallest ranks that the budget may be shared out to."""
-        return sum(self._choices(layer)[0] * layer.cost for layer in layers.values())
+        return sum(rank * layers[name].cost for name, rank in self.lowest_ranks(layers).items())
 
-    def reach(self, layer: LayerState) -> tuple[int, int]:
-        choices = self._choices(layer)
-        # a layer of fewer directions may stay at `highest`, be that a multiple or not, and the reach does not fall
-        return choices[0], max(choices[-1], layer.shrunk(layer.rank if self.highest is None else self.highest))
 
-    def _choices(self, layer: LayerState) -> list[int]:
-        """The ranks that a layer may get, ascending: multiples below the rank now, and staying as it is."""
-        low = max(self.lowest, layer.lowest)
-        top = min(layer.highest, layer.rank if self.highest is None else self.highest)
-        if layer.rank <= low or layer.lowest == layer.highest:  # a layer that has less than the least stays
-            return [layer.shrunk(layer.rank)]
-        below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
-        choices = [*below, layer.rank] if layer.rank <= top else below
-        return choices or [max(low, top)]  # a layer's own bounds come first
+@validated("schedule.target")
+class Smallest(Shared):
+    """The smallest adapter whose ``How.check_monitor`` is worse than before by no more than ``tolerance``, relatively.
 
-    def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, str, int, int]]:
-        """Each step to a next rank: (minus its worth per parameter, name, that rank, parameters), to be sorted."""
-        assert layer.values is not None
-        worth = layer.values.double().square()
-        density = inf
-        for below, above in pairwise(self._choices(layer)):
-            size = (above - below) * layer.cost
-            density = min(density, fsum(worth[below:above].tolist()) / size)  # falls, whatever rounding says
-            if density > 0:
-                yield -density, name, above, size
+    The driver takes steps of :meth:`order` up from :meth:`ranks`; how many are needed, it bisects by validations of
+    ``check_batches`` batches (None: all). The other arguments are those of :class:`Budget`.
+    """
+
+    tolerance: NotNegative = 0.01
+    check_batches: Count | None = Field(default=None, kw_only=True)
+
+    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
+        return self.lowest_ranks(layers)

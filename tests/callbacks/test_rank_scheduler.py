@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 import dynrank
 from dynrank.callbacks import RankScheduler, StepSeed
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, after_convergence, squeeze_at_end
+from dynrank.schedules import How, Stage, after_convergence, auto, squeeze_at_end
 from dynrank.targets import Rank
 from dynrank.triggers import At, Plateau
 
@@ -86,6 +86,8 @@ SCHEDULES = {
     "loss, accumulating": (lambda: plateau(metric="gates", window=4, rewarmup_steps=4), ACCUMULATING),
     # checkpoints between the validation that decides and the change that it is compared with
     "checked at a plateau": (lambda: plateau(max_regression=0.05), {}),
+    # trials on a part of the validation data in the middle, and after the last step
+    "auto": (lambda: RankScheduler(auto(0.05, at=0.5, check_batches=1), How(metric="gates", window=4)), {}),
 }
 
 

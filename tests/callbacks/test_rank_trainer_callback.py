@@ -22,7 +22,7 @@ from transformers import (
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage
+from dynrank.schedules import How, Stage, auto
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At, Plateau
 
@@ -190,6 +190,22 @@ def test_change_that_costs_too_much_is_undone(tmp_path):
     made.train()
     assert schedule.history[0].undone
     assert schedule.history[0].reason.startswith("undone: eval_loss")
+
+
+def test_auto_tries_cuts_by_the_evaluation_that_the_callback_was_given(tmp_path):
+    def directions():
+        return sum(layer.rank for _, layer in dynrank.lora_layers(model))
+
+    model = own()
+    enough = directions() // 4 + 5  # every layer keeps one of its four
+    schedule = RankTrainerCallback(
+        auto(0.1, at=0.5),
+        How(check_monitor="eval_loss"),
+        evaluate=lambda: {"eval_loss": 1.0 + (directions() < enough)},
+    )
+    trainer(tmp_path, model, schedule).train()
+    assert directions() == enough
+    assert [event.undone for event in schedule.history] == [False, True]
 
 
 def test_classifier_in_bfloat16_autocast_with_checkpointed_activations(tmp_path):

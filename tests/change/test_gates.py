@@ -84,6 +84,9 @@ def test_gradients_are_those_of_real_gates_in_each_example(kind):
     (gradient, root) = (part["0"] for part in estimate(gates))
     assert_close(gradient, expected.sum(0), rtol=1e-4, atol=1e-6)  # the passes are float32
     assert_close(root.mT @ root, 5 * expected.mT @ expected, rtol=1e-4, atol=1e-6)
+    gates.caution = 2.0  # standard errors of a sum of independent examples
+    errors = expected.square().sum(0).sqrt()
+    assert_close(torch.from_numpy(gates._estimate()._margin), 2 * errors, rtol=1e-4, atol=1e-6)
 
 
 def deep(seed=0, tokens=True):

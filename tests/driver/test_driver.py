@@ -10,7 +10,7 @@ import dynrank
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, after_convergence
+from dynrank.schedules import How, Stage, after_convergence, auto
 from dynrank.targets import Budget, Energy, Factor, GrowTo, Rank
 from dynrank.triggers import At, Plateau, Run, SubspaceStable, TailEnergy
 
@@ -88,6 +88,7 @@ SCHEDULES = {
     "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5, how=How(**GATES))],
     "grown, dropped": lambda: [at(4, Rank(3)), at(10, GrowTo(6)), at(15, Rank(2))],
     "settled": lambda: [Stage(SubspaceStable(rank=2, overlap=0.5, every=3), Energy(0.9))],
+    "auto": lambda: auto(0.05, at=0.5),
     "undone": lambda: [at(9, Rank(1), max_regression=0.02)],
     "function": lambda: lambda step: 6 if step < 7 else 4 if step < 14 else 5,
     "function, gates": lambda: lambda step: max(2, 6 - max(0, step - 2) // 2),  # each in the window of the next
@@ -97,7 +98,7 @@ SCHEDULES = {
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
     def made():
-        return RankDriver(SCHEDULES[name](), How(**GATES) if name == "function, gates" else None)
+        return RankDriver(SCHEDULES[name](), How(**GATES) if name in ("function, gates", "auto") else None)
 
     whole = made()
     expected = drive(whole, folder=tmp_path).model.state_dict()

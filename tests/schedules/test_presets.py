@@ -10,6 +10,7 @@ from dynrank.schedules import (
     Stage,
     after_convergence,
     anneal,
+    auto,
     budget,
     check_schedule,
     early_budget,
@@ -24,7 +25,7 @@ from dynrank.schedules import (
     squeeze_then_tune,
     stages,
 )
-from dynrank.targets import Budget, Energy, Factor, FinalRanks, LayerState, Rank
+from dynrank.targets import Budget, Energy, Factor, FinalRanks, LayerState, Rank, Smallest
 from dynrank.triggers import At, Gap, Plateau, Run, Slope
 
 RUN = Run(total_steps=100, steps_per_epoch=20)
@@ -66,6 +67,10 @@ def test_presets_hand_their_values_to_the_stage():
     assert (stage.when, stage.deadline) == (Plateau(), None)
     (stage,) = early_budget(4, at=0.25, lowest=2)
     assert (stage.when, stage.to) == (At(fraction=0.25), Budget(rank=4, lowest=2))
+    options = {"check_batches": 3, "lowest": 2, "highest": 8, "multiple": 2}
+    assert [(s.when, s.to) for s in auto(0.1, at=0.25, **options)] == [
+        (At(fraction=share), Smallest(0.1, **options)) for share in (0.25, 1.0)
+    ]
     assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)  # a final rank is the default of the other sizes
     assert [s.to for s in after_convergence(4, shared=True, drops=2)] == [Budget(rank=4, left=1), Budget(rank=4)]
     assert [s.to for s in milestones([8, 4], [0.1, 0.2], shared=True)] == [Budget(rank=8), Budget(rank=4)]
@@ -109,6 +114,7 @@ def test_stages_are_taken_as_they_are_and_named_by_their_place():
         (lambda: budget(), "parameters; schedule.share; schedule.final_rank; schedule.bytes"),
         (lambda: early_budget(share=0.5, parameters=7), "parameters"),
         (lambda: early_budget(bytes="8 apples"), "bytes"),
+        (lambda: auto(-0.1), "tolerance"),
         (lambda: anneal(4, shape="cosine", shared=True), "shape"),
         (lambda: budget(0.5, highest=2, lowest=3), "highest"),
         (lambda: stages([Rank(4)]), "stages[0]"),

@@ -220,7 +220,7 @@ def test_preset_follows_its_trajectory(preset_run, name):
 
 def test_every_preset_has_a_run():
     presets = {entry.name.removesuffix(".yaml") for entry in (files(CONFIG_MODULE) / "schedule").iterdir()}
-    covered = {name.split(",")[0] for name in RUNS} | {"energy", "budget", "early_budget"}
+    covered = {name.split(",")[0] for name in RUNS} | {"auto", "energy", "budget", "early_budget"}
     assert presets - {"how", "trigger", "target"} == covered
     for group in ("trigger", "target"):
         options = {e.name.removesuffix(".yaml") for e in (files(CONFIG_MODULE) / "schedule" / group).iterdir()}
@@ -279,6 +279,13 @@ def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
     spent = sum(layer.rank * cost[name] for name, layer in layers.items())
     assert pool - min(cost.values()) < spent <= pool
     assert len({layer.rank for layer in layers.values()}) > 1
+
+
+def test_auto_cuts_a_third_of_the_way_and_after_the_last_step(preset_run):
+    scheduler, module, _ = preset_run("schedule=auto", "schedule.tolerance=0.05")
+    assert [event.step for event in scheduler.history] in ([14], [14, 40])  # nothing is left to cut, or something
+    assert "of 64 directions" in scheduler.history[0].reason
+    assert sum(layer.rank for _, layer in dynrank.lora_layers(module)) < 64
 
 
 def test_function_of_the_step_drives_the_ranks(regression):

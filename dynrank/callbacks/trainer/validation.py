@@ -11,29 +11,61 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dynrank.driver.training import Batches
+
 
 class _Metrics(Callback):
-    """Keeps what a validation logs."""
+    """Keeps what a validation logs, and of the metric ``monitor``, if it is a mean over batches, each one's part."""
+
+    def __init__(self, monitor: str = "") -> None:
+        self.monitor = monitor
+        self.batches: list[tuple[float, float]] = []
+        self._before = 0.0, 0.0  # what was summed up over the batches before, and their weight
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        results: Any = trainer._results
+        for result in results.values():
+            if result.meta.name == self.monitor and result.is_tensor and result.meta.is_mean_reduction:
+                total, weight = float(result.value), float(result.cumulated_batch_size)
+                more = weight - self._before[1]
+                if more > 0:
+                    self.batches.append(((total - self._before[0]) / more, more))
+                self._before = total, weight
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.logged = validation_metrics(trainer)
 
 
-def validate_beside(trainer: Trainer, *deaf: type[Callback]) -> dict[str, float]:
-    """Validate now, beside the run's own validations; return the metrics.
+def validate_beside(
+    trainer: Trainer, *deaf: type[Callback], monitor: str = "", most: int | None = None, silent: bool = False
+) -> tuple[dict[str, float], Batches]:
+    """Validate now, beside the run's own validations; return the metrics, and each batch's part in ``monitor``.
 
     Args:
         trainer: between two batches of ``fit``.
         *deaf: classes of callbacks that hear nothing of it.
+        monitor: a metric; it has parts if it is a mean over batches.
+        most: batches of each data loader to validate; None: all.
+        silent: whether neither loggers nor who reads the trainer's metrics later learn of it.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    metrics = _Metrics()
+    loop, connector, metrics = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector, _Metrics(monitor)
+    shown = {name: dict(getattr(connector, name)) for name in ("_callback_metrics", "_progress_bar_metrics")}
+    loop.setup_data()
+    limits = loop._max_batches
     trainer.callbacks = [*(c for c in callbacks if not isinstance(c, deaf)), metrics]  # type: ignore[attr-defined]
     try:
+        if silent:
+            connector.log_metrics = lambda *_, **__: None  # type: ignore[method-assign]
+        loop._max_batches = [limit if most is None else min(limit, most) for limit in limits]
         run_validation(trainer)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
-    return metrics.logged
+        loop._max_batches = limits
+        if silent:
+            vars(connector).pop("log_metrics", None)
+            vars(connector).update(shown)
+    return metrics.logged, metrics.batches
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:

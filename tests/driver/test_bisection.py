@@ -1,0 +1,187 @@
+"""How few directions are enough: against trying all numbers of them, and against an update whose rank is known."""
+
+from statistics import stdev
+
+import pytest
+import torch
+from torch import nn
+
+import dynrank
+from dynrank.driver.bisection import standard_error
+from dynrank.driver.driver import RankDriver
+from dynrank.driver.training import Training
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage, auto
+from dynrank.targets import Smallest
+from dynrank.triggers import At, Run
+
+FULL = 8
+SPECTRA = {"0": [9.0, 4.0, 0.5], "1": [2.0]}  # singular values of the updates that are planted
+STILL = {"metric": "gates", "window": 2, "loss_terms": 1000}  # half of 200 x 10: a square is twice a log-likelihood
+
+
+class Planted(Training):
+    """Two layers whose updates of rank 3 and 1 are what the data need, in factors of rank 8; nothing moves any more."""
+
+    def __init__(self, spectra=SPECTRA, metric=None):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 10))
+        model = dynrank.add_lora(net, rank=FULL, alpha=FULL, target_modules=list(spectra))
+        for name, layer in dynrank.lora_layers(model):
+            values = torch.tensor(spectra[name])
+            left, right, mix = (
+                torch.linalg.qr(torch.randn(n, len(values))).Q for n in (*layer.lora_B.shape[:1], 12, FULL)
+            )
+            right = right if name == "0" else torch.linalg.qr(torch.randn(20, len(values))).Q
+            layer.lora_B.data.copy_(left * values @ mix.mT)
+            layer.lora_A.data.copy_(mix @ right.mT)
+        self.x = torch.randn(200, 12)
+        with torch.no_grad():
+            self.y = model(self.x) + torch.randn(200, 10)
+        super().__init__(model, [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
+        self.metric, self.validations = metric, 0
+
+    def loss(self):
+        return nn.functional.mse_loss(self.model(self.x), self.y)
+
+    @torch.no_grad()
+    def validate(self):
+        self.validations += 1
+        loss = self.loss().item()
+        return {"val/loss": loss if self.metric is None else self.metric(self.validations, loss)}
+
+    @property
+    def ranks(self):
+        return {name: layer.rank for name, layer in dynrank.lora_layers(self.model)}
+
+
+def drive(schedule, training=None, how=None, steps=4):
+    training, driver = training or Planted(), RankDriver(schedule, how or How(**STILL))
+    driver.start(training, Run(steps))
+    for _ in range(steps):
+        driver.advance(training)
+        training.loss().backward()
+        training.optimizers[0].step()
+        training.step += 1
+        driver.end_step(training)
+        training.optimizers[0].zero_grad()
+    driver.finish(training)
+    return training, driver.history
+
+
+def dense_losses(training):
+    """The loss of every number of directions, the largest squares per parameter kept first, by dense float64."""
+    layers = dict(dynrank.lora_layers(training.model))
+    parts = {
+        name: torch.linalg.svd(la.delta_weight().detach().double(), full_matrices=False) for name, la in layers.items()
+    }
+    worth = [
+        (float(parts[name].S[i]) ** 2 / (layer.lora_B.shape[0] + layer.lora_A.shape[1]), name, i)
+        for name, layer in layers.items()
+        for i in range(1, FULL)
+    ]
+    kept = {name: 1 for name in layers}
+    for _, name, _ in [(0, None, 0), *sorted(worth, reverse=True)]:
+        if name is not None:
+            kept[name] += 1
+        x = training.x.double()
+        for (key, layer), (u, s, vh) in zip(layers.items(), parts.values(), strict=True):
+            update = u[:, : kept[key]] * s[: kept[key]] @ vh[: kept[key]]
+            x = x @ (layer.base.weight.double() + update).mT + layer.base.bias.double()
+        yield dict(kept), float((x - training.y).square().mean())
+
+
+@pytest.mark.parametrize("tolerance", [0.001, 0.1, 0.6, 1e9])
+def test_cut_is_the_smallest_that_trying_all_numbers_finds(tolerance):
+    fresh = Planted()
+    most = fresh.validate()["val/loss"] * (1 + tolerance)
+    expected = next(ranks for ranks, loss in dense_losses(fresh) if loss <= most)
+    training, _ = drive(auto(tolerance, at=0.5), how=How())
+    assert training.ranks == expected
+    assert training.validate()["val/loss"] <= most * (1 + 1e-6)
+
+
+def test_gates_keep_the_directions_that_are_planted_in_few_trials():
+    training, (made, refused) = drive(auto(0.005, at=0.5))
+    assert training.ranks == {name: len(values) for name, values in SPECTRA.items()}
+    assert (made.step, refused.step, refused.undone) == (2, 4, True)
+    assert made.reason.startswith("fraction 0.5: 4 of 16 directions, 0.00 → 0.00 MB, val/loss ")
+    assert refused.reason.startswith("undone: 3 of 4 directions")
+    assert training.validations <= 1 + 4 + 1 + 2  # the uncut model and log2 of 15 numbers, then of 3
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [lambda number, loss: loss if number == 1 else float("nan"), lambda number, loss: float("inf"), None],
+    ids=["cuts diverge", "all diverge", "all are needed"],
+)
+def test_ranks_stay_where_nothing_can_be_spared_and_the_history_says_so(metric):
+    full = {name: [3.0] * FULL for name in SPECTRA}
+    training = Planted(full, metric)
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    _, history = drive(Stage(At(step=3), Smallest(0.01)), training)
+    assert [(event.undone, [la.rank_before - la.rank_after for la in event.layers]) for event in history] == [
+        (True, [1])
+    ]
+    assert history[0].reason.startswith("undone: 15 of 16 directions")
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_larger_is_better_where_the_mode_says_so():
+    def explained(_, loss):
+        return 10 - loss
+
+    for mode, ranks in (("max", {"0": 3, "1": 1}), ("min", {"0": 1, "1": 1})):  # by "min" a lost share is a gain
+        training, _ = drive(auto(0.0005, at=0.5), Planted(metric=explained), How(**STILL, check_mode=mode))
+        assert training.ranks == ranks
+
+
+def test_interrupt_within_the_search_leaves_the_uncut_model_from_which_it_is_made_again():
+    def interrupt(number, loss):
+        if number == 4:
+            raise KeyboardInterrupt
+        return loss
+
+    training = Planted(metric=interrupt)
+    before = {name: value.clone() for name, value in training.model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        drive(auto(0.005, at=0.5), training)
+    for name, value in training.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+class InBatches(Planted):
+    def validate_batches(self, monitor, most):
+        with torch.no_grad():
+            losses = (self.model(self.x) - self.y).square().mean(1).split(40)[:most]
+        means = [float(part.mean()) for part in losses]
+        return {monitor: sum(means) / len(means)}, [(mean, 1.0) for mean in means]
+
+
+def test_tolerance_below_the_noise_is_warned_of():
+    words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*schedule\.check_batches"
+    with pytest.warns(UserWarning, match=words):
+        drive(Stage(At(step=3), Smallest(1e-6, check_batches=3)), InBatches({"0": [9.0] * 8, "1": [2.0] * 8}))
+    drive(Stage(At(step=3), Smallest(0.05)), InBatches())  # no warning, which would be an error here
+
+
+def test_standard_error_is_that_of_paired_differences():
+    before, after = [1.0, 2.0, 4.0, 8.0], [1.5, 2.1, 4.2, 8.0]
+    differences = [b - a for a, b in zip(before, after, strict=True)]
+    pairs = ([(value, 3.0) for value in values] for values in (before, after))
+    assert standard_error(*pairs) == pytest.approx(stdev(differences) / 2)
+    assert standard_error([(1.0, 1.0)], [(2.0, 1.0)]) is standard_error([], []) is None
+
+
+@pytest.mark.parametrize(
+    ("schedule", "how", "message"),
+    [
+        (auto(0.1), How(max_regression=0.1), r"set schedule\.max_regression=null"),
+        (auto(0.1, check_batches=3), How(), r"check_batches=3 .*None, or define validate_batches\(\)"),
+    ],
+    ids=["two checks", "no parts"],
+)
+def test_what_cannot_be_searched_is_refused_before_the_first_step(schedule, how, message):
+    with pytest.raises(ConfigurationError, match=message):
+        RankDriver(schedule, how).start(Planted(), Run(9))
