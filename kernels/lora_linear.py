@@ -5,7 +5,6 @@ Shape suffixes: M = tokens, I = d_in, O = d_out, R = rank (of one layer, or of a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -15,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dynrank.kernels.backends import products_of
+from dynrank.kernels.dropout import draw_seed
 
-__all__ = ["Operands", "SharedInput", "Tap", "fused", "lora_linear", "lora_linear_reference"]
+__all__ = ["Operands", "SharedInput", "Tap", "lora_linear", "lora_linear_reference"]
 
 Tap = Callable[[Tensor, Tensor], None]
 
@@ -85,12 +85,11 @@ def lora_linear(
         x: (..., I), any dtype that torch multiplies.
         weight: (O, I), the dtype of x, or a function that returns it (in any dtype); gets no gradient.
         bias: (O,) or None, the dtype of x; gets no gradient.
-        lora_A: (R, I), any dtype. Where it is wider than x's, the products with A and the gradients of A and B are made
-            in it (by Triton's kernels in x's dtype with sums in float32).
+        lora_A: (R, I), any dtype. Where it is wider than x's, the gradients of A and B are summed in it.
         lora_B: (O, R), the dtype of lora_A.
         scaling: factor of the update.
         dropout: probability of zeroing an element of the update's input, in [0, 1].
-        seed: of the mask, see :func:`dynrank.kernels.dropout.draw_seed`; needed where ``dropout`` is above 0.
+        seed: of the mask, 0-d int64, see :func:`dynrank.kernels.dropout.draw_seed`; drawn anew when None.
         backend: who makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
         tap: called in backward with ``z = drop(x) A^T`` and the gradient at z, both (..., R).
 
@@ -98,25 +97,12 @@ def lora_linear(
         (..., O), the dtype of x (of autocast, under it).
 
     Raises:
-        ValueError: if a dtype or a shape does not fit, or the seed is missing or no 0-d int64 tensor beside x; as a
-            ConfigurationError, if the backend cannot serve x.
+        ValueError: if a dtype or a shape does not fit, or the dropout cannot be drawn; as a ConfigurationError, if the
+            backend cannot serve x.
     """
     layer = Operands(weight, bias, lora_A, lora_B, scaling, tap)
     _check(x, layer, dropout, seed)
-    return fused(x, layer, dropout, seed, backend=backend)
-
-
-def fused(
-    x: Tensor, layer: Operands, dropout: float = 0.0, seed: Tensor | None = None, *, backend: str = "auto"
-) -> Tensor:
-    """:func:`lora_linear` for operands that are known to fit: shapes, ``dropout`` and ``seed`` are not checked."""
-    x, layers = _in_working_dtypes(x, (layer,))
-    seed = seed if dropout else None
-    if torch.compiler.is_compiling() and isinstance(layer.weight, Tensor):
-        return _compiled(x, layers[0], dropout, seed, backend)
-    how = How(dropout, seed, products_of(backend, x, layer.lora_A.shape[0]))
-    y: Tensor = _Node.apply(x, None, layers, how, layers[0].lora_A, layers[0].lora_B)[0]  # type: ignore[no-untyped-call]
-    return y
+    return SharedInput(x, (layer,), dropout, seed, backend=backend).output(0)
 
 
 class SharedInput:
@@ -127,13 +113,14 @@ class SharedInput:
     product, and dx one buffer to which each frozen product is added in place. x is saved once.
 
     The outputs share a node of the autograd graph: a second backward, through another of them, needs
-    ``retain_graph=True``.
+    ``retain_graph=True``. Operands have to fit, as :func:`lora_linear` checks; here it is not checked again.
 
     Args:
         x: (..., I).
-        layers: with factors of one dtype that need gradients alike; ranks and d_out may differ.
+        layers: with factors of one dtype that need gradients alike; ranks and d_out may differ. A single layer is a
+            list of one.
         dropout: as in :func:`lora_linear`; there is one mask for all layers.
-        seed: of the mask; None for no dropout.
+        seed: of the mask; drawn anew when None.
         backend: as in :func:`lora_linear`; it has to serve the ranks' sum.
     """
 
@@ -146,20 +133,37 @@ class SharedInput:
         *,
         backend: str = "auto",
     ) -> None:
-        x, self._layers = _in_working_dtypes(x, layers)
-        self._how = How(dropout, seed, products_of(backend, x, sum(layer.lora_A.shape[0] for layer in layers)))
-        with torch.no_grad():
-            self._x_MI = _rows(x)
-            self._s_MR = _down(self._x_MI, self._layers, self._how)
-        factors = [factor for layer in self._layers for factor in (layer.lora_A, layer.lora_B)]
-        self._ys = _Node.apply(x, self._s_MR, self._layers, self._how, *factors)  # type: ignore[no-untyped-call]
+        x, layers = _in_working_dtypes(x, layers)
+        products = products_of(backend, x, sum([layer.lora_A.shape[0] for layer in layers]))
+        if not dropout:
+            seed = None
+        elif seed is None:
+            seed = draw_seed(products.seed_place(x))
+        self._x, self._layers, self._how = x, layers, How(dropout, seed, products)
+        if torch.compiler.is_compiling():
+            self._ys = _compiled(x, layers[0], self._how, backend)
+        elif torch.is_grad_enabled():
+            factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
+            self._ys = _Node.apply(self, x, *factors)  # type: ignore[no-untyped-call]
+        else:
+            self._ys = self._open()
+
+    def _open(self) -> tuple[Tensor, ...]:
+        """Make s, and the layers' outputs: of a single layer complete, of several with their shapes only."""
+        x_MI = _rows(self._x)
+        self.s_MR = _down(x_MI, self._layers, self._how)
+        ys = tuple([x_MI.new_empty(*self._x.shape[:-1], layer.lora_B.shape[0]) for layer in self._layers])
+        if len(ys) == 1:
+            _up(ys[0], x_MI, self.s_MR, self._layers[0], self._how)
+        return ys
 
     def output(self, index: int) -> Tensor:
         """The output of a layer, (..., O), to be asked for once."""
         y: Tensor = self._ys[index]
-        with torch.no_grad():
-            s_MR = _split(self._s_MR, self._layers, 1)[index]
-            _up(y, self._x_MI, s_MR, self._layers[index], self._how)
+        if len(self._layers) > 1:
+            with torch.no_grad():
+                s_MR = _split(self.s_MR, self._layers, 1)[index]
+                _up(y, _rows(self._x), s_MR, self._layers[index], self._how)
         return y
 
 
@@ -218,20 +222,14 @@ def _gradients(
 
 
 class _Node(torch.autograd.Function):
-    """The node of the autograd graph. Where s is given, outputs have their shapes only, for :func:`_up` to fill."""
+    """The node of the autograd graph for the outputs of a :class:`SharedInput`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, s_MR: Tensor | None, layers: Sequence[Operands], how: How, *factors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ys = tuple([x.new_empty(*x.shape[:-1], layer.lora_B.shape[0]) for layer in layers])
-        if s_MR is None:
-            x_MI = _rows(x)
-            s_MR = _down(x_MI, layers, how)
-            _up(ys[0], x_MI, s_MR, layers[0], how)
+    def forward(ctx: Any, shared: SharedInput, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        ys, layers, how = shared._open(), shared._layers, shared._how
         ctx.set_materialize_grads(False)  # no zeros for an output that is not used
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
-        ctx.save_for_backward(x, s_MR, how.seed, *factors, *weights)
+        ctx.save_for_backward(x, shared.s_MR, how.seed, *factors, *weights)
         ctx.layers, ctx.how = layers, how
         return ys
 
@@ -243,26 +241,26 @@ class _Node(torch.autograd.Function):
         uses = [(_rows(dy), s, layer) for dy, s, layer in parts if dy is not None]
         if not uses:
             return (None,) * len(ctx.needs_input_grad)
-        need_x, *_, need_A, need_B = ctx.needs_input_grad  # all layers' factors need them alike
+        _, need_x, need_A, need_B, *_ = ctx.needs_input_grad  # all layers' factors need them alike
         dx, pairs = _gradients(_rows(x), uses, ctx.how, (need_x, need_A, need_B))
         given = iter(pairs)
         factors = [grad for dy in dys for grad in ((None, None) if dy is None else next(given))]
-        return None if dx is None else dx.view(x.shape), None, None, None, *factors
+        return None, None if dx is None else dx.view(x.shape), *factors
 
 
-def _compiled(x: Tensor, layer: Operands, p: float, seed: Tensor | None, backend: str) -> Tensor:
+def _compiled(x: Tensor, layer: Operands, how: How, backend: str) -> tuple[Tensor, ...]:
     """The output by an op that torch.compile takes as it is; in eager mode a Function takes less of the host's time."""
     weight, bias, lora_A, lora_B, scaling, tap = layer
-    results: tuple[Tensor, Tensor] = _op(x, lora_A, lora_B, weight, bias, scaling, float(p), seed, backend)
+    weight = weight if isinstance(weight, Tensor) else weight()
+    results: tuple[Tensor, Tensor] = _op(x, lora_A, lora_B, weight, bias, scaling, float(how.p), how.seed, backend)
     y, s_MR = results
     if tap is not None and y.requires_grad:
         s_MR, lora_B = s_MR.detach(), lora_B.detach()
         y.register_hook(lambda dy: tap(s_MR, scaling * (_rows(dy).to(lora_B.dtype) @ lora_B)))  # type: ignore[no-untyped-call]
-    return y
+    return (y,)
 
 
-@torch.library.custom_op("dynrank::lora_linear", mutates_args=())
-def _op(
+def _forward(
     x: Tensor,
     lora_A: Tensor,
     lora_B: Tensor,
@@ -273,21 +271,14 @@ def _op(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    layer, how = Operands(weight, bias, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, len(lora_A)))
-    x_MI, y = _rows(x), x.new_empty(*x.shape[:-1], len(lora_B))
+    layer, how = Operands(weight, bias, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, lora_A.shape[0]))
+    x_MI, y = _rows(x), x.new_empty(*x.shape[:-1], lora_B.shape[0])
     s_MR = _down(x_MI, (layer,), how)
     _up(y, x_MI, s_MR, layer, how)
     return y, s_MR.contiguous()  # Triton's rows are wider; the compiler is told what they are below
 
 
-@_op.register_fake
-def _(x: Tensor, lora_A: Tensor, lora_B: Tensor, weight: Any, bias: Any, *rest: Any) -> tuple[Tensor, Tensor]:
-    s = x if rest[-1] == "triton" else lora_A
-    return x.new_empty(*x.shape[:-1], lora_B.shape[0]), s.new_empty(math.prod(x.shape[:-1]), lora_A.shape[0])
-
-
-@torch.library.custom_op("dynrank::lora_linear_backward", mutates_args=())
-def _backward_op(
+def _backward(
     dy: Tensor,
     x: Tensor,
     s_MR: Tensor,
@@ -300,18 +291,11 @@ def _backward_op(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer, how = Operands(weight, None, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, len(lora_A)))
+    layer, how = Operands(weight, None, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, lora_A.shape[0]))
     need_x, need_A, need_B = needs
     dx, [(d_A, d_B)] = _gradients(_rows(x), [(_rows(dy), s_MR, layer)], how, (need_x, need_A, need_B))
     dx = None if dx is None else dx.view(x.shape)
     dx, d_A, d_B = (dy.new_empty(0) if grad is None else grad for grad in (dx, d_A, d_B))  # an op cannot return None
-    return dx, d_A, d_B
-
-
-@_backward_op.register_fake
-def _(dy: Tensor, x: Tensor, s_MR: Any, lora_A: Tensor, lora_B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    operands = zip((x, lora_A, lora_B), rest[-1], strict=True)
-    dx, d_A, d_B = (operand.new_empty(operand.shape) if need else dy.new_empty(0) for operand, need in operands)
     return dx, d_A, d_B
 
 
@@ -321,14 +305,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(x, output[1], lora_A, lora_B, weight, seed)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     *operands, seed = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:3]]
     grads = _backward_op(dy, *operands, ctx.scaling, ctx.p, seed, ctx.backend, needs)
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
 
 
-_op.register_autograd(_backward, setup_context=_setup_context)
+# Shapes, dtypes and strides of the results are those by ATen without dropout.
+_op = torch.library.custom_op("dynrank::lora_linear", _forward, mutates_args=())
+_op.register_fake(lambda *given: _forward(*given[:6], 0.0, None, "torch"))  # type: ignore[call-arg]
+_op.register_autograd(_differentiate, setup_context=_setup_context)
+_backward_op = torch.library.custom_op("dynrank::lora_linear_backward", _backward, mutates_args=())
+_backward_op.register_fake(lambda *given: _backward(*given[:7], 0.0, None, "torch", given[-1]))  # type: ignore[call-arg]
 
 
 def _check(x: Tensor, layer: Operands, p: float, seed: Tensor | None) -> None:
@@ -347,9 +336,8 @@ def _check(x: Tensor, layer: Operands, p: float, seed: Tensor | None) -> None:
         raise ValueError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout must be in [0, 1], got {p}")
-    if p and (seed is None or seed.dtype != torch.int64 or seed.ndim or seed.device != x.device):
-        got = None if seed is None else (seed.dtype, [*seed.shape], str(seed.device))
-        raise ValueError(f"dropout needs a seed, a 0-d int64 tensor on {x.device} (draw_seed), got {got}")
+    if p and seed is not None and (seed.dtype != torch.int64 or seed.ndim):
+        raise ValueError(f"seed must be a 0-d int64 tensor (draw_seed), got {seed.dtype}, {[*seed.shape]}")
 
 
 def _in_working_dtypes(x: Tensor, layers: Sequence[Operands]) -> tuple[Tensor, Sequence[Operands]]:

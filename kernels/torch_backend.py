@@ -1,8 +1,9 @@
 """The rank-sized products of a LoRA layer, and its dropout, through ATen: on any device that torch has.
 
-Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank. Factors are in x's dtype, or in a wider one that
-the products are then made in; x itself is never kept in it. Triton's kernels are behind the same functions, in
-:mod:`dynrank.kernels.triton_launch`.
+Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank. Factors are in x's dtype, or in a wider one. On a
+CPU the products are then made in the wider one (x itself is never kept in it); on other devices in x's, by matrix
+instructions that sum in float32, and the gradients of the factors are these sums. Triton's kernels are behind the same
+functions, in :mod:`dynrank.kernels.triton_launch`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynrank.kernels.dropout import keep_mask, keep_rate, masked
+from dynrank.kernels.dropout import keep_rate, masked, random_mask
 
-__all__ = ["NO_DROPOUT", "Dropout", "dropout", "expand", "grad_A", "grad_S_and_B", "shrink"]
+__all__ = ["NO_DROPOUT", "Dropout", "dropout", "expand", "grad_A", "grad_S_and_B", "seed_place", "shrink"]
 
 
 class Dropout(NamedTuple):
-    """What x is multiplied by."""
+    """What x is multiplied by: a mask, see :func:`random_mask`, None for all ones; and 1 / keep rate."""
 
-    mask: Tensor | None  # (M, I), see masked(); None keeps everything
-    rescale: float  # 1 / keep rate
+    mask: Tensor | None
+    rescale: float
 
 
 NO_DROPOUT = Dropout(None, 1.0)
+
+
+def seed_place(x: Tensor) -> torch.device:
+    """Where the seed of a mask for ``x`` has to be: the host reads it, and would wait for a GPU."""
+    return torch.device("cpu")
 
 
 def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
@@ -32,13 +38,14 @@ def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
     if seed is None:
         return NO_DROPOUT
     keep = keep_rate(p)
-    return Dropout(keep_mask(x_MI.shape[0], x_MI.shape[1], p, seed, x_MI.itemsize), 1 / keep if keep else 0.0)
+    return Dropout(random_mask(x_MI, p, seed), 1 / keep if keep else 0.0)
 
 
 def shrink(x_MI: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
-    """``drop(x) A^T``, (M, R) in the factor's dtype."""
+    """``drop(x) A^T``, (M, R)."""
     x_MI = x_MI if dropout.mask is None else masked(x_MI, dropout.mask)
-    return _product(_in(lora_A.dtype, x_MI), lora_A.mT, dropout.rescale)
+    dtype = lora_A.dtype if _widens(x_MI) else x_MI.dtype
+    return _product(_in(dtype, x_MI), _in(dtype, lora_A).mT, dropout.rescale, dtype)
 
 
 def expand(
@@ -51,37 +58,44 @@ def expand(
     out: Tensor | None = None,
 ) -> Tensor:
     """``drop(scale * s factor) + bias``, (M, N) in ``dtype``, written into ``out`` if there is one."""
-    s_MR, factor_RN = _in(dtype, s_MR), _in(dtype, factor_RN)
+    s_MR, factor_RN, scale = _in(dtype, s_MR), _in(dtype, factor_RN), scale * dropout.rescale
     if bias_N is None:
-        out = _product(s_MR, factor_RN, scale * dropout.rescale, out)
+        out = _product(s_MR, factor_RN, scale, dtype, out)
     else:
-        out = torch.addmm(bias_N, s_MR, factor_RN, alpha=scale * dropout.rescale, out=out)
+        out = torch.addmm(bias_N, s_MR, factor_RN, alpha=scale, out=out)
     return out if dropout.mask is None else masked(out, dropout.mask, in_place=True)
 
 
 def grad_S_and_B(
     dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``scaling * dy B``, (M, R), and ``scaling * dy^T s``, (O, R), as ``needs`` says, in the factor's dtype."""
+    """``scaling * dy B``, (M, R) as s is, and ``scaling * dy^T s``, (O, R) as B is, where ``needs`` says so."""
     need_S, need_B = needs
-    dy_MO = _in(lora_B.dtype, dy_MO)
-    ds_MR = _product(dy_MO, lora_B, scaling) if need_S else None
-    # (S^T dY)^T keeps the long dimension contiguous: several times faster on CPU than dY^T S
-    d_B = _product(s_MR.mT, dy_MO, scaling).mT.contiguous() if need_B else None
+    dy_MO, d_B = _in(s_MR.dtype, dy_MO), None
+    ds_MR = _product(dy_MO, _in(s_MR.dtype, lora_B), scaling, s_MR.dtype) if need_S else None
+    if need_B:  # as (S^T dY)^T, which keeps the long dimension contiguous: several times faster on CPU than dY^T S
+        d_B = _product(s_MR.mT, dy_MO, scaling, lora_B.dtype).mT.contiguous()
     return ds_MR, d_B
 
 
 def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout) -> Tensor:
-    """``ds^T drop(x)``, (R, I) in ``dtype``, which is that of ``ds_MR``."""
+    """``ds^T drop(x)``, (R, I) in ``dtype``."""
     x_MI = x_MI if dropout.mask is None else masked(x_MI, dropout.mask)
-    return _product(ds_MR.mT, _in(dtype, x_MI), dropout.rescale)
+    return _product(ds_MR.mT, _in(ds_MR.dtype, x_MI), dropout.rescale, dtype)
 
 
-def _product(left: Tensor, right: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
-    if scale == 1 and out is None:
-        return torch.mm(left, right)
-    out = left.new_empty(left.shape[0], right.shape[1]) if out is None else out
-    return out.addmm_(left, right, beta=0, alpha=scale)
+def _product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """``scale * left right``, summed and stored in ``dtype``; one that is not theirs is for GPUs alone."""
+    dtypes = () if left.dtype == dtype else (dtype,)
+    if scale == 1:
+        return torch.mm(left, right, *dtypes, out=out)
+    unread = left.new_empty(1, dtype=dtype)  # as beta = 0: one call that scales, and no empty result
+    return torch.addmm(unread, left, right, *dtypes, beta=0, alpha=scale, out=out)
+
+
+def _widens(x: Tensor) -> bool:
+    """Whether products of ``x`` and a wider factor are made in the factor's dtype: no others of a CPU sum in it."""
+    return x.device.type == "cpu"
 
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:

@@ -21,7 +21,18 @@ from torch import Tensor
 
 from dynrank.kernels.tile_table import BUCKETS, PER_MULTIPROCESSOR, ROWS, WARPS, rank_bucket, tile
 
-__all__ = ["NO_DROPOUT", "Dropout", "dropout", "empty_S", "expand", "grad_A", "grad_S_and_B", "serves", "shrink"]
+__all__ = [
+    "NO_DROPOUT",
+    "Dropout",
+    "dropout",
+    "empty_S",
+    "expand",
+    "grad_A",
+    "grad_S_and_B",
+    "seed_place",
+    "serves",
+    "shrink",
+]
 
 _DTYPES = (torch.bfloat16, torch.float16)
 # Launched with every kernel; said aloud, because Triton warns that the default of enable_fp_fusion will change.
@@ -54,6 +65,11 @@ class Dropout(NamedTuple):
 
 
 NO_DROPOUT = Dropout(None, 65536, 1.0)
+
+
+def seed_place(x: Tensor) -> torch.device:
+    """Where the seed of a mask for ``x`` has to be: the kernels read it."""
+    return x.device
 
 
 def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:

@@ -58,12 +58,12 @@ class AdapterChange:
             options = {"scaling": stored.scaling, "dropout": adapter.config.lora_dropout or 0.0, "dtype": dtype}
             self._layers[name] = make_layer(base, rank=stored.rank, factors=(lora_A, lora_B), **options)
 
-    def put(self, *, keep_base: bool, group: bool | None = None) -> None:
+    def put(self, *, keep_base: bool, group: bool | None) -> None:
         """Put the layers and heads into the model, and take out those of the adapter before.
 
         Args:
             keep_base: keep the base's own values of a head that is overwritten, so that it can get them back.
-            group: as for :func:`dynrank.layers.placing.place_layers`.
+            group: as for :func:`dynrank.add_lora`.
         """
         place_layers(self._model, self._layers, group=group)
         overwritten = {self._places[name] for name in self._heads}

@@ -20,7 +20,9 @@ __all__ = ["load_adapter", "swap_adapter"]
 M = TypeVar("M", bound=nn.Module)
 
 
-def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32, group: bool = False) -> M:
+def load_adapter(
+    model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32, group: bool | None = None
+) -> M:
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
     Ranks and scaling come from the settings by PEFT's rules. Everything is checked before the model is touched.
@@ -85,5 +87,5 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
             raise RuntimeError(f"{name!r} is merged; call unmerge() before swapping adapters")
     change = AdapterChange(model, adapter if isinstance(adapter, Adapter) else read_adapter(adapter), dtype)
     with call_lock_of(model).closed():
-        change.put(keep_base=True)
+        change.put(keep_base=True, group=vars(model).get("_groups_layers"))
     return model

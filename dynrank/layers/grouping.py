@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrank.kernels.dropout import draw_seed
 from dynrank.kernels.lora_linear import SharedInput
 from dynrank.kernels.triton_launch import serves
 from dynrank.layers.kinds import LoRAConv1D, LoRALinear
@@ -29,7 +28,7 @@ SETS = (  # names, within one parent, of layers that models call on one x
 )
 
 
-def group_layers(model: nn.Module) -> None:
+def group_layers(model: nn.Module, always: bool) -> None:
     """Let the linear layers of ``model`` that have the names of one of ``SETS`` in one module share their x.
 
     The first of them that the module's forward calls on an x opens a pass for all that could follow; those that are
@@ -40,6 +39,8 @@ def group_layers(model: nn.Module) -> None:
     graph is compiled (whose tensors have no version); in plain inference, which has nothing to gain; where a tensor is
     more than a plain one (sharded, packed, fake); and where Triton would serve its rank but not the ranks' sum.
 
+    Unless ``always``, they do so where it pays: on a GPU, and where there is dropout.
+
     As the layers share a node of the autograd graph, a backward through the output of one and then another through that
     of another needs ``retain_graph=True``. Layers must not get other values while their parent's forward runs.
     """
@@ -49,7 +50,7 @@ def group_layers(model: nn.Module) -> None:
             layers = [child for child in children if type(child) in (LoRALinear, LoRAConv1D)]
             if len(layers) > 1:
                 for layer in layers:
-                    layer.shared_output = partial(_shared_output, names)
+                    layer.shared_output = partial(_shared_output, names, always)
                 if _enter not in parent._forward_pre_hooks.values():
                     parent.register_forward_pre_hook(_enter)
                     parent.register_forward_hook(_leave, always_call=True)
@@ -59,11 +60,9 @@ class _Pass:
     """A pass over x, and which of its outputs have still to be taken."""
 
     def __init__(self, x: Tensor, layers: list[LoRALinear]) -> None:
-        p, backend = layers[0].drop_rate, layers[0].backend
-        self._x, self._state, self._waiting = x, _state(x), [*layers]
-        self._layers = layers
-        seed = draw_seed(x.device) if p else None
-        self._shared = SharedInput(x, [layer.operands() for layer in layers], p, seed, backend=backend)
+        self._x, self._state, self._waiting, self._layers = x, _state(x), [*layers], layers
+        operands, p, backend = [layer.operands() for layer in layers], layers[0].drop_rate, layers[0].backend
+        self._shared = SharedInput(x, operands, p, backend=backend)
 
     def has(self, layer: LoRALinear, x: Tensor) -> bool:
         return self._x is x and self._state == _state(x) and layer in self._waiting
@@ -94,8 +93,10 @@ def _leave(*_: Any) -> None:
         _within.parent = _within.open_pass = None
 
 
-def _shared_output(names: tuple[str, ...], layer: LoRALinear, x: Tensor) -> Tensor | None:
+def _shared_output(names: tuple[str, ...], always: bool, layer: LoRALinear, x: Tensor) -> Tensor | None:
     """The output of ``layer`` from a pass that it shares with its siblings; None if it is to compute alone."""
+    if not (always or x.is_cuda or layer.drop_rate):
+        return None
     if torch.compiler.is_compiling() or _within.parent is None or _within.context != _context():
         return None
     if not (layer.training or torch.is_grad_enabled()) or type(x) not in _PLAIN or x.is_inference():

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels.dropout import draw_seed
-from dynrank.kernels.lora_linear import Operands, fused
+from dynrank.kernels.lora_linear import Operands, SharedInput
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
 
@@ -45,9 +44,7 @@ class LoRALinear(LoRALayer):
         shared = None if self.shared_output is None else self.shared_output(self, x)
         if shared is not None:
             return shared
-        p = self.drop_rate
-        seed = draw_seed(x.device) if p else None
-        return fused(x, self.operands(), p, seed, backend=self.backend)
+        return SharedInput(x, (self.operands(),), self.drop_rate, backend=self.backend).output(0)
 
 
 class LoRAConv1D(LoRALinear):

@@ -39,7 +39,7 @@ def add_lora(
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
     capacity: int | None = None,
-    group: bool = False,
+    group: bool | None = None,
 ) -> M:
     """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; nothing is changed before all is checked.
 
@@ -58,7 +58,7 @@ def add_lora(
         capacity: highest rank that a layer may get. Where it is given, a model compiled by torch.compile serves every
             rank from 2 to it without being compiled again.
         group: layers that read one x (q, k, v; gate, up) share the pass over it, and dropout's mask; see
-            :func:`dynrank.layers.grouping.group_layers`. On CPU it pays where there is dropout.
+            :func:`dynrank.layers.grouping.group_layers`. None for where it pays: on a GPU, and where there is dropout.
 
     Returns:
         ``model`` itself.
@@ -133,7 +133,7 @@ def place_layers(
     """Freeze ``model``, put each layer where its base stands (everywhere, if shared), unfreeze ``modules_to_save``.
 
     LoRA layers that are in the model give way to the new layer of their base, or to the base itself. ``group`` is as in
-    :func:`add_lora`; None for what the model had last.
+    :func:`add_lora`.
     """
     model.requires_grad_(False)
     new, old = {id(layer.base): layer for layer in layers.values()}, own_layers(model).values()
@@ -142,10 +142,9 @@ def place_layers(
     replace_modules(model, replacements | {base: layer for base, layer in new.items() if base not in adapted})
     for layer in layers.values():
         layer.train(layer.base.training)
-    group = vars(model).get("_groups_layers", False) if group is None else group
     vars(model)["_groups_layers"] = group
-    if group:
-        group_layers(model)
+    if group is not False:
+        group_layers(model, always=group is True)
     for name in modules_to_save:
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:

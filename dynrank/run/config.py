@@ -34,7 +34,7 @@ class LoraConfig:
     rslora: bool = MISSING
     backend: str = MISSING
     capacity: int | None = MISSING
-    group: bool = MISSING
+    group: bool | None = MISSING
 
 
 @dataclass

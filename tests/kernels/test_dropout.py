@@ -1,48 +1,52 @@
-"""Dropout by a hashed counter: against numpy, and what chance allows."""
+"""Dropout by seeds: against numpy's generator, what chance allows, and whatever the shape and dtype."""
 
 import math
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from numpy.random import SFC64
 
-from dynrank.kernels.dropout import CPU_CHUNK, _bits_by_torch, draw_seed, keep_mask, keep_rate, masked
-
-
-def reference(rows, columns, p, seed):
-    """The hash in numpy's unsigned arithmetic."""
-    key, second_key = np.array([seed], dtype=np.int64).view(np.uint32)
-    words = np.arange((rows * columns + 1) // 2, dtype=np.uint32) ^ key
-    words = (words ^ words >> np.uint32(16)) * np.uint32(0x85EBCA6B) ^ second_key
-    words = (words ^ words >> np.uint32(13)) * np.uint32(0xC2B2AE35)
-    words ^= (words.view(np.int32) >> 16).view(np.uint32)  # with the sign
-    bits = words.view(np.uint16)[: rows * columns].reshape(rows, columns) & 0x7FFF
-    return bits < round((1 - p) * 2**15)
+from dynrank.kernels import dropout
+from dynrank.kernels.dropout import draw_seed, keep_rate, masked, random_mask
 
 
-@settings(deadline=None)
-@given(st.integers(0, 9), st.integers(1, 9), st.floats(0, 1), st.integers(-(2**63), 2**63 - 1))
-def test_mask_is_the_hash(rows, columns, p, seed):
-    mask = keep_mask(rows, columns, p, torch.tensor(seed))
-    assert mask.dtype == torch.int16
-    assert np.array_equal(mask.numpy(), -reference(rows, columns, p, seed).astype(np.int16))
-    # where numpy cannot write, torch computes the same
-    bits = _bits_by_torch((rows * columns + 1) // 2, torch.tensor(seed), round((1 - p) * 2**15))
-    assert torch.equal(bits[: rows * columns].view(rows, columns), mask)
+def kept(p, seed, *shape, dtype=torch.float32):
+    """Where an element of ones is kept, as bool."""
+    ones = torch.ones(shape, dtype=dtype)
+    return masked(ones, random_mask(ones, p, torch.tensor(seed))).bool()
 
 
-def test_mask_does_not_depend_on_how_it_is_cut():
-    rows = 2 * CPU_CHUNK // 100 + 7  # ends within a chunk
-    assert np.array_equal(keep_mask(rows, 101, 0.3, torch.tensor(5)).numpy() != 0, reference(rows, 101, 0.3, 5))
+@pytest.mark.parametrize("seed", [0, 5, -1, 2**63 - 1, -(2**63)])
+def test_mask_is_15_bits_of_a_generator_that_starts_with_the_seed(seed):
+    generator, word = SFC64(0), np.uint64(seed % 2**64)
+    state = generator.state
+    state["state"]["state"] = np.array([word, word, word, 1], dtype=np.uint64)
+    generator.state = state
+    bits = generator.random_raw(12 + 1050)[12:].view(np.uint16) & 0x7FFF  # its author throws twelve away
+    assert np.array_equal(kept(0.3, seed, 60, 70).numpy().ravel(), bits < round(0.7 * 2**15))
+
+
+@pytest.mark.parametrize("small", [-1, 10**6])
+def test_mask_depends_on_the_row_major_index_alone(monkeypatch, small):
+    monkeypatch.setattr(dropout, "SMALL", small)
+    whole = kept(0.3, 5, 60, 101).flatten()
+    for shape, dtype in (
+        ((6060,), torch.bfloat16),
+        ((7, 3), torch.float64),
+        ((2, 3, 5), torch.float16),
+        ((0, 4), None),
+    ):
+        some = kept(0.3, 5, *shape, dtype=dtype).flatten()
+        assert torch.equal(some, whole[: len(some)])
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
-def test_share_kept_and_independence_of_seeds_and_neighbours(p):
-    n = 2**20
-    one, other = (keep_mask(1024, 1024, p, torch.tensor(seed)).ne(0).flatten() for seed in (7, 8))
-    q = keep_rate(p)
+@pytest.mark.parametrize("small", [-1, 10**7])  # the way of other devices; it has not run on a GPU
+def test_share_kept_and_independence_of_seeds_and_neighbours(monkeypatch, small, p):
+    monkeypatch.setattr(dropout, "SMALL", small)
+    one, other = (kept(p, seed, 1024, 1024).flatten() for seed in (7, 8))
+    q, n = keep_rate(p), len(one)
     sigma = math.sqrt(q * (1 - q) / n)
     assert abs(one.double().mean().item() - q) < 4 * sigma
     both = math.sqrt(q**2 * (1 - q**2) / n)
@@ -50,19 +54,23 @@ def test_share_kept_and_independence_of_seeds_and_neighbours(p):
         assert abs((left & right).double().mean().item() - q**2) < 4 * both
 
 
-def test_nothing_or_everything():
-    assert keep_mask(3, 5, 0.0, torch.tensor(1)).eq(-1).all()
-    assert keep_mask(3, 5, 1.0, torch.tensor(1)).eq(0).all()
+@pytest.mark.parametrize("small", [-1, 10**6])
+def test_nothing_or_everything(monkeypatch, small):
+    monkeypatch.setattr(dropout, "SMALL", small)
+    assert kept(0.0, 1, 3, 5).all()
+    assert not kept(1.0, 1, 3, 5).any()
     assert (keep_rate(0.0), keep_rate(1.0)) == (1.0, 0.0)
 
 
+@pytest.mark.parametrize("mask", [torch.tensor([-1, 0, 0, 0], dtype=torch.int16), torch.tensor([0, 1, 1, 1]).bool()])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_dropped_elements_are_zero_and_the_others_untouched(dtype):
+def test_dropped_elements_are_zero_and_the_others_untouched(dtype, mask):
     x = torch.tensor([[1.5, -2.0, math.inf, math.nan]], dtype=dtype)
-    mask = -torch.tensor([[1, 0, 0, 0]]).to(keep_mask(1, 1, 0.5, torch.tensor(1), x.itemsize).dtype)
-    assert torch.equal(masked(x, mask), torch.tensor([[1.5, 0, 0, 0]], dtype=dtype))
+    expected = torch.tensor([[1.5, 0, 0, 0]], dtype=dtype)
+    assert torch.equal(masked(x, mask), expected)
+    assert x.isnan().any()
     masked(x, mask, in_place=True)
-    assert torch.equal(x, torch.tensor([[1.5, 0, 0, 0]], dtype=dtype))
+    assert torch.equal(x, expected)
 
 
 def test_seeds_come_from_the_generator():

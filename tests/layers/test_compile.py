@@ -58,7 +58,7 @@ def test_one_graph_and_one_more_after_a_change_of_rank():
 
 
 def test_with_a_capacity_one_graph_serves_every_rank():
-    model = copy.deepcopy(adapted(dropout=0.3, capacity=16))
+    model = copy.deepcopy(adapted(dropout=0.3, capacity=16, group=False))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -119,11 +119,12 @@ def test_grouped_layers_share_the_mask_of_dropout():
         assert torch.allclose(*model(x_of(5, dtype=torch.float32)), rtol=1e-6, atol=1e-6) is group
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("group", ["true", "false", None])
-def test_one_key_turns_it_on_and_it_is_off_without(passes, group):
-    lora = plain(compose(["lora.rank=2", *([f"lora.group={group}"] if group else [])]).lora)
-    dynrank.add_lora(Attention(), **lora)(x_of(5, dtype=torch.float32))
-    assert passes == [3] * (group == "true")
+def test_one_key_turns_it_on_or_off_and_without_it_is_on_where_there_is_dropout(passes, group, dropout):
+    keys = ["lora.rank=2", f"lora.dropout={dropout}", *([f"lora.group={group}"] if group else [])]
+    dynrank.add_lora(Attention(), **plain(compose(keys).lora)).train()(x_of(5, dtype=torch.float32))
+    assert passes == [3] * (group == "true" or (group is None and dropout > 0))
 
 
 SIZES = {"vocab_size": 20, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
