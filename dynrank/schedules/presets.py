@@ -225,8 +225,9 @@ def early_budget(
 ) -> list[Stage]:
     """All layers to ranks that share one pool of parameters, early in the run.
 
-    Its file in conf/schedule/ cuts by gates, doubles the adapter's rate afterwards and has no ramp; in Python these are
-    ``How(metric="gates", rate_after=2.0)``.
+    Its file in conf/schedule/ cuts by gates, raises the adapter's rate afterwards (by two for a quarter of the rank: a
+    step moves the update as far as before) and has no ramp; in Python these are
+    ``How(metric="gates", rate_after="sqrt")``.
 
     Args:
         final_rank: the pool has as many parameters as this rank; used where none of the next three is given.
