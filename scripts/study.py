@@ -353,9 +353,8 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
             label = None if arm.by in seen else arm.by or "fixed"
             seen.add(arm.by)
             axes.errorbar([size], [mean(losses)], [spread], fmt=styles[arm.by], label=label, alpha=0.7)
-            note = " ".join(part for part in str(arm).split(", ")[-1:] if "rate" in part) or (
-                "late" if arm.at > EARLY else ""
-            )
+            notes = [part for part in str(arm).split(", ") if part.startswith(("rate", "Muon"))]
+            note = ", ".join([*notes, *(["late"] if arm.is_cut and arm.at > EARLY else [])])
             axes.annotate(note, (size, mean(losses)), xytext=(6, -3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="adapter, MB in float32", ylabel="test loss, mean and sd over seeds")
     axes.set_title(f"{task}: each arm at its best learning rate of those that were tried")
