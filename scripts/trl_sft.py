@@ -40,7 +40,7 @@ def main() -> None:
         settings,
         train_dataset=datasets.load_dataset("json", data_files=arguments.file, split="train"),
         peft_config=LoraConfig(r=arguments.rank, target_modules="all-linear"),
-        callbacks=[RankTrainerCallback(early_budget(arguments.rank // 2), How(metric="gates", rate_after=2.0))],
+        callbacks=[RankTrainerCallback(early_budget(arguments.rank // 2), How(metric="gates", rate_after="sqrt"))],
     )
     trainer.train()
     trainer.save_model(f"{arguments.out}/adapter")

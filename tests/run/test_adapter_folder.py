@@ -50,7 +50,7 @@ def classifier(tmp_path_factory, tiny_bert):
     (folder / "rows.csv").write_text("\n".join(ROWS))
     return made(
         folder / "run", "task=classification", f"task.model={tiny_bert}", f"data.train={folder / 'rows.csv'}",
-        "optimizer.lr=0.05",
+        "optimizer.lr=0.05", "lora.alpha=64",
     )  # fmt: skip
 
 

@@ -29,6 +29,12 @@ def arguments(tiny_llama, tmp_path):
     return lambda out, size: [str(tiny_llama), str(file), str(out), "--batch-size", str(size), *fixed]
 
 
+def updates(factors):
+    """B A of each layer: a direction of next to no size is turned by rounding, and its factors with it."""
+    ends = {name: name.replace("lora_A", "lora_B") for name in factors if "lora_A" in name}
+    return {lora_A: factors[lora_B] @ factors[lora_A] for lora_A, lora_B in ends.items()}
+
+
 @pytest.mark.timeout(900)  # for a machine with ten other processes
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends(
@@ -51,7 +57,9 @@ def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends
             process.kill()
             process.wait()
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
-    torch.testing.assert_close(two, one, rtol=1e-3, atol=1e-5)
+    wanted = updates(one)
+    for name, update in updates(two).items():
+        assert (update - wanted[name]).norm() < 1e-3 * wanted[name].norm()
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "two" / "adapter")
     assert len({layer.rank for _, layer in dynrank.lora_layers(loaded)}) > 1  # each has its own
