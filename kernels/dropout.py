@@ -42,7 +42,7 @@ def random_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
     rate, start = keep_rate(p), int(seed) & 0xFFFF_FFFF_FFFF_FFFF
     if not _by_numpy(x):
         generator = torch.Generator(x.device).manual_seed(start)
-        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate, generator=generator)
+        return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate, generator=generator)
     count = x.numel()
     sequence: Any = _Seed(start)  # numpy's stubs know its own only
     bits = SFC64(sequence).random_raw((count + 3) // 4).view(np.int16)

@@ -39,6 +39,8 @@ def test_mask_depends_on_the_row_major_index_alone(monkeypatch, small):
     ):
         some = kept(0.3, 5, *shape, dtype=dtype).flatten()
         assert torch.equal(some, whole[: len(some)])
+    flipped = torch.ones(101, 60).mT
+    assert torch.equal(masked(flipped, random_mask(flipped, 0.3, torch.tensor(5))).bool().flatten(), whole)
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
