@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from inspect import signature
 from typing import Any
 
 import torch
@@ -21,9 +20,9 @@ from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dynrank.change.greedy import LossChange, Quadratic
+from dynrank.change.packed import PackedExamples
 from dynrank.distributed.processes import from_all, from_first, process_count
 from dynrank.errors import ConfigurationError, DivergedError, diverged
-from dynrank.layers.compiled import uncompiled
 from dynrank.layers.ranked import RankedLayer, width_of
 from dynrank.linalg import truncate_product
 
@@ -62,8 +61,10 @@ class Gates:
         window: optimizer steps that are going to be made; of each, an equal share of ``EXAMPLES`` is kept.
         loss_terms: N, if the loss of a step is not the mean over the positions that reach the layer nearest to the
             loss (a classifier's examples, a language model's counted tokens): 1 for a sum.
-        model: that holds the layers; where its last call before a backward pass was given ``position_ids``, examples
-            packed into one row are told apart by them. None: each row is an example.
+        model: that holds the layers, so that examples packed into one row are told apart, see
+            :class:`dynrank.change.packed.PackedExamples`. None: each row is an example.
+        caution: by how many standard errors each gradient is taken lower in the choice, so that a shallow cut does not
+            begin with directions that only seem to do harm: of very many, some do by chance.
 
     Attributes:
         steps: how many optimizer steps were seen.
@@ -71,8 +72,6 @@ class Gates:
         examples: how many examples were kept, of all processes.
         loss_scale: what the loss is multiplied by before backward, as in mixed precision with float16.
         terms: N of the last step, in all processes.
-        caution: by how many standard errors each gradient is taken lower in the choice, so that a shallow cut does not
-            begin with directions that only seem to do harm: of very many, some do by chance.
     """
 
     def __init__(
@@ -81,20 +80,17 @@ class Gates:
         window: int,
         loss_terms: int | None = None,
         model: nn.Module | None = None,
+        caution: float = 0.0,
     ) -> None:
         self.steps, self.skipped, self.examples, self.loss_scale, self.terms = 0, 0, 0, 1.0, 0.0
-        self.caution = 0.0
-        self._layers, self._loss_terms = dict(layers), loss_terms
+        self._layers, self._loss_terms, self._caution = dict(layers), loss_terms, caution
         self._quota = -(-EXAMPLES // window // process_count())
         self._passes: list[_Pass] = []  # of the step under way
         self._cores: dict[str, list[Tensor]] = {name: [] for name in layers}  # (examples, R, R) of each step
         self._weights: list[tuple[float, float]] = []  # of each step: factors of its cores in g, and of squares in H
         self._quadratic: Quadratic | None = None
-        self._call = _Call()
+        self._packed = PackedExamples(model) if model is not None else None
         self._stops = [layer.observe(self._tap(name)) for name, layer in layers.items()]
-        taker = _taker_of_positions(model) if model is not None else None
-        if taker is not None:
-            self._stops.append(taker.register_forward_pre_hook(self._call, with_kwargs=True).remove)
 
     def _tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
         @torch.no_grad()
@@ -144,7 +140,7 @@ class Gates:
             last.number = number
             return last
         terms = dz.reshape(-1, dz.shape[-1]).ne(0).any(dim=1).sum()
-        sizes = _packed_sizes(self._call.position_ids)
+        sizes = self._packed.sizes() if self._packed is not None else None
         self._passes.append(_Pass(number, len(sizes or dz), terms, sizes))
         return self._passes[-1]
 
@@ -178,6 +174,8 @@ class Gates:
         for stop in self._stops:
             stop()
         self._stops = []
+        if self._packed is not None:
+            self._packed.close()
 
     def values(self) -> dict[str, Tensor]:
         """{layer: (rank,) descending} what the directions are worth to the loss, for targets; not collective.
@@ -215,7 +213,7 @@ class Gates:
             ratios = [linear**2 / square for linear, square in self._weights if square]
             ratio = sum(ratios) / max(1, len(ratios)) ** 2  # of a gradient's squared standard error to the curvature
             errors = {name: (ratio * root.square().sum(0)).sqrt() for name, root in parts[1].items()}
-            self._quadratic = Quadratic(*parts, widths, {name: self.caution * e for name, e in errors.items()})
+            self._quadratic = Quadratic(*parts, widths, {name: self._caution * e for name, e in errors.items()})
         return self._quadratic
 
     @torch.no_grad()
@@ -259,41 +257,6 @@ class Gates:
         self.examples, self.terms = state["examples"], state["terms"]
         self._weights = [(float(linear), float(square)) for linear, square in state["weights"]]
         self._cores = {name: list(state["cores"][name]) for name in self._layers}
-
-
-class _Call:
-    """A hook before a model's call, which notes the position ids of the batch that is under way."""
-
-    position_ids: Tensor | None = None
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():  # no validation
-            self.position_ids = kwargs.get("position_ids")
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}  # a copy of the model, and a pickled one, takes no batch along
-
-
-def _taker_of_positions(model: nn.Module) -> nn.Module | None:
-    """The outermost module of ``model`` that takes ``position_ids``, if one does."""
-    return next((m for m in model.modules() if "position_ids" in signature(uncompiled(m).forward).parameters), None)
-
-
-def _packed_sizes(position_ids: Tensor | None) -> list[int] | None:
-    """How many positions each example of a batch (rows, positions) has, row by row; None if each row is one example.
-
-    An example starts where its positions do, with 0 and 1. So padding, which has zeros, goes with the example before,
-    and so does a single token, of which nothing is learned.
-    """
-    if position_ids is None or position_ids.ndim != 2:
-        return None
-    starts = (position_ids == 0) & (position_ids.roll(-1, 1) == 1)
-    number = starts.cumsum(1).clamp(min=1)  # of its example in the row
-    counts = number[:, -1]
-    if int(counts.max()) == 1:
-        return None
-    sizes: list[int] = (number - 1 + (counts.cumsum(0) - counts)[:, None]).flatten().bincount().tolist()
-    return sizes
 
 
 def _joined(passes: list[_Pass], name: str, layer: RankedLayer) -> Tensor:

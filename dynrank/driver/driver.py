@@ -27,8 +27,6 @@ from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_
 from dynrank.targets import LayerState, Smallest
 from dynrank.triggers import At, Run, Trigger
 
-CAUTION = 2.0  # of the gates when trials decide how far a cut goes: one wrong direction at its start would end them
-
 Schedule: TypeAlias = int | Stage | Sequence[Stage] | RankFunction
 
 
@@ -302,8 +300,6 @@ class RankDriver:
     def _attempts(self, training: Training, decided: Decision, how: How, gates: Gates | None) -> Iterator[RankEvent]:
         """Attempts at the decided change, the last of which may stay."""
         target, ranks = self.stages[decided.stage].to, {name: la.rank for name, la in lora_layers(training.model)}
-        if gates is not None and isinstance(target, Smallest):
-            gates.caution = CAUTION
         targets = self._targets(training.model, decided.stage, gates)
         if not targets:
             return

@@ -12,6 +12,9 @@ from dynrank.driver.bounds import bounded
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer
 from dynrank.schedules import How, Stage
+from dynrank.targets import Smallest
+
+CAUTION = 2.0  # where trials decide how far a cut goes: one wrong direction at its start would end them
 
 
 def must_watch(stage: Stage, how: How, layers: Mapping[str, RankedLayer]) -> bool:
@@ -47,7 +50,8 @@ class Watching:
         self.end()
         if self.needed(model, index):
             layers, how = {name: layer for name, layer in lora_layers(model) if not layer.pinned}, self._hows[index]
-            self.gates, self._index = Gates(layers, how.window, how.loss_terms, model), index
+            caution = CAUTION if isinstance(self._stages[index].to, Smallest) else 0.0
+            self.gates, self._index = Gates(layers, how.window, how.loss_terms, model, caution), index
 
     def end(self) -> Gates | None:
         """Leave the layers; return the gates that were watched."""

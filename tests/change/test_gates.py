@@ -77,15 +77,14 @@ def estimate(gates):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_are_those_of_real_gates_in_each_example(kind):
     net, layer, (x, _) = adapted(kind)
-    with closing(Gates({"0": layer}, 1, loss_terms=5)) as gates:
+    with closing(Gates({"0": layer}, 1, loss_terms=5, caution=2.0)) as gates:
         loss_of(net(x)).backward()
         gates.end_step()
     expected = gate_gradients(net, x)["0"]
     (gradient, root) = (part["0"] for part in estimate(gates))
     assert_close(gradient, expected.sum(0), rtol=1e-4, atol=1e-6)  # the passes are float32
     assert_close(root.mT @ root, 5 * expected.mT @ expected, rtol=1e-4, atol=1e-6)
-    gates.caution = 2.0  # standard errors of a sum of independent examples
-    errors = expected.square().sum(0).sqrt()
+    errors = expected.square().sum(0).sqrt()  # of a sum of independent examples
     assert_close(torch.from_numpy(gates._estimate()._margin), 2 * errors, rtol=1e-4, atol=1e-6)
 
 
