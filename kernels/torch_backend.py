@@ -57,7 +57,7 @@ def expand(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``drop(scale * s factor) + bias``, (M, N) in ``dtype``, written into ``out`` if there is one."""
+    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``, written into ``out`` if there is one."""
     s_MR, factor_RN, scale = _in(dtype, s_MR), _in(dtype, factor_RN), scale * dropout.rescale
     if bias_N is None:
         out = _product(s_MR, factor_RN, scale, dtype, out)
