@@ -44,6 +44,7 @@ from study_bench import (
     adapted,
     adapter_parameters,
     budget_ranks,
+    follow,
     gora_ranks,
     values,
 )
@@ -52,6 +53,7 @@ from dynrank import lora_layers, resize
 from dynrank.change.gates import Gates
 from dynrank.driver.rates import Rates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
+from dynrank.schedules import How, auto
 from dynrank.targets import Budget
 
 HIGH, WINDOW, EARLY = 16, 20, 1 / 3
@@ -66,7 +68,8 @@ class Arm:
     Attributes:
         rank: whose bytes it ends with.
         by: "" is fixed from the start; "uniform" cuts every layer to the rank; "gates" shares the bytes out;
-            "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is PEFT's.
+            "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is PEFT's;
+            "auto" is cut from the rank to what validation then allows.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
     """
@@ -80,6 +83,8 @@ class Arm:
     def __str__(self) -> str:
         if self.by == "AdaLoRA":
             return f"AdaLoRA {HIGH} → {self.rank}"
+        if self.by == "auto":
+            return f"auto from {self.rank}"
         name = f"{HIGH} → {self.rank} {self.by} at {self.at:.2g}" if self.is_cut else f"rank {self.rank}"
         name += ", allocation found by gates, from the start" if self.by == "found" else ""
         name += ", allocation by GoRA" if self.by == "GoRA" else ""
@@ -121,6 +126,7 @@ ARMS = {
         *(Arm(low, "AdaLoRA") for low in (4, 2)),
         *(Arm(low, "GoRA") for low in (4, 2)),
         *_MUON,
+        Arm(HIGH, "auto"),
     ],
     "few_medical_terms": [*_RANKS, *_CUTS],
     "financial_terms": [
@@ -132,6 +138,7 @@ ARMS = {
         Arm(2, "gates", rate=ROOT),
         Arm(2, "AdaLoRA"),
         *_MUON,
+        Arm(HIGH, "auto"),
     ],
     "code_completion": [Arm(2), Arm(HIGH), Arm(2, "gates", rate=2.0), Arm(2, "uniform", rate=2.0)],
 }
@@ -265,13 +272,18 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
 
 
 def from_the_start(setting: Setting, arm: Arm, lr: float) -> tuple[Trainee | None, str]:
-    """An arm that shares its start with no other: AdaLoRA, or GoRA's ranks."""
+    """An arm that shares its start with no other: AdaLoRA, GoRA's ranks, or the smallest that validates well."""
+    after_step = None
     if arm.by == "AdaLoRA":
         trainee = adalora(setting, HIGH, arm.rank, lr)
         after_step = allocation_of(trainee)
+    elif arm.by == "GoRA":
+        trainee = with_ranks(setting, gora_ranks(setting, arm.rank), lr)
     else:
-        trainee, after_step = with_ranks(setting, gora_ranks(setting, arm.rank), lr), None
+        trainee = adapted(setting, arm.rank, lr)
     try:
+        if arm.by == "auto":
+            follow(trainee, auto(), How(metric="gates", window=WINDOW, rate_after="sqrt"))
         trainee.train(setting.steps, after_step)
     except Diverged:
         return None, ""
@@ -343,7 +355,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     """Test loss against the bytes of the adapter, mean and standard deviation over seeds, each arm at its best rate."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    styles = {"": "ko", "uniform": "vm", "gates": "^g", "found": "<c", "GoRA": "Db", "AdaLoRA": "sr"}
+    styles = {"": "ko", "uniform": "vm", "gates": "^g", "found": "<c", "GoRA": "Db", "AdaLoRA": "sr", "auto": "*y"}
     seen: set[str] = set()
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}") and row["parameters"]]

@@ -16,16 +16,18 @@ import transformers
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
-from dynrank import add_lora, compose, lora_layers
+from dynrank import RankDriver, Training, add_lora, compose, lora_layers
 from dynrank.change.gates import Gates
 from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
 from dynrank.run.config import plain
+from dynrank.schedules import How, Stage
 from dynrank.targets import Budget, LayerState
 from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.optimizers import make_optimizer
+from dynrank.triggers import Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCALING = 2.0  # of every adapter in every arm, whatever its rank
@@ -147,6 +149,32 @@ class Trainee:
             right += float((logits[counted].argmax(-1) == labels[counted]).sum())
             count += int(counted.sum())
         return loss / count, right / count
+
+
+class _Loop(Training):
+    """A trainee, as a schedule of ranks sees it."""
+
+    def __init__(self, trainee: Trainee) -> None:
+        super().__init__(trainee.model, [trainee.optimizer], step=trainee.done)
+        self._trainee = trainee
+
+    def validate(self) -> Mapping[str, float]:
+        return {"val/loss": self._trainee.evaluate(self._trainee.setting.val)[0]}
+
+
+def follow(trainee: Trainee, schedule: Sequence[Stage], how: How) -> None:
+    """Train to the end under a schedule of ranks."""
+    driver, loop, steps = RankDriver(schedule, how), _Loop(trainee), trainee.setting.steps
+
+    def end_step(done: int) -> None:
+        loop.step = done
+        driver.end_step(loop)
+
+    driver.start(loop, Run(total_steps=steps))
+    while trainee.done < steps:
+        driver.advance(loop)
+        trainee.train(trainee.done + 1, end_step)
+    driver.finish(loop)
 
 
 def adapted(setting: Setting, rank: int, lr: float | None = None, rank_map: Any = None, **optimizer: Any) -> Trainee:

@@ -80,6 +80,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(2, "AdaLoRA"),
         study.Arm(2, "GoRA"),
         study.Arm(2, optimizer="Muon"),
+        study.Arm(16, "auto"),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
     monkeypatch.setattr(study, "at_an_edge", lambda *_: [])
@@ -103,10 +104,10 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
         ("0", a, "inf") for a in arms
     )
     size = {arm: int(at_best["0", arm]["parameters"]) for arm in arms}
-    fixed, doubled, uniform, gates, found, theirs, gora, muon = arms
+    fixed, doubled, uniform, gates, found, theirs, gora, muon, auto = arms
     assert size[fixed] == size[uniform] == size[muon] == 2 * WIDTHS
     assert at_best["0", muon]["test_loss"] != at_best["0", fixed]["test_loss"]
-    assert size[doubled] == 16 * WIDTHS
+    assert size[auto] < size[doubled] == 16 * WIDTHS
     assert size[found] == size[gates] <= 2 * WIDTHS
     assert 0 < size[theirs] < 16 * WIDTHS
     assert 1.5 * WIDTHS < size[gora] <= 2 * WIDTHS
