@@ -3,7 +3,6 @@
 import csv
 import json
 import sys
-from importlib.util import find_spec
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -46,7 +45,6 @@ def test_texts_stand_in_a_file_and_in_tensorboard_and_ranks_of_layers_are_no_col
     assert not [name for name in columns if "proj" in name]
 
 
-@pytest.mark.skipif(find_spec("wandb") is None, reason="needs wandb: pip install 'dynrank[wandb]'")
 def test_wandb_gets_a_table_of_texts_offline(writing, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = writing("logger=wandb")
@@ -57,7 +55,6 @@ def test_wandb_gets_a_table_of_texts_offline(writing, monkeypatch):
     assert sys.modules["wandb"].run is None  # the next run is another one
 
 
-@pytest.mark.skipif(find_spec("mlflow") is None, reason="needs mlflow: pip install 'dynrank[mlflow]'")
 def test_mlflow_gets_metrics_and_texts_in_one_file(writing, tmp_path):
     writing("logger=mlflow")
     from mlflow import MlflowClient
