@@ -16,6 +16,7 @@ __all__ = ["arms_figure", "loss_figure", "memory_figure", "quality_figure", "ran
 
 _WIDTH = 4.6  # inches; so narrow that 9 points are legible on a telephone
 _NAMED_CHANGES = 8  # more texts than that would lie on each other
+_NAMED_RANKS = 12  # of which the lowest and the highest are two
 _POINTS = 4000  # of a curve: more than a picture has pixels across
 _NAME = 28  # letters of a layer's name that have room beside a picture
 
@@ -69,9 +70,9 @@ def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int)
     axes.set_xlim(0, last_step)
     axes.set_ylim(len(ranks) - 0.5, -0.5)
     axes.grid(visible=False)
-    named = levels[:: 1 + (len(levels) - 1) // 16]
-    legend = [Patch(color=shades[rank], label=str(rank)) for rank in named]
-    figure.legend(handles=legend, loc="outside upper center", title="rank", ncols=6)
+    named = {levels[round(i * (len(levels) - 1) / (_NAMED_RANKS - 1))] for i in range(_NAMED_RANKS)}
+    legend = [Patch(color=shades[rank], label=str(rank)) for rank in sorted(named)]
+    figure.legend(handles=legend, loc="outside upper center", title="rank", ncols=4)
     return figure
 
 

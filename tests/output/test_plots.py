@@ -1,0 +1,19 @@
+"""What a reader needs of a picture can be seen in it."""
+
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from dynrank.output.plots import ranks_figure
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5, 32])
+def test_legend_of_ranks_lies_inside_and_has_the_lowest_and_the_highest(levels):
+    ranks = {f"layer{rank}": [(0, rank)] for rank in range(33 - levels, 33)}
+    figure = ranks_figure(ranks, 100)
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.height
+    named = [int(text.get_text()) for text in legend.get_texts()]
+    assert named == sorted({*named, 33 - levels, 32})
