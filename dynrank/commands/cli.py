@@ -87,13 +87,12 @@ def plan(
             "budget=24GiB"
         ),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the bytes by rank to write: FILE.png")] = None,
 ) -> None:
     """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
     from dynrank.planner.table import show_plan
     from dynrank.run.config import compose
 
-    show_plan(compose(overrides or (), "plan"), plot)
+    show_plan(compose(overrides or (), "plan"))
 
 
 @app.command()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
 from dynrank.adapters.read import read_adapter
 from dynrank.commands.examples import Examples
+from dynrank.errors import ConfigurationError
 from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import empty_table, print_facts, print_table
-from dynrank.output.picture import check_plot, save_plot
 from dynrank.targets import Budget
 
 __all__ = ["print_spectra", "show_adapter"]
@@ -30,8 +31,8 @@ def show_adapter(folder: Path, plot: Path | None, examples: Examples | None = No
         ConfigurationError: if the adapter, or the examples' model or file, cannot be used, or the picture cannot be
             written.
     """
-    if plot is not None:
-        check_plot(plot)
+    if plot is not None and find_spec("matplotlib") is None:
+        raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
     layers, kept = inspect_adapter(folder), {}
     if examples is not None:
         from dynrank.commands.gates import WatchedAdapter  # which loads what trains models
@@ -43,7 +44,11 @@ def show_adapter(folder: Path, plot: Path | None, examples: Examples | None = No
         from dynrank.output.plots import spectra_figure  # matplotlib is an extra
 
         spectra = {layer.layer: layer.singular_values for layer in layers}
-        save_plot(spectra_figure(spectra, {}, "singular values of the updates", layer_kinds(spectra)), plot)
+        figure = spectra_figure(spectra, {}, "singular values of the updates", layer_kinds(spectra))
+        try:
+            figure.savefig(plot)
+        except (OSError, ValueError) as error:  # ValueError: no format that matplotlib knows
+            raise ConfigurationError(f"cannot write --plot {str(plot)!r}: {error}") from None
         print_facts({"plot": plot})
 
 

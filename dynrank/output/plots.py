@@ -1,4 +1,4 @@
-"""Pictures: the course of a run, spectra of layers, memory by rank, and the arms of a sweep."""
+"""Pictures: the course of a run, spectra of layers, and the arms of a sweep."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 
 from dynrank.output.metrics_csv import Series
 
-__all__ = ["arms_figure", "loss_figure", "memory_figure", "quality_figure", "ranks_figure", "spectra_figure"]
+__all__ = ["arms_figure", "loss_figure", "quality_figure", "ranks_figure", "spectra_figure"]
 
 _WIDTH = 4.6  # inches; so narrow that 9 points are legible on a telephone
 _NAMED_CHANGES = 8  # more texts than that would lie on each other
@@ -122,31 +122,6 @@ def spectra_figure(
     return figure
 
 
-def memory_figure(bars: Mapping[str, Mapping[str, int]], budget: int | None, title: str) -> Figure:
-    """A bar for each way to train, made of its parts; a line for the budget.
-
-    Args:
-        bars: what to write below a bar -> part -> bytes; all with the same parts.
-        budget: bytes, if there is one.
-        title: of the picture.
-    """
-    figure, (axes,) = _panels("rank (ckpt: with gradient checkpointing)", ["GiB"], width=7.0)
-    bottoms = [0.0] * len(bars)
-    for part in next(iter(bars.values())):
-        heights = [parts[part] / 2**30 for parts in bars.values()]
-        axes.bar(range(len(bars)), heights, bottom=bottoms, label=part)
-        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    highest = max(bottoms)
-    if budget is not None:
-        axes.axhline(budget / 2**30, color="tab:red", linestyle="--", label=f"budget: {budget / 2**30:g} GiB")
-        highest = max(highest, budget / 2**30)
-    axes.set_xticks(range(len(bars)), list(bars), fontsize=8)
-    axes.set_ylim(0, highest * 1.05)
-    axes.set_title(title, fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
-
-
 def arms_figure(
     settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequence[Sequence[float]]]
 ) -> Figure:
@@ -184,11 +159,9 @@ def arms_figure(
     return figure
 
 
-def _panels(
-    xlabel: str, ylabels: Sequence[str], height: float = 3.6, width: float = _WIDTH
-) -> tuple[Figure, list[Axes]]:
-    """A figure of panels with one x axis, one below the other; its size is in inches."""
-    figure = Figure(figsize=(width, height), dpi=210, layout="constrained")
+def _panels(xlabel: str, ylabels: Sequence[str], height: float = 3.6) -> tuple[Figure, list[Axes]]:
+    """A figure of panels with one x axis, one below the other; ``height`` is in inches."""
+    figure = Figure(figsize=(_WIDTH, height), dpi=210, layout="constrained")
     panels = list(figure.subplots(len(ylabels), sharex=True, squeeze=False)[:, 0])
     for axes, ylabel in zip(panels, ylabels, strict=True):
         axes.set_ylabel(ylabel)

@@ -1,15 +1,12 @@
-"""What ``dynrank plan`` prints and draws."""
+"""What ``dynrank plan`` prints."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from omegaconf import DictConfig
 from rich.table import Table
 
 from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import print_table, span
-from dynrank.output.picture import check_plot, save_plot
 from dynrank.planner.plan import Need, Plan, make_plan
 
 __all__ = ["show_plan"]
@@ -17,14 +14,12 @@ __all__ = ["show_plan"]
 PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")
 
 
-def show_plan(config: DictConfig, plot: Path | None) -> None:
-    """Print the plan of ``config`` and draw it into ``plot``.
+def show_plan(config: DictConfig) -> None:
+    """Print the plan of ``config``.
 
     Raises:
-        ConfigurationError: if a value cannot be used, or the picture cannot be written.
+        ConfigurationError: if a value cannot be used.
     """
-    if plot is not None:
-        check_plot(plot)
     plan = make_plan(config)
     kinds = dict.fromkeys(layer_kinds(plan.layers).values())
     print(f"model            {plan.model}, {plan.parameters:,} parameters, base in {plan.weights}")
@@ -37,9 +32,6 @@ def show_plan(config: DictConfig, plot: Path | None) -> None:
     if plan.budget is not None:
         for checkpointing in (False, True):
             _print_best(plan, plan.budget, checkpointing)
-    if plot is not None:
-        _draw(plan, plot)
-        print(f"plot             {plot}")
 
 
 def _table(plan: Plan) -> Table:
@@ -70,24 +62,11 @@ def _print_best(plan: Plan, budget: int, checkpointing: bool) -> None:
     if not totals:
         return
     way = f"{'with' if checkpointing else 'without'} gradient checkpointing"
-    best, lowest = plan.best(checkpointing=checkpointing), min(totals)
+    fit, lowest = [rank for rank, total in totals.items() if total <= budget], min(totals)
     said = f"none of these fits, {way}; rank {lowest} lacks {_mebibytes(totals[lowest] - budget)} MiB"
-    if best is not None:
-        said = f"rank {best} is the highest of these that fits, {way}"
+    if fit:
+        said = f"rank {max(fit)} is the highest of these that fits, {way}"
     print(f"budget           {_mebibytes(budget)} MiB: {said}")
-
-
-def _draw(plan: Plan, file: Path) -> None:
-    """Draw the bytes by rank as stacked bars, with the budget."""
-    from dynrank.output.plots import memory_figure  # matplotlib is an extra
-
-    bars = {}
-    for need in plan.needs:
-        parts = {part: getattr(need, part) for part in ("weights", "adapter", "optimizer", "activations")}
-        parts["rest of the step"] = need.step - need.activations
-        bars[_rank(need) + ("\nckpt" if need.checkpointing else "")] = parts
-    title = f"{plan.model}, base in {plan.weights}\nbatch {plan.batch[0]} x {plan.batch[1]} tokens, {plan.optimizer}"
-    save_plot(memory_figure(bars, plan.budget, title), file)
 
 
 def _mebibytes(size: int) -> str:

@@ -6,7 +6,7 @@ from torch import nn
 
 import dynrank
 from dynrank.adapters.inspection import inspect_adapter
-from dynrank.output import picture
+from dynrank.commands import inspect
 
 
 def save(folder, layers=2, fresh=False):
@@ -58,7 +58,7 @@ def test_command_says_zero_of_a_fresh_adapter(launch, tmp_path):
 
 def test_command_without_matplotlib_says_what_to_install(launch, tmp_path, monkeypatch):
     save(tmp_path)
-    monkeypatch.setattr(picture, "find_spec", lambda name: None)
+    monkeypatch.setattr(inspect, "find_spec", lambda name: None)
     code, _, said = launch("inspect", tmp_path, "--plot", tmp_path / "a.png")
     assert code == 2
     assert "--plot needs matplotlib: pip install 'dynrank[plots]'" in said
