@@ -67,15 +67,12 @@ def dynrank(
 
 
 @app.command()
-def ranks(
-    overrides: Overrides = None,
-    peft: Annotated[bool, typer.Option("--peft", help="Print the LoraConfig of PEFT that starts as this run")] = False,
-) -> None:
+def ranks(overrides: Overrides = None) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
-    from dynrank.commands.ranks import print_peft_config, print_ranks
+    from dynrank.commands.ranks import print_ranks
     from dynrank.run.config import compose
 
-    (print_peft_config if peft else print_ranks)(compose(overrides or ()))
+    print_ranks(compose(overrides or ()))
 
 
 @app.command()

@@ -1,14 +1,11 @@
-"""What ``dynrank ranks`` prints of a composed run: its layers, or the PEFT config that starts as it does."""
+"""What ``dynrank ranks`` prints of a composed run: its layers."""
 
 from __future__ import annotations
 
-from pprint import pformat
 from typing import Any
 
 from omegaconf import DictConfig
 
-from dynrank.adapters.config import make_config
-from dynrank.adapters.save import target_modules, trained_heads
 from dynrank.driver.bounds import final_parameters, final_ranks
 from dynrank.layers.finding import own_layers
 from dynrank.output.console import empty_table, print_table, span
@@ -46,23 +43,3 @@ def print_ranks(config: DictConfig) -> None:
     end = span(final_parameters(model, job.scheduler.driver.stages))
     table.add_row(f"{len(layers)} layers", *[""] * 5, f"{start:,}", end, "")
     print_table(table)
-
-
-def print_peft_config(config: DictConfig) -> None:
-    """Print the PEFT LoraConfig that starts where the composed run starts: same layers, ranks and scalings.
-
-    Raises:
-        ConfigurationError: as the run itself would.
-    """
-    model: Any = build(config, on_meta=True).module.model
-    layers = own_layers(model)
-    settings = make_config(
-        {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
-        target_modules=target_modules(model, layers),
-        modules_to_save=trained_heads(model, layers),
-        dropout=config.lora.dropout,
-        base="",
-    )
-    keys = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "modules_to_save")
-    arguments = ",\n".join(f"    {key}={pformat(settings[key], sort_dicts=False)}" for key in keys)
-    print(f"LoraConfig(\n{arguments},\n)")

@@ -5,18 +5,14 @@ import sys
 from contextlib import suppress
 
 import pytest
-import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from transformers import AutoModelForSequenceClassification
 
 import dynrank
 from dynrank import train
 from dynrank.commands import cli
 from dynrank.commands.exits import usage_errors
-from dynrank.commands.ranks import print_peft_config, print_ranks
+from dynrank.commands.ranks import print_ranks
 from dynrank.output import console
-from dynrank.run.job import build
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left"), Exception("No space left (os error 28)")])
@@ -80,20 +76,6 @@ def test_ranks_shows_a_range_where_the_data_decide_and_the_budget_where_there_is
 )
 def test_ranks_follows_the_composed_schedule(table, overrides, final):
     assert {row[3] for row in table(*overrides)[:-1]} == {final}
-
-
-def test_peft_config_starts_as_the_run_does(capsys):
-    overrides = ["rank_map.rules=['query=4', 'layer\\.0\\..*key=6']", "lora.target_modules=attention"]
-    print_peft_config(dynrank.compose(overrides))
-    printed = eval(capsys.readouterr().out, {"LoraConfig": LoraConfig})
-    ours = build(dynrank.compose(overrides), on_meta=True).module.model
-    with torch.device("meta"):
-        plain = AutoModelForSequenceClassification.from_config(ours.config)
-    wrapped = get_peft_model(plain, printed).base_model.model
-    layers = {name: layer for name, layer in wrapped.named_modules() if hasattr(layer, "lora_A")}
-    expected = {name: (layer.rank, layer.scaling) for name, layer in dynrank.lora_layers(ours)}
-    assert {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()} == expected
-    assert {rank for rank, _ in expected.values()} == {4, 6, 32}
 
 
 def test_final_ranks_of_a_run_are_a_rank_map(table, smoke_run):
