@@ -64,7 +64,6 @@ class RunMeter(Callback):
         self.phases = [Phase()]
         self._before: list[Phase] = []  # of the checkpoint that the run goes on from
         self._processes = 1
-        self.begun = False  # whether a training batch has
         self._start = self._batches = 0.0  # of the batch, and seconds of those since the last optimizer step
         self._waited = 0.0  # until the batch
         self._steps: list[float] = []  # seconds of each optimizer step of the open phase since the start or resume
@@ -85,7 +84,6 @@ class RunMeter(Callback):
         self._before = read_as(list[Phase], state_dict["phases"], "ckpt_path")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self.begun = True
         self._start, self._waited = time.perf_counter(), _waited_seconds()
 
     def on_train_batch_end(

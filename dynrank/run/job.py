@@ -8,11 +8,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank.callbacks import RankScheduler, RunMeter
@@ -71,7 +69,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             record()
         if first and checkpoint is not None:
             print(f"goes on from     step {step} at rank {ranks}, {checkpoint}")
-        _fit(trainer, job, meter, checkpoint)
+        trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
         tested = trainer.test(job.module, job.task, verbose=False)  # one mapping for each loader
@@ -133,36 +131,3 @@ def _reached(checkpoint: Path) -> tuple[int, str]:
     saved, factors = read_checkpoint(checkpoint), {"lora_A", "lora_embedding_A"}
     ranks = [len(value) for name, value in saved["state_dict"].items() if factors & {*name.split(".")}]
     return saved["global_step"], span(ranks)
-
-
-def _fit(trainer: Trainer, job: Job, meter: RunMeter, checkpoint: Path | None) -> None:
-    """Train, from ``checkpoint`` on if there is one.
-
-    Raises:
-        ConfigurationError: if something in the checkpoint cannot be taken up.
-    """
-    try:
-        trainer.fit(job.module, job.task, ckpt_path=checkpoint)
-    except torch.OutOfMemoryError:
-        raise
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        if checkpoint is None or meter.begun or isinstance(error, ConfigurationError) or not _restoring(error):
-            raise
-        raise ConfigurationError(
-            f"cannot go on from the checkpoint {str(checkpoint)!r}: {type(error).__name__}: {error!s:.200}; "
-            "set ckpt_path"
-        ) from error
-
-
-def _restoring(error: Exception) -> bool:
-    """Whether Lightning was taking states up when ``error`` was raised: it does so without looking at what is in them.
-
-    Those of loops are used before the first batch begins, by the loops themselves.
-    """
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    modules = [frame.f_globals["__name__"] for frame in frames]
-    return (
-        "lightning.pytorch.trainer.connectors.checkpoint_connector" in modules
-        or any(frame.f_code.co_name == "load_state_dict" for frame in frames)  # of the data
-        or modules[-1].startswith("lightning.pytorch.loops.")
-    )

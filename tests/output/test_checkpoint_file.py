@@ -106,46 +106,6 @@ def test_code_in_a_file_is_not_executed(tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-HOSTILE = """
-import resource, torch, zipfile
-from dynrank.errors import ConfigurationError
-from dynrank.output.checkpoint_file import read_checkpoint
-
-with torch.serialization.skip_data():
-    torch.save({"state_dict": {"a": torch.empty(50 * 2**20)}}, "empty")
-with zipfile.ZipFile("empty") as old, zipfile.ZipFile("deflated.ckpt", "w", zipfile.ZIP_DEFLATED) as new:
-    for name in old.namelist():
-        with new.open(name, "w") as entry:
-            for part in [bytes(2**20)] * 200 if "/data/" in name else [old.read(name)]:
-                entry.write(part)
-one, shape = torch.ones(1), (10**5, 10**5)
-torch.save({"state_dict": {"a": one.expand(shape)}}, "stride.ckpt")
-torch.save({"state_dict": {str(i): one.expand(2**20) for i in range(10_000)}}, "many.ckpt")
-torch.save({"state_dict": {"a": torch.empty(shape, device="meta")}}, "meta.ckpt")
-with zipfile.ZipFile("overlap.ckpt", "w") as file:
-    file.writestr("x/data/0", bytes(2**20))
-    file.filelist *= 100
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for kind in ("deflated", "stride", "many", "meta", "overlap"):
-    try:
-        read_checkpoint(f"{kind}.ckpt")
-        print(kind, "was read")
-    except ConfigurationError as error:
-        print(kind, str(error).count("ckpt"), "bytes" in str(error))
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
-"""
-
-
-def test_a_file_that_asks_for_more_memory_than_it_has_bytes_is_refused_before_it_gets_any(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-c", HOSTILE], cwd=tmp_path, capture_output=True, text=True, check=False,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    *found, grown = done.stdout.splitlines()
-    assert found == [f"{kind} 2 True" for kind in ("deflated", "stride", "many", "meta", "overlap")], done.stderr
-    assert int(grown) < 50  # MB
-
-
 @pytest.mark.parametrize("content", [b"", b"PK", b"hello", b"\x80\x02}q\x00.", [1], {"state_dict": 3}, {"x": 1}, None])
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     if isinstance(content, bytes):

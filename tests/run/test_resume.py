@@ -15,7 +15,6 @@ import torch
 
 import dynrank
 from dynrank import train
-from dynrank.errors import ConfigurationError
 from dynrank.run import job
 
 STEPS, DROP = 72, 24
@@ -128,15 +127,3 @@ def test_a_checkpoint_of_another_model_is_an_error(launch, settings, whole):
     code, _, said = launch(train.main, *settings, "lora.target_modules=attention", "hydra.run.dir=run", last)
     assert (code, "of another model" in said) == (2, True)
     assert not Path("run").exists()
-
-
-def test_only_errors_of_restoring_are_blamed_on_the_checkpoint(settings, whole, tmp_path, monkeypatch):
-    def fit(trainer, *_, **__):
-        raise error
-
-    config = dynrank.compose([*settings, f"ckpt_path={whole / 'checkpoints' / 'last.ckpt'}"])
-    monkeypatch.setattr(job.Trainer, "fit", fit)
-    for number, error in enumerate([KeyError("mine"), RuntimeError("CUDA error"), torch.OutOfMemoryError("full")]):
-        with pytest.raises(type(error)) as caught:
-            job.run(config.copy(), tmp_path / str(number))
-        assert not isinstance(caught.value, ConfigurationError)
