@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
-from dynrank.matching import EXPRESSION_ERRORS, Matching, compiled, whole_parts
 
+T = TypeVar("T")
+
+EXPRESSION_ERRORS = (re.error, RecursionError, OverflowError)  # what compiling raises
 _PLAIN = re.compile(r"[\w.-]+")  # a name, or trailing parts of one
 _LISTED = 20  # faults; of keys that match nothing the nearest names are looked for, which takes time
 
@@ -42,6 +44,26 @@ class RankRule:
     def __post_init__(self) -> None:
         if self.pinned and self.final_rank is not None:
             raise ConfigurationError("a pinned layer has no final_rank; take out one of the two")
+
+
+def whole_parts(key: str) -> re.Pattern[str]:
+    """The expression that PEFT matches against a module's name for a key of rank_pattern or alpha_pattern.
+
+    Raises:
+        re.error: or another of ``EXPRESSION_ERRORS``, if it is none.
+    """
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+def first_matches(pattern: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+    r"""{name: what the first key that matches it stands for}, by PEFT's rule; a name that none matches is left out.
+
+    >>> first_matches({"q_proj": 1, r"layers\.[01]\..*": 2}, ["layers.1.q_proj", "layers.0.eq_proj"])
+    {'layers.1.q_proj': 1, 'layers.0.eq_proj': 2}
+    """
+    expressions = {whole_parts(key): value for key, value in pattern.items()}
+    matches = {name: [value for expression, value in expressions.items() if expression.match(name)] for name in names}
+    return {name: values[0] for name, values in matches.items() if values}
 
 
 @dataclass(frozen=True)
@@ -139,9 +161,8 @@ def _rule(key: Any, value: Any) -> RankRule:
     if not isinstance(key, str):
         raise ConfigurationError(f"a key must be text, got {type(key).__name__}")
     try:
-        if not _PLAIN.fullmatch(key):
-            compiled(key)
-            compiled(whole_parts(key))
+        re.compile(key)
+        whole_parts(key)
     except EXPRESSION_ERRORS as error:
         raise ConfigurationError(f"not a regular expression: {error}") from None
     if isinstance(value, RankRule):
@@ -193,10 +214,9 @@ def resolve_rank_map(
 
     Raises:
         ConfigurationError: if a key matches nothing, two rules conflict, or a rank is outside [1, min(d_in, d_out)]
-            (the first faults are listed); or if matching takes too long.
+            (the first faults are listed).
     """
-    matching = Matching("the keys of rank_pattern (rank_map)")
-    matched = {key: {*matching.names(whole_parts(key), shapes)} for key in rules}
+    matched = {key: {*filter(whole_parts(key).match, shapes)} for key in rules}
     faults = [_unmatched(key, shapes) for key in islice((key for key in rules if not matched[key]), _LISTED)]
     layers = {}
     for name, (d_out, d_in) in shapes.items():

@@ -12,8 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from dynrank.errors import ConfigurationError, Count, read_as
 from dynrank.layers.base import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
-from dynrank.matching import EXPRESSION_ERRORS, Matching, compiled, whole_parts
-from dynrank.rank_map import peft_ranks
+from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, peft_ranks, whole_parts
 
 __all__ = ["CONFIG_FILE", "AdapterConfig", "LayerSettings", "make_config", "read_config"]
 
@@ -36,7 +35,7 @@ def _harmless(init: Any) -> Any:
 def _expressions(pattern: dict[str, Any] | None) -> dict[str, Any] | None:
     for key in pattern or ():
         try:
-            compiled(whole_parts(key))
+            whole_parts(key)
         except EXPRESSION_ERRORS as error:
             raise ValueError(f"has a key {key!r:.100} that is no regular expression: {error}") from None
     return pattern
@@ -78,13 +77,9 @@ class AdapterConfig(BaseModel):
     trainable_token_indices: Unset = None
 
     def of_layers(self, names: Iterable[str]) -> dict[str, LayerSettings]:
-        """{layer: (rank, alpha, scaling)} by PEFT's rules: the first matching key of a pattern, else r and lora_alpha.
-
-        Raises:
-            ConfigurationError: if the keys of the patterns take more than some seconds to match.
-        """
-        names, matching = [*names], Matching(f"rank_pattern and alpha_pattern in {CONFIG_FILE}")
-        ranks, alphas = matching.first(self.rank_pattern or {}, names), matching.first(self.alpha_pattern or {}, names)
+        """{layer: (rank, alpha, scaling)} by PEFT's rules: the first key that matches, else r and lora_alpha."""
+        names = [*names]
+        ranks, alphas = first_matches(self.rank_pattern or {}, names), first_matches(self.alpha_pattern or {}, names)
         found = {}
         for name in names:
             rank, alpha = ranks.get(name, self.r), alphas.get(name, self.lora_alpha)

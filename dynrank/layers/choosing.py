@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.kinds import layer_class
-from dynrank.matching import EXPRESSION_ERRORS, Matching
+from dynrank.rank_map import EXPRESSION_ERRORS
 
 PRESETS = ("attention", "all-linear")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -111,7 +111,7 @@ def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, li
 
 def _by_expression(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
     try:
-        return Matching("lora.target_modules").names(rf"(?:{target})\Z", modules)
+        return [name for name in modules if re.fullmatch(target, name)]
     except EXPRESSION_ERRORS as error:
         raise ConfigurationError(
             f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, got {target!r}: {error}"

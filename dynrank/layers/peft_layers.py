@@ -18,8 +18,7 @@ from dynrank.layers.compiled import plain_name
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.peft_view import PeftLayer
 from dynrank.layers.ranked import take_rank
-from dynrank.matching import Matching
-from dynrank.rank_map import peft_ranks
+from dynrank.rank_map import first_matches, peft_ranks
 
 # Initialisations that leave the base weight alone. The others take out of it what depends on the rank, and take it out
 # again of a fresh base when the adapter is loaded.
@@ -178,7 +177,7 @@ def _fault(module: Any, adapter: str, config: Any) -> str | None:
 
 def _rank_by(config: Any, name: str) -> int:
     """The rank that ``config`` gives to a layer, by PEFT's rule."""
-    return int(Matching("rank_pattern").first(config.rank_pattern, [name]).get(name, config.r))
+    return int(first_matches(config.rank_pattern, [name]).get(name, config.r))
 
 
 def _configs(model: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Any]]]:

@@ -80,10 +80,6 @@ BROKEN = {
     "LoRA bias": (factor("lora_B.bias", torch.ones(8)), "q_proj.lora_B.bias' is a LoRA tensor of an unknown kind"),
     "other rank": (config(r=6), "q_proj' must have the rank of the settings .* 6, got factors of 3"),
     "other rank of a pattern": (config(rank_pattern={"q_proj": 2}), "q_proj' must have the rank .* 2, got .* 3"),
-    "catastrophic pattern": (
-        config(alpha_pattern={"((a|[a-z._0-9]|.)+)+[!?]": 2}),
-        "alpha_pattern .* simple expressions",
-    ),
 }
 READERS = {
     "load": lambda adapter, model, out: dynrank.load_adapter(model, adapter),
@@ -110,8 +106,7 @@ def assert_untouched(model, before):
 
 
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_faulty_adapter_is_refused_and_nothing_changes(fault, zoo, tmp_path, monkeypatch):
-    monkeypatch.setattr("dynrank.matching._PATIENCE", 0.1)
+def test_a_faulty_adapter_is_refused_and_nothing_changes(fault, zoo, tmp_path):
     zoo.by_peft("llama", tmp_path / "adapter")
     break_it, message = BROKEN[fault]
     break_it(tmp_path / "adapter")
