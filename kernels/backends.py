@@ -13,8 +13,6 @@ from torch import Tensor
 from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
 
-__all__ = ["BACKENDS", "check_backend", "paying_size", "products_of"]
-
 BACKENDS = ("auto", "torch", "triton")
 MEASURED = Path(__file__).with_name("measured.csv")  # rows are appended by scripts/bench_gpu.py
 
@@ -39,7 +37,10 @@ def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
         ConfigurationError: if there is no such backend, or Triton's kernels were asked for and cannot serve ``x``.
     """
     check_backend(backend)
-    if backend == "torch" or (backend == "auto" and not _pays(x)):
+    pays = backend == "triton"
+    if backend == "auto" and x.is_cuda:
+        pays = x.numel() >= paying_size(torch.cuda.get_device_name(x.device))
+    if not pays:
         return torch_backend
     fault = triton_launch.serves(x, rank)
     if fault is None:
@@ -47,10 +48,6 @@ def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
     if backend == "auto":
         return torch_backend
     raise ConfigurationError(f"{fault}; set lora.backend=torch, or auto")
-
-
-def _pays(x: Tensor) -> bool:
-    return x.device.type == "cuda" and x.numel() >= paying_size(torch.cuda.get_device_name(x.device))
 
 
 @cache

@@ -14,8 +14,6 @@ from numpy.random import SFC64
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
-__all__ = ["draw_seed", "keep_rate", "masked", "random_mask"]
-
 STEPS = 2**15  # a number has a sign and 15 bits, so that a threshold can be subtracted
 SMALL = 4096  # up to so many elements torch's few calls take less time than numpy's fast ones
 _WORD_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -40,7 +38,7 @@ def random_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
         In the shape of x: int16, all bits set where an element is kept; by torch, bool, true where it is dropped.
     """
     rate, start = keep_rate(p), int(seed) & 0xFFFF_FFFF_FFFF_FFFF
-    if not _by_numpy(x):
+    if x.device.type != "cpu" or x.numel() <= SMALL:
         generator = torch.Generator(x.device).manual_seed(start)
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate, generator=generator)
     count = x.numel()
@@ -59,10 +57,6 @@ def masked(x: Tensor, mask: Tensor, *, in_place: bool = False) -> Tensor:
     words = x.view(_WORD_OF[x.itemsize]).numpy()  # numpy widens the mask as it goes, which takes torch twice the time
     kept = np.bitwise_and(words, mask.numpy(), out=words if in_place else None)
     return x if in_place else torch.from_numpy(kept).view(x.dtype)
-
-
-def _by_numpy(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() > SMALL
 
 
 class _Seed(ISeedSequence):

@@ -16,8 +16,6 @@ from torch.autograd.function import once_differentiable
 from dynrank.kernels.backends import products_of
 from dynrank.kernels.dropout import draw_seed
 
-__all__ = ["Operands", "SharedInput", "Tap", "lora_linear", "lora_linear_reference"]
-
 Tap = Callable[[Tensor, Tensor], None]
 
 
@@ -43,23 +41,6 @@ class Operands(NamedTuple):
     tap: Tap | None = None
 
 
-def lora_linear_reference(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    keep: Tensor | float = 1.0,
-) -> Tensor:
-    """The formula, one torch op after the other; what :func:`lora_linear` is tested against.
-
-    ``keep`` is what dropout multiplies x by, in the shape of x.
-    """
-    y = x @ weight.mT if bias is None else x @ weight.mT + bias
-    return y + scaling * ((x * keep) @ lora_A.mT @ lora_B.mT)
-
-
 def lora_linear(
     x: Tensor,
     weight: Tensor | Callable[[], Tensor],
@@ -75,33 +56,30 @@ def lora_linear(
 ) -> Tensor:
     """``x W^T + b + scaling * (drop(x) A^T) B^T`` with W and b frozen (Hu et al., arXiv:2106.09685, section 4.1).
 
-    The update is expanded first and the frozen product accumulated into it (GEMM with beta = 1), which saves a
-    read and a write of y and, in bfloat16, does not lose a small update to the rounding of a large y. For backward
-    x and drop(x) A^T are kept, nothing else: dropout's mask is made again from ``seed``.
-
-    Under autocast all of it is done in autocast's dtype, as torch does a linear layer.
+    Kept for backward are x and drop(x) A^T. Under autocast all of it is done in autocast's dtype, as torch does a
+    linear layer.
 
     Args:
         x: (..., I), any dtype that torch multiplies.
-        weight: (O, I), the dtype of x, or a function that returns it (in any dtype); gets no gradient.
-        bias: (O,) or None, the dtype of x; gets no gradient.
+        weight: (O, I) in x's dtype, or a function that returns it in any, see :class:`Operands`; gets no gradient.
+        bias: (O,) or None; gets no gradient.
         lora_A: (R, I), any dtype. Where it is wider than x's, the gradients of A and B are summed in it.
         lora_B: (O, R), the dtype of lora_A.
         scaling: factor of the update.
         dropout: probability of zeroing an element of the update's input, in [0, 1].
         seed: of the mask, 0-d int64, see :func:`dynrank.kernels.dropout.draw_seed`; drawn anew when None.
         backend: who makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
-        tap: called in backward with ``z = drop(x) A^T`` and the gradient at z, both (..., R).
+        tap: called in backward, see :class:`Operands`.
 
     Returns:
         (..., O), the dtype of x (of autocast, under it).
 
     Raises:
-        ValueError: if a dtype or a shape does not fit, or the dropout cannot be drawn; as a ConfigurationError, if the
-            backend cannot serve x.
+        ValueError: if a shape or x's dtype does not fit, or ``dropout`` is no probability; as a ConfigurationError, if
+            the backend cannot serve x.
     """
     layer = Operands(weight, bias, lora_A, lora_B, scaling, tap)
-    _check(x, layer, dropout, seed)
+    _check(x, layer, dropout)
     return SharedInput(x, (layer,), dropout, seed, backend=backend).output(0)
 
 
@@ -135,10 +113,8 @@ class SharedInput:
     ) -> None:
         x, layers = _in_working_dtypes(x, layers)
         products = products_of(backend, x, sum([layer.lora_A.shape[0] for layer in layers]))
-        if not dropout:
-            seed = None
-        elif seed is None:
-            seed = draw_seed(products.seed_place(x))
+        if seed is None or not dropout:
+            seed = draw_seed(products.seed_place(x)) if dropout else None
         self._x, self._layers, self._how = x, layers, How(dropout, seed, products)
         if torch.compiler.is_compiling():
             self._ys = _compiled(x, layers[0], self._how, backend)
@@ -146,16 +122,7 @@ class SharedInput:
             factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
             self._ys = _Node.apply(self, x, *factors)  # type: ignore[no-untyped-call]
         else:
-            self._ys = self._open()
-
-    def _open(self) -> tuple[Tensor, ...]:
-        """Make s, and the layers' outputs: of a single layer complete, of several with their shapes only."""
-        x_MI = _rows(self._x)
-        self.s_MR = _down(x_MI, self._layers, self._how)
-        ys = tuple([x_MI.new_empty(*self._x.shape[:-1], layer.lora_B.shape[0]) for layer in self._layers])
-        if len(ys) == 1:
-            _up(ys[0], x_MI, self.s_MR, self._layers[0], self._how)
-        return ys
+            self.s_MR, self._ys = _open(x, layers, self._how)
 
     def output(self, index: int) -> Tensor:
         """The output of a layer, (..., O), to be asked for once."""
@@ -175,11 +142,14 @@ class How(NamedTuple):
     products: ModuleType  # torch_backend or triton_launch
 
 
-def _down(x_MI: Tensor, layers: Sequence[Operands], how: How) -> Tensor:
-    """``drop(x) [A_1; A_2; ...]^T``."""
-    lora_A = _joined([layer.lora_A for layer in layers], 0)
-    s_MR: Tensor = how.products.shrink(x_MI, lora_A, how.products.dropout(x_MI, how.p, how.seed))
-    return s_MR
+def _open(x: Tensor, layers: Sequence[Operands], how: How) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """``s = drop(x) [A_1; A_2; ...]^T``, and outputs: of a single layer complete, of several with their shapes only."""
+    x_MI, lora_A = _rows(x), _joined([layer.lora_A for layer in layers], 0)
+    s_MR = how.products.shrink(x_MI, lora_A, how.products.dropout(x_MI, how.p, how.seed))
+    ys = tuple([x.new_empty(*x.shape[:-1], layer.lora_B.shape[0]) for layer in layers])
+    if len(ys) == 1:
+        _up(ys[0], x_MI, s_MR, layers[0], how)
+    return s_MR, ys
 
 
 def _up(y: Tensor, x_MI: Tensor, s_MR: Tensor, layer: Operands, how: How) -> None:
@@ -226,7 +196,8 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shared: SharedInput, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
-        ys, layers, how = shared._open(), shared._layers, shared._how
+        layers, how = shared._layers, shared._how
+        shared.s_MR, ys = _open(x, layers, how)
         ctx.set_materialize_grads(False)  # no zeros for an output that is not used
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
         ctx.save_for_backward(x, shared.s_MR, how.seed, *factors, *weights)
@@ -272,9 +243,7 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     layer, how = Operands(weight, bias, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, lora_A.shape[0]))
-    x_MI, y = _rows(x), x.new_empty(*x.shape[:-1], lora_B.shape[0])
-    s_MR = _down(x_MI, (layer,), how)
-    _up(y, x_MI, s_MR, layer, how)
+    s_MR, (y,) = _open(x, (layer,), how)
     return y, s_MR.contiguous()  # Triton's rows are wider; the compiler is told what they are below
 
 
@@ -320,24 +289,17 @@ _backward_op = torch.library.custom_op("dynrank::lora_linear_backward", _backwar
 _backward_op.register_fake(lambda *given: _backward(*given[:7], 0.0, None, "torch", given[-1]))  # type: ignore[call-arg]
 
 
-def _check(x: Tensor, layer: Operands, p: float, seed: Tensor | None) -> None:
-    """Refuse shapes that do not fit, factors of two dtypes, and a dropout that cannot be drawn."""
+def _check(x: Tensor, layer: Operands, p: float) -> None:
+    """Refuse shapes that do not fit, which no kernel sees, and a dropout that is no probability."""
     weight, bias, lora_A, lora_B, *_ = layer
     d_out, d_in = weight.shape if isinstance(weight, Tensor) else (lora_B.shape[0], lora_A.shape[1])
     rank = lora_A.shape[0]
-    if x.shape[-1:] != (d_in,) or lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank):
-        raise ValueError(
-            f"x must be (..., {d_in}), lora_A (rank, {d_in}) and lora_B ({d_out}, rank) for a weight of "
-            f"{[d_out, d_in]}, got {[*x.shape]}, {[*lora_A.shape]} and {[*lora_B.shape]}"
-        )
-    if bias is not None and bias.shape != (d_out,):
-        raise ValueError(f"bias must be ({d_out},), got {[*bias.shape]}")
-    if lora_A.dtype != lora_B.dtype:
-        raise ValueError(f"lora_A and lora_B must have one dtype, got {lora_A.dtype} and {lora_B.dtype}")
+    wanted = {"x": (*x.shape[:-1], d_in), "lora_A": (rank, d_in), "lora_B": (d_out, rank), "bias": (d_out,)}
+    for (name, shape), given in zip(wanted.items(), (x, lora_A, lora_B, bias), strict=True):
+        if given is not None and given.shape != shape:
+            raise ValueError(f"{name} must be {shape} for a weight of {(d_out, d_in)}, got {tuple(given.shape)}")
     if not 0 <= p <= 1:
         raise ValueError(f"dropout must be in [0, 1], got {p}")
-    if p and seed is not None and (seed.dtype != torch.int64 or seed.ndim):
-        raise ValueError(f"seed must be a 0-d int64 tensor (draw_seed), got {seed.dtype}, {[*seed.shape]}")
 
 
 def _in_working_dtypes(x: Tensor, layers: Sequence[Operands]) -> tuple[Tensor, Sequence[Operands]]:
@@ -349,13 +311,13 @@ def _in_working_dtypes(x: Tensor, layers: Sequence[Operands]) -> tuple[Tensor, S
     dtype, working = x.dtype, []
     for layer in layers:
         weight, bias, lora_A, lora_B, *_ = layer
-        bias_dtype = dtype if bias is None else bias.dtype
-        if isinstance(weight, Tensor) and not autocast and not weight.dtype == bias_dtype == dtype:
-            raise ValueError(f"x, weight and bias must have one dtype, got {dtype}, {weight.dtype} and {bias_dtype}")
+        if isinstance(weight, Tensor) and weight.dtype != dtype and not autocast:
+            raise ValueError(f"x must have the dtype of the weight, {weight.dtype}, got {dtype}")
         wide = dtype if autocast else torch.promote_types(dtype, lora_A.dtype)
-        if lora_A.dtype != wide or bias_dtype != dtype:
-            bias = None if bias is None else bias.to(dtype)
-            layer = layer._replace(bias=bias, lora_A=lora_A.to(wide), lora_B=lora_B.to(wide))
+        if lora_A.dtype != wide:
+            layer = layer._replace(lora_A=lora_A.to(wide), lora_B=lora_B.to(wide))
+        if bias is not None and bias.dtype != dtype:
+            layer = layer._replace(bias=bias.to(dtype))
         if layer.tap is not None:
             layer = layer._replace(tap=_shaped(layer.tap, x.shape[:-1]))
         working.append(layer)

@@ -2,8 +2,7 @@
 
 Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank. Factors are in x's dtype, or in a wider one. On a
 CPU the products are then made in the wider one (x itself is never kept in it); on other devices in x's, by matrix
-instructions that sum in float32, and the gradients of the factors are these sums. Triton's kernels are behind the same
-functions, in :mod:`dynrank.kernels.triton_launch`.
+instructions that sum in float32, and the gradients of the factors are these sums.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import torch
 from torch import Tensor
 
 from dynrank.kernels.dropout import keep_rate, masked, random_mask
-
-__all__ = ["NO_DROPOUT", "Dropout", "dropout", "expand", "grad_A", "grad_S_and_B", "seed_place", "shrink"]
 
 
 class Dropout(NamedTuple):
@@ -44,7 +41,7 @@ def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
 def shrink(x_MI: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
     """``drop(x) A^T``, (M, R)."""
     x_MI = x_MI if dropout.mask is None else masked(x_MI, dropout.mask)
-    dtype = lora_A.dtype if _widens(x_MI) else x_MI.dtype
+    dtype = lora_A.dtype if x_MI.device.type == "cpu" else x_MI.dtype  # no other products of a CPU sum in the wider
     return _product(_in(dtype, x_MI), _in(dtype, lora_A).mT, dropout.rescale, dtype)
 
 
@@ -91,11 +88,6 @@ def _product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, out:
         return torch.mm(left, right, *dtypes, out=out)
     unread = left.new_empty(1, dtype=dtype)  # as beta = 0: one call that scales, and no empty result
     return torch.addmm(unread, left, right, *dtypes, beta=0, alpha=scale, out=out)
-
-
-def _widens(x: Tensor) -> bool:
-    """Whether products of ``x`` and a wider factor are made in the factor's dtype: no others of a CPU sum in it."""
-    return x.device.type == "cpu"
 
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:

@@ -17,8 +17,6 @@ at 512k tokens of width 4096.
 import triton
 import triton.language as tl
 
-__all__ = ["expand_kernel", "grad_A_kernel", "shrink_kernel", "sum_partials_kernel"]
-
 
 @triton.jit
 def _philox(seed_ptr, row_M1, counter_1Q):

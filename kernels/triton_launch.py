@@ -4,9 +4,8 @@ Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank, P = parti
 
 The same functions as :mod:`dynrank.kernels.torch_backend` has, for bfloat16 and float16 and any strides. What they
 multiply is in x's dtype, sums are in float32. Long sums are split among as many programs as the card runs at one time,
-and added in a second stage in a fixed order, so a result is the same bits every time. float32 is not served: no matrix
-instruction multiplies it exactly, and beside its frozen product these passes take 1% of the time. Triton is imported
-when a kernel first runs.
+and added in a second stage in a fixed order, so a result is the same bits every time. Triton is imported when a kernel
+first runs.
 """
 
 from __future__ import annotations
@@ -19,22 +18,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dynrank.kernels.tile_table import BUCKETS, PER_MULTIPROCESSOR, ROWS, WARPS, rank_bucket, tile
-
-__all__ = [
-    "NO_DROPOUT",
-    "Dropout",
-    "dropout",
-    "empty_S",
-    "expand",
-    "grad_A",
-    "grad_S_and_B",
-    "seed_place",
-    "serves",
-    "shrink",
-]
-
 _DTYPES = (torch.bfloat16, torch.float16)
+BUCKETS = (16, 32, 64, 128)  # of ranks that run one binary; 16 is the least that a matrix instruction takes
+# Tiles are shipped, not searched for at run time, so that two runs add in the same order. Compiled for compute
+# capability 8.0, 8.9, 9.0, 10.0 and 12.0, none spills a register, and a multiprocessor holds PER_MULTIPROCESSOR of them
+# at once. Four warps on 64 rows: eight would compute the mask of a product's first operand twice.
+ROWS, WARPS, PER_MULTIPROCESSOR = 64, 4, 2
+TILES = {  # for each bucket: columns beside ROWS tokens, and how many of a loop's loads are in flight
+    "shrink": ((128, 2), (128, 2), (64, 3), (32, 3)),
+    "expand": ((128, 1), (128, 1), (128, 1), (128, 1)),
+    "grad_A": ((128, 2), (128, 2), (128, 2), (64, 2)),
+}
 # Launched with every kernel; said aloud, because Triton warns that the default of enable_fp_fusion will change.
 _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
@@ -80,16 +74,21 @@ def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
     return Dropout(seed, threshold, 65536 / threshold if threshold else 0.0)
 
 
-def empty_S(x_MI: Tensor, rank: int) -> Tensor:
-    """Memory for s, (M, R), in rows as wide as the rank's bucket, which the kernels load whole."""
-    return x_MI.new_empty(x_MI.shape[0], rank_bucket(rank))[:, :rank]
+def rank_bucket(rank: int) -> int:
+    """The least bucket that holds ``rank``."""
+    return next(bucket for bucket in BUCKETS if rank <= bucket)
+
+
+def tile(kernel: str, rank: int) -> tuple[int, int]:
+    """Columns and stages of ``kernel`` at ``rank``."""
+    return TILES[kernel][BUCKETS.index(rank_bucket(rank))]
 
 
 def shrink(x_MI: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
-    """``drop(x) A^T``, (M, R) as :func:`empty_S` lays it out, the dtype of x."""
+    """``drop(x) A^T``, (M, R) in the dtype of x: in rows as wide as the rank's bucket, which the kernels load whole."""
     x_MI, A_RI = _rows_whole(x_MI), _whole(lora_A, x_MI.dtype)
     (rows, d_in), rank, bucket = x_MI.shape, lora_A.shape[0], rank_bucket(lora_A.shape[0])
-    s_MR = empty_S(x_MI, rank)
+    s_MR = x_MI.new_empty(rows, bucket)[:, :rank]
     if s_MR.numel() == 0:
         return s_MR
     options = _options("shrink", rank, dropout)
@@ -130,36 +129,13 @@ def expand(
     return out_MN
 
 
-def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout) -> Tensor:
-    """``ds^T drop(x)``, (R, I), summed in float32 and stored in ``dtype``."""
-    return _summed_over_tokens(ds_MR, x_MI, x_MI.new_empty(ds_MR.shape[1], x_MI.shape[1], dtype=dtype), dropout)
-
-
-def grad_S_and_B(
-    dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
-    """``scaling * dy B``, (M, R) in the dtype of dy, and ``scaling * dy^T s``, (O, R) in that of B, as ``needs`` says.
-
-    The kernels that serve A compute them from these operands.
-    """
-    scaled = NO_DROPOUT._replace(rescale=float(scaling))  # an int would be compiled for
-    ds_MR = shrink(dy_MO, lora_B.mT, scaled) if needs[0] else None
-    if not needs[1]:
-        return ds_MR, None
-    d_B = torch.empty_like(lora_B, memory_format=torch.contiguous_format)
-    _summed_over_tokens(s_MR, dy_MO, d_B, scaled, transposed=True)
-    return ds_MR, d_B
-
-
-def _summed_over_tokens(
-    ds_MR: Tensor, x_MI: Tensor, out: Tensor, dropout: Dropout, *, transposed: bool = False
-) -> Tensor:
-    """``ds^T drop(x)``, written into ``out``, (R, I), or (I, R) where it is transposed."""
+def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout, *, transposed: bool = False) -> Tensor:
+    """``ds^T drop(x)``, (R, I), or (I, R) where it is transposed; summed in float32 and stored in ``dtype``."""
+    (rows, d_in), rank = x_MI.shape, ds_MR.shape[1]
+    out = x_MI.new_empty((d_in, rank) if transposed else (rank, d_in), dtype=dtype)
     if x_MI.numel() == 0:
         return out.zero_()
-    x_MI, ds_MR, rank = _rows_whole(x_MI), _bucket_wide(ds_MR), ds_MR.shape[1]
-    rows, d_in = x_MI.shape
-    options = _options("grad_A", rank, dropout)
+    x_MI, ds_MR, options = _rows_whole(x_MI), _bucket_wide(ds_MR), _options("grad_A", rank, dropout)
     column_blocks = _blocks(d_in, options["WIDTH"])
     steps, shares = _shares(x_MI, _blocks(rows, ROWS), column_blocks, least=8 * options["BLOCK_R"] // ROWS)
     partial_PRI = x_MI.new_empty(shares, rank, d_in, dtype=torch.float32)
@@ -170,6 +146,15 @@ def _summed_over_tokens(
         )  # fmt: skip
         _sum(partial_PRI, out, BLOCK_ROWS=16, BLOCK_COLUMNS=64, TRANSPOSED=transposed)
     return out
+
+
+def grad_S_and_B(
+    dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """``scaling * dy B``, (M, R) in dy's dtype, and ``scaling * dy^T s``, (O, R) in that of B, as ``needs`` says."""
+    scaled = NO_DROPOUT._replace(rescale=float(scaling))  # an int would be compiled for
+    ds_MR = shrink(dy_MO, lora_B.mT, scaled) if needs[0] else None
+    return ds_MR, grad_A(s_MR, dy_MO, lora_B.dtype, scaled, transposed=True) if needs[1] else None
 
 
 def _sum(partial: Tensor, out: Tensor, *, TRANSPOSED: bool = False, **block: int) -> None:
@@ -219,7 +204,7 @@ def _rows_whole(x_MN: Tensor) -> Tensor:
 
 
 def _bucket_wide(s_MR: Tensor) -> Tensor:
-    """``s`` in rows as wide as the rank's bucket: as it lies where :func:`empty_S` laid it out."""
+    """``s`` in rows as wide as the rank's bucket: as it lies where :func:`shrink` made it."""
     bucket = rank_bucket(s_MR.shape[1])
     if s_MR.stride() == (bucket, 1) and s_MR.storage_offset() % bucket == 0:
         return s_MR

@@ -67,7 +67,11 @@ def compiled_by(rank, **sizes):
     """(what was called, the name of a kernel, the kernel) for each that this run of the backend compiles."""
     from dynrank.kernels import triton_kernels
 
-    caches = {name: getattr(triton_kernels, name).device_caches[0][0] for name in triton_kernels.__all__}
+    caches = {
+        name: getattr(triton_kernels, name).device_caches[0][0]
+        for name in dir(triton_kernels)
+        if name.endswith("_kernel")
+    }
     known = {name: len(cache) for name, cache in caches.items()}
     for called in run_backend(rank, **sizes):
         for name, cache in caches.items():

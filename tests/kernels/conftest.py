@@ -1,4 +1,4 @@
-"""Triton's kernels on the CPU, by its interpreter; which has to be chosen before the kernels are imported."""
+"""The formula of the op, and Triton's kernels on the CPU, by its interpreter."""
 
 import importlib
 import importlib.util
@@ -7,6 +7,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session")
+def formula():
+    """The op, one torch operation after the other; ``keep`` is what dropout multiplies x by."""
+
+    def formula(x, weight, bias, lora_A, lora_B, scaling, keep=1.0):
+        y = x @ weight.mT if bias is None else x @ weight.mT + bias
+        return y + scaling * ((x * keep) @ lora_A.mT @ lora_B.mT)
+
+    return formula
 
 
 class Interpreter(NamedTuple):
@@ -19,7 +30,10 @@ class Interpreter(NamedTuple):
 
 @pytest.fixture(scope="module")
 def triton_interpreter():
-    """The Triton backend serves CPU tensors in the module's tests, and computes with bfloat16 as a GPU does."""
+    """The Triton backend serves CPU tensors in the module's tests, and computes with bfloat16 as a GPU does.
+
+    The interpreter has to be chosen before the kernels are imported.
+    """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     with pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
 from dynrank.kernels.backends import MEASURED, paying_size, products_of
-from dynrank.kernels.lora_linear import Operands, SharedInput, lora_linear, lora_linear_reference
+from dynrank.kernels.lora_linear import Operands, SharedInput, lora_linear
 
 M, D_IN, D_OUT, SCALING = 37, 70, 50, 1.5
 
@@ -48,7 +48,7 @@ def test_an_unknown_backend_is_refused_before_anything_is_changed():
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
-def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p, packed):
+def test_the_op_by_triton_is_the_formula(formula, triton_interpreter, dtype, tolerance, p, packed):
     generator = torch.Generator().manual_seed(0)
     shapes = ((2, M, D_IN), (D_OUT, D_IN), (D_OUT,), (5, D_IN), (D_OUT, 5))
     values = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -67,7 +67,7 @@ def test_the_op_by_triton_is_the_formula(triton_interpreter, dtype, tolerance, p
     keep = kept * dropout.rescale  # 1 / keep rate is no number of 16 bits
     assert bool((keep == 0).any()) == (p > 0)
     leaves = [tensor.to(dtype).double().requires_grad_() for tensor in (x, lora_A, lora_B)]
-    wide = lora_linear_reference(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.view(2, M, D_IN))
+    wide = formula(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.view(2, M, D_IN))
     for one, other in zip(got, [wide.detach(), *torch.autograd.grad(wide, leaves, dy.double())], strict=True):
         assert (one.double() - other).norm() <= tolerance * other.norm()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dynrank.kernels.tile_table import BUCKETS, PER_MULTIPROCESSOR, ROWS, rank_bucket, tile
+from dynrank.kernels.triton_launch import BUCKETS, PER_MULTIPROCESSOR, ROWS, rank_bucket, tile
 
 TRITON = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed"
 pytestmark = [
@@ -68,7 +68,7 @@ def test_machine_code(architecture, tmp_path):
             continue
         assert not [name for name in kernel["memory"] if name.endswith(("U16", "S16"))], kernel
         loads = sum(n for name, n in kernel["memory"].items() if name.startswith("LDGSTS") and name.endswith(".128"))
-        values = ROWS * tile(kernel["kernel"], kernel["rank"]).width / kernel["threads"]  # of x, of each thread
+        values = ROWS * tile(kernel["kernel"], kernel["rank"])[0] / kernel["threads"]  # of x, of each thread
         assert loads >= values / 8, f"x is loaded 128 bits at a time: {kernel}"
         if architecture == 90 and kernel["rank"] < 64:  # beyond, A and ds are as much of the work as x is
             budget = MULTIPROCESSORS * CLOCK * ISSUED * 2 / BANDWIDTH  # instructions while a value of x is read
