@@ -77,7 +77,6 @@ class RunConfig:
     ckpt_path: str | None = MISSING
     checkpoint_every: int = MISSING
     check_processes_every: int | None = MISSING
-    start_timeout: float = MISSING
     objective: str | None = MISSING
     plots: bool = MISSING
 

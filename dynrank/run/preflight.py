@@ -7,38 +7,23 @@ from inspect import signature
 from typing import Annotated, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from omegaconf import DictConfig
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, Field, create_model
 from torch import Tensor
 
-from dynrank.errors import ConfigurationError, read_as
+from dynrank.errors import ConfigurationError, Count, Positive, read_as
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.run.config import plain
 from dynrank.run.overrides import unknown_key
 
-_STRICT = ConfigDict(strict=True, extra="ignore")
-
-
-@dataclass(config=_STRICT)
-class _TrainerLimits:
-    max_steps: Annotated[int, Field(ge=-1)] = -1
-    accumulate_grad_batches: Annotated[int, Field(ge=1)] = 1
-    val_check_interval: Annotated[int | float, Field(gt=0)] = 1.0
-
-
-@dataclass(config=_STRICT)
-class _LoraLimits:
-    rank: Annotated[int, Field(ge=1)]
-
-
-@dataclass(config=_STRICT)
-class _Limits:
-    lora: _LoraLimits
-    seed: Annotated[int, Field(ge=0, lt=2**32)]  # NumPy's generator takes no more
-    checkpoint_every: Annotated[int, Field(ge=1)]
-    start_timeout: Annotated[float, Field(gt=0)]
-    trainer: _TrainerLimits
+_LIMITS = {  # of keys that nothing else checks before training
+    "lora.rank": Count,
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],  # NumPy's generator takes no more
+    "checkpoint_every": Count,
+    "trainer.max_steps": Annotated[int, Field(ge=-1)],
+    "trainer.accumulate_grad_batches": Count,
+    "trainer.val_check_interval": Positive,
+}
 
 
 def check_run(config: DictConfig) -> None:
@@ -50,8 +35,10 @@ def check_run(config: DictConfig) -> None:
     trainer = plain(config.trainer)
     for name in sorted(trainer.keys() - signature(Trainer).parameters.keys()):
         raise ConfigurationError(unknown_key(f"trainer.{name}", config))
-    numbers = {key: plain(config[key]) for key in ("lora", "seed", "checkpoint_every", "start_timeout", "trainer")}
-    read_as(_Limits, numbers, "the configuration")
+    given = {key: OmegaConf.select(config, key, default=...) for key in _LIMITS}
+    given = {key: value for key, value in given.items() if value is not ...}
+    limits: dict[str, Any] = {key: (_LIMITS[key], ...) for key in given}
+    read_as(create_model("Limits", __config__=ConfigDict(strict=True), **limits), given, "the configuration")
     if trainer.get("devices", 1) is None:
         raise ConfigurationError(
             "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "

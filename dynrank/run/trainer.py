@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from dynrank.callbacks import (
     StepSeed,
     check_strategy,
 )
-from dynrank.distributed.meeting import meeting
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make, plain
 from dynrank.run.folder import GENERATIONS, HISTORY, PREDICTIONS, last_checkpoint
@@ -72,21 +70,8 @@ def make_trainer(
             f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
             "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
         )
-    _bound_start(trainer, config.start_timeout)
     check_strategy(trainer)  # the scheduler does so, too, but only when the other processes have been started
     return trainer
-
-
-def _bound_start(trainer: Trainer, seconds: float) -> None:
-    """Let the processes of ``trainer`` wait for each other, when they make their group, for ``seconds`` at most."""
-    strategy = trainer.strategy
-    set_up = strategy.setup_environment
-
-    def set_up_in_time() -> None:
-        with meeting(seconds) if trainer.world_size > 1 else nullcontext():
-            set_up()
-
-    strategy.setup_environment = set_up_in_time  # type: ignore[method-assign]
 
 
 def quiet_training() -> None:
