@@ -28,8 +28,6 @@ def squeeze_adapter(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | str | None = None,
-    lowest: int = 1,
-    multiple: int = 1,
     way: Callable[[Adapter, Target], Squeezed] | None = None,
 ) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks: each layer's best approximation in the weight norm.
@@ -48,8 +46,6 @@ def squeeze_adapter(
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of today's ("0.5", "50%", 0.5), spent where the
             squared singular values of the update (scaling included) are largest.
-        lowest: with energy or budget, the lowest rank (a layer below it stays as it is).
-        multiple: with energy or budget, ranks are multiples of it (or stay as they are).
         way: another way than by the weight norm to choose the ranks and the directions that stay.
 
     Returns:
@@ -59,7 +55,7 @@ def squeeze_adapter(
         ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free or cannot be written.
     """
     source, out = Path(source), Path(out)
-    _check_options(rank, energy, budget, lowest, multiple)
+    _check_options(rank, energy, budget)
     with open_adapter(source) as adapter:
         check_free(out, source)
         beside = [*input_files(source), *source.glob(LABELS_FILE)]
@@ -67,9 +63,9 @@ def squeeze_adapter(
         if rank is not None:
             target = Rank(rank)
         elif energy is not None:
-            target = Energy(energy, lowest=lowest, multiple=multiple)
+            target = Energy(energy)
         else:
-            target = _budget(budget, adapter, lowest, multiple)
+            target = _budget(budget, adapter)
         with whole_or_nothing(out) as folder:
             for file in beside:
                 shutil.copyfile(file, folder / file.name)
@@ -78,9 +74,7 @@ def squeeze_adapter(
             return reports
 
 
-def _check_options(
-    rank: int | None, energy: float | None, budget: int | float | str | None, lowest: int, multiple: int
-) -> None:
+def _check_options(rank: int | None, energy: float | None, budget: int | float | str | None) -> None:
     options = {"--rank": rank, "--energy": energy, "--budget": budget}
     given = ", ".join(f"{name} {value}" for name, value in options.items() if value is not None)
     if sum(value is not None for value in options.values()) != 1:
@@ -89,16 +83,11 @@ def _check_options(
         raise ConfigurationError(f"--rank must be an int of at least 1, got {rank!r}")
     if energy is not None and not 0 < energy <= 1:
         raise ConfigurationError(f"--energy must be a share in (0, 1], got {energy}")
-    for name, value in (("--lowest", lowest), ("--multiple", multiple)):
-        if value < 1:
-            raise ConfigurationError(f"{name} must be at least 1, got {value}")
-        if value > 1 and rank is not None:
-            raise ConfigurationError(f"{name} goes with --energy or --budget, got {value} and {given}")
 
 
-def _budget(budget: int | float | str | None, adapter: Adapter, lowest: int, multiple: int) -> Budget:
+def _budget(budget: int | float | str | None, adapter: Adapter) -> Budget:
     states = {name: LayerState(layer.rank, *layer.shape) for name, layer in adapter.layers.items()}
-    target = Budget(_parameters(budget, adapter), lowest=lowest, multiple=multiple)
+    target = Budget(_parameters(budget, adapter))
     least = target.floor_parameters(states)
     if target.pool(states) < least:
         raise ConfigurationError(f"--budget {budget} cannot be met: the lowest ranks have {least:,} parameters")

@@ -9,6 +9,7 @@ import typer
 
 from dynrank import __version__
 from dynrank.commands.exits import usage_errors
+from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
 
 # Each command imports what it needs when it is called, so that --help need not wait for torch.
@@ -48,6 +49,13 @@ def _decimal(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"must be a number, got {text!r}") from None
+
+
+def _check_gates(gates: bool, model: str | None, data: str | None) -> None:
+    if not gates and (model or data):
+        raise ConfigurationError(f"--model and --data go with --gates, got {model or data!r} without it")
+    if gates and not data:
+        raise ConfigurationError("--gates needs --data FILE, whose examples say what the loss needs")
 
 
 def _print_version(asked: bool) -> None:
@@ -108,22 +116,15 @@ def squeeze(
     budget: Annotated[
         str | None, typer.Option(metavar="P", help="Parameters of all factors, or a share of today's: 0.5 or 50%")
     ] = None,
-    lowest: Annotated[
-        int, typer.Option(parser=_whole, metavar="N", help="With --energy or --budget: the lowest rank")
-    ] = 1,
-    multiple: Annotated[
-        int, typer.Option(parser=_whole, metavar="N", help="With --energy or --budget: ranks are multiples of this")
-    ] = 1,
     gates: Gates = False,
     model: Base = None,
     data: Data = None,
 ) -> None:
     """Compress a PEFT adapter to lower ranks; give one of --rank, --energy and --budget."""
-    from dynrank.commands.examples import examples_given
+    _check_gates(gates, model, data)
     from dynrank.commands.squeeze import print_squeeze
 
-    options = {"rank": rank, "energy": energy, "budget": budget, "lowest": lowest, "multiple": multiple}
-    print_squeeze(adapter, out, examples_given(gates, model, data), **options)
+    print_squeeze(adapter, out, data, model, rank=rank, energy=energy, budget=budget)
 
 
 @app.command()
@@ -173,10 +174,10 @@ def inspect(
 
     With --gates also the rank that it would keep in an adapter of half and of a quarter of the parameters.
     """
-    from dynrank.commands.examples import examples_given
+    _check_gates(gates, model, data)
     from dynrank.commands.inspect import show_adapter
 
-    show_adapter(adapter, plot, examples_given(gates, model, data))
+    show_adapter(adapter, plot, data, model)
 
 
 @app.command()

@@ -14,7 +14,6 @@ from dynrank.adapters.beside import label_names
 from dynrank.adapters.predicting import on_base
 from dynrank.adapters.read import Adapter
 from dynrank.change.gates import EXAMPLES, FEW, Gates
-from dynrank.commands.examples import Examples
 from dynrank.driver.bounds import layer_states
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
@@ -39,7 +38,9 @@ class WatchedAdapter:
 
     Args:
         adapter: of a classifier or a causal language model.
-        examples: where they are.
+        data: the file: rows of a text and a label, or of what a language model learns: messages, a prompt and an
+            answer, or a text.
+        model: that the adapter was trained on; None: as it says.
 
     Attributes:
         model: with the adapter.
@@ -50,10 +51,10 @@ class WatchedAdapter:
         ConfigurationError: if the adapter, its base or the file cannot be used.
     """
 
-    def __init__(self, adapter: Adapter, examples: Examples) -> None:
+    def __init__(self, adapter: Adapter, data: str, model: str | None) -> None:
         quiet_loading()
-        self.model, tokenizer = on_base(adapter, examples.model)
-        self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, examples.data)
+        self.model, tokenizer = on_base(adapter, model)
+        self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, data)
         self._layers = dict(lora_layers(self.model))
         self.gates = Gates(self._layers, len(self.batches))
         self.gates.loss_scale = 1024.0 if self.model.dtype == torch.float16 else 1.0  # or small gradients were zero

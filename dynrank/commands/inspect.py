@@ -8,7 +8,6 @@ from pathlib import Path
 
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
 from dynrank.adapters.read import read_adapter
-from dynrank.commands.examples import Examples
 from dynrank.errors import ConfigurationError
 from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import empty_table, print_facts, print_table
@@ -22,22 +21,23 @@ BUDGETS = (0.5, 0.25)  # of the parameters
 Kept = Mapping[float, Mapping[str, int]]  # {share of the parameters: {layer: rank that it keeps}}
 
 
-def show_adapter(folder: Path, plot: Path | None, examples: Examples | None = None) -> None:
+def show_adapter(folder: Path, plot: Path | None, data: str | None, model: str | None) -> None:
     """Print the layers of the adapter in ``folder``, and draw their singular values into ``plot``.
 
-    With ``examples`` the ranks are shown that gates would leave of it, as ``squeeze`` does.
+    With ``data``, a file of examples, the ranks are shown that gates would leave, as ``squeeze`` does; ``model`` is
+    what it was trained on, if not as it says.
 
     Raises:
-        ConfigurationError: if the adapter, or the examples' model or file, cannot be used, or the picture cannot be
+        ConfigurationError: if the adapter, the model or the file of examples cannot be used, or the picture cannot be
             written.
     """
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
     layers, kept = inspect_adapter(folder), {}
-    if examples is not None:
+    if data is not None:
         from dynrank.commands.gates import WatchedAdapter  # which loads what trains models
 
-        watched = WatchedAdapter(read_adapter(folder), examples)
+        watched = WatchedAdapter(read_adapter(folder), data, model)
         kept = {share: watched.ranks(Budget(share=share)) for share in BUDGETS}
     print_spectra(layers, kept)
     if plot is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ from dynrank.adapters.read import Adapter
 from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
 from dynrank.change.predict import report_of, spectra
 from dynrank.change.resize import resize
-from dynrank.commands.examples import Examples
 from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import width_of
@@ -20,52 +20,43 @@ from dynrank.targets import Target
 __all__ = ["print_squeeze"]
 
 
-def print_squeeze(source: Path, out: Path, examples: Examples | None, **options: Any) -> None:
+def print_squeeze(source: Path, out: Path, data: str | None, model: str | None, **options: Any) -> None:
     """Squeeze the adapter in ``source`` into ``out``, and print what became of it.
 
     Args:
         source: folder of a PEFT LoRA adapter.
         out: folder to make.
-        examples: by which gates choose; None: singular values do.
+        data: file of examples by which gates choose; None: singular values do.
+        model: that the adapter was trained on; None: as it says.
         **options: of :func:`dynrank.adapters.squeeze.squeeze_adapter`.
 
     Raises:
         ConfigurationError: as there, or if the examples or the model cannot be used.
     """
-    by_gates = ByGates(examples) if examples is not None else None
-    layers = squeeze_adapter(source, out, **options, way=by_gates)
+    loss: dict[str, object] = {}
+    way = partial(_by_gates, data=data, model=model, facts=loss) if data is not None else None
+    layers = squeeze_adapter(source, out, **options, way=way)
     print_table(change_table("squeezed adapter", layers, RankEvent(0, "squeeze", tuple(layers)).loss))
     before = sum(layer.rank_before * layer.width for layer in layers)
     after = before - sum(layer.parameters_saved for layer in layers)
-    facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})"} | (by_gates.facts if by_gates else {})
-    print_facts(facts | {"files": out})
+    print_facts({"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss, "files": out})
 
 
-class ByGates:
-    """A way to squeeze: the ranks and directions that the loss of examples needs, as in training.
+def _by_gates(adapter: Adapter, target: Target, *, data: str, model: str | None, facts: dict[str, object]) -> Squeezed:
+    """The ranks and directions that the loss of examples needs, as in training; ``facts`` are told of the loss."""
+    from dynrank.commands.gates import WatchedAdapter  # which loads what trains models
 
-    Attributes:
-        facts: to be printed, once it was called.
-    """
-
-    def __init__(self, examples: Examples) -> None:
-        self._examples = examples
-        self.facts: dict[str, object] = {}
-
-    def __call__(self, adapter: Adapter, target: Target) -> Squeezed:
-        from dynrank.commands.gates import WatchedAdapter  # which loads what trains models
-
-        watched = WatchedAdapter(adapter, self._examples)
-        layers, before = dict(lora_layers(watched.model)), watched.loss()
-        values = spectra(layers)
-        ranks = watched.ranks(target)
-        changed = {report.layer: report for report in resize(watched.model, ranks, gates=watched.gates)}
-        self.facts["loss"] = f"{before:.4f} → {watched.loss():.4f}, of the very examples that chose"
-        factors, reports = {}, []
-        for name, layer in layers.items():
-            lora_B, lora_A = adapter.factors(name)
-            if name in changed:
-                lora_A, lora_B = layer.lora_A.detach().to(lora_A), layer.lora_B.detach().to(lora_B)
-            factors[name] = lora_A, lora_B, layer.scaling
-            reports.append(changed.get(name) or report_of(name, layer.rank, values[name], width_of(layer)))
-        return factors, reports
+    watched = WatchedAdapter(adapter, data, model)
+    layers, before = dict(lora_layers(watched.model)), watched.loss()
+    values = spectra(layers)
+    ranks = watched.ranks(target)
+    changed = {report.layer: report for report in resize(watched.model, ranks, gates=watched.gates)}
+    facts["loss"] = f"{before:.4f} → {watched.loss():.4f}, of the very examples that chose"
+    factors, reports = {}, []
+    for name, layer in layers.items():
+        lora_B, lora_A = adapter.factors(name)
+        if name in changed:
+            lora_A, lora_B = layer.lora_A.detach().to(lora_A), layer.lora_B.detach().to(lora_B)
+        factors[name] = lora_A, lora_B, layer.scaling
+        reports.append(changed.get(name) or report_of(name, layer.rank, values[name], width_of(layer)))
+    return factors, reports
