@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dynrank.output.metrics_csv import Series
-
 __all__ = ["arms_figure", "loss_figure", "quality_figure", "ranks_figure", "spectra_figure"]
+
+Series = tuple[list[int], list[float]]
+"""Optimizer steps, and the value of a metric at each of them."""
 
 _WIDTH = 4.6  # inches; so narrow that 9 points are legible on a telephone
 _NAMED_CHANGES = 8  # more texts than that would lie on each other
@@ -27,7 +28,7 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
     Of more than 4,000 steps every second, third ... is drawn.
 
     Args:
-        metrics: as :func:`dynrank.output.metrics_csv.read_metrics` returns them.
+        metrics: as :func:`dynrank.run.report.record.read_metrics` returns them.
         changes: optimizer step -> what happened there, written beside the line where there are few.
     """
     figure, (axes,) = _panels("optimizer step", ["loss (cross-entropy)"])

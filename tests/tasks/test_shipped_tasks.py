@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
 import dynrank
 from dynrank.models.pretrained import load_tokenizer
-from dynrank.output.metrics_csv import read_metrics
+from dynrank.run.report.record import read_metrics
 from dynrank.tasks.language_modeling import LanguageModel
 
 MODULES = "[base64,csv,gzip,heapq,pprint,queue,random,shutil,statistics,textwrap]"

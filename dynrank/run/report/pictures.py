@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,32 +13,20 @@ from dynrank.run.report.record import RunRecord
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "draw"]
+__all__ = ["draw"]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """A PNG file, and what can be seen in it."""
-
-    caption: str
-    file: Path
-
-    @property
-    def data_uri(self) -> str:
-        return f"data:image/png;base64,{b64encode(self.file.read_bytes()).decode()}"
-
-
-def draw(run: RunRecord) -> list[Picture]:
-    """Write the pictures of ``run``; none where matplotlib is not installed."""
+def draw(run: RunRecord) -> dict[str, Path]:
+    """Write the pictures of ``run``; returns {what is seen: PNG file}, nothing where matplotlib is not installed."""
     if find_spec("matplotlib") is None:
-        return []
+        return {}
     folder = run.folder / "plots"
     folder.mkdir(exist_ok=True)
-    pictures = []
+    pictures = {}
     for name, caption, figure in _figures(run):
         figure.savefig(folder / f"{name}.png")
         if name != "ranks" or run.layers_differ:  # bars of one colour say less than a line of text
-            pictures.append(Picture(caption, folder / f"{name}.png"))
+            pictures[caption] = folder / f"{name}.png"
     return pictures
 
 
@@ -56,14 +42,15 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}
     if quality:
         yield "quality", f"In validation {over}: {', '.join(quality)}.", quality_figure(quality, changes)
-    ranks = run.ranks()
+    ranks, kinds = run.ranks(), layer_kinds(run.layers)
     yield "ranks", f"Rank of {len(ranks)} layers {over}.", ranks_figure(ranks, run.last_step)
-    kinds = layer_kinds(run.layers)
-    before = [change for change in run.made if change.step in run.earlier_spectra]
-    shown = [(run.earlier_spectra[change.step], f"before the change at step {change.step}") for change in before[:1]]
-    shown.append(({name: layer.singular_values for name, layer in run.layers.items()}, "at the end"))
-    for number, (spectra, when) in enumerate(shown):
-        kept = {name: dict(ranks[name])[before[0].step] for name in spectra} if number < len(shown) - 1 else {}
-        caption = f"Singular values of {len(spectra)} updates {when}, relative to the largest of each."
-        figure = spectra_figure(spectra, kept, when, kinds)
-        yield ("spectra", "spectra_end")[number], caption, figure
+    for step in [change.step for change in run.made if change.step in run.earlier_spectra][:1]:
+        kept = {name: dict(ranks[name])[step] for name in run.earlier_spectra[step]}
+        when = f"before the change at step {step}"
+        yield "spectra", _caption(when), spectra_figure(run.earlier_spectra[step], kept, when, kinds)
+    spectra = {name: layer.singular_values for name, layer in run.layers.items()}
+    yield "spectra_end", _caption("at the end"), spectra_figure(spectra, {}, "at the end", kinds)
+
+
+def _caption(when: str) -> str:
+    return f"Singular values of the layers' updates {when}, relative to the largest of each."

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 from pydantic import ConfigDict
@@ -17,11 +17,13 @@ from dynrank.driver.event import RankEvent
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
-from dynrank.output.metrics_csv import Series, read_metrics
 from dynrank.run.folder import GENERATIONS, HISTORY, METRICS, last_checkpoint, read_overrides
-from dynrank.run.summary import SUMMARY, Summary, read_summary
+from dynrank.run.summary import Summary, read_summary
 
-__all__ = ["Change", "Generation", "LayerChange", "RunRecord", "read_run"]
+if TYPE_CHECKING:
+    from dynrank.output.plots import Series
+
+__all__ = ["Change", "Generation", "LayerChange", "RunRecord", "read_metrics", "read_run"]
 
 Row = TypeVar("Row")
 
@@ -150,7 +152,7 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         config: the run's configuration as YAML, for a run that Hydra did not start; else .hydra/config.yaml has it.
 
     Raises:
-        ConfigurationError: if a file is missing or broken, or they are not all of one run.
+        ConfigurationError: if a file is missing or broken.
     """
     try:
         summary = read_summary(folder)
@@ -164,12 +166,6 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
     except (yaml.YAMLError, AttributeError) as error:
         raise ConfigurationError(f"{str(folder / '.hydra' / 'config.yaml')!r} is no configuration: {error}") from None
     layers = {layer.layer: layer for layer in inspect_adapter(folder / "adapter")}
-    changed = {name for change in changes for name in change.layers}
-    if summary.final_ranks != {name: layer.rank for name, layer in layers.items()} or not changed <= layers.keys():
-        raise ConfigurationError(
-            f"{str(folder)!r} must hold the files of one run: the layers or ranks of {SUMMARY}, {HISTORY} and "
-            "adapter/ differ"
-        )
     metrics = read_metrics(folder / METRICS)
     last = last_checkpoint(folder)
     checkpoint = read_checkpoint(last) if last.exists() else {}
@@ -187,6 +183,29 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         earlier_spectra=_earlier_spectra(checkpoint),
         generations=generations,
     )
+
+
+def read_metrics(file: Path) -> dict[str, Series]:
+    """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out.
+
+    Raises:
+        ConfigurationError: if the file cannot be read, or a cell is no number; it names the line.
+    """
+    metrics: dict[str, Series] = {}
+    try:
+        with file.open(newline="", encoding="utf-8") as opened:
+            rows = csv.DictReader(opened)
+            for row in rows:
+                step = int(row.pop("step"))
+                for name, number in [(name, float(cell)) for name, cell in row.items() if cell]:
+                    steps, values = metrics.setdefault(name, ([], []))
+                    steps.append(step)
+                    values.append(number)
+    except OSError as error:
+        raise ConfigurationError(f"cannot read {str(file)!r}: {error.strerror or error}") from None
+    except (KeyError, TypeError, ValueError):
+        raise ConfigurationError(f"{str(file)!r} must hold numbers, line {rows.line_num} does not") from None
+    return metrics
 
 
 def _changes(file: Path) -> list[Change]:

@@ -55,7 +55,7 @@ def test_page_needs_nothing_else_and_can_be_heard(report, folder):
     assert not {tag for tag, _ in report.elements} & {"script", "link", "iframe", "object"}
     assert not re.search(r"https?:|@import|url\(", (folder / "report.html").read_text())
     sources = [attributes["src"] for tag, attributes in report.elements if tag == "img"]
-    for source, name in zip(sources, ["loss", "ranks", "spectra"], strict=True):
+    for source, name in zip(sources, ["loss", "ranks", "spectra_end"], strict=True):
         content = base64.b64decode(source.removeprefix("data:image/png;base64,"))
         assert content == (folder / "plots" / f"{name}.png").read_bytes()
         assert Image.open(io.BytesIO(content)).width > 900
