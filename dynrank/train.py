@@ -22,14 +22,8 @@ from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # as torchrun, srun and Lightning set them
-PATHS = (
-    "rank_map.file",
-    "ckpt_path",
-    "task.model",
-    "data.train",
-    "data.val",
-    "data.test",
-)  # relative to where the user stands
+# Keys whose paths are relative to where the user stands.
+PATHS = ("rank_map.file", "ckpt_path", "task.model", "data.train", "data.val", "data.test")
 
 
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")

@@ -33,14 +33,9 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
     """The checkpoint file that ``ckpt_path`` means for a run in ``folder``.
 
     Raises:
-        ConfigurationError: if it is "best", or "last" where ``folder`` holds no run, one without a checkpoint or one
-            that has ended.
+        ConfigurationError: if it is "last" where ``folder`` holds no run, one without a checkpoint or one that has
+            ended.
     """
-    if ckpt_path == "best":
-        raise ConfigurationError(
-            "ckpt_path=best: dynrank-train keeps the last checkpoint alone; set ckpt_path=last and hydra.run.dir, or "
-            "ckpt_path to a file"
-        )
     if ckpt_path != "last":
         return Path(ckpt_path) if ckpt_path is not None else None
     path = last_checkpoint(folder)

@@ -31,16 +31,12 @@ def overrides_explained() -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigurationError(_explanation(error)) from error
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         if not _raised_by_hydra(error):
             raise
         if isinstance(error, OSError):
             said = f"the folder {error.filename!r} cannot be made: {error.strerror}; set hydra.run.dir (of a sweep "
             raise ConfigurationError(f"{said}hydra.sweep.dir) to another one") from error
-        if isinstance(error, RecursionError):
-            raise ConfigurationError(
-                "a configuration file or override is nested too deeply to be read; take levels out"
-            ) from error
         raise ConfigurationError(
             f"{error}; a group takes a name, such as schedule=fixed (--help lists them)"
         ) from error

@@ -73,8 +73,6 @@ def test_predictions_get_their_headings_again_where_none_was_made_before_the_che
 def test_what_ckpt_path_means(tmp_path):
     assert run_folder.checkpoint_of(tmp_path, None) is None
     assert run_folder.checkpoint_of(tmp_path, "a/b.ckpt") == Path("a/b.ckpt")
-    with pytest.raises(ConfigurationError, match=r"best.*ckpt_path=last"):
-        run_folder.checkpoint_of(tmp_path, "best")
     with pytest.raises(ConfigurationError, match=r"holds no run.*hydra\.run\.dir"):
         run_folder.checkpoint_of(tmp_path, "last")
     write(tmp_path / "checkpoints" / "last.ckpt", "")
