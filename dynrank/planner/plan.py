@@ -17,9 +17,8 @@ from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import enable_checkpointing, meta_model, read_config
 from dynrank.models.settings import ModelSettings
 from dynrank.models.sizes import storage_bytes, tensors_of
-from dynrank.planner.base_weights import without_values
 from dynrank.planner.optimizer import optimizer_state_bytes
-from dynrank.planner.step import CountingMode, count_step, token_batch
+from dynrank.planner.step import CountingMode, count_step, token_batch, without_values
 from dynrank.run.config import make, plain, rank_pattern
 
 __all__ = ["Need", "Plan", "make_plan"]

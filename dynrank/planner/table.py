@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from dynrank.output.change_table import layer_kinds
-from dynrank.output.console import print_table, span
+from dynrank.output.console import empty_table, print_table, span
 from dynrank.planner.plan import Need, Plan, make_plan
 
 __all__ = ["show_plan"]
@@ -36,11 +36,8 @@ def show_plan(config: DictConfig) -> None:
 
 def _table(plan: Plan) -> Table:
     """Two lines for each rank, the second with gradient checkpointing."""
-    table = Table(title="MiB by rank")
-    for heading in ("rank", "LoRA parameters", "of model", "checkpointing", *PARTS, "total"):
-        table.add_column(heading, justify="right", overflow="fold")
-    if plan.budget is not None:
-        table.add_column("fits", justify="right")
+    fits = [] if plan.budget is None else ["fits"]
+    table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", "checkpointing", *PARTS, "total", *fits)
     above = None
     for need in plan.needs:
         cells = ["", "", ""]

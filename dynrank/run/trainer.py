@@ -8,7 +8,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import transformers
 from lightning.pytorch import Trainer
 from omegaconf import DictConfig
 
@@ -24,6 +23,7 @@ from dynrank.callbacks import (
     check_strategy,
 )
 from dynrank.errors import ConfigurationError
+from dynrank.output.console import quiet_loading
 from dynrank.run.config import make, plain
 from dynrank.run.folder import GENERATIONS, HISTORY, PREDICTIONS, last_checkpoint
 from dynrank.run.loggers import make_loggers
@@ -76,8 +76,7 @@ def make_trainer(
 
 def quiet_training() -> None:
     """Silence what libraries print of every run."""
-    transformers.logging.set_verbosity_error()  # "classifier newly initialized": it is meant to be
-    transformers.logging.disable_progress_bar()
+    quiet_loading()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists")  # it holds .hydra; an old run is refused
