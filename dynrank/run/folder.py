@@ -9,14 +9,15 @@ from __future__ import annotations
 import csv
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
 
-from dynrank.errors import ConfigurationError, shown
+from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
 
@@ -57,52 +58,31 @@ def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
     """Hold ``folder`` against other processes while a run is made there.
 
     Args:
-        folder: of a new run; or of one that goes on.
+        folder: of a new run, which takes the place of one that was killed before its first checkpoint; or of one that
+            goes on.
         goes_on_from: optimizer steps of the checkpoint that it goes on from; what was recorded of later ones is taken
             out of the tables.
 
     Raises:
-        ConfigurationError: if another process holds it, or a new run finds another one there.
+        ConfigurationError: if another process holds it, a new run finds another one there, or it cannot be written to.
     """
-    if goes_on_from is None:
-        claim(folder)
     with _locked(folder):
+        checkpoints = [file for file in folder.glob("checkpoints/*") if file.suffix != PART]
         if goes_on_from is not None:
             take_up(folder, goes_on_from)
+        elif checkpoints or (folder / SUMMARY).exists():
+            raise ConfigurationError(
+                f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, "
+                "or ckpt_path=last to go on there"
+            )
+        else:
+            _empty(folder)
         try:
             yield
         except ConfigurationError:  # what only the start of training shows
             if goes_on_from is None and not (folder / METRICS).exists():
                 _empty(folder)
             raise
-
-
-def claim(folder: Path) -> None:
-    """Make ``folder`` the place of a new run.
-
-    Raises:
-        ConfigurationError: if it holds one already, or cannot be written to.
-    """
-    try:
-        (folder / "checkpoints").mkdir(parents=True)
-    except FileExistsError:
-        raise ConfigurationError(
-            f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, or "
-            "ckpt_path=last to go on there"
-        ) from None
-    except OSError as error:
-        raise _unusable(folder, error) from None
-
-
-def release(folder: Path) -> None:
-    """Let a new run :func:`claim` the ``folder`` of one that was killed before its first checkpoint.
-
-    Raises:
-        ConfigurationError: if that run is still alive.
-    """
-    if (folder / "checkpoints").exists():
-        with _locked(folder):
-            _empty(folder)
 
 
 def take_up(folder: Path, step: int) -> None:
@@ -123,40 +103,29 @@ def join(folder: Path) -> None:
 
 
 def read_overrides(folder: Path) -> list[str] | None:
-    """What the run in ``folder`` was given on the command line, as Hydra writes it; None: not recorded.
-
-    Raises:
-        ConfigurationError: if the file cannot be read, or is no list of texts.
-    """
+    """What the run in ``folder`` was given on the command line, as Hydra writes it; None: not recorded."""
     file = folder / ".hydra" / "overrides.yaml"
-    if not file.exists():
-        return None
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{str(file)!r} cannot be read: {error!s:.200}") from None
-    if not isinstance(found, list) or not all(isinstance(override, str) for override in found):
-        raise ConfigurationError(f"{str(file)!r} must hold a list of texts, got {shown(found)}")  # aliases or not
-    return found
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def _empty(folder: Path) -> None:
     """Take out what a run writes before its first checkpoint."""
-    checkpoints = folder / "checkpoints"
-    tables = (folder / name for name in (METRICS, EARLIER, PREDICTIONS, GENERATIONS, HISTORY))
-    for file in (*tables, *checkpoints.glob(f"*{PART}")):
-        file.unlink(missing_ok=True)
-    with suppress(OSError):  # not empty: no such run has left this folder, and claim will say so
-        checkpoints.rmdir()
+    for name in (METRICS, EARLIER, PREDICTIONS, GENERATIONS, HISTORY):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Hold a lock in ``folder``; whatever ends this process lets go of it."""
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+", encoding="utf-8")
     except OSError as error:
-        raise _unusable(folder, error) from None
+        raise ConfigurationError(
+            f"no run can be made in {str(folder)!r}: {error.strerror}; set hydra.run.dir (of a sweep hydra.sweep.dir) "
+            "to another folder"
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,13 +139,6 @@ def _locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
-
-
-def _unusable(folder: Path, error: OSError) -> ConfigurationError:
-    return ConfigurationError(
-        f"no run can be made in {str(folder)!r}: {error.strerror}; set hydra.run.dir (of a sweep hydra.sweep.dir) to "
-        "another folder"
-    )
 
 
 def _joined(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[dict[str, str]]:

@@ -49,12 +49,6 @@ def check_run(config: DictConfig) -> None:
         raise ConfigurationError(
             f"trainer.strategy={strategy} trains in processes whose results do not all come back; set it to ddp"
         )
-    fsdp2 = isinstance(strategy, dict) and str(strategy.get("_target_")).endswith(".ModelParallelStrategy")
-    if fsdp2 and strategy.get("save_distributed_checkpoint", True):
-        raise ConfigurationError(
-            "trainer.strategy.save_distributed_checkpoint=true writes folders with pickled parts, which ckpt_path does "
-            "not take; set it to false"
-        )
 
 
 def check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:

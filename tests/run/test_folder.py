@@ -39,21 +39,11 @@ def test_tables_are_joined_at_the_step_that_a_run_goes_on_from(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "rank_predictions.csv"]
 
 
-BOMB = "- &0 [x, x]\n" + "".join(f"- &{i} [{f'*{i - 1}, ' * 10}]\n" for i in range(1, 25))
-
-
-@pytest.mark.parametrize(("text", "named"), [(BOMB, "must hold a list of texts"), ("[" * 3000, "cannot be read")])
-def test_overrides_that_no_run_has_written_are_one_short_line(text, named, tmp_path):
-    write(tmp_path / ".hydra" / "overrides.yaml", text)
-    with pytest.raises(ConfigurationError, match=named) as caught:
-        run_folder.read_overrides(tmp_path)
-    assert len(str(caught.value)) < 2000
-
-
-@pytest.mark.parametrize("use", [run_folder.claim, lambda folder: run_folder.held(folder, 3).__enter__()])
-def test_a_folder_that_cannot_be_written_to_is_one_line(use):
-    with pytest.raises(ConfigurationError, match="no run can be made in '/proc': .*hydra.run.dir"):
-        use(Path("/proc"))
+@pytest.mark.parametrize("goes_on_from", [None, 3])
+def test_a_folder_that_cannot_be_written_to_is_one_line(goes_on_from):
+    refused = pytest.raises(ConfigurationError, match="no run can be made in '/proc': .*hydra.run.dir")
+    with refused, run_folder.held(Path("/proc"), goes_on_from):
+        pass
 
 
 def test_both_validations_of_a_checked_change_stay(tmp_path):
@@ -85,24 +75,20 @@ def test_what_ckpt_path_means(tmp_path):
 def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
     mine = f"process {os.getpid()} on "  # a lock holds against the same process, too
     with run_folder.held(tmp_path):
-        with pytest.raises(ConfigurationError, match=mine), run_folder.held(tmp_path, goes_on_from=2):
-            pass
-        with pytest.raises(ConfigurationError, match=mine):
-            run_folder.release(tmp_path)
-        with pytest.raises(ConfigurationError, match="holds a run already"), run_folder.held(tmp_path):
-            pass
+        for goes_on_from in (None, 2):
+            with pytest.raises(ConfigurationError, match=mine), run_folder.held(tmp_path, goes_on_from):
+                pass
     write(tmp_path / "metrics.csv", "step,a\n1,x\n2,y\n")
     with run_folder.held(tmp_path, goes_on_from=2):
         assert [row["a"] for row in table(tmp_path / "metrics.earlier.csv")] == ["x"]
 
 
-def test_folder_of_a_run_without_a_checkpoint_is_free_again(tmp_path):
-    run_folder.claim(tmp_path)
+def test_a_new_run_takes_the_folder_of_one_without_a_checkpoint_and_of_no_other(tmp_path):
     for name in ("metrics.csv", "rank_predictions.csv", "rank_history.csv", "checkpoints/last.ckpt.part", "mine.txt"):
-        (tmp_path / name).write_text("x")
-    run_folder.release(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock"}
-    run_folder.claim(tmp_path)
-    (tmp_path / "checkpoints" / "mine.txt").write_text("x")
-    run_folder.release(tmp_path)
-    assert (tmp_path / "checkpoints" / "mine.txt").exists()
+        write(tmp_path / name, "x")
+    with run_folder.held(tmp_path):
+        assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock"}
+    write(tmp_path / "checkpoints" / "last.ckpt", "x")
+    with pytest.raises(ConfigurationError, match="holds a run already"), run_folder.held(tmp_path):
+        pass
+    assert (tmp_path / "checkpoints" / "last.ckpt").exists()

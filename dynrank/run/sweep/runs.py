@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import print_facts, quiet_imports
-from dynrank.run.folder import last_checkpoint, release
+from dynrank.run.folder import last_checkpoint
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 from dynrank.run.sweep.table import FAULT, show_sweep
 
@@ -62,7 +62,6 @@ def _summary(config: DictConfig, folder: Path, begin: Callable[[], None]) -> Sum
             print_facts({"has ended before": folder})
             return read_summary(folder)
         if not last_checkpoint(folder).exists():
-            release(folder)
             config.ckpt_path = None
     from dynrank.run.job import run  # torch and transformers load here
 

@@ -71,7 +71,6 @@ def damaged_checkpoint(folder):
         (edit("metrics.csv", "step", "time"), "metrics.csv.*line 2"),
         (damaged_checkpoint, "last.ckpt"),
         (edit(".hydra/config.yaml", "note: ", "note: {"), "config.yaml"),
-        (edit(".hydra/overrides.yaml", "- lora", "lora"), "overrides.yaml"),
     ],
 )
 def test_broken_file_is_named_and_an_earlier_report_stays(folder, damage, message):

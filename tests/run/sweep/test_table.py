@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from dynrank.commands import cli
-from dynrank.errors import ConfigurationError
 from dynrank.output.plots import arms_figure
 from dynrank.run.sweep import table as sweep_table
 from dynrank.run.sweep.table import arms, read_sweep, show_sweep
@@ -135,10 +134,3 @@ def test_command_makes_the_table_again_and_refuses_what_is_no_sweep(sweep, monke
     monkeypatch.setattr(sweep_table, "find_spec", lambda name: None)
     code, message = call(sweep[0])
     assert (code, "dynrank[plots]" in message) == (2, True)
-
-
-def test_overrides_that_are_no_list_are_refused(tmp_path):
-    write(tmp_path / "0", [])
-    (tmp_path / "0" / ".hydra" / "overrides.yaml").write_text("a: 1")
-    with pytest.raises(ConfigurationError, match="overrides"):
-        read_sweep(tmp_path)
