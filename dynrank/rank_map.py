@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import islice
@@ -173,23 +173,6 @@ def _rule(key: Any, value: Any) -> RankRule:
         names = ", ".join(field.name for field in fields(RankRule))
         raise ConfigurationError(f"must be an int (the rank) or a mapping of {names}, got {shown(value)}")
     return RankRule(**{str(name): entry for name, entry in value.items()})
-
-
-def parse_rules(rules: Sequence[str]) -> dict[str, RankRule]:
-    """Rules of the short form ``pattern=rank``, as in ``rank_map.rules=['q_proj=8']``.
-
-    >>> parse_rules(["q_proj=8"])["q_proj"].rank
-    8
-    """
-    pairs: dict[str, int] = {}
-    for rule in rules:
-        pattern, equals, rank = str(rule).rpartition("=")
-        if not equals or not pattern or not re.fullmatch(r"-?\d+", rank):
-            raise ConfigurationError(f"a rule must be PATTERN=RANK, got {rule!r}; fix rank_map.rules")
-        if pattern in pairs:
-            raise ConfigurationError(f"each pattern may stand once, got {pattern!r} twice; fix rank_map.rules")
-        pairs[pattern] = int(rank)
-    return parse_rank_map(pairs, source="rank_map.rules")
 
 
 def resolve_rank_map(

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
 from dynrank.errors import ConfigurationError
-from dynrank.rank_map import RankRule, first_matches, load_rank_map, parse_rank_map, parse_rules, resolve_rank_map
+from dynrank.rank_map import RankRule, first_matches, load_rank_map, parse_rank_map, resolve_rank_map
 
 SHAPES = {
     "model.layers.0.q_proj": (8, 8),
@@ -138,19 +138,6 @@ def test_faults_are_listed_all_at_once():
 def test_parse_rank_map_takes_rules():
     rule = RankRule(rank=3, alpha=2.0, pinned=True)
     assert parse_rank_map({"q": rule, "v": 4}, "test") == {"q": rule, "v": RankRule(rank=4)}
-
-
-def test_parse_rules_short_form():
-    assert parse_rules(["q_proj=8", r"layers\.(?=1).*=4"]) == {
-        "q_proj": RankRule(rank=8),
-        r"layers\.(?=1).*": RankRule(rank=4),
-    }
-
-
-@pytest.mark.parametrize("rules", [["q_proj"], ["=8"], ["q_proj=1.5"], ["q=1", "q=2"], ["q=-1"], [3]])
-def test_parse_rules_refuses_what_is_no_rule(rules):
-    with pytest.raises(ConfigurationError, match=r"rank_map\.rules"):
-        parse_rules(rules)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
 from dynrank.models.settings import ModelSettings
-from dynrank.rank_map import load_rank_map, parse_rank_map, parse_rules
+from dynrank.rank_map import load_rank_map, parse_rank_map
 from dynrank.run.overrides import check_keys, overrides_explained
 
 CONFIG_MODULE, CONFIG_NAME = "dynrank.conf", "train"
@@ -39,10 +38,9 @@ class LoraConfig:
 
 @dataclass
 class RankMapConfig:
-    """Per-layer overrides: a file, quick rules, what a file would hold, or several of these."""
+    """Per-layer overrides: a file, what a file would hold, or both."""
 
     file: str | None = MISSING
-    rules: list[str] = MISSING
     rank_pattern: dict[str, Any] = MISSING
 
 
@@ -136,24 +134,19 @@ def make(node: Any, key: str) -> Any:
 
 
 def rank_pattern(config: DictConfig) -> dict[str, Any]:
-    """The rules of ``rank_map.file``, ``rank_map.rules`` and ``rank_map.rank_pattern`` as one plain mapping, checked.
+    """The rules of ``rank_map.file`` and ``rank_map.rank_pattern`` as one plain mapping, checked.
 
     Raises:
-        ConfigurationError: if a rule is faulty, or a key stands in two of them.
+        ConfigurationError: if a rule is faulty, or a key stands in both.
     """
-    places = {
-        "file": load_rank_map(Path(config.file)) if config.file is not None else {},
-        "rules": parse_rules(config.rules),
-        "rank_pattern": parse_rank_map(plain(config.rank_pattern), source="rank_map.rank_pattern"),
-    }
-    for (one, first), (other, second) in combinations(places.items(), 2):
-        both = sorted(first.keys() & second.keys())
-        if both:
-            raise ConfigurationError(
-                f"keys {both} stand in rank_map.{one} and in rank_map.{other}; take them out of one"
-            )
-    rules = {key: rule for place in places.values() for key, rule in place.items()}
-    return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in rules.items()}
+    in_file = load_rank_map(Path(config.file)) if config.file is not None else {}
+    here = parse_rank_map(plain(config.rank_pattern), source="rank_map.rank_pattern")
+    both = sorted(in_file.keys() & here.keys())
+    if both:
+        raise ConfigurationError(
+            f"keys {both} stand in rank_map.file and in rank_map.rank_pattern; take them out of one"
+        )
+    return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (in_file | here).items()}
 
 
 def plain(config: Any) -> Any:

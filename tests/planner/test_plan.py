@@ -254,7 +254,8 @@ def test_a_run_on_a_gpu_is_planned_without_one(config_file):
 
 def test_a_rank_map_holds_in_every_row(config_file):
     file, _ = config_file("llama")
-    rules = "rank_map.rules=['q_proj=2','layers\\.0\\..*up_proj=16']"
+    (file.parent / "ranks.yaml").write_text("rank_pattern: {q_proj: 2, 'layers\\.0\\..*up_proj': 16}")
+    rules = f"rank_map.file={file.parent / 'ranks.yaml'}"
     plan = plan_of(f"base={file}", rules, "ranks=[4,8]", "sequence_length=8", "lora.target_modules=[q_proj,up_proj]")
     assert [need.parameters for need in plan.needs[::2]] == [
         3 * 2 * (64 + 64) + 16 * (64 + 96) + 2 * rank * (64 + 96) for rank in (4, 8)

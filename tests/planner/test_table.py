@@ -117,8 +117,8 @@ def test_a_mistake_exits_with_2_and_one_line(command, capsys):
 
 
 def test_a_rank_map_shows_in_the_column_of_ranks(tiny, capsys):
-    rules = "rank_map.rules=['q_proj=2']"
-    show_plan(dynrank.compose([tiny, rules, "ranks=[4]", "sequence_length=8"], "plan"))
+    rule = "+rank_map.rank_pattern.q_proj=2"
+    show_plan(dynrank.compose([tiny, rule, "ranks=[4]", "sequence_length=8"], "plan"))
     assert "4 (2-4)" in capsys.readouterr().out
 
 

@@ -86,23 +86,21 @@ def test_open_groups_take_new_keys(override):
     assert OmegaConf.select(dynrank.compose([override]), override[1:].partition("=")[0]) is not None
 
 
-def test_rank_pattern_joins_file_rules_and_what_a_file_would_hold(tmp_path):
+def test_rank_pattern_joins_a_file_and_what_a_file_would_hold(tmp_path):
     file = tmp_path / "ranks.yaml"
     file.write_text("rank_pattern: {query: {rank: 8, pinned: true}}\n")
-    config = dynrank.compose(["rank_map=head_16", f"rank_map.file={file}", "rank_map.rules=['value=4']"])
+    config = dynrank.compose(["rank_map=head_16", f"rank_map.file={file}"])
     assert rank_pattern(config.rank_map) == {
         "query": {"rank": 8, "pinned": True},
-        "value": {"rank": 4, "pinned": False},
         "lm_head": {"rank": 16, "alpha": 32, "pinned": False},
     }
 
 
-@pytest.mark.parametrize("overrides", [["rank_map.rules=['query=4']"], ["+rank_map.rank_pattern.query=4"]])
-def test_rank_pattern_refuses_a_key_in_two_places(overrides, tmp_path):
+def test_rank_pattern_refuses_a_key_in_two_places(tmp_path):
     file = tmp_path / "ranks.yaml"
     file.write_text("rank_pattern: {query: 8}\n")
     with pytest.raises(ConfigurationError, match=r"\['query'\] stand in rank_map.file and in"):
-        rank_pattern(dynrank.compose([f"rank_map.file={file}", *overrides]).rank_map)
+        rank_pattern(dynrank.compose([f"rank_map.file={file}", "+rank_map.rank_pattern.query=4"]).rank_map)
 
 
 def test_rank_pattern_names_the_place_of_a_faulty_rule():
