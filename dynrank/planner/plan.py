@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 from dynrank.errors import ConfigurationError, Count, Name, read_as, validated
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.layers.placing import add_lora
-from dynrank.models.pretrained import enable_checkpointing, meta_model, read_config
+from dynrank.models.pretrained import meta_model, read_config
 from dynrank.models.settings import ModelSettings
 from dynrank.models.sizes import storage_bytes, tensors_of
 from dynrank.planner.optimizer import optimizer_state_bytes
@@ -59,7 +58,6 @@ class Need:
         rank: of the layers that no rule sets.
         ranks: (lowest, highest) of all layers.
         parameters: numbers in the factors of all LoRA layers.
-        checkpointing: blocks keep their inputs alone and are computed again in the backward.
         weights: the frozen base and all buffers.
         adapter: the factors, and the modules that are trained whole.
         optimizer: its state.
@@ -71,7 +69,6 @@ class Need:
     rank: int
     ranks: tuple[int, int]
     parameters: int
-    checkpointing: bool
     weights: int
     adapter: int
     optimizer: int
@@ -98,7 +95,7 @@ class Plan:
         batch: (sequences, tokens of each).
         optimizer: its name.
         budget: bytes to fit into, if any.
-        needs: by rank, without and with checkpointing.
+        needs: by rank.
     """
 
     model: str
@@ -124,7 +121,7 @@ def make_plan(config: DictConfig) -> Plan:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
     dtype, autocast = precision
     settings = ModelSettings(**plain(config.model))
-    batch, needs = (asked.batch_size, asked.sequence_length), list[Need]()
+    batch, needs = (asked.batch_size, asked.sequence_length), []
     for rank in sorted(set(asked.ranks)):
         model = _model(config, asked.base, settings, rank)
         for parameter in model.parameters() if dtype is not None else ():
@@ -133,7 +130,7 @@ def make_plan(config: DictConfig) -> Plan:
         parameters = model.num_parameters() - sum(factor.numel() for factor in factors)
         head = [p for p in model.parameters() if p.requires_grad and p not in factors]
         state = optimizer_state_bytes(factors, head, plain(config.optimizer))
-        needs += _needs(model, rank, batch, autocast, state, settings.gradient_checkpointing)
+        needs.append(_need(model, rank, batch, autocast, state))
     kind = str(model.dtype).removeprefix("torch.")
     name = asked.base or config.task.get("model") or type(model).__name__
     return Plan(
@@ -169,15 +166,10 @@ def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: 
     return model.train()
 
 
-def _needs(
-    model: PreTrainedModel,
-    rank: int,
-    batch: tuple[int, int],
-    autocast: torch.dtype | None,
-    optimizer: int,
-    checkpointed: bool,
-) -> Iterator[Need]:
-    """The need of a model with its LoRA layers: without checkpointing unless it is on, and with it where it can be."""
+def _need(
+    model: PreTrainedModel, rank: int, batch: tuple[int, int], autocast: torch.dtype | None, optimizer: int
+) -> Need:
+    """The need of a model with its LoRA layers, whose optimizer's state takes ``optimizer`` bytes."""
     ranks = [layer.rank for layer in own_layers(model).values()]
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # a training step does not use keys and values again
@@ -187,20 +179,15 @@ def _needs(
         inputs = token_batch(model, *batch)
     adapter = storage_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     weights = storage_bytes(tensors_of(model)) - adapter
-    ways = (True,) if checkpointed else (False, True) if model.supports_gradient_checkpointing else (False,)
-    for checkpointing in ways:
-        if checkpointing:
-            enable_checkpointing(model)
-        step = count_step(model, inputs, mode, autocast=autocast)
-        yield Need(
-            rank=rank,
-            ranks=(min(ranks), max(ranks)),
-            parameters=sum(factor.numel() for factor in adapter_parameters(model)),
-            checkpointing=checkpointing,
-            weights=weights,
-            adapter=adapter,
-            optimizer=optimizer,
-            gradients=step.gradients,
-            activations=step.activations,
-            step=step.peak,
-        )
+    step = count_step(model, inputs, mode, autocast=autocast)
+    return Need(
+        rank=rank,
+        ranks=(min(ranks), max(ranks)),
+        parameters=sum(factor.numel() for factor in adapter_parameters(model)),
+        weights=weights,
+        adapter=adapter,
+        optimizer=optimizer,
+        gradients=step.gradients,
+        activations=step.activations,
+        step=step.peak,
+    )

@@ -30,40 +30,25 @@ def show_plan(config: DictConfig) -> None:
     print_table(_table(plan))
     print("total            weights + adapter + optimizer + step, the most that forward and backward hold at once")
     if plan.budget is not None:
-        for checkpointing in (False, True):
-            _print_best(plan, plan.budget, checkpointing)
+        fit = [need.rank for need in plan.needs if need.total <= plan.budget]
+        lacking = plan.needs[0].total - plan.budget
+        said = f"none of these fits; rank {plan.needs[0].rank} lacks {_mebibytes(lacking)} MiB"
+        if fit:
+            said = f"rank {max(fit)} is the highest of these that fits"
+        print(f"budget           {_mebibytes(plan.budget)} MiB: {said}")
 
 
 def _table(plan: Plan) -> Table:
-    """Two lines for each rank, the second with gradient checkpointing."""
+    """A line for each rank."""
     fits = [] if plan.budget is None else ["fits"]
-    table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", "checkpointing", *PARTS, "total", *fits)
-    above = None
+    table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *PARTS, "total", *fits)
     for need in plan.needs:
-        cells = ["", "", ""]
-        if need.rank != above:
-            above = need.rank
-            table.add_section()
-            cells = [_rank(need), f"{need.parameters:,}", f"{need.parameters / plan.parameters:.2%}"]
-        cells.append("yes" if need.checkpointing else "no")
+        cells = [_rank(need), f"{need.parameters:,}", f"{need.parameters / plan.parameters:.2%}"]
         cells += [_mebibytes(getattr(need, part)) for part in (*PARTS, "total")]
         if plan.budget is not None:
             cells.append("yes" if need.total <= plan.budget else "no")
         table.add_row(*cells)
     return table
-
-
-def _print_best(plan: Plan, budget: int, checkpointing: bool) -> None:
-    """Say which rank is the highest that fits, or how much the lowest one lacks."""
-    totals = {need.rank: need.total for need in plan.needs if need.checkpointing == checkpointing}
-    if not totals:
-        return
-    way = f"{'with' if checkpointing else 'without'} gradient checkpointing"
-    fit, lowest = [rank for rank, total in totals.items() if total <= budget], min(totals)
-    said = f"none of these fits, {way}; rank {lowest} lacks {_mebibytes(totals[lowest] - budget)} MiB"
-    if fit:
-        said = f"rank {max(fit)} is the highest of these that fits, {way}"
-    print(f"budget           {_mebibytes(budget)} MiB: {said}")
 
 
 def _mebibytes(size: int) -> str:

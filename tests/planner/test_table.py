@@ -52,25 +52,24 @@ def test_parts_add_up_to_the_total_in_the_table(tiny, capsys):
     show_plan(dynrank.compose([tiny, "ranks=[4]", "sequence_length=8", "budget=1MiB"], "plan"))
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
-    assert [row[3] for row in rows] == ["no", "yes"]
-    for row in rows:
-        weights, adapter, optimizer, gradients, activations, step, total = map(float, row[4:11])
-        assert weights + adapter + optimizer + step == pytest.approx(total, abs=0.25)  # each is rounded to a tenth
-        assert step >= max(activations, gradients)
-        assert row[11] in ("yes", "no")
+    ((*_, fits),) = rows
+    weights, adapter, optimizer, gradients, activations, step, total = map(float, rows[0][3:10])
+    assert weights + adapter + optimizer + step == pytest.approx(total, abs=0.25)  # each is rounded to a tenth
+    assert step >= max(activations, gradients)
+    assert fits in ("yes", "no")
 
 
 def test_the_budget_names_the_highest_rank_that_fits(tiny, capsys):
     options = [tiny, "ranks=[16,4,8]", "batch_size=2", "sequence_length=8"]
-    totals = {need.rank: need.total for need in make_plan(dynrank.compose(options, "plan")).needs[::2]}
+    totals = {need.rank: need.total for need in make_plan(dynrank.compose(options, "plan")).needs}
     for budget, best in ((totals[8], 8), (totals[8] - 1, 4)):
         show_plan(dynrank.compose([*options, f"budget={budget}B"], "plan"))
-        assert f"rank {best} is the highest of these that fits, without" in capsys.readouterr().out
+        assert f"rank {best} is the highest of these that fits" in capsys.readouterr().out
 
 
 def test_a_budget_that_nothing_fits_says_how_much_is_lacking(tiny, capsys):
     show_plan(dynrank.compose([tiny, "ranks=[4,8]", "sequence_length=8", "budget=1KiB"], "plan"))
-    assert "none of these fits, without gradient checkpointing; rank 4 lacks" in capsys.readouterr().out
+    assert "none of these fits; rank 4 lacks" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
