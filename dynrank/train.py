@@ -44,11 +44,7 @@ def _train(config: DictConfig) -> float | None:
         finally:
             if folder != Path.cwd():
                 with suppress(OSError):  # not empty: the run was not refused
-                    folder.rmdir()
-                    for parent in folder.parents:  # outputs/DATE, which Hydra has made, too
-                        if Path.cwd() not in parent.parents:
-                            break
-                        parent.rmdir()
+                    os.removedirs(os.path.relpath(folder))  # and outputs/DATE, which Hydra has made, too
     return None
 
 

@@ -99,23 +99,17 @@ def load_classifier(
 
     ``on_meta`` builds it from its config alone, without memory for weights.
     """
-    config, cls, model = (
-        read_config(name, key, settings, num_labels=num_labels),
-        AutoModelForSequenceClassification,
-        None,
-    )
+    config, cls = read_config(name, key, settings, num_labels=num_labels), AutoModelForSequenceClassification
     if on_meta:
         model = _on_meta(cls, config, key, settings, kept=_HEADS)
     else:
-        # a head for another number of classes is replaced
-        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
+        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes is replaced
         model, info = _load(cls, config, name, key, settings, kept=_HEADS, **options)
         misfits = [str(place[0]) for place in info["mismatched_keys"] if not str(place[0]).startswith(_HEADS)]
         if misfits:
             raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
-    model.config.pad_token_id = load_tokenizer(
-        name, key, settings
-    ).pad_token_id  # decoders classify by their last token
+    tokenizer = load_tokenizer(name, key, settings)
+    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify by their last token
     for head in head_names(model):  # it is trained, which takes more bits than the frozen base
         model.get_submodule(head).float().register_forward_pre_hook(_in_dtype_of_weight)
     return cast(nn.Module, model)
