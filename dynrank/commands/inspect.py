@@ -9,7 +9,6 @@ from pathlib import Path
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
 from dynrank.adapters.read import read_adapter
 from dynrank.errors import ConfigurationError
-from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import empty_table, print_facts, print_table
 from dynrank.targets import Budget
 
@@ -44,7 +43,7 @@ def show_adapter(folder: Path, plot: Path | None, data: str | None, model: str |
         from dynrank.output.plots import spectra_figure  # matplotlib is an extra
 
         spectra = {layer.layer: layer.singular_values for layer in layers}
-        figure = spectra_figure(spectra, {}, "singular values of the updates", layer_kinds(spectra))
+        figure = spectra_figure(spectra, {}, "singular values of the updates")
         try:
             figure.savefig(plot)
         except (OSError, ValueError) as error:  # ValueError: no format that matplotlib knows

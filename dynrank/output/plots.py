@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from dynrank.output.change_table import layer_kinds
+
 __all__ = ["arms_figure", "loss_figure", "quality_figure", "ranks_figure", "spectra_figure"]
 
 Series = tuple[list[int], list[float]]
@@ -77,27 +79,24 @@ def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int)
     return figure
 
 
-def spectra_figure(
-    spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int], title: str, kinds: Mapping[str, str] | None = None
-) -> Figure:
+def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int], title: str) -> Figure:
     """Singular values of each layer's update, largest first, relative to the largest.
+
+    Each kind of layer has its own colour, and its median is drawn boldly.
 
     Args:
         spectra: layer -> singular values, descending.
         kept: layer -> how many stay.
         title: of the picture.
-        kinds: layer (or more of them) -> kind of layer, which has its own colour, and its median drawn boldly; None:
-            one colour for all.
     """
     shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
-    kinds = kinds or {}
-    colours = {kind: f"C{index % 10}" for index, kind in enumerate(sorted(set(kinds.values())))}
-    found = [kind for kind in colours if any(kinds[name] == kind for name in shares)]
+    kinds = layer_kinds(spectra)
+    found = sorted({kinds[name] for name in shares})
+    colours = {kind: f"C{index % 10}" for index, kind in enumerate(found)}
     figure, (axes,) = _panels("singular value", ["relative to the largest"], height=3.6 + 0.2 * len(found))
     for name, values in shares.items():
         width = 0.9 if len(shares) < 100 else 0.5  # hundreds of lines must not hide each other
-        colour = colours[kinds[name]] if kinds else "tab:blue"
-        axes.plot(range(1, len(values) + 1), values, color=colour, alpha=0.3, linewidth=width)
+        axes.plot(range(1, len(values) + 1), values, color=colours[kinds[name]], alpha=0.3, linewidth=width)
     for index, kind in enumerate(found):
         members = [values for name, values in shares.items() if kinds[name] == kind]
         typical = [median(column) for column in zip(*members, strict=False)]  # as far as the shortest goes
@@ -118,8 +117,6 @@ def spectra_figure(
     if found:
         columns = 2 if max(map(len, found)) < 24 else 1
         figure.legend(loc="outside lower center", fontsize=9, title="median of each kind", ncols=columns)
-    elif kept:
-        axes.legend()
     return figure
 
 

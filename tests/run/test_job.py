@@ -20,7 +20,7 @@ from dynrank.tasks.classification import Classifier
 FILES = [
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "rank_history.csv", "metrics.csv"),
     *("checkpoints/last.ckpt", "summary.json", ".hydra/config.yaml", "final_ranks.yaml", "report.html"),
-    *("plots/loss.png", "plots/quality.png", "plots/ranks.png", "plots/spectra.png", "plots/spectra_end.png"),
+    *("plots/loss.png", "plots/quality.png", "plots/ranks.png", "plots/spectra.png"),
 ]
 
 

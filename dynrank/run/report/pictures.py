@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dynrank.output.change_table import layer_kinds
 from dynrank.run.report.record import RunRecord
 
 if TYPE_CHECKING:
@@ -42,15 +41,8 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}
     if quality:
         yield "quality", f"In validation {over}: {', '.join(quality)}.", quality_figure(quality, changes)
-    ranks, kinds = run.ranks(), layer_kinds(run.layers)
+    ranks = run.ranks()
     yield "ranks", f"Rank of {len(ranks)} layers {over}.", ranks_figure(ranks, run.last_step)
-    for step in [change.step for change in run.made if change.step in run.earlier_spectra][:1]:
-        kept = {name: dict(ranks[name])[step] for name in run.earlier_spectra[step]}
-        when = f"before the change at step {step}"
-        yield "spectra", _caption(when), spectra_figure(run.earlier_spectra[step], kept, when, kinds)
     spectra = {name: layer.singular_values for name, layer in run.layers.items()}
-    yield "spectra_end", _caption("at the end"), spectra_figure(spectra, {}, "at the end", kinds)
-
-
-def _caption(when: str) -> str:
-    return f"Singular values of the layers' updates {when}, relative to the largest of each."
+    caption = f"Singular values of {len(spectra)} updates at the end, relative to the largest of each."
+    yield "spectra", caption, spectra_figure(spectra, {}, "at the end")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,11 +13,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
-from dynrank.driver.event import RankEvent
 from dynrank.errors import ConfigurationError, read_as
-from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
-from dynrank.run.folder import GENERATIONS, HISTORY, METRICS, last_checkpoint, read_overrides
+from dynrank.run.folder import GENERATIONS, HISTORY, METRICS, read_overrides
 from dynrank.run.summary import Summary, read_summary
 
 if TYPE_CHECKING:
@@ -95,8 +93,6 @@ class RunRecord:
         last_step: optimizer steps made.
         changes: in the order in which they were made.
         layers: of the exported adapter, layer -> spectrum, in the order of the model.
-        earlier_spectra: optimizer step -> layer -> singular values right before the change there, of those changes
-            that the last checkpoint knows of.
         generations: generations.csv.
     """
 
@@ -109,7 +105,6 @@ class RunRecord:
     last_step: int
     changes: list[Change]
     layers: dict[str, LayerSpectrum]
-    earlier_spectra: dict[int, dict[str, tuple[float, ...]]]
     generations: list[Generation]
 
     @property
@@ -147,8 +142,7 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
     """Read the files of a run that has ended.
 
     Args:
-        folder: with summary.json, metrics.csv, rank_history.csv and adapter/; of .hydra/ and checkpoints/last.ckpt
-            what is there.
+        folder: with summary.json, metrics.csv, rank_history.csv and adapter/, and .hydra/ if it is there.
         config: the run's configuration as YAML, for a run that Hydra did not start; else .hydra/config.yaml has it.
 
     Raises:
@@ -167,9 +161,7 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         raise ConfigurationError(f"{str(folder / '.hydra' / 'config.yaml')!r} is no configuration: {error}") from None
     layers = {layer.layer: layer for layer in inspect_adapter(folder / "adapter")}
     metrics = read_metrics(folder / METRICS)
-    last = last_checkpoint(folder)
-    checkpoint = read_checkpoint(last) if last.exists() else {}
-    trained = metrics.get("train/loss", ([], []))[0]
+    trained = [step + 1 for step in metrics.get("train/loss", ([], []))[0]]
     return RunRecord(
         folder=folder,
         config=config,
@@ -177,10 +169,9 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         overrides=read_overrides(folder),
         summary=summary,
         metrics=metrics,
-        last_step=max([1, checkpoint.get("global_step", 0), *(step + 1 for step in trained)]),
+        last_step=max([1, *trained, *(change.step for change in changes)]),
         changes=changes,
         layers={name: layers[name] for name in summary.final_ranks},
-        earlier_spectra=_earlier_spectra(checkpoint),
         generations=generations,
     )
 
@@ -223,13 +214,3 @@ def _rows(file: Path, kind: type[Row]) -> Iterator[Row]:
         rows = csv.DictReader(opened)
         for row in rows:
             yield read_as(kind, {name or "": cell for name, cell in row.items()}, f"{file}, line {rows.line_num}")
-
-
-def _earlier_spectra(checkpoint: Mapping[str, Any]) -> dict[int, dict[str, tuple[float, ...]]]:
-    states = [state for name, state in checkpoint.get("callbacks", {}).items() if name.startswith("RankScheduler")]
-    events = [RankEvent.from_state(event) for state in states for event in state["history"]]
-    return {
-        event.step: {layer.layer.removeprefix("model."): layer.singular_values for layer in event.layers}
-        for event in events
-        if not event.undone
-    }

@@ -44,7 +44,8 @@ def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -
         record()
 
     try:
-        return _objective(_summary(config, folder, begin), config.objective)
+        summary = _summary(config, folder, begin)
+        return None if config.objective is None else summary.final[config.objective]
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"
         print(f"no result        {folder}: {said}", file=sys.stderr)
@@ -66,11 +67,6 @@ def _summary(config: DictConfig, folder: Path, begin: Callable[[], None]) -> Sum
     from dynrank.run.job import run  # torch and transformers load here
 
     return run(config, folder, sweep=True, record=begin)
-
-
-def _objective(summary: Summary, name: str | None) -> float | None:
-    """The metric ``name`` of the final weights; which ones there are has been checked before training."""
-    return None if name is None else summary.final[name]
 
 
 def _check_same(folder: Path, config: DictConfig) -> None:

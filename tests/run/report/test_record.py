@@ -48,11 +48,6 @@ def without(name):
     return lambda folder: (folder / name).unlink()
 
 
-def damaged_checkpoint(folder):
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "last.ckpt").write_bytes(b"no zip")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -69,7 +64,6 @@ def damaged_checkpoint(folder):
         (edit("rank_history.csv", "rank_after", "after"), "(?s)rank_after.*rank_history.csv"),
         (edit("metrics.csv", "\n3,,", "\n3,,x"), "metrics.csv.*line 5"),
         (edit("metrics.csv", "step", "time"), "metrics.csv.*line 2"),
-        (damaged_checkpoint, "last.ckpt"),
         (edit(".hydra/config.yaml", "note: ", "note: {"), "config.yaml"),
     ],
 )
