@@ -72,6 +72,8 @@ class CountingMode(FakeTensorMode):
             self._sizes = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.addmm.out:  # allocates nothing, and FakeTensorMode would take it apart each time
+            return (kwargs or {})["out"]
         outermost, self._within_op = not self._within_op, True
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs or {})

@@ -1,8 +1,8 @@
 """Compiles what the Triton backend would launch on one GPU architecture, and prints what it takes there as JSON.
 
-A process of its own, ``python compile_table.py ARCHITECTURE RANK…``, as in ``90 8 24``. The backend's own functions run
-on CPU tensors, over a driver that names the architecture and launches nothing: so what is compiled has the signature,
-the specialisation and the tile that it would have on the GPU.
+A process of its own, ``python compile_table.py ARCHITECTURE RANK:P…``, as in ``90 8:0 8:0.1``, where P is of dropout.
+The backend's own functions run on CPU tensors, over a driver that names the architecture and launches nothing: so what
+is compiled has the signature, the specialisation and the tile that it would have on the GPU.
 """
 
 import json
@@ -43,27 +43,30 @@ def stub_driver(architecture):
     )
 
 
-def run_backend(rank, rows=200, p=0.1, scaling=2.0, d_in=2048, d_out=768):
-    """Every function of the backend as forward and backward call it; yields what has been called after each."""
+def run_backend(rank, p, rows=200, scaling=2.0, d_in=2048, d_out=768):
+    """The backend's functions as forward and backward call them: those with dropout, or at p of 0 those without.
+
+    Yields what has been called after each.
+    """
     x, dy, bias = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((rows, d_in), (rows, d_out), (d_out,)))
     a, b, seed = torch.zeros(rank, d_in), torch.zeros(d_out, rank), torch.zeros((), dtype=torch.int64)
-    for rate, suffix in ((0.0, ""), (p, "+drop")):
-        drop = triton_launch.dropout(x, rate, seed)
-        for at_once in (1, 264):
-            triton_launch._programs_at_once = lambda device, at_once=at_once: at_once
-            s = triton_launch.shrink(x, a, drop)
-            yield f"shrink{suffix}"
-        triton_launch.grad_A(s, x, a.dtype, drop)
-        yield f"grad_A{suffix}"
-        triton_launch.expand(s, a, 1.0, None, drop, x.dtype)
-        yield f"expand{suffix}"
-    triton_launch.expand(s, b.mT, scaling, bias, NO_DROPOUT, x.dtype)
-    yield "expand+bias"
-    triton_launch.grad_S_and_B(dy, s, b, scaling, (True, True))
-    yield "grad_S_and_B"
+    drop, suffix = triton_launch.dropout(x, p, seed), "+drop" if p else ""
+    for at_once in (1, 264):
+        triton_launch._programs_at_once = lambda device, at_once=at_once: at_once
+        s = triton_launch.shrink(x, a, drop)
+        yield f"shrink{suffix}"
+    triton_launch.grad_A(s, x, a.dtype, drop)
+    yield f"grad_A{suffix}"
+    triton_launch.expand(s, a, 1.0, None, drop, x.dtype)
+    yield f"expand{suffix}"
+    if not p:
+        triton_launch.expand(s, b.mT, scaling, bias, NO_DROPOUT, x.dtype)
+        yield "expand+bias"
+        triton_launch.grad_S_and_B(dy, s, b, scaling, (True, True))
+        yield "grad_S_and_B"
 
 
-def compiled_by(rank, **sizes):
+def compiled_by(rank, p, **sizes):
     """(what was called, the name of a kernel, the kernel) for each that this run of the backend compiles."""
     from dynrank.kernels import triton_kernels
 
@@ -73,7 +76,7 @@ def compiled_by(rank, **sizes):
         if name.endswith("_kernel")
     }
     known = {name: len(cache) for name, cache in caches.items()}
-    for called in run_backend(rank, **sizes):
+    for called in run_backend(rank, p, **sizes):
         for name, cache in caches.items():
             for kernel in [*cache.values()][known[name] :]:
                 yield called, name.removesuffix("_kernel"), kernel
@@ -109,15 +112,14 @@ def facts(called, name, kernel):
     }
 
 
-def main(architecture, *ranks):
+def main(architecture, *cases):
     driver.set_active(stub_driver(int(architecture)))
-    ranks, found = [*map(int, ranks)], []
-    for rank in ranks:
-        found += [{"rank": rank, **facts(*compiled)} for compiled in compiled_by(rank)]
-    buckets = {rank_bucket(rank) for rank in ranks}
-    for rank in [rank for rank in range(1, 129) if rank_bucket(rank) in buckets]:
-        later = [*compiled_by(rank, rows=rank, p=0.3, scaling=0.7)]
-        assert later == [], "another rank in a bucket, batch, p or scaling runs what is there"
+    cases = [(int(rank), float(p)) for rank, p in (case.split(":") for case in cases)]
+    found = [{"rank": rank, **facts(*compiled)} for rank, p in cases for compiled in compiled_by(rank, p)]
+    for like, p in cases:
+        for rank in [rank for rank in range(1, 129) if rank_bucket(rank) == rank_bucket(like)]:
+            later = [*compiled_by(rank, p and 0.3, rows=rank, scaling=0.7)]
+            assert later == [], "another rank in a bucket, batch, p or scaling runs what is there"
     print(json.dumps(found))
 
 
