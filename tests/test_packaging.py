@@ -32,11 +32,9 @@ def wheel(tmp_path_factory):
 def environment(wheel, tmp_path_factory):
     """A venv with the wheel; the heavy dependencies are lent from this one by a .pth file, after its own packages."""
     folder = tmp_path_factory.mktemp("venv")
-    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-    subprocess.run(
-        [folder / "bin" / "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)],
-        check=True, capture_output=True,
-    )  # fmt: skip
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
+    subprocess.run([*pip, "--no-deps", "--no-index", "--no-compile", str(wheel)], check=True, capture_output=True)
     (own,) = folder.glob("lib/python*/site-packages")
     (lent,) = {p for p in map(Path, sys.path) if p.name == "site-packages" and (p / "torch").is_dir()}
     (own / "lent.pth").write_text(f"{lent}\n")

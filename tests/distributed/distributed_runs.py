@@ -145,8 +145,8 @@ def strategy_of(run: Run, **options: Any) -> Any:
 
 
 def saving(folder: Path, kind: Any = ModelCheckpoint) -> dict[str, Any]:
-    """Options of :func:`fit`: a checkpoint of each step, by a callback of this kind."""
-    every = kind(folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    """Options of :func:`fit`: a checkpoint of each second step, by a callback of this kind."""
+    every = kind(folder, filename="{step}", every_n_train_steps=2, save_top_k=-1)
     return {"callbacks": [every], "enable_checkpointing": True}
 
 

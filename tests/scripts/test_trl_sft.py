@@ -1,12 +1,10 @@
 """TRL's SFTTrainer with a schedule of ranks, as a user starts it: alone, and in two processes."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -14,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import dynrank
 
+SCRIPT = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 ROOT = Path(dynrank.__file__).parents[1]
 SIZE = 2 * (4 * (32 + 32) + 3 * (32 + 48))  # d_in + d_out of all layers of tiny_llama, which has two blocks
 
@@ -34,27 +33,14 @@ def updates(factors):
     return {lora_A: factors[lora_B] @ factors[lora_A] for lora_A, lora_B in ends.items()}
 
 
-@pytest.mark.timeout(900)  # for a machine with ten other processes
 @pytest.mark.filterwarnings("ignore")
 def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends(
     script, arguments, tiny_llama, tmp_path, monkeypatch
 ):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-    meeting |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "trl_sft.py"), *arguments(tmp_path / "two", 2)]
-    started = [
-        subprocess.Popen(command, env={**os.environ, **meeting, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
-    ]
-    try:
-        monkeypatch.setattr(sys, "argv", ["trl_sft.py", *arguments(tmp_path / "one", 4)])
-        script("trl_sft").main()
-        assert [process.wait(timeout=800) for process in started] == [0, 0]
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
+    started = forked.pair(SCRIPT, ROOT / "scripts" / "trl_sft.py", *arguments(tmp_path / "two", 2), cwd=tmp_path)
+    monkeypatch.setattr(sys, "argv", ["trl_sft.py", *arguments(tmp_path / "one", 4)])
+    script("trl_sft").main()
+    assert forked.end(started) == [0, 0], forked.printed(tmp_path)
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     wanted = updates(one)
     for name, update in updates(two).items():
