@@ -77,9 +77,7 @@ class RankDriver:
 
     def __init__(self, schedule: Schedule, how: How | None = None, *, check_every: int | None = None) -> None:
         if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
-            raise ConfigurationError(
-                f"check_every must be None or at least 1 step, got {check_every!r}; set check_processes_every"
-            )
+            raise ConfigurationError(f"check_every must be None or at least 1 step, got {check_every!r}")
         self.how, self.check_every = how or How(), check_every
         self.stages = _stages_of(schedule)
         self._function = schedule if callable(schedule) else None

@@ -74,7 +74,6 @@ class RunConfig:
     seed: int = MISSING
     ckpt_path: str | None = MISSING
     checkpoint_every: int = MISSING
-    check_processes_every: int | None = MISSING
     objective: str | None = MISSING
     plots: bool = MISSING
 

@@ -94,7 +94,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     check_loggers(config)
     steps = config.trainer.get("max_steps", -1)
     run = Run(steps if steps > 0 else None)
-    scheduler = make_scheduler(config.schedule, config.check_processes_every)
+    scheduler = make_scheduler(config.schedule)
     ranks = [config.lora.rank, *(rule["rank"] for rule in pattern.values() if rule.get("rank") and not rule["pinned"])]
     check_schedule(scheduler.driver.stages, highest=max(ranks), run=run)
     if config.plots and find_spec("matplotlib") is None:
@@ -113,17 +113,15 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     return Job(task, module, scheduler)
 
 
-def make_scheduler(node: DictConfig, check_every: int | None = None) -> RankScheduler:
+def make_scheduler(node: DictConfig) -> RankScheduler:
     """The scheduler of a ``schedule`` node: keys of :class:`How` apply to all stages, the rest makes the stages.
-
-    ``check_every`` is that of :class:`RankScheduler`.
 
     Raises:
         ConfigurationError: if a value cannot be used.
     """
     values = plain(node) or {}  # interpolations are resolved while the node still hangs in its configuration
     how = {field.name: values.pop(field.name) for field in fields(How) if field.name in values}
-    return RankScheduler(make(OmegaConf.create(values), "schedule"), How(**how), check_every=check_every)
+    return RankScheduler(make(OmegaConf.create(values), "schedule"), How(**how))
 
 
 def _reached(checkpoint: Path) -> tuple[int, str]:
