@@ -45,6 +45,7 @@ def wrapped():
 
 
 MODELS = pytest.mark.parametrize("make", [own, wrapped])
+TOO_COSTLY = {"max_regression": 0.1, "check_monitor": "eval_loss"}
 SHRINK_AND_GROW = [Stage(At(step=4), Rank(2)), Stage(At(step=7), GrowTo(3))]
 
 
@@ -182,7 +183,7 @@ def test_change_that_costs_too_much_is_undone(tmp_path):
 
     schedule = RankTrainerCallback(
         [Stage(At(step=5), Rank(1))],
-        How(max_regression=0.1, check_monitor="eval_loss"),
+        How(**TOO_COSTLY),
         evaluate=lambda: {"eval_loss": next(losses)},
     )
     model = own()
@@ -253,15 +254,25 @@ def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "how", "message"),
+    ("options", "make", "message"),
     [
-        ({}, {"max_regression": 0.1, "check_monitor": "eval_loss"}, r"evaluate=lambda: trainer.evaluate\(\)"),
-        ({"optim": "rmsprop", "optim_args": "centered=True"}, {}, r"RMSprop\(centered\) cannot be carried"),
-        ({"optim": "ademamix_8bit"}, {}, r"AdEMAMix cannot be carried .*transformers\.Adafactor"),
+        ({}, lambda: callback(**TOO_COSTLY), r"evaluate=lambda: trainer.evaluate\(\)"),
+        ({"optim": "rmsprop", "optim_args": "centered=True"}, callback, r"RMSprop\(centered\) cannot be carried"),
+        ({"optim": "ademamix_8bit"}, callback, r"AdEMAMix cannot be carried .*transformers\.Adafactor"),
+        (
+            {},
+            lambda: callback([Stage(Plateau(), Rank(2))]),
+            "monitor of Plateau .*begin with eval_, got 'val/loss'.*'eval_loss'",
+        ),
+        (
+            {},
+            lambda: RankTrainerCallback(SHRINK_AND_GROW, How(max_regression=1), evaluate=dict),
+            "check_monitor of How .*begin with eval_, got 'val/loss'",
+        ),
     ],
 )
-def test_what_cannot_work_is_refused_before_the_first_step(options, how, message, tmp_path):
-    made = trainer(tmp_path, own(), callback(**how), **options)
+def test_what_cannot_work_is_refused_before_the_first_step(options, make, message, tmp_path):
+    made = trainer(tmp_path, own(), make(), **options)
     with pytest.raises(ConfigurationError, match=message):
         made.train()
     assert made.state.global_step == 0
@@ -354,24 +365,6 @@ def test_metric_that_nobody_logs_is_an_error(tmp_path):
     made = trainer(tmp_path, own(), callback(stages), eval_strategy="steps", eval_steps=2)
     with pytest.raises(ConfigurationError, match="'eval_bleu'; logged: .*eval_loss"):
         made.train()
-
-
-@pytest.mark.parametrize(
-    ("stage", "how", "message"),
-    [
-        (Stage(Plateau(), Rank(2)), {}, r"monitor of Plateau .*begin with eval_, got 'val/loss'.*'eval_loss'"),
-        (
-            Stage(At(step=4), Rank(2)),
-            {"max_regression": 0.1},
-            "check_monitor of How .*begin with eval_, got 'val/loss'",
-        ),
-    ],
-)
-def test_metric_by_another_name_than_the_trainer_s_is_refused_before_the_first_step(stage, how, message, tmp_path):
-    made = trainer(tmp_path, own(), RankTrainerCallback(stage, How(**how), evaluate=dict))
-    with pytest.raises(ConfigurationError, match=message):
-        made.train()
-    assert made.state.global_step == 0
 
 
 def test_evaluations_of_several_data_sets_are_seen_together(tmp_path):
