@@ -86,9 +86,11 @@ def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: 
         optimizer = "unknown"
     needed = {"optimizer_states", "loops", "callbacks", "global_step", "pytorch-lightning_version"}
     missing = {name for name in needed if checkpoint.get(name) is None}
-    if missing or optimizer != config.optimizer.name:
+    if missing:
+        raise ConfigurationError(f"the checkpoint {path!r} lacks {sorted(missing)}; set ckpt_path")
+    if optimizer != config.optimizer.name:
         raise ConfigurationError(
-            f"the checkpoint {path!r} lacks {sorted(missing)} or was made with optimizer.name={optimizer}; "
+            f"the checkpoint {path!r} was made with optimizer.name={optimizer}, the run has {config.optimizer.name}; "
             "set ckpt_path or optimizer"
         )
     mine, absent = module.state_dict(), left_out(stored)
