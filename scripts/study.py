@@ -19,6 +19,7 @@ import multiprocessing
 import signal
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import closing
@@ -332,8 +333,6 @@ def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str) -
     printed = Printed(title=f"{task}, each arm at its best rate")
     for column in ("arm", "lr", "MB", "rise at the cut", "test loss (sd)", "less rank 16's, by seed", "accuracy"):
         printed.add_column(column, justify="left" if column == "arm" else "right")
-    whole = Arm(HIGH)
-    rival = values(rows, "test_loss", arm=whole, lr=f"{best[whole]:.6g}") if whole in best else []
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}")]
         loss, accuracy = values(mine, "test_loss"), values(mine, "test_accuracy")
@@ -345,33 +344,50 @@ def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str) -
             f"{mean(sizes):.2f}" if sizes else "",
             f"{mean(rises):+.1%}" if rises else "",
             f"{mean(loss):.3f}" + (f" ({stdev(loss):.3f})" if len(loss) > 1 and all(map(isfinite, loss)) else ""),
-            "" if arm == whole else " ".join(f"{a - b:+.3f}" for a, b in zip(loss, rival, strict=False)),
+            "" if arm == Arm(HIGH) else " ".join(f"{d:+.3f}" for d in beside_whole(rows, best, arm)),
             f"{mean(accuracy):.1%}",
         )
     Console(width=150).print(printed)
 
 
+def beside_whole(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], arm: Arm) -> list[float]:
+    """Test losses of an arm less those of rank 16 throughout, seed by seed, each at its best rate."""
+
+    def losses(arm: Arm) -> dict[str, float]:
+        key = str(arm), f"{best.get(arm, inf):.6g}"
+        return {row["seed"]: float(row["test_loss"]) for row in rows if (row["arm"], row["lr"]) == key}
+
+    whole = losses(Arm(HIGH))
+    return [loss - whole[seed] for seed, loss in losses(arm).items() if seed in whole]
+
+
 def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, file: Path) -> None:
-    """Test loss against the bytes of the adapter, mean and standard deviation over seeds, each arm at its best rate."""
+    """Test loss, less rank 16's, against the bytes of the adapter; mean and standard error over seeds."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     styles = {"": "ko", "uniform": "vm", "gates": "^g", "found": "<c", "GoRA": "Db", "AdaLoRA": "sr", "auto": "*y"}
-    seen: set[str] = set()
+    labelled: set[str] = set()
+    drawn: Counter[float] = Counter()  # arms of about one size lie beside each other
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}") and row["parameters"]]
-        losses = values(mine, "test_loss")
-        if losses:
-            size, spread = mean(values(mine, "parameters")) * 4e-6, stdev(losses) if len(losses) > 1 else 0.0
-            label = None if arm.by in seen else arm.by or "fixed"
-            seen.add(arm.by)
-            axes.errorbar([size], [mean(losses)], [spread], fmt=styles[arm.by], label=label, alpha=0.7)
+        less = beside_whole(rows, best, arm)
+        if mine and less:
+            size, error = mean(values(mine, "parameters")) * 4e-6, 0.0
+            if len(less) > 1:
+                error = stdev(less) / len(less) ** 0.5
+            place, label = size * 1.03 ** drawn[round(size, 1)], None if arm.by in labelled else arm.by or "fixed"
+            drawn[round(size, 1)] += 1
+            labelled.add(arm.by)
+            axes.errorbar([place], [mean(less)], [error], fmt=styles[arm.by], label=label, alpha=0.7)
             notes = [part for part in str(arm).split(", ") if part.startswith(("rate", "Muon"))]
             note = ", ".join([*notes, *(["late"] if arm.is_cut and arm.at > EARLY else [])])
-            axes.annotate(note, (size, mean(losses)), xytext=(6, -3), textcoords="offset points", fontsize=7)
-    axes.set(xscale="log", xlabel="adapter, MB in float32", ylabel="test loss, mean and sd over seeds")
+            axes.annotate(note, (place, mean(less)), xytext=(6, -3), textcoords="offset points", fontsize=7)
+    axes.set(xscale="log", xlabel="adapter, MB in float32; arms of one size side by side")
+    axes.set_ylabel("test loss less rank 16's in the same seed, mean and standard error")
     axes.set_title(f"{task}: each arm at its best learning rate of those that were tried")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if labelled:
+        axes.legend()
     figure.savefig(file, dpi=110)
 
 
