@@ -44,7 +44,11 @@ def _train(config: DictConfig) -> float | None:
         finally:
             if folder != Path.cwd():
                 with suppress(OSError):  # not empty: the run was not refused
-                    os.removedirs(os.path.relpath(folder))  # and outputs/DATE, which Hydra has made, too
+                    folder.rmdir()
+                    for parent in folder.parents:  # outputs/DATE, which Hydra has made, too; none outside of here
+                        if Path.cwd() not in parent.parents:
+                            break
+                        parent.rmdir()
     return None
 
 
