@@ -1,4 +1,4 @@
-"""Seconds per generated token: plain, merged, and with an unmerged adapter by rank; interleaved in one process.
+"""Seconds per generated token: plain, merged, and with an unmerged adapter by rank, ours and PEFT's, interleaved.
 
 Greedy generation with a key-value cache, always of the full length. A round generates once with each in an order that
 is drawn, and the table has medians over rounds of the ratios within a round. Adapters are on every linear layer but the
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from measuring import ratio, rounds
+from peft import LoraConfig, get_peft_model
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -45,6 +46,7 @@ def main() -> None:
     highest, first = max(options.ranks), options.ranks[0]
     models = {"base": base, "merged": merge(_adapted(deepcopy(base), highest))}
     models |= {f"r = {rank}": _adapted(_sharing(base), rank) for rank in options.ranks}
+    models[f"PEFT, r = {first}"] = _adapted_by_peft(_sharing(base), first)
     functions = {name: partial(generate, model, ids, options.tokens) for name, model in models.items()}
     seconds = rounds(functions, options.rounds, warm_up=1)
 
@@ -57,7 +59,7 @@ def main() -> None:
     for name, model in models.items():
         to_base, to_first = (ratio(seconds[name], seconds[other]) for other in ("base", f"r = {first}"))
         time = 1e3 * statistics.median(seconds[name]) / options.tokens
-        table.add_row(name, f"{time:.1f}", *_text(to_base), *_text(to_first), f"+{100 * _added(model):.1f}%")
+        table.add_row(name, f"{time:.1f}", *_text(to_base), *_text(to_first), f"+{100 * _added(model, base):.1f}%")
     table_console().print(table)
 
 
@@ -97,10 +99,16 @@ def _adapted(model: nn.Module, rank: int) -> nn.Module:
     return model.eval()
 
 
-def _added(model: nn.Module) -> float:
+def _adapted_by_peft(model: nn.Module, rank: int) -> nn.Module:
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", init_lora_weights=False)
+    adapted: nn.Module = get_peft_model(model, config)
+    return adapted.eval()
+
+
+def _added(model: nn.Module, base: nn.Module) -> float:
     """Numbers in the factors, by those in all matrices that a token is multiplied with; a merged model has none."""
-    added = sum(layer.lora_A.numel() + layer.lora_B.numel() for _, layer in lora_layers(model))
-    return added / (sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)))
+    added = sum(factor.numel() for name, factor in model.named_parameters() if "lora_" in name)
+    return added / sum(m.weight.numel() for m in base.modules() if isinstance(m, nn.Linear))
 
 
 def _text(measured: tuple[float, str]) -> tuple[str, str]:

@@ -127,10 +127,10 @@ def test_bench_generation(bench):
 
     arguments = ("--ranks", "8", "4", "--rows", "2", "--prompt", "3", "--tokens", "4", "--rounds", "3")
     rows = [cells(line) for line in bench("bench_generation", *arguments, MODEL=tiny).splitlines() if line[:1] == "│"]
-    assert [row[0] for row in rows] == ["base", "merged", "r = 8", "r = 4"]
+    assert [row[0] for row in rows] == ["base", "merged", "r = 8", "r = 4", "PEFT, r = 8"]
     assert all(float(row[1]) > 0 for row in rows)
     assert (rows[0][2], rows[2][4]) == ("1.000", "1.000")
     added = 4 * (32 + 32) + 3 * (32 + 48)  # by one rank, of q, k, v, o and the three of the MLP
     own = 4 * 32 * 32 + 3 * 32 * 48 + 64 * 32
-    expected = [f"+{100 * rank * added / own:.1f}%" for rank in (0, 0, 8, 4)]
+    expected = [f"+{100 * rank * added / own:.1f}%" for rank in (0, 0, 8, 4, 8)]
     assert [row[6] for row in rows] == expected
