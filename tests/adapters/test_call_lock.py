@@ -4,8 +4,8 @@ import copy
 import pickle
 import threading
 import time
-from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from contextlib import contextmanager
+from itertools import count
 
 import pytest
 import torch
@@ -13,10 +13,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
-from dynrank.adapters import load
 from dynrank.adapters.call_lock import CallLock, call_lock_of
 
 LONG = 60  # seconds: a busy machine
+PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 
 
 class Chain(nn.Module):
@@ -29,25 +29,13 @@ class Chain(nn.Module):
             nn.init.eye_(layer.weight)
 
     def forward(self, x):
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             x = layer(x)
-            self.pause(index)
+            self.pause()
         return x
 
-    def pause(self, index):
+    def pause(self):
         time.sleep(0)
-
-
-def scaled(folder, factor, every=1):
-    """An adapter under which each (or each second) layer of a Chain multiplies by 1 + factor."""
-    names = [f"layers.{index}" for index in range(0, 12, every)]
-    model = dynrank.add_lora(Chain(), rank=4 // every, target_modules=names)
-    for _, layer in dynrank.lora_layers(model):
-        with torch.no_grad():
-            layer.lora_A.copy_(torch.eye(4)[: layer.rank])
-            layer.lora_B.copy_(factor * torch.eye(4)[:, : layer.rank])
-    dynrank.save_adapter(model, folder)
-    return dynrank.read_adapter(folder)
 
 
 def llama():
@@ -57,82 +45,71 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(vocab_size=50, **size, **ids, initializer_range=0.5)).eval()
 
 
-def text(model, **options):
-    """What the model writes, greedily: 8 tokens."""
-    ids = torch.tensor([[3, 1, 4, 1, 5]])
-    return model.generate(ids, max_new_tokens=8, do_sample=False, **options)[0, 5:].tolist()
-
-
-class Streamer:
-    """Calls ``on_token(number of the token)`` with each one but the prompt."""
-
-    def __init__(self, on_token):
-        self.on_token, self.count = on_token, -1
-
-    def put(self, tokens):
-        self.count += 1
-        if self.count:
-            self.on_token(self.count)
-
-    def end(self):
-        pass
-
-
 class Forwards:
     """A Chain, used by forwards."""
 
-    def __init__(self, folder):
-        self.adapters = [scaled(folder / "a", 0.5), scaled(folder / "b", 0.25, every=2)]
-        self.model = dynrank.load_adapter(Chain(), self.adapters[0])
-        self.expected = [self.use(dynrank.load_adapter(Chain(), adapter)) for adapter in self.adapters]
-
-    @staticmethod
-    def use(model, halfway=None):
-        """What comes of one use; ``halfway`` is called in its midst."""
-        if halfway is not None:
-            model.pause = lambda index: halfway() if index == 5 else None
-        try:
-            return model(torch.ones(1, 4)).tolist()
-        finally:
-            model.__dict__.pop("pause", None)
-
-
-class Texts:
-    """A language model, used by its own ``generate``."""
+    base = Chain
+    options = [{"rank": 4, "target_modules": r"layers\.\d+"}, {"rank": 2, "target_modules": r"layers\.\d*[02468]"}]
+    middle = "layers.5", 1  # the module, and which of its calls is halfway through a use
 
     def __init__(self, folder):
-        rules = {r"layers\.1\..*q_proj": 1, r"layers\.0\..*q_proj": 5}
-        options = [{"rank": 4}, {"rank": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_map": rules}]
         self.adapters = []
-        for seed, chosen in enumerate(options):
-            model = dynrank.add_lora(llama(), **chosen)
+        for seed, chosen in enumerate(self.options):
+            model = dynrank.add_lora(self.base(), **chosen)
             torch.manual_seed(seed)
             for _, layer in dynrank.lora_layers(model):
                 nn.init.normal_(layer.lora_B, std=1.0)
             dynrank.save_adapter(model, folder / str(seed))
             self.adapters.append(dynrank.read_adapter(folder / str(seed)))
-        self.model = dynrank.load_adapter(llama(), self.adapters[0])
-        self.expected = [self.use(dynrank.load_adapter(llama(), adapter)) for adapter in self.adapters]
+        self.model = dynrank.load_adapter(self.base(), self.adapters[0])
+        self.expected = [self.use(dynrank.load_adapter(self.base(), adapter)) for adapter in self.adapters]
         assert self.expected[0] != self.expected[1]
 
     @staticmethod
-    def use(model, halfway=None):
-        streamer = None if halfway is None else Streamer(lambda count: halfway() if count == 4 else None)
-        return text(model, streamer=streamer)
+    def use(model):
+        """What comes of one use."""
+        return model(torch.ones(1, 4)).tolist()
+
+    def interrupted(self, act):
+        """What comes of one use, in whose midst ``act`` is called."""
+        (name, halfway), calls = self.middle, count(1)
+
+        def at_halfway(*_):
+            if next(calls) == halfway:
+                act()
+
+        hook = self.model.get_submodule(name).register_forward_hook(at_halfway)
+        try:
+            return self.use(self.model)
+        finally:
+            hook.remove()
+
+
+class Texts(Forwards):
+    """A language model, used by its own ``generate``: 8 tokens, the likeliest ones."""
+
+    base = staticmethod(llama)
+    options = [
+        {"rank": 4, "rank_map": {r"layers\.1\..*q_proj": 1}},
+        {"rank": 2, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_map": {r"layers\.0\..*q_proj": 5}},
+    ]
+    middle = "model", 4
+
+    @staticmethod
+    def use(model):
+        return model.generate(PROMPT, max_new_tokens=8, do_sample=False).tolist()
 
 
 class OwnLoop(Texts):
     """A language model, used by a loop of the test's own."""
 
     @staticmethod
-    def use(model, halfway=None):
-        ids = torch.tensor([[3, 1, 4, 1, 5]])
+    def use(model):
+        ids = PROMPT
         with call_lock_of(model):
-            for count in range(8):
+            for _ in range(8):
                 ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
-                if halfway is not None and count == 4:
-                    halfway()
-        return ids[0, 5:].tolist()
+        return ids.tolist()
 
 
 @pytest.fixture(params=[Forwards, Texts, OwnLoop])
@@ -140,48 +117,79 @@ def used(request, tmp_path):
     return request.param(tmp_path)
 
 
-def swap_in_the_middle(used, model):
-    """(what came of a use during which a swap was asked for, whether the swap was over before it)."""
-    halfway, go_on, done, results = threading.Event(), threading.Event(), threading.Event(), []
+@contextmanager
+def halfway(used):
+    """The block runs while another thread is in the midst of a use; yields what will come of it."""
+    inside, go_on, results = threading.Event(), threading.Event(), []
 
     def pause():
-        if not halfway.is_set():
-            halfway.set()
-            assert go_on.wait(LONG)
+        inside.set()
+        assert go_on.wait(LONG)
 
-    def swap():
-        dynrank.swap_adapter(model, used.adapters[1])
-        done.set()
-
-    threads = [threading.Thread(target=lambda: results.append(used.use(model, pause))), threading.Thread(target=swap)]
-    threads[0].start()
-    assert halfway.wait(LONG)
-    threads[1].start()
-    early = done.wait(0.3)
-    go_on.set()
-    for thread in threads:
+    thread = threading.Thread(target=lambda: results.append(used.interrupted(pause)))
+    thread.start()
+    assert inside.wait(LONG)
+    try:
+        yield results
+    finally:
+        go_on.set()
         thread.join(LONG)
-    return results[0], early
 
 
 def test_swap_waits_for_the_use_under_way(used):
-    result, early = swap_in_the_middle(used, used.model)
-    assert not early
-    assert result == used.expected[0]
+    swap = threading.Thread(target=dynrank.swap_adapter, args=(used.model, used.adapters[1]))
+    with halfway(used) as results:
+        swap.start()
+        swap.join(0.3)
+        assert swap.is_alive()
+    swap.join(LONG)
+    assert results == [used.expected[0]]
     assert used.use(used.model) == used.expected[1]
 
 
-def test_a_mixture_would_be_seen(used, monkeypatch):
-    """Without the waiting, the same use sees both adapters: the tests beside this one can fail."""
-    monkeypatch.setattr(load, "call_lock_of", lambda model: SimpleNamespace(closed=nullcontext))
-    result, early = swap_in_the_middle(used, used.model)
-    assert early
-    assert result not in used.expected
+def test_swap_that_is_interrupted_while_it_waits_lets_all_go_on(used, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with halfway(used), monkeypatch.context() as patched:
+        patched.setattr(call_lock_of(used.model)._changed, "wait", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            dynrank.swap_adapter(used.model, used.adapters[1])
+    assert used.use(used.model) == used.expected[0]
+    dynrank.swap_adapter(used.model, used.adapters[1])
+    assert used.use(used.model) == used.expected[1]
 
 
-@contextmanager
-def in_use(use, count):
-    """Threads that use a model without a pause; yields what comes of it."""
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_swap_does_not_wait_for_a_use_that_an_exception_ended(used, error):
+    ended, leave = threading.Event(), threading.Event()
+
+    def interrupt():
+        raise error
+
+    def work():
+        with pytest.raises(error):
+            used.interrupted(interrupt)
+        ended.set()
+        leave.wait(LONG)  # the thread lives on
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert ended.wait(LONG)
+    dynrank.swap_adapter(used.model, used.adapters[1])
+    assert used.use(used.model) == used.expected[1]
+    leave.set()
+    thread.join(LONG)
+
+
+def test_swap_within_the_models_own_use_is_refused(used):
+    with pytest.raises(RuntimeError, match="own forward or generate"):
+        used.interrupted(lambda: dynrank.swap_adapter(used.model, used.adapters[1]))
+    assert used.use(used.model) == used.expected[0]
+
+
+def use_and_swap(use, used, swapped, swaps):
+    """Three threads use a model without a pause, whose adapters are swapped meanwhile."""
     stop, results, failures = threading.Event(), [], []
 
     def work():
@@ -191,64 +199,47 @@ def in_use(use, count):
         except Exception as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work) for _ in range(count)]
+    threads = [threading.Thread(target=work) for _ in range(3)]
     for thread in threads:
         thread.start()
     try:
-        yield results
+        for index in range(swaps):
+            before = len(results)
+            dynrank.swap_adapter(swapped, used.adapters[1 - index % 2])
+            assert len(results) - before <= 120  # it does not wait for ever, on a busy machine either
     finally:
         stop.set()
         for thread in threads:
             thread.join(LONG)
     assert not failures
     assert not any(thread.is_alive() for thread in threads)
-
-
-@pytest.mark.parametrize("threads", [1, 3])
-def test_every_use_in_many_threads_sees_one_adapter_or_the_other(used, threads):
-    """Swaps without a pause: neither they nor the uses starve, though those of three threads overlap all the time."""
-    with in_use(lambda: used.use(used.model), threads) as results:
-        for index in range(20):
-            before = len(results)
-            dynrank.swap_adapter(used.model, used.adapters[1 - index % 2])
-            assert len(results) - before <= 40 * threads  # it does not wait for ever, on a busy machine either
     assert all(result in used.expected for result in results)
     assert all(result in results for result in used.expected)
 
 
-COMPILING = [  # what torch itself does while it compiles
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
+def test_every_use_in_many_threads_sees_one_adapter_or_the_other(used):
+    """Swaps without a pause: neither they nor the uses starve, though those of three threads overlap all the time."""
+    use_and_swap(lambda: used.use(used.model), used, used.model, swaps=20)
 
 
-@pytest.mark.parametrize(
-    "entry",
-    [
-        "wrapped by a module",
-        *(pytest.param(entry, marks=COMPILING) for entry in ("compiled", "compiled before it was loaded", "in place")),
-    ],
-)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch itself does
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # while it compiles
+@pytest.mark.parametrize("entry", ["wrapped by a module", "compiled", "compiled before it was loaded", "in place"])
 def test_every_forward_sees_one_adapter_however_it_is_called(entry, tmp_path, monkeypatch):
     used = Forwards(tmp_path)
-    call = model = used.model
+    call = swapped = used.model
     monkeypatch.setattr(Chain, "pause", torch.compiler.disable(Chain.pause))
     if entry == "wrapped by a module":
-        call = nn.Sequential(nn.Identity(), model)
+        call = nn.Sequential(nn.Identity(), used.model)
     elif entry == "in place":
-        model.compile(backend="eager")
+        used.model.compile(backend="eager")
     else:
-        call = torch.compile(Chain() if "before" in entry else model, backend="eager")
-    swapped = model if entry == "wrapped by a module" else call
+        call = swapped = torch.compile(Chain() if "before" in entry else used.model, backend="eager")
     dynrank.swap_adapter(swapped, used.adapters[0])
     try:
-        with in_use(lambda: call(torch.ones(1, 4)).tolist(), 3) as results:
-            for index in range(12):
-                dynrank.swap_adapter(swapped, used.adapters[1 - index % 2])
+        use_and_swap(lambda: used.use(call), used, swapped, swaps=12)
     finally:
         torch._dynamo.reset()
-    assert all(result in used.expected for result in results)
-    assert all(result in results for result in used.expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -264,59 +255,6 @@ def test_a_model_that_can_be_swapped_compiles_to_one_graph(tmp_path):
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_swap_does_not_wait_for_a_use_that_an_exception_ended(used, error):
-    ended, leave = threading.Event(), threading.Event()
-
-    def interrupt():
-        raise error
-
-    def work():
-        try:
-            used.use(used.model, interrupt)
-        except error:
-            ended.set()
-            leave.wait(LONG)  # the thread lives on
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert ended.wait(LONG)
-    dynrank.swap_adapter(used.model, used.adapters[1])
-    assert used.use(used.model) == used.expected[1]
-    leave.set()
-    thread.join(LONG)
-
-
-def test_swap_within_the_models_own_use_is_refused(used):
-    with pytest.raises(RuntimeError, match="own forward or generate"):
-        used.use(used.model, lambda: dynrank.swap_adapter(used.model, used.adapters[1]))
-    assert used.use(used.model) == used.expected[0]
-
-
-def test_swap_that_is_interrupted_while_it_waits_lets_all_go_on(used, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    go_on, inside = threading.Event(), threading.Event()
-
-    def pause():
-        inside.set()
-        assert go_on.wait(LONG)
-
-    thread = threading.Thread(target=lambda: used.use(used.model, pause))
-    thread.start()
-    assert inside.wait(LONG)
-    with monkeypatch.context() as patched:
-        patched.setattr(threading.Condition, "wait", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            dynrank.swap_adapter(used.model, used.adapters[1])
-    go_on.set()
-    thread.join(LONG)
-    assert used.use(used.model) == used.expected[0]
-    dynrank.swap_adapter(used.model, used.adapters[1])
-    assert used.use(used.model) == used.expected[1]
-
-
 def test_a_model_with_a_lock_is_still_what_it_was(tmp_path):
     """It is named, saved, copied and pickled as before, and freed when nobody holds it."""
     used = Texts(tmp_path)
@@ -325,10 +263,10 @@ def test_a_model_with_a_lock_is_still_what_it_was(tmp_path):
     assert (type(model).__name__, type(model).__module__) == ("LlamaForCausalLM", LlamaForCausalLM.__module__)
     for made in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(made) is LlamaForCausalLM
-        assert text(dynrank.swap_adapter(made, used.adapters[1])) == used.expected[1]
-    assert text(model) == used.expected[0]
+        assert used.use(dynrank.swap_adapter(made, used.adapters[1])) == used.expected[1]
+    assert used.use(model) == used.expected[0]
     dynrank.merge(model).save_pretrained(tmp_path / "merged")
-    assert text(LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()) == used.expected[0]
+    assert used.use(LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()) == used.expected[0]
 
 
 def test_a_call_that_has_waited_comes_before_the_next_change():
