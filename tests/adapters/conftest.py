@@ -19,6 +19,7 @@ from transformers import (
 )
 
 import dynrank
+from dynrank.errors import ConfigurationError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -97,6 +98,21 @@ class Zoo:
         model = cls.trained(get_peft_model(cls.plain(kind), LoraConfig(**(defaults | options))))
         model.save_pretrained(folder)
         return model
+
+    @staticmethod
+    def state(model):
+        """All that a change which is refused must leave: modules, tensors, their values, and what trains."""
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return [id(module) for module in model.modules()], [
+            (name, id(value), value.requires_grad, value.detach().numpy().tobytes()) for name, value in tensors
+        ]
+
+    @classmethod
+    def assert_refused(cls, model, adapter, message, change=dynrank.load_adapter):
+        before = cls.state(model)
+        with pytest.raises(ConfigurationError, match=message):
+            change(model, adapter)
+        assert cls.state(model) == before
 
     @staticmethod
     def edit_config(folder, **changes):

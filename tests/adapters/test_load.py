@@ -6,8 +6,6 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 import dynrank
-from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -48,16 +46,6 @@ def test_an_adapter_in_memory_stays_when_its_file_goes(zoo, tmp_path):
     assert (zoo.outputs(dynrank.load_adapter(zoo.plain("bert"), adapter)) - expected).abs().max() <= 1e-5
 
 
-def assert_refused(model, folder, message):
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ConfigurationError, match=message):
-        dynrank.load_adapter(model, folder)
-    assert not any(isinstance(module, LoRALayer) for module in model.modules())
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
 def renamed(tensors):
     for key in [key for key in tensors if "layers.1" in key]:
         tensors[key.replace("layers.1", "layers.7")] = tensors.pop(key)
@@ -71,15 +59,15 @@ def of_another_width(tensors):
 def test_load_refuses_an_adapter_of_another_model_naming_all_faults(zoo, tmp_path):
     zoo.by_peft("llama", tmp_path)
     zoo.edit_tensors(tmp_path, of_another_width)
-    assert_refused(zoo.plain("llama"), tmp_path, r"q_proj' is \(8, 8\) in the model and \(8, 9\) in the adapter")
+    zoo.assert_refused(zoo.plain("llama"), tmp_path, r"q_proj' is \(8, 8\) in the model and \(8, 9\) in the adapter")
     zoo.edit_tensors(tmp_path, renamed)
-    assert_refused(zoo.plain("llama"), tmp_path, r"no module 'model\.layers\.7.*\n.*no module 'model\.layers\.7")
+    zoo.assert_refused(zoo.plain("llama"), tmp_path, r"no module 'model\.layers\.7.*\n.*no module 'model\.layers\.7")
 
 
 def test_load_refuses_a_head_that_is_not_finite(zoo, tmp_path):
     zoo.by_peft("bert", tmp_path)
     zoo.edit_tensors(tmp_path, lambda tensors: tensors["base_model.model.classifier.weight"].fill_(float("nan")))
-    assert_refused(zoo.plain("bert"), tmp_path, r"classifier.*NaN")
+    zoo.assert_refused(zoo.plain("bert"), tmp_path, r"classifier.*NaN")
 
 
 def test_load_refuses_an_adapter_of_a_base_with_other_values(zoo, tmp_path):
@@ -88,7 +76,7 @@ def test_load_refuses_an_adapter_of_a_base_with_other_values(zoo, tmp_path):
     with torch.no_grad():
         other.transformer.wte.weight += 1
     assert any("base_layer" in key for key in load_file(tmp_path / WEIGHTS))  # PEFT added it
-    assert_refused(other, tmp_path, "wte.*another base")
+    zoo.assert_refused(other, tmp_path, "wte.*another base")
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT warns of tied layers in several ways
@@ -96,9 +84,8 @@ def test_load_refuses_a_copy_of_a_tied_weight(zoo, tmp_path):
     """PEFT trains such a copy apart from the weight it was tied to; one parameter cannot be both."""
     config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head"])
     get_peft_model(zoo.plain("gpt2"), config).save_pretrained(tmp_path)
-    assert_refused(zoo.plain("gpt2"), tmp_path, "lm_head.weight' is tied")
+    zoo.assert_refused(zoo.plain("gpt2"), tmp_path, "lm_head.weight' is tied")
 
 
 def test_load_refuses_a_model_with_lora_layers(zoo, tmp_path):
-    with pytest.raises(ConfigurationError, match="LoRA layers already"):
-        dynrank.load_adapter(zoo.adapted("llama"), zoo.saved(tmp_path, "llama"))
+    zoo.assert_refused(zoo.adapted("llama"), zoo.saved(tmp_path, "llama"), "LoRA layers already")
