@@ -6,15 +6,13 @@ import re
 import pytest
 import torch
 import transformers as hf
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils import load_peft_weights, set_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+from peft import AutoPeftModelForCausalLM, PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import LAYERS, layer_class
 
 TOKENS = {"vocab_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -23,8 +21,6 @@ LLAMA = {**TOKENS, **SIZES, "intermediate_size": 12, "num_key_value_heads": 1}
 BERT = {**TOKENS, **SIZES, "intermediate_size": 12}
 ARCHITECTURES = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)),
-    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**LLAMA, head_dim=4)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**LLAMA)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=4)),
     "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**LLAMA, head_dim=4)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**TOKENS, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
@@ -59,6 +55,12 @@ def logits(model):
         return model(input_ids=IDS, **extra).logits
 
 
+def assert_one_alpha(theirs):
+    """PEFT has read the adapter as programs do that know no patterns: one global alpha and rank for all layers."""
+    config = theirs.peft_config["default"]
+    assert (config.rank_pattern, config.alpha_pattern, config.use_rslora) == ({}, {}, False)
+
+
 @pytest.mark.parametrize("layout", ["native", "padded"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_adapter_of_mixed_ranks_has_equal_logits_in_peft_and_comes_back(architecture, layout, zoo, tmp_path):
@@ -77,12 +79,15 @@ def test_adapter_of_mixed_ranks_has_equal_logits_in_peft_and_comes_back(architec
     assert (logits(theirs) - expected).abs().max() <= 1e-5
     back = dynrank.load_adapter(copy.deepcopy(base), tmp_path)
     assert (logits(back) - expected).abs().max() <= 1e-5
+    found, layers = dict(dynrank.lora_layers(back)), dict(dynrank.lora_layers(ours))
     if layout == "native":
-        found, layers = dict(dynrank.lora_layers(back)), dict(dynrank.lora_layers(ours))
         assert {n: x.rank for n, x in found.items()} == {n: x.rank for n, x in layers.items()}
         assert all(found[n].scaling == pytest.approx(x.scaling, rel=1e-15) for n, x in layers.items())
         assert all(torch.equal(found[n].lora_A, x.lora_A) for n, x in layers.items())
         assert all(torch.equal(found[n].lora_B, x.lora_B) for n, x in layers.items())
+    else:
+        assert_one_alpha(theirs)
+        assert all(x.rank <= min(len(x.lora_B), x.lora_A.shape[1]) for x in found.values())  # without what fills it up
 
 
 def test_every_kind_of_layer_is_adapted_in_some_test(zoo):
@@ -90,16 +95,19 @@ def test_every_kind_of_layer_is_adapted_in_some_test(zoo):
     assert {cls.supported for cls in LAYERS} <= {type(m) for model in made for m in model.modules()}
 
 
+@pytest.mark.parametrize("layout", ["native", "padded"])
 @pytest.mark.parametrize("kind", ["bert", "conv"])
-def test_heads_and_fractional_alphas_after_a_resize_have_equal_outputs_in_peft(kind, zoo, tmp_path):
+def test_heads_and_fractional_alphas_after_a_resize_have_equal_outputs_in_peft(kind, layout, zoo, tmp_path):
     model = zoo.adapted(kind, rslora=True)
     names = [name for name, _ in dynrank.lora_layers(model)]
     dynrank.resize(model, {names[0]: 1, names[-1]: 4})
     zoo.trained(model)  # growth leaves columns of zeros, which a wrong alpha would not show
-    dynrank.save_adapter(model, tmp_path)
+    dynrank.save_adapter(model, tmp_path, layout=layout)
     theirs = PeftModel.from_pretrained(zoo.plain(kind), tmp_path).eval()
     close(zoo.outputs(theirs), zoo.outputs(model))
     close(zoo.outputs(dynrank.load_adapter(zoo.plain(kind), tmp_path)), zoo.outputs(model))
+    if layout == "padded":
+        assert_one_alpha(theirs)
 
 
 # --- what PEFT's documentation says one can do with an adapter
@@ -116,14 +124,6 @@ def mixed(zoo, tmp_path):
 
 
 @pytest.fixture
-def other(zoo, tmp_path):
-    """(model of ours, folder of its adapter): other layers than in ``mixed``, one rank."""
-    model = zoo.adapted("llama", 2, target_modules=["k_proj", "q_proj"])
-    dynrank.save_adapter(model, tmp_path / "other")
-    return model, tmp_path / "other"
-
-
-@pytest.fixture
 def judge(zoo):
     """What PEFT makes of an adapter's folder."""
 
@@ -137,24 +137,8 @@ def close(got, expected):
     assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def test_merging_in_peft_gives_our_merged_model(mixed, zoo, judge):
+def test_save_pretrained_of_what_was_loaded_round_trips(mixed, zoo, judge, tmp_path):
     ours, folder = mixed
-    expected = zoo.outputs(ours)
-    theirs = judge(folder)
-    theirs.merge_adapter()
-    close(zoo.outputs(theirs), expected)
-    theirs.unmerge_adapter()
-    close(zoo.outputs(theirs.unload()), zoo.outputs(zoo.plain("llama")))
-    merged, theirs = dynrank.merge(ours).state_dict(), judge(folder).merge_and_unload(safe_merge=True)
-    close(zoo.outputs(theirs), expected)
-    assert set(theirs.state_dict()) == set(merged)
-    for name, value in theirs.state_dict().items():
-        close(value, merged[name])
-
-
-@pytest.mark.parametrize("which", ["mixed", "other"])
-def test_save_pretrained_of_what_was_loaded_round_trips(which, request, zoo, judge, tmp_path):
-    ours, folder = request.getfixturevalue(which)
     judge(folder).save_pretrained(tmp_path / "again")
     tensors, again = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "again"))
     assert set(tensors) == set(again)
@@ -164,52 +148,12 @@ def test_save_pretrained_of_what_was_loaded_round_trips(which, request, zoo, jud
     assert torch.equal(zoo.outputs(back), zoo.outputs(ours))
 
 
-def test_state_dict_functions_take_our_file(mixed, zoo):
-    ours, folder = mixed
-    theirs = PeftModel(zoo.plain("llama"), PeftConfig.from_pretrained(folder)).eval()
-    weights = load_peft_weights(folder)
-    assert not set_peft_model_state_dict(theirs, weights).unexpected_keys
-    close(zoo.outputs(theirs), zoo.outputs(ours))
-    state = get_peft_model_state_dict(theirs)
-    assert set(state) == set(weights)
-    assert all(torch.equal(state[key], value) for key, value in weights.items())
-
-
 def test_auto_class_finds_the_base_by_the_name_in_our_config(zoo, tmp_path):
     zoo.plain("llama").save_pretrained(tmp_path / "base")
     base = hf.LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
     ours = zoo.adapted("llama", base=base)
     dynrank.save_adapter(ours, tmp_path / "adapter")
     close(zoo.outputs(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), zoo.outputs(ours))
-
-
-def test_is_trainable_goes_on_with_our_adapter(mixed, judge):
-    _, folder = mixed
-    assert not any(p.requires_grad for p in judge(folder).parameters())
-    theirs = judge(folder, is_trainable=True)
-    trained = {name for name, p in theirs.named_parameters() if p.requires_grad}
-    assert trained == {name for name, _ in theirs.named_parameters() if "lora_" in name}
-    theirs(input_ids=IDS, labels=IDS).loss.backward()
-    assert all(p.grad.abs().max() > 0 for p in theirs.parameters() if p.requires_grad)
-
-
-def test_adapters_of_unlike_layers_and_ranks_live_side_by_side(mixed, other, zoo, judge):
-    expected = {"mixed": zoo.outputs(mixed[0]), "other": zoo.outputs(other[0])}
-    theirs, plain = judge(mixed[1], adapter_name="mixed"), zoo.outputs(zoo.plain("llama"))
-    theirs.load_adapter(other[1], adapter_name="other")
-    for name in ("other", "mixed", "other"):
-        theirs.set_adapter(name)
-        close(zoo.outputs(theirs), expected[name])
-        with theirs.disable_adapter():
-            close(zoo.outputs(theirs), plain)
-    rows = {"other": expected["other"], "__base__": plain, "mixed": expected["mixed"]}
-    ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
-    with torch.no_grad():
-        batch = theirs(input_ids=ids, adapter_names=list(rows)).logits
-    close(batch, torch.stack([found[index] for index, found in enumerate(rows.values())]))
-    theirs.set_adapter("mixed")
-    theirs.delete_adapter("other")
-    close(zoo.outputs(theirs), expected["mixed"])
 
 
 def test_add_weighted_adapter_of_ours_comes_back(zoo, judge, tmp_path):
@@ -244,22 +188,6 @@ def test_hotswap_between_adapters_of_unlike_ranks(mixed, zoo, judge, tmp_path):
         close(zoo.outputs(dynrank.swap_adapter(zoo.plain("llama"), tmp_path / folder)), zoo.outputs(ours))
 
 
-def test_padded_adapters_of_wrapped_models_hot_swap_in_a_prepared_model(zoo, judge, tmp_path):
-    """PEFT refuses to swap adapters whose patterns differ, as they do after changes of rank."""
-    for seed, ranks in enumerate(({"q_proj": 1, "v_proj": 6}, {"q_proj": 3, "v_proj": 2})):
-        model = zoo.by_peft("llama", tmp_path / f"before{seed}", r=4)
-        dynrank.resize(model, {n: ranks.get(n.rpartition(".")[2], 4) for n, _ in dynrank.lora_layers(model)})
-        zoo.trained(model, seed)
-        dynrank.save_adapter(model, tmp_path / f"{seed}", layout="padded")
-        model.save_pretrained(tmp_path / f"native{seed}")
-        close(zoo.outputs(judge(tmp_path / f"{seed}")), zoo.outputs(model))
-    theirs = judge(tmp_path / "0")
-    prepare_model_for_compiled_hotswap(theirs, target_rank=6)
-    for seed in (1, 0, 1):
-        hotswap_adapter(theirs, str(tmp_path / f"{seed}"), adapter_name="default", torch_device="cpu")
-        close(zoo.outputs(theirs), zoo.outputs(judge(tmp_path / f"native{seed}")))
-
-
 def test_a_head_trained_whole_belongs_to_the_adapter(zoo, tmp_path):
     two = [zoo.adapted("bert", seed, rank=2 + seed, target_modules=["query"]) for seed in (1, 2)]
     for name, model in zip("12", two, strict=True):
@@ -275,18 +203,3 @@ def test_a_head_trained_whole_belongs_to_the_adapter(zoo, tmp_path):
     with theirs.disable_adapter():
         close(zoo.outputs(theirs), zoo.outputs(zoo.plain("bert")))
     close(zoo.outputs(theirs.merge_and_unload()), zoo.outputs(two[0]))
-
-
-@pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_an_initialisation_that_changes_the_base_has_equal_outputs_or_is_refused(init, zoo, tmp_path):
-    config = LoraConfig(r=3, target_modules=["head"], init_lora_weights=init)
-    theirs = get_peft_model(zoo.plain("conv"), config)  # PEFT takes the first B A out of the base's weight
-    with torch.no_grad():
-        theirs.base_model.model.head.lora_B["default"].weight += 0.1
-    theirs.save_pretrained(tmp_path)
-    try:
-        model = dynrank.load_adapter(zoo.plain("conv"), tmp_path)
-    except ConfigurationError as error:
-        assert "init_lora_weights" in str(error)  # noqa: PT017 (either answer is fine)
-    else:
-        close(zoo.outputs(model), zoo.outputs(theirs.eval()))

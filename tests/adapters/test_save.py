@@ -1,8 +1,6 @@
-"""Saved adapters: two whole files of one adapter, readable by all, in two layouts."""
+"""Saved adapters: two whole files of one adapter, readable by all; what PEFT reads in them is in test_peft.py."""
 
-import copy
 import errno
-import json
 import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -142,60 +140,6 @@ def test_save_keeps_ranks_and_scaling_of_names_that_end_alike(rule, zoo, tmp_pat
     dynrank.save_adapter(model, tmp_path)
     x = torch.randn(4, 6)
     assert_close(PeftModel.from_pretrained(make(), tmp_path).eval()(x), model(x))
-
-
-# --- the padded layout, read by the rule of programs that know no patterns: scaling = global alpha / rank of a tensor
-
-
-CASES = {  # scalings differ between layers, and one layer is smaller than the largest rank
-    "gpt2": {"rank_map": {"wte": 7, r".*\.1\..*c_attn": {"rank": 1, "alpha": 9}}},
-    "conv": {"rank_map": {"point": {"rank": 6, "alpha": 2}, "head": {"rank": 4, "alpha": 0.5}}},
-}
-TARGETS = {"gpt2": ["wte", "c_attn", "c_proj"], "conv": ["stem", "point", "head"]}
-
-
-@pytest.fixture(params=CASES)
-def case(request, zoo):
-    """(plain float64 base, adapted float64 model)."""
-    kind = request.param
-    base = zoo.plain(kind).double()
-    options = {"target_modules": TARGETS[kind], "modules_to_save": (), "dtype": torch.float64}
-    return base, zoo.adapted(kind, base=copy.deepcopy(base), **options, **CASES[kind])
-
-
-@torch.no_grad()
-def apply_by_global_alpha(base, folder):
-    """Add the stored updates to the weights; written anew, with nothing of dynrank's."""
-    if hasattr(base, "lm_head"):
-        base.lm_head.weight = nn.Parameter(base.lm_head.weight.clone())  # it was tied to the embedding, which changes
-    config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
-    for key, factor in tensors.items():
-        name, _, kind = key.removeprefix("base_model.model.").rpartition(".lora_")
-        if kind in ("A.weight", "embedding_A"):
-            other = tensors[key.replace("_A", "_B")]
-            delta = config["lora_alpha"] / len(factor) * other.flatten(1) @ factor.flatten(1)
-            weight = base.get_submodule(name).weight
-            transposed = kind == "embedding_A" or type(base.get_submodule(name)).__name__ == "Conv1D"
-            weight += delta.T if transposed else delta.reshape(weight.shape)
-
-
-def test_padded_adapter_is_right_by_the_global_alpha_rule_and_a_native_one_is_not(case, zoo, tmp_path):
-    base, model = case
-    expected, tolerance = zoo.outputs(model), {"rtol": 1e-11, "atol": 1e-12}
-    for layout in ("padded", "native"):
-        dynrank.save_adapter(model, tmp_path / layout, layout=layout)
-        found = copy.deepcopy(base)
-        apply_by_global_alpha(found, tmp_path / layout)
-        error = (zoo.outputs(found) - expected).abs().max()
-        assert error < 1e-11 if layout == "padded" else error > 1e-3
-    back = dynrank.load_adapter(copy.deepcopy(base), tmp_path / "padded", dtype=torch.float64)
-    assert_close(zoo.outputs(back), expected, **tolerance)
-    config = json.loads((tmp_path / "padded" / CONFIG).read_text())
-    assert (config["rank_pattern"], config["alpha_pattern"], config["use_rslora"]) == ({}, {}, False)
-    for key, value in load_file(tmp_path / "padded" / WEIGHTS).items():
-        assert config["r"] == value.shape[0 if key.endswith(("A", "A.weight")) else 1]
-    for _, layer in dynrank.lora_layers(back):  # what fills a factor up beyond its layer is cut off
-        assert layer.rank <= min(layer.lora_A.shape[1], layer.lora_B.shape[0])
 
 
 def test_padded_adapter_of_one_scaling_keeps_its_factors_bit_for_bit(tmp_path):

@@ -1,10 +1,6 @@
 """A squeezed adapter is the dense SVD truncation of its source, for PEFT and here, and all else is as it was."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -73,16 +69,6 @@ def test_squeeze_is_the_dense_truncation_and_loads_in_peft_and_here(kind, settin
     assert (theirs - ours).abs().max() <= 1e-5
     assert (ours - zoo.outputs(dynrank.load_adapter(zoo.plain(kind), source))).abs().max() > 1e-4
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [CONFIG, WEIGHTS]
-
-
-def test_squeeze_to_a_rank_that_no_layer_exceeds_copies_bit_for_bit(by_peft, zoo, tmp_path):
-    source = by_peft("conv", use_rslora=True, rank_pattern={"stem": 2})
-    assert all(report.energy_kept == 1.0 for report in squeeze_adapter(source, tmp_path / "out", rank=6))
-    old, new = (load_file(folder / WEIGHTS) for folder in (source, tmp_path / "out"))
-    assert set(new) == set(old)
-    assert all(torch.equal(new[key], old[key]) for key in old)
-    expected = zoo.outputs(PeftModel.from_pretrained(zoo.plain("conv"), source).eval())
-    assert (zoo.outputs(dynrank.load_adapter(zoo.plain("conv"), tmp_path / "out")) - expected).abs().max() <= 1e-5
 
 
 def test_squeeze_keeps_what_it_does_not_change(by_peft, zoo, tmp_path):
@@ -154,29 +140,6 @@ def test_a_bool_is_no_rank(by_peft, tmp_path):
     """What else cannot be used is refused by the command, see tests/run/test_bad_input.py."""
     with pytest.raises(ConfigurationError, match="--rank"):
         squeeze_adapter(by_peft("llama"), tmp_path / "out", rank=True)
-
-
-KILLED = """
-import os, signal, sys, dynrank.adapters.squeeze as squeeze
-truncate, done = squeeze.truncate_product, []
-def killed(*arguments):
-    done.append(arguments)
-    assert "peft" not in sys.modules and "lightning" not in sys.modules
-    return truncate(*arguments) if len(done) < 3 else os.kill(os.getpid(), signal.SIGKILL)
-squeeze.truncate_product = killed
-squeeze.squeeze_adapter(sys.argv[1], sys.argv[2], rank=2)
-"""
-
-
-def test_squeeze_that_is_killed_leaves_nothing_that_looks_whole(by_peft, tmp_path):
-    source, out = by_peft("llama"), tmp_path / "out"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", KILLED, source, out], env=environment, timeout=240, check=False)
-    assert done.returncode == -signal.SIGKILL
-    assert not out.exists()
-    assert list(tmp_path.rglob(CONFIG)) == [source / CONFIG]
-    squeeze_adapter(source, out, rank=2)
-    assert {rank for _, rank in deltas(out).values()} == {2}
 
 
 def test_command_that_fills_the_disk_fails_in_one_line_and_leaves_nothing(launch, tmp_path, request):
