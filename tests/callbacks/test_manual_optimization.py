@@ -5,39 +5,35 @@ import pytest
 import torch
 
 import dynrank
-from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.callbacks import RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence
 from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Plateau
 
 
-def manual(module_class, scheduler, *, every=1, told=True):
-    """The module with the loop in its own hands: a step every so many batches."""
+@pytest.fixture
+def manual(regression, fit):
+    """Trains by a module that has the loop in its own hands, and makes a step every so many batches."""
 
-    class Manual(module_class):
-        automatic_optimization = False
+    def run(scheduler, *callbacks, every=1, told=True, **options):
+        class Manual(regression[0]):
+            automatic_optimization = False
 
-        def training_step(self, batch, batch_idx):
-            optimizer, schedule = self.optimizers(), self.lr_schedulers()
-            if batch_idx % every == 0:
-                optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx) / every)
-            if batch_idx % every == every - 1:
-                optimizer.step()
-                if told:
-                    scheduler.step(self)
-                schedule.step()
+            def training_step(self, batch, batch_idx):
+                optimizer, schedule = self.optimizers(), self.lr_schedulers()
+                if batch_idx % every == 0:
+                    optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx) / every)
+                if batch_idx % every == every - 1:
+                    optimizer.step()
+                    if told:
+                        scheduler.step(self)
+                    schedule.step()
 
-    return Manual()
+        return fit(scheduler, *callbacks, module=Manual(), **{"max_steps": 20, **options})[0]
 
-
-def fit(regression, module, scheduler, *, extra=(), ckpt_path=None, **options):
-    _, data, trainer = regression
-    settings = {"max_steps": 20, "num_sanity_val_steps": 0, "val_check_interval": 5} | options
-    fitted = trainer(callbacks=[scheduler, StepSeed(0), *extra], **settings)
-    fitted.fit(module, *data(), ckpt_path=ckpt_path)
-    return module
+    return run
 
 
 SCHEDULES = {
@@ -50,17 +46,15 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("kind", SCHEDULES)
-def test_manual_run_with_a_step_each_batch_is_the_automatic_run(regression, kind):
+def test_manual_run_with_a_step_each_batch_is_the_automatic_run(manual, fit, assert_same, kind):
     first, second = SCHEDULES[kind](), SCHEDULES[kind]()
-    expected = fit(regression, regression[0](), first)
-    module = fit(regression, manual(regression[0], second), second)
+    expected, _ = fit(first, max_steps=20)
+    assert_same(manual(second), expected)
     assert first.history
     assert second.history == first.history
-    for name, value in expected.state_dict().items():
-        assert torch.equal(module.state_dict()[name], value), name
 
 
-def test_ranks_change_only_where_the_module_says_that_a_step_was_made(regression):
+def test_ranks_change_only_where_the_module_says_that_a_step_was_made(manual):
     batches = []
 
     class Spy(RankScheduler):
@@ -70,12 +64,11 @@ def test_ranks_change_only_where_the_module_says_that_a_step_was_made(regression
             if len(self.history) > before:
                 batches.append(batch_idx)
 
-    scheduler = Spy([Stage(At(step=3), Rank(3))])
-    fit(regression, manual(regression[0], scheduler, every=2), scheduler, max_steps=5)
+    manual(Spy([Stage(At(step=3), Rank(3))]), every=2, max_steps=5)
     assert batches == [6]
 
 
-def test_several_optimizers_hold_the_factors_together(regression):
+def test_several_optimizers_hold_the_factors_together(regression, fit):
     scheduler = RankScheduler([Stage(At(step=8), Rank(3))], How(rewarmup_steps=2))
 
     class Two(regression[0]):
@@ -95,10 +88,7 @@ def test_several_optimizers_hold_the_factors_together(regression):
                 optimizer.step()
             scheduler.step(self)
 
-    module = Two()
-    _, data, trainer = regression
-    fitted = trainer(callbacks=[scheduler, StepSeed(0)], max_steps=20, num_sanity_val_steps=0)
-    fitted.fit(module, *data())
+    module, fitted = fit(scheduler, module=Two(), max_steps=20)
     assert [event.step for event in scheduler.history] == [8]  # four batches of two steps
     adam, sgd = fitted.optimizers
     for _, layer in dynrank.lora_layers(module):
@@ -107,22 +97,15 @@ def test_several_optimizers_hold_the_factors_together(regression):
         assert sgd.state[layer.lora_B]["momentum_buffer"].shape == layer.lora_B.shape
 
 
-def test_module_that_never_says_so_is_refused(regression):
-    scheduler = SCHEDULES["weight"]()
-    module = manual(regression[0], scheduler, told=False)
+def test_module_that_never_says_so_is_refused(manual):
     with pytest.raises(ConfigurationError, match=r"10 optimizer steps.*scheduler\.step\(self\) in training_step"):
-        fit(regression, module, scheduler)
+        manual(SCHEDULES["weight"](), told=False)
+    manual(RankScheduler([]), told=False)  # there is nothing to do
 
 
-def test_schedule_without_stages_needs_no_word(regression):
-    scheduler = RankScheduler([])
-    fit(regression, manual(regression[0], scheduler, told=False), scheduler)
-
-
-def test_share_of_a_run_without_max_steps_is_refused(regression):
-    scheduler = RankScheduler([Stage(At(fraction=0.5), Rank(3))])
+def test_share_of_a_run_without_max_steps_is_refused(manual):
     with pytest.raises(ConfigurationError, match=r"known length; set trainer\.max_steps"):
-        fit(regression, manual(regression[0], scheduler), scheduler, max_steps=-1, max_epochs=2)
+        manual(RankScheduler([Stage(At(fraction=0.5), Rank(3))]), max_steps=-1, max_epochs=2)
 
 
 def test_step_under_automatic_optimization_is_an_error(regression):
@@ -131,15 +114,13 @@ def test_step_under_automatic_optimization_is_an_error(regression):
 
 
 @pytest.mark.parametrize("step", [7, 8])  # while it is being measured; when the next batch makes the change
-def test_manual_run_resumes_to_the_bit(regression, tmp_path, step):
+def test_manual_run_resumes_to_the_bit(manual, assert_same, tmp_path, step):
     class Save(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if trainer.global_step == step:
                 trainer.save_checkpoint(tmp_path / "at.ckpt")
 
     whole, rest = SCHEDULES["loss"](), SCHEDULES["loss"]()
-    expected = fit(regression, manual(regression[0], whole), whole, extra=[Save()])
-    module = fit(regression, manual(regression[0], rest), rest, ckpt_path=tmp_path / "at.ckpt")
+    expected = manual(whole, Save())
+    assert_same(manual(rest, ckpt_path=tmp_path / "at.ckpt"), expected)
     assert rest.history == whole.history
-    for name, value in expected.state_dict().items():
-        assert torch.equal(module.state_dict()[name], value), name

@@ -3,12 +3,11 @@
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import dynrank
-from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.callbacks import RankScheduler
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.schedules import How, after_convergence, one_stage
 from dynrank.targets import Budget, Energy, Rank
@@ -51,37 +50,22 @@ def module_class(request, regression):
     return Wrapped
 
 
-def fit(regression, module, scheduler, *, checkpoints=None, ckpt_path=None, **options):
-    callbacks = [scheduler, StepSeed(0)]
-    if checkpoints is not None:
-        callbacks.append(
-            ModelCheckpoint(
-                checkpoints, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_on_train_epoch_end=False
-            )
-        )
-    options = {"max_steps": 12, "num_sanity_val_steps": 0, "val_check_interval": 5, **options}
-    trainer = regression[2](callbacks=callbacks, enable_checkpointing=checkpoints is not None, **options)
-    trainer.fit(module, *regression[1](), ckpt_path=ckpt_path)
-    return module, trainer
-
-
-def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(regression, module_class, tmp_path):
+def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(module_class, fit, assert_same, tmp_path):
     scheduler = schedule(rewarmup_steps=2)
-    reference, _ = fit(regression, module_class(), scheduler, checkpoints=tmp_path / "ckpt")
+    reference, _ = fit(scheduler, module=module_class(), saved=tmp_path, max_steps=12)
     assert [event.step for event in scheduler.history] == [6]
     assert ranks_of(reference) == {3}
     for step in (3, 5, 6, 7, 11):  # before, between the decision and the change, after
         again = schedule(rewarmup_steps=2)
-        module, _ = fit(regression, module_class(), again, ckpt_path=tmp_path / "ckpt" / f"step={step}.ckpt")
+        module, _ = fit(again, module=module_class(), ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=12)
         assert again.history == scheduler.history, step
         assert again.state_dict() == scheduler.state_dict(), step
         assert vars(module.net.peft_config["default"]) == vars(reference.net.peft_config["default"]), step
-        for name, value in reference.state_dict().items():
-            assert torch.equal(module.state_dict()[name], value), f"{step}: {name}"
+        assert_same(module, reference, step)
 
 
-def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(regression, module_class, tmp_path):
-    module, trainer = fit(regression, module_class(), schedule(), checkpoints=tmp_path)
+def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(regression, fit, module_class, tmp_path):
+    module, trainer = fit(schedule(), module=module_class(), saved=tmp_path, max_steps=12)
     x = torch.randn(5, 12)
     for step, ranks in ((3, {6, 5}), (12, {3})):
         file = tmp_path / f"step={step}.ckpt"

@@ -11,22 +11,24 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dynrank
-import dynrank.callbacks.rank_progress_bar
 from dynrank.callbacks import RankMonitor, RankProgressBar, RankScheduler
 from dynrank.schedules import How, Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
 
 
-def fit(regression, callbacks, *, stage=None, how=None, ckpt_path=None, **options):
-    module_class, data, trainer = regression
-    scheduler, module = RankScheduler([stage or Stage(At(step=4), Rank(3))], how), module_class()
-    settings = {"max_steps": 8, "num_sanity_val_steps": 0, "log_every_n_steps": 1} | options
-    fitted = trainer(callbacks=[scheduler, *callbacks], **settings)
-    fitted.fit(module, *data(), ckpt_path=ckpt_path)
-    for logger in fitted.loggers:
-        logger.finalize("success")
-    return module, scheduler, fitted
+@pytest.fixture
+def changed(fit):
+    """Trains from rank 6 to 3 after the fourth step, beside these callbacks; returns (module, scheduler, trainer)."""
+
+    def run(*callbacks, stage=None, how=None, **options):
+        scheduler = RankScheduler(stage or Stage(At(step=4), Rank(3)), how)
+        module, trainer = fit(scheduler, *callbacks, **{"max_steps": 8, "log_every_n_steps": 1, **options})
+        for logger in trainer.loggers:
+            logger.finalize("success")
+        return module, scheduler, trainer
+
+    return run
 
 
 def rows_of(path):
@@ -52,9 +54,9 @@ class Keeping(Logger):
         return [(step, row[name]) for step, row in self.rows if name in row]
 
 
-def test_files_table_and_metrics_of_a_change(regression, tmp_path, capsys):
+def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     monitor = RankMonitor(tmp_path / "rank_history.csv", model_name="net")
-    fit(regression, [monitor], logger=CSVLogger(tmp_path, name="", version=""))
+    changed(monitor, logger=CSVLogger(tmp_path, name="", version=""))
     changes = [
         (row["step"], row["layer"], row["rank_before"], row["rank_after"]) for row in rows_of(monitor.history_file)
     ]
@@ -65,9 +67,9 @@ def test_files_table_and_metrics_of_a_change(regression, tmp_path, capsys):
     assert not [name for name in rows[0] if name.endswith(("/0", "/2"))]  # a table of hundreds of columns helps nobody
 
 
-def test_loggers_get_rank_energy_and_effective_rank_of_each_layer(regression):
+def test_loggers_get_rank_energy_and_effective_rank_of_each_layer(changed):
     logger = Keeping()
-    _, scheduler, _ = fit(regression, [RankMonitor(model_name="net")], logger=logger)
+    _, scheduler, _ = changed(RankMonitor(model_name="net"), logger=logger)
     for layer in scheduler.history[0].layers:
         name = layer.layer.removeprefix("net.")
         assert logger.column(f"rank/layer/{name}") == [(0, 6.0), (4, 3.0)]
@@ -79,8 +81,8 @@ def test_loggers_get_rank_energy_and_effective_rank_of_each_layer(regression):
         assert logger.column(f"effective_rank/{name}") == [(4, pytest.approx(float(entropy.exp()), rel=1e-5))]
 
 
-def test_tensorboard_gets_histograms_and_a_picture_of_the_spectra(regression, tmp_path):
-    fit(regression, [RankMonitor(model_name="net")], logger=TensorBoardLogger(tmp_path, name="", version=""))
+def test_tensorboard_gets_histograms_and_a_picture_of_the_spectra(changed, tmp_path):
+    changed(RankMonitor(model_name="net"), logger=TensorBoardLogger(tmp_path, name="", version=""))
     events = EventAccumulator(str(tmp_path), size_guidance={"histograms": 0, "images": 0}).Reload()
     assert set(events.Tags()["histograms"]) == {"spectrum/0", "spectrum/2"}
     (histogram,) = events.Histograms("spectrum/0")
@@ -89,7 +91,7 @@ def test_tensorboard_gets_histograms_and_a_picture_of_the_spectra(regression, tm
     assert "rank/layer/0" in events.Tags()["scalars"]
 
 
-def test_prediction_is_recorded_before_the_change_and_is_what_happens(regression, tmp_path):
+def test_prediction_is_recorded_before_the_change_and_is_what_happens(changed, tmp_path):
     class Updates(lightning.Callback):
         def on_rank_prediction(self, trainer, pl_module, event):
             self.before = self.now(pl_module)
@@ -101,7 +103,7 @@ def test_prediction_is_recorded_before_the_change_and_is_what_happens(regression
             return [layer.delta_weight().detach().double() for _, layer in dynrank.lora_layers(module)]
 
     updates, monitor = Updates(), RankMonitor(tmp_path / "history.csv", prediction_file=tmp_path / "predictions.csv")
-    fit(regression, [updates, monitor])
+    changed(updates, monitor)
     predicted = [line.rsplit(",", 3) for line in monitor.prediction_file.read_text().splitlines()]
     assert [line[0] for line in predicted] == monitor.history_file.read_text().splitlines()
     assert [line[1:] for line in predicted[:2]] == [["first_order", "second_order", "between_layers"], ["", "", ""]]
@@ -110,39 +112,38 @@ def test_prediction_is_recorded_before_the_change_and_is_what_happens(regression
     assert errors == pytest.approx(made, rel=1e-4)  # float32 factors
 
 
-def test_change_taken_back_is_recorded_as_such(regression, tmp_path, capsys):
+def test_change_taken_back_is_recorded_as_such(changed, tmp_path, capsys):
     monitor = RankMonitor(tmp_path / "history.csv")
     stage, how = Stage(At(step=15), Rank(1)), How(max_regression=0.0)
-    _, scheduler, _ = fit(regression, [monitor], stage=stage, how=how, max_steps=20)
+    _, scheduler, _ = changed(monitor, stage=stage, how=how, max_steps=20)
     rows = rows_of(monitor.history_file)
     assert len(rows) == sum(len(event.layers) for event in scheduler.history)
     assert all(row["reason"].startswith("undone: val/loss") for row in rows)
     assert "rank taken back at step 15" in capsys.readouterr().out
 
 
-def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(regression, tmp_path):
+def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(changed, tmp_path):
     first, second = RankMonitor(tmp_path / "first.csv"), RankMonitor(tmp_path / "second.csv")
-    *_, trainer = fit(regression, [first])
+    *_, trainer = changed(first)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    fit(regression, [second], max_steps=12, ckpt_path=tmp_path / "last.ckpt")
+    changed(second, max_steps=12, ckpt_path=tmp_path / "last.ckpt")
     assert rows_of(second.history_file) == rows_of(first.history_file) != []
 
 
-def test_monitor_without_a_scheduler_writes_an_empty_history(regression, tmp_path):
-    module_class, data, trainer = regression
-    trainer(callbacks=[RankMonitor(tmp_path / "history.csv")], max_steps=2).fit(module_class(), *data())
+def test_monitor_without_a_scheduler_writes_an_empty_history(fit, tmp_path):
+    fit(RankMonitor(tmp_path / "history.csv"), max_steps=2)
     assert rows_of(tmp_path / "history.csv") == []
 
 
-def test_summary_of_the_model_comes_again_after_a_change(regression, caplog):
+def test_summary_of_the_model_comes_again_after_a_change(changed, caplog):
     with caplog.at_level(logging.INFO, "lightning.pytorch.callbacks.model_summary"):
-        module, _, _ = fit(regression, [RankMonitor(), ModelSummary()])
+        module, _, _ = changed(RankMonitor(), ModelSummary())
     trainable = [line for line in caplog.text.splitlines() if "Trainable params" in line]
     after = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert [int(line.split()[0]) for line in trainable] == [2 * after, after]  # half the rank
 
 
-def test_progress_bar_shows_the_ranks(regression):
+def test_progress_bar_shows_the_ranks(changed):
     seen = []
 
     class Bar(RankProgressBar):
@@ -152,11 +153,11 @@ def test_progress_bar_shows_the_ranks(regression):
                 seen.append(metrics.get("rank"))
             return metrics
 
-    fit(regression, [Bar()], enable_progress_bar=True)
+    changed(Bar(), enable_progress_bar=True)
     assert (seen[0], seen[-1]) == ("6", "3")
 
 
-def test_progress_bar_shows_no_total_of_epochs_that_there_is_not(regression):
+def test_progress_bar_shows_no_total_of_epochs_that_there_is_not(changed):
     seen = []
 
     class Bar(RankProgressBar):
@@ -164,18 +165,5 @@ def test_progress_bar_shows_no_total_of_epochs_that_there_is_not(regression):
             super().on_train_batch_end(*args)
             seen.append(self.train_progress_bar.description.strip())
 
-    fit(regression, [Bar()], enable_progress_bar=True)
+    changed(Bar(), enable_progress_bar=True)
     assert set(seen) == {"Epoch 0"}
-
-
-def test_layers_are_not_looked_for_in_every_batch(regression, monkeypatch):
-    """It takes 1.7 ms in a Llama of 32 layers."""
-    looks = []
-
-    def looking(model):
-        looks.append(model)
-        return dynrank.lora_layers(model)
-
-    monkeypatch.setattr(dynrank.callbacks.rank_progress_bar, "lora_layers", looking)
-    fit(regression, [RankProgressBar()], enable_progress_bar=True, max_steps=30)
-    assert len(looks) == 2  # at the start and after the change

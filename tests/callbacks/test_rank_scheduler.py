@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 
 import dynrank
-from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto, squeeze_at_end
 from dynrank.targets import Rank
@@ -20,19 +20,9 @@ def at(step, target):
     return [Stage(At(step=step), target)]
 
 
-def train(regression, scheduler, *, ckpt_path=None, checkpoints=None, module=None, extra=(), **options):
-    module_class, data, trainer = regression
-    callbacks = [scheduler, StepSeed(0), *extra]
-    if checkpoints is not None:
-        every = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
-        callbacks.append(ModelCheckpoint(checkpoints, filename="s{step}", **every))
-        callbacks.append(ModelCheckpoint(checkpoints, filename="v{step}", monitor="val/loss", save_top_k=-1))
-    module = module or module_class()
-    settings = {"max_steps": 24, "val_check_interval": 5, "num_sanity_val_steps": 0}
-    settings["enable_checkpointing"] = checkpoints is not None
-    fitted = trainer(callbacks=callbacks, **settings | options)
-    fitted.fit(module, *data(), ckpt_path=ckpt_path)
-    return module, fitted
+def validations(folder):
+    """Leaves a checkpoint of every validation there."""
+    return ModelCheckpoint(folder, filename="validation {step}", monitor="val/loss", save_top_k=-1)
 
 
 def plateau(**how):
@@ -45,7 +35,7 @@ def ranks(module):
     return {layer.rank for _, layer in dynrank.lora_layers(module)}
 
 
-def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_other_callbacks(regression):
+def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_other_callbacks(fit):
     told = []
 
     class Listener(lightning.Callback):
@@ -53,7 +43,7 @@ def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_
             told.append((event, ranks(pl_module)))
 
     scheduler = plateau()
-    module, trainer = train(regression, scheduler, extra=[Listener()])
+    module, trainer = fit(scheduler, Listener())
     (event,) = scheduler.history
     assert event.reason == "plateau of val/loss"
     assert ranks(module) == {3}
@@ -66,7 +56,7 @@ def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])
-def test_scheduler_never_acts_within_accumulation(regression, accumulate):
+def test_scheduler_never_acts_within_accumulation(fit, accumulate):
     batches = []
 
     class Spy(RankScheduler):
@@ -75,7 +65,7 @@ def test_scheduler_never_acts_within_accumulation(regression, accumulate):
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
             batches.extend([batch_idx % accumulate] * (len(self.history) - before))
 
-    train(regression, Spy(at(7, Rank(3))), accumulate_grad_batches=accumulate, max_steps=20)
+    fit(Spy(at(7, Rank(3))), accumulate_grad_batches=accumulate, max_steps=20)
     assert batches == [0]
 
 
@@ -92,33 +82,32 @@ SCHEDULES = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_resume_from_any_checkpoint_is_bit_equal(regression, tmp_path, name):
+def test_resume_from_any_checkpoint_is_bit_equal(fit, assert_same, tmp_path, name):
     schedule, options = SCHEDULES[name]
     whole = schedule()
-    reference, _ = train(regression, whole, checkpoints=tmp_path, **options)
+    reference, _ = fit(whole, validations(tmp_path), saved=tmp_path, **options)
     assert 3 < whole.history[0].step < 20  # checkpoints lie before, at and after the change, in its window and ramp
     files = [file for file in sorted(tmp_path.glob("*.ckpt")) if "=24" not in file.name]  # nothing is left from 24
     assert len(files) > 20
-    for file in files:
+    for file in files[::2]:  # a driver goes on from every step in tests/driver
         resumed = schedule()
-        module, _ = train(regression, resumed, ckpt_path=file, **options)
+        module, _ = fit(resumed, ckpt_path=file, **options)
         assert resumed.history == whole.history, file.name
         assert str(resumed.state_dict()) == str(whole.state_dict()), file.name
-        for key, value in reference.state_dict().items():
-            assert torch.equal(module.state_dict()[key], value), f"{file.name}: {key}"
+        assert_same(module, reference, file.name)
 
 
 @pytest.mark.parametrize("end", ["squeeze", "plateau", "average"])
-def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint(regression, tmp_path, end):
+def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint(fit, assert_same, tmp_path, end):
     """At a set time, decided by the last validation, which comes after a checkpoint, and beside Lightning's average."""
 
-    def run(**options):
+    def run(*callbacks, **options):
         last = after_convergence(3, Plateau(patience=1, min_delta=0.99), deadline=None)
         scheduler = RankScheduler(last if end == "plateau" else squeeze_at_end(3), How(max_regression=1e9))
-        extra = [EMAWeightAveraging(decay=0.8)] if end == "average" else []
-        return *train(regression, scheduler, extra=extra, max_steps=10, **options), scheduler.history
+        average = [EMAWeightAveraging(decay=0.8)] if end == "average" else []
+        return *fit(scheduler, *average, *callbacks, max_steps=10, **options), scheduler.history
 
-    module, trainer, history = run(checkpoints=tmp_path)
+    module, trainer, history = run(validations(tmp_path), saved=tmp_path)
     assert ranks(module) == {3}
     files = sorted(tmp_path.glob("*step=10*"))
     assert len(files) == 2  # before the validation and after it
@@ -127,12 +116,11 @@ def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint
         assert events == history, file.name
         steps = [made.fit_loop.epoch_loop._batches_that_stepped for made in (resumed, trainer)]  # loggers' step
         assert steps == [10, 10], file.name
-        for name, value in module.state_dict().items():
-            assert torch.equal(again.state_dict()[name], value), f"{file.name}: {name}"
+        assert_same(again, module, file.name)
 
 
 @pytest.mark.parametrize("asks", [False, True])
-def test_run_of_epochs_goes_on_in_the_middle_of_one(regression, tmp_path, asks):
+def test_run_of_epochs_goes_on_in_the_middle_of_one(regression, fit, assert_same, tmp_path, asks):
     """Lightning forgets the place in the data if the module has asked for the length of the run."""
 
     class Module(regression[0]):
@@ -142,13 +130,12 @@ def test_run_of_epochs_goes_on_in_the_middle_of_one(regression, tmp_path, asks):
 
     options = {"max_epochs": 3, "max_steps": -1, "val_check_interval": None}
     whole, again = RankScheduler(at(25, Rank(3))), RankScheduler(at(25, Rank(3)))
-    module, _ = train(regression, whole, module=Module(), checkpoints=tmp_path, **options)
-    resumed, _ = train(regression, again, module=Module(), ckpt_path=tmp_path / "sstep=23.ckpt", **options)
-    for name, value in module.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+    module, _ = fit(whole, module=Module(), saved=tmp_path, **options)
+    resumed, _ = fit(again, module=Module(), ckpt_path=tmp_path / "step=23.ckpt", **options)
+    assert_same(resumed, module)
 
 
-def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_or_stop(regression, tmp_path):
+def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_or_stop(regression, fit, tmp_path):
     observed, validated, saved = [], [], []
 
     class Seeing(Plateau):
@@ -169,44 +156,42 @@ def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_o
         Stage(Seeing(patience=99), Rank(2), deadline=1.0),
     ]
     stop = EarlyStopping("val/loss", patience=1)
-    extra = [Saving(tmp_path), stop]
-    train(regression, RankScheduler(stages), module=Module(), extra=extra, max_steps=15, enable_checkpointing=True)
+    fit(RankScheduler(stages), Saving(tmp_path), stop, module=Module(), max_steps=15)
     assert validated == [5, 8, 8, 10, 15]
     assert observed == [10, 15]
     assert saved == [5, 10, 15]
     assert stop.stopped_epoch == 0
 
 
-def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regression, tmp_path):
-    module_class, data, trainer = regression
+@pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
+def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regression, fit, tmp_path, kind):
+    module_class, (_, val), trainer = regression[0], regression[1](), regression[2]
 
     class Tested(module_class):
         def test_step(self, batch, batch_idx):
             self.log("test/loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
 
-    before = ModelCheckpoint(tmp_path, filename="before", every_n_train_steps=9, save_on_train_epoch_end=False)
-    fitted = trainer(callbacks=[RankScheduler(at(11, Rank(3))), before], max_steps=12, enable_checkpointing=True)
-    module, (loader, val) = Tested(), data()
-    fitted.fit(module, loader, val)
+    before = kind(tmp_path, filename="before", every_n_train_steps=9, save_on_train_epoch_end=False)
+    module, fitted = fit(RankScheduler(at(11, Rank(3))), before, module=Tested(), max_steps=12)
     assert ranks(module) == {3}
     reloaded = Tested.load_from_checkpoint(before.best_model_path)
     assert ranks(reloaded) == {6}
     expected = trainer().test(reloaded, val, verbose=False)
-    assert fitted.test(module, val, ckpt_path=before.best_model_path, verbose=False) == expected
+    assert fitted.test(module, val, ckpt_path="best", verbose=False) == expected
     assert ranks(module) == {6}
 
 
-def test_same_trainer_goes_on_with_its_scheduler(regression):
+def test_same_trainer_goes_on_with_its_scheduler(regression, fit):
     scheduler = RankScheduler([*at(5, Rank(4)), Stage(Plateau(patience=99), Rank(2))])
     with pytest.warns(UserWarning, match="training ended before stage 2"):
-        module, trainer = train(regression, scheduler, max_steps=10)
+        module, trainer = fit(scheduler, max_steps=10)
     trainer.fit_loop.epoch_loop.max_steps = 12
     with pytest.warns(UserWarning, match="training ended before stage 2"):
         trainer.fit(module, *regression[1]())
     assert (trainer.global_step, len(scheduler.history), ranks(module)) == (12, 1, {4})
 
 
-def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(regression):
+def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(regression, fit):
     class Failing(regression[0]):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             if self.global_step == 8:
@@ -214,15 +199,8 @@ def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(
 
     module = Failing()
     with pytest.raises(ZeroDivisionError):
-        train(regression, RankScheduler(at(10, Rank(4)), How("gates", window=4)), module=module, max_steps=12)
+        fit(RankScheduler(at(10, Rank(4)), How("gates", window=4)), module=module, max_steps=12)
     assert [layer._tap for _, layer in dynrank.lora_layers(module)] == [None, None]
-
-
-def test_end_that_comes_unforeseen_says_what_was_not_measured(regression):
-    stop = EarlyStopping("val/loss", patience=1, min_delta=99)
-    scheduler = RankScheduler([Stage(At(fraction=1.0), Rank(2))], How(metric="gates", window=5))
-    with pytest.warns(UserWarning, match=r"not watched before; set schedule\.metric=weight"):
-        train(regression, scheduler, extra=[stop])
 
 
 def watching(**options):
@@ -236,18 +214,16 @@ def watching(**options):
         (RankScheduler(at(9, Rank(3)), How(max_regression=0.1, check_monitor="train/loss")), "check_monitor of How"),
     ],
 )
-def test_monitor_that_the_sanity_validation_does_not_log_is_refused_before_the_first_step(
-    regression, scheduler, message
-):
+def test_monitor_that_the_sanity_validation_does_not_log_is_refused_before_the_first_step(fit, scheduler, message):
     class Starting(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
             pytest.fail("training has begun")
 
     with pytest.raises(ConfigurationError, match=message):
-        train(regression, scheduler, extra=[Starting()], num_sanity_val_steps=1)
+        fit(scheduler, Starting(), num_sanity_val_steps=1)
 
 
-def test_trigger_may_watch_what_only_training_logs(regression):
+def test_trigger_may_watch_what_only_training_logs(regression, fit):
     class Logging(regression[0]):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -255,17 +231,17 @@ def test_trigger_may_watch_what_only_training_logs(regression):
             return loss
 
     scheduler = watching(monitor="train/loss", patience=1, min_delta=0.99)
-    train(regression, scheduler, module=Logging(), num_sanity_val_steps=1)
+    fit(scheduler, module=Logging(), num_sanity_val_steps=1)
     assert scheduler.history[0].reason == "plateau of train/loss"
     scheduler = watching(monitor="train/loss", patience=1, min_delta=0.99)
-    train(regression, scheduler, module=Logging(), limit_val_batches=0, max_steps=24, max_epochs=-1)
+    fit(scheduler, module=Logging(), limit_val_batches=0, max_steps=24, max_epochs=-1)
     assert scheduler.history[0].reason == "deadline of 0.5 of the run"  # the second epoch ends at step 20
 
 
-def test_check_without_validation_is_refused(regression):
+def test_check_without_validation_is_refused(fit):
     scheduler = RankScheduler(at(5, Rank(3)), How(max_regression=0.1))
     with pytest.raises(ConfigurationError, match=r"give fit\(\) validation data.*max_regression=null"):
-        train(regression, scheduler, limit_val_batches=0, max_steps=10)
+        fit(scheduler, limit_val_batches=0, max_steps=10)
 
 
 def test_share_of_a_run_of_unknown_length_is_refused(regression):

@@ -28,12 +28,10 @@ class Tokens(RunMeter):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-def test_phases_divide_the_run_at_each_change(regression, tmp_path):
-    module_class, data, trainer = regression
+def test_phases_divide_the_run_at_each_change(fit, tmp_path):
     meter, logger = Tokens(), CSVLogger(tmp_path, name="", version="")
-    callbacks = [RankScheduler([Stage(At(step=4), Rank(3))]), meter]
-    options = {"max_steps": 8, "accumulate_grad_batches": 2, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
-    trainer(callbacks=callbacks, logger=logger, **options).fit(module_class(), *data())
+    options = {"max_steps": 8, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
+    fit(RankScheduler([Stage(At(step=4), Rank(3))]), meter, logger=logger, **options)
     assert [(p.first_step, p.mean_rank, p.tokens) for p in meter.phases] == [(0, 6.0, 64), (4, 3.0, 64)]
     for phase in meter.phases:
         assert phase.peak_memory_bytes > 0
@@ -46,19 +44,14 @@ def test_phases_divide_the_run_at_each_change(regression, tmp_path):
     assert [(row["step"], float(row["phase/mean_rank"])) for row in rows] == [("4", 6.0), ("8", 3.0)]
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
-def test_resumed_run_has_the_phases_of_the_whole_one(regression, tmp_path):
-    module_class, data, trainer = regression
-
+def test_resumed_run_has_the_phases_of_the_whole_one(fit, tmp_path):
     def phases(**options):
         meter = Tokens()
-        saver = AdapterCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-        callbacks = [RankScheduler([Stage(At(step=4), Rank(3))]), meter, saver]
-        trainer(callbacks=callbacks, max_steps=8, enable_checkpointing=True).fit(module_class(), *data(), **options)
+        fit(RankScheduler([Stage(At(step=4), Rank(3))]), meter, max_steps=8, **options)
         assert all(phase.tokens_per_second > 0 < phase.step_seconds for phase in meter.phases)
         return [(phase.first_step, phase.mean_rank, phase.tokens) for phase in meter.phases]
 
-    whole = phases()
+    whole = phases(saved=tmp_path, kind=AdapterCheckpoint)
     assert whole == [(0, 6.0, 32), (4, 3.0, 32)]
     for step in (2, 4, 6, 8):  # before the change, at it, after it, behind the last step
         assert phases(ckpt_path=tmp_path / f"step={step}.ckpt") == whole, step

@@ -3,9 +3,8 @@
 import pytest
 import schedulefree
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dynrank.callbacks import RankScheduler, ScheduleFreeMode, StepSeed
+from dynrank.callbacks import RankScheduler, ScheduleFreeMode
 from dynrank.schedules import How, after_convergence, squeeze_at_end
 
 NAME = "net.2.lora_A"
@@ -43,15 +42,10 @@ def module_class(regression):
     return ScheduleFree
 
 
-def test_validation_checkpoint_and_result_are_the_average(regression, module_class, tmp_path):
-    _, data, trainer = regression
-    saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=4, save_top_k=-1)
-    fitted = trainer(
-        callbacks=[ScheduleFreeMode(), saving], enable_checkpointing=True, max_steps=10, val_check_interval=5
-    )
+def test_validation_checkpoint_and_result_are_the_average(fit, module_class, tmp_path):
     module = module_class()
     start = module.factor.detach().clone()
-    fitted.fit(module, *data())
+    fit(ScheduleFreeMode(), module=module, saved=tmp_path, max_steps=10, num_sanity_val_steps=2)
     assert torch.equal(module.validated[0], start)  # the sanity check, two batches of which there are
     for steps, value in ((5, module.validated[-4]), (10, module.validated[-1]), (10, module.factor.detach())):
         torch.testing.assert_close(value, module.average(steps))
@@ -64,44 +58,29 @@ def test_validation_checkpoint_and_result_are_the_average(regression, module_cla
         torch.testing.assert_close(module.trained[steps], expected)
 
 
-def test_no_checkpoint_changes_a_bit_of_the_run_and_all_resume_to_the_same(regression, module_class, tmp_path):
-    _, data, trainer = regression
+def test_no_checkpoint_changes_a_bit_of_the_run_and_all_resume_to_the_same(fit, assert_same, module_class, tmp_path):
+    def run(**options):
+        stages = RankScheduler(after_convergence(3, deadline=0.5))
+        return fit(ScheduleFreeMode(), stages, module=module_class(), max_steps=16, val_check_interval=4, **options)[0]
 
-    def train(every, **options):
-        saving = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=every, save_top_k=-1)
-        callbacks = [ScheduleFreeMode(), RankScheduler(after_convergence(3, deadline=0.5)), StepSeed(0), saving]
-        module = module_class()
-        trainer(callbacks=callbacks, enable_checkpointing=True, max_steps=16, val_check_interval=4).fit(
-            module, *data(), **options
-        )
-        return module.state_dict()
-
-    whole = train(100)  # none is written
-    assert whole[NAME].shape[0] == 3
-    ends = {"saved": train(1)}
-    # before and after the drop, before a validation and not, behind the last step
-    ends |= {step: train(100, ckpt_path=tmp_path / f"step={step}.ckpt") for step in (3, 4, 9, 12, 16)}
-    for when, end in ends.items():
-        for name, value in whole.items():
-            assert torch.equal(value, end[name]), (when, name)
+    whole = run()
+    assert whole.factor.shape[0] == 3
+    assert_same(run(saved=tmp_path), whole)
+    for step in (3, 4, 9, 12, 16):  # before and after the drop, before a validation and not, behind the last step
+        assert_same(run(ckpt_path=tmp_path / f"step={step}.ckpt"), whole, step)
 
 
-def test_a_change_checked_after_the_last_step_leaves_the_average(regression, module_class):
-    _, data, trainer = regression
+def test_a_change_checked_after_the_last_step_leaves_the_average(fit, module_class):
     stages = RankScheduler(squeeze_at_end(3), How(max_regression=1e9))
-    module = module_class()
-    trainer(callbacks=[ScheduleFreeMode(), stages], max_steps=4).fit(module, *data())
+    module, _ = fit(ScheduleFreeMode(), stages, module=module_class(), max_steps=4)
     (event,) = stages.history
     assert not event.undone
     assert torch.equal(module.factor, module.validated[-1])
 
 
-def test_a_second_validation_and_other_optimizers_are_left_alone(regression, module_class):
-    module_base, data, trainer = regression
-    fitted = trainer(callbacks=[ScheduleFreeMode()], max_steps=4)
-    module = module_class()
-    fitted.fit(module, *data())
+def test_a_second_validation_and_other_optimizers_are_left_alone(regression, fit, module_class):
+    module, fitted = fit(ScheduleFreeMode(), module=module_class(), max_steps=4)
     result = module.factor.detach().clone()
-    fitted.validate(module, data()[1], verbose=False)
+    fitted.validate(module, regression[1]()[1], verbose=False)
     assert torch.equal(module.factor, result)
-    trainer(callbacks=[ScheduleFreeMode()], max_steps=4).fit(module_base(), *data())
+    fit(ScheduleFreeMode(), max_steps=4)

@@ -14,11 +14,11 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
-from dynrank.triggers import At, Plateau
+from dynrank.triggers import At
 
 DECAY = 0.9
 FACTORS = [f"net.{index}.lora_{factor}" for index in (0, 2) for factor in "BA"]
@@ -27,18 +27,6 @@ SHRINK_AND_GROW = [Stage(At(step=8), Rank(3)), Stage(At(step=16), GrowTo(5))]
 
 def scheduler(stages=SHRINK_AND_GROW, **how):
     return RankScheduler(list(stages), How(**how))
-
-
-def train(regression, callbacks, *, module=None, checkpoints=None, ckpt_path=None, kind=ModelCheckpoint, **options):
-    module_class, data, trainer = regression
-    callbacks = [*callbacks, StepSeed(0)]
-    if checkpoints is not None:
-        callbacks.append(kind(checkpoints, filename="s{step}", every_n_train_steps=1, save_top_k=-1))
-    module = module or module_class()
-    settings = {"max_steps": 24, "num_sanity_val_steps": 0} | options
-    fitted = trainer(callbacks=callbacks, enable_checkpointing=checkpoints is not None, **settings)
-    fitted.fit(module, *data(), ckpt_path=ckpt_path)
-    return module, fitted
 
 
 class Weights(lightning.Callback):
@@ -83,10 +71,10 @@ def blend(average, weights, share):
 
 
 @pytest.mark.parametrize("first", ["average", "scheduler"])
-def test_exponential_average_is_that_of_a_run_in_the_new_coordinates(regression, first):
+def test_exponential_average_is_that_of_a_run_in_the_new_coordinates(fit, first):
     weights, average = Weights(), EMAWeightAveraging(decay=DECAY)
     pair = [average, scheduler()] if first == "average" else [scheduler(), average]
-    module, _ = train(regression, [*pair, weights])
+    module, _ = fit(*pair, weights)
     expected = None
     for step in sorted(weights.steps):
         if step - 1 in weights.changes:
@@ -101,12 +89,12 @@ def test_exponential_average_is_that_of_a_run_in_the_new_coordinates(regression,
 
 
 @pytest.mark.parametrize("first", ["average", "scheduler"])
-def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(regression, first):
+def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(fit, first):
     weights, average = Weights(), StochasticWeightAveraging(1e-2, swa_epoch_start=1)
     stages = [Stage(At(step=25), Rank(3))]
     pair = [average, scheduler(stages)] if first == "average" else [scheduler(stages), average]
     with pytest.warns(UserWarning, match="only supported every epoch"):  # of the learning rate's schedule
-        module, _ = train(regression, [*pair, weights], max_epochs=4, max_steps=-1)
+        module, _ = fit(*pair, weights, max_epochs=4, max_steps=-1)
     expected = None
     for count, start in enumerate(sorted(weights.starts)):
         if expected is not None and start == 30:  # the change at 25 lies between the starts at 20 and 30
@@ -117,33 +105,49 @@ def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(regression, 
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_change_at_the_end_is_the_best_approximation_of_the_average(regression, order):
+def test_change_at_the_end_is_the_best_approximation_of_the_average(fit, order):
     class Ends(lightning.Callback):
         def on_rank_prediction(self, trainer, pl_module, event):
             self.before = [layer.delta_weight().double() for _, layer in dynrank.lora_layers(pl_module)]
 
     ends, pair = Ends(), [scheduler([Stage(At(fraction=1.0), Rank(2))]), EMAWeightAveraging(decay=DECAY)]
-    module, _ = train(regression, [*pair[::order], ends])
+    module, _ = fit(*pair[::order], ends)
     for old, (_, layer) in zip(ends.before, dynrank.lora_layers(module), strict=True):
         lost = (old - layer.delta_weight().double()).norm()
         assert_close(lost, torch.linalg.svdvals(old)[2:].norm(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint], ids=lambda cls: cls.__name__)
-def test_resumed_run_ends_with_the_same_average_to_the_bit(regression, tmp_path, kind, order):
-    def pair():
-        return [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
+def of_peft(module_class):
+    """The module with a model of PEFT's."""
+    module = module_class()
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6))
+    module.net = get_peft_model(net, LoraConfig(r=6, target_modules=["0", "2"]))
+    return module
 
-    saving = {"checkpoints": tmp_path, "kind": kind}
-    whole, _ = train(regression, pair(), **saving)
+
+RESUMED = {  # in which order the average and the scheduler come, what saves them, and whose model it is
+    "after": (-1, ModelCheckpoint, lambda cls: cls()),
+    "before, without the base": (1, AdapterCheckpoint, lambda cls: cls()),
+    "after, without the base": (-1, AdapterCheckpoint, lambda cls: cls()),
+    "before, of PEFT": (1, ModelCheckpoint, of_peft),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_run_ends_with_the_same_average_to_the_bit(regression, fit, assert_same, tmp_path, name):
+    order, kind, make = RESUMED[name]
+
+    def run(**options):
+        pair = [EMAWeightAveraging(decay=DECAY), scheduler()][::order]
+        return fit(*pair, module=make(regression[0]), saved=tmp_path, kind=kind, **options)[0]
+
+    whole = run()
     for start in (4, 8, 9, 12):  # before, at and after the first change; between two
-        resumed, _ = train(regression, pair(), ckpt_path=tmp_path / f"sstep={start}.ckpt", **saving)
-        for name, value in whole.state_dict().items():
-            assert torch.equal(resumed.state_dict()[name], value), (start, name)
+        assert_same(run(ckpt_path=tmp_path / f"step={start}.ckpt"), whole, start)
 
 
-def test_undone_change_leaves_the_average_as_if_it_had_not_been_tried(regression):
+def test_undone_change_leaves_the_average_as_if_it_had_not_been_tried(regression, fit, assert_same):
     class Worse(regression[0]):
         """Each validation is worse than the one before."""
 
@@ -153,61 +157,26 @@ def test_undone_change_leaves_the_average_as_if_it_had_not_been_tried(regression
             self.loss += 1.0
             self.log("val/loss", self.loss)
 
-    plain, _ = train(regression, [EMAWeightAveraging(decay=DECAY), RankScheduler([])])
+    plain, _ = fit(EMAWeightAveraging(decay=DECAY), RankScheduler([]))
     refusing = scheduler([Stage(At(step=12), Rank(1))], max_regression=0.0)
-    module, _ = train(regression, [refusing, EMAWeightAveraging(decay=DECAY)], module=Worse())
+    module, _ = fit(refusing, EMAWeightAveraging(decay=DECAY), module=Worse())
     assert len(refusing.history) > 1
     assert all(event.undone for event in refusing.history)
-    for name, value in plain.state_dict().items():
-        assert torch.equal(module.state_dict()[name], value), name
+    assert_same(module, plain)
 
 
-def test_stochastic_average_resumes_to_the_bit(regression, tmp_path):
+def test_stochastic_average_resumes_to_the_bit(regression, fit, assert_same, tmp_path):
     class Plain(regression[0]):
         def configure_optimizers(self):
             return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
 
-    def callbacks():
-        return [StochasticWeightAveraging(1e-2, swa_epoch_start=1), scheduler([Stage(At(step=25), Rank(3))])]
+    def run(**options):
+        pair = [StochasticWeightAveraging(1e-2, swa_epoch_start=1), scheduler([Stage(At(step=25), Rank(3))])]
+        return fit(*pair, module=Plain(), max_epochs=4, max_steps=-1, **options)[0]
 
-    options = {"max_epochs": 4, "max_steps": -1}
-    whole, _ = train(regression, callbacks(), module=Plain(), checkpoints=tmp_path, **options)
+    whole = run(saved=tmp_path)
     for start in (23, 27):
-        path = tmp_path / f"sstep={start}.ckpt"
-        resumed, _ = train(regression, callbacks(), module=Plain(), ckpt_path=path, **options)
-        for name, value in whole.state_dict().items():
-            assert torch.equal(resumed.state_dict()[name], value), (start, name)
-
-
-def wrapped(module_class):
-    """The module with a model of PEFT's."""
-    module = module_class()
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6))
-    module.net = get_peft_model(net, LoraConfig(r=6, target_modules=["0", "2"]))
-    return module
-
-
-def test_average_of_a_model_of_peft_resumes_after_a_change(regression, tmp_path):
-    def pair():
-        return [EMAWeightAveraging(decay=DECAY), scheduler()]
-
-    whole, _ = train(regression, pair(), module=wrapped(regression[0]), checkpoints=tmp_path / "whole")
-    resumed, _ = train(
-        regression, pair(), module=wrapped(regression[0]), ckpt_path=tmp_path / "whole" / "sstep=12.ckpt"
-    )
-    assert resumed.net.peft_config["default"].r == 5
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
-
-
-def test_trigger_sees_the_validation_of_the_average(regression):
-    module, fitted = train(
-        regression,
-        [scheduler([Stage(Plateau(patience=1, min_delta=0.99), Rank(2))]), EMAWeightAveraging(decay=DECAY)],
-        val_check_interval=5,
-    )
-    assert [layer.rank for _, layer in dynrank.lora_layers(module)] == [2, 2]
+        assert_same(run(ckpt_path=tmp_path / f"step={start}.ckpt"), whole, start)
 
 
 def test_resize_moves_an_averaged_model_and_refuses_a_foreign_one():

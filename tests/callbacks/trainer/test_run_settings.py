@@ -2,15 +2,13 @@
 
 import contextlib
 
-import lightning
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
-from dynrank.callbacks import RankScheduler, StepSeed
+from dynrank.callbacks import RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
@@ -25,15 +23,6 @@ def without_dropout(module_class):
     module = module_class()
     module.net[1].p = 0.0
     return module
-
-
-def fit(regression, module, *, how=None, stages=STAGES, extra=(), **options):
-    _, data, trainer = regression
-    scheduler = RankScheduler(list(stages), how)
-    settings = {"max_steps": STEPS, "num_sanity_val_steps": 0} | options
-    fitted = trainer(callbacks=[scheduler, StepSeed(0), *extra], **settings)
-    fitted.fit(module, *data())
-    return scheduler, fitted
 
 
 def loop(module, data, *, accumulate=1, clip=None, dtype=None, autocast=False):
@@ -77,10 +66,10 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_run_ends_where_a_plain_loop_ends(regression, setting):
+def test_run_ends_where_a_plain_loop_ends(regression, fit, setting):
     options, of_loop = SETTINGS[setting]
     module = without_dropout(regression[0])
-    fit(regression, module, **options)
+    fit(RankScheduler(list(STAGES)), module=module, max_steps=STEPS, **options)
     expected = loop(without_dropout(regression[0]), regression[1], **of_loop)
     assert [layer.rank for _, layer in dynrank.lora_layers(module)] == [5, 5]
     for name, value in expected.named_parameters():
@@ -88,9 +77,9 @@ def test_run_ends_where_a_plain_loop_ends(regression, setting):
         assert_close(module.get_parameter(name), value, msg=name)
 
 
-def test_adapters_in_float16_are_refused(regression):
+def test_adapters_in_float16_are_refused(fit):
     with pytest.raises(ConfigurationError, match="16-true.*bf16-true"):
-        fit(regression, regression[0](), precision="16-true")
+        fit(RankScheduler(list(STAGES)), precision="16-true")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own,
@@ -98,12 +87,12 @@ def test_adapters_in_float16_are_refused(regression):
 @pytest.mark.parametrize(
     ("backend", "how"), [("aot_eager", How()), ("eager", How(metric="gates", window=2))], ids=["weight", "loss"]
 )
-def test_compiled_model_uses_the_new_factors(regression, backend, how):
+def test_compiled_model_uses_the_new_factors(regression, fit, backend, how):
     plain, compiled = (without_dropout(regression[0]) for _ in range(2))
     compiled.net.compile(backend=backend)
-    options = {"how": how, "limit_val_batches": 0, "max_steps": 10}
-    first, _ = fit(regression, plain, **options)
-    second, _ = fit(regression, compiled, **options)
+    first, second = (RankScheduler(list(STAGES), how) for _ in range(2))
+    for scheduler, module in ((first, plain), (second, compiled)):
+        fit(scheduler, module=module, limit_val_batches=0, max_steps=10)
     for name, value in plain.state_dict().items():
         assert_close(compiled.state_dict()[name], value, msg=name)
     for a, b in zip(first.history, second.history, strict=True):
@@ -130,38 +119,3 @@ def test_compiled_model_is_compiled_for_every_rank_that_it_gets():
             x = torch.randn(2, 12)
             assert_close(compiled(x), layer.base(x) + layer.scaling * x @ layer.lora_A.mT @ layer.lora_B.mT)
     assert ranks_compiled == list(range(1, 12))
-
-
-class Llama(lightning.LightningModule):
-    def __init__(self, checkpointing):
-        super().__init__()
-        torch.manual_seed(0)
-        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        self.model = dynrank.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=40, **size)), rank=4, dropout=0.1)
-        if checkpointing is not None:
-            self.model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
-            self.model.enable_input_require_grads()
-
-    def training_step(self, batch, batch_idx):
-        return self.model(input_ids=batch, labels=batch).loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
-def test_checkpointed_activations_change_nothing(regression, reentrant):
-    ids = torch.randint(40, (48, 6), generator=torch.Generator().manual_seed(1))
-    ends = []
-    for checkpointing in (None, reentrant):
-        module = Llama(checkpointing)
-        scheduler = RankScheduler([Stage(At(step=4), Rank(2))], How(metric="gates", window=2))
-        trainer = regression[2](callbacks=[scheduler, StepSeed(0)], max_steps=6)
-        trainer.fit(module, torch.utils.data.DataLoader(ids, batch_size=8))
-        ends.append((scheduler.history, module.state_dict()))
-    (history, plain), (other, checkpointed) = ends
-    for a, b in zip(history[0].layers, other[0].layers, strict=True):
-        assert a.singular_values == pytest.approx(b.singular_values, rel=1e-3, abs=1e-6)
-    for name, value in plain.items():
-        assert_close(checkpointed[name], value, rtol=1e-3, atol=1e-4, msg=name)
