@@ -22,7 +22,7 @@ QUICK = (
     "triggers/",
     "schedules/",
     "change/test_resize.py",
-    "driver/test_plain_loop.py",
+    "driver/test_driver.py",
     "adapters/test_peft.py",
 )
 

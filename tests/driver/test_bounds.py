@@ -40,6 +40,13 @@ def layers_of(net):
     return dict(dynrank.lora_layers(net))
 
 
+class Double(Target):
+    """Of a user's."""
+
+    def ranks(self, layers):
+        return {name: layer.grown(2 * layer.rank) for name, layer in layers.items()}
+
+
 # Bounds and measurements
 
 
@@ -81,27 +88,24 @@ def test_pinned_layers_are_neither_watched_nor_missed(target):
 
 
 @pytest.mark.parametrize(
-    ("target", "metric", "watched"),
+    ("target", "metric", "net", "watched"),
     [
-        (Rank(4), "weight", False),
-        (Rank(4), "gates", True),
-        (GrowTo(12), "gates", False),
-        (GrowBy(3), "gates", False),
-        (Exactly(12), "gates", False),
-        (Exactly(4), "gates", True),
-        (Energy(0.9), "weight", False),
-        (Budget(share=0.5), "gates", True),
+        (Rank(4), "weight", {}, False),
+        (Rank(4), "gates", {}, True),
+        (GrowTo(12), "gates", {}, False),
+        (GrowBy(3), "gates", {}, False),
+        (Double(), "gates", {"rank": 4, "layer_2": {"rank": 6, "final_rank": 3}}, False),
+        (Exactly(12), "gates", {}, False),
+        (Exactly(4), "gates", {}, True),
+        (Exactly(8), "gates", {"layer_0": {"rank": 12}}, True),  # one of them shrinks
+        (Exactly(4), "gates", {"rank": 4, "layer_0": {"rank": 12, "pinned": True}}, False),
+        (FinalRanks(), "gates", {"layer_1": {"rank": 8, "final_rank": 2}}, True),
+        (Energy(0.9), "weight", {}, False),
+        (Budget(share=0.5), "gates", {}, True),
     ],
 )
-def test_what_must_be_watched(target, metric, watched):
-    assert must_watch(Stage(NOW, target), How(metric=metric), layers_of(model())) is watched
-
-
-def test_watching_looks_at_layers_of_different_ranks_and_not_at_the_pinned():
-    how = How(metric="gates")
-    assert must_watch(Stage(NOW, Exactly(8)), how, layers_of(model(layer_0={"rank": 12})))  # one shrinks
-    assert not must_watch(Stage(NOW, Exactly(4)), how, layers_of(model(4, layer_0={"rank": 12, "pinned": True})))
-    assert must_watch(Stage(NOW, FinalRanks()), how, layers_of(model(layer_1={"rank": 8, "final_rank": 2})))
+def test_what_must_be_watched(target, metric, net, watched):
+    assert must_watch(Stage(NOW, target), How(metric=metric), layers_of(model(**net))) is watched
 
 
 # Where ranks may end
@@ -122,21 +126,12 @@ def test_watching_looks_at_layers_of_different_ranks_and_not_at_the_pinned():
         ([Stage(NOW, GrowTo(100)), Stage(NOW, Factor(0.5))], [(8, 8), (5, 5), (3, 3)]),  # 16 at most, halved
         (one_stage(NOW, FinalRanks()), [(8, 8), (5, 5), (3, 3)]),
         (one_stage(NOW, Exactly(9)), [(9, 9), (5, 5), (3, 3)]),
+        (one_stage(NOW, Double()), [(16, 16), (5, 5), (6, 6)]),  # its own final rank is below
     ],
 )
 def test_final_ranks_of_free_pinned_and_bound_layers(schedule, ends):
     net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
     assert list(final_ranks(net, schedule).values()) == ends
-
-
-def test_growth_by_a_target_of_the_users_is_no_shrink():
-    class Double(Target):
-        def ranks(self, layers):
-            return {name: layer.grown(2 * layer.rank) for name, layer in layers.items()}
-
-    net = model(4, layer_2={"rank": 6, "final_rank": 3})  # its own final rank is below
-    assert list(final_ranks(net, one_stage(NOW, Double())).values()) == [(8, 8), (8, 8), (6, 6)]
-    assert not must_watch(Stage(NOW, Double()), How(metric="gates"), layers_of(net))
 
 
 # What does not fit
@@ -183,41 +178,26 @@ COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)  # 1024 parameters in model
 
 
 @pytest.mark.parametrize(
-    ("schedule", "words"),
+    ("before", "enough", "short", "words"),
     [
-        (budget(parameters=COST // 4 - 1, lowest=2), ["stage 1", "255", "256", "3 layers", "schedule.parameters"]),
-        (budget(share=0.249, lowest=2), ["stage 1", "254", "256", "schedule.share", "schedule.lowest"]),
-        (
-            [Stage(NOW, GrowTo(12)), Stage(NOW, Budget(parameters=COST, lowest=10))],  # 10/8 of it are needed
-            ["stage 2", "1,024", "1,280", "schedule.parameters"],
-        ),
-        ([Stage(NOW, Rank(4)), Stage(NOW, Budget(share=0.5, lowest=3))], ["stage 2", "256", "384", "schedule.share"]),
-        (
-            [
-                Stage(NOW, Energy(0.9, lowest=4)),
-                Stage(NOW, Budget(parameters=400, lowest=4)),
-            ],  # wherever the first ends
-            ["stage 2", "400", "512", "schedule.parameters"],
-        ),
-        (budget(share=0.3, lowest=2, multiple=4), ["stage 1", "307", "512", "schedule.share"]),
+        ([], {"parameters": 256, "lowest": 2}, {"parameters": 255}, "stage 1 255 256 3 layers schedule.parameters"),
+        ([], {"share": 0.25, "lowest": 2}, {"share": 0.249}, "stage 1 254 256 schedule.share schedule.lowest"),
+        ([], {"share": 0.5, "lowest": 2, "multiple": 4}, {"share": 0.3}, "stage 1 307 512 schedule.share"),
+        ([GrowTo(12)], {"parameters": 1280, "lowest": 10}, {"parameters": COST}, "stage 2 1,024 1,280"),  # 10/8 of it
+        ([Rank(4)], {"share": 0.75, "lowest": 3}, {"share": 0.5}, "stage 2 256 384 schedule.share"),
+        # wherever the first ends
+        ([Energy(0.9, lowest=4)], {"parameters": 512, "lowest": 4}, {"parameters": 400}, "stage 2 400 512"),
     ],
 )
-def test_budget_below_the_lowest_ranks_is_refused(schedule, words):
-    message = refusal(model(), schedule)
-    assert all(word in message for word in words), message
+def test_budget_below_the_lowest_ranks_is_refused(before, enough, short, words):
+    before = [Stage(NOW, target) for target in before]
+    check_model(model(), [*before, *budget(**enough)], How(), RUN)
+    message = refusal(model(), [*before, *budget(**enough | short)])
+    assert all(word in message for word in words.split()), message
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        budget(parameters=COST // 4, lowest=2),
-        budget(share=0.25, lowest=2),
-        [Stage(NOW, GrowTo(12)), Stage(NOW, Budget(parameters=COST * 10 // 8, lowest=10))],
-        [Stage(NOW, Energy(0.9)), Stage(NOW, Budget(share=0.1, lowest=3))],  # of what only the data will tell
-        [Stage(NOW, Rank(2)), Stage(NOW, Budget(parameters=COST // 4, lowest=2))],
-    ],
-)
-def test_budget_at_the_lowest_ranks_is_allowed(schedule):
+def test_budget_of_what_only_the_data_will_tell_is_allowed():
+    schedule = [Stage(NOW, Energy(0.9)), Stage(NOW, Budget(share=0.1, lowest=3))]
     check_model(model(), schedule, How(), RUN)
 
 

@@ -185,18 +185,6 @@ def test_check_validates_before_the_change_only_where_the_last_value_is_old(step
     assert trajectory(driver) == [(step, 2, 6)]
 
 
-def test_validations_of_a_check_are_not_shown_to_triggers():
-    seen = []
-
-    class Seeing(Plateau):
-        def observe(self, step, *values):
-            seen.append(step)
-            return super().observe(step, *values)
-
-    drive(RankDriver([at(7, Rank(5), max_regression=99.0), Stage(Seeing(patience=99), Rank(2), deadline=1.0)]))
-    assert seen == [10, 15, 20]
-
-
 def test_rate_is_lowered_for_the_steps_after_the_change_only():
     plain, ramped = (drive(RankDriver(at(10, Rank(3), rewarmup_steps=steps))).rates for steps in (0, 4))
     ratios = [b / a for a, b in zip(plain, ramped, strict=True)]
@@ -256,6 +244,11 @@ def test_what_is_no_schedule_is_refused(schedule):
 def test_what_cannot_be_carried_out_is_refused(stage, how, message):
     with pytest.raises(ConfigurationError, match=message):
         drive(RankDriver(stage), **how)
+
+
+def test_check_in_a_loop_that_cannot_validate_says_what_to_define():
+    with pytest.raises(ConfigurationError, match=r"max_regression=0.1 .*define validate\(\)"):
+        RankDriver(at(1, Rank(1), max_regression=0.1)).start(Training(Loop(6, torch.optim.SGD).model, []), Run(9))
 
 
 def test_optimizer_without_a_rule_works_when_its_state_may_be_reset():

@@ -40,27 +40,6 @@ def test_ramp_goes_on_where_it_was(optimizer):
     assert ramp.done == 4
 
 
-def test_ramp_is_not_seen_by_the_schedule(optimizer):
-    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
-    Rates(optimizer, [], steps=2)
-    rates = []
-    for _ in range(3):
-        moves(optimizer, 1)
-        rates.append(optimizer.param_groups[0]["lr"])
-        schedule.step()
-    assert rates == [0.5, 0.25, 0.125]
-
-
-def test_ramp_lowers_every_group_by_its_own_rate():
-    slow, fast = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    slow.grad, fast.grad = -torch.ones(1), -torch.ones(1)
-    optimizer = torch.optim.SGD([{"params": [slow], "lr": 0.1}, {"params": [fast], "lr": 1.0}])
-    Rates(optimizer, [], steps=1)
-    optimizer.step()
-    assert (slow.item(), fast.item()) == pytest.approx((0.05, 0.5))
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 1.0]
-
-
 def test_remove_ends_the_ramp(optimizer):
     ramp = Rates(optimizer, [], steps=5)
     moves(optimizer, 1)

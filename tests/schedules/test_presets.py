@@ -1,10 +1,7 @@
 """What the presets are made of."""
 
-from typing import get_type_hints
-
 import pytest
 
-from dynrank import schedules, targets, triggers
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import (
     Stage,
@@ -124,12 +121,3 @@ def test_a_wrong_value_is_named_with_its_key(make, key):
     with pytest.raises(ConfigurationError) as caught:
         make()
     assert f"schedule.{key}" in str(caught.value).replace(",", ";").split("set ")[-1], caught.value
-
-
-def test_annotations_of_all_that_configurations_name_can_be_read():
-    """LightningCLI reads the types of arguments from them."""
-    for room in (schedules, targets, triggers):
-        for name in set(room.__all__) - {"RankFunction", "UNBOUNDED"}:
-            assert get_type_hints(getattr(room, name)) is not None
-    assert get_type_hints(Plateau)["patience"] is int
-    assert get_type_hints(anneal)["final_rank"] is int
