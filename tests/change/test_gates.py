@@ -35,14 +35,19 @@ LAYERS = {
 }
 
 
-def adapted(kind, rank=3, **options):
-    """(net of one LoRA layer with an update, its layer, two inputs of five examples)."""
+def updated(net, std=1.0):
+    """``net`` whose layers have an update."""
+    for _, layer in dynrank.lora_layers(net):
+        nn.init.normal_(layer.lora_B, std=std)
+    return net
+
+
+def adapted(kind, **options):
+    """(net of one LoRA layer with an update, an input of five examples)."""
     make, draw = LAYERS[kind]
     torch.manual_seed(0)
-    net = dynrank.add_lora(nn.Sequential(make()), rank=rank, alpha=6, target_modules=["0"], **options)
-    nn.init.normal_(net[0].lora_B)
-    generator = torch.Generator().manual_seed(1)
-    return net, net[0], [draw(generator) for _ in range(2)]
+    net = dynrank.add_lora(nn.Sequential(make()), rank=3, alpha=6, target_modules=["0"], **options)
+    return updated(net), draw(torch.Generator().manual_seed(1))
 
 
 def loss_of(y):
@@ -50,7 +55,20 @@ def loss_of(y):
     return (y.sin() * y.exp().clamp(max=3)).flatten(1).mean(1).mean()
 
 
-def gate_gradients(net, x, loss=loss_of):
+def watching(net, window=1, **options):
+    return closing(Gates(dict(dynrank.lora_layers(net)), window, **options))
+
+
+def watched(net, *steps, run=None, **options):
+    """Gates that have seen an optimizer step on each of the inputs."""
+    with watching(net, options.pop("window", len(steps)), **options) as gates:
+        for x in steps:
+            loss_of((run or net)(x)).backward()
+            gates.end_step()
+    return gates
+
+
+def gate_gradients(net, x):
     """{layer: (examples, rank) gradient of the loss by the gates, through each example}, by autograd on real gates."""
     layers = dict(dynrank.lora_layers(net))
     changes = {name: truncate_product(la.lora_B, la.lora_A, la.rank) for name, la in layers.items()}
@@ -65,129 +83,116 @@ def gate_gradients(net, x, loss=loss_of):
         given = example.double() if example.is_floating_point() else example
         factors = {f"{n}.lora_B": la.lora_B * gates[n] for n, la in dynrank.lora_layers(twin)}
         y = torch.func.functional_call(twin, factors, (given,))
-        for name, grad in zip(gates, torch.autograd.grad(loss(y) / len(x), [*gates.values()]), strict=True):
+        for name, grad in zip(gates, torch.autograd.grad(loss_of(y) / len(x), [*gates.values()]), strict=True):
             rows[name].append(grad)
     return {name: torch.stack(grads) for name, grads in rows.items()}
 
 
-def estimate(gates):
-    return gates._gradients()
+def assert_gradient_is(gates, expected):
+    """``expected`` has (examples, rank) of each layer."""
+    for name, rows in expected.items():
+        assert_close(gates._gradients()[0][name], rows.sum(0), rtol=1e-10, atol=1e-14)
+
+
+def assert_hessian_is(gates, expected):
+    """Of all layers together."""
+    whole, mine = (torch.cat([part[name] for name in expected], 1) for part in (expected, gates._gradients()[1]))
+    assert_close(mine.mT @ mine, len(whole) * whole.mT @ whole, rtol=1e-10, atol=1e-14)
+
+
+def assert_alike(one, other, rtol=1e-10, atol=1e-14):
+    assert (one.steps, one.examples, one.terms) == (other.steps, other.examples, other.terms)
+    assert_close(one._gradients(), other._gradients(), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gradients_are_those_of_real_gates_in_each_example(kind):
-    net, layer, (x, _) = adapted(kind)
-    with closing(Gates({"0": layer}, 1, loss_terms=5, caution=2.0)) as gates:
-        loss_of(net(x)).backward()
-        gates.end_step()
-    expected = gate_gradients(net, x)["0"]
-    (gradient, root) = (part["0"] for part in estimate(gates))
+    net, x = adapted(kind)
+    gates, expected = watched(net, x, loss_terms=5, caution=2.0), gate_gradients(net, x)["0"]
+    gradient, root = (part["0"] for part in gates._gradients())
     assert_close(gradient, expected.sum(0), rtol=1e-4, atol=1e-6)  # the passes are float32
     assert_close(root.mT @ root, 5 * expected.mT @ expected, rtol=1e-4, atol=1e-6)
     errors = expected.square().sum(0).sqrt()  # of a sum of independent examples
     assert_close(torch.from_numpy(gates._estimate()._margin), 2 * errors, rtol=1e-4, atol=1e-6)
 
 
-def deep(seed=0, tokens=True):
-    """(net of three layers, one used twice, with LoRA on all; input of six examples)."""
+class Deep(nn.Module):
+    """Three layers, one used twice; the last reads the mean of the positions if it is to pool."""
 
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head, self.pools = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4), True
 
-        def forward(self, x):
-            x = self.b(torch.tanh(self.b(torch.tanh(self.a(x)))))
-            return self.head(x.mean(1) if tokens else x)
-
-    torch.manual_seed(seed)
-    net = dynrank.add_lora(Net(), rank=3, alpha=6, target_modules=["a", "b", "head"], dtype=torch.float64).double()
-    for _, layer in dynrank.lora_layers(net):
-        nn.init.normal_(layer.lora_B, std=0.3)
-    return net, torch.randn(6, 5, 6, dtype=torch.float64)
+    def forward(self, x):
+        x = self.b(torch.tanh(self.b(torch.tanh(self.a(x)))))
+        return self.head(x.mean(1) if self.pools else x)
 
 
-def test_layers_that_are_used_twice_and_read_pooled_inputs_share_their_examples():
-    net, x = deep()
-    with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
-        loss_of(net(x)).backward()
-        gates.end_step()
+@pytest.fixture
+def deep():
+    """(net with LoRA on all layers, input of six examples)."""
+    torch.manual_seed(0)
+    net = dynrank.add_lora(Deep(), rank=3, alpha=6, target_modules=["a", "b", "head"], dtype=torch.float64).double()
+    return updated(net, std=0.3), torch.randn(6, 5, 6, dtype=torch.float64)
+
+
+def test_layers_that_are_used_twice_and_read_pooled_inputs_share_their_examples(deep):
+    gates, expected = watched(*deep), gate_gradients(*deep)
     assert gates.terms == 6  # the head, nearest to the loss, has one position of each example
-    expected, (gradients, roots) = gate_gradients(net, x), estimate(gates)
-    for name, rows in expected.items():
-        assert_close(gradients[name], rows.sum(0), rtol=1e-10, atol=1e-14)
-    whole, mine = (torch.cat([part[name] for name in expected], 1) for part in (expected, roots))
-    assert_close(mine.mT @ mine, 6 * whole.mT @ whole, rtol=1e-10, atol=1e-14)  # all layers together
+    assert_gradient_is(gates, expected)
+    assert_hessian_is(gates, expected)
 
 
-def test_accumulated_passes_are_one_step_and_steps_are_averaged():
-    net, x = deep()
-    layers = dict(dynrank.lora_layers(net))
-    with closing(Gates(layers, 2)) as whole, torch.no_grad():
-        for part in (x[:4], x[2:]):
-            with torch.enable_grad():
-                loss_of(net(part)).backward()
-            whole.end_step()
-    with closing(Gates(layers, 2)) as parts:
+def test_accumulated_passes_are_one_step_and_steps_are_averaged(deep):
+    net, x = deep
+    whole = watched(net, x[:4], x[2:])
+    with watching(net, 2) as parts:
         for part in (x[:4], x[2:]):
             for micro in part.split(2):
                 (loss_of(net(micro)) / 2).backward()
             parts.end_step()
-    for one, other in zip(estimate(whole), estimate(parts), strict=True):
-        for name, value in one.items():
-            assert_close(other[name], value, rtol=1e-10, atol=1e-14)
-    assert parts.steps == whole.steps == 2
+    assert_alike(parts, whole)
     first, second = (gate_gradients(net, part) for part in (x[:4], x[2:]))
-    for name, value in estimate(whole)[0].items():
-        assert_close(value, (first[name].sum(0) + second[name].sum(0)) / 2, rtol=1e-10, atol=1e-14)
+    assert_gradient_is(whole, {name: (rows + second[name]) / 2 for name, rows in first.items()})
 
 
-def test_counted_tokens_are_the_terms_of_a_language_model_s_loss():
-    net, x = deep(tokens=False)
+def test_counted_tokens_are_the_terms_of_a_language_model_s_loss(deep):
+    net, x = deep
+    net.pools = False
     counted = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) < 0.4
-    with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
+    with watching(net) as gates:
         net(x).sin().sum(-1)[counted].mean().backward()
         gates.end_step()
     assert gates.terms == counted.sum()
 
 
-def test_scaled_losses_are_taken_as_they_are():
-    net, x = deep()
-    found = []
-    for scale in (1.0, 1024.0):
-        with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
-            gates.loss_scale = scale
-            (scale * loss_of(net(x))).backward()
-            gates.end_step()
-        found.append(estimate(gates))
-    for one, other in zip(*found, strict=True):
-        for name, value in one.items():
-            assert_close(other[name], value, rtol=1e-12, atol=1e-15)
+def test_scaled_losses_are_taken_as_they_are(deep):
+    net, x = deep
+    with watching(net) as scaled:
+        scaled.loss_scale = 1024.0
+        (1024 * loss_of(net(x))).backward()
+        scaled.end_step()
+    assert_alike(scaled, watched(net, x), rtol=1e-12, atol=1e-15)
 
 
-def test_examples_beyond_the_quota_are_left_out_and_the_rest_weighs_more():
-    net, x = deep()
-    with closing(Gates(dict(dynrank.lora_layers(net)), EXAMPLES // 3 + 1)) as gates:  # three of each step
-        loss_of(net(x)).backward()
-        gates.end_step()
+def test_examples_beyond_the_quota_are_left_out_and_the_rest_weighs_more(deep):
+    net, x = deep
+    gates = watched(net, x, window=EXAMPLES // 3 + 1)  # three of each step
     assert gates.examples == 3
-    expected, (gradients, roots) = gate_gradients(net, x), estimate(gates)
+    expected, (gradients, roots) = gate_gradients(net, x), gates._gradients()
     for name, rows in expected.items():
         assert_close(gradients[name], 2 * rows[:3].sum(0), rtol=1e-10, atol=1e-14)
         assert_close(roots[name].mT @ roots[name], 2 * 6 * rows[:3].mT @ rows[:3], rtol=1e-10, atol=1e-14)
 
 
-def test_infinite_gradients_of_a_skipped_step_leave_no_trace():
-    net, x = deep()
-    with closing(Gates(dict(dynrank.lora_layers(net)), 2)) as gates:
-        (float("inf") * loss_of(net(x))).backward()
-        gates.end_step()
-        loss_of(net(x)).backward()
-        gates.end_step()
+def test_infinite_gradients_of_a_skipped_step_leave_no_trace(deep):
+    net, x = deep
+    with watching(net, 2) as gates:
+        for size in (float("inf"), 1.0):
+            (size * loss_of(net(x))).backward()
+            gates.end_step()
     assert (gates.steps, gates.examples) == (2, 6)
-    expected = gate_gradients(net, x)
-    for name, value in estimate(gates)[0].items():
-        assert_close(value, expected[name].sum(0), rtol=1e-10, atol=1e-14)
+    assert_gradient_is(gates, gate_gradients(net, x))
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -195,29 +200,23 @@ def test_infinite_gradients_of_a_skipped_step_leave_no_trace():
 def test_gradient_checkpointing_shows_the_same(reentrant, dropout):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
-    dynrank.add_lora(net, rank=3, target_modules=["0", "2", "4"], dropout=dropout)
-    for _, layer in dynrank.lora_layers(net):
-        nn.init.normal_(layer.lora_B)
+    updated(dynrank.add_lora(net, rank=3, target_modules=["0", "2", "4"], dropout=dropout))
     x, found = torch.randn(5, 3, 6).requires_grad_(), []
-    for run in (
-        net,
-        lambda x: checkpoint(net[2:], checkpoint(net[:2], x, use_reentrant=reentrant), use_reentrant=reentrant),
-    ):
+
+    def in_parts(x):
+        return checkpoint(net[2:], checkpoint(net[:2], x, use_reentrant=reentrant), use_reentrant=reentrant)
+
+    for run in (net, in_parts):
         torch.manual_seed(3)
-        with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
-            loss_of(run(x)).backward()
-            gates.end_step()
-        assert gates.examples == 5
-        found.append(estimate(gates))
-    for one, other in zip(*found, strict=True):
-        for name, value in one.items():
-            assert_close(other[name], value, rtol=1e-5, atol=1e-8)
+        found.append(watched(net, x, run=run))
+        assert found[-1].examples == 5
+    assert_alike(*found, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize(("dropout", "autocast"), [(0.0, False), (0.5, True)])
 def test_watched_passes_are_bit_equal_to_others(kind, dropout, autocast):
-    net, layer, (x, _) = adapted(kind, dropout=dropout)
+    net, x = adapted(kind, dropout=dropout)
 
     def passes():
         torch.manual_seed(4)
@@ -226,47 +225,37 @@ def test_watched_passes_are_bit_equal_to_others(kind, dropout, autocast):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = net(given)
         loss_of(y.float()).backward()
-        grads = [layer.lora_A.grad, layer.lora_B.grad, given.grad if x.is_floating_point() else None]
+        grads = [net[0].lora_A.grad, net[0].lora_B.grad, given.grad if x.is_floating_point() else None]
         return [y.detach().clone(), *(grad.clone() for grad in grads if grad is not None)]
 
     before = passes()
-    with closing(Gates({"0": layer}, 1)) as gates:
+    with watching(net) as gates:
         during = passes()
         gates.end_step()
     after = passes()
     assert gates.examples == 5
-    for mine, other, third in zip(before, during, after, strict=True):
-        assert torch.equal(mine, other)
-        assert torch.equal(mine, third)
+    assert all(map(torch.equal, before, during))
+    assert all(map(torch.equal, before, after))
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_copies_of_a_watched_layer_are_not_watched(copied):
-    net, layer, (x, _) = adapted("linear")
-    with closing(Gates({"0": layer}, 1)) as gates:
+    net, x = adapted("linear")
+    with watching(net) as gates:
         loss_of(copied(net)(x)).backward()
         gates.end_step()
         assert gates.examples == 0
         with pytest.raises(RuntimeError, match="observed already"):
-            Gates({"0": layer}, 1)
+            watching(net)
     with pytest.raises(ConfigurationError, match=r"'0'.*metric=gates.*schedule\.metric=weight.*lora\.target_modules"):
         gates.values()
 
 
-def test_a_layer_that_no_pass_has_reached_is_named():
-    net, x = deep()
-    with closing(Gates(dict(dynrank.lora_layers(net)), 1)) as gates:
-        loss_of(net.head(net.a(x).mean(1))).backward()
-        gates.end_step()
+def test_a_layer_that_no_pass_has_reached_is_named(deep):
+    net, x = deep
+    gates = watched(net, x, run=lambda x: net.head(net.a(x).mean(1)))
     with pytest.raises(ConfigurationError, match=r"reached 'b' while"):
         gates.values()
-
-
-def test_what_a_seven_billion_model_s_window_holds():
-    """By count: 224 layers at rank 32. The cores go before the Hessian comes."""
-    layers, rank = 224, 32
-    assert EXAMPLES * layers * rank**2 * 4 < 600e6
-    assert (layers * rank) ** 2 * 8 + 2 * EXAMPLES * layers * rank * 8 < 600e6
 
 
 class Flat(nn.Module):
@@ -288,21 +277,14 @@ class Flat(nn.Module):
 def test_layers_that_see_batch_and_positions_in_one_are_told_apart(first):
     torch.manual_seed(0)
     net = dynrank.add_lora(Flat(first), rank=2, target_modules=["a", "b"], dtype=torch.float64).double()
-    for _, layer in dynrank.lora_layers(net):
-        nn.init.normal_(layer.lora_B)
     x = torch.randn(4, 3, 6, dtype=torch.float64)
-    with closing(Gates(dict(dynrank.lora_layers(net)), 1, loss_terms=4)) as gates:
-        loss_of(net(x)).backward()
-        gates.end_step()
-    expected, (_, roots) = gate_gradients(net, x), estimate(gates)
-    whole, mine = (torch.cat([part[name] for name in expected], 1) for part in (expected, roots))
-    assert_close(mine.mT @ mine, 4 * whole.mT @ whole, rtol=1e-10, atol=1e-14)
+    gates = watched(updated(net), x, loss_terms=4)
+    assert_hessian_is(gates, gate_gradients(net, x))
 
 
 def test_rows_that_belong_to_no_example_are_refused():
-    net = dynrank.add_lora(Flat(False, cut=8), rank=2, target_modules=["a", "b"])
-    nn.init.normal_(net.b.lora_B)
-    with closing(Gates(dict(dynrank.lora_layers(net)), 1)):
+    net = updated(dynrank.add_lora(Flat(False, cut=8), rank=2, target_modules=["a", "b"]))
+    with watching(net):
         loss = net(torch.randn(4, 3, 6)).square().mean() + net.b(torch.randn(7, 6)).sum()
         with pytest.raises(ConfigurationError, match=r"sees \d+ rows in a batch of \d.*schedule\.metric=weight"):
             loss.backward()
@@ -314,16 +296,14 @@ def test_examples_packed_into_rows_are_what_they_are_alone(checkpointing):
     torch.manual_seed(0)
     size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=30)).double().train()
-    dynrank.add_lora(model, rank=2, target_modules="all-linear", dtype=torch.float64)
-    for _, layer in dynrank.lora_layers(model):
-        nn.init.normal_(layer.lora_B)
+    updated(dynrank.add_lora(model, rank=2, target_modules="all-linear", dtype=torch.float64))
     if checkpointing:
         enable_checkpointing(model)
     examples = [torch.randint(1, 30, (length,)) for length in (4, 7, 3, 5, 2, 6)]
     learned = [torch.cat([torch.tensor([-100]), example[1:]]) for example in examples]
 
     def gates_of(batches):
-        with closing(Gates(dict(dynrank.lora_layers(model)), 1, model=model)) as gates:
+        with watching(model, model=model) as gates:
             for rows, options in batches:
                 ids, labels = (
                     pad_sequence([torch.cat([part[i] for i in row]) for row in rows], True, value)
@@ -342,34 +322,19 @@ def test_examples_packed_into_rows_are_what_they_are_alone(checkpointing):
     mask = pad_sequence([torch.ones_like(example) for example in examples], True, 0)
     alone = gates_of([([[i] for i in range(6)], {"attention_mask": mask})])
     together = gates_of([packed([0, 1], [2, 3]), packed([4, 5])])
-    assert (together.examples, together.terms) == (alone.examples, alone.terms) == (6, 21)
-    for one, other in zip(estimate(alone), estimate(together), strict=True):
-        for name, value in one.items():
-            assert_close(other[name], value, rtol=1e-10, atol=1e-14)
-    lowest = dict.fromkeys(dict(dynrank.lora_layers(model)), 1)
-    assert together._estimate().dropped(lowest)[0] == alone._estimate().dropped(lowest)[0]
+    assert (together.examples, together.terms) == (6, 21)
+    assert_alike(together, alone)
 
 
-def test_gates_go_on_from_their_state(tmp_path):
-    net, x = deep()
-    layers = dict(dynrank.lora_layers(net))
-
-    def steps(gates, numbers):
-        for number in numbers:
-            loss_of(net(x[number:])).backward()
-            gates.end_step()
-
-    with closing(Gates(layers, 3)) as whole:
-        steps(whole, range(3))
-    with closing(Gates(layers, 3)) as head:
-        steps(head, range(2))
-        torch.save(head.state_dict(), tmp_path / "state")
-    with closing(Gates(layers, 3)) as tail:
+def test_gates_go_on_from_their_state(deep, tmp_path):
+    net, x = deep
+    whole, head = watched(net, x, x[1:], x[2:]), watched(net, x, x[1:], window=3)
+    torch.save(head.state_dict(), tmp_path / "state")
+    with watching(net, 3) as tail:
         tail.load_state_dict(torch.load(tmp_path / "state", weights_only=True))
-        steps(tail, range(2, 3))
-    assert (tail.steps, tail.terms) == (whole.steps, whole.terms)
-    for one, other in zip(estimate(whole), estimate(tail), strict=True):
-        assert all(torch.equal(other[name], value) for name, value in one.items())
+        loss_of(net(x[2:])).backward()
+        tail.end_step()
+    assert_alike(tail, whole, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("rank", [1, 2])
@@ -377,9 +342,7 @@ def test_prediction_is_the_increase_of_a_loss_that_is_quadratic_in_the_gates(ran
     """One position an example and a residual that the Fisher matrix is exact for: noise of variance 1 around y."""
     torch.manual_seed(0)
     net = nn.ModuleDict({"a": nn.Linear(5, 4, dtype=torch.float64), "b": nn.Linear(5, 4, dtype=torch.float64)})
-    dynrank.add_lora(net, rank=3, target_modules=["a", "b"], dtype=torch.float64)
-    for _, layer in dynrank.lora_layers(net):
-        nn.init.normal_(layer.lora_B)
+    updated(dynrank.add_lora(net, rank=3, target_modules=["a", "b"], dtype=torch.float64))
     x = torch.randn(40, 5, dtype=torch.float64)
     noise = torch.cat([torch.eye(4), -torch.eye(4)]).double() * 2  # mean 0, covariance 1
     inputs, noise = x.repeat_interleave(8, 0), noise.repeat(40, 1)
@@ -388,8 +351,7 @@ def test_prediction_is_the_increase_of_a_loss_that_is_quadratic_in_the_gates(ran
     def loss():
         return 0.5 * (net["a"](inputs) + net["b"](inputs) - y).square().sum(1).mean()
 
-    layers = dict(dynrank.lora_layers(net))
-    with closing(Gates(layers, 1)) as gates:
+    with watching(net) as gates:
         loss().backward()
         gates.end_step()
     before = loss().item()
@@ -406,11 +368,10 @@ def test_gates_keep_a_small_direction_that_the_loss_needs():
     with torch.no_grad():
         net[0].lora_A.copy_(torch.eye(3, 6))
         net[0].lora_B.copy_(torch.eye(6, 3) * torch.tensor([3.0, 2.0, 1.0]))
-    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1e-3, 1.0, 1, 1, 1])
-    with closing(Gates({"0": net[0]}, 1)) as gates:
-        (
-            net(x) - net(x).detach() + torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
-        ).square().mean().backward()
+    x, noise = torch.randn(2, 50, 6, generator=torch.Generator().manual_seed(0))
+    x = x * torch.tensor([1e-3, 1e-3, 1.0, 1, 1, 1])
+    with watching(net) as gates:
+        (net(x) - net(x).detach() + noise).square().mean().backward()
         gates.end_step()
     (report,) = resize(net, 1, how=How(metric="gates"), gates=gates)
     assert_close(net[0].delta_weight(), torch.diag(torch.tensor([0.0, 0, 1, 0, 0, 0])), atol=1e-6, rtol=0)

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.testing import assert_close
 
 import dynrank
 from dynrank.change.replacement import Snapshot
@@ -31,17 +30,11 @@ def made(cls=torch.optim.AdamW, **options):
 
 
 def contents(net, optimizer, average):
-    layers = [layer for module in (net, average.module) for _, layer in dynrank.lora_layers(module)]
-    factors = [(layer.lora_A.detach(), layer.lora_B.detach()) for layer in layers]
-    return copy.deepcopy((factors, [dict(optimizer.state[p]) for g in optimizer.param_groups for p in g["params"]]))
-
-
-def same(one, other):
-    try:
-        assert_close(one, other, rtol=0, atol=0)
-    except AssertionError:
-        return False
-    return True
+    """Every number of factors and optimizer state, in one vector."""
+    factors = [factor for module in (net, average.module) for factor in dynrank.adapter_parameters(module)]
+    states = [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = [*factors, *(value for state in states for value in state.values() if isinstance(value, torch.Tensor))]
+    return torch.cat([number.detach().double().flatten() for number in numbers])
 
 
 class Interrupt:
@@ -68,23 +61,25 @@ def resized(start, at=0):
     try:
         generator = torch.Generator().manual_seed(1)
         dynrank.resize(net, {"0": 2, "1": 6}, optimizers=[optimizer], averages=[average], generator=generator)
+        interrupted = False
     except KeyboardInterrupt:
-        return True, contents(net, optimizer, average), interrupt.lines
+        interrupted = True
     finally:
         sys.settrace(outer)
-    return False, contents(net, optimizer, average), interrupt.lines
+    return interrupted, contents(net, optimizer, average), interrupt.lines
 
 
 def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
     start = made()
     resized(start)  # what is imported by then has no lines to run
     before, (_, after, lines) = contents(*start), resized(start)
-    assert not same(before, after)
+    assert not torch.equal(before, after)
     ends = []
     for at in range(1, lines + 1):
         interrupted, found, _ = resized(start, at)
         assert interrupted
-        ends.append("before" if same(found, before) else "after" if same(found, after) else f"between, at line {at}")
+        known = [name for name, end in (("before", before), ("after", after)) if torch.equal(found, end)]
+        ends += known or [f"between, at line {at}"]
     assert sorted(set(ends)) == ["after", "before"]
     assert ends == sorted(ends, reverse=True)  # and there is one point of no return
 
@@ -98,5 +93,5 @@ def test_snapshot_brings_back_every_bit_as_often_as_is_asked(cls):
         net(torch.ones(2, 7)).square().mean().backward()
         optimizer.step()
         snapshot.restore()
-        assert same(contents(net, optimizer, average), before)
+        assert torch.equal(contents(net, optimizer, average), before)
         assert net[0].rank == average.module[0].rank == 4
