@@ -117,25 +117,6 @@ def test_a_share_is_of_the_parameters_now_and_keeps_the_lowest_ranks_in_any_case
     assert by_share.ranks(model) == replace(target, parameters=max(pool, least)).ranks(model)
 
 
-def test_budget_by_hand():
-    model = {
-        "wide": layer([3.0, 2.0, 1.0], d_out=150, d_in=50),  # 9, 4, 1 for 200 parameters each
-        "narrow": layer([2.0, 2.0, 2.0], d_out=50, d_in=50),  # 4, 4, 4 for 100
-        "pinned": layer([0.0, 0.0], d_out=50, d_in=50, lowest=2, highest=2),
-    }
-    for target, expected in [
-        (Budget(parameters=200 + 100 + 200), [1, 1, 2]),
-        (Budget(parameters=899), [1, 3, 2]),
-        (Budget(parameters=900), [2, 3, 2]),
-        (Budget(share=900 / 1100), [2, 3, 2]),
-        (Budget(share=1.0), [3, 3, 2]),
-        (Budget(parameters=900, highest=2), [2, 2, 2]),
-        (Budget(share=1.0, multiple=2), [3, 3, 2]),  # none need change
-        (Budget(parameters=1099, multiple=2), [2, 3, 2]),
-    ]:
-        assert list(target.ranks(model).values()) == expected, target
-
-
 def test_a_rank_and_bytes_name_the_parameters_of_a_pool():
     model = {"a": layer([3.0, 2.0, 1.0], d_out=150, d_in=50), "b": layer([3.0, 2.0, 1.5], d_out=50, d_in=50)}
     model["pinned"] = replace(model["b"], lowest=3, highest=3)
