@@ -1,6 +1,6 @@
-"""Compiles what the Triton backend would launch on one GPU architecture, and prints what it takes there as JSON.
+"""Compiles what the Triton backend would launch on GPU architectures, and prints what it takes there as JSON.
 
-A process of its own, ``python compile_table.py ARCHITECTURE RANK:P…``, as in ``90 8:0 8:0.1``, where P is of dropout.
+A process of its own, ``python compile_table.py ARCHITECTURE:RANK:P…``, as in ``90:8:0 90:8:0.1``; P is of dropout.
 The backend's own functions run on CPU tensors, over a driver that names the architecture and launches nothing: so what
 is compiled has the signature, the specialisation and the tile that it would have on the GPU.
 """
@@ -32,7 +32,7 @@ def stub_driver(architecture):
     properties = {"max_shared_mem": 10**9}  # the test compares with the real limit
     return SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
-        get_current_device=lambda: 0,
+        get_current_device=lambda: architecture,  # so that what is compiled for each is kept apart
         get_current_stream=lambda device: 0,
         launcher_cls=lambda source, metadata: lambda *arguments: None,
         utils=SimpleNamespace(
@@ -66,12 +66,13 @@ def run_backend(rank, p, rows=200, scaling=2.0, d_in=2048, d_out=768):
         yield "grad_S_and_B"
 
 
-def compiled_by(rank, p, **sizes):
+def compiled_by(architecture, rank, p, **sizes):
     """(what was called, the name of a kernel, the kernel) for each that this run of the backend compiles."""
     from dynrank.kernels import triton_kernels
 
+    driver.set_active(stub_driver(architecture))
     caches = {
-        name: getattr(triton_kernels, name).device_caches[0][0]
+        name: getattr(triton_kernels, name).device_caches[architecture][0]
         for name in dir(triton_kernels)
         if name.endswith("_kernel")
     }
@@ -84,18 +85,21 @@ def compiled_by(rank, p, **sizes):
 
 
 def facts(called, name, kernel):
-    """What the machine code of a kernel takes; of its instructions, those of the loop with the matrix instructions."""
+    """What the machine code of a kernel takes; of its instructions, those of the loop with the matrix instructions.
+
+    Sums are no matrix products, and to write a kernel's instructions out takes as long as to compile it.
+    """
+    dumped = ["--dump-resource-usage"] if name == "sum_partials" else ["--dump-resource-usage", "-sass"]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [CUOBJDUMP, "-sass", "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([CUOBJDUMP, *dumped, file.name], capture_output=True, text=True, check=True).stdout
     taken = {what: int(count) for what, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     code = [(int(at, 16), line) for at, line in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\d+ )?(.*?);", text)]
     multiplies = [at for at, line in code if re.match(TENSOR_CORES, line)]
     jumps = [(int(line.split()[-1], 16), at) for at, line in code if re.match(r"BRA\b.* 0x", line)]
     loops = [(first, last) for first, last in jumps if any(first <= at <= last for at in multiplies)]
-    first, last = max(loops, key=lambda loop: loop[1] - loop[0]) if loops else (0, code[-1][0])
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, float("inf")))
     count = Counter(line.split()[0] for at, line in code if first <= at <= last)
     return {
         "called": called,
@@ -112,13 +116,16 @@ def facts(called, name, kernel):
     }
 
 
-def main(architecture, *cases):
-    driver.set_active(stub_driver(int(architecture)))
-    cases = [(int(rank), float(p)) for rank, p in (case.split(":") for case in cases)]
-    found = [{"rank": rank, **facts(*compiled)} for rank, p in cases for compiled in compiled_by(rank, p)]
-    for like, p in cases:
+def main(*cases):
+    cases = [(int(architecture), int(rank), float(p)) for architecture, rank, p in (case.split(":") for case in cases)]
+    found = [
+        {"architecture": architecture, "rank": rank, **facts(*compiled)}
+        for architecture, rank, p in cases
+        for compiled in compiled_by(architecture, rank, p)
+    ]
+    for architecture, like, p in cases:
         for rank in [rank for rank in range(1, 129) if rank_bucket(rank) == rank_bucket(like)]:
-            later = [*compiled_by(rank, p and 0.3, rows=rank, scaling=0.7)]
+            later = [*compiled_by(architecture, rank, p and 0.3, rows=rank, scaling=0.7)]
             assert later == [], "another rank in a bucket, batch, p or scaling runs what is there"
     print(json.dumps(found))
 
