@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,17 +19,9 @@ def formula():
     return formula
 
 
-class Interpreter(NamedTuple):
-    """The interpreted kernels, and what Triton's interpreter has where the tests put a right function in its place."""
-
-    kernels: Any
-    own_dot: Any
-    own_cast: Any
-
-
 @pytest.fixture(scope="module")
 def triton_interpreter():
-    """The Triton backend serves CPU tensors in the module's tests, and computes with bfloat16 as a GPU does.
+    """The kernels. The backend serves CPU tensors in the module's tests, and computes with bfloat16 as a GPU does.
 
     The interpreter has to be chosen before the kernels are imported.
     """
@@ -42,7 +33,8 @@ def triton_interpreter():
         kernels = importlib.import_module("dynrank.kernels.triton_kernels")
         kind = type(kernels.shrink_kernel).__name__
         assert kind == "InterpretedFunction", "the kernels were imported before the interpreter was chosen"
-        yield Interpreter(kernels, *patch_bfloat16(patch))
+        patch_bfloat16(patch)
+        yield kernels
 
 
 def patch_bfloat16(patch):
@@ -71,4 +63,3 @@ def patch_bfloat16(patch):
 
     patch.setattr(InterpreterBuilder, "create_dot", create_dot)
     patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
-    return interpreters_dot, interpreters_cast

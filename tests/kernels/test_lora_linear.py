@@ -1,4 +1,4 @@
-"""The fused op against its reference and finite differences; what it keeps for backward, computes and writes."""
+"""The fused op against its formula; what it keeps for backward, computes and writes."""
 
 import pytest
 import torch
@@ -6,14 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from dynrank.kernels.dropout import draw_seed, keep_rate, masked, random_mask
 from dynrank.kernels.lora_linear import lora_linear
 
 D_IN, D_OUT, RANK, SCALING = 6, 5, 3, 1.5
 # Unit roundoff of each dtype times about 30 sums; the reference is float64 on the same (rounded) values.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 FACTORS = ("x", "lora_A", "lora_B")
 LAYOUTS = {
     "contiguous": lambda make, shape: make(shape),
@@ -92,36 +91,15 @@ def test_the_op_is_the_formula_in_every_shape_and_layout(formula, leading, d_in,
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [(7, D_IN), (D_IN,), (2, 3, D_IN), (2, 0, D_IN)])
-def test_the_op_is_the_formula_in_every_dtype(formula, shape, dtype, p, packed):
-    made, seed = operands(shape, dtype), draw_seed(torch.device("cpu"))
+def test_the_op_is_the_formula_in_every_dtype(formula, dtype, p, packed):
+    made, seed = operands((2, 3, D_IN), dtype), draw_seed(torch.device("cpu"))
     wide = {name: value.detach().double() for name, value in made.items()}
     expected = run(wide, formula, keep=multiplied_by(wide["x"], p, seed))
     got = run({**made, "weight": Packed(made["weight"])} if packed else made, dropout=p, seed=seed)
     for one, other in zip(got, expected, strict=True):
-        size = max(1.0, float(other.abs().max())) if other.numel() else 1.0
         assert one.dtype == dtype
         # the reference's dy is of float64, the op's is rounded to dtype
-        assert_close(one.double(), other, rtol=0, atol=TOLERANCE[dtype] * size)
-
-
-def test_the_formula_is_the_dense_layer(formula):
-    made = operands()
-    dense = made["weight"] + SCALING * made["lora_B"] @ made["lora_A"]
-    expected = torch.nn.functional.linear(made["x"], dense, made["bias"])
-    assert_close(formula(**made, scaling=SCALING), expected)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.4])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(4, D_IN), (D_IN,), (2, 3, D_IN)])
-def test_gradients_equal_finite_differences(shape, bias, p):
-    made = operands(shape, bias=bias)
-    frozen = {"weight": made["weight"], "bias": made["bias"], "scaling": SCALING, "dropout": p}
-    assert torch.autograd.gradcheck(
-        lambda x, a, b: lora_linear(x, lora_A=a, lora_B=b, seed=torch.tensor(3), **frozen),
-        tuple(made[name] for name in FACTORS),
-    )
+        assert_close(one.double(), other, rtol=0, atol=TOLERANCE[dtype] * max(1.0, float(other.abs().max())))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -144,18 +122,6 @@ def test_the_output_may_be_changed_in_place_and_its_gradient_need_not_be_contigu
         dy = torch.randn(y.shape[::-1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         results.append(torch.autograd.grad(y, [made[name] for name in FACTORS], dy.permute(*reversed(range(dy.ndim)))))
     assert_close(*results)
-
-
-@pytest.mark.parametrize("p", [0.0, 0.5])
-def test_nothing_of_the_size_of_x_is_saved_but_x(p):
-    made, saved = operands((64, D_IN)), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        lora_linear(**made, scaling=SCALING, dropout=p, seed=torch.tensor(1))
-    tokens = [tensor for tensor in saved if 64 in tensor.shape]
-    assert sorted([*tensor.shape] for tensor in tokens) == [[64, RANK], [64, D_IN]]
-    assert any(tensor.data_ptr() == made["x"].data_ptr() for tensor in tokens)  # x itself, not a copy
-    rest = sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in {t.data_ptr() for t in made.values()})
-    assert rest <= 64 * RANK * 8 + 64
 
 
 @pytest.mark.parametrize("needs_x", [True, False])
@@ -253,25 +219,6 @@ def test_the_op_of_torch_compile_keeps_the_rules_of_custom_ops(bias, p):
     assert all(map(torch.equal, eager, compiled))
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_changes_nothing(reentrant):
-    """The seed is drawn in the part that is computed again, whose generator torch sets back."""
-    made = operands((16, D_IN), torch.float32)
-
-    def part(x, lora_A, lora_B):
-        seed = draw_seed(x.device)
-        return lora_linear(x, made["weight"], made["bias"], lora_A, lora_B, SCALING, 0.5, seed).square()
-
-    results = []
-    for function in (part, lambda *leaves: checkpoint(part, *leaves, use_reentrant=reentrant)):
-        torch.manual_seed(4)
-        leaves = [made[name].detach().clone().requires_grad_() for name in FACTORS]
-        y = function(*leaves)
-        y.sum().backward()
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    assert all(map(torch.equal, *results))
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_autocast_makes_it_what_the_narrow_operands_give(p, packed):
@@ -284,19 +231,18 @@ def test_autocast_makes_it_what_the_narrow_operands_give(p, packed):
     assert all(torch.equal(one, other.to(one.dtype)) for one, other in zip(got, expected, strict=True))
 
 
-def test_factors_wider_than_x_keep_their_precision(formula):
+def test_factors_wider_than_x_keep_their_precision():
     """A bfloat16 base with float32 adapters: the gradients of A and B are as exact as x and dy allow."""
     made = operands((64, D_IN), torch.bfloat16)
     made |= {name: made[name].detach().float() * 1.001 for name in ("lora_A", "lora_B")}
     got = run(made)
-    wide = {name: value.detach().double() for name, value in made.items()}
-    expected = run(wide, formula)
     assert [t.dtype for t in got] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     dy = torch.randn(64, D_OUT, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).bfloat16().double()
-    x, a, b = wide["x"], wide["lora_A"], wide["lora_B"]
+    x, a, b, weight = (made[name].detach().double() for name in (*FACTORS, "weight"))
     assert_close(got[2].double(), SCALING * (dy @ b).T @ x, rtol=1e-4, atol=1e-4)
     assert_close(got[3].double(), SCALING * dy.T @ (x @ a.T), rtol=1e-4, atol=1e-4)
-    assert (got[0].double() - expected[0]).norm() < 2**-7 * expected[0].norm()
+    dx = dy @ (weight + SCALING * b @ a)
+    assert (got[1].double() - dx).norm() < 2**-7 * dx.norm()
 
 
 def test_a_tap_sees_once_in_each_backward_what_passes_between_the_factors():

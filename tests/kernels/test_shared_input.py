@@ -53,11 +53,6 @@ def leaves_of(x, group):
     return [x, *(factor for layer in group for factor in (layer.lora_A, layer.lora_B))]
 
 
-def with_factors(group, factors):
-    pairs = zip(group, factors[::2], factors[1::2], strict=True)
-    return [layer._replace(lora_A=lora_A, lora_B=lora_B) for layer, lora_A, lora_B in pairs]
-
-
 def assert_same(one, other, tolerance=1e-12):
     for got, expected in zip(one, other, strict=True):
         assert (got is None) == (expected is None)
@@ -73,14 +68,6 @@ def test_outputs_and_gradients_are_those_of_the_layers_one_by_one(batch, bias, p
     ours, theirs = together(x, group, p), singly(x, group, p)
     assert_same(ours, theirs)
     assert_same(*(gradients(ys, leaves_of(x, group)) for ys in (ours, theirs)))
-
-
-@pytest.mark.parametrize("p", [0.0, 0.4])
-def test_gradients_equal_finite_differences(p):
-    group = layers()
-    assert torch.autograd.gradcheck(
-        lambda x, *factors: tuple(together(x, with_factors(group, factors), p)), leaves_of(inputs(4), group)
-    )
 
 
 @pytest.mark.parametrize("asked", [(0,), (0, 2), (2, 1)])
@@ -108,13 +95,17 @@ def test_only_the_gradients_that_are_needed_are_given(needs):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_x_and_the_ranks_are_saved_once_and_nothing_of_their_length_besides(p):
-    x, group, saved = inputs(64), layers(), []
+@pytest.mark.parametrize("count", [1, 3])
+def test_x_and_the_ranks_are_saved_once_and_nothing_of_their_length_besides(count, p):
+    x, group, saved = inputs(64), layers()[:count], []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         together(x, group, p)
+    ranks = sum(rank for _, rank, _ in SIZES[:count])
     long = [tensor for tensor in saved if 64 in tensor.shape]
-    assert sorted([*tensor.shape] for tensor in long) == [[64, sum(rank for _, rank, _ in SIZES)], [64, D_IN]]
-    assert any(tensor.data_ptr() == x.data_ptr() for tensor in long)
+    assert sorted([*tensor.shape] for tensor in long) == [[64, ranks], [64, D_IN]]
+    own = {tensor.data_ptr() for tensor in (*leaves_of(x, group), *(layer.weight for layer in group))}
+    assert x.data_ptr() in {tensor.data_ptr() for tensor in long}
+    assert sum(tensor.nbytes for tensor in saved if tensor.data_ptr() not in own) <= 64 * ranks * 8 + 64
 
 
 def test_one_product_each_way_has_the_width_of_x():

@@ -1,6 +1,7 @@
 """The Triton kernels, run by Triton's interpreter, against float64 and a mask made by numpy."""
 
 import sys
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,24 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dynrank.kernels import triton_launch
 from dynrank.kernels.lora_linear import lora_linear
-from dynrank.kernels.triton_launch import (
-    NO_DROPOUT,
-    dropout,
-    expand,
-    grad_A,
-    grad_S_and_B,
-    rank_bucket,
-    serves,
-    shrink,
-)
+from dynrank.kernels.triton_launch import dropout, expand, grad_A, grad_S_and_B, rank_bucket, serves, shrink
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
 
 # Norm of the error over the norm of the result: sums in float32, then one rounding to what is stored.
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 OPERANDS = (torch.bfloat16, torch.float16)
-RATES = (0.0, 0.1, 0.5, 1.0)
-LAYOUTS = ("contiguous", "padded rows", "transposed", "every other column")
+LAYOUTS = {
+    "contiguous": lambda make, shape: make(shape),
+    "padded rows": lambda make, shape: make((shape[0], shape[1] + 3))[:, :-3],
+    "transposed": lambda make, shape: make(shape[::-1]).mT,
+    "every other column": lambda make, shape: make((shape[0], 2 * shape[1]))[:, ::2],
+    "one number": lambda make, shape: make((1, 1)).expand(shape),  # the gradient that y.sum().backward() gives
+}
 cases = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -44,27 +41,8 @@ def _poisoned_outputs():
 
 
 def matrix(draw_seed, shape, dtype, layout="contiguous"):
-    rows, columns = shape
     generator = torch.Generator().manual_seed(draw_seed)
-    stored = {
-        "contiguous": (rows, columns),
-        "padded rows": (rows, columns + 3),
-        "transposed": (columns, rows),
-        "every other column": (rows, 2 * columns),
-    }[layout]
-    values = torch.randn(stored, generator=generator).to(dtype)
-    made = {
-        "contiguous": lambda: values,
-        "padded rows": lambda: values[:, :columns],
-        "transposed": lambda: values.mT,
-        "every other column": lambda: values[:, ::2],
-    }[layout]()
-    assert made.shape == shape
-    return made
-
-
-def seed_of(number):
-    return torch.tensor(number, dtype=torch.int64)
+    return LAYOUTS[layout](lambda stored: torch.randn(stored, generator=generator).to(dtype), shape)
 
 
 def philox_4x32_10(counter, key):
@@ -100,7 +78,7 @@ def drawn_mask(rows, columns, drop):
 
 
 def drop(p, seed):
-    return dropout(None, p, seed)
+    return dropout(None, p, torch.tensor(seed))
 
 
 def check(got, expected, size, dtype):
@@ -117,87 +95,80 @@ def product(left, right):
     return left.double() @ right.double(), left.double().abs() @ right.double().abs()
 
 
-BOTH = (True, True)
+@dataclass(frozen=True)
+class Problem:
+    dtype: torch.dtype
+    rows: int
+    d_in: int
+    d_out: int
+    rank: int
+    p: float
+    seed: int
+    layout: str
+    bias: bool
+
+    def matrix(self, number, *shape):
+        return matrix(number, shape, self.dtype, self.layout)
+
+    def mask(self, columns):
+        return reference_mask(self.rows, columns, self.p, self.seed)
+
+    def drop(self):
+        return drop(self.p, self.seed)
 
 
-@st.composite
-def problems(draw):
-    dtype = draw(st.sampled_from(OPERANDS))
-    p = draw(st.sampled_from(RATES))
-    return {
-        "dtype": dtype,
-        "rows": draw(st.integers(0, 150)),
-        "d_in": draw(st.integers(1, 300)),
-        "d_out": draw(st.integers(1, 300)),
-        "rank": draw(st.integers(1, 128)),
-        "p": p,
-        "seed": seed_of(draw(st.integers(-(2**63), 2**63 - 1))) if p or draw(st.booleans()) else None,
-        "layout": draw(st.sampled_from(LAYOUTS)),
-        "bias": draw(st.booleans()),
-    }
-
-
-def drop_of(problem):
-    return drop(problem["p"], problem["seed"])
-
-
-def mask_of(problem, columns):
-    if not problem["p"]:
-        return torch.ones(problem["rows"], columns, dtype=torch.float64)
-    return reference_mask(problem["rows"], columns, problem["p"], problem["seed"])
+problems = st.builds(
+    Problem,
+    dtype=st.sampled_from(OPERANDS),
+    rows=st.integers(0, 150),
+    d_in=st.integers(1, 300),
+    d_out=st.integers(1, 300),
+    rank=st.integers(1, 128),
+    p=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    layout=st.sampled_from([*LAYOUTS]),
+    bias=st.booleans(),
+)
 
 
 @cases
-@given(problem=problems())
+@given(problem=problems)
 def test_shrink_is_the_product_with_what_dropout_leaves(problem):
-    x = matrix(0, (problem["rows"], problem["d_in"]), problem["dtype"], problem["layout"])
-    a = matrix(1, (problem["rank"], problem["d_in"]), problem["dtype"], problem["layout"])
-    expected = product(x.double() * mask_of(problem, problem["d_in"]), a.mT)
-    check(shrink(x, a, drop_of(problem)), *expected, problem["dtype"])
+    x, a = problem.matrix(0, problem.rows, problem.d_in), problem.matrix(1, problem.rank, problem.d_in)
+    expected = product(x.double() * problem.mask(problem.d_in), a.mT)
+    check(shrink(x, a, problem.drop()), *expected, problem.dtype)
 
 
 @cases
-@given(problem=problems(), scale=st.sampled_from([1.0, 0.37, -2.0]))
+@given(problem=problems, scale=st.sampled_from([1.0, 0.37, -2.0]))
 def test_expand_is_the_masked_product_and_bias(problem, scale):
-    s = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
-    factor = matrix(1, (problem["rank"], problem["d_out"]), problem["dtype"], problem["layout"])
-    bias = matrix(2, (1, problem["d_out"]), problem["dtype"], problem["layout"])[0] if problem["bias"] else None
-    kept = mask_of(problem, problem["d_out"])
+    s, factor = problem.matrix(0, problem.rows, problem.rank), problem.matrix(1, problem.rank, problem.d_out)
+    bias = problem.matrix(2, 1, problem.d_out)[0] if problem.bias else None
+    kept = problem.mask(problem.d_out)
     expected, size = (kept * scale * each for each in product(s, factor))
     if bias is not None:
         kept = kept.bool()  # dropout and a bias are never together in the op
         expected, size = expected + kept * bias.double(), size.abs() + bias.double().abs()
-    check(expand(s, factor, scale, bias, drop_of(problem), s.dtype), expected, size, problem["dtype"])
+    check(expand(s, factor, scale, bias, problem.drop(), s.dtype), expected, size, problem.dtype)
 
 
 @cases
-@given(problem=problems(), stored=st.sampled_from([torch.float32, None]))
+@given(problem=problems, stored=st.sampled_from([torch.float32, None]))
 def test_grad_A_is_the_product_with_what_dropout_leaves(problem, stored):
-    ds = matrix(0, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
-    x = matrix(1, (problem["rows"], problem["d_in"]), problem["dtype"], problem["layout"])
-    expected, dtype = product(ds.mT, x.double() * mask_of(problem, problem["d_in"])), stored or problem["dtype"]
-    check(grad_A(ds, x, dtype, drop_of(problem)), *expected, dtype)
+    ds, x = problem.matrix(0, problem.rows, problem.rank), problem.matrix(1, problem.rows, problem.d_in)
+    expected, dtype = product(ds.mT, x.double() * problem.mask(problem.d_in)), stored or problem.dtype
+    check(grad_A(ds, x, dtype, problem.drop()), *expected, dtype)
 
 
 @cases
-@given(problem=problems(), scaling=st.sampled_from([2, 0.37, -1.5]), stored=st.sampled_from([torch.float32, None]))
+@given(problem=problems, scaling=st.sampled_from([2, 0.37, -1.5]), stored=st.sampled_from([torch.float32, None]))
 def test_grad_S_and_B_are_the_two_products(problem, scaling, stored):
     """A gradient of float32 factors is the float32 sum, not rounded to the dtype of dy."""
-    dy = matrix(0, (problem["rows"], problem["d_out"]), problem["dtype"], problem["layout"])
-    s = matrix(1, (problem["rows"], problem["rank"]), problem["dtype"], problem["layout"])
-    b = matrix(2, (problem["d_out"], problem["rank"]), problem["dtype"], problem["layout"])
-    ds, db = grad_S_and_B(dy, s, b.to(stored or b.dtype), scaling, BOTH)
-    check(ds, *product(scaling * dy.double(), b), problem["dtype"])
-    check(db, *product(scaling * dy.double().mT, s), stored or problem["dtype"])
-
-
-def test_a_gradient_that_is_one_number_expanded_is_served():
-    """``y.sum().backward()`` gives strides of 0."""
-    dy, s, b = (each.bfloat16() for each in (torch.ones(()), torch.randn(40, 3), torch.randn(70, 3)))
-    dy = dy.expand(40, 70)
-    ds, db = grad_S_and_B(dy, s, b, 1.0, BOTH)
-    check(ds, *product(dy, b), dy.dtype)
-    check(db, *product(dy.mT, s), dy.dtype)
+    dy, s = problem.matrix(0, problem.rows, problem.d_out), problem.matrix(1, problem.rows, problem.rank)
+    b = problem.matrix(2, problem.d_out, problem.rank)
+    ds, db = grad_S_and_B(dy, s, b.to(stored or b.dtype), scaling, (True, True))
+    check(ds, *product(scaling * dy.double(), b), problem.dtype)
+    check(db, *product(scaling * dy.double().mT, s), stored or problem.dtype)
 
 
 # Known answers of Random123, the authors' library.
@@ -220,12 +191,12 @@ def test_the_reference_is_philox(counter, key, answer):
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**32, 2**63 - 1, -(2**63)])
 def test_mask_is_philox_of_seed_row_and_column(seed):
     expected = reference_mask(70, 530, 0.1, seed)
-    assert torch.equal(drawn_mask(70, 530, drop(0.1, seed_of(seed))), expected.bfloat16())
+    assert torch.equal(drawn_mask(70, 530, drop(0.1, seed)), expected.bfloat16())
 
 
 @pytest.mark.parametrize("shape", [None, (32, 1), (256, 1)])
 def test_every_kernel_draws_the_same_mask_whatever_the_tile_and_the_number_of_tokens(monkeypatch, shape):
-    dropout, eye = drop(0.4, seed_of(6)), torch.eye(100, dtype=torch.bfloat16)
+    dropout, eye = drop(0.4, 6), torch.eye(100, dtype=torch.bfloat16)
     mask = drawn_mask(150, 300, dropout)
     if shape is not None:
         monkeypatch.setattr(triton_launch, "tile", lambda *_: shape)
@@ -242,31 +213,25 @@ def test_sums_are_right_however_many_programs_share_them(monkeypatch, at_once, r
     """Of one program, and of as many as the sizes allow; and s is laid out in the width of the rank's bucket."""
     monkeypatch.setattr(triton_launch, "_programs_at_once", lambda device: at_once)
     x, a = matrix(0, (700, 900), torch.bfloat16), matrix(1, (rank, 900), torch.bfloat16)
-    s = shrink(x, a, drop(0.0, None))
+    s = shrink(x, a, dropout(None, 0.0, None))
     check(s, *product(x, a.mT), x.dtype)
     assert s.stride() == (rank_bucket(rank), 1)
-    check(grad_A(s, x, torch.float32, drop(0.0, None)), *product(s.mT, x), torch.float32)
+    check(grad_A(s, x, torch.float32, dropout(None, 0.0, None)), *product(s.mT, x), torch.float32)
 
 
 # Of the reference, which the kernels draw bit for bit.
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
-def test_mask_keeps_its_share(p):
-    mask = reference_mask(400, 600, p, seed_of(7))
-    kept, threshold = (mask > 0).double(), round((1 - p) * 65536)
-    rate = threshold / 65536
-    assert abs(kept.mean() - rate) < 4 * (rate * (1 - rate) / mask.numel()) ** 0.5
-    assert mask[mask > 0].unique() == 65536 / threshold
-    for share, count in ((kept.mean(0), 400), (kept.mean(1), 600)):  # no row or column stands out
-        assert (share - rate).abs().max() < 6 * (rate * (1 - rate) / count) ** 0.5
-
-
-def test_masks_of_two_seeds_rows_or_columns_are_independent():
-    first, second = (reference_mask(400, 600, 0.5, seed_of(seed)) > 0 for seed in (8, 9))
-    pairs = {"seeds": (first, second), "rows": (first[1:], first[:-1])}
-    pairs |= {f"columns {by} apart": (first[:, by:], first[:, :-by]) for by in (1, 32, 256)}
-    for name, (one, other) in pairs.items():
-        agreement = (one == other).double().mean()
-        assert abs(agreement - 0.5) < 4 * (0.25 / one.numel()) ** 0.5, name
+def test_mask_keeps_its_share_and_seeds_rows_and_columns_are_independent(p):
+    kept, other = (reference_mask(400, 600, p, seed) > 0 for seed in (7, 8))
+    rate = round((1 - p) * 65536) / 65536
+    assert abs(kept.double().mean() - rate) < 4 * (rate * (1 - rate) / kept.numel()) ** 0.5
+    for dim, count in ((0, 400), (1, 600)):  # no row or column stands out
+        assert (kept.double().mean(dim) - rate).abs().max() < 6 * (rate * (1 - rate) / count) ** 0.5
+    pairs = {"seeds": (kept, other), "rows": (kept[1:], kept[:-1])}
+    pairs |= {f"columns {by} apart": (kept[:, by:], kept[:, :-by]) for by in (1, 32, 256)}
+    for name, (one, two) in pairs.items():
+        both = (one & two).double().mean()
+        assert abs(both - rate**2) < 4 * (rate**2 * (1 - rate**2) / one.numel()) ** 0.5, name
 
 
 class Subscripted:
@@ -313,14 +278,14 @@ class ReadsOnTheHost(TorchDispatchMode):
 
 
 def test_two_runs_give_the_same_bits_and_the_seed_is_not_read_on_the_host():
-    shapes, seed = ((150, 140), (150, 70), (20, 140), (70, 20)), seed_of(10)
+    shapes, seed = ((150, 140), (150, 70), (20, 140), (70, 20)), torch.tensor(10)
     x, dy, a, b = (matrix(index, shape, torch.bfloat16) for index, shape in enumerate(shapes))
 
     def everything():
-        dropout = drop(0.1, seed)
-        s = shrink(x, a, dropout)
-        ds, db = grad_S_and_B(dy, s, b, 0.7, BOTH)
-        return s, expand(s, a, 1.0, None, dropout, s.dtype), grad_A(ds, x, x.dtype, dropout), ds, db
+        drop = dropout(None, 0.1, seed)
+        s = shrink(x, a, drop)
+        ds, db = grad_S_and_B(dy, s, b, 0.7, (True, True))
+        return s, expand(s, a, 1.0, None, drop, s.dtype), grad_A(ds, x, x.dtype, drop), ds, db
 
     with ReadsOnTheHost():
         assert all(map(torch.equal, everything(), everything()))
@@ -336,14 +301,14 @@ def test_a_layer_touches_x_and_dy_as_often_as_its_products_read_them(monkeypatch
     """
     monkeypatch.setattr(triton_launch, "_programs_at_once", lambda device: 1)  # s without partial sums
     rows, d_in, d_out, rank = 300, 256, 384, 5
-    work, kernels = Work(), triton_interpreter.kernels
+    work, kernels = Work(), triton_interpreter
     recorded = {name: work.kernel(name, getattr(kernels, name)) for name in dir(kernels) if name.endswith("_kernel")}
     monkeypatch.setattr(triton_launch, "_kernels", lambda: SimpleNamespace(**recorded))
     x, dy = (matrix(0, (rows, width), torch.bfloat16).requires_grad_() for width in (d_in, d_out))
     a, b = torch.randn(rank, d_in, requires_grad=True), torch.randn(d_out, rank, requires_grad=True)
     weight = matrix(1, (d_out, d_in), torch.bfloat16)
     with work:
-        y = lora_linear(x, weight, None, a, b, 2.0, p, seed_of(1), backend="triton")
+        y = lora_linear(x, weight, None, a, b, 2.0, p, torch.tensor(1), backend="triton")
         forward = (work.launched, work.touched)
         work.launched, work.touched = [], []
         torch.autograd.grad(y, (x, a, b), dy.detach())
@@ -363,24 +328,3 @@ def test_serves_what_the_kernels_can_and_says_why_not(monkeypatch):
     assert serves(x, 8) == "the Triton kernels run on a GPU from NVIDIA, and x is on cpu"
     monkeypatch.setitem(sys.modules, "triton", None)
     assert serves(x, 8) == "Triton is not installed"
-
-
-# When one of these fails, Triton has put its interpreter right, and its replacement in conftest.py can go.
-def test_the_interpreters_own_product_of_bfloat16_is_still_wrong(monkeypatch, triton_interpreter):
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    x, a = torch.ones(4, 32, dtype=torch.bfloat16), torch.ones(2, 32, dtype=torch.bfloat16)
-    expected = torch.full((4, 2), 32.0, dtype=torch.bfloat16)
-    assert torch.equal(shrink(x, a, NO_DROPOUT), expected)
-    monkeypatch.setattr(InterpreterBuilder, "create_dot", triton_interpreter.own_dot)
-    assert not torch.equal(shrink(x, a, NO_DROPOUT), expected)
-
-
-def test_the_interpreters_own_rounding_to_bfloat16_is_still_wrong(monkeypatch, triton_interpreter):
-    from triton.runtime.interpreter import InterpreterBuilder
-
-    s, factor = torch.tensor([[1.0, 1.0]]).bfloat16(), torch.tensor([[1.0], [0.0077]]).bfloat16()
-    expected = torch.tensor([[1.0078125]]).bfloat16()  # the nearest: 1.0077 lies just below it
-    assert torch.equal(expand(s, factor, 1.0, None, NO_DROPOUT, s.dtype), expected)
-    monkeypatch.setattr(InterpreterBuilder, "cast_impl", triton_interpreter.own_cast)
-    assert not torch.equal(expand(s, factor, 1.0, None, NO_DROPOUT, s.dtype), expected)
