@@ -1,11 +1,14 @@
 """What the fused layer saves is not paid for in accuracy: its errors against float64 beside those of PEFT's layer."""
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dynrank
+from dynrank.layers.kinds import LoRALinear
 
 D, RANK, ALPHA, TOKENS = 128, 8, 16, 256
 SETTINGS = {  # dtype of the base and of the adapters, and whether bfloat16 autocast is on
@@ -19,44 +22,33 @@ SETTINGS = {  # dtype of the base and of the adapters, and whether bfloat16 auto
 def layers(base_dtype, adapter_dtype, std):
     """One LoRA layer of PEFT, of dynrank, and the same values in float64."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(D, D)).to(base_dtype)
-    lora_A = (torch.randn(RANK, D) / D**0.5).to(adapter_dtype)
-    lora_B = (torch.randn(D, RANK) * std).to(adapter_dtype)
+    base = nn.Linear(D, D).to(base_dtype)
+    lora_A, lora_B = (torch.randn(RANK, D) / D**0.5).to(adapter_dtype), (torch.randn(D, RANK) * std).to(adapter_dtype)
+    theirs = nn.Sequential(copy.deepcopy(base))
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"])
-    made = []
-    for library, dtypes in (("peft", None), ("ours", None), ("float64", torch.float64)):
-        model = nn.Sequential(nn.Linear(D, D)).to(dtypes or base_dtype)
-        model.load_state_dict({key: value.to(dtypes or base_dtype) for key, value in base.state_dict().items()})
-        if library == "peft":
-            model = get_peft_model(model, config, autocast_adapter_dtype=adapter_dtype == torch.float32)
-        else:
-            dynrank.add_lora(model, rank=RANK, alpha=ALPHA, target_modules=["0"], dtype=dtypes or adapter_dtype)
-        with torch.no_grad():
-            factors = [p for name, p in model.named_parameters() if "lora" in name]
-            for factor, value in zip(factors, (lora_A, lora_B), strict=True):
-                assert factor.shape == value.shape
-                factor.copy_(value)
-        made.append((model, factors))
-    return made
+    theirs = get_peft_model(theirs, config, autocast_adapter_dtype=adapter_dtype == torch.float32)
+    next(dynrank.lora_layers(theirs))[1].set_factors(lora_A.clone(), lora_B.clone())
+    ours = LoRALinear(base, rank=RANK, scaling=ALPHA / RANK, dtype=adapter_dtype, factors=(lora_A, lora_B))
+    return theirs, ours, copy.deepcopy(ours).double()
 
 
 def errors(setting, std):
+    """{result: relative errors of PEFT's and of dynrank's}"""
     base_dtype, adapter_dtype, autocast = SETTINGS[setting]
-    *compared, (exact, exact_factors) = layers(base_dtype, adapter_dtype, std)
+    *compared, exact = layers(base_dtype, adapter_dtype, std)
     generator = torch.Generator().manual_seed(1)
-    x, dy = (torch.randn(TOKENS, D, generator=generator).to(base_dtype) for _ in range(2))
-    if autocast:
-        x, dy = x.bfloat16().float(), dy.bfloat16()
-    wide = x.double().requires_grad_()
-    y = exact(wide)
-    truth = [y.detach(), *torch.autograd.grad(y, [wide, *exact_factors], dy.double())]
-    found = []
-    for model, factors in compared:
-        leaf = x.clone().requires_grad_()
+    x, dy = (torch.randn(TOKENS, D, generator=generator).bfloat16().to(base_dtype) for _ in range(2))
+
+    def results(layer, dtype, autocast=False):
+        leaf = x.to(dtype, copy=True).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y = model(leaf)
-        values = [y.detach(), *torch.autograd.grad(y, [leaf, *factors], dy.to(y.dtype))]
-        found.append([float((v.double() - t).norm() / t.norm()) for v, t in zip(values, truth, strict=True)])
+            y = layer(leaf)
+        return [y.detach(), *torch.autograd.grad(y, [leaf, *dynrank.adapter_parameters(layer)], dy.to(y.dtype))]
+
+    truth, found = results(exact, torch.float64), []
+    for layer in compared:
+        pairs = zip(results(layer, base_dtype, autocast), truth, strict=True)
+        found.append([float((value.double() - true).norm() / true.norm()) for value, true in pairs])
     return dict(zip(("y", "dx", "dA", "dB"), zip(*found, strict=True), strict=True))
 
 

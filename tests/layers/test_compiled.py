@@ -1,45 +1,48 @@
-"""Models that torch.compile has wrapped: their layers keep the names of the model itself, in PEFT's files too."""
+"""torch.compile: one graph for each rank, or for all, and layers that keep the model's names, in PEFT's files too."""
+
+import copy
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import Stage
-from dynrank.targets import Rank
-from dynrank.triggers import At
+from dynrank.layers.frozen_base import without_base
 
 # what torch itself does while it compiles
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
-IDS = torch.tensor([[3, 1, 4, 1, 5]])
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 TARGETS = ["q_proj", "down_proj"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_compiled_stays():
-    yield
+def fresh_compiler():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(force_parameter_static_shapes=True):  # torch's default; a capacity changes it
+        yield
     torch._dynamo.reset()
 
 
 def base():
     torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=20, **sizes)).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=20, use_cache=False, **sizes)).eval()
 
 
-def adapted(seed=1, rank=2, **options):
-    model = dynrank.add_lora(base(), rank=rank, **{"target_modules": TARGETS, **options})
+def adapted(seed=1, rank=8, **options):
+    model = dynrank.add_lora(base(), rank=rank, **options)
     torch.manual_seed(seed)
     for _, layer in dynrank.lora_layers(model):
-        nn.init.normal_(layer.lora_B)
+        nn.init.normal_(layer.lora_B, std=0.1)
     return model
 
 
@@ -63,6 +66,68 @@ def logits(model):
         return model(IDS).logits
 
 
+def step(forward, model):
+    """(loss, gradient of each factor), with the masks of one seed."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    loss = forward(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)]
+
+
+def test_one_graph_and_one_more_after_a_change_of_rank():
+    model = adapted().train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for rank, graphs in ((8, 1), (3, 2)):
+        dynrank.resize(model, rank)
+        for _ in range(2):
+            assert_close(step(compiled, model), step(model, model))
+        assert counter.frame_count == graphs
+
+
+def test_with_a_capacity_one_graph_serves_every_rank():
+    model = copy.deepcopy(adapted(dropout=0.3, capacity=16, group=False)).train()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    up = "model.layers.0.mlp.up_proj"
+    for ranks in (8, 6, {up: 2}, 16, {up: 7}, 3):
+        dynrank.resize(model, ranks, optimizers=[optimizer])
+        assert_close(step(compiled, model), step(model, model))
+        optimizer.step()
+    assert counter.frame_count == 1
+    dynrank.resize(model, 1)
+    assert_close(step(compiled, model), step(model, model))
+    assert counter.frame_count == 2  # torch compiles for sizes of 1 by themselves
+
+
+def test_capacity_bounds_the_rank_of_a_copy_too():
+    with pytest.raises(ConfigurationError, match=r"capacity must be at least the rank, 8, got 7; set lora.capacity"):
+        adapted(capacity=7)
+    with pytest.raises(ConfigurationError, match=r"between 1 and lora.capacity = 12, got 13"):
+        dynrank.resize(copy.deepcopy(adapted(capacity=12)), 13)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch, within inductor
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_computes_the_same():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16))
+    dynrank.add_lora(model, rank=8, dropout=0.3, target_modules=["0", "2"])
+    for _, layer in dynrank.lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    x, results = torch.randn(10, 16), []
+    for function in (model, torch.compile(model, fullgraph=True)):
+        torch.manual_seed(5)
+        model.zero_grad()
+        with torch._inductor.config.patch(fallback_random=True):  # inductor has a generator of its own for the seeds
+            y = function(x)
+        y.square().sum().backward()
+        results.append([y.detach(), *(p.grad.clone() for p in model.parameters() if p.requires_grad)])
+    assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("wrap", [whole, blocks])
 def test_layers_are_named_and_resized_as_in_the_model_itself(wrap):
     plain, model = adapted(), wrap(adapted())
@@ -73,7 +138,8 @@ def test_layers_are_named_and_resized_as_in_the_model_itself(wrap):
 
 
 def test_what_is_saved_loads_in_peft(tmp_path):
-    model = both(adapted(rank_map={"down_proj": {"rank": 3, "alpha": 5}}, modules_to_save=["lm_head"]))
+    options = {"rank_map": {"down_proj": {"rank": 3, "alpha": 5}}, "modules_to_save": ["lm_head"]}
+    model = both(adapted(target_modules=TARGETS, **options))
     with torch.no_grad():
         next(parameter for name, parameter in model.named_parameters() if "lm_head" in name).mul_(2)
     dynrank.save_adapter(model, tmp_path)
@@ -94,7 +160,7 @@ def test_an_adapter_is_added_swapped_and_merged(tmp_path):
 
 def test_layer_that_is_compiled_by_itself_is_refused(tmp_path):
     """Its wrapper calls what it was made of, whatever stands in the place of that."""
-    dynrank.save_adapter(adapted(), tmp_path)
+    dynrank.save_adapter(adapted(target_modules=TARGETS), tmp_path)
     model = base()
     model.model.layers[0].mlp.down_proj = torch.compile(model.model.layers[0].mlp.down_proj, backend="eager")
     with pytest.raises(ConfigurationError, match=r"down_proj.*compile the model afterwards"):
@@ -118,23 +184,10 @@ def test_model_of_peft_keeps_its_config_in_step(tmp_path):
     assert_close(logits(PeftModel.from_pretrained(base(), tmp_path).eval()), logits(compiled))
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")
-def test_run_goes_on_from_a_checkpoint_without_the_base(regression, tmp_path):
-    module_class, data, trainer = regression
-
-    class Compiled(module_class):
-        def __init__(self):
-            super().__init__()
-            self.net = torch.compile(self.net, backend="eager")
-
-    def fit(folder, **options):
-        module, saving = Compiled(), AdapterCheckpoint(folder, filename="{step}", every_n_train_steps=6, save_top_k=-1)
-        callbacks = [StepSeed(1), RankScheduler([Stage(At(step=4), Rank(2))]), saving]
-        trainer(max_steps=10, enable_checkpointing=True, callbacks=callbacks).fit(module, *data(), **options)
-        return module
-
-    expected, path = fit(tmp_path), tmp_path / "step=6.ckpt"
-    assert not any(name.endswith("base.weight") for name in torch.load(path)["state_dict"])
-    again = fit(tmp_path / "again", ckpt_path=path)
-    for (name, value), (_, other) in zip(again.named_parameters(), expected.named_parameters(), strict=True):
-        assert torch.equal(value, other), name
+@pytest.mark.parametrize("wrap", [whole, blocks])
+def test_a_state_dict_without_its_base_loads_at_its_ranks(wrap):
+    model, fresh = (nn.ModuleDict({"net": wrap(adapted(seed, rank))}) for seed, rank in ((1, 8), (2, 3)))
+    state = without_base(model, model.state_dict(), trained=())
+    assert not any(name.endswith("base.weight") for name in state)
+    fresh.load_state_dict(state)
+    assert torch.equal(logits(fresh["net"]), logits(model["net"]))
