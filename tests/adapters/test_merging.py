@@ -2,7 +2,6 @@
 
 import copy
 import json
-import stat
 
 import pytest
 import torch
@@ -10,10 +9,8 @@ from peft import PeftModel
 from torch.testing import assert_close
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
     BertForSequenceClassification,
     BertForTokenClassification,
-    BertModel,
     GPT2LMHeadModel,
 )
 
@@ -89,9 +86,6 @@ def test_command_writes_a_plain_model_of_the_dtype_of_the_files(stored, dtype, l
     if dtype == torch.float32:
         assert_close(zoo.outputs(merged), expected, **IN_FLOAT32)
     assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == {"model_max_length": 16}
-    modes = {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "merged").iterdir()}
-    assert modes == {stat.S_IMODE((model / "tokenizer_config.json").stat().st_mode)}
-    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize("labels", [2, 3])
@@ -115,8 +109,7 @@ def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, 
 
 
 def test_merge_adapter_refuses_a_head_that_no_file_holds(zoo, tmp_path):
-    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-    BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path / "model")
+    zoo.plain("bert").bert.save_pretrained(tmp_path / "model")
     zoo.saved(tmp_path / "adapter", "bert", target_modules=["query"], modules_to_save=())
     with pytest.raises(ConfigurationError, match=r"BertForSequenceClassification would have no weights \['classifier"):
         merge_adapter(tmp_path / "adapter", str(tmp_path / "model"), tmp_path / "out")
@@ -141,10 +134,7 @@ def refused(launch, tmp_path, monkeypatch):
 def test_command_refuses_what_it_cannot_use(stored, refused, zoo, tmp_path):
     model, _, _ = stored
     zoo.plain("llama").save_pretrained(tmp_path / "llama")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("of mine")
     (tmp_path / "empty").mkdir()
-    assert "--out must be a new or empty folder" in refused("adapter", "--model", model, "--out", "full")
     for source in ("adapter", "model"):
         assert "--out must be another folder" in refused("adapter", "--model", model, "--out", source)
     said = refused("adapter", "--model", "llama", "--out", "out")

@@ -19,12 +19,6 @@ from dynrank.targets import Rank, Target
 from dynrank.triggers import At, Plateau, Trigger
 
 STEPS, EVERY = 40, 4  # of the run; between validations
-# nothing improves by 90% from one validation to the next: a plateau as soon as patience allows
-NEVER_BETTER = [
-    "schedule.trigger.min_delta=0.9",
-    "schedule.trigger.warmup_steps=0",
-    "schedule.trigger.cooldown_steps=0",
-]
 WIDTHS = [12, 32, 48, 24, 24, 32, 6]  # of the four layers inside each has LoRA
 
 
@@ -72,12 +66,13 @@ def fit(regression):
 
 @pytest.fixture
 def preset_run(fit):
-    """Run a schedule that is composed from overrides; returns (scheduler, module, witness)."""
+    """Run a schedule by its name and its keys, without ``schedule.``; returns (scheduler, module, witness)."""
 
-    def run(*overrides):
-        short = [] if "schedule=fixed" in overrides else ["schedule.window=4", "schedule.rewarmup_steps=2"]
-        overrides = ["lora.rank=16", "lora.alpha=32", *short, *overrides]
-        config = dynrank.compose(sorted(overrides, key=lambda o: not o.startswith("schedule=")))
+    def run(name, keys=""):
+        short = "" if name == "fixed" else "window=4 rewarmup_steps=2 "
+        words = [f"schedule={name}", "lora.rank=16", "lora.alpha=32", *(short + keys).split()]
+        overrides = [word if word.startswith(("lora.", "schedule")) else f"schedule.{word}" for word in words]
+        config = dynrank.compose(overrides)
         scheduler = make_scheduler(config.schedule)
         return scheduler, *fit(scheduler, plain(config.lora))
 
@@ -96,71 +91,61 @@ def trajectory(scheduler):
     ]
 
 
-PLATEAU_AT_12 = [*NEVER_BETTER, "schedule.trigger.patience=2"]  # the first value is the best, two more are not better
-ALIKE = ["schedule.shared=false"]
-PLATEAU_NEVER = ["schedule.trigger.patience=99", "schedule.trigger.warmup_steps=0"]
-RUNS = {  # schedule: (overrides, trajectory); what stands after a comma tells runs of one schedule apart
-    "fixed": ([], []),
+# Nothing improves by 90% from one validation to the next: a plateau as soon as patience allows.
+NEVER_BETTER = "trigger.min_delta=0.9 trigger.warmup_steps=0 trigger.cooldown_steps=0"
+PLATEAU_AT_12 = f"{NEVER_BETTER} trigger.patience=2"  # the first value is the best, two more are not better
+ONE, TWO = (  # stages
+    "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.At,step:10},"
+    "to:{_target_:dynrank.targets.GrowTo,rank:20}}",
+    "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.Plateau,patience:99},deadline:0.75,"
+    "to:{_target_:dynrank.targets.Rank,rank:8},how:{_target_:dynrank.schedules.How,metric:gates,window:3}}",
+)
+RUNS = {  # schedule: (keys, trajectory); what stands after a comma tells runs of one schedule apart
+    "fixed": ("", []),
     "after_convergence": (
-        ["schedule.final_rank=4", "schedule.drops=2", *ALIKE, "schedule.metric=weight", *PLATEAU_AT_12],
+        f"final_rank=4 drops=2 shared=false metric=weight {PLATEAU_AT_12}",
         [(12, 16, 8), (24, 8, 4)],  # three fresh values at 16, 20 and 24
     ),
-    "after_convergence, gates watched after it is decided": (
-        ["schedule.final_rank=4", *ALIKE, *PLATEAU_AT_12],
-        [(16, 16, 4)],
-    ),
-    "milestones": (["schedule.ranks=[8,4]", "schedule.at=[0,1]", "schedule.unit=epoch"], [(0, 16, 8), (20, 8, 4)]),
+    "after_convergence, gates are watched then": (f"final_rank=4 shared=false {PLATEAU_AT_12}", [(16, 16, 4)]),
+    "milestones": ("ranks=[8,4] at=[0,1] unit=epoch", [(0, 16, 8), (20, 8, 4)]),
     "halving_on_plateau": (
-        ["schedule.final_rank=1", *NEVER_BETTER, "schedule.trigger.patience=1", "schedule.trigger.cooldown_steps=4",
-         "schedule.deadline=0.5"],
+        f"final_rank=1 deadline=0.5 {NEVER_BETTER} trigger.patience=1 trigger.cooldown_steps=4",
         [(8, 16, 8), (16, 8, 4), (20, 4, 1)],
     ),
-    "anneal": (["schedule.final_rank=2", "schedule.metric=gates"], [(8, 16, 8), (20, 8, 4), (32, 4, 2)]),
-    "squeeze_at_end": (["schedule.metric=gates"], [(40, 16, 8)]),
-    "squeeze_then_tune": (["schedule.tune=0.25"], [(30, 16, 8)]),
-    "grow": (["lora.rank=4", "schedule.final_rank=16", *PLATEAU_NEVER], [(20, 4, 16)]),
+    "anneal": ("final_rank=2 metric=gates", [(8, 16, 8), (20, 8, 4), (32, 4, 2)]),
+    "squeeze_at_end": ("metric=gates", [(40, 16, 8)]),
+    "squeeze_then_tune": ("tune=0.25", [(30, 16, 8)]),
+    "grow": ("lora.rank=4 final_rank=16 trigger.patience=99 trigger.warmup_steps=0", [(20, 4, 16)]),
     "grow_then_shrink": (
-        ["lora.rank=4", "schedule.peak_rank=16", "schedule.final_rank=8", "schedule.grow_at=0.25", *PLATEAU_AT_12],
+        f"lora.rank=4 peak_rank=16 final_rank=8 grow_at=0.25 {PLATEAU_AT_12}",
         [(10, 4, 16), (20, 16, 8)],  # the plateau's three values come after the growth: 12, 16 and 20
     ),
-    "one_stage": (["schedule.target.rank=4", *PLATEAU_AT_12], [(12, 16, 4)]),
+    "one_stage": (f"target.rank=4 {PLATEAU_AT_12}", [(12, 16, 4)]),
     "one_stage, repeated": (
-        ["schedule/target=factor", "schedule.target.lowest=4", "schedule.repeat=true", *NEVER_BETTER,
-         "schedule.trigger.patience=1"],
+        f"schedule/target=factor target.lowest=4 repeat=true {NEVER_BETTER} trigger.patience=1",
         [(8, 16, 8), (16, 8, 4)],
     ),
     "one_stage, step and factor": (
-        ["schedule/trigger=step", "schedule.trigger.step=15", "schedule/target=factor", "schedule.target.factor=0.3",
-         "schedule.target.multiple=4"],
+        "schedule/trigger=step trigger.step=15 schedule/target=factor target.factor=0.3 target.multiple=4",
         [(15, 16, 8)],
     ),
     "one_stage, gap": (
-        ["schedule/trigger=gap", "schedule.trigger.window=1", "schedule.trigger.threshold=1e-9",
-         "schedule.trigger.warmup_steps=30", "schedule.deadline=0.99"],
+        "schedule/trigger=gap trigger.window=1 trigger.threshold=1e-9 trigger.warmup_steps=30 deadline=0.99",
         [(32, 16, 8)],
     ),
     "one_stage, tail energy": (
-        ["schedule/trigger=tail_energy", "schedule.trigger.rank=15", "schedule.trigger.every=7",
-         "schedule.trigger.share=0.9", "schedule.trigger.warmup_steps=8"],
+        "schedule/trigger=tail_energy trigger.rank=15 trigger.every=7 trigger.share=0.9 trigger.warmup_steps=8",
         [(14, 16, 8)],
     ),
-    "one_stage, final ranks": (["schedule/trigger=step", "schedule/target=final_ranks", "schedule.trigger.step=9"], []),
-    "stages": (
-        ["schedule.metric=gates",
-         "schedule.stages=[{_target_: dynrank.schedules.Stage,"
-         " when: {_target_: dynrank.triggers.At, step: 10}, to: {_target_: dynrank.targets.GrowTo, rank: 20}},"
-         " {_target_: dynrank.schedules.Stage, deadline: 0.75,"
-         " when: {_target_: dynrank.triggers.Plateau, patience: 99}, to: {_target_: dynrank.targets.Rank, rank: 8},"
-         " how: {_target_: dynrank.schedules.How, metric: gates, window: 3}}]"],
-        [(10, 16, 20), (30, 20, 8)],
-    ),
-}  # fmt: skip
+    "one_stage, final ranks": ("schedule/trigger=step schedule/target=final_ranks trigger.step=9", []),
+    "stages": (f"metric=gates stages=[{ONE},{TWO}]", [(10, 16, 20), (30, 20, 8)]),
+}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_preset_follows_its_trajectory(preset_run, name):
-    overrides, expected = RUNS[name]
-    scheduler, module, _ = preset_run(f"schedule={name.partition(',')[0]}", *overrides)
+    keys, expected = RUNS[name]
+    scheduler, module, _ = preset_run(name.partition(",")[0], keys)
     assert trajectory(scheduler) == expected
     assert scheduler.driver.finished
     end = expected[-1][2] if expected else 16
@@ -169,11 +154,10 @@ def test_preset_follows_its_trajectory(preset_run, name):
 
 
 def test_every_preset_has_a_run():
+    """What else conf/schedule has, triggers and targets, is composed in tests/callbacks/test_lightning_cli.py."""
     presets = {entry.name.removesuffix(".yaml") for entry in (files(CONFIG_MODULE) / "schedule").iterdir()}
     covered = {name.split(",")[0] for name in RUNS} | {"auto", "energy", "budget", "early_budget"}
-    assert (
-        presets - {"how", "trigger", "target"} == covered
-    )  # those two are composed in callbacks/test_lightning_cli.py
+    assert presets - {"how", "trigger", "target"} == covered
 
 
 def dense_values(witness, rank=16):
@@ -181,10 +165,8 @@ def dense_values(witness, rank=16):
     return {name: torch.linalg.svdvals(update)[:rank] for name, update in updates.items()}
 
 
-@pytest.mark.parametrize("preset", [["schedule=energy"], ["schedule=one_stage", "schedule/target=energy"]])
-def test_energy_takes_each_layer_to_the_rank_that_keeps_its_share(preset_run, preset):
-    prefix = "schedule." if len(preset) == 1 else "schedule.target."
-    scheduler, module, witness = preset_run(*preset, f"{prefix}share=0.95", f"{prefix}lowest=2", *PLATEAU_AT_12)
+def test_energy_takes_each_layer_to_the_rank_that_keeps_its_share(preset_run):
+    scheduler, module, witness = preset_run("energy", f"share=0.95 lowest=2 {PLATEAU_AT_12}")
     expected = {}
     for name, values in dense_values(witness).items():
         kept = values.square().cumsum(0) / values.square().sum()
@@ -194,28 +176,18 @@ def test_energy_takes_each_layer_to_the_rank_that_keeps_its_share(preset_run, pr
     assert len(set(expected.values())) > 1  # or the test would not tell layers apart
 
 
-def test_effective_rank_takes_each_layer_to_its_own(preset_run):
-    scheduler, module, witness = preset_run("schedule=one_stage", "schedule/target=effective_rank", *PLATEAU_AT_12)
-    for name, values in dense_values(witness).items():
-        p = values / values.sum()
-        wanted = float(torch.exp(torch.special.entr(p).sum()))
-        assert dict(dynrank.lora_layers(module))[name].rank == -int(-wanted // 1)
-    assert [event.step for event in scheduler.history] == [12]
-
-
 @pytest.mark.parametrize(
-    ("overrides", "share", "step"),
+    ("name", "keys", "share", "step"),
     [
-        (["schedule=budget"], 0.5, 16),  # by gates: decided at 12, watched over 4 steps
-        (["schedule=early_budget", "schedule.final_rank=4"], 0.25, 14),
-        (["schedule=after_convergence", "schedule.final_rank=4"], 0.25, 16),
-        (["schedule=squeeze_at_end", "schedule.shared=true", "schedule.metric=gates"], 0.5, 40),
-        (["schedule=one_stage", "schedule/target=budget", "schedule.target.share=0.2"], 0.2, 12),  # by weights
+        ("budget", PLATEAU_AT_12, 0.5, 16),  # by gates: decided at 12, watched over 4 steps
+        ("early_budget", "final_rank=4", 0.25, 14),
+        ("after_convergence", f"final_rank=4 {PLATEAU_AT_12}", 0.25, 16),
+        ("squeeze_at_end", "shared=true metric=gates", 0.5, 40),
+        ("one_stage", f"schedule/target=budget target.share=0.2 {PLATEAU_AT_12}", 0.2, 12),  # by weights
     ],
-    ids=["gates", "early", "shared", "at the end", "weight"],
 )
-def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
-    scheduler, module, _ = preset_run(*overrides, *(PLATEAU_AT_12 if step in (12, 16) else []))
+def test_budget_spends_its_pool_and_no_more(preset_run, name, keys, share, step):
+    scheduler, module, _ = preset_run(name, keys)
     (event,) = scheduler.history
     assert event.step == step
     layers = dict(dynrank.lora_layers(module))
@@ -227,7 +199,7 @@ def test_budget_spends_its_pool_and_no_more(preset_run, overrides, share, step):
 
 
 def test_auto_cuts_a_third_of_the_way_and_after_the_last_step(preset_run):
-    scheduler, module, _ = preset_run("schedule=auto", "schedule.tolerance=0.05")
+    scheduler, module, _ = preset_run("auto", "tolerance=0.05")
     assert [event.step for event in scheduler.history] in ([14], [14, 40])  # nothing is left to cut, or something
     assert "of 64 directions" in scheduler.history[0].reason
     assert sum(layer.rank for _, layer in dynrank.lora_layers(module)) < 64
