@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.distributed.sharding import shard_frozen
-from dynrank.schedules import How, Stage, auto, constant, grow, join
+from dynrank.schedules import How, Stage, auto, constant, join
 from dynrank.targets import Budget, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau, TailEnergy
@@ -102,7 +102,6 @@ RUNS = {
     ),
     "ddp, budget by gates": Run(HALF, LOSS),
     "ddp, auto": Run(auto(0.05, at=0.5), LOSS),
-    "ddp, growth": Run(grow(8, At(step=CHANGE))),
     "ddp, growth at random, then shrink": Run(join([constant(6), constant(9), constant(2)], [6, CHANGE])),
     "ddp, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp={"static_graph": True}),
     "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),

@@ -3,12 +3,8 @@
 import csv
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import forked
 import pytest
@@ -117,15 +113,14 @@ def step_of(checkpoint):
     return torch.load(checkpoint, weights_only=True)["global_step"]
 
 
+LAUNCHED = "import runpy; runpy.run_module('dynrank.train', run_name='__main__', alter_sys=True)"
+
+
 def test_ddp_started_by_lightning_and_resumed_in_one_process(overrides, alone, cwd, tmp_path):
-    """As a user starts it: a new interpreter, which starts another."""
-    root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
-    settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, "-m", "dynrank.train", *overrides, "trainer=ddp", "trainer.devices=2"]
-    with forked.output(cwd).open("w") as output:
-        environment = {**os.environ, **settings}
-        done = subprocess.run(command, cwd=cwd, stdout=output, stderr=output, env=environment, check=False)
-    folder = one_run(cwd, [done.returncode])
+    """As a user starts it: Lightning starts the second process, in a new interpreter."""
+    command = [*overrides, "trainer=ddp", "trainer.devices=2"]
+    code, _ = forked.run(LAUNCHED, *command, cwd=cwd, PYTHONWARNINGS="ignore")
+    folder = one_run(cwd, [code])
     assert_same_run(folder, alone)
 
     checkpoint = folder / "checkpoints" / "last.ckpt"
