@@ -1,5 +1,6 @@
-"""What several test files share: a small LightningModule of a user's, small models, and one whole run."""
+"""What several test files share: a small LightningModule of a user's, small models, one whole run, the commands."""
 
+import sys
 from pathlib import Path
 
 import forked
@@ -127,3 +128,24 @@ def smoke_run(tmp_path_factory):
     code, printed = forked.run(forked.TRAIN, "debug=smoke", *ALIKE, f"hydra.run.dir={folder}", cwd=folder.parent)
     assert code == 0, printed
     return folder, printed
+
+
+@pytest.fixture
+def launch(monkeypatch, tmp_path, capsys):
+    """Runs an entry point of ours in this process, in an empty folder: (exit code, its stdout, its stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main() sets it; undone with the fixture
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        printed = capsys.readouterr()
+        assert "Traceback" not in printed.err
+        assert code != 2 or "error" in printed.err.lower()
+        return code, printed.out, printed.err
+
+    return call

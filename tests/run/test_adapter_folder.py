@@ -7,13 +7,14 @@ import stat
 import sys
 
 import pytest
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from transformers import AutoTokenizer, pipeline
 
 import dynrank
 from dynrank.adapters.merging import merge_adapter
 from dynrank.commands import cli
 from dynrank.run.job import run
+from dynrank.tasks.classification import Classifier
+from dynrank.tasks.language_modeling import LanguageModel
 
 SMALL = [
     "schedule.shared=false",
@@ -35,11 +36,7 @@ pytestmark = [
 
 
 def made(folder, *overrides):
-    umask = os.umask(0o022)
-    try:
-        run(dynrank.compose([*SMALL, *overrides]), folder)
-    finally:
-        os.umask(umask)
+    run(dynrank.compose([*SMALL, *overrides]), folder)
     return folder / "adapter"
 
 
@@ -80,11 +77,11 @@ def card(folder):
 
 def test_folder_of_a_classifier_has_all_that_is_needed_and_everybody_may_read_it(classifier, tiny_bert):
     names = {"README.md", "labels.json", "tokenizer.json", "tokenizer_config.json"}
-    assert {file.name for file in classifier.iterdir()} == names | {
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    }
-    assert {stat.S_IMODE(file.stat().st_mode) for file in classifier.iterdir()} == {0o644}
+    names |= {"adapter_config.json", "adapter_model.safetensors"}
+    assert {file.name for file in classifier.iterdir()} == names
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in classifier.iterdir()} == {0o666 & ~umask}
     config = json.loads((classifier / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_bert)
     assert json.loads((classifier / "labels.json").read_text())["labels"] == ["bad", "ok", "so-so"]
@@ -94,18 +91,15 @@ def test_folder_of_a_classifier_has_all_that_is_needed_and_everybody_may_read_it
         assert text in page
 
 
-def test_card_command_and_merged_model_answer_alike_and_by_name(classifier, launch, tmp_path, capsys):
+def test_card_command_and_merged_model_answer_as_the_trained_model_and_by_name(classifier, launch, tmp_path):
     code, printed, said = launch(cli.main, "predict", classifier, *TEXTS)
     assert code == 0, said
     found = [probabilities(line) for line in printed.splitlines()]
-    peft = card(classifier)["model"]
+    trained = Classifier.load_from_checkpoint(classifier.parent / "checkpoints" / "last.ckpt").model
     merge_adapter(classifier, None, tmp_path / "merged")
-    ways = [
-        pipeline("text-classification", model=peft, tokenizer=str(classifier)),
-        pipeline("text-classification", str(tmp_path / "merged")),
-    ]
-    for way in ways:
-        for row, answer in zip(found, way(TEXTS, top_k=None), strict=True):
+    for model in (trained, card(classifier)["model"], str(tmp_path / "merged")):
+        answers = pipeline("text-classification", model=model, tokenizer=str(classifier))(TEXTS, top_k=None)
+        for row, answer in zip(found, answers, strict=True):
             assert {cell["label"]: cell["score"] for cell in answer} == pytest.approx(row, abs=1e-4)
     assert {max(row, key=row.get) for row in found} <= {"bad", "ok", "so-so"}
     assert max(abs(a - b) for a, b in zip(found[0].values(), found[1].values(), strict=True)) > 1e-3
@@ -119,24 +113,18 @@ def test_squeezed_adapter_answers_by_name(classifier, launch, tmp_path):
     assert not (tmp_path / "small" / "README.md").exists()  # which says what the other one was
 
 
-def test_two_labels_need_no_argument(tiny_bert, tmp_path):
-    (tmp_path / "rows.csv").write_text("\n".join(ROWS[:61]))
-    data = ["task=classification", f"task.model={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
-    folder = made(tmp_path / "run", *data)
-    model = AutoPeftModelForSequenceClassification.from_pretrained(folder)
-    assert model(**AutoTokenizer.from_pretrained(folder)("a", return_tensors="pt")).logits.shape == (1, 2)
-
-
-def test_writer_writes_the_same_in_peft_and_by_the_command(writer, launch, tmp_path):
+def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch, tmp_path):
     (tmp_path / "prompts.txt").write_text("def f7(x):\nclass\n")
     code, printed, said = launch(cli.main, "predict", writer, "prompts.txt", "--max-new-tokens", 5)
     assert code == 0, said
-    model, tokenizer = AutoPeftModelForCausalLM.from_pretrained(writer), AutoTokenizer.from_pretrained(writer)
-    for prompt, line in zip(("def f7(x):", "class"), printed.splitlines(), strict=True):
-        ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        ids = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)[0, ids["input_ids"].shape[1] :]
-        assert line == tokenizer.decode(ids, skip_special_tokens=True).strip().replace("\n", "\\n")
-    assert card(writer)["model"].peft_config["default"].r in (2, 4)
+    trained = LanguageModel.load_from_checkpoint(writer.parent / "checkpoints" / "last.ckpt").model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(writer)
+    for model in (trained, card(writer)["model"]):
+        for prompt, line in zip(("def f7(x):", "class"), printed.splitlines(), strict=True):
+            ids = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+            made = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+            text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+            assert line == text.strip().replace("\n", "\\n")
 
 
 def test_adapter_of_a_packaged_model_names_the_hub_and_is_found_without_it(smoke_run, launch):

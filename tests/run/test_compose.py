@@ -40,7 +40,9 @@ def test_default_composition_is_that_of_the_contract():
 
 
 @pytest.mark.parametrize(("rank", "final"), [(1, [1, 1, 1]), (7, [3, 1, 1]), (8, [4, 2, 1]), (32, [16, 8, 4])])
-def test_the_final_rank_follows_the_starting_rank(rank, final):
+def test_alpha_and_the_final_rank_follow_the_starting_rank(rank, final):
+    assert dynrank.compose([f"lora.rank={rank}"]).lora.alpha == 2 * rank
+    assert dynrank.compose([f"lora.rank={rank}", "lora.alpha=3"]).lora.alpha == 3
     for names, end in zip((DROPS, ["halving_on_plateau"], ["anneal"]), final, strict=True):
         for name in names:
             config = dynrank.compose([f"lora.rank={rank}", f"schedule={name}"])
@@ -133,9 +135,3 @@ def test_target_is_whatever_the_user_names(tmp_path, monkeypatch):
         made(_target_="my_pkg.Task", width=3)
     with pytest.raises(RuntimeError, match="a fault of this class"):  # with its own traceback
         made(_target_="my_pkg.Task", size=2)
-
-
-@pytest.mark.parametrize("rank", [4, 8, 32])
-def test_another_rank_keeps_the_scaling(rank):
-    assert dynrank.compose([f"lora.rank={rank}"]).lora.alpha == 2 * rank
-    assert dynrank.compose([f"lora.rank={rank}", "lora.alpha=3"]).lora.alpha == 3

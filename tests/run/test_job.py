@@ -7,15 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
 
 import dynrank
 from dynrank import train
 from dynrank.errors import ConfigurationError
-from dynrank.models.names import model_source
 from dynrank.run.job import build, make_scheduler
-from dynrank.tasks.classification import Classifier
 
 FILES = [
     *("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "rank_history.csv", "metrics.csv"),
@@ -44,24 +40,6 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
     assert all(0 < float(row["energy_kept"]) <= 1 for row in history)
 
 
-# peft 0.21 asks transformers 5.24 for a name that is on its way out
-def test_adapter_gives_equal_logits_in_peft_and_here(smoke_run):
-    folder, _ = smoke_run
-    module = Classifier.load_from_checkpoint(folder / "checkpoints" / "last.ckpt").eval()
-    source, labels = model_source("minilm"), len(module.hparams["labels"])
-
-    def plain():
-        return AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels)
-
-    ids = torch.randint(1000, 20000, (4, 9), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = module.model(input_ids=ids).logits
-        peft = PeftModel.from_pretrained(plain(), folder / "adapter").eval()(input_ids=ids).logits
-        ours = dynrank.load_adapter(plain(), folder / "adapter").eval()(input_ids=ids).logits
-    assert torch.allclose(peft, expected, atol=1e-5, rtol=0)
-    assert torch.allclose(ours, expected, atol=1e-6, rtol=0)
-
-
 def test_run_prints_the_table_of_the_drop_and_the_results(smoke_run):
     for text in ("rank change at step", "32 → 16", "attention.self.query", "675,840", "test/accuracy", "report.html"):
         assert text in smoke_run[1]
@@ -73,10 +51,15 @@ def test_schedule_that_makes_nothing_is_refused_and_not_taken_for_a_fixed_rank(o
         make_scheduler(dynrank.compose(overrides).schedule)
 
 
-def test_missing_matplotlib_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("dynrank.run.job.find_spec", lambda name: None)
-    with pytest.raises(ConfigurationError, match=r"dynrank\[plots\].*plots=false"):
-        build(dynrank.compose())
+@pytest.mark.parametrize(
+    ("override", "extra"),
+    [("plots=true", "plots"), *((f"logger={name}", name) for name in ("tensorboard", "wandb", "mlflow"))],
+)
+def test_missing_package_says_which_extra_brings_it(override, extra, monkeypatch):
+    for module in ("job", "loggers"):
+        monkeypatch.setattr(f"dynrank.run.{module}.find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=rf"pip install 'dynrank\[{extra}\]', or set "):
+        build(dynrank.compose([override]))
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
@@ -101,19 +84,21 @@ def test_a_run_that_diverges_fails_and_leaves_nothing_that_is_not_finite(launch,
 
 TASK = """from dynrank.tasks.classification import Classification
 
-class MyTask(Classification):
-    pass
+ROWS = [(f"{word} film number {i}", label) for i in range(30) for word, label in (("fine", "good"), ("dull", "bad"))]
+
+class Reviews(Classification):
+    def __init__(self, **settings):
+        super().__init__(**settings | {"data": {"train": ROWS[:40], "val": ROWS[40:50], "test": ROWS[50:]}})
 """
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_task_of_a_users_package_runs_from_a_users_config_and_paths_stay_where_the_user_stands(
+def test_own_task_and_data_run_from_a_users_config_and_paths_stay_where_the_user_stands(
     launch, tmp_path, tiny_bert, monkeypatch
 ):
     (tmp_path / "my_tasks.py").write_text(TASK)
     (tmp_path / "mine" / "task").mkdir(parents=True)
-    own = "defaults: [medical_terms]\n_target_: my_tasks.MyTask\n"
-    (tmp_path / "mine" / "task" / "own.yaml").write_text(own)
+    (tmp_path / "mine" / "task" / "own.yaml").write_text("defaults: [medical_terms]\n_target_: my_tasks.Reviews\n")
     (tmp_path / "ranks.yaml").write_text("rank_pattern: {query: {rank: 3, pinned: true}}\n")
     (tmp_path / "bert").symlink_to(tiny_bert)
     monkeypatch.syspath_prepend(tmp_path)
@@ -123,3 +108,4 @@ def test_task_of_a_users_package_runs_from_a_users_config_and_paths_stay_where_t
     assert code == 0, said
     ranks = json.loads((tmp_path / "run" / "summary.json").read_text())["final_ranks"]
     assert {rank for name, rank in ranks.items() if name.endswith("query")} == {3}
+    assert json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text())["labels"] == ["bad", "good"]

@@ -127,3 +127,18 @@ def test_a_checkpoint_of_another_model_is_an_error(launch, settings, whole):
     code, _, said = launch(train.main, *settings, "lora.target_modules=attention", "hydra.run.dir=run", last)
     assert (code, "of another model" in said) == (2, True)
     assert not Path("run").exists()
+
+
+class Trap:
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(launch, settings, whole):
+    torch.save({**torch.load(whole / "checkpoints" / "last.ckpt"), "extra": Trap()}, "trap.ckpt")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=trap.ckpt")
+    assert (code, "ckpt_path" in said) == (2, True)
+    assert not Path("run").exists()
+    assert not Path("trapped").exists()
+    torch.load("trap.ckpt", weights_only=False)["extra"].close()  # the trap is live
+    assert Path("trapped").exists()

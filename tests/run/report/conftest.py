@@ -4,6 +4,7 @@ import csv
 import json
 import math
 from html.parser import HTMLParser
+from xml.etree.ElementTree import TreeBuilder
 
 import pytest
 import torch
@@ -17,16 +18,9 @@ VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
 def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, undone=(), kinds=("up", NASTY)):
-    """A run of ``blocks`` times ``kinds`` layers and a head that keeps its rank.
+    """A run of ``blocks`` times ``kinds`` layers, which all drop, and a head that keeps its rank.
 
-    Args:
-        folder: to write.
-        blocks: how many of the same layers.
-        drops: (step, rank of all layers but the head from there on).
-        steps: of the optimizer.
-        rank: at the start.
-        undone: (step, rank) of changes that were taken back.
-        kinds: names of the layers of a block.
+    Drops are (step, rank from there on), ``undone`` those that were taken back.
     """
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.ModuleDict({kind: nn.Linear(12, 16) for kind in kinds}) for _ in range(blocks))
@@ -44,14 +38,12 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
             dynrank.resize(model, {name: now})
     folder.mkdir(parents=True, exist_ok=True)
     dynrank.save_adapter(model, folder / "adapter")
-    with (folder / "rank_history.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([FIELDS, *rows])
-    with (folder / "metrics.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "test/loss", "train/loss", "val/loss"])
-        writer.writerows([step, "", 2 * math.exp(-step / steps) + 0.1 * math.sin(step), ""] for step in range(steps))
-        writer.writerows([step, "", "", 2 * math.exp(-step / steps)] for step in range(4, steps, max(1, steps // 5)))
-        writer.writerow([steps, 1.25, "", ""])
+    metrics = [["step", "test/loss", "train/loss", "val/loss"]]
+    metrics += [[step, "", 2 * math.exp(-step / steps) + 0.1 * math.sin(step), ""] for step in range(steps)]
+    metrics += [[step, "", "", 2 * math.exp(-step / steps)] for step in range(4, steps, max(1, steps // 5))]
+    for name, table in (("rank_history", [FIELDS, *rows]), ("metrics", [*metrics, [steps, 1.25, "", ""]])):
+        with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(table)
     phase = {"first_step": 0, "mean_rank": 8.0, "tokens": 500, "train_seconds": 2.0, "tokens_per_second": 250.0}
     summary = {
         "test": {"test/loss": 1.25},
@@ -65,53 +57,46 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / ".hydra").mkdir(exist_ok=True)
-    (folder / ".hydra" / "config.yaml").write_text(
-        f"lora:\n  rank: {rank}\nnote: {json.dumps(NASTY)}\n", encoding="utf-8"
-    )
-    (folder / ".hydra" / "overrides.yaml").write_text(f"- lora.rank={rank}\n- note={NASTY!r}\n", encoding="utf-8")
+    (folder / ".hydra" / "config.yaml").write_text(f"lora:\n  rank: {rank}\nnote: {json.dumps(NASTY)}\n")
+    (folder / ".hydra" / "overrides.yaml").write_text(f"- lora.rank={rank}\n- note={NASTY!r}\n")
     return folder
 
 
 class Page(HTMLParser):
-    """A page taken apart; every element must be closed, in order.
-
-    Attributes:
-        elements: (tag, attributes) of all.
-        tables: caption -> rows, the headings first.
-        texts: tag -> texts directly in such elements.
-    """
+    """A page as a tree, in ``root``; every element must be closed, in order."""
 
     def __init__(self, text):
         super().__init__()
-        self.elements, self.tables, self.texts, self._open = [], {}, {}, []
+        self._tree, self._open = TreeBuilder(), []
         self.feed(text)
         self.close()
         assert not self._open, f"never closed: {self._open}"
+        self.root = self._tree.close()
 
     def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
+        self._tree.start(tag, dict(attrs))
+        if tag in VOID:
+            self._tree.end(tag)
+        else:
             self._open.append(tag)
-        if tag in ("th", "td", "caption", "pre", "code", "p", "h1", "li", "dt", "summary"):
-            self.texts.setdefault(tag, []).append("")
-        if tag == "tr":
-            self.tables.setdefault(self.texts["caption"][-1], []).append([])
-        elif tag in ("th", "td"):
-            self.tables[self.texts["caption"][-1]][-1].append("")
 
     def handle_endtag(self, tag):
-        assert self._open, f"</{tag}> closes nothing"
         assert self._open.pop() == tag, f"</{tag}> does not close the last element"
+        self._tree.end(tag)
 
     def handle_data(self, data):
-        inner = self._open[-1] if self._open else ""
-        if inner in self.texts:
-            self.texts[inner][-1] += data
-        if inner in ("th", "td"):
-            self.tables[self.texts["caption"][-1]][-1][-1] += data
+        self._tree.data(data)
+
+    def texts(self, path):
+        return ["".join(element.itertext()) for element in self.root.iterfind(f".//{path}")]
+
+    def tables(self):
+        """Caption -> rows, the headings first."""
+        found = [("".join(table.find("caption").itertext()), table.iter("tr")) for table in self.root.iter("table")]
+        return {caption: [["".join(cell.itertext()) for cell in row] for row in rows] for caption, rows in found}
 
     def table(self, start):
-        return next(rows for caption, rows in self.tables.items() if caption.startswith(start))
+        return next(rows for caption, rows in self.tables().items() if caption.startswith(start))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """A folder that is not that of a finished run, or whose files are broken, is refused by name; nothing is written."""
 
 import shutil
-import sys
 
 import pytest
 
@@ -76,17 +75,11 @@ def test_broken_file_is_named_and_an_earlier_report_stays(folder, damage, messag
     assert not list(folder.glob("*.part"))
 
 
-def test_command_writes_the_report_and_refuses_another_folder_in_one_line(folder, tmp_path, monkeypatch, capsys):
-    def report(run):
-        monkeypatch.setattr(sys, "argv", ["dynrank", "report", str(run)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code, capsys.readouterr()
-
-    code, printed = report(folder)
-    assert (code, printed.out.split()) == (0, ["report", str(folder / "report.html")])
+def test_command_writes_the_report_and_refuses_another_folder_in_one_line(folder, tmp_path, launch):
+    code, printed, _ = launch(cli.main, "report", folder)
+    assert (code, printed.split()) == (0, ["report", str(folder / "report.html")])
     assert (folder / "report.html").stat().st_size > 10_000
     (tmp_path / "empty").mkdir()
-    code, printed = report(tmp_path / "empty")
-    assert (code, printed.err.count("\n"), "summary.json" in printed.err) == (2, 1, True)
+    code, _, said = launch(cli.main, "report", tmp_path / "empty")
+    assert (code, said.count("\n"), "summary.json" in said) == (2, 1, True)
     assert not list((tmp_path / "empty").iterdir())

@@ -45,7 +45,7 @@ def test_first_lines_say_test_change_bytes_and_gap(run_folder, tmp_path, page_of
     with (folder / "metrics.csv").open(newline="") as file:
         losses = {int(row["step"]): float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
     (before, after, end) = (losses[step] for step in (4, 10, 28))
-    lines = page_of(write_report(folder)).texts["li"]
+    lines = page_of(write_report(folder)).texts("li")
     assert lines[0].startswith("test/loss 1.25, after 30 steps")
     assert (
         f"{before:.4g} before, {after:.4g} after it ({100 * (after / before - 1):+.1f}%), {end:.4g} at the" in lines[1]
@@ -61,7 +61,7 @@ def test_other_runs_stand_beside_it_and_their_differences_at_the_top(run_folder,
     code, _, said = launch(cli.main, "report", "a", "--against", "b", "c")
     assert code == 0, said
     report = page_of(tmp_path / "a" / "report.html")
-    assert [line.partition("test/loss ")[2].split(",")[0] for line in report.texts["li"][-2:]] == ["-0.25", "+0.25"]
+    assert [line.partition("test/loss ")[2].split(",")[0] for line in report.texts("li")[-2:]] == ["-0.25", "+0.25"]
     assert report.table("What each came to")[1] == ["test/loss", "1.25", "1.5", "1"]
     assert launch(cli.main, "report", "a", "b")[0] == 2
     (tmp_path / "empty").mkdir()
@@ -84,15 +84,13 @@ def test_busy_machine_is_named_and_an_idle_one_is_not(run_folder, tmp_path):
 def test_layers_are_shown_closed_where_all_have_one_rank(run_folder, smoke_run, tmp_path, page_of):
     differ, alike = page_of(write_report(run_folder(tmp_path))), page_of(smoke_run[0] / "report.html")
     for page, is_open in ((differ, True), (alike, False)):
-        details = next(attributes for tag, attributes in page.elements if tag == "details")
-        assert ("open" in details) == is_open
-        captions = [attributes["alt"] for tag, attributes in page.elements if tag == "img"]
-        assert any(caption.startswith("Rank of") for caption in captions) == is_open
+        assert ("open" in page.root.find(".//details").attrib) == is_open
+        assert any(picture.get("alt").startswith("Rank of") for picture in page.root.iter("img")) == is_open
 
 
 def test_page_says_why_the_two_losses_are_not_of_one_kind(smoke_run, page_of):
     page = page_of(smoke_run[0] / "report.html")
-    assert any("label smoothing (0.1)" in text and "measured alike" in text for text in page.texts["p"])
+    assert any("label smoothing (0.1)" in text and "measured alike" in text for text in page.texts("p"))
 
 
 def test_what_was_written_is_shown_first_and_last(run_folder, tmp_path, page_of):

@@ -7,10 +7,7 @@ import forked
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
-from hydra.core.plugins import Plugins
 from hydra.errors import MissingConfigException
-from hydra.plugins.launcher import Launcher
-from hydra.plugins.sweeper import Sweeper
 
 import dynrank
 from dynrank import train
@@ -19,17 +16,6 @@ from dynrank.commands import exits
 from dynrank.errors import ConfigurationError
 from dynrank.run import job
 from dynrank.run.trainer import make_trainer
-
-
-def composed(*overrides):
-    with initialize_config_module("dynrank.conf", version_base="1.3"):
-        return compose("train", overrides=list(overrides), return_hydra_config=True)
-
-
-def test_extra_brings_the_plugins():
-    names = {plugin.__name__ for kind in (Sweeper, Launcher) for plugin in Plugins.instance().discover(kind)}
-    assert {"OptunaSweeper", "JoblibLauncher", "SlurmLauncher"} <= names
-
 
 SWEEP = f"""{forked.TRAIN}
 from joblib.externals.loky import get_reusable_executor
@@ -62,31 +48,24 @@ def test_optuna_searches_two_at_a_time_and_what_has_ended_is_not_made_again(tiny
     assert [(folder / "summary.json").stat().st_mtime_ns for folder in folders] == ended
 
 
-def test_objective_is_a_metric_of_the_final_weights():
-    assert composed("sweep=optuna").hydra.sweeper.direction == "minimize"
-    with pytest.raises(ConfigurationError, match=r"objective must be null or one of .*'val/loss'.*'val/los'"):
-        job.build(dynrank.compose(["objective=val/los"]), on_meta=True)
-
-
 def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
-    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.nodes=2", "hydra.launcher.tasks_per_node=4"]
-    config = composed("trainer=slurm", "sweep=rank", *launcher, "hydra.launcher.gpus_per_node=4")
+    job_of_eight = [f"hydra.launcher.{name}" for name in ("nodes=2", "tasks_per_node=4", "gpus_per_node=4")]
+    with initialize_config_module("dynrank.conf", version_base="1.3"):
+        overrides = ["trainer=slurm", "sweep=rank", "hydra/launcher=submitit_slurm", *job_of_eight]
+        config = compose("train", overrides=overrides, return_hydra_config=True)
     assert config.hydra.launcher._target_.endswith(".SlurmLauncher")
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")  # what such a job finds
     monkeypatch.setenv("SLURM_NNODES", "2")
     assert (config.trainer.devices, config.trainer.num_nodes, config.trainer.strategy) == (4, 2, "ddp")
 
 
-@pytest.mark.parametrize(("executor", "refused"), [("slurm", False), ("local", True), (None, True)])
-def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch, tmp_path, executor, refused):
-    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
-    if executor is not None:
-        monkeypatch.setenv("SUBMITIT_EXECUTOR", executor)
+def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch, tmp_path):
+    """Without any such job they are refused as well, see tests/run/test_bad_input.py."""
     config = dynrank.compose(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"])
     arguments = (config, tmp_path, job.make_scheduler(config.schedule), RunMeter())
-    if not refused:
-        assert make_trainer(*arguments, sweep=True).world_size == 2
-        return
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    assert make_trainer(*arguments, sweep=True).world_size == 2
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     with pytest.raises(ConfigurationError, match="submitit_slurm"):
         make_trainer(*arguments, sweep=True)
 

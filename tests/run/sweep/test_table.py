@@ -2,7 +2,6 @@
 
 import csv
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -119,18 +118,13 @@ def test_picture_shows_every_run_the_means_and_deviations_of_several():
     assert [text.get_text() for text in named.axes[0].get_xticklabels()] == ["fixed", "anneal"]
 
 
-def test_command_makes_the_table_again_and_refuses_what_is_no_sweep(sweep, monkeypatch, capsys, tmp_path_factory):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dynrank", "sweep", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return caught.value.code, capsys.readouterr().err
-
-    assert call(sweep[0], "--no-plot") == (0, "")
+def test_command_makes_the_table_again_and_refuses_what_is_no_sweep(sweep, launch, monkeypatch, tmp_path_factory):
+    code, _, message = launch(cli.main, "sweep", sweep[0], "--no-plot")
+    assert (code, message) == (0, "")
     assert (sweep[0] / "sweep.csv").exists()
     assert not (sweep[0] / "sweep.png").exists()
-    code, message = call(tmp_path_factory.mktemp("empty"))
+    code, _, message = launch(cli.main, "sweep", tmp_path_factory.mktemp("empty"))
     assert (code, "holds no run" in message) == (2, True)
     monkeypatch.setattr(sweep_table, "find_spec", lambda name: None)
-    code, message = call(sweep[0])
+    code, _, message = launch(cli.main, "sweep", sweep[0])
     assert (code, "dynrank[plots]" in message) == (2, True)
