@@ -31,7 +31,9 @@ def whole_and_resumed(tmp_path):
 
     def runs(options, steps):
         def run(name, *more):
-            summary = job.run(dynrank.compose([*options, *more]), tmp_path / name)
+            often = ["checkpoint_every=8", "trainer.val_check_interval=8"]
+            quiet = ["trainer.enable_progress_bar=false", "plots=false"]
+            summary = job.run(dynrank.compose([*options, *often, *quiet, *more]), tmp_path / name)
             return summary, load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
 
         first, _ = run("first", "trainer.max_steps=8")

@@ -1,14 +1,14 @@
-"""Chats, packed texts, pairs and several labels: what is learned of them, and batches that can be resumed."""
+"""Chats, packed texts, pairs and several labels: what is learned of them."""
 
 import json
 import re
 import shutil
 from functools import cache
-from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import dynrank
 from dynrank.errors import ConfigurationError
@@ -70,7 +70,7 @@ def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, 
         head, body = f"<|{turn['role']}|>\n".encode(), f"{turn['content']}<|end|>\n".encode()
         text += head + body
         own += [False] * len(head) + [turn["role"] == "assistant"] * len(body)
-    table = {char: bytes([byte]) for byte, char in byte_characters().items()}
+    table = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
     place = 0
     for token, is_learned in zip(tokenizer.convert_ids_to_tokens(ids), learned, strict=True):
         written = token.encode() if token == "<|end|>" else b"".join(table[char] for char in token)
@@ -78,14 +78,7 @@ def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, 
         assert is_learned == own[place]
         place += len(written)
     assert place == len(text)
-    assert sum(learned) == sum(1 for t in learned if t) > 0
-
-
-def byte_characters():
-    """The characters that byte-level tokenizers write bytes as, by GPT-2's published rule."""
-    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {byte: chr(byte) for byte in shown} | {byte: chr(256 + i) for i, byte in enumerate(hidden)}
+    assert any(learned)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(chatty):
@@ -118,14 +111,8 @@ def made(form, model, folder):
     file = folder / f"{form}.jsonl"
     if not file.exists():
         file.write_text("\n".join(map(json.dumps, ROWS[form])))
-    task = "classification" if form in LABELLED else form
-    return [
-        f"task={task}",
-        f"data.train={file}",
-        f"task.model={model}",
-        f"task.max_length={LENGTH}",
-        "task.batch_size=4",
-    ]
+    task = [f"task={'classification' if form in LABELLED else form}", f"task.model={model}"]
+    return [*task, f"data.train={file}", f"task.max_length={LENGTH}", "task.batch_size=4"]
 
 
 @pytest.fixture
@@ -138,34 +125,6 @@ def task_of(chatty, tiny_bert, tmp_path):
         return task
 
     return make
-
-
-@pytest.mark.parametrize("form", ROWS)
-def test_batches_go_on_bit_by_bit_and_two_processes_share_those_of_one(form, task_of, monkeypatch):
-    task = task_of(form)
-
-    def batches(count, size=4, share=(0, 1), state=None):
-        monkeypatch.setattr(task, "trainer", SimpleNamespace(global_rank=share[0], world_size=share[1]))
-        monkeypatch.setattr(task, "batch_size", size)
-        loader = task.train_dataloader()
-        if state is not None:
-            loader.load_state_dict(state)
-        found = []
-        while len(found) < count:
-            found += [(batch, loader.state_dict()) for batch in loader]
-        return found[:count]
-
-    whole = batches(30)
-    for start in (1, 13):
-        for (resumed, _), (batch, _) in zip(batches(8, state=whole[start - 1][1]), whole[start:], strict=False):
-            assert resumed.keys() == batch.keys()
-            assert all(torch.equal(value, resumed[name]) for name, value in batch.items())
-    one, *two = batches(12, size=8), batches(12, share=(0, 2)), batches(12, share=(1, 2))
-    for (both, _), *halves in zip(one, *two, strict=True):
-        for i, (half, _) in enumerate(halves):
-            for name, value in half.items():
-                wanted = both[name][i::2]
-                assert torch.equal(value, wanted[:, : value.shape[1]] if value.dim() > 1 else wanted)
 
 
 @pytest.mark.parametrize("form", ROWS)
@@ -183,17 +142,11 @@ def test_examples_are_made_once_and_then_read_from_the_disk(form, task_of, monke
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
-@pytest.mark.parametrize("form", ["chat", "text", "several"])
-def test_a_run_learns_drops_and_goes_on_to_the_same_bits(form, chatty, tiny_bert, tmp_path, whole_and_resumed):
-    model = tiny_bert if form in LABELLED else chatty(MARKED)
-    written = ["task.val_generate=2", "task.generate=2", "task.measures=[exact_match]"] if form == "chat" else []
+def test_a_run_learns_drops_and_goes_on_to_the_same_bits(chatty, tmp_path, whole_and_resumed):
+    written = ["task.val_generate=2", "task.generate=2", "task.measures=[exact_match]"]
     shape = ["lora.rank=8", "schedule=milestones", "schedule.ranks=[4]", "schedule.at=[6]", "schedule.unit=step"]
-    speed = ["optimizer.lr=0.01", "optimizer.head_lr=0.01", "optimizer.warmup_steps=1"]
-    often = ["checkpoint_every=8", "trainer.val_check_interval=8", "trainer.enable_progress_bar=false", "plots=false"]
-    speed += ["optimizer.decay=constant_with_warmup"]
-    options = [*made(form, model, tmp_path), *written, *shape, *speed, *often]
-
-    first, whole = whole_and_resumed(options, 48)
+    speed = ["optimizer.lr=0.01", "optimizer.warmup_steps=1", "optimizer.decay=constant_with_warmup"]
+    first, whole = whole_and_resumed([*made("chat", chatty(MARKED), tmp_path), *written, *shape, *speed], 48)
     assert set(whole.final_ranks.values()) == {4}
     assert whole.final["train/loss"] < 0.9 * first.final["train/loss"]
 
@@ -248,12 +201,8 @@ def test_pairs_are_one_text_with_two_types_and_several_labels_are_ones(task_of):
         assert kinds.tolist() == [0] * second + [1] * (int(mask.sum()) - second) + [0] * int((mask == 0).sum())
     task = task_of("several")
     assert task.labels == ["a", "b", "c"]
-    row = next(row for row in ROWS["several"] if row["label"] == ["a", "b"])
-    found = {
-        row["text"]: example["label"] for row, example in zip(task.rows["train"], task.examples["train"], strict=True)
-    }
-    assert found.get(row["text"], [True, True, False]) == [True, True, False]
-    assert {tuple(value) for value in found.values()} == {(1, 0, 0), (1, 1, 0), (0, 0, 0), (0, 0, 1)}
+    for row, example in zip(task.rows["train"], task.examples["train"], strict=True):
+        assert example["label"] == [label in row["label"] for label in "abc"]
 
 
 def test_longer_examples_are_left_out_and_said(task_of, capsys):

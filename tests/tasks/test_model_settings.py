@@ -16,22 +16,13 @@ ROWS = [{"prompt": f"item {i}:", "answer": f" {('class', 'import', 'return x')[i
 SPEED = ["optimizer.lr=0.01", "optimizer.warmup_steps=1", "optimizer.decay=constant_with_warmup", "task.batch_size=8"]
 
 
-@pytest.fixture
-def options(tiny_llama, tmp_path):
-    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
-    data = ["task=completion", f"data.train={tmp_path / 'rows.json'}", f"task.model={tiny_llama}", *SPEED]
-    return [*data, "trainer.enable_progress_bar=false", "plots=false", "lora.rank=8", "schedule=fixed"]
-
-
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(
-    quantization, options, tiny_llama, tmp_path, whole_and_resumed
-):
-    options = [*options, f"model.quantization={quantization}", "model.gradient_checkpointing=true"]
-    options += ["checkpoint_every=8", "trainer.val_check_interval=8"]
-
-    first, whole = whole_and_resumed(options, 24)
+def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(quantization, tiny_llama, tmp_path, whole_and_resumed):
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+    data = ["task=completion", f"data.train={tmp_path / 'rows.json'}", f"task.model={tiny_llama}"]
+    packed = [f"model.quantization={quantization}", "model.gradient_checkpointing=true"]
+    first, whole = whole_and_resumed([*data, *SPEED, *packed, "lora.rank=8", "schedule=fixed"], 24)
     assert whole.test["test/loss"] < 0.7 * first.test["test/loss"]
     base = load_causal_lm(str(tiny_llama), settings=ModelSettings(quantization=quantization))
     adapted = dynrank.load_adapter(base, tmp_path / "whole" / "adapter")
