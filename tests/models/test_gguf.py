@@ -1,12 +1,11 @@
-"""Models in GGUF files: a tiny random Llama, written here as llama.cpp's converter would."""
+"""Models in GGUF files: the tiny Llama, written here as llama.cpp's converter would."""
 
 import json
 
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import dynrank
 from dynrank.adapters.merging import merge_adapter
@@ -14,21 +13,19 @@ from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
-HEADS, WIDTH, LAYERS, VOCABULARY = 2, 32, 2, 300
+HEADS, WIDTH, LAYERS, VOCABULARY = 2, 32, 2, 600  # of tiny_llama
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
 NAMES |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
 NAMES |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
 @pytest.fixture(scope="module")
-def llama():
-    torch.manual_seed(0)
-    size = {"hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, initializer_range=0.3, **size)).eval()
+def llama(tiny_llama):
+    return LlamaForCausalLM.from_pretrained(tiny_llama).eval()
 
 
 @pytest.fixture(scope="module")
-def file(llama, tmp_path_factory):
+def file(llama, tiny_llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     config, state = llama.config, {name: p.detach().numpy() for name, p in llama.named_parameters()}
     writer = gguf.GGUFWriter(path, "llama")
@@ -42,12 +39,7 @@ def file(llama, tmp_path_factory):
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(VOCABULARY)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=["<|end|>"], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(["the model of the file and the model of the folder are the same model"] * 2, trainer)
-    made = json.loads(tokenizer.to_str())["model"]
+    made = json.loads((tiny_llama / "tokenizer.json").read_text())["model"]
     tokens = sorted(made["vocab"], key=made["vocab"].get)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens + [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))])
@@ -73,13 +65,10 @@ def file(llama, tmp_path_factory):
 IDS = torch.arange(5, 17)[None]
 
 
-def test_model_of_the_file_is_the_model(llama, file):
+def test_model_of_the_file_is_the_model_and_has_the_same_layers_on_meta(llama, file):
     loaded = load_causal_lm(file).eval()
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     torch.testing.assert_close(loaded(input_ids=IDS).logits, llama(input_ids=IDS).logits)
-
-
-def test_on_meta_it_has_the_same_layers(llama, file):
     shapes = {name: parameter.shape for name, parameter in llama.named_parameters()}
     meta = load_causal_lm(file, on_meta=True)
     assert {name: parameter.shape for name, parameter in meta.named_parameters()} == shapes

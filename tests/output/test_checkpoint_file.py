@@ -4,13 +4,14 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
+import time
 
+import forked
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_flatten
 
 from dynrank.errors import ConfigurationError
 from dynrank.output.checkpoint_file import read_checkpoint, write_checkpoint
@@ -27,13 +28,11 @@ CHECKPOINT = {
 
 
 def same(one, other):
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one)
-    if isinstance(one, list | tuple):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return type(one) is type(other) and one == other
+    (ours, form), (theirs, other_form) = tree_flatten(one), tree_flatten(other)
+    return form == other_form and all(
+        type(a) is type(b) and (torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -46,35 +45,27 @@ def test_what_was_written_is_read(tmp_path):
 
 
 PROGRAM = """
-import os, sys, torch
+import torch
 from dynrank.output.checkpoint_file import write_checkpoint
 write_checkpoint({"state_dict": {"a": torch.zeros(1000)}}, "a.ckpt")
-print("first", flush=True)
 while True:
     write_checkpoint({"state_dict": {"a": torch.full((2_000_000,), 1.0)}}, "a.ckpt")
 """
 
 
 def test_a_writer_killed_in_the_middle_leaves_a_whole_file(tmp_path):
-    child = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        assert child.stdout.readline() == b"first\n"
-        part = tmp_path / "a.ckpt.part"
-        for _ in range(10**7):  # stopped while the file that it writes is there
-            child.send_signal(signal.SIGSTOP)
-            if part.exists():
-                break
-            child.send_signal(signal.SIGCONT)
-    finally:
-        child.kill()
-        child.wait()
-        child.stdout.close()
+    child, file, part = forked.start(PROGRAM, cwd=tmp_path), tmp_path / "a.ckpt", tmp_path / "a.ckpt.part"
+    while child.is_alive() and not file.exists():
+        time.sleep(0.01)
+    for _ in range(10**7):  # stopped while the file that it writes is there
+        os.kill(child.pid, signal.SIGSTOP)
+        if part.exists():
+            break
+        os.kill(child.pid, signal.SIGCONT)
+    child.kill()
+    assert forked.end([child]) == [-signal.SIGKILL]
     assert part.exists()
-    state = read_checkpoint(tmp_path / "a.ckpt")["state_dict"]
-    assert state["a"].numel() in (1000, 2_000_000)
+    assert read_checkpoint(file)["state_dict"]["a"].numel() in (1000, 2_000_000)
 
 
 def test_a_full_disk_is_an_error_that_leaves_the_earlier_file(tmp_path):
