@@ -73,13 +73,7 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_importing_dynrank_costs_nothing():
-    code = "import sys, dynrank; print(sorted({'torch', 'lightning', 'transformers', 'hydra'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_a_program_needs_neither_triton_nor_peft_and_resize_stays_a_function_after_its_users_are_imported():
+def test_a_program_needs_neither_triton_nor_peft():
     code = """
 import sys
 sys.modules["triton"] = None
@@ -89,7 +83,5 @@ assert triton_launch.serves(torch.ones(2, 3).half(), 8) == "Triton is not instal
 net = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), rank=2, target_modules=["0"])
 dynrank.resize(net, 1)
 assert "peft" not in sys.modules
-import dynrank.run.job
-assert callable(dynrank.resize) and callable(dynrank.merge)
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -24,13 +24,6 @@ def test_every_row_is_measured_and_nothing_is_kept(bench, tiny_bert, capsys):
     assert before == after
 
 
-def test_adapters_differ_in_layers_and_ranks(bench, tiny_bert, tmp_path):
-    first, second = bench.write_adapters(str(tiny_bert), tmp_path)
-    ranks = [{layer.rank for layer in bench.read_adapter(path).layers.values()} for path in (first, second)]
-    assert ranks == [{32}, {4, 16}]
-    assert bench.factor_bytes(first) == 4 * 32 * (2 * (4 * 64 + 2 * 96) + 64)
-
-
 def test_texts_under_swaps_are_one_adapters_or_the_others(bench, script, tiny_llama, tmp_path, capsys, monkeypatch):
     arguments = f"--swaps 4 --model {tiny_llama} --steps 6 --tokens 12 --adapters {tmp_path}".split()
     monkeypatch.setattr(script("two_writers"), "RATE", 0.05)  # so that a few steps make unlike texts
