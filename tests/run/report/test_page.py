@@ -64,12 +64,6 @@ def test_page_needs_nothing_else_and_can_be_heard(report, folder):
     assert report.root.attrib == {"lang": "en"}
 
 
-def test_same_run_gives_the_same_page(folder, report):
-    before = (folder / "report.html").read_bytes()
-    assert write_report(folder).read_bytes() == before
-    assert not list(folder.rglob("*.part"))
-
-
 def test_page_without_matplotlib_has_the_tables_and_says_what_to_install(run_folder, tmp_path, page_of, monkeypatch):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     report = page_of(write_report(run_folder(tmp_path)))
