@@ -110,6 +110,7 @@ RUNS = {
     "ddp, peft": Run(model={"peft": True}),
     "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
     "fsdp2, budget by gates": Run(HALF, LOSS, ddp=None),
+    "fsdp2, auto": Run(auto(0.05, at=0.5), LOSS, ddp=None),
     "fsdp2, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp=None),
 }
 
