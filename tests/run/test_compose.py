@@ -41,18 +41,17 @@ def test_default_composition_is_that_of_the_contract():
 
 @pytest.mark.parametrize(("rank", "final"), [(1, [1, 1, 1]), (7, [3, 1, 1]), (8, [4, 2, 1]), (32, [16, 8, 4])])
 def test_alpha_and_the_final_rank_follow_the_starting_rank(rank, final):
-    assert dynrank.compose([f"lora.rank={rank}"]).lora.alpha == 2 * rank
-    assert dynrank.compose([f"lora.rank={rank}", "lora.alpha=3"]).lora.alpha == 3
     for names, end in zip((DROPS, ["halving_on_plateau"], ["anneal"]), final, strict=True):
         for name in names:
             config = dynrank.compose([f"lora.rank={rank}", f"schedule={name}"])
-            assert config.schedule.final_rank == end
+            assert (config.lora.alpha, config.schedule.final_rank) == (2 * rank, end)
             stages = make_scheduler(config.schedule).driver.stages
             check_schedule(stages, highest=rank, run=Run(total_steps=None))
 
 
-def test_debug_wins_over_the_groups_it_changes():
+def test_debug_wins_over_the_groups_it_changes_and_a_key_over_what_follows_from_others():
     assert dynrank.compose(["debug=smoke"]).checkpoint_every == 4
+    assert dynrank.compose(["lora.rank=4", "lora.alpha=3"]).lora.alpha == 3
 
 
 @pytest.mark.parametrize(
