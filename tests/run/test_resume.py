@@ -122,10 +122,14 @@ def test_a_run_from_the_end_of_another_only_tests_and_exports(launch, settings, 
     assert (whole / adapter).read_bytes() == Path("again", adapter).read_bytes()
 
 
-def test_a_checkpoint_of_another_model_is_an_error(launch, settings, whole):
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [("lora.target_modules=attention", "of another model"), ("optimizer=sgd", "made with optimizer.name=AdamW")],
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(other, named, launch, settings, whole):
     last = f"ckpt_path={whole / 'checkpoints' / 'last.ckpt'}"
-    code, _, said = launch(train.main, *settings, "lora.target_modules=attention", "hydra.run.dir=run", last)
-    assert (code, "of another model" in said) == (2, True)
+    code, _, said = launch(train.main, *settings, other, "hydra.run.dir=run", last)
+    assert (code, named in said) == (2, True)
     assert not Path("run").exists()
 
 
