@@ -266,6 +266,8 @@ def _joined(passes: list[_Pass], name: str, layer: RankedLayer) -> Tensor:
         p.cores[name] if name in p.cores else some.new_zeros(len(some), layer.rank, layer.rank)
         for p, some in zip(passes, whole, strict=True)
     ]
+    if len(parts) == 1:
+        return parts[0]  # not copied: fresh memory is most of what watching costs on a CPU
     return torch.cat(parts) if parts else layer.lora_A.new_zeros(0, layer.rank, layer.rank, dtype=torch.float32)
 
 
