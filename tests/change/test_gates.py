@@ -258,6 +258,13 @@ def test_a_layer_that_no_pass_has_reached_is_named(deep):
         gates.values()
 
 
+def test_what_a_seven_billion_model_s_window_holds():
+    """By count: 224 layers at rank 32. The cores go before the Hessian comes."""
+    layers, rank = 224, 32
+    assert EXAMPLES * layers * rank**2 * 4 < 600e6
+    assert (layers * rank) ** 2 * 8 + 2 * EXAMPLES * layers * rank * 8 < 600e6
+
+
 class Flat(nn.Module):
     """A layer that sees batch and positions in one, as OPT's do, behind or before one that does not."""
 
