@@ -120,19 +120,17 @@ def test_gates_are_watched_in_the_window_and_nowhere_else():
     assert trajectory(driver) == [(20, 6, 3)]
 
 
+def fires_at_10():
+    return Plateau(patience=1, min_delta=0.99)
+
+
 @pytest.mark.parametrize(
     ("stages", "changes"),
     [
-        (
-            [Stage(Plateau(patience=1, min_delta=0.99), Rank(3), how=How("gates", window=7))],
-            [(17, 6, 3)],
-        ),  # fires at 10
+        ([Stage(fires_at_10(), Rank(3), how=How("gates", window=7))], [(17, 6, 3)]),
         ([Stage(At(fraction=1.0), Rank(2), how=How("gates", window=5))], [(24, 6, 2)]),
         ([Stage(Plateau(patience=99), Rank(5)), Stage(Plateau(), Rank(4)), at(12, Rank(3))], [(12, 6, 3)]),
-        (
-            [Stage(Plateau(patience=1, min_delta=0.99), Factor(0.5, lowest=2), repeat=True)],
-            [(10, 6, 3), (20, 3, 2)],
-        ),
+        ([Stage(fires_at_10(), Factor(0.5, lowest=2), repeat=True)], [(10, 6, 3), (20, 3, 2)]),
     ],
     ids=["unforeseen", "after the last step", "those before are over", "repeated"],
 )
