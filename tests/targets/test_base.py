@@ -85,7 +85,8 @@ def test_a_shrink_never_raises_and_keeps_bounds_and_multiples(target, model):
         if state.lowest == state.highest:  # pinned, or in the last stage with a final rank of its own
             assert rank == state.lowest
         lowest = max(state.lowest, getattr(target, "lowest", 1))
-        fits = -(-lowest // target.multiple) * target.multiple <= state.rank
+        highest = min(state.rank, state.highest, getattr(target, "highest", None) or state.rank)
+        fits = -(-lowest // target.multiple) * target.multiple <= highest
         if fits and state.lowest < rank < state.rank:
             assert rank % target.multiple == 0
 
