@@ -383,6 +383,8 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
             note = ", ".join([*notes, *(["late"] if arm.is_cut and arm.at > EARLY else [])])
             axes.annotate(note, (place, mean(less)), xytext=(6, -3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="adapter, MB in float32; arms of one size side by side")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.set_ylabel("test loss less rank 16's in the same seed, mean and standard error")
     axes.set_title(f"{task}: each arm at its best learning rate of those that were tried")
     axes.grid(alpha=0.3)
