@@ -43,12 +43,9 @@ def _train(config: DictConfig) -> float | None:
             run(config, folder, record=record)
         finally:
             if folder != Path.cwd():
+                remove = os.removedirs if folder.is_relative_to(Path.cwd()) else os.rmdir
                 with suppress(OSError):  # not empty: the run was not refused
-                    folder.rmdir()
-                    for parent in folder.parents:  # outputs/DATE, which Hydra has made, too; none outside of here
-                        if Path.cwd() not in parent.parents:
-                            break
-                        parent.rmdir()
+                    remove(os.path.relpath(folder))  # outputs/DATE, which Hydra has made, too; none outside of here
     return None
 
 

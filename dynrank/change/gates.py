@@ -267,7 +267,7 @@ def _joined(passes: list[_Pass], name: str, layer: RankedLayer) -> Tensor:
         for p, some in zip(passes, whole, strict=True)
     ]
     if len(parts) == 1:
-        return parts[0]  # not copied: fresh memory is most of what watching costs on a CPU
+        return parts[0]  # not copied: on a CPU fresh memory is half of what watching costs
     return torch.cat(parts) if parts else layer.lora_A.new_zeros(0, layer.rank, layer.rank, dtype=torch.float32)
 
 

@@ -63,6 +63,14 @@ def test_train_refuses_before_weights_load(launch, monkeypatch, overrides, named
     assert not Path("run").exists()
 
 
+def test_a_refused_run_takes_away_its_folders_and_none_outside_of_here(launch, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    for folder in ("outputs/today/now", elsewhere / "run"):
+        assert launch(train.main, "lora.rank=0", f"hydra.run.dir={folder}")[0] == 2
+    assert not Path("outputs").exists()
+    assert not list(elsewhere.iterdir())
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
