@@ -14,7 +14,7 @@ from dynrank.layers.base import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
 from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, peft_ranks, whole_parts
 
-__all__ = ["CONFIG_FILE", "AdapterConfig", "LayerSettings", "make_config", "read_config"]
+__all__ = ["CONFIG_FILE", "AdapterConfig", "LayerSettings", "adapter_folder", "make_config", "read_config"]
 
 CONFIG_FILE = "adapter_config.json"
 _LARGEST = 3.4e38  # what float32 takes
@@ -85,6 +85,12 @@ class AdapterConfig(BaseModel):
             rank, alpha = ranks.get(name, self.r), alphas.get(name, self.lora_alpha)
             found[name] = rank, alpha, initial_scaling(alpha, rank, bool(self.use_rslora))
         return found
+
+
+def adapter_folder(place: Path) -> Path:
+    """The folder of an adapter: ``place`` itself, or ``adapter/`` in it where it is a run's."""
+    inside = place / "adapter"
+    return inside if (inside / CONFIG_FILE).exists() and not (place / CONFIG_FILE).exists() else place
 
 
 def make_config(

@@ -15,8 +15,17 @@ from dynrank.output.console import quiet_imports
 # Each command imports what it needs when it is called, so that --help need not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+
+def _adapter_of(place: Path) -> Path:
+    from dynrank.adapters.config import adapter_folder
+
+    return adapter_folder(place)
+
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as for dynrank-train")]
-Adapter = Annotated[Path, typer.Argument(help="Folder of a PEFT LoRA adapter")]
+Adapter = Annotated[
+    Path, typer.Argument(callback=_adapter_of, help="Folder of a PEFT LoRA adapter, or of the run that made it")
+]
 Base = Annotated[
     str | None,
     typer.Option(help="Folder, hub name or short name of the model that it was trained on, if not as the adapter says"),

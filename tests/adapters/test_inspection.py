@@ -49,6 +49,12 @@ def test_command_prints_a_line_for_each_layer_and_draws_all(layers, launch, tmp_
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_commands_take_the_folder_of_a_run_for_its_adapter(launch, tmp_path):
+    save(tmp_path / "run" / "adapter")
+    assert launch("inspect", tmp_path / "run") == launch("inspect", tmp_path / "run" / "adapter")
+    assert launch("squeeze", tmp_path / "run", "--rank", 1, "--out", tmp_path / "small")[0] == 0
+
+
 def test_command_says_zero_of_a_fresh_adapter(launch, tmp_path):
     save(tmp_path, fresh=True)
     assert {(layer.energy_rank(0.9), layer.effective_rank) for layer in inspect_adapter(tmp_path)} == {(0, 0.0)}
