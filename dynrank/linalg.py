@@ -5,21 +5,12 @@ Shape suffixes: O = d_out, I = d_in, R = current rank, K = new rank, N = any wid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-
-__all__ = [
-    "RankChange",
-    "effective_rank",
-    "energy_kept",
-    "energy_rank",
-    "grow_product",
-    "numerical_rank",
-    "singular_values",
-    "truncate_product",
-]
 
 _ROUNDING = 1e-10  # a norm below this share of the factor's is rounding (float64 arithmetic)
 
@@ -36,8 +27,8 @@ class RankChange:
     Attributes:
         lora_A: (K, I), the dtype of the old A.
         lora_B: (O, K), the dtype of the old B.
-        from_A: (K, R) float64.
-        from_B: (R, K) float64.
+        from_A: (K, R) float64; (count, K, R) of a layer that stacks several products, see :func:`stacked`.
+        from_B: (R, K) float64, or (count, R, K).
         singular_values: (R,) float64, of the old product, descending.
     """
 
@@ -49,11 +40,10 @@ class RankChange:
 
 
 def singular_values(lora_B: Tensor, lora_A: Tensor) -> Tensor:
-    """The R singular values of ``lora_B @ lora_A``, descending, float64."""
+    """The R singular values of ``lora_B @ lora_A``, descending, float64; zeros beyond min(O, I)."""
     _check_factors(lora_B, lora_A)
     r_b, r_a = _triangles(lora_B.double(), lora_A.double())
-    values: Tensor = torch.linalg.svdvals(r_b @ r_a.mT)
-    return values
+    return _padded(torch.linalg.svdvals(r_b @ r_a.mT), lora_A.shape[0])
 
 
 def numerical_rank(values: Tensor, largest_dim: int, eps: float = torch.finfo(torch.float64).eps) -> int:
@@ -125,7 +115,7 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor 
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point.
-        rank: K, directions to keep, 1 <= K <= R <= min(O, I).
+        rank: K, directions to keep, 1 <= K <= R.
         keep: (K,) which singular directions to keep, ascending, 0 the largest; the first K when None.
 
     Raises:
@@ -141,7 +131,7 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor 
         raise ValueError(f"keep must be {rank} ascending directions of {old_rank}, got {keep.tolist()}")
     b_OR, a_RI = lora_B.double(), lora_A.double()
     r_b, r_a = _triangles(b_OR, a_RI)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # a rule for the sign that the SVD leaves open
     u, vh = u * signs, vh * signs.mT
     eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
@@ -163,7 +153,8 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor 
         from_B_RK = torch.cat([from_B_RK, idle[:, kept]], dim=1)
         new_A = torch.cat([new_A, (rows * in_A[:, None])[kept]])
         new_B = torch.cat([new_B, (columns * in_B)[:, kept]], dim=1)
-    return RankChange(new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), from_A_KR, from_B_RK, s)
+    values = _padded(s, old_rank)
+    return RankChange(new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), from_A_KR, from_B_RK, values)
 
 
 @torch.no_grad()
@@ -207,8 +198,53 @@ def grow_product(
     )
 
 
+def split(factor: Tensor, count: int, dim: int) -> Tensor:
+    """(count, rank, width): the part of each of ``count`` products in a factor that stacks them, as a view.
+
+    The order is that of PEFT's expert tensors: lora_A (``dim=0``, where the rank is) is (count * rank, I) with the
+    product slowest, and lora_B (``dim=1``) is (O, rank * count) with the product fastest.
+    """
+    if dim == 0:
+        return factor.reshape(count, -1, factor.shape[1])
+    return factor.reshape(len(factor), -1, count).permute(2, 1, 0)
+
+
+def joined(parts: Tensor, dim: int) -> Tensor:
+    """The factor that :func:`split` has taken apart, contiguous."""
+    return (parts.flatten(0, 1) if dim == 0 else parts.permute(2, 1, 0).flatten(1)).contiguous()
+
+
+def products(lora_B: Tensor, lora_A: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    """(lora_B (O, R), lora_A (R, I)) of each product that the two factors stack, as views; see :func:`split`."""
+    return [(b.mT, a) for b, a in zip(split(lora_B, count, 1), split(lora_A, count, 0), strict=True)]
+
+
+def stacked(changes: Sequence[RankChange]) -> RankChange:
+    """The changes of all products of a layer to the same rank as one: maps (count, K, R) and (count, R, K)."""
+    return RankChange(
+        lora_A=joined(torch.stack([change.lora_A for change in changes]), 0),
+        lora_B=joined(torch.stack([change.lora_B.mT for change in changes]), 1),
+        from_A=torch.stack([change.from_A for change in changes]),
+        from_B=torch.stack([change.from_B for change in changes]),
+        singular_values=pooled([change.singular_values for change in changes]),
+    )
+
+
+def pooled(spectra: Sequence[Tensor]) -> Tensor:
+    """What the directions of products are worth that change their rank together: the root of the sum of squares.
+
+    Exact: a cut of all of them from k + 1 to k directions changes them by this much in the Frobenius norm.
+    """
+    values: Tensor = torch.stack([*spectra]).square().sum(0).sqrt()
+    return values
+
+
+def _padded(values: Tensor, count: int) -> Tensor:
+    return F.pad(values, (0, count - len(values)))
+
+
 def _triangles(b_OR: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """R of the QR decompositions of B and of A^T, (R, R) each where R <= min(O, I): they keep the condition number."""
+    """R of the QR decompositions of B and of A^T, at most (R, R) each: they keep the condition number."""
     return torch.linalg.qr(b_OR, mode="r").R, torch.linalg.qr(a_RI.mT, mode="r").R
 
 

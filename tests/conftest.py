@@ -118,6 +118,37 @@ def tiny_llama(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_moe():
+    """A function from the name of an architecture to a random model of two layers with four experts, in float32."""
+    import transformers
+
+    size = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    size |= {"num_attention_heads": 2, "num_key_value_heads": 1, "num_experts_per_tok": 2}
+    size |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.3}
+    narrow = {"moe_intermediate_size": 12}
+    attention = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    groups = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    options = {
+        "Mixtral": {"num_local_experts": 4},
+        "Qwen3Moe": {"num_experts": 4, "head_dim": 8, **narrow},
+        "Qwen3_5Moe": {"num_experts": 4, "head_dim": 8, "shared_expert_intermediate_size": 12, **narrow},
+        "GptOss": {"num_local_experts": 4, "head_dim": 8},
+        "GraniteMoe": {"num_local_experts": 4},
+        "DeepseekV3": groups | attention | narrow,
+        "Llama4": {"num_local_experts": 4, "num_experts_per_tok": 1, "head_dim": 8, "intermediate_size_mlp": 24},
+    }
+    options["Qwen3_5Moe"]["layer_types"] = ["full_attention"] * 2
+
+    def build(kind):
+        text = "Text" if kind in ("Qwen3_5Moe", "Llama4") else ""
+        config = getattr(transformers, f"{kind}{text}Config")(**size | options[kind])
+        torch.manual_seed(0)
+        return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+    return build
+
+
 ALIKE = ("schedule.shared=false", "schedule.metric=weight")  # to one rank, by singular values
 
 

@@ -17,9 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer
-from dynrank.linalg import RankChange
-
-__all__ = ["averaged_layers", "moved_average"]
+from dynrank.linalg import RankChange, joined, split
 
 
 def averaged_layers(
@@ -52,9 +50,10 @@ def moved_average(layer: RankedLayer, change: RankChange) -> tuple[Tensor, Tenso
     Returns:
         The factors in the dtypes and on the device that they have.
     """
-    device = layer.lora_A.device
+    device, count = layer.lora_A.device, layer.experts
     from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))
-    is_new = from_A.eq(0).all(dim=1, keepdim=True)
-    lora_A: Tensor = torch.where(is_new, rows.double(), from_A @ layer.lora_A.double())
-    lora_B = layer.lora_B.double() @ from_B
+    is_new = from_A.eq(0).all(dim=-1, keepdim=True)
+    old_A, old_B = split(layer.lora_A.double(), count, 0), split(layer.lora_B.double(), count, 1)
+    lora_A = joined(torch.where(is_new, split(rows.double(), count, 0), from_A @ old_A), 0)
+    lora_B = joined(from_B.mT @ old_B, 1)
     return lora_A.to(layer.lora_A.dtype), lora_B.to(layer.lora_B.dtype)

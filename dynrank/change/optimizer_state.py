@@ -1,14 +1,15 @@
 """Carrying an optimizer's state through a linear change of a parameter's coordinates.
 
-Every entry of a parameter's state is of a kind (:mod:`dynrank.change.optimizer_rules`), which says how it moves. With R
-the old rank, K the new one, ``map_KR`` that of the parameter and ``gradient_map_KR`` that of its gradient (gradients
-are covectors, so for lora_A it is the map of lora_B, and the other way round):
+Every entry of a parameter's state is of a kind (:mod:`dynrank.change.optimizer_rules`), which says how it moves. With E
+the products that a factor stacks (the experts, or 1), R the old rank, K the new one, ``map_EKR`` that of the parameter
+and ``gradient_map_EKR`` that of its gradient (gradients are covectors, so for lora_A it is the map of lora_B, and the
+other way round), in each product by itself:
 
 - what is linear in gradients moves by the gradient map;
 - second moments move by its square, element by element: the diagonal of ``M diag(v) M^T``;
 - Adafactor's second moment is the outer product ``row col / mean(row)``. The squared map takes it to another outer
-  product: the factor along the rank moves by the squared map, and the other one, a mean over the rank, is multiplied by
-  the ratio of the new mean to the old one (both factors have the same mean);
+  product: the factor along the rank moves by the squared map, and the other one, a mean over the rank and the products,
+  is multiplied by the ratio of the new mean to the old one (both factors have the same mean);
 - what lives where the parameter lives (the ``z`` of schedule-free) moves by the parameter's map, as do steps that are
   still to be made (the momentum of RMSprop, which is of its steps and not of gradients);
 - counts stay.
@@ -54,9 +55,7 @@ from dynrank.change.optimizer_rules import (
     shape_of,
 )
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import RankChange
-
-__all__ = ["Move", "moved_state", "moved_states"]
+from dynrank.linalg import RankChange, joined, split
 
 # Second moments of a new direction, as a multiple of the mean of the others. Its first gradients agree in sign, those
 # of trained directions mostly cancel. With the mean itself, beta1 = 0.9 and gradients of one size, the first 10 steps
@@ -71,17 +70,17 @@ class Move:
 
     Attributes:
         value: the parameter's new value, ``map @ old value`` along ``dim``, with fresh values in new directions.
-        map_KR: (K, R) float64, of the parameter; a row of zeros is a direction that is new, or held nothing.
-        gradient_map_KR: (K, R) float64, of its gradient.
+        map_EKR: (E, K, R) float64, of the parameter; a row of zeros is a direction that is new, or held nothing.
+        gradient_map_EKR: (E, K, R) float64, of its gradient.
         dim: where the rank is: 0 for lora_A, 1 for lora_B.
-        gain: how much larger the largest second moment may become, at least 1.
+        gain: (E,) how much larger the largest second moment of each product may become, at least 1.
     """
 
     value: Tensor
-    map_KR: Tensor
-    gradient_map_KR: Tensor
+    map_EKR: Tensor
+    gradient_map_EKR: Tensor
     dim: int
-    gain: float = 1.0
+    gain: Tensor
 
 
 def moved_states(
@@ -92,10 +91,12 @@ def moved_states(
     ``optimizer`` has passed :func:`check_optimizer`; a parameter that has no state in it gets none. Errors as in
     :func:`moved_state`.
     """
-    from_A, from_B = change.from_A, change.from_B
+    from_A, from_B, count = change.from_A, change.from_B, len(change.from_A)
+    gain_A = _gain(split(lora_B, count, 1), split(change.lora_B, count, 1))
+    gain_B = _gain(split(lora_A, count, 0), split(change.lora_A, count, 0))
     moves = {
-        lora_A: Move(change.lora_A, from_A, from_B.mT, 0, _gain(lora_B, change.lora_B)),
-        lora_B: Move(change.lora_B, from_B.mT, from_A, 1, _gain(lora_A.mT, change.lora_A.mT)),
+        lora_A: Move(change.lora_A, from_A, from_B.mT, 0, gain_A),
+        lora_B: Move(change.lora_B, from_B.mT, from_A, 1, gain_B),
     }
     known = {parameter: move for parameter, move in moves.items() if optimizer.state.get(parameter)}
     if optimizer_state == "reset":
@@ -103,10 +104,10 @@ def moved_states(
     return {parameter: moved_state(optimizer, parameter, move) for parameter, move in known.items()}
 
 
-def _gain(old_NR: Tensor, new_NK: Tensor) -> float:
-    """By how much the largest squared gradient may grow when the other factor changes; 1 where that was zero."""
-    old, new = (float(factor.double().norm(dim=0).max()) for factor in (old_NR, new_NK))
-    return max(1.0, (new / old) ** 2) if old > 0 else 1.0
+def _gain(old_ERN: Tensor, new_EKN: Tensor) -> Tensor:
+    """(E,) by how much the largest squared gradient may grow when the other factor changes; 1 where that was zero."""
+    old, new = (factor.double().norm(dim=2).amax(1) for factor in (old_ERN, new_EKN))
+    return torch.where(old > 0, (new / old).square(), 1.0).clamp_min(1.0)
 
 
 @torch.no_grad()
@@ -121,15 +122,17 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     """
     state, rules, along = optimizer.state[parameter], RULES[rule_name(optimizer)], (ROW, COLUMN)[move.dim]
 
-    def rank_first(tensor: Tensor) -> Tensor:  # and back
-        return tensor if move.dim == 0 else tensor.mT
+    def by_product(tensor: Tensor) -> Tensor:
+        return split(tensor, len(move.map_EKR), move.dim)
 
-    def squared(tensor: Tensor) -> Tensor:
-        gradient_map_KR = move.gradient_map_KR.to(tensor.device)
-        is_new = _empty(gradient_map_KR)
-        moved = gradient_map_KR.square() @ tensor
-        carried = tensor if is_new.all() else moved[~is_new[:, 0]]
-        return torch.where(is_new, _SEED * carried.mean(0), moved).clamp(max=move.gain * tensor.max())
+    def squared(old_ERN: Tensor) -> Tensor:
+        gradient_map_EKR = move.gradient_map_EKR.to(old_ERN.device)
+        is_new = _empty(gradient_map_EKR)
+        moved = gradient_map_EKR.square() @ old_ERN
+        seed = moved.sum(1, keepdim=True) / (~is_new).sum(1, keepdim=True)  # new directions have zeros in it
+        seed = torch.where(is_new.all(1, keepdim=True), old_ERN.mean(1, keepdim=True), seed)
+        bound = move.gain.to(old_ERN.device) * old_ERN.amax((1, 2))
+        return torch.where(is_new, _SEED * seed, moved).minimum(bound[:, None, None])
 
     new: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -137,22 +140,22 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
         if value is None or kind in (KEPT, SCALES):
             continue
         shape = shape_of(kind, parameter)
-        old = rank_first(_decoded(state, key).double().reshape(shape))
+        old = _decoded(state, key).double().reshape(shape)
         if kind == LINEAR:
-            moved = move.gradient_map_KR.to(old.device) @ old
+            moved = joined(move.gradient_map_EKR.to(old.device) @ by_product(old), move.dim)
         elif kind == STEP:
-            moved = move.map_KR.to(old.device) @ old
+            moved = joined(move.map_EKR.to(old.device) @ by_product(old), move.dim)
         elif kind == POSITION:
-            map_KR, own = move.map_KR.to(old.device), rank_first(move.value.to(old.device, old.dtype))
-            moved = torch.where(_empty(map_KR), own, map_KR @ old)
+            map_EKR, own = move.map_EKR.to(old.device), by_product(move.value.to(old.device, old.dtype))
+            moved = joined(torch.where(_empty(map_EKR), own, map_EKR @ by_product(old)), move.dim)
         elif kind in (SQUARED, along):
-            moved = squared(old)
+            moved = joined(squared(by_product(old)), move.dim)
         else:  # Adafactor's factor across the rank; both factors are zero where one has the mean zero
             factor = state[next(name for name in rules if rules[name] == along)].double()
-            factor = rank_first(factor.reshape(shape_of(along, parameter)))
+            factor = by_product(factor.reshape(shape_of(along, parameter)))
             moved = old * (squared(factor).mean() / factor.mean().clamp_min(torch.finfo(factor.dtype).tiny))
         dtype = value.dtype if value.is_floating_point() else torch.float32  # in which 8-bit state is coded
-        moved = rank_first(moved).to(dtype).contiguous()
+        moved = moved.to(dtype)
         new[key] = moved if value.shape == shape else moved.flatten()
         if not new[key].isfinite().all():
             raise ConfigurationError(
@@ -162,8 +165,8 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     return _coded(optimizer, parameter, move.value, new) if "qmap1" in rules else {**state, **new}
 
 
-def _empty(map_KR: Tensor) -> Tensor:
-    return map_KR.eq(0).all(dim=1, keepdim=True)
+def _empty(map_EKR: Tensor) -> Tensor:
+    return map_EKR.eq(0).all(dim=-1, keepdim=True)
 
 
 def _decoded(state: dict[str, Any], key: str) -> Tensor:

@@ -13,7 +13,7 @@ from dynrank.change.greedy import LossChange
 from dynrank.errors import ConfigurationError, diverged
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank, width_of
-from dynrank.linalg import energy_kept, singular_values
+from dynrank.linalg import energy_kept, pooled, singular_values
 from dynrank.schedules import How
 
 __all__ = ["LayerReport", "predict", "spectra"]
@@ -30,7 +30,7 @@ class LayerReport:
         energy_kept: share of the energy (sum of squared singular values) that stays, in [0, 1].
         predicted_error: norm of the dropped singular values: the Frobenius norm of the update's change.
         singular_values: of the update before the change (scaling included), descending.
-        width: d_out + d_in, the parameters of one direction.
+        width: d_out + d_in (times the experts), the parameters of one direction.
         loss: the layer's part in the estimated change of the loss; None where no gates were watched.
     """
 
@@ -75,7 +75,7 @@ def spectra(layers: Mapping[str, RankedLayer], gates: Gates | None = None) -> di
     found = {}
     for name, layer in layers.items():
         try:
-            found[name] = singular_values(layer.lora_B, layer.lora_A) * layer.scaling
+            found[name] = pooled([singular_values(b, a) for b, a in layer.products()]) * layer.scaling
         except ValueError as error:
             raise diverged(name, error) from error
     return found

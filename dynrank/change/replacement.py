@@ -44,7 +44,8 @@ class Replacement:
         Raises:
             ConfigurationError: before the first assignment, if a layer of PEFT's has its config outside the modules.
         """
-        ranks = {(layer.module, layer.adapter): len(a) for layer, a, _ in self.factors if isinstance(layer, PeftLayer)}
+        peft = [(layer, len(lora_A)) for layer, lora_A, _ in self.factors if isinstance(layer, PeftLayer)]
+        ranks = {(layer.module, layer.adapter): rows // layer.experts for layer, rows in peft}
         configs = [change for module in self.modules for change in config_changes(module, ranks)]
         try:
             for assign in self._assignments(configs):

@@ -18,7 +18,7 @@ from dynrank.change.replacement import Replacement
 from dynrank.distributed.processes import copy_from_first, from_first
 from dynrank.errors import diverged
 from dynrank.layers.ranked import RankedLayer
-from dynrank.linalg import RankChange, grow_product, truncate_product
+from dynrank.linalg import RankChange, grow_product, stacked, truncate_product
 from dynrank.schedules import How
 
 __all__ = ["resize"]
@@ -109,8 +109,8 @@ def _change(
 ) -> RankChange:
     try:
         if rank < layer.rank:
-            return truncate_product(layer.lora_B, layer.lora_A, rank, keep=kept)
-        return grow_product(layer.lora_B, layer.lora_A, rank, generator=generator)
+            return stacked([truncate_product(b, a, rank, keep=kept) for b, a in layer.products()])
+        return stacked([grow_product(b, a, rank, generator=generator) for b, a in layer.products()])
     except ValueError as error:
         raise diverged(name, error) from error
 

@@ -21,13 +21,13 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
 
     Its own final rank bounds every shrink, and is where it ends in the ``last`` stage.
     """
-    (d_out, rank), d_in = layer.lora_B.shape, layer.lora_A.shape[1]
+    rank, d_out, d_in = layer.rank, len(layer.lora_B), layer.lora_A.shape[1]
     lowest, highest = layer.final_rank or 1, max_rank(layer)[0]
     if layer.pinned:
         lowest = highest = rank
     elif layer.final_rank is not None and last:
         highest = layer.final_rank
-    return LayerState(rank, d_out, d_in, lowest, highest, layer.final_rank)
+    return LayerState(rank, d_out, d_in, lowest, highest, layer.final_rank, experts=layer.experts)
 
 
 def layer_states(

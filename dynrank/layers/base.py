@@ -13,6 +13,7 @@ from dynrank.kernels.backends import check_backend
 from dynrank.kernels.lora_linear import Tap
 from dynrank.layers.compiled import compile_for_any_size
 from dynrank.layers.ranked import check_capacity, put_factors, take_rank
+from dynrank.linalg import products
 
 
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -50,6 +51,7 @@ class LoRALayer(nn.Module):
     """
 
     supported: type[nn.Module]  # set by each subclass: the class of layer that it adapts
+    experts = 1
 
     def __init__(
         self,
@@ -115,7 +117,11 @@ class LoRALayer(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[0] // self.experts
+
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product that the factors stack, as views."""
+        return products(self.lora_B, self.lora_A, self.experts)
 
     @property
     def alpha(self) -> float:

@@ -28,11 +28,12 @@ HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
     """PEFT's LoRA layers of ``model`` by name, each for the one adapter that is active in it.
 
-    A layer without the active adapter is left out. A model that PEFT has not touched gives an empty dict.
+    A layer without the active adapter is left out. A parameter that PEFT adapts (``target_parameters``) is a layer, and
+    named as in ``rank_pattern``: ``...mlp.experts.gate_up_proj``. A model without PEFT's layers gives an empty dict.
 
     Raises:
         ConfigurationError: naming each kind of layer whose rank cannot be changed and why: other arithmetic than
-            ``y + scaling * B A x`` (DoRA, aLoRA, AdaLoRA, target_parameters, ...), factors that are not matrices, none
+            ``y + scaling * B A x`` (DoRA, aLoRA, AdaLoRA, ...), factors that are not matrices, none
             or several active adapters, or a config that lies outside ``model``.
     """
     modules = _lora_modules(model)
@@ -50,7 +51,7 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
         else:
             fault = _fault(module, held[0], configs[module][1].get(held[0]))
         if fault is None:
-            layers[plain_name(name)] = PeftLayer(module, held[0])
+            layers[_peft_name(plain_name(name), module)] = PeftLayer(module, held[0])
         else:
             faults.setdefault(fault, []).append(plain_name(name))
     if faults:
@@ -149,8 +150,6 @@ def _fault(module: Any, adapter: str, config: Any) -> str | None:
     """Why the rank of this adapter cannot be changed, if it cannot."""
     if hasattr(module, "lora_E"):
         return "AdaLoRA masks ranks by itself; use a plain LoraConfig"
-    if hasattr(module, "parameter_name"):
-        return "target_parameters (ParamWrapper) holds the factors of all experts in one"
     if isinstance(module.get_base_layer(), nn.MultiheadAttention):
         return "PEFT merges the adapter of a MultiheadAttention in every forward"
     if adapter in module.lora_variant:
@@ -189,8 +188,15 @@ def _configs(model: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Any]]]:
     for root in model.modules():
         configs = vars(root).get("peft_config")
         if isinstance(configs, dict):
-            found |= {module: (name, configs) for name, module in _lora_modules(root)}
+            found |= {module: (_peft_name(name, module), configs) for name, module in _lora_modules(root)}
     return found
+
+
+def _peft_name(name: str, module: Any) -> str:
+    """The name that PEFT's patterns know a LoRA module by: where it adapts a parameter, that of the parameter."""
+    if not hasattr(module, "parameter_name"):
+        return name
+    return f"{name.replace('.base_layer', '')}.{module.parameter_name}"
 
 
 def _adapters(module: Any) -> list[str]:

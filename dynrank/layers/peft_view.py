@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dynrank.kernels.lora_linear import Tap
 from dynrank.layers.ranked import put_factors
+from dynrank.linalg import products
 
 V = TypeVar("V")
 
@@ -72,8 +73,21 @@ class PeftLayer:
         return self.adapter in self.module.lora_embedding_A
 
     @property
+    def of_parameter(self) -> bool:
+        """Whether PEFT adapts a bare parameter (target_parameters), by folding the update into it in every forward."""
+        return hasattr(self.module, "parameter_name")
+
+    @property
+    def experts(self) -> int:
+        return self.module.num_experts if self.of_parameter else 1
+
+    @property
     def rank(self) -> int:
-        return self.lora_A.shape[0]
+        return self.lora_A.shape[0] // self.experts
+
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        """As :meth:`dynrank.layers.base.LoRALayer.products`."""
+        return products(self.lora_B, self.lora_A, self.experts)
 
     @property
     def scaling(self) -> float:
@@ -99,7 +113,8 @@ class PeftLayer:
         """
         put_factors(self, lora_A, lora_B)
         if not self.of_embedding:
-            self.module.lora_A[self.adapter].out_features = self.module.lora_B[self.adapter].in_features = self.rank
+            rows = len(self.lora_A)
+            self.module.lora_A[self.adapter].out_features = self.module.lora_B[self.adapter].in_features = rows
         self.module.r[self.adapter] = self.rank
         self.record_alpha()
 
@@ -107,7 +122,12 @@ class PeftLayer:
         """Make alpha / rank the rule by which PEFT comes to the scaling that the layer has."""
         self.module.lora_alpha[self.adapter], self.module.use_rslora[self.adapter] = self.alpha, False
 
-    def observe(self, tap: Tap) -> Callable[[], None]:
+    @property
+    def observe(self) -> Callable[[Tap], Callable[[], None]] | None:
+        """:meth:`watch`; None where PEFT folds the update into a parameter, since nobody computes z then."""
+        return None if self.of_parameter else self.watch
+
+    def watch(self, tap: Tap) -> Callable[[], None]:
         """As :meth:`dynrank.layers.base.LoRALayer.observe`.
 
         A layer that a forward pass runs twice reports twice. Between forward and backward z is held, under gradient

@@ -15,7 +15,8 @@ from dynrank.kernels.lora_linear import Tap
 class RankedLayer(Protocol):
     """A LoRA layer whose rank can change: dynrank's own, or a view of another library's.
 
-    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank).
+    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank). A tensor of experts has
+    such a product for each of them, all of one rank, stacked in the two factors (:func:`dynrank.linalg.split`).
     """
 
     final_rank: int | None  # where a schedule should bring it; None for the schedule's own target
@@ -26,6 +27,9 @@ class RankedLayer(Protocol):
 
     @property
     def lora_B(self) -> nn.Parameter: ...
+
+    @property
+    def experts(self) -> int: ...  # how many products the factors stack, 1 in a plain layer
 
     @property
     def rank(self) -> int: ...
@@ -45,9 +49,12 @@ class RankedLayer(Protocol):
     @property
     def merged(self) -> bool: ...
 
+    def products(self) -> list[tuple[Tensor, Tensor]]: ...  # (lora_B (d_out, rank), lora_A (rank, d_in)) of each
+
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
 
-    def observe(self, tap: Tap) -> Callable[[], None]: ...
+    @property
+    def observe(self) -> Callable[[Tap], Callable[[], None]] | None: ...  # None where nobody computes z = A x
 
 
 def max_rank(layer: RankedLayer) -> tuple[int, str]:
@@ -59,8 +66,8 @@ def max_rank(layer: RankedLayer) -> tuple[int, str]:
 
 
 def width_of(layer: RankedLayer) -> int:
-    """d_out + d_in: the parameters of one direction."""
-    return layer.lora_B.shape[0] + layer.lora_A.shape[1]
+    """d_out + d_in, times the experts: the parameters of one direction."""
+    return (layer.lora_B.shape[0] + layer.lora_A.shape[1]) * layer.experts
 
 
 def check_capacity(capacity: int | None, rank: int) -> None:
@@ -94,11 +101,13 @@ def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tens
         raise RuntimeError(f"{name!r} is merged; call unmerge() before loading into it")
     if lora_A is None or lora_B is None:
         return
-    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A.shape[1], lora_A.shape[0]
-    if lora_A.shape != (rank, d_in) or lora_B.shape != (d_out, rank) or not 1 <= rank <= min(d_out, d_in):
+    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A.shape[1], lora_A.shape[0] // layer.experts
+    rows = rank * layer.experts
+    highest = max(min(d_out, d_in), layer.rank)
+    if lora_A.shape != (rows, d_in) or lora_B.shape != (d_out, rows) or not 1 <= rank <= highest:
         raise ConfigurationError(
             f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
             f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
         )
     if rank != layer.rank:
-        layer.set_factors(layer.lora_A.new_empty(rank, d_in), layer.lora_B.new_empty(d_out, rank))
+        layer.set_factors(layer.lora_A.new_empty(rows, d_in), layer.lora_B.new_empty(d_out, rows))

@@ -29,6 +29,7 @@ class LayerState:
         final_rank: where the rank map wants it to end; None: no wish.
         values: singular values of its update in the metric of the change (scaling included), descending, ``rank``
             numbers; None where the target does not ask for them.
+        experts: how many products of this shape and rank the layer stacks.
     """
 
     rank: int
@@ -38,11 +39,12 @@ class LayerState:
     highest: int = UNBOUNDED
     final_rank: int | None = None
     values: Tensor | None = None
+    experts: int = 1
 
     @property
     def cost(self) -> int:
         """Parameters of one direction."""
-        return self.d_out + self.d_in
+        return self.experts * (self.d_out + self.d_in)
 
     def shrunk(self, rank: int) -> int:
         """``rank`` brought within the bounds, never above the rank now."""

@@ -105,7 +105,9 @@ def move(optimizer, parameter, map_KR, gradient_map_KR, dim, fresh=None):
     check_optimizer(optimizer, [parameter], "transport")
     value = along(map_KR, parameter.detach(), dim)
     value = value if fresh is None else value + fresh
-    state = moved_state(optimizer, parameter, Move(value, map_KR, gradient_map_KR, dim, gain=1e6))
+    state = moved_state(
+        optimizer, parameter, Move(value, map_KR[None], gradient_map_KR[None], dim, torch.tensor([1e6]))
+    )
     assert_close(optimizer.state[parameter], before, rtol=0, atol=0)
     parameter.data, optimizer.state[parameter] = value, state
     return before
@@ -432,7 +434,8 @@ def test_second_moments_are_never_above_the_largest_old_one_times_the_gain(seed,
     map_KR = extended(10 ** torch.randn(KEPT, OLD, dtype=torch.float64, generator=generator))
     optimizer, parameter = lived(torch.optim.Adam, {}, random_gradients(shaped(OLD, 0)))
     old = optimizer.state[parameter]["exp_avg_sq"]
-    new = moved_state(optimizer, parameter, Move(map_KR @ parameter, map_KR, map_KR, 0, gain))["exp_avg_sq"]
+    change = Move(map_KR @ parameter, map_KR[None], map_KR[None], 0, torch.tensor([gain]))
+    new = moved_state(optimizer, parameter, change)["exp_avg_sq"]
     assert_close(new, seeded(map_KR, old, 0).clamp(max=gain * old.max()))
 
 
@@ -480,3 +483,56 @@ def test_factors_of_extreme_scales_change_rank_or_say_what_to_do(scale):
         dynrank.resize(net, rank, optimizers=[optimizer], how=How(optimizer_state="reset"))
         assert_close(net[0].delta_weight(), before, rtol=1e-4, atol=1e-6)
     assert torch.tensor(train(net, optimizer, 5)).isfinite().all()
+
+
+# Experts: a factor that stacks several products
+
+
+def stack(parts, dim):
+    """As PEFT does: (experts * R, I) with the expert slowest, or (O, R * experts) with the expert fastest."""
+    return torch.cat(list(parts)) if dim == 0 else torch.stack(list(parts), dim=2).flatten(1)
+
+
+def expert_of(factor, number, dim):
+    return factor.chunk(3)[number] if dim == 0 else factor[:, number::3]
+
+
+@pytest.fixture
+def experts():
+    """Maps (2, experts, K, R) of parameter and gradient, gains, and of each expert gradients of some steps."""
+    generator = torch.Generator().manual_seed(2)
+    maps = torch.stack([extended(m) for m in torch.randn(6, KEPT, OLD, dtype=torch.float64, generator=generator)])
+    gradients = torch.randn(3, 4, OLD, OTHER, dtype=torch.float64, generator=generator)
+    gradients[2] = 0.0  # no token has reached it
+    return maps.unflatten(0, (2, 3)), torch.tensor([1.0, 1.5, 1e6]), gradients
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(("cls", "options"), [*(c for c in MOMENTS if "Muon" not in c.id), *SQUARES, *SCHEDULE_FREE])
+def test_state_of_stacked_experts_is_that_of_each_by_itself(cls, options, dim, experts):
+    maps, gains, gradients = experts
+    gradients = gradients if dim == 0 else gradients.mT
+
+    def state_of(numbers):
+        optimizer, parameter = lived(cls, options, [stack(g, dim) for g in gradients[numbers].unbind(1)])
+        values = [stack([gradients[e, 0]], dim).new_zeros(shaped(NEW, dim)) for e in numbers]
+        move = Move(stack(values, dim), maps[0, numbers], maps[1, numbers], dim, gains[numbers])
+        return moved_state(optimizer, parameter, move)
+
+    together = state_of([0, 1, 2])
+    for number in range(3):
+        for key, value in state_of([number]).items():
+            if isinstance(value, torch.Tensor) and value.ndim == 2:
+                assert_close(expert_of(together[key], number, dim), value)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_adafactor_of_stacked_experts_moves_by_each_ones_squared_map(dim, experts):
+    maps, _, gradients = experts
+    gradients = gradients if dim == 0 else gradients.mT
+    optimizer, parameter = lived(torch.optim.Adafactor, {}, [stack(g, dim) for g in gradients.unbind(1)])
+    before, value = optimizer.state[parameter], torch.zeros_like(stack(3 * [torch.zeros(shaped(NEW, dim))], dim))
+    moved = moved_state(optimizer, parameter, Move(value, *maps, dim, torch.full((3,), 1e6)))
+    old, new = adafactor_moments(before), adafactor_moments(moved)
+    for number in range(3):
+        assert_close(expert_of(new, number, dim), seeded(maps[1, number], expert_of(old, number, dim), dim))

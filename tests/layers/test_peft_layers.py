@@ -258,9 +258,6 @@ REFUSED = {
     "DoraLinearVariant.*use_dora=False": lambda: wrapped(use_dora=True),
     "ALoraLinearVariant": lambda: wrapped(alora_invocation_tokens=[1], task_type="CAUSAL_LM"),
     "AdaLoRA": lambda: get_peft_model(plain(), AdaLoraConfig(target_modules=["q_proj"], total_step=9)),
-    "target_parameters": lambda: get_peft_model(
-        nn.Sequential(experts()), LoraConfig(target_parameters=["0.stacked"], target_modules=[])
-    ),
     "MultiheadAttention": lambda: get_peft_model(
         nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}), LoraConfig(target_modules=["attn"])
     ),
