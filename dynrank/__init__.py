@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names for type checkers
+    from dynrank.adapters.export import export_adapter as export_adapter
     from dynrank.adapters.load import load_adapter as load_adapter
     from dynrank.adapters.load import swap_adapter as swap_adapter
     from dynrank.adapters.read import read_adapter as read_adapter
@@ -28,6 +29,7 @@ _HOMES = {
     "adapter_parameters": "dynrank.layers.finding",
     "add_lora": "dynrank.layers.placing",
     "compose": "dynrank.run.config",
+    "export_adapter": "dynrank.adapters.export",
     "load_adapter": "dynrank.adapters.load",
     "lora_layers": "dynrank.layers.finding",
     "merge": "dynrank.layers.merging",

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, make_config
+from dynrank.adapters.layouts import Factors, padded, stored_factors
 from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, Adapter, read_adapter, sort_keys
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, DivergedError
@@ -30,8 +30,6 @@ from dynrank.rank_map import peft_ranks
 
 __all__ = ["rewrite_adapter", "save_adapter", "target_modules", "trained_heads", "write_adapter"]
 
-Factors = tuple[Tensor, Tensor, float]  # lora_A, lora_B and the scaling of a layer
-
 
 def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") -> None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
@@ -45,7 +43,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
         path: folder to write to; made if missing.
         layout: "native" writes each layer at its own rank, with rank_pattern and alpha_pattern where they differ.
             "padded" writes every layer at the largest rank (rows of zeros, scaling folded into lora_B), so that the one
-            global ``lora_alpha / r`` is right for all of them: for readers that know no patterns, such as llama.cpp.
+            global ``lora_alpha / r`` is right for all of them: for readers that know no patterns. What a server wants,
+            and what it cannot read, :func:`dynrank.export_adapter` knows.
 
     Raises:
         ConfigurationError: if the model has no LoRA layers, a value is not finite in float32, or ``layout`` is unknown.
@@ -148,11 +147,7 @@ def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
     with TemporaryDirectory() as place:
         model.save_pretrained(place, selected_adapters=[model.active_adapter])
         adapter = read_adapter(next(Path(place).rglob(CONFIG_FILE)).parent)
-    factors = {}
-    for name, layer in adapter.layers.items():
-        lora_B, lora_A = adapter.factors(name)
-        factors[name] = lora_A, lora_B, layer.scaling
-    rewrite_adapter(folder, adapter, _LAYOUTS[layout](factors))
+    rewrite_adapter(folder, adapter, _LAYOUTS[layout](stored_factors(adapter)))
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -187,18 +182,7 @@ def _native(layers: Mapping[str, Factors]) -> Mapping[str, Factors]:
     return layers
 
 
-def _padded(layers: Mapping[str, Factors]) -> Mapping[str, Factors]:
-    """The same updates at one rank and one scaling: the largest of each, so that no factor grows."""
-    rank = max(len(lora_A) for lora_A, _, _ in layers.values())
-    scaling = max((own for *_, own in layers.values()), key=abs) or 1.0
-    padded = {}
-    for name, (lora_A, lora_B, own) in layers.items():
-        missing = rank - len(lora_A)
-        padded[name] = F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B * (own / scaling), (0, missing)), scaling
-    return padded
-
-
-_LAYOUTS = {"native": _native, "padded": _padded}
+_LAYOUTS: Mapping[str, Callable[[Mapping[str, Factors]], Mapping[str, Factors]]] = {"native": _native, "padded": padded}
 
 
 def _to_peft(layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:

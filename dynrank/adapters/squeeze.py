@@ -8,8 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dynrank.adapters.beside import LABELS_FILE, input_files
+from dynrank.adapters.layouts import Factors
 from dynrank.adapters.read import Adapter, one_thread, open_adapter
-from dynrank.adapters.save import Factors, rewrite_adapter
+from dynrank.adapters.save import rewrite_adapter
 from dynrank.change.predict import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import singular_values, truncate_product

@@ -137,6 +137,29 @@ def squeeze(
 
 
 @app.command()
+def export(
+    adapter: Adapter,
+    to: Annotated[
+        str,
+        typer.Option(metavar="SERVER", help="vllm; gguf: llama.cpp, Ollama; padded: SGLang, TGI, LoRAX"),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty; for gguf a new file")],
+    model: Base = None,
+    multiple: Annotated[
+        int, typer.Option(parser=_count, metavar="N", help="With padded: the rank becomes a multiple; TGI wants 16")
+    ] = 1,
+) -> None:
+    """Write a PEFT adapter as a server reads it, and print the line that serves it.
+
+    Servers differ in what they make of ranks and alphas that differ between layers; what one would drop or misread is
+    refused.
+    """
+    from dynrank.commands.export import print_export
+
+    print_export(adapter, out, to=to, model=model, multiple=multiple)
+
+
+@app.command()
 def merge(
     adapter: Adapter,
     out: Out,

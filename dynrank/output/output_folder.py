@@ -1,4 +1,4 @@
-"""The folder of a command's --out: there when it is whole, or not at all."""
+"""The folder or file of a command's --out: there when it is whole, or not at all."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dynrank.errors import ConfigurationError
-from dynrank.output.whole_file import os_errors
+from dynrank.output.whole_file import os_errors, whole_file
 
-__all__ = ["check_free", "whole_or_nothing"]
+__all__ = ["check_free", "new_file", "whole_or_nothing"]
 
 
 def check_free(out: Path, *sources: Path) -> None:
@@ -48,6 +48,21 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
             for file in part.iterdir():
                 file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
             os.rename(part, out)
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """A path to write to, which takes the name ``out`` at the end of the block; an error leaves nothing.
+
+    Raises:
+        ConfigurationError: if there is something at ``out``, or it cannot be written.
+    """
+    with _naming(out):
+        if os.path.lexists(out):
+            raise ConfigurationError(f"--out must be a new file, {str(out)!r} is there")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(out) as part:
+            yield part
 
 
 @contextmanager

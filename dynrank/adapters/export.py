@@ -1,0 +1,129 @@
+"""``dynrank export``: a stored adapter as a server reads it, which may know no rank_pattern and no alpha_pattern."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from dynrank.adapters.beside import LABELS_FILE, input_files
+from dynrank.adapters.config import adapter_folder
+from dynrank.adapters.export_gguf import gguf_names, write_gguf
+from dynrank.adapters.layouts import one_scaling, padded, stored_factors
+from dynrank.adapters.merging import base_source
+from dynrank.adapters.read import Adapter, StoredLayer, open_adapter
+from dynrank.adapters.save import rewrite_adapter
+from dynrank.errors import ConfigurationError, Count, validated_call
+from dynrank.models.names import model_source, public_name
+from dynrank.models.pretrained import read_config
+from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
+from dynrank.output.slots import slot_rank
+
+__all__ = ["Exported", "Server", "export_adapter"]
+
+Server = Literal["vllm", "gguf", "padded"]
+_VLLM_HEADS = ("score", "classifier")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written.
+
+    Attributes:
+        out: the folder, or the GGUF file.
+        layers: of the adapter, by name.
+        rank: that every layer has in a slot of the server; None where each has its own.
+        bytes: that were written.
+        line: that serves it, to be typed into a shell.
+    """
+
+    out: Path
+    layers: dict[str, StoredLayer]
+    rank: int | None
+    bytes: int
+    line: str
+
+
+@validated_call()
+def export_adapter(
+    source: str | Path, out: str | Path, *, to: Server, model: str | None = None, multiple: Count = 1
+) -> Exported:
+    """Write the adapter in ``source`` to ``out`` so that a server computes with it what PEFT does.
+
+    What the server would drop or misread is refused. ``out`` appears when it is whole, or not at all.
+
+    Args:
+        source: folder of a PEFT LoRA adapter, or of the run that made it.
+        out: folder to make, which may exist if it is empty; for "gguf" a file that does not exist.
+        to: "vllm" writes PEFT's files at each layer's own rank, with one scaling for all, which every version of vLLM
+            reads rightly; "gguf" writes one file for llama.cpp and what is built on it; "padded" writes PEFT's files
+            with one rank and one scaling for all, for SGLang, TGI and LoRAX.
+        model: folder, hub name or short name of the base, if it is not as the adapter says.
+        multiple: the rank of "padded" is rounded up to a multiple of it.
+
+    Returns:
+        What was written, and how it is served.
+
+    Raises:
+        ConfigurationError: if the adapter or an option cannot be used, the server cannot read such an adapter, or
+            ``out`` is not free or cannot be written.
+    """
+    source, out = adapter_folder(Path(source)), Path(out)
+    if multiple > 1 and to != "padded":
+        raise ConfigurationError(f"--multiple goes with --to padded, got --multiple {multiple} with --to {to}")
+    with open_adapter(source) as adapter:
+        if to == "gguf":
+            return _to_gguf(adapter, out, model)
+        rank = max(layer.rank for layer in adapter.layers.values())
+        name, place, base = shlex.quote(out.name), shlex.quote(str(out)), shlex.quote(_base_name(adapter, model))
+        if to == "vllm":
+            _check(adapter, "vLLM", whole=_VLLM_HEADS)
+            rank = slot_rank(rank)
+            line = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={place}"
+            factors = one_scaling(stored_factors(adapter))
+        else:
+            _check(adapter, "SGLang, TGI and LoRAX")
+            factors = padded(stored_factors(adapter), multiple)
+            rank += -rank % multiple
+            line = f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={place}"
+        check_free(out, source)
+        beside = [*input_files(source), *source.glob(LABELS_FILE)]
+        # SGLang takes no expression
+        listed = adapter.config.model_copy(update={"target_modules": [*adapter.layers]})
+        with whole_or_nothing(out) as folder:
+            for file in beside:
+                shutil.copyfile(file, folder / file.name)
+            rewrite_adapter(folder, replace(adapter, config=listed), factors)
+        size = sum(file.stat().st_size for file in out.iterdir())
+        return Exported(out, dict(adapter.layers), rank, size, line)
+
+
+def _to_gguf(adapter: Adapter, out: Path, model: str | None) -> Exported:
+    origin = base_source(adapter, model)
+    base = origin if origin.endswith(".gguf") else f"{Path(origin).name}.gguf"
+    config = read_config(origin, "--model")
+    names = gguf_names(config, adapter.layers, adapter.others)
+    with new_file(out) as part:
+        write_gguf(part, adapter, config, names)
+    line = f"llama-server -m {shlex.quote(base)} --lora {shlex.quote(str(out))}"
+    return Exported(out, dict(adapter.layers), None, out.stat().st_size, line)
+
+
+def _base_name(adapter: Adapter, given: str | None) -> str:
+    """What the server can call the base."""
+    stored = (adapter.config.model_extra or {}).get("base_model_name_or_path")
+    return public_name(model_source(given, "--model") if given else str(stored or "BASE"))
+
+
+def _check(adapter: Adapter, server: str, whole: Iterable[str] = ()) -> None:
+    """Refuse what ``server`` does not take: modules stored whole, but for ``whole``, and layers of other kinds."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in adapter.others)
+    faults = [f"{name!r} is stored whole" for name in modules if name.rpartition(".")[2] not in whole]
+    faults += [f"{name!r} is a convolution" for name, layer in adapter.layers.items() if layer.kernel]
+    if faults:
+        raise ConfigurationError(
+            f"{server} cannot read this adapter:\n  " + "\n  ".join(faults[:20]) + "\nmerge it instead: dynrank merge"
+        )

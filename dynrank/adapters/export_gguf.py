@@ -1,0 +1,127 @@
+"""An adapter as a GGUF file, for llama.cpp and what is built on it: every layer at its own rank.
+
+llama.cpp multiplies an update by ``adapter.lora.alpha`` / the rows of its tensor, and by nothing where alpha is 0: so
+the scaling of each layer goes into its lora_B. For some architectures it wants the rows of query and key in another
+order than transformers has them: rows of lora_B move as those of the weights do when a base is converted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynrank.adapters.read import Adapter
+from dynrank.errors import ConfigurationError
+
+__all__ = ["ARCHITECTURES", "gguf_names", "write_gguf"]
+
+Order = Callable[[int, int], Tensor]  # (rows, heads) -> the row of transformers that stands in each row of llama.cpp
+
+
+def _pairs(rows: int, heads: int) -> Tensor:
+    """A head rotates rows i and i + half of it together; in llama.cpp they are neighbours."""
+    return torch.arange(rows).view(heads, 2, -1).mT.flatten()
+
+
+def _parts(rows: int, heads: int) -> Tensor:
+    """Query, key and value of one head after the other; in llama.cpp all queries come first, then keys, then values."""
+    return torch.arange(rows).view(heads, 3, -1).transpose(0, 1).flatten()
+
+
+# Last part of a layer's name -> (how its rows move, the key of the config that says how many heads it has).
+_MOVED: Mapping[str, tuple[Order, str]] = {
+    "q_proj": (_pairs, "num_attention_heads"),
+    "k_proj": (_pairs, "num_key_value_heads"),
+    "query_key_value": (_parts, "num_attention_heads"),
+}
+# model_type of transformers -> (what llama.cpp calls it, whether rows move); each was held against llama.cpp's own
+# converter by scripts/check_gguf.py.
+ARCHITECTURES = {
+    "llama": ("llama", True),
+    "mistral": ("llama", True),
+    "granite": ("granite", True),
+    "smollm3": ("smollm3", True),
+    "gpt_neox": ("gptneox", True),
+    "bloom": ("bloom", True),
+    "gemma3_text": ("gemma3", False),
+    **{
+        name: (name, False)
+        for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "olmo2", "starcoder2", "stablelm", "cohere2", "gpt2")
+    },
+}
+
+
+def gguf_names(config: Any, layers: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+    """{layer: its tensor in llama.cpp} of an adapter.
+
+    Args:
+        config: of the base model.
+        layers: names of the adapted layers.
+        others: names of parameters that the adapter has whole.
+
+    Raises:
+        ConfigurationError: if llama.cpp would read something of the adapter otherwise than PEFT, or not at all.
+    """
+    if find_spec("gguf") is None:
+        raise ConfigurationError("a GGUF file needs the package gguf: pip install 'dynrank[code]'")
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    known = {name: number for number, name in MODEL_ARCH_NAMES.items()}
+    kind, _ = ARCHITECTURES.get(config.model_type, (None, False))
+    if kind not in known:
+        raise ConfigurationError(
+            f"a base of the type {config.model_type!r} has not been tried in llama.cpp, so it is refused; checked are "
+            f"{sorted(ARCHITECTURES)}. For any base: dynrank merge, then llama.cpp's convert_hf_to_gguf.py"
+        )
+    names = get_tensor_name_map(known[kind], config.num_hidden_layers)
+    found = {layer: names.get_name(layer) for layer in layers}
+    tied = config.tie_word_embeddings
+    faults = [f"{layer!r} has no name there" for layer, name in found.items() if name is None]
+    faults += [
+        f"{layer!r} is tied to the other end of the model, and llama.cpp fails on it"
+        for layer, name in found.items()
+        if tied and name in ("token_embd", "output")
+    ]
+    faults += [f"{name!r} is stored whole, and llama.cpp drops or refuses it" for name in others]
+    if faults:
+        raise ConfigurationError(
+            "llama.cpp cannot read this adapter:\n  " + "\n  ".join(faults[:20]) + "\nmerge it instead: dynrank merge"
+        )
+    return {layer: str(name) for layer, name in found.items()}
+
+
+def write_gguf(file: Path, adapter: Adapter, config: Any, names: Mapping[str, str]) -> None:
+    """Write ``adapter``, trained on a model of this ``config``, to ``file``, its layers by their ``names``, in float32.
+
+    Raises:
+        OSError: if the file cannot be written.
+    """
+    from gguf import GGUFType, GGUFWriter, Keys
+
+    kind, moves = ARCHITECTURES[config.model_type]
+    writer = GGUFWriter(file, kind)
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, 0.0)
+    for layer, name in names.items():
+        lora_B, lora_A = adapter.factors(layer)
+        lora_B = lora_B.double() * adapter.layers[layer].scaling
+        order, heads = _MOVED.get(layer.rpartition(".")[2], (None, ""))
+        if moves and order is not None:
+            lora_B = lora_B[order(len(lora_B), getattr(config, heads))]
+        # an embedding's rows are looked up, so llama.cpp wants them as rows
+        writer.add_tensor(f"{name}.weight.lora_a", _array(lora_A.T if name == "token_embd" else lora_A))
+        writer.add_tensor(f"{name}.weight.lora_b", _array(lora_B))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _array(factor: Tensor) -> Any:
+    return factor.float().contiguous().numpy()

@@ -1,0 +1,45 @@
+"""The same updates written with other factors, for readers that know no rank_pattern or alpha_pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dynrank.adapters.read import Adapter
+
+__all__ = ["Factors", "one_scaling", "padded", "stored_factors"]
+
+Factors = tuple[Tensor, Tensor, float]  # lora_A, lora_B and the scaling of a layer
+
+
+def stored_factors(adapter: Adapter) -> dict[str, Factors]:
+    """The factors of every layer of a stored adapter, as they are."""
+    factors = {}
+    for name, layer in adapter.layers.items():
+        lora_B, lora_A = adapter.factors(name)
+        factors[name] = lora_A, lora_B, layer.scaling
+    return factors
+
+
+def one_scaling(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """Every layer at its own rank, all at one scaling: the largest, so that no factor grows.
+
+    A reader of one global ``lora_alpha / r`` has that scaling, and one of patterns finds it in every layer.
+    """
+    scaling = max((own for *_, own in layers.values()), key=abs) or 1.0
+    return {name: (lora_A, lora_B * (own / scaling), scaling) for name, (lora_A, lora_B, own) in layers.items()}
+
+
+def padded(layers: Mapping[str, Factors], multiple: int = 1) -> dict[str, Factors]:
+    """All layers at one rank and one scaling: the largest rank, up to a ``multiple``, by rows of zeros.
+
+    Readers that divide alpha by the rows of each tensor have the right scaling, too.
+    """
+    rank = max(len(lora_A) for lora_A, _, _ in layers.values())
+    rank += -rank % multiple
+    return {
+        name: (F.pad(lora_A, (0, 0, 0, rank - len(lora_A))), F.pad(lora_B, (0, rank - len(lora_A))), scaling)
+        for name, (lora_A, lora_B, scaling) in one_scaling(layers).items()
+    }

@@ -1,0 +1,40 @@
+"""What unlike ranks cost in a server: a slot for an adapter has room for the highest rank in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+__all__ = ["slot_line", "slot_rank"]
+
+# What vLLM takes for --max-lora-rank.
+STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+SHOWN = 5
+
+
+def slot_rank(highest: int) -> int:
+    """The lowest --max-lora-rank of vLLM that takes adapters of this highest rank; the rank itself beyond the last.
+
+    >>> slot_rank(3), slot_rank(9)
+    (8, 16)
+    """
+    return next((step for step in STEPS if step >= highest), highest)
+
+
+def slot_line(ranks: Mapping[str, int]) -> str:
+    """Highest rank and average, the rank of a server's slot, and the layers without which a lower one would do.
+
+    >>> slot_line({"q": 2, "v": 2, "pooler": 13})
+    "highest rank 13, average 5.7: a server's slot has 16 in every layer, because of 1 of 3 layers: pooler (13)"
+    >>> slot_line({"q": 2, "v": 4})
+    "highest rank 4, average 3.0: a server's slot has 8 in every layer"
+    """
+    highest = max(ranks.values())
+    slot = slot_rank(highest)
+    line = f"highest rank {highest}, average {sum(ranks.values()) / len(ranks):.1f}: a server's slot has {slot}"
+    line += " in every layer"
+    below = max((step for step in STEPS[1:] if step < slot), default=highest)
+    above = sorted((name for name in ranks if ranks[name] > below), key=lambda name: -ranks[name])
+    if not above:
+        return line
+    names = ", ".join(f"{name} ({ranks[name]})" for name in above[:SHOWN])
+    return f"{line}, because of {len(above)} of {len(ranks)} layers: {names}{', …' if len(above) > SHOWN else ''}"

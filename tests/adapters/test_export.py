@@ -1,0 +1,148 @@
+"""An exported adapter is the same to readers of three kinds; what a server would drop or misread is refused by name."""
+
+import json
+import re
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+
+import dynrank
+from dynrank.errors import ConfigurationError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+UNLIKE = {r"0\..*q_proj": {"rank": 1, "alpha": 7}, r"1\..*v_proj": {"rank": 5, "alpha": 1}, "down_proj": 2}
+
+
+def updates(folder, reader):
+    """{layer: its update}, by a reader of patterns (P), of the global alpha / r (G), or of alpha / own rows (T)."""
+    config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    found = {}
+    for key in tensors:
+        if key.endswith("lora_A.weight"):
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            lora_A, lora_B = tensors[key].double(), tensors[key.replace("lora_A", "lora_B")].double()
+            own = [value for pattern, value in config["alpha_pattern"].items() if re.match(pattern, name)]
+            alpha = own[0] if own and reader == "P" else config["lora_alpha"]
+            found[name] = alpha / (config["r"] if reader == "G" else len(lora_A)) * lora_B @ lora_A
+    return found
+
+
+@pytest.mark.parametrize(
+    ("to", "right"),
+    [(None, {"P"}), ("vllm", {"P", "G"}), ("padded", {"P", "G", "T"})],
+    ids=["native", "vllm", "padded"],
+)
+def test_readers_find_the_same_updates(to, right, zoo, tmp_path):
+    folder = zoo.saved(tmp_path / "adapter", "llama", rank_map=UNLIKE)
+    expected = updates(folder, "P")
+    if to is not None:
+        dynrank.export_adapter(folder, tmp_path / "out", to=to)
+        folder = tmp_path / "out"
+    for reader in "PGT":
+        error = max(float((delta - expected[name]).abs().max()) for name, delta in updates(folder, reader).items())
+        assert error < 1e-6 if reader in right else error > 0.1
+    if to == "vllm":
+        assert {layer.rank for layer in dynrank.read_adapter(folder).layers.values()} == {1, 2, 3, 5}
+
+
+@pytest.mark.parametrize(("multiple", "rank"), [(1, 5), (16, 16)])
+def test_padded_has_one_rank_a_list_of_names_and_the_files_beside(multiple, rank, zoo, tmp_path):
+    folder = zoo.saved(tmp_path / "adapter", "llama", rank_map=UNLIKE)
+    zoo.edit_config(folder, target_modules=r".*\.(q|v|down)_proj")
+    (folder / "tokenizer_config.json").write_text("{}")
+    before = dynrank.read_adapter(folder)
+    done = dynrank.export_adapter(folder, tmp_path / "out", to="padded", multiple=multiple)
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (rank, {}, {})
+    assert config["target_modules"] == [*before.layers]
+    assert {len(value) for key, value in load_file(tmp_path / "out" / WEIGHTS).items() if "lora_A" in key} == {rank}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {CONFIG, WEIGHTS, "tokenizer_config.json"}
+    assert done.bytes == sum(file.stat().st_size for file in (tmp_path / "out").iterdir())
+
+
+def save_llama(folder, base=None, targets=("q_proj",), heads=(), cls=hf.LlamaForCausalLM, **config):
+    """An adapter of a model whose config lies in ``folder``/base."""
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = cls((base or hf.LlamaConfig)(**{"vocab_size": 20, **sizes, **config}))
+    model.config.save_pretrained(folder / "base")
+    model.config._name_or_path = str(folder / "base")
+    dynrank.add_lora(model, rank=2, alpha=4, target_modules=[*targets], modules_to_save=heads)
+    dynrank.save_adapter(model, folder / "adapter")
+
+
+REFUSED = {
+    "gguf, a norm": ("gguf", {"heads": ["model.norm"]}, r"'model\.norm\.weight' is stored whole.*dynrank merge"),
+    "gguf, tied head": ("gguf", {"targets": ["lm_head"], "tie_word_embeddings": True}, r"'lm_head' is tied"),
+    "gguf, tied embedding": (
+        "gguf",
+        {"targets": ["embed_tokens"], "tie_word_embeddings": True},
+        r"'model\.embed_tokens' is tied",
+    ),
+    "gguf, no name": (
+        "gguf",
+        {"cls": hf.LlamaForSequenceClassification, "targets": ["score"]},
+        r"'score' has no name there",
+    ),
+    "gguf, another architecture": (
+        "gguf",
+        {"base": hf.OPTConfig, "cls": hf.OPTForCausalLM, "ffn_dim": 12, "word_embed_proj_dim": 8},
+        r"type 'opt' has not been tried.*'llama'.*dynrank merge",
+    ),
+    "vllm, a norm": ("vllm", {"heads": ["model.norm"]}, r"vLLM.*'model\.norm' is stored whole.*dynrank merge"),
+    "padded, a head": (
+        "padded",
+        {"cls": hf.LlamaForSequenceClassification, "heads": ["score"]},
+        r"SGLang.*'score' is stored whole",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_server_would_drop_or_misread_is_refused_and_nothing_written(case, tmp_path):
+    to, options, message = REFUSED[case]
+    save_llama(tmp_path, **options)
+    with pytest.raises(ConfigurationError, match=re.compile(message, re.DOTALL)):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "new" / "out", to=to)
+    assert {file.name for file in tmp_path.iterdir()} == {"adapter", "base"}
+
+
+def test_vllm_takes_the_head_of_a_classifier(tmp_path):
+    save_llama(tmp_path, cls=hf.LlamaForSequenceClassification, heads=["score"])
+    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm")
+    name = "base_model.model.score.weight"
+    assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[name], load_file(tmp_path / "adapter" / WEIGHTS)[name])
+
+
+def test_variants_convolutions_and_places_that_are_taken_are_refused(zoo, tmp_path):
+    zoo.saved(tmp_path / "conv", "conv", modules_to_save=[])
+    with pytest.raises(ConfigurationError, match="'stem' is a convolution"):
+        dynrank.export_adapter(tmp_path / "conv", tmp_path / "out", to="vllm")
+    save_llama(tmp_path)
+    (tmp_path / "base.gguf").write_bytes(b"somebody's weights")
+    with pytest.raises(ConfigurationError, match=r"new file, .*base\.gguf"):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "base.gguf", to="gguf")
+    with pytest.raises(ConfigurationError, match=r"--multiple goes with --to padded"):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm", multiple=2)
+    zoo.edit_config(tmp_path / "adapter", use_dora=True)
+    with pytest.raises(ConfigurationError, match="use_dora"):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="padded")
+    assert (tmp_path / "base.gguf").read_bytes() == b"somebody's weights"
+    assert not (tmp_path / "out").exists()
+
+
+def test_command_prints_what_it_costs_and_the_line_that_serves_it(launch, zoo, tmp_path):
+    zoo.saved(tmp_path / "run" / "adapter", "llama", rank=8, rank_map={"q_proj": 2}, alpha=16)
+    zoo.edit_config(tmp_path / "run" / "adapter", base_model_name_or_path="some/base")
+    code, printed, _ = launch("export", tmp_path / "run", "--to", "vllm", "--out", tmp_path / "mine")
+    lines = dict(line.split(maxsplit=1) for line in printed.splitlines() if not line.startswith("a slot"))
+    assert code == 0
+    place = tmp_path / "mine"
+    assert lines["serve"] == f"vllm serve some/base --enable-lora --max-lora-rank 8 --lora-modules mine={place}"
+    assert lines["ranks"] == "highest rank 8, average 6.0: a server's slot has 8 in every layer"
+    # by hand: q (8, 8), v (8, 8), down (12, 8), twice; 8 everywhere, or 2 in q
+    slot, own = (2 * (rank * 16 + 8 * 16 + 8 * 20) * 2 / 2**20 for rank in (8, 2))
+    assert f"a slot           {slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB" in printed
+    assert launch("export", tmp_path / "run", "--to", "ollama", "--out", tmp_path / "other")[0] == 2
+    assert not (tmp_path / "other").exists()

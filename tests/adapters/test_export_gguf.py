@@ -1,0 +1,168 @@
+"""The real llama.cpp as a judge: it computes with an exported adapter what PEFT does."""
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+import xllamacpp
+from peft import PeftModel
+
+import dynrank
+
+IDS = [[3, 17, 20, 41, 9], [5, 1, 33, 7, 30, 2]]
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+}
+KINDS = {"llama": (hf.LlamaConfig, hf.LlamaForCausalLM), "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM)}
+
+
+def moved(config, name, values):
+    """The rows of a weight, or of a lora_B, where llama.cpp wants them: it rotates neighbours in Llama's heads."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-1])
+    if config.model_type != "llama" or heads is None:
+        return values
+    return values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+
+
+def names_of(config):
+    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}[config.model_type]
+    return gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+
+
+def write(file, config, tensors, metadata):
+    """A GGUF file of {name: values}, after ``metadata(writer)``."""
+    writer = gguf.GGUFWriter(file, config.model_type)
+    metadata(writer)
+    for name, values in tensors.items():
+        writer.add_tensor(name, np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_base(file, model):
+    """``model`` in float32 with a vocabulary of nonsense: what is asked are numbers of tokens."""
+    config = model.config
+
+    def metadata(writer):
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_rope_dimension_count(config.head_dim)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+        writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+        writer.add_token_merges(["t 1"])
+        writer.add_eos_token_id(0)
+
+    names, tensors = names_of(config), {}
+    for key, value in model.state_dict().items():
+        values = value.numpy()
+        tensors[names.get_name(key, (".weight",))] = moved(config, key.removesuffix(".weight"), values)
+    write(file, config, tensors, metadata)
+
+
+def answers(base, adapter=None):
+    """Logarithms of the probabilities of the next token after each of ``IDS``, in float32 throughout."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(base)
+    params.verbosity, params.warmup, params.fit_params, params.n_parallel = -1, False, False, 1
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    if adapter is not None:
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
+    server, rows = xllamacpp.Server(params), []
+    for ids in IDS:
+        said = server.handle_completions({"prompt": ids, "n_predict": 1, "n_probs": 1000, "temperature": 0.0})
+        found = said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        rows.append([of_token["logprob"] for of_token in sorted(found, key=lambda each: each["id"])])
+    return torch.tensor(rows)
+
+
+@torch.no_grad()
+def by_torch(model):
+    return torch.stack([model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in IDS])
+
+
+def plain(kind, **changes):
+    torch.manual_seed(0)
+    config, cls = KINDS[kind]
+    return cls(config(**SIZES | changes)).eval()
+
+
+def adapted(zoo, model, targets="all-linear", **options):
+    """Ranks 1 to 5 and alphas 3 to 7, other ones in every layer."""
+    rules = {
+        rf"layers\.{layer}\..*{name}": {"rank": 1 + (layer + place) % 5, "alpha": 3 + (2 * layer + place) % 5}
+        for layer in range(2)
+        for place, name in enumerate(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    }
+    return zoo.trained(dynrank.add_lora(model, rank=2, alpha=8, target_modules=targets, rank_map=rules, **options))
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def served(request, zoo, tmp_path_factory):
+    """(folder with a base as HF folder and as F32 GGUF and an adapter of unlike ranks, and what PEFT answers)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = plain(request.param)
+    model.save_pretrained(folder / "base")
+    write_base(folder / "base.gguf", model)
+    targets = [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
+    ]
+    dynrank.save_adapter(adapted(zoo, plain(request.param), targets), folder / "adapter")
+    theirs = PeftModel.from_pretrained(plain(request.param), folder / "adapter").eval()
+    return folder, model, by_torch(theirs)
+
+
+def test_llama_cpp_computes_with_an_exported_adapter_what_peft_does(served):
+    folder, model, expected = served
+    assert (answers(folder / "base.gguf") - by_torch(model)).abs().max() < 1e-4
+    assert (by_torch(model) - expected).abs().max() > 1
+    dynrank.export_adapter(folder / "adapter", folder / "ours.gguf", to="gguf", model=str(folder / "base"))
+    assert (answers(folder / "base.gguf", folder / "ours.gguf") - expected).abs().max() < 1e-4
+
+
+def test_llama_cpp_misreads_by_one_alpha_what_is_not_padded(served):
+    """Its own converter writes each factor as it is, and one alpha for all."""
+    folder, model, expected = served
+    dynrank.export_adapter(folder / "adapter", folder / "padded", to="padded")
+    for name in ("adapter", "padded"):
+        adapter, tensors = dynrank.read_adapter(folder / name), {}
+        for layer in adapter.layers:
+            lora_A, lora_B = (adapter.tensor(key).numpy() for key in adapter.layers[layer].keys)
+            key = names_of(model.config).get_name(layer)
+            tensors[f"{key}.weight.lora_a"] = lora_A.T if "embed" in layer else lora_A
+            tensors[f"{key}.weight.lora_b"] = moved(model.config, layer, lora_B)
+
+        def metadata(writer, alpha=adapter.config.lora_alpha):
+            writer.add_type(gguf.GGUFType.ADAPTER)
+            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+
+        write(folder / f"{name}.gguf", model.config, tensors, metadata)
+    assert (answers(folder / "base.gguf", folder / "adapter.gguf") - expected).abs().max() > 0.1
+    assert (answers(folder / "base.gguf", folder / "padded.gguf") - expected).abs().max() < 1e-4
