@@ -14,8 +14,9 @@ from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
 from dynrank.adapters.layouts import one_scaling, padded, stored_factors
 from dynrank.adapters.merging import base_source
-from dynrank.adapters.read import Adapter, StoredLayer, open_adapter
+from dynrank.adapters.read import Adapter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
+from dynrank.adapters.stored import StoredLayer
 from dynrank.errors import ConfigurationError, Count, validated_call
 from dynrank.models.names import model_source, public_name
 from dynrank.models.pretrained import read_config

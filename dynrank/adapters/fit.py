@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dynrank.adapters.read import FLOATS, Adapter
+from dynrank.adapters.read import Adapter
+from dynrank.adapters.stored import FLOATS
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import compiled_alone, uncompiled

@@ -1,4 +1,4 @@
-"""How much of its rank each layer of a stored PEFT adapter uses; neither a model nor PEFT is needed."""
+"""How much of its rank each layer of a stored adapter uses; neither a model nor PEFT is needed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from dynrank.adapters.read import StoredLayer, one_thread, open_adapter
+from dynrank.adapters.read import open_stored
+from dynrank.adapters.stored import StoredLayer, one_thread
 from dynrank.linalg import effective_rank, energy_rank, singular_values
 
 __all__ = ["LayerSpectrum", "inspect_adapter"]
@@ -35,13 +36,13 @@ class LayerSpectrum(StoredLayer):
         return effective_rank(torch.tensor(self.singular_values)) if any(self.singular_values) else 0.0
 
 
-def inspect_adapter(folder: str | Path) -> list[LayerSpectrum]:
-    """The layers of a PEFT LoRA adapter, by name; they are read one after the other.
+def inspect_adapter(path: str | Path) -> list[LayerSpectrum]:
+    """The layers of a LoRA, by name: a PEFT adapter's folder, or a file; they are read one after the other.
 
     Raises:
         ConfigurationError: if it cannot be used, or a factor holds NaN or inf (it names the layer).
     """
-    with open_adapter(folder) as adapter, one_thread():
+    with open_stored(path) as adapter, one_thread():
         spectra = []
         for name, stored in adapter.layers.items():
             values = singular_values(*adapter.factors(name)) * abs(stored.scaling)

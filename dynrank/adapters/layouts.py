@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from dynrank.adapters.read import Adapter
+from dynrank.adapters.stored import Factors
 
-__all__ = ["Factors", "one_scaling", "padded", "stored_factors"]
-
-Factors = tuple[Tensor, Tensor, float]  # lora_A, lora_B and the scaling of a layer
+__all__ = ["one_scaling", "padded", "stored_factors"]
 
 
 def stored_factors(adapter: Adapter) -> dict[str, Factors]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, make_config
-from dynrank.adapters.layouts import Factors, padded, stored_factors
+from dynrank.adapters.layouts import padded, stored_factors
 from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, Adapter, read_adapter, sort_keys
+from dynrank.adapters.stored import Factors, write_tensors
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.base import LoRALayer
@@ -105,8 +105,7 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     try:
         with whole_files(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_part, config_part), os_errors(folder):
             config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(dict(tensors), weights_part, metadata=metadata)
-            _sort_metadata(weights_part, metadata)
+            write_tensors(weights_part, tensors, metadata)
             weights_part.chmod(config_part.stat().st_mode)  # safetensors lets nobody else read it
     except OSError:
         with suppress(OSError):  # an adapter from before is in it
@@ -157,16 +156,6 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
             f"{broken[0]!r} holds NaN, inf or a number too large for float32, as do {len(broken) - 1} other tensors of "
             "the adapter: the training diverged; set optimizer.lr lower"
         )
-
-
-def _sort_metadata(file: Path, metadata: dict[str, str]) -> None:
-    """Bring the metadata, which safetensors writes in any order, into theirs: equal adapters are equal files."""
-    wanted = json.dumps(metadata, separators=(",", ":")).encode()
-    other = json.dumps(dict(reversed(metadata.items())), separators=(",", ":")).encode()
-    with file.open("r+b") as opened:
-        start = opened.read(256)
-        opened.seek(0)
-        opened.write(start.replace(other, wanted))
 
 
 def target_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:

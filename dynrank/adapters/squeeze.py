@@ -1,4 +1,4 @@
-"""Compress a stored PEFT adapter; by its factors alone, neither a model nor PEFT is needed."""
+"""Compress a stored adapter; by its factors alone, neither a model nor PEFT is needed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dynrank.adapters.beside import LABELS_FILE, input_files
-from dynrank.adapters.layouts import Factors
-from dynrank.adapters.read import Adapter, one_thread, open_adapter
+from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
+from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
+from dynrank.adapters.stored import Factors, StoredAdapter, one_thread
 from dynrank.change.predict import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import singular_values, truncate_product
-from dynrank.output.output_folder import check_free, whole_or_nothing
+from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
 __all__ = ["Squeezed", "squeeze_adapter"]
@@ -38,11 +39,14 @@ def squeeze_adapter(
     settings stay, and tokenizer files and names of labels come along. Memory holds the new adapter and one pair of the
     old factors. ``out`` appears when it is whole, or not at all.
 
+    A file of diffusers, kohya or ComfyUI is computed with in float32 and stored in the dtypes that it had. What is no
+    plain LoRA layer of it (LoHa, LoKr, DoRA) is copied. Alphas become one, see :func:`rewrite_file`.
+
     Exactly one of ``rank``, ``energy`` and ``budget`` says how far:
 
     Args:
-        source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
-        out: folder to make; it may exist if it is empty.
+        source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors), or a safetensors file.
+        out: folder to make, which may exist if it is empty; of a file, a file to make.
         rank: of every layer that has more.
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of today's ("0.5", "50%", 0.5), spent where the
@@ -57,9 +61,7 @@ def squeeze_adapter(
     """
     source, out = Path(source), Path(out)
     _check_options(rank, energy, budget)
-    with open_adapter(source) as adapter:
-        check_free(out, source)
-        beside = [*input_files(source), *source.glob(LABELS_FILE)]
+    with open_stored(source) as adapter:
         target: Target
         if rank is not None:
             target = Rank(rank)
@@ -67,12 +69,23 @@ def squeeze_adapter(
             target = Energy(energy)
         else:
             target = _budget(budget, adapter)
+        if isinstance(adapter, SingleFile):
+            if way is not None:
+                raise ConfigurationError(f"--gates takes the folder of a PEFT adapter, got the file {str(source)!r}")
+            if out.suffix != SUFFIX:
+                raise ConfigurationError(f"--out must be a new file, NAME{SUFFIX}, got {str(out)!r}")
+            with new_file(out) as file:
+                factors, reports = _by_norm(adapter, target)
+                rewrite_file(file, adapter, factors)
+            return reports
+        check_free(out, source)
+        beside = [*input_files(source), *source.glob(LABELS_FILE)]
         with whole_or_nothing(out) as folder:
-            for file in beside:
-                shutil.copyfile(file, folder / file.name)
+            for path in beside:
+                shutil.copyfile(path, folder / path.name)
             factors, reports = (way or _by_norm)(adapter, target)
             rewrite_adapter(folder, adapter, factors)
-            return reports
+        return reports
 
 
 def _check_options(rank: int | None, energy: float | None, budget: int | float | str | None) -> None:
@@ -86,7 +99,7 @@ def _check_options(rank: int | None, energy: float | None, budget: int | float |
         raise ConfigurationError(f"--energy must be a share in (0, 1], got {energy}")
 
 
-def _budget(budget: int | float | str | None, adapter: Adapter) -> Budget:
+def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
     states = {name: LayerState(layer.rank, *layer.shape) for name, layer in adapter.layers.items()}
     target = Budget(_parameters(budget, adapter))
     least = target.floor_parameters(states)
@@ -95,7 +108,7 @@ def _budget(budget: int | float | str | None, adapter: Adapter) -> Budget:
     return target
 
 
-def _parameters(budget: int | float | str | None, adapter: Adapter) -> int:
+def _parameters(budget: int | float | str | None, adapter: StoredAdapter) -> int:
     text = str(budget).strip()
     if re.fullmatch(r"\d[\d_]*", text):
         return int(text)
@@ -111,7 +124,7 @@ def _parameters(budget: int | float | str | None, adapter: Adapter) -> int:
 
 
 @one_thread()
-def _by_norm(adapter: Adapter, target: Target) -> Squeezed:
+def _by_norm(adapter: StoredAdapter, target: Target) -> Squeezed:
     """Each layer's largest singular values; they are read one after the other."""
     factors, reports, states = {}, [], {}
     for name, layer in adapter.layers.items():

@@ -26,6 +26,15 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as
 Adapter = Annotated[
     Path, typer.Argument(callback=_adapter_of, help="Folder of a PEFT LoRA adapter, or of the run that made it")
 ]
+Stored = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER",
+        callback=_adapter_of,
+        help="Folder of a PEFT LoRA adapter, or of the run that made it; or a .safetensors file of diffusers, kohya or "
+        "ComfyUI",
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(help="Folder, hub name or short name of the model that it was trained on, if not as the adapter says"),
@@ -111,8 +120,8 @@ def plan(
 
 @app.command()
 def squeeze(
-    adapter: Adapter,
-    out: Out,
+    adapter: Stored,
+    out: Annotated[Path, typer.Option(help="Folder to write, new or empty; for a file, a new file")],
     rank: Annotated[
         int | None, typer.Option(parser=_whole, metavar="N", help="Rank of every layer that has more")
     ] = None,
@@ -129,7 +138,7 @@ def squeeze(
     model: Base = None,
     data: Data = None,
 ) -> None:
-    """Compress a PEFT adapter to lower ranks; give one of --rank, --energy and --budget."""
+    """Compress an adapter to lower ranks; give one of --rank, --energy and --budget."""
     _check_gates(gates, model, data)
     from dynrank.commands.squeeze import print_squeeze
 
@@ -196,13 +205,13 @@ def predict(
 
 @app.command()
 def inspect(
-    adapter: Adapter,
+    adapter: Stored,
     plot: Annotated[Path | None, typer.Option(help="Picture of the singular values to write: FILE.png")] = None,
     gates: Gates = False,
     model: Base = None,
     data: Data = None,
 ) -> None:
-    """Show each layer of a PEFT adapter: rank, scaling, singular values, and how many directions hold its energy.
+    """Show each layer of an adapter: rank, scaling, singular values, and how many directions hold its energy.
 
     With --gates also the rank that it would keep in an adapter of half and of a quarter of the parameters.
     """

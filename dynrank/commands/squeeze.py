@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.read import Adapter
+from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
 from dynrank.change.predict import report_of, spectra
 from dynrank.change.resize import resize
@@ -24,8 +24,8 @@ def print_squeeze(source: Path, out: Path, data: str | None, model: str | None, 
     """Squeeze the adapter in ``source`` into ``out``, and print what became of it.
 
     Args:
-        source: folder of a PEFT LoRA adapter.
-        out: folder to make.
+        source: folder of a PEFT LoRA adapter, or a file of diffusers, kohya or ComfyUI.
+        out: folder, or file, to make.
         data: file of examples by which gates choose; None: singular values do.
         model: that the adapter was trained on; None: as it says.
         **options: of :func:`dynrank.adapters.squeeze.squeeze_adapter`.
@@ -39,7 +39,17 @@ def print_squeeze(source: Path, out: Path, data: str | None, model: str | None, 
     print_table(change_table("squeezed adapter", layers, RankEvent(0, "squeeze", tuple(layers)).loss))
     before = sum(layer.rank_before * layer.width for layer in layers)
     after = before - sum(layer.parameters_saved for layer in layers)
-    print_facts({"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss, "files": out})
+    facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss}
+    print_facts(facts | (_of_file(source, out) if source.is_file() else {"files": out}))
+
+
+def _of_file(source: Path, out: Path) -> dict[str, object]:
+    with open_stored(source) as adapter:
+        others = adapter.others
+    kinds = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in others})
+    copied = {"copied": f"{len(others)} tensors that are of no plain layers: {', '.join(kinds)}"} if others else {}
+    sizes = " → ".join(f"{file.stat().st_size / 1e6:.1f} MB" for file in (source, out))
+    return copied | {"file": f"{out}, {sizes}"}
 
 
 def _by_gates(adapter: Adapter, target: Target, *, data: str, model: str | None, facts: dict[str, object]) -> Squeezed:

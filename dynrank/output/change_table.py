@@ -44,9 +44,11 @@ def layer_kinds(names: Iterable[str]) -> dict[str, str]:
     {'h.0.attn.q': 'attn.q', 'h.1.attn.q': 'attn.q', 'head': 'head'}
     >>> layer_kinds(["encoder.0.q", "decoder.0.q"])
     {'encoder.0.q': 'encoder.*.q', 'decoder.0.q': 'decoder.*.q'}
+    >>> layer_kinds(["lora_unet_blocks_0_to_q"])
+    {'lora_unet_blocks_0_to_q': 'to_q'}
     """
-    whole = {name: re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names}
-    tails = {kind: kind.rpartition("*.")[2] for kind in whole.values()}
+    whole = {name: re.sub(r"(?<=[._])\d+(?=[._])", "*", name) for name in names}
+    tails = {kind: re.sub(r".*\*[._]", "", kind) for kind in whole.values()}
     bearers = Counter(tails.values())
     return {name: tails[kind] if bearers[tails[kind]] == 1 else kind for name, kind in whole.items()}
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from os.path import realpath
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from dynrank.errors import ConfigurationError
-from dynrank.output.whole_file import os_errors, whole_file
+from dynrank.output.whole_file import PART, os_errors, whole_file
 
 __all__ = ["check_free", "new_file", "whole_or_nothing"]
 
@@ -32,22 +33,32 @@ def check_free(out: Path, *sources: Path) -> None:
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A folder to write to, which takes the name ``out`` at the end of the block; an error leaves nothing.
 
-    A killed process leaves a hidden folder beside ``out``.
+    What a killed process leaves is hidden beside ``out``, and goes with the next one.
 
     Raises:
-        ConfigurationError: if a file or folder cannot be written, or ``out`` holds something by then.
+        ConfigurationError: if a file or folder cannot be written, ``out`` holds something by then, or another process
+            is writing it.
     """
-    with _naming(out):
+    with _naming(out), ExitStack() as stack:
         out = Path(realpath(out))  # Path.resolve has no OSError for a link to itself
         if not os.path.lexists(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as beside:
-            part = Path(beside) / out.name
-            part.mkdir()
-            yield part
-            for file in part.iterdir():
-                file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
-            os.rename(part, out)
+        beside = out.parent / f".{out.name}{PART}"
+        beside.mkdir(exist_ok=True)
+        handle = os.open(beside, os.O_RDONLY)
+        stack.callback(os.close, handle)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigurationError(f"another process is writing --out {str(out)!r}") from None
+        stack.callback(shutil.rmtree, beside)
+        part = beside / out.name
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        yield part
+        for file in part.iterdir():
+            file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
+        os.rename(part, out)
 
 
 @contextmanager
@@ -62,7 +73,10 @@ def new_file(out: Path) -> Iterator[Path]:
             raise ConfigurationError(f"--out must be a new file, {str(out)!r} is there")
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out) as part:
+            part.touch()
+            mode = part.stat().st_mode
             yield part
+            part.chmod(mode)  # safetensors lets nobody else read its files
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 import os
 import stat
 
+import forked
 import pytest
 from safetensors import SafetensorError
 
 from dynrank.errors import ConfigurationError
-from dynrank.output.output_folder import check_free, whole_or_nothing
+from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 
 
 def write(out):
@@ -69,9 +70,39 @@ def test_a_folder_that_somebody_else_has_filled_meanwhile_stays_as_it_is(tmp_pat
     def write_late():
         with whole_or_nothing(tmp_path / "out") as folder:
             (folder / "file").write_text("late")
-            write(tmp_path / "out")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "file").write_text("mine")
 
     with pytest.raises(ConfigurationError, match="cannot write to --out .*Directory not empty"):
         write_late()
-    assert (tmp_path / "out" / "file").read_text() == "whole"
+    assert (tmp_path / "out" / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
+    with whole_or_nothing(tmp_path / "out") as folder:
+        (folder / "file").write_text("first")
+        with pytest.raises(ConfigurationError, match="another process is writing --out"):
+            write(tmp_path / "out")
+    assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from dynrank.output.output_folder import whole_or_nothing, new_file
+
+with whole_or_nothing(Path("out")) as folder, new_file(Path("out.safetensors")) as file:
+    (folder / "half").write_text("half")
+    file.write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_process_leaves_goes_with_the_next(tmp_path):
+    assert forked.run(KILLED, cwd=tmp_path)[0] != 0
+    write(tmp_path / "out")
+    with new_file(tmp_path / "out.safetensors") as file:
+        file.write_text("whole")
+    found = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.name != "printed.txt"}
+    assert found == {"out", "out/file", "out.safetensors"}

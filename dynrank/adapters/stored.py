@@ -1,0 +1,180 @@
+"""What a LoRA on disk holds, whatever its format: layers known by the shapes of their factors, and other tensors."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dynrank.errors import ConfigurationError
+from dynrank.linalg import finite
+
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+Factors = tuple[Tensor, Tensor, float]  # lora_A, lora_B and the scaling of a layer
+_LISTED = 20  # faults of a file
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A layer of an adapter, known from the settings and the shapes of its factors.
+
+    Attributes:
+        keys: of lora_A and lora_B in the file.
+        rank: of the update; a factor may have more rows than min(d_out, d_in), which do not count.
+        shape: (d_out, d_in) of the update; d_in of a convolution is channels times the size of the kernel.
+        kernel: size of a convolution's kernel, () for other layers.
+        alpha: by the settings.
+        scaling: factor of ``lora_B @ lora_A`` in the update.
+    """
+
+    keys: tuple[str, str]
+    rank: int
+    shape: tuple[int, int]
+    kernel: tuple[int, ...]
+    alpha: float
+    scaling: float
+
+    @property
+    def parameters(self) -> int:
+        return self.rank * sum(self.shape)
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A LoRA, checked by itself but not yet held against a model.
+
+    Attributes:
+        source: the folder or file that it was read from.
+        layers: by name, numbers in names in their order.
+        others: name -> key in the file, of every other tensor.
+        tensor: the tensor of a key, as stored.
+    """
+
+    source: str
+    layers: Mapping[str, StoredLayer]
+    others: Mapping[str, str]
+    tensor: Callable[[str], Tensor]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer, as matrices.
+
+        Raises:
+            ConfigurationError: if one is not finite in float32, or the rank is above min(d_out, d_in).
+        """
+        layer, (lora_B, lora_A) = self.layers[name], self.matrices(name)
+        if lora_A[layer.rank :].any() or lora_B[:, layer.rank :].any():
+            raise ConfigurationError(
+                f"{name!r} must have a rank of at most min(d_in, d_out) = {layer.rank}, got {len(lora_A)} in the "
+                f"adapter {self.source!r}"
+            )
+        return lora_B[:, : layer.rank], lora_A[: layer.rank]
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """(lora_B, lora_A) of a layer, flattened and with all the rows and columns that are stored."""
+        lora_A, lora_B = (self.tensor(key).flatten(1) for key in self.layers[name].keys)
+        if not (finite(lora_A) and finite(lora_B)):
+            raise ConfigurationError(
+                f"{name!r} holds NaN, inf or a number too large for float32 in the adapter {self.source!r}"
+            )
+        return lora_B, lora_A
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Factors are tall and thin: threads gain little on them, and lose much where another process wants the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A safetensors file, of which tensors are read when they are asked for.
+
+    Raises:
+        ConfigurationError: if it is none.
+    """
+    with ExitStack() as stack:
+        try:
+            held = stack.enter_context(path.open("rb"))
+            # safetensors opens a path twice, for the header and for the numbers; by then it may name another file
+            file = stack.enter_context(safe_open(f"/dev/fd/{held.fileno()}", framework="pt"))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ConfigurationError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+        yield file
+
+
+def stored_tensor(file: Any, key: str, path: Path) -> Tensor:
+    try:
+        tensor: Tensor = file.get_tensor(key)
+    except (SafetensorError, OSError) as error:
+        raise ConfigurationError(f"cannot read {key!r} in {str(path)!r}: {error}") from None
+    return tensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file: equal ones for equal content, where safetensors would write metadata in any order.
+
+    Raises:
+        SafetensorError: if it cannot be written.
+    """
+    save_file(dict(tensors), path, metadata=dict(metadata) or None)
+    with path.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+        header |= {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+        opened.seek(8)
+        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+
+
+def refuse_faults(faults: list[str], source: str) -> None:
+    """Raise a ConfigurationError that names the ``faults`` of an adapter, if there are any."""
+    if len(faults) > 1:
+        more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
+        raise ConfigurationError(f"the adapter {source!r} cannot be used:\n  " + "\n  ".join(faults[:_LISTED]) + more)
+    if faults:
+        raise ConfigurationError(f"the adapter {source!r} cannot be used: {faults[0]}")
+
+
+def numbers_as_such(name: str) -> list[tuple[int, str]]:
+    """By which names are sorted so that 10 comes after 9."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def checked_layer(file: Any, pair: Mapping[str, str], settings: tuple[int, float, float] | None) -> StoredLayer:
+    """A layer of ``file`` whose factors fit together.
+
+    Args:
+        file: as from :func:`opened`.
+        pair: key of each factor, "A" and "B".
+        settings: (rank, alpha, scaling); None: the factors' rank, as much alpha, and 1.
+
+    Raises:
+        ValueError: saying what is wrong; the layer's name is to be put before it.
+    """
+    if set(pair) != {"A", "B"}:
+        raise ValueError("lacks one of its two factors")
+    of_A, of_B = file.get_slice(pair["A"]), file.get_slice(pair["B"])
+    shape_A, shape_B = of_A.get_shape(), of_B.get_shape()
+    for dtype in (of_A.get_dtype(), of_B.get_dtype()):
+        if dtype not in FLOATS:
+            raise ValueError(f"must have factors of {[*FLOATS]}, got {dtype}")
+    if len(shape_A) < 2 or len(shape_B) < 2 or torch.Size(shape_B[1:]).numel() != shape_A[0] or 0 in shape_A + shape_B:
+        raise ValueError(f"must have factors (rank, d_in) and (d_out, rank), got {shape_A} and {shape_B}")
+    rank, alpha, scaling = settings or (shape_A[0], float(shape_A[0]), 1.0)
+    if shape_A[0] != rank:
+        raise ValueError(f"must have the rank of the settings (r, rank_pattern), {rank}, got factors of {shape_A[0]}")
+    d_out, d_in = shape_B[0], torch.Size(shape_A[1:]).numel()
+    return StoredLayer((pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling)
