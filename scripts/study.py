@@ -1,27 +1,26 @@
 """Which way from a high rank to a small adapter pays, at the bytes of ranks 16 to 2?
 
-Arms: fixed ranks; cuts from rank 16, uniform or one budget by gates, early or late, with and without a higher rate of
-the adapter afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found by gates or by
-the gradients before the first step (GoRA); PEFT's AdaLoRA; some of them with Muon. Batches, dropout, head and scaling
-are the same in all arms of a seed, and arms that start alike go on from one model up to their cut. On the first seed
-every arm is trained at each learning rate, and at a neighbour where it is best at the edge; on the others at the rate
-of its best validation loss there.
+Arms: fixed ranks; cuts from rank 16, uniform, or one budget by weight or by gates, early or late, with and without a
+higher rate of the adapter afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found
+by gates or by the gradients before the first step (GoRA); PEFT's AdaLoRA; some of them with Muon. Batches, dropout,
+head and scaling are the same in all arms of a seed, and arms that start alike go on from one model up to their cut. On
+the first two seeds every arm is trained at each learning rate, and at a neighbour where it is best at the edge; on the
+others at the rate whose validation loss is best over these two.
 
-Writes study.csv (a row per run) and study_TASK.png into scripts/results/, and prints the table. It may be interrupted:
-runs that the file holds already are not made again.
-Run: .venv/bin/python scripts/study.py [TASK] [--seeds N] [--rates R ...] [--minutes M] [--processes N] [KEY=V ...]
+Adds to study.csv (a row per run, as soon as it is made), draws study_TASK.png into scripts/results/, and prints the
+table. It may be interrupted: runs that the file holds already are not made again. Several at once, of other seeds, tasks
+or arms, may write to one file. Run:
+.venv/bin/python scripts/study.py [TASK] [--seeds N ...] [--rates R ...] [--only PATTERN] [--minutes M] [--set KEY=V ...]
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import signal
+import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -33,8 +32,6 @@ from typing import Any
 import torch
 from adalora import adalora, allocation_of, kept_parameters
 from matplotlib.figure import Figure
-from rich.console import Console
-from rich.table import Table as Printed
 from study_bench import (
     RESULTS,
     TASKS,
@@ -55,7 +52,6 @@ from dynrank.change.gates import Gates
 from dynrank.driver.rates import Rates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, auto
-from dynrank.targets import Budget
 
 HIGH, WINDOW, EARLY = 16, 20, 1 / 3
 FIELDS = ("task", "seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy")
@@ -68,11 +64,15 @@ class Arm:
 
     Attributes:
         rank: whose bytes it ends with.
-        by: "" is fixed from the start; "uniform" cuts every layer to the rank; "gates" shares the bytes out;
+        by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "gates" share the bytes out;
             "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is PEFT's;
             "auto" is cut from the rank to what validation then allows.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
+        optimizer: AdamW or Muon.
+        start: rank before the cut.
+        highest: that no layer exceeds after it.
+        but: a part of the names of layers that keep their rank.
     """
 
     rank: int
@@ -80,27 +80,32 @@ class Arm:
     at: float = EARLY
     rate: float = 1.0
     optimizer: str = "AdamW"
+    start: int = HIGH
+    highest: int | None = None
+    but: str = ""
 
     def __str__(self) -> str:
         if self.by == "AdaLoRA":
             return f"AdaLoRA {HIGH} → {self.rank}"
         if self.by == "auto":
             return f"auto from {self.rank}"
-        name = f"{HIGH} → {self.rank} {self.by} at {self.at:.2g}" if self.is_cut else f"rank {self.rank}"
+        name = f"{self.start} → {self.rank} {self.by} at {self.at:.2g}" if self.is_cut else f"rank {self.rank}"
         name += ", allocation found by gates, from the start" if self.by == "found" else ""
         name += ", allocation by GoRA" if self.by == "GoRA" else ""
+        name += f", at most {self.highest}" if self.highest else ""
+        name += f", {self.but} kept" if self.but else ""
         name += f", rate × {self.rate:.3g}" if self.rate != 1 else ""
         return name + (f", {self.optimizer}" if self.optimizer != "AdamW" else "")
 
     @property
     def is_cut(self) -> bool:
-        return self.by in ("uniform", "gates")
+        return self.by in ("uniform", "weight", "gates")
 
     @property
     def trunk(self) -> tuple[int, str] | None:
         """What arms have in common that start alike; None for those that share nothing."""
         high = self.is_cut or self.by == "found"
-        return (HIGH if high else self.rank, self.optimizer) if high or not self.by else None
+        return (self.start if high else self.rank, self.optimizer) if high or not self.by else None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -109,9 +114,10 @@ class Arm:
 
 
 ROOT = (HIGH / 2) ** 0.5  # rate × this keeps the size of a step of the update
-_RANKS = [Arm(rank) for rank in (2, 4, HIGH)]
+_RANKS = [Arm(rank) for rank in (HIGH, 2, 4)]
 _RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
 _CUTS = [Arm(low, "gates", rate=2.0) for low in (4, 2)]
+_WAYS = [Arm(low, by, rate=rate) for low, rate in ((2, ROOT), (4, 2.0)) for by in ("uniform", "weight", "gates")]
 _MUON = [Arm(4, optimizer="Muon"), Arm(HIGH, optimizer="Muon"), Arm(4, "gates", rate=2.0, optimizer="Muon")]
 ARMS = {
     "medical_terms": [
@@ -120,9 +126,11 @@ ARMS = {
         *_CUTS,
         Arm(8),
         Arm(8, "gates", rate=2.0),
-        *(Arm(low, by, rate=2.0) for low in (4, 2) for by in ("uniform", "found")),
+        *_WAYS,
+        *(replace(arm, but="pooler") for arm in _WAYS),
+        Arm(2, "uniform", rate=2.0),
+        *(Arm(low, "found", rate=2.0) for low in (4, 2)),
         *(Arm(low, "gates") for low in (4, 2)),
-        Arm(2, "gates", rate=ROOT),
         Arm(4, "gates", at=0.75),
         *(Arm(low, "AdaLoRA") for low in (4, 2)),
         *(Arm(low, "GoRA") for low in (4, 2)),
@@ -134,20 +142,32 @@ ARMS = {
         *_RANKS,
         *_RAISED,
         *_CUTS,
+        *_WAYS[:3],
         Arm(2, "uniform", rate=2.0),
         Arm(2, "found", rate=2.0),
-        Arm(2, "gates", rate=ROOT),
         Arm(2, "AdaLoRA"),
         *_MUON,
         Arm(HIGH, "auto"),
     ],
     "code_completion": [Arm(2), Arm(HIGH), Arm(2, "gates", rate=2.0), Arm(2, "uniform", rate=2.0)],
+    "cpp_headers": [
+        *_RANKS,
+        Arm(HIGH, rate=2.0),
+        *_WAYS,
+        *(Arm(low, "gates", rate=rate, highest=2 * low) for low, rate in ((2, ROOT), (4, 2.0))),
+        Arm(HIGH, "auto"),
+        *(Arm(low, "AdaLoRA") for low in (4, 2)),
+        Arm(HIGH, optimizer="Muon"),
+        *(Arm(4, by, rate=2.0, optimizer="Muon") for by in ("uniform", "gates")),
+        Arm(4, "uniform", rate=ROOT, start=32),
+    ],
 }
+CHOOSING = 2  # seeds on which an arm's rate is chosen
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process does in one go: arms of one task, seed and rate that start alike."""
+    """Arms of one task, seed and rate that start alike."""
 
     task: str
     seed: int
@@ -161,15 +181,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, then print and draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", choices=TASKS, default="medical_terms")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of a run, instead of the task's")
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--rates", type=float, nargs="+", help="instead of the task's")
+    parser.add_argument("--only", default="", metavar="PATTERN", help="arms whose names hold this regular expression")
     parser.add_argument("--minutes", type=float, default=inf, help="begin no run after these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file and the plot")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration: task.model=FOLDER")
     options = parser.parse_args(arguments)
-    work, arms, task = TASKS[options.task], ARMS[options.task], options.task
+    work, task = TASKS[options.task], options.task
+    arms = [arm for arm in dict.fromkeys(ARMS[task]) if re.search(options.only, str(arm))]
     rates, overrides = options.rates or work.rates, (*work.overrides, *options.set)
     until = time.monotonic() + 60 * options.minutes
     table = Table(options.out / "study.csv", FIELDS, ("task", "seed", "arm", "lr"))
@@ -181,65 +202,52 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for arm, lr in arms_and_rates
             if table.lacks(task, seed, str(arm), lr)
         ]
-        run_all(table, missing, options.processes, until)
+        for unit in alike(missing):
+            for row in rows_of(unit, until):
+                table.add(row)
+                print(", ".join(str(row[name]) for name in ("seed", "arm", "lr", "val_loss", "test_loss")), flush=True)
 
-    run([0], [(arm, lr) for lr in rates for arm in arms])
-    while (edges := at_an_edge(table, task, arms)) and time.monotonic() < until:
-        run([0], edges)
+    torch.set_num_threads(1)  # small products: a second thread mostly spins
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft on transformers 5
+    choosing = [seed for seed in options.seeds if seed < CHOOSING]
+    run(choosing, [(arm, lr) for lr in rates for arm in arms])
+    while choosing and (edges := at_an_edge(table, task, arms)) and time.monotonic() < until:
+        run(choosing, edges)
     best = {arm: rate for arm in arms if (rate := best_rate(table, task, arm)) is not None}
-    run(range(1, options.seeds), [*best.items()])
+    run([seed for seed in options.seeds if seed >= CHOOSING], [*best.items()])
+    best = {arm: rate for arm in ARMS[task] if (rate := best_rate(table, task, arm)) is not None}
     rows = [row for row in table.rows if row["task"] == task]
-    show(rows, best, task)
+    show(rows, best)
     draw(rows, best, task, options.out / f"study_{task}.png")
 
 
-def run_all(table: Table, missing: Iterable[Unit], processes: int, until: float) -> None:
-    """Train units of an arm each, arms of a common start in one go; each unit is in the table when it is done."""
+def alike(missing: Iterable[Unit]) -> list[Unit]:
+    """Units of an arm each, those of a common start put together."""
     units: dict[object, Unit] = {}
     for unit in missing:
-        alike = (unit.seed, unit.lr, unit.arms[0].trunk or unit.arms)
-        before = units.get(alike, replace(unit, arms=()))
-        units[alike] = replace(before, arms=(*before.arms, *unit.arms))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=_leave_interrupts) as pool:
-        waiting = sorted(units.values(), key=lambda unit: (unit.seed, -len(unit.arms)))
-        try:
-            for done in as_completed([pool.submit(rows_of, unit, until) for unit in waiting]):
-                for row in done.result():
-                    table.add(row)
-                    print(
-                        ", ".join(str(row[name]) for name in ("seed", "arm", "lr", "val_loss", "test_loss")), flush=True
-                    )
-        except BaseException:  # what is under way would take minutes, and is made again
-            for process in multiprocessing.active_children():
-                process.terminate()
-            raise
+        key = (unit.seed, unit.lr, unit.arms[0].trunk or unit.arms)
+        before = units.get(key, replace(unit, arms=()))
+        units[key] = replace(before, arms=(*before.arms, *unit.arms))
+    return [*units.values()]
 
 
-def _leave_interrupts() -> None:
-    """Ctrl-C goes to all processes of a terminal; the first one ends the others."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def rows_of(unit: Unit, until: float) -> list[Row]:
+def rows_of(unit: Unit, until: float) -> Iterator[Row]:
     """Train the arms of a unit; the losses of what diverges are infinite. After the time ``until`` nothing is begun."""
     if time.monotonic() > until:
-        return []
-    torch.set_num_threads(1)  # small products: a second thread mostly spins
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft on transformers 5
+        return
     setting = Setting(unit.seed, unit.steps, unit.overrides)
     first = unit.arms[0]
     if first.trunk is None:
-        return [_row(unit, first, *from_the_start(setting, first, unit.lr))]
-    trunk, rows, gates = adapted(setting, first.trunk[0], unit.lr, **first.options), [], None
+        yield _row(unit, first, *from_the_start(setting, first, unit.lr))
+        return
+    trunk, gates = adapted(setting, first.trunk[0], unit.lr, **first.options), None
     for at in sorted({arm.at for arm in unit.arms}):
         try:
             gates = advance(trunk, round(at * unit.steps))
         except Diverged:
             gates = None
-        for arm in (arm for arm in unit.arms if arm.at == at):
-            rows.append(_row(unit, arm, *((None, "") if gates is None else finish(trunk, arm, gates, unit.lr))))
-    return rows
+        for arm in (arm for arm in unit.arms if arm.at == at and time.monotonic() < until):
+            yield _row(unit, arm, *((None, "") if gates is None else finish(trunk, arm, gates, unit.lr)))
 
 
 def advance(trainee: Trainee, step: int) -> Gates:
@@ -253,13 +261,15 @@ def advance(trainee: Trainee, step: int) -> Gates:
 def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee | None, object]:
     """The arm trained to the end from where ``trunk`` stands, and the rise of the validation loss by its cut."""
     trainee, rise = deepcopy(trunk), ""
-    per_rank = adapter_parameters(trainee.model) // HIGH
-    shared = arm.by in ("gates", "found")
-    ranks: Any = budget_ranks(trainee.model, Budget(parameters=arm.rank * per_rank), gates) if shared else arm.rank
+    layers = {name: layer for name, layer in lora_layers(trainee.model) if not (arm.but and arm.but in name)}
+    watched = gates if arm.by in ("gates", "found") else None
+    ranks = dict.fromkeys(layers, arm.rank)
+    if arm.by in ("weight", "gates", "found"):
+        ranks = budget_ranks(layers, arm.rank, arm.highest, watched)
     try:
         if arm.is_cut:
             before = trainee.evaluate(trainee.setting.val)[0]
-            resize(trainee.model, ranks, optimizers=[trainee.optimizer], gates=gates if shared else None)
+            resize(trainee.model, ranks, optimizers=[trainee.optimizer], gates=watched)
             rise = f"{trainee.evaluate(trainee.setting.val)[0] / before - 1:.4f}"
         elif arm.by == "found":
             trainee = with_ranks(trainee.setting, ranks, lr)
@@ -307,13 +317,17 @@ def _row(unit: Unit, arm: Arm, trainee: Trainee | None, rise: object) -> Row:
 
 
 def losses_by_rate(table: Table, task: str, arm: Arm) -> dict[float, float]:
-    """Validation losses on the first seed, by learning rate."""
-    tried = [row for row in table.rows if (row["task"], row["seed"], row["arm"]) == (task, "0", str(arm))]
-    return {float(row["lr"]): float(row["val_loss"]) for row in tried}
+    """Validation losses by learning rate, means over the seeds that a rate is chosen on, where each of them has one."""
+    found: dict[float, list[float]] = {}
+    for row in table.rows:
+        if (row["task"], row["arm"]) == (task, str(arm)) and int(row["seed"]) < CHOOSING:
+            found.setdefault(float(row["lr"]), []).append(float(row["val_loss"]))
+    most = max(map(len, found.values()), default=0)
+    return {lr: mean(losses) for lr, losses in found.items() if len(losses) == most}
 
 
 def best_rate(table: Table, task: str, arm: Arm) -> float | None:
-    """The learning rate with the lowest validation loss on the first seed; None if it was trained at none."""
+    """The learning rate with the lowest of these losses; None if it was trained at none."""
     losses = losses_by_rate(table, task, arm)
     return min(losses, key=lambda lr: losses[lr], default=None)
 
@@ -328,26 +342,32 @@ def at_an_edge(table: Table, task: str, arms: Sequence[Arm]) -> list[tuple[Arm, 
     return edges
 
 
-def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str) -> None:
-    """Each arm at its best rate, means over seeds, and its distance to rank 16 throughout, seed by seed."""
-    printed = Printed(title=f"{task}, each arm at its best rate")
-    for column in ("arm", "lr", "MB", "rise at the cut", "test loss (sd)", "less rank 16's, by seed", "accuracy"):
-        printed.add_column(column, justify="left" if column == "arm" else "right")
+def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float]) -> None:
+    """Print a row for each arm at its best rate: means over seeds, and its distance to rank 16 within seeds."""
+    print("| arm | seeds | bytes | rate | at the cut | test loss (sd) | minus rank 16 | accuracy |\n|" + "---|" * 8)
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}")]
-        loss, accuracy = values(mine, "test_loss"), values(mine, "test_accuracy")
+        loss, less = values(mine, "test_loss"), beside_whole(rows, best, arm)
         rises = [float(row["rise"]) for row in mine if row["rise"]]
-        sizes = [4e-6 * float(row["parameters"]) for row in mine if row["parameters"]]
-        printed.add_row(
+        sizes = [float(row["parameters"]) for row in mine if row["parameters"]]
+        whole = values(rows, "parameters", arm=Arm(HIGH))
+        cells = [
             str(arm),
-            f"{lr:g}",
-            f"{mean(sizes):.2f}" if sizes else "",
+            str(len(mine)),
+            f"{mean(sizes) / whole[0]:.3f}" if sizes and whole else "",
+            f"{lr:.3g}",
             f"{mean(rises):+.1%}" if rises else "",
             f"{mean(loss):.3f}" + (f" ({stdev(loss):.3f})" if len(loss) > 1 and all(map(isfinite, loss)) else ""),
-            "" if arm == Arm(HIGH) else " ".join(f"{d:+.3f}" for d in beside_whole(rows, best, arm)),
-            f"{mean(accuracy):.1%}",
-        )
-    Console(width=150).print(printed)
+            "" if arm == Arm(HIGH) or not less else _with_error(less),
+            f"{mean(values(mine, 'test_accuracy')):.1%}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def _with_error(numbers: Sequence[float]) -> str:
+    """Mean and standard error."""
+    error = f" ± {stdev(numbers) / len(numbers) ** 0.5:.3f}" if len(numbers) > 1 and all(map(isfinite, numbers)) else ""
+    return f"{mean(numbers):+.3f}{error}".replace("-", "−")
 
 
 def beside_whole(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], arm: Arm) -> list[float]:
@@ -365,7 +385,8 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     """Test loss, less rank 16's, against the bytes of the adapter; mean and standard error over seeds."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    styles = {"": "ko", "uniform": "vm", "gates": "^g", "found": "<c", "GoRA": "Db", "AdaLoRA": "sr", "auto": "*y"}
+    styles = {"": "ko", "uniform": "vm", "weight": ">c", "gates": "^g", "found": "<c"}
+    styles |= {"GoRA": "Db", "AdaLoRA": "sr", "auto": "*y"}
     labelled: set[str] = set()
     drawn: Counter[float] = Counter()  # arms of about one size lie beside each other
     for arm, lr in best.items():

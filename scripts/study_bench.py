@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 from hydra.utils import instantiate
+from pretrain_small import MODELS
 from torch import Tensor, nn
 
 from dynrank import RankDriver, Training, add_lora, compose, lora_layers
 from dynrank.change.gates import Gates
 from dynrank.change.predict import spectra
 from dynrank.errors import ConfigurationError
+from dynrank.layers.ranked import RankedLayer
 from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
 from dynrank.run.config import plain
 from dynrank.schedules import How, Stage
@@ -50,12 +52,16 @@ class Work:
     overrides: tuple[str, ...]
 
 
+_HEADERS = ("task.data={_target_:study_headers.cpp_headers,_partial_:true,seed:${seed}}", "task.packed=false")
+_HEADERS += ("task.max_length=64", "task.val_examples=400", "model.dtype=bfloat16", "model.attention=eager")
 _LM = ("optimizer.warmup_steps=8", "model.dtype=bfloat16")
 TASKS = {
     "medical_terms": Work(240, (5e-4, 1e-3, 2e-3), ("task=medical_terms", "task.batch_size=32")),
     # six times the steps on 600 terms (and as many of validation and test): a high rank overfits
     "few_medical_terms": Work(1440, (5e-4, 1e-3), ("task=medical_terms", "task.batch_size=32", "task.limit=600")),
     "financial_terms": Work(96, (1e-3, 2e-3, 4e-3), ("task=financial_terms", "task.batch_size=16", *_LM)),
+    # the model of pretrain_small.py, which has read English and Python, learns C++
+    "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), ("task=text", f"task.model={MODELS / 'llama'}", *_HEADERS)),
     "code_completion": Work(96, (1e-3, 2e-3, 4e-3), ("task=code_completion", "task.batch_size=4", *_LM)),
 }
 
@@ -191,13 +197,14 @@ def adapter_parameters(model: nn.Module) -> int:
     return sum(p.numel() for _, layer in lora_layers(model) for p in (layer.lora_A, layer.lora_B))
 
 
-def budget_ranks(model: nn.Module, budget: Budget, gates: Gates) -> dict[str, int]:
-    """Ranks by layer that share out ``budget`` by what the gates say."""
-    layers = dict(lora_layers(model))
+def budget_ranks(
+    layers: Mapping[str, RankedLayer], rank: int, highest: int | None = None, gates: Gates | None = None
+) -> dict[str, int]:
+    """Ranks by layer that share out the parameters of ``rank`` by what the gates say, or by weight."""
     found = spectra(layers, gates)
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
     states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
-    return budget.ranks(states)
+    return Budget(rank=rank, highest=highest).ranks(states)
 
 
 def linear_layers(setting: Setting, model: nn.Module) -> list[str]:
@@ -215,7 +222,7 @@ def gora_ranks(setting: Setting, rank: int, batches: int = 8, highest: int = 16)
     weights: Any = {name: model.get_submodule(name).weight for name in linear_layers(setting, model)}
     for batch in setting.batches[:batches]:
         model(**batch).loss.backward()
-    importance = {name: float((w * w.grad).float().abs().mean()) for name, w in weights.items()}
+    importance = {name: float((w.detach() * w.grad).float().abs().mean()) for name, w in weights.items()}
     sizes = {name: sum(w.shape) for name, w in weights.items()}
     pool, total = rank * sum(sizes.values()), sum(importance.values())
     low, high = 0.0, 1e3  # of a factor: ranks that are cut off at their bounds leave the others more
@@ -258,12 +265,11 @@ class Table:
     def add(self, row: Mapping[str, object]) -> None:
         self.rows.append({name: _text(row[name]) for name in self.fields})
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        part = self.file.with_suffix(".part")
-        with part.open("w", newline="", encoding="utf-8") as text:
+        with self.file.open("a", newline="", encoding="utf-8") as text:
             writer = csv.DictWriter(text, self.fields)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        part.replace(self.file)
+            if text.tell() == 0:
+                writer.writeheader()
+            writer.writerow(self.rows[-1])
 
 
 def values(rows: Iterable[Mapping[str, str]], column: str, **where: object) -> list[float]:

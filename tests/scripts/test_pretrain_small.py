@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
 SIZE = ["--batch", "4", "--length", "32", "--width", "64", "--layers", "2", "--vocabulary", "600"]
-FUSED = {
-    "gpt2": ("transformer.h.1.attn.c_attn", Conv1D),
-    "bloom": ("transformer.h.1.self_attention.query_key_value", torch.nn.Linear),
+TELLING = {  # a module of the last block, its class and the shapes of its weights
+    "gpt2": ("transformer.h.1.attn.c_attn", Conv1D, [(64, 192), (192,)]),
+    "bloom": ("transformer.h.1.self_attention.query_key_value", torch.nn.Linear, [(192, 64), (192,)]),
+    "llama": ("model.layers.1.mlp.up_proj", torch.nn.Linear, [(170, 64)]),
+    "qwen3_moe": ("model.layers.1.mlp.experts", Qwen3MoeExperts, [(8, 128, 64), (8, 64, 64)]),
 }
 
 
@@ -23,12 +26,13 @@ def launch(pretraining, monkeypatch, architecture, folder):
     pretraining.main()
 
 
-@pytest.mark.parametrize("architecture", FUSED)
+@pytest.mark.parametrize("architecture", TELLING)
 def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
     script, architecture, monkeypatch, tmp_path, capsys
 ):
     pretraining = script("pretrain_small")
     monkeypatch.setattr(pretraining, "KEEP_EVERY", 2)
+    monkeypatch.setattr(pretraining, "PACKAGES", ("torchmetrics",))
     launch(pretraining, monkeypatch, architecture, tmp_path / "whole")
     losses = re.findall(r"held out (.*?),", capsys.readouterr().out)
     assert float(losses[-1]) < float(losses[0])
@@ -50,9 +54,9 @@ def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
 
     whole, part = (load_causal_lm(str(tmp_path / name)) for name in ("whole", "part"))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), part.parameters(), strict=True))
-    name, kind = FUSED[architecture]
+    name, kind, shapes = TELLING[architecture]
     assert type(whole.get_submodule(name)) is kind
-    assert sum(whole.get_submodule(name).weight.shape) == 64 + 3 * 64
+    assert [tuple(p.shape) for p in whole.get_submodule(name).parameters()] == shapes
     assert whole.lm_head.weight is whole.get_input_embeddings().weight
     tokenizer = load_tokenizer(str(tmp_path / "whole"))
     text = "Returns a tensor, if any: naïve."

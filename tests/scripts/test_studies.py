@@ -4,7 +4,6 @@ import csv
 from copy import deepcopy
 from types import SimpleNamespace
 
-import forked
 import pytest
 import torch
 from peft.tuners.adalora.layer import SVDLinear
@@ -72,7 +71,6 @@ def test_table_of_other_columns_is_refused_and_kept(scripts, tmp_path):
 def study(scripts, tiny_bert, monkeypatch, tmp_path):
     """A function that runs the study on 80 terms: an arm of each kind, two learning rates, one of which diverges."""
     study = scripts.study
-    monkeypatch.setattr(study.multiprocessing, "get_context", lambda _: forked.CONTEXT)  # which starts them sooner
     kinds = [
         study.Arm(2),
         study.Arm(16, rate=2.0),
@@ -81,13 +79,14 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(2, "GoRA"),
         study.Arm(2, optimizer="Muon"),
         study.Arm(16, "auto"),
+        study.Arm(2, "weight", highest=3, but="pooler"),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
     monkeypatch.setattr(study, "at_an_edge", lambda *_: [])
     small = ["task.limit=80", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
 
     def start():
-        options = ["--seeds", "2", "--steps", "10", "--processes", "1", "--rates", "1e-3", "1e30"]
+        options = ["--seeds", "0", "2", "--steps", "10", "--rates", "1e-3", "1e30"]
         study.main([*options, "--out", str(tmp_path), "--set", *small])
         return rows(tmp_path / "study.csv")
 
@@ -98,25 +97,26 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
 def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study, scripts, tmp_path, capsys):
     written, arms = study(), list(map(str, scripts.study.ARMS["medical_terms"]))
     at_best = {(row["seed"], row["arm"]): row for row in written if row["lr"] == "0.001"}
-    assert at_best.keys() == {(seed, arm) for seed in "01" for arm in arms}
+    assert at_best.keys() == {(seed, arm) for seed in "02" for arm in arms}
     diverged = [row for row in written if row["lr"] != "0.001"]
     assert sorted((row["seed"], row["arm"], row["test_loss"]) for row in diverged) == sorted(
         ("0", a, "inf") for a in arms
     )
     size = {arm: int(at_best["0", arm]["parameters"]) for arm in arms}
-    fixed, doubled, uniform, gates, found, theirs, gora, muon, auto = arms
+    fixed, doubled, uniform, gates, found, theirs, gora, muon, auto, but = arms
     assert size[fixed] == size[uniform] == size[muon] == 2 * WIDTHS
     assert at_best["0", muon]["test_loss"] != at_best["0", fixed]["test_loss"]
     assert size[auto] < size[doubled] == 16 * WIDTHS
     assert size[found] == size[gates] <= 2 * WIDTHS
     assert 0 < size[theirs] < 16 * WIDTHS
     assert 1.5 * WIDTHS < size[gora] <= 2 * WIDTHS
-    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates]
-    assert "each arm at its best rate" in capsys.readouterr().out
+    assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)  # the pooler has 32 inputs and outputs
+    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates, but]
+    assert f"| {gates} | 2 |" in capsys.readouterr().out
     assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
 
     file = tmp_path / "study.csv"
-    lost = [row for row in written if row["arm"] == gates and row["seed"] == "1"]
+    lost = [row for row in written if row["arm"] == gates and row["seed"] == "2"]
     header, *lines = file.read_text(encoding="utf-8").splitlines()
     kept = [line for line, row in zip(lines, written, strict=True) if row not in lost]
     file.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
@@ -129,6 +129,25 @@ def test_next_rate_to_try_is_beyond_the_edge_that_is_best_until_it_diverges(scri
     losses = {low: (1.0, 2.0, 3.0), inside: (2.0, 1.0, 3.0), high: (3.0, 2.0, 1.0), broken: (float("inf"),) * 3}
     for arm, by_rate in losses.items():
         for lr, loss in zip((1e-3, 2e-3, 4e-3), by_rate, strict=True):
-            row = dict.fromkeys(study.FIELDS, "") | {"task": "any", "seed": 0, "arm": str(arm), "lr": lr}
-            table.add(row | {"val_loss": loss})
+            for seed in (0, 1):
+                row = dict.fromkeys(study.FIELDS, "") | {"task": "any", "seed": seed, "arm": str(arm), "lr": lr}
+                table.add(row | {"val_loss": loss})
     assert study.at_an_edge(table, "any", list(losses)) == [(low, 5e-4), (high, 8e-3)]
+
+
+def test_rate_of_an_arm_is_the_best_over_two_seeds(scripts, tmp_path):
+    study, table = scripts.study, scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
+    for seed, by_rate in enumerate([(1.00, 0.99, 0.5), (1.00, 1.30), (9.0, 0.0)]):  # the last rate has one seed alone
+        for lr, loss in zip((1e-3, 2e-3, 4e-3), by_rate, strict=False):
+            row = dict.fromkeys(study.FIELDS, "") | {"task": "any", "seed": seed, "arm": "rank 2", "lr": lr}
+            table.add(row | {"val_loss": loss})
+    assert study.best_rate(table, "any", study.Arm(2)) == 1e-3
+
+
+def test_headers_fall_into_splits_by_file(script):
+    headers = script("study_headers")
+    one, other = headers.cpp_headers(0), headers.cpp_headers(1)
+    texts = [{row["text"] for row in splits["train"]} for splits in (one, other)]
+    assert texts[0] != texts[1]
+    assert 0 < len(one["val"]) < len(one["test"]) < len(one["train"])
+    assert {len(text) for text in texts[0]} <= {*range(1, headers.CHARACTERS + 1)}
