@@ -8,9 +8,9 @@ the first two seeds every arm is trained at each learning rate, and at a neighbo
 others at the rate whose validation loss is best over these two.
 
 Adds to study.csv (a row per run, as soon as it is made), draws study_TASK.png into scripts/results/, and prints the
-table. It may be interrupted: runs that the file holds already are not made again. Several at once, of other seeds, tasks
-or arms, may write to one file. Run:
-.venv/bin/python scripts/study.py [TASK] [--seeds N ...] [--rates R ...] [--only PATTERN] [--minutes M] [--set KEY=V ...]
+table. It may be interrupted: runs that the file holds already are not made again. Several at once, of other seeds,
+tasks or arms, may write to one file.
+Run: .venv/bin/python scripts/study.py [TASK] [--seeds N ...] [--rates R ...] [--only PATTERN] [--minutes M]
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ class Arm:
 
     Attributes:
         rank: whose bytes it ends with.
-        by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "gates" share the bytes out;
-            "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is PEFT's;
-            "auto" is cut from the rank to what validation then allows.
+        by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "gates" share its bytes
+            out; "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is
+            PEFT's; "auto" is cut from the rank to what validation then allows.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
         optimizer: AdamW or Muon.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 from dynrank.tasks.data.splits import SPLITS, number_of, place
 
@@ -12,9 +13,7 @@ CHARACTERS = 1_200  # of a file, from a place that is drawn
 
 def cpp_headers(seed: int = 0) -> dict[str, list[dict[str, str]]]:
     """A text of each header under torch/include but for generated ones; files fall into splits, 0.9 / 0.02 / 0.08."""
-    spec = find_spec("torch")
-    assert spec is not None and spec.origin is not None
-    root = Path(spec.origin).parent / "include"
+    root = Path(torch.__file__).parent / "include"
     splits: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
     for file in sorted(root.rglob("*.h")):
         name = file.relative_to(root).as_posix()
