@@ -9,7 +9,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from dynrank.adapters.load import swap_adapter as swap_adapter
     from dynrank.adapters.read import read_adapter as read_adapter
     from dynrank.adapters.save import save_adapter as save_adapter
-    from dynrank.change.predict import predict as predict
+    from dynrank.change.resize import predict as predict
     from dynrank.change.resize import resize as resize
     from dynrank.driver.driver import RankDriver as RankDriver
     from dynrank.driver.training import Training as Training
@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # the same names for type checkers
     from dynrank.layers.placing import add_lora as add_lora
     from dynrank.run.config import compose as compose
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "ConfigurationError": "dynrank.errors",
@@ -33,7 +33,7 @@ _HOMES = {
     "load_adapter": "dynrank.adapters.load",
     "lora_layers": "dynrank.layers.finding",
     "merge": "dynrank.layers.merging",
-    "predict": "dynrank.change.predict",
+    "predict": "dynrank.change.resize",
     "read_adapter": "dynrank.adapters.read",
     "resize": "dynrank.change.resize",
     "save_adapter": "dynrank.adapters.save",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -23,23 +24,30 @@ import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, ScheduleFreeMode, StepSeed
 from dynrank.commands.exits import usage_errors
 from dynrank.run.stopping import CtrlC, stoppable
-from dynrank.schedules import How, Stage, anneal, constant, grow_then_shrink, halving_on_plateau, join, squeeze_at_end
-from dynrank.targets import Budget, Rank
+from dynrank.schedules import How, Stage, anneal, auto
+from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
 STEPS = 30  # 10 batches an epoch, a validation every 4
-CHECKED = How(metric="gates", window=3, rewarmup_steps=3, max_regression=10.0)  # validated before and after
-LEVEL = Plateau(patience=1, min_delta=0.9)  # decided at step 8
-SCHEDULES: dict[str, tuple[Any, How]] = {
-    "plateau and cut, checked": ([Stage(LEVEL, Rank(4)), Stage(At(step=19), Rank(2))], CHECKED),
-    "undone, then half as far": ([Stage(At(step=9), Rank(2)), Stage(At(step=20), Rank(1))], How(max_regression=0.01)),
-    "grown, then cut": (grow_then_shrink(9, 3, grow_at=0.25), How(rewarmup_steps=2)),
-    "grown at random, then cut": (join([constant(6), constant(9), constant(2)], [6, 17]), How()),
-    "budget by gates": ([Stage(At(step=12), Budget(share=0.5))], How(metric="gates", window=4)),
-    "halving by gates": (halving_on_plateau(2, LEVEL), How(metric="gates", window=2)),
-    "anneal": (anneal(2), How(rewarmup_steps=2)),
-    "squeezed at the end, checked": (squeeze_at_end(2), How(max_regression=10.0)),
+# Validated before and after.
+CHECKED = How(metric="gates", window=3, rewarmup_steps=3, max_regression=10.0)
+WATCHED = How(metric="gates", window=4, rate_after="sqrt")
+# Decided at step 8.
+LEVEL = Plateau(patience=1, min_delta=0.9)
+SCHEDULES: dict[str, list[Stage]] = {
+    "plateau and cut, checked": [Stage(LEVEL, Rank(4), how=CHECKED), Stage(At(step=19), Rank(2), how=CHECKED)],
+    "undone, then half as far": [
+        Stage(At(step=step), Rank(rank), how=How(max_regression=0.01)) for step, rank in ((9, 2), (20, 1))
+    ],
+    "grown at random, then cut": [
+        Stage(At(step=6), GrowTo(9), how=How(rewarmup_steps=2)),
+        Stage(At(step=17), Rank(2), how=How(rewarmup_steps=2)),
+    ],
+    "budget by gates": [Stage(At(step=12), Budget(share=0.5), how=WATCHED)],
+    "anneal": anneal(2, shared=False, how=How(rewarmup_steps=2)),
+    "auto": auto(0.5, share=0.5, at=0.4, how=WATCHED),
+    "cut at the end, checked": [Stage(At(fraction=1.0), Rank(2), how=How(max_regression=10.0))],
 }
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": partial(torch.optim.AdamW, lr=1e-2),
@@ -96,7 +104,7 @@ class Regression(lightning.LightningModule):
 def train(case: Case, folder: Path, process: int, watches: list[lightning.Callback]) -> dict[str, Any]:
     """Make the run whose checkpoints are in ``folder``, or go on with it; what it comes to in this ``process``."""
     tempfile.tempdir = str(folder)  # Lightning writes there and then moves, which is one step on one disk only
-    scheduler = RankScheduler(*SCHEDULES[case.schedule])
+    scheduler = RankScheduler(deepcopy(SCHEDULES[case.schedule]))
     callbacks = [ScheduleFreeMode(), scheduler, StepSeed(0), *watches]
     if case.callback is not None:
         options = {"every_n_train_steps": case.every, "save_top_k": 1, "enable_version_counter": False}

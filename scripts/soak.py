@@ -90,13 +90,14 @@ def soak(overrides: Sequence[str], *, minutes: float, steps: int | None, every: 
     """Train, changing ranks every so many steps, for so long; returns what was read."""
     quiet_training()
     last = steps or int(minutes * 60 * FASTEST)
-    stages = [Stage(At(step=at), ROUND[i % len(ROUND)]) for i, at in enumerate(range(every, last, every))]
+    how = How(metric="gates", window=min(5, every - 1))
+    stages = [Stage(At(step=at), ROUND[i % len(ROUND)], how=how) for i, at in enumerate(range(every, last, every))]
     config = compose(["schedule=fixed", "task.batch_size=8", "plots=false", *overrides])
     job, sampler = build(config), Sampler()
     callbacks = [
-        RankScheduler(stages, How(metric="gates", window=min(5, every - 1))),
+        RankScheduler(stages),
         EMAWeightAveraging(decay=0.99),
-        RankMonitor(folder / "history.csv", "model", prediction_file=folder / "predictions.csv"),
+        RankMonitor(folder / "history.csv", "model"),
         RunMeter(),
         sampler,
         AdapterCheckpoint(

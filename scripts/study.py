@@ -294,7 +294,7 @@ def from_the_start(setting: Setting, arm: Arm, lr: float) -> tuple[Trainee | Non
         trainee = adapted(setting, arm.rank, lr)
     try:
         if arm.by == "auto":
-            follow(trainee, auto(), How(metric="gates", window=WINDOW, rate_after="sqrt"))
+            follow(trainee, auto(how=How(metric="gates", window=WINDOW, rate_after="sqrt")))
         trainee.train(setting.steps, after_step)
     except Diverged:
         return None, ""

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from dynrank import RankDriver, Training, add_lora, compose, lora_layers
 from dynrank.change.gates import Gates
-from dynrank.change.predict import spectra
+from dynrank.change.report import spectra
 from dynrank.errors import ConfigurationError
 from dynrank.layers.ranked import RankedLayer
 from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
 from dynrank.run.config import plain
-from dynrank.schedules import How, Stage
+from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
 from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.classification import Classification
@@ -168,9 +168,9 @@ class _Loop(Training):
         return {"val/loss": self._trainee.evaluate(self._trainee.setting.val)[0]}
 
 
-def follow(trainee: Trainee, schedule: Sequence[Stage], how: How) -> None:
+def follow(trainee: Trainee, schedule: Sequence[Stage]) -> None:
     """Train to the end under a schedule of ranks."""
-    driver, loop, steps = RankDriver(schedule, how), _Loop(trainee), trainee.setting.steps
+    driver, loop, steps = RankDriver(schedule), _Loop(trainee), trainee.setting.steps
 
     def end_step(done: int) -> None:
         loop.step = done

@@ -12,7 +12,6 @@ from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
 
 from dynrank.callbacks import RankTrainerCallback
-from dynrank.schedules import How, early_budget
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
         settings,
         train_dataset=datasets.load_dataset("json", data_files=arguments.file, split="train"),
         peft_config=LoraConfig(r=arguments.rank, target_modules="all-linear"),
-        callbacks=[RankTrainerCallback(early_budget(arguments.rank // 2), How(metric="gates", rate_after="sqrt"))],
+        callbacks=[RankTrainerCallback(arguments.rank // 2)],
     )
     trainer.train()
     trainer.save_model(f"{arguments.out}/adapter")

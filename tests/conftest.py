@@ -149,7 +149,7 @@ def tiny_moe():
     return build
 
 
-ALIKE = ("schedule.shared=false", "schedule.metric=weight")  # to one rank, by singular values
+ALIKE = ("schedule.shared=false", "schedule.how.metric=weight")  # to one rank, by singular values
 
 
 @pytest.fixture(scope="session")

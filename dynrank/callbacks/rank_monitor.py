@@ -26,7 +26,7 @@ from dynrank.output.whole_file import whole_file
 class RankMonitor(Callback):
     """Shows and records what a :class:`RankScheduler` in the same trainer does; it changes nothing.
 
-    Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change, and before a change
+    Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change, and with a change
     ``rank/predicted_error`` and ``rank/predicted_error_max``, by gates ``rank/predicted_loss_change``, too. All but the
     CSVLogger, where each name would be a column, get ``rank/layer/NAME``, ``energy_kept/NAME`` and
     ``effective_rank/NAME`` of each layer. TensorBoard also gets ``spectrum/NAME``, a histogram of the singular values
@@ -35,9 +35,8 @@ class RankMonitor(Callback):
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume (the reason of a change that was
-            taken back begins with "undone"); None: no file.
-        prediction_file: CSV file written before each change: what it is expected to cost, with each layer's part in the
-            estimated change of the loss where gates were watched; None: no file.
+            taken back begins with "undone"), with each layer's part in the estimated change of the loss where gates
+            were watched; None: no file.
         model_name: attribute of the LightningModule that holds the model; left out of the layers' names.
     """
 
@@ -45,11 +44,8 @@ class RankMonitor(Callback):
         self,
         history_file: str | Path | None = None,
         model_name: str = "",
-        *,
-        prediction_file: str | Path | None = None,
     ) -> None:
         self.history_file = Path(history_file) if history_file is not None else None
-        self.prediction_file = Path(prediction_file) if prediction_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -59,8 +55,19 @@ class RankMonitor(Callback):
         self._write_history(trainer)  # FSDP2 loads what was changed before a resume later than on_fit_start
         self._log_ranks(trainer, pl_module)
 
-    def on_rank_prediction(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
-        event = self._named(event)
+    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        self._write_history(trainer)
+        self._log_change(trainer, self._named(event))
+        self._log_ranks(trainer, pl_module)
+        if trainer.is_global_zero:
+            verb = "taken back" if event.undone else "change"
+            title = f"rank {verb} at step {event.step}: {event.reason}"
+            Console().print(change_table(title, self._named(event).layers, event.loss))
+        for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
+            if isinstance(callback, ModelSummary):  # RichModelSummary, too
+                callback.on_fit_start(trainer, pl_module)
+
+    def _log_change(self, trainer: Trainer, event: RankEvent) -> None:
         errors = torch.tensor([layer.predicted_error for layer in event.layers])
         totals = {"rank/predicted_error": float(errors.norm()), "rank/predicted_error_max": float(errors.max())}
         if event.loss is not None:
@@ -72,21 +79,6 @@ class RankMonitor(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 _log_spectra(logger, event)
-        if self.prediction_file is not None and trainer.is_global_zero:
-            new = not self.prediction_file.exists()
-            with self.prediction_file.open("a", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([*([FIELDS + LOSS_FIELDS] if new else []), *_predictions(event)])
-
-    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
-        self._write_history(trainer)
-        self._log_ranks(trainer, pl_module)
-        if trainer.is_global_zero:
-            verb = "taken back" if event.undone else "change"
-            title = f"rank {verb} at step {event.step}: {event.reason}"
-            Console().print(change_table(title, self._named(event).layers, event.loss))
-        for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
-            if isinstance(callback, ModelSummary):  # RichModelSummary, too
-                callback.on_fit_start(trainer, pl_module)
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = {name.removeprefix(self.prefix): float(layer.rank) for name, layer in lora_layers(pl_module)}
@@ -110,12 +102,8 @@ class RankMonitor(Callback):
 def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
         costs = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
-        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.reason
-
-
-def _predictions(event: RankEvent) -> Iterable[tuple[object, ...]]:
-    for row, la in zip(_rows(event), event.layers, strict=True):
-        yield *row, *(f"{getattr(la.loss, name):.6g}" if la.loss else "" for name in LOSS_FIELDS)
+        loss = (f"{getattr(la.loss, name):.6g}" if la.loss else "" for name in LOSS_FIELDS)
+        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.reason, *loss
 
 
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:

@@ -25,7 +25,6 @@ from dynrank.driver.metrics import check_validation
 from dynrank.driver.training import Batches, Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.schedules import How
 from dynrank.triggers import Run
 
 
@@ -43,13 +42,11 @@ class RankScheduler(Callback):
     layer is never touched. One scheduler drives one run: a trainer takes one (lists of stages add up), and the next run
     a new one.
 
-    Callbacks of the trainer that define ``on_rank_prediction(trainer, pl_module, event)`` are told of each change
-    before it is made, and those with ``on_rank_change(trainer, pl_module, event)`` after it was made or undone.
+    Callbacks of the trainer that define ``on_rank_change(trainer, pl_module, event)`` are told of each change after it
+    was made or undone.
 
     Args:
-        schedule: an int (drop to that rank after convergence), a stage, a list of stages (see
-            :mod:`dynrank.schedules`), or a function from the optimizer step to the rank of all layers.
-        how: how changes are made, for stages that don't say; ``How()`` when None.
+        schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
         check_every: optimizer steps between checks that all processes hold the same adapters and optimizer state, which
             are made at the start and around each change in any case; None: no more than those.
 
@@ -60,8 +57,8 @@ class RankScheduler(Callback):
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(self, schedule: Schedule, how: How | None = None, *, check_every: int | None = None) -> None:
-        self.driver = RankDriver(schedule, how, check_every=check_every)
+    def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
+        self.driver = RankDriver(schedule, check_every=check_every)
         self._told = self._ever_told = False  # by step(): since the last batch began, and at all
 
     @property
@@ -109,7 +106,7 @@ class RankScheduler(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
-            check_validation(validation_metrics(trainer), self.driver.stages, self.driver.hows)
+            check_validation(validation_metrics(trainer), self.driver.stages)
         elif trainer.state.fn == "fit":
             self.driver.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
 
@@ -179,8 +176,8 @@ class LightningTraining(Training):
         """Validate for the sake of the metrics; callbacks that save, stop or change ranks hear nothing of it."""
         return validate_beside(self.trainer, *_DEAF)[0]
 
-    def validate_batches(self, monitor: str, most: int | None) -> tuple[Mapping[str, float], Batches]:
-        return validate_beside(self.trainer, *_DEAF, monitor=monitor, most=most, silent=True)
+    def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
+        return validate_beside(self.trainer, *_DEAF, monitor=monitor, silent=True)
 
     def before_resize(self) -> None:
         unwrap(self.trainer)

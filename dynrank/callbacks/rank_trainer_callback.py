@@ -23,7 +23,6 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.output.checkpoint_file import load_undamaged
-from dynrank.schedules import How
 from dynrank.triggers import Run
 
 __all__ = ["RankTrainerCallback"]
@@ -43,7 +42,6 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
-        how: how changes are made, for stages that don't say; ``How()`` when None.
         evaluate: evaluates the model as it is and returns the metrics, for stages with ``max_regression``:
             ``lambda: trainer.evaluate()``.
 
@@ -54,10 +52,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(
-        self, schedule: Schedule, how: How | None = None, *, evaluate: Callable[[], Mapping[str, Any]] | None = None
-    ) -> None:
-        self.driver = RankDriver(schedule, how)
+    def __init__(self, schedule: Schedule, *, evaluate: Callable[[], Mapping[str, Any]] | None = None) -> None:
+        self.driver = RankDriver(schedule)
         self.evaluate = evaluate
         self.logged: dict[str, float] = {}  # the last value of every metric
         self.listening = False  # to training, and not to an evaluation that a change asks for
@@ -220,9 +216,9 @@ def _check_trainer(args: Any, callback: RankTrainerCallback) -> None:
             f"Trainer has {args.n_gpu} GPUs in one process: start it with torchrun or accelerate launch, or train with "
             "dynrank.callbacks.RankScheduler (Lightning), which knows FSDP2, too"
         )
-    stages, hows = callback.driver.stages, callback.driver.hows
+    stages = callback.driver.stages
     wrong = {name: what for name, what in watched(stages).items() if name.startswith("val")}  # as Lightning's users do
-    wrong |= {name: what for name, what in checked(hows).items() if not name.startswith("eval_")}
+    wrong |= {name: what for name, what in checked(stages).items() if not name.startswith("eval_")}
     for name, argument in wrong.items():
         raise ConfigurationError(
             f"{argument} must name a metric of the Trainer's evaluations, which begin with eval_, got {name!r}; "

@@ -105,8 +105,8 @@ class Gates:
             if dz[..., 0].numel() != sum(current.sizes) if current.sizes else len(dz) % current.examples:
                 raise ConfigurationError(
                     f"{name!r} sees {len(dz)} rows in a batch of {current.examples}, not as many for each example, so "
-                    "schedule.metric=gates cannot tell them apart; set schedule.metric=weight, or leave the layer out "
-                    "(lora.target_modules)"
+                    "schedule.how.metric=gates cannot tell them apart; set schedule.how.metric=weight, or leave the "
+                    "layer out (lora.target_modules)"
                 )
             current.more |= len(current.held) == _HELD
             if not current.more:
@@ -233,7 +233,7 @@ class Gates:
             if not any(core.any() for core in cores) and layer.scaling and layer.lora_B.any():
                 raise ConfigurationError(
                     f"no backward pass has reached {name!r} while its gates were watched, so metric=gates cannot rank "
-                    "its directions; set schedule.metric=weight, or leave the layer out (lora.target_modules)"
+                    "its directions; set schedule.how.metric=weight, or leave the layer out (lora.target_modules)"
                 )
             from_A, from_B = whole.from_A.cpu(), whole.from_B.cpu()
             live = (whole.lora_A.any(dim=1) & whole.lora_B.any(dim=0)).cpu()  # a gate before nothing changes nothing

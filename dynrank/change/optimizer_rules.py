@@ -77,20 +77,20 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             # v = 0 with a bias correction that is over: the first step would be 1 / sqrt(1 - beta2) = 31 times too long
             raise ConfigurationError(
                 f"optimizer {name} counts steps for a whole group, so the moments of one parameter cannot start again; "
-                "set schedule.optimizer_state=transport"
+                "set schedule.how.optimizer_state=transport"
             )
         return
     if rules is None:
         raise ConfigurationError(
             f"the state of optimizer {name} cannot be carried through a change of rank; carried: "
             f"{sorted(kind.removeprefix('torch.') for kind in RULES)}; set optimizer.name to one of them or "
-            "schedule.optimizer_state=reset"
+            "schedule.how.optimizer_state=reset"
         )
     for parameter in parameters:
         for key, value in optimizer.state.get(parameter, {}).items():
             if key not in rules:
                 raise ConfigurationError(
-                    f"no rule carries {key!r} of optimizer {name}; set schedule.optimizer_state=reset"
+                    f"no rule carries {key!r} of optimizer {name}; set schedule.how.optimizer_state=reset"
                 )
             if rules[key] == KEPT or value is None:
                 continue
@@ -99,7 +99,7 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             if value.shape not in (shape, flat):
                 raise ConfigurationError(
                     f"{key!r} of optimizer {name} has shape {[*value.shape]} for a parameter of shape "
-                    f"{[*parameter.shape]}; set schedule.optimizer_state=reset"
+                    f"{[*parameter.shape]}; set schedule.how.optimizer_state=reset"
                 )
 
 

@@ -160,7 +160,7 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
         if not new[key].isfinite().all():
             raise ConfigurationError(
                 f"{key!r} of optimizer {rule_name(optimizer)} would not be finite after the change of rank: it is not "
-                "now, or the scales of lora_A and lora_B are too far apart; set schedule.optimizer_state=reset"
+                "now, or the scales of lora_A and lora_B are too far apart; set schedule.how.optimizer_state=reset"
             )
     return _coded(optimizer, parameter, move.value, new) if "qmap1" in rules else {**state, **new}
 

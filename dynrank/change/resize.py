@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +15,13 @@ from dynrank.change.averages import averaged_layers, moved_average
 from dynrank.change.gates import Gates
 from dynrank.change.optimizer_rules import check_optimizer, unwrapped
 from dynrank.change.optimizer_state import moved_states
-from dynrank.change.predict import LayerReport, changing_layers, kept_directions, reports_of
 from dynrank.change.replacement import Replacement
+from dynrank.change.report import LayerReport, report_of
 from dynrank.distributed.processes import copy_from_first, from_first
-from dynrank.errors import diverged
-from dynrank.layers.ranked import RankedLayer
+from dynrank.errors import ConfigurationError, diverged
+from dynrank.layers.finding import lora_layers
+from dynrank.layers.ranked import RankedLayer, max_rank, width_of
 from dynrank.linalg import RankChange, grow_product, stacked, truncate_product
-from dynrank.schedules import How
-
-__all__ = ["resize"]
 
 
 @torch.no_grad()
@@ -30,11 +30,12 @@ def resize(
     target: int | Mapping[str, int],
     *,
     optimizers: Iterable[Optimizer] = (),
-    how: How | None = None,
+    optimizer_state: Literal["transport", "reset"] = "transport",
     gates: Gates | None = None,
     averages: Iterable[nn.Module] = (),
     generator: torch.Generator | None = None,
     collective: bool = False,
+    dry_run: bool = False,
 ) -> list[LayerReport]:
     """Change the rank of LoRA layers in place, and carry the optimizers' state; shrinks or grows.
 
@@ -48,7 +49,7 @@ def resize(
         model: a model with LoRA layers, dynrank's or PEFT's.
         target: the new rank of every layer, or {layer name: new rank} for some.
         optimizers: those that hold the layers' parameters; one that isn't given keeps moments of the old shape.
-        how: metric, and what becomes of the optimizers' state; ``How()`` when None.
+        optimizer_state: "transport" carries the moments along, "reset" forgets them.
         gates: what the loss says of every direction, watched over some steps since the last change.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); they move by the
             same maps, see :mod:`dynrank.change.averages`.
@@ -56,47 +57,86 @@ def resize(
         collective: every process of torch's default group makes this call: process 0 computes, and all take its
             factors, maps and optimizer state, so that they stay alike to the bit. DDP has to be wrapped around the
             model anew afterwards.
+        dry_run: check and compute everything, and change nothing.
 
     Returns:
         A report per changed layer, in model order; layers that have their target rank already are left alone.
 
     Raises:
-        ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, the gates are missing, a factor
-            holds NaN or inf (it names the layer), an optimizer's state cannot be carried, or an average has other
-            layers.
+        ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, a factor holds NaN or inf (it
+            names the layer), an optimizer's state cannot be carried, or an average has other layers.
         RuntimeError: if a layer is merged.
     """
-    how, optimizers = how or How(), [unwrapped(optimizer) for optimizer in optimizers]
-    layers, targets = changing_layers(model, target, how, gates)
+    optimizers = [unwrapped(optimizer) for optimizer in optimizers]
+    layers, targets = _changing(model, target)
     followers = averaged_layers(averages, layers)
     for optimizer in optimizers:
         factors = [factor for name in targets for factor in (layers[name].lora_A, layers[name].lora_B)]
-        check_optimizer(optimizer, factors, how.optimizer_state)
+        check_optimizer(optimizer, factors, optimizer_state)
 
-    kept = kept_directions(layers, targets, gates)
-    changes = _changes(layers, targets, kept, how, generator, collective)
-    new = _replacement(model, layers, changes, how, optimizers, followers)
-    if collective:  # the maps are the same everywhere, but not every machine multiplies to the same bits
+    kept = _kept(layers, targets, gates)
+    changes = _changes(layers, targets, kept, generator, collective)
+    new = _replacement(model, layers, changes, optimizer_state, optimizers, followers)
+    if collective:
+        # The maps are the same everywhere, but not every machine multiplies to the same bits.
         copy_from_first(new.made())
-    values = {name: change.singular_values * layers[name].scaling for name, change in changes.items()}
-    reports = reports_of(layers, targets, kept, values, gates)
+    loss = gates.change(kept) if gates is not None else {}
+    reports = []
+    for name, change in changes.items():
+        values = change.singular_values * layers[name].scaling
+        width = width_of(layers[name])
+        reports.append(report_of(name, targets[name], values, width, kept[name], loss.get(name)))
 
-    new.put()
+    if not dry_run:
+        new.put()
     return reports
+
+
+# The name of before version 0.3.
+predict = partial(resize, dry_run=True)
+
+
+def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[str, RankedLayer], dict[str, int]]:
+    """(all LoRA layers by name, {name: new rank} of those whose rank changes), both in model order."""
+    layers = dict(lora_layers(model))
+    if not layers:
+        raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
+    targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
+    faults = []
+    for name, rank in targets.items():
+        if name not in layers:
+            faults.append(f"no LoRA layer is named {name!r}")
+            continue
+        most, why = max_rank(layers[name])
+        if not isinstance(rank, int) or isinstance(rank, bool):
+            faults.append(f"{name!r}: rank must be an int, got {rank!r}")
+        elif not 1 <= rank <= most:
+            faults.append(f"{name!r}: rank must be between 1 and {why} = {most}, got {rank}")
+        if layers[name].merged:
+            raise RuntimeError(f"{name!r} is merged; call unmerge() before changing its rank")
+    if faults:
+        raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
+    return layers, {name: targets[name] for name in layers if name in targets and targets[name] != layers[name].rank}
+
+
+def _kept(layers: Mapping[str, RankedLayer], targets: Mapping[str, int], gates: Gates | None) -> dict[str, Tensor]:
+    """{layer: (rank,) which of its singular directions stay, ascending} of ``targets``; all of them where it grows."""
+    shrunk = {name: rank for name, rank in targets.items() if rank < layers[name].rank}
+    chosen = gates.kept(shrunk) if gates is not None and shrunk else {}
+    return {name: chosen.get(name, torch.arange(min(rank, layers[name].rank))) for name, rank in targets.items()}
 
 
 def _changes(
     layers: Mapping[str, RankedLayer],
     targets: Mapping[str, int],
     kept: Mapping[str, Tensor],
-    how: How,
     generator: torch.Generator | None,
     collective: bool,
 ) -> dict[str, RankChange]:
     """New factors and maps by layer; process 0's in all where ``collective``."""
 
     def computed() -> dict[str, RankChange]:
-        return {name: _change(name, layers[name], rank, kept[name], how, generator) for name, rank in targets.items()}
+        return {name: _change(name, layers[name], rank, kept[name], generator) for name, rank in targets.items()}
 
     if not collective:
         return computed()
@@ -104,9 +144,7 @@ def _changes(
     return {name: _to(change, layers[name].lora_A.device) for name, change in changes.items()}
 
 
-def _change(
-    name: str, layer: RankedLayer, rank: int, kept: Tensor, how: How, generator: torch.Generator | None
-) -> RankChange:
+def _change(name: str, layer: RankedLayer, rank: int, kept: Tensor, generator: torch.Generator | None) -> RankChange:
     try:
         if rank < layer.rank:
             return stacked([truncate_product(b, a, rank, keep=kept) for b, a in layer.products()])
@@ -123,7 +161,7 @@ def _replacement(
     model: nn.Module,
     layers: Mapping[str, RankedLayer],
     changes: Mapping[str, RankChange],
-    how: How,
+    optimizer_state: Literal["transport", "reset"],
     optimizers: Iterable[Optimizer],
     followers: Iterable[tuple[nn.Module, Mapping[str, RankedLayer]]],
 ) -> Replacement:
@@ -134,6 +172,6 @@ def _replacement(
         new.factors.append((layer, change.lora_A, change.lora_B))
         new.factors += [(own[name], *moved_average(own[name], change)) for _, own in followers]
         for optimizer in optimizers:
-            moved = moved_states(optimizer, layer.lora_A, layer.lora_B, change, how.optimizer_state)
+            moved = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
             new.states += [(optimizer, parameter, state) for parameter, state in moved.items()]
     return new

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
-from dynrank.change.predict import report_of, spectra
+from dynrank.change.report import report_of, spectra
 from dynrank.change.resize import resize
 from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers

@@ -1,4 +1,4 @@
-"""One attempt at a change of ranks: predict, make, check by validation if asked for, undo if it cost too much."""
+"""One attempt at a change of ranks: make it, check it by validation if asked for, undo it if it cost too much."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from math import isfinite
 import torch
 
 from dynrank.change.gates import Gates
-from dynrank.change.predict import LayerReport, predict
 from dynrank.change.replacement import Snapshot
+from dynrank.change.report import LayerReport
 from dynrank.change.resize import resize
 from dynrank.distributed.agreement import check_processes
 from dynrank.driver.event import RankEvent
-from dynrank.driver.metrics import checked, value
+from dynrank.driver.metrics import CHECK_MONITOR, value
 from dynrank.driver.training import Training
 from dynrank.schedules import How
 
@@ -58,7 +58,7 @@ class Check:
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """The metric in ``metrics``, as the mean over all processes."""
-        return value(metrics, self._how.check_monitor, checked([self._how]))
+        return value(metrics, self._how.check_monitor, {self._how.check_monitor: CHECK_MONITOR})
 
 
 def attempt(
@@ -76,8 +76,6 @@ def attempt(
     """
     model, step = training.model, training.step
     check_processes(model, training.optimizers, f"before the change of rank at step {step}")
-    predicted = predict(model, targets, how=how, gates=gates)
-    training.tell("on_rank_prediction", RankEvent(step, reason, tuple(predicted)))
     reports = change(training, targets, how, gates)
     check_processes(model, training.optimizers, f"after the change of rank at step {step}")
     undone = check.undo_if_worse() if check is not None else None
@@ -91,7 +89,7 @@ def change(training: Training, targets: Mapping[str, int], how: How, gates: Gate
         training.model,
         targets,
         optimizers=training.optimizers,
-        how=how,
+        optimizer_state=how.optimizer_state,
         gates=gates,
         averages=training.averages,
         generator=torch.Generator().manual_seed(training.step),

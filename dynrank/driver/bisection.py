@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from math import sqrt
 
 from dynrank.change.gates import Gates
-from dynrank.change.predict import predict
+from dynrank.change.report import LayerReport
 from dynrank.distributed.processes import from_all
 from dynrank.driver.attempt import Check, attempt, change
 from dynrank.driver.event import RankEvent
@@ -14,17 +14,16 @@ from dynrank.driver.training import Batches, Training
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import width_of
 from dynrank.schedules import How
-from dynrank.targets import Smallest
 
 
 def cut_to_smallest(
     training: Training,
-    target: Smallest,
     order: Sequence[tuple[str, int]],
     targets: Mapping[str, int],
     reason: str,
     how: How,
     gates: Gates | None,
+    parameters_before: int,
 ) -> RankEvent:
     """Cut to the fewest steps of ``order`` that are enough; the event is of an undone cut if all of them are needed.
 
@@ -33,26 +32,26 @@ def cut_to_smallest(
 
     Args:
         training: between an optimizer step and the next forward.
-        target: what the stage asks for.
         order: (layer, its next rank) of the steps up, what is needed most first.
         targets: {layer: lowest rank} of those that change if no step is taken.
         reason: why, for the event.
         how: how changes are made; its ``max_regression`` is the tolerance.
         gates: those that were watched; None where none had to be.
+        parameters_before: of the adapters when the run began.
     """
     layers, monitor = dict(lora_layers(training.model)), how.check_monitor
-    metrics, batches = training.validate_batches(monitor, target.check_batches)
-    check, trials = Check(training, how, metrics), dict[int, tuple[float, float | None]]()
+    metrics, batches = training.validate_batches(monitor)
+    check, trials = Check(training, how, metrics), dict[int, tuple[float, float | None, list[LayerReport]]]()
 
     def after(steps: int) -> dict[str, int]:
         ranks = dict(targets) | dict(order[:steps])
         return {name: rank for name, rank in ranks.items() if rank != layers[name].rank}
 
     def tried(steps: int) -> float:
-        change(training, after(steps), how, gates)
+        reports = change(training, after(steps), how, gates)
         try:
-            metrics, cut = training.validate_batches(monitor, target.check_batches)
-            trials[steps] = check.value(metrics), standard_error(batches, cut)
+            metrics, cut = training.validate_batches(monitor)
+            trials[steps] = check.value(metrics), standard_error(batches, cut), reports
         finally:
             check.undo()
         return trials[steps][0]
@@ -65,24 +64,23 @@ def cut_to_smallest(
     if end not in trials:
         tried(end)
 
-    value, noise = trials[end]
+    value, noise, reports = trials[end]
     if noise is not None and noise > check.most:
         training.warn(
-            f"a tolerance of {target.tolerance:g} lets {monitor} get worse by {check.most:.2g}, less than the standard "
-            f"error {noise:.2g} of that difference over the validated batches: how far ranks were cut is chance; set "
-            "schedule.check_batches or schedule.tolerance higher"
+            f"a tolerance of {how.max_regression:g} lets {monitor} get worse by {check.most:.2g}, less than the "
+            f"standard error {noise:.2g} of that difference over the validated batches: how far ranks were cut is "
+            "chance; set schedule.tolerance higher, or validate more data"
         )
-    ranks = {name: (layer.rank, after(end).get(name, layer.rank)) for name, layer in layers.items()}
-    size = {n: width_of(layer) * layer.lora_A.element_size() / 1e6 for n, layer in layers.items()}
-    before, kept = (sum(both[i] for both in ranks.values()) for i in (0, 1))
-    held, left = (sum(both[i] * size[name] for name, both in ranks.items()) for i in (0, 1))
+    now = sum(layer.rank for layer in layers.values())
+    kept = sum(after(end).get(name, layer.rank) for name, layer in layers.items())
+    left = sum(after(end).get(name, layer.rank) * width_of(layer) for name, layer in layers.items())
     found = (
-        f"{kept:,} of {before:,} directions, {held:.2f} → {left:.2f} MB, {monitor} {check.before:.4g} → {value:.4g} "
-        f"where {check.most:.2g} worse is allowed"
+        f"{kept:,} of {now:,} directions, {left / parameters_before:.3f} of the bytes at the start, {monitor} "
+        f"{check.before:.4g} → {value:.4g} ({(value - check.before) / abs(check.before):+.2%}, "
+        f"{how.max_regression:.2%} allowed), measured against this run before this cut"
     )
     if end == high:
         return attempt(training, after(end), f"{reason}: {found}", how, gates, None)
-    reports = predict(training.model, after(end), how=how, gates=gates)
     return RankEvent(training.step, f"undone: {found} ({reason})", tuple(reports), undone=True)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dynrank.change.gates import Gates
-from dynrank.change.predict import spectra
+from dynrank.change.report import spectra
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import Stage
@@ -58,8 +58,8 @@ def path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int, 
     for number, stage in enumerate(schedule, 1):
         bounds = bounded(layer, last=number == len(schedule))
         from_low, from_high = (bounds if layer.pinned else replace(bounds, rank=rank) for rank in (low, high))
-        wanted, _ = stage.reach(replace(from_high, highest=UNBOUNDED))
-        low, high = stage.reach(from_low)[0], stage.reach(from_high)[1]
+        wanted, _ = stage.to.reach(replace(from_high, highest=UNBOUNDED))
+        low, high = stage.to.reach(from_low)[0], stage.to.reach(from_high)[1]
         ranges.append((low, high, wanted))
     return ranges
 

@@ -16,12 +16,12 @@ from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.layers.ranked import max_rank
-from dynrank.schedules import How, Stage, check_schedule
-from dynrank.targets import Budget, LayerState, Smallest
+from dynrank.schedules import Stage, check_schedule
+from dynrank.targets import Budget, LayerState
 from dynrank.triggers import Run
 
 
-def check_model(model: nn.Module, schedule: Sequence[Stage], how: How, run: Run) -> None:
+def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
     """Refuse a model that the schedule cannot be carried out on; weights are not looked at.
 
     Raises:
@@ -63,33 +63,22 @@ def _budget_faults(budget: Budget, states: Mapping[str, LayerState]) -> Iterator
         )
 
 
-def check_training(training: Training, stages: Collection[Stage], hows: Collection[How]) -> None:
-    """Refuse sharded adapters, and what ``stages``, made as in ``hows``, cannot live with: optimizers, no validation.
-
-    Raises:
-        ConfigurationError: naming what is wrong and what fixes it.
-    """
+def check_training(training: Training, stages: Collection[Stage]) -> None:
+    """Refuse sharded adapters, and what ``stages`` cannot live with: optimizers, no validation."""
     factors, sharded = adapter_parameters(training.model), sharded_layers(training.model)
-    if hows and sharded:
+    if stages and sharded:
         raise sharded_error(sharded)
-    if hows and any(factor.dtype == torch.float16 for factor in factors):
+    if stages and any(factor.dtype == torch.float16 for factor in factors):
         raise ConfigurationError(
             "adapters are in float16 (as by precision=16-true), where Adam's eps of 1e-8 is zero and the first steps "
             "give NaN; keep them in float32 or bfloat16: set trainer.precision=16-mixed or bf16-true"
         )
-    for how in hows:
+    for how in (stage.how for stage in stages):
         for optimizer in training.optimizers:
             check_optimizer(optimizer, factors, how.optimizer_state)
             check_groups(optimizer, factors, how)
         if how.max_regression is not None and not training.validates:
             raise ConfigurationError(
                 f"max_regression={how.max_regression:g} (or tolerance) validates around a change, which this run "
-                f"cannot: {training.validate_by}, or set max_regression=None (schedule.max_regression=null)"
-            )
-    for stage in stages:
-        parts = type(training).validate_batches is not Training.validate_batches
-        if isinstance(stage.to, Smallest) and stage.to.check_batches is not None and not parts:
-            raise ConfigurationError(
-                f"check_batches={stage.to.check_batches} validates a part of the data, which this run cannot: set it "
-                "to None, or define validate_batches() in a class derived from Training"
+                f"cannot: {training.validate_by}, or set max_regression=None (schedule.how.max_regression=null)"
             )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -23,11 +23,13 @@ from dynrank.driver.training import Training
 from dynrank.driver.watching import Watching
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.schedules import How, RankFunction, Stage, after_convergence, from_function
+from dynrank.layers.ranked import width_of
+from dynrank.schedules import How, Stage, early_budget
 from dynrank.targets import LayerState, Smallest
 from dynrank.triggers import At, Run, Trigger
 
-Schedule: TypeAlias = int | Stage | Sequence[Stage] | RankFunction
+# A preset itself stands for its stages: LightningCLI makes schedules of such a type from YAML alone.
+Schedule: TypeAlias = int | Stage | Sequence[Stage] | Callable[[], Sequence[Stage]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class Progress:
         history: every change, and every attempt that was undone.
         observed_step: step of the last metrics that triggers were shown.
         metrics: those of the validation at that step, as long as the weights are those that were validated.
-        looked_step: step of the last factors that a trigger was shown.
     """
 
     stage: int = 0
@@ -56,7 +57,6 @@ class Progress:
     history: list[RankEvent] = field(default_factory=list)
     observed_step: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    looked_step: int | None = None
 
 
 class RankDriver:
@@ -71,19 +71,17 @@ class RankDriver:
     Arguments and errors are those of :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
-        stages: of the schedule; those of a function are made when the run's length is known.
+        stages: of the schedule.
         progress: how far it has come.
     """
 
-    def __init__(self, schedule: Schedule, how: How | None = None, *, check_every: int | None = None) -> None:
+    def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
         if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
             raise ConfigurationError(f"check_every must be None or at least 1 step, got {check_every!r}")
-        self.how, self.check_every = how or How(), check_every
-        self.stages = _stages_of(schedule)
-        self._function = schedule if callable(schedule) else None
+        self.stages, self.check_every = _stages_of(schedule), check_every
         self.progress = Progress()
         self._run = Run(None)
-        self._clock, self._watching = Clock([], self._run), Watching([], [])
+        self._clock, self._watching = Clock([], self._run), Watching([])
         self._rates: list[Rates] = []  # of each optimizer, since the last change
         self._ended_step = 0  # the last one that end_step() has taken in
         self._loaded: Mapping[str, Any] = {}  # of a checkpoint: layers and optimizers come when training starts
@@ -99,18 +97,18 @@ class RankDriver:
         return self.progress.stage >= len(self.stages)
 
     @property
-    def hows(self) -> list[How]:
-        """How each stage changes ranks; a tolerance is the largest regression that it allows."""
-        return [_how(stage, stage.how or self.how) for stage in self.stages]
+    def rate_factor(self) -> float:
+        """What the adapters' learning rates are multiplied by since the last change, beside a ramp."""
+        return self._rates[0].factor if self._rates else 1.0
 
     @property
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""
-        return sorted(watched(self.stages).keys() | checked(self.hows))
+        return sorted(watched(self.stages).keys() | checked(self.stages))
 
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:
         """Refuse a model that the schedule cannot be carried out on; see :func:`dynrank.driver.check.check_model`."""
-        check_model(model, self.stages, self.how, run or Run(None))
+        check_model(model, self.stages, run or Run(None))
 
     def start(self, training: Training, run: Run) -> None:
         """Begin a run of this length; or go on, if a state has been loaded.
@@ -123,15 +121,11 @@ class RankDriver:
                 f"this schedule is at step {self._ended_step} of another run; make a new one, of new stages, for each "
                 "run, or resume that one (ckpt_path)"
             )
-        if self._function is not None:
-            if run.total_steps is None:
-                raise ConfigurationError("a function of the step needs a run of known length; set trainer.max_steps")
-            self.stages = from_function(self._function, run.total_steps)
         self._run, self._ended_step = run, training.step
-        self._clock, self._watching = Clock(self.stages, run), Watching(self.stages, self.hows)
+        self._clock, self._watching = Clock(self.stages, run), Watching(self.stages)
         if not self.history:  # what was checked at the start still holds on resume, at other ranks
             self.check_model(training.model, run)
-        check_training(training, self.stages, self.hows)
+        check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._loaded:
             rates, watched_before, self._loaded = self._loaded["rates"], self._loaded["gates"], {}
@@ -144,7 +138,6 @@ class RankDriver:
 
     def advance(self, training: Training) -> None:
         """Decide what is due, begin to watch gates for what will be, and change ranks if everything is there for it."""
-        self._look(training)
         self._follow_clock(training)
         pending = self.progress.pending
         if pending is not None and self._is_ready(training, pending.stage):
@@ -185,7 +178,7 @@ class RankDriver:
         if not self.finished:
             why = f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
             if self.progress.pending is not None:
-                why = "the gates it needs were not watched before; set schedule.metric=weight or an earlier time"
+                why = "the gates it needs were not watched before; set schedule.how.metric=weight or an earlier time"
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule: the ranks are not final, "
                 f"{why}"
@@ -195,6 +188,8 @@ class RankDriver:
         """Leave the layers, which may be trained again; a checkpoint written now still holds what was watched."""
         if self._watching.gates is not None:
             self._watching.gates.close()
+        for rates in self._rates:
+            rates.restore()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
@@ -211,12 +206,12 @@ class RankDriver:
         Raises:
             ConfigurationError: if it is of a schedule of another number of stages, or damaged.
         """
-        if self._function is None and len(state["triggers"]) != len(self.stages):
+        if len(state["triggers"]) != len(self.stages):
             raise ConfigurationError(
                 f"the checkpoint was made under a schedule of {len(state['triggers'])} stages, this one has "
                 f"{len(self.stages)}; set schedule as it was"
             )
-        for stage, saved in zip(self.stages, state["triggers"], strict=False):  # a function has no triggers
+        for stage, saved in zip(self.stages, state["triggers"], strict=True):
             if isinstance(stage.when, Trigger) and saved is not None:
                 stage.when.load_state_dict(saved)
         self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
@@ -236,16 +231,6 @@ class RankDriver:
             stage = self.progress.stage
             self.progress.pending = Decision(stage, self.stages[stage].when.reason)
 
-    def _look(self, training: Training) -> None:
-        """Show the factors to a trigger that watches them, when its next look is due."""
-        trigger, step = self._waiting, training.step
-        if trigger is None or not trigger.every or step in (0, self.progress.looked_step) or step % trigger.every:
-            return
-        self.progress.looked_step = step
-        layers = lora_layers(training.model)
-        factors = {name: (la.lora_B.detach(), la.lora_A.detach()) for name, la in layers if not la.pinned}
-        self._decide(trigger.observe(step, factors))
-
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
         """Decide what is due by time, and begin to watch gates for what will be soon."""
         due = self._clock.due(self.progress.stage, training.step, ended=ended)
@@ -255,7 +240,7 @@ class RankDriver:
             self.progress.pending = Decision(due, reason)
         if self.progress.pending is None and not ended:
             for index, planned in self._clock.coming(self.progress.stage, training.step):
-                if self._watching.gates is None and planned - self.hows[index].window <= training.step:
+                if self._watching.gates is None and planned - self.stages[index].how.window <= training.step:
                     self._watching.begin(training.model, index)
 
     def _is_ready(self, training: Training, index: int, *, ended: bool = False) -> bool:
@@ -266,18 +251,18 @@ class RankDriver:
             self._watching.begin(training.model, index)
         gates = self._watching.gates  # they may have been begun for another stage
         late = ended or self._clock.has_come(index, training.step)
-        return gates is not None and gates.steps >= (1 if late else self.hows[index].window)
+        return gates is not None and gates.steps >= (1 if late else self.stages[index].how.window)
 
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, or as much of it as the check allows, and wait for what comes next."""
-        index, stage, how = decided.stage, self.stages[decided.stage], self.hows[decided.stage]
+        index, how = decided.stage, self.stages[decided.stage].how
         gates, changed = self._watching.end(), False
         if gates is not None and gates.examples < FEW:
             training.warn(
                 f"the directions to keep were chosen by {gates.examples} examples, fewer than {FEW}: mostly by noise; "
-                "set schedule.window higher"
+                "set schedule.how.window higher"
             )
         ranks = {name: layer.rank for name, layer in lora_layers(training.model)}
         for event in self._attempts(training, decided, how, gates):
@@ -285,8 +270,7 @@ class RankDriver:
             training.tell("on_rank_change", event)
             self.progress.metrics = {}  # they were of the weights before
             changed = not event.undone
-        over = not changed or not stage.repeat or self._exhausted(training.model, index)
-        self.progress.pending, self.progress.stage = None, index + 1 if over else index
+        self.progress.pending, self.progress.stage = None, index + 1
         for later in self.stages[index:]:
             if isinstance(later.when, Trigger):
                 later.when.reset(training.step)
@@ -303,7 +287,9 @@ class RankDriver:
             return
         if isinstance(target, Smallest):
             order = from_first(lambda: target.order(self._states(training.model, decided.stage, gates)))
-            yield cut_to_smallest(training, target, order, targets, decided.reason, how, gates)
+            yield cut_to_smallest(
+                training, order, targets, decided.reason, how, gates, self._parameters_before(training)
+            )
             return
         check = None
         if how.max_regression is not None:
@@ -317,7 +303,7 @@ class RankDriver:
     def _follow_rates(self, training: Training, how: How, ranks: Mapping[str, int]) -> None:
         """Begin the ramp after a change from ``ranks``, and multiply the adapters' rates from now on."""
         factor = rate_factor(how, ranks, {name: layer.rank for name, layer in lora_layers(training.model)})
-        factor *= self._rates[0].factor if self._rates else 1.0
+        factor *= self.rate_factor
         for rates in self._rates:
             rates.remove()
         adapters = adapter_parameters(training.model)
@@ -334,34 +320,20 @@ class RankDriver:
         last = index == len(self.stages) - 1
         return layer_states(dict(lora_layers(model)), last=last, target=self.stages[index].to, gates=gates)
 
-    def _exhausted(self, model: nn.Module, index: int) -> bool:
-        """Whether a repeated stage has nothing left to do; one that must look first finds out when it fires."""
-        return not self.stages[index].to.needs and not self._targets(model, index, None)
-
-
-def _how(stage: Stage, how: How) -> How:
-    """``how``, with the tolerance of the stage if it has one."""
-    if not isinstance(stage.to, Smallest):
-        return how
-    if how.max_regression is not None:
-        raise ConfigurationError(
-            f"a cut within a tolerance is checked by that, got max_regression={how.max_regression:g}, too; set "
-            "schedule.max_regression=null"
-        )
-    return replace(how, max_regression=stage.to.tolerance)
+    def _parameters_before(self, training: Training) -> int:
+        """The adapters' parameters when the run began."""
+        now = sum(layer.rank * width_of(layer) for _, layer in lora_layers(training.model))
+        return now + sum(la.parameters_saved for event in self.history if not event.undone for la in event.layers)
 
 
 def _stages_of(schedule: object) -> list[Stage]:
-    """The stages of whatever may stand for a schedule; none yet for a function of the step."""
+    """The stages of whatever may stand for a schedule."""
+    if callable(schedule):
+        schedule = schedule()
     if isinstance(schedule, int) and not isinstance(schedule, bool):
-        return after_convergence(schedule)
+        return early_budget(schedule)
     if isinstance(schedule, Stage):
         return [schedule]
     if isinstance(schedule, list | tuple) and all(isinstance(stage, Stage) for stage in schedule):
         return list(schedule)
-    if callable(schedule):
-        return []
-    raise ConfigurationError(
-        f"a schedule must be a rank, a stage, a list of stages or a function from step to rank, got {schedule!r}; "
-        "set schedule"
-    )
+    raise ConfigurationError(f"a schedule must be a rank, a stage or a list of stages, got {schedule!r}; set schedule")

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dynrank.change.greedy import LossChange
-from dynrank.change.predict import LayerReport
+from dynrank.change.report import LayerReport
 from dynrank.errors import read_as
 
-# columns of rank_history.csv; rank_predictions.csv has the estimated change of the loss, too
-FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason")
 LOSS_FIELDS = tuple(field.name for field in fields(LossChange))
+# Columns of rank_history.csv. Those of the estimated change of the loss are empty where no gates were watched.
+FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", *LOSS_FIELDS)
 
 
 @dataclass(frozen=True)

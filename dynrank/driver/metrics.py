@@ -7,8 +7,10 @@ from dataclasses import fields
 
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage
+from dynrank.schedules import Stage
 from dynrank.triggers import Trigger
+
+CHECK_MONITOR = "check_monitor of How (schedule.how.check_monitor)"
 
 
 def watched(stages: Sequence[Stage]) -> dict[str, str]:
@@ -24,10 +26,10 @@ def _argument(trigger: Trigger, name: str) -> str:
     return f"{argument} of {type(trigger).__name__} (schedule.trigger.{argument})"
 
 
-def checked(hows: Sequence[How]) -> dict[str, str]:
+def checked(stages: Sequence[Stage]) -> dict[str, str]:
     """The same of the metrics that decide whether a change is undone; a validation must log them."""
-    names = {how.check_monitor for how in hows if how.max_regression is not None}
-    return dict.fromkeys(names, "check_monitor of How (schedule.check_monitor)")
+    names = {stage.how.check_monitor for stage in stages if stage.how.max_regression is not None}
+    return dict.fromkeys(names, CHECK_MONITOR)
 
 
 def value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:
@@ -41,7 +43,7 @@ def value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str])
     return mean_over_processes(float(metrics[name]))
 
 
-def check_validation(logged: Collection[str], stages: Sequence[Stage], hows: Sequence[How]) -> None:
+def check_validation(logged: Collection[str], stages: Sequence[Stage]) -> None:
     """Refuse a schedule that reads a metric of validations which the first one has not logged.
 
     A trigger may also watch what only training logs: a name is one of validations if it begins as those do that they
@@ -52,7 +54,7 @@ def check_validation(logged: Collection[str], stages: Sequence[Stage], hows: Seq
     """
     groups = {name.partition("/")[0] for name in logged if "/" in name}
     names = {name: argument for name, argument in watched(stages).items() if name.partition("/")[0] in groups}
-    names |= checked(hows)
+    names |= checked(stages)
     for name in names.keys() - set(logged):
         raise ConfigurationError(
             f"{_not_logged(name, names, logged)}; if later validations log it, set trainer.num_sanity_val_steps=0"

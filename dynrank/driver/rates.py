@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from math import sqrt
 from statistics import mean
 from typing import Any
@@ -28,12 +28,14 @@ class Rates:
     """Multiplies the rates of an optimizer's steps: by a factor where they are of adapters, and along a ramp.
 
     The ramp is 1/(steps + 1), 2/(steps + 1), ... for the next ``steps`` optimizer steps. Rates are changed just before
-    a step and put back just after it, so schedulers never see the changed values.
+    a step and put back just after it, so schedulers never see the changed values. Adapters that share a param group
+    with other parameters have one of their own for the time of the step, so the factor is never another parameter's,
+    and schedulers and checkpoints see the groups that the user has made.
 
     Args:
         optimizer: the optimizer to hook.
         adapters: the factors of all LoRA layers.
-        factor: of the rates of groups that hold these.
+        factor: of the rates of these.
         steps: length of the ramp, optimizer steps.
         done: steps of the ramp that were made before (on resume).
     """
@@ -47,49 +49,78 @@ class Rates:
         done: int = 0,
     ) -> None:
         self.factor, self.steps, self.done = factor, steps, done
-        self._adapters = {id(parameter) for parameter in adapters}
-        self._rates: list[Any] = []
+        self._optimizer, self._adapters = optimizer, {id(parameter) for parameter in adapters}
+        # Of each group its rate and parameters, during a step.
+        self._groups: list[tuple[Any, list[nn.Parameter]]] = []
         before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
-        self._handles = [before(self._change), after(self._restore)]
+        # An exception in a step's closure leaves the step, and a checkpoint may be written of it.
+        saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
+        self._handles = [before(self._change), after(self._end), saved]
 
     def remove(self) -> None:
         """Leave the rates alone from now on."""
+        self.restore()
         for handle in self._handles:
             handle.remove()
 
+    # The hooks stay when there is no more to do: torch cannot lose one while it runs them.
     @property
-    def _acts(self) -> bool:  # the hooks stay after that: torch cannot lose one while it runs them
+    def _acts(self) -> bool:
         return self.factor != 1.0 or self.done < self.steps
 
     def _change(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._acts:
-            self._rates = [group["lr"] for group in optimizer.param_groups]
-            ramp = min(1.0, (self.done + 1) / (self.steps + 1))
-            for group in optimizer.param_groups:
-                of_adapters = any(id(parameter) in self._adapters for parameter in group["params"])
-                group["lr"] = group["lr"] * ramp * (self.factor if of_adapters else 1.0)
+        if not self._acts:
+            return
+        self.restore()
+        self._groups = [(group["lr"], group["params"]) for group in optimizer.param_groups]
+        ramp = min(1.0, (self.done + 1) / (self.steps + 1))
+        for group in [*optimizer.param_groups]:
+            own, others = self._parted(group["params"])
+            group["lr"] = group["lr"] * ramp
+            if self.factor != 1.0 and own and others:
+                group["params"] = others
+                optimizer.param_groups.append({**group, "params": own, "lr": group["lr"] * self.factor})
+            elif own:
+                group["lr"] = group["lr"] * self.factor
 
-    def _restore(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._acts:
-            for group, rate in zip(optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate
+    def _end(self, optimizer: Optimizer, *_: Any) -> None:
+        if self._groups:
             self.done += 1
+        self.restore()
+
+    def restore(self) -> None:
+        """Put the groups back as they were before the step that is under way, if one is."""
+        groups, self._groups = self._groups, []
+        if groups:
+            del self._optimizer.param_groups[len(groups) :]
+            for group, (rate, parameters) in zip(self._optimizer.param_groups, groups, strict=True):
+                group["lr"], group["params"] = rate, parameters
+
+    def _parted(self, parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(adapters, others) among ``parameters``."""
+        own = [parameter for parameter in parameters if id(parameter) in self._adapters]
+        return own, [parameter for parameter in parameters if id(parameter) not in self._adapters]
+
+
+# What some optimizers keep of their progress in a group instead of in each parameter's state.
+_GROUP_STATE = {"k", "weight_sum", "d"}
 
 
 def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: How) -> None:
-    """Refuse a factor for the adapters' rates where they share a param group with other parameters.
-
-    Raises:
-        ConfigurationError: if they do.
-    """
+    """Refuse a factor for adapters in a group with other parameters, if it has to be theirs for a step and cannot."""
     known = {id(parameter) for parameter in adapters}
     for number, group in enumerate(optimizer.param_groups if how.rate_after != 1.0 else ()):
         others = sum(id(parameter) not in known for parameter in group["params"])
-        if 0 < others < len(group["params"]):
+        if 0 < others < len(group["params"]) and _GROUP_STATE & group.keys():
+            name = type(optimizer).__name__
             raise ConfigurationError(
-                f"rate_after={how.rate_after} multiplies the adapters' learning rates alone, but param group {number} "
-                f"holds {others} other parameters, too: give the adapters a group of their own, or set rate_after=1 "
-                "(schedule.rate_after)"
+                f"rate_after={how.rate_after} multiplies the adapters' learning rates alone, but {name} keeps state of "
+                f"its own in param group {number}, which holds {others} other parameters, too. Set rate_after=1 "
+                "(schedule.how.rate_after), or make the optimizer of two groups:\n"
+                "  own = list(dynrank.adapter_parameters(model))\n"
+                "  ids = {id(p) for p in own}\n"
+                "  rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]\n"
+                f'  {name}([{{"params": own}}, {{"params": rest}}], lr={group["lr"]:g})'
             )
 
 

@@ -42,8 +42,8 @@ class Training:
         """Validate the weights as they are and return the metrics; called around changes that are checked."""
         raise NotImplementedError(self.validate_by)
 
-    def validate_batches(self, monitor: str, most: int | None) -> tuple[Mapping[str, float], Batches]:
-        """Validate at most ``most`` batches (None: all), the same every time, as a trial of ``schedule=auto``.
+    def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
+        """Validate as a trial of ``schedule=auto``, the same data every time.
 
         Return the metrics, and the batches' parts in ``monitor``, which tell the noise; none where they are not known.
         """
@@ -64,7 +64,7 @@ class Training:
         """Take the factors' new shapes; called after every change and after one is undone."""
 
     def tell(self, hook: str, event: RankEvent) -> None:
-        """Pass ``event`` to those who listen: hook is "on_rank_prediction" or "on_rank_change"."""
+        """Pass ``event`` to those who listen; hook is "on_rank_change"."""
 
     def warn(self, message: str) -> None:
         """Tell the user, once for all processes."""

@@ -11,15 +11,15 @@ from dynrank.change.gates import Gates
 from dynrank.driver.bounds import bounded
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer
-from dynrank.schedules import How, Stage
+from dynrank.schedules import Stage
 from dynrank.targets import Smallest
 
 CAUTION = 2.0  # where trials decide how far a cut goes: one wrong direction at its start would end them
 
 
-def must_watch(stage: Stage, how: How, layers: Mapping[str, RankedLayer]) -> bool:
+def must_watch(stage: Stage, layers: Mapping[str, RankedLayer]) -> bool:
     """Whether ``stage`` needs gates before it may change ``layers``, be it the last stage or not."""
-    if how.metric == "weight":
+    if stage.how.metric == "weight":
         return False
     lowest = {name: [stage.to.reach(bounded(la, last))[0] for last in (False, True)] for name, la in layers.items()}
     return bool(stage.to.needs) or any(min(lowest[name]) < layer.rank for name, layer in layers.items())
@@ -30,26 +30,28 @@ class Watching:
 
     Args:
         stages: of the schedule.
-        hows: how each of them changes ranks.
 
     Attributes:
         gates: those that are watched; None while none are.
     """
 
-    def __init__(self, stages: Sequence[Stage], hows: Sequence[How]) -> None:
-        self._stages, self._hows = stages, hows
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        self._stages = stages
         self._index = 0  # of the stage that they are watched for
         self.gates: Gates | None = None
 
     def needed(self, model: nn.Module, index: int) -> bool:
         """Whether stage number ``index`` needs gates."""
-        return must_watch(self._stages[index], self._hows[index], dict(lora_layers(model)))
+        return must_watch(self._stages[index], dict(lora_layers(model)))
 
     def begin(self, model: nn.Module, index: int) -> None:
         """Watch what stage number ``index`` needs, if anything; what was collected before is dropped."""
         self.end()
         if self.needed(model, index):
-            layers, how = {name: layer for name, layer in lora_layers(model) if not layer.pinned}, self._hows[index]
+            layers, how = (
+                {name: layer for name, layer in lora_layers(model) if not layer.pinned},
+                self._stages[index].how,
+            )
             caution = CAUTION if isinstance(self._stages[index].to, Smallest) else 0.0
             self.gates, self._index = Gates(layers, how.window, how.loss_terms, model, caution), index
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from rich.table import Table
 
 from dynrank.change.greedy import LossChange
-from dynrank.change.predict import LayerReport
+from dynrank.change.report import LayerReport
 from dynrank.output.console import empty_table, span
 
 __all__ = ["change_table", "layer_kinds"]

@@ -21,7 +21,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
 
-METRICS, EARLIER, PREDICTIONS = "metrics.csv", "metrics.earlier.csv", "rank_predictions.csv"
+METRICS, EARLIER = "metrics.csv", "metrics.earlier.csv"
 HISTORY, GENERATIONS, LOCK = "rank_history.csv", "generations.csv", ".lock"
 
 
@@ -88,7 +88,7 @@ def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
 def take_up(folder: Path, step: int) -> None:
     """Leave in the tables of ``folder`` what was recorded before ``step``, where its run goes on."""
     metrics = _joined(_read(folder / EARLIER), _read(folder / METRICS))
-    tables = {EARLIER: metrics, **{name: _read(folder / name) for name in (PREDICTIONS, GENERATIONS)}}
+    tables = {EARLIER: metrics, GENERATIONS: _read(folder / GENERATIONS)}
     for name, rows in tables.items():
         end = step + (name == GENERATIONS)  # what was written after n steps is in rows of n, not of n - 1
         _write(folder / name, [row for row in rows if int(row["step"]) < end])
@@ -110,7 +110,7 @@ def read_overrides(folder: Path) -> list[str] | None:
 
 def _empty(folder: Path) -> None:
     """Take out what a run writes before its first checkpoint."""
-    for name in (METRICS, EARLIER, PREDICTIONS, GENERATIONS, HISTORY):
+    for name in (METRICS, EARLIER, GENERATIONS, HISTORY):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
@@ -159,7 +159,7 @@ def _read(path: Path) -> list[dict[str, str]]:
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write a table; one without rows goes, so that who adds the first row writes the headings, too."""
+    """Write a table. Delete the file if there are no rows; the next writer then creates it with a header."""
     if not rows:
         path.unlink(missing_ok=True)
         return

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, seed_everything
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dynrank.callbacks import RankScheduler, RunMeter
 from dynrank.errors import ConfigurationError
@@ -26,7 +26,7 @@ from dynrank.run.preflight import check_checkpoint, check_metrics, check_run
 from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
 from dynrank.run.trainer import make_trainer, quiet_training
-from dynrank.schedules import How, check_schedule
+from dynrank.schedules import check_schedule
 from dynrank.triggers import Run
 
 
@@ -114,14 +114,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
 
 
 def make_scheduler(node: DictConfig) -> RankScheduler:
-    """The scheduler of a ``schedule`` node: keys of :class:`How` apply to all stages, the rest makes the stages.
-
-    Raises:
-        ConfigurationError: if a value cannot be used.
-    """
-    values = plain(node) or {}  # interpolations are resolved while the node still hangs in its configuration
-    how = {field.name: values.pop(field.name) for field in fields(How) if field.name in values}
-    return RankScheduler(make(OmegaConf.create(values), "schedule"), How(**how))
+    """The scheduler of a ``schedule`` node."""
+    return RankScheduler(make(node, "schedule"))
 
 
 def _reached(checkpoint: Path) -> tuple[int, str]:

@@ -16,6 +16,20 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dynrank.errors import ConfigurationError
 
+# What was configured in version 0.2 and has gone: what to write instead.
+GONE = {
+    "schedule/budget": "schedule=early_budget (early), or schedule=after_convergence",
+    "schedule/halving_on_plateau": "schedule=after_convergence schedule.drops=2",
+    "schedule/squeeze_at_end": "schedule=milestones schedule.ranks=[8] schedule.at=[1.0]",
+    "schedule/squeeze_then_tune": "schedule=milestones schedule.ranks=[8] schedule.at=[0.9]",
+    "schedule/grow_then_shrink": "schedule=stages with the stages of both in a file of your own",
+    "schedule/one_stage": "schedule=stages with the stage in a file of your own",
+    "schedule/target": "schedule=stages with the target in a file of your own",
+    "schedule/trigger/slope": "schedule/trigger=plateau",
+    "schedule/trigger/subspace": "schedule/trigger=plateau",
+    "schedule/trigger/tail_energy": "schedule/trigger=plateau",
+    "schedule.check_batches": "nothing: auto validates all validation data, after the last step alone",
+}
 PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _HYDRA = ("hydra", "hydra_plugins", "omegaconf", "antlr4", "yaml")
 _TYPES = {"int": "an int", "float": "a number", "bool": "true or false", "str": "a text", "None": "null"}
@@ -77,12 +91,17 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
         wanted = next(field.type for field in fields(cause.object_type) if field.name == cause.key)
         words = " or ".join(_TYPES.get(word, word) for word in str(wanted).split(" | "))
         return f"{cause.full_key} must be {words}, got {cause.value!r}"
-    missing = isinstance(error, MissingConfigException) and str(error.missing_cfg_file).startswith(PLUGINS)
+    name = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
+    if name in GONE:
+        return _gone(name)
+    missing = name.startswith(PLUGINS)
     return f"{error}\nit comes with pip install 'dynrank[sweep]'" if missing else str(error)
 
 
 def unknown_key(key: str, config: Any) -> str:
     """What to say of a key that nothing reads: the nearest ones of ``config``."""
+    if key in GONE:
+        return _gone(key)
     name = key.rpartition(".")[2]
     initials = "".join(word[:1] for word in name.split("_"))  # of learning_rate: lr
 
@@ -94,6 +113,10 @@ def unknown_key(key: str, config: Any) -> str:
     known = {other for other in _keys(config) if not other.startswith("hydra")} - {key}
     near = sorted(known, key=likeness, reverse=True)[:3]
     return f"{key} is no key of the configuration; nearest: {', '.join(near)}"
+
+
+def _gone(name: str) -> str:
+    return f"{name} was taken out in version 0.3; write {GONE[name]}"
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -67,7 +67,7 @@ def check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str
     if unknown:
         raise ConfigurationError(
             f"a schedule must watch a logged metric, got {unknown}; logged: {sorted(logged)}; "
-            "set schedule.trigger.monitor or schedule.check_monitor"
+            "set schedule.trigger.monitor or schedule.how.check_monitor"
         )
     if objective is not None and objective not in final:
         raise ConfigurationError(f"objective must be null or one of {sorted(final)}, got {objective!r}")

@@ -25,7 +25,7 @@ from dynrank.callbacks import (
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_loading
 from dynrank.run.config import make, plain
-from dynrank.run.folder import GENERATIONS, HISTORY, PREDICTIONS, last_checkpoint
+from dynrank.run.folder import GENERATIONS, HISTORY, last_checkpoint
 from dynrank.run.loggers import make_loggers
 from dynrank.run.stopping import CtrlC
 
@@ -48,7 +48,7 @@ def make_trainer(
         save_top_k=1,
         enable_version_counter=False,
     )
-    monitor = RankMonitor(folder / HISTORY, model_name="model", prediction_file=folder / PREDICTIONS)
+    monitor = RankMonitor(folder / HISTORY, model_name="model")
     callbacks: list[Any] = [ScheduleFreeMode(), scheduler, StepSeed(config.seed), meter, monitor, CtrlC()]
     callbacks += [Generations(folder / GENERATIONS)]
     callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, Count, Name, NotNegative, Share, Steps, validated
-from dynrank.targets import LayerState, Target
+from dynrank.targets import LayerState, Smallest, Target
 from dynrank.triggers import At, Run, Trigger
 
 
-@validated("schedule")
+@validated("schedule.how")
 class How:
     """How a change of rank is made.
+
+    A preset has defaults of its own for some of these, which its signature shows.
 
     Args:
         metric: which singular directions a cut keeps: "weight", the largest, or "gates", those that the loss needs most
@@ -50,25 +51,24 @@ class How:
 
 @validated("schedule.stages")
 class Stage:
-    """One change of ranks, or several of a kind.
+    """One change of ranks.
 
     Args:
         when: a time, or a trigger that watches training.
         to: what ranks to change to.
         deadline: share of the run's optimizer steps, in (0, 1], at which the change comes in any case; None: never.
-        repeat: act every time the trigger fires, until the target leaves all ranks as they are.
-        how: None: as the scheduler says for all stages.
+        how: how the change is made.
         key: configuration key that decides the target, for error messages.
 
     Raises:
-        ConfigurationError: if a value cannot be used, or a deadline or a repetition goes with a fixed time.
+        ConfigurationError: if a value cannot be used, a deadline goes with a fixed time, or a search within a
+            tolerance comes before the last step.
     """
 
     when: Trigger | At
     to: Target
     deadline: Share | None = None
-    repeat: bool = False
-    how: How | None = None
+    how: How = How()
     key: str = "schedule.stages"
 
     def __post_init__(self) -> None:
@@ -77,19 +77,15 @@ class Stage:
                 f"deadline must be null beside a fixed time, got {self.deadline:g} and {self.when.reason}; "
                 "set schedule.deadline"
             )
-        if isinstance(self.when, At) and self.repeat:
+        if isinstance(self.to, Smallest) and self.when != At(fraction=1.0):
             raise ConfigurationError(
-                f"repeat must be false beside a fixed time, which comes once, got true and {self.when.reason}; "
-                "set schedule.repeat or schedule.trigger"
+                f"a search for the smallest adapter must come after the last step, At(fraction=1.0), got {self.when}: "
+                "training that follows it loses what was promised; set when"
             )
-
-    def reach(self, layer: LayerState) -> tuple[int, int]:
-        """Lowest and highest rank that a layer may have after the stage (of a growth that repeats, after one)."""
-        low, high = self.to.reach(layer)
-        while self.repeat and low < layer.rank:
-            layer = replace(layer, rank=low)
-            low, _ = self.to.reach(layer)
-        return low, high
+        if isinstance(self.to, Smallest) and self.how.max_regression is None:
+            raise ConfigurationError(
+                "a search for the smallest adapter needs a tolerance; set max_regression of its how"
+            )
 
     def planned_step(self, run: Run) -> int | None:
         """The optimizer step by which the stage acts at the latest; None if nothing bounds it."""
@@ -118,7 +114,7 @@ def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None
                 f"stage {number}: the highest rank before {stage.to} must be {bound}, got {highest}; "
                 f"set {stage.key} or lora.rank"
             )
-        _, highest = stage.reach(LayerState(rank=highest))
+        _, highest = stage.to.reach(LayerState(rank=highest))
         if run.total_steps is None:
             continue
         in_epochs = isinstance(stage.when, At) and stage.when.epoch is not None

@@ -2,21 +2,15 @@
 
 from dynrank.targets.base import UNBOUNDED, LayerState, Target
 from dynrank.targets.budget import Budget, Smallest
-from dynrank.targets.grow import Exactly, GrowBy, GrowTo
-from dynrank.targets.shrink import EffectiveRank, Energy, Factor, FinalRanks, NumericalRank, Rank, Towards
+from dynrank.targets.grow import GrowTo
+from dynrank.targets.shrink import Energy, Rank, Towards
 
 __all__ = [
     "UNBOUNDED",
     "Budget",
-    "EffectiveRank",
     "Energy",
-    "Exactly",
-    "Factor",
-    "FinalRanks",
-    "GrowBy",
     "GrowTo",
     "LayerState",
-    "NumericalRank",
     "Rank",
     "Smallest",
     "Target",

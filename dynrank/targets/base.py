@@ -82,8 +82,8 @@ class Target(ABC):
     def reach(self, layer: LayerState) -> tuple[int, int]:
         """Lowest and highest rank that a layer may come out at, before anything is measured.
 
-        They don't fall where the layer's rank rises. A target that needs measurements, and whose reach is not all
-        that the layer's bounds allow, says so here.
+        Both bounds are monotone in the layer's rank. Override this if ``needs`` is set and the target cannot reach
+        every rank within the layer's bounds.
         """
         if self.needs:
             return min(layer.rank, layer.lowest), max(layer.rank, layer.highest)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from pydantic import ByteSize, Field
 
-from dynrank.errors import ConfigurationError, Count, NotNegative, Share, validated
+from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, up_to_multiple
 
 _SIZES = {  # of which a budget has one, and their configuration keys
@@ -167,14 +167,11 @@ class Budget(Shared):
 
 @validated("schedule.target")
 class Smallest(Shared):
-    """The smallest adapter whose ``How.check_monitor`` is worse than before by no more than ``tolerance``, relatively.
+    """The smallest adapter that costs no more than ``How.max_regression`` allows.
 
-    The driver takes steps of :meth:`order` up from :meth:`ranks`; how many are needed, it bisects by validations of
-    ``check_batches`` batches (None: all). The other arguments are those of :class:`Budget`.
+    The driver takes steps of :meth:`order` up from :meth:`ranks`; how many are needed, it bisects by validations. The
+    arguments are those of :class:`Budget`.
     """
-
-    tolerance: NotNegative = 0.01
-    check_batches: Count | None = Field(default=None, kw_only=True)
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return self.lowest_ranks(layers)

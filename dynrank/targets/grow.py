@@ -1,4 +1,4 @@
-"""Targets that raise ranks, or set them up or down."""
+"""The target that raises ranks."""
 
 from __future__ import annotations
 
@@ -19,23 +19,3 @@ class GrowTo(Target):
 
     def starts(self) -> tuple[int, int]:
         return 1, self.rank
-
-
-@validated("schedule.target")
-class GrowBy(Target):
-    """``count`` more directions for every layer."""
-
-    count: Count
-
-    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        return {name: layer.grown(layer.rank + self.count) for name, layer in layers.items()}
-
-
-@validated("schedule.target")
-class Exactly(Target):
-    """One rank for all layers, up or down."""
-
-    rank: Count
-
-    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        return {name: max(layer.lowest, min(layer.highest, self.rank)) for name, layer in layers.items()}

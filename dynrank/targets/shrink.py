@@ -1,16 +1,13 @@
-"""Targets that lower each layer's rank by itself: to a number, by a factor, or as its singular values say."""
+"""Targets that lower each layer's rank by itself: to a number, or as its singular values say."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from math import cos, pi
 from typing import Literal
 
-from torch import Tensor
-
 from dynrank.errors import ConfigurationError, Count, Share, validated
-from dynrank.linalg import effective_rank, energy_rank, numerical_rank
+from dynrank.linalg import energy_rank
 from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, Target, up_to_multiple
 
 
@@ -71,28 +68,13 @@ class Towards(Target):
 
 
 @validated("schedule.target")
-class FinalRanks(Target):
-    """Each layer to the final rank that the rank map gives it; the others stay."""
+class Energy(Stepped):
+    """The fewest directions that keep ``share`` of each layer's energy: the sum of SQUARED singular values.
 
-    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        return {name: layer.shrunk(layer.final_rank or layer.rank) for name, layer in layers.items()}
+    A layer keeps at least ``lowest`` directions, and its rank is rounded up to a multiple of ``multiple``.
+    """
 
-
-@validated("schedule.target")
-class Factor(Stepped):
-    """The rank now times ``factor``, not below ``lowest``, rounded up to ``multiple``."""
-
-    factor: Share
-
-    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        return {name: layer.shrunk(self._next(layer.rank)) for name, layer in layers.items()}
-
-    def _next(self, rank: int) -> int:
-        return up_to_multiple(max(self.lowest, rank * self.factor), self.multiple)
-
-
-class BySpectrum(Stepped):
-    """A rank for each layer from its own singular values, not below ``lowest``, rounded up to ``multiple``."""
+    share: Share
 
     needs = ("values",)
 
@@ -104,36 +86,4 @@ class BySpectrum(Stepped):
 
     def _next(self, layer: LayerState) -> int:
         assert layer.values is not None
-        return up_to_multiple(max(self.lowest, self.wanted(layer.values)), self.multiple)
-
-    @abstractmethod
-    def wanted(self, values: Tensor) -> float:
-        """The rank for these singular values, descending, before rounding up."""
-
-
-@validated("schedule.target")
-class Energy(BySpectrum):
-    """The fewest directions that keep ``share`` of each layer's energy: the sum of SQUARED singular values."""
-
-    share: Share
-
-    def wanted(self, values: Tensor) -> float:
-        return energy_rank(values, self.share)
-
-
-@validated("schedule.target")
-class EffectiveRank(BySpectrum):
-    """The effective rank of each layer's update, exp of the entropy of its singular values (Roy and Vetterli, 2007)."""
-
-    def wanted(self, values: Tensor) -> float:
-        return effective_rank(values) - 1e-9  # an exact integer stays itself
-
-
-@validated("schedule.target")
-class NumericalRank(BySpectrum):
-    """The singular values above ``tolerance`` times the largest; what is below is as good as zero."""
-
-    tolerance: Share = 1e-3
-
-    def wanted(self, values: Tensor) -> float:
-        return numerical_rank(values, 1, self.tolerance)
+        return up_to_multiple(max(self.lowest, energy_rank(layer.values, self.share)), self.multiple)

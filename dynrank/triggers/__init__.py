@@ -1,8 +1,7 @@
-"""When to change ranks: at a known time, on logged metrics, or on the factors themselves."""
+"""When to change ranks: at a known time, or on logged metrics."""
 
 from dynrank.triggers.base import Trigger
 from dynrank.triggers.clock import At, Run
-from dynrank.triggers.factors import SubspaceStable, TailEnergy
-from dynrank.triggers.metrics import Gap, Plateau, Slope
+from dynrank.triggers.metrics import Gap, Plateau
 
-__all__ = ["At", "Gap", "Plateau", "Run", "Slope", "SubspaceStable", "TailEnergy", "Trigger"]
+__all__ = ["At", "Gap", "Plateau", "Run", "Trigger"]

@@ -11,7 +11,7 @@ from dynrank.errors import Steps, validated
 
 @validated("schedule.trigger", frozen=False, kw_only=True)
 class Trigger(ABC):
-    """A small state machine; write :meth:`fires`, and name what it is shown in ``monitors`` or ``every``.
+    """A small state machine; write :meth:`fires`, and name the metrics that it is shown in ``monitors``.
 
     Its arguments are the fields that its constructor takes, its state is the other ones (``init=False``): plain values
     and tensors, with defaults that they go back to after a change.
@@ -19,9 +19,6 @@ class Trigger(ABC):
     Args:
         warmup_steps: optimizer steps before which nothing is observed.
         cooldown_steps: optimizer steps after a change of rank during which nothing is observed.
-
-    Attributes:
-        every: optimizer steps between looks at the factors of all layers; 0: it does not look at them.
 
     >>> class Below(Trigger):
     ...     monitors = ("val/loss",)
@@ -35,8 +32,6 @@ class Trigger(ABC):
     warmup_steps: Steps = 0
     cooldown_steps: Steps = 0
     _deaf_until: int = field(default=0, init=False, repr=False)
-
-    every = 0
 
     @property
     def monitors(self) -> tuple[str, ...]:
@@ -53,8 +48,7 @@ class Trigger(ABC):
         """Take one observation in; whether it is time to act.
 
         Args:
-            *seen: the values of :attr:`monitors`; or, where :attr:`every` is set, one mapping of layer names to
-                ``(lora_B, lora_A)``, of shapes ``(d_out, rank)`` and ``(rank, d_in)``.
+            *seen: the values of :attr:`monitors`.
         """
 
     def observe(self, step: int, *seen: Any) -> bool:

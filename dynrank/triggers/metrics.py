@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from dataclasses import field
 from math import isfinite
-from typing import Annotated, Literal
-
-from pydantic import Field
+from typing import Literal
 
 from dynrank.errors import Count, Name, NotNegative, Positive, validated
 from dynrank.triggers.base import Trigger
@@ -31,7 +29,7 @@ class Plateau(Trigger):
 
     monitor: Name = "val/loss"
     mode: Mode = "min"
-    patience: Count = 3
+    patience: Count = 2
     min_delta: NotNegative = 0.01
     _best: float | None = field(default=None, init=False, repr=False)
     _stale: int = field(default=0, init=False, repr=False)
@@ -58,46 +56,6 @@ class Plateau(Trigger):
             return True
         gain = self._best - value if self.mode == "min" else value - self._best
         return gain > self.min_delta * abs(self._best)
-
-
-@validated("schedule.trigger", frozen=False)
-class Slope(Trigger):
-    """True once a straight line through the last ``window`` observations improves by no more than ``min_delta`` in all.
-
-    The line is the least-squares fit, so single noisy values count less than in :class:`Plateau`; its improvement over
-    the window is relative to the mean.
-
-    Args:
-        monitor: name of a logged metric.
-        mode: "min" if smaller is better, else "max".
-        window: observations, at least 3; values that are not finite are left out.
-        min_delta: relative improvement over the window that still counts as progress.
-    """
-
-    monitor: Name = "val/loss"
-    mode: Mode = "min"
-    window: Annotated[int, Field(ge=3)] = 5
-    min_delta: NotNegative = 0.01
-    _values: list[float] = field(default_factory=list, init=False, repr=False)
-
-    @property
-    def monitors(self) -> tuple[str, ...]:
-        return (self.monitor,)
-
-    @property
-    def reason(self) -> str:
-        return f"{self.monitor} level over {self.window} values"
-
-    def fires(self, value: float) -> bool:
-        if isfinite(value):
-            self._values = [*self._values, value][-self.window :]
-        if len(self._values) < self.window:
-            return False
-        n, mean = self.window, sum(self._values) / self.window
-        positions = [i - (n - 1) / 2 for i in range(n)]
-        slope = sum(i * v for i, v in zip(positions, self._values, strict=True)) / sum(i * i for i in positions)
-        improvement = (n - 1) * (-slope if self.mode == "min" else slope)
-        return improvement <= self.min_delta * abs(mean)
 
 
 @validated("schedule.trigger", frozen=False)

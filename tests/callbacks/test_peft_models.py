@@ -9,7 +9,7 @@ from torch import nn
 import dynrank
 from dynrank.callbacks import RankScheduler
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.schedules import How, after_convergence, one_stage
+from dynrank.schedules import How, Stage, after_convergence
 from dynrank.targets import Budget, Energy, Rank
 from dynrank.triggers import At, Plateau, Run
 
@@ -19,7 +19,7 @@ def ranks_of(model):
 
 
 def schedule(**options):
-    return RankScheduler(after_convergence(3, Plateau(patience=1000), deadline=0.5), How(**options))
+    return RankScheduler(after_convergence(3, Plateau(patience=1000), shared=False, deadline=0.5, how=How(**options)))
 
 
 @pytest.fixture(params=["__init__", "configure_model"])
@@ -89,7 +89,7 @@ def test_layer_narrower_than_its_rank_is_cut_with_the_others(target, tmp_path):
 
     net = get_peft_model(base(), LoraConfig(r=6, target_modules=["0", "1"]))
     optimizer = torch.optim.AdamW(dynrank.adapter_parameters(net), lr=1e-2)
-    driver, loop = dynrank.RankDriver(one_stage(At(step=2), target)), dynrank.Training(net, [optimizer])
+    driver, loop = dynrank.RankDriver(Stage(At(step=2), target)), dynrank.Training(net, [optimizer])
     driver.start(loop, Run(total_steps=5))
     while loop.step < 5:
         driver.advance(loop)

@@ -11,13 +11,13 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, after_convergence, auto, squeeze_at_end
+from dynrank.schedules import How, Stage, after_convergence, auto
 from dynrank.targets import Rank
 from dynrank.triggers import At, Plateau
 
 
-def at(step, target):
-    return [Stage(At(step=step), target)]
+def at(step, target, *how, **options):
+    return [Stage(At(step=step), target, how=How(*how, **options))]
 
 
 def validations(folder):
@@ -28,7 +28,7 @@ def validations(folder):
 def plateau(**how):
     """This loss never halves between two validations: it fires at the third one after the warm-up."""
     trigger = Plateau(patience=2, min_delta=0.5, warmup_steps=5)
-    return RankScheduler(after_convergence(3, trigger, deadline=None), How(**how))
+    return RankScheduler(after_convergence(3, trigger, shared=False, deadline=None, how=How(**how)))
 
 
 def ranks(module):
@@ -76,8 +76,8 @@ SCHEDULES = {
     "loss, accumulating": (lambda: plateau(metric="gates", window=4, rewarmup_steps=4), ACCUMULATING),
     # checkpoints between the validation that decides and the change that it is compared with
     "checked at a plateau": (lambda: plateau(max_regression=0.05), {}),
-    # trials on a part of the validation data in the middle, and after the last step
-    "auto": (lambda: RankScheduler(auto(0.05, at=0.5, check_batches=1), How(metric="gates", window=4)), {}),
+    # a cut in the middle, and trials after the last step
+    "auto": (lambda: RankScheduler(auto(0.5, at=0.5, how=How(metric="gates", window=4))), {}),
 }
 
 
@@ -102,8 +102,8 @@ def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint
     """At a set time, decided by the last validation, which comes after a checkpoint, and beside Lightning's average."""
 
     def run(*callbacks, **options):
-        last = after_convergence(3, Plateau(patience=1, min_delta=0.99), deadline=None)
-        scheduler = RankScheduler(last if end == "plateau" else squeeze_at_end(3), How(max_regression=1e9))
+        when = Plateau(patience=1, min_delta=0.99) if end == "plateau" else At(fraction=1.0)
+        scheduler = RankScheduler(Stage(when, Rank(3), how=How(max_regression=1e9)))
         average = [EMAWeightAveraging(decay=0.8)] if end == "average" else []
         return *fit(scheduler, *average, *callbacks, max_steps=10, **options), scheduler.history
 
@@ -199,7 +199,7 @@ def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(
 
     module = Failing()
     with pytest.raises(ZeroDivisionError):
-        fit(RankScheduler(at(10, Rank(4)), How("gates", window=4)), module=module, max_steps=12)
+        fit(RankScheduler(at(10, Rank(4), "gates", window=4)), module=module, max_steps=12)
     assert [layer._tap for _, layer in dynrank.lora_layers(module)] == [None, None]
 
 
@@ -211,7 +211,7 @@ def watching(**options):
     ("scheduler", "message"),
     [
         (watching(monitor="val/los"), r"monitor of Plateau \(schedule\.trigger\.monitor\).*'val/los'; .*'val/loss'"),
-        (RankScheduler(at(9, Rank(3)), How(max_regression=0.1, check_monitor="train/loss")), "check_monitor of How"),
+        (RankScheduler(at(9, Rank(3), max_regression=0.1, check_monitor="train/loss")), "check_monitor of How"),
     ],
 )
 def test_monitor_that_the_sanity_validation_does_not_log_is_refused_before_the_first_step(fit, scheduler, message):
@@ -239,7 +239,7 @@ def test_trigger_may_watch_what_only_training_logs(regression, fit):
 
 
 def test_check_without_validation_is_refused(fit):
-    scheduler = RankScheduler(at(5, Rank(3)), How(max_regression=0.1))
+    scheduler = RankScheduler(at(5, Rank(3), max_regression=0.1))
     with pytest.raises(ConfigurationError, match=r"give fit\(\) validation data.*max_regression=null"):
         fit(scheduler, limit_val_batches=0, max_steps=10)
 

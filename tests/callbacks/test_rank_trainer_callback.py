@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,7 +71,7 @@ def ranks(model):
 
 
 def callback(stages=SHRINK_AND_GROW, **how):
-    return RankTrainerCallback(list(stages), How(**how))
+    return RankTrainerCallback([replace(stage, how=How(**how)) if how else stage for stage in stages])
 
 
 @MODELS
@@ -182,7 +183,7 @@ def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
         ),
         (
             {},
-            lambda: RankTrainerCallback(SHRINK_AND_GROW, How(max_regression=1), evaluate=dict),
+            lambda: RankTrainerCallback(Stage(At(step=4), Rank(3), how=How(max_regression=1)), evaluate=dict),
             "check_monitor of How .*begin with eval_, got 'val/loss'",
         ),
     ],

@@ -5,7 +5,9 @@ import schedulefree
 import torch
 
 from dynrank.callbacks import RankScheduler, ScheduleFreeMode
-from dynrank.schedules import How, after_convergence, squeeze_at_end
+from dynrank.schedules import How, Stage, after_convergence
+from dynrank.targets import Rank
+from dynrank.triggers import At
 
 NAME = "net.2.lora_A"
 
@@ -71,7 +73,7 @@ def test_no_checkpoint_changes_a_bit_of_the_run_and_all_resume_to_the_same(fit, 
 
 
 def test_a_change_checked_after_the_last_step_leaves_the_average(fit, module_class):
-    stages = RankScheduler(squeeze_at_end(3), How(max_regression=1e9))
+    stages = RankScheduler(Stage(At(fraction=1.0), Rank(3), how=How(max_regression=1e9)))
     module, _ = fit(ScheduleFreeMode(), stages, module=module_class(), max_steps=4)
     (event,) = stages.history
     assert not event.undone

@@ -16,12 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 import dynrank
 from dynrank.change.gates import EXAMPLES, Gates
-from dynrank.change.predict import predict
 from dynrank.change.resize import resize
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import truncate_product
 from dynrank.models.pretrained import enable_checkpointing
-from dynrank.schedules import How
 from dynrank.tasks.packing import positions
 
 LAYERS = {
@@ -247,7 +245,7 @@ def test_copies_of_a_watched_layer_are_not_watched(copied):
         assert gates.examples == 0
         with pytest.raises(RuntimeError, match="observed already"):
             watching(net)
-    with pytest.raises(ConfigurationError, match=r"'0'.*metric=gates.*schedule\.metric=weight.*lora\.target_modules"):
+    with pytest.raises(ConfigurationError, match=r"'0'.*metric=gates.*schedule\.how\.metric=weight.*lora\.target_modules"):
         gates.values()
 
 
@@ -293,7 +291,7 @@ def test_rows_that_belong_to_no_example_are_refused():
     net = updated(dynrank.add_lora(Flat(False, cut=8), rank=2, target_modules=["a", "b"]))
     with watching(net):
         loss = net(torch.randn(4, 3, 6)).square().mean() + net.b(torch.randn(7, 6)).sum()
-        with pytest.raises(ConfigurationError, match=r"sees \d+ rows in a batch of \d.*schedule\.metric=weight"):
+        with pytest.raises(ConfigurationError, match=r"sees \d+ rows in a batch of \d.*schedule\.how\.metric=weight"):
             loss.backward()
 
 
@@ -362,7 +360,7 @@ def test_prediction_is_the_increase_of_a_loss_that_is_quadratic_in_the_gates(ran
         loss().backward()
         gates.end_step()
     before = loss().item()
-    predicted = predict(net, rank, gates=gates)
+    predicted = resize(net, rank, gates=gates, dry_run=True)
     reports = resize(net, rank, gates=gates)
     assert [report.loss for report in reports] == [report.loss for report in predicted]
     assert sum(report.loss.total for report in reports) == pytest.approx(loss().item() - before, rel=1e-10)
@@ -380,7 +378,7 @@ def test_gates_keep_a_small_direction_that_the_loss_needs():
     with watching(net) as gates:
         (net(x) - net(x).detach() + noise).square().mean().backward()
         gates.end_step()
-    (report,) = resize(net, 1, how=How(metric="gates"), gates=gates)
+    (report,) = resize(net, 1, gates=gates)
     assert_close(net[0].delta_weight(), torch.diag(torch.tensor([0.0, 0, 1, 0, 0, 0])), atol=1e-6, rtol=0)
     assert report.energy_kept == pytest.approx(1 / 14)
     assert report.predicted_error == pytest.approx(13**0.5)

@@ -19,7 +19,6 @@ import dynrank
 from dynrank.change.optimizer_rules import check_optimizer
 from dynrank.change.optimizer_state import Move, moved_state
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How
 from dynrank.tasks.muon import Muon
 
 OLD, KEPT, NEW, OTHER = 5, 3, 6, 4  # the rank before, directions that go on, the rank after; the other dimension
@@ -316,7 +315,7 @@ def trained(cls, options, net, steps=10):
 def test_optimizer_goes_on_learning_after_a_resize(cls, options, state, rank):
     net = adapted()
     optimizer = trained(cls, options, net)
-    dynrank.resize(net, rank, optimizers=[optimizer], how=How(optimizer_state=state))
+    dynrank.resize(net, rank, optimizers=[optimizer], optimizer_state=state)
     losses = train(net, optimizer, 20)
     assert losses[-1] < losses[0]
     fresh = adapted(rank)
@@ -389,13 +388,12 @@ def test_an_optimizer_is_carried_or_refused_by_name_and_then_only_reset(cls):
         dynrank.resize(net, 2, optimizers=[optimizer])
     assert all(torch.equal(value, tensors[key]) for key, value in net.state_dict().items())
     assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0, allow_subclasses=False)
-    reset = How(optimizer_state="reset")
     if cls is torch.optim.LBFGS:
         with pytest.raises(ConfigurationError, match="LBFGS keeps all parameters in one vector"):
-            dynrank.resize(net, 2, optimizers=[optimizer], how=reset)
+            dynrank.resize(net, 2, optimizers=[optimizer], optimizer_state="reset")
     else:
         assert all(repr(other.__name__) in str(caught.value) for other in known & {*OF_TORCH})
-        dynrank.resize(net, 2, optimizers=[optimizer], how=reset)
+        dynrank.resize(net, 2, optimizers=[optimizer], optimizer_state="reset")
     assert torch.tensor(train(net, optimizer, steps)).isfinite().all()
 
 
@@ -476,11 +474,11 @@ def test_factors_of_extreme_scales_change_rank_or_say_what_to_do(scale):
         net[0].lora_A.mul_(scale)
         net[0].lora_B.div_(scale)
     old = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-    with pytest.raises(ConfigurationError, match="exp_avg.* would not be finite .*schedule.optimizer_state=reset"):
+    with pytest.raises(ConfigurationError, match="exp_avg.* would not be finite .*schedule.how.optimizer_state=reset"):
         dynrank.resize(net, 5, optimizers=[optimizer])
     assert_close((net.state_dict(), optimizer.state_dict()), old, rtol=0, atol=0)
     for rank in (8, 6):  # of the function nothing is lost
-        dynrank.resize(net, rank, optimizers=[optimizer], how=How(optimizer_state="reset"))
+        dynrank.resize(net, rank, optimizers=[optimizer], optimizer_state="reset")
         assert_close(net[0].delta_weight(), before, rtol=1e-4, atol=1e-6)
     assert torch.tensor(train(net, optimizer, 5)).isfinite().all()
 

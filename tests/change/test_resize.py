@@ -11,7 +11,6 @@ import dynrank
 from dynrank.change.resize import resize
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import truncate_product
-from dynrank.schedules import How
 
 SHAPES = {"0": (12, 10), "2": (12, 12), "4": (8, 12)}
 
@@ -69,7 +68,6 @@ def test_resize_names_the_diverged_layer_and_changes_nothing(trained, target, va
         (9, {}, r"'4': rank must be .* = 8, got 9"),
         (-1, {}, "got -1"),
         ({"0": 2.5}, {}, "rank"),
-        (3, {"how": How(metric="gates")}, r"metric=gates needs what the loss says.*schedule\.metric"),
     ],
 )
 def test_resize_refuses_what_cannot_be_done_and_changes_nothing(trained, target, options, message):

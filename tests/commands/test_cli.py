@@ -58,7 +58,7 @@ def test_ranks_shows_rules_pins_and_scaling(table, tmp_path):
 
 
 def test_ranks_shows_a_range_where_the_data_decide_and_the_budget_where_there_is_one(table):
-    *layers, total = table("schedule=budget", "schedule.lowest=2", "schedule.share=0.5")
+    *layers, total = table("schedule=early_budget", "schedule.lowest=2", "schedule.share=0.5")
     assert {(row[2], row[3]) for row in layers} == {("32", "2-32")}
     assert total[7] == f"{2 * 42_240:,}-{16 * 42_240:,}"  # 42,240 = d_in + d_out of all layers
 

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.distributed.sharding import shard_frozen
-from dynrank.schedules import How, Stage, auto, constant, join
-from dynrank.targets import Budget, Rank
+from dynrank.schedules import How, Stage, auto
+from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
-from dynrank.triggers import At, Plateau, TailEnergy
+from dynrank.triggers import At, Plateau
 
 STEPS, CHANGE = 22, 12  # 10 steps come after the change
 PATIENCE = timedelta(seconds=60)  # of a process that waits for the other
@@ -84,15 +84,15 @@ class Run:
     """A run by name; ``strategy`` is None where one process makes it."""
 
     stages: Any = field(default_factory=lambda: Stage(At(step=CHANGE), Rank(3)))
-    how: How = field(default_factory=How)
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] | None = field(default_factory=dict)  # options; None: FSDP2
     average: bool = False  # an exponential average of the weights, which is what the run ends with
 
 
-LOSS, HALF = How(metric="gates", window=4), Stage(At(step=CHANGE), Budget(share=0.5))
-UNDONE = How(max_regression=0.01, check_monitor="val/loss")
+LOSS = How(metric="gates", window=4)
+HALF = Stage(At(step=CHANGE), Budget(share=0.5), how=LOSS)
+UNDONE = Stage(At(step=CHANGE), Rank(1), how=How(max_regression=0.01))
 RUNS = {
     "ddp": Run(),
     "ddp, unused parameters": Run(model={"idle": True}, ddp={"find_unused_parameters": True}),
@@ -100,18 +100,17 @@ RUNS = {
     "ddp, accumulation and clipping": Run(
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
     ),
-    "ddp, budget by gates": Run(HALF, LOSS),
-    "ddp, auto": Run(auto(0.05, at=0.5), LOSS),
-    "ddp, growth at random, then shrink": Run(join([constant(6), constant(9), constant(2)], [6, CHANGE])),
-    "ddp, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp={"static_graph": True}),
+    "ddp, budget by gates": Run(HALF),
+    "ddp, auto": Run(auto(0.05, at=0.5, how=LOSS)),
+    "ddp, growth at random, then shrink": Run([Stage(At(step=6), GrowTo(9)), Stage(At(step=CHANGE), Rank(2))]),
+    "ddp, undone": Run(UNDONE, ddp={"static_graph": True}),
     "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),
-    "ddp, tail energy": Run(Stage(TailEnergy(rank=1, share=0.9, every=6), Rank(3), deadline=0.9)),
     "ddp, average": Run(average=True),
     "ddp, peft": Run(model={"peft": True}),
     "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
-    "fsdp2, budget by gates": Run(HALF, LOSS, ddp=None),
-    "fsdp2, auto": Run(auto(0.05, at=0.5), LOSS, ddp=None),
-    "fsdp2, undone": Run(Stage(At(step=CHANGE), Rank(1)), UNDONE, ddp=None),
+    "fsdp2, budget by gates": Run(HALF, ddp=None),
+    "fsdp2, auto": Run(auto(0.05, at=0.5, how=LOSS), ddp=None),
+    "fsdp2, undone": Run(UNDONE, ddp=None),
 }
 
 RESUMED = {  # (a run, what else its strategy is told, and the kind of its checkpoints)
@@ -158,7 +157,7 @@ def fit(
     run: Run, *, strategy: Any = "auto", devices: int = 1, callbacks: Any = (), ckpt_path: Any = None, **options: Any
 ) -> tuple[Model, lightning.Trainer, RankScheduler]:
     """One training of ``run``."""
-    model, scheduler = Model(**run.model), RankScheduler(run.stages, run.how, check_every=options.pop("check_every", 5))
+    model, scheduler = Model(**run.model), RankScheduler(run.stages, check_every=options.pop("check_every", 5))
     settings: dict[str, Any] = {
         "accelerator": "cpu", "devices": devices, "strategy": strategy, "max_steps": STEPS, "logger": False,
         "val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0,

@@ -1,5 +1,6 @@
 """How few directions are enough: against trying all numbers of them, and against an update whose rank is known."""
 
+from dataclasses import replace
 from statistics import stdev
 
 import pytest
@@ -17,7 +18,13 @@ from dynrank.triggers import At, Run
 
 FULL = 8
 SPECTRA = {"0": [9.0, 4.0, 0.5], "1": [2.0]}  # singular values of the updates that are planted
-STILL = {"metric": "gates", "window": 2, "loss_terms": 1000}  # half of 200 x 10: a square is twice a log-likelihood
+# Half of 200 x 10: a square is twice a log-likelihood.
+STILL = How(metric="gates", window=2, loss_terms=1000)
+
+
+def smallest(tolerance, how=STILL):
+    """The search alone, without the cut before it."""
+    return Stage(At(fraction=1.0), Smallest(), how=replace(how, max_regression=tolerance))
 
 
 class Planted(Training):
@@ -55,8 +62,8 @@ class Planted(Training):
         return {name: layer.rank for name, layer in dynrank.lora_layers(self.model)}
 
 
-def drive(schedule, training=None, how=None, steps=4):
-    training, driver = training or Planted(), RankDriver(schedule, how or How(**STILL))
+def drive(schedule, training=None, steps=4):
+    training, driver = training or Planted(), RankDriver(schedule)
     driver.start(training, Run(steps))
     for _ in range(steps):
         driver.advance(training)
@@ -96,18 +103,36 @@ def test_cut_is_the_smallest_that_trying_all_numbers_finds(tolerance):
     fresh = Planted()
     most = fresh.validate()["val/loss"] * (1 + tolerance)
     expected = next(ranks for ranks, loss in dense_losses(fresh) if loss <= most)
-    training, _ = drive(auto(tolerance, at=0.5), how=How())
+    training, _ = drive(smallest(tolerance, How()))
     assert training.ranks == expected
     assert training.validate()["val/loss"] <= most * (1 + 1e-6)
 
 
 def test_gates_keep_the_directions_that_are_planted_in_few_trials():
-    training, (made, refused) = drive(auto(0.005, at=0.5))
+    training, (made,) = drive(smallest(0.005))
     assert training.ranks == {name: len(values) for name, values in SPECTRA.items()}
-    assert (made.step, refused.step, refused.undone) == (2, 4, True)
-    assert made.reason.startswith("fraction 0.5: 4 of 16 directions, 0.00 → 0.00 MB, val/loss ")
-    assert refused.reason.startswith("undone: 3 of 4 directions")
-    assert training.validations <= 1 + 4 + 1 + 2  # the uncut model and log2 of 15 numbers, then of 3
+    assert made.step == 4
+    parameters = (3 * (12 + 20) + (20 + 10)) / (FULL * (12 + 20) + FULL * (20 + 10))
+    said = f"fraction 1: 4 of 16 directions, {parameters:.3f} of the bytes at the start, val/loss "
+    assert made.reason.startswith(said)
+    assert "0.50% allowed" in made.reason
+    # The uncut model, and log2 of 15 numbers.
+    assert training.validations <= 1 + 4 + 1
+
+
+def test_auto_cuts_to_a_share_without_a_trial_and_after_the_last_step_within_its_tolerance():
+    training, (first, last) = drive(auto(0.005, share=0.5, at=0.5, how=STILL))
+    assert (first.step, last.step) == (2, 4)
+    assert first.reason == "fraction 0.5"
+    assert training.ranks == {name: len(values) for name, values in SPECTRA.items()}
+    assert "0.254 of the bytes at the start" in last.reason  # 126 of 496 parameters
+
+
+def test_search_that_training_would_follow_is_refused():
+    with pytest.raises(ConfigurationError, match="after the last step"):
+        Stage(At(fraction=0.5), Smallest(), how=How(max_regression=0.01))
+    with pytest.raises(ConfigurationError, match="max_regression"):
+        Stage(At(fraction=1.0), Smallest())
 
 
 @pytest.mark.parametrize(
@@ -119,7 +144,7 @@ def test_ranks_stay_where_nothing_can_be_spared_and_the_history_says_so(metric):
     full = {name: [3.0] * FULL for name in SPECTRA}
     training = Planted(full, metric)
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
-    _, history = drive(Stage(At(step=3), Smallest(0.01)), training)
+    _, history = drive(smallest(0.01), training)
     assert [(event.undone, [la.rank_before - la.rank_after for la in event.layers]) for event in history] == [
         (True, [1])
     ]
@@ -133,7 +158,7 @@ def test_larger_is_better_where_the_mode_says_so():
         return 10 - loss
 
     for mode, ranks in (("max", {"0": 3, "1": 1}), ("min", {"0": 1, "1": 1})):  # by "min" a lost share is a gain
-        training, _ = drive(auto(0.0005, at=0.5), Planted(metric=explained), How(**STILL, check_mode=mode))
+        training, _ = drive(smallest(0.0005, replace(STILL, check_mode=mode)), Planted(metric=explained))
         assert training.ranks == ranks
 
 
@@ -146,24 +171,24 @@ def test_interrupt_within_the_search_leaves_the_uncut_model_from_which_it_is_mad
     training = Planted(metric=interrupt)
     before = {name: value.clone() for name, value in training.model.state_dict().items()}
     with pytest.raises(KeyboardInterrupt):
-        drive(auto(0.005, at=0.5), training)
+        drive(smallest(0.005), training)
     for name, value in training.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
 
 class InBatches(Planted):
-    def validate_batches(self, monitor, most):
+    def validate_batches(self, monitor):
         with torch.no_grad():
-            losses = (self.model(self.x) - self.y).square().mean(1).split(40)[:most]
+            losses = (self.model(self.x) - self.y).square().mean(1).split(40)
         means = [float(part.mean()) for part in losses]
         return {monitor: sum(means) / len(means)}, [(mean, 1.0) for mean in means]
 
 
 def test_tolerance_below_the_noise_is_warned_of():
-    words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*schedule\.check_batches"
+    words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*schedule\.tolerance higher"
     with pytest.warns(UserWarning, match=words):
-        drive(Stage(At(step=3), Smallest(1e-6, check_batches=3)), InBatches({"0": [9.0] * 8, "1": [2.0] * 8}))
-    drive(Stage(At(step=3), Smallest(0.05)), InBatches())  # no warning, which would be an error here
+        drive(smallest(1e-6), InBatches({"0": [9.0] * 8, "1": [2.0] * 8}))
+    drive(smallest(0.05), InBatches())  # no warning, which would be an error here
 
 
 def test_standard_error_is_that_of_paired_differences():
@@ -172,16 +197,3 @@ def test_standard_error_is_that_of_paired_differences():
     pairs = ([(value, 3.0) for value in values] for values in (before, after))
     assert standard_error(*pairs) == pytest.approx(stdev(differences) / 2)
     assert standard_error([(1.0, 1.0)], [(2.0, 1.0)]) is standard_error([], []) is None
-
-
-@pytest.mark.parametrize(
-    ("schedule", "how", "message"),
-    [
-        (auto(0.1), How(max_regression=0.1), r"set schedule\.max_regression=null"),
-        (auto(0.1, check_batches=3), How(), r"check_batches=3 .*None, or define validate_batches\(\)"),
-    ],
-    ids=["two checks", "no parts"],
-)
-def test_what_cannot_be_searched_is_refused_before_the_first_step(schedule, how, message):
-    with pytest.raises(ConfigurationError, match=message):
-        RankDriver(schedule, how).start(Planted(), Run(9))

@@ -15,18 +15,16 @@ from dynrank.schedules import (
     Stage,
     after_convergence,
     anneal,
-    budget,
+    early_budget,
     energy,
     grow,
-    grow_then_shrink,
-    halving_on_plateau,
-    one_stage,
 )
-from dynrank.targets import Budget, Energy, Exactly, Factor, FinalRanks, GrowBy, GrowTo, Rank, Target
+from dynrank.targets import Budget, Energy, GrowTo, Rank, Target
 from dynrank.triggers import At, Plateau, Run
 
 RUN = Run(total_steps=100)
 NOW = At(step=1)
+GATES = How(metric="gates")
 
 
 def model(rank=8, **rank_map):
@@ -75,9 +73,12 @@ def test_layer_states_hold_the_singular_values_of_each_update():
 
 @pytest.mark.parametrize("target", [Budget(share=0.5), Energy(0.9)])
 def test_pinned_layers_are_neither_watched_nor_missed(target):
-    net, how = model(layer_1={"rank": 5, "pinned": True}), How(metric="gates")
-    stage, free = Stage(NOW, target), {name: layer for name, layer in layers_of(net).items() if not layer.pinned}
-    assert must_watch(stage, how, layers_of(net))
+    net = model(layer_1={"rank": 5, "pinned": True})
+    stage, free = (
+        Stage(NOW, target, how=GATES),
+        {name: layer for name, layer in layers_of(net).items() if not layer.pinned},
+    )
+    assert must_watch(stage, layers_of(net))
     gates = Gates(free, 4)
     for layer in layers_of(net).values():
         nn.init.normal_(layer.lora_B)
@@ -93,19 +94,15 @@ def test_pinned_layers_are_neither_watched_nor_missed(target):
         (Rank(4), "weight", {}, False),
         (Rank(4), "gates", {}, True),
         (GrowTo(12), "gates", {}, False),
-        (GrowBy(3), "gates", {}, False),
         (Double(), "gates", {"rank": 4, "layer_2": {"rank": 6, "final_rank": 3}}, False),
-        (Exactly(12), "gates", {}, False),
-        (Exactly(4), "gates", {}, True),
-        (Exactly(8), "gates", {"layer_0": {"rank": 12}}, True),  # one of them shrinks
-        (Exactly(4), "gates", {"rank": 4, "layer_0": {"rank": 12, "pinned": True}}, False),
-        (FinalRanks(), "gates", {"layer_1": {"rank": 8, "final_rank": 2}}, True),
+        (Rank(8), "gates", {"layer_0": {"rank": 12}}, True),  # one of them shrinks
+        (Rank(4), "gates", {"rank": 4, "layer_0": {"rank": 12, "pinned": True}}, False),
         (Energy(0.9), "weight", {}, False),
         (Budget(share=0.5), "gates", {}, True),
     ],
 )
 def test_what_must_be_watched(target, metric, net, watched):
-    assert must_watch(Stage(NOW, target), How(metric=metric), layers_of(model(**net))) is watched
+    assert must_watch(Stage(NOW, target, how=How(metric=metric)), layers_of(model(**net))) is watched
 
 
 # Where ranks may end
@@ -115,18 +112,13 @@ def test_what_must_be_watched(target, metric, net, watched):
     ("schedule", "ends"),
     [
         ([], [(8, 8), (5, 5), (6, 6)]),
-        (after_convergence(4), [(4, 4), (5, 5), (3, 3)]),
-        (anneal(2), [(2, 2), (5, 5), (3, 3)]),
+        (after_convergence(4, shared=False), [(4, 4), (5, 5), (3, 3)]),
+        (anneal(2, shared=False), [(2, 2), (5, 5), (3, 3)]),
         (energy(0.9, lowest=2), [(2, 8), (5, 5), (3, 3)]),
-        (budget(0.5, highest=6), [(1, 6), (5, 5), (3, 3)]),
-        (halving_on_plateau(2), [(2, 2), (5, 5), (3, 3)]),
-        (halving_on_plateau(2, deadline=None), [(2, 4), (5, 5), (3, 3)]),
+        (early_budget(share=0.5, highest=6), [(1, 6), (5, 5), (3, 3)]),
         (grow(10), [(10, 10), (5, 5), (6, 6)]),  # its own final rank would be a shrink
-        (grow_then_shrink(10, 4), [(4, 4), (5, 5), (3, 3)]),
-        ([Stage(NOW, GrowTo(100)), Stage(NOW, Factor(0.5))], [(8, 8), (5, 5), (3, 3)]),  # 16 at most, halved
-        (one_stage(NOW, FinalRanks()), [(8, 8), (5, 5), (3, 3)]),
-        (one_stage(NOW, Exactly(9)), [(9, 9), (5, 5), (3, 3)]),
-        (one_stage(NOW, Double()), [(16, 16), (5, 5), (6, 6)]),  # its own final rank is below
+        ([Stage(NOW, GrowTo(10)), Stage(NOW, Rank(4))], [(4, 4), (5, 5), (3, 3)]),
+        ([Stage(NOW, Double())], [(16, 16), (5, 5), (6, 6)]),  # its own final rank is below
     ],
 )
 def test_final_ranks_of_free_pinned_and_bound_layers(schedule, ends):
@@ -137,9 +129,9 @@ def test_final_ranks_of_free_pinned_and_bound_layers(schedule, ends):
 # What does not fit
 
 
-def refusal(net, schedule, how=None):
+def refusal(net, schedule):
     with pytest.raises(ConfigurationError) as caught:
-        check_model(net, schedule, how or How(), RUN)
+        check_model(net, schedule, RUN)
     return str(caught.value)
 
 
@@ -147,9 +139,8 @@ def test_model_without_lora_layers_is_refused():
     assert "lora.target_modules" in refusal(nn.Linear(2, 2), [])
 
 
-@pytest.mark.parametrize("target", [GrowTo(13), GrowBy(5), Exactly(13)], ids=["to", "by", "exactly"])
-def test_growth_beyond_the_shape_of_a_layer_is_refused_with_stage_layer_and_key(target):
-    message = refusal(model(), [Stage(NOW, Rank(8)), Stage(NOW, target, key="K")])
+def test_growth_beyond_the_shape_of_a_layer_is_refused_with_stage_layer_and_key():
+    message = refusal(model(), [Stage(NOW, Rank(8)), Stage(NOW, GrowTo(13), key="K")])
     assert "stage 2: rank 13 is above min(d_in, d_out) = 12 of '1'; set K" in message
     assert "of '2'" in message
     assert "of '0'" not in message  # 16 fits
@@ -157,21 +148,21 @@ def test_growth_beyond_the_shape_of_a_layer_is_refused_with_stage_layer_and_key(
 
 def test_growth_of_a_pinned_layer_is_nobodys_concern():
     net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
-    check_model(net, grow(16), How(), RUN)
+    check_model(net, grow(16), RUN)
 
 
 def test_shrink_to_a_rank_above_a_small_layers_shape_is_none():
     """A layer that the rank map has made small stays below; nobody asks it to grow."""
     net = model(rank=12, layer_0={"rank": 16}, layer_1={"rank": 4})
-    check_model(net, after_convergence(14), How(), RUN)
-    check_model(net, energy(0.9), How(), RUN)
-    assert final_ranks(net, after_convergence(14)) == {"0": (14, 14), "1": (4, 4), "2": (12, 12)}
+    check_model(net, after_convergence(14, shared=False), RUN)
+    check_model(net, energy(0.9), RUN)
+    assert final_ranks(net, after_convergence(14, shared=False)) == {"0": (14, 14), "1": (4, 4), "2": (12, 12)}
 
 
 def test_contradictions_of_the_schedule_come_first_at_the_highest_rank_of_a_free_layer():
     net = model(rank=4, layer_0={"rank": 16, "pinned": True}, layer_1={"rank": 12, "final_rank": 6})
     assert "must be at least 8, got 4" in refusal(net, after_convergence(8))
-    check_model(net, after_convergence(4), How(), RUN)
+    check_model(net, after_convergence(4), RUN)
 
 
 COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)  # 1024 parameters in model()
@@ -191,21 +182,21 @@ COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)  # 1024 parameters in model
 )
 def test_budget_below_the_lowest_ranks_is_refused(before, enough, short, words):
     before = [Stage(NOW, target) for target in before]
-    check_model(model(), [*before, *budget(**enough)], How(), RUN)
-    message = refusal(model(), [*before, *budget(**enough | short)])
+    check_model(model(), [*before, *early_budget(**enough)], RUN)
+    message = refusal(model(), [*before, *early_budget(**enough | short)])
     assert all(word in message for word in words.split()), message
 
 
 def test_budget_of_what_only_the_data_will_tell_is_allowed():
     schedule = [Stage(NOW, Energy(0.9)), Stage(NOW, Budget(share=0.1, lowest=3))]
-    check_model(model(), schedule, How(), RUN)
+    check_model(model(), schedule, RUN)
 
 
 def test_budget_counts_pinned_layers_and_final_ranks_of_their_own():
     net = model(layer_1={"rank": 6, "pinned": True}, layer_2={"rank": 8, "final_rank": 5})
     least = 2 * 40 + 6 * 36 + 5 * 52
-    check_model(net, budget(parameters=least, lowest=2), How(), RUN)
-    assert f"below {least:,}" in refusal(net, budget(parameters=least - 1, lowest=2))
+    check_model(net, early_budget(parameters=least, lowest=2), RUN)
+    assert f"below {least:,}" in refusal(net, early_budget(parameters=least - 1, lowest=2))
 
 
 def test_every_fault_is_listed():
@@ -214,4 +205,4 @@ def test_every_fault_is_listed():
 
 
 def test_trigger_without_a_time_fits_any_run():
-    check_model(model(), [Stage(Plateau(), Rank(4))], How(), Run(None))
+    check_model(model(), [Stage(Plateau(), Rank(4))], Run(None))

@@ -1,6 +1,7 @@
 """Ramp and factor as an optimizer sees them: the rate is read inside the step, from what SGD does to its parameter."""
 
 import pytest
+import schedulefree
 import torch
 from torch import nn
 
@@ -76,10 +77,51 @@ def test_factor_is_a_number_or_keeps_the_size_of_a_step():
     assert rate_factor(How(rate_after="sqrt"), {"q": 16, "v": 16}, {"q": 7, "v": 1}) == pytest.approx(2.0)
 
 
-def test_factor_needs_groups_of_adapters_alone():
+def in_one_group(factor=3.0, **options):
+    """An optimizer whose one group holds an adapter and a head, and its scheduler."""
     adapter, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    mixed = torch.optim.SGD([adapter, head], lr=0.1)
+    optimizer = torch.optim.SGD([head, adapter], lr=0.5, **options)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    return adapter, head, optimizer, schedule, Rates(optimizer, [adapter], factor)
+
+
+def test_factor_of_adapters_in_a_group_with_others_is_theirs_alone_and_follows_the_scheduler():
+    adapter, head, optimizer, schedule, _ = in_one_group()
+    lengths = []
+    for _ in range(3):
+        before = adapter.item(), head.item()
+        adapter.grad, head.grad = -torch.ones(1), -torch.ones(1)
+        optimizer.step()
+        schedule.step()
+        lengths += [adapter.item() - before[0], head.item() - before[1]]
+    assert lengths == pytest.approx([1.5, 0.5, 0.75, 0.25, 0.375, 0.125], rel=1e-5)
+    (group,) = optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(head), id(adapter)]
+
+
+def test_checkpoint_of_a_group_with_others_is_that_of_an_optimizer_without_a_factor():
+    runs = []
+    for factor in (3.0, 1.0):
+        adapter, head, optimizer, *_ = in_one_group(factor, momentum=0.9)
+        adapter.grad, head.grad = -torch.ones(1), -torch.ones(1)
+
+        def interrupted(optimizer=optimizer):
+            runs.append(optimizer.state_dict())
+            raise KeyboardInterrupt
+
+        optimizer.step()
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(interrupted)
+        runs.append(optimizer.state_dict())
+    assert runs[0] == runs[1] == runs[2] == runs[3]
+
+
+def test_optimizer_that_counts_in_its_groups_needs_one_of_adapters_alone():
+    adapter, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    mixed = schedulefree.SGDScheduleFree([adapter, head], lr=0.1)
     check_groups(mixed, [adapter], How())
-    check_groups(torch.optim.SGD([{"params": [adapter]}, {"params": [head]}]), [adapter], How(rate_after=2.0))
-    with pytest.raises(ConfigurationError, match=r"rate_after=2.*group 0 holds 1 other.*schedule\.rate_after"):
-        check_groups(mixed, [adapter], How(rate_after=2.0))
+    parted, how = schedulefree.SGDScheduleFree([{"params": [adapter]}, {"params": [head]}]), How(rate_after=2.0)
+    check_groups(parted, [adapter], how)
+    words = r"rate_after=2.*group 0, which holds 1 other.*schedule\.how\.rate_after"
+    with pytest.raises(ConfigurationError, match=words):
+        check_groups(mixed, [adapter], how)

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from dynrank.change.predict import LayerReport
+from dynrank.change.report import LayerReport
 from dynrank.output.change_table import change_table, layer_kinds
 
 

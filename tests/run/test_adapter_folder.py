@@ -18,7 +18,7 @@ from dynrank.tasks.language_modeling import LanguageModel
 
 SMALL = [
     "schedule.shared=false",
-    "schedule.metric=weight",
+    "schedule.how.metric=weight",
     "debug=smoke",
     "lora.rank=4",
     "plots=false",

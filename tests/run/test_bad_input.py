@@ -36,13 +36,13 @@ CASES = [
     (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
     (["schedule.drops=99999999999"], ["schedule.drops"]),
     (["schedule.deadline=2"], ["2", "schedule.deadline"]),
-    (["schedule.metric=los"], ["los", "schedule.metric"]),
+    (["schedule.how.metric=los"], ["los", "schedule.how.metric"]),
     (["schedule.trigger.patience=0"], ["patience", "0"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),
     (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
     (["optimizer.warmup_steps=10"], ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"]),
     (["schedule=milestones", "schedule.unit=step", "schedule.at=[1,2,30]"], ["stage 3", "30", "12"]),
-    (["schedule=budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
+    (["schedule=early_budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
     (["schedule=grow", "schedule.final_rank=400"], ["stage 1", "400", "384", "schedule.final_rank"]),
     (["schedule=anneal", "schedule.shape=round"], ["round", "schedule.shape"]),
 ]
@@ -74,7 +74,7 @@ def test_a_refused_run_takes_away_its_folders_and_none_outside_of_here(launch, t
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.optimizer_state=reset"]),
+        (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.how.optimizer_state=reset"]),
         (["optimizer.name=Adamw"], ["Adamw", "optimizer.name"]),
         (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
         (
@@ -148,7 +148,7 @@ def keys_beside(schedule):
 @given(data=st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_any_value_of_any_key_is_taken_or_refused(launch, tiny_bert, data):
-    schedule = data.draw(st.sampled_from(["after_convergence", "anneal", "one_stage", "budget", "milestones"]))
+    schedule = data.draw(st.sampled_from(["after_convergence", "anneal", "early_budget", "auto", "milestones"]))
     overrides = ["debug=smoke", f"task.model={tiny_bert}", f"schedule={schedule}"]
     key = data.draw(st.sampled_from(keys_beside(schedule)))
     override = data.draw(st.sampled_from([f"{key}={value}" for value in VALUES] + [f"~{key}", f"{key}x=1"]))

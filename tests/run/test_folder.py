@@ -22,13 +22,11 @@ def write(path, text):
 
 def test_tables_are_joined_at_the_step_that_a_run_goes_on_from(tmp_path):
     write(tmp_path / "metrics.csv", "step,train,val\n0,1.0,\n1,0.9,\n1,,5.0\n2,0.8,\n3,0.7\n4,")
-    write(tmp_path / "rank_predictions.csv", "step,layer,reason\n1,a,x\n1,b,x\n2,a,y\n")
     write(tmp_path / "generations.csv", 'step,split,written\n2,val,"a\n5"\n3,val,b\n')
     run_folder.take_up(tmp_path, 2)
     assert [row["written"] for row in table(tmp_path / "generations.csv")] == ["a\n5"]
     (tmp_path / "generations.csv").unlink()
     assert not (tmp_path / "metrics.csv").exists()
-    assert [row["layer"] for row in table(tmp_path / "rank_predictions.csv")] == ["a", "b"]
     write(tmp_path / "metrics.csv", "step,val,train,rank\n1,5.5,,\n2,,0.81,4\n")  # the validation was made again
     run_folder.take_up(tmp_path, 3)  # killed again
     write(tmp_path / "metrics.csv", "step,train,rank\n3,0.71,4\n")
@@ -36,7 +34,7 @@ def test_tables_are_joined_at_the_step_that_a_run_goes_on_from(tmp_path):
     found = [(row["step"], row["train"], row["val"], row["rank"]) for row in table(tmp_path / "metrics.csv")]
     assert found == [("0", "1.0", "", ""), ("1", "0.9", "", ""), ("1", "", "5.5", ""), ("2", "0.81", "", "4"),
                      ("3", "0.71", "", "4")]  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "rank_predictions.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv"]
 
 
 @pytest.mark.parametrize("goes_on_from", [None, 3])
@@ -54,10 +52,10 @@ def test_both_validations_of_a_checked_change_stay(tmp_path):
     assert [row["val"] for row in table(tmp_path / "metrics.csv") if row["val"]] == ["5.0", "4.0", "3.5", "3.0"]
 
 
-def test_predictions_get_their_headings_again_where_none_was_made_before_the_checkpoint(tmp_path):
-    write(tmp_path / "rank_predictions.csv", "step,layer,reason\n5,a,x\n")
+def test_table_gets_its_headings_again_where_no_row_was_made_before_the_checkpoint(tmp_path):
+    write(tmp_path / "generations.csv", "step,split,written\n6,val,a\n")
     run_folder.take_up(tmp_path, 4)
-    assert not (tmp_path / "rank_predictions.csv").exists()  # RankMonitor writes headings into a new file
+    assert not (tmp_path / "generations.csv").exists()
 
 
 def test_what_ckpt_path_means(tmp_path):
@@ -84,7 +82,7 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
 
 
 def test_a_new_run_takes_the_folder_of_one_without_a_checkpoint_and_of_no_other(tmp_path):
-    for name in ("metrics.csv", "rank_predictions.csv", "rank_history.csv", "checkpoints/last.ckpt.part", "mine.txt"):
+    for name in ("metrics.csv", "generations.csv", "rank_history.csv", "checkpoints/last.ckpt.part", "mine.txt"):
         write(tmp_path / name, "x")
     with run_folder.held(tmp_path):
         assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock"}

@@ -1,12 +1,10 @@
 """How, Stage, and what contradicts itself in a schedule."""
 
-from dataclasses import replace
-
 import pytest
 
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, check_schedule, grow, halving_on_plateau
-from dynrank.targets import Budget, Energy, GrowBy, GrowTo, LayerState, Rank, Towards
+from dynrank.schedules import How, Stage, after_convergence, check_schedule, grow
+from dynrank.targets import Budget, Energy, GrowTo, Rank, Towards
 from dynrank.triggers import At, Plateau, Run
 
 RUN = Run(total_steps=100, steps_per_epoch=20)
@@ -17,7 +15,7 @@ RUN = Run(total_steps=100, steps_per_epoch=20)
 )
 def test_how_names_a_wrong_value_and_its_key(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ConfigurationError, match=rf"^{name} must .*got {value!r}; set schedule\.{name}$"):
+    with pytest.raises(ConfigurationError, match=rf"^{name} must .*got {value!r}; set schedule\.how\.{name}$"):
         How(**wrong)
 
 
@@ -27,7 +25,6 @@ def test_how_names_a_wrong_value_and_its_key(wrong):
         (lambda: Stage(None, Rank(4)), ["when", "Trigger", "At", "None"]),
         (lambda: Stage(Plateau(), 4), ["to", "Target", "4"]),
         (lambda: Stage(At(step=3), Rank(4), deadline=0.5), ["0.5", "step 3", "schedule.deadline"]),
-        (lambda: Stage(At(step=3), Rank(4), repeat=True), ["step 3", "schedule.repeat"]),
     ],
 )
 def test_stage_names_a_wrong_value(make, names):
@@ -43,23 +40,12 @@ def test_planned_step_is_the_time_or_the_deadline():
     assert Stage(Plateau(), Rank(8)).planned_step(RUN) is None
 
 
-def test_reach_of_a_stage_that_repeats_goes_all_the_way_down():
-    (halving,) = halving_on_plateau(3, deadline=None)
-    assert halving.reach(LayerState(32)) == (3, 16)
-    assert replace(halving, repeat=False).reach(LayerState(32)) == (16, 16)
-    assert Stage(Plateau(), GrowBy(4), repeat=True).reach(LayerState(32)) == (36, 36)
-
-
 PLATEAU = Plateau(warmup_steps=30)
 FAULTS = {
     "target above the rank in a shrink": ([Stage(At(step=1), Rank(33), key="K")], ["stage 1", "32", "33", "K"]),
     "target above the rank of the stage before": (
         [Stage(At(step=1), Rank(8)), Stage(At(step=2), Rank(16), key="K")],
         ["stage 2", "8", "16", "K"],
-    ),
-    "target above the rank after one repetition": (
-        [*halving_on_plateau(3, deadline=None), Stage(At(step=99), Rank(20), key="K")],
-        ["stage 2", "16", "20", "K"],
     ),
     "growth below the rank": ([Stage(At(step=1), GrowTo(31), key="K")], ["stage 1", "32", "31", "K"]),
     "least above the rank": ([Stage(At(step=1), Energy(0.9, lowest=33), key="K")], ["stage 1", "lowest", "K"]),
@@ -89,7 +75,7 @@ def test_contradiction_is_refused_with_its_stage_and_key(name):
 
 
 @pytest.mark.parametrize(
-    "target", [Rank(32), Towards(32), Towards(33, 2, 2), Energy(0.5, lowest=29, multiple=4), GrowTo(32), GrowBy(1)]
+    "target", [Rank(32), Towards(32), Towards(33, 2, 2), Energy(0.5, lowest=29, multiple=4), GrowTo(32)]
 )
 def test_target_that_may_leave_a_layer_as_it_is_is_no_contradiction(target):
     check_schedule([Stage(At(step=1), target)], highest=32, run=RUN)
@@ -108,4 +94,4 @@ def test_what_needs_the_length_of_the_run_is_not_checked_without(run):
     schedule = [Stage(PLATEAU, Rank(8), deadline=0.25), Stage(At(step=500), Rank(4)), Stage(At(fraction=0.1), Rank(2))]
     check_schedule(schedule, highest=32, run=run)
     check_schedule([Stage(At(epoch=99), Rank(8))], highest=32, run=Run(100))
-    check_schedule(grow(64) + halving_on_plateau(8), highest=32, run=run)
+    check_schedule(grow(64) + after_convergence(8), highest=32, run=run)

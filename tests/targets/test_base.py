@@ -10,15 +10,9 @@ from hypothesis import strategies as st
 from dynrank.errors import ConfigurationError
 from dynrank.targets import (
     Budget,
-    EffectiveRank,
     Energy,
-    Exactly,
-    Factor,
-    FinalRanks,
-    GrowBy,
     GrowTo,
     LayerState,
-    NumericalRank,
     Rank,
     Target,
     Towards,
@@ -62,14 +56,10 @@ SHRINKING = st.one_of(
         st.integers(0, 4),
         st.sampled_from(["geometric", "linear", "cosine"]),
     ),
-    st.builds(Factor, SHARES, **STEPPED),
     st.builds(Energy, SHARES, **STEPPED),
-    st.builds(EffectiveRank, **STEPPED),
-    st.builds(NumericalRank, SHARES, **STEPPED),
     BUDGETS,
-    st.just(FinalRanks()),
 )
-GROWING = st.one_of(st.builds(GrowTo, COUNTS), st.builds(GrowBy, COUNTS))
+GROWING = st.builds(GrowTo, COUNTS)
 MODELS = st.lists(states(), min_size=1, max_size=4).map(lambda all_: {f"layer.{i}": s for i, s in enumerate(all_)})
 
 
@@ -92,17 +82,15 @@ def test_a_shrink_never_raises_and_keeps_bounds_and_multiples(target, model):
 
 
 @settings(max_examples=200, deadline=None)
-@given(GROWING, COUNTS, MODELS)
-def test_a_growth_never_lowers_and_exactly_goes_both_ways_within_the_bounds(target, rank, model):
-    grown, exact = target.ranks(model), Exactly(rank).ranks(model)
+@given(GROWING, MODELS)
+def test_a_growth_never_lowers_and_stays_within_the_bounds(target, model):
+    grown = target.ranks(model)
     for name, state in model.items():
-        wanted = target.rank if isinstance(target, GrowTo) else state.rank + target.count
-        assert grown[name] == max(state.rank, min(wanted, state.highest))
-        assert exact[name] == min(max(rank, state.lowest), state.highest)
+        assert grown[name] == max(state.rank, min(target.rank, state.highest))
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.one_of(SHRINKING, GROWING, st.builds(Exactly, COUNTS)), MODELS)
+@given(st.one_of(SHRINKING, GROWING), MODELS)
 @example(Budget(share=1.0, highest=7, multiple=2), {"layer": LayerState(8, 8, 8, values=torch.zeros(8))})
 def test_reach_bounds_the_ranks_and_rises_with_the_rank_now(target, model):
     for name, rank in target.ranks(model).items():
@@ -146,10 +134,9 @@ def test_a_target_of_ones_own_needs_ranks_alone():
     ("make", "names"),
     [
         (lambda: Rank(0), ["rank", "0"]),
-        (lambda: GrowBy(1.5), ["count", "1.5"]),
-        (lambda: Factor(1.1), ["factor", "1.1"]),
+        (lambda: GrowTo(1.5), ["rank", "1.5"]),
         (lambda: Energy(float("nan")), ["share", "nan"]),
-        (lambda: EffectiveRank(lowest=0, multiple=-1), ["lowest", "0", "multiple", "-1"]),
+        (lambda: Energy(0.5, lowest=0, multiple=-1), ["lowest", "0", "multiple", "-1"]),
         (lambda: Towards(4, 1, 1, "bent"), ["shape", "'bent'", "cosine"]),
         (lambda: Budget(parameters=-1), ["parameters", "-1"]),
         (lambda: Budget(parameters=100, share=0.5), ["100", "0.5", "schedule.parameters", "schedule.share"]),

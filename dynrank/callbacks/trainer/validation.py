@@ -37,7 +37,7 @@ class _Metrics(Callback):
 
 
 def validate_beside(
-    trainer: Trainer, *deaf: type[Callback], monitor: str = "", most: int | None = None, silent: bool = False
+    trainer: Trainer, *deaf: type[Callback], monitor: str = "", silent: bool = False
 ) -> tuple[dict[str, float], Batches]:
     """Validate now, beside the run's own validations; return the metrics, and each batch's part in ``monitor``.
 
@@ -45,23 +45,18 @@ def validate_beside(
         trainer: between two batches of ``fit``.
         *deaf: classes of callbacks that hear nothing of it.
         monitor: a metric; it has parts if it is a mean over batches.
-        most: batches of each data loader to validate; None: all.
         silent: whether neither loggers nor who reads the trainer's metrics later learn of it.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    loop, connector, metrics = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector, _Metrics(monitor)
+    connector, metrics = trainer._logger_connector, _Metrics(monitor)
     shown = {name: dict(getattr(connector, name)) for name in ("_callback_metrics", "_progress_bar_metrics")}
-    loop.setup_data()
-    limits = loop._max_batches
     trainer.callbacks = [*(c for c in callbacks if not isinstance(c, deaf)), metrics]  # type: ignore[attr-defined]
     try:
         if silent:
             connector.log_metrics = lambda *_, **__: None  # type: ignore[method-assign]
-        loop._max_batches = [limit if most is None else min(limit, most) for limit in limits]
         run_validation(trainer)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        loop._max_batches = limits
         if silent:
             vars(connector).pop("log_metrics", None)
             vars(connector).update(shown)

@@ -26,7 +26,8 @@ __all__ = ["Change", "Generation", "LayerChange", "RunRecord", "read_metrics", "
 Row = TypeVar("Row")
 
 
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))  # not strict: cells of CSV are texts
+# Not strict, since cells of CSV are texts; the report does not read the columns of the estimated loss.
+@checked_dataclass(frozen=True, config=ConfigDict(extra="ignore"))
 class LayerChange:
     """A line of rank_history.csv: what a change did to a layer."""
 

@@ -138,7 +138,7 @@ def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
             if worst > WORSE:
                 yield (
                     "undo a change that costs so much",
-                    _train(run, f"schedule.max_regression={WORSE}", keep="schedule"),
+                    _train(run, f"schedule.how.max_regression={WORSE}", keep="schedule"),
                 )
             elif "schedule.final_rank" in config and ranks[0] > 1:
                 lower = f"schedule.final_rank={max(1, middle // 2)}"

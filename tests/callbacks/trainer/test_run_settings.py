@@ -1,6 +1,7 @@
 """Ranks change in runs of every setting: what the Trainer ends with is what a plain loop with resize ends with."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_adapters_in_float16_are_refused(fit):
 def test_compiled_model_uses_the_new_factors(regression, fit, backend, how):
     plain, compiled = (without_dropout(regression[0]) for _ in range(2))
     compiled.net.compile(backend=backend)
-    first, second = (RankScheduler(list(STAGES), how) for _ in range(2))
+    first, second = (RankScheduler([replace(stage, how=how) for stage in STAGES]) for _ in range(2))
     for scheduler, module in ((first, plain), (second, compiled)):
         fit(scheduler, module=module, limit_val_batches=0, max_steps=10)
     for name, value in plain.state_dict().items():
