@@ -7,7 +7,7 @@ import torch
 import dynrank
 from dynrank.callbacks import RankScheduler
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, after_convergence
+from dynrank.schedules import How, Stage
 from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Plateau
 

@@ -245,7 +245,8 @@ def test_copies_of_a_watched_layer_are_not_watched(copied):
         assert gates.examples == 0
         with pytest.raises(RuntimeError, match="observed already"):
             watching(net)
-    with pytest.raises(ConfigurationError, match=r"'0'.*metric=gates.*schedule\.how\.metric=weight.*lora\.target_modules"):
+    words = r"'0'.*metric=gates.*schedule\.how\.metric=weight.*lora\.target_modules"
+    with pytest.raises(ConfigurationError, match=words):
         gates.values()
 
 
