@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the same names for type checkers
+# The same names, for type checkers.
+if TYPE_CHECKING:
     from dynrank.adapters.export import export_adapter as export_adapter
     from dynrank.adapters.load import load_adapter as load_adapter
     from dynrank.adapters.load import swap_adapter as swap_adapter

@@ -21,7 +21,8 @@ from dynrank.output.console import quiet_imports
 from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
-PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")  # as torchrun, srun and Lightning set them
+# torchrun, srun and Lightning set these.
+PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 # Keys whose paths are relative to where the user stands.
 PATHS = ("rank_map.file", "ckpt_path", "task.model", "data.train", "data.val", "data.test")
 
@@ -36,16 +37,20 @@ def _train(config: DictConfig) -> float | None:
     _find_paths(config)
     if hydra_config.mode == RunMode.MULTIRUN:
         return run_in_sweep(config, folder, record)
-    with usage_errors():  # here, too: Hydra prints a line of its own for what gets out
+    # Errors are caught here, too, because Hydra prints a line of its own for those that get out.
+    with usage_errors():
         try:
-            from dynrank.run.job import run  # torch and transformers load here, so that --help need not wait for them
+            # torch and transformers load here, so that --help need not wait for them.
+            from dynrank.run.job import run
 
             run(config, folder, record=record)
         finally:
             if folder != Path.cwd():
                 remove = os.removedirs if folder.is_relative_to(Path.cwd()) else os.rmdir
-                with suppress(OSError):  # not empty: the run was not refused
-                    remove(os.path.relpath(folder))  # outputs/DATE, which Hydra has made, too; none outside of here
+                # A folder that is not empty stays: its run was not refused.
+                with suppress(OSError):
+                    # Hydra has also made outputs/DATE. No folder outside of the current one is taken away.
+                    remove(os.path.relpath(folder))
     return None
 
 
@@ -70,14 +75,17 @@ def _record(config: Any, folder: Path) -> None:
 
 def main() -> None:
     """Entry point; :func:`dynrank.commands.exits.usage_errors` has the exit codes."""
-    if "--version" in sys.argv[1:]:  # else Hydra prints its own
+    # Without this line Hydra would print its own version.
+    if "--version" in sys.argv[1:]:
         print(f"dynrank {__version__}")
         return
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach us instead of being printed and turned into exit code 1
+    # Exceptions reach us, and Hydra does not turn them into exit code 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
     if any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS):
         # the first process writes the run's files; the time of day in the name of its folder may be another one here
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
-        if "ckpt_path=last" not in sys.argv:  # which is looked for in the folder
+        # The checkpoint is looked for in the run's folder.
+        if "ckpt_path=last" not in sys.argv:
             sys.argv.append("hydra.run.dir=.")
     with usage_errors(), table_at_end():
         _train()

@@ -14,7 +14,8 @@ from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
 
 BACKENDS = ("auto", "torch", "triton")
-MEASURED = Path(__file__).with_name("measured.csv")  # rows are appended by scripts/bench_gpu.py
+# scripts/bench_gpu.py appends rows to it.
+MEASURED = Path(__file__).with_name("measured.csv")
 
 
 def check_backend(backend: str) -> str:

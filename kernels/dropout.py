@@ -14,8 +14,10 @@ from numpy.random import SFC64
 from numpy.random.bit_generator import ISeedSequence
 from torch import Tensor
 
-STEPS = 2**15  # a number has a sign and 15 bits, so that a threshold can be subtracted
-SMALL = 4096  # up to so many elements torch's few calls take less time than numpy's fast ones
+# A random number has a sign and 15 bits, so that a threshold can be subtracted from it.
+STEPS = 2**15
+# Up to so many elements, a few calls of torch take less time than numpy's faster ones.
+SMALL = 4096
 _WORD_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -42,11 +44,13 @@ def random_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
         generator = torch.Generator(x.device).manual_seed(start)
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate, generator=generator)
     count = x.numel()
-    sequence: Any = _Seed(start)  # numpy's stubs know its own only
+    # The stubs of numpy know its own seed sequences only.
+    sequence: Any = _Seed(start)
     bits = SFC64(sequence).random_raw((count + 3) // 4).view(np.int16)
     bits &= STEPS - 1
     bits += -round(rate * STEPS)
-    bits >>= 15  # the sign, which is set below the threshold
+    # Only the sign is left; it is set where the number is below the threshold.
+    bits >>= 15
     return torch.from_numpy(bits[:count].reshape(x.shape))
 
 
@@ -54,7 +58,8 @@ def masked(x: Tensor, mask: Tensor, *, in_place: bool = False) -> Tensor:
     """``x`` with zeros where ``mask`` says so, not rescaled; an infinity or NaN that is dropped is zero, too."""
     if mask.dtype == torch.bool:
         return x.masked_fill_(mask, 0) if in_place else x.masked_fill(mask, 0)
-    words = x.view(_WORD_OF[x.itemsize]).numpy()  # numpy widens the mask as it goes, which takes torch twice the time
+    # numpy widens the mask while it multiplies. torch takes twice the time for that.
+    words = x.view(_WORD_OF[x.itemsize]).numpy()
     kept = np.bitwise_and(words, mask.numpy(), out=words if in_place else None)
     return x if in_place else torch.from_numpy(kept).view(x.dtype)
 

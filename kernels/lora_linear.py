@@ -115,7 +115,7 @@ class SharedInput:
         products = products_of(backend, x, sum([layer.lora_A.shape[0] for layer in layers]))
         if seed is None or not dropout:
             seed = draw_seed(products.seed_place(x)) if dropout else None
-        self._x, self._layers, self._how = x, layers, How(dropout, seed, products)
+        self._x, self._layers, self._how = x, layers, ProductOptions(dropout, seed, products)
         if torch.compiler.is_compiling():
             self._ys = _compiled(x, layers[0], self._how, backend)
         elif torch.is_grad_enabled():
@@ -134,15 +134,18 @@ class SharedInput:
         return y
 
 
-class How(NamedTuple):
+class ProductOptions(NamedTuple):
     """How the rank-sized products are made."""
 
-    p: float  # of dropout
-    seed: Tensor | None  # of its mask; None for no dropout
-    products: ModuleType  # torch_backend or triton_launch
+    # The probability of dropout.
+    p: float
+    # The seed of its mask; None for no dropout.
+    seed: Tensor | None
+    # The module that makes them: torch_backend or triton_launch.
+    products: ModuleType
 
 
-def _open(x: Tensor, layers: Sequence[Operands], how: How) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _open(x: Tensor, layers: Sequence[Operands], how: ProductOptions) -> tuple[Tensor, tuple[Tensor, ...]]:
     """``s = drop(x) [A_1; A_2; ...]^T``, and outputs: of a single layer complete, of several with their shapes only."""
     x_MI, lora_A = _rows(x), _joined([layer.lora_A for layer in layers], 0)
     s_MR = how.products.shrink(x_MI, lora_A, how.products.dropout(x_MI, how.p, how.seed))
@@ -152,7 +155,7 @@ def _open(x: Tensor, layers: Sequence[Operands], how: How) -> tuple[Tensor, tupl
     return s_MR, ys
 
 
-def _up(y: Tensor, x_MI: Tensor, s_MR: Tensor, layer: Operands, how: How) -> None:
+def _up(y: Tensor, x_MI: Tensor, s_MR: Tensor, layer: Operands, how: ProductOptions) -> None:
     """Write ``scaling * s B^T + b + x W^T`` into ``y``."""
     y_MO, products = _rows(y), how.products
     products.expand(s_MR, layer.lora_B.mT, layer.scaling, layer.bias, products.NO_DROPOUT, y.dtype, out=y_MO)
@@ -160,7 +163,7 @@ def _up(y: Tensor, x_MI: Tensor, s_MR: Tensor, layer: Operands, how: How) -> Non
 
 
 def _gradients(
-    x_MI: Tensor, uses: Sequence[tuple[Tensor, Tensor, Operands]], how: How, needs: tuple[bool, bool, bool]
+    x_MI: Tensor, uses: Sequence[tuple[Tensor, Tensor, Operands]], how: ProductOptions, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
     """Gradients with respect to x, and to (A, B) of each layer, as far as ``needs`` says for x, the A and the B.
 
@@ -198,28 +201,32 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, shared: SharedInput, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         layers, how = shared._layers, shared._how
         shared.s_MR, ys = _open(x, layers, how)
-        ctx.set_materialize_grads(False)  # no zeros for an output that is not used
+        # An output that is not used needs no gradient of zeros.
+        ctx.set_materialize_grads(False)
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
         ctx.save_for_backward(x, shared.s_MR, how.seed, *factors, *weights)
         ctx.layers, ctx.how = layers, how
         return ys
 
     @staticmethod
-    @once_differentiable  # drop(x) A^T is kept as a number, not as a function of x
+    # drop(x) A^T is kept as a number and not as a function of x, so a second derivative would be wrong.
+    @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, s_MR, *_ = ctx.saved_tensors  # torch checks that none of them was changed, the layers' included
+        # torch checks that none of the saved tensors has been changed in place, the factors included.
+        x, s_MR, *_ = ctx.saved_tensors
         parts = zip(dys, _split(s_MR, ctx.layers, 1), ctx.layers, strict=True)
         uses = [(_rows(dy), s, layer) for dy, s, layer in parts if dy is not None]
         if not uses:
             return (None,) * len(ctx.needs_input_grad)
-        _, need_x, need_A, need_B, *_ = ctx.needs_input_grad  # all layers' factors need them alike
+        # The factors of all layers need gradients, or none does.
+        _, need_x, need_A, need_B, *_ = ctx.needs_input_grad
         dx, pairs = _gradients(_rows(x), uses, ctx.how, (need_x, need_A, need_B))
         given = iter(pairs)
         factors = [grad for dy in dys for grad in ((None, None) if dy is None else next(given))]
         return None, None if dx is None else dx.view(x.shape), *factors
 
 
-def _compiled(x: Tensor, layer: Operands, how: How, backend: str) -> tuple[Tensor, ...]:
+def _compiled(x: Tensor, layer: Operands, how: ProductOptions, backend: str) -> tuple[Tensor, ...]:
     """The output by an op that torch.compile takes as it is; in eager mode a Function takes less of the host's time."""
     weight, bias, lora_A, lora_B, scaling, tap = layer
     weight = weight if isinstance(weight, Tensor) else weight()
@@ -242,9 +249,13 @@ def _forward(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    layer, how = Operands(weight, bias, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, lora_A.shape[0]))
+    layer, how = (
+        Operands(weight, bias, lora_A, lora_B, scaling),
+        ProductOptions(p, seed, products_of(backend, x, lora_A.shape[0])),
+    )
     s_MR, (y,) = _open(x, (layer,), how)
-    return y, s_MR.contiguous()  # Triton's rows are wider; the compiler is told what they are below
+    # Triton's rows are wider than R. The compiler is told their shape below.
+    return y, s_MR.contiguous()
 
 
 def _backward(
@@ -260,11 +271,15 @@ def _backward(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer, how = Operands(weight, None, lora_A, lora_B, scaling), How(p, seed, products_of(backend, x, lora_A.shape[0]))
+    layer, how = (
+        Operands(weight, None, lora_A, lora_B, scaling),
+        ProductOptions(p, seed, products_of(backend, x, lora_A.shape[0])),
+    )
     need_x, need_A, need_B = needs
     dx, [(d_A, d_B)] = _gradients(_rows(x), [(_rows(dy), s_MR, layer)], how, (need_x, need_A, need_B))
     dx = None if dx is None else dx.view(x.shape)
-    dx, d_A, d_B = (dy.new_empty(0) if grad is None else grad for grad in (dx, d_A, d_B))  # an op cannot return None
+    # An op of torch.library cannot return None.
+    dx, d_A, d_B = (dy.new_empty(0) if grad is None else grad for grad in (dx, d_A, d_B))
     return dx, d_A, d_B
 
 

@@ -41,7 +41,8 @@ def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
 def shrink(x_MI: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
     """``drop(x) A^T``, (M, R)."""
     x_MI = x_MI if dropout.mask is None else masked(x_MI, dropout.mask)
-    dtype = lora_A.dtype if x_MI.device.type == "cpu" else x_MI.dtype  # no other products of a CPU sum in the wider
+    # On a CPU, ATen accumulates in the wider dtype only if the inputs have it.
+    dtype = lora_A.dtype if x_MI.device.type == "cpu" else x_MI.dtype
     return _product(_in(dtype, x_MI), _in(dtype, lora_A).mT, dropout.rescale, dtype)
 
 
@@ -70,7 +71,8 @@ def grad_S_and_B(
     need_S, need_B = needs
     dy_MO, d_B = _in(s_MR.dtype, dy_MO), None
     ds_MR = _product(dy_MO, _in(s_MR.dtype, lora_B), scaling, s_MR.dtype) if need_S else None
-    if need_B:  # as (S^T dY)^T, which keeps the long dimension contiguous: several times faster on CPU than dY^T S
+    # Computed as (S^T dY)^T, which keeps the long dimension contiguous: on a CPU several times faster than dY^T S.
+    if need_B:
         d_B = _product(s_MR.mT, dy_MO, scaling, lora_B.dtype).mT.contiguous()
     return ds_MR, d_B
 
@@ -86,9 +88,11 @@ def _product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, out:
     dtypes = () if left.dtype == dtype else (dtype,)
     if scale == 1:
         return torch.mm(left, right, *dtypes, out=out)
-    unread = left.new_empty(1, dtype=dtype)  # as beta = 0: one call that scales, and no empty result
+    # beta = 0 means that this tensor is never read: one call multiplies and scales, and needs no empty result.
+    unread = left.new_empty(1, dtype=dtype)
     return torch.addmm(unread, left, right, *dtypes, beta=0, alpha=scale, out=out)
 
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)  # a call of torch takes longer than the question
+    # Asking takes less time than a call of torch that does nothing.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)

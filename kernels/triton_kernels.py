@@ -34,7 +34,8 @@ def _philox(seed_ptr, row_M1, counter_1Q):
     for _ in tl.static_range(9):
         key_0 = tl.add(key_0, 0x9E3779B9, sanitize_overflow=False)
         key_1 = tl.add(key_1, 0xBB67AE85, sanitize_overflow=False)
-        product_0 = c0.to(tl.uint64) * 0xD2511F53  # one instruction makes both halves
+        # One instruction makes both halves of the product.
+        product_0 = c0.to(tl.uint64) * 0xD2511F53
         product_2 = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = (product_2 >> 32).to(tl.uint32) ^ c1 ^ key_0
         c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ key_1
@@ -56,17 +57,22 @@ def _dropped(x_MQ, seed_ptr, row_M, start, threshold):
 
 @triton.jit(do_not_specialize=["rows", "rank", "steps", "threshold"])
 def shrink_kernel(
-    s_ptr,  # (P, M, BLOCK_R), contiguous: drop(x) lora_A^T over each program's columns
-    x_ptr,  # (M, I), columns side by side
-    a_ptr,  # (R, I), contiguous
+    # (P, M, BLOCK_R), contiguous: drop(x) lora_A^T over each program's columns.
+    s_ptr,
+    # (M, I), columns side by side.
+    x_ptr,
+    # (R, I), contiguous.
+    a_ptr,
     seed_ptr,
     rows,
     d_in,
     rank,
     stride_xm,
-    steps,  # of WIDTH columns, of each program
+    # Steps of WIDTH columns that each program makes.
+    steps,
     threshold,
-    scale,  # 1 / keep rate
+    # 1 / keep rate.
+    scale,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -97,16 +103,21 @@ def shrink_kernel(
 
 @triton.jit(do_not_specialize=["rows", "rank", "threshold"])
 def expand_kernel(
-    out_ptr,  # (M, N), contiguous: mask * (scale * s factor + bias)
-    s_ptr,  # (M, BLOCK_R), contiguous
-    factor_ptr,  # (R, N), contiguous
-    bias_ptr,  # (N,), contiguous, or None
+    # (M, N), contiguous: mask * (scale * s factor + bias).
+    out_ptr,
+    # (M, BLOCK_R), contiguous.
+    s_ptr,
+    # (R, N), contiguous.
+    factor_ptr,
+    # (N,), contiguous, or None.
+    bias_ptr,
     seed_ptr,
     rows,
     width,
     rank,
     threshold,
-    scale,  # 1 / keep rate
+    # 1 / keep rate.
+    scale,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -137,17 +148,22 @@ def expand_kernel(
 
 @triton.jit(do_not_specialize=["rows", "rank", "steps", "threshold"])
 def grad_A_kernel(
-    partial_ptr,  # (P, R, I) float32, contiguous: ds^T drop(x) of each program's rows
-    ds_ptr,  # (M, BLOCK_R), contiguous
-    x_ptr,  # (M, I), columns side by side
+    # (P, R, I) float32, contiguous: ds^T drop(x) of each program's rows.
+    partial_ptr,
+    # (M, BLOCK_R), contiguous.
+    ds_ptr,
+    # (M, I), columns side by side.
+    x_ptr,
     seed_ptr,
     rows,
     d_in,
     rank,
     stride_xm,
-    steps,  # of BLOCK_M rows, of each program
+    # Steps of BLOCK_M rows that each program makes.
+    steps,
     threshold,
-    scale,  # 1 / keep rate
+    # 1 / keep rate.
+    scale,
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -179,8 +195,10 @@ def grad_A_kernel(
 
 @triton.jit(do_not_specialize=["rows", "partials"])
 def sum_partials_kernel(
-    out_ptr,  # (rows, columns), or (columns, rows) where it is transposed, contiguous
-    partial_ptr,  # (P, rows, columns) float32, contiguous
+    # (rows, columns), or (columns, rows) where it is transposed, contiguous.
+    out_ptr,
+    # (P, rows, columns) float32, contiguous.
+    partial_ptr,
     rows,
     columns,
     partials,

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float16)
-BUCKETS = (16, 32, 64, 128)  # of ranks that run one binary; 16 is the least that a matrix instruction takes
+# Ranks up to each of these run one binary. A matrix instruction takes at least 16.
+BUCKETS = (16, 32, 64, 128)
 # Tiles are shipped, not searched for at run time, so that two runs add in the same order. Compiled for compute
 # capability 8.0, 8.9, 9.0, 10.0 and 12.0, none spills a register, and a multiprocessor holds PER_MULTIPROCESSOR of them
 # at once. Four warps on 64 rows: eight would compute the mask of a product's first operand twice.
 ROWS, WARPS, PER_MULTIPROCESSOR = 64, 4, 2
-TILES = {  # for each bucket: columns beside ROWS tokens, and how many of a loop's loads are in flight
+# For each bucket: columns beside ROWS tokens, and how many loads of a loop are in flight.
+TILES = {
     "shrink": ((128, 2), (128, 2), (64, 3), (32, 3)),
     "expand": ((128, 1), (128, 1), (128, 1), (128, 1)),
     "grad_A": ((128, 2), (128, 2), (128, 2), (64, 2)),
@@ -152,7 +154,8 @@ def grad_S_and_B(
     dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """``scaling * dy B``, (M, R) in dy's dtype, and ``scaling * dy^T s``, (O, R) in that of B, as ``needs`` says."""
-    scaled = NO_DROPOUT._replace(rescale=float(scaling))  # an int would be compiled for
+    # A float, because Triton would compile another binary for an int.
+    scaled = NO_DROPOUT._replace(rescale=float(scaling))
     ds_MR = shrink(dy_MO, lora_B.mT, scaled) if needs[0] else None
     return ds_MR, grad_A(s_MR, dy_MO, lora_B.dtype, scaled, transposed=True) if needs[1] else None
 

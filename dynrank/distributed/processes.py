@@ -52,7 +52,8 @@ def from_first(make: Callable[[], T]) -> T:
 def _pickled_error(error: BaseException) -> bytes:
     try:
         outcome = pickle.dumps((None, error))
-        pickle.loads(outcome)  # some errors are pickled and cannot be made again
+        # Some errors can be pickled and not unpickled, so this is tried where the error still is one.
+        pickle.loads(outcome)
     except Exception:
         outcome = pickle.dumps((None, RuntimeError(f"{type(error).__name__} in process 0: {error}")))
     return outcome

@@ -51,7 +51,8 @@ def shard_frozen(
     if isinstance(model, FSDPModule):
         return
     layers = dict(lora_layers(model))
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]  # in one order everywhere
+    # The order of the parameters is the same in all processes.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not layers or all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("shard_frozen needs a frozen model with LoRA layers; call dynrank.add_lora first")
     if any(parameter.is_meta for parameter in trained):
@@ -148,7 +149,8 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
 def _saved_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
     """({name: shape of its tensor}, {name: scaling} where that is in a single file)."""
     if path.is_dir():
-        from torch.distributed.checkpoint import filesystem  # loads slowly, and few need it
+        # This import is slow, and few runs need it.
+        from torch.distributed.checkpoint import filesystem
 
         entries = filesystem.FileSystemReader(path).read_metadata().state_dict_metadata
         sizes = {name: getattr(entry, "size", None) for name, entry in entries.items()}

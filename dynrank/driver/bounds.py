@@ -42,7 +42,8 @@ def layer_states(
     values = spectra(free, gates) if "values" in target.needs else {}
     states = {}
     for name, layer in layers.items():
-        nothing = torch.zeros(layer.rank, dtype=torch.float64)  # nobody asks what a pinned layer's directions are worth
+        # A pinned layer keeps its rank, so its values are never read.
+        nothing = torch.zeros(layer.rank, dtype=torch.float64)
         measured = values.get(name, nothing) if "values" in target.needs else None
         states[name] = replace(bounded(layer, last), values=measured)
     return states

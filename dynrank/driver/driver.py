@@ -82,9 +82,12 @@ class RankDriver:
         self.progress = Progress()
         self._run = Run(None)
         self._clock, self._watching = Clock([], self._run), Watching([])
-        self._rates: list[Rates] = []  # of each optimizer, since the last change
-        self._ended_step = 0  # the last one that end_step() has taken in
-        self._loaded: Mapping[str, Any] = {}  # of a checkpoint: layers and optimizers come when training starts
+        # Of each optimizer, since the last change.
+        self._rates: list[Rates] = []
+        # The last step that end_step() has taken in.
+        self._ended_step = 0
+        # The state of a checkpoint waits here until training starts and brings layers and optimizers.
+        self._loaded: Mapping[str, Any] = {}
 
     @property
     def history(self) -> list[RankEvent]:
@@ -123,7 +126,8 @@ class RankDriver:
             )
         self._run, self._ended_step = run, training.step
         self._clock, self._watching = Clock(self.stages, run), Watching(self.stages)
-        if not self.history:  # what was checked at the start still holds on resume, at other ranks
+        # On resume the ranks may be others, and what was checked at the start still holds.
+        if not self.history:
             self.check_model(training.model, run)
         check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training")
@@ -142,7 +146,8 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None and self._is_ready(training, pending.stage):
             self._change(training, pending)
-            self._follow_clock(training)  # gates for the next stage may have to be watched from this step on
+            # The gates of the next stage may have to be watched from this step on.
+            self._follow_clock(training)
         if self._watching.gates is not None:
             self._watching.gates.loss_scale = training.loss_scale()
 
@@ -160,7 +165,8 @@ class RankDriver:
 
         Call it with no metrics after an epoch, if nothing is validated and triggers watch what training logs.
         """
-        seen = training.step == self.progress.observed_step  # a resumed loop may end one validation twice
+        # A resumed loop may end one validation twice.
+        seen = training.step == self.progress.observed_step
         self.progress.observed_step = training.step
         self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
         trigger = self._waiting
@@ -249,7 +255,8 @@ class RankDriver:
             return True
         if self._watching.gates is None and not ended:
             self._watching.begin(training.model, index)
-        gates = self._watching.gates  # they may have been begun for another stage
+        # They may have been begun for another stage.
+        gates = self._watching.gates
         late = ended or self._clock.has_come(index, training.step)
         return gates is not None and gates.steps >= (1 if late else self.stages[index].how.window)
 
@@ -268,7 +275,8 @@ class RankDriver:
         for event in self._attempts(training, decided, how, gates):
             self.history.append(event)
             training.tell("on_rank_change", event)
-            self.progress.metrics = {}  # they were of the weights before
+            # These metrics belong to the weights before the change.
+            self.progress.metrics = {}
             changed = not event.undone
         self.progress.pending, self.progress.stage = None, index + 1
         for later in self.stages[index:]:

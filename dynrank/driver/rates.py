@@ -14,7 +14,8 @@ from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
 
-LOW_RATE = 0.1  # below this share of the starting learning rate, a drop has little left to recover with
+# Below this share of the starting learning rate a model cannot recover from a cut.
+LOW_RATE = 0.1
 
 
 def rate_factor(how: How, before: Mapping[str, int], after: Mapping[str, int]) -> float:

@@ -32,10 +32,12 @@ def packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str])
 
 def pack(model: PreTrainedModel, packing: BitsAndBytesConfig, dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers into a model on the meta device, in place, as ``from_pretrained`` does."""
-    from transformers.quantizers import AutoHfQuantizer  # imports every library of quantisation that is installed
+    # This import loads every library of quantisation that is installed, so it stands here.
+    from transformers.quantizers import AutoHfQuantizer
 
     before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # of the new layers' biases
+    # The biases of new layers are made in the default dtype.
+    torch.set_default_dtype(dtype)
     try:
         AutoHfQuantizer.from_config(packing, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
     finally:

@@ -44,7 +44,8 @@ __all__ = [
 # What transformers and the libraries below it raise for files that they cannot use.
 _FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 _FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
-_HEADS = ("classifier", "pre_classifier", "score")  # what transformers calls the head of a sequence classifier
+# The names that transformers gives the head of a sequence classifier.
+_HEADS = ("classifier", "pre_classifier", "score")
 _PLAIN = ModelSettings()
 
 
@@ -80,7 +81,8 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
 def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN) -> Any:
     """The tokenizer of a model, with a padding token."""
     tokenizer = load_by_name(AutoTokenizer.from_pretrained, name, key, settings)
-    if tokenizer.pad_token is None:  # as in most decoders
+    # Most decoders have no token for padding.
+    if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -103,14 +105,17 @@ def load_classifier(
     if on_meta:
         model = _on_meta(cls, config, key, settings, kept=_HEADS)
     else:
-        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # a head for other classes is replaced
+        # A head that was trained for other classes is replaced.
+        options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         model, info = _load(cls, config, name, key, settings, kept=_HEADS, **options)
         misfits = [str(place[0]) for place in info["mismatched_keys"] if not str(place[0]).startswith(_HEADS)]
         if misfits:
             raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
     tokenizer = load_tokenizer(name, key, settings)
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify by their last token
-    for head in head_names(model):  # it is trained, which takes more bits than the frozen base
+    # Decoders classify by their last token that is no padding.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    # The head is trained, which needs more bits than the frozen base has.
+    for head in head_names(model):
         model.get_submodule(head).float().register_forward_pre_hook(_in_dtype_of_weight)
     return cast(nn.Module, model)
 
@@ -145,13 +150,16 @@ def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         **options: further arguments of ``loader``.
     """
     gguf, packing = model_source(name, key).endswith(".gguf"), options.get("quantization_config")
-    if gguf and hasattr(transformers, "GgufConfig"):  # without it, newer versions keep layers packed if they can
+    # Without this config, newer versions of transformers keep layers packed if they can.
+    if gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = load_by_name(loader, name, key, settings, output_loading_info=True, **options)
     quantizer = getattr(model, "hf_quantizer", None) if gguf else None
-    if quantizer is not None:  # nothing is quantised any more: such a model could neither be saved nor trained
+    # The weights are no longer quantised, but a model that says so could neither be saved nor trained.
+    if quantizer is not None:
         quantizer.remove_quantization_config(model)
-    if gguf and packing is not None:  # bitsandbytes packs what safetensors hold
+    # bitsandbytes packs only what safetensors hold.
+    if gguf and packing is not None:
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             model, info = loader(folder, output_loading_info=True, **options | {"quantization_config": packing})

@@ -24,7 +24,8 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         ConfigurationError: if it cannot be written (a full disk).
     """
     path = Path(path)
-    content = io.BytesIO()  # torch hides the reason of a failed write to a file; an adapter's state is small
+    # torch hides why a write to a file has failed, so it writes to memory first: an adapter's state is small.
+    content = io.BytesIO()
     torch.save(dict(checkpoint), content)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +55,8 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
             raise ValueError("there is no state_dict in it")
     except OSError as error:
         raise ConfigurationError(f"cannot read the checkpoint {str(path)!r}: {error.strerror}; set ckpt_path") from None
-    except Exception as error:  # nobody knows all that a damaged or malicious file makes zipfile and pickle raise
+    # A damaged or malicious file can make zipfile and pickle raise anything.
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(
             f"{str(path)!r} is not a whole checkpoint of plain tensors: {reason:.200}; set ckpt_path"
@@ -74,5 +76,6 @@ def load_undamaged(file: Path | io.BytesIO, *, weights_only: bool = True) -> Any
     if broken is not None:
         raise ValueError(f"{broken!r} is damaged")
     if isinstance(file, io.BytesIO):
-        file.seek(0)  # zipfile has left it somewhere
+        # zipfile leaves the file at another position.
+        file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=weights_only)

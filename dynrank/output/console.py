@@ -50,9 +50,11 @@ def span(numbers: Collection[int]) -> str:
 
 def quiet_imports() -> None:
     """Silence libraries that talk while they are imported."""
-    for name in ("matplotlib", "alembic"):  # the latter is imported by Optuna
+    # Optuna imports alembic.
+    for name in ("matplotlib", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):  # the last one warns of torchao's classes
+    # torch.utils._pytree warns of torchao's classes.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

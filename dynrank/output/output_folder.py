@@ -40,7 +40,8 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
             is writing it.
     """
     with _naming(out), ExitStack() as stack:
-        out = Path(realpath(out))  # Path.resolve has no OSError for a link to itself
+        # realpath and not Path.resolve, which raises no OSError for a link to itself.
+        out = Path(realpath(out))
         if not os.path.lexists(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
         beside = out.parent / f".{out.name}{PART}"
@@ -57,7 +58,8 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
         part.mkdir()
         yield part
         for file in part.iterdir():
-            file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody else read its files
+            # safetensors makes files that only their owner can read.
+            file.chmod(part.stat().st_mode & 0o666)
         os.rename(part, out)
 
 
@@ -76,7 +78,8 @@ def new_file(out: Path) -> Iterator[Path]:
             part.touch()
             mode = part.stat().st_mode
             yield part
-            part.chmod(mode)  # safetensors lets nobody else read its files
+            # safetensors makes files that only their owner can read.
+            part.chmod(mode)
 
 
 @contextmanager

@@ -17,11 +17,16 @@ __all__ = ["arms_figure", "loss_figure", "quality_figure", "ranks_figure", "spec
 Series = tuple[list[int], list[float]]
 """Optimizer steps, and the value of a metric at each of them."""
 
-_WIDTH = 4.6  # inches; so narrow that 9 points are legible on a telephone
-_NAMED_CHANGES = 8  # more texts than that would lie on each other
-_NAMED_RANKS = 12  # of which the lowest and the highest are two
-_POINTS = 4000  # of a curve: more than a picture has pixels across
-_NAME = 28  # letters of a layer's name that have room beside a picture
+# In inches: so narrow that 9 points are legible on a telephone.
+_WIDTH = 4.6
+# More texts than these would lie on each other.
+_NAMED_CHANGES = 8
+# The lowest and the highest rank are two of them.
+_NAMED_RANKS = 12
+# Points of a curve: more than a picture has pixels across.
+_POINTS = 4000
+# Letters of a layer's name that have room beside a picture.
+_NAME = 28
 
 
 def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
@@ -95,11 +100,13 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, in
     colours = {kind: f"C{index % 10}" for index, kind in enumerate(found)}
     figure, (axes,) = _panels("singular value", ["relative to the largest"], height=3.6 + 0.2 * len(found))
     for name, values in shares.items():
-        width = 0.9 if len(shares) < 100 else 0.5  # hundreds of lines must not hide each other
+        # Hundreds of lines must not hide each other.
+        width = 0.9 if len(shares) < 100 else 0.5
         axes.plot(range(1, len(values) + 1), values, color=colours[kinds[name]], alpha=0.3, linewidth=width)
     for index, kind in enumerate(found):
         members = [values for name, values in shares.items() if kinds[name] == kind]
-        typical = [median(column) for column in zip(*members, strict=False)]  # as far as the shortest goes
+        # The median line ends where the shortest member ends.
+        typical = [median(column) for column in zip(*members, strict=False)]
         style, label = ("-", "--", ":")[index // 10 % 3], f"{kind} ({len(members)})"
         axes.plot(range(1, len(typical) + 1), typical, color=colours[kind], linewidth=2, linestyle=style, label=label)
     ranks = sorted(set(kept.values()))
@@ -110,7 +117,8 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, in
         for rank in ranks:
             axes.axvline(rank + 0.5, color="tab:red", linestyle="--", label=f"kept: {rank}")
     axes.set_yscale("log")
-    if shares:  # below a millionth is rounding in float32 factors, and would flatten the rest
+    # A share below a millionth is rounding of float32 factors, and would flatten the rest of the picture.
+    if shares:
         axes.set_ylim(bottom=max(1e-6, 0.7 * min(values[-1] for values in shares.values())))
     zero = len(spectra) - len(shares)
     axes.set_title(f"{title}, {len(spectra)} layers" + (f", {zero} of them zero" if zero else ""))
@@ -133,7 +141,8 @@ def arms_figure(
     try:
         places, line = [float(text) for (text,) in settings], "-"
     except ValueError:
-        places, line = [float(number) for number in range(len(settings))], "none"  # nothing lies between names
+        # Names have no numbers between them, so the points are not joined by a line.
+        places, line = [float(number) for number in range(len(settings))], "none"
     texts = ["\n".join(setting) for setting in settings]
     crowded = max(map(len, texts)) * len(texts) > 40
     across = min(3, len(panels))

@@ -57,7 +57,8 @@ def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
                     os.fsync(written.fileno())
             for path, part in parts.items():
                 os.replace(part, path)
-            os.fsync(folder)  # the moves themselves
+            # Syncing the folder makes the moves themselves durable.
+            os.fsync(folder)
         except BaseException:
             for part in parts.values():
                 with suppress(OSError):
@@ -75,5 +76,6 @@ def _alone_in(folder: Path) -> Iterator[int]:
         yield handle
     finally:
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)  # a process that was forked meanwhile has the handle, too
+            # A process that was forked meanwhile holds the handle, too, so closing it would not unlock.
+            fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)

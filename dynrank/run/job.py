@@ -72,12 +72,14 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
-        tested = trainer.test(job.module, job.task, verbose=False)  # one mapping for each loader
+        # There is one mapping for each data loader.
+        tested = trainer.test(job.module, job.task, verbose=False)
         metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
         seconds = time.perf_counter() - start
         summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds)
         if first:
-            tokenizer = getattr(job.task, "tokenizer", None)  # of a task that has one
+            # Not every task has a tokenizer.
+            tokenizer = getattr(job.task, "tokenizer", None)
             export(model, tokenizer, summary, folder, config, trainer.global_step)
     return summary
 
@@ -104,7 +106,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     task = make(config.task, "task")
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     lora, optimizer = {**plain(config.lora), "rank_map": pattern}, plain(config.optimizer)
-    module = task.module(lora, optimizer, on_meta=True)  # what can be refused is, before weights load
+    # What can be refused is refused here, before weights load.
+    module = task.module(lora, optimizer, on_meta=True)
     scheduler.driver.check_model(module.model, run)
     if not on_meta:
         module = task.module(lora, optimizer)

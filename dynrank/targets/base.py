@@ -112,4 +112,5 @@ class Stepped(Target):
 
 def up_to_multiple(rank: float, multiple: int) -> int:
     """``rank`` rounded up to a multiple."""
-    return ceil(rank / multiple - 1e-9) * multiple  # 0.3 * 10 is above 3
+    # Rounding must not matter: 0.3 * 10 is above 3 in floats.
+    return ceil(rank / multiple - 1e-9) * multiple

@@ -12,7 +12,8 @@ from pydantic import ByteSize, Field
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, up_to_multiple
 
-_SIZES = {  # of which a budget has one, and their configuration keys
+# A budget has one of these sizes; each with its configuration key.
+_SIZES = {
     "parameters": "schedule.parameters",
     "share": "schedule.share",
     "rank": "schedule.final_rank",
@@ -56,11 +57,13 @@ class Shared(Stepped):
         """The ranks that a layer may get, ascending: multiples below the rank now, and staying as it is."""
         low = max(self.lowest, layer.lowest)
         top = min(layer.highest, layer.rank if self.highest is None else self.highest)
-        if layer.rank <= low or layer.lowest == layer.highest:  # a layer that has less than the least stays
+        # A layer that has less than the lowest rank stays as it is.
+        if layer.rank <= low or layer.lowest == layer.highest:
             return [layer.shrunk(layer.rank)]
         below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
         choices = [*below, layer.rank] if layer.rank <= top else below
-        return choices or [max(low, top)]  # a layer's own bounds come first
+        # The layer's own bounds come before those of the budget.
+        return choices or [max(low, top)]
 
     def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, str, int]]:
         """Each step to a next rank: (minus its worth per parameter, name, that rank), to be sorted."""
@@ -69,7 +72,8 @@ class Shared(Stepped):
         density = inf
         for below, above in pairwise(self._choices(layer)):
             size = (above - below) * layer.cost
-            density = min(density, fsum(worth[below:above].tolist()) / size)  # falls, whatever rounding says
+            # The worth per parameter never rises along a layer's steps, whatever rounding does.
+            density = min(density, fsum(worth[below:above].tolist()) / size)
             if density > 0:
                 yield -density, name, above
 
@@ -154,7 +158,8 @@ class Budget(Shared):
             ends = (max(layer.lowest, min(layer.highest, self.rank)) * layer.cost for layer in layers.values())
             end = min(now, sum(ends))
         else:
-            end = floor((self.share or 0.0) * now + 1e-9)  # 0.29 * 100 is below 29
+            # Rounding must not matter: 0.29 * 100 is below 29 in floats.
+            end = floor((self.share or 0.0) * now + 1e-9)
         return floor(now * (end / now) ** (1 / (self.left + 1)) + 1e-6) if self.left and now else end
 
     def starts(self) -> tuple[int, int]:

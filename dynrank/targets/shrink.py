@@ -51,7 +51,8 @@ class Towards(Target):
         return {name: layer.shrunk(self._next(layer.rank, layer.final_rank)) for name, layer in layers.items()}
 
     def starts(self) -> tuple[int, int]:
-        return (self.rank if self.step == 1 else 1), UNBOUNDED  # the steps before may have come to the end
+        # The steps before may have reached the end already.
+        return (self.rank if self.step == 1 else 1), UNBOUNDED
 
     def _next(self, rank: int, final_rank: int | None) -> int:
         """From the rank after ``step - 1`` steps, so that the start need not be remembered."""

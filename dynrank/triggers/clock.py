@@ -68,4 +68,5 @@ class At:
             return self.epoch * run.steps_per_epoch
         if run.total_steps is None:
             raise ConfigurationError("a share of a run needs a run of known length; set trainer.max_steps")
-        return ceil((self.fraction or 0.0) * run.total_steps - 1e-9)  # 0.3 * 10 is 3.0000000000000004
+        # Rounding must not matter: 0.3 * 10 is 3.0000000000000004 in floats.
+        return ceil((self.fraction or 0.0) * run.total_steps - 1e-9)
