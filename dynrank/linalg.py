@@ -201,9 +201,10 @@ def grow_product(
 def split(factor: Tensor, count: int, dim: int) -> Tensor:
     """(count, rank, width): the part of each of ``count`` products in a factor that stacks them, as a view.
 
-    The order is that of PEFT's expert tensors: lora_A (``dim=0``, where the rank is) is (count * rank, I) with the
-    product slowest, and lora_B (``dim=1``) is (O, rank * count) with the product fastest.
+    Filters are taken as rows. The order is that of PEFT's expert tensors: lora_A (``dim=0``, where the rank is) is
+    (count * rank, I) with the product slowest, and lora_B (``dim=1``) is (O, rank * count) with the product fastest.
     """
+    factor = factor.flatten(1)
     if dim == 0:
         return factor.reshape(count, -1, factor.shape[1])
     return factor.reshape(len(factor), -1, count).permute(2, 1, 0)

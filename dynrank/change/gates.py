@@ -226,7 +226,7 @@ class Gates:
         gradients, roots, steps = {}, {}, max(1, len(self._weights))
         for name, layer in self._layers.items():
             try:
-                whole = truncate_product(layer.lora_B, layer.lora_A, layer.rank)
+                whole = truncate_product(layer.lora_B.flatten(1), layer.lora_A.flatten(1), layer.rank)
             except ValueError as error:
                 raise diverged(name, error) from error
             cores = self._cores[name]

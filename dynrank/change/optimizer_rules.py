@@ -38,6 +38,7 @@ RULES: dict[str, dict[str, str]] = {
     "transformers.Adafactor": {
         "step": KEPT, "RMS": KEPT, "exp_avg": STEP, "exp_avg_sq_row": ROW, "exp_avg_sq_col": COLUMN,
     },
+    "prodigyopt.Prodigy": _ADAM | {"s": LINEAR, "p0": POSITION},
     "schedulefree.SGDScheduleFree": _SCHEDULE_FREE,
     "schedulefree.AdamWScheduleFree": _SCHEDULE_FREE,
     "schedulefree.RAdamScheduleFree": _SCHEDULE_FREE,
@@ -92,11 +93,10 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
                 raise ConfigurationError(
                     f"no rule carries {key!r} of optimizer {name}; set schedule.how.optimizer_state=reset"
                 )
-            if rules[key] == KEPT or value is None:
+            if not moves(rules[key], value):
                 continue
             shape = shape_of(rules[key], parameter)
-            flat = (math.prod(shape),) if rules[key] in (ROW, COLUMN) else shape  # as transformers keeps them
-            if value.shape not in (shape, flat):
+            if value.shape not in (shape, (math.prod(shape),)):
                 raise ConfigurationError(
                     f"{key!r} of optimizer {name} has shape {[*value.shape]} for a parameter of shape "
                     f"{[*parameter.shape]}; set schedule.how.optimizer_state=reset"
@@ -113,7 +113,12 @@ def rule_name(optimizer: Optimizer) -> str:
 
 
 def shape_of(kind: str, parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of an entry of this kind; factors of a second moment may be flat."""
-    rows, columns = parameter.shape
+    """The shape of an entry of this kind, which some keep flat (transformers' Adafactor, Prodigy)."""
+    rows, columns = parameter.flatten(1).shape
     special = {ROW: (rows, 1), COLUMN: (1, columns), SCALES: (-(-parameter.numel() // BLOCK),)}
-    return special.get(kind, (rows, columns))
+    return special.get(kind, (*parameter.shape,))
+
+
+def moves(kind: str, value: Any) -> bool:
+    """Whether an entry changes with the coordinates: no count, and not the one zero by which Prodigy says all zeros."""
+    return kind != KEPT and value is not None and not (value.ndim == 0 and value == 0)

@@ -43,7 +43,6 @@ from torch.optim import Optimizer
 from dynrank.change.optimizer_rules import (
     BLOCK,
     COLUMN,
-    KEPT,
     LINEAR,
     POSITION,
     ROW,
@@ -51,6 +50,7 @@ from dynrank.change.optimizer_rules import (
     SCALES,
     SQUARED,
     STEP,
+    moves,
     rule_name,
     shape_of,
 )
@@ -125,6 +125,10 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     def by_product(tensor: Tensor) -> Tensor:
         return split(tensor, len(move.map_EKR), move.dim)
 
+    def formed(matrix: Tensor) -> Tensor:  # as the parameter, which has filters in a convolution
+        rows = len(parameter) if move.dim else -1
+        return matrix.reshape(rows, *([-1] if move.dim else []), *parameter.shape[1 + move.dim :])
+
     def squared(old_ERN: Tensor) -> Tensor:
         gradient_map_EKR = move.gradient_map_EKR.to(old_ERN.device)
         is_new = _empty(gradient_map_EKR)
@@ -137,7 +141,7 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     new: dict[str, Tensor] = {}
     for key, value in state.items():
         kind = rules[key]
-        if value is None or kind in (KEPT, SCALES):
+        if kind == SCALES or not moves(kind, value):
             continue
         shape = shape_of(kind, parameter)
         old = _decoded(state, key).double().reshape(shape)
@@ -155,14 +159,14 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
             factor = by_product(factor.reshape(shape_of(along, parameter)))
             moved = old * (squared(factor).mean() / factor.mean().clamp_min(torch.finfo(factor.dtype).tiny))
         dtype = value.dtype if value.is_floating_point() else torch.float32  # in which 8-bit state is coded
-        moved = moved.to(dtype)
-        new[key] = moved if value.shape == shape else moved.flatten()
+        moved = formed(moved) if kind not in (ROW, COLUMN) else moved
+        new[key] = (moved if value.shape == shape else moved.flatten()).to(dtype)
         if not new[key].isfinite().all():
             raise ConfigurationError(
                 f"{key!r} of optimizer {rule_name(optimizer)} would not be finite after the change of rank: it is not "
                 "now, or the scales of lora_A and lora_B are too far apart; set schedule.how.optimizer_state=reset"
             )
-    return _coded(optimizer, parameter, move.value, new) if "qmap1" in rules else {**state, **new}
+    return _coded(optimizer, parameter, formed(move.value), new) if "qmap1" in rules else {**state, **new}
 
 
 def _empty(map_EKR: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
 
     Its own final rank bounds every shrink, and is where it ends in the ``last`` stage.
     """
-    rank, d_out, d_in = layer.rank, len(layer.lora_B), layer.lora_A.shape[1]
+    rank, d_out, d_in = layer.rank, len(layer.lora_B), layer.lora_A[0].numel()
     lowest, highest = layer.final_rank or 1, max_rank(layer)[0]
     if layer.pinned:
         lowest = highest = rank

@@ -22,6 +22,7 @@ from dynrank.rank_map import first_matches, peft_ranks
 
 # Initialisations that leave the base weight alone. The others take out of it what depends on the rank, and take it out
 # again of a fresh base when the adapter is loaded.
+_FACTORS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -159,11 +160,11 @@ def _fault(module: Any, adapter: str, config: Any) -> str | None:
     if module.lora_bias.get(adapter):
         return "lora_bias gives the update a bias; set lora_bias=False"
     if adapter in module.lora_A:
-        if module.lora_A[adapter].weight.ndim > 2:
-            return f"{type(module).__name__} has filters for factors; use dynrank.add_lora for convolutions"
-        kinds = [type(factors[adapter]) for factors in (module.lora_A, module.lora_B)]
-        if kinds != [nn.Linear, nn.Linear]:
-            return f"its factors are {' and '.join(kind.__name__ for kind in kinds)}, no plain Linear"
+        kinds = {type(factors[adapter]) for factors in (module.lora_A, module.lora_B)}
+        if len(kinds) > 1 or not kinds <= _FACTORS:
+            return f"its factors are {' and '.join(sorted(kind.__name__ for kind in kinds))}, not of one plain kind"
+        if getattr(module.get_base_layer(), "groups", 1) != 1:
+            return "a convolution in groups has factors whose product is no matrix; leave it out of target_modules"
     if config is not None and config.init_lora_weights not in HARMLESS_INIT:
         return (
             f"init_lora_weights={config.init_lora_weights!r} has taken a part out of the base weight that depends on "

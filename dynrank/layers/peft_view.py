@@ -52,12 +52,12 @@ class PeftLayer:
 
     @property
     def lora_A(self) -> nn.Parameter:
-        """(rank, d_in)."""
+        """(rank, d_in); of a convolution (rank, channels, kernel...)."""
         return self._factor("A")
 
     @property
     def lora_B(self) -> nn.Parameter:
-        """(d_out, rank)."""
+        """(d_out, rank); of a convolution (d_out, rank, 1...)."""
         return self._factor("B")
 
     def _factor(self, which: str) -> nn.Parameter:
@@ -111,10 +111,12 @@ class PeftLayer:
 
         PEFT's config does in :func:`dynrank.layers.peft_layers.config_changes`, once for all layers.
         """
-        put_factors(self, lora_A, lora_B)
+        of_A, of_B = self.lora_A.shape[1:], self.lora_B.shape[2:]
+        put_factors(self, lora_A.reshape(-1, *of_A), lora_B.reshape(len(lora_B), -1, *of_B))
         if not self.of_embedding:
-            rows = len(self.lora_A)
-            self.module.lora_A[self.adapter].out_features = self.module.lora_B[self.adapter].in_features = rows
+            kind, rows = "channels" if of_B else "features", len(self.lora_A)
+            setattr(self.module.lora_A[self.adapter], f"out_{kind}", rows)
+            setattr(self.module.lora_B[self.adapter], f"in_{kind}", rows)
         self.module.r[self.adapter] = self.rank
         self.record_alpha()
 
@@ -156,8 +158,9 @@ class PeftLayer:
     def _watch_linear(self, report: Tap) -> Any:
         def watch(_: nn.Module, __: Any, z: Tensor) -> None:
             if z.requires_grad:
-                values = z.detach()
-                z.register_hook(lambda dz: report(values, dz))  # type: ignore[no-untyped-call]
+                last = 1 if self.lora_B.ndim > 2 else -1  # where a convolution has its channels
+                values = z.detach().movedim(last, -1)
+                z.register_hook(lambda dz: report(values, dz.movedim(last, -1)))  # type: ignore[no-untyped-call]
 
         return self.module.lora_A[self.adapter].register_forward_hook(watch)
 

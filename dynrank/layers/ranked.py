@@ -15,8 +15,9 @@ from dynrank.kernels.lora_linear import Tap
 class RankedLayer(Protocol):
     """A LoRA layer whose rank can change: dynrank's own, or a view of another library's.
 
-    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank). A tensor of experts has
-    such a product for each of them, all of one rank, stacked in the two factors (:func:`dynrank.linalg.split`).
+    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank), or the filters of PEFT's
+    convolutions, which :meth:`products` and :meth:`set_factors` take as matrices. A tensor of experts has a product for
+    each of them, all of one rank, stacked in the two factors (:func:`dynrank.linalg.split`).
     """
 
     final_rank: int | None  # where a schedule should bring it; None for the schedule's own target
@@ -59,7 +60,7 @@ class RankedLayer(Protocol):
 
 def max_rank(layer: RankedLayer) -> tuple[int, str]:
     """(the highest rank that ``layer`` can take, what says so)."""
-    most = min(layer.lora_B.shape[0], layer.lora_A.shape[1])
+    most = min(layer.lora_B.shape[0], layer.lora_A[0].numel())
     if layer.capacity is not None and layer.capacity < most:
         return layer.capacity, "lora.capacity"
     return most, "min(d_in, d_out)"
@@ -67,7 +68,7 @@ def max_rank(layer: RankedLayer) -> tuple[int, str]:
 
 def width_of(layer: RankedLayer) -> int:
     """d_out + d_in, times the experts: the parameters of one direction."""
-    return (layer.lora_B.shape[0] + layer.lora_A.shape[1]) * layer.experts
+    return (layer.lora_B.shape[0] + layer.lora_A[0].numel()) * layer.experts
 
 
 def check_capacity(capacity: int | None, rank: int) -> None:
@@ -101,10 +102,11 @@ def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tens
         raise RuntimeError(f"{name!r} is merged; call unmerge() before loading into it")
     if lora_A is None or lora_B is None:
         return
-    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A.shape[1], lora_A.shape[0] // layer.experts
+    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A[0].numel(), lora_A.shape[0] // layer.experts
     rows = rank * layer.experts
     highest = max(min(d_out, d_in), layer.rank)
-    if lora_A.shape != (rows, d_in) or lora_B.shape != (d_out, rows) or not 1 <= rank <= highest:
+    sizes = [(*factor.flatten(1).shape,) for factor in (lora_A, lora_B)]
+    if sizes != [(rows, d_in), (d_out, rows)] or not 1 <= rank <= highest:
         raise ConfigurationError(
             f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
             f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"

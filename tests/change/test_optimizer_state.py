@@ -11,6 +11,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prodigyopt import Prodigy
 from torch import nn
 from torch.optim import Optimizer
 from torch.testing import assert_close
@@ -67,8 +68,9 @@ OTHERS = [
     case("ASGD", torch.optim.ASGD, t0=2),
     case("transformers.Adafactor-beta1", transformers.Adafactor, beta1=0.9, **PLAIN),
 ]
+PRODIGY = case("Prodigy", Prodigy)  # reset, it notes where the parameter is then
 RESETTABLE = [*MOMENTS, *SQUARES, EIGHT_BIT, LION_8BIT, *OTHERS]
-CARRIED = [*RESETTABLE, *SCHEDULE_FREE]
+CARRIED = [*RESETTABLE, *SCHEDULE_FREE, PRODIGY]
 
 
 def shaped(rank, dim, other=OTHER):
@@ -189,7 +191,7 @@ def test_adafactor_that_has_seen_no_gradient_stays_at_zero(dim, count):
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(("cls", "options"), [*MOMENTS, *SQUARES, *OTHERS, *SCHEDULE_FREE])
+@pytest.mark.parametrize(("cls", "options"), [*MOMENTS, *SQUARES, *OTHERS, *SCHEDULE_FREE, PRODIGY])
 @settings(max_examples=5, deadline=None)
 @given(order=st.permutations(range(OLD)), signs=st.lists(st.sampled_from([-1, 1]), min_size=OLD, max_size=OLD))
 def test_all_state_lives_on_in_other_directions_turned_round(cls, options, dim, order, signs):

@@ -262,9 +262,6 @@ REFUSED = {
         nn.ModuleDict({"attn": nn.MultiheadAttention(4, 2)}), LoraConfig(target_modules=["attn"])
     ),
     "lora_bias=False": lambda: wrapped("gpt2", target_modules=["c_attn"], lora_bias=True),
-    "dynrank.add_lora for conv": lambda: get_peft_model(
-        nn.Sequential(nn.Conv2d(3, 4, 3)), LoraConfig(target_modules=["0"])
-    ),
     "init_lora_weights='pissa'": lambda: get_peft_model(plain().float(), config(init_lora_weights="pissa")),
     "ensure_weight_tying": lambda: wrapped("gpt2", target_modules=["wte", "lm_head"], ensure_weight_tying=True),
     r"q_proj' and 1 more: adapters \['default', 'second'\] are active": two_active,
