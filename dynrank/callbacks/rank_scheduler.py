@@ -15,8 +15,6 @@ from dynrank.callbacks.trainer.strategies import (
     average_whole_gradients,
     check_strategy,
     follow_sharded_checkpoint,
-    unwrap,
-    wrap,
 )
 from dynrank.callbacks.trainer.validation import run_missed_validation, validate_beside, validation_metrics
 from dynrank.driver.driver import RankDriver, Schedule
@@ -178,12 +176,6 @@ class LightningTraining(Training):
 
     def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
         return validate_beside(self.trainer, *_DEAF, monitor=monitor, silent=True)
-
-    def before_resize(self) -> None:
-        unwrap(self.trainer)
-
-    def after_resize(self) -> None:
-        wrap(self.trainer)
 
     def tell(self, hook: str, event: RankEvent) -> None:
         """Call ``hook(trainer, pl_module, event)`` of every callback that defines it."""

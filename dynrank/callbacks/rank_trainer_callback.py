@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import base64
-import gc
 import io
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_utils import has_length
 
-from dynrank.change.optimizer_rules import unwrapped
+from dynrank.adapters.save import save_adapter
+from dynrank.distributed.ddp import ddp_modules
 from dynrank.distributed.processes import process_count
 from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, watched
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import lora_layers
+from dynrank.layers.finding import lora_layers, own_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.output.checkpoint_file import load_undamaged
 from dynrank.triggers import Run
@@ -33,12 +35,14 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Give the callback to the Trainer when
     that is made (``callbacks=[...]``), or a checkpoint from after a change does not fit a model of PEFT's. Changes are
-    made before the first batch of an optimizer step. Metrics have the Trainer's names: ``Plateau("eval_loss")``,
-    ``How(check_monitor="eval_loss")``; what is logged in training is there, too (``loss``, every ``logging_steps``).
+    made before the first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
+    Metrics have the Trainer's names: ``Plateau("eval_loss")``, ``How(check_monitor="eval_loss")``; what is logged in
+    training is there, too (``loss``, every ``logging_steps``).
 
     Its state is part of each checkpoint's ``trainer_state.json``, the file that the Trainer writes last: without it a
     checkpoint is none. ``train(resume_from_checkpoint=...)`` goes on from before, at or after a change. With
-    ``load_best_model_at_end`` the ranks that come back are those of the best checkpoint.
+    ``load_best_model_at_end`` the ranks that come back are those of the best checkpoint. Wherever the Trainer saves a
+    model of ``add_lora``, the adapter lies beside it in PEFT's format.
 
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
@@ -67,13 +71,17 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     # The Trainer's events
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **_: Any) -> None:
+        _check_devices(args)
         if model is not None:
-            follow_checkpoint_ranks(model)
+            _follow(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, state, kwargs)
-        _check_trainer(args, self)
-        follow_checkpoint_ranks(training.model)
+        _check_devices(args)
+        _check_names(self)
+        if process_count() > 1 and not ddp_modules(training.model):
+            raise ConfigurationError("ranks change in several processes under plain DDP alone, and there is none here")
+        _follow(training.model)
         if state.global_step:
             self._load(state)
         self.driver.start(training, _run(args, state, kwargs["train_dataloader"]))
@@ -151,13 +159,8 @@ class HFTraining(Training):
     def __init__(
         self, callback: RankTrainerCallback, state: Any, kwargs: Mapping[str, Any], *, steps_uncounted: int = 0
     ) -> None:
-        super().__init__(kwargs["model"], [unwrapped(kwargs["optimizer"])], int(state.global_step) + steps_uncounted)
+        super().__init__(kwargs["model"], [kwargs["optimizer"]], int(state.global_step) + steps_uncounted)
         self.callback, self.state = callback, state
-        self._torn: list[tuple[Any, dict[str, Any]]] = []  # DDP modules without their reducer, and all else they are
-        self._scaler = getattr(kwargs["optimizer"], "scaler", None)  # of accelerate
-
-    def loss_scale(self) -> float:
-        return 1.0 if self._scaler is None else float(self._scaler.get_scale())
 
     def logged(self) -> Mapping[str, float]:
         return self.callback.logged
@@ -175,31 +178,6 @@ class HFTraining(Training):
         finally:
             self.callback.listening = True
 
-    def before_resize(self) -> None:
-        """Take DDP's reducer away, whose buckets are as large as parameters were.
-
-        The Trainer's loop keeps the DDP module itself in a variable, so it cannot be replaced by another one.
-
-        Raises:
-            ConfigurationError: if gradients are averaged by something that is not DDP around the model.
-        """
-        if process_count() > 1:
-            found: list[Any] = [
-                o for o in gc.get_objects() if type(o) is DistributedDataParallel and o.module is self.model
-            ]
-            if not found:
-                raise ConfigurationError(
-                    "ranks change in several processes under plain DDP alone; set torch_compile=False"
-                )
-            self._torn = [(module, module.__getstate__()) for module in found]
-            for module, _ in self._torn:
-                del module.reducer, module.logger
-
-    def after_resize(self) -> None:
-        """Give DDP another reducer, as when it is unpickled."""
-        for module, state in self._torn:
-            module.__setstate__(state)
-
     def tell(self, hook: str, event: RankEvent) -> None:
         """Put the ranks after a change among what the Trainer has logged."""
         if hook == "on_rank_change":
@@ -208,14 +186,44 @@ class HFTraining(Training):
             self.state.log_history.append(values)
 
 
-def _check_trainer(args: Any, callback: RankTrainerCallback) -> None:
-    """Refuse what shards or copies the model, and names of metrics that the Trainer does not use."""
-    if args.n_gpu > 1 or args.deepspeed or args.fsdp:
+def _follow(model: nn.Module) -> None:
+    """Let ``model`` load checkpoints of other ranks, and one of :func:`dynrank.add_lora` save itself for PEFT, too."""
+    follow_checkpoint_ranks(model)
+    if own_layers(model) and hasattr(model, "save_pretrained"):
+        model.save_pretrained = partial(_save_with_adapter, model)
+
+
+def _save_with_adapter(model: Any, folder: str | Path, is_main_process: bool = True, **options: Any) -> None:
+    """What the Trainer saves a model by: the whole, which it can go on from, and the adapter in PEFT's format."""
+    type(model).save_pretrained(model, folder, is_main_process=is_main_process, **options)
+    if is_main_process and own_layers(model):
+        save_adapter(model, folder)
+
+
+def _check_devices(args: Any) -> None:
+    """Refuse what shards or copies the model, whether arguments, accelerate's configuration or the environment say so.
+
+    accelerate is there if this Trainer is, and only then.
+    """
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import parse_flag_from_env
+
+    asked = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed, "MEGATRON_LM": None}
+    ways = [name for name, given in asked.items() if given or parse_flag_from_env(f"ACCELERATE_USE_{name}")]
+    state = AcceleratorState().distributed_type.value
+    ways += [state] if state != "NO" and not state.startswith("MULTI_") else []
+    ways += [f"{args.n_gpu} GPUs in one process"] if args.n_gpu > 1 else []
+    if ways:
         raise ConfigurationError(
-            f"RankTrainerCallback changes ranks in processes of one device each, without DeepSpeed and FSDP; this "
-            f"Trainer has {args.n_gpu} GPUs in one process: start it with torchrun or accelerate launch, or train with "
-            "dynrank.callbacks.RankScheduler (Lightning), which knows FSDP2, too"
+            f"RankTrainerCallback changes ranks on one device or under DDP, this Trainer was set to {ways[0]}: take "
+            "that out of its arguments, accelerate's configuration and the environment (ACCELERATE_USE_...), and start "
+            "it with torchrun or accelerate launch --multi_gpu; to shard the model, train with "
+            "dynrank.callbacks.RankScheduler (Lightning), which knows FSDP2"
         )
+
+
+def _check_names(callback: RankTrainerCallback) -> None:
+    """Refuse names of metrics that the Trainer does not use."""
     stages = callback.driver.stages
     wrong = {name: what for name, what in watched(stages).items() if name.startswith("val")}  # as Lightning's users do
     wrong |= {name: what for name, what in checked(stages).items() if not name.startswith("eval_")}
@@ -227,7 +235,7 @@ def _check_trainer(args: Any, callback: RankTrainerCallback) -> None:
 
 
 def _run(args: Any, state: Any, dataloader: Any) -> Run:
-    batches = len(dataloader) if hasattr(dataloader, "__len__") else None
+    batches = len(dataloader) if has_length(dataloader) else None
     return Run(
         int(state.max_steps), None if batches is None else max(1, -(-batches // args.gradient_accumulation_steps))
     )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 from torch.optim import Optimizer
 
+from dynrank.change.optimizer_rules import unwrapped
+from dynrank.distributed.ddp import give_back_reducers, take_reducers, unwrapped_model
 from dynrank.driver.event import RankEvent
 
 Batches = Sequence[tuple[float, float]]  # of each batch: the mean of a metric, and its weight in the mean of all
@@ -19,8 +21,10 @@ Batches = Sequence[tuple[float, float]]  # of each batch: the mean of a metric, 
 class Training:
     """A training run, for a plain loop as it stands; derive from it what the schedule needs beyond, or a trainer has.
 
+    Models and optimizers may be wrapped by DDP, Lightning Fabric or accelerate. DDP modules follow every change.
+
     Args:
-        model: holds the LoRA layers; their names are relative to it.
+        model: holds the LoRA layers; their names are relative to it, without wrappers.
         optimizers: all that hold the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
         averages: moving averages of the model's weights, which follow its ranks.
@@ -32,6 +36,11 @@ class Training:
     averages: Sequence[nn.Module] = ()
 
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"  # advice to a user
+
+    def __post_init__(self) -> None:
+        self._scalers = [scaler for scaler in map(_scaler, self.optimizers) if scaler is not None]
+        self.model, self.optimizers = unwrapped_model(self.model), [unwrapped(o) for o in self.optimizers]
+        self._torn: list[tuple[Any, dict[str, Any]]] = []
 
     @property
     def validates(self) -> bool:
@@ -51,7 +60,7 @@ class Training:
 
     def loss_scale(self) -> float:
         """Return what the loss of the next step is multiplied by before backward, as by torch.amp.GradScaler."""
-        return 1.0
+        return float(self._scalers[0].get_scale()) if self._scalers else 1.0
 
     def logged(self) -> Mapping[str, float]:
         """Return the last value of every metric that a trigger may watch beside those of the validation."""
@@ -59,9 +68,11 @@ class Training:
 
     def before_resize(self) -> None:
         """Let go of what knows the factors' shapes; called before every change and before one is undone."""
+        self._torn = take_reducers(self.model)
 
     def after_resize(self) -> None:
         """Take the factors' new shapes; called after every change and after one is undone."""
+        give_back_reducers(self._torn)
 
     def tell(self, hook: str, event: RankEvent) -> None:
         """Pass ``event`` to those who listen; hook is "on_rank_change"."""
@@ -69,3 +80,9 @@ class Training:
     def warn(self, message: str) -> None:
         """Tell the user, once for all processes."""
         warnings.warn(message, stacklevel=2)
+
+
+def _scaler(optimizer: Any) -> Any:
+    """The GradScaler behind an optimizer that accelerate, or Fabric, has wrapped; None where there is none."""
+    of_fabric = getattr(getattr(optimizer, "_strategy", None), "precision", None)
+    return getattr(optimizer, "scaler", None) or getattr(of_fabric, "scaler", None)

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import forked
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import dynrank
@@ -195,16 +196,57 @@ def test_what_cannot_work_is_refused_before_the_first_step(options, make, messag
     assert made.state.global_step == 0
 
 
+SHARDED = r"set to (FSDP|DEEPSPEED|2 GPUs).*torchrun.*RankScheduler"
+
+
+def test_sharding_by_the_environment_is_refused_when_the_trainer_is_made(tmp_path, monkeypatch):
+    """As accelerate launch sets it by its configuration."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigurationError, match=SHARDED):
+        trainer(tmp_path, own(), callback())
+
+
 @pytest.mark.parametrize("setting", [{"n_gpu": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": True}])
-def test_copies_and_sharding_are_refused(setting, tmp_path):
-    """As the Trainer's arguments would have it there: one message, before the first step, and nothing has changed."""
+def test_sharding_and_copies_by_arguments_are_refused(setting, tmp_path):
+    """As the Trainer would have it in several processes: before the first step, and nothing has changed."""
     model, schedule = own(), callback()
     made = trainer(tmp_path, model, schedule)
-    args = SimpleNamespace(**{"world_size": 1, "n_gpu": 1, "deepspeed": None, "fsdp": None, **setting})
+    args = SimpleNamespace(**{"n_gpu": 1, "deepspeed": None, "fsdp": None, **setting})
     events = {"model": model, "optimizer": made.create_optimizer(), "train_dataloader": made.get_train_dataloader()}
-    with pytest.raises(ConfigurationError, match=r"one device each, without DeepSpeed.*RankScheduler"):
+    with pytest.raises(ConfigurationError, match=SHARDED):
         schedule.on_train_begin(args, made.state, made.control, **events)
     assert ranks(model) == {4}
+
+
+def test_streamed_data_train_as_the_same_rows_in_that_order_do(tmp_path):
+    """By steps, and by a share of the run, which ``max_steps`` alone tells; and resumed."""
+    stages = [Stage(At(fraction=0.3), Rank(3)), Stage(At(step=7), Rank(2))]
+    listed, streamed, resumed = own(), own(), own()
+    whole = trainer(tmp_path, listed, callback(stages), train_sampling_strategy="sequential")
+    whole.train()
+    rows = datasets.IterableDataset.from_generator(lambda: iter(data()))
+    made = trainer(tmp_path / "stream", streamed, callback(stages), rows, **SAVING)
+    made.train()
+    again = trainer(tmp_path / "again", resumed, callback(stages), rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "stream" / "checkpoint-4"))
+    for name, value in listed.state_dict().items():
+        assert torch.equal(streamed.state_dict()[name], value), name
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_model_of_add_lora_is_saved_for_peft_too(tmp_path):
+    """In every checkpoint, and by ``save_model``; at the ranks that it has then."""
+    model = own()
+    made = trainer(tmp_path, model, callback(), **SAVING)
+    made.train()
+    made.save_model(str(tmp_path / "last"))
+    inputs = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        expected = model.eval()(inputs).logits
+        loaded = PeftModel.from_pretrained(base(), tmp_path / "last")
+        torch.testing.assert_close(loaded.eval()(inputs).logits, expected)
+    found = {step: PeftModel.from_pretrained(base(), tmp_path / f"checkpoint-{step}") for step in (2, 6)}
+    assert [ranks(found[step]) for step in (2, 6)] == [{4}, {2}]
 
 
 TWO = """

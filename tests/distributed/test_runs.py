@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from types import SimpleNamespace
 
 import forked
 import lightning
@@ -10,10 +9,10 @@ import pytest
 import torch
 from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
 from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.testing import assert_close
 
-from dynrank.callbacks.trainer.strategies import check_strategy, unwrap
+from dynrank.callbacks.trainer.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 
 pytestmark = [
@@ -141,13 +140,6 @@ def test_sharded_factors_are_refused(results):
     for result in results:
         assert "'net.0'" in result["sharded"]
         assert "dynrank.distributed.sharding.shard_frozen" in result["sharded"]
-
-
-def test_ddp_module_that_is_wrapped_or_compiled_from_outside_is_refused():
-    strategy = DDPStrategy()
-    strategy.model = torch.nn.Sequential(torch.nn.Identity())
-    with pytest.raises(ConfigurationError, match="it is wrapped in Sequential: compile the model inside of it"):
-        unwrap(SimpleNamespace(strategy=strategy))
 
 
 SPLIT = {"data_parallel_size": 2, "tensor_parallel_size": 1}

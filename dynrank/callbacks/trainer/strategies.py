@@ -8,10 +8,10 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from dynrank.callbacks.trainer.averages import averaging_callbacks
 from dynrank.change.optimizer_rules import unwrapped
+from dynrank.distributed.ddp import check_hooks
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import average_gradients, take_saved_ranks, trains_shards
 from dynrank.errors import ConfigurationError
@@ -52,12 +52,7 @@ def _ddp_fault(strategy: Any) -> str | None:
             "processes whose results do not all come back, the history of ranks among them; set "
             "trainer.strategy=ddp, in a program that is started from a file"
         )
-    state = type(strategy._ddp_comm_state).__name__
-    if state in ("PostLocalSGDState", "PowerSGDState"):
-        return (
-            f"ddp_comm_state={state} lets the processes' adapters differ, or remembers gradients of the old shapes; "
-            "use a hook without memory, such as fp16_compress_hook, or none"
-        )
+    check_hooks([strategy._ddp_comm_state])
     return None
 
 
@@ -80,31 +75,6 @@ def _fsdp2_fault(trainer: Trainer, strategy: Any) -> str | None:
             "set trainer.strategy=ddp"
         )
     return None
-
-
-def unwrap(trainer: Trainer) -> None:
-    """Take DDP off the module, so that parameters may change shape: its buckets are as large as they were.
-
-    Whoever uses ``trainer.strategy.model`` has to read it there each time: the old DDP module averages no more.
-
-    Raises:
-        ConfigurationError: before anything is resized, if something wraps the DDP module, which would be lost.
-    """
-    strategy = trainer.strategy
-    if not isinstance(strategy, DDPStrategy):
-        return
-    if not isinstance(strategy.model, DistributedDataParallel):
-        raise ConfigurationError(
-            "a change of rank replaces trainer.strategy.model, the DDP module, and it is wrapped in "
-            f"{type(strategy.model).__name__}: compile the model inside of it"
-        )
-    strategy.model = strategy.lightning_module
-
-
-def wrap(trainer: Trainer) -> None:
-    """Put the module into a new DDP module after :func:`unwrap`; collective."""
-    if isinstance(trainer.strategy, DDPStrategy):
-        trainer.strategy.configure_ddp()
 
 
 def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
