@@ -30,20 +30,22 @@ class RankRule:
         rank: starting rank.
         final_rank: rank that a schedule brings the layer to.
         alpha: LoRA alpha; the layer's scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA).
+        highest: rank that a budget gives the layer at most, in place of the schedule's ``highest``.
         pinned: no schedule touches the layer.
 
     Raises:
-        ConfigurationError: if a value cannot be used, or a pinned layer has a final rank.
+        ConfigurationError: if a value cannot be used, or a pinned layer has a final or a highest rank.
     """
 
     rank: Count | None = None
     final_rank: Count | None = None
     alpha: Positive | None = None
+    highest: Count | None = None
     pinned: bool = False
 
     def __post_init__(self) -> None:
-        if self.pinned and self.final_rank is not None:
-            raise ConfigurationError("a pinned layer has no final_rank; take out one of the two")
+        if self.pinned and (self.final_rank or self.highest):
+            raise ConfigurationError("a pinned layer has no final_rank and no highest; take out pinned, or those")
 
 
 def whole_parts(key: str) -> re.Pattern[str]:
@@ -73,6 +75,7 @@ class LayerRank:
     rank: int
     alpha: float
     final_rank: int | None
+    highest: int | None
     pinned: bool
     rule: str | None
 
@@ -213,7 +216,7 @@ def resolve_rank_map(
         key = best[0] if best else None
         rule = rules[key] if key is not None else RankRule()
         default = min(rank, d_out, d_in) if name in capped else rank
-        layer = LayerRank(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.pinned, key)
+        layer = LayerRank(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.highest, rule.pinned, key)
         faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, d_out, d_in)]
         layers[name] = layer
     if faults:

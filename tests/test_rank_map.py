@@ -40,11 +40,11 @@ def test_matches_agrees_with_peft(key, name):
 
 
 def test_fields_of_a_rule_reach_its_layers_and_leave_the_rest():
-    layers = resolve({"q_proj": {"rank": 6, "final_rank": 3, "alpha": 1.5}, "lm_head": {"pinned": True}})
-    ends = {"q_proj": (6, 1.5, 3, False, "q_proj"), "v_proj": (2, 4, None, False, None)}
+    layers = resolve({"q_proj": {"rank": 6, "final_rank": 3, "alpha": 1.5, "highest": 5}, "lm_head": {"pinned": True}})
+    ends = {"q_proj": (6, 1.5, 3, 5, False, "q_proj"), "v_proj": (2, 4, None, None, False, None)}
     for name, layer in layers.items():
-        values = (layer.rank, layer.alpha, layer.final_rank, layer.pinned, layer.rule)
-        assert values == ends.get(name.rpartition(".")[2], (2, 4, None, True, "lm_head"))
+        values = (layer.rank, layer.alpha, layer.final_rank, layer.highest, layer.pinned, layer.rule)
+        assert values == ends.get(name.rpartition(".")[2], (2, 4, None, None, True, "lm_head"))
 
 
 EXACT, PATTERN, WIDE = "model.layers.0.q_proj", "q_proj", ".*_proj"
@@ -100,6 +100,7 @@ def test_resolve_refuses_ranks_that_do_not_fit(rule, message):
         ({"rnak": 8}, "'rnak' is unknown; nearest: rank"),
         ({"alpha": float("inf")}, "alpha must .* got inf"),
         ({"pinned": True, "final_rank": 2}, "pinned layer has no final_rank"),
+        ({"pinned": True, "highest": 2}, "pinned layer has .* no highest"),
     ],
 )
 def test_parse_rank_map_refuses_a_faulty_rule(value, message):

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from dynrank.driver.bounds import final_parameters, final_ranks
 from dynrank.layers.finding import own_layers
 from dynrank.output.console import empty_table, print_table, span
+from dynrank.output.slots import slot_line
 from dynrank.run.job import build
 
 
@@ -42,4 +43,8 @@ def print_ranks(config: DictConfig) -> None:
     table.add_section()
     end = span(final_parameters(model, job.scheduler.driver.stages))
     table.add_row(f"{len(layers)} layers", *[""] * 5, f"{start:,}", end, "")
+    highest = {name: max(ends) for name, ends in final.items()}
+    table.caption = (
+        f"at the end{' at most' if any(low < high for low, high in final.values()) else ''}: {slot_line(highest)}"
+    )
     print_table(table)

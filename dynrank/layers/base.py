@@ -42,6 +42,7 @@ class LoRALayer(nn.Module):
         lora_A: (rank, d_in), Kaiming-uniform.
         lora_B: (d_out, rank), zero, so that the update starts at zero.
         final_rank: where a schedule should bring this layer, or None for the schedule's own target.
+        highest: rank that a budget gives this layer at most, or None for the budget's own ``highest``.
         pinned: no schedule changes this layer.
         rule: the key of the rank map that set its rank, if one did.
 
@@ -76,6 +77,7 @@ class LoRALayer(nn.Module):
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
         self.final_rank: int | None = None
+        self.highest: int | None = None
         self.pinned = False
         self.rule: str | None = None
         self._tap: Tap | None = None

@@ -44,6 +44,7 @@ class PeftLayer:
 
     capacity: int | None = None  # its layers are compiled anew for every rank
     final_rank = _Note[int | None](None)
+    highest = _Note[int | None](None)
     pinned = _Note(False)
     _observed = _Note(False)
 

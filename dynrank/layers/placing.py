@@ -91,7 +91,8 @@ def add_lora(
         # a layer narrower than lora.rank gets the scaling of the others
         scaling = initial_scaling(at.alpha, rank if at.rule is None else at.rank, rslora)
         layers[name] = make_layer(modules[name], rank=at.rank, scaling=scaling, **options)
-        layers[name].final_rank, layers[name].pinned, layers[name].rule = at.final_rank, at.pinned, at.rule
+        layers[name].final_rank, layers[name].highest = at.final_rank, at.highest
+        layers[name].pinned, layers[name].rule = at.pinned, at.rule
     place_layers(model, layers, modules_to_save, group=group)
     return model
 

@@ -21,6 +21,7 @@ class RankedLayer(Protocol):
     """
 
     final_rank: int | None  # where a schedule should bring it; None for the schedule's own target
+    highest: int | None  # that a budget gives it at most; None for the budget's own
     pinned: bool  # whether no schedule may change it
 
     @property

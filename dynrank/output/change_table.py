@@ -11,6 +11,7 @@ from rich.table import Table
 from dynrank.change.greedy import LossChange
 from dynrank.change.report import LayerReport
 from dynrank.output.console import empty_table, span
+from dynrank.output.slots import slot_line
 
 __all__ = ["change_table", "layer_kinds"]
 
@@ -18,7 +19,7 @@ __all__ = ["change_table", "layer_kinds"]
 def change_table(title: str, layers: Sequence[LayerReport], loss: LossChange | None = None) -> Table:
     """A line for each kind of layer, and for all: how many, rank before and after, energy kept, parameters saved.
 
-    ``loss`` is the estimated change of the loss, which stands below.
+    Below stand the highest rank and which layers have it, where ranks differ; and ``loss``, the estimated change of it.
     """
     table = empty_table(title, "layers", "count", "rank", "energy kept (min)", "params saved")
     kinds = layer_kinds(layer.layer for layer in layers)
@@ -26,12 +27,15 @@ def change_table(title: str, layers: Sequence[LayerReport], loss: LossChange | N
         table.add_row(kind, *_summary([layer for layer in layers if kinds[layer.layer] == kind]))
     table.add_section()
     table.add_row("all", *_summary(layers))
+    ranks = {layer.layer: layer.rank_after for layer in layers}
+    captions = [slot_line(ranks)] if len({*ranks.values()}) > 1 else []
     if loss is not None:
-        table.caption = (
+        captions.append(
             f"chosen by gates, which put its cost in loss at {loss.total:+.4f} (an order of directions, no forecast): "
             f"first order {loss.first_order:+.4f}, second {loss.second_order:+.4f}, between layers "
             f"{loss.between_layers:+.4f}"
         )
+    table.caption = "\n".join(captions) or None
     return table
 
 

@@ -32,9 +32,9 @@ def slot_line(ranks: Mapping[str, int]) -> str:
     slot = slot_rank(highest)
     line = f"highest rank {highest}, average {sum(ranks.values()) / len(ranks):.1f}: a server's slot has {slot}"
     line += " in every layer"
-    below = max((step for step in STEPS[1:] if step < slot), default=highest)
+    below = max((step for step in STEPS if 1 < step < slot), default=highest)
     above = sorted((name for name in ranks if ranks[name] > below), key=lambda name: -ranks[name])
-    if not above:
+    if not 0 < len(above) < len(ranks):
         return line
     names = ", ".join(f"{name} ({ranks[name]})" for name in above[:SHOWN])
     return f"{line}, because of {len(above)} of {len(ranks)} layers: {names}{', …' if len(above) > SHOWN else ''}"

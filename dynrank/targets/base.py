@@ -29,6 +29,7 @@ class LayerState:
         final_rank: where the rank map wants it to end; None: no wish.
         values: singular values of its update in the metric of the change (scaling included), descending, ``rank``
             numbers; None where the target does not ask for them.
+        cap: what the rank map has in place of a budget's ``highest``; None: nothing.
         experts: how many products of this shape and rank the layer stacks.
     """
 
@@ -39,6 +40,7 @@ class LayerState:
     highest: int = UNBOUNDED
     final_rank: int | None = None
     values: Tensor | None = None
+    cap: int | None = None
     experts: int = 1
 
     @property

@@ -23,7 +23,7 @@ _SIZES = {
 
 @validated("schedule.target", kw_only=True)
 class Shared(Stepped):
-    """Ranks by what the directions of all layers are worth per parameter, not above ``highest``.
+    """Ranks by what the directions of all layers are worth per parameter, not above ``highest`` or a layer's own cap.
 
     A direction is worth what the loss loses with it where gates were watched, else its squared singular value, by which
     comparing layers is a heuristic.
@@ -51,12 +51,12 @@ class Shared(Stepped):
     def reach(self, layer: LayerState) -> tuple[int, int]:
         choices = self._choices(layer)
         # a layer of fewer directions may stay at `highest`, be that a multiple or not, and the reach does not fall
-        return choices[0], max(choices[-1], layer.shrunk(layer.rank if self.highest is None else self.highest))
+        return choices[0], max(choices[-1], layer.shrunk(self._cap(layer)))
 
     def _choices(self, layer: LayerState) -> list[int]:
         """The ranks that a layer may get, ascending: multiples below the rank now, and staying as it is."""
         low = max(self.lowest, layer.lowest)
-        top = min(layer.highest, layer.rank if self.highest is None else self.highest)
+        top = min(layer.highest, self._cap(layer))
         # A layer that has less than the lowest rank stays as it is.
         if layer.rank <= low or layer.lowest == layer.highest:
             return [layer.shrunk(layer.rank)]
@@ -64,6 +64,9 @@ class Shared(Stepped):
         choices = [*below, layer.rank] if layer.rank <= top else below
         # The layer's own bounds come before those of the budget.
         return choices or [max(low, top)]
+
+    def _cap(self, layer: LayerState) -> int:
+        return layer.cap or self.highest or layer.rank
 
     def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, str, int]]:
         """Each step to a next rank: (minus its worth per parameter, name, that rank), to be sorted."""
@@ -93,7 +96,7 @@ class Budget(Shared):
         left: changes of this kind that are still to come: the pool goes 1 / (left + 1) of the way, by a factor.
         bytes: of all layers together in float32, as a number or a text: "8MiB".
         lowest: rank that every layer keeps (one that has less stays).
-        highest: rank that no layer exceeds; None: its rank now.
+        highest: rank that no layer exceeds, but for those of which the rank map says another; None: its rank now.
         multiple: of which new ranks are multiples; a layer may also stay as it is.
 
     Raises:

@@ -63,6 +63,21 @@ def test_ranks_shows_a_range_where_the_data_decide_and_the_budget_where_there_is
     assert total[7] == f"{2 * 42_240:,}-{16 * 42_240:,}"  # 42,240 = d_in + d_out of all layers
 
 
+def test_ranks_names_the_layers_that_a_rank_map_exempts_from_the_cap(monkeypatch):
+    """A server's slot has the highest rank in every layer, so one exception is worth its line."""
+    said = []
+    monkeypatch.setattr("dynrank.commands.ranks.print_table", said.append)
+    budget = ["schedule=early_budget", "schedule.final_rank=4", "schedule.highest=8"]
+    print_ranks(dynrank.compose([*budget, "+rank_map.rank_pattern={pooler.dense: {highest: 13}}"]))
+    print_ranks(dynrank.compose(budget))
+    name = "bert.pooler.dense"
+    assert said[0].caption == (
+        "at the end at most: highest rank 13, average 8.1: a server's slot has 16 in every layer, because of 1 of 37 "
+        f"layers: {name} (13)"
+    )
+    assert said[1].caption.endswith("a server's slot has 8 in every layer")
+
+
 def test_final_ranks_of_a_run_are_a_rank_map(table, smoke_run):
     folder, _ = smoke_run
     *layers, _ = table(f"rank_map.file={folder / 'final_ranks.yaml'}", "schedule=fixed")

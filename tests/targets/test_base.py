@@ -18,6 +18,8 @@ from dynrank.targets import (
     Towards,
 )
 
+COUNTS, SHARES = st.integers(1, 20), st.floats(0.01, 1.0)
+
 
 @st.composite
 def states(draw):
@@ -30,10 +32,10 @@ def states(draw):
     lowest, highest = {"pinned": (rank, rank), "own, last": (final_rank, final_rank)}.get(kind, (final_rank or 1, most))
     numbers = st.lists(st.floats(0, 100), min_size=rank, max_size=rank)
     values = torch.tensor(sorted(draw(numbers), reverse=True), dtype=torch.float64)
-    return LayerState(rank, d_out, d_in, lowest, highest, final_rank, values)
+    cap = draw(st.one_of(st.none(), COUNTS))
+    return LayerState(rank, d_out, d_in, lowest, highest, final_rank, values, cap=cap)
 
 
-COUNTS, SHARES = st.integers(1, 20), st.floats(0.01, 1.0)
 STEPPED = {"lowest": st.integers(1, 8), "multiple": st.integers(1, 5)}
 BUDGETS = st.builds(
     lambda share, lowest, more, multiple: Budget(
@@ -75,7 +77,8 @@ def test_a_shrink_never_raises_and_keeps_bounds_and_multiples(target, model):
         if state.lowest == state.highest:  # pinned, or in the last stage with a final rank of its own
             assert rank == state.lowest
         lowest = max(state.lowest, getattr(target, "lowest", 1))
-        highest = min(state.rank, state.highest, getattr(target, "highest", None) or state.rank)
+        cap = (state.cap or target.highest) if isinstance(target, Budget) else None
+        highest = min(state.rank, state.highest, cap or state.rank)
         fits = -(-lowest // target.multiple) * target.multiple <= highest
         if fits and state.lowest < rank < state.rank:
             assert rank % target.multiple == 0

@@ -18,7 +18,7 @@ def layer(values, d_out=100, d_in=100, **options):
 
 def allowed(target, state):
     """The ranks that a budget may give a layer, straight from its description."""
-    top = state.rank if target.highest is None else min(state.rank, target.highest)
+    top = min(state.rank, state.cap or target.highest or state.rank)
     least = max(target.lowest, state.lowest)
     if state.lowest == state.highest:
         return [min(state.rank, state.lowest)]
@@ -55,6 +55,7 @@ def problems(draw, sizes=((5, 5), (5, 8), (20, 9), (7, 6)), multiples=(1, 2, 3))
             *draw(st.sampled_from(sizes)),
             *bounds,
             values=torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64),
+            cap=draw(st.sampled_from([None, None, None, 2, 4])),
         )
     multiple, lowest = draw(st.sampled_from(multiples)), draw(st.integers(1, 3))
     highest = draw(st.one_of(st.none(), st.integers(0, 3).map(lambda more: -(-lowest // multiple) * multiple + more)))
