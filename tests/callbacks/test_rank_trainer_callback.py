@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,14 @@ import forked
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
@@ -300,3 +308,46 @@ def test_evaluations_of_several_data_sets_are_seen_together(tmp_path):
     made.train()
     losses = [(row["step"], row["eval_b_loss"]) for row in made.state.log_history if "eval_b_loss" in row]
     assert seen == losses != []
+
+
+class Rates(TrainerCallback):
+    """What the optimizer's groups are inside its steps: the rate of each parameter."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_step_begin(self, args, state, control, optimizer, lr_scheduler, **_):
+        if state.global_step == STEPS - 2:  # after those of the schedule
+            inner, planned = optimizer.optimizer, lr_scheduler.get_last_lr()
+            inner.register_step_pre_hook(lambda *_: self.seen.append((planned, self.of(inner))))
+
+    def of(self, optimizer):
+        return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+
+
+def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(tmp_path):
+    def run(folder, **options):
+        torch.manual_seed(0)
+        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=40, pad_token_id=0, **size))
+        model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear"))
+        rows = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(data())]
+        made, rates = trainer(folder, model, RankTrainerCallback(2), rows, **SAVING), Rates()
+        made.add_callback(rates)
+        made.train(**options)
+        return model, made, rates
+
+    model, made, rates = run(tmp_path)
+    adapters = {id(p) for p in dynrank.adapter_parameters(model)}
+    factor = (8 / statistics.mean(layer.rank for _, layer in dynrank.lora_layers(model))) ** 0.5
+    planned, seen = rates.seen[0]
+    assert factor > 1.5
+    assert len(seen) > len(adapters)
+    for parameter, rate in seen.items():
+        expected = planned[0] * (factor if parameter in adapters else 1.0)
+        assert rate == pytest.approx(expected), parameter in adapters
+    saved = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt")
+    assert len(saved["param_groups"]) == len(made.optimizer.param_groups) == 2  # with weight decay and without
+    again, *_ = run(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
