@@ -53,7 +53,7 @@ from dynrank.driver.rates import Rates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, auto
 
-HIGH, WINDOW, EARLY = 16, 20, 1 / 3
+HIGH, EARLY = 16, 1 / 3
 FIELDS = ("task", "seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy")
 Row = dict[str, object]
 
@@ -238,22 +238,22 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
     setting = Setting(unit.seed, unit.steps, unit.overrides)
     first = unit.arms[0]
     if first.trunk is None:
-        yield _row(unit, first, *from_the_start(setting, first, unit.lr))
+        yield _row(unit, first, *from_the_start(setting, unit))
         return
     trunk, gates = adapted(setting, first.trunk[0], unit.lr, **first.options), None
     for at in sorted({arm.at for arm in unit.arms}):
         try:
-            gates = advance(trunk, round(at * unit.steps))
+            gates = advance(trunk, round(at * unit.steps), TASKS[unit.task].window)
         except Diverged:
             gates = None
         for arm in (arm for arm in unit.arms if arm.at == at and time.monotonic() < until):
             yield _row(unit, arm, *((None, "") if gates is None else finish(trunk, arm, gates, unit.lr)))
 
 
-def advance(trainee: Trainee, step: int) -> Gates:
-    """Train up to ``step``, watching the gates over the last steps before it."""
-    trainee.train(max(trainee.done, step - WINDOW))
-    with closing(Gates(dict(lora_layers(trainee.model)), WINDOW)) as gates:
+def advance(trainee: Trainee, step: int, window: int) -> Gates:
+    """Train up to ``step``, watching the gates over the last ``window`` steps before it."""
+    trainee.train(max(trainee.done, step - window))
+    with closing(Gates(dict(lora_layers(trainee.model)), window)) as gates:
         trainee.train(step, after_step=lambda _: gates.end_step())
     return gates
 
@@ -282,9 +282,9 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
     return trainee, rise
 
 
-def from_the_start(setting: Setting, arm: Arm, lr: float) -> tuple[Trainee | None, str]:
+def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
     """An arm that shares its start with no other: AdaLoRA, GoRA's ranks, or the smallest that validates well."""
-    after_step = None
+    (arm,), lr, after_step = unit.arms, unit.lr, None
     if arm.by == "AdaLoRA":
         trainee = adalora(setting, HIGH, arm.rank, lr)
         after_step = allocation_of(trainee)
@@ -294,7 +294,8 @@ def from_the_start(setting: Setting, arm: Arm, lr: float) -> tuple[Trainee | Non
         trainee = adapted(setting, arm.rank, lr)
     try:
         if arm.by == "auto":
-            follow(trainee, auto(how=How(metric="gates", window=WINDOW, rate_after="sqrt")))
+            how = How(metric="gates", window=TASKS[unit.task].window, rate_after="sqrt")
+            follow(trainee, auto(how=how))
         trainee.train(setting.steps, after_step)
     except Diverged:
         return None, ""

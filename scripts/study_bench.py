@@ -45,11 +45,13 @@ class Work:
         steps: optimizer steps of a run.
         rates: learning rates that every arm is tried at.
         overrides: values of the configuration, task and batch size among them.
+        window: steps before a cut over which gates are watched.
     """
 
     steps: int
     rates: tuple[float, ...]
     overrides: tuple[str, ...]
+    window: int = 20
 
 
 _HEADERS = ("task.data={_target_:study_headers.cpp_headers,_partial_:true,seed:${seed}}", "task.packed=false")
@@ -61,7 +63,7 @@ TASKS = {
     "few_medical_terms": Work(1440, (5e-4, 1e-3), ("task=medical_terms", "task.batch_size=32", "task.limit=600")),
     "financial_terms": Work(96, (1e-3, 2e-3, 4e-3), ("task=financial_terms", "task.batch_size=16", *_LM)),
     # the model of pretrain_small.py, which has read English and Python, learns C++
-    "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), ("task=text", f"task.model={MODELS / 'llama'}", *_HEADERS)),
+    "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), ("task=text", f"task.model={MODELS / 'llama'}", *_HEADERS), window=40),
     "code_completion": Work(96, (1e-3, 2e-3, 4e-3), ("task=code_completion", "task.batch_size=4", *_LM)),
 }
 
