@@ -54,8 +54,9 @@ class Work:
     window: int = 20
 
 
-_HEADERS = ("task.data={_target_:study_headers.cpp_headers,_partial_:true,seed:${seed}}", "task.packed=false")
-_HEADERS += ("task.max_length=64", "task.val_examples=400", "model.dtype=bfloat16", "model.attention=eager")
+_HEADERS = ("task=text", f"task.model={MODELS / 'llama'}", "task.packed=false", "task.max_length=64")
+_HEADERS += ("task.data={_target_:study_headers.cpp_headers,_partial_:true,seed:${seed}}", "task.val_examples=400")
+_HEADERS += ("model.dtype=bfloat16", "model.attention=eager")
 _LM = ("optimizer.warmup_steps=8", "model.dtype=bfloat16")
 TASKS = {
     "medical_terms": Work(240, (5e-4, 1e-3, 2e-3), ("task=medical_terms", "task.batch_size=32")),
@@ -63,7 +64,7 @@ TASKS = {
     "few_medical_terms": Work(1440, (5e-4, 1e-3), ("task=medical_terms", "task.batch_size=32", "task.limit=600")),
     "financial_terms": Work(96, (1e-3, 2e-3, 4e-3), ("task=financial_terms", "task.batch_size=16", *_LM)),
     # the model of pretrain_small.py, which has read English and Python, learns C++
-    "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), ("task=text", f"task.model={MODELS / 'llama'}", *_HEADERS), window=40),
+    "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), _HEADERS, window=40),
     "code_completion": Work(96, (1e-3, 2e-3, 4e-3), ("task=code_completion", "task.batch_size=4", *_LM)),
 }
 
