@@ -183,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("task", nargs="?", choices=TASKS, default="medical_terms")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="of a run, instead of the task's")
-    parser.add_argument("--rates", type=float, nargs="+", help="instead of the task's")
+    parser.add_argument("--rates", type=float, nargs="+", help="instead of the task's, and no neighbours")
     parser.add_argument("--only", default="", metavar="PATTERN", help="arms whose names hold this regular expression")
     parser.add_argument("--minutes", type=float, default=inf, help="begin no run after these")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file and the plot")
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft on transformers 5
     choosing = [seed for seed in options.seeds if seed < CHOOSING]
     run(choosing, [(arm, lr) for lr in rates for arm in arms])
-    while choosing and (edges := at_an_edge(table, task, arms)) and time.monotonic() < until:
+    while not options.rates and (edges := at_an_edge(table, task, arms)) and choosing and time.monotonic() < until:
         run(choosing, edges)
     best = {arm: rate for arm in arms if (rate := best_rate(table, task, arm)) is not None}
     run([seed for seed in options.seeds if seed >= CHOOSING], [*best.items()])

@@ -82,7 +82,6 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(2, "weight", highest=3, but="pooler"),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
-    monkeypatch.setattr(study, "at_an_edge", lambda *_: [])
     small = ["task.limit=80", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
 
     def start():
