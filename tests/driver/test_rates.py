@@ -1,5 +1,8 @@
 """Ramp and factor as an optimizer sees them: the rate is read inside the step, from what SGD does to its parameter."""
 
+from functools import partial
+
+import bitsandbytes
 import pytest
 import schedulefree
 import torch
@@ -97,6 +100,33 @@ def test_factor_of_adapters_in_a_group_with_others_is_theirs_alone_and_follows_t
     assert lengths == pytest.approx([1.5, 0.5, 0.75, 0.25, 0.375, 0.125], rel=1e-5)
     (group,) = optimizer.param_groups
     assert [id(p) for p in group["params"]] == [id(head), id(adapter)]
+
+
+OPTIMIZERS = {
+    "AdamW": partial(torch.optim.AdamW, lr=1e-2),
+    "fused AdamW": partial(torch.optim.AdamW, lr=1e-2, fused=True),
+    "SGD": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+    "Adafactor": partial(torch.optim.Adafactor, lr=1e-2),
+    "8-bit AdamW": partial(bitsandbytes.optim.AdamW8bit, lr=1e-2, min_8bit_size=1),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_group_ends_in_the_bits_of_a_group_for_each(name):
+    def ends(groups):
+        generator = torch.Generator().manual_seed(0)
+        adapter, head = (nn.Parameter(torch.randn(64, 64, generator=generator)) for _ in range(2))
+        optimizer = OPTIMIZERS[name](groups(adapter, head))
+        Rates(optimizer, [adapter], 3.0)
+        for _ in range(3):
+            for parameter in (adapter, head):
+                parameter.grad = torch.randn(64, 64, generator=generator)
+            optimizer.step()
+        return adapter, head
+
+    two = ends(lambda adapter, head: [{"params": [adapter]}, {"params": [head]}])
+    for value, expected in zip(ends(lambda adapter, head: [adapter, head]), two, strict=True):
+        assert torch.equal(value, expected)
 
 
 def test_checkpoint_of_a_group_with_others_is_that_of_an_optimizer_without_a_factor():
