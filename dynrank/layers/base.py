@@ -52,7 +52,6 @@ class LoRALayer(nn.Module):
     """
 
     supported: type[nn.Module]  # set by each subclass: the class of layer that it adapts
-    experts = 1
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class LoRALayer(nn.Module):
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        d_out, d_in = self.shape_of(base)
+        (d_out, d_in), self.experts = self.shape_of(base), self.experts_of(base)
         if not 1 <= rank <= min(d_out, d_in):
             raise ConfigurationError(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {rank}")
         if not 0 <= dropout < 1:
@@ -85,8 +84,8 @@ class LoRALayer(nn.Module):
         self._unmerged: list[tuple[nn.Parameter, nn.Module]] = []
         place: dict[str, Any] = {"device": base.get_parameter("weight").device, "dtype": dtype}
         if factors is None:
-            self.lora_A = nn.Parameter(torch.empty(rank, d_in, **place))
-            self.lora_B = nn.Parameter(torch.zeros(d_out, rank, **place))
+            self.lora_A = nn.Parameter(torch.empty(rank * self.experts, d_in, **place))
+            self.lora_B = nn.Parameter(torch.zeros(d_out, rank * self.experts, **place))
             self.init_A()
         else:
             lora_A, lora_B = (factor.detach().to(**place, copy=True).contiguous() for factor in factors)
@@ -99,6 +98,11 @@ class LoRALayer(nn.Module):
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
         """(d_out, d_in) of the update that ``base`` needs."""
         raise NotImplementedError
+
+    @classmethod
+    def experts_of(cls, base: nn.Module) -> int:
+        """How many products the factors stack: one, but for experts."""
+        return 1
 
     def init_A(self) -> None:
         """Draw lora_A as PEFT does, in place."""
@@ -224,7 +228,7 @@ class LoRALayer(nn.Module):
         own, base, delta = (self.weight, self.base), self._plain_base(), self.delta_weight()
         old = base.get_parameter("weight")
         wide = torch.promote_types(old.dtype, delta.dtype)
-        base.weight = nn.Parameter((old.to(wide) + delta.to(wide)).to(old.dtype), requires_grad=False)
+        self._put_weight(base, nn.Parameter((old.to(wide) + delta.to(wide)).to(old.dtype), requires_grad=False))
         self.base, self._unmerged = base, [own]
 
     def unmerge(self) -> None:
@@ -236,7 +240,10 @@ class LoRALayer(nn.Module):
         if not self.merged:
             raise RuntimeError("the layer is not merged; call merge() first")
         weight, self.base = self._unmerged.pop()
-        self.base.weight = weight
+        self._put_weight(self.base, weight)
+
+    def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
+        base.weight = weight
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"

@@ -5,16 +5,18 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import compiled_alone, named_modules
+from dynrank.layers.experts import ExpertStack
+from dynrank.layers.finding import modules_by_name
 from dynrank.layers.kinds import layer_class
 from dynrank.rank_map import EXPRESSION_ERRORS
 
@@ -34,20 +36,18 @@ def target_names(
     Args:
         model: any module.
         target_modules: a list of names, each matching a module's whole name or its trailing parts (as in PEFT); or a
-            preset: ``all-linear`` (every linear layer but the output head), ``attention`` (those of them below a module
-            named after attention), which may stand in a list, too (``["all-linear", "lm_head"]``); or a regular
-            expression for whole names.
+            preset: ``all-linear`` (every linear layer and stack of experts but the output head), ``attention`` (those
+            of them below a module named after attention), which may stand in a list, too (``["all-linear",
+            "lm_head"]``); or a regular expression for whole names. Presets skip a linear layer of other arithmetic.
         trained_whole: names of modules that are trained whole; presets leave them out.
 
     Raises:
         ConfigurationError: if nothing matches, an entry of the list matches nothing, or a match cannot have LoRA.
     """
-    modules = dict(named_modules(model))
+    modules = modules_by_name(model)
     outside = _outside(modules, trained_whole)
     del modules[""]
-    presets = {
-        preset: [name for name in names if name not in outside] for preset, names in _presets(model, modules).items()
-    }
+    presets, skipped = _presets(model, {name: module for name, module in modules.items() if name not in outside})
     if isinstance(target_modules, str):
         targets, find = [target_modules], _by_expression
     else:
@@ -66,12 +66,13 @@ def target_names(
         elif id(modules[name]) in alone:
             reason = "torch.compile has wrapped it by itself and would go on calling it; compile the model afterwards"
         elif layer_class(modules[name]) is None:
-            reason = f"{type(modules[name]).__name__} is no plain Linear, Conv1D, Embedding or Conv2d"
+            reason = f"{type(modules[name]).__name__} is no plain Linear, Conv1D, Embedding, Conv2d or stack of experts"
         else:
             continue
         raise ConfigurationError(f"{name!r} cannot have LoRA: {reason}; change lora.target_modules")
     if "all-linear" in targets:
-        _warn_of_fused_layers(model)
+        stacks = [module for module in map(modules.get, chosen) if isinstance(module, ExpertStack)]
+        warn_of_frozen(model, [stack.weight for stack in stacks], skipped)
     return chosen
 
 
@@ -103,10 +104,15 @@ def _operands(mixer: type[nn.Module]) -> list[str]:
     return _OPERAND.findall(inspect.getsource(mixer))
 
 
-def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, list[str]]:
+def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, list[str]], dict[str, nn.Module]]:
+    """({preset: names}, {name: linear layer that they skip, since it computes something else than a plain one})."""
     heads = set(_output_heads(model))
-    linear = [name for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D) and id(m) not in heads]
-    return {"all-linear": linear, "attention": [n for n in linear if _ATTENTION.search(n.rpartition(".")[0])]}
+    kinds = (nn.Linear, Conv1D, ExpertStack)
+    found = {name: module for name, module in modules.items() if isinstance(module, kinds) and id(module) not in heads}
+    linear = [name for name, module in found.items() if layer_class(module) is not None]
+    attention = [name for name in linear if _ATTENTION.search(name.rpartition(".")[0])]
+    skipped = {name: module for name, module in found.items() if name not in linear}
+    return {"all-linear": linear, "attention": attention}, skipped
 
 
 def _by_expression(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -140,20 +146,25 @@ def _output_heads(model: nn.Module) -> Iterator[int]:
             yield from (id(getattr(module, name)) for name in _CLASSIFIERS if hasattr(module, name))
 
 
-def _warn_of_fused_layers(model: nn.Module) -> None:
-    """Say what all-linear leaves out: experts whose weights are stacked in one parameter (Mixtral)."""
-    fused = {
+def warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mapping[str, nn.Module] | None = None) -> None:
+    """Say which share of the model nobody trains although it is linear layers.
+
+    Args:
+        model: any module.
+        adapted: the stacked weights (of experts) that have LoRA; the others stay frozen.
+        skipped: linear layers without LoRA, by name.
+    """
+    trained = {id(weight) for weight in adapted}
+    stacks = {
         f"{name}.{leaf}": parameter.numel()
         for name, module in named_modules(model)
         if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d | ParametrizationList)
         for leaf, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.shape[0] > 1
+        if parameter.ndim == 3 and len(parameter) > 1 and id(parameter) not in trained
     }
-    if fused:
-        share = sum(fused.values()) / sum(parameter.numel() for parameter in model.parameters())
-        warnings.warn(
-            f"lora.target_modules=all-linear leaves out {len(fused)} parameters that hold several layers each, as "
-            f"{next(iter(fused))!r} does, {share:.0%} of the model: they are no linear layers and stay frozen; "
-            "to adapt them, use PEFT with target_parameters, at a fixed rank",
-            stacklevel=2,
-        )
+    others = {name: sum(weight.numel() for weight in module.parameters()) for name, module in (skipped or {}).items()}
+    if stacks or others:
+        share = sum([*stacks.values(), *others.values()]) / sum(parameter.numel() for parameter in model.parameters())
+        kinds = [f"{len(stacks)} stacks of layers in one parameter, as {next(iter(stacks))!r}"] if stacks else []
+        kinds += [f"{len(others)} layers of another arithmetic, as {next(iter(others))!r}"] if others else []
+        warnings.warn(f"{share:.0%} of the model stay frozen: {' and '.join(kinds)}", stacklevel=2)

@@ -10,6 +10,7 @@ from torch import nn
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, uncompiled
+from dynrank.layers.experts import LoRAExperts, expert_stacks
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.layers.ranked import RankedLayer
 
@@ -45,16 +46,23 @@ def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by every name that it has without LoRA layers, whose bases stand for them."""
+    """Every module by every name that it has without LoRA layers, whose bases stand for them; and stacks of experts."""
     found: list[tuple[str, nn.Module]] = [("", model)]
     while found:
         name, module = found.pop()
         module = uncompiled(module)
-        if isinstance(module, LoRALayer):
+        if isinstance(module, LoRALayer | LoRAExperts):
             module = module.base
         yield name, module
-        children = ((f"{name}.{key}" if name else key, child) for key, child in module._modules.items())
-        found += reversed([(key, child) for key, child in children if child is not None])
+        children = {**module._modules, **expert_stacks(module)}
+        named = ((f"{name}.{key}" if name else key, child) for key, child in children.items())
+        found += reversed([(key, child) for key, child in named if child is not None])
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """:func:`plain_modules`, each by the first of its names only, as PEFT knows it."""
+    first_names = {module: name for name, module in reversed([*plain_modules(model)])}
+    return {name: module for module, name in reversed(first_names.items())}
 
 
 def tied_weights(model: nn.Module) -> set[int]:

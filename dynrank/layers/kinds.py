@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Operands, SharedInput
 from dynrank.layers.base import LoRALayer
+from dynrank.layers.experts import LoRAExpertStack
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
 
 
@@ -156,7 +157,7 @@ class LoRAConv2d(LoRALayer):
         return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
 
 
-LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv2d)
+LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv2d, LoRAExpertStack)
 
 
 def layer_class(base: nn.Module) -> type[LoRALayer] | None:

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import LoRALayer
+from dynrank.layers.experts import LoRAExperts
 from dynrank.layers.finding import own_layers, tied_weights
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.placing import replace_modules
@@ -44,6 +46,6 @@ def merge(model: M) -> M:
                 config.tie_word_embeddings = False
     for layer in layers.values():
         layer.merge()
-    replace_modules(model, {id(layer): layer.base for layer in layers.values()})
+    replace_modules(model, {id(m): m.base for m in model.modules() if isinstance(m, LoRALayer | LoRAExperts)})
     mark_unpacked(model)
     return model

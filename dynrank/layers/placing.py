@@ -14,7 +14,8 @@ from dynrank.kernels.backends import check_backend
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import target_names
 from dynrank.layers.compiled import named_modules
-from dynrank.layers.finding import own_layers, tied_weights
+from dynrank.layers.experts import LoRAExperts, stand_ins
+from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.grouping import group_layers
 from dynrank.layers.kinds import layer_class
@@ -73,7 +74,7 @@ def add_lora(
         raise ConfigurationError("the model has LoRA layers already; merge them first (dynrank.merge)")
     if not dtype.is_floating_point:
         raise ConfigurationError(f"dtype must be a floating-point dtype, got {dtype}")
-    modules = dict(named_modules(model))
+    modules = modules_by_name(model)
     _check_modules_to_save(model, modules_to_save)
     chosen = target_names(model, target_modules, modules_to_save)
     shapes = {name: _layer_class(modules[name]).shape_of(modules[name]) for name in chosen}
@@ -137,12 +138,13 @@ def place_layers(
     :func:`add_lora`.
     """
     model.requires_grad_(False)
-    new, old = {id(layer.base): layer for layer in layers.values()}, own_layers(model).values()
-    adapted = {id(layer.base) for layer in old}
-    replacements: dict[int, nn.Module] = {id(layer): new.get(id(layer.base), layer.base) for layer in old}
-    replace_modules(model, replacements | {base: layer for base, layer in new.items() if base not in adapted})
-    for layer in layers.values():
-        layer.train(layer.base.training)
+    new = {id(module.base): module for module in stand_ins(layers.values())}
+    old = [module for module in model.modules() if isinstance(module, LoRALayer | LoRAExperts)]
+    adapted = {id(module.base) for module in old}
+    replacements: dict[int, nn.Module] = {id(module): new.get(id(module.base), module.base) for module in old}
+    replace_modules(model, replacements | {base: module for base, module in new.items() if base not in adapted})
+    for module in new.values():
+        module.train(module.base.training)
     vars(model)["_groups_layers"] = group
     if group is not False:
         group_layers(model, always=group is True)
@@ -166,8 +168,8 @@ def base_values(module: nn.Module) -> dict[str, Tensor | None]:
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Put ``replacements[id]`` wherever the module of that id stands in ``model``."""
     for parent in list(model.modules()):
-        if isinstance(parent, LoRALayer) and id(parent) not in replacements:
-            continue  # the base inside a layer just placed stays where it is
+        if isinstance(parent, LoRALayer | LoRAExperts):
+            continue  # the base inside a layer stays where it is
         for attribute, child in list(parent._modules.items()):  # named_children() skips a second name of one child
             if id(child) in replacements:
                 setattr(parent, attribute, replacements[id(child)])

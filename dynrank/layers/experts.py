@@ -1,0 +1,188 @@
+"""LoRA in mixtures of experts whose weights are stacked in 3-D parameters, as transformers has them from 5.0 on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from dynrank.layers.base import LoRALayer
+from dynrank.linalg import split
+
+
+class ExpertStack(nn.Module):
+    """A stacked parameter of a module of experts, seen as a module that has it for its weight; it owns nothing.
+
+    Args:
+        owner: the module of experts.
+        leaf: the parameter's name in it.
+    """
+
+    def __init__(self, owner: nn.Module, leaf: str) -> None:
+        super().__init__()
+        self._owner, self.leaf = [owner], leaf  # in a list, so that it isn't registered
+
+    @property
+    def owner(self) -> Any:
+        return self._owner[0]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """(experts, d_out, d_in), or (experts, d_in, d_out) where the owner ``is_transposed``."""
+        weight: nn.Parameter = getattr(self.owner, self.leaf)
+        return weight
+
+    @property
+    def weight_EIO(self) -> Tensor:
+        return self.weight if self.owner.is_transposed else self.weight.mT
+
+
+def expert_stacks(owner: nn.Module) -> dict[str, ExpertStack]:
+    """The stacked parameters of ``owner`` by name, if it is a module of experts that :func:`experts_forward` computes.
+
+    These are the classes under transformers' ``use_experts_implementation``, which says how each of them computes.
+    """
+    if not {"has_gate", "has_bias", "is_transposed", "_is_expert_parallel"} <= vars(owner).keys():
+        return {}
+    stacks = {name: ExpertStack(owner, name) for name in (_up(owner), "down_proj")}
+    plain = all(stack.weight.ndim == 3 and stack.weight.is_floating_point() for stack in stacks.values())
+    return stacks if plain and not owner._is_expert_parallel else {}
+
+
+class LoRAExpertStack(LoRALayer):
+    """The update of one stacked parameter: for each expert a product, all of one rank.
+
+    The factors are stacked as PEFT stores them: lora_A is (experts * rank, d_in), lora_B (d_out, rank * experts), see
+    :func:`dynrank.linalg.split`. It is called by the :class:`LoRAExperts` around it.
+    """
+
+    supported = ExpertStack
+    base: ExpertStack
+    observe = None  # type: ignore[assignment]  # rows come by expert, so that z does not tell examples apart
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        assert isinstance(base, ExpertStack)
+        _, d_in, d_out = base.weight_EIO.shape
+        return d_out, d_in
+
+    @classmethod
+    def experts_of(cls, base: nn.Module) -> int:
+        assert isinstance(base, ExpertStack)
+        return len(base.weight)
+
+    def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
+        assert isinstance(base, ExpertStack)
+        setattr(base.owner, base.leaf, weight)
+
+    def delta_weight(self) -> Tensor:
+        """``scaling * B_e @ A_e`` of every expert in the shape of the base's weight, float32 or wider."""
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        delta_EOI = self.scaling * torch.stack(
+            [lora_B.to(wide) @ lora_A.to(wide) for lora_B, lora_A in self.products()]
+        )
+        return delta_EOI.mT.contiguous() if self.base.owner.is_transposed else delta_EOI
+
+    def forward(self, x_SI: Tensor, ends: Tensor) -> Tensor:
+        """``x W_e^T + scaling * (drop(x) A_e^T) B_e^T``; rows are sorted by expert e, and end at ``ends[e]``."""
+        weight_EIO = self.base.weight_EIO
+        x_SI = x_SI.to(weight_EIO.dtype)
+        if self.merged:
+            return grouped_product(x_SI, weight_EIO, ends)
+        # zeros up to a multiple of 16 bytes, without which there is no grouped_mm
+        missing = -self.rank % 8
+        a_ERI = F.pad(split(self.lora_A, self.experts, 0), (0, 0, 0, missing)).to(x_SI.dtype)
+        b_ERO = F.pad(split(self.lora_B, self.experts, 1), (0, 0, 0, missing)).to(x_SI.dtype)
+        z_SR = grouped_product(self.dropout(x_SI), a_ERI.mT, ends)
+        return grouped_product(x_SI, weight_EIO, ends) + self.scaling * grouped_product(z_SR, b_ERO, ends)
+
+
+class LoRAExperts(nn.Module):
+    """A module of experts with LoRA in some of its stacked parameters, which stand in it under their names.
+
+    Each token is multiplied by A and B of its experts. PEFT adds the update to the weights of all experts instead,
+    which it then keeps for the backward pass.
+    """
+
+    def __init__(self, base: nn.Module, layers: Mapping[str, LoRAExpertStack]) -> None:
+        super().__init__()
+        self.base = base
+        for leaf, layer in layers.items():
+            self.add_module(leaf, layer)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return experts_forward(self.base, hidden_states, top_k_index, top_k_weights, self._modules)
+
+
+def stand_ins(layers: Iterable[LoRALayer]) -> list[LoRALayer | LoRAExperts]:
+    """What stands where the layers' bases stood: each layer, but for those of experts the module around them."""
+    found: list[LoRALayer | LoRAExperts] = []
+    by_owner: dict[nn.Module, dict[str, LoRAExpertStack]] = {}
+    for layer in layers:
+        if isinstance(layer, LoRAExpertStack):
+            by_owner.setdefault(layer.base.owner, {})[layer.base.leaf] = layer
+        else:
+            found.append(layer)
+    return found + [LoRAExperts(owner, own) for owner, own in by_owner.items()]
+
+
+def experts_forward(
+    owner: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    layers: Mapping[str, nn.Module | None] | None = None,
+) -> Tensor:
+    """What the experts of ``owner`` make of each token, with LoRA in ``layers``, by the rules of its class.
+
+    Args:
+        owner: as in :func:`expert_stacks`.
+        hidden_states: (tokens, d).
+        top_k_index: (tokens, k) the experts of each token.
+        top_k_weights: (tokens, k) the factors of what they give.
+        layers: LoRA by the name of the parameter.
+    """
+    experts, order = top_k_index.flatten().sort(stable=True)
+    ends = torch.searchsorted(experts, torch.arange(len(owner.down_proj), device=experts.device), right=True).int()
+
+    def linear(leaf: str, x_SI: Tensor) -> Tensor:
+        layer = (layers or {}).get(leaf)
+        if layer is not None:
+            y_SO: Tensor = layer(x_SI, ends)
+        else:
+            weight_EIO = ExpertStack(owner, leaf).weight_EIO
+            y_SO = grouped_product(x_SI.to(weight_EIO.dtype), weight_EIO, ends)
+        return y_SO + getattr(owner, f"{leaf}_bias")[experts] if owner.has_bias else y_SO
+
+    up = linear(_up(owner), hidden_states[order // top_k_index.shape[1]])
+    down = linear("down_proj", owner._apply_gate(up) if owner.has_gate else owner.act_fn(up))
+    if getattr(owner, "has_post_expert_norm", False):
+        down = owner.post_expert_norm(down)
+    weighted = down * top_k_weights.flatten()[order, None]
+    by_token = weighted[order.argsort()].view(*top_k_index.shape, -1)
+    return by_token.sum(1).to(hidden_states.dtype)
+
+
+def grouped_product(x_SI: Tensor, w_EIO: Tensor, ends: Tensor) -> Tensor:
+    """(S, O) the rows of ``x_SI`` times the matrix of their group: group e has those before ``ends[e]``."""
+    if isinstance(x_SI, FakeTensor):  # which has no rows to count: any matrix takes the same memory and time
+        return x_SI @ w_EIO[0]
+    if _has_grouped_mm(x_SI, w_EIO):
+        return F.grouped_mm(x_SI, w_EIO, offs=ends)
+    rows = ends.diff(prepend=ends.new_zeros(1)).tolist()
+    return torch.cat([x @ w for x, w in zip(x_SI.split(rows), w_EIO, strict=True)])
+
+
+def _has_grouped_mm(x_SI: Tensor, w_EIO: Tensor) -> bool:
+    known = hasattr(F, "grouped_mm") and x_SI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if x_SI.is_cuda and torch.cuda.get_device_capability(x_SI.device) < (8, 0):
+        return False
+    return known and all(width * x_SI.element_size() % 16 == 0 for width in w_EIO.shape[1:])
+
+
+def _up(owner: Any) -> str:
+    return "gate_up_proj" if owner.has_gate else "up_proj"
