@@ -20,12 +20,17 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.experts import expert_stacks, experts_forward
 from dynrank.layers.quantized import is_quantized
 from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
 
 __all__ = ["CountingMode", "StepMemory", "count_step", "token_batch", "without_values"]
+
+_COUNTED_EXPERTS = "dynrank"  # as transformers knows experts_forward by, which runs without values
+ALL_EXPERTS_FUNCTIONS.register(_COUNTED_EXPERTS, experts_forward)
 
 _WITH_LOSS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")
 
@@ -101,7 +106,8 @@ class CountingMode(FakeTensorMode):
 def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
     """Put fake CPU tensors in the place of all parameters and buffers, in place: bytes and dtypes, but no memory.
 
-    Weights of bitsandbytes' layers are packed by bitsandbytes itself. Ties between parameters stay.
+    Weights of bitsandbytes' layers are packed by bitsandbytes itself. Ties between parameters stay. Experts get an
+    implementation of their forward that does not count the tokens of each.
     """
     if any(is_quantized(module) for module in model.modules()):  # tables made within the mode would have no values
         functional: Any = sys.modules["bitsandbytes.functional"]
@@ -109,6 +115,9 @@ def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
     known: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (old, new); holds the old ones, or their ids were used again
     with mode:
         for module in model.modules():
+            if expert_stacks(module):
+                experts: Any = module
+                experts.config._experts_implementation = _COUNTED_EXPERTS
             if is_quantized(module):
                 weight: Any = module.weight
                 known[id(weight)] = (weight, _packed(module))
