@@ -16,8 +16,9 @@ from torch.optim import Optimizer
 
 from dynrank.distributed.processes import average_over_processes, copy_from_first, from_first
 from dynrank.errors import ConfigurationError
-from dynrank.layers.compiled import plain_name
-from dynrank.layers.finding import lora_layers, own_layers
+from dynrank.layers.base import LoRALayer
+from dynrank.layers.compiled import named_modules, plain_name
+from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import take_peft_ranks
 from dynrank.layers.ranked import take_rank
 
@@ -140,7 +141,8 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
     ]
     if changing:
         raise sharded_error(changing)
-    for name, layer in own_layers(model).items():
+    own = {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
+    for name, layer in own.items():
         take_rank(layer, name, factors.get(f"{name}.lora_A"), factors.get(f"{name}.lora_B"))
         layer.scaling = scalings.get(f"{name}._extra_state", layer.scaling)
     take_peft_ranks(model, saved)

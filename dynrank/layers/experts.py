@@ -102,20 +102,23 @@ class LoRAExpertStack(LoRALayer):
 
 
 class LoRAExperts(nn.Module):
-    """A module of experts with LoRA in some of its stacked parameters, which stand in it under their names.
+    """A module of experts with LoRA in some of its stacked parameters.
 
     Each token is multiplied by A and B of its experts. PEFT adds the update to the weights of all experts instead,
     which it then keeps for the backward pass.
+
+    Attributes:
+        base: the plain module.
+        lora: the layers by the name of the parameter. One more name in front of theirs, or transformers would take the
+            factors for the parameters themselves and split them when it saves the model.
     """
 
     def __init__(self, base: nn.Module, layers: Mapping[str, LoRAExpertStack]) -> None:
         super().__init__()
-        self.base = base
-        for leaf, layer in layers.items():
-            self.add_module(leaf, layer)
+        self.base, self.lora = base, nn.ModuleDict(layers)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return experts_forward(self.base, hidden_states, top_k_index, top_k_weights, self._modules)
+        return experts_forward(self.base, hidden_states, top_k_index, top_k_weights, self.lora)
 
 
 def stand_ins(layers: Iterable[LoRALayer]) -> list[LoRALayer | LoRAExperts]:
@@ -135,7 +138,7 @@ def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    layers: Mapping[str, nn.Module | None] | None = None,
+    layers: nn.ModuleDict | None = None,
 ) -> Tensor:
     """What the experts of ``owner`` make of each token, with LoRA in ``layers``, by the rules of its class.
 
@@ -150,9 +153,8 @@ def experts_forward(
     ends = torch.searchsorted(experts, torch.arange(len(owner.down_proj), device=experts.device), right=True).int()
 
     def linear(leaf: str, x_SI: Tensor) -> Tensor:
-        layer = (layers or {}).get(leaf)
-        if layer is not None:
-            y_SO: Tensor = layer(x_SI, ends)
+        if layers is not None and leaf in layers:
+            y_SO: Tensor = layers[leaf](x_SI, ends)
         else:
             weight_EIO = ExpertStack(owner, leaf).weight_EIO
             y_SO = grouped_product(x_SI.to(weight_EIO.dtype), weight_EIO, ends)

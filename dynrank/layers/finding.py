@@ -10,7 +10,7 @@ from torch import nn
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, uncompiled
-from dynrank.layers.experts import LoRAExperts, expert_stacks
+from dynrank.layers.experts import LoRAExperts, LoRAExpertStack, expert_stacks
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.layers.ranked import RankedLayer
 
@@ -41,8 +41,15 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The LoRA layers that dynrank has put into ``model``, by name."""
-    return {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
+    """The LoRA layers that dynrank has put into ``model``, by the names of the modules or parameters that they adapt."""
+    found = {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
+    return {_adapted_name(name, layer): layer for name, layer in found.items()}
+
+
+def _adapted_name(name: str, layer: LoRALayer) -> str:
+    """``...experts.gate_up_proj`` for the layer ``...experts.lora.gate_up_proj``, as PEFT names the parameter."""
+    leaf = layer.base.leaf if isinstance(layer, LoRAExpertStack) else None
+    return name if leaf is None else name.removesuffix(f"lora.{leaf}") + leaf
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -105,9 +105,8 @@ def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tens
         return
     d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A[0].numel(), lora_A.shape[0] // layer.experts
     rows = rank * layer.experts
-    highest = max(min(d_out, d_in), layer.rank)
     sizes = [(*factor.flatten(1).shape,) for factor in (lora_A, lora_B)]
-    if sizes != [(rows, d_in), (d_out, rows)] or not 1 <= rank <= highest:
+    if sizes != [(rows, d_in), (d_out, rows)] or rank < 1:
         raise ConfigurationError(
             f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
             f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"

@@ -16,6 +16,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -46,7 +48,23 @@ def wrapped():
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear"))
 
 
-MODELS = pytest.mark.parametrize("make", [own, wrapped])
+def experts():
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "moe_intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"num_key_value_heads": 2, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=40, num_experts=3, num_experts_per_tok=2, **size))
+
+
+def own_experts():
+    return dynrank.add_lora(experts(), rank=4, alpha=8, dropout=0.1)
+
+
+def wrapped_experts():
+    options = {"target_modules": ["q_proj", "o_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
+    return get_peft_model(experts(), LoraConfig(r=4, lora_alpha=8, **options))
+
+
+MODELS = pytest.mark.parametrize("make", [own, wrapped, own_experts, wrapped_experts])
 TOO_COSTLY = {"max_regression": 0.1, "check_monitor": "eval_loss"}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}

@@ -83,7 +83,7 @@ def test_all_linear_takes_experts_and_rank_maps_name_them(tiny_moe):
     assert ranks == {
         start.format(i, n): r for i, n, r in [(0, "gate_up", 4), (0, "down", 2), (1, "gate_up", 5), (1, "down", 2)]
     }
-    assert model.get_submodule("model.layers.1.mlp.experts.gate_up_proj").final_rank == 1
+    assert dict(dynrank.lora_layers(model))[start.format(1, "gate_up")].final_rank == 1
 
 
 def test_models_outside_transformers_registry_of_experts_train_their_other_layers_and_are_told_so(tiny_moe):

@@ -10,9 +10,6 @@ import dynrank
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.layers.ranked import max_rank, width_of
 
-# PEFT compares its patterns with the names of modules only, and says so although they hold for parameters, too.
-pytestmark = pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
-
 REWRITTEN = ("Mixtral", "Qwen3Moe", "DeepseekV3")  # for these PEFT's all-linear means experts and routers, too
 KINDS = (*REWRITTEN, "Qwen3_5Moe", "GptOss", "GraniteMoe")
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
