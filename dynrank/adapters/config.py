@@ -60,6 +60,7 @@ class AdapterConfig(BaseModel):
     use_rslora: bool | None = None
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     modules_to_save: list[str] | None = None
+    target_parameters: list[str] | None = None
     init_lora_weights: Annotated[Any, AfterValidator(_harmless)] = None
     bias: Literal["none"] = "none"
     # Variants whose arithmetic is not y = W x + s B A x.
@@ -73,7 +74,6 @@ class AdapterConfig(BaseModel):
     megatron_config: Unset = None
     monteclora_config: Unset = None
     layer_replication: Unset = None
-    target_parameters: Unset = None
     trainable_token_indices: Unset = None
 
     def of_layers(self, names: Iterable[str]) -> dict[str, LayerSettings]:
@@ -97,6 +97,7 @@ def make_config(
     layers: Mapping[str, tuple[int, float]],
     *,
     target_modules: Sequence[str] | str,
+    target_parameters: Sequence[str],
     modules_to_save: Sequence[str],
     dropout: float,
     base: str,
@@ -107,8 +108,9 @@ def make_config(
     Args:
         layers: module name -> (rank, alpha).
         target_modules: names, or an expression for whole names.
+        target_parameters: names of stacked parameters.
         modules_to_save: names of modules stored whole.
-        dropout: of the update's input.
+        dropout: of the update's input; PEFT refuses any with ``target_parameters``, so that 0 is written for them.
         base: folder or hub name of the base model, "" if unknown.
         base_class: its class, for PEFT's AutoPeftModel and for ``dynrank merge``.
     """
@@ -120,8 +122,9 @@ def make_config(
         "auto_mapping": auto_mapping,
         "inference_mode": True,
         **peft_ranks(layers),
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if target_parameters else dropout,
         "target_modules": target_modules,
+        "target_parameters": list(target_parameters) or None,
         "modules_to_save": list(modules_to_save) or None,
         "bias": "none",
     }

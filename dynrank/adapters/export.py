@@ -87,7 +87,7 @@ def export_adapter(
             factors = one_scaling(stored_factors(adapter))
         else:
             _check(adapter, "SGLang, TGI and LoRAX")
-            factors = padded(stored_factors(adapter), multiple)
+            factors = padded(stored_factors(adapter), dict.fromkeys(adapter.layers, 1), multiple)
             rank += -rank % multiple
             line = f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={place}"
         check_free(out, source)
@@ -123,6 +123,7 @@ def _check(adapter: Adapter, server: str, whole: Iterable[str] = ()) -> None:
     """Refuse what ``server`` does not take: modules stored whole, but for ``whole``, and layers of other kinds."""
     modules = dict.fromkeys(name.rpartition(".")[0] for name in adapter.others)
     faults = [f"{name!r} is stored whole" for name in modules if name.rpartition(".")[2] not in whole]
+    faults += [f"{name!r} is a stack of experts" for name, layer in adapter.layers.items() if layer.experts > 1]
     faults += [f"{name!r} is a convolution" for name, layer in adapter.layers.items() if layer.kernel]
     if faults:
         raise ConfigurationError(

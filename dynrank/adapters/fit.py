@@ -93,8 +93,11 @@ class AdapterChange:
                 faults.append(f"the model has no module {name!r}")
             elif kind is None:
                 faults.append(f"{name!r} is a {type(base).__name__}, which cannot have LoRA")
-            elif kind.shape_of(base) != stored.shape:
-                faults.append(f"{name!r} is {kind.shape_of(base)} in the model and {stored.shape} in the adapter")
+            elif (kind.experts_of(base), *kind.shape_of(base)) != (stored.experts, *stored.shape):
+                ours, theirs = kind.shape_of(base), stored.shape
+                if kind.experts_of(base) != stored.experts:
+                    ours, theirs = (kind.experts_of(base), *ours), (stored.experts, *theirs)
+                faults.append(f"{name!r} is {ours} in the model and {theirs} in the adapter")
             else:
                 adapter.factors(name)  # raises where they are not finite, before anything is changed
                 bases[name] = base

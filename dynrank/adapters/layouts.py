@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from dynrank.adapters.read import Adapter
 from dynrank.adapters.stored import Factors
+from dynrank.linalg import joined, split
 
 __all__ = ["one_scaling", "padded", "stored_factors"]
 
@@ -30,14 +32,24 @@ def one_scaling(layers: Mapping[str, Factors]) -> dict[str, Factors]:
     return {name: (lora_A, lora_B * (own / scaling), scaling) for name, (lora_A, lora_B, own) in layers.items()}
 
 
-def padded(layers: Mapping[str, Factors], multiple: int = 1) -> dict[str, Factors]:
+def padded(layers: Mapping[str, Factors], experts: Mapping[str, int], multiple: int = 1) -> dict[str, Factors]:
     """All layers at one rank and one scaling: the largest rank, up to a ``multiple``, by rows of zeros.
 
     Readers that divide alpha by the rows of each tensor have the right scaling, too.
+
+    Args:
+        layers: their factors.
+        experts: of each layer the products that the factors stack, each of which gets the rank.
+        multiple: of which the rank is one.
     """
-    rank = max(len(lora_A) for lora_A, _, _ in layers.values())
+    ranks = {name: len(lora_A) // experts[name] for name, (lora_A, _, _) in layers.items()}
+    rank = max(ranks.values())
     rank += -rank % multiple
+
+    def filled(factor: Tensor, name: str, dim: int) -> Tensor:
+        return joined(F.pad(split(factor, experts[name], dim), (0, 0, 0, rank - ranks[name])), dim)
+
     return {
-        name: (F.pad(lora_A, (0, 0, 0, rank - len(lora_A))), F.pad(lora_B, (0, rank - len(lora_A))), scaling)
+        name: (filled(lora_A, name, 0), filled(lora_B, name, 1), scaling)
         for name, (lora_A, lora_B, scaling) in one_scaling(layers).items()
     }

@@ -17,6 +17,7 @@ from dynrank.adapters.beside import input_files, with_labels
 from dynrank.adapters.load import load_adapter
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
+from dynrank.layers.finding import modules_by_name
 from dynrank.layers.merging import merge
 from dynrank.models.names import model_source, stored_source
 from dynrank.models.pretrained import load_by_name, load_weights, read_config
@@ -129,7 +130,7 @@ def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module
 
 
 def _misfits(model: nn.Module, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    modules, state = dict(model.named_modules()), model.state_dict()
+    modules, state = modules_by_name(model), model.state_dict()
     faults = [f"has no module {name!r}" for name in adapter.layers if name not in modules]
     for name, shape in shapes.items():
         if ".base_layer." not in name and (name not in state or state[name].shape != shape):

@@ -22,6 +22,7 @@ from dynrank.adapters.stored import (
     refuse_faults,
     stored_tensor,
 )
+from dynrank.adapters.wrappers import is_parameter, misfits, parameter_names
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
 
@@ -69,10 +70,10 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
     while True:
         config = read_config(folder)
         with _opened(folder) as file:
-            factors, others = sort_keys(file.keys(), folder)
+            factors, others = sort_keys(file.keys(), config, folder)
             settings = config.of_layers(factors)
             if (file.metadata() or {}).get(SETTINGS_DIGEST) in (None, digest(settings)):
-                layers = _checked_layers(file, factors, others, settings, folder)
+                layers = _checked_layers(file, factors, others, settings, config, folder)
                 tensor = partial(stored_tensor, file, path=folder / WEIGHTS_FILE)
                 yield Adapter(str(folder), layers, others, tensor, config)
                 return
@@ -90,11 +91,15 @@ def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile
     return open_file(path) if path.is_file() or path.suffix == SUFFIX else open_adapter(path)
 
 
-def sort_keys(keys: Iterable[str], folder: Path) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+def sort_keys(
+    keys: Iterable[str], config: AdapterConfig, folder: Path
+) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """({layer: {"A": key, "B": key}}, {name in the model: key} of everything else) of a PEFT file.
 
+    A layer has the name of its module, or of the parameter (``target_parameters``).
+
     Raises:
-        ConfigurationError: if a key is not PEFT's, or none is a factor's.
+        ConfigurationError: if a key is not PEFT's, none is a factor's, or parameters lack factors.
     """
     factors: dict[str, dict[str, str]] = {}
     others = {}
@@ -111,6 +116,11 @@ def sort_keys(keys: Iterable[str], folder: Path) -> tuple[dict[str, dict[str, st
             others[name] = key
     if not factors:
         raise ConfigurationError(f"{str(folder / WEIGHTS_FILE)!r} holds no LoRA factors")
+    try:
+        of_parameters = parameter_names(factors, config)
+    except ValueError as fault:
+        raise ConfigurationError(f"the adapter {str(folder)!r} cannot be used: {fault}") from None
+    factors = {of_parameters.get(name, name): pair for name, pair in factors.items()}
     return {name: factors[name] for name in sorted(factors, key=numbers_as_such)}, others
 
 
@@ -130,13 +140,15 @@ def _checked_layers(
     factors: Mapping[str, Mapping[str, str]],
     others: Iterable[str],
     settings: Mapping[str, LayerSettings],
+    config: AdapterConfig,
     folder: Path,
 ) -> dict[str, StoredLayer]:
     layers, faults = {}, [f"{name!r} is a LoRA tensor of an unknown kind" for name in others if ".lora_" in name]
     for name, pair in factors.items():
         try:
-            layers[name] = checked_layer(file, pair, settings[name])
+            layers[name] = checked_layer(file, pair, settings[name], is_parameter(name, config))
         except ValueError as fault:
             faults.append(f"{name!r} {fault}")
+    faults += misfits(layers)
     refuse_faults(faults, str(folder))
     return layers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,10 +16,12 @@ from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, make_config
 from dynrank.adapters.layouts import padded, stored_factors
 from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, Adapter, read_adapter, sort_keys
 from dynrank.adapters.stored import Factors, write_tensors
+from dynrank.adapters.wrappers import wrapper_names
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
+from dynrank.layers.experts import LoRAExpertStack
 from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers
@@ -59,13 +61,15 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
-    written = _LAYOUTS[layout](
-        {name: (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling) for name, layer in layers.items()}
-    )
-    tensors: dict[str, Tensor] = {}
+    experts = {name: layer.experts for name, layer in layers.items()}
+    factors = {name: (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling) for name, layer in layers.items()}
+    written = _LAYOUTS[layout](factors, experts)
+    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAExpertStack)]
+    places, tensors = wrapper_names(stacks), dict[str, Tensor]()
     for name, layer in layers.items():
         lora_A, lora_B, _ = written[name]
-        tensors |= {f"{name}.{key}": value for key, value in _to_peft(layer, lora_A, lora_B).items()}
+        place = places.get(name, name)
+        tensors |= {f"{place}.{key}": value for key, value in _to_peft(layer, lora_A, lora_B).items()}
     heads = trained_heads(model, layers)
     for head in heads:
         if any(name.startswith(f"{head}." if head else "") for name in layers):
@@ -77,8 +81,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
         tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
     _check_finite(tensors)
     config = make_config(
-        {name: (len(lora_A), scaling * len(lora_A)) for name, (lora_A, _, scaling) in written.items()},
-        target_modules=target_modules(model, layers),
+        ranks_and_alphas(written, experts),
+        target_modules=target_modules(model, [name for name in layers if name not in places]),
+        target_parameters=stacks,
         modules_to_save=heads,
         dropout=max(layer.dropout.p for layer in layers.values()),
         base=public_name(getattr(getattr(model, "config", None), "_name_or_path", "")),
@@ -99,7 +104,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     Raises:
         OSError: if a file cannot be written; both are as they were before, unless the very last step failed.
     """
-    settings = AdapterConfig.model_validate(config).of_layers(sort_keys(tensors, folder)[0])
+    read = AdapterConfig.model_validate(config)
+    settings = read.of_layers(sort_keys(tensors, read, folder)[0])
     metadata = {SETTINGS_DIGEST: digest(settings), "format": "pt"}
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -126,11 +132,17 @@ def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factor
     """
     tensors = {key: adapter.tensor(key) for key in adapter.others.values()}
     for name, (lora_A, lora_B, _) in factors.items():
-        layer, rank = adapter.layers[name], len(lora_A)
-        tensors[layer.keys[0]] = lora_A.reshape(rank, -1, *layer.kernel).contiguous()
-        tensors[layer.keys[1]] = lora_B.reshape(-1, rank, *[1] * len(layer.kernel)).contiguous()
-    alphas = {name: (len(lora_A), scaling * len(lora_A)) for name, (lora_A, _, scaling) in factors.items()}
+        layer, rows = adapter.layers[name], len(lora_A)
+        tensors[layer.keys[0]] = lora_A.reshape(rows, -1, *layer.kernel).contiguous()
+        tensors[layer.keys[1]] = lora_B.reshape(-1, rows, *[1] * len(layer.kernel)).contiguous()
+    alphas = ranks_and_alphas(factors, {name: layer.experts for name, layer in adapter.layers.items()})
     write_adapter(folder, tensors, adapter.config.model_dump(exclude_unset=True) | peft_ranks(alphas))
+
+
+def ranks_and_alphas(factors: Mapping[str, Factors], experts: Mapping[str, int]) -> dict[str, tuple[int, float]]:
+    """{layer: (rank, alpha)}; ``experts`` as in :func:`dynrank.adapters.layouts.padded`."""
+    ranks = {name: len(lora_A) // experts[name] for name, (lora_A, _, _) in factors.items()}
+    return {name: (rank, factors[name][2] * rank) for name, rank in ranks.items()}
 
 
 def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
@@ -146,7 +158,8 @@ def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
     with TemporaryDirectory() as place:
         model.save_pretrained(place, selected_adapters=[model.active_adapter])
         adapter = read_adapter(next(Path(place).rglob(CONFIG_FILE)).parent)
-    rewrite_adapter(folder, adapter, _LAYOUTS[layout](stored_factors(adapter)))
+    experts = {name: stored.experts for name, stored in adapter.layers.items()}
+    rewrite_adapter(folder, adapter, _LAYOUTS[layout](stored_factors(adapter), experts))
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -158,7 +171,7 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def target_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str] | str:
+def target_modules(model: nn.Module, layers: Collection[str]) -> list[str] | str:
     """Names of the adapted modules; one exact expression where PEFT would also take a module ending in one of them."""
     inside = tuple(f"{name}." for name in layers)
     others = [name for name, _ in named_modules(model) if name not in layers and not name.startswith(inside)]
@@ -167,11 +180,14 @@ def target_modules(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[st
     return list(layers)
 
 
-def _native(layers: Mapping[str, Factors]) -> Mapping[str, Factors]:
+def _native(layers: Mapping[str, Factors], _: Mapping[str, int]) -> Mapping[str, Factors]:
     return layers
 
 
-_LAYOUTS: Mapping[str, Callable[[Mapping[str, Factors]], Mapping[str, Factors]]] = {"native": _native, "padded": padded}
+_LAYOUTS: Mapping[str, Callable[[Mapping[str, Factors], Mapping[str, int]], Mapping[str, Factors]]] = {
+    "native": _native,
+    "padded": padded,
+}
 
 
 def _to_peft(layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:

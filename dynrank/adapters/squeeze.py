@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
+
 from dynrank.adapters.beside import LABELS_FILE, input_files
 from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
@@ -14,7 +16,7 @@ from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
 from dynrank.adapters.stored import Factors, StoredAdapter, one_thread
 from dynrank.change.report import LayerReport, report_of
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import singular_values, truncate_product
+from dynrank.linalg import pooled, singular_values, stacked, truncate_product
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
@@ -100,7 +102,8 @@ def _check_options(rank: int | None, energy: float | None, budget: int | float |
 
 
 def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
-    states = {name: LayerState(layer.rank, *layer.shape) for name, layer in adapter.layers.items()}
+    layers = adapter.layers.items()
+    states = {name: LayerState(layer.rank, *layer.shape, experts=layer.experts) for name, layer in layers}
     target = Budget(_parameters(budget, adapter))
     least = target.floor_parameters(states)
     if target.pool(states) < least:
@@ -128,16 +131,19 @@ def _by_norm(adapter: StoredAdapter, target: Target) -> Squeezed:
     """Each layer's largest singular values; they are read one after the other."""
     factors, reports, states = {}, [], {}
     for name, layer in adapter.layers.items():
-        values = singular_values(*adapter.factors(name)) * layer.scaling if target.needs else None
-        states[name] = LayerState(layer.rank, *layer.shape, values=values)
+        values = _spectrum(adapter, name) * layer.scaling if target.needs else None
+        states[name] = LayerState(layer.rank, *layer.shape, values=values, experts=layer.experts)
     for name, rank in target.ranks(states).items():
         layer = adapter.layers[name]
-        lora_B, lora_A = adapter.factors(name)
         if rank < layer.rank:
-            change = truncate_product(lora_B, lora_A, rank)
+            change = stacked([truncate_product(b, a, rank) for b, a in adapter.products(name)])
             lora_B, lora_A, values = change.lora_B, change.lora_A, change.singular_values
         else:
-            values = singular_values(lora_B, lora_A)
+            (lora_B, lora_A), values = adapter.factors(name), _spectrum(adapter, name)
         factors[name] = lora_A, lora_B, layer.scaling
-        reports.append(report_of(name, rank, values * abs(layer.scaling), sum(layer.shape)))
+        reports.append(report_of(name, rank, values * abs(layer.scaling), layer.width))
     return factors, reports
+
+
+def _spectrum(adapter: StoredAdapter, name: str) -> Tensor:
+    return pooled([singular_values(lora_B, lora_A) for lora_B, lora_A in adapter.products(name)])

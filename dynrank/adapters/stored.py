@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import finite
+from dynrank.linalg import finite, products
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 Factors = tuple[Tensor, Tensor, float]  # lora_A, lora_B and the scaling of a layer
@@ -34,6 +34,7 @@ class StoredLayer:
         kernel: size of a convolution's kernel, () for other layers.
         alpha: by the settings.
         scaling: factor of ``lora_B @ lora_A`` in the update.
+        experts: how many products of this rank and shape the factors stack, see :func:`dynrank.linalg.split`.
     """
 
     keys: tuple[str, str]
@@ -42,10 +43,16 @@ class StoredLayer:
     kernel: tuple[int, ...]
     alpha: float
     scaling: float
+    experts: int = field(default=1, kw_only=True)
+
+    @property
+    def width(self) -> int:
+        """Parameters of one direction."""
+        return self.experts * sum(self.shape)
 
     @property
     def parameters(self) -> int:
-        return self.rank * sum(self.shape)
+        return self.rank * self.width
 
 
 @dataclass(frozen=True)
@@ -65,18 +72,24 @@ class StoredAdapter:
     tensor: Callable[[str], Tensor]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer, as matrices.
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer, as matrices; the products of experts are stacked.
 
         Raises:
             ConfigurationError: if one is not finite in float32, or the rank is above min(d_out, d_in).
         """
         layer, (lora_B, lora_A) = self.layers[name], self.matrices(name)
+        if len(lora_A) == layer.rank * layer.experts:
+            return lora_B, lora_A
         if lora_A[layer.rank :].any() or lora_B[:, layer.rank :].any():
             raise ConfigurationError(
                 f"{name!r} must have a rank of at most min(d_in, d_out) = {layer.rank}, got {len(lora_A)} in the "
                 f"adapter {self.source!r}"
             )
         return lora_B[:, : layer.rank], lora_A[: layer.rank]
+
+    def products(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product of a layer; errors as in :meth:`factors`."""
+        return products(*self.factors(name), self.layers[name].experts)
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor]:
         """(lora_B, lora_A) of a layer, flattened and with all the rows and columns that are stored."""
@@ -153,13 +166,16 @@ def numbers_as_such(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def checked_layer(file: Any, pair: Mapping[str, str], settings: tuple[int, float, float] | None) -> StoredLayer:
+def checked_layer(
+    file: Any, pair: Mapping[str, str], settings: tuple[int, float, float] | None, of_parameter: bool = False
+) -> StoredLayer:
     """A layer of ``file`` whose factors fit together.
 
     Args:
         file: as from :func:`opened`.
         pair: key of each factor, "A" and "B".
         settings: (rank, alpha, scaling); None: the factors' rank, as much alpha, and 1.
+        of_parameter: the factors may stack several products of that rank.
 
     Raises:
         ValueError: saying what is wrong; the layer's name is to be put before it.
@@ -174,7 +190,9 @@ def checked_layer(file: Any, pair: Mapping[str, str], settings: tuple[int, float
     if len(shape_A) < 2 or len(shape_B) < 2 or torch.Size(shape_B[1:]).numel() != shape_A[0] or 0 in shape_A + shape_B:
         raise ValueError(f"must have factors (rank, d_in) and (d_out, rank), got {shape_A} and {shape_B}")
     rank, alpha, scaling = settings or (shape_A[0], float(shape_A[0]), 1.0)
-    if shape_A[0] != rank:
+    experts = shape_A[0] // rank if of_parameter else 1
+    if shape_A[0] != rank * experts or not experts:
         raise ValueError(f"must have the rank of the settings (r, rank_pattern), {rank}, got factors of {shape_A[0]}")
     d_out, d_in = shape_B[0], torch.Size(shape_A[1:]).numel()
-    return StoredLayer((pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling)
+    rank, keys = rank if experts > 1 else min(rank, d_out, d_in), (pair["A"], pair["B"])
+    return StoredLayer(keys, rank, (d_out, d_in), (*shape_A[2:],), alpha, scaling, experts=experts)

@@ -60,7 +60,7 @@ def print_spectra(layers: Sequence[LayerSpectrum], kept: Kept) -> None:
     for layer, *own in zip(layers, *counts.values(), strict=True):
         table.add_row(
             layer.layer,
-            f"{layer.shape[0]} x {layer.shape[1]}",
+            " x ".join(str(size) for size in (layer.experts, *layer.shape)[layer.experts == 1 :]),
             str(layer.rank),
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",

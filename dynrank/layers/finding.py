@@ -41,7 +41,7 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The LoRA layers that dynrank has put into ``model``, by the names of the modules or parameters that they adapt."""
+    """The LoRA layers that dynrank has put into ``model``, by the names of the modules or parameters they adapt."""
     found = {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
     return {_adapted_name(name, layer): layer for name, layer in found.items()}
 

@@ -1,0 +1,89 @@
+"""PEFT's names for stacked parameters (``target_parameters``), whose factors its files keep under nested wrappers.
+
+Of the parameters of one module the first one's wrapper lies innermost: ``experts.base_layer.lora_A`` is that of
+``experts.gate_up_proj`` and ``experts.lora_A`` that of ``experts.down_proj``. The files do not say which is which. In
+all classes of transformers the way down comes last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from dynrank.adapters.config import AdapterConfig
+from dynrank.adapters.stored import StoredLayer
+
+_INSIDE = ".base_layer"
+_UPS = ("gate_up_proj", "up_proj")
+
+
+def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
+    """{parameter: the wrapper in whose place PEFT keeps its factors}, if no other parameter has any."""
+    by_module: dict[str, list[str]] = {}
+    for name in sorted(parameters, key=_down_last):
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+    return {
+        name: module + _INSIDE * (len(names) - 1 - depth)
+        for module, names in by_module.items()
+        for depth, name in enumerate(names)
+    }
+
+
+def parameter_names(wrappers: Iterable[str], config: AdapterConfig) -> dict[str, str]:
+    """{wrapper: parameter} of those names in a file that ``config`` says are of parameters; the others are modules.
+
+    Raises:
+        ValueError: if they are not as many as the parameters.
+    """
+    by_module: dict[str, list[str]] = {}
+    for name in wrappers:
+        by_module.setdefault(name.replace(_INSIDE, ""), []).append(name)
+    found: dict[str, str] = {}
+    for module, names in by_module.items():
+        leaves = _leaves(module, config)
+        if not leaves:
+            continue
+        if len(leaves) != len(names):
+            raise ValueError(f"{module!r} must have factors for {leaves} (target_parameters), got {len(names)} pairs")
+        parameters = [f"{module}.{leaf}" for leaf in leaves]
+        found |= {wrapper: parameter for parameter, wrapper in wrapper_names(parameters).items()}
+    return found
+
+
+def _leaves(module: str, config: AdapterConfig) -> list[str]:
+    """The parameters of ``module`` that have LoRA by ``target_parameters``."""
+    pairs = [name.rpartition(".") for name in config.target_parameters or ()]
+    named = [leaf for owner, _, leaf in pairs if owner and f".{module}".endswith(f".{owner}")]
+    if named or _is_target(module, (config.model_extra or {}).get("target_modules")):
+        return named
+    return [leaf for owner, _, leaf in pairs if not owner]
+
+
+def _is_target(module: str, targets: object) -> bool:
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(f".{module}".endswith(f".{target}") for target in targets or ())  # type: ignore[attr-defined]
+
+
+def _down_last(name: str) -> bool:
+    return name.rpartition(".")[2].startswith("down")
+
+
+def is_parameter(name: str, config: AdapterConfig) -> bool:
+    """Whether the layer is a parameter, whose factors may stack several products, and no module."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in _leaves(module, config)
+
+
+def misfits(layers: Mapping[str, StoredLayer]) -> list[str]:
+    """Stacks of one module that do not belong together: before PEFT 0.19 the shapes of some factors were swapped."""
+    faults = []
+    for name, down in layers.items():
+        module, _, leaf = name.rpartition(".")
+        for up in (layers.get(f"{module}.{other}") for other in _UPS if leaf == "down_proj" and down.experts > 1):
+            if up is not None and (up.experts, up.shape[1]) != (down.experts, down.shape[0]):
+                faults.append(
+                    f"{name!r} must take {up.experts} experts back to {up.shape[1]} numbers, got {down.experts} and "
+                    f"{down.shape[0]}; save the adapter anew with PEFT 0.21"
+                )
+    return faults

@@ -1,0 +1,146 @@
+"""Adapters of stacked experts on disk: PEFT computes with our files what we do, and we with its."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+import dynrank
+from dynrank.adapters.inspection import inspect_adapter
+from dynrank.adapters.merging import merge_adapter
+from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.errors import ConfigurationError
+
+KINDS = ("Mixtral", "Qwen3Moe", "DeepseekV3", "Qwen3_5Moe", "GptOss", "GraniteMoe")
+TENSORS = ["experts.gate_up_proj", "experts.down_proj"]
+IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def randomize(model):
+    for _, layer in dynrank.lora_layers(model):
+        torch.nn.init.normal_(layer.lora_B, std=0.3)
+    return model
+
+
+def trained(model):
+    """dynrank's layers at ranks that differ from layer to layer.
+
+    Not in DeepSeek's dense and shared layers: PEFT 0.21 takes their names for those of its experts.
+    """
+    targets = r".*\.(self_attn\.\w+_proj\w*|experts\.\w+_proj)"
+    randomize(dynrank.add_lora(model, rank=4, alpha=6, dropout=0.1, target_modules=targets))
+    dynrank.resize(
+        model, {name: min(1 + i % 3, layer.rank) for i, (name, layer) in enumerate(dynrank.lora_layers(model))}
+    )
+    return model
+
+
+def ranks(model):
+    return {name: layer.rank for name, layer in dynrank.lora_layers(model)}
+
+
+def spectra(folder):
+    return {layer.layer: layer.singular_values for layer in inspect_adapter(folder)}
+
+
+@pytest.mark.parametrize("layout", ["native", "padded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_computes_with_our_files_what_we_do(kind, layout, tiny_moe, tmp_path):
+    model = trained(tiny_moe(kind))
+    dynrank.save_adapter(model, tmp_path, layout=layout)
+    theirs = PeftModel.from_pretrained(tiny_moe(kind), tmp_path)
+    assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    ours = dynrank.load_adapter(tiny_moe(kind), tmp_path)
+    if layout == "native":
+        assert torch.equal(logits(ours), logits(model))
+        assert ranks(ours) == ranks(model)
+    else:
+        assert_close(logits(ours), logits(model), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("targets", [TENSORS, ["gate_up_proj", "down_proj"], ["down_proj"]])
+def test_we_compute_with_pefts_files_what_it_does(targets, tiny_moe, tmp_path):
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=targets)
+    theirs = randomize(get_peft_model(tiny_moe("Qwen3Moe"), config))
+    theirs.save_pretrained(tmp_path / "theirs")
+    dynrank.save_adapter(theirs, tmp_path / "again")
+    for folder in (tmp_path / "theirs", tmp_path / "again"):
+        ours = dynrank.load_adapter(tiny_moe("Qwen3Moe"), folder)
+        assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss"])
+def test_squeezing_a_file_is_resizing_the_model(kind, tiny_moe, tmp_path):
+    model = randomize(dynrank.add_lora(tiny_moe(kind), rank=4))
+    dynrank.save_adapter(model, tmp_path / "full")
+    reports = squeeze_adapter(tmp_path / "full", tmp_path / "small", rank=2)
+    expected = {report.layer: report for report in dynrank.resize(model, 2)}
+    assert_close(logits(dynrank.load_adapter(tiny_moe(kind), tmp_path / "small")), logits(model), rtol=1e-5, atol=1e-5)
+    for report in reports:
+        assert report.width == expected[report.layer].width
+        assert_close(report.predicted_error, expected[report.layer].predicted_error)
+    full, small = spectra(tmp_path / "full"), spectra(tmp_path / "small")
+    for name, values in small.items():
+        assert_close(values, full[name][:2], rtol=1e-5, atol=1e-6)
+
+
+def test_a_merged_folder_holds_the_updates_of_all_experts(tiny_moe, tmp_path):
+    tiny_moe("Qwen3Moe").save_pretrained(tmp_path / "base")
+    model = trained(tiny_moe("Qwen3Moe"))
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
+
+
+def swapped(tensors, config):
+    """As PEFT wrote before 0.19: A reads what comes out, and B writes what goes in."""
+    for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
+        other = name.replace("lora_A", "lora_B")
+        tensors[name], tensors[other] = tensors[other].mT.contiguous(), tensors[name].mT.contiguous()
+
+
+def without_gate_up(tensors, config):
+    for name in [name for name in tensors if "experts.base_layer" in name]:
+        del tensors[name]
+
+
+def other_number(tensors, config):
+    config["rank_pattern"] = {r".*\.experts\.\w+": 6, **(config["rank_pattern"] or {})}
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (swapped, r"experts.down_proj' must take 4 experts back to"),
+        (without_gate_up, r"experts' must have factors for .*'gate_up_proj'.*got 1 pairs"),
+        (other_number, r"experts.gate_up_proj' is \(4, 24, 16\) in the model and \(2, 24, 16\) in the adapter"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_by_name(damage, message, tiny_moe, tmp_path):
+    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
+    get_peft_model(tiny_moe("Qwen3Moe"), config).save_pretrained(tmp_path)
+    settings, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
+    tensors, values = load_file(file), json.loads(settings.read_text())
+    damage(tensors, values)
+    save_file(tensors, file)
+    settings.write_text(json.dumps(values))
+    with pytest.raises(ConfigurationError, match=message):
+        dynrank.load_adapter(tiny_moe("Qwen3Moe"), tmp_path)
+
+
+def test_servers_that_cannot_read_experts_are_refused_by_name(tiny_moe, tmp_path):
+    dynrank.save_adapter(dynrank.add_lora(tiny_moe("Mixtral"), rank=2), tmp_path / "adapter")
+    with pytest.raises(
+        ConfigurationError, match=re.escape("'model.layers.0.mlp.experts.down_proj' is a stack of experts")
+    ):
+        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="padded")
