@@ -56,7 +56,7 @@ def test_save_that_fails_leaves_the_old_adapter_whole(part, zoo, tmp_path, monke
 
     names = {"config": "pathlib.Path.write_text", "rename": "os.replace"}
     if part == "weights":
-        monkeypatch.setattr(dynrank.adapters.save, "save_file", half_written)
+        monkeypatch.setattr("dynrank.adapters.stored.save_file", half_written)
     else:
         monkeypatch.setattr(names[part], fail)
     with pytest.raises(OSError, match="No space left"):
