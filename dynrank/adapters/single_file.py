@@ -187,7 +187,7 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig
 
 def _settings(configs: Mapping[str, AdapterConfig], layers: Iterable[str]) -> dict[str, LayerSettings]:
     """Rank, alpha and scaling of the layers that diffusers' metadata speak of."""
-    found = {}
+    found: dict[str, LayerSettings] = {}
     for prefix, config in configs.items():
         inner = _inside(prefix, layers)
         found |= {inner[name]: settings for name, settings in config.of_layers(inner).items()}

@@ -44,12 +44,14 @@ def print_squeeze(source: Path, out: Path, data: str | None, model: str | None, 
 
 
 def _of_file(source: Path, out: Path) -> dict[str, object]:
+    sizes = " → ".join(f"{file.stat().st_size / 1e6:.1f} MB" for file in (source, out))
     with open_stored(source) as adapter:
         others = adapter.others
+    if not others:
+        return {"file": f"{out}, {sizes}"}
     kinds = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in others})
-    copied = {"copied": f"{len(others)} tensors that are of no plain layers: {', '.join(kinds)}"} if others else {}
-    sizes = " → ".join(f"{file.stat().st_size / 1e6:.1f} MB" for file in (source, out))
-    return copied | {"file": f"{out}, {sizes}"}
+    copied = f"{len(others)} tensors that are of no plain layers: {', '.join(kinds)}"
+    return {"copied": copied, "file": f"{out}, {sizes}"}
 
 
 def _by_gates(adapter: Adapter, target: Target, *, data: str, model: str | None, facts: dict[str, object]) -> Squeezed:

@@ -1,0 +1,224 @@
+"""``dynrank squeeze`` of image models' LoRA files beside the method that kohya's resize_lora is described by.
+
+That forms the product of each layer's factors and takes its SVD: the whole one, or ``torch.svd_lowrank`` of twice the
+rank that is kept (pull request 2240 of sd-scripts, with its 2 iterations). Here it is written anew as two functions.
+Layers are timed in one process, in interleaved rounds; whole files, of the shapes of SDXL and Flux and made of random
+factors whose singular values fall as 1 / i, are taken from disk to disk by processes of their own, in turns.
+Run: .venv/bin/python scripts/bench_single_file.py [--rounds N] [--full-below N] [--files sdxl flux] [--share S]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from measuring import ratio, rounds
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.linalg import singular_values, truncate_product
+
+Shapes = dict[str, tuple[int, int]]  # name of a layer -> (d_out, d_in)
+Pair = tuple[Tensor, Tensor]  # lora_up, lora_down
+LAYERS = {
+    "640 x 640": (640, 640),
+    "1280 x 1280": (1280, 1280),
+    "10240 x 1280": (10240, 1280),
+    "3072 x 3072": (3072, 3072),
+}
+
+
+def sdxl() -> Shapes:
+    """What kohya trains of SDXL: linear layers of the UNet's transformers, and of both text encoders."""
+    shapes: Shapes = {}
+    for block, (width, depth, count) in enumerate(
+        [(640, 2, 2), (1280, 10, 2), (1280, 10, 1), (1280, 10, 3), (640, 2, 3)]
+    ):
+        for index in range(count):
+            start = f"lora_unet_block_{block}_{index}"
+            shapes |= {f"{start}_proj_in": (width, width), f"{start}_proj_out": (width, width)}
+            for number in range(depth):
+                inner = f"{start}_transformer_blocks_{number}"
+                shapes |= {f"{inner}_attn{a}_to_{which}": (width, width) for a in (1, 2) for which in ("q", "out_0")}
+                shapes |= {f"{inner}_attn1_to_{which}": (width, width) for which in "kv"}
+                shapes |= {f"{inner}_attn2_to_{which}": (width, 2048) for which in "kv"}
+                shapes |= {f"{inner}_ff_net_0_proj": (8 * width, width), f"{inner}_ff_net_2": (width, 4 * width)}
+    for encoder, width, depth in (("te1", 768, 12), ("te2", 1280, 32)):
+        for number in range(depth):
+            start = f"lora_{encoder}_text_model_encoder_layers_{number}"
+            shapes |= {f"{start}_self_attn_{which}_proj": (width, width) for which in ("q", "k", "v", "out")}
+            shapes |= {f"{start}_mlp_fc1": (4 * width, width), f"{start}_mlp_fc2": (width, 4 * width)}
+    return shapes
+
+
+def flux() -> Shapes:
+    """What kohya trains of Flux.1: 19 blocks of two streams, 38 of one."""
+    shapes: Shapes = {}
+    for number in range(19):
+        for stream in ("img", "txt"):
+            start = f"lora_unet_double_blocks_{number}_{stream}"
+            shapes |= {f"{start}_attn_qkv": (9216, 3072), f"{start}_attn_proj": (3072, 3072)}
+            shapes |= {
+                f"{start}_mlp_0": (12288, 3072),
+                f"{start}_mlp_2": (3072, 12288),
+                f"{start}_mod_lin": (18432, 3072),
+            }
+    for number in range(38):
+        start = f"lora_unet_single_blocks_{number}"
+        shapes |= {f"{start}_linear1": (21504, 3072), f"{start}_linear2": (3072, 15360)}
+        shapes |= {f"{start}_modulation_lin": (9216, 3072)}
+    return shapes
+
+
+FILES: dict[str, tuple[Callable[[], Shapes], int, int]] = {"sdxl": (sdxl, 64, 8), "flux": (flux, 32, 4)}
+
+
+def whole(up: Tensor, down: Tensor, rank: int) -> Pair:
+    """The SVD of the product."""
+    u, s, vh = torch.linalg.svd(up.float() @ down.float(), full_matrices=False)
+    return u[:, :rank] * s[:rank], vh[:rank]
+
+
+def randomised(up: Tensor, down: Tensor, rank: int) -> Pair:
+    """An approximate SVD of the product."""
+    u, s, v = torch.svd_lowrank(up.float() @ down.float(), q=2 * rank, niter=2)
+    return u[:, :rank] * s[:rank], v[:, :rank].mT
+
+
+def ours(up: Tensor, down: Tensor, rank: int) -> Pair:
+    """The same best approximation from the factors."""
+    change = truncate_product(up.float(), down.float(), rank)
+    return change.lora_B, change.lora_A
+
+
+METHODS = {"dynrank": ours, "whole SVD": whole, "svd_lowrank": randomised}
+
+OTHERS = [*METHODS][1:]
+
+
+def factors(shape: tuple[int, int], rank: int) -> Pair:
+    """Random ones, whose product has singular values of about 1 / i."""
+    sizes = 1 / torch.arange(1, rank + 1)
+    return torch.randn(shape[0], rank) * sizes / shape[0] ** 0.5, torch.randn(rank, shape[1]) / shape[1] ** 0.5
+
+
+def excess(up: Tensor, down: Tensor, new: Pair, rank: int) -> float:
+    """By what share the error of an approximation is above the least that one of its rank can have."""
+    least = singular_values(up, down)[rank:].norm()
+    error = (up.double() @ down.double() - new[0].double() @ new[1].double()).norm()
+    return float(error / least) - 1
+
+
+def main() -> None:
+    """Measure and print; called with a method, only do that."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--full-below", type=int, default=2000, help="take whole SVDs of layers no wider than this")
+    parser.add_argument("--files", nargs="*", choices=[*FILES], default=[*FILES])
+    parser.add_argument("--share", type=float, default=1.0, help="of the layers of a file")
+    parser.add_argument("--method", choices=[*METHODS], help=argparse.SUPPRESS)
+    parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    if options.method:
+        file, out, rank = options.job
+        resize(options.method, Path(file), Path(out), int(rank))
+        return
+    heads = [*METHODS, *(f"{n}, times as long" for n in OTHERS), *(f"{n}, error above least" for n in METHODS)]
+    print("| layer | rank | " + " | ".join(f"{h}, ms" if h in METHODS else h for h in heads) + " |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for name, shape in LAYERS.items():
+        one_layer(name, shape, options)
+    print("\n| file | layers | rank | MB | method | s (median) | times as long | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name in options.files:
+        one_file(name, options)
+
+
+def one_layer(name: str, shape: tuple[int, int], options: argparse.Namespace, old: int = 64, new: int = 16) -> None:
+    """A row of the first table."""
+    up, down = factors(shape, old)
+    methods = {n: m for n, m in METHODS.items() if n != "whole SVD" or max(shape) <= options.full_below}
+    seconds = rounds({n: lambda m=m: m(up, down, new) for n, m in methods.items()}, options.rounds, warm_up=1)
+    cells = {n: f"{statistics.median(seconds[n]) * 1e3:.1f}" for n in methods}
+    times = {n: "{:.0f} ({})".format(*ratio(seconds[n], seconds["dynrank"])) for n in methods}
+    errors = {n: f"{excess(up, down, m(up, down, new), new):.1e}" for n, m in methods.items()}
+    others = [n for n in METHODS if n != "dynrank"]
+    row = (
+        [cells.get(n, "") for n in METHODS] + [times.get(n, "") for n in others] + [errors.get(n, "") for n in METHODS]
+    )
+    print("| " + " | ".join([name, f"{old} → {new}", *row]) + " |", flush=True)
+
+
+def one_file(name: str, options: argparse.Namespace) -> None:
+    """Rows of the second table: this file by a process of each method, in turns."""
+    shapes, old, new = FILES[name]
+    chosen = dict([*shapes().items()][:: round(1 / options.share)])
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source.safetensors"
+        made: dict[tuple[int, int], Pair] = {shape: factors(shape, old) for shape in Counter(chosen.values())}
+        tensors: dict[str, Tensor] = {}
+        for layer, shape in chosen.items():
+            up, down = made[shape]
+            tensors |= {f"{layer}.lora_up.weight": up.half(), f"{layer}.lora_down.weight": down.half()}
+            tensors[f"{layer}.alpha"] = torch.tensor(old / 2)
+        save_file(tensors, source, metadata={"ss_network_dim": str(old)})
+        size = source.stat().st_size / 1e6
+        del tensors, made
+        runs: dict[str, list[tuple[float, float]]] = {"dynrank": [], "svd_lowrank": []}
+        for number in range(3):
+            for method in sorted(runs, reverse=bool(number % 2)):
+                out = Path(folder) / f"{method}{number}.safetensors"
+                runs[method].append(measured(method, source, out, new))
+        small = out.stat().st_size / 1e6
+    for method, found in runs.items():
+        seconds = [second for second, _ in found]
+        times = statistics.median(s / o for s, (o, _) in zip(seconds, runs["dynrank"], strict=True))
+        peak = statistics.median(memory for _, memory in found)
+        cells = [name, str(len(chosen)), f"{old} → {new}", f"{size:.0f} → {small:.0f}", method]
+        print(
+            "| " + " | ".join([*cells, f"{statistics.median(seconds):.1f}", f"{times:.1f}", f"{peak:.0f}"]) + " |",
+            flush=True,
+        )
+
+
+def measured(method: str, source: Path, out: Path, rank: int) -> tuple[float, float]:
+    """(seconds, peak MiB resident) of a process that resizes a file, with its start."""
+    command = [sys.executable, __file__, "--method", method, "--job", str(source), str(out), str(rank)]
+    start = time.perf_counter()
+    process = subprocess.Popen(command)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{method} ended with {status}")
+    return time.perf_counter() - start, used.ru_maxrss / 2**10
+
+
+def resize(method: str, file: Path, out: Path, rank: int) -> None:
+    """Resize a whole file by a method."""
+    if method == "dynrank":
+        squeeze_adapter(file, out, rank=rank)
+        return
+    tensors: Mapping[str, Tensor] = load_file(file)
+    new: dict[str, Tensor] = {}
+    for key in [key for key in tensors if key.endswith(".alpha")]:
+        name = key.removesuffix(".alpha")
+        up, down = METHODS[method](tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"], rank)
+        scaling = float(tensors[key]) / len(tensors[f"{name}.lora_down.weight"])
+        new |= {f"{name}.lora_up.weight": up.half(), f"{name}.lora_down.weight": down.half().contiguous()}
+        new[key] = torch.tensor(scaling * rank)
+    save_file(new, out)
+
+
+if __name__ == "__main__":
+    main()
