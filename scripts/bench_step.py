@@ -94,7 +94,7 @@ class _Training:
                 nn.init.normal_(parameter, std=0.01)
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-        self.watched = Gates(dict(lora_layers(model)), 20) if watched else None
+        self.watched = Gates(model, dict(lora_layers(model)), 20) if watched else None
 
     def step(self) -> None:
         self.optimizer.zero_grad()

@@ -253,7 +253,7 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
 def advance(trainee: Trainee, step: int, window: int) -> Gates:
     """Train up to ``step``, watching the gates over the last ``window`` steps before it."""
     trainee.train(max(trainee.done, step - window))
-    with closing(Gates(dict(lora_layers(trainee.model)), window)) as gates:
+    with closing(Gates(trainee.model, dict(lora_layers(trainee.model)), window)) as gates:
         trainee.train(step, after_step=lambda _: gates.end_step())
     return gates
 

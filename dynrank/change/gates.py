@@ -7,47 +7,93 @@ and F_B the maps from today's factors to the balanced ones of the SVD. So what h
 the mean of, ``g = sum_s c_s`` and ``H = N sum_s c_s c_s^T`` (the empirical Fisher matrix); both are means over the
 window's steps. The Fisher matrix orders directions well and knows the size of the curvature badly: far from
 convergence it was half of the measured one.
+
+Where a layer shows no z and dz of examples (tensors of experts, kernels that go past the layer), the sample is the
+backward pass: ``dL/dA A^T`` is the sum of its examples' cores. Beside layers that show examples, c of a pass is spread
+evenly over the pass's examples, which leaves g and the layer's own H as they are. A tensor of E experts has R gates,
+each before the directions of one size in all its experts: c is the sum over these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from dynrank.change.calls import Call, Calls, backward_number, counted
 from dynrank.change.greedy import LossChange, Quadratic
-from dynrank.change.packed import PackedExamples
 from dynrank.distributed.processes import from_all, from_first, process_count
 from dynrank.errors import ConfigurationError, DivergedError, diverged
 from dynrank.layers.ranked import RankedLayer, width_of
-from dynrank.linalg import truncate_product
+from dynrank.linalg import split, truncate_product
 
-__all__ = ["EXAMPLES", "FEW", "Gates"]
-
-EXAMPLES = 640  # kept of a window at most: as many are enough, and a 7B's cores at rank 32 take 587 MB
-FEW = 32  # with fewer examples the choice is mostly noise
-_HELD = 4  # reports of a pass that may come before the first layer with one row for each example
+# Kept of a window at most: as many are enough, and a 7B's cores at rank 32 take 587 MB.
+EXAMPLES = 640
+# With fewer examples the choice is mostly noise.
+FEW = 32
 
 
 @dataclass
 class _Pass:
-    """What one backward pass has shown: examples, terms of the loss, and by layer the cores of the first examples.
+    """One call's part in a backward pass: its examples, and what the layers have shown.
 
-    ``held`` has the first reports as they came, ``more`` says that others followed; ``sizes`` are the positions of each
-    example where rows hold several.
+    ``cores`` are (examples kept, E, R, R), or (1, E, R, R) of the layers in ``whole``, which have shown the sum alone;
+    E products have one core each.
+    ``terms`` are those that the first layer has shown, where no call is known.
     """
 
-    number: int
-    examples: int
-    terms: Tensor
-    sizes: list[int] | None = None
+    task: int
+    rows: int
+    call: Call | None = None
+    terms: Tensor | None = None
+    calls: dict[nn.Module, Call] = field(default_factory=dict)
+    kept: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
     cores: dict[str, Tensor] = field(default_factory=dict)
-    held: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
-    more: bool = False
+    whole: set[str] = field(default_factory=set)
+
+    @property
+    def sizes(self) -> list[int] | None:
+        return self.call.sizes if self.call is not None else None
+
+    def counted(self) -> tuple[int, str]:
+        """(terms of its part of the loss, who has counted them)."""
+        call = self.call
+        if call is not None and call.terms is not None:
+            return int(call.terms), "the model's output"
+        if call is not None and call.learned is not None:
+            return int(call.learned), "its labels"
+        if self.terms is not None:
+            return int(self.terms), "the layer nearest to the loss"
+        return self.rows, "its examples"
+
+
+@dataclass
+class _Step:
+    """What an optimizer step leaves: of each sample its pass and its weight, and of the step the rest.
+
+    Attributes:
+        passes: of each sample kept, which pass it was in.
+        weights: how many examples of the pass each of them stands for.
+        whole: the layers whose cores are of passes, not of samples.
+        scale: of gradients by the loss of the step, to those that were seen.
+        terms: N.
+    """
+
+    passes: Tensor
+    weights: Tensor
+    whole: list[str]
+    scale: float
+    terms: float
+
+    @property
+    def spread(self) -> Tensor:
+        """By which share of a pass's core each of its samples has it, squares adding up."""
+        return torch.bincount(self.passes, self.weights)[self.passes] ** -0.5
 
 
 class Gates:
@@ -57,92 +103,118 @@ class Gates:
     itself, and any number of processes may go on from them. :meth:`kept` and :meth:`change` are, too.
 
     Args:
-        layers: name -> layer; the model is trained as usual meanwhile.
+        model: holds the layers; it is trained as usual meanwhile.
+        layers: name -> layer.
         window: optimizer steps that are going to be made; of each, an equal share of ``EXAMPLES`` is kept.
-        loss_terms: N, if the loss of a step is not the mean over the positions that reach the layer nearest to the
-            loss (a classifier's examples, a language model's counted tokens): 1 for a sum.
-        model: that holds the layers, so that examples packed into one row are told apart, see
-            :class:`dynrank.change.packed.PackedExamples`. None: each row is an example.
+        loss_terms: N, where the loss of a step is not the mean over the positions of the model's output at which it
+            has a gradient (a classifier's examples, a language model's counted tokens): 1 for a sum.
         caution: by how many standard errors each gradient is taken lower in the choice, so that a shallow cut does not
             begin with directions that only seem to do harm: of very many, some do by chance.
 
     Attributes:
         steps: how many optimizer steps were seen.
         skipped: how many of these had gradients that were not finite, and left nothing.
-        examples: how many examples were kept, of all processes.
+        examples: how many samples with a gradient were kept, of all processes: examples, or passes where no layer has
+            shown examples.
         loss_scale: what the loss is multiplied by before backward, as in mixed precision with float16.
         terms: N of the last step, in all processes.
+        source: who has counted N.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         layers: Mapping[str, RankedLayer],
         window: int,
         loss_terms: int | None = None,
-        model: nn.Module | None = None,
         caution: float = 0.0,
     ) -> None:
-        self.steps, self.skipped, self.examples, self.loss_scale, self.terms = 0, 0, 0, 1.0, 0.0
+        self.steps, self.skipped, self.examples, self.loss_scale = 0, 0, 0, 1.0
+        self.terms, self.source = 0.0, ""
         self._layers, self._loss_terms, self._caution = dict(layers), loss_terms, caution
         self._quota = -(-EXAMPLES // window // process_count())
-        self._passes: list[_Pass] = []  # of the step under way
-        self._cores: dict[str, list[Tensor]] = {name: [] for name in layers}  # (examples, R, R) of each step
-        self._weights: list[tuple[float, float]] = []  # of each step: factors of its cores in g, and of squares in H
+        # Of the step under way: its passes, and how many examples each of them may keep.
+        self._passes: list[_Pass] = []
+        self._room = self._quota
+        # Of each step before.
+        self._seen: list[_Step] = []
+        self._cores: dict[str, list[Tensor]] = {name: [] for name in layers}
+        self._reached: set[str] = set()
         self._quadratic: Quadratic | None = None
-        self._packed = PackedExamples(model) if model is not None else None
-        self._stops = [layer.observe(self._tap(name)) for name, layer in layers.items()]
+        self._stops = []
+        for name, layer in layers.items():
+            if layer.observe is not None:
+                self._stops.append(layer.observe(partial(self._tap, name)))
+            self._stops.append(layer.lora_A.register_hook(partial(self._whole, name)).remove)  # type: ignore[no-untyped-call]
+        self._stops.append(Calls(model, [layer.module for layer in layers.values()], self._arrive).close)
 
-    def _tap(self, name: str) -> Callable[[Tensor, Tensor], None]:
-        @torch.no_grad()
-        def tap(z: Tensor, dz: Tensor) -> None:
-            z, dz = (t[None] if t.ndim == 1 else t for t in (z, dz))  # one position without a batch is one example
-            current = self._pass(name, dz)
-            flat = current.sizes is None and len(dz) < current.examples and current.examples % len(dz) == 0
-            if flat and not current.more:
-                current.examples, current.cores = len(dz), {}  # those before it saw batch and positions in one
-                for report in current.held:
-                    self._add(current, *report)
-            if dz[..., 0].numel() != sum(current.sizes) if current.sizes else len(dz) % current.examples:
-                raise ConfigurationError(
-                    f"{name!r} sees {len(dz)} rows in a batch of {current.examples}, not as many for each example, so "
-                    "schedule.how.metric=gates cannot tell them apart; set schedule.how.metric=weight, or leave the "
-                    "layer out (lora.target_modules)"
-                )
-            current.more |= len(current.held) == _HELD
-            if not current.more:
-                current.held.append((name, z, dz))
-            self._add(current, name, z, dz)
+    # Watching a backward pass
 
-        return tap
+    def _arrive(self, call: Call) -> None:
+        """Begin what a call has in a backward pass; a module that is called once more brings other examples."""
+        last, task = self._passes[-1] if self._passes else None, backward_number()
+        if last is None or last.task != task or last.calls.get(call.module, call) is not call:
+            last = self._begin(task, len(call.sizes) if call.sizes is not None else call.rows, call)
+        last.calls[call.module] = call
 
-    def _add(self, current: _Pass, name: str, z: Tensor, dz: Tensor) -> None:
-        """Add the cores of the examples that there is room for; a layer may be used twice in a pass."""
-        room = max(0, self._quota - sum(other.examples for other in self._passes if other is not current))
-        wide = torch.promote_types(z.dtype, torch.float32)
-        if current.sizes is None:
-            z_SPR, dz_SPR = (t.reshape(current.examples, -1, t.shape[-1])[:room].to(wide) for t in (z, dz))
-        else:  # zeros fill the shorter ones up
-            parts = ([*torch.split(t.reshape(-1, t.shape[-1]), current.sizes)][: max(room, 1)] for t in (z, dz))
-            z_SPR, dz_SPR = (pad_sequence(part, batch_first=True)[:room].to(wide) for part in parts)
-        cores = dz_SPR.mT @ z_SPR
+    def _begin(self, task: int, rows: int, call: Call | None = None) -> _Pass:
+        """Another pass of the step; each keeps as many of its examples, and at least one."""
+        self._room = min(self._room, max(1, self._quota // (len(self._passes) + 1)))
+        self._passes.append(_Pass(task, rows, call))
+        for each in self._passes:
+            if each is self._passes[-1]:
+                each.kept = _evenly(rows, self._room)
+            elif len(each.kept) > self._room:
+                stay = _evenly(len(each.kept), self._room)
+                each.kept = each.kept[stay]
+                each.cores = {
+                    n: core if n in each.whole else core[stay.to(core.device)] for n, core in each.cores.items()
+                }
+        return self._passes[-1]
+
+    def _current(self, name: str, rows: int) -> _Pass:
+        """The pass in which a layer reports. Without calls, reentrant checkpointing's backward passes are one."""
+        last, task = self._passes[-1] if self._passes else None, backward_number()
+        if last is not None and (last.call is not None or last.task == task or name not in last.cores):
+            if last.call is None:
+                last.task = task
+            return last
+        return self._begin(task, rows)
+
+    @torch.no_grad()
+    def _tap(self, name: str, z: Tensor, dz: Tensor) -> None:
+        """Add the cores of a layer's examples; it may be used twice in a pass."""
+        # One position without a batch is one example.
+        z, dz = (t[None] if t.ndim == 1 else t for t in (z, dz))
+        current = self._current(name, len(dz))
+        if current.call is None and current.terms is None:
+            current.terms = counted(dz)
+        examples = _by_example(z, dz, current)
+        # Where they cannot be told apart, the gradient of A has their sum.
+        if examples is None or name in current.whole:
+            current.cores.pop(name, None)
+            current.whole.add(name)
+            return
+        wide = torch.promote_types(self._layers[name].lora_A.dtype, torch.float32)
+        z_SPR, dz_SPR = (t.to(wide) for t in examples)
+        cores = (dz_SPR.mT @ z_SPR)[:, None]
         seen = current.cores.get(name)
         current.cores[name] = cores if seen is None else seen.add_(cores)
 
-    def _pass(self, name: str, dz: Tensor) -> _Pass:
-        """The backward pass under way; the first layer that it reaches tells its examples and terms.
+    @torch.no_grad()
+    def _whole(self, name: str, gradient: Tensor) -> None:
+        """Add the core of all positions, by the gradient of A, where the layer has not shown its examples."""
+        layer, current = self._layers[name], self._current(name, 1)
+        if name in current.cores and name not in current.whole:
+            return
+        current.whole.add(name)
+        wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
+        d_ERI, a_ERI = (split(factor.to(wide), layer.experts, 0) for factor in (gradient, layer.lora_A))
+        core = (d_ERI @ a_ERI.mT)[None]
+        seen = current.cores.get(name)
+        current.cores[name] = core if seen is None else seen.add_(core)
 
-        Reentrant checkpointing runs a backward pass in several, which show different layers: they are taken as one.
-        """
-        number = torch._C._current_graph_task_id()
-        last = self._passes[-1] if self._passes else None
-        goes_on = last is not None and name not in last.cores and (last.sizes or len(dz) == last.examples)
-        if last is not None and (last.number == number or goes_on):
-            last.number = number
-            return last
-        terms = dz.reshape(-1, dz.shape[-1]).ne(0).any(dim=1).sum()
-        sizes = self._packed.sizes() if self._packed is not None else None
-        self._passes.append(_Pass(number, len(sizes or dz), terms, sizes))
-        return self._passes[-1]
+    # Between steps
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -151,21 +223,40 @@ class Gates:
         passes, self._passes = self._passes, []
         if not passes and process_count() == 1:
             return
-        mine = {name: _joined(passes, name, layer) for name, layer in self._layers.items()}
-        counts = sum(p.examples for p in passes), sum(int(p.terms) for p in passes), len(next(iter(mine.values())))
-        totals = from_all(counts)
-        examples, terms, held = (sum(column) for column in zip(*totals, strict=True))
-        cores = {name: core.cpu() for name, core in _gathered(mine, [count for *_, count in totals]).items()}
-        sums = torch.stack([core.sum(dtype=torch.float64) for core in cores.values()])  # finite if all are, and quick
-        if not torch.isfinite(sums).all():  # a step that float16's scaler skips
+        whole = {name for each in passes for name in each.whole}
+        shown = {name for each in passes for name in each.cores} - whole
+        told = from_all(([(each.rows, len(each.kept), *each.counted()) for each in passes], shown, whole))
+        whole = set[str]().union(*(names for *_, names in told))
+        by_example = bool(set[str]().union(*(names for _, names, _ in told)) - whole)
+        whole = whole if by_example else {*self._layers}
+        known = [each if by_example else (1, 1, *each[2:]) for own, *_ in told for each in own]
+        counts = [len(own) for own, *_ in told], [sum(kept for _, kept, *_ in own) for own, *_ in told]
+        cores: dict[str, Tensor] = {}
+        for names in (whole, self._layers.keys() - whole):
+            mine = {name: _joined(passes, name, self._layers[name], name in whole) for name in sorted(names)}
+            cores |= _gathered(mine, counts[names is not whole])
+        sizes = {name: core.flatten(1).abs().sum(1, dtype=torch.float64) for name, core in cores.items()}
+        # A step that float16's scaler skips.
+        if not all(size.isfinite().all() for size in sizes.values()):
             self.skipped += 1
             return
-        if not held:
+        places = torch.tensor(
+            [place for place, (_, kept, *_) in enumerate(known) for _ in range(kept)], dtype=torch.long
+        )
+        live = torch.zeros(len(places), dtype=torch.bool)
+        for name, size in sizes.items():
+            live |= (size[places] if name in whole else size) > 0
+        if not live.any():
             return
-        self.examples, self.terms = self.examples + held, float(self._loss_terms or terms)
-        scale = 1 / self.loss_scale / process_count()  # gradients are means over processes
-        share = examples / held
-        self._weights.append((scale * share, scale**2 * share * self.terms))
+        self._reached |= {name for name, size in sizes.items() if size.any()}
+        self.examples += int(live.sum())
+        self.terms, self.source = float(sum(terms for _, _, terms, _ in known)), known[-1][-1]
+        if self._loss_terms is not None:
+            self.terms, self.source = float(self._loss_terms), "loss_terms"
+        weights = torch.tensor([rows / kept for rows, kept, *_ in known], dtype=torch.float64)[places]
+        # Gradients are means over processes.
+        scale = 1 / self.loss_scale / process_count()
+        self._seen.append(_Step(places, weights, sorted(whole), scale, self.terms))
         for name, core in cores.items():
             self._cores[name].append(core)
 
@@ -174,14 +265,47 @@ class Gates:
         for stop in self._stops:
             stop()
         self._stops = []
-        if self._packed is not None:
-            self._packed.close()
+
+    @property
+    def passes(self) -> int:
+        """How many backward passes with a gradient were seen, of all processes."""
+        return sum(int(step.passes.max()) + 1 for step in self._seen)
+
+    @property
+    def by_pass(self) -> set[str]:
+        """Layers that have not shown examples, so that each backward pass is a sample."""
+        return set[str]().union(*(step.whole for step in self._seen))
+
+    @property
+    def samples(self) -> int:
+        """How many samples with a gradient the layer has that has fewest."""
+        return self.passes if self.by_pass else self.examples
+
+    @property
+    def enough(self) -> bool:
+        """Whether a gradient was seen in every step, or in as many samples as make it worth while."""
+        return 0 < self.steps == len(self._seen) or self.samples >= FEW
+
+    @property
+    def seen(self) -> str:
+        """What was watched, in words."""
+        few, most = len(self.by_pass), f"{self.examples} examples"
+        passes = f"{self.passes} backward passes"
+        if few:
+            most = passes if few == len(self._layers) else f"{most} ({passes} in {few} layers)"
+        return f"gates of {most}, N = {self.terms:g} by {self.source}"
+
+    @property
+    def unreached(self) -> list[str]:
+        """Layers that have an update and have seen no gradient while others have."""
+        layers = self._layers.items() if self.examples else ()
+        return [name for name, la in layers if name not in self._reached and la.scaling and la.lora_B.any()]
 
     def values(self) -> dict[str, Tensor]:
         """{layer: (rank,) descending} what the directions are worth to the loss, for targets; not collective.
 
         Raises:
-            ConfigurationError: if a layer has seen no backward pass, or its factors are not finite.
+            ConfigurationError: if no step had finite gradients, or a layer's factors are not finite.
         """
         return self._estimate().values()
 
@@ -208,78 +332,116 @@ class Gates:
         """The quadratic in the singular directions of the factors as they are when it is first asked for."""
         if self._quadratic is None:
             parts = self._gradients()
-            self._cores = {}  # a 7B's cores and its Hessian need not be held at once
+            # A 7B's cores and its Hessian need not be held at once.
+            self._cores = {}
             widths = {name: width_of(layer) for name, layer in self._layers.items()}
-            ratios = [linear**2 / square for linear, square in self._weights if square]
-            ratio = sum(ratios) / max(1, len(ratios)) ** 2  # of a gradient's squared standard error to the curvature
-            errors = {name: (ratio * root.square().sum(0)).sqrt() for name, root in parts[1].items()}
+            # Of a gradient's squared standard error to the curvature, by sample
+            ratios = torch.cat(
+                [torch.zeros(0, 1), *(s.weights[:, None] / s.terms / len(self._seen) for s in self._seen)]
+            )
+            errors = {name: (ratios * root.square()).sum(0).sqrt() for name, root in parts[1].items()}
             self._quadratic = Quadratic(*parts, widths, {name: self._caution * e for name, e in errors.items()})
         return self._quadratic
 
     @torch.no_grad()
     def _gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of each layer the (R,) gradient of the loss by its gates, and the (examples, R) root of their Hessian."""
-        if self.skipped and not self._weights:
+        """Of each layer the (R,) gradient of the loss by its gates, and the (samples, R) root of their Hessian."""
+        if self.skipped and not self._seen:
             raise DivergedError(
                 f"no gradient of {self.skipped} steps was finite. Training has diverged: lower optimizer.lr"
             )
-        gradients, roots, steps = {}, {}, max(1, len(self._weights))
+        gradients, roots, steps = {}, {}, max(1, len(self._seen))
         for name, layer in self._layers.items():
             try:
-                whole = truncate_product(layer.lora_B.flatten(1), layer.lora_A.flatten(1), layer.rank)
+                svds = [truncate_product(b, a, layer.rank) for b, a in layer.products()]
             except ValueError as error:
                 raise diverged(name, error) from error
-            cores = self._cores[name]
-            if not any(core.any() for core in cores) and layer.scaling and layer.lora_B.any():
-                raise ConfigurationError(
-                    f"no backward pass has reached {name!r} while its gates were watched, so metric=gates cannot rank "
-                    "its directions; set schedule.how.metric=weight, or leave the layer out (lora.target_modules)"
-                )
-            from_A, from_B = whole.from_A.cpu(), whole.from_B.cpu()
-            live = (whole.lora_A.any(dim=1) & whole.lora_B.any(dim=0)).cpu()  # a gate before nothing changes nothing
+            from_A, from_B = (torch.stack([getattr(svd, key) for svd in svds]).cpu() for key in ("from_A", "from_B"))
+            # A gate before nothing changes nothing.
+            live = torch.stack([svd.lora_A.any(dim=1) & svd.lora_B.any(dim=0) for svd in svds]).cpu()
             gradients[name] = torch.zeros(layer.rank, dtype=torch.float64)
             rows = [gradients[name].new_zeros(0, layer.rank)]
-            for core, (linear, square) in zip(cores, self._weights, strict=True):
-                c_SR = torch.einsum("rk,srt,kt->sk", from_B, core.double(), from_A) * live
-                gradients[name] += c_SR.sum(0) * (linear / steps)
-                rows.append(c_SR * (square / steps) ** 0.5)
+            for core, step in zip(self._cores[name], self._seen, strict=True):
+                c_SR = torch.einsum("erk,sert,ekt,ek->sk", from_B, core.double(), from_A, live.double())
+                if name in step.whole:
+                    gradients[name] += c_SR.sum(0) * (step.scale / steps)
+                    c_SR = c_SR[step.passes] * step.spread[:, None]
+                else:
+                    gradients[name] += step.weights @ c_SR * (step.scale / steps)
+                rows.append(c_SR * (step.weights[:, None] * step.terms / steps).sqrt() * step.scale)
             roots[name] = torch.cat(rows)
         return gradients, roots
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors; passes since the last optimizer step are left out."""
-        cores = {name: list(parts) for name, parts in self._cores.items()}
-        counts = {"steps": self.steps, "skipped": self.skipped, "examples": self.examples, "terms": self.terms}
-        return counts | {"weights": list(self._weights), "cores": cores}
+        parts = {name: getattr(self, name) for name in _COUNTS}
+        return parts | {
+            "reached": sorted(self._reached),
+            "seen": [dict(vars(step)) for step in self._seen],
+            "cores": {name: list(parts) for name, parts in self._cores.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.steps, self.skipped = state["steps"], state["skipped"]
-        self.examples, self.terms = state["examples"], state["terms"]
-        self._weights = [(float(linear), float(square)) for linear, square in state["weights"]]
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+        self._reached, self._seen = set(state["reached"]), [_Step(**step) for step in state["seen"]]
         self._cores = {name: list(state["cores"][name]) for name in self._layers}
 
 
-def _joined(passes: list[_Pass], name: str, layer: RankedLayer) -> Tensor:
-    """(examples kept, R, R) of a step; zeros where a pass has not reached the layer."""
-    whole = [next(iter(p.cores.values())) for p in passes]
-    parts = [
-        p.cores[name] if name in p.cores else some.new_zeros(len(some), layer.rank, layer.rank)
-        for p, some in zip(passes, whole, strict=True)
-    ]
+_COUNTS = ("steps", "skipped", "examples", "terms", "source", "_room")
+
+
+def _evenly(count: int, most: int) -> Tensor:
+    """Up to ``most`` of the numbers below ``count``, evenly spread."""
+    kept = min(count, most)
+    return torch.arange(kept) * count // max(kept, 1)
+
+
+def _by_example(z: Tensor, dz: Tensor, seen: _Pass) -> tuple[Tensor, Tensor] | None:
+    """(examples kept, positions, R) of both, zeros where one is shorter; None if they cannot be told apart."""
+    if seen.sizes is not None:
+        if dz[..., 0].numel() != sum(seen.sizes):
+            return None
+        parts = ([*torch.split(t.reshape(-1, t.shape[-1]), seen.sizes)] for t in (z, dz))
+        z, dz = (pad_sequence([part[i] for i in seen.kept], batch_first=True) for part in parts)
+        return z, dz
+    # Positions may come before the batch.
+    if len(dz) != seen.rows and dz.ndim > 2 and dz.shape[1] == seen.rows:
+        z, dz = z.transpose(0, 1), dz.transpose(0, 1)
+    if len(dz) % seen.rows or not len(dz):
+        return None
+    z, dz = (t.reshape(seen.rows, -1, t.shape[-1]) for t in (z, dz))
+    kept = seen.kept.to(dz.device)
+    return (z, dz) if len(kept) == seen.rows else (z[kept], dz[kept])
+
+
+def _joined(passes: list[_Pass], name: str, layer: RankedLayer, whole: bool) -> Tensor:
+    """(samples, E, R, R) of a step, or (passes, E, R, R) if ``whole``; zeros where a pass has not reached the layer."""
+    wide, shape = torch.promote_types(layer.lora_A.dtype, torch.float32), (layer.experts, layer.rank, layer.rank)
+    parts = []
+    for seen in passes:
+        core = seen.cores.get(name)
+        if core is None:
+            core = layer.lora_A.new_zeros(1 if whole else len(seen.kept), *shape, dtype=wide)
+        # Another process has not shown its examples.
+        elif whole and name not in seen.whole:
+            core = core.sum(0, keepdim=True) * (seen.rows / len(core))
+        parts.append(core)
+    # One is not copied: on a CPU fresh memory is half of what watching costs.
     if len(parts) == 1:
-        return parts[0]  # not copied: on a CPU fresh memory is half of what watching costs
-    return torch.cat(parts) if parts else layer.lora_A.new_zeros(0, layer.rank, layer.rank, dtype=torch.float32)
+        return parts[0]
+    return torch.cat(parts) if parts else layer.lora_A.new_zeros(0, *shape, dtype=wide)
 
 
 def _gathered(cores: Mapping[str, Tensor], counts: list[int]) -> dict[str, Tensor]:
-    """The cores of all processes, of which ``counts`` says how many examples each has, in one message."""
-    if len(counts) == 1:
-        return dict(cores)
+    """The cores of all processes on the CPU, of which ``counts`` says how many each has, in one message."""
+    if len(counts) == 1 or not cores:
+        return {name: core.cpu() for name, core in cores.items()}
     message = torch.cat([core.flatten(1) for core in cores.values()], dim=1)
     padded = message.new_zeros(max(counts), message.shape[1])
     padded[: len(message)] = message
     received = [torch.empty_like(padded) for _ in counts]
     distributed.all_gather(received, padded)
-    whole = torch.cat([rows[:count] for rows, count in zip(received, counts, strict=True)])
-    parts = torch.split(whole, [core[0].numel() if len(core) else core.shape[1] ** 2 for core in cores.values()], dim=1)
+    every = torch.cat([rows[:count] for rows, count in zip(received, counts, strict=True)]).cpu()
+    parts = torch.split(every, [core.shape[1:].numel() for core in cores.values()], dim=1)
     return {name: part.reshape(-1, *core.shape[1:]) for (name, core), part in zip(cores.items(), parts, strict=True)}

@@ -45,8 +45,9 @@ class Quadratic:
         widths: {layer: parameters of one of its directions}.
         margins: {layer: (R,) by how much each gradient is taken lower when directions are dropped}; 0 where None.
 
-    Everything is float64 on the CPU. Layers are taken in the order of their names, and of equal candidates the first
-    one, so that the same numbers give the same choice whatever the order of the layers.
+    Everything is float64 on the CPU. Layers are taken in the order of their names, and of equal candidates the last one
+    goes (of a layer that no gradient has reached its smallest direction), so that the same numbers give the same choice
+    whatever the order of the layers.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class Quadratic:
         cost, order, prices = 0.5 * np.diag(self._hessian) - self._gradient + self._margin, [], []
         cost[left[self._owners] <= 0] = np.inf
         for _ in range(int(left.clip(min=0).sum())):
-            first = int(np.argmin(cost / self._widths))
-            order.append(first)
-            prices.append(float(cost[first] / self._widths[first]))
-            cost += self._hessian[first]
-            cost[first] = np.inf
-            owner = self._owners[first]
+            gone = len(cost) - 1 - int(np.argmin((cost / self._widths)[::-1]))
+            order.append(gone)
+            prices.append(float(cost[gone] / self._widths[gone]))
+            cost += self._hessian[gone]
+            cost[gone] = np.inf
+            owner = self._owners[gone]
             left[owner] -= 1
             if left[owner] == 0:
                 cost[self._owners == owner] = np.inf

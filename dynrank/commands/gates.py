@@ -56,13 +56,18 @@ class WatchedAdapter:
         self.model, tokenizer = on_base(adapter, model)
         self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, data)
         self._layers = dict(lora_layers(self.model))
-        self.gates = Gates(self._layers, len(self.batches))
+        self.gates = Gates(self.model, self._layers, len(self.batches))
         self.gates.loss_scale = 1024.0 if self.model.dtype == torch.float16 else 1.0  # or small gradients were zero
         with closing(self.gates):
             for loss in self._losses():
                 torch.autograd.backward(loss * self.gates.loss_scale)
                 self.gates.end_step()
                 self.model.zero_grad()
+        if not self.gates.examples or self.gates.unreached:
+            raise ConfigurationError(
+                f"no gradient of the examples in --data={data} reaches {self.gates.unreached[:3] or 'the adapter'}, so "
+                "gates cannot tell what the loss needs; squeeze without --gates"
+            )
 
     def ranks(self, target: Target) -> dict[str, int]:
         """{layer: the rank that ``target`` gives it}, by what the gates say."""

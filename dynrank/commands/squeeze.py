@@ -63,6 +63,7 @@ def _by_gates(adapter: Adapter, target: Target, *, data: str, model: str | None,
     values = spectra(layers)
     ranks = watched.ranks(target)
     changed = {report.layer: report for report in resize(watched.model, ranks, gates=watched.gates)}
+    facts["chosen by"] = watched.gates.seen
     facts["loss"] = f"{before:.4f} → {watched.loss():.4f}, of the very examples that chose"
     factors, reports = {}, []
     for name, layer in layers.items():

@@ -23,6 +23,17 @@ class Clock:
         planned = self._planned[index]
         return planned is not None and planned <= step
 
+    def is_last_moment(self, index: int, step: int, patience: int) -> bool:
+        """Whether stage ``index`` may wait no longer: for its deadline, for a later stage, or for a time long past.
+
+        A stage at a fixed time waits ``patience`` steps, and no longer than the run took up to that time.
+        """
+        planned, later = self._planned[index], self._planned[index + 1 :]
+        if any(at is not None and at <= step + 1 for at in later):
+            return True
+        waits = min(patience, planned or 0) if isinstance(self._stages[index].when, At) else 0
+        return planned is not None and planned + waits <= step
+
     def due(self, first: int, step: int, *, ended: bool) -> int | None:
         """The last stage from ``first`` on whose time has come, which ends those before it; None if there is none.
 

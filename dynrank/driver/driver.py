@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from dynrank.change.gates import FEW, Gates
+from dynrank.change.gates import Gates
 from dynrank.distributed.agreement import check_processes
 from dynrank.distributed.processes import from_first
 from dynrank.driver.attempt import Check, attempt, gentler
@@ -182,12 +182,9 @@ class RankDriver:
             self._change(training, pending)
         self._watching.end()
         if not self.finished:
-            why = f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
-            if self.progress.pending is not None:
-                why = "the gates it needs were not watched before; set schedule.how.metric=weight or an earlier time"
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule: the ranks are not final, "
-                f"{why}"
+                f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
             )
 
     def abort(self) -> None:
@@ -256,21 +253,19 @@ class RankDriver:
         if self._watching.gates is None and not ended:
             self._watching.begin(training.model, index)
         # They may have been begun for another stage.
-        gates = self._watching.gates
-        late = ended or self._clock.has_come(index, training.step)
-        return gates is not None and gates.steps >= (1 if late else self.stages[index].how.window)
+        gates, window = self._watching.gates, self.stages[index].how.window
+        if ended or self._clock.is_last_moment(index, training.step, window):
+            return True
+        in_time = gates is not None and (gates.steps >= window or self._clock.has_come(index, training.step))
+        return in_time and gates.enough
 
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, or as much of it as the check allows, and wait for what comes next."""
-        index, how = decided.stage, self.stages[decided.stage].how
-        gates, changed = self._watching.end(), False
-        if gates is not None and gates.examples < FEW:
-            training.warn(
-                f"the directions to keep were chosen by {gates.examples} examples, fewer than {FEW}: mostly by noise; "
-                "set schedule.how.window higher"
-            )
+        index, how, changed = decided.stage, self.stages[decided.stage].how, False
+        gates, reason = self._watching.result(training, index, decided.reason)
+        decided = replace(decided, reason=reason)
         ranks = {name: layer.rank for name, layer in lora_layers(training.model)}
         for event in self._attempts(training, decided, how, gates):
             self.history.append(event)

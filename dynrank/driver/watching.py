@@ -7,14 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from dynrank.change.gates import Gates
+from dynrank.change.gates import FEW, Gates
 from dynrank.driver.bounds import bounded
+from dynrank.driver.training import Training
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer
 from dynrank.schedules import Stage
 from dynrank.targets import Smallest
 
 CAUTION = 2.0  # where trials decide how far a cut goes: one wrong direction at its start would end them
+
+_UNSEEN = "by weight: no gradient was seen while gates were watched"
 
 
 def must_watch(stage: Stage, layers: Mapping[str, RankedLayer]) -> bool:
@@ -53,7 +56,7 @@ class Watching:
                 self._stages[index].how,
             )
             caution = CAUTION if isinstance(self._stages[index].to, Smallest) else 0.0
-            self.gates, self._index = Gates(layers, how.window, how.loss_terms, model, caution), index
+            self.gates, self._index = Gates(model, layers, how.window, how.loss_terms, caution), index
 
     def end(self) -> Gates | None:
         """Leave the layers; return the gates that were watched."""
@@ -62,6 +65,33 @@ class Watching:
             gates.close()
         return gates
 
+    def result(self, training: Training, index: int, reason: str) -> tuple[Gates | None, str]:
+        """Leave the layers; return the gates for stage ``index``, if it needs any, and ``reason`` with what was seen.
+
+        Where nothing was seen the change is made by weight. A choice that is mostly noise is warned of.
+        """
+        gates = self.end()
+        if not self.needed(training.model, index):
+            return None, reason
+        if gates is None or not gates.examples:
+            if gates is not None and gates.skipped == gates.steps > 0:
+                gates.values()  # says so
+            return None, f"{reason}, {_UNSEEN}"
+        if gates.samples < FEW:
+            more = ", smaller batches with accumulation" if gates.by_pass else ""
+            training.warn(
+                f"the directions to keep were chosen by {gates.seen}, fewer than {FEW} samples: mostly by noise; a "
+                f"later time of the change, a higher schedule.how.window{more} or longer training shows more"
+            )
+        if gates.unreached:
+            names, count = ", ".join(map(repr, gates.unreached[:5])), len(gates.unreached)
+            training.warn(
+                f"no gradient has reached {names} while other layers had one, so gates say that the loss needs nothing "
+                f"of these {count} layers; pin them (lora.rank_map), leave them out (lora.target_modules), or set "
+                "schedule.how.metric=weight"
+            )
+        return gates, f"{reason}, {gates.seen}"
+
     def state_dict(self) -> dict[str, Any] | None:
         return {"stage": self._index, **self.gates.state_dict()} if self.gates is not None else None
 
@@ -69,5 +99,6 @@ class Watching:
         """Go on watching as when ``state`` was taken."""
         if state is not None:
             self.begin(model, state["stage"])
-            assert self.gates is not None  # the same stage needs the same
-            self.gates.load_state_dict(state)
+            # Otherwise the stage is made by weight from here on.
+            if self.gates is not None:
+                self.gates.load_state_dict(state)

@@ -22,9 +22,9 @@ class How:
         metric: which singular directions a cut keeps: "weight", the largest, or "gates", those that the loss needs most
             (a quadratic estimate with all interactions, see :mod:`dynrank.change.greedy`).
         window: optimizer steps before the change over which gates are watched; a change that cannot be foreseen is made
-            this much later.
-        loss_terms: over how many terms the loss of a step is the mean, if not over the positions that reach the layer
-            nearest to the loss (examples of a classifier, counted tokens of a language model); 1 for a sum.
+            this much later, and one before which steps had no gradient up to this much, or at its deadline.
+        loss_terms: over how many terms the loss of a step is the mean, if not over the positions of the model's output
+            at which it has a gradient (examples of a classifier, counted tokens of a language model); 1 for a sum.
         rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
         rate_after: what the adapters' learning rates are multiplied by from the change on, whatever their scheduler
             does; "sqrt": the root of mean rank before / after, which keeps the size of a step of the update.

@@ -91,4 +91,4 @@ def test_cost_counts_per_parameter():
     roots = {"narrow": torch.eye(4)[:, :2].double(), "wide": 1.5 * torch.eye(4)[:, 2:].double()}
     dear = Quadratic(gradients, roots, {"narrow": 10, "wide": 100})
     assert {n: len(k) for n, k in dear.kept({"narrow": 1, "wide": 1}).items()} == {"narrow": 1, "wide": 1}
-    assert dear.dropped({"narrow": 1, "wide": 1})[0] == [2, 0]  # 1.125 / 100 before 0.5 / 10
+    assert dear.dropped({"narrow": 1, "wide": 1})[0] == [3, 1]  # 1.125 / 100 before 0.5 / 10

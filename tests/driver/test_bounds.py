@@ -79,7 +79,7 @@ def test_pinned_layers_are_neither_watched_nor_missed(target):
         {name: layer for name, layer in layers_of(net).items() if not layer.pinned},
     )
     assert must_watch(stage, layers_of(net))
-    gates = Gates(free, 4)
+    gates = Gates(net, free, 4)
     for layer in layers_of(net).values():
         nn.init.normal_(layer.lora_B)
     net(torch.randn(50, 16)).square().mean().backward()

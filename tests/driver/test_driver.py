@@ -42,7 +42,17 @@ class Loop(Training):
 
 
 def drive(
-    driver, steps=24, *, every=5, rank=6, folder=None, start=None, batch_end=None, optimizer=torch.optim.AdamW, run=None
+    driver,
+    steps=24,
+    *,
+    every=5,
+    rank=6,
+    folder=None,
+    start=None,
+    batch_end=None,
+    optimizer=torch.optim.AdamW,
+    run=None,
+    lost=lambda loop, batch: nn.functional.mse_loss(loop.model(X[batch]), Y[batch]),
 ):
     """Train; with ``folder`` save each step there, and go on from step ``start`` if that is given."""
     loop = Loop(rank, optimizer)
@@ -56,7 +66,7 @@ def drive(
     while loop.step < steps:
         driver.advance(loop)
         batch = torch.randint(80, (8,), generator=torch.Generator().manual_seed(loop.step))
-        nn.functional.mse_loss(loop.model(X[batch]), Y[batch]).backward()
+        lost(loop, batch).backward()
         loop.optimizers[0].step()
         loop.step += 1
         if batch_end is not None:
@@ -122,6 +132,58 @@ def fires_at_10():
     return Plateau(patience=1, min_delta=0.99)
 
 
+def silent_until(step):
+    """A loss without gradients up to a step, as of equal rewards."""
+    return lambda loop, batch: nn.functional.mse_loss(loop.model(X[batch]), Y[batch]) * (loop.step >= step)
+
+
+UNSEEN = "by weight: no gradient was seen while gates were watched"
+WINDOW_OF_8 = {"metric": "gates", "window": 8}
+
+
+@pytest.mark.parametrize(
+    ("stages", "silent", "expected"),
+    [
+        ([at(10, Rank(3), **WINDOW_OF_8)], 9, [(14, "step 10, gates of 32 examples, N = 8 by the model's output")]),
+        ([at(10, Rank(3), **WINDOW_OF_8)], 15, [(18, "step 10, gates of 16 examples, N = 8")]),
+        ([at(10, Rank(3), **WINDOW_OF_8)], 99, [(18, f"step 10, {UNSEEN}")]),
+        ([at(10, Rank(3), **WINDOW_OF_8), at(14, Rank(2))], 99, [(13, f"step 10, {UNSEEN}"), (14, "step 14")]),
+        ([Stage(At(fraction=1.0), Rank(3), how=How("gates"))], 99, [(24, f"fraction 1, {UNSEEN}")]),
+        ([Stage(fires_at_10(), Rank(3), 0.9, how=How("gates"))], 99, [(22, f"plateau of val/loss, {UNSEEN}")]),
+    ],
+    ids=["watched on", "few", "long past", "another comes", "ended", "deadline"],
+)
+@pytest.mark.filterwarnings("ignore:the directions to keep were chosen by gates of 16 examples")
+def test_gates_are_watched_until_enough_was_seen_and_stop_no_run(stages, silent, expected):
+    """The first step with a gradient moves B alone, so gates have one from the next on."""
+    driver = RankDriver(stages)
+    drive(driver, lost=silent_until(silent))
+    assert [event.step for event in driver.history] == [step for step, _ in expected]
+    for event, (_, words) in zip(driver.history, expected, strict=True):
+        assert event.reason.startswith(words), event.reason
+
+
+def test_layer_that_no_gradient_reaches_is_named_once():
+    def through_the_first(loop, batch):
+        loss = nn.functional.mse_loss(loop.model(X[batch]), Y[batch])
+        return loss if loop.step < 9 else loop.model[0](X[batch]).square().mean()
+
+    driver = RankDriver([at(14, Rank(3), metric="gates", window=4)])
+    with pytest.warns(
+        UserWarning, match="no gradient has reached '2' while other .* these 1 layers; pin them"
+    ) as caught:
+        drive(driver, lost=through_the_first)
+    assert len(caught) == 1
+    assert trajectory(driver) == [(14, 6, 3)]
+
+
+def test_resume_in_a_window_by_weight_drops_the_gates(tmp_path):
+    drive(RankDriver(at(10, Rank(3), **WINDOW_OF_8)), folder=tmp_path)
+    driver = RankDriver(at(10, Rank(3)))
+    drive(driver, folder=tmp_path, start=6)
+    assert [(event.step, event.reason) for event in driver.history] == [(10, "step 10")]
+
+
 @pytest.mark.parametrize(
     ("stages", "changes"),
     [
@@ -182,15 +244,10 @@ def decayed(loop):
     ("stage", "options", "message"),
     [
         (Stage(Plateau(patience=99), Rank(3)), {}, "before stage 1 .*plateau of val/loss; set schedule.deadline"),
-        (
-            Stage(At(fraction=1.0), Rank(3), how=How("gates")),
-            {"run": Run(99)},
-            r"not watched.*schedule\.how\.metric=weight",
-        ),
         (at(10, Rank(3)), {"batch_end": decayed}, "5.0% of its start, too little to recover"),
         (Stage(At(fraction=1.0), Rank(3)), {"batch_end": decayed}, None),  # nothing is left to recover in
     ],
-    ids=["no plateau", "not watched", "low rate", "at the end"],
+    ids=["no plateau", "low rate", "at the end"],
 )
 def test_what_leaves_ranks_or_weights_unfinished_is_warned_of(stage, options, message):
     with nullcontext() if message is None else pytest.warns(UserWarning, match=message):

@@ -1,0 +1,230 @@
+"""Of how many terms a loss is the mean, and which examples a batch has: against gates by autograd in float64."""
+
+import copy
+from contextlib import closing
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn.utils import parametrize
+from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+import dynrank
+from dynrank.change.gates import Gates
+from dynrank.linalg import stacked, truncate_product
+
+SIZES = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+EVERY = torch.arange(5)  # the examples of a batch
+
+
+def updated(net):
+    for _, layer in dynrank.lora_layers(net):
+        nn.init.normal_(layer.lora_B, std=0.3)
+    return net
+
+
+def adapted(net, targets):
+    return updated(dynrank.add_lora(net.double(), rank=2, alpha=4, target_modules=targets, dtype=torch.float64))
+
+
+class Net(nn.Module):
+    """A body with adapters, one layer of which is used twice, and two heads without."""
+
+    def __init__(self, pool, reentrant):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.heads, self.pool, self.reentrant = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 3)]), pool, reentrant
+
+    def forward(self, x, head=0):
+        x = torch.tanh(self.a(x))
+        for _ in range(2):
+            x = torch.tanh(checkpoint(self.b, x, use_reentrant=True) if self.reentrant else self.b(x))
+        return self.heads[head](x.mean(self.pool))
+
+
+class Case:
+    """A net, and the sum of the losses of some examples in one of its batches of 5."""
+
+    batches, terms, source = 1, 5, "the model's output"
+
+    def __init__(self):
+        self.net = self.made()
+        self.labels = torch.randint(3, (5,))
+        self.x = torch.randn(self.batches, 5, 7, 6, dtype=torch.float64)
+
+    def loss(self, net, batch, which):
+        return F.cross_entropy(self.logits(net, batch, which), self.labels[which], reduction="sum")
+
+
+class MeanPoolingWithoutAnAdapterOnTheHead(Case):
+    reentrant, pool = False, 1
+
+    def made(self):
+        return adapted(Net(self.pool, self.reentrant), ["a", "b"])
+
+    def logits(self, net, batch, which):
+        return net(self.x[batch][which])
+
+
+class SharedLayerUnderReentrantCheckpointing(MeanPoolingWithoutAnAdapterOnTheHead):
+    reentrant = True
+
+
+class SequenceFirst(MeanPoolingWithoutAnAdapterOnTheHead):
+    pool = 0
+
+    def logits(self, net, batch, which):
+        return net(self.x[batch][which].transpose(0, 1))
+
+
+class TwoHeadsWithAccumulation(MeanPoolingWithoutAnAdapterOnTheHead):
+    batches = 2
+
+    def logits(self, net, batch, which):
+        return net(self.x[batch][which], head=batch)
+
+
+class EncoderAndHeadOfAModuleThatIsNotCalled(Case):
+    def made(self):
+        holder = nn.Module()  # as a LightningModule
+        holder.encoder, holder.head = adapted(Net(1, False), ["a", "b"]), nn.Linear(3, 3).double()
+        return holder
+
+    def logits(self, net, batch, which):
+        return net.head(net.encoder(self.x[batch][which]))
+
+
+class ClassifierWithAdaptersOnQAndV(Case):
+    def made(self):
+        config = BertConfig(num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **SIZES)
+        return adapted(BertForSequenceClassification(config), ["query", "value"])
+
+    def logits(self, net, batch, which):
+        ids = torch.arange(1, 28).view(1, 27).repeat(5, 1)[:, :9] + torch.arange(5)[:, None]
+        mask = (torch.arange(9) < torch.tensor([[4], [9], [7], [2], [9]])).long()
+        return net(input_ids=ids[which], attention_mask=mask[which]).logits
+
+
+class LlamaWithAdaptersOnQAndV(Case):
+    def made(self):
+        self.ids = torch.randint(1, 30, (5, 8))
+        self.learned = torch.where(torch.rand(5, 8) < 0.5, -100, self.ids)
+        self.learned[:, -1] = self.ids[:, -1]  # something of each
+        self.terms = int((self.learned[:, 1:] != -100).sum())
+        model = LlamaForCausalLM(LlamaConfig(**SIZES)).double()
+        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+        return updated(get_peft_model(model, config, autocast_adapter_dtype=False))
+
+    def loss(self, net, batch, which):
+        out = net(input_ids=self.ids[which], labels=self.learned[which])
+        return out["loss"] * (self.learned[which][:, 1:] != -100).sum()
+
+
+class LlamaWhoseLogitsNobodySees(LlamaWithAdaptersOnQAndV):
+    """As under a kernel that makes the loss from hidden states."""
+
+    source = "its labels"
+
+    def made(self):
+        class Fused(nn.Module):
+            def __init__(self, inside):
+                super().__init__()
+                self.inside = inside
+
+            def forward(self, **batch):
+                return {"loss": self.inside(**batch).loss}
+
+        return Fused(super().made())
+
+
+CASES = (
+    Case.__subclasses__()
+    + MeanPoolingWithoutAnAdapterOnTheHead.__subclasses__()
+    + [*LlamaWithAdaptersOnQAndV.__subclasses__()]
+)
+
+
+class Gate(nn.Module):
+    """Before the directions of one size of every expert."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.gates, self.experts = torch.ones(layer.rank, dtype=torch.float64, requires_grad=True), layer.experts
+
+    def forward(self, b_OR):
+        return b_OR * self.gates.repeat_interleave(self.experts)
+
+
+def gated(net):
+    """(a copy of ``net`` with a gate before every direction, {layer: its gates})."""
+    twin, gates = copy.deepcopy(net), {}
+    for name, layer in dynrank.lora_layers(twin):
+        svd = stacked([truncate_product(b, a, layer.rank) for b, a in layer.products()])
+        layer.lora_A.data, layer.lora_B.data = svd.lora_A, svd.lora_B
+        own = isinstance(layer, nn.Module)
+        module, attribute = (layer, "lora_B") if own else (layer.module.lora_B["default"], "weight")
+        parametrize.register_parametrization(module, attribute, Gate(layer))
+        gates[name] = module.parametrizations[attribute][0].gates
+    return twin, gates
+
+
+def by_autograd(case):
+    """(batches * 5, gates) gradient of the step's mean loss by the gates of all layers, through each example."""
+    twin, gates = gated(case.net)
+    twin.reentrant = False  # which autograd.grad does not go through
+    rows = []
+    for batch in range(case.batches):
+        for example in EVERY.split(1):
+            loss = case.loss(twin, batch, example) / case.terms / case.batches
+            rows.append(torch.cat(torch.autograd.grad(loss, [*gates.values()])))
+    return torch.stack(rows)
+
+
+def watched(case, **options):
+    torch.manual_seed(1)
+    layers = dict(dynrank.lora_layers(case.net))
+    with closing(Gates(case.net, layers, 1, **options)) as gates:
+        for batch in range(case.batches):
+            (case.loss(case.net, batch, EVERY) / case.terms / case.batches).backward()
+        gates.end_step()
+    return gates
+
+
+@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
+def test_terms_and_examples_are_those_of_the_loss(kind):
+    torch.manual_seed(0)
+    case = kind()
+    gates, expected = watched(case), by_autograd(case)
+    assert (gates.examples, gates.terms, gates.source) == (5 * case.batches, case.terms * case.batches, case.source)
+    gradients, roots = (torch.cat([*part.values()], dim=-1) for part in gates._gradients())
+    assert_close(gradients, expected.sum(0), rtol=1e-9, atol=1e-14)
+    assert_close(roots.mT @ roots, gates.terms * expected.mT @ expected, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_gates_of_experts_are_those_of_real_gates_in_every_pass(kind, tiny_moe):
+    """The router and attention show examples beside them."""
+    torch.manual_seed(0)
+    parameters = None if kind == "Mixtral" else ("experts.gate_up_proj", "experts.down_proj")
+    config = LoraConfig(r=3, target_modules="all-linear", target_parameters=parameters)
+    base = tiny_moe(kind).double()
+    base.set_experts_implementation("eager")  # torch's grouped product takes no float64
+    net = updated(get_peft_model(base, config, autocast_adapter_dtype=False))
+    ids, (twin, gates) = torch.randint(1, 10, (3, 4, 6)), gated(net)
+    with closing(Gates(net, dict(dynrank.lora_layers(net)), 1)) as watched:
+        for batch in ids:
+            (net(input_ids=batch, labels=batch).loss / 3).backward()
+        watched.end_step()
+    rows = [torch.autograd.grad(twin(input_ids=batch, labels=batch).loss / 3, [*gates.values()]) for batch in ids]
+    gradients, roots = watched._gradients()
+    assert (watched.examples, watched.passes, watched.terms) == (12, 3, 60)
+    for name, own in zip(gates, map(torch.stack, zip(*rows, strict=True)), strict=True):
+        assert_close(gradients[name], own.sum(0), rtol=1e-9, atol=1e-14)
+        if "experts" in name:
+            assert name in watched.by_pass
+            assert_close(roots[name].mT @ roots[name], 60 * own.mT @ own, rtol=1e-9, atol=1e-14)
