@@ -99,7 +99,7 @@ class Calls:
         made = [t for t in made if t.requires_grad]
         call = Call(module, _rows(given, made), sizes, _learned(kwargs))
         for tensor in made:
-            tensor.register_hook(partial(self._reached, call))
+            tensor.register_hook(partial(self._reached, call))  # type: ignore[no-untyped-call]
 
     def _reached(self, call: Call, gradient: Tensor) -> None:
         if self._arrived is not None:
@@ -155,7 +155,8 @@ def _sizes(positions: Tensor | None) -> list[int] | None:
     if positions is None or positions.ndim != 2:
         return None
     starts = (positions == 0) & (positions.roll(-1, 1) == 1)
-    number = starts.cumsum(1).clamp(min=1)  # of its example in the row
+    # Of its example in the row.
+    number = starts.cumsum(1).clamp(min=1)
     counts = number[:, -1]
     if int(counts.max()) == 1:
         return None

@@ -256,8 +256,9 @@ class RankDriver:
         gates, window = self._watching.gates, self.stages[index].how.window
         if ended or self._clock.is_last_moment(index, training.step, window):
             return True
-        in_time = gates is not None and (gates.steps >= window or self._clock.has_come(index, training.step))
-        return in_time and gates.enough
+        if gates is None or (gates.steps < window and not self._clock.has_come(index, training.step)):
+            return False
+        return gates.enough
 
     # Acting
 

@@ -15,7 +15,8 @@ from dynrank.layers.ranked import RankedLayer
 from dynrank.schedules import Stage
 from dynrank.targets import Smallest
 
-CAUTION = 2.0  # where trials decide how far a cut goes: one wrong direction at its start would end them
+# Where trials decide how far a cut goes: one wrong direction at its start would end them.
+CAUTION = 2.0
 
 _UNSEEN = "by weight: no gradient was seen while gates were watched"
 
@@ -40,7 +41,8 @@ class Watching:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = stages
-        self._index = 0  # of the stage that they are watched for
+        # Of the stage that they are watched for.
+        self._index = 0
         self.gates: Gates | None = None
 
     def needed(self, model: nn.Module, index: int) -> bool:
@@ -75,7 +77,8 @@ class Watching:
             return None, reason
         if gates is None or not gates.examples:
             if gates is not None and gates.skipped == gates.steps > 0:
-                gates.values()  # says so
+                # Training has diverged, which this says.
+                gates.values()
             return None, f"{reason}, {_UNSEEN}"
         if gates.samples < FEW:
             more = ", smaller batches with accumulation" if gates.by_pass else ""
