@@ -140,9 +140,9 @@ def tiny_moe():
     }
     options["Qwen3_5Moe"]["layer_types"] = ["full_attention"] * 2
 
-    def build(kind):
+    def build(kind, **changes):
         text = "Text" if kind in ("Qwen3_5Moe", "Llama4") else ""
-        config = getattr(transformers, f"{kind}{text}Config")(**size | options[kind])
+        config = getattr(transformers, f"{kind}{text}Config")(**size | options[kind] | changes)
         torch.manual_seed(0)
         return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 

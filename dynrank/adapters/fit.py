@@ -94,7 +94,8 @@ class AdapterChange:
             elif kind is None:
                 faults.append(f"{name!r} is a {type(base).__name__}, which cannot have LoRA")
             elif (kind.experts_of(base), *kind.shape_of(base)) != (stored.experts, *stored.shape):
-                ours, theirs = kind.shape_of(base), stored.shape
+                ours: tuple[int, ...] = kind.shape_of(base)
+                theirs: tuple[int, ...] = stored.shape
                 if kind.experts_of(base) != stored.experts:
                     ours, theirs = (kind.experts_of(base), *ours), (stored.experts, *theirs)
                 faults.append(f"{name!r} is {ours} in the model and {theirs} in the adapter")

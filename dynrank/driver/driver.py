@@ -22,6 +22,7 @@ from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.training import Training
 from dynrank.driver.watching import Watching
 from dynrank.errors import ConfigurationError, read_as
+from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.layers.ranked import width_of
 from dynrank.schedules import How, Stage, early_budget
@@ -129,6 +130,7 @@ class RankDriver:
         # On resume the ranks may be others, and what was checked at the start still holds.
         if not self.history:
             self.check_model(training.model, run)
+            warn_of_pefts_frozen(training.model)
         check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._loaded:

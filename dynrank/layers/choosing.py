@@ -18,6 +18,7 @@ from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.experts import ExpertStack
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.kinds import layer_class
+from dynrank.layers.peft_layers import peft_layers
 from dynrank.rank_map import EXPRESSION_ERRORS
 
 PRESETS = ("attention", "all-linear")
@@ -146,6 +147,13 @@ def _output_heads(model: nn.Module) -> Iterator[int]:
             yield from (id(getattr(module, name)) for name in _CLASSIFIERS if hasattr(module, name))
 
 
+def warn_of_pefts_frozen(model: nn.Module) -> None:
+    """Say which share of a model wrapped by PEFT lies in experts without LoRA; its all-linear passes over most."""
+    layers = peft_layers(model).values()
+    if layers:
+        warn_of_frozen(model, [layer.parameter for layer in layers if layer.of_parameter])
+
+
 def warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mapping[str, nn.Module] | None = None) -> None:
     """Say which share of the model nobody trains although it is linear layers.
 
@@ -156,7 +164,7 @@ def warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mapping
     """
     trained = {id(weight) for weight in adapted}
     stacks = {
-        f"{name}.{leaf}": parameter.numel()
+        f"{name.replace('.base_layer', '')}.{leaf}": parameter.numel()
         for name, module in named_modules(model)
         if not isinstance(module, nn.Conv1d | nn.ConvTranspose1d | ParametrizationList)
         for leaf, parameter in module.named_parameters(recurse=False)

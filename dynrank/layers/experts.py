@@ -96,7 +96,7 @@ class LoRAExpertStack(LoRALayer):
         # zeros up to a multiple of 16 bytes, without which there is no grouped_mm
         missing = -self.rank % 8
         a_ERI = F.pad(split(self.lora_A, self.experts, 0), (0, 0, 0, missing)).to(x_SI.dtype)
-        b_ERO = F.pad(split(self.lora_B, self.experts, 1), (0, 0, 0, missing)).to(x_SI.dtype)
+        b_ERO = F.pad(split(self.lora_B, self.experts, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
         z_SR = grouped_product(self.dropout(x_SI), a_ERI.mT, ends)
         return grouped_product(x_SI, weight_EIO, ends) + self.scaling * grouped_product(z_SR, b_ERO, ends)
 
@@ -176,7 +176,7 @@ def grouped_product(x_SI: Tensor, w_EIO: Tensor, ends: Tensor) -> Tensor:
     if _has_grouped_mm(x_SI, w_EIO):
         return F.grouped_mm(x_SI, w_EIO, offs=ends)
     rows = ends.diff(prepend=ends.new_zeros(1)).tolist()
-    return torch.cat([x @ w for x, w in zip(x_SI.split(rows), w_EIO, strict=True)])
+    return torch.cat([x @ w for x, w in zip(torch.split(x_SI, rows), w_EIO, strict=True)])
 
 
 def _has_grouped_mm(x_SI: Tensor, w_EIO: Tensor) -> bool:

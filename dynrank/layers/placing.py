@@ -143,8 +143,8 @@ def place_layers(
     adapted = {id(module.base) for module in old}
     replacements: dict[int, nn.Module] = {id(module): new.get(id(module.base), module.base) for module in old}
     replace_modules(model, replacements | {base: module for base, module in new.items() if base not in adapted})
-    for module in new.values():
-        module.train(module.base.training)
+    for placed in new.values():
+        placed.train(placed.base.training)
     vars(model)["_groups_layers"] = group
     if group is not False:
         group_layers(model, always=group is True)

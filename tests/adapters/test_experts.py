@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
@@ -14,6 +15,8 @@ from dynrank.adapters.inspection import inspect_adapter
 from dynrank.adapters.merging import merge_adapter
 from dynrank.adapters.squeeze import squeeze_adapter
 from dynrank.errors import ConfigurationError
+from dynrank.layers.ranked import width_of
+from dynrank.run.job import run
 
 KINDS = ("Mixtral", "Qwen3Moe", "DeepseekV3", "Qwen3_5Moe", "GptOss", "GraniteMoe")
 TENSORS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -144,3 +147,23 @@ def test_servers_that_cannot_read_experts_are_refused_by_name(tiny_moe, tmp_path
         ConfigurationError, match=re.escape("'model.layers.0.mlp.experts.down_proj' is a stack of experts")
     ):
         dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="padded")
+
+
+def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tiny_llama, tmp_path):
+    base = tmp_path / "base"
+    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
+    tiny_moe("Qwen3Moe", vocab_size=600).save_pretrained(base)
+    rows = [json.dumps({"text": f"Row {i} says {i * i}. " * 4}) for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    options = ["debug=smoke", "task=text", f"task.model={base}", f"data.train={tmp_path / 'rows.jsonl'}", "lora.rank=4"]
+    options += ["schedule.how.metric=weight", "schedule.final_rank=2", "lora.dropout=0.0", "plots=false"]
+    run(dynrank.compose(options), tmp_path / "run")
+    full = sum(
+        layer.rank * width_of(layer) for _, layer in dynrank.lora_layers(dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=2))
+    )
+    spectra = inspect_adapter(tmp_path / "run" / "adapter")
+    assert {"gate_up_proj", "down_proj", "q_proj"} <= {layer.layer.rpartition(".")[2] for layer in spectra}
+    assert sum(layer.parameters for layer in spectra) <= full
+    theirs = PeftModel.from_pretrained(tiny_moe("Qwen3Moe", vocab_size=600), tmp_path / "run" / "adapter")
+    ours = dynrank.load_adapter(tiny_moe("Qwen3Moe", vocab_size=600), tmp_path / "run" / "adapter")
+    assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
