@@ -24,9 +24,9 @@ from dynrank.driver.watching import Watching
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.layers.ranked import width_of
-from dynrank.schedules import How, Stage, early_budget
-from dynrank.targets import LayerState, Smallest
+from dynrank.layers.ranked import RankedLayer, width_of
+from dynrank.schedules import Stage, early_budget
+from dynrank.targets import Smallest
 from dynrank.triggers import At, Run, Trigger
 
 # A preset itself stands for its stages: LightningCLI makes schedules of such a type from YAML alone.
@@ -269,8 +269,9 @@ class RankDriver:
         index, how, changed = decided.stage, self.stages[decided.stage].how, False
         gates, reason = self._watching.result(training, index, decided.reason)
         decided = replace(decided, reason=reason)
-        ranks = {name: layer.rank for name, layer in lora_layers(training.model)}
-        for event in self._attempts(training, decided, how, gates):
+        layers = dict(lora_layers(training.model))
+        ranks = {name: layer.rank for name, layer in layers.items()}
+        for event in self._attempts(training, layers, decided, gates):
             self.history.append(event)
             training.tell("on_rank_change", event)
             # These metrics belong to the weights before the change.
@@ -283,19 +284,28 @@ class RankDriver:
         if changed and training.step < (self._run.total_steps or float("inf")):
             warn_of_low_rate(training)
         if changed:
-            self._follow_rates(training, how, ranks)
+            factor = rate_factor(how, ranks, {name: layer.rank for name, layer in layers.items()})
+            self._follow_rates(training, factor, how.rewarmup_steps)
 
-    def _attempts(self, training: Training, decided: Decision, how: How, gates: Gates | None) -> Iterator[RankEvent]:
+    def _attempts(
+        self, training: Training, layers: Mapping[str, RankedLayer], decided: Decision, gates: Gates | None
+    ) -> Iterator[RankEvent]:
         """Attempts at the decided change, the last of which may stay."""
-        target, ranks = self.stages[decided.stage].to, {name: la.rank for name, la in lora_layers(training.model)}
-        targets = self._targets(training.model, decided.stage, gates)
+        stage, last = self.stages[decided.stage], decided.stage == len(self.stages) - 1
+        target, how, ranks = stage.to, stage.how, {name: layer.rank for name, layer in layers.items()}
+
+        def plan() -> tuple[dict[str, int], list[tuple[str, int]]]:
+            states = layer_states(layers, last=last, target=target, gates=gates)
+            return target.ranks(states), target.order(states) if isinstance(target, Smallest) else []
+
+        wanted, order = from_first(plan)
+        targets = {name: rank for name, rank in wanted.items() if rank != ranks[name]}
         if not targets:
             return
         if isinstance(target, Smallest):
-            order = from_first(lambda: target.order(self._states(training.model, decided.stage, gates)))
-            yield cut_to_smallest(
-                training, order, targets, decided.reason, how, gates, self._parameters_before(training)
-            )
+            saved = sum(layer.parameters_saved for e in self.history if not e.undone for layer in e.layers)
+            began_with = saved + sum(layer.rank * width_of(layer) for layer in layers.values())
+            yield cut_to_smallest(training, order, targets, decided.reason, how, gates, began_with)
             return
         check = None
         if how.max_regression is not None:
@@ -304,32 +314,15 @@ class RankDriver:
         while targets:
             event = attempt(training, targets, decided.reason, how, gates, check)
             yield event
-            targets = gentler(ranks, targets, self.stages[decided.stage].to.multiple) if event.undone else {}
+            targets = gentler(ranks, targets, target.multiple) if event.undone else {}
 
-    def _follow_rates(self, training: Training, how: How, ranks: Mapping[str, int]) -> None:
-        """Begin the ramp after a change from ``ranks``, and multiply the adapters' rates from now on."""
-        factor = rate_factor(how, ranks, {name: layer.rank for name, layer in lora_layers(training.model)})
+    def _follow_rates(self, training: Training, factor: float, ramp: int) -> None:
+        """Multiply the adapters' rates by ``factor`` from now on, and begin a ramp of so many steps."""
         factor *= self.rate_factor
         for rates in self._rates:
             rates.remove()
         adapters = adapter_parameters(training.model)
-        self._rates = [Rates(optimizer, adapters, factor, how.rewarmup_steps) for optimizer in training.optimizers]
-
-    def _targets(self, model: nn.Module, index: int, gates: Gates | None) -> dict[str, int]:
-        """{layer: the rank that stage ``index`` wants} of the layers that it would change."""
-        layers, target = dict(lora_layers(model)), self.stages[index].to
-        wanted = from_first(lambda: target.ranks(self._states(model, index, gates)))
-        return {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
-
-    def _states(self, model: nn.Module, index: int, gates: Gates | None) -> dict[str, LayerState]:
-        """What the target of stage ``index`` may know of each layer."""
-        last = index == len(self.stages) - 1
-        return layer_states(dict(lora_layers(model)), last=last, target=self.stages[index].to, gates=gates)
-
-    def _parameters_before(self, training: Training) -> int:
-        """The adapters' parameters when the run began."""
-        now = sum(layer.rank * width_of(layer) for _, layer in lora_layers(training.model))
-        return now + sum(la.parameters_saved for event in self.history if not event.undone for la in event.layers)
+        self._rates = [Rates(optimizer, adapters, factor, ramp) for optimizer in training.optimizers]
 
 
 def _stages_of(schedule: object) -> list[Stage]:
