@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from dynrank.adapters.merging import base_source
 from dynrank.adapters.read import Adapter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.stored import StoredLayer
+from dynrank.adapters.wrappers import is_parameter
 from dynrank.errors import ConfigurationError, Count, validated_call
 from dynrank.models.names import model_source, public_name
 from dynrank.models.pretrained import read_config
@@ -81,19 +84,24 @@ def export_adapter(
         rank = max(layer.rank for layer in adapter.layers.values())
         name, place, base = shlex.quote(out.name), shlex.quote(str(out)), shlex.quote(_base_name(adapter, model))
         if to == "vllm":
-            _check(adapter, "vLLM", whole=_VLLM_HEADS)
-            rank = slot_rank(rank)
-            line = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}={place}"
+            _check(adapter, "vLLM", whole=_VLLM_HEADS, alone=_alone(adapter))
+            rank, modules = slot_rank(rank), f"{name}={place}"
+            if any(layer.experts > 1 for layer in adapter.layers.values()):
+                request = {"name": out.name, "path": str(out), "is_3d_lora_weight": True}
+                modules = f"{shlex.quote(json.dumps(request))} --enable-mixed-moe-lora-format"
+            line = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
             factors = one_scaling(stored_factors(adapter))
         else:
-            _check(adapter, "SGLang, TGI and LoRAX")
+            stacks = [name for name, layer in adapter.layers.items() if layer.experts > 1]
+            _check(adapter, "SGLang, TGI and LoRAX", alone=stacks)
             factors = padded(stored_factors(adapter), dict.fromkeys(adapter.layers, 1), multiple)
             rank += -rank % multiple
             line = f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={place}"
         check_free(out, source)
         beside = [*input_files(source), *source.glob(LABELS_FILE)]
         # SGLang takes no expression
-        listed = adapter.config.model_copy(update={"target_modules": [*adapter.layers]})
+        modules = [name for name in adapter.layers if not is_parameter(name, adapter.config)]
+        listed = adapter.config.model_copy(update={"target_modules": modules})
         with whole_or_nothing(out) as folder:
             for file in beside:
                 shutil.copyfile(file, folder / file.name)
@@ -119,11 +127,21 @@ def _base_name(adapter: Adapter, given: str | None) -> str:
     return public_name(model_source(given, "--model") if given else str(stored or "BASE"))
 
 
-def _check(adapter: Adapter, server: str, whole: Iterable[str] = ()) -> None:
-    """Refuse what ``server`` does not take: modules stored whole, but for ``whole``, and layers of other kinds."""
+def _alone(adapter: Adapter) -> list[str]:
+    """The stacks of experts whose module has no LoRA in its other parameter, which vLLM takes for granted."""
+    owners = [name.rpartition(".")[0] for name, layer in adapter.layers.items() if layer.experts > 1]
+    alone = {owner for owner, count in Counter(owners).items() if count == 1}
+    return [name for name in adapter.layers if name.rpartition(".")[0] in alone]
+
+
+def _check(adapter: Adapter, server: str, whole: Iterable[str] = (), alone: Iterable[str] = ()) -> None:
+    """Refuse what ``server`` does not take.
+
+    That is modules stored whole, but for ``whole``, layers of other kinds, and of stacks of experts those in ``alone``.
+    """
     modules = dict.fromkeys(name.rpartition(".")[0] for name in adapter.others)
     faults = [f"{name!r} is stored whole" for name in modules if name.rpartition(".")[2] not in whole]
-    faults += [f"{name!r} is a stack of experts" for name, layer in adapter.layers.items() if layer.experts > 1]
+    faults += [f"{name!r} is a stack of experts" for name in alone]
     faults += [f"{name!r} is a convolution" for name, layer in adapter.layers.items() if layer.kernel]
     if faults:
         raise ConfigurationError(

@@ -20,7 +20,7 @@ def print_export(source: Path, out: Path, **options: Any) -> None:
     ranks = {name: layer.rank for name, layer in done.layers.items()}
     facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}
     if done.rank is not None:
-        width = sum(sum(layer.shape) for layer in done.layers.values())
+        width = sum(layer.width for layer in done.layers.values())
         own = sum(layer.parameters for layer in done.layers.values())
         facts["ranks"] = slot_line(ranks) if options["to"] == "vllm" else f"{done.rank} in every layer"
         facts["a slot"] = f"{_mib(width * done.rank)} in bfloat16; at the layers' own ranks {_mib(own)}"

@@ -1,7 +1,6 @@
 """Adapters of stacked experts on disk: PEFT computes with our files what we do, and we with its."""
 
 import json
-import re
 
 import pytest
 import torch
@@ -142,11 +141,28 @@ def test_files_that_do_not_fit_are_refused_by_name(damage, message, tiny_moe, tm
 
 
 def test_servers_that_cannot_read_experts_are_refused_by_name(tiny_moe, tmp_path):
-    dynrank.save_adapter(dynrank.add_lora(tiny_moe("Mixtral"), rank=2), tmp_path / "adapter")
-    with pytest.raises(
-        ConfigurationError, match=re.escape("'model.layers.0.mlp.experts.down_proj' is a stack of experts")
-    ):
-        dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="padded")
+    dynrank.save_adapter(dynrank.add_lora(tiny_moe("Mixtral"), rank=2), tmp_path / "both")
+    one = dynrank.add_lora(tiny_moe("Mixtral"), rank=2, target_modules=["q_proj", "experts.down_proj"])
+    dynrank.save_adapter(one, tmp_path / "one")
+    for adapter, to in (("both", "padded"), ("one", "vllm")):
+        with pytest.raises(ConfigurationError, match=r"model\.layers\.0\.mlp\.experts\.down_proj"):
+            dynrank.export_adapter(tmp_path / adapter, tmp_path / "out", to=to, model="base")
+
+
+def test_an_export_for_vllm_has_its_three_dimensional_format_and_one_scaling(tiny_moe, tmp_path):
+    """By the sources of vLLM 0.32: ``experts.base_layer`` is gate_up_proj, and only the request says so."""
+    model = trained(tiny_moe("Mixtral"))
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    done = dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm", model="base")
+    assert "--enable-mixed-moe-lora-format" in done.line
+    assert '"is_3d_lora_weight": true' in done.line
+    settings = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert not [name for name in settings["target_modules"] if ".experts." in name]
+    names = {name.partition(".experts")[2] for name in load_file(tmp_path / "out" / "adapter_model.safetensors")}
+    assert names - {""} == {f"{place}.lora_{factor}.weight" for place in ("", ".base_layer") for factor in "AB"}
+    theirs = PeftModel.from_pretrained(tiny_moe("Mixtral"), tmp_path / "out")
+    assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
+    assert len({layer.scaling for _, layer in dynrank.lora_layers(theirs)}) == 1
 
 
 def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tiny_llama, tmp_path):
