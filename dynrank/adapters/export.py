@@ -6,10 +6,10 @@ import json
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dynrank.adapters.beside import LABELS_FILE, input_files
 from dynrank.adapters.config import adapter_folder
@@ -26,10 +26,15 @@ from dynrank.models.pretrained import read_config
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.slots import slot_rank
 
-__all__ = ["Exported", "Server", "export_adapter"]
+__all__ = ["Exported", "Server", "check_served", "export_adapter"]
 
 Server = Literal["vllm", "gguf", "padded"]
-_VLLM_HEADS = ("score", "classifier")
+# What reads it, and the heads that it takes whole.
+_READERS: Mapping[Server, tuple[str, tuple[str, ...]]] = {
+    "vllm": ("vLLM", ("score", "classifier")),
+    "gguf": ("llama.cpp", ()),
+    "padded": ("a server of one rank", ()),
+}
 
 
 @dataclass(frozen=True)
@@ -79,21 +84,22 @@ def export_adapter(
     if multiple > 1 and to != "padded":
         raise ConfigurationError(f"--multiple goes with --to padded, got --multiple {multiple} with --to {to}")
     with open_adapter(source) as adapter:
+        kinds = {name: (layer.experts > 1, bool(layer.kernel)) for name, layer in adapter.layers.items()}
+        origin = base_source(adapter, model) if to == "gguf" else ""
+        config = read_config(origin, "--model") if origin else None
+        check_served(to, kinds, adapter.others, config)
         if to == "gguf":
-            return _to_gguf(adapter, out, model)
+            return _to_gguf(adapter, out, origin, config)
         rank = max(layer.rank for layer in adapter.layers.values())
         name, place, base = shlex.quote(out.name), shlex.quote(str(out)), shlex.quote(_base_name(adapter, model))
         if to == "vllm":
-            _check(adapter, "vLLM", whole=_VLLM_HEADS, alone=_alone(adapter))
             rank, modules = slot_rank(rank), f"{name}={place}"
-            if any(layer.experts > 1 for layer in adapter.layers.values()):
+            if any(stack for stack, _ in kinds.values()):
                 request = {"name": out.name, "path": str(out), "is_3d_lora_weight": True}
                 modules = f"{shlex.quote(json.dumps(request))} --enable-mixed-moe-lora-format"
             line = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
             factors = one_scaling(stored_factors(adapter))
         else:
-            stacks = [name for name, layer in adapter.layers.items() if layer.experts > 1]
-            _check(adapter, "SGLang, TGI and LoRAX", alone=stacks)
             factors = padded(stored_factors(adapter), dict.fromkeys(adapter.layers, 1), multiple)
             rank += -rank % multiple
             line = f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={place}"
@@ -110,13 +116,40 @@ def export_adapter(
         return Exported(out, dict(adapter.layers), rank, size, line)
 
 
-def _to_gguf(adapter: Adapter, out: Path, model: str | None) -> Exported:
-    origin = base_source(adapter, model)
+def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: Iterable[str], config: Any) -> None:
+    """Refuse what a server would drop or misread.
+
+    Args:
+        to: for whom.
+        layers: {adapted layer: whether it is a stack of experts, whether it is a convolution}.
+        others: names of the parameters that the adapter has whole.
+        config: of the base, for "gguf".
+
+    Raises:
+        ConfigurationError: naming the layers and modules.
+    """
+    server, whole = _READERS[to]
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in others)
+    faults = [f"{name!r} is stored whole" for name in modules if name.rpartition(".")[2] not in whole]
+    stacks = [name for name, (stack, _) in layers.items() if stack]
+    if to == "vllm":
+        # It takes LoRA in both parameters of a module for granted.
+        owners = Counter(name.rpartition(".")[0] for name in stacks)
+        stacks = [name for name in stacks if owners[name.rpartition(".")[0]] == 1]
+    faults += [f"{name!r} is a stack of experts" for name in stacks]
+    faults += [f"{name!r} is a convolution" for name, (_, convolution) in layers.items() if convolution]
+    if faults:
+        raise ConfigurationError(
+            f"{server} cannot read this adapter:\n  " + "\n  ".join(faults[:20]) + "\nmerge it instead: dynrank merge"
+        )
+    if to == "gguf":
+        gguf_names(config, layers)
+
+
+def _to_gguf(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:
     base = origin if origin.endswith(".gguf") else f"{Path(origin).name}.gguf"
-    config = read_config(origin, "--model")
-    names = gguf_names(config, adapter.layers, adapter.others)
     with new_file(out) as part:
-        write_gguf(part, adapter, config, names)
+        write_gguf(part, adapter, config)
     line = f"llama-server -m {shlex.quote(base)} --lora {shlex.quote(str(out))}"
     return Exported(out, dict(adapter.layers), None, out.stat().st_size, line)
 
@@ -125,25 +158,3 @@ def _base_name(adapter: Adapter, given: str | None) -> str:
     """What the server can call the base."""
     stored = (adapter.config.model_extra or {}).get("base_model_name_or_path")
     return public_name(model_source(given, "--model") if given else str(stored or "BASE"))
-
-
-def _alone(adapter: Adapter) -> list[str]:
-    """The stacks of experts whose module has no LoRA in its other parameter, which vLLM takes for granted."""
-    owners = [name.rpartition(".")[0] for name, layer in adapter.layers.items() if layer.experts > 1]
-    alone = {owner for owner, count in Counter(owners).items() if count == 1}
-    return [name for name in adapter.layers if name.rpartition(".")[0] in alone]
-
-
-def _check(adapter: Adapter, server: str, whole: Iterable[str] = (), alone: Iterable[str] = ()) -> None:
-    """Refuse what ``server`` does not take.
-
-    That is modules stored whole, but for ``whole``, layers of other kinds, and of stacks of experts those in ``alone``.
-    """
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in adapter.others)
-    faults = [f"{name!r} is stored whole" for name in modules if name.rpartition(".")[2] not in whole]
-    faults += [f"{name!r} is a stack of experts" for name in alone]
-    faults += [f"{name!r} is a convolution" for name, layer in adapter.layers.items() if layer.kernel]
-    if faults:
-        raise ConfigurationError(
-            f"{server} cannot read this adapter:\n  " + "\n  ".join(faults[:20]) + "\nmerge it instead: dynrank merge"
-        )

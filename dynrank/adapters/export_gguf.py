@@ -56,13 +56,12 @@ ARCHITECTURES = {
 }
 
 
-def gguf_names(config: Any, layers: Iterable[str], others: Iterable[str]) -> dict[str, str]:
+def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
     """{layer: its tensor in llama.cpp} of an adapter.
 
     Args:
         config: of the base model.
         layers: names of the adapted layers.
-        others: names of parameters that the adapter has whole.
 
     Raises:
         ConfigurationError: if llama.cpp would read something of the adapter otherwise than PEFT, or not at all.
@@ -87,7 +86,6 @@ def gguf_names(config: Any, layers: Iterable[str], others: Iterable[str]) -> dic
         for layer, name in found.items()
         if tied and name in ("token_embd", "output")
     ]
-    faults += [f"{name!r} is stored whole, and llama.cpp drops or refuses it" for name in others]
     if faults:
         raise ConfigurationError(
             "llama.cpp cannot read this adapter:\n  " + "\n  ".join(faults[:20]) + "\nmerge it instead: dynrank merge"
@@ -95,10 +93,11 @@ def gguf_names(config: Any, layers: Iterable[str], others: Iterable[str]) -> dic
     return {layer: str(name) for layer, name in found.items()}
 
 
-def write_gguf(file: Path, adapter: Adapter, config: Any, names: Mapping[str, str]) -> None:
-    """Write ``adapter``, trained on a model of this ``config``, to ``file``, its layers by their ``names``, in float32.
+def write_gguf(file: Path, adapter: Adapter, config: Any) -> None:
+    """Write ``adapter``, trained on a model of this ``config``, to ``file``, in float32.
 
     Raises:
+        ConfigurationError: as :func:`gguf_names`.
         OSError: if the file cannot be written.
     """
     from gguf import GGUFType, GGUFWriter, Keys
@@ -108,7 +107,7 @@ def write_gguf(file: Path, adapter: Adapter, config: Any, names: Mapping[str, st
     writer.add_type(GGUFType.ADAPTER)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, 0.0)
-    for layer, name in names.items():
+    for layer, name in gguf_names(config, adapter.layers).items():
         lora_B, lora_A = adapter.factors(layer)
         lora_B = lora_B.double() * adapter.layers[layer].scaling
         order, heads = _MOVED.get(layer.rpartition(".")[2], (None, ""))

@@ -181,7 +181,10 @@ def merge(
     quiet_loading()
     merged = merge_adapter(adapter, model, out)
     kind = f"{type(merged).__name__}, {str(merged.dtype).removeprefix('torch.')}"
-    print_facts({"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out})
+    facts = {"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out}
+    if merged.can_generate():
+        facts["for llama.cpp"] = f"convert_hf_to_gguf.py {out} --outfile {out.name}.gguf"
+    print_facts(facts)
 
 
 @app.command()
@@ -197,7 +200,10 @@ def predict(
     ] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Each text is a user's turn: apply the chat template")] = False,
 ) -> None:
-    """Answer texts, a line for each: the likeliest labels and their probabilities, or what the model writes."""
+    """Answer texts, a line for each: the likeliest labels and their probabilities, or what the model writes.
+
+    For a server, as vLLM and llama.cpp are, see dynrank export.
+    """
     from dynrank.commands.predict import print_answers
 
     print_answers(adapter, texts, model, batch_size=batch_size, max_new_tokens=max_new_tokens, chat=chat)

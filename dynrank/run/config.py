@@ -75,6 +75,7 @@ class RunConfig:
     ckpt_path: str | None = MISSING
     checkpoint_every: int = MISSING
     objective: str | None = MISSING
+    export: Any = MISSING
     plots: bool = MISSING
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -13,18 +14,22 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from dynrank.adapters.beside import write_beside
+from dynrank.adapters.export import Server, export_adapter
 from dynrank.adapters.save import save_adapter
 from dynrank.callbacks import RankEvent, RunMeter
+from dynrank.errors import read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.models.sizes import storage_bytes
+from dynrank.output.console import print_facts
 from dynrank.output.whole_file import whole_file
 from dynrank.rank_map import RankRule, dump_rank_map
+from dynrank.run.config import plain
 from dynrank.run.folder import join, read_overrides
 from dynrank.run.report.card import write_card
 from dynrank.run.report.page import write_report
 from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
 
-__all__ = ["export", "held_bytes", "summarise"]
+__all__ = ["export", "held_bytes", "servers", "summarise"]
 
 FINAL = "final/"  # before the names of what a test measures on other data than the test's
 
@@ -105,8 +110,27 @@ def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, con
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
         for name, layer in lora_layers(model)
     }
+    served = _served(adapter, folder / "served", servers(config.export))
     with whole_file(folder / "final_ranks.yaml") as part:  # starts a run at the ranks and scalings of now
         part.write_text(dump_rank_map(rules), encoding="utf-8")
     write_summary(summary, folder)
     report = write_report(folder, OmegaConf.to_yaml(config)) if config.plots else None
     print_summary(summary, folder, report)
+    for line in served:
+        print_facts({"serve": line})
+
+
+def servers(setting: Any) -> list[Server]:
+    """The servers that the key ``export`` names: none, one or several.
+
+    Raises:
+        ConfigurationError: if there is no such server.
+    """
+    names = plain(setting)
+    return read_as(list[Server], names if isinstance(names, list) else [name for name in [names] if name], "export")
+
+
+def _served(adapter: Path, folder: Path, names: Iterable[Server]) -> list[str]:
+    """The lines that serve what is written into ``folder``, in the place of what an interrupted run has left there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    return [export_adapter(adapter, folder / f"adapter.{name}", to=name).line for name in names]

@@ -18,11 +18,11 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
 from dynrank.run.config import make, plain, rank_pattern
-from dynrank.run.export import export, held_bytes, summarise
+from dynrank.run.export import export, held_bytes, servers, summarise
 from dynrank.run.folder import checkpoint_of, held
 from dynrank.run.loggers import check_loggers, finished
 from dynrank.run.overrides import check_keys
-from dynrank.run.preflight import check_checkpoint, check_metrics, check_run
+from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run
 from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
 from dynrank.run.trainer import make_trainer, quiet_training
@@ -109,6 +109,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     # What can be refused is refused here, before weights load.
     module = task.module(lora, optimizer, on_meta=True)
     scheduler.driver.check_model(module.model, run)
+    check_export(servers(config.export), module.model)
     if not on_meta:
         module = task.module(lora, optimizer)
         if checkpoint is not None:

@@ -11,8 +11,12 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, Field, create_model
 from torch import Tensor
 
+from dynrank.adapters.export import Server, check_served
+from dynrank.adapters.save import trained_heads
 from dynrank.errors import ConfigurationError, Count, Positive, read_as
+from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import check_base, left_out
+from dynrank.layers.kinds import LoRAConv2d
 from dynrank.run.config import plain
 from dynrank.run.overrides import unknown_key
 
@@ -49,6 +53,22 @@ def check_run(config: DictConfig) -> None:
         raise ConfigurationError(
             f"trainer.strategy={strategy} trains in processes whose results do not all come back; set it to ddp"
         )
+
+
+def check_export(names: Iterable[Server], model: Any) -> None:
+    """Refuse servers that could not read the adapter of ``model``, before it is trained.
+
+    Raises:
+        ConfigurationError: naming what they could not read.
+    """
+    layers = own_layers(model)
+    heads = [f"{head}.weight" for head in trained_heads(model, layers)]
+    kinds = {name: (layer.experts > 1, isinstance(layer, LoRAConv2d)) for name, layer in layers.items()}
+    for name in names:
+        try:
+            check_served(name, kinds, heads, getattr(model, "config", None))
+        except ConfigurationError as error:
+            raise ConfigurationError(f"export={name}: {error}; or set export=null") from None
 
 
 def check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:

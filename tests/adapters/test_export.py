@@ -73,7 +73,7 @@ def save_llama(folder, base=None, targets=("q_proj",), heads=(), cls=hf.LlamaFor
 
 
 REFUSED = {
-    "gguf, a norm": ("gguf", {"heads": ["model.norm"]}, r"'model\.norm\.weight' is stored whole.*dynrank merge"),
+    "gguf, a norm": ("gguf", {"heads": ["model.norm"]}, r"'model\.norm' is stored whole.*dynrank merge"),
     "gguf, tied head": ("gguf", {"targets": ["lm_head"], "tie_word_embeddings": True}, r"'lm_head' is tied"),
     "gguf, tied embedding": (
         "gguf",
@@ -94,7 +94,7 @@ REFUSED = {
     "padded, a head": (
         "padded",
         {"cls": hf.LlamaForSequenceClassification, "heads": ["score"]},
-        r"SGLang.*'score' is stored whole",
+        r"one rank.*'score' is stored whole",
     ),
 }
 

@@ -13,6 +13,7 @@ from dynrank.adapters.beside import label_names
 from dynrank.layers.finding import lora_layers
 from dynrank.models.names import public_name
 from dynrank.output.change_table import layer_kinds
+from dynrank.output.slots import slot_rank
 from dynrank.output.whole_file import whole_file
 from dynrank.run.report.templates import template
 from dynrank.run.summary import Summary
@@ -41,6 +42,7 @@ def write_card(folder: Path, model: Any, summary: Summary, steps: int, given: Se
         kind=type(model).__name__,
         labels=label_names(model),
         ranks=ranks,
+        slot=slot_rank(max(layers.values())),
         summary=summary,
         steps=steps,
         command=None if given is None else shlex.join(["dynrank-train", *given]),
