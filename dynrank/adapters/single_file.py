@@ -79,7 +79,7 @@ def open_file(path: Path) -> Iterator[SingleFile]:
         raise ConfigurationError(f"there is no file {str(path)!r}")
     if path.suffix != SUFFIX:
         raise ConfigurationError(f"{str(path)!r} must be a {SUFFIX} file; others (.pt, .ckpt, .bin) are not read")
-    if (path.parent / CONFIG_FILE).exists():
+    if path.stem == "adapter_model" and (path.parent / CONFIG_FILE).exists():
         raise ConfigurationError(f"{str(path)!r} has a {CONFIG_FILE} beside it, which belongs to it: name the folder")
     with opened(path) as file:
         metadata = file.metadata() or {}

@@ -201,6 +201,20 @@ def test_layers_that_are_at_their_rank_already_keep_their_bits(tmp_path):
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_a_layer_without_an_alpha_has_its_rank_for_one_and_gets_that_of_all(tmp_path):
+    """As kohya, A1111 and ComfyUI take it; diffusers would give it the others' alpha."""
+    before = kohya(tmp_path / "a.safetensors", alphas=[3])
+    key = "lora_unet_time_embedding_linear_1"
+    del before[f"{key}.alpha"]
+    save_file(before, tmp_path / "a.safetensors")
+    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=1.0)
+    after, read = load_file(tmp_path / "b.safetensors"), by_diffusers(tmp_path / "b.safetensors")
+    for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
+        old = update(before, f"lora_unet_{name.replace('.', '_')}", by_kohya, read[name].shape)
+        for new in (read[name], update(after, f"lora_unet_{name.replace('.', '_')}", by_comfyui, old.shape)):
+            assert (new - old).norm() <= 1e-6 * old.norm()
+
+
 COPIED = {
     "dora.lora_down.weight": (6, 9), "dora.lora_up.weight": (8, 6), "dora.alpha": (), "dora.dora_scale": (8, 1),
     "loha.hada_w1_a": (8, 6), "loha.hada_w1_b": (6, 9), "loha.alpha": (), "lokr.lokr_w1": (2, 2),
@@ -317,17 +331,20 @@ def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch, monk
     save_file(PLAIN, "a.safetensors")
     (tmp_path / "there.safetensors").write_text("mine")
     (tmp_path / "a.ckpt").write_text("pickled")
+    save_file(PLAIN, "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
     for said, arguments in {
         "--out must be a new file": ["a.safetensors", "--rank", 1, "--out", "there.safetensors"],
         "NAME.safetensors, got 'folder'": ["a.safetensors", "--rank", 1, "--out", "folder"],
         "--gates takes the folder": ["a.safetensors", "--rank", 1, "--out", "b.safetensors", "--gates", "--data", "x"],
         "there is no file 'none.safetensors'": ["none.safetensors", "--rank", 1, "--out", "b.safetensors"],
+        "beside it, which belongs to it": ["adapter_model.safetensors", "--rank", 1, "--out", "b.safetensors"],
         "must be a .safetensors file": ["a.ckpt", "--rank", 1, "--out", "b.safetensors"],
     }.items():
         code, _, message = launch("squeeze", *arguments)
         assert (code, message.count("\n"), said in message) == (2, 1, True), message
     assert (tmp_path / "there.safetensors").read_text() == "mine"
-    assert len([*tmp_path.iterdir()]) == 3
+    assert len([*tmp_path.iterdir()]) == 5
 
 
 def test_10_000_layers_are_squeezed_in_a_short_table(tmp_path, launch):
