@@ -8,6 +8,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from rich.console import Console
 
-from dynrank.callbacks.rank_scheduler import RankScheduler
+from dynrank.callbacks.rank_scheduler import LightningTraining, RankScheduler
 from dynrank.driver.event import FIELDS, LOSS_FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.linalg import effective_rank
@@ -31,7 +32,8 @@ class RankMonitor(Callback):
     CSVLogger, where each name would be a column, get ``rank/layer/NAME``, ``energy_kept/NAME`` and
     ``effective_rank/NAME`` of each layer. TensorBoard also gets ``spectrum/NAME``, a histogram of the singular values
     before a change, and where matplotlib is installed ``spectra``, a picture of all of them. A ModelSummary that the
-    trainer has is printed again after each change. (RankProgressBar shows the ranks in every step.)
+    trainer has is printed again after each change. With each step ``lr/NAME`` is logged, the rate that it takes; NAME
+    is a param group's ``name``, or its number. (RankProgressBar shows the ranks in every step.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume (the reason of a change that was
@@ -54,6 +56,14 @@ class RankMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_history(trainer)  # FSDP2 loads what was changed before a resume later than on_fit_start
         self._log_ranks(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        training = LightningTraining(trainer, pl_module)
+        for scheduler in [c for c in trainer.callbacks if isinstance(c, RankScheduler)]:  # type: ignore[attr-defined]
+            groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
+            rates = [rate for of_optimizer in scheduler.driver.rates(training) for rate in of_optimizer]
+            names = [f"lr/{group.get('name', number)}" for number, group in enumerate(groups)]
+            pl_module.log_dict(dict(zip(names, rates, strict=True)))
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         self._write_history(trainer)

@@ -186,7 +186,7 @@ class HFTraining(Training):
             self.state.log_history.append(values)
 
 
-def _follow(model: nn.Module) -> None:
+def _follow(model: Any) -> None:
     """Let ``model`` load checkpoints of other ranks, and one of :func:`dynrank.add_lora` save itself for PEFT, too."""
     follow_checkpoint_ranks(model)
     if own_layers(model) and hasattr(model, "save_pretrained"):

@@ -19,7 +19,6 @@ from dynrank.errors import NotNegative, Steps, read_as
 from dynrank.layers.finding import lora_layers
 
 _MARK = Path("/proc/self/clear_refs")
-_WAITED = Path("/proc/thread-self/schedstat")  # its second number: nanoseconds in which this thread could have run
 
 
 @dataclass
@@ -33,7 +32,6 @@ class Phase:
         train_seconds: between the start and the end of its training batches; validation is left out.
         step_seconds: median of its optimizer steps, each with all of its training batches; 0 until it is over.
         peak_memory_bytes: see :func:`peak_memory_bytes`; 0 until it is over.
-        waited_seconds: of train_seconds, in which this process waited for a processor; 0 where the system is no Linux.
     """
 
     first_step: Steps = 0
@@ -42,7 +40,6 @@ class Phase:
     train_seconds: NotNegative = 0.0
     step_seconds: NotNegative = 0.0
     peak_memory_bytes: Steps = 0
-    waited_seconds: NotNegative = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,7 +62,6 @@ class RunMeter(Callback):
         self._before: list[Phase] = []  # of the checkpoint that the run goes on from
         self._processes = 1
         self._start = self._batches = 0.0  # of the batch, and seconds of those since the last optimizer step
-        self._waited = 0.0  # until the batch
         self._steps: list[float] = []  # seconds of each optimizer step of the open phase since the start or resume
         self._step = 0  # optimizer steps made
 
@@ -84,7 +80,7 @@ class RunMeter(Callback):
         self._before = read_as(list[Phase], state_dict["phases"], "ckpt_path")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._start, self._waited = time.perf_counter(), _waited_seconds()
+        self._start = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -93,7 +89,6 @@ class RunMeter(Callback):
         phase.tokens += int(batch["attention_mask"].sum())  # waits for the device: the clock is read after that
         seconds = time.perf_counter() - self._start
         phase.train_seconds += seconds
-        phase.waited_seconds += _waited_seconds() - self._waited
         self._batches += seconds
         if trainer.global_step > self._step:  # gradients of several batches may make one step
             self._steps.append(self._batches)
@@ -138,10 +133,6 @@ class RunMeter(Callback):
 def _phase(trainer: Trainer, pl_module: LightningModule) -> Phase:
     ranks = [layer.rank for _, layer in lora_layers(pl_module)]
     return Phase(trainer.global_step, float(mean(ranks)) if ranks else 0.0)
-
-
-def _waited_seconds() -> float:
-    return int(_WAITED.read_text(encoding="ascii").split()[1]) / 1e9 if _WAITED.exists() else 0.0
 
 
 def peak_memory_bytes() -> int:

@@ -17,9 +17,10 @@ from dynrank.errors import ConfigurationError
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of DDP and of Lightning Fabric; accelerate has none but DDP."""
-    while isinstance(model, DistributedDataParallel) or "_forward_module" in model._modules:
-        model = model.module
-    return model
+    inside: Any = model
+    while isinstance(inside, DistributedDataParallel) or "_forward_module" in inside._modules:
+        inside = inside.module
+    return inside  # type: ignore[no-any-return]
 
 
 def ddp_modules(model: nn.Module) -> list[Any]:
@@ -53,7 +54,9 @@ def give_back_reducers(torn: list[tuple[Any, dict[str, Any]]]) -> None:
         # Unpickling leaves this flag: a static graph would then not average the gradients of the first backward.
         module._static_graph_delay_allreduce_enqueued = False
         for hook, of_hook in module._comm_hooks:
-            distributed._register_comm_hook(module.reducer, of_hook, hook)
+            distributed._register_comm_hook(  # type: ignore[attr-defined]
+                module.reducer, of_hook, hook
+            )
 
 
 def check_hooks(states: Iterable[object]) -> None:

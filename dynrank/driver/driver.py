@@ -105,6 +105,12 @@ class RankDriver:
         """What the adapters' learning rates are multiplied by since the last change, beside a ramp."""
         return self._rates[0].factor if self._rates else 1.0
 
+    def rates(self, training: Training) -> list[list[float]]:
+        """The learning rate of the next step, for each optimizer of ``training`` and each of its param groups."""
+        if self._rates:
+            return [rates.of_next_step() for rates in self._rates]
+        return [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in training.optimizers]
+
     @property
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""

@@ -58,6 +58,12 @@ class Rates:
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
         self._handles = [before(self._change), after(self._end), saved]
 
+    def of_next_step(self) -> list[float]:
+        """The rate of each param group in the next step; that of the adapters where a group holds others, too."""
+        ramp = min(1.0, (self.done + 1) / (self.steps + 1))
+        groups = self._optimizer.param_groups
+        return [float(g["lr"]) * ramp * (self.factor if self._parted(g["params"])[0] else 1.0) for g in groups]
+
     def remove(self) -> None:
         """Leave the rates alone from now on."""
         self.restore()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from statistics import fmean, median, stdev
 
 from matplotlib import colormaps
@@ -30,7 +31,7 @@ _NAME = 28
 
 
 def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
-    """Training loss (each step and a running mean of 20) and validation loss; a line per change of rank.
+    """Training loss (each step and a running mean of 20), validation loss, learning rates; a line per change of rank.
 
     Of more than 4,000 steps every second, third ... is drawn.
 
@@ -46,6 +47,13 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
     axes.plot(steps[drawn], means[drawn], color="tab:blue", label="training, mean of 20")
     axes.plot(*metrics.get("val/loss", ([], [])), color="tab:orange", marker="o", markersize=4, label="validation")
     _mark(axes, changes)
+    rates = {name: series for name, series in metrics.items() if name.startswith("lr/")}
+    if rates:
+        beside = axes.twinx()
+        beside.set_ylabel("learning rate", color="0.4")
+        for (name, (at, values)), style in zip(rates.items(), cycle(("-", ":", "--")), strict=False):
+            beside.plot(at[drawn], values[drawn], color="0.4", linewidth=0.7, linestyle=style)
+            axes.plot([], [], color="0.4", linewidth=0.7, linestyle=style, label=f"rate of {name.removeprefix('lr/')}")
     axes.legend()
     return figure
 

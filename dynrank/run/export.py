@@ -23,8 +23,9 @@ from dynrank.models.sizes import storage_bytes
 from dynrank.output.console import print_facts
 from dynrank.output.whole_file import whole_file
 from dynrank.rank_map import RankRule, dump_rank_map
+from dynrank.run.command import command
 from dynrank.run.config import plain
-from dynrank.run.folder import join, read_overrides
+from dynrank.run.folder import join
 from dynrank.run.report.card import write_card
 from dynrank.run.report.page import write_report
 from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
@@ -105,7 +106,7 @@ def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, con
     adapter, rslora = folder / "adapter", config.lora.rslora
     save_adapter(model, adapter)
     write_beside(adapter, model, tokenizer)
-    write_card(adapter, model, summary, steps, read_overrides(folder))
+    write_card(adapter, model, summary, steps, command(folder))
     rules = {
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
         for name, layer in lora_layers(model)

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import yaml
-
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
@@ -100,12 +98,6 @@ def join(folder: Path) -> None:
     if (folder / EARLIER).exists():
         _write(folder / METRICS, _joined(_read(folder / EARLIER), _read(folder / METRICS)))
         (folder / EARLIER).unlink()
-
-
-def read_overrides(folder: Path) -> list[str] | None:
-    """What the run in ``folder`` was given on the command line, as Hydra writes it; None: not recorded."""
-    file = folder / ".hydra" / "overrides.yaml"
-    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def _empty(folder: Path) -> None:

@@ -64,7 +64,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     step, ranks = _reached(checkpoint) if checkpoint is not None else (0, "")
     first = trainer.is_global_zero
     holding = held(folder, step if goes_on else None) if first else nullcontext()
-    with finished(), holding, stoppable(trainer, checkpoint):
+    with finished(), holding, stoppable(trainer, checkpoint, folder):
         if first and record is not None:
             record()
         if first and checkpoint is not None:

@@ -14,6 +14,9 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from dynrank.run.command import command, override
+from dynrank.run.folder import last_checkpoint
+
 __all__ = ["CtrlC", "stoppable"]
 
 
@@ -33,12 +36,13 @@ class CtrlC(Callback):
 
 
 @contextmanager
-def stoppable(trainer: Trainer | None, checkpoint: Path | None) -> Iterator[None]:
+def stoppable(trainer: Trainer | None, checkpoint: Path | None, folder: Path | None = None) -> Iterator[None]:
     """Say how to go on where SIGTERM or Ctrl-C ends a run in the block; SIGTERM outside of training does it at once.
 
     Args:
         trainer: with :class:`CtrlC` and an AdapterCheckpoint among its callbacks; None while it is made.
         checkpoint: that the run goes on from.
+        folder: of the run.
 
     Raises:
         SIGTERMException: after SIGTERM; it ends the program with exit code 0.
@@ -56,8 +60,8 @@ def stoppable(trainer: Trainer | None, checkpoint: Path | None) -> Iterator[None
             raise
         if trainer is None or trainer.is_global_zero:
             when = "before training" if trainer is None else f"after step {trainer.global_step}"
-            saved = trainer and trainer.checkpoint_callback._last_checkpoint_saved or checkpoint  # type: ignore[union-attr]
-            advice = f"go on with ckpt_path={saved}" if saved else "there is no checkpoint yet"
+            saved = trainer and trainer.checkpoint_callback._last_checkpoint_saved  # type: ignore[union-attr]
+            advice = _advice(saved, checkpoint, folder) if saved or checkpoint else "there is no checkpoint yet"
             print(f"{'Ctrl-C' if pressed else 'SIGTERM'}: stopped {when}; {advice}", file=sys.stderr)
         if pressed:
             raise KeyboardInterrupt from stop
@@ -65,6 +69,14 @@ def stoppable(trainer: Trainer | None, checkpoint: Path | None) -> Iterator[None
     finally:
         if main:
             signal.signal(signal.SIGTERM, earlier)
+
+
+def _advice(saved: str | None, checkpoint: Path | None, folder: Path | None) -> str:
+    """How to go on, as a command to paste if the run was started by one."""
+    changes = [override("ckpt_path", saved or checkpoint)]
+    if folder is not None and saved == str(last_checkpoint(folder)):
+        changes = ["ckpt_path=last", override("hydra.run.dir", folder)]
+    return f"go on with {(folder and command(folder, *changes)) or changes[0]}"
 
 
 def _end(*_: Any) -> None:

@@ -31,7 +31,6 @@ class PhaseSummary:
     tokens_per_second: float
     peak_memory_bytes: int
     step_seconds: float = 0.0
-    waited_seconds: float = 0.0
 
 
 @dataclass(config=_FORMAT)

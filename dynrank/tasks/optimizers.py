@@ -57,7 +57,10 @@ def make_optimizer(
     Raises:
         ConfigurationError: if a value cannot be used, or the optimizer's package is not installed.
     """
-    groups: list[dict[str, Any]] = [{"params": list(adapter)}, {"params": list(head), "lr": head_lr}]
+    groups: list[dict[str, Any]] = [
+        {"params": list(adapter), "name": "adapter"},
+        {"params": list(head), "lr": head_lr, "name": "head"},
+    ]
     if name == "dynrank.Muon":
         groups[1]["use_muon"] = False
     groups = [group for group in groups if group["params"]]

@@ -64,7 +64,27 @@ def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     assert "rank change at step 4" in capsys.readouterr().out
     rows = rows_of(tmp_path / "metrics.csv")
     assert [(row["step"], float(row["rank/mean"])) for row in rows if row["rank/mean"]] == [("0", 6.0), ("4", 3.0)]
-    assert not [name for name in rows[0] if name.endswith(("/0", "/2"))]  # a table of hundreds of columns helps nobody
+    assert not [
+        name for name in rows[0] if name.endswith(("/0", "/2")) and name != "lr/0"
+    ]  # a table of hundreds of columns helps nobody
+
+
+class Taken(lightning.Callback):
+    """The highest rate of each step, as the optimizer had it."""
+
+    def on_train_start(self, trainer, pl_module):
+        self.rates = []
+        (optimizer,) = trainer.optimizers
+        optimizer.register_step_post_hook(lambda *_: self.rates.append(max(g["lr"] for g in optimizer.param_groups)))
+
+
+def test_rate_that_is_logged_is_the_one_that_the_step_takes(changed):
+    """Raised after the change, and along a ramp; whatever schedulers and the group itself say."""
+    logger, taken = Keeping(), Taken()
+    stage = Stage(At(step=4), Rank(3), how=How(rate_after=2.0, rewarmup_steps=2))
+    changed(taken, RankMonitor(), logger=logger, stage=stage, accumulate_grad_batches=2)
+    assert logger.column("lr/0") == list(enumerate(pytest.approx(rate) for rate in taken.rates))
+    assert taken.rates[4] < taken.rates[0] < taken.rates[6] / 1.5
 
 
 def test_loggers_get_rank_energy_and_effective_rank_of_each_layer(changed):

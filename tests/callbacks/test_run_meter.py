@@ -2,12 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,24 +67,3 @@ def test_summary_of_a_run_has_its_phases(smoke_run):
     assert [phase["first_step"] for phase in summary["phases"]] == steps
     assert summary["peak_memory_bytes"] >= max(phase["peak_memory_bytes"] for phase in summary["phases"])
     assert all(phase["tokens_per_second"] > 0 for phase in summary["phases"])
-
-
-@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="needs Linux's scheduler statistics")
-def test_time_in_which_another_process_has_the_processor_is_counted():
-    meter, cores = RunMeter(), os.sched_getaffinity(0)
-    one = min(cores)
-    other = subprocess.Popen([sys.executable, "-c", f"import os\nos.sched_setaffinity(0, [{one}])\nwhile True: pass"])
-    try:
-        os.sched_setaffinity(0, [one])
-        while meter.phases[0].train_seconds < 0.5:
-            meter.on_train_batch_start(SimpleNamespace(), None, None, 0)
-            until = time.process_time() + 0.05
-            while time.process_time() < until:
-                pass
-            meter.on_train_batch_end(SimpleNamespace(global_step=0), None, None, {"attention_mask": torch.ones(1)}, 0)
-    finally:
-        os.sched_setaffinity(0, cores)
-        other.kill()
-        other.wait()
-    (phase,) = meter.phases
-    assert 0.2 < phase.waited_seconds / phase.train_seconds <= 1

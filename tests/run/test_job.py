@@ -109,3 +109,4 @@ def test_own_task_and_data_run_from_a_users_config_and_paths_stay_where_the_user
     ranks = json.loads((tmp_path / "run" / "summary.json").read_text())["final_ranks"]
     assert {rank for name, rank in ranks.items() if name.endswith("query")} == {3}
     assert json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text())["labels"] == ["bad", "good"]
+    assert "$ dynrank-train --config-dir mine task=own debug=smoke" in (tmp_path / "run/adapter/README.md").read_text()

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import signal
 import time
 import warnings
@@ -92,17 +93,19 @@ def assert_same(folder, whole):
 def test_stopped_run_goes_on_in_its_folder_to_the_same_bits(launch, settings, whole, number, after, code):
     returned, said = stopped(settings, number, after)
     assert returned == code, said
+    again = [*settings, "hydra.run.dir=run", "ckpt_path=last"]
     if number != signal.SIGKILL:
         reason = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
-        step, file = re.search(rf"{reason}: stopped after step (\d+); go on with ckpt_path=(\S+)", said).groups()
-        assert saved_step(Path(file)) == int(step)
+        step, pasted = re.search(rf"{reason}: stopped after step (\d+); go on with dynrank-train (.*)", said).groups()
+        assert saved_step(Path("run/checkpoints/last.ckpt")) == int(step)
+        again = shlex.split(pasted)
     hydra = {path.name: path.read_text() for path in Path("run/.hydra").iterdir()}
     assert hydra.keys() == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     code, _, message = launch(train.main, *settings, "seed=1", "hydra.run.dir=run")
     assert (code, "holds a run already" in message) == (2, True)
     assert {path.name: path.read_text() for path in Path("run/.hydra").iterdir()} == hydra
 
-    code, printed, message = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=last")
+    code, printed, message = launch(train.main, *again)
     assert (code, message) == (0, "")
     step, rank = re.search(r"goes on from +step (\d+) at rank (\S+), ", printed).groups()
     assert rank == ranks_at(whole, int(step))

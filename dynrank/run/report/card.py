@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from dynrank.run.summary import Summary
 __all__ = ["write_card"]
 
 
-def write_card(folder: Path, model: Any, summary: Summary, steps: int, given: Sequence[str] | None) -> None:
+def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: str | None) -> None:
     """Write README.md into the adapter's ``folder``.
 
     Args:
@@ -29,7 +27,7 @@ def write_card(folder: Path, model: Any, summary: Summary, steps: int, given: Se
         model: with its LoRA layers.
         summary: of the run.
         steps: of the optimizer.
-        given: overrides on the command line; None: not known.
+        command: that trains such an adapter; None: not known.
     """
     base = public_name(getattr(getattr(model, "config", None), "_name_or_path", ""))
     ranks: dict[str, list[int]] = {}
@@ -45,7 +43,7 @@ def write_card(folder: Path, model: Any, summary: Summary, steps: int, given: Se
         slot=slot_rank(max(layers.values())),
         summary=summary,
         steps=steps,
-        command=None if given is None else shlex.join(["dynrank-train", *given]),
+        command=command,
         version=__version__,
     )
     with whole_file(folder / "README.md") as part:

@@ -20,7 +20,6 @@ from dynrank.run.report.verdict import (
     next_commands,
     read_rival,
     run_name,
-    warnings,
 )
 
 __all__ = ["REPORT_FILE", "write_report"]
@@ -51,7 +50,6 @@ def write_report(folder: Path, config: str | None = None, against: Sequence[Path
             compared=compared([run.summary, *rivals.values()]),
             title=f"dynrank run {run_name(folder)}",
             conclusions=conclusions(run, rivals),
-            warnings=list(warnings(run)),
             kinds_of_loss=kinds_of_loss(run),
             around=partial(around, run),
             pictures=draw(run),

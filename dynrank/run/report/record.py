@@ -15,7 +15,8 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import span
-from dynrank.run.folder import GENERATIONS, HISTORY, METRICS, read_overrides
+from dynrank.run.command import read_overrides
+from dynrank.run.folder import GENERATIONS, HISTORY, METRICS
 from dynrank.run.summary import Summary, read_summary
 
 if TYPE_CHECKING:

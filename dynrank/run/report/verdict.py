@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import span
+from dynrank.run.command import command
 from dynrank.run.report.record import Change, RunRecord
 from dynrank.run.summary import Summary, read_summary
 
@@ -19,10 +21,9 @@ __all__ = [
     "next_commands",
     "read_rival",
     "run_name",
-    "warnings",
 ]
 
-LOSS, BUSY, WORSE, FAR = "val/loss", 0.1, 0.01, 0.3  # shares: of time waited; of loss lost by a change; of gap in loss
+LOSS, WORSE, FAR = "val/loss", 0.01, 0.3  # shares: of loss lost by a change; of gap in loss
 
 
 def read_rival(folder: Path) -> Summary:
@@ -51,13 +52,10 @@ def conclusions(run: RunRecord, rivals: Mapping[str, Summary]) -> Iterator[str]:
         tested = ", ".join(f"{name} {value:.4g}" for name, value in summary.test.items())
         yield f"{tested}, after {run.last_step:,} steps; the run took {summary.seconds:,.0f} s."
     for change in run.made[:4]:
-        before, after = around(run, change, LOSS)
-        if before is not None and after is not None:
+        found = around(run, change, LOSS)
+        if found.before is not None and found.after is not None:
             end = run.metrics[LOSS][1][-1]
-            yield (
-                f"Rank {change.ranks} at step {change.step:,}: {LOSS} {before:.4g} before, {after:.4g} after it "
-                f"({after / before - 1:+.1%}), {end:.4g} at the end."
-            )
+            yield f"Rank {change.ranks} at step {change.step:,}: {LOSS} {found}, {end:.4g} at the end."
     start, now = (
         sum(ranks[i][1] * sum(run.layers[name].shape) for name, ranks in run.ranks().items()) for i in (0, -1)
     )
@@ -88,17 +86,6 @@ def compared(runs: Iterable[Summary]) -> dict[str, list[str]]:
     return {name: [row.get(name, "–") for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
-def warnings(run: RunRecord) -> Iterator[str]:
-    """What keeps numbers of this run from meaning what they seem to."""
-    phases = run.summary.phases
-    waited, trained = (sum(getattr(phase, name) for phase in phases) for name in ("waited_seconds", "train_seconds"))
-    if trained and waited / trained > BUSY:
-        yield (
-            f"The machine was busy: training waited for a processor in {waited / trained:.0%} of its time. "
-            "Its seconds and tokens per second say nothing about ranks."
-        )
-
-
 def kinds_of_loss(run: RunRecord) -> str:
     """Why the two curves of loss cannot be held against each other."""
     config = run.settings
@@ -111,16 +98,61 @@ def kinds_of_loss(run: RunRecord) -> str:
     )
 
 
-def around(run: RunRecord, change: Change, metric: str) -> tuple[float | None, float | None]:
-    """The last value of ``metric`` before a change, and the first after it; a validation after n steps is in row n - 1.
+@dataclass(frozen=True)
+class Around:
+    """A metric by the validations next to a change.
 
-    Validations that check a change are made at its step: the first of several before it, the last one after it.
+    Attributes:
+        before: the last one before it; None: there was none.
+        after: the first one after it.
+        earlier: optimizer steps from the one before to the change.
+        later: optimizer steps from the change to the one after; 0: it validated what the change had left.
+    """
+
+    before: float | None
+    after: float | None
+    earlier: int = 0
+    later: int = 0
+
+    @property
+    def cost(self) -> float | None:
+        """What share of the metric the change added; None where training lies between the two validations."""
+        if self.before and self.after is not None and not self.earlier and not self.later:
+            return self.after / self.before - 1
+        return None
+
+    def __str__(self) -> str:
+        before, after = (f"{value:.4g}" if value is not None else "–" for value in (self.before, self.after))
+        if self.cost is not None:
+            return f"{before} before, {after} right after it ({self.cost:+.1%})"
+        return f"{before} {_steps(self.earlier, 'before')}, {after} {_steps(self.later, 'later')}"
+
+
+def _steps(count: int, where: str) -> str:
+    return f"{count} step{'s' if count > 1 else ''} {where}" if count else where
+
+
+def around(run: RunRecord, change: Change, metric: str) -> Around:
+    """``metric`` before and after a change; a validation after n steps is in row n - 1.
+
+    Validations that check a change (``max_regression``) are made at its step: the first of several before it, the last
+    one after it.
     """
     rows = list(zip(*run.metrics.get(metric, ([], [])), strict=True))
     at = [value for step, value in rows if step == change.step]
-    earlier, later = ([v for step, v in rows if step < change.step], [v for step, v in rows if step > change.step])
-    before, after = at[:1] if len(at) > 1 else earlier[-1:], at[-1:] or later[:1]
-    return before[0] if before else None, after[0] if after else None
+    before = [(change.step - 1 - step, value) for step, value in rows if step < change.step][-1:]
+    after = [(step + 1 - change.step, value) for step, value in rows if step >= change.step][:1]
+    if len(at) > 1 or (at and _checks(run.settings)):
+        before, after = [(0, at[0])] if len(at) > 1 else before, [(0, at[-1])]
+    (earlier, value_before), (later, value_after) = (*before, (0, None))[0], (*after, (0, None))[0]
+    return Around(value_before, value_after, earlier, later)
+
+
+def _checks(settings: object) -> bool:
+    """Whether ``max_regression`` is set anywhere in a configuration."""
+    if isinstance(settings, Mapping):
+        return settings.get("max_regression") is not None or any(map(_checks, settings.values()))
+    return isinstance(settings, list) and any(map(_checks, settings))
 
 
 def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
@@ -128,42 +160,31 @@ def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
     config, ranks = run.settings, sorted(set(run.summary.final_ranks.values()))
     middle = round(sum(run.summary.final_ranks.values()) / len(run.summary.final_ranks))
     if run.overrides is not None:
+
+        def train(*changes: str, without: tuple[str, ...] = ()) -> str:
+            return str(command(run.folder, *changes, without=("ckpt_path", *without)))
+
         if run.made:
             yield (
                 "the rank of the end from the start, to compare with",
-                _train(run, f"lora.rank={middle}", "schedule=fixed"),
+                train(f"lora.rank={middle}", "schedule=fixed", without=("schedule",)),
             )
-            losses = [around(run, change, LOSS) for change in run.made]
-            worst = max((after / before - 1 for before, after in losses if before and after), default=0.0)
-            if worst > WORSE:
-                yield (
-                    "undo a change that costs so much",
-                    _train(run, f"schedule.how.max_regression={WORSE}", keep="schedule"),
-                )
-            elif "schedule.final_rank" in config and ranks[0] > 1:
-                lower = f"schedule.final_rank={max(1, middle // 2)}"
-                yield "the change cost little: go lower", _train(run, lower, keep="schedule")
+            costs = [around(run, change, LOSS).cost for change in run.made]
+            worst, known = max((cost for cost in costs if cost is not None), default=0.0), None not in costs
+            if worst > WORSE or not known:
+                why = "undo a change that costs so much" if known else "measure what a change costs, and undo too much"
+                yield why, train(f"schedule.how.max_regression={WORSE}")
+            if worst <= WORSE and "schedule.final_rank" in config and ranks[0] > 1:
+                why = "the change cost little: go lower" if known else "a smaller adapter"
+                yield why, train(f"schedule.final_rank={max(1, middle // 2)}")
         if len(ranks) == 1:
             yield (
                 "one budget for all layers, in place of one rank",
-                _train(run, f"lora.rank={2 * middle}", "schedule=early_budget"),
+                train(f"lora.rank={2 * middle}", "schedule=early_budget", without=("schedule",)),
             )
         gap, loss = run.summary.gap, run.summary.final.get(LOSS)
         if gap is not None and loss and gap > FAR * loss and not config.get("lora.dropout"):
-            yield "the gap is wide: regularise", _train(run, "lora.dropout=0.1", keep="schedule")
-        yield "how far runs differ by chance", _train(run, "--multirun", "seed=1,2,3", keep="schedule")
+            yield "the gap is wide: regularise", train("lora.dropout=0.1")
+        yield "how far runs differ by chance", train("--multirun", "seed=1,2,3")
     yield "ask the adapter", shlex.join(["dynrank", "predict", str(run.folder / "adapter"), "a text"])
     yield "compare runs on this page", shlex.join(["dynrank", "report", str(run.folder), "--against", "RUN"])
-
-
-def _train(run: RunRecord, *changes: str, keep: str = "") -> str:
-    """The run's own command, with ``changes`` in the place of what they replace."""
-    replaced = {change.partition("=")[0] for change in changes} | {"hydra.run.dir", "ckpt_path"}
-    if not keep:
-        replaced |= {"schedule"}
-    kept = []
-    for override in run.overrides or ():
-        key = override.partition("=")[0].lstrip("+~")
-        if key not in replaced and not (not keep and key.startswith(("schedule.", "schedule/"))):
-            kept.append(override)
-    return shlex.join(["dynrank-train", *kept, *changes])

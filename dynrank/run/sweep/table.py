@@ -16,7 +16,8 @@ from rich.table import Table
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_facts, print_table
 from dynrank.output.whole_file import whole_file
-from dynrank.run.folder import HISTORY, read_overrides
+from dynrank.run.command import read_overrides
+from dynrank.run.folder import HISTORY
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 
 __all__ = ["FAULT", "TABLE", "Arm", "SweepRun", "arms", "read_sweep", "show_sweep"]

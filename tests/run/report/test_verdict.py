@@ -12,7 +12,7 @@ from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run.report.page import write_report
 from dynrank.run.report.record import read_run
-from dynrank.run.report.verdict import around, next_commands, warnings
+from dynrank.run.report.verdict import around, next_commands
 
 
 def edited(folder, **changes):
@@ -22,20 +22,27 @@ def edited(folder, **changes):
     return folder
 
 
+CHECKED = {"schedule.how": {"max_regression": 0.1}}
+
+
 @pytest.mark.parametrize(
-    ("rows", "expected"),
+    ("rows", "settings", "said"),
     [
-        ({9: 1.0, 19: 3.0}, (1.0, 3.0)),  # after 10 and 20 steps
-        ({9: 1.0, (10, "check"): 2.0, 19: 3.0}, (1.0, 2.0)),
-        ({9: 1.0, (10, "before"): 1.5, (10, "after"): 2.0, 19: 3.0}, (1.5, 2.0)),
-        ({19: 3.0}, (None, 3.0)),
-        ({}, (None, None)),
+        ({9: 1.0, 19: 3.0}, {}, "1 before, 3 10 steps later"),  # after 10 and 20 steps
+        ({7: 1.0, 10: 3.0}, {}, "1 2 steps before, 3 1 step later"),
+        ({9: 1.0, (10, "check"): 2.0, 19: 3.0}, CHECKED, "1 before, 2 right after it (+100.0%)"),
+        ({9: 1.0, (10, "before"): 1.5, (10, "after"): 2.0, 19: 3.0}, CHECKED, "1.5 before, 2 right after it (+33.3%)"),
+        ({19: 3.0}, {}, "– before, 3 10 steps later"),
+        ({}, {}, "– before, – later"),
     ],
 )
-def test_values_around_a_change_are_those_of_the_nearest_validations(rows, expected):
+def test_training_between_validations_is_not_credited_to_the_change(rows, settings, said):
     steps = [row[0] if isinstance(row, tuple) else row for row in rows]
-    run = SimpleNamespace(metrics={"val/loss": (steps, list(rows.values()))} if rows else {})
-    assert around(run, SimpleNamespace(step=10), "val/loss") == expected
+    metrics = {"val/loss": (steps, list(rows.values()))} if rows else {}
+    run = SimpleNamespace(metrics=metrics, settings=settings)
+    found = around(run, SimpleNamespace(step=10), "val/loss")
+    assert str(found) == said
+    assert (found.cost is None) == ("%" not in said)
 
 
 def test_first_lines_say_test_change_bytes_and_gap(run_folder, tmp_path, page_of):
@@ -47,9 +54,7 @@ def test_first_lines_say_test_change_bytes_and_gap(run_folder, tmp_path, page_of
     (before, after, end) = (losses[step] for step in (4, 10, 28))
     lines = page_of(write_report(folder)).texts("li")
     assert lines[0].startswith("test/loss 1.25, after 30 steps")
-    assert (
-        f"{before:.4g} before, {after:.4g} after it ({100 * (after / before - 1):+.1f}%), {end:.4g} at the" in lines[1]
-    )
+    assert f"{before:.4g} 5 steps before, {after:.4g} 1 step later, {end:.4g} at the end" in lines[1]
     # 4 of 5 layers went from 8 to 4
     assert "2.50 MB, 60% of what it began with" in lines[2]
     assert "gap is 0.7: validation loss 0.9, training loss 0.2" in lines[3]
@@ -69,16 +74,6 @@ def test_other_runs_stand_beside_it_and_their_differences_at_the_top(run_folder,
     with pytest.raises(ConfigurationError, match=r"--against.*empty"):
         write_report(tmp_path / "a", against=[tmp_path / "empty"])
     assert (tmp_path / "a" / "report.html").read_bytes() == before
-
-
-def test_busy_machine_is_named_and_an_idle_one_is_not(run_folder, tmp_path):
-    folder = run_folder(tmp_path)
-    phases = json.loads((folder / "summary.json").read_text())["phases"]
-    assert not list(warnings(read_run(folder)))  # of an earlier version, which did not measure it
-    for waited, said in ((0.1, 0), (1.0, 1)):  # of 2 s
-        edited(folder, phases=[{**phases[0], "waited_seconds": waited}])
-        assert len(list(warnings(read_run(folder)))) == said
-    assert "50%" in next(warnings(read_run(folder)))
 
 
 def test_layers_are_shown_closed_where_all_have_one_rank(run_folder, smoke_run, tmp_path, page_of):

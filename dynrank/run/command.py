@@ -1,0 +1,58 @@
+"""The command that a run was started with, as .hydra/ in its folder has it, and what to paste in its place."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_overrides(folder: Path) -> list[str] | None:
+    """What the run in ``folder`` was given on the command line, as Hydra writes it; None: not recorded."""
+    file = folder / ".hydra" / "overrides.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str | None:
+    """The command of the run in ``folder``, with ``changes`` in the place of what they replace; None: not recorded.
+
+    Args:
+        folder: of the run.
+        *changes: overrides and options.
+        without: keys, and groups with all of their keys, that are left out.
+    """
+    overrides = read_overrides(folder)
+    if overrides is None:
+        return None
+    left_out = {change.partition("=")[0] for change in changes} | {*without}
+    kept = []
+    for override in overrides:
+        key = override.partition("=")[0].lstrip("+~")
+        groups = re.split(r"[./@]", key)[0]
+        if override != "ckpt_path=last" and key not in left_out and groups not in {*without}:
+            kept.append(override)
+    return shlex.join(["dynrank-train", *_options(folder), *kept, *changes])
+
+
+def override(key: str, value: object) -> str:
+    """``key=value`` as Hydra's grammar has it."""
+    text = str(value)
+    return f"{key}={text}" if re.fullmatch(r"[\w./-]+", text) else f"{key}='" + text.replace("'", r"\'") + "'"
+
+
+def _options(folder: Path) -> list[str]:
+    """The options that say where configuration files are, relative to where the run was started if they lie there."""
+    file = folder / ".hydra" / "hydra.yaml"
+    hydra: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"] if file.exists() else {}
+    if not hydra:
+        return []
+    start, options = Path(hydra["runtime"]["cwd"]), []
+    for source in hydra["runtime"]["config_sources"]:
+        if source["provider"] == "command-line":
+            path = Path(source["path"])
+            options += ["--config-dir", str(path.relative_to(start) if path.is_relative_to(start) else path)]
+    return options + [given for given in hydra["overrides"]["hydra"] if given.startswith("hydra.searchpath=")]
