@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.tensor import DTensor
 
 from dynrank.callbacks.trainer.sigterm import SigtermNotice
+from dynrank.callbacks.trainer.validation import is_due
 from dynrank.distributed.processes import from_all
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.frozen_base import adapted_models, follow_base, without_base
@@ -37,14 +38,18 @@ class AdapterCheckpoint(ModelCheckpoint):
     ``trainer.save_checkpoint`` too; but Lightning asks no callback about files with ``weights_only``, which hold the
     base. A model with NaN or inf in its trained parameters is not saved.
 
-    SIGTERM in training, as before a job is preempted, lets the step (and a validation) end, saves ``last.ckpt`` in the
-    callback's folder and raises Lightning's SIGTERMException, which ends the program with exit code 0.
+    SIGTERM in training, as before a job is preempted, lets the step end, saves ``last.ckpt`` in the callback's folder
+    and raises Lightning's SIGTERMException, which ends the program with exit code 0. In a validation of one process it
+    does so after the batch, and the run goes on with the whole validation; several processes end it first.
 
     Under FSDP2 it needs ``save_distributed_checkpoint=False``: the adapter is whole in each process anyway.
     """
 
     _sigterm: SigtermNotice | None = None
     _seen_step = 0
+    # The state of the loops when the batch before a validation was over, and the one that is to be saved.
+    _before_validation: dict[str, Any] | None = None
+    _loops: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let checkpoints be written and read safely, and loaded without a base.
@@ -83,6 +88,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                 "AdapterCheckpoint needs a model with LoRA layers (dynrank.add_lora or PEFT); use ModelCheckpoint"
             )
         self._seen_step, self._sigterm = trainer.global_step, SigtermNotice()
+        self._before_validation = self._loops = None
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
@@ -93,8 +99,19 @@ class AdapterCheckpoint(ModelCheckpoint):
         if complete and self._sigterm is not None and self._sigterm.received(trainer):
             trainer._logger_connector.on_batch_end()  # what Lightning logs of a step it logs after this hook
             trainer._logger_connector.update_train_step_metrics()
-            self._save_checkpoint(trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
-            raise SIGTERMException
+            self._save_and_end(trainer)
+        # Several processes may have unlike numbers of batches, so they cannot agree on an end in a validation.
+        alone = trainer.world_size == 1 and is_due(trainer)
+        self._before_validation = trainer._checkpoint_connector._get_loops_state_dict() if alone else None
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self._before_validation is not None and self._sigterm is not None and self._sigterm.received(trainer):
+            self._loops = self._before_validation
+            self._save_and_end(trainer)
+
+    def _save_and_end(self, trainer: Trainer) -> None:
+        self._save_checkpoint(trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+        raise SIGTERMException
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the base out of ``checkpoint``.
@@ -103,6 +120,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             DivergedError: if a trained parameter holds NaN or inf; nothing has been written then.
         """
         _check_finite(pl_module)
+        checkpoint["loops"] = self._loops or checkpoint["loops"]
         trained = [
             parameter for optimizer in trainer.optimizers for parameter, state in optimizer.state.items() if state
         ]

@@ -22,7 +22,7 @@ from dynrank.run.export import export, held_bytes, servers, summarise
 from dynrank.run.folder import checkpoint_of, held
 from dynrank.run.loggers import check_loggers, finished
 from dynrank.run.overrides import check_keys
-from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run
+from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run, restoring
 from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
 from dynrank.run.trainer import make_trainer, quiet_training
@@ -69,7 +69,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             record()
         if first and checkpoint is not None:
             print(f"goes on from     step {step} at rank {ranks}, {checkpoint}")
-        trainer.fit(job.module, job.task, ckpt_path=checkpoint)
+        with restoring(checkpoint):
+            trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
         # There is one mapping for each data loader.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from inspect import signature
+from pathlib import Path
+from traceback import walk_tb
 from typing import Annotated, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -27,6 +30,17 @@ _LIMITS = {  # of keys that nothing else checks before training
     "trainer.max_steps": Annotated[int, Field(ge=-1)],
     "trainer.accumulate_grad_batches": Count,
     "trainer.val_check_interval": Positive,
+}
+
+
+# What a checkpoint has to hold, to go on from it.
+_PARTS = {
+    "state_dict": dict,
+    "optimizer_states": list,
+    "loops": dict,
+    "callbacks": dict,
+    "global_step": int,
+    "pytorch-lightning_version": str,
 }
 
 
@@ -99,15 +113,15 @@ def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: 
     Raises:
         ConfigurationError: if it comes from another model, base or optimizer.
     """
-    path, stored = config.ckpt_path, checkpoint["state_dict"]
+    path = config.ckpt_path
+    wrong = sorted(name for name, kind in _PARTS.items() if not isinstance(checkpoint.get(name), kind))
+    if wrong:
+        raise ConfigurationError(f"the checkpoint {path!r} lacks {wrong}, or holds something else there; set ckpt_path")
+    stored = checkpoint["state_dict"]
     try:
         optimizer = checkpoint["hyper_parameters"]["optimizer"]["name"]
     except (KeyError, TypeError):
         optimizer = "unknown"
-    needed = {"optimizer_states", "loops", "callbacks", "global_step", "pytorch-lightning_version"}
-    missing = {name for name in needed if checkpoint.get(name) is None}
-    if missing:
-        raise ConfigurationError(f"the checkpoint {path!r} lacks {sorted(missing)}; set ckpt_path")
     if optimizer != config.optimizer.name:
         raise ConfigurationError(
             f"the checkpoint {path!r} was made with optimizer.name={optimizer}, the run has {config.optimizer.name}; "
@@ -124,3 +138,19 @@ def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: 
             "set ckpt_path, task or lora.target_modules"
         )
     check_base(module, stored)
+
+
+@contextmanager
+def restoring(checkpoint: Path | None) -> Iterator[None]:
+    """Say which checkpoint it is if Lightning cannot restore a run from what it holds, deep inside."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        calls = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
+        places = [c.co_name for c in calls if c.co_filename.endswith("checkpoint_connector.py")]
+        if isinstance(error, ConfigurationError) or not any("restore" in place for place in places):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise ConfigurationError(
+            f"the checkpoint {str(checkpoint)!r} holds something else than a run writes: {said}; set ckpt_path"
+        ) from error

@@ -136,6 +136,26 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(other, named, lau
     assert not Path("run").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "content", "named"),
+    [
+        ("loops", None, r"lacks \['loops'\]"),
+        ("state_dict", None, r"lacks \['state_dict'\]"),
+        ("optimizer_states", {}, r"lacks \['optimizer_states'\]"),
+        ("loops", {"fit_loop": {}}, "something else than a run writes: KeyError"),
+        ("optimizer_states", [{"state": {}}], "something else than a run writes: KeyError"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_or_holds_something_else_is_refused(
+    part, content, named, launch, settings, whole
+):
+    content = {**torch.load(whole / "checkpoints" / "last.ckpt"), part: content}
+    torch.save(content, "other.ckpt")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=other.ckpt")
+    assert (code, "Traceback" in said) == (2, False), said
+    assert re.search(rf"other.ckpt.*{named}.*set ckpt_path", said, re.DOTALL), said
+
+
 class Trap:
     def __reduce__(self):
         return open, ("trapped", "w")

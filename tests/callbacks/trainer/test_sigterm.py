@@ -1,13 +1,18 @@
 """SIGTERM in training: the step ends, the run is saved, the process exits with 0, and a resume comes to equal bits."""
 
 import json
+import os
 import signal
 from pathlib import Path
 
 import forked
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from dynrank.callbacks import AdapterCheckpoint
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.schedules import Stage
+from dynrank.targets import Rank
+from dynrank.triggers import Plateau
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
 CASES = [  # (moment, how many pass before, step that is saved)
@@ -60,3 +65,28 @@ def test_after_training_sigterm_is_what_it_was_before(regression, tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     trainer(max_steps=3, callbacks=[AdapterCheckpoint(tmp_path)], enable_checkpointing=True).fit(make(), *data())
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+def test_sigterm_in_a_validation_ends_it_and_the_run_goes_on_with_it(fit, regression, assert_same, tmp_path):
+    def schedule():
+        return RankScheduler(Stage(Plateau("val/loss", patience=1, warmup_steps=0), Rank(3), deadline=0.9))
+
+    whole, _ = fit(schedule(), AdapterCheckpoint(tmp_path / "whole"))
+    stopped, seen = regression[0](), []
+    step = stopped.validation_step
+
+    def told_to_end(batch, batch_idx):
+        seen.append(batch_idx)
+        if len(seen) == 5:  # the first batch of two
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batch, batch_idx)
+
+    stopped.validation_step = told_to_end
+    with pytest.raises(SIGTERMException):
+        fit(schedule(), AdapterCheckpoint(tmp_path), module=stopped)
+    assert len(seen) == 5
+    scheduler = schedule()
+    resumed, _ = fit(scheduler, AdapterCheckpoint(tmp_path), ckpt_path=tmp_path / "last.ckpt")
+    assert_same(resumed, whole)
+    assert scheduler.driver.progress.observed_step > 5
