@@ -58,7 +58,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     quiet_training()
     checkpoint, goes_on = checkpoint_of(folder, config.ckpt_path), config.ckpt_path == "last"
     config.ckpt_path = str(checkpoint) if checkpoint is not None else None
-    with stoppable(None, checkpoint):
+    with stoppable(None, checkpoint, folder):
         job, meter = build(config), RunMeter()
         trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
     step, ranks = _reached(checkpoint) if checkpoint is not None else (0, "")

@@ -60,8 +60,9 @@ def stoppable(trainer: Trainer | None, checkpoint: Path | None, folder: Path | N
             raise
         if trainer is None or trainer.is_global_zero:
             when = "before training" if trainer is None else f"after step {trainer.global_step}"
-            saved = trainer and trainer.checkpoint_callback._last_checkpoint_saved  # type: ignore[union-attr]
-            advice = _advice(saved, checkpoint, folder) if saved or checkpoint else "there is no checkpoint yet"
+            saved = trainer.checkpoint_callback._last_checkpoint_saved if trainer else None  # type: ignore[union-attr]
+            saved = saved or (str(checkpoint) if checkpoint else None)
+            advice = _advice(saved, folder) if saved else "there is no checkpoint yet"
             print(f"{'Ctrl-C' if pressed else 'SIGTERM'}: stopped {when}; {advice}", file=sys.stderr)
         if pressed:
             raise KeyboardInterrupt from stop
@@ -71,9 +72,9 @@ def stoppable(trainer: Trainer | None, checkpoint: Path | None, folder: Path | N
             signal.signal(signal.SIGTERM, earlier)
 
 
-def _advice(saved: str | None, checkpoint: Path | None, folder: Path | None) -> str:
+def _advice(saved: str, folder: Path | None) -> str:
     """How to go on, as a command to paste if the run was started by one."""
-    changes = [override("ckpt_path", saved or checkpoint)]
+    changes = [override("ckpt_path", saved)]
     if folder is not None and saved == str(last_checkpoint(folder)):
         changes = ["ckpt_path=last", override("hydra.run.dir", folder)]
     return f"go on with {(folder and command(folder, *changes)) or changes[0]}"
