@@ -3,13 +3,14 @@
 ``layers`` measures one module of 32 experts (8 of them for a token), forward and backward: PEFT adds the update to the
 weights of all experts, ours multiplies each token by A and B of its own. Every round runs both once, in an order that
 is drawn. ``train FOLDER`` trains the experts of a model that pretrain_small.py has made, on the C++ headers of torch:
-rank 8 and 2 throughout, and 8 cut to the parameters of 2 at a third of the run.
-Run: .venv/bin/python scripts/bench_experts.py layers | train FOLDER [--steps N] [--seeds 0 1]
+rank 8 and 2 throughout, and 8 cut to the parameters of 2 at a third of the run, each at every rate.
+Run: .venv/bin/python scripts/bench_experts.py layers | train FOLDER [--steps N] [--seeds 0 1] [--rates R ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import tempfile
 from functools import partial
@@ -48,6 +49,7 @@ def main() -> None:
     train.add_argument("folder", type=Path)
     train.add_argument("--steps", type=int, default=150)
     train.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    train.add_argument("--rates", type=float, nargs="+", default=[2e-3, 5e-3])
     train.set_defaults(run=_train)
     options = parser.parse_args()
     options.run(options)
@@ -96,13 +98,13 @@ def _train(options: argparse.Namespace) -> None:
     tokenizer, splits = AutoTokenizer.from_pretrained(options.folder), cpp_headers()
     data = {name: _rows(tokenizer, [row["text"] for row in splits[name]]) for name in ("train", "test")}
     table = Table(title=f"experts on C++ headers, {options.steps} steps, seeds {options.seeds}")
-    for heading in ("rank", "loss", "kB", "ranks at the end"):
+    for heading in ("rank", "rate", "loss", "kB", "ranks at the end"):
         table.add_column(heading, justify="right")
-    for arm in ARMS:
-        runs = [_run(options, data, *ARMS[arm], seed) for seed in options.seeds]
+    for rate, arm in itertools.product(options.rates, ARMS):
+        runs = [_run(options, data, *ARMS[arm], rate, seed) for seed in options.seeds]
         losses = ", ".join(f"{loss:.4f}" for loss, _, _ in runs)
-        table.add_row(arm, losses, f"{runs[0][1] / 1e3:.1f}", runs[0][2])
-        print(arm, losses, flush=True)
+        table.add_row(arm, f"{rate:g}", losses, f"{runs[0][1] / 1e3:.1f}", runs[0][2])
+        print(rate, arm, losses, flush=True)
     table_console().print(table)
 
 
@@ -112,7 +114,9 @@ def _rows(tokenizer: Any, texts: list[str], length: int = 128) -> list[dict[str,
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def _run(options: argparse.Namespace, data: Any, rank: int, schedule: Any, seed: int) -> tuple[float, int, str]:
+def _run(
+    options: argparse.Namespace, data: Any, rank: int, schedule: Any, rate: float, seed: int
+) -> tuple[float, int, str]:
     """(loss on the test rows, bytes of the factors, lowest and highest rank) of a run."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(options.folder)
@@ -123,7 +127,7 @@ def _run(options: argparse.Namespace, data: Any, rank: int, schedule: Any, seed:
             output_dir=folder,
             max_steps=options.steps,
             per_device_train_batch_size=8,
-            learning_rate=2e-3,
+            learning_rate=rate,
             weight_decay=0.0,
             warmup_steps=10,
             save_strategy="no",

@@ -106,8 +106,8 @@ def export_adapter(
         check_free(out, source)
         beside = [*input_files(source), *source.glob(LABELS_FILE)]
         # SGLang takes no expression
-        modules = [name for name in adapter.layers if not is_parameter(name, adapter.config)]
-        listed = adapter.config.model_copy(update={"target_modules": modules})
+        targets = [name for name in adapter.layers if not is_parameter(name, adapter.config)]
+        listed = adapter.config.model_copy(update={"target_modules": targets})
         with whole_or_nothing(out) as folder:
             for file in beside:
                 shutil.copyfile(file, folder / file.name)

@@ -1,5 +1,6 @@
 """Experts that PEFT adapts as one tensor: each against its own dense SVD, and PEFT reading its own files."""
 
+import copy
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import dynrank
+from dynrank.change.replacement import Snapshot
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.layers.ranked import max_rank, width_of
@@ -105,6 +107,28 @@ def test_growth_leaves_every_expert_as_it_is_with_new_rows_orthogonal_to_its_own
             assert not (rows @ old_rows.mT).abs().gt(1e-12).any()
             assert rows.any(dim=1).all()
             assert not lora_B[:, old[name] :].any()
+
+
+def factors(model):
+    return {
+        name: (layer.lora_A.detach().clone(), layer.lora_B.detach().clone())
+        for name, layer in dynrank.lora_layers(model)
+    }
+
+
+def test_averages_move_by_the_same_maps_and_a_snapshot_gives_all_of_it_back(wrapped):
+    model = wrapped("Qwen3Moe")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    average = copy.deepcopy(model)
+    before, state = factors(model), copy.deepcopy(optimizer.state_dict())
+    snapshot = Snapshot(model, [optimizer], [average])
+    dynrank.resize(model, unlike(model), optimizers=[optimizer], averages=[average])
+    assert_close(factors(average), factors(model), rtol=0, atol=0)
+    snapshot.restore()
+    assert_close(factors(model), before, rtol=0, atol=0)
+    assert_close(optimizer.state_dict(), state, rtol=0, atol=0)
 
 
 def test_an_expert_that_no_token_has_reached_can_still_learn_after_the_cut(wrapped):

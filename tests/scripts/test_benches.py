@@ -43,6 +43,12 @@ def test_bench_layer(bench):
     assert saved["bf16", "0.1"] <= 0.3
 
 
+def test_bench_experts(bench):
+    rows = bench("bench_experts", "layers", "--rounds", "2", "--tokens", "16", "--width", "32")
+    assert [row[0] for row in rows] == ["16"]
+    assert float(rows[0][5]) < float(rows[0][6])  # bytes kept for the backward pass
+
+
 def test_bench_group(bench):
     readers = {"q, k": (64, {"q_proj": 64, "k_proj": 64})}
     models = {"tiny": lambda: llama(vocab_size=3000, use_cache=False)}
