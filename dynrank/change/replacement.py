@@ -61,7 +61,7 @@ class Replacement:
         for optimizer, parameter, state in self.states:
             yield partial(_put_state, optimizer, parameter, state)
         yield from configs
-        yield partial(forget_compiled, [layer for layer, *_ in self.factors])
+        yield forget_compiled
 
     def made(self) -> Iterator[Tensor]:
         """The tensors that were made for it, on the parameters' devices; what a state keeps is not among them."""

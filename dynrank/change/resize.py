@@ -107,11 +107,11 @@ def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[s
         if name not in layers:
             faults.append(f"no LoRA layer is named {name!r}")
             continue
-        most, why = max_rank(layers[name])
+        most = max_rank(layers[name])
         if not isinstance(rank, int) or isinstance(rank, bool):
             faults.append(f"{name!r}: rank must be an int, got {rank!r}")
         elif not 1 <= rank <= most:
-            faults.append(f"{name!r}: rank must be between 1 and {why} = {most}, got {rank}")
+            faults.append(f"{name!r}: rank must be between 1 and min(d_in, d_out) = {most}, got {rank}")
         if layers[name].merged:
             raise RuntimeError(f"{name!r} is merged; call unmerge() before changing its rank")
     if faults:

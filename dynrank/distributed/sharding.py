@@ -20,7 +20,7 @@ from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import take_peft_ranks
-from dynrank.layers.ranked import take_rank
+from dynrank.layers.ranked import max_rank, take_rank
 
 
 def shard_frozen(
@@ -143,7 +143,8 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
         raise sharded_error(changing)
     own = {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
     for name, layer in own.items():
-        take_rank(layer, name, factors.get(f"{name}.lora_A"), factors.get(f"{name}.lora_B"))
+        pair = (factors.get(f"{name}.{factor}") for factor in ("lora_A", "lora_B"))
+        take_rank(layer, name, *pair, most=max_rank(layer))
         layer.scaling = scalings.get(f"{name}._extra_state", layer.scaling)
     take_peft_ranks(model, saved)
 

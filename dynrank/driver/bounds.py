@@ -22,7 +22,7 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
     Its own final rank bounds every shrink, and is where it ends in the ``last`` stage.
     """
     rank, d_out, d_in = layer.rank, len(layer.lora_B), layer.lora_A[0].numel()
-    lowest, highest = layer.final_rank or 1, max_rank(layer)[0]
+    lowest, highest = layer.final_rank or 1, max_rank(layer)
     if layer.pinned:
         lowest = highest = rank
     elif layer.final_rank is not None and last:

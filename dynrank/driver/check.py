@@ -42,10 +42,12 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
         before = {name: ranges[index] for name, ranges in paths.items()}
         after = {name: ranges[index + 1] for name, ranges in paths.items()}
         for name, layer in free.items():
-            (most, why), (_, _, wanted) = max_rank(layer), after[name]
+            most, (_, _, wanted) = max_rank(layer), after[name]
             # PEFT may give a narrow layer a rank above it, and a cut takes that away.
             if wanted > max(most, before[name][1]):
-                faults.append(f"stage {index + 1}: rank {wanted} is above {why} = {most} of {name!r}; set {stage.key}")
+                faults.append(
+                    f"stage {index + 1}: rank {wanted} is above min(d_in, d_out) = {most} of {name!r}; set {stage.key}"
+                )
         known = all(low == high for low, high, _ in before.values())
         if isinstance(stage.to, Budget) and (known or not stage.to.is_relative):
             last = index == len(schedule) - 1

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
 from dynrank.kernels.lora_linear import Tap
-from dynrank.layers.compiled import compile_for_any_size
-from dynrank.layers.ranked import check_capacity, put_factors, take_rank
+from dynrank.layers.ranked import max_rank, put_factors, take_rank
 from dynrank.linalg import products
 
 
@@ -34,8 +33,6 @@ class LoRALayer(nn.Module):
         dtype: dtype of the factors; their device is the base's.
         backend: who makes the products with the factors of a linear layer, see
             :func:`dynrank.kernels.backends.products_of`; embeddings and convolutions have torch's only.
-        capacity: highest rank that the layer may get. Where it is given, code compiled by torch.compile serves every
-            rank from 2 to it; without, it is compiled anew for every rank.
         factors: (lora_A, lora_B) to start with, copied; drawn anew when None.
 
     Attributes:
@@ -47,8 +44,8 @@ class LoRALayer(nn.Module):
         rule: the key of the rank map that set its rank, if one did.
 
     Raises:
-        ConfigurationError: if ``rank``, ``dropout``, ``backend`` or ``capacity`` is out of range, or the base's class
-            computes something else than the plain layer.
+        ConfigurationError: if ``rank``, ``dropout`` or ``backend`` is out of range, or the base's class computes
+            something else than the plain layer.
     """
 
     supported: type[nn.Module]  # set by each subclass: the class of layer that it adapts
@@ -62,7 +59,6 @@ class LoRALayer(nn.Module):
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
-        capacity: int | None = None,
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
@@ -71,8 +67,7 @@ class LoRALayer(nn.Module):
             raise ConfigurationError(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {rank}")
         if not 0 <= dropout < 1:
             raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}; set lora.dropout")
-        check_capacity(capacity, rank)
-        self.backend, self.capacity = check_backend(backend), capacity
+        self.backend = check_backend(backend)
         self.base = base.requires_grad_(False)
         self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
         self.final_rank: int | None = None
@@ -90,7 +85,6 @@ class LoRALayer(nn.Module):
         else:
             lora_A, lora_B = (factor.detach().to(**place, copy=True).contiguous() for factor in factors)
             self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
-        self._let_rank_vary()
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
         self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
@@ -108,18 +102,9 @@ class LoRALayer(nn.Module):
         """Draw lora_A as PEFT does, in place."""
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
-    def _let_rank_vary(self) -> None:
-        if self.capacity is not None:
-            compile_for_any_size(self.lora_A, 0)
-            compile_for_any_size(self.lora_B, 1)
-
     def __getstate__(self) -> dict[str, Any]:
         """A copy, and a pickled layer, is not observed."""
         return {**vars(self), "_tap": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._let_rank_vary()
 
     @property
     def rank(self) -> int:
@@ -250,7 +235,8 @@ class LoRALayer(nn.Module):
 
 
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    take_rank(layer, prefix.removesuffix("."), *(state_dict.get(prefix + factor) for factor in ("lora_A", "lora_B")))
+    factors = (state_dict.get(prefix + factor) for factor in ("lora_A", "lora_B"))
+    take_rank(layer, prefix.removesuffix("."), *factors, most=max_rank(layer))
 
 
 def _refuse_merged(layer: LoRALayer, prefix: str, *_: Any) -> None:

@@ -42,7 +42,6 @@ class PeftLayer:
         adapter: name of one of its adapters.
     """
 
-    capacity: int | None = None  # its layers are compiled anew for every rank
     final_rank = _Note[int | None](None)
     highest = _Note[int | None](None)
     pinned = _Note(False)

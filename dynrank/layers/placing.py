@@ -20,7 +20,6 @@ from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.grouping import group_layers
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
-from dynrank.layers.ranked import check_capacity
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,7 +38,6 @@ def add_lora(
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-    capacity: int | None = None,
     group: bool | None = None,
 ) -> M:
     """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; nothing is changed before all is checked.
@@ -56,8 +54,6 @@ def add_lora(
         modules_to_save: names of modules that are trained whole and saved with the adapter (a fresh head).
         dtype: dtype of the factors.
         backend: who makes the products with the factors, see :func:`dynrank.kernels.backends.products_of`.
-        capacity: highest rank that a layer may get. Where it is given, a model compiled by torch.compile serves every
-            rank from 2 to it without being compiled again.
         group: layers that read one x (q, k, v; gate, up) share the pass over it, and dropout's mask; see
             :func:`dynrank.layers.grouping.group_layers`. None for where it pays: on a GPU, and where there is dropout.
 
@@ -85,8 +81,7 @@ def add_lora(
     alpha = alpha if alpha is not None else rank
     capped = [name for name, by_preset in chosen.items() if by_preset]
     resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha, capped=capped)
-    check_capacity(capacity, max((at.rank for at in resolved.values()), default=0))
-    options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend), "capacity": capacity}
+    options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend)}
     layers = {}
     for name, at in resolved.items():
         # a layer narrower than lora.rank gets the scaling of the others

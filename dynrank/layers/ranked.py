@@ -40,9 +40,6 @@ class RankedLayer(Protocol):
     def scaling(self) -> float: ...
 
     @property
-    def capacity(self) -> int | None: ...  # the highest rank that compiled code serves, if it serves several
-
-    @property
     def base(self) -> nn.Module: ...  # the frozen layer
 
     @property
@@ -59,27 +56,14 @@ class RankedLayer(Protocol):
     def observe(self) -> Callable[[Tap], Callable[[], None]] | None: ...  # None where nobody computes z = A x
 
 
-def max_rank(layer: RankedLayer) -> tuple[int, str]:
-    """(the highest rank that ``layer`` can take, what says so)."""
-    most = min(layer.lora_B.shape[0], layer.lora_A[0].numel())
-    if layer.capacity is not None and layer.capacity < most:
-        return layer.capacity, "lora.capacity"
-    return most, "min(d_in, d_out)"
+def max_rank(layer: RankedLayer) -> int:
+    """The highest rank that ``layer`` can take, min(d_in, d_out)."""
+    return min(len(layer.lora_B), layer.lora_A[0].numel())
 
 
 def width_of(layer: RankedLayer) -> int:
     """d_out + d_in, times the experts: the parameters of one direction."""
     return (layer.lora_B.shape[0] + layer.lora_A[0].numel()) * layer.experts
-
-
-def check_capacity(capacity: int | None, rank: int) -> None:
-    """Refuse a capacity below the rank that a layer starts with.
-
-    Raises:
-        ConfigurationError: if it is.
-    """
-    if capacity is not None and capacity < rank:
-        raise ConfigurationError(f"capacity must be at least the rank, {rank}, got {capacity}; set lora.capacity")
 
 
 @torch.no_grad()
@@ -90,10 +74,12 @@ def put_factors(layer: RankedLayer, lora_A: Tensor, lora_B: Tensor) -> None:
         parameter.set_(value)  # type: ignore[call-overload]
 
 
-def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tensor | None) -> None:
+def take_rank(
+    layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tensor | None, *, most: int | None = None
+) -> None:
     """Give the layer the rank of the factors that are about to be loaded; None for one that is missing.
 
-    torch reports missing factors by itself.
+    torch reports missing factors by itself. ``most`` is the highest rank that is taken; PEFT's layers may have any.
 
     Raises:
         ConfigurationError: if they are no factors of this layer.
@@ -106,7 +92,8 @@ def take_rank(layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tens
     d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A[0].numel(), lora_A.shape[0] // layer.experts
     rows = rank * layer.experts
     sizes = [(*factor.flatten(1).shape,) for factor in (lora_A, lora_B)]
-    if sizes != [(rows, d_in), (d_out, rows)] or rank < 1:
+    alike = lora_A.ndim == layer.lora_A.ndim and lora_B.ndim == layer.lora_B.ndim
+    if sizes != [(rows, d_in), (d_out, rows)] or not alike or not 1 <= rank <= (most or rank):
         raise ConfigurationError(
             f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
             f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"

@@ -32,7 +32,6 @@ class LoraConfig:
     dropout: float = MISSING
     rslora: bool = MISSING
     backend: str = MISSING
-    capacity: int | None = MISSING
     group: bool | None = MISSING
 
 
