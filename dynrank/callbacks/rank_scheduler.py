@@ -175,7 +175,7 @@ class LightningTraining(Training):
         return validate_beside(self.trainer, *_DEAF)[0]
 
     def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
-        return validate_beside(self.trainer, *_DEAF, monitor=monitor, silent=True)
+        return validate_beside(self.trainer, *_DEAF, monitor=monitor)
 
     def tell(self, hook: str, event: RankEvent) -> None:
         """Call ``hook(trainer, pl_module, event)`` of every callback that defines it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import io
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_callback import ExportableState, TrainerCallback
+from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from dynrank.adapters.save import save_adapter
@@ -76,7 +77,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             _follow(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        training = HFTraining(self, state, kwargs)
+        training = HFTraining(self, state, control, kwargs)
         _check_devices(args)
         _check_names(self)
         if process_count() > 1 and not ddp_modules(training.model):
@@ -88,12 +89,14 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.listening = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        training = HFTraining(self, state, kwargs)
+        training = HFTraining(self, state, control, kwargs)
         self._show_evaluated(training)
         self.driver.advance(training)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.driver.end_step(HFTraining(self, state, kwargs, steps_uncounted=1))  # the Trainer counts after this event
+        self.driver.end_step(
+            HFTraining(self, state, control, kwargs, steps_uncounted=1)
+        )  # the Trainer counts after this event
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if self.listening:
@@ -104,9 +107,11 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             self._evaluated |= _numbers(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        training = HFTraining(self, state, kwargs)
+        training = HFTraining(self, state, control, kwargs)
         if args.load_best_model_at_end:
-            training.optimizers = []  # it knows the last weights; those that have been loaded may have other ranks
+            # The optimizer and the gates know the last weights; those that have been loaded may have other ranks.
+            training.optimizers = []
+            self.driver.forget_gates()
         self._show_evaluated(training)
         self.driver.finish(training)
         self.listening = False
@@ -157,10 +162,15 @@ class HFTraining(Training):
     validate_by = "give the callback evaluate=lambda: trainer.evaluate()"
 
     def __init__(
-        self, callback: RankTrainerCallback, state: Any, kwargs: Mapping[str, Any], *, steps_uncounted: int = 0
+        self,
+        callback: RankTrainerCallback,
+        state: Any,
+        control: Any,
+        kwargs: Mapping[str, Any],
+        steps_uncounted: int = 0,
     ) -> None:
         super().__init__(kwargs["model"], [kwargs["optimizer"]], int(state.global_step) + steps_uncounted)
-        self.callback, self.state = callback, state
+        self.callback, self.state, self.control = callback, state, control
 
     def logged(self) -> Mapping[str, float]:
         return self.callback.logged
@@ -170,13 +180,20 @@ class HFTraining(Training):
         return self.callback.evaluate is not None
 
     def validate(self) -> Mapping[str, float]:
-        """Evaluate beside the run's own evaluations; triggers see nothing of it."""
+        """Evaluate beside the run's own evaluations; no callback hears of it, and nothing of it is left."""
         assert self.callback.evaluate is not None  # the driver has asked whether it is there
-        self.callback.listening = False
+        handlers = [o for o in gc.get_objects() if type(o) is CallbackHandler and self.callback in o.callbacks]
+        heard, logged = [handler.callbacks for handler in handlers], len(self.state.log_history)
+        control = dict(vars(self.control))
+        for handler in handlers:
+            handler.callbacks = []
         try:
             return _numbers(self.callback.evaluate())
         finally:
-            self.callback.listening = True
+            for handler, callbacks in zip(handlers, heard, strict=True):
+                handler.callbacks = callbacks
+            del self.state.log_history[logged:]
+            vars(self.control).update(control)
 
     def tell(self, hook: str, event: RankEvent) -> None:
         """Put the ranks after a change among what the Trainer has logged."""

@@ -8,18 +8,18 @@ from math import isfinite
 import torch
 
 from dynrank.change.gates import Gates
-from dynrank.change.replacement import Snapshot
 from dynrank.change.report import LayerReport
 from dynrank.change.resize import resize
 from dynrank.distributed.agreement import check_processes
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import CHECK_MONITOR, value
 from dynrank.driver.training import Training
+from dynrank.driver.trial import Trial
 from dynrank.schedules import How
 
 
 class Check:
-    """Whether a change costs more of the validated metric than the user allows, and the way back from one that does.
+    """Whether a change costs more of the validated metric than the user allows.
 
     Args:
         training: as it is before the change.
@@ -35,26 +35,18 @@ class Check:
         self._training, self._how = training, how
         self.before = self.value(training.validate() if validated is None else validated)
         self.most = (how.max_regression or 0.0) * abs(self.before)
-        self._snapshot = Snapshot(training.model, training.optimizers, training.averages)
 
-    def undo_if_worse(self) -> str | None:
-        """Validate the changed weights, and take the change back if it costs too much; return why, or None."""
+    def too_much(self) -> str | None:
+        """Validate the changed weights; return why the change has to be undone, or None."""
         after = self.value(self._training.validate())
         if self.allows(after):
             return None
-        self.undo()
         return f"undone: {self._how.check_monitor} {self.before:.4g} → {after:.4g}"
 
     def allows(self, after: float) -> bool:
         """Whether the metric may be ``after`` with the change; never where one of the two is not finite."""
         worse = after - self.before if self._how.check_mode == "min" else self.before - after
         return isfinite(worse) and worse <= self.most
-
-    def undo(self) -> None:
-        """Take the change back, as often as one is made."""
-        self._training.before_resize()
-        self._snapshot.restore()
-        self._training.after_resize()
 
     def value(self, metrics: Mapping[str, float]) -> float:
         """The metric in ``metrics``, as the mean over all processes."""
@@ -73,12 +65,18 @@ def attempt(
         how: how the change is made.
         gates: those that were watched for it; None where none had to be.
         check: may undo it; None: it stays.
+
+    An error or Ctrl-C on the way undoes it, too.
     """
     model, step = training.model, training.step
     check_processes(model, training.optimizers, f"before the change of rank at step {step}")
-    reports = change(training, targets, how, gates)
-    check_processes(model, training.optimizers, f"after the change of rank at step {step}")
-    undone = check.undo_if_worse() if check is not None else None
+    trial = Trial(training)
+    with trial, trial:
+        reports = change(training, targets, how, gates)
+        check_processes(model, training.optimizers, f"after the change of rank at step {step}")
+        undone = check.too_much() if check is not None else None
+        if undone is None:
+            trial.keep()
     return RankEvent(step, f"{undone} ({reason})" if undone else reason, tuple(reports), undone is not None)
 
 

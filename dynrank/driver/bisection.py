@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
+from math import inf, sqrt
+
+import torch
 
 from dynrank.change.gates import Gates
 from dynrank.change.report import LayerReport
@@ -11,6 +13,7 @@ from dynrank.distributed.processes import from_all
 from dynrank.driver.attempt import Check, attempt, change
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Batches, Training
+from dynrank.driver.trial import Trial
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import width_of
 from dynrank.schedules import How
@@ -48,12 +51,12 @@ def cut_to_smallest(
         return {name: rank for name, rank in ranks.items() if rank != layers[name].rank}
 
     def tried(steps: int) -> float:
-        reports = change(training, after(steps), how, gates)
-        try:
+        trial = Trial(training)
+        with trial, trial:
+            reports = change(training, after(steps), how, gates)
             metrics, cut = training.validate_batches(monitor)
-            trials[steps] = check.value(metrics), standard_error(batches, cut), reports
-        finally:
-            check.undo()
+            alike = [weight for _, weight in batches] == [weight for _, weight in cut]
+            trials[steps] = check.value(metrics), standard_error(batches, cut) if alike else inf, reports
         return trials[steps][0]
 
     low, high = 0, len(order)  # with all steps nothing is lost but what layers have to lose
@@ -64,8 +67,21 @@ def cut_to_smallest(
     if end not in trials:
         tried(end)
 
+    if end == 0 and check.allows(value := without_adapter(training, monitor, check)):
+        training.warn(
+            f"{monitor} is {check.before:.4g}, and {value:.4g} without any adapter: a tolerance of "
+            f"{how.max_regression:g} is more than the adapter has learned, so the ranks stay as they are; train "
+            "longer, or set schedule.tolerance lower"
+        )
+        found = f"{monitor} {check.before:.4g} → {value:.4g} without any adapter is within the tolerance, too"
+        return RankEvent(training.step, f"undone: {found} ({reason})", tuple(trials[end][2]), undone=True)
     value, noise, reports = trials[end]
-    if noise is not None and noise > check.most:
+    if any(noise == inf for _, noise, _ in trials.values()):
+        training.warn(
+            "the validations of the search were not of the same batches, so how far ranks were cut is chance; validate "
+            "data that are the same every time"
+        )
+    elif noise is not None and noise > check.most:
         training.warn(
             f"a tolerance of {how.max_regression:g} lets {monitor} get worse by {check.most:.2g}, less than the "
             f"standard error {noise:.2g} of that difference over the validated batches: how far ranks were cut is "
@@ -82,6 +98,16 @@ def cut_to_smallest(
     if end == high:
         return attempt(training, after(end), f"{reason}: {found}", how, gates, None)
     return RankEvent(training.step, f"undone: {found} ({reason})", tuple(reports), undone=True)
+
+
+@torch.no_grad()
+def without_adapter(training: Training, monitor: str, check: Check) -> float:
+    """The metric of the model whose layers have no update."""
+    trial = Trial(training)
+    with trial, trial:
+        for _, layer in lora_layers(training.model):
+            layer.lora_B.zero_()
+        return check.value(training.validate_batches(monitor)[0])
 
 
 def standard_error(before: Batches, after: Batches) -> float | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -20,6 +21,7 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, value, watched
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.training import Training
+from dynrank.driver.trial import undisturbed
 from dynrank.driver.watching import Watching
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.choosing import warn_of_pefts_frozen
@@ -87,6 +89,8 @@ class RankDriver:
         self._rates: list[Rates] = []
         # The last step that end_step() has taken in.
         self._ended_step = 0
+        # Whether it is of another schedule.
+        self._other = False
         # The state of a checkpoint waits here until training starts and brings layers and optimizers.
         self._loaded: Mapping[str, Any] = {}
 
@@ -139,6 +143,8 @@ class RankDriver:
             warn_of_pefts_frozen(training.model)
         check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training")
+        if self._other:
+            training.warn(f"the schedule is not the checkpoint's: this one is taken from step {training.step} on")
         if self._loaded:
             rates, watched_before, self._loaded = self._loaded["rates"], self._loaded["gates"], {}
             adapters = adapter_parameters(training.model)
@@ -195,6 +201,10 @@ class RankDriver:
                 f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
             )
 
+    def forget_gates(self) -> None:
+        """Drop what was watched; call it when other weights were loaded, which it says nothing of."""
+        self._watching.end()
+
     def abort(self) -> None:
         """Leave the layers, which may be trained again; a checkpoint written now still holds what was watched."""
         if self._watching.gates is not None:
@@ -206,6 +216,7 @@ class RankDriver:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
         return {
             **asdict(self.progress),
+            "stages": _written(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "gates": self._watching.state_dict(),
             "rates": [(rates.factor, rates.steps, rates.done) for rates in self._rates],
@@ -214,19 +225,28 @@ class RankDriver:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what :meth:`state_dict` returned; before :meth:`start`.
 
+        Stages that are still to come may be others than in the checkpoint: they are taken from here on.
+
         Raises:
-            ConfigurationError: if it is of a schedule of another number of stages, or damaged.
+            ConfigurationError: if stages that are over are not those of this schedule, or it is damaged.
         """
-        if len(state["triggers"]) != len(self.stages):
+        mine, theirs = _written(self.stages), [tuple(stage) for stage in state["stages"]]
+        over, self._other = state["stage"], theirs != mine
+        if theirs[:over] != mine[:over]:
             raise ConfigurationError(
-                f"the checkpoint was made under a schedule of {len(state['triggers'])} stages, this one has "
-                f"{len(self.stages)}; set schedule as it was"
+                f"the checkpoint was made under another schedule, of which these stages are over: {theirs[:over]}; "
+                f"here the first are {mine[:over]}. Set schedule as it was, but for stages to come"
             )
-        for stage, saved in zip(self.stages, state["triggers"], strict=True):
-            if isinstance(stage.when, Trigger) and saved is not None:
+        for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
+            if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
                 stage.when.load_state_dict(saved)
         self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
-        self._loaded, self._ended_step = state, 0
+        pending, gates = self.progress.pending, state["gates"]
+        if pending is not None and theirs[pending.stage][0] not in [when for when, _ in mine[pending.stage :][:1]]:
+            self.progress.pending = None
+        if gates is not None and theirs[gates["stage"]] not in mine[gates["stage"] :][:1]:
+            gates = None
+        self._loaded, self._ended_step = {**state, "gates": gates}, 0
 
     # Deciding
 
@@ -277,12 +297,13 @@ class RankDriver:
         decided = replace(decided, reason=reason)
         layers = dict(lora_layers(training.model))
         ranks = {name: layer.rank for name, layer in layers.items()}
-        for event in self._attempts(training, layers, decided, gates):
-            self.history.append(event)
-            training.tell("on_rank_change", event)
-            # These metrics belong to the weights before the change.
-            self.progress.metrics = {}
-            changed = not event.undone
+        with undisturbed(training.model) if how.max_regression is not None else nullcontext():
+            for event in self._attempts(training, layers, decided, gates):
+                self.history.append(event)
+                training.tell("on_rank_change", event)
+                # These metrics belong to the weights before the change.
+                self.progress.metrics = {}
+                changed = not event.undone
         self.progress.pending, self.progress.stage = None, index + 1
         for later in self.stages[index:]:
             if isinstance(later.when, Trigger):
@@ -329,6 +350,17 @@ class RankDriver:
             rates.remove()
         adapters = adapter_parameters(training.model)
         self._rates = [Rates(optimizer, adapters, factor, ramp) for optimizer in training.optimizers]
+
+
+def _written(stages: Sequence[Stage]) -> list[tuple[str, str]]:
+    """(when, and all of it) of each stage, as its user has set it."""
+
+    def words(value: object) -> str:
+        if not is_dataclass(value):
+            return repr(value)
+        return f"{type(value).__name__}({', '.join(words(getattr(value, f.name)) for f in fields(value) if f.init)})"
+
+    return [(words(stage.when), words(stage)) for stage in stages]
 
 
 def _stages_of(schedule: object) -> list[Stage]:

@@ -68,11 +68,12 @@ class Training:
 
     def before_resize(self) -> None:
         """Let go of what knows the factors' shapes; called before every change and before one is undone."""
-        self._torn = take_reducers(self.model)
+        self._torn = self._torn or take_reducers(self.model)
 
     def after_resize(self) -> None:
         """Take the factors' new shapes; called after every change and after one is undone."""
         give_back_reducers(self._torn)
+        self._torn = []
 
     def tell(self, hook: str, event: RankEvent) -> None:
         """Pass ``event`` to those who listen; hook is "on_rank_change"."""

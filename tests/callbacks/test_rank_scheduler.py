@@ -151,12 +151,17 @@ def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_o
         def on_validation_end(self, trainer, pl_module):
             saved.append(trainer.global_step)
 
+    class Reading(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            shown[trainer.global_step] = float(trainer.callback_metrics.get("val/loss", 0.0))
+
     stages = [
         Stage(At(step=8), Rank(3), how=How(max_regression=99.0)),
         Stage(Seeing(patience=99), Rank(2), deadline=1.0),
     ]
-    stop = EarlyStopping("val/loss", patience=1)
-    fit(RankScheduler(stages), Saving(tmp_path), stop, module=Module(), max_steps=15)
+    stop, shown = EarlyStopping("val/loss", patience=1), {}
+    fit(RankScheduler(stages), Saving(tmp_path), stop, Reading(), module=Module(), max_steps=15)
+    assert shown[9] == shown[8] > 0
     assert validated == [5, 8, 8, 10, 15]
     assert observed == [10, 15]
     assert saved == [5, 10, 15]

@@ -186,6 +186,52 @@ def test_best_model_comes_back_with_its_own_ranks(make, tmp_path):
     assert ranks(model) == {4}
 
 
+def test_gates_do_not_judge_weights_that_were_loaded_after_they_were_watched(tmp_path):
+    """The best checkpoint is of before; a cut after the last step is made of its weights, by weight."""
+    schedule, scores = (
+        callback([Stage(At(fraction=1.0), Rank(2), how=How(metric="gates", window=4))]),
+        iter(range(9, 0, -1)),
+    )
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    made = trainer(tmp_path, own(), schedule, **best, **EVALUATING, **SAVING)
+    made.compute_metrics = lambda _: {"score": next(scores)}
+    made.train()
+    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert [event.reason.partition(",")[2][:10] for event in schedule.history] == [" by weight"]
+
+
+class Stopping(TrainerCallback):
+    """Ends training at the fourth evaluation."""
+
+    def __init__(self):
+        self.evaluated = []
+
+    def on_evaluate(self, args, state, control, **_):
+        self.evaluated.append(state.global_step)
+        control.should_training_stop |= len(self.evaluated) == 4
+
+
+def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
+    """Not even in the random numbers of the dropout to come."""
+
+    def trained(stages):
+        worse, model, stopping = itertools.count(1), own(), Stopping()
+        schedule = RankTrainerCallback(stages, evaluate=lambda: made.evaluate() | {"eval_loss": float(next(worse))})
+        made = trainer(tmp_path, model, schedule, eval_strategy="steps", eval_steps=4)
+        made.add_callback(stopping)
+        made.train()
+        assert (made.state.global_step, stopping.evaluated) == (STEPS, [4, 8, STEPS])
+        rows = [sorted(row) for row in made.state.log_history if "rank/mean" not in row]
+        return rows, model.state_dict(), [event.undone for event in schedule.history]
+
+    how = How(**TOO_COSTLY | {"max_regression": 0.0})
+    plain, checked = (trained(stages) for stages in ([], [Stage(At(step=step), Rank(1), how=how) for step in (3, 5)]))
+    assert checked[2] == [True] * 4
+    assert plain[0] == checked[0]
+    for name, value in plain[1].items():
+        assert torch.equal(checked[1][name], value), name
+
+
 def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
     made = trainer(tmp_path, own(), callback(), **SAVING)
     made.train()

@@ -1,7 +1,10 @@
 """The driver in a loop of few lines: when it measures and acts, what it undoes, what it refuses, and its resume."""
 
+import copy
+import random
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +13,7 @@ import dynrank
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, after_convergence, auto
+from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.triggers import At, Plateau, Run
 
@@ -180,7 +183,8 @@ def test_layer_that_no_gradient_reaches_is_named_once():
 def test_resume_in_a_window_by_weight_drops_the_gates(tmp_path):
     drive(RankDriver(at(10, Rank(3), **WINDOW_OF_8)), folder=tmp_path)
     driver = RankDriver(at(10, Rank(3)))
-    drive(driver, folder=tmp_path, start=6)
+    with pytest.warns(UserWarning, match="not the checkpoint's"):
+        drive(driver, folder=tmp_path, start=6)
     assert [(event.step, event.reason) for event in driver.history] == [(10, "step 10")]
 
 
@@ -212,6 +216,58 @@ def test_change_that_costs_too_much_is_undone_exactly_and_tried_again_gentler():
         assert same is event.undone
         assert event.undone is event.reason.startswith("undone: val/loss")
     assert [event for _, event, _ in loop.told] == driver.history
+
+
+class Interrupted(Loop):
+    """Ctrl-C in the validation after the change."""
+
+    def validate(self):
+        if len(self.validations) == 1:
+            raise KeyboardInterrupt
+        return super().validate()
+
+
+def test_interrupt_in_the_validation_of_a_change_takes_it_back(monkeypatch):
+    driver, loop = RankDriver(at(5, Rank(1), max_regression=0.5)), Interrupted(6, torch.optim.AdamW)
+    driver.start(loop, Run(9))
+    loop.step = 5
+    before = copy.deepcopy(loop.model.state_dict())
+    with pytest.raises(KeyboardInterrupt):
+        driver.advance(loop)
+    assert not driver.history
+    assert driver.progress.pending.stage == 0
+    for name, value in loop.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():
+    loop, norm = Loop(6, torch.optim.AdamW), nn.BatchNorm1d(12)
+    loop.model.add_module("norm", norm)
+
+    def validate():
+        norm(X)
+        return {"val/loss": torch.rand(()).item() + random.random() + np.random.rand()}
+
+    def drawn():
+        return torch.rand(2).tolist(), random.random(), np.random.rand()
+
+    def seeded():
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+
+    seeded()
+    expected, buffers, loop.validate, driver = (
+        drawn(),
+        copy.deepcopy([*norm.buffers()]),
+        validate,
+        RankDriver(at(5, Rank(1), max_regression=9.0)),
+    )
+    driver.start(loop, Run(9))
+    loop.step = 5
+    seeded()
+    driver.advance(loop)
+    assert drawn() == expected
+    assert all(map(torch.equal, norm.buffers(), buffers))
+    assert loop.model[0].rank == 1
 
 
 def test_undone_change_leaves_the_run_as_if_it_had_not_been_tried():
@@ -303,5 +359,14 @@ def test_driver_and_checkpoint_of_another_run_are_refused(tmp_path):
     drive(driver, 6, folder=tmp_path)
     with pytest.raises(ConfigurationError, match="step 6 of another run"):
         drive(driver)
-    with pytest.raises(ConfigurationError, match="1 stages.*2"):
-        drive(RankDriver(after_convergence(3, drops=2)), folder=tmp_path, start=4)
+    with pytest.raises(ConfigurationError, match=r"another schedule.*At\(3.*At\(2"):
+        drive(RankDriver(at(2, Rank(3))), folder=tmp_path, start=4)
+
+
+def test_stages_to_come_may_be_others_than_in_the_checkpoint(tmp_path):
+    """A checkpoint in a window: what was watched for another stage is dropped, what is over stays."""
+    drive(RankDriver([at(3, Rank(5)), at(14, Rank(3), **WINDOW_OF_8)]), folder=tmp_path)
+    driver = RankDriver([at(3, Rank(5)), at(16, Rank(2)), at(20, Rank(1))])
+    with pytest.warns(UserWarning, match="not the checkpoint's: this one is taken from step 10 on"):
+        drive(driver, folder=tmp_path, start=10)
+    assert trajectory(driver) == [(3, 6, 5), (16, 5, 2), (20, 2, 1)]

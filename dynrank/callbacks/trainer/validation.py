@@ -36,30 +36,27 @@ class _Metrics(Callback):
         self.logged = validation_metrics(trainer)
 
 
-def validate_beside(
-    trainer: Trainer, *deaf: type[Callback], monitor: str = "", silent: bool = False
-) -> tuple[dict[str, float], Batches]:
+def validate_beside(trainer: Trainer, *deaf: type[Callback], monitor: str = "") -> tuple[dict[str, float], Batches]:
     """Validate now, beside the run's own validations; return the metrics, and each batch's part in ``monitor``.
+
+    Neither loggers nor who reads the trainer's metrics later learn of it.
 
     Args:
         trainer: between two batches of ``fit``.
         *deaf: classes of callbacks that hear nothing of it.
         monitor: a metric; it has parts if it is a mean over batches.
-        silent: whether neither loggers nor who reads the trainer's metrics later learn of it.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     connector, metrics = trainer._logger_connector, _Metrics(monitor)
     shown = {name: dict(getattr(connector, name)) for name in ("_callback_metrics", "_progress_bar_metrics")}
     trainer.callbacks = [*(c for c in callbacks if not isinstance(c, deaf)), metrics]  # type: ignore[attr-defined]
     try:
-        if silent:
-            connector.log_metrics = lambda *_, **__: None  # type: ignore[method-assign]
+        connector.log_metrics = lambda *_, **__: None  # type: ignore[method-assign]
         run_validation(trainer)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        if silent:
-            vars(connector).pop("log_metrics", None)
-            vars(connector).update(shown)
+        vars(connector).pop("log_metrics", None)
+        vars(connector).update(shown)
     return metrics.logged, metrics.batches
 
 

@@ -22,7 +22,7 @@ class Asking(lightning.Callback):
             self.shown.append(float(trainer.callback_metrics["val/loss"]))
             with torch.no_grad():
                 pl_module.net[2].lora_B.add_(1.0)
-                self.found = validate_beside(trainer, monitor="val/loss", silent=True)
+                self.found = validate_beside(trainer, monitor="val/loss")
                 net = pl_module.net.eval()
                 loader = trainer.val_dataloaders
                 self.expected = [(nn.functional.mse_loss(net(x), y).item(), float(len(x))) for x, y in loader]
