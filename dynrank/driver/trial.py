@@ -46,7 +46,7 @@ class Trial:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put back what validations move at the end: the random generators, and the model's buffers."""
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
     try:
         yield
