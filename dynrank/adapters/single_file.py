@@ -128,7 +128,10 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
         value = torch.full_like(like, 0, dtype=like.dtype if like.is_floating_point() else torch.float32)
         value += min(abs(scaling * ranks[name]) for name, (_, _, scaling) in factors.items())
         tensors |= {file.alphas.get(name, f"{name}.alpha"): value.clone() for name in ranks}
-        alpha = _alpha(value)  # as it is stored
+        try:
+            alpha = _alpha(value)  # as it is stored
+        except ValueError as fault:
+            raise ConfigurationError(f"the one alpha of all layers of {file.source!r} {fault}") from None
     for name, (lora_A, lora_B, scaling) in factors.items():
         fold = scaling / (alpha / ranks[name] if file.alphas else 1.0)
         for key, factor in zip(file.layers[name].keys, (lora_A, lora_B * fold), strict=True):
@@ -227,13 +230,14 @@ def _said_by_kohya(file: SingleFile, ranks: Mapping[str, int], alpha: float) -> 
     dim, conv_dim = (
         str(*kinds[of_filters]) if len(kinds.get(of_filters, ())) == 1 else "Dynamic" for of_filters in (False, True)
     )
-    said = {"ss_network_dim": dim, "ss_network_alpha": f"{alpha:g}"}
+    text = f"{alpha:g}" if file.alphas else dim
+    said = {"ss_network_dim": dim, "ss_network_alpha": text}
     try:
         arguments = json.loads(file.metadata.get("ss_network_args", ""))
     except (ValueError, RecursionError):
         return said
     if True in kinds and isinstance(arguments, dict) and "conv_dim" in arguments:
-        arguments |= {"conv_dim": conv_dim, "conv_alpha": f"{alpha:g}"}
+        arguments |= {"conv_dim": conv_dim, "conv_alpha": text if file.alphas else conv_dim}
         said["ss_network_args"] = json.dumps(arguments)
     return said
 

@@ -193,6 +193,11 @@ def test_metadata_follow_and_hashes_are_those_of_the_new_file(tmp_path):
     squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "3.safetensors", energy=0.7)
     assert metadata_of(tmp_path / "3.safetensors")["ss_network_dim"] == "Dynamic"
 
+    save_file({key: value for key, value in before.items() if "alpha" not in key}, tmp_path / "b.safetensors", TRAINED)
+    squeeze_adapter(tmp_path / "b.safetensors", tmp_path / "4.safetensors", rank=2)
+    found = metadata_of(tmp_path / "4.safetensors")
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("2", "2")
+
 
 def test_layers_that_are_at_their_rank_already_keep_their_bits(tmp_path):
     before = kohya(tmp_path / "a.safetensors", torch.float16, alphas=[2], ranks=[2])
@@ -291,6 +296,7 @@ HOSTILE = {
     "alpha 0": (tensors(alpha=torch.tensor(0.0)), {}, "'x' must have a number other than 0 for alpha, got"),
     "alpha NaN": (tensors(alpha=torch.tensor(torch.nan)), {}, "other than 0 for alpha, got"),
     "alpha 1e300": (tensors(alpha=torch.tensor(1e300, dtype=torch.float64)), {}, "other than 0 for alpha, got"),
+    "alpha that its dtype loses": (tensors(alpha=torch.tensor(6e-8).half()), {}, "the one alpha .* other than 0"),
     "two alphas": (tensors(alpha=torch.ones(2)), {}, "other than 0 for alpha, got"),
     "alpha twice": (UNET | {"unet.x.alpha": torch.tensor(2.0)}, settings(), "says alpha twice"),
     "no LoRA": ({"x.weight": torch.ones(3)}, {}, r"holds no plain LoRA layers; its tensors are \['weight'\]"),
