@@ -12,9 +12,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.tasks.adapter_module import IGNORED
-from dynrank.tasks.data.stdlib import parses
-
-__all__ = ["OF_LOGITS", "OF_TEXTS", "chosen"]
+from dynrank.tasks.python_source import parsed
 
 
 class Share(Metric):
@@ -56,7 +54,7 @@ def first_line(text: str, answers: Sequence[str], prompt: str) -> bool:
 
 def python(text: str, answers: Sequence[str], prompt: str) -> bool:
     """Whether something was written, and is Python behind its prompt."""
-    return bool(text) and parses(prompt + text)
+    return bool(text) and parsed(prompt + text) is not None
 
 
 # The first are of the logits and labels of an evaluation, the others of texts that greedy decoding writes.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
+from math import inf
 from typing import Annotated, Any
 
 import datasets
@@ -19,10 +21,10 @@ from dynrank.errors import ConfigurationError, validated_call
 from dynrank.models.pretrained import load_classifier
 from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import AdapterModule
-from dynrank.tasks.data.rows import each
-from dynrank.tasks.text_task import TextTask
+from dynrank.tasks.data.rows import counted
+from dynrank.tasks.text_task import Recipe, TextTask
 
-__all__ = ["Classification", "Classifier"]
+_WHOLE = re.compile("0|-?[1-9][0-9]*")
 
 
 class Classification(TextTask):
@@ -59,13 +61,12 @@ class Classification(TextTask):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         sizes = {"batch_size": batch_size, "evaluation_size": 4 * batch_size}
-        super().__init__(model, data, "classification", **sizes, seed=seed, settings=settings)
-        self.max_length, self.label_smoothing, self.limit = max_length, label_smoothing, limit
+        super().__init__(model, data, "classification", **sizes, seed=seed, limit=limit, settings=settings)
+        self.max_length, self.label_smoothing = max_length, label_smoothing
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
-        labels, several = [str(label) for label in self.labels], self.several
-        rest: Any = {"settings": asdict(self.settings), "several": several, "on_meta": on_meta}
-        return Classifier(self.model, labels, lora, optimizer, self.label_smoothing, **rest)
+        rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
+        return Classifier(self.model, self.labels, lora, optimizer, self.label_smoothing, **rest)
 
     @property
     def several(self) -> bool:
@@ -73,31 +74,23 @@ class Classification(TextTask):
         return isinstance(self.rows["train"][0]["label"], list)
 
     @cached_property
-    def labels(self) -> list[Any]:
-        """The labels of the training texts, sorted: those of the classes."""
-        found = {split: self._labels_of(rows) for split, rows in self.rows.items()}
-        labels = found["train"]
-        unknown = set().union(*found.values()) - labels
-        if len({type(label) for label in labels}) > 1 or len(labels) < 2 or unknown:
-            raise ConfigurationError(
-                f"labels of the training texts must be two or more texts, or two or more ints, got {[*labels][:9]}; "
-                f"not among them, but in other splits: {[*unknown][:9]}; set data"
-            )
-        return sorted(labels)
+    def labels(self) -> list[str]:
+        """The labels of the training texts, sorted, whole numbers by their size: those of the classes."""
+        labels, *others = ({*counted(rows)} for rows in self.rows.values())
+        unknown = sorted(set().union(*others) - labels)
+        if len(labels) < 2 or unknown:
+            only = f"; not among them, but in other splits: {unknown[:9]}" if unknown else ""
+            few = f"training texts must have two or more labels, got {sorted(labels)[:9]}"
+            raise ConfigurationError(f"{few}{only}; set data")
+        return sorted(labels, key=lambda label: (int(label), "") if _WHOLE.fullmatch(label) else (inf, label))
 
-    def _labels_of(self, rows: datasets.Dataset) -> set[Any]:
-        rows = rows.select_columns("label")  # else all columns were written anew
-        return {label for row in each(rows) for label in row["label"]} if self.several else {*rows.unique("label")}
-
-    def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+    def recipe(self, split: str) -> Recipe:
         label = datasets.Sequence(datasets.Value("bool")) if self.several else datasets.Value("int32")
         ids, kinds = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
-        features = {"input_ids": ids, "label": label, "length": datasets.Value("int32")}
-        if self.limit is not None:  # from everywhere: the rows may be sorted
-            rows = rows.select(range(0, len(rows), max(1, len(rows) // self.limit))[: self.limit])
-        pairs = {"token_type_ids": kinds} if "text_pair" in rows.column_names else {}
+        features = {"input_ids": ids, "label": label, "length": datasets.Value("int32"), "cut": datasets.Value("int32")}
+        pairs = {"token_type_ids": kinds} if "text_pair" in self.rows["train"].column_names else {}
         options = {"max_length": self.max_length, "labels": self.labels}
-        return self.tokenised(rows, _make_examples, datasets.Features(features | pairs), **options)
+        return Recipe(_make_examples, datasets.Features(features | pairs), options)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         names = [name for name in ("input_ids", "token_type_ids") if name in examples[0]]
@@ -107,14 +100,21 @@ class Classification(TextTask):
 
 
 def _make_examples(
-    rows: Mapping[str, list[Any]], *, tokenizer: Any, max_length: int, labels: list[Any]
+    rows: Mapping[str, list[Any]], *, tokenizer: Any, max_length: int, labels: list[str]
 ) -> dict[str, list[Any]]:
     texts = [rows[name] for name in ("text", "text_pair") if name in rows]
     options = {"return_token_type_ids": len(texts) > 1, "return_attention_mask": False}
-    made = tokenizer(*texts, truncation=True, max_length=max_length, **options)
+    made = tokenizer(*texts, **options, verbose=False)
+    cut_off = [len(ids) > max_length for ids in made["input_ids"]]
+    if any(cut_off):
+        long = [i for i, is_long in enumerate(cut_off) if is_long]
+        cut = tokenizer(*([text[i] for i in long] for text in texts), truncation=True, max_length=max_length, **options)
+        for name, column in cut.items():
+            for i, values in zip(long, column, strict=True):
+                made[name][i] = values
     index = {label: i for i, label in enumerate(labels)}
     values = [[one in given for one in labels] if isinstance(given, list) else index[given] for given in rows["label"]]
-    return {**made, "label": values, "length": [len(ids) for ids in made["input_ids"]]}
+    return {**made, "label": values, "length": [len(ids) for ids in made["input_ids"]], "cut": cut_off}
 
 
 class Classifier(AdapterModule):

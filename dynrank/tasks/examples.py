@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import datasets
 
 from dynrank.tasks.chats import tokens_of_chat
-from dynrank.tasks.packing import Example, pack
-
-__all__ = ["FEATURES", "make_examples"]
 
 _IDS, _FLAGS = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("bool"))
+_NUMBER, _TEXT = datasets.Value("int32"), datasets.Value("string")
 # learned: of each token; lengths: of the examples in a packed row; prompt_length: in tokens, where there is a prompt
 FEATURES = datasets.Features(
-    {"input_ids": _IDS, "learned": _FLAGS, "lengths": _IDS, "length": datasets.Value("int32")}
-    | {"prompt": datasets.Value("string"), "answer": datasets.Value("string"), "prompt_length": datasets.Value("int32")}
+    {"input_ids": _IDS, "learned": _FLAGS, "lengths": _IDS, "length": _NUMBER, "cut": _NUMBER}
+    | {"prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER}
 )
+
+
+class Example(NamedTuple):
+    """Tokens, which of them to learn, and whether more of a text follow in another example.
+
+    Of a prompt with an answer there are the texts and the prompt's number of tokens, too.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+    prompt: str = ""
+    answer: str = ""
+    prompt_length: int = 0
+    cut: bool = False
 
 
 def make_examples(
@@ -39,7 +51,8 @@ def make_examples(
         lengths = [len(example.ids) for example in row]
         ids, learned = [i for e in row for i in e.ids], [own for e in row for own in e.learned]
         kept = (row[0].prompt, row[0].answer) if texts else ("", "")
-        values = (ids, learned, lengths, sum(lengths), *kept, row[0].prompt_length)
+        cut = sum(example.cut for example in row)
+        values = (ids, learned, lengths, sum(lengths), cut, *kept, row[0].prompt_length)
         for name, value in zip(FEATURES, values, strict=True):
             made[name].append(value)
     return made
@@ -67,7 +80,20 @@ def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int) ->
         whole = [*ids, tokenizer.eos_token_id]
         for start in range(0, len(whole), max_length):  # a longer text is cut
             piece = whole[start : start + max_length]
-            yield Example(piece, [True] * len(piece))
+            yield Example(piece, [True] * len(piece), cut=start == 0 and len(whole) > max_length)
+
+
+def pack(examples: Iterable[Example], length: int) -> list[list[Example]]:
+    """Examples of up to ``length`` tokens each, in their order, put into rows of up to ``length``."""
+    rows: list[list[Example]] = []
+    room = -1
+    for example in examples:
+        if len(example.ids) > room:
+            rows.append([])
+            room = length
+        rows[-1].append(example)
+        room -= len(example.ids)
+    return rows
 
 
 _OF = {"completion": _of_completions, "chat": _of_chats, "text": _of_texts}

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import datasets
 import torch
-from lightning.pytorch.utilities import rank_zero_only
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
-from dynrank.errors import ConfigurationError, validated_call
+from dynrank.errors import ConfigurationError, Count, Steps, validated_call
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import IGNORED, AdapterModule
@@ -24,11 +21,7 @@ from dynrank.tasks.chats import check_template
 from dynrank.tasks.examples import FEATURES, make_examples
 from dynrank.tasks.loader import spread
 from dynrank.tasks.packing import check_packing, positions
-from dynrank.tasks.text_task import TextTask
-
-__all__ = ["LanguageModel", "LanguageModeling"]
-
-Count = Annotated[int, Field(ge=1)]
+from dynrank.tasks.text_task import Recipe, TextTask
 
 
 class LanguageModeling(TextTask):
@@ -36,9 +29,9 @@ class LanguageModeling(TextTask):
 
     A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 where
     there is nothing to learn; where rows are packed, position_ids start again with each example. Examples that do not
-    fit whole into ``max_length`` are left out, which is said; texts are cut into pieces that do. A batch whose answers
-    are to be written has input_ids and attention_mask of prompts, padded on the left, and the texts in ``prompts`` and
-    ``answers``; the answer of a chat is its last turn of the assistant.
+    fit whole into ``max_length`` are left out, which ``account`` says; texts are cut into pieces that do. A batch whose
+    answers are to be written has input_ids and attention_mask of prompts, padded on the left, and the texts in
+    ``prompts`` and ``answers``; the answer of a chat is its last turn of the assistant.
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.models.names.model_source`.
@@ -73,8 +66,8 @@ class LanguageModeling(TextTask):
         max_length: Count = 256,
         measures: Sequence[Literal["perplexity", "accuracy", "bleu", "exact_match", "parses"]] = ("perplexity",),
         val_examples: Count | None = None,
-        val_generate: Annotated[int, Field(ge=0)] = 0,
-        generate: Annotated[int, Field(ge=0)] = 0,
+        val_generate: Steps = 0,
+        generate: Steps = 0,
         max_new_tokens: Count = 64,
         indented: bool = False,
         seed: int = 0,
@@ -82,8 +75,8 @@ class LanguageModeling(TextTask):
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         sizes: Any = {"batch_size": batch_size, "evaluation_size": 2 * batch_size, "val_examples": val_examples}
-        super().__init__(model, data, form, **sizes, seed=seed, settings=settings)
-        self.packed, self.max_length, self.limit = packed, max_length, limit
+        super().__init__(model, data, form, **sizes, seed=seed, limit=limit, settings=settings)
+        self.packed, self.max_length = packed, max_length
         self.measures, self.val_generate, self.generate = list(measures), val_generate, generate
         self.max_new_tokens, self.indented = max_new_tokens, indented
         written = [name for name in self.measures if name in OF_TEXTS or name == "accuracy"]
@@ -107,16 +100,9 @@ class LanguageModeling(TextTask):
             _ = self.rows  # what is wrong with them is said before weights load
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
-    def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        options = {"max_length": self.max_length, "packed": self.packed, "texts": split != "train"}
-        made = self.tokenised(rows, make_examples, FEATURES, form=self.form, **options)
-        if not len(made):
-            long = f"no example of {split} fits into {self.max_length} tokens"
-            raise ConfigurationError(f"{long}; set task.max_length")
-        if len(made) < len(rows) and not self.packed:
-            _say(f"left out         {len(rows) - len(made):,} of {len(rows):,} {split} examples, longer than "
-                 f"task.max_length={self.max_length}")  # fmt: skip
-        return spread(made, self.limit)
+    def recipe(self, split: str) -> Recipe:
+        options = {"form": self.form, "max_length": self.max_length, "packed": self.packed, "texts": split != "train"}
+        return Recipe(make_examples, FEATURES, options)
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [torch.tensor(example["input_ids"]) for example in examples]
@@ -244,11 +230,6 @@ class LanguageModel(AdapterModule):
         )
         texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
         return texts
-
-
-@rank_zero_only
-def _say(text: str) -> None:
-    print(text)
 
 
 def _indented(text: str) -> str:

@@ -1,39 +1,14 @@
-"""Several examples in one row, none of which sees another."""
+"""Several examples in one row, none of which sees another: their positions, and a check of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-
-__all__ = ["Example", "check_packing", "pack", "positions"]
-
-
-class Example(NamedTuple):
-    """Tokens, which of them to learn, and of a prompt with an answer the texts and the prompt's number of tokens."""
-
-    ids: list[int]
-    learned: list[bool]
-    prompt: str = ""
-    answer: str = ""
-    prompt_length: int = 0
-
-
-def pack(examples: Iterable[Example], length: int) -> list[list[Example]]:
-    """Examples of up to ``length`` tokens each, in their order, put into rows of up to ``length``."""
-    rows: list[list[Example]] = []
-    room = -1
-    for example in examples:
-        if len(example.ids) > room:
-            rows.append([])
-            room = length
-        rows[-1].append(example)
-        room -= len(example.ids)
-    return rows
 
 
 def positions(lengths: Iterable[int]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,13 +17,30 @@ from torch.utils.data import DataLoader
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.models.settings import ModelSettings
-from dynrank.tasks.data.rows import Form, bars_on_terminals
-from dynrank.tasks.data.splits import rows_by_split
+from dynrank.tasks.account import SplitAccount, print_account
+from dynrank.tasks.data.cache import filling, processes
+from dynrank.tasks.data.columns import Form
+from dynrank.tasks.data.rows import column_of, counted
+from dynrank.tasks.data.splits import Checked, rows_by_split
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
-__all__ = ["TextTask"]
+CACHED = 2  # counted up when examples are made otherwise, so that older ones in a cache are not taken
 
-CACHED = 1  # counted up when examples are made otherwise, so that older ones in a cache are not taken
+
+@dataclass(frozen=True)
+class Recipe:
+    """How rows become examples.
+
+    Attributes:
+        make: from a batch of rows, as a mapping of columns, ``tokenizer`` and ``options`` to a batch of examples.
+        features: of the examples. ``length`` is the number of tokens, ``lengths``, if it is there, that of each of
+            several examples in one, and ``cut`` how many texts in it were cut.
+        options: all that makes a difference, beside the rows and the tokenizer; ``max_length`` is one.
+    """
+
+    make: Callable[..., Any]
+    features: datasets.Features
+    options: Mapping[str, Any]
 
 
 class TextTask(LightningDataModule):
@@ -30,7 +48,7 @@ class TextTask(LightningDataModule):
 
     Training draws them as :class:`dynrank.tasks.loader.ResumableLoader` does. A validation and a test take each example
     once, by length; a test takes the test examples, those of a validation, and as many training examples. Subclasses
-    have :meth:`examples_of` and :meth:`collate`. Data and examples are memory-mapped where they come from files.
+    have :meth:`recipe` and :meth:`collate`. Data and examples are memory-mapped where they come from files.
 
     Args:
         model: name of the model whose tokenizer makes the examples.
@@ -40,7 +58,12 @@ class TextTask(LightningDataModule):
         evaluation_size: examples per batch of a validation or test, at most.
         val_examples: that a validation takes; None for all.
         seed: of the order of the training batches.
+        limit: keep only this many examples of each split; None keeps all.
         settings: how the model is loaded, see :class:`dynrank.models.settings.ModelSettings`.
+
+    Attributes:
+        examples: by split, once they are made.
+        account: what each split came to.
     """
 
     def __init__(
@@ -53,17 +76,19 @@ class TextTask(LightningDataModule):
         evaluation_size: int,
         seed: int,
         val_examples: int | None = None,
+        limit: int | None = None,
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.settings = ModelSettings(**settings or {})
         self.model, self.data, self.form = model, data, form
         self.batch_size, self.evaluation_size = batch_size, evaluation_size
-        self.seed, self.val_examples = seed, val_examples
+        self.seed, self.val_examples, self.limit = seed, val_examples, limit
         self.examples: Mapping[str, datasets.Dataset] = {}
+        self.account: dict[str, SplitAccount] = {}
 
-    def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        """The examples of a split's rows; the column ``length`` has their numbers of tokens."""
+    def recipe(self, split: str) -> Recipe:
+        """How the rows of a split become examples."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -71,7 +96,7 @@ class TextTask(LightningDataModule):
         raise NotImplementedError
 
     @cached_property
-    def rows(self) -> dict[str, datasets.Dataset]:
+    def rows(self) -> Checked:
         """The data by split, checked."""
         return rows_by_split(self.data, self.form)
 
@@ -81,30 +106,44 @@ class TextTask(LightningDataModule):
         self._tokenizer_hash = Hasher.hash(tokenizer)  # before it is used, which changes what it remembers
         return tokenizer
 
-    def tokenised(
-        self, rows: datasets.Dataset, make: Callable[..., Any], features: datasets.Features, **options: Any
-    ) -> datasets.Dataset:
-        """Examples of ``rows``, taken from the cache on disk if the same were made before.
+    def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
+        """The examples of a split's rows, taken from the cache on disk if the same were made before.
 
-        Args:
-            rows: of a split.
-            make: from a batch of rows, as a mapping of columns, the tokenizer and ``options`` to a batch of examples.
-            features: of the examples.
-            **options: all that makes a difference, beside the rows and the tokenizer.
+        Raises:
+            ConfigurationError: if no row fits, or the cache cannot be written to.
         """
-        tokenizer = self.tokenizer  # sets its hash
-        key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, make.__qualname__, options)
-        bars_on_terminals()
-        return rows.map(
-            make,
-            batched=True,
-            fn_kwargs={"tokenizer": tokenizer, **options},
-            remove_columns=rows.column_names,
-            features=features,
-            keep_in_memory=not rows.cache_files,
-            new_fingerprint=Hasher.hash(key),
-            desc="tokenising",
+        recipe, tokenizer = self.recipe(split), self.tokenizer  # sets its hash
+        several = "lengths" in recipe.features
+        rows = rows if several else spread(rows, self.limit)
+        how = (recipe.make.__qualname__, recipe.options)
+        key = (CACHED, rows._fingerprint, self._tokenizer_hash, type(tokenizer).__name__, *how)
+        with filling():
+            made = rows.map(
+                recipe.make,
+                batched=True,
+                fn_kwargs={"tokenizer": tokenizer, **recipe.options},
+                remove_columns=rows.column_names,
+                features=recipe.features,
+                keep_in_memory=not rows.cache_files,
+                new_fingerprint=Hasher.hash(str(key)),
+                num_proc=processes(len(rows)),
+                desc=f"tokenising {split}",
+            )
+        if not len(made):
+            long = f"no example of {split} fits into {recipe.options['max_length']} tokens"
+            raise ConfigurationError(f"{long}; set task.max_length")
+        texts = len(column_of(made, "lengths").combine_chunks().flatten()) if several else len(made)
+        whole, made = made, spread(made, self.limit)
+        self.account[split] = SplitAccount(
+            rows=len(rows),
+            examples=len(made),
+            tokens=int(_lengths(made).sum()),
+            max_length=recipe.options["max_length"],
+            left_out=max(0, len(rows) - texts),
+            cut=int(column_of(whole, "cut").to_numpy().sum()),
+            classes=counted(rows) if "label" in rows.column_names else {},
         )
+        return made
 
     @property
     def share(self) -> tuple[int, int]:
@@ -116,7 +155,10 @@ class TextTask(LightningDataModule):
         self.setup("fit")
 
     def setup(self, stage: str) -> None:
-        self.examples = self.examples or {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
+        if not self.examples:
+            self.examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
+            self.account["train"].dropped = self.rows.dropped
+            print_account(self.account)
 
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]

@@ -1,139 +1,199 @@
-"""What a row of data holds: its columns by form, the names that these usually have, and what may be wrong with it."""
+"""Rows of users' data, read as a form has them and checked in one pass; all faults are listed at once."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import blake2b
+from typing import Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from dynrank.errors import ConfigurationError, shown
+from dynrank.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns
 
-__all__ = ["COLUMNS", "Form", "bars_on_terminals", "check_rows", "each", "find_columns", "form_of"]
-
-Form = Literal["classification", "completion", "chat", "text"]
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "classification": ("text", "label"),  # and text_pair, if there is one
-    "completion": ("prompt", "answer"),
-    "chat": ("messages",),
-    "text": ("text",),
-}
-_USUAL = {  # names in users' files, in lower case
-    "text": ("text", "sentence", "body", "content", "review", "document", "text1", "sentence1", "premise", "question"),
-    "text_pair": ("text_pair", "text2", "sentence2", "hypothesis"),
-    "label": ("label", "labels", "class", "category", "topic", "target", "intent", "sentiment", "tags"),
-    "prompt": ("prompt", "instruction", "question", "input", "query"),
-    "answer": ("answer", "completion", "response", "output", "target"),
-    "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue"),
-}
+SHOWN = 20  # faults in one message
+_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_TEXT = datasets.Value("string")
 
 
-def find_columns(names: Sequence[str], given: Mapping[str, str | None], form: str, where: str) -> dict[str, str]:
-    """{a column's name here: its name in the data}, for all columns of a form.
+def features_of(columns: Columns) -> datasets.Features:
+    """Types of what :func:`read_rows` makes."""
+    made: dict[str, Any] = dict.fromkeys(COLUMNS[columns.form], _TEXT)
+    if columns.form == "chat":
+        made["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
+    if "text_pair" in columns.names:
+        made["text_pair"] = _TEXT
+    if columns.several:
+        made["label"] = datasets.List(_TEXT)
+    return datasets.Features(
+        {**made, "digest": datasets.Value("int64"), "place": datasets.Value("int64"), "fault": _TEXT}
+    )
+
+
+def read_rows(places: Iterable[int], rows: Iterable[Mapping[str, Any] | str], columns: Columns) -> dict[str, list[Any]]:
+    """Our columns of rows, with a digest of the text, the place of each, and what is wrong with it, or null.
 
     Args:
-        names: of the columns that there are.
-        given: what the user calls them; None: as usual.
-        form: of the rows.
+        places: of the rows in their file, such as lines.
+        rows: as they stand there; or what is wrong, where there is no row.
+        columns: of the rows.
+    """
+    made: dict[str, list[Any]] = {name: [] for name in features_of(columns)}
+    for place, row in zip(places, rows, strict=True):
+        found = row if isinstance(row, str) else _READ[columns.form](_renamed(row, columns), columns)
+        values: Mapping[str, Any] = {"fault": found} if isinstance(found, str) else found
+        text = str(values.get(COLUMNS[columns.form][0]))
+        digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
+        values = {**values, "digest": digest, "place": place}
+        for name, column in made.items():
+            column.append(values.get(name))
+    return made
+
+
+def check_rows(rows: datasets.Dataset, where: str, unit: str) -> datasets.Dataset:
+    """What :func:`read_rows` made, without the column of faults.
+
+    Args:
+        rows: all of them.
         where: the data, for errors.
+        unit: what the places count: line or row.
 
     Raises:
-        ConfigurationError: if one is missing.
+        ConfigurationError: that lists what is wrong with them, or says that there are none.
     """
-    found: dict[str, str] = {}
-    for ours in (*COLUMNS[form], *(["text_pair"] if form == "classification" else [])):
-        by_name = {name.lower(): name for name in reversed(names) if name not in found.values()}
-        theirs = given.get(ours) or next((by_name[usual] for usual in _USUAL[ours] if usual in by_name), None)
-        if theirs in names:
-            found[ours] = str(theirs)
-        elif theirs is not None or ours in COLUMNS[form]:
-            wanted = f"column {theirs!r}" if theirs else f"{ours} column by a usual name ({', '.join(_USUAL[ours])})"
-            raise ConfigurationError(f"{where} has no {wanted}; it has {[*names]}; set data.columns.{ours}")
+    if not len(rows):
+        raise ConfigurationError(f"{where} has 0 rows; correct it")
+    faults = column_of(rows, "fault")
+    wrong = pc.indices_nonzero(pc.is_valid(faults))
+    if len(wrong):
+        places = column_of(rows, "place").take(wrong[:SHOWN]).to_pylist()
+        pairs = zip(places, faults.take(wrong[:SHOWN]).to_pylist(), strict=True)
+        refuse(where, [f"{unit} {place} {fault}" for place, fault in pairs], len(wrong), "correct")
+    return rows.remove_columns("fault")
+
+
+def check_labels(rows: datasets.Dataset, where: str, unit: str) -> None:
+    """Refuse a label of a single row: either nothing is learned of it, or nothing is known of how well."""
+    single = [label for label, count in counted(rows).items() if count == 1]
+    if single:
+        first: dict[str, int] = {}
+        batch = rows.select_columns(["label", "place"]).with_format("arrow")[:]
+        is_list = pa.types.is_list(batch["label"].type)
+        labels = pc.list_flatten(batch["label"]) if is_list else batch["label"]
+        places = batch["place"].take(pc.list_parent_indices(batch["label"])) if is_list else batch["place"]
+        first = {label: places[pc.index(labels, label).as_py()].as_py() for label in single[:SHOWN]}
+        said = [f"{unit} {place} alone has the label {label!r}" for label, place in first.items()]
+        refuse(where, said, len(single), "add rows to, or take out,")
+
+
+def refuse(where: str, said: Sequence[str], count: int, advice: str) -> None:
+    """Raise one error about ``count`` faults of the data, of which the first are ``said``."""
+    if count == 1:
+        raise ConfigurationError(f"{where}: {said[0]}; {advice} it")
+    more = [f"and {count - len(said):,} more"] if count > len(said) else []
+    raise ConfigurationError("\n  ".join([f"{where}:", *said, *more]) + f"\n{advice} these {count:,}")
+
+
+def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
+    """A column of the rows, as Arrow has it."""
+    found: pa.ChunkedArray = rows.select_columns(name).with_format("arrow")[:][name]
     return found
 
 
-def form_of(names: Sequence[str], forms: Sequence[Form], where: str) -> tuple[Form, dict[str, str]]:
-    """The first of ``forms`` whose columns are among ``names``, as they are usually called, and what they are here.
-
-    Raises:
-        ConfigurationError: if there is none.
-    """
-    for form in forms:
-        with suppress(ConfigurationError):
-            return form, find_columns(names, {}, form, where)
-    wanted = ", or ".join(" and ".join(COLUMNS[form]) for form in forms)
-    raise ConfigurationError(f"{where} must have the columns {wanted}, by usual names; it has {[*names]}; rename them")
+def counted(rows: datasets.Dataset) -> dict[str, int]:
+    """{label: how many rows have it}, the most frequent first."""
+    labels = column_of(rows, "label")
+    if pa.types.is_list(labels.type):
+        labels = pc.list_flatten(labels)
+    counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(labels).to_pylist()}
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
-def bars_on_terminals() -> None:
-    """Let datasets show its progress where somebody watches, and nowhere else."""
-    (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
+def _renamed(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    named = {ours: row.get(theirs) for ours, theirs in columns.names.items()}
+    if columns.classes is not None and named["label"] is not None:
+        label = named["label"]
+        names = columns.classes
+        named["label"] = [names[i] for i in label] if isinstance(label, list | tuple) else names[label]
+    return named
 
 
-def each(rows: datasets.Dataset) -> Iterator[dict[str, Any]]:
-    """The rows one by one, read a thousand at a time."""
-    for batch in rows.iter(1000):
-        for values in zip(*batch.values(), strict=True):
-            yield dict(zip(batch, values, strict=True))
+def _fault(value: Any, name: str) -> str:
+    """What is wrong with a text, or ""."""
+    if value is None:
+        return f"has no {name}"
+    if not isinstance(value, str):
+        return f"must have a text as its {name}, got {shown(value)}"
+    if not value.strip():
+        return f"has an empty {name}"
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return f"is not UTF-8 in its {name}: {shown(value)}"
+    return ""
 
 
-def check_rows(rows: datasets.Dataset | Iterable[Mapping[str, Any]], form: str, where: str) -> None:
-    """Refuse a row that cannot be used.
-
-    Args:
-        rows: with our names of columns.
-        form: of them.
-        where: the data, for errors.
-
-    Raises:
-        ConfigurationError: naming the first such row by its number, from 1 on, or that there is none.
-    """
-    number = 0
-    for number, row in enumerate(each(rows) if isinstance(rows, datasets.Dataset) else rows, start=1):
-        fault: str = _FAULTS[form](row)
-        if fault:
-            raise ConfigurationError(f"{where}: row {number} {fault}; correct it, or set data")
-    if number == 0:
-        raise ConfigurationError(f"{where} has 0 rows; set data")
-
-
-def _no_text(row: Mapping[str, Any], column: str) -> str:
-    value = row.get(column)
-    if value is None or (isinstance(value, str) and not value.strip()):
-        return f"has no {column}" if value is None else f"has an empty {column}"
-    return "" if isinstance(value, str) else f"must have a text as its {column}, got {shown(value)}"
-
-
-def _of_class(row: Mapping[str, Any]) -> str:
-    label = row.get("label")
-    several = label if isinstance(label, list | tuple) else [label]
+def _classified(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
+    label = row["label"]
     if label is None or label == "":
         return "has no label"
-    if any(not isinstance(one, str | int) for one in several):
+    labels = [*label] if isinstance(label, list | tuple) else [label]
+    if any(not isinstance(one, str | int) and not (isinstance(one, float) and one.is_integer()) for one in labels):
         return f"must have texts or ints as labels, got {shown(label)}"
-    return _no_text(row, "text") or (_no_text(row, "text_pair") if "text_pair" in row else "")
+    if isinstance(label, list | tuple) and not columns.several:
+        return f"must have one label, as the first rows have, got {shown(label)}"
+    # a whole float is an int of a column that lacks some
+    names = [str(int(one)) if isinstance(one, float) else str(one) for one in labels]
+    faults = [_fault(row[name], name) for name in ("text", "text_pair") if name in row]
+    fault = next(filter(None, [*faults, *(_fault(name, "label") for name in names)]), "")
+    return fault or {**row, "label": names if columns.several else names[0]}
 
 
-def _of_chat(row: Mapping[str, Any]) -> str:
+def _completed(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
+    fault = _fault(row["prompt"], "prompt") or _fault(row["answer"], "answer")
+    if fault or not row.get("input"):
+        return fault or row
+    # Alpaca's: the instruction is about it
+    return _fault(row["input"], "input") or {**row, "prompt": f"{row['prompt']}\n{row['input']}"}
+
+
+def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
     turns = row.get("messages")
+    if "prompt" in row:
+        made = _completed(row, columns) if isinstance(row["prompt"], str) else row
+        if isinstance(made, str):
+            return made
+        # a text each, or turns, as TRL has them
+        parts = (("user", made["prompt"]), ("assistant", made["answer"]))
+        turns = [turn for role, part in parts for turn in (part if isinstance(part, list) else [_turn(role, part)])]
     if not isinstance(turns, list | tuple) or not turns:
         return "has no messages"
+    messages = [_turn("system", row["system"])] if row.get("system") else []
     for turn in turns:
-        if not isinstance(turn, Mapping) or not isinstance(turn.get("role"), str):
-            return f"must have messages with a role and a content, got {shown(turn)}"
-        if _no_text(turn, "content"):
-            return f"has a message of the {turn['role']} that {_no_text(turn, 'content')}"
-    roles = [turn["role"] for turn in turns if turn["role"] != "system"]
+        pairs = [pair for pair in KEYS_OF_A_TURN if isinstance(turn, Mapping) and isinstance(turn.get(pair[0]), str)]
+        if not pairs:
+            return f"must have messages with a role and a content, or from and value, got {shown(turn)}"
+        role = turn[pairs[0][0]].lower()
+        messages.append(_turn(_ROLES.get(role, role), turn.get(pairs[0][1])))
+    for message in messages:
+        fault = _fault(message["content"], "content")
+        if fault:
+            return f"has a message of the {message['role']} that {fault}"
+    roles = [message["role"] for message in messages if message["role"] != "system"]
     if roles[:1] != ["user"]:
         return f"is a chat that starts with the {roles[0] if roles else 'system'}, not with the user"
-    return "" if "assistant" in roles else "is a chat without a turn of the assistant"
+    return {"messages": messages} if "assistant" in roles else "is a chat without a turn of the assistant"
 
 
-_FAULTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "classification": _of_class,
-    "completion": lambda row: _no_text(row, "prompt") or _no_text(row, "answer"),
-    "chat": _of_chat,
-    "text": lambda row: _no_text(row, "text"),
+def _turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+_READ: dict[str, Callable[[dict[str, Any], Columns], dict[str, Any] | str]] = {
+    "classification": _classified,
+    "completion": _completed,
+    "chat": _chatted,
+    "text": lambda row, columns: _fault(row["text"], "text") or row,
 }

@@ -7,14 +7,25 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
+from datasets.fingerprint import Hasher
 
-from dynrank.errors import ConfigurationError
-from dynrank.tasks.data.rows import COLUMNS, check_rows, find_columns
-
-__all__ = ["SPLITS", "Pairs", "number_of", "place", "rows_by_split"]
+from dynrank.errors import ConfigurationError, shown
+from dynrank.tasks.data.cache import READ, filling, processes
+from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Columns, find_columns
+from dynrank.tasks.data.rows import check_rows, features_of, read_rows
 
 SPLITS = ("train", "val", "test")
 Pairs = dict[str, list[tuple[str, str]]]
+
+
+class Checked(dict[str, datasets.Dataset]):
+    """Rows of each split with our names of columns, every one of them as its form has it.
+
+    Attributes:
+        dropped: rows that are left out of the training split, since their text stands in another one's file.
+    """
+
+    dropped: int = 0
 
 
 def number_of(key: str, seed: int) -> int:
@@ -35,8 +46,8 @@ def place(key: str, seed: int, train: float, val: float) -> str:
     return "train" if share < train else "val" if share < val else "test"
 
 
-def rows_by_split(data: Any, form: str) -> dict[str, datasets.Dataset]:
-    """The rows of train, val and test with our names of columns (see :data:`dynrank.tasks.data.rows.COLUMNS`).
+def rows_by_split(data: Any, form: str) -> Checked:
+    """The rows of train, val and test with our names of columns (see :data:`dynrank.tasks.data.columns.COLUMNS`).
 
     Args:
         data: a mapping from ``train``, ``val`` and ``test`` to a ``datasets.Dataset``, or to a list of mappings or of
@@ -47,34 +58,60 @@ def rows_by_split(data: Any, form: str) -> dict[str, datasets.Dataset]:
         ConfigurationError: if a split or a column is missing, or a row cannot be used.
     """
     splits: Any = data() if callable(data) else data
+    if isinstance(splits, Checked):
+        return splits
     if not isinstance(splits, Mapping) or not splits.keys() >= {*SPLITS}:
-        found = sorted(splits) if isinstance(splits, Mapping) else splits
-        raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {found!r:.200}; set data")
-    return {split: _rows(splits[split], form, f"data, {split}") for split in SPLITS}
+        found = sorted(splits) if isinstance(splits, Mapping) else shown(splits)
+        raise ConfigurationError(f"data must have the splits {[*SPLITS]}, got {found}; set data")
+    return Checked({split: _rows(splits[split], form, f"data, {split}") for split in SPLITS})
 
 
 def _rows(part: Any, form: str, where: str) -> datasets.Dataset:
-    if not isinstance(part, datasets.Dataset):
-        part = _of_list(list(part), form, where)
-    columns = find_columns(part.column_names, {}, form, where)
-    rows = part.select_columns([*columns.values()])
-    rows = rows.rename_columns({theirs: ours for ours, theirs in columns.items() if theirs != ours})
-    classes = getattr(rows.features.get("label"), "names", None)  # of a ClassLabel, whose rows are numbers
-    if classes is not None:
-        names = [classes[i] if i is not None else None for i in rows["label"]]
-        rows = rows.remove_columns("label").add_column("label", names)
-    check_rows(rows, form, where)
-    return rows
+    if isinstance(part, datasets.Dataset):
+        columns = find_columns(sample_of(part), {}, form, where, part.features)
+        return read_dataset(part, columns, where).remove_columns(["digest", "place"])
+    rows = [_named(row, form) for row in part]
+    columns = find_columns([row for row in rows if isinstance(row, Mapping)] or [{}], {}, form, where)
+    made = datasets.Dataset.from_dict(read_rows(range(1, len(rows) + 1), rows, columns), features_of(columns))
+    return check_rows(made, where, "row").remove_columns(["digest", "place"])
 
 
-def _of_list(rows: list[Any], form: str, where: str) -> datasets.Dataset:
+def _named(row: Any, form: str) -> Mapping[str, Any] | str:
     names = COLUMNS[form]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, Mapping) and not (isinstance(row, Sequence) and len(row) == len(names)):
-            raise ConfigurationError(f"{where}: row {number} must be {' and '.join(names)}, got {row!r:.200}; set data")
-    found = [row if isinstance(row, Mapping) else dict(zip(names, row, strict=True)) for row in rows]
-    check_rows(found, form, where)
-    try:
-        return datasets.Dataset.from_list(found)
-    except (TypeError, ValueError) as error:  # Arrow's: a column of two types
-        raise ConfigurationError(f"{where}: values of a column must be of one type: {error}; set data") from error
+    if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
+        return dict(zip(names, row, strict=True))
+    return row if isinstance(row, Mapping) else f"must be {' and '.join(names)}, got {shown(row)}"
+
+
+def sample_of(rows: datasets.Dataset) -> list[dict[str, Any]]:
+    """The first rows, without pictures and sounds that would have to be decoded."""
+    found: list[dict[str, Any]] = rows.with_format("arrow")[:SNIFFED].to_pylist()
+    return found
+
+
+def read_dataset(rows: datasets.Dataset, columns: Columns, where: str) -> datasets.Dataset:
+    """What :func:`dynrank.tasks.data.rows.read_rows` makes of the rows of a data set, all of them faultless.
+
+    Raises:
+        ConfigurationError: if a row cannot be used.
+    """
+    names = [*columns.names.values()]
+    with filling():
+        made = rows.select_columns(names).map(
+            _read_batch,
+            batched=True,
+            with_indices=True,
+            fn_kwargs={"columns": columns},
+            remove_columns=names,
+            features=features_of(columns),
+            keep_in_memory=not rows.cache_files,
+            new_fingerprint=Hasher.hash(str((READ, rows._fingerprint, columns))),
+            num_proc=processes(len(rows)),
+            desc="checking",
+        )
+    return check_rows(made, where, "row")
+
+
+def _read_batch(batch: Mapping[str, list[Any]], indices: list[int], columns: Columns) -> dict[str, list[Any]]:
+    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+    return read_rows([index + 1 for index in indices], rows, columns)

@@ -6,7 +6,6 @@ import ast
 import sys
 import sysconfig
 import tokenize
-import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.tasks.data.splits import Pairs, place
+from dynrank.tasks.python_source import parsed
 
 _LEFT_OUT = {"test", "tests", "idle_test", "_bundled"}  # folders of tests, and the wheels of ensurepip
 
@@ -59,20 +59,6 @@ def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
     return pairs
 
 
-def parses(source: str) -> bool:
-    """Whether ``source`` is Python."""
-    return _tree(source) is not None
-
-
-def _tree(source: str) -> ast.Module | None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of doubtful escapes and comparisons, which are Python nevertheless
-        try:
-            return ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; too deep for the parser
-            return None
-
-
 def _files() -> dict[str, list[Path]]:
     """The source files of each top-level module, both sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -90,14 +76,14 @@ def _functions(file: Path) -> Iterator[tuple[str, str]]:
             source = text.read()
     except (SyntaxError, UnicodeDecodeError):  # of the file's encoding
         return
-    tree = _tree(source)
+    tree = parsed(source)
     if tree is None:  # lib2to3 and others carry examples of Python 2
         return
     lines = source.split("\n")  # as ast counts them; splitlines also ends lines at form feeds
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
             function = _function(node, lines)
-            if function is not None and parses("".join(function)):
+            if function is not None and parsed("".join(function)) is not None:
                 yield function
 
 

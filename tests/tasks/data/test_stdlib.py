@@ -9,7 +9,8 @@ from importlib import import_module
 import pytest
 
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.data.stdlib import parses, stdlib_functions
+from dynrank.tasks.data.stdlib import stdlib_functions
+from dynrank.tasks.python_source import parsed
 
 MODULES = ["base64", "csv", "fractions", "gzip", "heapq", "json", "pprint", "queue", "random", "shutil", "textwrap"]
 
@@ -98,4 +99,4 @@ def test_empty_split_is_refused():
     [("def f():\n    return 1", True), ("def f():\n    return (", False), ("x = '\\d'", True), ("x\0", False)],
 )
 def test_parses(source, expected):
-    assert parses(source) is expected
+    assert (parsed(source) is not None) is expected

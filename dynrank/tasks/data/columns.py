@@ -1,0 +1,145 @@
+"""Which columns of users' data are ours, by their form and by the names that they usually have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import datasets
+
+from dynrank.errors import ConfigurationError
+
+Form = Literal["classification", "completion", "chat", "text"]
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "classification": ("text", "label"),
+    "completion": ("prompt", "answer"),
+    "chat": ("messages",),
+    "text": ("text",),
+}
+# Columns that a form takes beside its own, where they are there.
+_MORE = {"classification": ("text_pair",), "completion": ("input",), "chat": ("system",), "text": ()}
+# Names in users' files, in lower case: our own, and those of LLaMA-Factory, axolotl and TRL.
+_USUAL = {
+    "text": ("text", "sentence", "body", "content", "review", "document", "text1", "sentence1", "premise", "question"),
+    "text_pair": ("text_pair", "text2", "sentence2", "hypothesis"),
+    "label": ("label", "labels", "class", "category", "topic", "target", "intent", "sentiment", "tags"),
+    "prompt": ("prompt", "instruction", "question", "input", "query"),
+    "answer": ("answer", "completion", "response", "output", "target", "summary"),
+    "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue"),
+    "input": ("input", "query", "context", "article"),
+    "system": ("system", "system_prompt"),
+}
+# Names that say something to these programs, and that nothing here reads.
+_UNREAD = ("history", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios", "thinking")
+KEYS_OF_A_TURN = (("role", "content"), ("from", "value"))
+SNIFFED = 1000  # rows by which columns are found
+
+Sample = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of some data are.
+
+    Attributes:
+        form: of the rows.
+        names: {our name of a column: its name in the data}.
+        unused: columns whose names say something, but that the form has no place for.
+        several: whether a row has a list of labels.
+        classes: of a column of labels that are numbers, the names that they stand for.
+    """
+
+    form: str
+    names: Mapping[str, str]
+    unused: Sequence[str] = ()
+    several: bool = False
+    classes: Sequence[str] | None = None
+
+
+def find_columns(
+    sample: Sample, given: Mapping[str, str | None], form: str, where: str, types: Mapping[str, Any] | None = None
+) -> Columns:
+    """The columns of data whose first rows are ``sample``.
+
+    Args:
+        sample: rows as they stand in the data.
+        given: what the user calls the columns; None: as usual.
+        form: of the rows.
+        where: the data, for errors.
+        types: of the columns as ``datasets`` has them, if it does.
+
+    Raises:
+        ConfigurationError: if one is missing.
+    """
+    columns = _names_in(sample)
+    names = _found(columns, given, form)
+    for ours, theirs in names.items():
+        if theirs not in columns:
+            usual = f"{ours} column by a usual name ({', '.join(_USUAL[ours])})"
+            fix = [f"set data.columns.{ours} to one of these"]
+            fix += [f"set task={other}, which takes them" for other in COLUMNS if not theirs and _fits(columns, other)]
+            wanted = f"column {theirs!r}" if theirs else usual
+            raise ConfigurationError(f"{where} has no {wanted}; it has {columns}; {', or '.join(fix)}")
+    known = {usual for each in _USUAL.values() for usual in each} | {*_UNREAD}
+    unused = [name for name in columns if name.lower() in known and name not in names.values()]
+    turns = [turn for row in sample for turn in _list(row.get(names.get("messages", ""))) if isinstance(turn, Mapping)]
+    taken = {key for pair in KEYS_OF_A_TURN for key in pair}
+    more = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None and key not in taken)
+    label = names.get("label", "")
+    kind = getattr((types or {}).get(label), "feature", (types or {}).get(label))
+    return Columns(
+        form,
+        names,
+        unused=[*unused, *(f"{names['messages']}.{key}" for key in more)],
+        several=any(isinstance(row.get(label), list | tuple) for row in sample),
+        classes=kind.names if isinstance(kind, datasets.ClassLabel) else None,
+    )
+
+
+def form_of(sample: Sample, forms: Sequence[Form], where: str) -> Form:
+    """The first of ``forms`` whose columns are there, as they are usually called.
+
+    Raises:
+        ConfigurationError: if there is none.
+    """
+    columns = _names_in(sample)
+    for form in forms:
+        if _fits(columns, form):
+            return form
+    wanted = ", or ".join(" and ".join(COLUMNS[form]) for form in forms)
+    raise ConfigurationError(f"{where} must have the columns {wanted}, by usual names; it has {columns}; rename them")
+
+
+def _fits(columns: Sequence[str], form: str) -> bool:
+    return {*_found(columns, {}, form).values()} <= {*columns}
+
+
+def _found(columns: Sequence[str], given: Mapping[str, str | None], form: str) -> dict[str, str]:
+    """{ours: theirs} of the form's own columns, "" for one that is not there, and of others that it takes."""
+    wanted = COLUMNS[form]
+    found = _usual(columns, given, wanted, {})
+    if form == "chat" and not found["messages"]:
+        pair = _usual(columns, given, COLUMNS["completion"], {})
+        found = pair if all(pair.values()) else found
+    more = [*_MORE[form], *(["input"] if form == "chat" and "prompt" in found else [])]
+    return found | {ours: theirs for ours, theirs in _usual(columns, given, more, found).items() if theirs}
+
+
+def _usual(
+    columns: Sequence[str], given: Mapping[str, str | None], wanted: Sequence[str], before: Mapping[str, str]
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for ours in wanted:
+        taken = {*before.values(), *found.values()}
+        free = {name.lower(): name for name in reversed(columns) if name not in taken}
+        found[ours] = given.get(ours) or next((free[usual] for usual in _USUAL[ours] if usual in free), "")
+    return found
+
+
+def _names_in(sample: Sample) -> list[str]:
+    return [*dict.fromkeys(str(name) for row in sample for name in row)]
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()

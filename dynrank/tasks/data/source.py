@@ -1,0 +1,137 @@
+"""The rows behind a name that a user gives: of a file, of the files of a folder, or of a data set on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+from datasets.builder import Key
+from datasets.data_files import DataFilesDict, get_data_patterns
+from datasets.fingerprint import Hasher
+from lightning.pytorch.utilities import rank_zero_only
+
+from dynrank.errors import ConfigurationError
+from dynrank.tasks.data.cache import READ, filling, processes
+from dynrank.tasks.data.columns import SNIFFED, Columns
+from dynrank.tasks.data.lines import READERS, Part, survey, types_in
+from dynrank.tasks.data.rows import SHOWN, check_rows, features_of, read_rows, refuse
+from dynrank.tasks.data.splits import read_dataset, sample_of
+
+_THEIR_SPLITS = {"train": "train", "val": "validation", "test": "test"}  # in folders, and on the hub
+_BATCH = 1000  # rows that are written together
+_ROW = 200  # bytes of a row, roughly
+
+
+class Source:
+    """What a name stands for; nothing but the first rows is read yet.
+
+    Args:
+        name: of a file, a folder or a data set on the hub.
+        key: where the user wrote it.
+        split: train, val or test: which of a folder's files, or of the hub's splits.
+
+    Attributes:
+        where: what errors call it.
+        sample: its first rows.
+        types: of its columns, as far as they are known.
+
+    Raises:
+        ConfigurationError: if there is no such file, or it cannot be read.
+    """
+
+    def __init__(self, name: str | None, key: str, split: str) -> None:
+        if not name:
+            kinds = f"a file ({', '.join(READERS)}), a folder, or ORG/NAME on the hub"
+            raise ConfigurationError(f"{key} is not set; set {key} to your rows: {kinds}")
+        self.where, self.split, self.files = f"{key}={name}", split, dict[Path, tuple[str, list[Part]]]()
+        path = Path(name).expanduser()
+        try:
+            if name.count("/") == 1 and not path.exists() and not path.suffix:
+                self.rows = _from_hub(name, _THEIR_SPLITS[split])
+                self.sample, self.types = sample_of(self.rows), self.rows.features
+                return
+            paths = _files_in(path, _THEIR_SPLITS[split]) if path.is_dir() else [path]
+            if any(file.suffix not in READERS or not file.is_file() for file in paths):
+                raise ValueError(f"there is no such file of {[*READERS]}, no folder, and no ORG/NAME on the hub")
+            self.files = {file: survey(file) for file in paths}
+            rows = chain.from_iterable(part.rows() for _, parts in self.files.values() for part in parts)
+            first = [*islice(rows, SNIFFED)]
+            self.sample = [row for _, row in first if not isinstance(row, str)]
+            self.types = types_in(paths[0])
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            said = " ".join(str(error.__cause__ or error).split())
+            raise ConfigurationError(f"{self.where} cannot be read: {said}; set {key}") from error
+        if not self.sample:
+            said = [f"line {place} {row}" for place, row in first] or ["it has 0 rows"]
+            refuse(self.where, said[:SHOWN], len(said), "correct")
+
+    def read(self, columns: Columns) -> datasets.Dataset:
+        """What :func:`dynrank.tasks.data.rows.read_rows` makes of all its rows, which are faultless.
+
+        Raises:
+            ConfigurationError: if a row cannot be used, or the cache cannot be written to.
+        """
+        if not self.files:
+            return read_dataset(self.rows, columns, self.where)
+        rows = [self._read(file, columns) for file in self.files]
+        return datasets.concatenate_datasets(rows) if len(rows) > 1 else rows[0]
+
+    def _read(self, file: Path, columns: Columns) -> datasets.Dataset:
+        content, parts = self.files[file]
+        where = self.where if len(self.files) == 1 else f"{self.where}, {file.name}"
+        # of a text, since a pickle also tells which of equal texts are one object
+        key = Hasher.hash(str((READ, content, file.suffix, columns)))
+        builder = _Rows(features=features_of(columns), hash=key, dataset_name="rows")
+        builder.source = {"parts": parts, "columns": columns}
+        with filling():
+            if not Path(builder.cache_dir).exists():
+                say("reading         ", f"{file}, {file.stat().st_size / 1e6:,.1f} MB")
+            builder.download_and_prepare(num_proc=min(len(parts), processes(file.stat().st_size // _ROW) or 1))
+            rows = builder.as_dataset(split="train")
+        return check_rows(rows, where, "row" if file.suffix == ".parquet" else "line")
+
+
+class _Rows(datasets.ArrowBasedBuilder):
+    """Reads a file once, checks its rows and keeps what they are, under a hash of the file's content."""
+
+    source: dict[str, Any]
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo()
+
+    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
+        return [datasets.SplitGenerator(name="train", gen_kwargs=self.source)]
+
+    def _generate_tables(self, parts: list[Part], columns: Columns) -> Iterator[tuple[Key, pa.Table]]:
+        schema = features_of(columns).arrow_schema
+        for number, part in enumerate(parts):
+            rows = part.rows()
+            batches = iter(lambda rows=rows: [*islice(rows, _BATCH)], [])
+            for index, batch in enumerate(batches):
+                places, found = zip(*batch, strict=True)
+                yield Key(number, index), pa.Table.from_pydict(read_rows(places, found, columns), schema)
+
+
+def _files_in(folder: Path, split: str) -> list[Path]:
+    """The files of a folder that are a split's, by ``datasets``' rules."""
+    base = str(folder.resolve())
+    found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
+    files = [Path(name) for name in found.get(split, ()) if Path(name).suffix in READERS]
+    if not files:
+        raise ValueError(f"the folder has no files of {[*READERS]} for {split}, such as {split}.csv")
+    return files
+
+
+def _from_hub(name: str, split: str) -> datasets.Dataset:
+    with filling():
+        return datasets.load_dataset(name, split=split)
+
+
+@rank_zero_only
+def say(*words: str) -> None:
+    """Print what was found, of several processes the first one."""
+    print(*words, flush=True)
