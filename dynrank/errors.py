@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import wraps
@@ -43,12 +46,42 @@ _WORDS = {  # of pydantic's messages
 }
 
 
+_configured: ContextVar[bool] = ContextVar("configured", default=False)
+# A key of the configuration, and the value that is advised; not one within a path, a quoted name or a value.
+_KEY = re.compile(
+    r"(?<![\w./='\"-])(?:schedule\.(?:how|target|trigger)|data|lora|model|optimizer|rank_map|schedule|task|trainer)\."
+    r"(?P<argument>[a-z_]+)\b(?:=(?P<word>null|true|false)\b)?"
+)
+_IN_PYTHON = {"null": "None", "true": "True", "false": "False"}
+
+
 class ConfigurationError(ValueError):
     """A value, key or file given by the user cannot be used.
 
-    The message names the value and the key (or argument) that fixes it. The command line prints it without a
-    traceback and exits with code 2; nothing has been changed when it is raised.
+    The message names the value and what fixes it: the key where a configuration was given (see :func:`configured`),
+    else the argument of the call, which is the last part of the key. The command line prints it without a traceback
+    and exits with code 2; nothing has been changed when it is raised.
+
+    >>> print(ConfigurationError("set schedule.max_regression=null"))
+    set max_regression=None
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if _configured.get() else _KEY.sub(_as_argument, message))
+
+
+def _as_argument(key: re.Match[str]) -> str:
+    return key["argument"] + (f"={_IN_PYTHON[key['word']]}" if key["word"] else "")
+
+
+@contextmanager
+def configured() -> Iterator[None]:
+    """Within the block, or the function that this decorates, errors name keys of a configuration."""
+    token = _configured.set(True)
+    try:
+        yield
+    finally:
+        _configured.reset(token)
 
 
 class DivergedError(ConfigurationError):
@@ -131,7 +164,8 @@ def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable
             return call(*args, **kwargs)
         except ValidationError as error:
             faults = _faults(error, known, nested=False)
-            keys = [f"{key}.{name}" for name in faults if name] if key else []
+            # in Python, where the fault already names the argument, the key says nothing more
+            keys = [f"{key}.{name}" for name in faults if name] if key and _configured.get() else []
             raise ConfigurationError(_listed(faults, f"set {', '.join(keys)}" if keys else "")) from None
 
     return explained

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
+from dynrank.errors import configured
 from dynrank.tasks.loader import ResumableLoader
 
 # What scripts/test --quick runs: the maths, a small run of each schedule, round trips with PEFT, and bad input.
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if str(item.path.relative_to(Path(__file__).parent)).startswith(QUICK):
             item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(autouse=True)
+def keys():
+    """Errors name keys of the configuration in all tests; tests/test_errors.py has those of Python's calls."""
+    with configured():
+        yield
 
 
 class Regression(lightning.LightningModule):

@@ -1,10 +1,12 @@
 """What a user wrote, checked by annotations: every fault in one message, with its value and the key that fixes it."""
 
 from collections.abc import Sequence
+from contextvars import Context
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
+
 
 from dynrank.errors import ConfigurationError, Count, Name, Share, read_as, shown, validated, validated_call
 
@@ -94,3 +96,21 @@ def test_shown_is_short_for_any_value():
     assert len(shown(value)) < 1000
     assert shown("x" * 10**6).count("x") < 250
     assert shown({"a": [1, 2.5, None]}) == "{'a': [1, 2.5, None]}"
+
+
+SAID = {
+    "set schedule.metric=weight (lora.target_modules)": "set metric=weight (target_modules)",
+    "set schedule.how.window, or schedule.max_regression=null": "set window, or max_regression=None",
+    "data.train=/a/task.model/data.train: set data.columns.text": "train=/a/task.model/data.train: set columns.text",
+    "task.model=data.csv has no 'model.layers.0'": "model=data.csv has no 'model.layers.0'",
+}
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_errors_name_keys_to_who_gave_a_configuration_and_arguments_to_who_calls(said):
+    assert str(ConfigurationError(said)) == said
+    assert str(Context().run(ConfigurationError, said)) == SAID[said]
+
+
+def test_a_fault_of_a_call_names_its_argument_alone():
+    assert Context().run(refusal, Options, 0) == "size must be at least 1, got 0"

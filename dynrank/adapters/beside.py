@@ -54,8 +54,12 @@ def with_labels(model: Any, folder: Path) -> Any:
     if not file.exists():
         return model
     try:
-        found = read_as(_Labels, json.loads(file.read_text(encoding="utf-8")), str(file))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        # a pipe would be waited for
+        content = file.read_text(encoding="utf-8") if file.is_file() else "no file"
+        found = read_as(_Labels, json.loads(content), str(file))
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
         raise ConfigurationError(f"{str(file)!r} cannot be read: {error}") from None
     if len(found.labels) != model.config.num_labels:
         raise ConfigurationError(f"{str(file)!r} must name {model.config.num_labels} labels, got {len(found.labels)}")

@@ -14,6 +14,7 @@ from dynrank.adapters.merging import base_model, base_source
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
+from dynrank.output.console import one_line
 
 __all__ = ["answers", "on_base"]
 
@@ -78,7 +79,7 @@ def _labelled(model: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[str]
     for row in logits.sigmoid() if several else logits.softmax(-1):
         values, indices = row.topk(min(SHOWN, len(row)))
         pairs = zip(indices.tolist(), values.tolist(), strict=True)
-        yield "\t".join(f"{model.config.id2label[index]} {value:.4f}" for index, value in pairs)
+        yield "\t".join(f"{one_line(model.config.id2label[index])} {value:.4f}" for index, value in pairs)
 
 
 @torch.no_grad()
@@ -98,4 +99,4 @@ def _written(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: i
         pad_token_id=tokenizer.pad_token_id,
     )
     for text in tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
-        yield text.strip().replace("\n", "\\n")
+        yield one_line(text.strip())

@@ -49,6 +49,11 @@ Data = Annotated[
 Out = Annotated[Path, typer.Option(help="Folder to write; new or empty")]
 
 
+ConfigDir = Annotated[
+    Path | None, typer.Option(exists=True, file_okay=False, help="Folder with groups of your own, as for dynrank-train")
+]
+
+
 def _whole(text: str) -> int:
     try:
         return int(text)
@@ -93,12 +98,12 @@ def dynrank(
 
 
 @app.command()
-def ranks(overrides: Overrides = None) -> None:
+def ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
     from dynrank.commands.ranks import print_ranks
     from dynrank.run.config import compose
 
-    print_ranks(compose(overrides or ()))
+    print_ranks(compose(overrides or (), folder=config_dir))
 
 
 @app.command()
@@ -110,12 +115,13 @@ def plan(
             "budget=24GiB"
         ),
     ] = None,
+    config_dir: ConfigDir = None,
 ) -> None:
     """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
     from dynrank.planner.table import show_plan
     from dynrank.run.config import compose
 
-    show_plan(compose(overrides or (), "plan"))
+    show_plan(compose(overrides or (), "plan", config_dir))
 
 
 @app.command()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from huggingface_hub.constants import ENDPOINT
 
 from dynrank.errors import ConfigurationError
-
-__all__ = ["model_source", "public_name", "shipped_configs", "stored_source"]
 
 _HERE = Path(__file__).parent
 # Models that a Python package carries: short name -> (package, folder or GGUF file, how to install it).
@@ -60,6 +64,18 @@ def model_source(name: str, key: str = "task.model") -> str:
             + nearest
         )
     return text
+
+
+@cache
+def hub_is_known() -> bool:
+    """Whether the hub's address can be looked up: without a network, its library would try for half a minute."""
+    if getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 def public_name(place: str) -> str:

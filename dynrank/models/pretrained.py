@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from huggingface_hub.constants import ENDPOINT
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from dynrank.errors import ConfigurationError
-from dynrank.models.names import model_source
+from dynrank.models.names import hub_is_known, model_source
 from dynrank.models.packing import keep_packing, pack, packing_of
 from dynrank.models.settings import ModelSettings
 
@@ -70,9 +71,21 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
             raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
         place, options = str(Path(place).parent), {**options, "gguf_file": Path(place).name}
     options |= {"revision": settings.revision} if settings.revision is not None else {}
+    if not Path(place).exists() and not hub_is_known():
+        options["local_files_only"] = True
     try:
         return loader(place, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
+        if "trust_remote_code" in str(error):
+            read = "read it, and set model.trust_remote_code=true"
+            never = "commands run no such code: use PEFT in a program of your own"
+            advice = never if key.startswith("--") else read
+            raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
+        if options.get("local_files_only"):
+            raise ConfigurationError(
+                f"{key}={name} is not in the cache, and {ENDPOINT}, which has others, cannot be reached from here; "
+                f"set {key} to a folder, or connect to a network"
+            ) from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot load {key}={name}: {what}; set {fix}") from error

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["empty_table", "print_facts", "print_table", "quiet_imports", "quiet_loading", "span", "table_console"]
+__all__ = ["empty_table", "one_line", "print_facts", "print_table", "quiet_imports", "quiet_loading", "span", "table_console"]
 
 
 def table_console() -> Console:
@@ -36,6 +36,15 @@ def print_facts(facts: Mapping[str, object]) -> None:
     """Print a line for each fact, its name first."""
     for name, fact in facts.items():
         print(f"{name:<16} {fact}")
+
+
+def one_line(text: str) -> str:
+    r"""``text`` with line breaks, codes of terminals and other characters that are not seen written out.
+
+    >>> print(one_line("a\\nb"))
+    a\\nb
+    """
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def span(numbers: Collection[int]) -> str:

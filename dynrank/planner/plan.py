@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
 from transformers import PreTrainedModel
 
-from dynrank.errors import ConfigurationError, Count, Name, read_as, validated
+from dynrank.errors import ConfigurationError, Count, Name, configured, read_as, validated
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import meta_model, read_config
@@ -19,6 +19,7 @@ from dynrank.models.sizes import storage_bytes, tensors_of
 from dynrank.planner.optimizer import optimizer_state_bytes
 from dynrank.planner.step import CountingMode, count_step, token_batch, without_values
 from dynrank.run.config import make, plain, rank_pattern
+from dynrank.tasks.data.splits import SPLITS
 
 __all__ = ["Need", "Plan", "make_plan"]
 
@@ -109,6 +110,7 @@ class Plan:
     needs: tuple[Need, ...]
 
 
+@configured()
 def make_plan(config: DictConfig) -> Plan:
     """Count what the run of ``config`` (composed from ``conf/plan.yaml``) needs; no weights are loaded or made.
 
@@ -162,6 +164,8 @@ def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: 
     lora["backend"] = "torch"  # every backend keeps the same tensors, and torch's runs without values
     if base is not None:
         return add_lora(meta_model(read_config(base, "base", settings), settings, "base").train(), **lora)
+    if OmegaConf.select(config, "data.train", default="") is None:  # of files only the number of classes would be asked
+        OmegaConf.update(config, "data", dict.fromkeys(SPLITS, [["one", "one"], ["two", "two"]]), merge=False)
     model: PreTrainedModel = make(config.task, "task").module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()
 

@@ -14,7 +14,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, configured
 from dynrank.models.settings import ModelSettings
 from dynrank.rank_map import load_rank_map, parse_rank_map
 from dynrank.run.overrides import check_keys, overrides_explained
@@ -96,22 +96,26 @@ ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
 
 
-def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME) -> DictConfig:
+@configured()
+def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path | None = None) -> DictConfig:
     """The configuration that ``dynrank-train`` would run with these overrides, for notebooks and dry runs.
 
     Args:
         overrides: in Hydra's syntax, such as ``["lora.rank=8", "schedule=fixed"]``.
         name: of the file in ``conf/``; ``plan`` is what ``dynrank plan`` composes.
+        folder: with groups of your own, as for ``dynrank-train --config-dir``.
 
     Raises:
         ConfigurationError: if an override cannot be used.
     """
     with overrides_explained(), initialize_config_module(CONFIG_MODULE, version_base="1.3"):
-        config = hydra_compose(name, overrides=list(overrides))
+        beside = [f"hydra.searchpath=['file://{folder.resolve()}']"] if folder is not None else []
+        config = hydra_compose(name, overrides=[*beside, *overrides])
     check_keys(config)
     return config
 
 
+@configured()
 def make(node: Any, key: str) -> Any:
     """The object that the ``_target_`` of the configuration node at ``key`` makes.
 
@@ -132,6 +136,7 @@ def make(node: Any, key: str) -> Any:
         raise ConfigurationError(f"{key}: {target} cannot be made: {said}; set {key}") from error
 
 
+@configured()
 def rank_pattern(config: DictConfig) -> dict[str, Any]:
     """The rules of ``rank_map.file`` and ``rank_map.rank_pattern`` as one plain mapping, checked.
 

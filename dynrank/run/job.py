@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig
 
 from dynrank.callbacks import RankScheduler, RunMeter
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, configured
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
 from dynrank.run.config import make, plain, rank_pattern
@@ -39,6 +39,7 @@ class Job:
     scheduler: RankScheduler
 
 
+@configured()
 def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callable[[], None] | None = None) -> Summary:
     """Train, test and export into ``folder``; returns the contents of summary.json.
 
@@ -85,6 +86,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     return summary
 
 
+@configured()
 def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights.
 

@@ -8,8 +8,9 @@ from dataclasses import field
 from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
+from rich.markup import escape
 
-from dynrank.output.console import empty_table, print_table
+from dynrank.output.console import empty_table, one_line, print_table
 
 _CLASSES = 20  # that the table shows
 
@@ -61,7 +62,7 @@ def print_account(splits: Mapping[str, SplitAccount]) -> None:
     if every:
         table = empty_table(f"{len(every):,} classes", "label", *splits)
         for name in [*every][:_CLASSES]:
-            table.add_row(name, *(f"{split.classes.get(name, 0):,}" for split in splits.values()))
+            table.add_row(escape(one_line(name)), *(f"{split.classes.get(name, 0):,}" for split in splits.values()))
         if len(every) > _CLASSES:
             table.add_row(f"and {len(every) - _CLASSES:,} more", *[""] * len(splits))
         print_table(table)

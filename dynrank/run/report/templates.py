@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from base64 import b64encode
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
-from dynrank.output.console import span
+from dynrank.output.console import one_line, span
 
 __all__ = ["template"]
 
@@ -23,8 +24,15 @@ def template(name: str) -> Template:
         keep_trailing_newline=True,
     )
     found.filters |= {"as": format, "span": span, "data_uri": _data_uri}
+    found.filters["code"] = _code
     found.filters["mebibytes"] = lambda count: f"{count / 2**20:,.0f} MiB"
     return found.get_template(name)
+
+
+def _code(text: str) -> str:
+    """``text`` as Markdown's code, which holds no links and no HTML, within one line."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {one_line(text)} {fence}" if len(fence) > 1 else f"`{one_line(text)}`"
 
 
 def _data_uri(picture: Path) -> str:

@@ -24,17 +24,27 @@ def processes(rows: int) -> int | None:
 
 
 @contextmanager
-def filling() -> Iterator[None]:
-    """Fill the cache within the block: with a progress bar where somebody watches, and in no words but ours.
-
-    Raises:
-        ConfigurationError: if it cannot be written to.
-    """
+def quiet() -> Iterator[None]:
+    """Let ``datasets`` work within the block: with a progress bar where somebody watches, and in no words but ours."""
     (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs in its own words what is raised here
     try:
         yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def filling() -> Iterator[None]:
+    """Fill the cache within the block, quietly.
+
+    Raises:
+        ConfigurationError: if it cannot be written to.
+    """
+    try:
+        with quiet():
+            yield
     except (OSError, DatasetGenerationError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         if not isinstance(cause, OSError):
@@ -43,5 +53,3 @@ def filling() -> Iterator[None]:
             f"the cache {str(datasets.config.HF_DATASETS_CACHE)!r} cannot be written to: {cause}; set the environment "
             "variable HF_HOME to a folder that can be, with room for the data and their tokens"
         ) from cause
-    finally:
-        datasets.logging.set_verbosity(verbosity)

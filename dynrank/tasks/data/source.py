@@ -12,10 +12,12 @@ import pyarrow as pa
 from datasets.builder import Key
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.fingerprint import Hasher
+from datasets.packaged_modules.cache.cache import Cache
 from lightning.pytorch.utilities import rank_zero_only
 
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.data.cache import READ, filling, processes
+from dynrank.models.names import hub_is_known
+from dynrank.tasks.data.cache import READ, filling, processes, quiet
 from dynrank.tasks.data.columns import SNIFFED, Columns
 from dynrank.tasks.data.lines import READERS, Part, survey, types_in
 from dynrank.tasks.data.rows import SHOWN, check_rows, features_of, read_rows, refuse
@@ -78,7 +80,11 @@ class Source:
         if not self.files:
             return read_dataset(self.rows, columns, self.where)
         rows = [self._read(file, columns) for file in self.files]
-        return datasets.concatenate_datasets(rows) if len(rows) > 1 else rows[0]
+        if len(rows) == 1:
+            return rows[0]
+        together = datasets.concatenate_datasets(rows)
+        together._fingerprint = Hasher.hash(str([part._fingerprint for part in rows]))  # else another one each time
+        return together
 
     def _read(self, file: Path, columns: Columns) -> datasets.Dataset:
         content, parts = self.files[file]
@@ -127,8 +133,12 @@ def _files_in(folder: Path, split: str) -> list[Path]:
 
 
 def _from_hub(name: str, split: str) -> datasets.Dataset:
-    with filling():
-        return datasets.load_dataset(name, split=split)
+    with quiet():
+        if hub_is_known():
+            return datasets.load_dataset(name, split=split)
+        kept = Cache(repo_id=name, dataset_name=name.split("/")[-1], version="auto", hash="auto")
+        kept.download_and_prepare()
+        return kept.as_dataset(split=split)
 
 
 @rank_zero_only
