@@ -7,7 +7,6 @@ from typing import Literal
 
 import pytest
 
-
 from dynrank.errors import ConfigurationError, Count, Name, Share, read_as, shown, validated, validated_call
 
 

@@ -7,7 +7,7 @@ from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.rank_monitor import RankMonitor
 from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
-from dynrank.callbacks.run_meter import RunMeter
+from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
 from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.callbacks.step_seed import StepSeed
 from dynrank.callbacks.trainer.strategies import check_strategy
@@ -28,6 +28,7 @@ __all__ = [
     "ScheduleFreeMode",
     "StepSeed",
     "check_strategy",
+    "peak_memory_bytes",
 ]
 
 

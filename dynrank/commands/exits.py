@@ -27,7 +27,8 @@ def usage_errors() -> Iterator[None]:
     except Exception as error:
         # Lightning's own error for wrong arguments; looked up by name, since importing Lightning takes seconds
         theirs = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
-        numbers = {getattr(each, "errno", None) for each in (error, error.__context__, error.__cause__)}  # ours have the system's behind
+        # ours have the system's behind them
+        numbers = {getattr(each, "errno", None) for each in (error, error.__context__, error.__cause__)}
         numbers |= {int(number) for number in re.findall(r"os error (\d+)", str(error))}  # as Rust's tokenizers say it
         full = not numbers.isdisjoint((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         if not theirs and not full and not isinstance(error, ConfigurationError):

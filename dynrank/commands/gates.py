@@ -20,8 +20,8 @@ from dynrank.layers.finding import lora_layers
 from dynrank.output.console import quiet_loading
 from dynrank.targets import Target
 from dynrank.tasks.classification import Classification
-from dynrank.tasks.data.files import from_file
 from dynrank.tasks.data.columns import Form
+from dynrank.tasks.data.files import from_file
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread

@@ -8,8 +8,6 @@ from collections.abc import Collection, Mapping
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["empty_table", "one_line", "print_facts", "print_table", "quiet_imports", "quiet_loading", "span", "table_console"]
-
 
 def table_console() -> Console:
     """The terminal; or, for a file or a pipe, lines with room for whole names of layers."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from omegaconf import DictConfig
 from rich.table import Table
 
+from dynrank.callbacks import peak_memory_bytes
 from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.planner.plan import Need, Plan, make_plan
@@ -20,6 +22,7 @@ def show_plan(config: DictConfig) -> None:
     Raises:
         ConfigurationError: if a value cannot be used.
     """
+    libraries = peak_memory_bytes()  # of this process, which has imported what a run imports
     plan = make_plan(config)
     kinds = dict.fromkeys(layer_kinds(plan.layers).values())
     print(f"model            {plan.model}, {plan.parameters:,} parameters, base in {plan.weights}")
@@ -29,6 +32,9 @@ def show_plan(config: DictConfig) -> None:
     print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
     print_table(_table(plan))
     print("total            weights + adapter + optimizer + step, the most that forward and backward hold at once")
+    if not torch.cuda.is_available():
+        print(f"beside it        on a CPU {_mebibytes(libraries)} MiB of Python and its libraries, as in this process;")
+        print("                 validations and tests, whose batches are larger, hold no activations for a backward")
     if plan.budget is not None:
         fit = [need.rank for need in plan.needs if need.total <= plan.budget]
         lacking = plan.needs[0].total - plan.budget

@@ -29,6 +29,7 @@ from dynrank.run.folder import join
 from dynrank.run.report.card import write_card
 from dynrank.run.report.page import write_report
 from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
+from dynrank.tasks.account import SplitAccount
 
 __all__ = ["export", "held_bytes", "servers", "summarise"]
 
@@ -42,6 +43,7 @@ def summarise(
     meter: RunMeter,
     held: dict[str, int],
     seconds: float,
+    data: Mapping[str, SplitAccount],
 ) -> Summary:
     """The contents of summary.json.
 
@@ -52,6 +54,7 @@ def summarise(
         meter: of the training.
         held: as :func:`held_bytes` returns it, from before the test.
         seconds: of the whole run.
+        data: what its splits came to.
     """
     final = {name.removeprefix(FINAL): float(value) for name, value in metrics.items() if name.startswith(FINAL)}
     both = final.keys() >= {"train/loss", "val/loss"}
@@ -73,6 +76,7 @@ def summarise(
         tokens_per_second=meter.tokens_per_second,
         peak_memory_bytes=meter.peak_memory_bytes,
         phases=[PhaseSummary(**asdict(phase), tokens_per_second=phase.tokens_per_second) for phase in phases],
+        data=dict(data),
     )
 
 

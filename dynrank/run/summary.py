@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import print_facts
 from dynrank.output.whole_file import whole_file
+from dynrank.tasks.account import SplitAccount
 
 __all__ = ["SUMMARY", "PhaseSummary", "Summary", "print_summary", "read_summary", "write_summary"]
 
@@ -50,6 +51,7 @@ class Summary:
         gap: validation loss minus training loss, at the final weights.
         bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
         step_seconds: median of the optimizer steps of the last phase; None where there was none.
+        data: what each split of the data came to, of a task that counts it.
     """
 
     test: dict[str, float]
@@ -64,6 +66,7 @@ class Summary:
     gap: float | None = None
     bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: float | None = None
+    data: dict[str, SplitAccount] = field(default_factory=dict)
 
 
 def read_summary(folder: Path) -> Summary:

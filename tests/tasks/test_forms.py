@@ -15,6 +15,8 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.run import job
 from dynrank.tasks.chats import tokens_of_chat
+from dynrank.tasks.classification import Classification
+from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.packing import check_packing
 
 PLAIN = (
@@ -205,12 +207,38 @@ def test_pairs_are_one_text_with_two_types_and_several_labels_are_ones(task_of):
         assert example["label"] == [label in row["label"] for label in "abc"]
 
 
-def test_longer_examples_are_left_out_and_said(task_of, capsys):
-    task = task_of("chat")
-    said = re.findall(
-        r"left out +(\d+) of (\d+) (\w+) examples, longer than task.max_length=100", capsys.readouterr().out
-    )
-    for count, all_rows, split in said:
-        assert (int(all_rows), int(all_rows) - int(count)) == (len(task.rows[split]), len(task.examples[split]))
-    assert {split for *_, split in said} == {s for s, rows in task.rows.items() if len(rows) > len(task.examples[s])}
-    assert said
+@pytest.mark.parametrize("form", ["chat", "text", "pair"])
+def test_account_says_what_became_of_every_row(form, task_of, capsys):
+    """Beside the rows, tokenised whole."""
+    task, printed = task_of(form), capsys.readouterr().out
+    for split, rows in task.rows.items():
+        account, examples = task.account[split], task.examples[split]
+        if form == "chat":
+            lengths = [len(tokens_of_chat(task.tokenizer, row["messages"])[0]) for row in rows]
+            assert account.left_out == sum(length > LENGTH for length in lengths) == len(rows) - len(examples)
+            assert account.tokens == sum(length for length in lengths if length <= LENGTH)
+        elif form == "text":
+            lengths = [len(task.tokenizer(row["text"])["input_ids"]) + 1 for row in rows]
+            assert (account.cut, account.left_out) == (sum(length > LENGTH for length in lengths), 0)
+            assert account.tokens == sum(lengths)
+        else:
+            assert account.classes == {label: rows["label"].count(label) for label in rows["label"]}
+        assert (account.rows, account.examples) == (len(rows), len(examples))
+        assert re.search(rf"│ {split} +│ +{len(rows)} │.* {account.tokens:,} │", printed)
+
+
+def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_bert):
+    rows = [(f"{i} {'word ' * i}", "ab"[i % 2]) for i in range(40)]
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), batch_size=2, max_length=16)
+    task.setup("fit")
+    whole = [len(ids) for ids in task.tokenizer([text for text, _ in rows])["input_ids"]]
+    assert task.account["train"].cut == sum(length > 16 for length in whole) > 0
+    expected = task.tokenizer([text for text, _ in rows], truncation=True, max_length=16)["input_ids"]
+    assert task.examples["train"]["input_ids"][:] == expected
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "bleu", "exact_match", "parses"])
+@pytest.mark.parametrize("shape", [{"form": "text"}, {"packed": True}])
+def test_answers_of_texts_and_of_packed_rows_cannot_be_measured(measure, shape, tiny_llama):
+    with pytest.raises(ConfigurationError, match=r"set task\.measures=\[perplexity\].*task\.packed=false"):
+        LanguageModeling(str(tiny_llama), {}, measures=[measure], **shape)

@@ -91,9 +91,9 @@ class Source:
         where = self.where if len(self.files) == 1 else f"{self.where}, {file.name}"
         # of a text, since a pickle also tells which of equal texts are one object
         key = Hasher.hash(str((READ, content, file.suffix, columns)))
-        builder = _Rows(features=features_of(columns), hash=key, dataset_name="rows")
-        builder.source = {"parts": parts, "columns": columns}
         with filling():
+            builder = _Rows(features=features_of(columns), hash=key, dataset_name="rows")
+            builder.source = {"parts": parts, "columns": columns}
             if not Path(builder.cache_dir).exists():
                 say("reading         ", f"{file}, {file.stat().st_size / 1e6:,.1f} MB")
             builder.download_and_prepare(num_proc=min(len(parts), processes(file.stat().st_size // _ROW) or 1))

@@ -67,11 +67,13 @@ def rows_by_split(data: Any, form: str) -> Checked:
 
 
 def _rows(part: Any, form: str, where: str) -> datasets.Dataset:
+    if not len(part):
+        raise ConfigurationError(f"{where} has 0 rows; set data")
     if isinstance(part, datasets.Dataset):
         columns = find_columns(sample_of(part), {}, form, where, part.features)
         return read_dataset(part, columns, where).remove_columns(["digest", "place"])
     rows = [_named(row, form) for row in part]
-    columns = find_columns([row for row in rows if isinstance(row, Mapping)] or [{}], {}, form, where)
+    columns = find_columns([row for row in rows if isinstance(row, Mapping)], {}, form, where)
     made = datasets.Dataset.from_dict(read_rows(range(1, len(rows) + 1), rows, columns), features_of(columns))
     return check_rows(made, where, "row").remove_columns(["digest", "place"])
 

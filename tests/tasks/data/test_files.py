@@ -1,5 +1,7 @@
 import csv
 import json
+import os
+import resource
 
 import datasets
 import pytest
@@ -7,6 +9,7 @@ import pytest
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import build
+from dynrank.tasks.data import cache, lines
 from dynrank.tasks.data.files import from_files
 
 ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(200)]
@@ -65,7 +68,7 @@ def test_columns_are_found_and_said(given, tmp_path, capsys):
     label = given.get("label", "Topic")
     renamed = [{"id": i, "review": row["text"], label: row["label"]} for i, row in enumerate(ROWS)]
     found = read(write(tmp_path / "renamed.csv", renamed), columns={"label": None, **given})
-    assert capsys.readouterr().out.split() == ["columns", "text", "<-", "review,", "label", "<-", label]
+    assert capsys.readouterr().out.splitlines()[0].split() == ["columns", "text", "<-", "review,", "label", "<-", label]
     assert found == read(write(tmp_path / "a.csv", ROWS))
 
 
@@ -86,37 +89,45 @@ def test_paragraphs_of_a_plain_file_are_texts(tmp_path):
     assert sorted(text for part in parts.values() for text in part["text"]) == texts
 
 
-def lines(*rows, count=30, **shape):
+def jsonl(*rows, count=30, **shape):
     """JSONL of good rows and then of these."""
     shape = json.dumps(shape or {"text": "text NUMBER", "label": "a"})
-    good = [shape.replace("NUMBER", str(i)) for i in range(count)]
+    good = [shape.replace("NUMBER", f"{i:02}") for i in range(count)]
     return "\n".join([*good, *(row if isinstance(row, str) else json.dumps(row) for row in rows)]).encode()
 
 
 PROMPTED = {"prompt": "p NUMBER", "answer": "a"}
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 TALKS = CHAT["messages"]
+LABELLED = b"text,label\nx,a\ny,a\n"
 BAD = {  # form, name of the file, what is in it, what the error says beside the file
-    "not UTF-8": ("classification", "a.csv", "text,label\nfine,a\ncaf\xe9,b\n".encode("latin-1"), "line 3 is not UTF"),
-    "no UTF-8 in JSON": ("classification", "a.jsonl", lines() + b'\n{"text": "\xff"}', "line 31 is not UTF-8"),
-    "broken JSON": ("classification", "a.jsonl", lines('{"text": ', count=16), "line 17 is no JSON"),
-    "a row without a label": ("classification", "a.csv", b"text,label\nx,1\ny,2\nz,\n", "row 3 has no label"),
-    "a null label": ("classification", "a.jsonl", lines({"text": "x", "label": None}), "row 31 has no label"),
-    "a label seen once": ("classification", "a.jsonl", lines({"text": "x", "label": "b"}), "row 31 alone .* 'b'"),
-    "an empty text": ("classification", "a.jsonl", lines({"text": " ", "label": "a"}), "row 31 has an empty text"),
-    "an empty answer": ("completion", "a.jsonl", lines({"prompt": "x", "answer": ""}, **PROMPTED), "row 31 has an em"),
+    "not UTF-8": ("classification", "a.csv", LABELLED + b"caf\xe9,a\n", "line 4 is not UTF-8"),
+    "no UTF-8 in JSON": ("classification", "a.jsonl", jsonl() + b'\n{"text": "\xff"}', "line 31 is not UTF-8"),
+    "half a letter": ("classification", "a.jsonl", jsonl(r'{"text": "\ud800", "label": "a"}'), "line 31 is not UTF-8"),
+    "broken JSON": ("classification", "a.jsonl", jsonl('{"text": ', count=16), "line 17 is no JSON"),
+    "deep JSON": ("classification", "a.jsonl", jsonl("[" * 100_000), "line 31 is no JSON"),
+    "a broken array": ("classification", "a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "line 3 is no JSON"),
+    "a row without a label": ("classification", "a.csv", b"text,label\n\nx,1\ny,1\nz,\n", "line 5 has no label"),
+    "a null label": ("classification", "a.jsonl", b"\n" + jsonl({"text": "x", "label": None}), "line 32 has no label"),
+    "a label seen once": ("classification", "a.jsonl", jsonl({"text": "x", "label": "b"}), "line 31 alone .* 'b'"),
+    "an empty text": ("classification", "a.jsonl", jsonl({"text": " ", "label": "a"}), "line 31 has an empty text"),
+    "an empty answer": ("completion", "a.jsonl", jsonl({"prompt": "x", "answer": ""}, **PROMPTED), "line 31 has an em"),
     "0 rows": ("classification", "a.csv", b"text,label\n", "it has 0 rows"),
-    "0 bytes": ("classification", "a.csv", b"", "it is empty"),
-    "no column": ("completion", "a.jsonl", lines(), r"no prompt column .*\['text', 'label'\]; set data.columns.prompt"),
-    "a row too long": ("classification", "a.csv", b"text,label\na,b\nc,d,e\n", "line 3|row 2"),
-    "the assistant first": ("chat", "a.jsonl", lines({"messages": TALKS[1:]}, **CHAT), "row 31 .*starts with the ass"),
-    "nobody answers": ("chat", "a.jsonl", lines({"messages": TALKS[:1]}, **CHAT), "row 31 .*without a turn"),
-    "a silent user": ("chat", "a.jsonl", lines({"messages": [{**TALKS[0], "content": ""}]}, **CHAT), "row 31 .*user"),
+    "0 bytes": ("classification", "a.csv", b"", "it has 0 rows"),
+    "no column": ("completion", "a.jsonl", jsonl(), r"no prompt column .*\['text', 'label'\]; set data.columns.prompt"),
+    "another task's": ("completion", "a.jsonl", jsonl(**CHAT), "set task=chat, which takes them"),
+    "a cell too many": ("classification", "a.csv", LABELLED + b"c,d,a\n", "line 4 has 3 cells, and the heading 2"),
+    "a comma everywhere": ("classification", "a.csv", b"text,label\ndear sir, text 1,a\n", "line 2 has 3 cells"),
+    "a cell too few": ("classification", "a.tsv", b"text\tlabel\nx\ta\ny\n", "line 3 has 1 cells.*each line is a row"),
+    "a quote within quotes": ("classification", "a.csv", LABELLED + b'"so "called"",a\n', "line 4 is no CSV"),
+    "the assistant first": ("chat", "a.jsonl", jsonl({"messages": TALKS[1:]}, **CHAT), "line 31 .*starts with the ass"),
+    "nobody answers": ("chat", "a.jsonl", jsonl({"messages": TALKS[:1]}, **CHAT), "line 31 .*without a turn"),
+    "a silent user": ("chat", "a.jsonl", jsonl({"messages": [{**TALKS[0], "content": ""}]}, **CHAT), "line 31 .*user"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_file_is_one_line_with_file_row_and_key(case, tmp_path, caplog):
+def test_bad_file_is_one_message_with_file_line_and_key(case, tmp_path, caplog):
     form, name, content, said = BAD[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigurationError, match=rf"data\.train=.*{name}.*({said})") as caught:
@@ -125,13 +136,128 @@ def test_bad_file_is_one_line_with_file_row_and_key(case, tmp_path, caplog):
     assert not caplog.records  # nothing beside it
 
 
+def test_all_faults_of_a_file_are_listed_at_once_with_their_lines(tmp_path):
+    rows = [{"text": f"x\n{i}", "label": "" if i % 3 == 0 else "a"} for i in range(90)]
+    with pytest.raises(ConfigurationError) as caught:
+        read(write(tmp_path / "a.csv", rows))
+    _, *said, last = str(caught.value).splitlines()
+    # a row takes two lines, since its text does
+    assert said == [*(f"  line {2 + 2 * i} has no label" for i in range(0, 60, 3)), "  and 10 more"]
+    assert last == "correct these 30"
+
+
+def test_processes_share_a_file_out_and_keep_its_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "_BLOCK", 1000)
+    monkeypatch.setattr(cache, "_ENOUGH", 10)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    file = tmp_path / "a.jsonl"
+    write(file, ROWS)
+    assert sorted(sum(read(str(file)).values(), [])) == pairs(ROWS)
+    file.write_text(file.read_text().replace('"text, number 150"', "null").replace('"text, number 7"', "3"))
+    with pytest.raises(ConfigurationError, match=r"line 8 must have a text.*\n.*line 151 has no text"):
+        read(str(file))
+
+
+def test_quotes_in_a_tsv_file_swallow_no_rows(tmp_path):
+    kinds = ['"so begins {}', 'ends {} "', 'in "the" midst {}', '"']
+    texts = {kind.format(i): kind.format(i) for i in range(20) for kind in kinds}
+    texts |= {f'"all of ""it"" {i}"': f'all of "it" {i}' for i in range(20)}
+    (tmp_path / "a.tsv").write_text("text\tlabel\n" + "".join(f"{text}\ta\n" for text in texts))
+    assert sorted(text for text, _ in sum(read(str(tmp_path / "a.tsv")).values(), [])) == sorted(texts.values())
+
+
+def test_cells_are_texts_as_they_stand_there(tmp_path):
+    labels, texts = ["01", "1", "007", "NA", "null"], ["None", "NA", "null", "1e5", "2024-01-01"]
+    rows = [{"text": f"{text}" if i == 0 else f"{text} {i}", "label": label}
+            for i, label in enumerate(labels * 5) for text in texts]  # fmt: skip
+    assert sorted({pair for part in read(write(tmp_path / "a.csv", rows)).values() for pair in part}) == pairs(rows)
+    dated = [{"prompt": f"when {i}", "answer": f"2024-01-{i:02}"} for i in range(1, 29)]
+    parts = from_files(write(tmp_path / "a.jsonl", dated), None, None, form="completion", columns={}, share=0.2, seed=0)
+    assert sorted(row["answer"] for part in parts.values() for row in part) == [row["answer"] for row in dated]
+
+
+def test_another_content_of_the_same_size_and_time_is_read_anew(tmp_path):
+    file = tmp_path / "a.csv"
+    for old, new in (("even", "even"), ("even", "eVen")):
+        write(file, [{**row, "label": row["label"].replace(old, new)} for row in ROWS])
+        os.utime(file, (1, 1))
+        assert {label for _, label in sum(read(str(file)).values(), [])} == {new, "odd"}
+
+
+def test_a_folder_with_a_script_of_its_own_name_is_a_folder(tmp_path):
+    folder = tmp_path / "talk"
+    folder.mkdir()
+    (folder / "talk.py").write_text("raise AssertionError('it was run')")
+    write(folder / "train.csv", ROWS)
+    assert sorted(sum(read(str(folder)).values(), [])) == pairs(ROWS)
+    with pytest.raises(ConfigurationError, match=r"data\.val=.*talk.*no files .*for validation"):
+        read(str(folder), val=str(folder))
+
+
+def of_form(form, rows, path):
+    file = write(path, [row for i in range(30) for row in [json.loads(json.dumps(rows).replace("NUMBER", f"{i:02}"))]])
+    parts = from_files(file, None, None, form=form, columns={}, share=0.2, seed=0)
+    return [row for part in parts.values() for row in part if "07" in json.dumps(row)][0]
+
+
+TURNS = [{"role": "user", "content": "q 07"}, {"role": "assistant", "content": "a"}]
+SYSTEM = {"role": "system", "content": "s"}
+KNOWN = {  # what others write, and what is read of it
+    "Alpaca": ("completion", {"instruction": "add NUMBER", "input": "1 2", "output": "3"},
+               {"prompt": "add 07\n1 2", "answer": "3"}),
+    "Alpaca without an input": ("completion", {"instruction": "add NUMBER", "input": "", "output": "3"},
+                                {"prompt": "add 07", "answer": "3"}),
+    "LLaMA-Factory": ("completion", {"prompt": "add NUMBER", "query": "1 2", "response": "3"},
+                      {"prompt": "add 07\n1 2", "answer": "3"}),
+    "ShareGPT": ("chat", {"conversations": [{"from": "human", "value": "q NUMBER"}, {"from": "gpt", "value": "a"}],
+                          "system": "s"}, {"messages": [SYSTEM, *TURNS]}),
+    "TRL's chat": ("chat", {"prompt": [{"role": "user", "content": "q NUMBER"}],
+                            "completion": [{"role": "assistant", "content": "a"}]}, {"messages": TURNS}),
+    "Alpaca as a chat": ("chat", {"instruction": "q NUMBER", "output": "a", "system": "s"},
+                         {"messages": [SYSTEM, *TURNS]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_what_others_call_columns_is_read(case, tmp_path):
+    form, row, expected = KNOWN[case]
+    assert of_form(form, row, tmp_path / "a.jsonl") == expected
+
+
+def test_a_column_that_is_known_and_not_used_is_said(tmp_path, capsys):
+    row = {"instruction": "NUMBER", "output": "7", "system": "s", "history": [], "id": 3}
+    of_form("completion", row, tmp_path / "a.jsonl")
+    assert "not used         system, history\n" in capsys.readouterr().out
+    turns = [{**turn, "weight": 1} for turn in TURNS]
+    of_form("chat", {"messages": [{"role": "user", "content": "NUMBER"}, *turns[1:]]}, tmp_path / "b.jsonl")
+    assert "not used         messages.weight\n" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_to_is_named_and_not_the_file(tmp_path, monkeypatch):
+    file = write(tmp_path / "a.csv", ROWS)
+    (tmp_path / "taken").write_text("")
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "taken"))
+        with pytest.raises(ConfigurationError, match=r"^the cache '.*taken' cannot be written to.*HF_HOME"):
+            read(file)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ConfigurationError, match=r"^the cache '.*cache' cannot be written to.*File too large"):
+            read(file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 def test_a_column_that_is_not_there_is_named(tmp_path):
     file = write(tmp_path / "a.csv", ROWS)
-    with pytest.raises(ConfigurationError, match=r"a\.csv has no column 'body'; it has .*; set data\.columns\.text"):
+    with pytest.raises(
+        ConfigurationError, match=r"a\.csv has no column 'body'; it has .*; set data\.columns\.text to one of these"
+    ):
         read(file, columns={"text": "body"})
 
 
-@pytest.mark.parametrize("name", [None, "", "none.csv", "rows.doc", "broken.json", "broken.parquet"])
+@pytest.mark.parametrize("name", ["", "none.csv", "rows.doc", "broken.json", "broken.parquet"])
 def test_file_that_cannot_be_read_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("rows.doc", "broken.json", "broken.parquet"):
@@ -148,5 +274,5 @@ def test_task_classification_takes_a_file(tiny_bert, tmp_path):
     assert task.labels == ["even", "odd"]
     assert len(task.examples["train"]) == 64
     no_file = dynrank.compose(["task=classification", f"task.model={tiny_bert}", "plots=false"])
-    with pytest.raises(ConfigurationError, match=r"set data\.train"):
+    with pytest.raises(ConfigurationError, match=r"^data\.train is not set; set data\.train to your rows: a file"):
         build(no_file, on_meta=True)

@@ -34,13 +34,16 @@ def test_rows_are_the_same_whatever_holds_them(kind):
 
 
 REFUSED = {
-    "no split": (["a"], r"\['a'\]"),
-    "a split too few": ({"train": [("a", "x")], "validation": [("a", "x")]}, "val.*validation"),
+    "no split": (["a"], r"\['a'\].*set data"),
+    "a split too few": ({"train": [("a", "x")], "validation": [("a", "x")]}, "val.*validation.*set data"),
     "an empty split": ({**PAIRS, "val": []}, "val has 0 rows"),
     "a row of one": ({**PAIRS, "test": [("a", "x"), ("b",)]}, r"test: row 2 must be text and label.*\('b',\)"),
     "no text": ({**PAIRS, "train": [(None, "x")]}, "train: row 1 has no text"),
     "a broken number": ({**PAIRS, "train": [("a", "x"), ("a", 0.5)]}, r"train: row 2 must have texts or ints.*0\.5"),
-    "two types": ({**PAIRS, "train": [("a", "x"), ("a", 3)]}, "train.*of one type"),
+    "a number as a text": (
+        {**PAIRS, "train": [("a", "x"), (3, "x")]},
+        "train: row 2 must have a text as its text, got 3",
+    ),
     "other columns": ({**PAIRS, "train": Dataset.from_dict({"text": ["a"], "kind": ["x"]})}, "no label.*kind"),
 }
 
@@ -48,7 +51,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_data_that_cannot_be_used_are_named(case):
     data, named = REFUSED[case]
-    with pytest.raises(ConfigurationError, match=f"{named}.*set data"):
+    with pytest.raises(ConfigurationError, match=named):
         rows_by_split(data, "classification")
 
 
