@@ -1,4 +1,5 @@
 import json
+import socket
 from importlib.util import find_spec
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 from dynrank.errors import ConfigurationError
-from dynrank.models import pretrained
+from dynrank.models import names, pretrained
 from dynrank.models.pretrained import load_causal_lm, load_classifier, load_tokenizer, read_config
 
 
@@ -70,9 +71,26 @@ def test_code_in_a_folder_is_not_run(loader, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": places}))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": places}))
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')\nclass Own: pass\n")
-    with pytest.raises(ConfigurationError, match=f"--base={tmp_path}"):
+    with pytest.raises(ConfigurationError, match=f"--base={tmp_path}") as caught:
         LOADERS[loader](str(tmp_path), "--base")
+    assert "trust_remote_code" not in str(caught.value)  # which no command takes
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_a_name_on_the_hub_is_refused_at_once_where_there_is_no_network(loader, monkeypatch):
+    def nowhere(*_):
+        raise socket.gaierror
+
+    monkeypatch.setattr(socket, "getaddrinfo", nowhere)
+    monkeypatch.setattr(names, "getproxies", dict)
+    monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it is tried again"))
+    names.hub_is_known.cache_clear()
+    try:
+        with pytest.raises(ConfigurationError, match="--base=nobody/nothing is not in the cache, and http"):
+            LOADERS[loader]("nobody/nothing", "--base")
+    finally:
+        names.hub_is_known.cache_clear()
 
 
 def test_classifier_on_meta_has_the_same_parameters_and_no_memory():

@@ -34,6 +34,17 @@ def test_parts_add_up_to_the_total_in_the_table(tiny, capsys):
     assert fits in ("yes", "no")
 
 
+def test_a_plan_needs_no_data_and_takes_groups_of_ones_own(tiny_bert, tmp_path, launch):
+    (tmp_path / "task").mkdir()
+    (tmp_path / "task" / "mine.yaml").write_text(
+        f"defaults: [classification, _self_]\nmodel: {tiny_bert}\nmax_length: 9\n"
+    )
+    code, printed, said = launch(cli.main, "plan", "task=mine", "--config-dir", tmp_path, "ranks=[4]")
+    assert (code, "32 x 9 tokens" in printed) == (0, True), said
+    code, printed, said = launch(cli.main, "ranks", "task=mine", "--config-dir", tmp_path)
+    assert (code, "set data.train" in said) == (2, True)
+
+
 def test_the_budget_names_the_highest_rank_that_fits_or_says_how_much_is_lacking(tiny, capsys):
     options = [tiny, "ranks=[16,4,8]", "batch_size=2", "sequence_length=8"]
     totals = {need.rank: need.total for need in make_plan(dynrank.compose(options, "plan")).needs}

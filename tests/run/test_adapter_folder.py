@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 
 import pytest
 import torch
+from markdown_it import MarkdownIt
 from transformers import AutoTokenizer, pipeline
 
 import dynrank
@@ -15,6 +17,8 @@ from dynrank.adapters.merging import merge_adapter
 from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import run
+from dynrank.run.report.templates import template
+from dynrank.run.summary import read_summary
 from dynrank.tasks.classification import Classifier
 from dynrank.tasks.language_modeling import LanguageModel
 
@@ -49,7 +53,7 @@ def classifier(tmp_path_factory, tiny_bert):
     (folder / "rows.csv").write_text("\n".join(ROWS))
     return made(
         folder / "run", "task=classification", f"task.model={tiny_bert}", f"data.train={folder / 'rows.csv'}",
-        "optimizer.lr=0.05", "lora.alpha=64",
+        "optimizer.lr=0.05", "lora.alpha=512",
     )  # fmt: skip
 
 
@@ -90,7 +94,13 @@ def test_folder_of_a_classifier_has_all_that_is_needed_and_everybody_may_read_it
     assert json.loads((classifier / "labels.json").read_text())["labels"] == ["bad", "ok", "so-so"]
     page = (classifier / "README.md").read_text()
     assert "base_model:" not in page  # a folder is no name on the hub, which would refuse the card
-    for text in ("4 steps", "bad, ok, so-so", "| test/accuracy |", "| attention.self.query | 2 | 2 |", "hf upload"):
+    for text in (
+        "4 steps",
+        "`bad`, `ok`, `so-so`",
+        "| test/accuracy |",
+        "| attention.self.query | 2 | 2 |",
+        "hf upload",
+    ):
         assert text in page
 
 
@@ -175,9 +185,38 @@ def test_predict_refuses_what_it_cannot_answer(classifier, launch, tmp_path):
     assert "--chat" in said(classifier, "a", "--chat")
     assert "--model" in said(classifier, "a", "--model", "./absent")
     assert "adapter_config.json" in said(tmp_path, "a")
-    labels = (classifier / "labels.json").read_text()
+    file = classifier / "labels.json"
+    labels = file.read_text()
     try:
-        (classifier / "labels.json").write_text('{"labels": ["one"]}')
+        file.write_text('{"labels": ["one"]}')
         assert "must name 3 labels, got 1" in said(classifier, "a")
+        file.write_text("[" * 10_000)
+        assert f"{str(file)!r} cannot be read" in said(classifier, "a")
+        file.unlink()
+        os.mkfifo(file)
+        assert f"{str(file)!r} cannot be read" in said(classifier, "a")
     finally:
-        (classifier / "labels.json").write_text(labels)
+        file.unlink()
+        file.write_text(labels)
+
+
+LABELS = ["<img src=x>", "[link](http://x)\nsecond line", "\x1b[31mred `code`"]
+
+
+def test_names_of_labels_stay_within_their_line_and_are_no_markup(classifier, tiny_bert, launch, tmp_path):
+    shutil.copytree(classifier, tmp_path / "copy")
+    (tmp_path / "copy" / "labels.json").write_text(json.dumps({"labels": LABELS}))
+    code, printed, said = launch(cli.main, "predict", tmp_path / "copy", *TEXTS)
+    assert (code, printed.count("\n")) == (0, len(TEXTS)), said
+    assert "\x1b" not in printed
+    assert {name for line in printed.splitlines() for name in probabilities(line)} == {
+        "<img src=x>", r"[link](http://x)\nsecond line", r"\x1b[31mred `code`"
+    }  # fmt: skip
+    card = template("card.md.jinja").render(
+        base="b", on_hub=False, kind="XForSequenceClassification", labels=LABELS, ranks={}, steps=1, command=None,
+        summary=read_summary(classifier.parent), version="",
+    )  # fmt: skip
+    shown = MarkdownIt().render(card)
+    assert "<img" not in shown
+    assert "<a href" not in shown
+    assert r"[link](http://x)\nsecond line" in shown

@@ -88,6 +88,19 @@ def test_two_hundred_layers_and_many_steps_stay_below_two_megabytes(run_folder, 
     assert report.table("The adapter's layers")[1][2] == "12 → … → 2"
 
 
+def test_data_are_told_of_alike_in_the_output_the_summary_and_the_page(smoke_run, page_of):
+    data = json.loads((smoke_run[0] / "summary.json").read_text())["data"]
+    assert list(data) == ["train", "val", "test"]
+    rows = {row[0]: row for row in page_of(smoke_run[0] / "report.html").table("What each split came to")[1:]}
+    for name, split in data.items():
+        assert sum(split["classes"].values()) == split["rows"] >= split["examples"]
+        numbers = [
+            f"{split[key]:,}" for key in ("rows", "dropped", "left_out", "cut", "examples", "tokens", "max_length")
+        ]
+        assert rows[name] == [name, *numbers]
+        assert re.search(rf"│ {name} +│.* {split['examples']:,} │ +{split['tokens']:,} │", smoke_run[1])
+
+
 def test_report_of_a_real_run_knows_its_drop_and_what_validations_measured(smoke_run, page_of):
     assert read_run(smoke_run[0]).last_step == 12
     report = page_of(smoke_run[0] / "report.html")
