@@ -39,6 +39,8 @@ def _train(config: DictConfig) -> float | None:
         return run_in_sweep(config, folder, record)
     # Errors are caught here, too, because Hydra prints a line of its own for those that get out.
     with usage_errors():
+        if not _is_another_process():
+            print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
         try:
             # torch and transformers load here, so that --help need not wait for them.
             from dynrank.run.job import run
@@ -73,6 +75,11 @@ def _record(config: Any, folder: Path) -> None:
         OmegaConf.save(content, where / f"{name}.yaml")
 
 
+def _is_another_process() -> bool:
+    """Whether another process is the run's first one."""
+    return any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS)
+
+
 def main() -> None:
     """Entry point; :func:`dynrank.commands.exits.usage_errors` has the exit codes."""
     # Without this line Hydra would print its own version.
@@ -81,7 +88,7 @@ def main() -> None:
         return
     # Exceptions reach us, and Hydra does not turn them into exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    if any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS):
+    if _is_another_process():
         # the first process writes the run's files; the time of day in the name of its folder may be another one here
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
         # The checkpoint is looked for in the run's folder.

@@ -22,7 +22,7 @@ from dynrank.targets import Target
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.data.columns import Form
 from dynrank.tasks.data.files import from_file
-from dynrank.tasks.data.splits import SPLITS
+from dynrank.tasks.data.splits import SPLITS, Checked
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 from dynrank.tasks.text_task import TextTask
@@ -107,7 +107,7 @@ def _named(task: Classification, model: Any, data: str) -> Classification:
     strange = sorted(set(_flat(rows["label"])) - set(names))
     if strange:
         raise ConfigurationError(f"labels in --data={data} must be the adapter's, {names[:9]}, got {strange[:9]}")
-    task.rows, task.labels = {"train": rows}, names
+    task.rows, task.labels = Checked({"train": rows}), names
     return task
 
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from dynrank.errors import ConfigurationError
 from dynrank.models.names import hub_is_known
 from dynrank.tasks.data.cache import READ, filling, processes, quiet
-from dynrank.tasks.data.columns import SNIFFED, Columns
+from dynrank.tasks.data.columns import SNIFFED, Columns, Sample
 from dynrank.tasks.data.lines import READERS, Part, survey, types_in
 from dynrank.tasks.data.rows import SHOWN, check_rows, features_of, read_rows, refuse
 from dynrank.tasks.data.splits import read_dataset, sample_of
@@ -54,7 +54,8 @@ class Source:
         try:
             if name.count("/") == 1 and not path.exists() and not path.suffix:
                 self.rows = _from_hub(name, _THEIR_SPLITS[split])
-                self.sample, self.types = sample_of(self.rows), self.rows.features
+                self.sample: Sample = sample_of(self.rows)
+                self.types = self.rows.features
                 return
             paths = _files_in(path, _THEIR_SPLITS[split]) if path.is_dir() else [path]
             if any(file.suffix not in READERS or not file.is_file() for file in paths):
@@ -68,8 +69,8 @@ class Source:
             said = " ".join(str(error.__cause__ or error).split())
             raise ConfigurationError(f"{self.where} cannot be read: {said}; set {key}") from error
         if not self.sample:
-            said = [f"line {place} {row}" for place, row in first] or ["it has 0 rows"]
-            refuse(self.where, said[:SHOWN], len(said), "correct")
+            faults = [f"line {place} {row}" for place, row in first] or ["it has 0 rows"]
+            refuse(self.where, faults[:SHOWN], len(faults), "correct")
 
     def read(self, columns: Columns) -> datasets.Dataset:
         """What :func:`dynrank.tasks.data.rows.read_rows` makes of all its rows, which are faultless.
@@ -101,7 +102,7 @@ class Source:
         return check_rows(rows, where, "row" if file.suffix == ".parquet" else "line")
 
 
-class _Rows(datasets.ArrowBasedBuilder):
+class _Rows(datasets.ArrowBasedBuilder):  # type: ignore[misc]
     """Reads a file once, checks its rows and keeps what they are, under a hash of the file's content."""
 
     source: dict[str, Any]
@@ -115,11 +116,11 @@ class _Rows(datasets.ArrowBasedBuilder):
     def _generate_tables(self, parts: list[Part], columns: Columns) -> Iterator[tuple[Key, pa.Table]]:
         schema = features_of(columns).arrow_schema
         for number, part in enumerate(parts):
-            rows = part.rows()
-            batches = iter(lambda rows=rows: [*islice(rows, _BATCH)], [])
-            for index, batch in enumerate(batches):
+            rows, index = part.rows(), 0
+            while batch := [*islice(rows, _BATCH)]:
                 places, found = zip(*batch, strict=True)
                 yield Key(number, index), pa.Table.from_pydict(read_rows(places, found, columns), schema)
+                index += 1
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:
