@@ -61,9 +61,6 @@ class ConfigurationError(ValueError):
     The message names the value and what fixes it: the key where a configuration was given (see :func:`configured`),
     else the argument of the call, which is the last part of the key. The command line prints it without a traceback
     and exits with code 2; nothing has been changed when it is raised.
-
-    >>> print(ConfigurationError("set schedule.max_regression=null"))
-    set max_regression=None
     """
 
     def __init__(self, message: str) -> None:

@@ -39,8 +39,8 @@ def print_facts(facts: Mapping[str, object]) -> None:
 def one_line(text: str) -> str:
     r"""``text`` with line breaks, codes of terminals and other characters that are not seen written out.
 
-    >>> print(one_line("a\\nb"))
-    a\\nb
+    >>> print(one_line("a\nb"))
+    a\nb
     """
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 

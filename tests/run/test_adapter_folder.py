@@ -53,7 +53,7 @@ def classifier(tmp_path_factory, tiny_bert):
     (folder / "rows.csv").write_text("\n".join(ROWS))
     return made(
         folder / "run", "task=classification", f"task.model={tiny_bert}", f"data.train={folder / 'rows.csv'}",
-        "optimizer.lr=0.05", "lora.alpha=512",
+        "optimizer.lr=0.05", "lora.alpha=64",
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def test_card_command_and_merged_model_answer_as_the_trained_model_and_by_name(c
         for row, answer in zip(found, answers, strict=True):
             assert {cell["label"]: cell["score"] for cell in answer} == pytest.approx(row, abs=1e-4)
     assert {max(row, key=row.get) for row in found} <= {"bad", "ok", "so-so"}
-    assert max(abs(a - b) for a, b in zip(found[0].values(), found[1].values(), strict=True)) > 1e-3
+    assert len({*printed.splitlines()}) > 1
 
 
 def test_squeezed_adapter_answers_by_name(classifier, launch, tmp_path):

@@ -112,7 +112,7 @@ def form_of(sample: Sample, forms: Sequence[Form], where: str) -> Form:
 
 
 def _fits(columns: Sequence[str], form: str) -> bool:
-    return {*_found(columns, {}, form).values()} <= {*columns}
+    return all(_usual(columns, {}, COLUMNS[form], {}).values())
 
 
 def _found(columns: Sequence[str], given: Mapping[str, str | None], form: str) -> dict[str, str]:

@@ -59,12 +59,15 @@ class Source:
                 return
             paths = _files_in(path, _THEIR_SPLITS[split]) if path.is_dir() else [path]
             if any(file.suffix not in READERS or not file.is_file() for file in paths):
-                raise ValueError(f"there is no such file of {[*READERS]}, no folder, and no ORG/NAME on the hub")
+                kinds = f"a file of {[*READERS]}, a folder or ORG/NAME on the hub"
+                raise ConfigurationError(f"{key} must be {kinds}, got {name!r}; set {key}")
             self.files = {file: survey(file) for file in paths}
             rows = chain.from_iterable(part.rows() for _, parts in self.files.values() for part in parts)
             first = [*islice(rows, SNIFFED)]
             self.sample = [row for _, row in first if not isinstance(row, str)]
             self.types = types_in(paths[0])
+        except ConfigurationError:
+            raise
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             said = " ".join(str(error.__cause__ or error).split())
             raise ConfigurationError(f"{self.where} cannot be read: {said}; set {key}") from error
