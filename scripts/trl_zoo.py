@@ -138,11 +138,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8, help="at the start")
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
-    if process_index() == 0:
-        print(f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}", flush=True)
-    for row in rows(arguments):
-        if process_index() == 0:
-            print(f"| {' | '.join(row)} |", flush=True)
+    for number, row in enumerate(rows(arguments)):
+        if process_index() == 0:  # known once the first run has met the others
+            headings = f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}\n" if number == 0 else ""
+            print(f"{headings}| {' | '.join(row)} |", flush=True)
 
 
 if __name__ == "__main__":

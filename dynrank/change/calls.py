@@ -101,7 +101,10 @@ class Calls:
         for tensor in made:
             tensor.register_hook(partial(self._reached, call))  # type: ignore[no-untyped-call]
 
-    def _reached(self, call: Call, gradient: Tensor) -> None:
+    def _reached(self, call: Call, gradient: Tensor | None) -> None:
+        # DDP puts one node behind all outputs, which sends None to one that the loss does not use.
+        if gradient is None:
+            return
         if self._arrived is not None:
             self._arrived(call)
         if call.terms is None and gradient.ndim:
