@@ -69,7 +69,10 @@ class _Pass:
             return int(call.learned), "its labels"
         if self.terms is not None:
             return int(self.terms), "the layer nearest to the loss"
-        return self.rows, "its examples"
+        return (
+            self.rows,
+            "its examples" if call is not None else "the backward passes, for want of better (set loss_terms)",
+        )
 
 
 @dataclass
