@@ -8,12 +8,12 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.tensor import DTensor
 
-from dynrank.callbacks.trainer.sigterm import SigtermNotice
-from dynrank.callbacks.trainer.validation import is_due
+from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.sigterm import SigtermNotice
+from dynrank.callbacks.lightning.validation import is_due
 from dynrank.distributed.processes import from_all
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.frozen_base import adapted_models, follow_base, without_base
@@ -51,6 +51,11 @@ class AdapterCheckpoint(ModelCheckpoint):
     _before_validation: dict[str, Any] | None = None
     _loops: dict[str, Any] | None = None
 
+    @property
+    def last_saved(self) -> str:
+        """The checkpoint that was written last; empty if none."""
+        return private.last_saved(self)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Let checkpoints be written and read safely, and loaded without a base.
 
@@ -64,7 +69,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                     "take one of the two out, or make both AdapterCheckpoint"
                 )
         strategy: Any = trainer.strategy
-        if isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint:
+        if private.saves_in_parts(strategy):
             raise ConfigurationError(
                 "AdapterCheckpoint cannot leave the base out of a folder of shards; set "
                 "save_distributed_checkpoint=False (trainer.strategy.save_distributed_checkpoint=false), which writes "
@@ -72,7 +77,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             )
         if type(strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user has chosen stays
             strategy.checkpoint_io = SafeCheckpointIO()
-        for model in [pl_module, *(getattr(c, "_average_model", None) for c in trainer.callbacks)]:  # type: ignore[attr-defined]
+        for model in [pl_module, *map(private.average_model, trainer.callbacks)]:  # type: ignore[attr-defined]
             if model is not None:
                 follow_base(model)
         super().setup(trainer, pl_module, stage)
@@ -97,12 +102,11 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         complete, self._seen_step = trainer.global_step > self._seen_step, trainer.global_step
         if complete and self._sigterm is not None and self._sigterm.received(trainer):
-            trainer._logger_connector.on_batch_end()  # what Lightning logs of a step it logs after this hook
-            trainer._logger_connector.update_train_step_metrics()
+            private.log_step(trainer)
             self._save_and_end(trainer)
         # Several processes may have unlike numbers of batches, so they cannot agree on an end in a validation.
         alone = trainer.world_size == 1 and is_due(trainer)
-        self._before_validation = trainer._checkpoint_connector._get_loops_state_dict() if alone else None
+        self._before_validation = private.loops_state(trainer) if alone else None
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self._before_validation is not None and self._sigterm is not None and self._sigterm.received(trainer):
@@ -136,7 +140,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Add to the error of a run that has diverged where it did, and what to go on from."""
         if isinstance(exception, DivergedError):
-            good = self._last_checkpoint_saved or trainer.ckpt_path or "none"
+            good = self.last_saved or trainer.ckpt_path or "none"
             exception.add_note(
                 f"found after step {trainer.global_step}; the last good checkpoint (ckpt_path) is {good}"
             )

@@ -9,14 +9,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
-from dynrank.callbacks.trainer.averages import act_after_averages, averages_of
-from dynrank.callbacks.trainer.ending import end_in_full
-from dynrank.callbacks.trainer.strategies import (
+from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.averages import act_after_averages, averages_of
+from dynrank.callbacks.lightning.ending import end_in_full
+from dynrank.callbacks.lightning.strategies import (
     average_whole_gradients,
     check_strategy,
     follow_sharded_checkpoint,
 )
-from dynrank.callbacks.trainer.validation import run_missed_validation, validate_beside, validation_metrics
+from dynrank.callbacks.lightning.validation import run_missed_validation, validate_beside, validation_metrics
 from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import check_validation
@@ -95,8 +96,7 @@ class RankScheduler(Callback):
             end_in_full(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning forgets the place in the data if configure_optimizers has asked for the length of the run
-        trainer.fit_loop._load_combined_loader_states()
+        private.load_place_in_data(trainer)
         self.driver.start(LightningTraining(trainer, pl_module), _run(trainer, pl_module))
         act_after_averages(trainer, self)
         if self.driver.progress.observed_step != trainer.global_step:

@@ -60,7 +60,7 @@ def stoppable(trainer: Trainer | None, checkpoint: Path | None, folder: Path | N
             raise
         if trainer is None or trainer.is_global_zero:
             when = "before training" if trainer is None else f"after step {trainer.global_step}"
-            saved = trainer.checkpoint_callback._last_checkpoint_saved if trainer else None  # type: ignore[union-attr]
+            saved = trainer.checkpoint_callback.last_saved if trainer else None  # type: ignore[union-attr]
             saved = saved or (str(checkpoint) if checkpoint else None)
             advice = _advice(saved, folder) if saved else "there is no checkpoint yet"
             print(f"{'Ctrl-C' if pressed else 'SIGTERM'}: stopped {when}; {advice}", file=sys.stderr)

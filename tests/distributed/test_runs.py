@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.testing import assert_close
 
-from dynrank.callbacks.trainer.strategies import check_strategy
+from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 
 pytestmark = [

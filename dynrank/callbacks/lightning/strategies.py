@@ -9,7 +9,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import nn
 
-from dynrank.callbacks.trainer.averages import averaging_callbacks
+from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.averages import averaging_callbacks
 from dynrank.change.optimizer_rules import unwrapped
 from dynrank.distributed.ddp import check_hooks
 from dynrank.distributed.processes import from_first
@@ -46,18 +47,19 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def _ddp_fault(strategy: Any) -> str | None:
-    if strategy._start_method != "popen":
+    method = private.start_method(strategy)
+    if method != "popen":
         return (
-            f"DDPStrategy(start_method={strategy._start_method!r}), as in ddp_spawn and ddp_notebook, trains in "
+            f"DDPStrategy(start_method={method!r}), as in ddp_spawn and ddp_notebook, trains in "
             "processes whose results do not all come back, the history of ranks among them; set "
             "trainer.strategy=ddp, in a program that is started from a file"
         )
-    check_hooks([strategy._ddp_comm_state])
+    check_hooks([private.communication_state(strategy)])
     return None
 
 
 def _fsdp2_fault(trainer: Trainer, strategy: Any) -> str | None:
-    split, averages = strategy._tensor_parallel_size, averaging_callbacks(trainer)
+    split, averages = private.tensor_parallel_size(strategy), averaging_callbacks(trainer)
     split = strategy.num_processes if split == "auto" else split
     if split != 1:
         return (

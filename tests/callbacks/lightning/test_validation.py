@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from dynrank.callbacks.trainer.validation import validate_beside
+from dynrank.callbacks.lightning.validation import validate_beside
 
 
 class Asking(lightning.Callback):

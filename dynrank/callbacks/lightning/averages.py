@@ -8,6 +8,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
+from dynrank.callbacks.lightning import private
+
 
 def averaging_callbacks(trainer: Trainer) -> list[Any]:
     """The trainer's callbacks that keep an average of the weights; subclasses too."""
@@ -17,7 +19,7 @@ def averaging_callbacks(trainer: Trainer) -> list[Any]:
 
 def averages_of(trainer: Trainer) -> list[nn.Module]:
     """The averages that they keep now: copies of the LightningModule, or AveragedModels of it."""
-    held = [callback._average_model for callback in averaging_callbacks(trainer)]  # Lightning offers no other way
+    held = [private.average_model(callback) for callback in averaging_callbacks(trainer)]
     return [average for average in held if average is not None]
 
 

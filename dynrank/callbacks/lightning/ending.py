@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
+from dynrank.callbacks.lightning import private
+
 
 def end_in_full(trainer: Trainer) -> None:
     """Let a run resumed behind its last step start and end training, with all hooks; call it in ``setup``.
@@ -21,8 +23,8 @@ def end_in_full(trainer: Trainer) -> None:
         if loop.restarting and loop.max_batches and loop.done:
             loop.reset()
             loop.on_run_start()
-            if trainer.lightning_module.automatic_optimization:  # the number that loggers give to what comes now
-                loop.epoch_loop._batches_that_stepped = loop.epoch_loop.global_step
+            if trainer.lightning_module.automatic_optimization:
+                private.number_steps_for_loggers(trainer)
             loop.restarting = False
             loop.on_run_end()
         else:

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from dynrank.callbacks.lightning import private
 from dynrank.driver.training import Batches
 
 
@@ -20,10 +21,11 @@ class _Metrics(Callback):
     def __init__(self, monitor: str = "") -> None:
         self.monitor = monitor
         self.batches: list[tuple[float, float]] = []
-        self._before = 0.0, 0.0  # what was summed up over the batches before, and their weight
+        # What was summed up over the batches before, and their weight.
+        self._before = 0.0, 0.0
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        results: Any = trainer._results
+        results = private.results(trainer)
         for result in results.values():
             if result.meta.name == self.monitor and result.is_tensor and result.meta.is_mean_reduction:
                 total, weight = float(result.value), float(result.cumulated_batch_size)
@@ -47,27 +49,25 @@ def validate_beside(trainer: Trainer, *deaf: type[Callback], monitor: str = "") 
         monitor: a metric; it has parts if it is a mean over batches.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    connector, metrics = trainer._logger_connector, _Metrics(monitor)
-    shown = {name: dict(getattr(connector, name)) for name in ("_callback_metrics", "_progress_bar_metrics")}
+    metrics = _Metrics(monitor)
     trainer.callbacks = [*(c for c in callbacks if not isinstance(c, deaf)), metrics]  # type: ignore[attr-defined]
     try:
-        connector.log_metrics = lambda *_, **__: None  # type: ignore[method-assign]
-        run_validation(trainer)
+        with private.nothing_logged(trainer):
+            run_validation(trainer)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
-        vars(connector).pop("log_metrics", None)
-        vars(connector).update(shown)
     return metrics.logged, metrics.batches
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
     """What the validation that is ending has logged, and nothing of training's; call it from ``on_validation_end``."""
-    results: Any = trainer._results
+    results = private.results(trainer)
     loader, found = results.dataloader_idx, dict[str, float]()
     try:
         for index in dict.fromkeys([loader, *(result.meta.dataloader_idx for result in results.values())]):
-            results.dataloader_idx = index  # Lightning shows what belongs to one data loader, or to none of several
-            found |= {name: float(value) for name, value in trainer._logger_connector.metrics["callback"].items()}
+            # Lightning shows what belongs to one data loader, or to none of several.
+            results.dataloader_idx = index
+            found |= {name: float(value) for name, value in private.metrics_of_callbacks(trainer).items()}
     finally:
         results.dataloader_idx = loader
     return found
@@ -75,13 +75,12 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
 
 def run_validation(trainer: Trainer) -> None:
     """Validate now, with all hooks and logged metrics, and go on training."""
-    val_loop, connector = trainer.fit_loop.epoch_loop.val_loop, trainer._logger_connector
-    first_batch = connector._first_loop_iter  # the validation loop forgets it; Lightning's training loop keeps it, too
-    trainer.validating = True
-    val_loop.restarting = False
-    val_loop.run()
-    trainer.training = True
-    connector._first_loop_iter = first_batch
+    val_loop = trainer.fit_loop.epoch_loop.val_loop
+    with private.first_batch_kept(trainer):
+        trainer.validating = True
+        val_loop.restarting = False
+        val_loop.run()
+        trainer.training = True
 
 
 def run_missed_validation(trainer: Trainer) -> None:
