@@ -133,7 +133,8 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
         gradient_map_EKR = move.gradient_map_EKR.to(old_ERN.device)
         is_new = _empty(gradient_map_EKR)
         moved = gradient_map_EKR.square() @ old_ERN
-        seed = moved.sum(1, keepdim=True) / (~is_new).sum(1, keepdim=True)  # new directions have zeros in it
+        # The sum is that of the carried directions, since new ones have zeros in ``moved``.
+        seed = moved.sum(1, keepdim=True) / (~is_new).sum(1, keepdim=True)
         seed = torch.where(is_new.all(1, keepdim=True), old_ERN.mean(1, keepdim=True), seed)
         bound = move.gain.to(old_ERN.device) * old_ERN.amax((1, 2))
         return torch.where(is_new, _SEED * seed, moved).minimum(bound[:, None, None])

@@ -24,7 +24,8 @@ class ExpertStack(nn.Module):
 
     def __init__(self, owner: nn.Module, leaf: str) -> None:
         super().__init__()
-        self._owner, self.leaf = [owner], leaf  # in a list, so that it isn't registered
+        # In a list the owner isn't registered as a part of this module.
+        self._owner, self.leaf = [owner], leaf
 
     @property
     def owner(self) -> Any:
@@ -46,11 +47,11 @@ def expert_stacks(owner: nn.Module) -> dict[str, ExpertStack]:
 
     These are the classes under transformers' ``use_experts_implementation``, which says how each of them computes.
     """
-    if not {"has_gate", "has_bias", "is_transposed", "_is_expert_parallel"} <= vars(owner).keys():
+    if not {"has_bias", "is_transposed"} <= vars(owner).keys() or getattr(owner, "_is_expert_parallel", False):
         return {}
     stacks = {name: ExpertStack(owner, name) for name in (_up(owner), "down_proj")}
     plain = all(stack.weight.ndim == 3 and stack.weight.is_floating_point() for stack in stacks.values())
-    return stacks if plain and not owner._is_expert_parallel else {}
+    return stacks if plain else {}
 
 
 class LoRAExpertStack(LoRALayer):
@@ -62,7 +63,8 @@ class LoRAExpertStack(LoRALayer):
 
     supported = ExpertStack
     base: ExpertStack
-    observe = None  # type: ignore[assignment]  # rows come by expert, so that z does not tell examples apart
+    # Rows come by expert, so z would not tell examples apart.
+    observe = None  # type: ignore[assignment]
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -93,7 +95,7 @@ class LoRAExpertStack(LoRALayer):
         x_SI = x_SI.to(weight_EIO.dtype)
         if self.merged:
             return grouped_product(x_SI, weight_EIO, ends)
-        # zeros up to a multiple of 16 bytes, without which there is no grouped_mm
+        # Zeros fill up to a multiple of 16 bytes, without which there is no grouped_mm.
         missing = -self.rank % 8
         a_ERI = F.pad(split(self.lora_A, self.experts, 0), (0, 0, 0, missing)).to(x_SI.dtype)
         b_ERO = F.pad(split(self.lora_B, self.experts, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
@@ -161,7 +163,7 @@ def experts_forward(
         return y_SO + getattr(owner, f"{leaf}_bias")[experts] if owner.has_bias else y_SO
 
     up = linear(_up(owner), hidden_states[order // top_k_index.shape[1]])
-    down = linear("down_proj", owner._apply_gate(up) if owner.has_gate else owner.act_fn(up))
+    down = linear("down_proj", owner._apply_gate(up) if _has_gate(owner) else owner.act_fn(up))
     if getattr(owner, "has_post_expert_norm", False):
         down = owner.post_expert_norm(down)
     weighted = down * top_k_weights.flatten()[order, None]
@@ -171,7 +173,8 @@ def experts_forward(
 
 def grouped_product(x_SI: Tensor, w_EIO: Tensor, ends: Tensor) -> Tensor:
     """(S, O) the rows of ``x_SI`` times the matrix of their group: group e has those before ``ends[e]``."""
-    if isinstance(x_SI, FakeTensor):  # which has no rows to count: any matrix takes the same memory and time
+    # A tensor without values has no rows to count. One matrix takes the memory and time that several do.
+    if isinstance(x_SI, FakeTensor):
         return x_SI @ w_EIO[0]
     if _has_grouped_mm(x_SI, w_EIO):
         return F.grouped_mm(x_SI, w_EIO, offs=ends)
@@ -187,4 +190,9 @@ def _has_grouped_mm(x_SI: Tensor, w_EIO: Tensor) -> bool:
 
 
 def _up(owner: Any) -> str:
-    return "gate_up_proj" if owner.has_gate else "up_proj"
+    return "gate_up_proj" if _has_gate(owner) else "up_proj"
+
+
+def _has_gate(owner: Any) -> bool:
+    # In transformers 5.0 all of them have one, and none says so.
+    return bool(getattr(owner, "has_gate", True))

@@ -29,7 +29,8 @@ from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
 
 __all__ = ["CountingMode", "StepMemory", "count_step", "token_batch", "without_values"]
 
-_COUNTED_EXPERTS = "dynrank"  # as transformers knows experts_forward by, which runs without values
+# By this name transformers knows experts_forward, which runs without values.
+_COUNTED_EXPERTS = "dynrank"
 ALL_EXPERTS_FUNCTIONS.register(_COUNTED_EXPERTS, experts_forward)
 
 _WITH_LOSS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")
