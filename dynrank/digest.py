@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["digest"]
-
 
 def digest(value: Any) -> str:
     """A hash of nested containers, tensors (shape, dtype and bits) and plain values, 32 hexadecimal digits.

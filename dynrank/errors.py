@@ -31,7 +31,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 
-_WORDS = {  # of pydantic's messages
+# How pydantic's messages are said in ours.
+_WORDS = {
     "Input should": "must",
     "String should": "must",
     "Field required": "is missing",
@@ -100,9 +101,6 @@ def validated(key: str = "", *, frozen: bool = True, kw_only: bool = False) -> C
         key: configuration key that the fields lie under; the error advises to set ``key.FIELD``. "": no advice.
         frozen: whether fields stay as they are given.
         kw_only: whether the fields of this class (not of its subclasses) are given by name alone.
-
-    Raises:
-        ConfigurationError: from the class's constructor, listing every value that cannot be used.
     """
 
     def decorate(cls: C) -> C:
@@ -114,11 +112,7 @@ def validated(key: str = "", *, frozen: bool = True, kw_only: bool = False) -> C
 
 
 def validated_call(key: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Check the arguments of a function against its annotations, as :func:`validated` checks fields.
-
-    Raises:
-        ConfigurationError: from the function, listing every argument that cannot be used.
-    """
+    """Check the arguments of a function against its annotations, as :func:`validated` checks fields."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         known = [*signature(function).parameters]
@@ -134,12 +128,10 @@ def read_as(kind: type[T], data: Any, where: str) -> T:
         kind: a class made by :func:`validated`, or any type that pydantic knows.
         data: mappings, lists, texts and numbers.
         where: what to fix: a file, or a configuration key.
-
-    Raises:
-        ConfigurationError: listing every value that cannot be used.
     """
     known = [f.name for part in (kind, *get_args(kind)) if is_dataclass(part) for f in fields(part)]
-    try:  # as JSON, where a mapping may stand for a dataclass and a list for a tuple, but no text for a number
+    # Read as JSON: a mapping may stand for a dataclass and a list for a tuple, but no text for a number.
+    try:
         return TypeAdapter(kind).validate_json(to_json(data, inf_nan_mode="constants"))
     except ValidationError as error:
         raise ConfigurationError(_listed(_faults(error, known, nested=True), f"fix {where}")) from None
@@ -190,7 +182,8 @@ def _faults(error: ValidationError, known: Sequence[str], *, nested: bool) -> di
         for theirs, ours in _WORDS.items():
             said = said.replace(theirs, ours)
         got = "" if fault["type"].startswith(("missing", "value_error")) else f", got {shown(fault['input'])}"
-        if path in faults and not nested:  # another type of a union
+        # Another type of the same union has been reported.
+        if path in faults and not nested:
             said, got = f"{said.removeprefix('must ')}{got}", ""
             faults[path] = f"{faults[path].partition(', got ')[0]}, or {said}"
         else:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROUNDING = 1e-10  # a norm below this share of the factor's is rounding (float64 arithmetic)
+# A norm below this share of the factor's norm is rounding of float64.
+_ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor 
     b_OR, a_RI = lora_B.double(), lora_A.double()
     r_b, r_a = _triangles(b_OR, a_RI)
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()  # a rule for the sign that the SVD leaves open
+    # The SVD leaves the sign open, so this rule fixes it: the largest element is positive.
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     u, vh = u * signs, vh * signs.mT
     eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
     live = numerical_rank(s, max(d_out, d_in), eps)

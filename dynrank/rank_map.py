@@ -17,9 +17,12 @@ from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
 
 T = TypeVar("T")
 
-EXPRESSION_ERRORS = (re.error, RecursionError, OverflowError)  # what compiling raises
-_PLAIN = re.compile(r"[\w.-]+")  # a name, or trailing parts of one
-_LISTED = 20  # faults; of keys that match nothing the nearest names are looked for, which takes time
+# What compiling an expression raises.
+EXPRESSION_ERRORS = (re.error, RecursionError, OverflowError)
+# A name, or trailing parts of one.
+_PLAIN = re.compile(r"[\w.-]+")
+# At most so many faults are listed: looking for the nearest names takes time.
+_LISTED = 20
 
 
 @validated()
@@ -32,9 +35,6 @@ class RankRule:
         alpha: LoRA alpha; the layer's scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA).
         highest: rank that a budget gives the layer at most, in place of the schedule's ``highest``.
         pinned: no schedule touches the layer.
-
-    Raises:
-        ConfigurationError: if a value cannot be used, or a pinned layer has a final or a highest rank.
     """
 
     rank: Count | None = None
@@ -49,11 +49,7 @@ class RankRule:
 
 
 def whole_parts(key: str) -> re.Pattern[str]:
-    """The expression that PEFT matches against a module's name for a key of rank_pattern or alpha_pattern.
-
-    Raises:
-        re.error: or another of ``EXPRESSION_ERRORS``, if it is none.
-    """
+    """The expression that PEFT matches against a module's name for a key of rank_pattern or alpha_pattern."""
     return re.compile(rf"(.*\.)?({key})$")
 
 
@@ -109,18 +105,15 @@ def _number(value: float) -> int | float:
 
 
 def load_rank_map(path: str | Path) -> dict[str, RankRule]:
-    """Rules of an override file (YAML, top-level key ``rank_pattern``).
-
-    Raises:
-        ConfigurationError: if the file is missing or not YAML, or any rule is faulty (all faults are listed).
-    """
+    """Rules of an override file (YAML, top-level key ``rank_pattern``)."""
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigurationError(
             f"cannot read the override file {str(path)!r}: {error.strerror}; set rank_map.file"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not text, or a date that is none
+    # A ValueError says that the file is not text, or that a date is impossible.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"rank_map.file must be YAML, got {str(path)!r}: {error!s:.500}") from None
     if not isinstance(data, dict) or set(data) != {"rank_pattern"} or not isinstance(data["rank_pattern"], dict):
         raise ConfigurationError(
@@ -145,9 +138,6 @@ def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, Ra
     Args:
         rank_pattern: key -> value as read from YAML; a value may be a rule already.
         source: file or key to name in the error.
-
-    Raises:
-        ConfigurationError: listing every faulty rule.
     """
     rules, faults = {}, []
     for key, value in rank_pattern.items():
@@ -197,10 +187,6 @@ def resolve_rank_map(
         rank: rank of layers that no rule sets.
         alpha: alpha of layers that no rule sets.
         capped: names of layers for which ``rank`` is lowered to min(d_in, d_out) where that is less.
-
-    Raises:
-        ConfigurationError: if a key matches nothing, two rules conflict, or a rank is outside [1, min(d_in, d_out)]
-            (the first faults are listed).
     """
     matched = {key: {*filter(whole_parts(key).match, shapes)} for key in rules}
     faults = [_unmatched(key, shapes) for key in islice((key for key in rules if not matched[key]), _LISTED)]
@@ -242,7 +228,8 @@ def _unmatched(key: str, names: Mapping[str, Any]) -> str:
 
 def _standing(key: str, name: str, matched: set[str]) -> int:
     """2 for a key that is the layer's name, 1 for a plain one that matches this layer only, 0 for any other pattern."""
-    plain = re.sub(r"\\(?=\W)", "", key.removeprefix("^").removesuffix("$"))  # re.escape undone
+    # This undoes re.escape.
+    plain = re.sub(r"\\(?=\W)", "", key.removeprefix("^").removesuffix("$"))
     if plain == name:
         return 2
     return 1 if matched == {name} and _PLAIN.fullmatch(plain) else 0

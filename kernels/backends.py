@@ -19,11 +19,7 @@ MEASURED = Path(__file__).with_name("measured.csv")
 
 
 def check_backend(backend: str) -> str:
-    """``backend``, if it is one.
-
-    Raises:
-        ConfigurationError: if it is not.
-    """
+    """``backend``, if it is one."""
     if backend not in BACKENDS:
         raise ConfigurationError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; set lora.backend")
     return backend
@@ -33,9 +29,6 @@ def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
     """The module that makes the products.
 
     ``auto`` is Triton's kernels where they serve ``x`` and this card's measurements say that they pay, else ATen.
-
-    Raises:
-        ConfigurationError: if there is no such backend, or Triton's kernels were asked for and cannot serve ``x``.
     """
     check_backend(backend)
     pays = backend == "triton"

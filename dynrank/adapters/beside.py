@@ -13,8 +13,6 @@ from pydantic.dataclasses import dataclass
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.whole_file import whole_file
 
-__all__ = ["LABELS_FILE", "input_files", "label_names", "tokenizer_source", "with_labels", "write_beside"]
-
 # No config.json: with one, transformers takes the folder for a whole model and looks for all weights in it.
 LABELS_FILE, TOKENIZER_FILE = "labels.json", "tokenizer_config.json"
 # Files of a model's folder that say how its inputs are made.
@@ -45,11 +43,7 @@ def label_names(model: Any) -> list[str]:
 
 
 def with_labels(model: Any, folder: Path) -> Any:
-    """The model itself, which answers with the names of labels that lie in the adapter's ``folder``, if any do.
-
-    Raises:
-        ConfigurationError: if the file is broken, or of another number of labels.
-    """
+    """The model itself, which answers with the names of labels that lie in the adapter's ``folder``, if any do."""
     file = folder / LABELS_FILE
     if not file.exists():
         return model

@@ -14,8 +14,6 @@ from torch._dynamo.eval_frame import skip_code
 
 from dynrank.layers.compiled import uncompiled
 
-__all__ = ["CallLock", "call_lock_of"]
-
 _installing = threading.Lock()
 
 
@@ -24,7 +22,8 @@ class CallLock:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._calls: dict[int, int] = {}  # thread -> how many calls it is in
+        # {thread: how many calls it is in}.
+        self._calls: dict[int, int] = {}
         self._closed, self._waiting = False, 0
 
     def __enter__(self) -> None:
@@ -49,11 +48,7 @@ class CallLock:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Inside the block no call is under way; calls begun meanwhile wait for its end.
-
-        Raises:
-            RuntimeError: if this thread is itself in a call.
-        """
+        """Inside the block no call is under way; calls begun meanwhile wait for its end."""
         with self._changed:
             if threading.get_ident() in self._calls:
                 raise RuntimeError("a model cannot be changed from within its own forward or generate")
@@ -96,18 +91,21 @@ def _with_lock(kind: type[nn.Module], lock: CallLock) -> type[nn.Module]:
         _call_lock = lock
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            if torch.compiler.is_dynamo_compiling():  # within a larger graph, which a lock would break
+            # Inside a larger compiled graph a lock would break the graph.
+            if torch.compiler.is_dynamo_compiling():
                 return super().__call__(*args, **kwargs)
             with lock:
                 return super().__call__(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             function, arguments, *rest = super().__reduce_ex__(protocol)
-            if arguments and arguments[0] is Locked:  # of copyreg.__newobj__, for which pickle wants the own class
+            # copyreg.__newobj__ gets the class as its first argument, and pickle wants the original one.
+            if arguments and arguments[0] is Locked:
                 function, arguments = object.__new__, (kind, *arguments[1:])
             return (kind if function is Locked else function), arguments, *rest
 
-    skip_code(Locked.__call__.__code__)  # torch.compile begins with the forward, as for nn.Module's own __call__
+    # torch.compile starts with forward, as it does for nn.Module's own __call__.
+    skip_code(Locked.__call__.__code__)
     if hasattr(kind, "generate"):
 
         @wraps(kind.generate)

@@ -14,8 +14,6 @@ from dynrank.layers.base import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
 from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, peft_ranks, whole_parts
 
-__all__ = ["CONFIG_FILE", "AdapterConfig", "LayerSettings", "adapter_folder", "make_config", "read_config"]
-
 CONFIG_FILE = "adapter_config.json"
 _LARGEST = 3.4e38  # what float32 takes
 
@@ -131,11 +129,7 @@ def make_config(
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    """The settings of the adapter in ``folder``.
-
-    Raises:
-        ConfigurationError: if the file is missing or broken, or values cannot be used (all of them are listed).
-    """
+    """The settings of the adapter in ``folder``."""
     file = folder / CONFIG_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

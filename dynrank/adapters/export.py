@@ -26,8 +26,6 @@ from dynrank.models.pretrained import read_config
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.slots import slot_rank
 
-__all__ = ["Exported", "Server", "check_served", "export_adapter"]
-
 Server = Literal["vllm", "gguf", "padded"]
 # What reads it, and the heads that it takes whole.
 _READERS: Mapping[Server, tuple[str, tuple[str, ...]]] = {
@@ -124,9 +122,6 @@ def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: It
         layers: {adapted layer: whether it is a stack of experts, whether it is a convolution}.
         others: names of the parameters that the adapter has whole.
         config: of the base, for "gguf".
-
-    Raises:
-        ConfigurationError: naming the layers and modules.
     """
     server, whole = _READERS[to]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in others)

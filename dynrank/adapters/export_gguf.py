@@ -18,8 +18,6 @@ from torch import Tensor
 from dynrank.adapters.read import Adapter
 from dynrank.errors import ConfigurationError
 
-__all__ = ["ARCHITECTURES", "gguf_names", "write_gguf"]
-
 Order = Callable[[int, int], Tensor]  # (rows, heads) -> the row of transformers that stands in each row of llama.cpp
 
 
@@ -62,9 +60,6 @@ def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
     Args:
         config: of the base model.
         layers: names of the adapted layers.
-
-    Raises:
-        ConfigurationError: if llama.cpp would read something of the adapter otherwise than PEFT, or not at all.
     """
     if find_spec("gguf") is None:
         raise ConfigurationError("a GGUF file needs the package gguf: pip install 'dynrank[code]'")
@@ -94,12 +89,7 @@ def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
 
 
 def write_gguf(file: Path, adapter: Adapter, config: Any) -> None:
-    """Write ``adapter``, trained on a model of this ``config``, to ``file``, in float32.
-
-    Raises:
-        ConfigurationError: as :func:`gguf_names`.
-        OSError: if the file cannot be written.
-    """
+    """Write ``adapter``, trained on a model of this ``config``, to ``file``, in float32."""
     from gguf import GGUFType, GGUFWriter, Keys
 
     kind, moves = ARCHITECTURES[config.model_type]

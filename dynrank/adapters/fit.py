@@ -14,9 +14,8 @@ from dynrank.layers.finding import own_layers, plain_modules, tied_weights
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.placing import base_values, make_layer, place_layers
 
-__all__ = ["AdapterChange"]
-
-Place = tuple[nn.Module, str]  # a module, and the name of a parameter or buffer in it
+# A module, and the name of a parameter or buffer in it.
+Place = tuple[nn.Module, str]
 
 
 class AdapterChange:
@@ -26,9 +25,6 @@ class AdapterChange:
         model: plain, or with LoRA layers, which the adapter's replace.
         adapter: to put there.
         dtype: of the factors.
-
-    Raises:
-        ConfigurationError: if the adapter does not fit the model (all faults are listed).
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
@@ -71,7 +67,8 @@ class AdapterChange:
         for module, leaf in self._places.values():
             if (module, leaf) not in overwritten and leaf in base_values(module):
                 value = base_values(module).pop(leaf)
-                assert value is not None  # or the adapter would not have fitted
+                # Without a value the adapter would have been refused.
+                assert value is not None
                 _put(module, leaf, value.requires_grad_(False))
         for name, value in self._heads.items():
             module, leaf = self._places[name]
@@ -83,7 +80,8 @@ class AdapterChange:
         self, named: list[tuple[str, nn.Module]], adapter: Adapter
     ) -> tuple[dict[str, nn.Module], list[str]]:
         """(the module that each layer of the adapter is for, faults)."""
-        first_names = {module: name for name, module in reversed(named)}  # PEFT knows a shared module by one name
+        # PEFT knows a shared module by its first name only.
+        first_names = {module: name for name, module in reversed(named)}
         modules = {name: module for module, name in first_names.items()}
         bases, faults = {}, []
         for name, stored in adapter.layers.items():
@@ -100,7 +98,8 @@ class AdapterChange:
                     ours, theirs = (kind.experts_of(base), *ours), (stored.experts, *theirs)
                 faults.append(f"{name!r} is {ours} in the model and {theirs} in the adapter")
             else:
-                adapter.factors(name)  # raises where they are not finite, before anything is changed
+                # This raises where factors are not finite, before anything is changed.
+                adapter.factors(name)
                 bases[name] = base
         return bases, faults
 

@@ -11,8 +11,6 @@ from dynrank.adapters.read import open_stored
 from dynrank.adapters.stored import StoredLayer, one_thread
 from dynrank.linalg import effective_rank, energy_rank, pooled, singular_values
 
-__all__ = ["LayerSpectrum", "inspect_adapter"]
-
 
 @dataclass(frozen=True)
 class LayerSpectrum(StoredLayer):
@@ -37,11 +35,7 @@ class LayerSpectrum(StoredLayer):
 
 
 def inspect_adapter(path: str | Path) -> list[LayerSpectrum]:
-    """The layers of a LoRA, by name: a PEFT adapter's folder, or a file; they are read one after the other.
-
-    Raises:
-        ConfigurationError: if it cannot be used, or a factor holds NaN or inf (it names the layer).
-    """
+    """The layers of a LoRA, by name: a PEFT adapter's folder, or a file; they are read one after the other."""
     with open_stored(path) as adapter, one_thread():
         spectra = []
         for name, stored in adapter.layers.items():

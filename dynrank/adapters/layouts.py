@@ -11,8 +11,6 @@ from dynrank.adapters.read import Adapter
 from dynrank.adapters.stored import Factors
 from dynrank.linalg import joined, split
 
-__all__ = ["one_scaling", "padded", "stored_factors"]
-
 
 def stored_factors(adapter: Adapter) -> dict[str, Factors]:
     """The factors of every layer of a stored adapter, as they are."""

@@ -15,8 +15,6 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers
 from dynrank.layers.peft_layers import refuse_peft
 
-__all__ = ["load_adapter", "swap_adapter"]
-
 M = TypeVar("M", bound=nn.Module)
 
 

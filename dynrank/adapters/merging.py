@@ -23,8 +23,6 @@ from dynrank.models.names import model_source, stored_source
 from dynrank.models.pretrained import load_by_name, load_weights, read_config
 from dynrank.output.output_folder import check_free, whole_or_nothing
 
-__all__ = ["base_model", "base_source", "merge_adapter"]
-
 # What a base is adapted as when the class that its config.json names does not have the adapter's layers: a model that
 # was stored as an encoder and trained with a head, for example.
 _AUTO_CLASSES = (
@@ -74,11 +72,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
 
 
 def base_source(adapter: Adapter, given: str | None) -> str:
-    """Where the base model lies that the user has ``given``, or that the adapter names.
-
-    Raises:
-        ConfigurationError: if there is none.
-    """
+    """Where the base model lies that the user has ``given``, or that the adapter names."""
     base = given or (adapter.config.model_extra or {}).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ConfigurationError(f"the adapter {adapter.source!r} names no base model; give --model")
@@ -101,7 +95,8 @@ def base_model(origin: str, adapter: Adapter) -> nn.Module:
             try:
                 with torch.device("meta"):
                     empty = make(config)
-            except ValueError:  # no class of this kind
+            # transformers has no class of this kind for the model.
+            except ValueError:
                 continue
             lacks = _misfits(empty, adapter, shapes)
             if not lacks:

@@ -16,9 +16,8 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.output.console import one_line
 
-__all__ = ["answers", "on_base"]
-
-SHOWN = 3  # labels of a text
+# So many labels of a text are shown.
+SHOWN = 3
 
 
 def answers(
@@ -33,13 +32,11 @@ def answers(
         batch_size: texts at a time.
         max_new_tokens: that are written at most.
         chat: put each text into the tokenizer's chat template, as a user's first turn.
-
-    Raises:
-        ConfigurationError: if the adapter, its base or a text cannot be used.
     """
     model, tokenizer_at = on_base(read_adapter(source), base)
     tokenizer = load_tokenizer(tokenizer_at, "--model")
-    model.config.pad_token_id = tokenizer.pad_token_id  # decoders classify by their last real token
+    # Decoders classify by their last token that is no padding.
+    model.config.pad_token_id = tokenizer.pad_token_id
     writes = model.can_generate()
     if chat and not (writes and tokenizer.chat_template):
         raise ConfigurationError("--chat needs a model that writes, and a tokenizer with a chat template")
@@ -58,9 +55,6 @@ def on_base(adapter: Adapter, base: str | None) -> tuple[Any, str]:
     Args:
         adapter: of a classifier or of a model that writes.
         base: name of the model; None: as the adapter names it.
-
-    Raises:
-        ConfigurationError: if the adapter or its base cannot be used.
     """
     origin, source = base_source(adapter, base), Path(adapter.source)
     model: Any = with_labels(load_adapter(base_model(origin, adapter), adapter).eval(), source)

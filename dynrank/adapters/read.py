@@ -61,10 +61,6 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
 
     The two files are of one adapter, also while another process writes to the folder: dynrank notes with the tensors
     a digest of the settings that they were written with. Files of PEFT have no such note and are read as they are.
-
-    Raises:
-        ConfigurationError: if a file is missing, broken, not a LoRA adapter or a variant with other arithmetic; if the
-            settings give a layer another rank than its tensors have; or if settings and tensors are of two adapters.
     """
     folder, until = Path(path), time.monotonic() + _PATIENCE
     while True:
@@ -97,9 +93,6 @@ def sort_keys(
     """({layer: {"A": key, "B": key}}, {name in the model: key} of everything else) of a PEFT file.
 
     A layer has the name of its module, or of the parameter (``target_parameters``).
-
-    Raises:
-        ConfigurationError: if a key is not PEFT's, none is a factor's, or parameters lack factors.
     """
     factors: dict[str, dict[str, str]] = {}
     others = {}

@@ -30,8 +30,6 @@ from dynrank.models.names import public_name
 from dynrank.output.whole_file import os_errors, whole_files
 from dynrank.rank_map import peft_ranks
 
-__all__ = ["rewrite_adapter", "save_adapter", "target_modules", "trained_heads", "write_adapter"]
-
 
 def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") -> None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
@@ -100,9 +98,6 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
         folder: to write to.
         tensors: contiguous, on the CPU, by PEFT's keys.
         config: settings, for adapter_config.json.
-
-    Raises:
-        OSError: if a file cannot be written; both are as they were before, unless the very last step failed.
     """
     read = AdapterConfig.model_validate(config)
     settings = read.of_layers(sort_keys(tensors, read, folder)[0])
@@ -126,9 +121,6 @@ def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factor
         folder: to write to.
         adapter: read from a folder.
         factors: of every layer of it.
-
-    Raises:
-        OSError: as :func:`write_adapter`.
     """
     tensors = {key: adapter.tensor(key) for key in adapter.others.values()}
     for name, (lora_A, lora_B, _) in factors.items():

@@ -70,11 +70,7 @@ class SingleFile(StoredAdapter):
 
 @contextmanager
 def open_file(path: Path) -> Iterator[SingleFile]:
-    """The LoRA in a file, whose tensors are read from it when they are asked for.
-
-    Raises:
-        ConfigurationError: if it is no whole safetensors file, has no plain LoRA layers, or a layer cannot be used.
-    """
+    """The LoRA in a file, whose tensors are read from it when they are asked for."""
     if not path.is_file():
         raise ConfigurationError(f"there is no file {str(path)!r}")
     if path.suffix != SUFFIX:
@@ -116,10 +112,6 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
         path: to write to.
         file: opened.
         factors: of every layer of it.
-
-    Raises:
-        ConfigurationError: if a factor does not fit into its dtype.
-        OSError: if the file cannot be written.
     """
     ranks = {name: len(lora_A) for name, (lora_A, _, _) in factors.items()}
     tensors, alpha = {key: file.tensor(key) for key in file.others.values()}, 0.0

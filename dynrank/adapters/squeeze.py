@@ -20,8 +20,6 @@ from dynrank.linalg import pooled, singular_values, stacked, truncate_product
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
-__all__ = ["Squeezed", "squeeze_adapter"]
-
 Squeezed = tuple[dict[str, Factors], list[LayerReport]]  # new factors by layer, and what became of each
 
 

@@ -72,11 +72,7 @@ class StoredAdapter:
     tensor: Callable[[str], Tensor]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer, as matrices; the products of experts are stacked.
-
-        Raises:
-            ConfigurationError: if one is not finite in float32, or the rank is above min(d_out, d_in).
-        """
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer, as matrices; the products of experts are stacked."""
         layer, (lora_B, lora_A) = self.layers[name], self.matrices(name)
         if len(lora_A) == layer.rank * layer.experts:
             return lora_B, lora_A
@@ -114,11 +110,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, of which tensors are read when they are asked for.
-
-    Raises:
-        ConfigurationError: if it is none.
-    """
+    """A safetensors file, of which tensors are read when they are asked for."""
     with ExitStack() as stack:
         try:
             held = stack.enter_context(path.open("rb"))
@@ -138,11 +130,7 @@ def stored_tensor(file: Any, key: str, path: Path) -> Tensor:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: equal ones for equal content, where safetensors would write metadata in any order.
-
-    Raises:
-        SafetensorError: if it cannot be written.
-    """
+    """Write a safetensors file: equal ones for equal content, where safetensors would write metadata in any order."""
     save_file(dict(tensors), path, metadata=dict(metadata) or None)
     with path.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -176,9 +164,6 @@ def checked_layer(
         pair: key of each factor, "A" and "B".
         settings: (rank, alpha, scaling); None: the factors' rank, as much alpha, and 1.
         of_parameter: the factors may stack several products of that rank.
-
-    Raises:
-        ValueError: saying what is wrong; the layer's name is to be put before it.
     """
     if set(pair) != {"A", "B"}:
         raise ValueError("lacks one of its two factors")

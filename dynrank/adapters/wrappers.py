@@ -30,11 +30,7 @@ def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def parameter_names(wrappers: Iterable[str], config: AdapterConfig) -> dict[str, str]:
-    """{wrapper: parameter} of those names in a file that ``config`` says are of parameters; the others are modules.
-
-    Raises:
-        ValueError: if they are not as many as the parameters.
-    """
+    """{wrapper: parameter} of those names in a file that ``config`` says are of parameters; the others are modules."""
     by_module: dict[str, list[str]] = {}
     for name in wrappers:
         by_module.setdefault(name.replace(_INSIDE, ""), []).append(name)

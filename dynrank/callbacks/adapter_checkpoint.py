@@ -19,7 +19,8 @@ from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.frozen_base import adapted_models, follow_base, without_base
 from dynrank.output.checkpoint_file import read_checkpoint, write_checkpoint
 
-_STATES = ("state_dict", "current_model_state")  # Lightning's WeightAveraging adds the second
+# Lightning's WeightAveraging adds the second.
+_STATES = ("state_dict", "current_model_state")
 
 
 class AdapterCheckpoint(ModelCheckpoint):
@@ -57,11 +58,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         return private.last_saved(self)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let checkpoints be written and read safely, and loaded without a base.
-
-        Raises:
-            ConfigurationError: if another ModelCheckpoint is there, or FSDP2 writes a folder of shards.
-        """
+        """Let checkpoints be written and read safely, and loaded without a base."""
         for other in trainer.checkpoint_callbacks:
             if isinstance(other, ModelCheckpoint) and not isinstance(other, AdapterCheckpoint):
                 raise ConfigurationError(
@@ -75,7 +72,8 @@ class AdapterCheckpoint(ModelCheckpoint):
                 "save_distributed_checkpoint=False (trainer.strategy.save_distributed_checkpoint=false), which writes "
                 "one file without the base, or use ModelCheckpoint"
             )
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:  # one that the user has chosen stays
+        # A checkpoint_io that the user has chosen stays.
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
             strategy.checkpoint_io = SafeCheckpointIO()
         for model in [pl_module, *map(private.average_model, trainer.callbacks)]:  # type: ignore[attr-defined]
             if model is not None:
@@ -83,11 +81,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Watch for SIGTERM from now on.
-
-        Raises:
-            ConfigurationError: if there is no adapted model.
-        """
+        """Watch for SIGTERM from now on."""
         if not adapted_models(pl_module):
             raise ConfigurationError(
                 "AdapterCheckpoint needs a model with LoRA layers (dynrank.add_lora or PEFT); use ModelCheckpoint"
@@ -118,11 +112,7 @@ class AdapterCheckpoint(ModelCheckpoint):
         raise SIGTERMException
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take the base out of ``checkpoint``.
-
-        Raises:
-            DivergedError: if a trained parameter holds NaN or inf; nothing has been written then.
-        """
+        """Take the base out of ``checkpoint``."""
         _check_finite(pl_module)
         checkpoint["loops"] = self._loops or checkpoint["loops"]
         trained = [
@@ -148,7 +138,8 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 
 def _check_finite(module: LightningModule) -> None:
-    found = [name for name in from_all(_not_finite(module)) if name]  # one process alone may hold what is broken
+    # One process alone may hold the parameter that is broken.
+    found = [name for name in from_all(_not_finite(module)) if name]
     if found:
         raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower optimizer.lr")
 
@@ -159,7 +150,8 @@ def _not_finite(module: LightningModule) -> str | None:
     local = [value.to_local() if isinstance(value, DTensor) else value for value in trained.values()]
     if not local:
         return None
-    finite = torch.stack([value.isfinite().all().to(local[0].device) for value in local])  # read from the device once
+    # One stacked tensor is read from the device once.
+    finite = torch.stack([value.isfinite().all().to(local[0].device) for value in local])
     return next((name for name, good in zip(trained, finite.tolist(), strict=True) if not good), None)
 
 

@@ -9,8 +9,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-__all__ = ["COLUMNS", "Generations"]
-
 COLUMNS = ("step", "split", "prompt", "wanted", "written")
 
 

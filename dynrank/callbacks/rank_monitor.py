@@ -51,10 +51,12 @@ class RankMonitor(Callback):
         self.prefix = f"{model_name}." if model_name else ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_history(trainer)  # for a run of no steps, too
+        # A run of no steps gets the file, too.
+        self._write_history(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_history(trainer)  # FSDP2 loads what was changed before a resume later than on_fit_start
+        # FSDP2 loads the history of a resumed run later than on_fit_start.
+        self._write_history(trainer)
         self._log_ranks(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -74,7 +76,8 @@ class RankMonitor(Callback):
             title = f"rank {verb} at step {event.step}: {event.reason}"
             Console().print(change_table(title, self._named(event).layers, event.loss))
         for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
-            if isinstance(callback, ModelSummary):  # RichModelSummary, too
+            # RichModelSummary is one, too.
+            if isinstance(callback, ModelSummary):
                 callback.on_fit_start(trainer, pl_module)
 
     def _log_change(self, trainer: Trainer, event: RankEvent) -> None:
@@ -125,10 +128,12 @@ def _log_spectra(logger: TensorBoardLogger, event: RankEvent) -> None:
     for layer in event.layers:
         spectrum = torch.tensor(layer.singular_values)
         logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
-    if find_spec("matplotlib") is not None:  # an extra of its own
+    # matplotlib is an extra of its own.
+    if find_spec("matplotlib") is not None:
         from dynrank.output.plots import spectra_figure
 
         spectra = {layer.layer: layer.singular_values for layer in event.layers}
         kept = {layer.layer: layer.rank_after for layer in event.layers}
         figure = spectra_figure(spectra, kept, f"before the change at step {event.step}")
-        logger.experiment.add_figure("spectra", figure, event.step, close=False)  # of no pyplot, which would close it
+        # The figure does not belong to pyplot, which would close it.
+        logger.experiment.add_figure("spectra", figure, event.step, close=False)

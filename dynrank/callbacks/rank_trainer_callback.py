@@ -28,8 +28,6 @@ from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.output.checkpoint_file import load_undamaged
 from dynrank.triggers import Run
 
-__all__ = ["RankTrainerCallback"]
-
 
 class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several (DDP).
@@ -133,11 +131,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     @classmethod
     def from_state(cls, state: Any) -> Any:
-        """Refuse to be made from JSON, which holds no schedule.
-
-        Raises:
-            ConfigurationError: always.
-        """
+        """Refuse to be made from JSON, which holds no schedule."""
         raise ConfigurationError(
             f"{cls.__name__} takes its state from the checkpoint by itself; set "
             "restore_callback_states_from_checkpoint=False"

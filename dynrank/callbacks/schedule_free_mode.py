@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-_POINTS = "schedule_free_points"  # in a checkpoint
+# The key in a checkpoint.
+_POINTS = "schedule_free_points"
 
 
 class ScheduleFreeMode(Callback):
@@ -23,17 +24,20 @@ class ScheduleFreeMode(Callback):
     """
 
     def __init__(self) -> None:
-        self._points: dict[str, Tensor] = {}  # to go on from, by name, while parameters hold the average
+        # The points to go on from, by name, while the parameters hold the average.
+        self._points: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._points = {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            self._points = checkpoint.get(_POINTS, {})  # a run that has ended left none
+            # A run that has ended left no points.
+            self._points = checkpoint.get(_POINTS, {})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._go_on(trainer, pl_module)  # no sooner: a run resumed behind its last step ends with what was saved
+        # Not sooner, because a run that is resumed behind its last step ends with what was saved.
+        self._go_on(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._average(trainer, pl_module)
@@ -44,7 +48,8 @@ class ScheduleFreeMode(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._average(trainer, pl_module)
-        self._points = {}  # a change of ranks may follow
+        # The points are dropped, because a change of ranks may follow.
+        self._points = {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         switched = self._average(trainer, pl_module)

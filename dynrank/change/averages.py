@@ -23,11 +23,7 @@ from dynrank.linalg import RankChange, joined, split
 def averaged_layers(
     averages: Iterable[nn.Module], layers: Mapping[str, RankedLayer]
 ) -> list[tuple[nn.Module, dict[str, RankedLayer]]]:
-    """(average, its LoRA layers by name) of each; torch's AveragedModel may be given, or what it holds.
-
-    Raises:
-        ConfigurationError: if its layers are not those of the model that it averages, at the same ranks.
-    """
+    """(average, its LoRA layers by name) of each; torch's AveragedModel may be given, or what it holds."""
     found = []
     for average in averages:
         module: nn.Module = average.module if isinstance(average, AveragedModel) else average

@@ -305,19 +305,11 @@ class Gates:
         return [name for name, la in layers if name not in self._reached and la.scaling and la.lora_B.any()]
 
     def values(self) -> dict[str, Tensor]:
-        """{layer: (rank,) descending} what the directions are worth to the loss, for targets; not collective.
-
-        Raises:
-            ConfigurationError: if no step had finite gradients, or a layer's factors are not finite.
-        """
+        """{layer: (rank,) descending} what the directions are worth to the loss, for targets; not collective."""
         return self._estimate().values()
 
     def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
-        """{layer: the directions to keep, ascending} of the layers in ``ranks``, the others staying whole.
-
-        Raises:
-            ConfigurationError: as :meth:`values`.
-        """
+        """{layer: the directions to keep, ascending} of the layers in ``ranks``, the others staying whole."""
         strange = sorted(ranks.keys() - self._layers.keys())
         if strange:
             raise ConfigurationError(f"the gates of {strange[:3]} were not watched; leave these layers as they are")

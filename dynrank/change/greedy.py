@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["LossChange", "Quadratic"]
-
 
 @dataclass(frozen=True)
 class LossChange:
@@ -96,7 +94,8 @@ class Quadratic:
         and a trifle more; what lowers the loss counts as a trifle. So targets may treat them as singular values.
         """
         order, prices = self.dropped(dict.fromkeys(self._places, 1))
-        rest = [i for i in range(len(self._gradient)) if i not in set(order)]  # the last one of each layer
+        # What was never dropped is the last direction of each layer.
+        rest = [i for i in range(len(self._gradient)) if i not in set(order)]
         levels = np.maximum.accumulate(np.maximum([*prices, *[0.0] * len(rest)], 0.0))
         top = levels[-1] if len(levels) and levels[-1] > 0 else 1.0
         levels = levels + top * 1e-9 * np.arange(1, len(levels) + 1) / len(levels)

@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
 
-BLOCK = 256  # numbers that share a scale in bitsandbytes' 8-bit state
+# So many numbers share a scale in bitsandbytes' 8-bit state.
+BLOCK = 256
 KEPT, LINEAR, SQUARED, ROW, COLUMN, POSITION, STEP, SCALES = (
     "kept", "linear", "squared", "row", "column", "position", "step", "scales",
 )  # fmt: skip
 
 _ADAM = {"step": KEPT, "exp_avg": LINEAR, "exp_avg_sq": SQUARED, "max_exp_avg_sq": SQUARED}
-_BITS = {"step": KEPT, "qmap1": KEPT, "qmap2": KEPT, "absmax1": SCALES, "absmax2": SCALES}  # bitsandbytes' own
+# Entries that only bitsandbytes has.
+_BITS = {"step": KEPT, "qmap1": KEPT, "qmap2": KEPT, "absmax1": SCALES, "absmax2": SCALES}
 _SCHEDULE_FREE = {"z": POSITION, "exp_avg_sq": SQUARED}
 # Kinds of the entries, by package and class: nothing but torch needs to be installed. What isn't here is refused, a
 # subclass too, which may hold anything; so are RMSprop that is centred (a square is no longer above that of the mean
@@ -65,10 +67,6 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
         optimizer: without a wrapper.
         parameters: those that will change.
         optimizer_state: "transport" or "reset".
-
-    Raises:
-        ConfigurationError: if the optimizer has no rule or cannot forget, or an entry of its state has no rule or not
-            the shape that belongs to its parameter.
     """
     name, rules = rule_name(optimizer).removeprefix("torch."), RULES.get(rule_name(optimizer))
     if isinstance(optimizer, torch.optim.LBFGS):
@@ -106,7 +104,8 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
 def rule_name(optimizer: Optimizer) -> str:
     """Package and class, and an option by which the state becomes another one."""
     cls = type(optimizer)
-    options = {"is_paged": getattr(optimizer, "is_paged", False)}  # of bitsandbytes
+    # Paged state is an option of bitsandbytes.
+    options = {"is_paged": getattr(optimizer, "is_paged", False)}
     options["centered"] = any(group.get("centered") for group in optimizer.param_groups)
     chosen = "".join(f"({option})" for option, value in options.items() if value)
     return f"{cls.__module__.partition('.')[0]}.{cls.__qualname__}{chosen}"

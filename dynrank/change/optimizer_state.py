@@ -116,9 +116,6 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
 
     Schedule-free may be in either mode: its two points move by the same map, which commutes with going from one to the
     other.
-
-    Raises:
-        ConfigurationError: if the new state is not finite: the old one was not, or the factors' scales are extreme.
     """
     state, rules, along = optimizer.state[parameter], RULES[rule_name(optimizer)], (ROW, COLUMN)[move.dim]
 

@@ -19,7 +19,8 @@ from dynrank.layers.peft_layers import config_changes
 from dynrank.layers.peft_view import PeftLayer
 from dynrank.layers.ranked import RankedLayer
 
-State = dict[str, Any]  # of one parameter in an optimizer
+# The state of one parameter in an optimizer.
+State = dict[str, Any]
 
 
 @dataclass
@@ -40,9 +41,6 @@ class Replacement:
         """Replace everything. An interrupt (Ctrl-C) on the way is raised when all is done, so nothing is half changed.
 
         Only assignments are made, and any of them may be made twice.
-
-        Raises:
-            ConfigurationError: before the first assignment, if a layer of PEFT's has its config outside the modules.
         """
         peft = [(layer, len(lora_A)) for layer, lora_A, _ in self.factors if isinstance(layer, PeftLayer)]
         ranks = {(layer.module, layer.adapter): rows // layer.experts for layer, rows in peft}

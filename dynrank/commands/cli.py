@@ -58,7 +58,8 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise typer.BadParameter(f"must be a whole number, got {text!r}") from None  # typer leaves the value out
+        # typer's own message leaves the value out.
+        raise typer.BadParameter(f"must be a whole number, got {text!r}") from None
 
 
 def _count(text: str) -> int:

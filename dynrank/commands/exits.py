@@ -29,7 +29,8 @@ def usage_errors() -> Iterator[None]:
         theirs = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
         # ours have the system's behind them
         numbers = {getattr(each, "errno", None) for each in (error, error.__context__, error.__cause__)}
-        numbers |= {int(number) for number in re.findall(r"os error (\d+)", str(error))}  # as Rust's tokenizers say it
+        # tokenizers, written in Rust, says it this way.
+        numbers |= {int(number) for number in re.findall(r"os error (\d+)", str(error))}
         full = not numbers.isdisjoint((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         if not theirs and not full and not isinstance(error, ConfigurationError):
             raise

@@ -9,9 +9,8 @@ from dynrank.adapters.export import export_adapter
 from dynrank.output.console import print_facts
 from dynrank.output.slots import slot_line
 
-__all__ = ["print_export"]
-
-BYTES = 2  # of a number in a server's slot, which is of the base's dtype: bfloat16
+# Bytes of a number in a server's slot, which has the base's dtype: bfloat16.
+BYTES = 2
 
 
 def print_export(source: Path, out: Path, **options: Any) -> None:

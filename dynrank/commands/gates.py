@@ -27,10 +27,10 @@ from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 from dynrank.tasks.text_task import TextTask
 
-__all__ = ["WatchedAdapter"]
-
-WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")  # what a model that writes learns, the first that is there
-LENGTH = 512  # tokens of an example: longer texts are cut, longer answers left out
+# The forms of examples that a language model learns; the first whose columns are there is taken.
+WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")
+# Tokens of an example: longer texts are cut, longer answers are left out.
+LENGTH = 512
 
 
 class WatchedAdapter:
@@ -46,9 +46,6 @@ class WatchedAdapter:
         model: with the adapter.
         gates: what was seen.
         batches: of the examples.
-
-    Raises:
-        ConfigurationError: if the adapter, its base or the file cannot be used.
     """
 
     def __init__(self, adapter: Adapter, data: str, model: str | None) -> None:
@@ -57,7 +54,8 @@ class WatchedAdapter:
         self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, data)
         self._layers = dict(lora_layers(self.model))
         self.gates = Gates(self.model, self._layers, len(self.batches))
-        self.gates.loss_scale = 1024.0 if self.model.dtype == torch.float16 else 1.0  # or small gradients were zero
+        # Without a scale, small gradients would be zero in float16.
+        self.gates.loss_scale = 1024.0 if self.model.dtype == torch.float16 else 1.0
         with closing(self.gates):
             for loss in self._losses():
                 torch.autograd.backward(loss * self.gates.loss_scale)
@@ -92,7 +90,8 @@ def _batches(model: Any, tokenizer: str, data: str) -> list[dict[str, Tensor]]:
         task: TextTask = _named(Classification(**options, batch_size=8), model, data)
     else:
         task = LanguageModeling(**options, form=form, batch_size=2)
-    model.config.pad_token_id = task.tokenizer.pad_token_id  # decoders classify by their last real token
+    # Decoders classify by their last token that is no padding.
+    model.config.pad_token_id = task.tokenizer.pad_token_id
     examples = spread(task.examples_of(task.rows["train"], "--data"), EXAMPLES)
     if len(examples) < FEW:
         raise ConfigurationError(f"--data={data} must have at least {FEW} examples, got {len(examples)}")

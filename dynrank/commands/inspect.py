@@ -12,12 +12,13 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_facts, print_table
 from dynrank.targets import Budget
 
-__all__ = ["print_spectra", "show_adapter"]
+# Shares of the energy.
+SHARES = (0.9, 0.99)
+# Shares of the parameters.
+BUDGETS = (0.5, 0.25)
 
-SHARES = (0.9, 0.99)  # of the energy
-BUDGETS = (0.5, 0.25)  # of the parameters
-
-Kept = Mapping[float, Mapping[str, int]]  # {share of the parameters: {layer: rank that it keeps}}
+# {share of the parameters: {layer: rank that it keeps}}.
+Kept = Mapping[float, Mapping[str, int]]
 
 
 def show_adapter(folder: Path, plot: Path | None, data: str | None, model: str | None) -> None:
@@ -25,28 +26,27 @@ def show_adapter(folder: Path, plot: Path | None, data: str | None, model: str |
 
     With ``data``, a file of examples, the ranks are shown that gates would leave, as ``squeeze`` does; ``model`` is
     what it was trained on, if not as it says.
-
-    Raises:
-        ConfigurationError: if the adapter, the model or the file of examples cannot be used, or the picture cannot be
-            written.
     """
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
     layers, kept = inspect_adapter(folder), {}
     if data is not None:
-        from dynrank.commands.gates import WatchedAdapter  # which loads what trains models
+        # This import loads what trains models, which other commands do not need.
+        from dynrank.commands.gates import WatchedAdapter
 
         watched = WatchedAdapter(read_adapter(folder), data, model)
         kept = {share: watched.ranks(Budget(share=share)) for share in BUDGETS}
     print_spectra(layers, kept)
     if plot is not None:
-        from dynrank.output.plots import spectra_figure  # matplotlib is an extra
+        # matplotlib is an extra.
+        from dynrank.output.plots import spectra_figure
 
         spectra = {layer.layer: layer.singular_values for layer in layers}
         figure = spectra_figure(spectra, {}, "singular values of the updates")
         try:
             figure.savefig(plot)
-        except (OSError, ValueError) as error:  # ValueError: no format that matplotlib knows
+        # A ValueError says that matplotlib does not know the format.
+        except (OSError, ValueError) as error:
             raise ConfigurationError(f"cannot write --plot {str(plot)!r}: {error}") from None
         print_facts({"plot": plot})
 

@@ -9,19 +9,13 @@ from dynrank.adapters.predicting import answers
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_loading
 
-__all__ = ["print_answers"]
-
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 
 
 def print_answers(
     adapter: Path, texts: Sequence[str], model: str | None, *, batch_size: int, max_new_tokens: int, chat: bool
 ) -> None:
-    """Print what :func:`dynrank.adapters.predicting.answers` says of ``texts``, or of the lines of the file they name.
-
-    Raises:
-        ConfigurationError: if a text is empty, the file is no plain text, or the adapter cannot be used.
-    """
+    """Print what :func:`dynrank.adapters.predicting.answers` says of ``texts``, or of the lines of a file."""
     quiet_loading()
     if len(texts) == 1 and len(texts[0]) < 1000 and (Path(texts[0]).is_file() or _named_as_file(texts[0])):
         texts = _lines(Path(texts[0]))

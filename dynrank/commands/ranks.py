@@ -15,11 +15,7 @@ from dynrank.run.job import build
 
 
 def print_ranks(config: DictConfig) -> None:
-    """Print the LoRA layers that ``config`` leads to; the model is built from its config, without weights.
-
-    Raises:
-        ConfigurationError: as the run itself would.
-    """
+    """Print the LoRA layers that ``config`` leads to; the model is built from its config, without weights."""
     job = build(config, on_meta=True)
     model: Any = job.module.model
     layers, final = own_layers(model), final_ranks(model, job.scheduler.driver.stages)

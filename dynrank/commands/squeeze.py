@@ -17,8 +17,6 @@ from dynrank.output.change_table import change_table
 from dynrank.output.console import print_facts, print_table
 from dynrank.targets import Target
 
-__all__ = ["print_squeeze"]
-
 
 def print_squeeze(source: Path, out: Path, data: str | None, model: str | None, **options: Any) -> None:
     """Squeeze the adapter in ``source`` into ``out``, and print what became of it.
@@ -29,9 +27,6 @@ def print_squeeze(source: Path, out: Path, data: str | None, model: str | None, 
         data: file of examples by which gates choose; None: singular values do.
         model: that the adapter was trained on; None: as it says.
         **options: of :func:`dynrank.adapters.squeeze.squeeze_adapter`.
-
-    Raises:
-        ConfigurationError: as there, or if the examples or the model cannot be used.
     """
     loss: dict[str, object] = {}
     way = partial(_by_gates, data=data, model=model, facts=loss) if data is not None else None
@@ -56,7 +51,8 @@ def _of_file(source: Path, out: Path) -> dict[str, object]:
 
 def _by_gates(adapter: Adapter, target: Target, *, data: str, model: str | None, facts: dict[str, object]) -> Squeezed:
     """The ranks and directions that the loss of examples needs, as in training; ``facts`` are told of the loss."""
-    from dynrank.commands.gates import WatchedAdapter  # which loads what trains models
+    # This import loads what trains models, which a cut by weight does not need.
+    from dynrank.commands.gates import WatchedAdapter
 
     watched = WatchedAdapter(adapter, data, model)
     layers, before = dict(lora_layers(watched.model)), watched.loss()

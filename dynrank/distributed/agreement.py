@@ -18,10 +18,6 @@ def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str
     """Compare the digest of every adapter, and of its optimizer state, in all processes; a collective call.
 
     Whatever else is trained and kept whole in every process (a head) is compared too, shards are not.
-
-    Raises:
-        ConfigurationError: in all processes, with ``when`` it was found, the first layers that differ and the processes
-            where they do.
     """
     if process_count() == 1:
         return

@@ -44,10 +44,6 @@ def shard_frozen(
         blocks: modules of ``model`` that are gathered one at a time, none a part of a LoRA layer; when None, its
             transformer blocks: the members of every ModuleList that lies in no other.
         **options: of ``torch.distributed.fsdp.fully_shard`` (mp_policy, reshard_after_forward, offload_policy).
-
-    Raises:
-        ConfigurationError: if there are no LoRA layers, nothing is frozen, a block is a part of a LoRA layer, or
-            adapters have no values yet (meta device).
     """
     if isinstance(model, FSDPModule):
         return
@@ -125,9 +121,6 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
     Args:
         model: the module whose state dict the checkpoint has under ``state_dict``.
         path: a folder of shards (``save_distributed_checkpoint=True``) or a single file.
-
-    Raises:
-        ConfigurationError: if factors are of other layers, or have to change and are sharded.
     """
     shapes, scalings = from_first(lambda: _saved_shapes(Path(path)))
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

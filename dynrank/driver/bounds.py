@@ -33,11 +33,7 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
 def layer_states(
     layers: Mapping[str, RankedLayer], *, last: bool, target: Target, gates: Gates | None
 ) -> dict[str, LayerState]:
-    """What ``target`` may know of each layer; ``last``: no stage comes after its own.
-
-    Raises:
-        ConfigurationError: if a layer's factors or gates cannot be used.
-    """
+    """What ``target`` may know of each layer; ``last``: no stage comes after its own."""
     free = {name: layer for name, layer in layers.items() if not layer.pinned}
     values = spectra(free, gates) if "values" in target.needs else {}
     states = {}

@@ -22,11 +22,7 @@ from dynrank.triggers import Run
 
 
 def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
-    """Refuse a model that the schedule cannot be carried out on; weights are not looked at.
-
-    Raises:
-        ConfigurationError: if there are no LoRA layers, or naming each stage, key and layer that does not fit.
-    """
+    """Refuse a model that the schedule cannot be carried out on; weights are not looked at."""
     layers = dict(lora_layers(model))
     if not layers:
         raise ConfigurationError(

@@ -9,11 +9,7 @@ from dynrank.triggers import At, Run
 
 
 class Clock:
-    """The step by which each stage acts at the latest.
-
-    Raises:
-        ConfigurationError: if a stage's time needs the length of the run, and nobody knows it.
-    """
+    """The step by which each stage acts at the latest."""
 
     def __init__(self, stages: Sequence[Stage], run: Run) -> None:
         self._stages, self._planned = stages, [stage.planned_step(run) for stage in stages]

@@ -125,11 +125,7 @@ class RankDriver:
         check_model(model, self.stages, run or Run(None))
 
     def start(self, training: Training, run: Run) -> None:
-        """Begin a run of this length; or go on, if a state has been loaded.
-
-        Raises:
-            ConfigurationError: if the schedule cannot be carried out in it, or this driver was in another run.
-        """
+        """Begin a run of this length; or go on, if a state has been loaded."""
         if self._ended_step > training.step == 0:
             raise ConfigurationError(
                 f"this schedule is at step {self._ended_step} of another run; make a new one, of new stages, for each "
@@ -226,9 +222,6 @@ class RankDriver:
         """Take what :meth:`state_dict` returned; before :meth:`start`.
 
         Stages that are still to come may be others than in the checkpoint: they are taken from here on.
-
-        Raises:
-            ConfigurationError: if stages that are over are not those of this schedule, or it is damaged.
         """
         mine, theirs = _written(self.stages), [tuple(stage) for stage in state["stages"]]
         over, self._other = state["stage"], theirs != mine

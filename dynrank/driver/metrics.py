@@ -33,11 +33,7 @@ def checked(stages: Sequence[Stage]) -> dict[str, str]:
 
 
 def value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:
-    """The metric, as the mean over all processes.
-
-    Raises:
-        ConfigurationError: if it is not there, naming the one of ``arguments`` that asks for it.
-    """
+    """The metric, as the mean over all processes."""
     if name not in metrics:
         raise _not_logged(name, arguments, metrics)
     return mean_over_processes(float(metrics[name]))
@@ -48,9 +44,6 @@ def check_validation(logged: Collection[str], stages: Sequence[Stage]) -> None:
 
     A trigger may also watch what only training logs: a name is one of validations if it begins as those do that they
     log (``val/``).
-
-    Raises:
-        ConfigurationError: naming the metric, the argument that names it, and what is logged.
     """
     groups = {name.partition("/")[0] for name in logged if "/" in name}
     names = {name: argument for name, argument in watched(stages).items() if name.partition("/")[0] in groups}

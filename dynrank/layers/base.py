@@ -42,10 +42,6 @@ class LoRALayer(nn.Module):
         highest: rank that a budget gives this layer at most, or None for the budget's own ``highest``.
         pinned: no schedule changes this layer.
         rule: the key of the rank map that set its rank, if one did.
-
-    Raises:
-        ConfigurationError: if ``rank``, ``dropout`` or ``backend`` is out of range, or the base's class computes
-            something else than the plain layer.
     """
 
     supported: type[nn.Module]  # set by each subclass: the class of layer that it adapts
@@ -217,11 +213,7 @@ class LoRALayer(nn.Module):
         self.base, self._unmerged = base, [own]
 
     def unmerge(self) -> None:
-        """Give the layer its base, and that its own weight, back, bit for bit.
-
-        Raises:
-            RuntimeError: if not merged.
-        """
+        """Give the layer its base, and that its own weight, back, bit for bit."""
         if not self.merged:
             raise RuntimeError("the layer is not merged; call merge() first")
         weight, self.base = self._unmerged.pop()

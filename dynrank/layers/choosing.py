@@ -41,9 +41,6 @@ def target_names(
             of them below a module named after attention), which may stand in a list, too (``["all-linear",
             "lm_head"]``); or a regular expression for whole names. Presets skip a linear layer of other arithmetic.
         trained_whole: names of modules that are trained whole; presets leave them out.
-
-    Raises:
-        ConfigurationError: if nothing matches, an entry of the list matches nothing, or a match cannot have LoRA.
     """
     modules = modules_by_name(model)
     outside = _outside(modules, trained_whole)

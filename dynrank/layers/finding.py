@@ -20,10 +20,6 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
 
     Names are those of the model before ``torch.compile`` has wrapped it or a part of it. In a model wrapped by PEFT the
     layers are views of PEFT's, for the adapter that is active.
-
-    Raises:
-        ConfigurationError: if a layer of PEFT computes something else than a plain LoRA layer (see
-            :func:`dynrank.layers.peft_layers.peft_layers`), or the model holds layers of both libraries.
     """
     own, theirs = own_layers(model), peft_layers(model)
     if own and theirs:

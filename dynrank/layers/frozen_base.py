@@ -67,9 +67,6 @@ def fingerprint(parameter: Tensor) -> str:
     """A hash of the shape of ``parameter`` and of 256 of its values, at fixed places; collective where it is sharded.
 
     The values are rounded to bfloat16 first, since ``precision=bf16-true`` rounds a base in place.
-
-    Raises:
-        ConfigurationError: if it has no values (meta device).
     """
     if parameter.is_meta:
         raise ConfigurationError("a base on the meta device has no values to know it by; load its weights first")
@@ -107,9 +104,6 @@ def check_base(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
         model: will load ``state_dict``.
         state_dict: with or without marks.
         prefix: of the names of ``model``'s parameters in ``state_dict``.
-
-    Raises:
-        ConfigurationError: if such a parameter is missing in ``model``, or has another shape or other values.
     """
     found: dict[str, Tensor] = {}
     for start, mark in _marks(state_dict, prefix):
@@ -138,9 +132,6 @@ def lacks_base(model: nn.Module, state_dict: Mapping[str, Any]) -> bool:
     Args:
         model: will load ``state_dict``.
         state_dict: names, with the marks if it has some; other values do not matter.
-
-    Raises:
-        ConfigurationError: if the base is another one (see :func:`check_base`), or more than it is missing.
     """
     if not dict(_marks(state_dict)):
         return False

@@ -13,8 +13,6 @@ from dynrank.kernels.lora_linear import SharedInput
 from dynrank.kernels.triton_launch import serves
 from dynrank.layers.kinds import LoRAConv1D, LoRALinear
 
-__all__ = ["group_layers"]
-
 SETS = (  # names, within one parent, of layers that models call on one x
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),

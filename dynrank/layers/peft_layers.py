@@ -31,11 +31,6 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
 
     A layer without the active adapter is left out. A parameter that PEFT adapts (``target_parameters``) is a layer, and
     named as in ``rank_pattern``: ``...mlp.experts.gate_up_proj``. A model without PEFT's layers gives an empty dict.
-
-    Raises:
-        ConfigurationError: naming each kind of layer whose rank cannot be changed and why: other arithmetic than
-            ``y + scaling * B A x`` (DoRA, aLoRA, AdaLoRA, ...), factors that are not matrices, none
-            or several active adapters, or a config that lies outside ``model``.
     """
     modules = _lora_modules(model)
     configs = _configs(model) if modules else {}
@@ -62,11 +57,7 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
 
 
 def refuse_peft(model: nn.Module, action: str, instead: str) -> None:
-    """Refuse a model that is wrapped by PEFT.
-
-    Raises:
-        ConfigurationError: saying what to do ``instead`` of ``action``.
-    """
+    """Refuse a model that is wrapped by PEFT."""
     for name, _ in _peft_modules(model, "tuners.tuners_utils", "BaseTunerLayer"):
         raise ConfigurationError(f"{action} cannot work on a model wrapped by PEFT ({name!r} is PEFT's): {instead}")
 
@@ -86,9 +77,6 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
     Args:
         model: that PEFT has wrapped, or any other, which has no configs.
         ranks: by module and adapter, those that layers will have by the time the assignments are made.
-
-    Raises:
-        ConfigurationError: if a layer's config lies outside ``model``.
     """
     configs, changes = _configs(model), list[Callable[[], None]]()
     lost = [name for name, module in _lora_modules(model) if module not in configs]

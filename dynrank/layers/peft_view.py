@@ -140,9 +140,6 @@ class PeftLayer:
 
         A layer that a forward pass runs twice reports twice. Between forward and backward z is held, under gradient
         checkpointing too.
-
-        Raises:
-            RuntimeError: if the layer is being observed already.
         """
         if self._observed:
             raise RuntimeError("the layer is being observed already")

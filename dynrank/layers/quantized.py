@@ -62,11 +62,7 @@ def unpack_fault(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def unpacked(module: nn.Module) -> nn.Linear:
-    """A plain layer with the values that a packed layer stands for, in the dtype that it was packed from; frozen.
-
-    Raises:
-        ConfigurationError: if there is none, see :func:`unpack_fault`.
-    """
+    """A plain layer with the values that a packed layer stands for, in the dtype that it was packed from; frozen."""
     fault = unpack_fault(module)
     if fault:
         raise ConfigurationError(f"the layer cannot be merged: {fault}")

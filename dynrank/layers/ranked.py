@@ -80,10 +80,6 @@ def take_rank(
     """Give the layer the rank of the factors that are about to be loaded; None for one that is missing.
 
     torch reports missing factors by itself. ``most`` is the highest rank that is taken; PEFT's layers may have any.
-
-    Raises:
-        ConfigurationError: if they are no factors of this layer.
-        RuntimeError: if the layer is merged.
     """
     if layer.merged:
         raise RuntimeError(f"{name!r} is merged; call unmerge() before loading into it")

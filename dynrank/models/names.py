@@ -34,9 +34,6 @@ def model_source(name: str, key: str = "task.model") -> str:
     Args:
         name: any of these, or a short name: of a model that a package carries, or of a config that ships.
         key: where the user wrote it.
-
-    Raises:
-        ConfigurationError: if the package of a short name is not installed, or ``name`` cannot be any of these.
     """
     known = [*_PACKAGED, *shipped_configs()]
     if name in _PACKAGED:

@@ -12,15 +12,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from dynrank.errors import ConfigurationError
 from dynrank.models.settings import ModelSettings
 
-__all__ = ["keep_packing", "pack", "packing_of"]
-
 
 def packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
-    """How ``from_pretrained`` is to pack: all linear layers but ``kept``, or but the output head if that is empty.
-
-    Raises:
-        ConfigurationError: if a package that it takes is not installed.
-    """
+    """How ``from_pretrained`` is to pack: all linear layers but ``kept``, or but the output head if that is empty."""
     for package in ("bitsandbytes", "accelerate"):
         if find_spec(package) is None:
             needed = f"model.quantization={settings.quantization} needs {package}"

@@ -30,18 +30,6 @@ from dynrank.models.names import hub_is_known, model_source
 from dynrank.models.packing import keep_packing, pack, packing_of
 from dynrank.models.settings import ModelSettings
 
-__all__ = [
-    "enable_checkpointing",
-    "head_names",
-    "load_by_name",
-    "load_causal_lm",
-    "load_classifier",
-    "load_tokenizer",
-    "load_weights",
-    "meta_model",
-    "read_config",
-]
-
 # What transformers and the libraries below it raise for files that they cannot use.
 _FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 _FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
@@ -59,9 +47,6 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         key: where the user wrote it.
         settings: of loading.
         **options: further arguments of ``loader``.
-
-    Raises:
-        ConfigurationError: if there is no such model, or it cannot be loaded; so do all functions of this file.
     """
     place = model_source(name, key)
     if place.endswith(".json") and loader != AutoConfig.from_pretrained:

@@ -6,8 +6,6 @@ from typing import Literal
 
 from dynrank.errors import Name, validated
 
-__all__ = ["ModelSettings"]
-
 
 @validated("model")
 class ModelSettings:

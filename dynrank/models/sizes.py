@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from dynrank.layers.quantized import is_quantized
 
-__all__ = ["storage_bytes", "storage_key", "tensors_of"]
-
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
     """Every parameter and buffer, and the scales and tables beside a weight that bitsandbytes has packed."""

@@ -13,8 +13,6 @@ from dynrank.change.report import LayerReport
 from dynrank.output.console import empty_table, span
 from dynrank.output.slots import slot_line
 
-__all__ = ["change_table", "layer_kinds"]
-
 
 def change_table(title: str, layers: Sequence[LayerReport], loss: LossChange | None = None) -> Table:
     """A line for each kind of layer, and for all: how many, rank before and after, energy kept, parameters saved.

@@ -18,11 +18,7 @@ from dynrank.output.whole_file import whole_file
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Save ``checkpoint`` at ``path``: whatever happens on the way, ``path`` holds it whole, or what it held before.
-
-    Raises:
-        ConfigurationError: if it cannot be written (a full disk).
-    """
+    """Save ``checkpoint`` at ``path``: whatever happens on the way, ``path`` holds it whole, or what it held before."""
     path = Path(path)
     # torch hides why a write to a file has failed, so it writes to memory first: an adapter's state is small.
     content = io.BytesIO()
@@ -44,9 +40,6 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
     Args:
         path: written by :func:`write_checkpoint`, or by Lightning.
         weights_only: refuse to execute code from the file; for files that you trust only, False.
-
-    Raises:
-        ConfigurationError: if it cannot be read, is damaged, holds no state dict, or holds code.
     """
     path = Path(path)
     try:
@@ -65,12 +58,7 @@ def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str,
 
 
 def load_undamaged(file: Path | io.BytesIO, *, weights_only: bool = True) -> Any:
-    """What ``torch.save`` has written to ``file``.
-
-    Raises:
-        ValueError: if it is damaged; torch itself does not look at the checksums.
-        Exception: any other, for what is no such file.
-    """
+    """What ``torch.save`` has written to ``file``."""
     with zipfile.ZipFile(file) as archive:
         broken = archive.testzip()
     if broken is not None:

@@ -13,15 +13,9 @@ from pathlib import Path
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, os_errors, whole_file
 
-__all__ = ["check_free", "new_file", "whole_or_nothing"]
-
 
 def check_free(out: Path, *sources: Path) -> None:
-    """Refuse a folder to write to that holds something, or is one of those that are read.
-
-    Raises:
-        ConfigurationError: naming it.
-    """
+    """Refuse a folder to write to that holds something, or is one of those that are read."""
     with _naming(out):
         if realpath(out) in [*map(realpath, sources)]:
             raise ConfigurationError(f"--out must be another folder than is read from, got {str(out)!r} for both")
@@ -34,10 +28,6 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A folder to write to, which takes the name ``out`` at the end of the block; an error leaves nothing.
 
     What a killed process leaves is hidden beside ``out``, and goes with the next one.
-
-    Raises:
-        ConfigurationError: if a file or folder cannot be written, ``out`` holds something by then, or another process
-            is writing it.
     """
     with _naming(out), ExitStack() as stack:
         # realpath and not Path.resolve, which raises no OSError for a link to itself.
@@ -65,11 +55,7 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """A path to write to, which takes the name ``out`` at the end of the block; an error leaves nothing.
-
-    Raises:
-        ConfigurationError: if there is something at ``out``, or it cannot be written.
-    """
+    """A path to write to, which takes the name ``out`` at the end of the block; an error leaves nothing."""
     with _naming(out):
         if os.path.lexists(out):
             raise ConfigurationError(f"--out must be a new file, {str(out)!r} is there")

@@ -13,8 +13,6 @@ from matplotlib.patches import Patch
 
 from dynrank.output.change_table import layer_kinds
 
-__all__ = ["arms_figure", "loss_figure", "quality_figure", "ranks_figure", "spectra_figure"]
-
 Series = tuple[list[int], list[float]]
 """Optimizer steps, and the value of a metric at each of them."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["slot_line", "slot_rank"]
-
 # What vLLM takes for --max-lora-rank.
 STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 SHOWN = 5

@@ -12,8 +12,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = ["PART", "os_errors", "whole_file", "whole_files"]
-
 PART = ".part"
 
 
@@ -34,9 +32,6 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     Whatever happens on the way, ``path`` holds the new file whole, or what it held before. A process killed within the
     block leaves ``path`` + ".part" behind, which the next write replaces; an error leaves nothing. Of several writers
     to one folder, in one process or more, each waits until those before it are done.
-
-    Raises:
-        OSError: if the file cannot be brought to the disk or moved.
     """
     with whole_files(path) as (part,):
         yield part

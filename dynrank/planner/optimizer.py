@@ -13,8 +13,6 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.sizes import storage_bytes, storage_key
 from dynrank.tasks.optimizers import make_optimizer
 
-__all__ = ["optimizer_state_bytes"]
-
 
 def optimizer_state_bytes(
     adapter: Iterable[nn.Parameter], head: Iterable[nn.Parameter], options: Mapping[str, Any]
@@ -28,9 +26,6 @@ def optimizer_state_bytes(
         adapter: parameters of LoRA layers.
         head: parameters of modules that are trained whole.
         options: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
-
-    Raises:
-        ConfigurationError: if the optimizer cannot be made or does not make a step.
     """
     of_adapter, of_head = _stand_ins(adapter), _stand_ins(head)
     made: Any = make_optimizer([*of_adapter], [*of_head], 1000, **options)

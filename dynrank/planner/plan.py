@@ -21,8 +21,6 @@ from dynrank.planner.step import CountingMode, count_step, token_batch, without_
 from dynrank.run.config import make, plain, rank_pattern
 from dynrank.tasks.data.splits import SPLITS
 
-__all__ = ["Need", "Plan", "make_plan"]
-
 # Lightning's precisions: dtype of all parameters (None: as they are), dtype of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "32": (None, None),
@@ -112,11 +110,7 @@ class Plan:
 
 @configured()
 def make_plan(config: DictConfig) -> Plan:
-    """Count what the run of ``config`` (composed from ``conf/plan.yaml``) needs; no weights are loaded or made.
-
-    Raises:
-        ConfigurationError: if any value cannot be used.
-    """
+    """Count what the run of ``config`` (composed from ``conf/plan.yaml``) needs; no weights are loaded or made."""
     asked = _asked(config)
     precision = _PRECISIONS.get(str(config.trainer.precision))
     if precision is None:

@@ -27,8 +27,6 @@ from dynrank.layers.experts import expert_stacks, experts_forward
 from dynrank.layers.quantized import is_quantized
 from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
 
-__all__ = ["CountingMode", "StepMemory", "count_step", "token_batch", "without_values"]
-
 # By this name transformers knows experts_forward, which runs without values.
 _COUNTED_EXPERTS = "dynrank"
 ALL_EXPERTS_FUNCTIONS.register(_COUNTED_EXPERTS, experts_forward)
@@ -164,9 +162,6 @@ def count_step(
         batch: its inputs, made in ``mode``.
         mode: of the fake tensors.
         autocast: dtype of mixed precision.
-
-    Raises:
-        ConfigurationError: if the model looks at values, or does not take the batch.
     """
     own = [*tensors_of(model), *batch.values()]
     own_keys, saved = {storage_key(tensor) for tensor in own}, dict[int, Any]()
@@ -211,11 +206,7 @@ def _one_sequence_per_row() -> Iterator[None]:
 
 
 def token_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
-    """A batch of full sequences: int64 ``input_ids`` and, if the model has a loss of its own, its ``labels``.
-
-    Raises:
-        ConfigurationError: if the model does not read tokens.
-    """
+    """A batch of full sequences: int64 ``input_ids`` and, if the model has a loss of its own, its ``labels``."""
     name, config = type(model).__name__, model.config
     if getattr(model, "main_input_name", None) != "input_ids":
         raise ConfigurationError(f"{name} does not read tokens (input_ids); set base or task.model")

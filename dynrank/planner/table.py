@@ -11,17 +11,11 @@ from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.planner.plan import Need, Plan, make_plan
 
-__all__ = ["show_plan"]
-
 PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")
 
 
 def show_plan(config: DictConfig) -> None:
-    """Print the plan of ``config``.
-
-    Raises:
-        ConfigurationError: if a value cannot be used.
-    """
+    """Print the plan of ``config``."""
     libraries = peak_memory_bytes()  # of this process, which has imported what a run imports
     plan = make_plan(config)
     kinds = dict.fromkeys(layer_kinds(plan.layers).values())

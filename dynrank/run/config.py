@@ -89,8 +89,10 @@ class PlanConfig(RunConfig):
     budget: Any = MISSING
 
 
-OmegaConf.register_new_resolver("times", lambda first, second: first * second, replace=True)  # ${times:2,${lora.rank}}
-OmegaConf.register_new_resolver("half", lambda rank: max(1, rank // 2), replace=True)  # ${half:${lora.rank}}
+# In a file: ${times:2,${lora.rank}}.
+OmegaConf.register_new_resolver("times", lambda first, second: first * second, replace=True)
+# In a file: ${half:${lora.rank}}.
+OmegaConf.register_new_resolver("half", lambda rank: max(1, rank // 2), replace=True)
 ConfigStore.instance().store(name="schema", node=RunConfig)
 ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
@@ -117,11 +119,7 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
 
 @configured()
 def make(node: Any, key: str) -> Any:
-    """The object that the ``_target_`` of the configuration node at ``key`` makes.
-
-    Raises:
-        ConfigurationError: if there is no ``_target_``, it cannot be imported, or it does not take its arguments.
-    """
+    """The object that the ``_target_`` of the configuration node at ``key`` makes."""
     target = node.get("_target_") if isinstance(node, DictConfig) else None
     if not isinstance(target, str) or not target:
         raise ConfigurationError(f"_target_ must name what {key} makes, got {target!r}; set {key}._target_")
@@ -131,18 +129,15 @@ def make(node: Any, key: str) -> Any:
         cause = error.__cause__ or error
         arguments = isinstance(cause, ImportError | TypeError | ValueError | InstantiationException)
         if not arguments or isinstance(cause, ConfigurationError):
-            raise cause from error  # what the class itself says
+            # The class itself has said what is wrong.
+            raise cause from error
         said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         raise ConfigurationError(f"{key}: {target} cannot be made: {said}; set {key}") from error
 
 
 @configured()
 def rank_pattern(config: DictConfig) -> dict[str, Any]:
-    """The rules of ``rank_map.file`` and ``rank_map.rank_pattern`` as one plain mapping, checked.
-
-    Raises:
-        ConfigurationError: if a rule is faulty, or a key stands in both.
-    """
+    """The rules of ``rank_map.file`` and ``rank_map.rank_pattern`` as one plain mapping, checked."""
     in_file = load_rank_map(Path(config.file)) if config.file is not None else {}
     here = parse_rank_map(plain(config.rank_pattern), source="rank_map.rank_pattern")
     both = sorted(in_file.keys() & here.keys())

@@ -31,9 +31,8 @@ from dynrank.run.report.page import write_report
 from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
 from dynrank.tasks.account import SplitAccount
 
-__all__ = ["export", "held_bytes", "servers", "summarise"]
-
-FINAL = "final/"  # before the names of what a test measures on other data than the test's
+# This stands before the names of what a test measures on other data than the test data.
+FINAL = "final/"
 
 
 def summarise(
@@ -116,7 +115,8 @@ def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, con
         for name, layer in lora_layers(model)
     }
     served = _served(adapter, folder / "served", servers(config.export))
-    with whole_file(folder / "final_ranks.yaml") as part:  # starts a run at the ranks and scalings of now
+    # This file starts another run at these ranks and scalings.
+    with whole_file(folder / "final_ranks.yaml") as part:
         part.write_text(dump_rank_map(rules), encoding="utf-8")
     write_summary(summary, folder)
     report = write_report(folder, OmegaConf.to_yaml(config)) if config.plots else None
@@ -126,11 +126,7 @@ def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, con
 
 
 def servers(setting: Any) -> list[Server]:
-    """The servers that the key ``export`` names: none, one or several.
-
-    Raises:
-        ConfigurationError: if there is no such server.
-    """
+    """The servers that the key ``export`` names: none, one or several."""
     names = plain(setting)
     return read_as(list[Server], names if isinstance(names, list) else [name for name in [names] if name], "export")
 

@@ -29,12 +29,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
-    """The checkpoint file that ``ckpt_path`` means for a run in ``folder``.
-
-    Raises:
-        ConfigurationError: if it is "last" where ``folder`` holds no run, one without a checkpoint or one that has
-            ended.
-    """
+    """The checkpoint file that ``ckpt_path`` means for a run in ``folder``."""
     if ckpt_path != "last":
         return Path(ckpt_path) if ckpt_path is not None else None
     path = last_checkpoint(folder)
@@ -60,9 +55,6 @@ def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
             goes on.
         goes_on_from: optimizer steps of the checkpoint that it goes on from; what was recorded of later ones is taken
             out of the tables.
-
-    Raises:
-        ConfigurationError: if another process holds it, a new run finds another one there, or it cannot be written to.
     """
     with _locked(folder):
         checkpoints = [file for file in folder.glob("checkpoints/*") if file.suffix != PART]
@@ -77,7 +69,8 @@ def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
             _empty(folder)
         try:
             yield
-        except ConfigurationError:  # what only the start of training shows
+        # Some values can only be refused when training starts.
+        except ConfigurationError:
             if goes_on_from is None and not (folder / METRICS).exists():
                 _empty(folder)
             raise
@@ -88,7 +81,8 @@ def take_up(folder: Path, step: int) -> None:
     metrics = _joined(_read(folder / EARLIER), _read(folder / METRICS))
     tables = {EARLIER: metrics, GENERATIONS: _read(folder / GENERATIONS)}
     for name, rows in tables.items():
-        end = step + (name == GENERATIONS)  # what was written after n steps is in rows of n, not of n - 1
+        # A text that was written after n steps stands in a row of n, and not of n - 1.
+        end = step + (name == GENERATIONS)
         _write(folder / name, [row for row in rows if int(row["step"]) < end])
     (folder / METRICS).unlink(missing_ok=True)
 
@@ -147,7 +141,8 @@ def _read(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]  # not a line cut short
+        # A line that was cut short by a kill is left out.
+        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
 
 
 def _write(path: Path, rows: list[dict[str, str]]) -> None:

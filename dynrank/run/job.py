@@ -51,9 +51,6 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         folder: of the run.
         sweep: whether it is one run of a sweep.
         record: called once nothing is refused any more, by the first process.
-
-    Raises:
-        ConfigurationError: if any value cannot be used, or ``folder`` holds another run.
     """
     start = time.perf_counter()
     quiet_training()
@@ -89,11 +86,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
 
 @configured()
 def build(config: DictConfig, *, on_meta: bool = False) -> Job:
-    """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights.
-
-    Raises:
-        ConfigurationError: if any value cannot be used.
-    """
+    """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
     check_keys(config)
     pattern = rank_pattern(config.rank_map)
     check_run(config)

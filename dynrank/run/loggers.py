@@ -14,19 +14,15 @@ from omegaconf import DictConfig
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make
 
-__all__ = ["check_loggers", "finished", "make_loggers"]
-
-_PACKAGES = ("tensorboard", "wandb", "mlflow")  # choices of the group, and the extras that bring them
+# The choices of the group are also the names of the extras that bring them.
+_PACKAGES = ("tensorboard", "wandb", "mlflow")
 
 
 def check_loggers(config: DictConfig) -> None:
-    """Refuse a logger whose package is not installed.
-
-    Raises:
-        ConfigurationError: saying what to install.
-    """
+    """Refuse a logger whose package is not installed."""
     for name in config.logger or ():
-        if name in _PACKAGES and getattr(find_spec(name), "origin", None) is None:  # a folder wandb/ is no package
+        # A folder wandb/ in the current directory looks like a package, but has no file of origin.
+        if name in _PACKAGES and getattr(find_spec(name), "origin", None) is None:
             raise ConfigurationError(f"logger={name} needs {name}: pip install 'dynrank[{name}]', or set logger=csv")
 
 

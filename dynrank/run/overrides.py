@@ -60,9 +60,6 @@ def check_keys(config: DictConfig) -> None:
     """Refuse keys that ``+key=value`` has put where nothing reads them.
 
     Groups whose ``_target_`` names a class take any key here: the class itself refuses what it does not know.
-
-    Raises:
-        ConfigurationError: naming the first one and the nearest keys.
     """
     for key in _unread(config):
         raise ConfigurationError(unknown_key(key, config))
@@ -103,7 +100,8 @@ def unknown_key(key: str, config: Any) -> str:
     if key in GONE:
         return _gone(key)
     name = key.rpartition(".")[2]
-    initials = "".join(word[:1] for word in name.split("_"))  # of learning_rate: lr
+    # The initials of learning_rate are lr.
+    initials = "".join(word[:1] for word in name.split("_"))
 
     def likeness(other: str) -> float:
         last = other.rpartition(".")[2]

@@ -23,9 +23,11 @@ from dynrank.layers.kinds import LoRAConv2d
 from dynrank.run.config import plain
 from dynrank.run.overrides import unknown_key
 
-_LIMITS = {  # of keys that nothing else checks before training
+# Nothing else checks these keys before training.
+_LIMITS = {
     "lora.rank": Count,
-    "seed": Annotated[int, Field(ge=0, lt=2**32)],  # NumPy's generator takes no more
+    # NumPy's generator takes no larger seed.
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],
     "checkpoint_every": Count,
     "trainer.max_steps": Annotated[int, Field(ge=-1)],
     "trainer.accumulate_grad_batches": Count,
@@ -45,11 +47,7 @@ _PARTS = {
 
 
 def check_run(config: DictConfig) -> None:
-    """Refuse values of the run and the trainer.
-
-    Raises:
-        ConfigurationError: naming the value and its key.
-    """
+    """Refuse values of the run and the trainer."""
     trainer = plain(config.trainer)
     for name in sorted(trainer.keys() - signature(Trainer).parameters.keys()):
         raise ConfigurationError(unknown_key(f"trainer.{name}", config))
@@ -70,11 +68,7 @@ def check_run(config: DictConfig) -> None:
 
 
 def check_export(names: Iterable[Server], model: Any) -> None:
-    """Refuse servers that could not read the adapter of ``model``, before it is trained.
-
-    Raises:
-        ConfigurationError: naming what they could not read.
-    """
+    """Refuse servers that could not read the adapter of ``model``, before it is trained."""
     layers = own_layers(model)
     heads = [f"{head}.weight" for head in trained_heads(model, layers)]
     kinds = {name: (layer.experts > 1, isinstance(layer, LoRAConv2d)) for name, layer in layers.items()}
@@ -93,9 +87,6 @@ def check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str
         logged: what the task logs in training and validation.
         objective: what a sweeper is told.
         final: what the task measures at the final weights.
-
-    Raises:
-        ConfigurationError: naming them and what there is.
     """
     unknown = [name for name in monitors if name not in logged]
     if unknown:
@@ -108,11 +99,7 @@ def check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str
 
 
 def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: LightningModule) -> None:
-    """Refuse a checkpoint (read from ``config.ckpt_path``) that ``module`` cannot go on from; ranks may differ.
-
-    Raises:
-        ConfigurationError: if it comes from another model, base or optimizer.
-    """
+    """Refuse a checkpoint (read from ``config.ckpt_path``) that ``module`` cannot go on from; ranks may differ."""
     path = config.ckpt_path
     wrong = sorted(name for name, kind in _PARTS.items() if not isinstance(checkpoint.get(name), kind))
     if wrong:
@@ -129,7 +116,8 @@ def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: 
         )
     mine, absent = module.state_dict(), left_out(stored)
     shapes = {name: value.shape for name, value in stored.items() if isinstance(value, Tensor)}
-    beside = tuple(f"{name}." for name in absent)  # bitsandbytes' keys of a packed weight
+    # bitsandbytes stores a packed weight under keys of its own beside the weight's.
+    beside = tuple(f"{name}." for name in absent)
     wrong = sorted((shapes.keys() | absent) ^ {name for name in mine if not name.startswith(beside)})
     wrong += [k for k in shapes.keys() & mine.keys() if ".lora_" not in k and shapes[k] != mine[k].shape]
     if wrong:

@@ -17,8 +17,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from dynrank.run.command import command, override
 from dynrank.run.folder import last_checkpoint
 
-__all__ = ["CtrlC", "stoppable"]
-
 
 class CtrlC(Callback):
     """Ends training at Ctrl-C as SIGTERM does: AdapterCheckpoint saves after the step. A second Ctrl-C ends at once."""
@@ -27,7 +25,8 @@ class CtrlC(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self._stop)  # Lightning's teardown puts the earlier handler back
+            # Lightning's teardown puts the earlier handler back.
+            signal.signal(signal.SIGINT, self._stop)
 
     def _stop(self, *_: Any) -> None:
         self.pressed = True
@@ -43,19 +42,17 @@ def stoppable(trainer: Trainer | None, checkpoint: Path | None, folder: Path | N
         trainer: with :class:`CtrlC` and an AdapterCheckpoint among its callbacks; None while it is made.
         checkpoint: that the run goes on from.
         folder: of the run.
-
-    Raises:
-        SIGTERMException: after SIGTERM; it ends the program with exit code 0.
-        KeyboardInterrupt: after Ctrl-C.
     """
     callbacks: list[Any] = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
     main = threading.current_thread() is threading.main_thread()
-    earlier = signal.signal(signal.SIGTERM, _end) if main else None  # in training, AdapterCheckpoint has its own
+    # In training, AdapterCheckpoint has a handler of its own.
+    earlier = signal.signal(signal.SIGTERM, _end) if main else None
     try:
         yield
     except SystemExit as stop:
         pressed = any(isinstance(c, CtrlC) and c.pressed for c in callbacks)
-        pressed = pressed or isinstance(stop.__context__, KeyboardInterrupt)  # that Lightning got and turned into 1
+        # Lightning has received Ctrl-C and turned it into exit code 1.
+        pressed = pressed or isinstance(stop.__context__, KeyboardInterrupt)
         if not pressed and not isinstance(stop, SIGTERMException):
             raise
         if trainer is None or trainer.is_global_zero:

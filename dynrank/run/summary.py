@@ -14,11 +14,10 @@ from dynrank.output.console import print_facts
 from dynrank.output.whole_file import whole_file
 from dynrank.tasks.account import SplitAccount
 
-__all__ = ["SUMMARY", "PhaseSummary", "Summary", "print_summary", "read_summary", "write_summary"]
-
 SUMMARY = "summary.json"
 
-_FORMAT = ConfigDict(strict=True, extra="ignore")  # another version may write more
+# Another version may write more fields.
+_FORMAT = ConfigDict(strict=True, extra="ignore")
 
 
 @dataclass(config=_FORMAT)
@@ -70,12 +69,7 @@ class Summary:
 
 
 def read_summary(folder: Path) -> Summary:
-    """The summary of the run in ``folder``.
-
-    Raises:
-        FileNotFoundError: if there is none: the run has not ended.
-        ConfigurationError: if it is broken.
-    """
+    """The summary of the run in ``folder``."""
     file = folder / SUMMARY
     try:
         content = json.loads(file.read_text(encoding="utf-8"))

@@ -29,18 +29,11 @@ from dynrank.run.folder import GENERATIONS, HISTORY, last_checkpoint
 from dynrank.run.loggers import make_loggers
 from dynrank.run.stopping import CtrlC
 
-__all__ = ["make_trainer", "quiet_training"]
-
 
 def make_trainer(
     config: DictConfig, folder: Path, scheduler: RankScheduler, meter: RunMeter, *, sweep: bool
 ) -> Trainer:
-    """The trainer of the run that ``config`` describes, which writes into ``folder``.
-
-    Raises:
-        ConfigurationError: if Lightning does not take a value, ranks cannot change under the strategy, or this is one
-            run of a ``sweep`` and of several processes: each of these would do the whole sweep.
-    """
+    """The trainer of the run that ``config`` describes, which writes into ``folder``."""
     checkpoint = AdapterCheckpoint(
         last_checkpoint(folder).parent,
         filename=last_checkpoint(folder).stem,
@@ -65,12 +58,14 @@ def make_trainer(
         )
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"lightning.Trainer does not take these values: {error}; set trainer") from error
-    if sweep and trainer.world_size > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":  # a SLURM job for each run
+    # Under SLURM each run of a sweep is a job of its own.
+    if sweep and trainer.world_size > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
         raise ConfigurationError(
             f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
             "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
         )
-    check_strategy(trainer)  # the scheduler does so, too, but only when the other processes have been started
+    # The scheduler checks this, too, but only when the other processes have been started.
+    check_strategy(trainer)
     return trainer
 
 
@@ -79,7 +74,11 @@ def quiet_training() -> None:
     quiet_loading()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", "Experiment logs directory .* exists")  # it holds .hydra; an old run is refused
-    warnings.filterwarnings("ignore", "The dirpath has changed")  # a run goes on in a folder of its own
-    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)  # lightning on torch 2.13
-    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")  # batches are ready in memory
+    # The folder exists because .hydra/ is in it; one with an old run has been refused.
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
+    # A resumed run goes on in a folder of its own.
+    warnings.filterwarnings("ignore", "The dirpath has changed")
+    # Lightning 2.6 on torch 2.13 warns of itself.
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)
+    # Batches are ready in memory, so workers would not help.
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")

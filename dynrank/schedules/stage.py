@@ -101,9 +101,6 @@ def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None
         schedule: its stages.
         highest: highest starting rank of all layers that may change.
         run: length of the run; what needs an unknown one is not checked.
-
-    Raises:
-        ConfigurationError: listing every contradiction with its stage and key.
     """
     faults, before = [], -1
     for number, stage in enumerate(schedule, 1):

@@ -17,8 +17,6 @@ from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import head_names
 from dynrank.tasks.optimizers import make_optimizer
 
-__all__ = ["IGNORED", "AdapterModule"]
-
 IGNORED = -100  # label of a token that is not learned, as torch has it
 # What the loaders of a test hold: see TextTask, and LanguageModeling for the last one, of prompts.
 TESTED = ("test", "final/val", "final/train", "test")

@@ -10,8 +10,6 @@ from jinja2 import TemplateError
 
 from dynrank.errors import ConfigurationError, shown
 
-__all__ = ["check_template", "tokens_of_chat"]
-
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 
 
@@ -26,9 +24,6 @@ def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tup
 
     A template with ``{% generation %}`` says which these are. Of another one, a turn is what it writes behind the chat
     up to there and the prompt for an answer.
-
-    Raises:
-        ConfigurationError: if the template refuses the chat, or writes earlier turns otherwise as the chat goes on.
     """
     turns = [dict(message) for message in messages]
     try:

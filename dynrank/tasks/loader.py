@@ -29,9 +29,6 @@ class ResumableLoader(DataLoader[Any]):
         seed: of the draws, the same in all processes.
         collate_fn: makes a batch from a list of examples.
         share: (number of this process, how many there are).
-
-    Raises:
-        ValueError: if the data set has fewer examples than one batch of all processes.
     """
 
     def __init__(
@@ -92,9 +89,6 @@ def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0,
         count: of examples.
         batch_size: the most per batch, at least 2.
         share: (number of this process, how many there are).
-
-    Raises:
-        ValueError: if there are fewer examples than processes.
     """
     process, processes = share
     if count < processes:

@@ -21,8 +21,6 @@ from torch.optim import AdamW, Optimizer
 
 from dynrank.errors import ConfigurationError, NotNegative, validated_call
 
-__all__ = ["Muon", "near_polar_factor"]
-
 _A, _B, _C = 3.4445, -4.7750, 2.0315  # torch.optim.Muon's: steepest at zero, and not convergent to exactly one
 _ITERATIONS, _EPS = 5, 1e-7
 _RMS = 0.2  # root mean square of the elements of one of AdamW's steps at a rate of one
@@ -44,9 +42,6 @@ class Muon(Optimizer):
         lr: learning rate; AdamW's fits.
         weight_decay: decoupled, of both.
         momentum: in [0, 1).
-
-    Raises:
-        ConfigurationError: if a value cannot be used, or a matrix is sharded (its orthogonal one needs all of it).
     """
 
     @validated_call()

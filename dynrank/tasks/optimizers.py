@@ -53,9 +53,6 @@ def make_optimizer(
         decay: warmup_stable_decay keeps the peak rate and falls linearly at the end.
         decay_share: share of ``total_steps`` over which warmup_stable_decay falls.
         options: further keyword arguments of the optimizer.
-
-    Raises:
-        ConfigurationError: if a value cannot be used, or the optimizer's package is not installed.
     """
     groups: list[dict[str, Any]] = [
         {"params": list(adapter), "name": "adapter"},

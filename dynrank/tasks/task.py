@@ -7,8 +7,6 @@ from typing import Any, Protocol
 
 from lightning.pytorch import LightningModule
 
-__all__ = ["Task"]
-
 
 class Task(Protocol):
     """What ``task._target_`` makes: a ``LightningDataModule`` that has these three members, too."""

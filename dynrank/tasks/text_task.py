@@ -107,11 +107,7 @@ class TextTask(LightningDataModule):
         return tokenizer
 
     def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        """The examples of a split's rows, taken from the cache on disk if the same were made before.
-
-        Raises:
-            ConfigurationError: if no row fits, or the cache cannot be written to.
-        """
+        """The examples of a split's rows, taken from the cache on disk if the same were made before."""
         recipe, tokenizer = self.recipe(split), self.tokenizer  # sets its hash
         several = "lengths" in recipe.features
         rows = rows if several else spread(rows, self.limit)

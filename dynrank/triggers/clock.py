@@ -55,11 +55,7 @@ class At:
         return f"{name} {value:g}"
 
     def in_steps(self, run: Run) -> int:
-        """The optimizer step before which the change is made.
-
-        Raises:
-            ConfigurationError: if the run's length is needed and not known.
-        """
+        """The optimizer step before which the change is made."""
         if self.step is not None:
             return self.step
         if self.epoch is not None:

@@ -27,11 +27,7 @@ _UNKNOWN = (
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse a strategy under which ranks cannot change; nothing need have been set up.
-
-    Raises:
-        ConfigurationError: naming the strategy, or its option, and what to use instead.
-    """
+    """Refuse a strategy under which ranks cannot change; nothing need have been set up."""
     strategy: Any = trainer.strategy
     kinds = {cls.__name__ for cls in type(strategy).__mro__}
     if kinds & {"DeepSpeedStrategy", "XLAStrategy"}:  # which Lightning has derived from DDPStrategy

@@ -16,8 +16,6 @@ from dynrank.output.whole_file import whole_file
 from dynrank.run.report.templates import template
 from dynrank.run.summary import Summary
 
-__all__ = ["write_card"]
-
 
 def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: str | None) -> None:
     """Write README.md into the adapter's ``folder``.

@@ -22,8 +22,6 @@ from dynrank.run.report.verdict import (
     run_name,
 )
 
-__all__ = ["REPORT_FILE", "write_report"]
-
 REPORT_FILE = "report.html"
 
 
@@ -36,9 +34,6 @@ def write_report(folder: Path, config: str | None = None, against: Sequence[Path
         folder: of the run; only its files are read.
         config: as for :func:`dynrank.run.report.record.read_run`.
         against: folders of other finished runs, to compare with.
-
-    Raises:
-        ConfigurationError: if the folder is not that of a finished run, a file is broken, or it cannot be written.
     """
     run = read_run(folder, config)
     rivals = {run_name(other): read_rival(other) for other in against}

@@ -12,8 +12,6 @@ from dynrank.run.report.record import RunRecord
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw"]
-
 
 def draw(run: RunRecord) -> dict[str, Path]:
     """Write the pictures of ``run``; returns {what is seen: PNG file}, nothing where matplotlib is not installed."""
@@ -24,18 +22,21 @@ def draw(run: RunRecord) -> dict[str, Path]:
     pictures = {}
     for name, caption, figure in _figures(run):
         figure.savefig(folder / f"{name}.png")
-        if name != "ranks" or run.layers_differ:  # bars of one colour say less than a line of text
+        # Bars of one colour say less than a line of text.
+        if name != "ranks" or run.layers_differ:
             pictures[caption] = folder / f"{name}.png"
     return pictures
 
 
 def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     """(name of the file, caption, figure) of each picture."""
-    from dynrank.output.plots import loss_figure, quality_figure, ranks_figure, spectra_figure  # an extra
+    # matplotlib is an extra.
+    from dynrank.output.plots import loss_figure, quality_figure, ranks_figure, spectra_figure
 
     changes = {change.step: f"rank {change.ranks}" for change in run.made}
     over = f"over {run.last_step:,} optimizer steps"
-    if run.metrics.keys() & {"train/loss", "val/loss"}:  # else it was resumed where it had ended
+    # A run that was resumed where it had ended has no losses.
+    if run.metrics.keys() & {"train/loss", "val/loss"}:
         end = "dashed: ranks change" if changes else "no rank changes"
         yield "loss", f"Training and validation loss {over}; {end}.", loss_figure(run.metrics, changes)
     quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}

@@ -22,7 +22,6 @@ from dynrank.run.summary import Summary, read_summary
 if TYPE_CHECKING:
     from dynrank.output.plots import Series
 
-__all__ = ["Change", "Generation", "LayerChange", "RunRecord", "read_metrics", "read_run"]
 
 Row = TypeVar("Row")
 
@@ -146,9 +145,6 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
     Args:
         folder: with summary.json, metrics.csv, rank_history.csv and adapter/, and .hydra/ if it is there.
         config: the run's configuration as YAML, for a run that Hydra did not start; else .hydra/config.yaml has it.
-
-    Raises:
-        ConfigurationError: if a file is missing or broken.
     """
     try:
         summary = read_summary(folder)
@@ -179,11 +175,7 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
 
 
 def read_metrics(file: Path) -> dict[str, Series]:
-    """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out.
-
-    Raises:
-        ConfigurationError: if the file cannot be read, or a cell is no number; it names the line.
-    """
+    """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out."""
     metrics: dict[str, Series] = {}
     try:
         with file.open(newline="", encoding="utf-8") as opened:

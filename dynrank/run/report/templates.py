@@ -10,8 +10,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from dynrank.output.console import one_line, span
 
-__all__ = ["template"]
-
 
 def template(name: str) -> Template:
     """The template in the file ``name``; of HTML, what is put in is escaped."""

@@ -13,25 +13,11 @@ from dynrank.run.command import command
 from dynrank.run.report.record import Change, RunRecord
 from dynrank.run.summary import Summary, read_summary
 
-__all__ = [
-    "around",
-    "compared",
-    "conclusions",
-    "kinds_of_loss",
-    "next_commands",
-    "read_rival",
-    "run_name",
-]
-
 LOSS, WORSE, FAR = "val/loss", 0.01, 0.3  # shares: of loss lost by a change; of gap in loss
 
 
 def read_rival(folder: Path) -> Summary:
-    """The summary of another run, to compare with.
-
-    Raises:
-        ConfigurationError: if there is none that has ended.
-    """
+    """The summary of another run, to compare with."""
     try:
         return read_summary(folder)
     except OSError as error:

@@ -18,8 +18,6 @@ from dynrank.run.folder import last_checkpoint
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 from dynrank.run.sweep.table import FAULT, show_sweep
 
-__all__ = ["SweepFolder", "run_in_sweep", "table_at_end"]
-
 
 def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -> float | None:
     """Make the run that ``config`` describes in ``folder``; returns its ``objective`` at the final weights.
@@ -31,16 +29,15 @@ def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -
         config: of the run.
         folder: of the run.
         record: writes the configuration into ``folder``.
-
-    Raises:
-        ConfigurationError: if a value cannot be used, or ``folder`` holds a run of another configuration.
     """
-    own = not (folder / ".hydra").exists()  # else the folder may be that of another run
+    # If the folder has .hydra/, it may be the folder of another run.
+    own = not (folder / ".hydra").exists()
 
     def begin() -> None:
         nonlocal own
         own = True
-        (folder / FAULT).unlink(missing_ok=True)  # of an earlier try
+        # The error of an earlier try goes.
+        (folder / FAULT).unlink(missing_ok=True)
         record()
 
     try:
@@ -64,17 +61,14 @@ def _summary(config: DictConfig, folder: Path, begin: Callable[[], None]) -> Sum
             return read_summary(folder)
         if not last_checkpoint(folder).exists():
             config.ckpt_path = None
-    from dynrank.run.job import run  # torch and transformers load here
+    # torch and transformers load here.
+    from dynrank.run.job import run
 
     return run(config, folder, sweep=True, record=begin)
 
 
 def _check_same(folder: Path, config: DictConfig) -> None:
-    """Refuse to go on with a run that was started with other values than those of ``config``; none is no fault.
-
-    Raises:
-        ConfigurationError: naming keys that differ.
-    """
+    """Refuse to go on with a run that was started with other values than those of ``config``; none is no fault."""
     file = folder / ".hydra" / "config.yaml"
     if not file.exists():
         return
@@ -109,7 +103,8 @@ class SweepFolder(Callback):
     begun: ClassVar[tuple[Path, bool] | None] = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        quiet_imports()  # of sweepers
+        # Sweepers import loud libraries.
+        quiet_imports()
         SweepFolder.begun = Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True))
 
 
@@ -138,5 +133,6 @@ def _show_beside_error(folder: Path, plot: bool) -> None:
     try:
         if folder.is_dir():
             show_sweep(folder, plot=plot)
-    except Exception as error:  # none takes the place of the one that ended the sweep, which is raised next
+    # An error here must not replace the one that ended the sweep, which is raised next.
+    except Exception as error:
         print(f"no table of the sweep: {type(error).__name__}: {error}", file=sys.stderr)

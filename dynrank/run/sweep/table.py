@@ -20,12 +20,13 @@ from dynrank.run.command import read_overrides
 from dynrank.run.folder import HISTORY
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 
-__all__ = ["FAULT", "TABLE", "Arm", "SweepRun", "arms", "read_sweep", "show_sweep"]
-
-FAULT = "error.txt"  # in the folder of a run that failed: the error in one line, then its traceback
+# It lies in the folder of a run that failed: the error in one line, then its traceback.
+FAULT = "error.txt"
 TABLE, PICTURE = "sweep.csv", "sweep.png"
-_REPEATED = ("seed", "ckpt_path")  # overrides that make no other setting
-_SHOWN = {  # result -> (heading, unit, format); beside test metrics
+# These overrides make no other setting.
+_REPEATED = ("seed", "ckpt_path")
+# {result: (heading, unit, format)}, shown beside the test metrics.
+_SHOWN = {
     "gap": ("gap", 1.0, ".4f"),
     "adapter_parameters": ("adapter parameters", 1.0, ",.0f"),
     "adapter_bytes": ("adapter: MiB", 2**20, ",.2f"),
@@ -82,11 +83,7 @@ class Arm:
 
 
 def read_sweep(folder: Path) -> list[SweepRun]:
-    """The runs of the sweep in ``folder``, in the order of their numbers; not those that were refused at their start.
-
-    Raises:
-        ConfigurationError: if there is none.
-    """
+    """The runs of the sweep in ``folder``, in the order of their numbers, without those that were refused."""
     folders = [file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")]
     found = [run for run in folders if any((run / name).exists() for name in (SUMMARY, FAULT, HISTORY))]
     if not found:
@@ -109,11 +106,7 @@ def arms(runs: Sequence[SweepRun]) -> list[Arm]:
 
 
 def show_sweep(folder: Path, *, plot: bool = True) -> None:
-    """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result.
-
-    Raises:
-        ConfigurationError: if there is no run, or ``plot`` is asked for without matplotlib.
-    """
+    """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result."""
     runs = read_sweep(folder)
     if plot and find_spec("matplotlib") is None:
         raise ConfigurationError("the picture needs matplotlib: pip install 'dynrank[plots]', or add --no-plot")
@@ -141,7 +134,8 @@ def _read_run(folder: Path) -> SweepRun:
         fault = folder / FAULT
         said = f"failed: {fault.read_text(encoding='utf-8').splitlines()[0]}" if fault.exists() else "has not ended"
         return SweepRun(folder, overrides, {}, said)
-    except ConfigurationError as error:  # one broken file hides no other run
+    # One broken file must not hide the other runs.
+    except ConfigurationError as error:
         return SweepRun(folder, overrides, {}, " ".join(str(error).split()))
 
 
@@ -172,7 +166,8 @@ def _table(made: Sequence[Arm], names: Sequence[str]) -> Table:
     for arm in made:
         count = f"{arm.ended}" if arm.ended == len(arm.runs) else f"{arm.ended} of {len(arm.runs)}"
         cells = [_cell(arm, name, unit, digits) for name, (_, unit, digits) in shown.items()]
-        table.add_row(*map(escape, arm.setting.values()), count, *cells)  # [query,value] is no markup
+        # A value such as [query,value] must not be read as markup.
+        table.add_row(*map(escape, arm.setting.values()), count, *cells)
     return table
 
 
@@ -180,7 +175,8 @@ def _cell(arm: Arm, name: str, unit: float, digits: str) -> str:
     mean, deviation = arm.mean(name), arm.deviation(name)
     if mean is None:
         return "-"
-    spread = f" ± {deviation / unit:{digits}}" if deviation else ""  # parameters are the same in every seed
+    # Parameters are the same for every seed, so they have no spread.
+    spread = f" ± {deviation / unit:{digits}}" if deviation else ""
     return f"{mean / unit:{digits}}{spread}"
 
 
@@ -195,7 +191,8 @@ def _write(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
 
 
 def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
-    from dynrank.output.plots import arms_figure  # matplotlib is an extra
+    # matplotlib is an extra.
+    from dynrank.output.plots import arms_figure
 
     panels = {
         heading: [[value / unit for value in arm.values(name)] for arm in made]

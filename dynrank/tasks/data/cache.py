@@ -37,11 +37,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def filling() -> Iterator[None]:
-    """Fill the cache within the block, quietly.
-
-    Raises:
-        ConfigurationError: if it cannot be written to.
-    """
+    """Fill the cache within the block, quietly."""
     try:
         with quiet():
             yield

@@ -68,9 +68,6 @@ def find_columns(
         form: of the rows.
         where: the data, for errors.
         types: of the columns as ``datasets`` has them, if it does.
-
-    Raises:
-        ConfigurationError: if one is missing.
     """
     columns = _names_in(sample)
     names = _found(columns, given, form)
@@ -98,11 +95,7 @@ def find_columns(
 
 
 def form_of(sample: Sample, forms: Sequence[Form], where: str) -> Form:
-    """The first of ``forms`` whose columns are there, as they are usually called.
-
-    Raises:
-        ConfigurationError: if there is none.
-    """
+    """The first of ``forms`` whose columns are there, as they are usually called."""
     columns = _names_in(sample)
     for form in forms:
         if _fits(columns, form):

@@ -39,9 +39,6 @@ def from_files(
         columns: how the columns are called in the files; None: as usual.
         share: of the texts, chosen by (``seed``, text) alone.
         seed: of the splits.
-
-    Raises:
-        ConfigurationError: if a file cannot be read, or a row cannot be used; all such rows are listed.
     """
     names = {"train": train, "val": val, "test": test}
     parts = {split: _read(name, split, columns, form) for split, name in names.items() if split == "train" or name}
@@ -74,9 +71,6 @@ def from_file(name: str, key: str, forms: Sequence[Form]) -> tuple[datasets.Data
         name: of the file; a folder or a name on the hub stands for its training rows.
         key: where the user wrote it.
         forms: that can be used.
-
-    Raises:
-        ConfigurationError: if it cannot be read, has the columns of none of them, or a row cannot be used.
     """
     source = Source(name, key, "train")
     form = form_of(source.sample, forms, source.where)

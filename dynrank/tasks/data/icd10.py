@@ -34,9 +34,6 @@ def icd10_terms(
         code_length: longest code whose description is used, in characters without the dot.
         min_terms: blocks with fewer training texts are left out.
         seed: of the split.
-
-    Raises:
-        ConfigurationError: if the package ``simple-icd-10-cm`` is missing or nothing is left.
     """
     described, included = _terms(chapters, code_length)
     blocks: dict[str, set[str]] = defaultdict(set)

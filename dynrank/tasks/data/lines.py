@@ -45,22 +45,12 @@ class Part:
     place: int
 
     def rows(self) -> Rows:
-        """The rows of the part.
-
-        Raises:
-            OSError: if the file cannot be read.
-            ValueError: if it is no parquet.
-        """
+        """The rows of the part."""
         yield from READERS[Path(self.path).suffix](self)
 
 
 def survey(path: Path) -> tuple[str, list[Part]]:
-    """(a hash of all that is in a file, the parts that processes can share out).
-
-    Raises:
-        OSError: if the file cannot be read.
-        ValueError: if it is no parquet.
-    """
+    """(a hash of all that is in a file, the parts that processes can share out)."""
     running, starts, size, line = sha256(), [(0, 1)], 0, 1
     with path.open("rb") as file:
         while block := file.read(_BLOCK):

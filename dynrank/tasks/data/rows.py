@@ -59,9 +59,6 @@ def check_rows(rows: datasets.Dataset, where: str, unit: str) -> datasets.Datase
         rows: all of them.
         where: the data, for errors.
         unit: what the places count: line or row.
-
-    Raises:
-        ConfigurationError: that lists what is wrong with them, or says that there are none.
     """
     if not len(rows):
         raise ConfigurationError(f"{where} has 0 rows; correct it")

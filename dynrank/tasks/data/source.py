@@ -40,9 +40,6 @@ class Source:
         where: what errors call it.
         sample: its first rows.
         types: of its columns, as far as they are known.
-
-    Raises:
-        ConfigurationError: if there is no such file, or it cannot be read.
     """
 
     def __init__(self, name: str | None, key: str, split: str) -> None:
@@ -76,11 +73,7 @@ class Source:
             refuse(self.where, faults[:SHOWN], len(faults), "correct")
 
     def read(self, columns: Columns) -> datasets.Dataset:
-        """What :func:`dynrank.tasks.data.rows.read_rows` makes of all its rows, which are faultless.
-
-        Raises:
-            ConfigurationError: if a row cannot be used, or the cache cannot be written to.
-        """
+        """What :func:`dynrank.tasks.data.rows.read_rows` makes of all its rows, which are faultless."""
         if not self.files:
             return read_dataset(self.rows, columns, self.where)
         rows = [self._read(file, columns) for file in self.files]

@@ -53,9 +53,6 @@ def rows_by_split(data: Any, form: str) -> Checked:
         data: a mapping from ``train``, ``val`` and ``test`` to a ``datasets.Dataset``, or to a list of mappings or of
             tuples in the order of the columns; or a function without arguments that returns such a mapping.
         form: of the rows.
-
-    Raises:
-        ConfigurationError: if a split or a column is missing, or a row cannot be used.
     """
     splits: Any = data() if callable(data) else data
     if isinstance(splits, Checked):
@@ -92,11 +89,7 @@ def sample_of(rows: datasets.Dataset) -> list[dict[str, Any]]:
 
 
 def read_dataset(rows: datasets.Dataset, columns: Columns, where: str) -> datasets.Dataset:
-    """What :func:`dynrank.tasks.data.rows.read_rows` makes of the rows of a data set, all of them faultless.
-
-    Raises:
-        ConfigurationError: if a row cannot be used.
-    """
+    """What :func:`dynrank.tasks.data.rows.read_rows` makes of the rows of a data set, all of them faultless."""
     names = [*columns.names.values()]
     with filling():
         made = rows.select_columns(names).map(

@@ -31,9 +31,6 @@ def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
     Args:
         modules: names of top-level modules and packages to use; None for all.
         seed: of the split.
-
-    Raises:
-        ConfigurationError: if a module is not one of the standard library in Python, or a split is empty.
     """
     files = _files()
     unknown = [name for name in modules or () if name not in files]

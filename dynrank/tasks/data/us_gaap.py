@@ -36,9 +36,6 @@ def line_items(seed: int) -> Pairs:
 
     Args:
         seed: of the splits.
-
-    Raises:
-        ConfigurationError: if the package is not installed, or holds its data in another form.
     """
     by_key: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for tag, entry in _mappings().items():
