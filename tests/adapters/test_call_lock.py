@@ -222,8 +222,6 @@ def test_every_use_in_many_threads_sees_one_adapter_or_the_other(used):
     use_and_swap(lambda: used.use(used.model), used, used.model, swaps=20)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch itself does
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # while it compiles
 @pytest.mark.parametrize("entry", ["wrapped by a module", "compiled", "compiled before it was loaded", "in place"])
 def test_every_forward_sees_one_adapter_however_it_is_called(entry, tmp_path, monkeypatch):
     used = Forwards(tmp_path)
@@ -242,7 +240,6 @@ def test_every_forward_sees_one_adapter_however_it_is_called(entry, tmp_path, mo
         torch._dynamo.reset()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_model_that_can_be_swapped_compiles_to_one_graph(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4))
     dynrank.save_adapter(dynrank.add_lora(copy.deepcopy(model), rank=2), tmp_path)

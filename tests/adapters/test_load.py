@@ -79,7 +79,6 @@ def test_load_refuses_an_adapter_of_a_base_with_other_values(zoo, tmp_path):
     zoo.assert_refused(other, tmp_path, "wte.*another base")
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT warns of tied layers in several ways
 def test_load_refuses_a_copy_of_a_tied_weight(zoo, tmp_path):
     """PEFT trains such a copy apart from the weight it was tied to; one parameter cannot be both."""
     config = LoraConfig(r=2, target_modules=["c_attn"], modules_to_save=["lm_head"])

@@ -16,9 +16,6 @@ from dynrank.schedules import Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:The dirpath has changed", "ignore:.*tensorboardX", "ignore:You are using the plain ModelCheckpoint"
-)
 STEPS, CHANGE = 24, 13  # ten batches an epoch
 
 

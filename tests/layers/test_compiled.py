@@ -14,11 +14,6 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import without_base
 
-# what torch itself does while it compiles
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-]
 X = torch.randn(5, 16, generator=torch.Generator().manual_seed(3))
 TARGETS = ["up", "down"]
 
@@ -107,7 +102,6 @@ def test_a_transformers_model_is_one_graph_and_one_more_after_a_change_of_rank()
         assert counter.frame_count == graphs
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")  # torch, within inductor
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor_computes_the_same():
     model = adapted(dropout=0.3, target_modules=["blocks.0.up", "blocks.0.down"]).train().blocks[0]

@@ -83,8 +83,6 @@ def test_adapters_in_float16_are_refused(fit):
         fit(RankScheduler(list(STAGES)), precision="16-true")
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.13's own,
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # while it compiles
 @pytest.mark.parametrize(
     ("backend", "how"), [("aot_eager", How()), ("eager", How(metric="gates", window=2))], ids=["weight", "loss"]
 )
@@ -102,7 +100,6 @@ def test_compiled_model_uses_the_new_factors(regression, fit, backend, how):
         )
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_model_is_compiled_for_every_rank_that_it_gets():
     """torch keeps 8 versions of a function; after that it would run eagerly without a word."""
     ranks_compiled = []

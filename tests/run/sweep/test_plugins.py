@@ -23,7 +23,6 @@ get_reusable_executor().shutdown()  # which else waits for five minutes for more
 """
 
 
-@pytest.mark.filterwarnings("ignore")  # what Optuna itself uses
 def test_optuna_searches_two_at_a_time_and_what_has_ended_is_not_made_again(tiny_bert, tmp_path, launch):
     arguments = ["--multirun", "debug=smoke", f"task.model={tiny_bert}", "task.limit=16", "plots=false"]
     arguments += ["sweep=optuna", "hydra/launcher=joblib", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
