@@ -96,7 +96,7 @@ def assert_same_run(folder, alone):
     one, two = (json.loads((f / "summary.json").read_text()) for f in (folder, alone))
     assert one["final_ranks"] == two["final_ranks"]
     assert one["test"] == pytest.approx(two["test"], abs=1e-5)
-    one, two = (list(csv.DictReader((f / "rank_history.csv").open())) for f in (folder, alone))
+    one, two = (list(csv.DictReader((f / "rank_history.csv").read_text().splitlines())) for f in (folder, alone))
     assert [(row["step"], row["layer"]) for row in one] == [(row["step"], row["layer"]) for row in two]
     assert {row["step"] for row in one} == {str(CHANGE)}
     one, two = (validations(f) for f in (folder, alone))

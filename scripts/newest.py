@@ -1,0 +1,26 @@
+"""Adds a row to scripts/results/newest.csv: what scripts/test --newest, which runs this, has just passed with.
+
+scripts/release shows the last row, and tests/test_versions.py holds the upper bounds of pyproject.toml to the highest versions.
+"""
+
+import csv
+import datetime
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+row = {
+    "date": datetime.date.today().isoformat(),
+    "python": platform.python_version(),
+    "torch": torch.__version__,
+    **{name: version(name) for name in ("lightning", "transformers", "peft")},
+}
+table = Path(__file__).parent / "results" / "newest.csv"
+with table.open("a", newline="", encoding="utf-8") as file:
+    writer = csv.DictWriter(file, row)
+    if not file.tell():
+        writer.writeheader()
+    writer.writerow(row)
+print(f"noted in {table}: {', '.join(f'{name} {value}' for name, value in row.items())}")

@@ -1,0 +1,48 @@
+"""The versions that are installed: constraints.txt fits pyproject.toml, whose upper bounds end where trying has ended."""
+
+import csv
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WANTED = [
+    requirement
+    for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+    for requirement in map(Requirement, group)
+    if requirement.name != PROJECT["name"]
+]
+LINES = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+LOCK = [Requirement(line) for line in LINES if not line.startswith("#")]
+
+
+def versions(name):
+    """Those of a package in constraints.txt."""
+    pins = [str(pin.specifier).removeprefix("==") for pin in LOCK if pin.name == name.lower().replace("_", "-")]
+    return [Version(pin) for pin in pins]
+
+
+@pytest.mark.parametrize("requirement", WANTED, ids=str)
+def test_the_lock_has_what_the_project_wants(requirement):
+    locked = versions(requirement.name)
+    assert locked, "run scripts/lock"
+    assert all(version in requirement.specifier for version in locked), "run scripts/lock"
+
+
+def test_the_lock_names_versions_that_pypi_has():
+    """A local version, as 2.13.0+cpu, is none of PyPI's."""
+    assert not [pin for pin in LOCK if any(version.local for version in versions(pin.name))]
+
+
+@pytest.mark.parametrize("name", ["torch", "lightning", "transformers", "peft"])
+def test_the_upper_bound_is_the_release_after_the_last_that_was_tried(name):
+    with (ROOT / "scripts/results/newest.csv").open(newline="", encoding="utf-8") as file:
+        newest = [Version(Version(row[name]).public) for row in csv.DictReader(file)]
+    tried = max(newest + versions(name))
+    (wanted,) = (requirement for requirement in WANTED if requirement.name == name)
+    assert tried in wanted.specifier
+    assert f"{tried.major}.{tried.minor + 1}" not in wanted.specifier
