@@ -1,6 +1,6 @@
-"""Adds a row to scripts/results/newest.csv: what scripts/test --newest, which runs this, has just passed with.
+"""Add a row to results/newest.csv: what scripts/test --newest, which runs this, has just passed with.
 
-scripts/release shows the last row, and tests/test_versions.py holds the upper bounds of pyproject.toml to the highest versions.
+scripts/release shows the last row. tests/test_versions.py holds the upper bounds of pyproject.toml to the highest versions.
 """
 
 import csv
@@ -19,8 +19,5 @@ row = {
 }
 table = Path(__file__).parent / "results" / "newest.csv"
 with table.open("a", newline="", encoding="utf-8") as file:
-    writer = csv.DictWriter(file, row)
-    if not file.tell():
-        writer.writeheader()
-    writer.writerow(row)
+    csv.writer(file, lineterminator="\n").writerow(row.values())
 print(f"noted in {table}: {', '.join(f'{name} {value}' for name, value in row.items())}")

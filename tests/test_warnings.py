@@ -1,4 +1,4 @@
-"""A warning fails a test if it is attributed to our code (filterwarnings in pyproject.toml); a library's of itself does not."""
+"""A warning that is attributed to our code fails a test (filterwarnings in pyproject.toml); one of a library does not."""
 
 import pytest
 import torch
