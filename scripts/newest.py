@@ -1,6 +1,6 @@
 """Add a row to results/newest.csv: what scripts/test --newest, which runs this, has just passed with.
 
-scripts/release shows the last row. tests/test_versions.py holds the upper bounds of pyproject.toml to the highest versions.
+scripts/release shows the last row. tests/test_versions.py holds the upper bounds of pyproject.toml to the highest ones.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""A warning that is attributed to our code fails a test (filterwarnings in pyproject.toml); one of a library does not."""
+"""A warning that is attributed to our code fails a test (filterwarnings in pyproject.toml); a library's does not."""
 
 import pytest
 import torch
