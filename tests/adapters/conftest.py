@@ -155,3 +155,15 @@ def launch(monkeypatch, capsys):
         return caught.value.code or 0, printed.out, printed.err
 
     return call
+
+
+def pytest_collection_modifyitems(items):
+    known = [
+        "ignore:fan_in_fan_out is set to (True|False):UserWarning",  # of every Conv1D, and of a Linear beside one
+        "ignore:Model has `tie_word_embeddings=True`:UserWarning",  # of an adapted lm_head that is tied
+        "ignore:Setting `save_embedding_layers` to `True`:UserWarning",  # of an adapted embedding
+    ]
+    for item in items:
+        if item.path.parent.name == "adapters":
+            for warning in known:
+                item.add_marker(pytest.mark.filterwarnings(warning))

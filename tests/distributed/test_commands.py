@@ -21,8 +21,10 @@ from dynrank.tasks.data.stdlib import stdlib_functions
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 
-# No more than two processes at a time.
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data
+    pytest.mark.xdist_group("distributed"),  # no more than two processes at a time
+]
 SAVED, CHANGE, STEPS = 7, 9, 12
 LONG = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
 FILES = {

@@ -15,8 +15,10 @@ from torch.testing import assert_close
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 
-# The job is made once.
-pytestmark = pytest.mark.xdist_group("distributed")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data and logging
+    pytest.mark.xdist_group("distributed"),  # the job is made once
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,14 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters
 from dynrank.layers.peft_layers import follow_checkpoint_ranks, sync_peft_configs
 
+pytestmark = [
+    # PEFT says so of every Conv1D, and of a Linear beside one, and sets the flag itself.
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to (True|False):UserWarning"),
+    # PEFT on an adapted embedding that is tied, and on the base weight that it saves along.
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
+
 TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attn_implementation": "eager"}
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])

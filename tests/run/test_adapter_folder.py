@@ -35,6 +35,11 @@ ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word
 ROWS += [f"c number {i},so-so" for i in range(30)]
 TEXTS = ["a number 3", "something else entirely, and longer", "c"]
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Experiment logs directory"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+]
+
 
 def made(folder, *overrides):
     run(dynrank.compose([*SMALL, *overrides]), folder)

@@ -146,6 +146,7 @@ def keys_beside(schedule):
 
 @settings(max_examples=20, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
+@pytest.mark.filterwarnings("ignore")
 def test_any_value_of_any_key_is_taken_or_refused(launch, tiny_bert, data):
     schedule = data.draw(st.sampled_from(["after_convergence", "anneal", "early_budget", "auto", "milestones"]))
     overrides = ["debug=smoke", f"task.model={tiny_bert}", f"schedule={schedule}"]

@@ -62,6 +62,7 @@ def test_missing_package_says_which_extra_brings_it(override, extra, monkeypatch
         build(dynrank.compose([override]))
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.parametrize(
     "found_by", [["schedule=fixed", "checkpoint_every=1"], ["schedule.deadline=0.75"], ["schedule=fixed"]], ids=str
 )
@@ -91,6 +92,7 @@ class Reviews(Classification):
 """
 
 
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")
 def test_own_task_and_data_run_from_a_users_config_and_paths_stay_where_the_user_stands(
     launch, tmp_path, tiny_bert, monkeypatch
 ):

@@ -4,9 +4,12 @@ import csv
 import json
 import sys
 
+import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynrank import train
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries that are tried as they come
 
 
 def test_every_logger_gets_metrics_and_texts(launch, tiny_llama, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import forked
@@ -18,6 +19,8 @@ from dynrank import train
 from dynrank.run import job
 
 STEPS, DROP = 72, 24
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Experiment logs directory")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,9 @@ def settings(tiny_bert):
 def whole(settings, tmp_path_factory):
     """The folder of a run that was never stopped."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    job.run(dynrank.compose(settings), folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job.run(dynrank.compose(settings), folder)
     return folder
 
 

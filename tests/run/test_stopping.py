@@ -34,6 +34,7 @@ def fit_and_test(trainer, module, train, val):
         trainer.test(module, val)
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
 @pytest.mark.parametrize(("hook", "said"), [("setup", "step 0; there is no"), ("on_test_start", "step 2; go on with")])
 def test_sigterm_before_the_first_and_after_the_last_step_ends_it_too(hook, said, regression, tmp_path, capsys):
     make, data, trainer = regression
@@ -45,6 +46,7 @@ def test_sigterm_before_the_first_and_after_the_last_step_ends_it_too(hook, said
     assert f"SIGTERM: stopped after {said}" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
 def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_path, capsys):
     make, data, trainer = regression
     saver, module, pressed = AdapterCheckpoint(tmp_path, save_last=True, every_n_train_steps=1), make(), []

@@ -31,6 +31,7 @@ def rows(file):
         return list(csv.DictReader(text))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_kept_parameters_are_those_of_the_layers_that_peft_would_build(short):
     bench, adalora = short.bench, short.adalora
     trainee = adalora.adalora(bench.Setting(0, 10), 16, 4, 1e-3)
@@ -91,6 +92,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
     return start
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study, scripts, tmp_path, capsys):
     written, arms = study(), list(map(str, scripts.study.ARMS["medical_terms"]))
     at_best = {(row["seed"], row["arm"]): row for row in written if row["lr"] == "0.001"}

@@ -33,6 +33,7 @@ def updates(factors):
     return {lora_A: factors[lora_B] @ factors[lora_A] for lora_A, lora_B in ends.items()}
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends(
     script, arguments, tiny_llama, tmp_path, monkeypatch
 ):

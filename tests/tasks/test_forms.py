@@ -143,6 +143,7 @@ def test_examples_are_made_once_and_then_read_from_the_disk(form, task_of, monke
     assert all(again[split].to_list() == part.to_list() for split, part in first.items())
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
 def test_a_run_learns_drops_and_goes_on_to_the_same_bits(chatty, tmp_path, whole_and_resumed):
     written = ["task.val_generate=2", "task.generate=2", "task.measures=[exact_match]"]
     shape = ["lora.rank=8", "schedule=milestones", "schedule.ranks=[4]", "schedule.at=[6]", "schedule.unit=step"]

@@ -16,6 +16,7 @@ ROWS = [{"prompt": f"item {i}:", "answer": f" {('class', 'import', 'return x')[i
 SPEED = ["optimizer.lr=0.01", "optimizer.warmup_steps=1", "optimizer.decay=constant_with_warmup", "task.batch_size=8"]
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(quantization, tiny_llama, tmp_path, whole_and_resumed):
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))

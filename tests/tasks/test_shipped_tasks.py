@@ -56,6 +56,7 @@ def test_experiments_have_the_ranks_of_head_and_rest_at_one_scaling(name, head, 
     assert {layer.scaling for layer in layers.values()} == {2.0}
 
 
+@pytest.mark.filterwarnings("ignore")  # of libraries, as on the command line
 def test_code_experiment_measures_right_before_and_right_after_the_drop_and_at_the_end(launch, tiny_llama, tmp_path):
     """The drop by deadline, at a step where no validation is due."""
     task = ["task=code_completion", f"task.model={tiny_llama}", f"data.modules={MODULES}", "task.val_generate=3"]

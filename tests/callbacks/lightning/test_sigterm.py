@@ -59,6 +59,7 @@ def test_sigterm_ends_the_step_saves_and_exits_0(ends, index):
     assert ends[index] == {"code": [0], "files": ["last.ckpt"], "step": step, "resumed": [0], "same": True}
 
 
+@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
 def test_after_training_sigterm_is_what_it_was_before(regression, tmp_path):
     make, data, trainer = regression
     before = signal.getsignal(signal.SIGTERM)
