@@ -15,7 +15,8 @@ from dynrank.layers.peft_layers import HARMLESS_INIT
 from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, peft_ranks, whole_parts
 
 CONFIG_FILE = "adapter_config.json"
-_LARGEST = 3.4e38  # what float32 takes
+# The largest number that float32 takes.
+_LARGEST = 3.4e38
 
 
 def _unset(value: Any) -> Any:

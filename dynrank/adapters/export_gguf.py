@@ -18,7 +18,8 @@ from torch import Tensor
 from dynrank.adapters.read import Adapter
 from dynrank.errors import ConfigurationError
 
-Order = Callable[[int, int], Tensor]  # (rows, heads) -> the row of transformers that stands in each row of llama.cpp
+# From (rows, heads) to the row of transformers that stands in each row of llama.cpp.
+Order = Callable[[int, int], Tensor]
 
 
 def _pairs(rows: int, heads: int) -> Tensor:

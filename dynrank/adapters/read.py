@@ -28,9 +28,11 @@ from dynrank.errors import ConfigurationError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-SETTINGS_DIGEST = "dynrank_settings"  # metadata of the tensors: a digest of the settings that they were written with
+# This key of the tensors' metadata holds a digest of the settings that they were written with.
+SETTINGS_DIGEST = "dynrank_settings"
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
-_PATIENCE = 2.0  # seconds for a writer that has moved one of the two files into place to do so with the other
+# A writer that has moved one of the two files into place gets so many seconds for the other.
+_PATIENCE = 2.0
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,11 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
         with whole_files(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_part, config_part), os_errors(folder):
             config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             write_tensors(weights_part, tensors, metadata)
-            weights_part.chmod(config_part.stat().st_mode)  # safetensors lets nobody else read it
+            # safetensors makes files that only their owner can read.
+            weights_part.chmod(config_part.stat().st_mode)
     except OSError:
-        with suppress(OSError):  # an adapter from before is in it
+        # The folder stays if an adapter from before is in it.
+        with suppress(OSError):
             folder.rmdir()
         raise
 
@@ -139,7 +141,8 @@ def ranks_and_alphas(factors: Mapping[str, Factors], experts: Mapping[str, int])
 
 def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
     """Write the active adapter of PEFT's ``model`` as PEFT saves it, but for the layout of its factors."""
-    from peft import PeftModel  # here, because a model of its has imported it already, and it takes a second
+    # This import takes a second and stands here, because only models of PEFT need it, which have imported it.
+    from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         raise ConfigurationError(

@@ -37,9 +37,11 @@ from dynrank.output.whole_file import os_errors
 from dynrank.rank_map import peft_ranks
 
 SUFFIX = ".safetensors"
-DIFFUSERS = "lora_adapter_metadata"  # where diffusers keeps the settings of PEFT's adapters
+# diffusers keeps the settings of PEFT's adapters under this key.
+DIFFUSERS = "lora_adapter_metadata"
 _FACTOR = re.compile(r"(?P<layer>.+)[._]lora(?:_linear_layer)?[._](?:(?P<down>down|A)|up|B)(?:\.default)?(?:\.weight)?")
-_BESIDE = (".diff", ".diff_b")  # of a layer's weight and bias: what is added to them is no matter of the factors
+# What a file adds to a layer's weight and bias has nothing to do with the factors.
+_BESIDE = (".diff", ".diff_b")
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
@@ -121,7 +123,8 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
         value += min(abs(scaling * ranks[name]) for name, (_, _, scaling) in factors.items())
         tensors |= {file.alphas.get(name, f"{name}.alpha"): value.clone() for name in ranks}
         try:
-            alpha = _alpha(value)  # as it is stored
+            # The alpha as it is stored.
+            alpha = _alpha(value)
         except ValueError as fault:
             raise ConfigurationError(f"the one alpha of all layers of {file.source!r} {fault}") from None
     for name, (lora_A, lora_B, scaling) in factors.items():
@@ -199,7 +202,8 @@ def _alpha(tensor: Tensor) -> float:
     alpha = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else 0.0
     if (
         not finite(torch.tensor(alpha, dtype=torch.float64)) or alpha == 0
-    ):  # 0 is the rank for some tools, and 0 for others
+        # Some tools read an alpha of 0 as the rank, others as 0.
+    ):
         raise ValueError(f"must have a number other than 0 for alpha, got {tensor.flatten()[:3].tolist()}")
     return alpha
 

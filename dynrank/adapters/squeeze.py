@@ -20,7 +20,8 @@ from dynrank.linalg import pooled, singular_values, stacked, truncate_product
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
-Squeezed = tuple[dict[str, Factors], list[LayerReport]]  # new factors by layer, and what became of each
+# New factors by layer, and what became of each layer.
+Squeezed = tuple[dict[str, Factors], list[LayerReport]]
 
 
 def squeeze_adapter(

@@ -19,8 +19,10 @@ from dynrank.errors import ConfigurationError
 from dynrank.linalg import finite, products
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-Factors = tuple[Tensor, Tensor, float]  # lora_A, lora_B and the scaling of a layer
-_LISTED = 20  # faults of a file
+# lora_A, lora_B and the scaling of a layer.
+Factors = tuple[Tensor, Tensor, float]
+# At most so many faults of a file are listed.
+_LISTED = 20
 
 
 @dataclass(frozen=True)

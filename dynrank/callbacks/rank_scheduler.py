@@ -58,7 +58,8 @@ class RankScheduler(Callback):
 
     def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
         self.driver = RankDriver(schedule, check_every=check_every)
-        self._told = self._ever_told = False  # by step(): since the last batch began, and at all
+        # Whether step() was called: since the last batch began, and at all.
+        self._told = self._ever_told = False
 
     @property
     def history(self) -> list[RankEvent]:
@@ -88,7 +89,8 @@ class RankScheduler(Callback):
         self._told = state_dict["told"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for module in [pl_module, *averages_of(trainer)]:  # averages made later are copies of a module that follows
+        # Averages that are made later are copies of a module that follows checkpoints.
+        for module in [pl_module, *averages_of(trainer)]:
             follow_checkpoint_ranks(module)
         follow_sharded_checkpoint(trainer)
         if stage == "fit":
@@ -147,7 +149,8 @@ class RankScheduler(Callback):
             )
 
 
-_DEAF = Checkpoint, EarlyStopping, RankScheduler  # to validations that a change asks for
+# These hear nothing of validations that a change asks for.
+_DEAF = Checkpoint, EarlyStopping, RankScheduler
 
 
 class LightningTraining(Training):
@@ -190,8 +193,10 @@ class LightningTraining(Training):
 
 def _run(trainer: Trainer, pl_module: LightningModule) -> Run:
     """The length of the run; the data have been loaded."""
-    if not pl_module.automatic_optimization:  # how many steps an epoch has is the module's own affair
+    # Under manual optimization only the module knows how many steps an epoch has.
+    if not pl_module.automatic_optimization:
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
     total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
     per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
-    return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)  # -1: epochs of data of unknown length
+    # Lightning says -1 for epochs of data of unknown length.
+    return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)

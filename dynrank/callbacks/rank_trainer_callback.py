@@ -58,9 +58,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def __init__(self, schedule: Schedule, *, evaluate: Callable[[], Mapping[str, Any]] | None = None) -> None:
         self.driver = RankDriver(schedule)
         self.evaluate = evaluate
-        self.logged: dict[str, float] = {}  # the last value of every metric
-        self.listening = False  # to training, and not to an evaluation that a change asks for
-        self._evaluated: dict[str, float] = {}  # by evaluations that triggers have not seen yet, one for each data set
+        # The last value of every metric.
+        self.logged: dict[str, float] = {}
+        # It listens to training, and not to an evaluation that a change asks for.
+        self.listening = False
+        # Metrics of evaluations that triggers have not seen yet, one for each data set.
+        self._evaluated: dict[str, float] = {}
 
     @property
     def history(self) -> list[RankEvent]:
@@ -175,7 +178,8 @@ class HFTraining(Training):
 
     def validate(self) -> Mapping[str, float]:
         """Evaluate beside the run's own evaluations; no callback hears of it, and nothing of it is left."""
-        assert self.callback.evaluate is not None  # the driver has asked whether it is there
+        # The driver has asked whether it is there.
+        assert self.callback.evaluate is not None
         handlers = [o for o in gc.get_objects() if type(o) is CallbackHandler and self.callback in o.callbacks]
         heard, logged = [handler.callbacks for handler in handlers], len(self.state.log_history)
         control = dict(vars(self.control))
@@ -236,7 +240,8 @@ def _check_devices(args: Any) -> None:
 def _check_names(callback: RankTrainerCallback) -> None:
     """Refuse names of metrics that the Trainer does not use."""
     stages = callback.driver.stages
-    wrong = {name: what for name, what in watched(stages).items() if name.startswith("val")}  # as Lightning's users do
+    # Users of Lightning write such names.
+    wrong = {name: what for name, what in watched(stages).items() if name.startswith("val")}
     wrong |= {name: what for name, what in checked(stages).items() if not name.startswith("eval_")}
     for name, argument in wrong.items():
         raise ConfigurationError(

@@ -59,16 +59,21 @@ class RunMeter(Callback):
 
     def __init__(self) -> None:
         self.phases = [Phase()]
-        self._before: list[Phase] = []  # of the checkpoint that the run goes on from
+        # Phases of the checkpoint that the run goes on from.
+        self._before: list[Phase] = []
         self._processes = 1
-        self._start = self._batches = 0.0  # of the batch, and seconds of those since the last optimizer step
-        self._steps: list[float] = []  # seconds of each optimizer step of the open phase since the start or resume
-        self._step = 0  # optimizer steps made
+        # When the batch began, and the seconds of batches since the last optimizer step.
+        self._start = self._batches = 0.0
+        # Seconds of each optimizer step of the open phase, since the start or the resume.
+        self._steps: list[float] = []
+        # Optimizer steps made so far.
+        self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phases, self._before = self._before or [_phase(trainer, pl_module)], []
         self._processes = trainer.world_size
-        self.phases[-1].tokens *= trainer.is_global_zero  # when it is over those of all processes are added up
+        # The tokens of all processes are added up when a phase is over, so only one process keeps the earlier ones.
+        self.phases[-1].tokens *= trainer.is_global_zero
         self._steps, self._batches, self._step = [], 0.0, trainer.global_step
 
     def state_dict(self) -> dict[str, Any]:
@@ -86,11 +91,13 @@ class RunMeter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         phase = self.phases[-1]
-        phase.tokens += int(batch["attention_mask"].sum())  # waits for the device: the clock is read after that
+        # This line waits for the device, and the clock is read after it.
+        phase.tokens += int(batch["attention_mask"].sum())
         seconds = time.perf_counter() - self._start
         phase.train_seconds += seconds
         self._batches += seconds
-        if trainer.global_step > self._step:  # gradients of several batches may make one step
+        # The gradients of several batches may make one step.
+        if trainer.global_step > self._step:
             self._steps.append(self._batches)
             self._batches, self._step = 0.0, trainer.global_step
 
@@ -150,4 +157,5 @@ def forget_peak_memory() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _MARK.exists():
-        _MARK.write_text("5", encoding="ascii")  # proc(5): the peak of the resident set becomes its size now
+        # See proc(5): the peak of the resident set becomes its size now.
+        _MARK.write_text("5", encoding="ascii")

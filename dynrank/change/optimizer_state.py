@@ -122,7 +122,8 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     def by_product(tensor: Tensor) -> Tensor:
         return split(tensor, len(move.map_EKR), move.dim)
 
-    def formed(matrix: Tensor) -> Tensor:  # as the parameter, which has filters in a convolution
+    # In the parameter's shape, which has filters in a convolution.
+    def formed(matrix: Tensor) -> Tensor:
         rows = len(parameter) if move.dim else -1
         return matrix.reshape(rows, *([-1] if move.dim else []), *parameter.shape[1 + move.dim :])
 
@@ -156,7 +157,8 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
             factor = state[next(name for name in rules if rules[name] == along)].double()
             factor = by_product(factor.reshape(shape_of(along, parameter)))
             moved = old * (squared(factor).mean() / factor.mean().clamp_min(torch.finfo(factor.dtype).tiny))
-        dtype = value.dtype if value.is_floating_point() else torch.float32  # in which 8-bit state is coded
+        # 8-bit state is coded from float32.
+        dtype = value.dtype if value.is_floating_point() else torch.float32
         moved = formed(moved) if kind not in (ROW, COLUMN) else moved
         new[key] = (moved if value.shape == shape else moved.flatten()).to(dtype)
         if not new[key].isfinite().all():
@@ -187,7 +189,8 @@ def _coded(optimizer: Any, parameter: nn.Parameter, value: Tensor, new: dict[str
         for index, member in enumerate(group["params"])
         if member is parameter
     )
-    twin = object.__new__(type(optimizer))  # writes into a state of its own
+    # The twin writes into a state of its own.
+    twin = object.__new__(type(optimizer))
     vars(twin).update(vars(optimizer), state=defaultdict(dict))
     twin.init_state(place[0], value, *place[1:])
     state: dict[str, Any] = twin.state[value]
@@ -203,4 +206,5 @@ def _coded(optimizer: Any, parameter: nn.Parameter, value: Tensor, new: dict[str
 
 
 def _bitsandbytes() -> Any:
-    return sys.modules["bitsandbytes.functional"]  # loaded, or there would be no such optimizer
+    # The module is loaded, since its optimizer exists.
+    return sys.modules["bitsandbytes.functional"]

@@ -108,7 +108,8 @@ def gentler(ranks: Mapping[str, int], refused: Mapping[str, int], multiple: int)
     halves = {}
     for name, target in refused.items():
         rank = ranks[name]
-        half = rank + int((target - rank) / 2)  # int() rounds towards no change
+        # int() rounds towards no change.
+        half = rank + int((target - rank) / 2)
         if half < rank:
             half = min(rank, -(-half // multiple) * multiple)
         if half not in (rank, target):

@@ -59,7 +59,8 @@ def cut_to_smallest(
             trials[steps] = check.value(metrics), standard_error(batches, cut) if alike else inf, reports
         return trials[steps][0]
 
-    low, high = 0, len(order)  # with all steps nothing is lost but what layers have to lose
+    # Invariant: `high` steps pass the check. Taking every step keeps all directions that may be kept.
+    low, high = 0, len(order)
     while low < high:
         steps = (low + high) // 2
         low, high = (low, steps) if check.allows(tried(steps)) else (steps + 1, high)

@@ -14,7 +14,8 @@ from dynrank.change.optimizer_rules import unwrapped
 from dynrank.distributed.ddp import give_back_reducers, take_reducers, unwrapped_model
 from dynrank.driver.event import RankEvent
 
-Batches = Sequence[tuple[float, float]]  # of each batch: the mean of a metric, and its weight in the mean of all
+# Of each batch the mean of a metric, and its weight in the mean of all batches.
+Batches = Sequence[tuple[float, float]]
 
 
 @dataclass(eq=False)
@@ -35,7 +36,8 @@ class Training:
     step: int = 0
     averages: Sequence[nn.Module] = ()
 
-    validate_by: ClassVar[str] = "define validate() in a class derived from Training"  # advice to a user
+    # What a user may do to make a run validate.
+    validate_by: ClassVar[str] = "define validate() in a class derived from Training"
 
     def __post_init__(self) -> None:
         self._scalers = [scaler for scaler in map(_scaler, self.optimizers) if scaler is not None]

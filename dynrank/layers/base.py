@@ -44,7 +44,8 @@ class LoRALayer(nn.Module):
         rule: the key of the rank map that set its rank, if one did.
     """
 
-    supported: type[nn.Module]  # set by each subclass: the class of layer that it adapts
+    # Each subclass sets the class of layer that it adapts.
+    supported: type[nn.Module]
 
     def __init__(
         self,
@@ -139,7 +140,8 @@ class LoRALayer(nn.Module):
         return torch.tensor(self.scaling, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        if isinstance(state, Tensor):  # torch.distributed.checkpoint passes a mark that it has none
+        # torch.distributed.checkpoint passes a mark instead, where it has no extra state.
+        if isinstance(state, Tensor):
             self.scaling = float(state)
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:

@@ -26,7 +26,8 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # Their forward hands the weights of their children to a fused function, past the children's own forward.
 _PAST_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _OPERAND = re.compile(r"\bself\.(\w+)\.weight\b(?!\.)")
-_CLASSIFIERS = ("classifier", "score")  # the fresh heads of transformers' ...ForSequenceClassification
+# The fresh heads of transformers' ...ForSequenceClassification.
+_CLASSIFIERS = ("classifier", "score")
 
 
 def target_names(

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-_INSIDE = "_orig_mod"  # the one child of torch.compile's wrapper
+# The name of the one child of torch.compile's wrapper.
+_INSIDE = "_orig_mod"
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -21,9 +21,12 @@ from dynrank.layers.base import LoRALayer
 from dynrank.layers.quantized import plain_values
 
 MARK = "_frozen_base"
-SAMPLES = 256  # values of each parameter that its fingerprint knows
-_GOLDEN = 0.6180339887498949  # its multiples, taken modulo 1, lie evenly whatever their number
-_ADAPTER = re.compile(r"(^|\.)(lora_|modules_to_save\.)")  # adapters and heads that are frozen at the moment
+# A fingerprint knows so many values of each parameter.
+SAMPLES = 256
+# Multiples of the golden ratio, taken modulo 1, lie evenly whatever their number.
+_GOLDEN = 0.6180339887498949
+# Adapters and heads may be frozen at the moment.
+_ADAPTER = re.compile(r"(^|\.)(lora_|modules_to_save\.)")
 
 
 def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
@@ -31,7 +34,8 @@ def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, root in model.named_modules():
         prefix, own = f"{name}." if name else "", vars(root).get("_has_lora")
-        adapted = own and any(isinstance(module, LoRALayer) for module in root.modules())  # not merged since
+        # The model may have been merged since.
+        adapted = own and any(isinstance(module, LoRALayer) for module in root.modules())
         adapted = adapted or isinstance(vars(root).get("peft_config"), dict)
         if adapted and not any(prefix.startswith(outer) for outer in found):
             found[prefix] = root
@@ -57,7 +61,8 @@ def without_base(model: nn.Module, state_dict: Mapping[str, Any], trained: Colle
             frozen = not (parameter.requires_grad or id(parameter) in spared or _ADAPTER.search(name))
             if frozen and key in kept:
                 mark[name] = fingerprint(kept.pop(key))
-        quantisation = tuple(f"{prefix}{name}." for name in mark)  # bitsandbytes' keys beside a weight
+        # bitsandbytes has these keys beside a weight.
+        quantisation = tuple(f"{prefix}{name}." for name in mark)
         kept = {key: value for key, value in kept.items() if not key.startswith(quantisation)}
         kept[prefix + MARK] = {"model": _title(root), "parameters": mark}
     return kept

@@ -13,7 +13,8 @@ from dynrank.kernels.lora_linear import SharedInput
 from dynrank.kernels.triton_launch import serves
 from dynrank.layers.kinds import LoRAConv1D, LoRALinear
 
-SETS = (  # names, within one parent, of layers that models call on one x
+# The names, within one parent, of layers that models call on one x.
+SETS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q", "k", "v"),

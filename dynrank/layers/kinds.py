@@ -70,14 +70,16 @@ class LoRAQuantizedLinear(LoRALinear):
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        d_out, d_in = base.out_features, base.in_features  # the packed weight has another shape
+        # The packed weight has another shape, so it is not asked.
+        d_out, d_in = base.out_features, base.in_features
         assert isinstance(d_out, int)
         assert isinstance(d_in, int)
         return d_out, d_in
 
     def _weight_OI(self) -> Callable[[], Tensor]:
         unpack = unpacker(self.base)
-        assert unpack is not None  # as forward has seen to
+        # forward has checked this.
+        assert unpack is not None
         return unpack
 
     def forward(self, x: Tensor) -> Tensor:
@@ -138,7 +140,8 @@ class LoRAConv2d(LoRALayer):
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        plain = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}  # what PEFT's format can say of a Conv2d
+        # PEFT's format can only say this of a Conv2d.
+        plain = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}
         for name, value in plain.items():
             if getattr(base, name) != value:
                 raise ConfigurationError(
@@ -189,7 +192,8 @@ def _computes_linear(base: nn.Module) -> bool:
             for base.training in (True, False):
                 y = torch.func.functional_call(base, values, x)
                 found.append(y.shape == expected.shape and torch.allclose(y, expected, 1e-9, 1e-9))
-    except Exception:  # it takes another input, reads its weight in another way, or returns no tensor
+    # The base takes another input, reads its weight in another way, or returns no tensor.
+    except Exception:
         return False
     finally:
         base.training = was_training

@@ -36,7 +36,8 @@ def merge(model: M) -> M:
     if faults:
         raise ConfigurationError("the model cannot be merged:\n  " + "\n  ".join(faults[:20]))
     for layer in layers.values():
-        if layer.merged:  # a tie shows in the base's own weight
+        # A tie shows in the base's own weight.
+        if layer.merged:
             layer.unmerge()
     tied = tied_weights(model)
     if any(id(layer.weight) in tied for layer in layers.values()):

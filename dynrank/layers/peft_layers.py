@@ -92,10 +92,12 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
             will_be = {name: ranks.get((layer.module, adapter), layer.rank) for name, layer in layers.items()}
             if config.peft_type != "LORA" or all(_rank_by(config, n) == rank for n, rank in will_be.items()):
                 continue
-            new = copy.copy(config)  # the user's own object, and adapters made of it, stay
+            # The user's own object, and adapters that were made from it, stay as they are.
+            new = copy.copy(config)
             for field, value in peft_ranks({n: (r, layers[n].scaling * r) for n, r in will_be.items()}).items():
                 setattr(new, field, value)
-            if new.init_lora_weights == "orthogonal":  # which PEFT would run on loading, and only for even ranks
+            # PEFT would initialise so on loading, which works for even ranks only.
+            if new.init_lora_weights == "orthogonal":
                 new.init_lora_weights = True
             changes += [layer.record_alpha for layer in layers.values()]
             changes.append(partial(by_adapter.__setitem__, adapter, new))

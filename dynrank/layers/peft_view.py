@@ -161,7 +161,8 @@ class PeftLayer:
     def _watch_linear(self, report: Tap) -> Any:
         def watch(_: nn.Module, __: Any, z: Tensor) -> None:
             if z.requires_grad:
-                last = 1 if self.lora_B.ndim > 2 else -1  # where a convolution has its channels
+                # A convolution has its channels in dimension 1.
+                last = 1 if self.lora_B.ndim > 2 else -1
                 values = z.detach().movedim(last, -1)
                 z.register_hook(lambda dz: report(values, dz.movedim(last, -1)))  # type: ignore[no-untyped-call]
 
@@ -172,7 +173,8 @@ class PeftLayer:
         def watch(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
             if y.requires_grad and not module.merged and not module.disable_adapters:
                 values = F.embedding(inputs[0], self.lora_A.detach().mT)
-                scaling = self.scaling * getattr(self.base, "embed_scale", 1.0)  # Gemma 3 scales its embedding
+                # Gemma 3 scales its embedding.
+                scaling = self.scaling * getattr(self.base, "embed_scale", 1.0)
 
                 def report_at_z(g: Tensor) -> None:
                     report(values, scaling * (g.to(values.dtype) @ self.lora_B.detach()))

@@ -104,7 +104,8 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
                 "adapt it with LoRA (lora.target_modules) or untie it first"
             )
         taken = [other for other in modules if other.endswith(name) and other not in names]
-        if taken:  # PEFT compares ends of names, not whole parts
+        # PEFT compares the ends of names and not whole parts.
+        if taken:
             raise ConfigurationError(f"PEFT would take {taken[0]!r} for {name!r} (modules_to_save); rename one of them")
 
 
@@ -164,7 +165,9 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
     """Put ``replacements[id]`` wherever the module of that id stands in ``model``."""
     for parent in list(model.modules()):
         if isinstance(parent, LoRALayer | LoRAExperts):
-            continue  # the base inside a layer stays where it is
-        for attribute, child in list(parent._modules.items()):  # named_children() skips a second name of one child
+            # The base inside a LoRA layer stays where it is.
+            continue
+        # named_children() would skip a second name of the same child.
+        for attribute, child in list(parent._modules.items()):
             if id(child) in replacements:
                 setattr(parent, attribute, replacements[id(child)])

@@ -66,7 +66,8 @@ def unpacked(module: nn.Module) -> nn.Linear:
     fault = unpack_fault(module)
     if fault:
         raise ConfigurationError(f"the layer cannot be merged: {fault}")
-    module.state_dict()  # undoes the order in which bitsandbytes puts the bits for some CPUs
+    # Asking for the state dict undoes the order in which bitsandbytes puts the bits for some CPUs.
+    module.state_dict()
     unpack = unpacker(module)
     assert unpack is not None
     values = unpack()
@@ -84,7 +85,8 @@ def mark_unpacked(model: nn.Module) -> None:
     What ``save_pretrained`` writes then loads again: as a plain model if none is.
     """
     roots: dict[int, nn.Module] = {}
-    for module in model.modules():  # a part of a model holds the same config, and only the whole counts
+    # A part of a model holds the same config, and only the whole counts.
+    for module in model.modules():
         roots.setdefault(id(getattr(module, "config", None)), module)
     for root in roots.values():
         config: Any = getattr(root, "config", None)

@@ -20,9 +20,12 @@ class RankedLayer(Protocol):
     each of them, all of one rank, stacked in the two factors (:func:`dynrank.linalg.split`).
     """
 
-    final_rank: int | None  # where a schedule should bring it; None for the schedule's own target
-    highest: int | None  # that a budget gives it at most; None for the budget's own
-    pinned: bool  # whether no schedule may change it
+    # Where a schedule should bring it; None for the schedule's own target.
+    final_rank: int | None
+    # The most that a budget gives it; None for the budget's own bound.
+    highest: int | None
+    # Whether no schedule may change it.
+    pinned: bool
 
     @property
     def lora_A(self) -> nn.Parameter: ...

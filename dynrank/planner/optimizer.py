@@ -30,7 +30,8 @@ def optimizer_state_bytes(
     of_adapter, of_head = _stand_ins(adapter), _stand_ins(head)
     made: Any = make_optimizer([*of_adapter], [*of_head], 1000, **options)
     optimizer = made["optimizer"]
-    if hasattr(optimizer, "train"):  # a schedule-free optimizer has modes
+    # A schedule-free optimizer has modes for training and evaluation.
+    if hasattr(optimizer, "train"):
         optimizer.train()
     try:
         optimizer.step()

@@ -155,10 +155,12 @@ def _asked(config: DictConfig) -> Question:
 def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: int) -> PreTrainedModel:
     """The model that is trained, with its LoRA layers, on the meta device."""
     lora = {**plain(config.lora), "rank": rank, "rank_map": rank_pattern(config.rank_map)}
-    lora["backend"] = "torch"  # every backend keeps the same tensors, and torch's runs without values
+    # Every backend keeps the same tensors, and torch's runs without values.
+    lora["backend"] = "torch"
     if base is not None:
         return add_lora(meta_model(read_config(base, "base", settings), settings, "base").train(), **lora)
-    if OmegaConf.select(config, "data.train", default="") is None:  # of files only the number of classes would be asked
+    # Of files only the number of classes would be needed.
+    if OmegaConf.select(config, "data.train", default="") is None:
         OmegaConf.update(config, "data", dict.fromkeys(SPLITS, [["one", "one"], ["two", "two"]]), merge=False)
     model: PreTrainedModel = make(config.task, "task").module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()
@@ -170,7 +172,8 @@ def _need(
     """The need of a model with its LoRA layers, whose optimizer's state takes ``optimizer`` bytes."""
     ranks = [layer.rank for layer in own_layers(model).values()]
     if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # a training step does not use keys and values again
+        # A training step does not use keys and values again.
+        model.config.use_cache = False
     mode = CountingMode()
     without_values(model, mode)
     with mode:

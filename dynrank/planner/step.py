@@ -62,7 +62,8 @@ class CountingMode(FakeTensorMode):
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
-        self._sizes: dict[int, int] | None = None  # bytes of each storage that is followed
+        # Bytes of each storage that is followed.
+        self._sizes: dict[int, int] | None = None
         self._within_op = False
 
     @contextmanager
@@ -76,7 +77,8 @@ class CountingMode(FakeTensorMode):
             self._sizes = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.addmm.out:  # allocates nothing, and FakeTensorMode would take it apart each time
+        # This op allocates nothing, and FakeTensorMode would take it apart each time.
+        if func is torch.ops.aten.addmm.out:
             return (kwargs or {})["out"]
         outermost, self._within_op = not self._within_op, True
         try:
@@ -98,7 +100,8 @@ class CountingMode(FakeTensorMode):
 
     def _freed(self, sizes: dict[int, int], key: int) -> None:
         freed = sizes.pop(key)
-        if sizes is self._sizes:  # a storage that outlives its count does not touch the next one
+        # A storage that outlives its count must not touch the next one.
+        if sizes is self._sizes:
             self.held -= freed
 
 
@@ -108,10 +111,12 @@ def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
     Weights of bitsandbytes' layers are packed by bitsandbytes itself. Ties between parameters stay. Experts get an
     implementation of their forward that does not count the tokens of each.
     """
-    if any(is_quantized(module) for module in model.modules()):  # tables made within the mode would have no values
+    # Tables that are made within the mode would have no values.
+    if any(is_quantized(module) for module in model.modules()):
         functional: Any = sys.modules["bitsandbytes.functional"]
         functional.quantize_blockwise(torch.zeros(1))
-    known: dict[int, tuple[Tensor, Tensor]] = {}  # id -> (old, new); holds the old ones, or their ids were used again
+    # {id: (old, new)}. It holds the old tensors, because their ids would be used again.
+    known: dict[int, tuple[Tensor, Tensor]] = {}
     with mode:
         for module in model.modules():
             if expert_stacks(module):

@@ -16,7 +16,8 @@ PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")
 
 def show_plan(config: DictConfig) -> None:
     """Print the plan of ``config``."""
-    libraries = peak_memory_bytes()  # of this process, which has imported what a run imports
+    # This process has imported what a run imports.
+    libraries = peak_memory_bytes()
     plan = make_plan(config)
     kinds = dict.fromkeys(layer_kinds(plan.layers).values())
     print(f"model            {plan.model}, {plan.parameters:,} parameters, base in {plan.weights}")

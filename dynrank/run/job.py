@@ -75,7 +75,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         tested = trainer.test(job.module, job.task, verbose=False)
         metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
         seconds = time.perf_counter() - start
-        data = getattr(job.task, "account", {})  # of a task that counts what its data come to
+        # Some tasks count what their data come to.
+        data = getattr(job.task, "account", {})
         summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data)
         if first:
             # Not every task has a tokenizer.

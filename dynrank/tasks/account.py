@@ -12,7 +12,8 @@ from rich.markup import escape
 
 from dynrank.output.console import empty_table, one_line, print_table
 
-_CLASSES = 20  # that the table shows
+# So many classes are shown in the table.
+_CLASSES = 20
 
 
 @dataclass(config=ConfigDict(strict=True, extra="ignore"))

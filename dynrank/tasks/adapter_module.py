@@ -17,7 +17,8 @@ from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import head_names
 from dynrank.tasks.optimizers import make_optimizer
 
-IGNORED = -100  # label of a token that is not learned, as torch has it
+# The label of a token that is not learned; torch has the same default.
+IGNORED = -100
 # What the loaders of a test hold: see TextTask, and LanguageModeling for the last one, of prompts.
 TESTED = ("test", "final/val", "final/train", "test")
 
@@ -63,7 +64,8 @@ class AdapterModule(LightningModule):
         return logits, labels
 
     def configure_model(self) -> None:
-        if self.device_mesh is not None:  # under ModelParallelStrategy; load_from_checkpoint calls this, too
+        # Only ModelParallelStrategy has a device mesh; load_from_checkpoint calls this method, too.
+        if self.device_mesh is not None:
             shard_frozen(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

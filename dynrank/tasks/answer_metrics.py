@@ -70,4 +70,5 @@ OF_TEXTS: Metrics = {
 def chosen(names: Sequence[str], table: Metrics, prefix: str) -> MetricCollection:
     """Those metrics of ``table`` that have these names, logged behind ``prefix``."""
     made: Any = {name: table[name]() for name in names if name in table}
-    return MetricCollection(made, prefix=prefix, compute_groups=False)  # two shares may be equal by chance
+    # Metrics are not grouped, because two shares may be equal by chance.
+    return MetricCollection(made, prefix=prefix, compute_groups=False)

@@ -10,7 +10,8 @@ from jinja2 import TemplateError
 
 from dynrank.errors import ConfigurationError, shown
 
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+# transformers looks for this mark, too.
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def check_template(tokenizer: Any, model: str) -> None:

@@ -154,7 +154,8 @@ class Classifier(AdapterModule):
         classifier: Any = load_classifier(model, count, settings=ModelSettings(**settings or {}), on_meta=on_meta)
         classifier.config.id2label = dict(enumerate(labels))
         if several:
-            classifier.config.problem_type = "multi_label_classification"  # probabilities are sigmoids then
+            # With this problem type probabilities are sigmoids.
+            classifier.config.problem_type = "multi_label_classification"
         super().__init__(classifier, lora, optimizer, quality, label_smoothing)
         self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several")
         self.several = several

@@ -78,7 +78,8 @@ def _of_chats(rows: Mapping[str, list[Any]], tokenizer: Any, max_length: int) ->
 def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int) -> Iterator[Example]:
     for ids in tokenizer(rows["text"])["input_ids"]:
         whole = [*ids, tokenizer.eos_token_id]
-        for start in range(0, len(whole), max_length):  # a longer text is cut
+        # A longer text is cut into several examples.
+        for start in range(0, len(whole), max_length):
             piece = whole[start : start + max_length]
             yield Example(piece, [True] * len(piece), cut=start == 0 and len(whole) > max_length)
 

@@ -97,7 +97,8 @@ class LanguageModeling(TextTask):
         if self.form == "chat":
             check_template(self.tokenizer, self.model)
         if not on_meta:
-            _ = self.rows  # what is wrong with them is said before weights load
+            # What is wrong with the rows is said before weights load.
+            _ = self.rows
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
     def recipe(self, split: str) -> Recipe:
@@ -109,7 +110,8 @@ class LanguageModeling(TextTask):
         batch, learned = self._padded(rows, "right"), [torch.tensor(example["learned"]) for example in examples]
         if self.packed:
             places = [positions(example["lengths"]) for example in examples]
-            learned = [own & (place > 0) for own, place in zip(learned, places, strict=True)]  # nothing lies before 0
+            # No token stands before position 0, so that token cannot be learned.
+            learned = [own & (place > 0) for own, place in zip(learned, places, strict=True)]
             batch["position_ids"] = pad_sequence(places, True, 0)
         labels = [torch.where(own, row, IGNORED) for own, row in zip(learned, rows, strict=True)]
         return {**batch, "labels": pad_sequence(labels, True, IGNORED)}
@@ -187,17 +189,20 @@ class LanguageModel(AdapterModule):
             check_packing(self.model)
         self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
         self.name, self.max_new_tokens, self.indented = model, max_new_tokens, indented
-        self.generations: list[tuple[str, str, str]] = []  # prompt, wanted, written: for the callback of this name
+        # (prompt, wanted, written) of each text, for the callback Generations.
+        self.generations: list[tuple[str, str, str]] = []
 
     @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.name, settings=self.settings)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        own = "position_ids" if "position_ids" in batch else "attention_mask"  # with a mask, packed rows go unnoticed
+        # With a mask the model would not notice that rows are packed.
+        own = "position_ids" if "position_ids" in batch else "attention_mask"
         masked = {key: batch[key] for key in ("input_ids", own)}
         logits: Tensor = self.model(**masked, use_cache=False).logits
-        return logits[:, :-1].float(), batch["labels"][:, 1:]  # of what comes next
+        # Each position predicts the token that comes next.
+        return logits[:, :-1].float(), batch["labels"][:, 1:]
 
     def evaluate(self, batch: dict[str, Any], split: str) -> None:
         if "answers" not in batch:
@@ -226,7 +231,8 @@ class LanguageModel(AdapterModule):
             do_sample=False,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
-            synced_gpus=self.device_mesh is not None,  # each forward gathers the shards of all processes
+            # Each forward gathers the shards of all processes, so all have to make the same number.
+            synced_gpus=self.device_mesh is not None,
         )
         texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
         return texts

@@ -10,7 +10,8 @@ import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-CHUNK = 10  # batches that are drawn together and sorted by length
+# So many batches are drawn together and sorted by length.
+CHUNK = 10
 
 
 class ResumableLoader(DataLoader[Any]):

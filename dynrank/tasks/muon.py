@@ -21,9 +21,11 @@ from torch.optim import AdamW, Optimizer
 
 from dynrank.errors import ConfigurationError, NotNegative, validated_call
 
-_A, _B, _C = 3.4445, -4.7750, 2.0315  # torch.optim.Muon's: steepest at zero, and not convergent to exactly one
+# The coefficients of torch.optim.Muon: steepest at zero, and not convergent to exactly one.
+_A, _B, _C = 3.4445, -4.7750, 2.0315
 _ITERATIONS, _EPS = 5, 1e-7
-_RMS = 0.2  # root mean square of the elements of one of AdamW's steps at a rate of one
+# Root mean square of the elements of a step of AdamW at a rate of one.
+_RMS = 0.2
 
 
 class Muon(Optimizer):
@@ -84,7 +86,8 @@ class Muon(Optimizer):
             if others:
                 rest.append({"params": others, "lr": group["lr"], "weight_decay": group["weight_decay"]})
         if rest:
-            adamw = AdamW(rest)  # made anew: what is saved, copied and carried is this optimizer's state alone
+            # It is made anew each time, so that only this optimizer's state is saved, copied and carried.
+            adamw = AdamW(rest)
             adamw.state = self.state
             adamw.step()
         return loss
@@ -101,7 +104,8 @@ class Muon(Optimizer):
         directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
         near_FRN = near_polar_factor(torch.stack([u.mT if _is_tall(u) else u for u in directions]))
         wide = sum(not _is_tall(factor) for factor in factors)
-        near = [*near_FRN[:wide], *near_FRN[wide:].mT.contiguous()]  # laid out as the factors: one launch adds all
+        # They are laid out as the factors are, so that one launch adds all.
+        near = [*near_FRN[:wide], *near_FRN[wide:].mT.contiguous()]
         if group["weight_decay"]:
             torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(factors, near, alpha=-group["lr"] * _RMS * sqrt(near_FRN.shape[-1]))

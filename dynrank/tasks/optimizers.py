@@ -14,7 +14,8 @@ from transformers import get_scheduler
 
 from dynrank.errors import ConfigurationError, validated_call
 
-ELSEWHERE = {  # optimizers that are not torch's: the module that has them
+# Optimizers that are not torch's, with the module that has them.
+ELSEWHERE = {
     "bitsandbytes.Adam8bit": "bitsandbytes.optim",
     "bitsandbytes.AdamW8bit": "bitsandbytes.optim",
     "dynrank.Muon": "dynrank.tasks.muon",

@@ -23,11 +23,13 @@ def check_packing(model: nn.Module) -> None:
     transformers takes positions that start again for another example; not every model's attention asks it.
     """
     tokens = torch.arange(1, 9, device=next(model.parameters()).device)
-    rows = torch.stack([tokens, torch.cat([tokens[4:], tokens[4:]])])  # alike in their second example alone
+    # The two rows are alike in their second example alone.
+    rows = torch.stack([tokens, torch.cat([tokens[4:], tokens[4:]])])
     training, places = model.training, positions([4, 4]).to(tokens.device).expand(2, 8)
     try:
         first, second = model.eval()(input_ids=rows, position_ids=places, use_cache=False).logits[:, 4:].float()
-    except TypeError:  # takes no positions
+    # The model takes no positions.
+    except TypeError:
         first, second = tokens[:1], tokens[1:2]
     finally:
         model.train(training)

@@ -9,8 +9,10 @@ import warnings
 def parsed(source: str) -> ast.Module | None:
     """The syntax tree of ``source``; None where it is no Python."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of doubtful escapes and comparisons, which are Python nevertheless
+        # Python warns of doubtful escapes and comparisons, which are valid Python.
+        warnings.simplefilter("ignore")
         try:
             return ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):  # null bytes; too deep for the parser
+        # The source has null bytes, or is too deep for the parser.
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
             return None

@@ -24,7 +24,8 @@ from dynrank.tasks.data.rows import column_of, counted
 from dynrank.tasks.data.splits import Checked, rows_by_split
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
-CACHED = 2  # counted up when examples are made otherwise, so that older ones in a cache are not taken
+# Count this up when examples are made in another way, so that older examples in a cache are not taken.
+CACHED = 2
 
 
 @dataclass(frozen=True)
@@ -103,12 +104,14 @@ class TextTask(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.model, settings=self.settings)
-        self._tokenizer_hash = Hasher.hash(tokenizer)  # before it is used, which changes what it remembers
+        # The hash is taken before the tokenizer is used, because use changes what it remembers.
+        self._tokenizer_hash = Hasher.hash(tokenizer)
         return tokenizer
 
     def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """The examples of a split's rows, taken from the cache on disk if the same were made before."""
-        recipe, tokenizer = self.recipe(split), self.tokenizer  # sets its hash
+        # Reading self.tokenizer sets its hash.
+        recipe, tokenizer = self.recipe(split), self.tokenizer
         several = "lengths" in recipe.features
         rows = rows if several else spread(rows, self.limit)
         how = (recipe.make.__qualname__, recipe.options)
@@ -176,7 +179,8 @@ class TextTask(LightningDataModule):
 
     def evaluation(self, examples: datasets.Dataset, collate: Any = None) -> DataLoader[Any]:
         """Each of the examples once, by length; ``collate`` makes other batches of them than training has."""
-        ordered: Any = examples.select(np.argsort(_lengths(examples), kind="stable"))  # equal ones need no padding
+        # Texts of equal length need no padding.
+        ordered: Any = examples.select(np.argsort(_lengths(examples), kind="stable"))
         batches = evaluation_batches(len(ordered), self.evaluation_size, self.share)
         return DataLoader(ordered, batch_sampler=batches, collate_fn=collate or self.collate)
 

@@ -19,7 +19,8 @@ def end_in_full(trainer: Trainer) -> None:
     run = loop.run
 
     def run_in_full() -> None:
-        loop.setup_data()  # which run() would skip then
+        # run() would skip this call then.
+        loop.setup_data()
         if loop.restarting and loop.max_batches and loop.done:
             loop.reset()
             loop.on_run_start()

@@ -30,7 +30,8 @@ def check_strategy(trainer: Trainer) -> None:
     """Refuse a strategy under which ranks cannot change; nothing need have been set up."""
     strategy: Any = trainer.strategy
     kinds = {cls.__name__ for cls in type(strategy).__mro__}
-    if kinds & {"DeepSpeedStrategy", "XLAStrategy"}:  # which Lightning has derived from DDPStrategy
+    # Lightning has derived both from DDPStrategy.
+    if kinds & {"DeepSpeedStrategy", "XLAStrategy"}:
         fault: str | None = _UNKNOWN.format(type(strategy).__name__)
     elif isinstance(strategy, DDPStrategy):
         fault = _ddp_fault(strategy)

@@ -13,7 +13,8 @@ from dynrank.run.command import command
 from dynrank.run.report.record import Change, RunRecord
 from dynrank.run.summary import Summary, read_summary
 
-LOSS, WORSE, FAR = "val/loss", 0.01, 0.3  # shares: of loss lost by a change; of gap in loss
+# WORSE and FAR are shares of the loss: lost by a change, and between training and validation.
+LOSS, WORSE, FAR = "val/loss", 0.01, 0.3
 
 
 def read_rival(folder: Path) -> Summary:

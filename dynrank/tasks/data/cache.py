@@ -12,8 +12,10 @@ from datasets.exceptions import DatasetGenerationError
 
 from dynrank.errors import ConfigurationError
 
-READ = 1  # counted up when rows are read otherwise, so that older ones in a cache are not taken
-_ENOUGH = 20_000  # rows that are worth a process
+# Count this up when rows are read in another way, so that older rows in a cache are not taken.
+READ = 1
+# So many rows are worth a process of their own.
+_ENOUGH = 20_000
 
 
 def processes(rows: int) -> int | None:
@@ -28,7 +30,8 @@ def quiet() -> Iterator[None]:
     """Let ``datasets`` work within the block: with a progress bar where somebody watches, and in no words but ours."""
     (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs in its own words what is raised here
+    # datasets would log in its own words what is raised here.
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
     finally:

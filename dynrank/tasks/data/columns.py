@@ -33,7 +33,8 @@ _USUAL = {
 # Names that say something to these programs, and that nothing here reads.
 _UNREAD = ("history", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios", "thinking")
 KEYS_OF_A_TURN = (("role", "content"), ("from", "value"))
-SNIFFED = 1000  # rows by which columns are found
+# Columns are found by so many rows.
+SNIFFED = 1000
 
 Sample = Sequence[Mapping[str, Any]]
 

@@ -49,7 +49,8 @@ def from_files(
     # an odd number permutes those below 2**64, so that equal texts stay together and all others are drawn anew
     numbers = digests["train"] * np.uint64(number_of("", seed) | 1)
     edges = [np.uint64((1 - 2 * share) * 2**64), np.uint64((1 - share) * 2**64)]
-    drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in edges)  # of each row, in few bytes
+    # The split of each row, in one byte.
+    drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in edges)
     for i, split in enumerate(SPLITS[1:], start=1):
         if split in parts:
             drawn[drawn == i] = 0

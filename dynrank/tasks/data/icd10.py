@@ -65,7 +65,8 @@ def _terms(chapters: Sequence[int] | None, code_length: int) -> tuple[list[tuple
     for chapter in map(str, range(1, 23) if chapters is None else chapters):
         for code in icd.get_descendants(chapter):
             block = next((c for c in [code, *icd.get_ancestors(code)] if icd.is_block(c)), None)
-            if block is None or (icd.is_block(code) and not icd.is_category(code)):  # 'C7A' is a block and a category
+            # 'C7A' is a block and a category.
+            if block is None or (icd.is_block(code) and not icd.is_category(code)):
                 continue
             if icd.is_category(code) or chapter not in _TEMPLATED:
                 if len(code.replace(".", "")) <= code_length:

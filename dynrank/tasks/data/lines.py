@@ -21,7 +21,8 @@ from dynrank.errors import shown
 # A place in the file, from 1 on, and a row there or what is wrong with it.
 Rows = Iterator[tuple[int, Mapping[str, Any] | str]]
 
-_BLOCK = 2**24  # bytes that are read at a time, and the least that a process is given
+# Bytes that are read at a time, and the fewest that a process is given.
+_BLOCK = 2**24
 _BLANKS = re.compile(r"\s*")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _BOM = b"\xef\xbb\xbf"

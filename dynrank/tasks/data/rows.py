@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 from dynrank.errors import ConfigurationError, shown
 from dynrank.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns
 
-SHOWN = 20  # faults in one message
+# At most so many faults stand in one message.
+SHOWN = 20
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _TEXT = datasets.Value("string")
 

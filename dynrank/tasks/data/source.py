@@ -23,9 +23,12 @@ from dynrank.tasks.data.lines import READERS, Part, survey, types_in
 from dynrank.tasks.data.rows import SHOWN, check_rows, features_of, read_rows, refuse
 from dynrank.tasks.data.splits import read_dataset, sample_of
 
-_THEIR_SPLITS = {"train": "train", "val": "validation", "test": "test"}  # in folders, and on the hub
-_BATCH = 1000  # rows that are written together
-_ROW = 200  # bytes of a row, roughly
+# The names of splits in folders and on the hub.
+_THEIR_SPLITS = {"train": "train", "val": "validation", "test": "test"}
+# So many rows are written together.
+_BATCH = 1000
+# A row has roughly so many bytes.
+_ROW = 200
 
 
 class Source:
@@ -80,7 +83,8 @@ class Source:
         if len(rows) == 1:
             return rows[0]
         together = datasets.concatenate_datasets(rows)
-        together._fingerprint = Hasher.hash(str([part._fingerprint for part in rows]))  # else another one each time
+        # Without this, datasets would draw another fingerprint each time.
+        together._fingerprint = Hasher.hash(str([part._fingerprint for part in rows]))
         return together
 
     def _read(self, file: Path, columns: Columns) -> datasets.Dataset:

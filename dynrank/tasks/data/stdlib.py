@@ -15,7 +15,8 @@ from dynrank.errors import ConfigurationError, validated_call
 from dynrank.tasks.data.splits import Pairs, place
 from dynrank.tasks.python_source import parsed
 
-_LEFT_OUT = {"test", "tests", "idle_test", "_bundled"}  # folders of tests, and the wheels of ensurepip
+# Folders of tests, and the wheels of ensurepip.
+_LEFT_OUT = {"test", "tests", "idle_test", "_bundled"}
 
 
 @validated_call("data")
@@ -71,12 +72,15 @@ def _functions(file: Path) -> Iterator[tuple[str, str]]:
     try:
         with tokenize.open(file) as text:
             source = text.read()
-    except (SyntaxError, UnicodeDecodeError):  # of the file's encoding
+    # The file's encoding may be wrong.
+    except (SyntaxError, UnicodeDecodeError):
         return
     tree = parsed(source)
-    if tree is None:  # lib2to3 and others carry examples of Python 2
+    # lib2to3 and others carry examples of Python 2.
+    if tree is None:
         return
-    lines = source.split("\n")  # as ast counts them; splitlines also ends lines at form feeds
+    # ast counts lines in this way; splitlines also ends lines at form feeds.
+    lines = source.split("\n")
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1 and ast.get_docstring(node):
             function = _function(node, lines)
@@ -87,9 +91,11 @@ def _functions(file: Path) -> Iterator[tuple[str, str]]:
 def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> tuple[str, str] | None:
     docstring = node.body[0]
     assert docstring.end_lineno is not None
-    last = lines[docstring.end_lineno - 1].encode()  # columns are counted in bytes
+    # ast counts columns in bytes.
+    last = lines[docstring.end_lineno - 1].encode()
     indent = lines[node.lineno - 1][: node.col_offset]
-    if indent.strip() or last[docstring.end_col_offset :].strip():  # shares a line with something else
+    # The docstring shares a line with something else.
+    if indent.strip() or last[docstring.end_col_offset :].strip():
         return None
     signature = [*lines[node.lineno - 1 : docstring.end_lineno - 1], last[: docstring.end_col_offset].decode()]
     body = lines[docstring.end_lineno : node.end_lineno]

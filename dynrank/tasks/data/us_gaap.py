@@ -20,9 +20,12 @@ from dynrank.tasks.data.splits import Pairs
 
 _FILE = Path("xbrl", "standardization", "gaap_mappings.json")
 _INSTALL = "pip install --no-deps edgartools==5.62.1"
-_CASH_FLOW = "Net Cash from "  # of cash-flow items without a section, the standard item names it behind these words
-_MIN_ITEMS = 50  # of a section
-_TEST, _VAL = 0.2, 0.1  # shares of each section
+# Where a cash-flow item has no section, its standard item names the section behind these words.
+_CASH_FLOW = "Net Cash from "
+# A section has at least so many items.
+_MIN_ITEMS = 50
+# Shares of each section.
+_TEST, _VAL = 0.2, 0.1
 _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[0-9])")
 
 
@@ -60,7 +63,8 @@ def line_items(seed: int) -> Pairs:
     if not parts["train"]:
         raise ConfigurationError(f"the installed edgartools holds its mappings in another form: {_INSTALL}")
     for part in parts.values():
-        draw.shuffle(part)  # any few of them are of all sections
+        # After this any few of them are from all sections.
+        draw.shuffle(part)
     return {
         split: [(f"Line item: {text}\nSection:", f" {section}") for text, section in part]
         for split, part in parts.items()
@@ -81,7 +85,8 @@ def _mappings() -> dict[str, Any]:
 
 def _section(tag: str, entry: Any) -> str | None:
     if not tag.isalnum() or not isinstance(entry, dict) or len(entry.get("standard_tags") or ()) != 1:
-        return None  # about the file, "ifrs:…" or "ifrs-full_…", or of several meanings
+        # Such an item is about the file, is "ifrs:…" or "ifrs-full_…", or has several meanings.
+        return None
     item: str = entry.get("display_name") or ""
     section: str | None = entry.get("section")
     return section or (item.removeprefix(_CASH_FLOW) if item.startswith(_CASH_FLOW) else None)
