@@ -180,6 +180,10 @@ class LightningTraining(Training):
     def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
         return validate_beside(self.trainer, *_DEAF, monitor=monitor)
 
+    def record(self, metrics: Mapping[str, float]) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(dict(metrics), step=self.trainer.global_step)
+
     def tell(self, hook: str, event: RankEvent) -> None:
         """Call ``hook(trainer, pl_module, event)`` of every callback that defines it."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

@@ -212,7 +212,9 @@ class Gates:
             return
         current.whole.add(name)
         wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
-        d_ERI, a_ERI = (split(factor.to(wide), layer.experts, 0) for factor in (gradient, layer.lora_A))
+        d_ERI, a_ERI = (
+            split(factor.to(wide), layer.experts, 0) for factor in (gradient.flatten(1), layer.lora_A.flatten(1))
+        )
         core = (d_ERI @ a_ERI.mT)[None]
         seen = current.cores.get(name)
         current.cores[name] = core if seen is None else seen.add_(core)

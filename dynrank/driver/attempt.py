@@ -29,16 +29,20 @@ class Check:
     Attributes:
         before: the metric, before the change.
         most: by how much it may get worse.
+        measured: what was validated for it alone, of the weights before the change and of those after the last attempt.
     """
 
     def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
         self._training, self._how = training, how
-        self.before = self.value(training.validate() if validated is None else validated)
+        before = training.validate() if validated is None else validated
+        self.measured = {"before": before} if validated is None else {}
+        self.before = self.value(before)
         self.most = (how.max_regression or 0.0) * abs(self.before)
 
     def too_much(self) -> str | None:
         """Validate the changed weights; return why the change has to be undone, or None."""
-        after = self.value(self._training.validate())
+        self.measured["after"] = self._training.validate()
+        after = self.value(self.measured["after"])
         if self.allows(after):
             return None
         return f"undone: {self._how.check_monitor} {self.before:.4g} → {after:.4g}"
@@ -77,6 +81,9 @@ def attempt(
         undone = check.too_much() if check is not None else None
         if undone is None:
             trial.keep()
+    if check is not None and undone is None:
+        for metrics in check.measured.values():
+            training.record(metrics)
     return RankEvent(step, f"{undone} ({reason})" if undone else reason, tuple(reports), undone is not None)
 
 

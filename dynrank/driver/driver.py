@@ -225,17 +225,19 @@ class RankDriver:
         """
         mine, theirs = _written(self.stages), [tuple(stage) for stage in state["stages"]]
         over, self._other = state["stage"], theirs != mine
-        if theirs[:over] != mine[:over]:
+        # What is over has gone to its target; when it was due no longer matters.
+        done, wanted = ([to for _, to, _ in stages[:over]] for stages in (theirs, mine))
+        if done != wanted:
             raise ConfigurationError(
-                f"the checkpoint was made under another schedule, of which these stages are over: {theirs[:over]}; "
-                f"here the first are {mine[:over]}. Set schedule as it was, but for stages to come"
+                f"the checkpoint was made under another schedule: its first stages have gone to {', '.join(done)}, "
+                f"here they go to {', '.join(wanted) or 'nothing'}; set schedule as it was, but for stages to come"
             )
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
                 stage.when.load_state_dict(saved)
         self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
         pending, gates = self.progress.pending, state["gates"]
-        if pending is not None and theirs[pending.stage][0] not in [when for when, _ in mine[pending.stage :][:1]]:
+        if pending is not None and theirs[pending.stage][0] not in [when for when, *_ in mine[pending.stage :][:1]]:
             self.progress.pending = None
         if gates is not None and theirs[gates["stage"]] not in mine[gates["stage"] :][:1]:
             gates = None
@@ -345,15 +347,15 @@ class RankDriver:
         self._rates = [Rates(optimizer, adapters, factor, ramp) for optimizer in training.optimizers]
 
 
-def _written(stages: Sequence[Stage]) -> list[tuple[str, str]]:
-    """(when, and all of it) of each stage, as its user has set it."""
+def _written(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
+    """(when, to what, and all of it) of each stage, as its user has set it."""
 
     def words(value: object) -> str:
         if not is_dataclass(value):
             return repr(value)
         return f"{type(value).__name__}({', '.join(words(getattr(value, f.name)) for f in fields(value) if f.init)})"
 
-    return [(words(stage.when), words(stage)) for stage in stages]
+    return [(words(stage.when), words(stage.to), words(stage)) for stage in stages]
 
 
 def _stages_of(schedule: object) -> list[Stage]:

@@ -60,6 +60,9 @@ class Training:
         """
         return self.validate(), []
 
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """Log the metrics of a validation that was made for a change which has stayed."""
+
     def loss_scale(self) -> float:
         """Return what the loss of the next step is multiplied by before backward, as by torch.amp.GradScaler."""
         return float(self._scalers[0].get_scale()) if self._scalers else 1.0

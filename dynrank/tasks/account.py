@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import field
 
-from lightning.pytorch.utilities import rank_zero_only
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from rich.markup import escape
@@ -41,7 +40,6 @@ class SplitAccount:
     classes: dict[str, int] = field(default_factory=dict)
 
 
-@rank_zero_only
 def print_account(splits: Mapping[str, SplitAccount]) -> None:
     """Print a line for each split, and one for each of the most frequent classes."""
     length = max(split.max_length for split in splits.values())

@@ -11,6 +11,7 @@ import datasets
 import numpy as np
 from datasets.fingerprint import Hasher
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -157,7 +158,7 @@ class TextTask(LightningDataModule):
         if not self.examples:
             self.examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
             self.account["train"].dropped = self.rows.dropped
-            print_account(self.account)
+            rank_zero_only(print_account)(self.account)
 
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]

@@ -77,7 +77,7 @@ SCHEDULES = {
     # checkpoints between the validation that decides and the change that it is compared with
     "checked at a plateau": (lambda: plateau(max_regression=0.05), {}),
     # a cut in the middle, and trials after the last step
-    "auto": (lambda: RankScheduler(auto(0.5, at=0.5, how=How(metric="gates", window=4))), {}),
+    "auto": (lambda: RankScheduler(auto(0.3, at=0.5, how=How(metric="gates", window=4))), {}),
 }
 
 
@@ -237,10 +237,11 @@ def test_trigger_may_watch_what_only_training_logs(regression, fit):
 
     scheduler = watching(monitor="train/loss", patience=1, min_delta=0.99)
     fit(scheduler, module=Logging(), num_sanity_val_steps=1)
-    assert scheduler.history[0].reason == "plateau of train/loss"
+    assert scheduler.history[0].reason.startswith("plateau of train/loss")
     scheduler = watching(monitor="train/loss", patience=1, min_delta=0.99)
     fit(scheduler, module=Logging(), limit_val_batches=0, max_steps=24, max_epochs=-1)
-    assert scheduler.history[0].reason == "deadline of 0.5 of the run"  # the second epoch ends at step 20
+    # The second epoch ends at step 20.
+    assert scheduler.history[0].reason.startswith("deadline of 0.5 of the run")
 
 
 def test_check_without_validation_is_refused(fit):

@@ -71,7 +71,7 @@ def trained(optimizer, *, filters):
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
     made = OPTIMIZERS[optimizer](adapter_parameters(model))
-    stage = Stage(At(step=12), Budget(share=0.5), how=How(metric="gates", window=6))
+    stage = Stage(At(step=12), Budget(share=0.5), how=How(metric="gates", window=6, loss_terms=72))
     driver, loop = RankDriver(stage), Training(model, [made])
     driver.start(loop, Run(total_steps=20))
     while loop.step < 20:

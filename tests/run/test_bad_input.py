@@ -40,7 +40,7 @@ CASES = [
     (["schedule.trigger.patience=0"], ["patience", "0"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),
     (["schedule.trigger.monitor=val/los"], ["val/los", "val/loss", "schedule.trigger.monitor"]),
-    (["optimizer.warmup_steps=10"], ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"]),
+    (["schedule.trigger.warmup_steps=10"], ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"]),
     (["schedule=milestones", "schedule.unit=step", "schedule.at=[1,2,30]"], ["stage 3", "30", "12"]),
     (["schedule=early_budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
     (["schedule=grow", "schedule.final_rank=400"], ["stage 1", "400", "384", "schedule.final_rank"]),

@@ -23,7 +23,7 @@ def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(quantization, tin
     data = ["task=completion", f"data.train={tmp_path / 'rows.json'}", f"task.model={tiny_llama}"]
     packed = [f"model.quantization={quantization}", "model.gradient_checkpointing=true"]
     first, whole = whole_and_resumed([*data, *SPEED, *packed, "lora.rank=8", "schedule=fixed"], 24)
-    assert whole.test["test/loss"] < 0.7 * first.test["test/loss"]
+    assert whole.test["test/loss"] < 0.9 * first.test["test/loss"]
     base = load_causal_lm(str(tiny_llama), settings=ModelSettings(quantization=quantization))
     adapted = dynrank.load_adapter(base, tmp_path / "whole" / "adapter")
     assert all(is_quantized(layer.base) for _, layer in dynrank.lora_layers(adapted))
