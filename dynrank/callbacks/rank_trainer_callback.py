@@ -95,9 +95,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.driver.advance(training)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.driver.end_step(
-            HFTraining(self, state, control, kwargs, steps_uncounted=1)
-        )  # the Trainer counts after this event
+        # The Trainer counts the step after this event.
+        self.driver.end_step(HFTraining(self, state, control, kwargs, steps_uncounted=1))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
         if self.listening:

@@ -153,7 +153,8 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
             moved = joined(torch.where(_empty(map_EKR), own, map_EKR @ by_product(old)), move.dim)
         elif kind in (SQUARED, along):
             moved = joined(squared(by_product(old)), move.dim)
-        else:  # Adafactor's factor across the rank; both factors are zero where one has the mean zero
+        else:
+            # Adafactor's factor across the rank: both factors are zero where one has the mean zero.
             factor = state[next(name for name in rules if rules[name] == along)].double()
             factor = by_product(factor.reshape(shape_of(along, parameter)))
             moved = old * (squared(factor).mean() / factor.mean().clamp_min(torch.finfo(factor.dtype).tiny))

@@ -34,7 +34,9 @@ class RankedLayer(Protocol):
     def lora_B(self) -> nn.Parameter: ...
 
     @property
-    def experts(self) -> int: ...  # how many products the factors stack, 1 in a plain layer
+    def experts(self) -> int:
+        """How many products the factors stack; 1 in a plain layer."""
+        ...
 
     @property
     def rank(self) -> int: ...
@@ -43,20 +45,28 @@ class RankedLayer(Protocol):
     def scaling(self) -> float: ...
 
     @property
-    def base(self) -> nn.Module: ...  # the frozen layer
+    def base(self) -> nn.Module:
+        """The frozen layer."""
+        ...
 
     @property
-    def module(self) -> nn.Module: ...  # whose input and output are the layer's
+    def module(self) -> nn.Module:
+        """The module whose input and output are the layer's."""
+        ...
 
     @property
     def merged(self) -> bool: ...
 
-    def products(self) -> list[tuple[Tensor, Tensor]]: ...  # (lora_B (d_out, rank), lora_A (rank, d_in)) of each
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product."""
+        ...
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
 
     @property
-    def observe(self) -> Callable[[Tap], Callable[[], None]] | None: ...  # None where nobody computes z = A x
+    def observe(self) -> Callable[[Tap], Callable[[], None]] | None:
+        """As :meth:`dynrank.layers.base.LoRALayer.observe`; None where nobody computes z = A x."""
+        ...
 
 
 def max_rank(layer: RankedLayer) -> int:

@@ -28,6 +28,7 @@ GONE = {
     "schedule/trigger/slope": "schedule/trigger=plateau",
     "schedule/trigger/subspace": "schedule/trigger=plateau",
     "schedule/trigger/tail_energy": "schedule/trigger=plateau",
+    "lora.capacity": "nothing: a compiled model is compiled anew for every rank",
     "schedule.check_batches": "nothing: auto validates all validation data, after the last step alone",
 }
 PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")

@@ -68,6 +68,7 @@ def test_debug_wins_over_the_groups_it_changes_and_a_key_over_what_follows_from_
         ("schedule=one_stage", ["schedule/one_stage was taken out", "schedule=stages"]),
         ("schedule/target=rank", ["schedule/target was taken out", "schedule=stages"]),
         ("schedule.window=9", ["schedule.how.window"]),
+        ("lora.capacity=8", ["lora.capacity was taken out", "compiled anew"]),
         ("schedule=null", ["NoneType", "schedule=fixed"]),
         ("lora.rank=many", ["lora.rank must be an int", "'many'"]),
         ("lora.rank=null", ["lora.rank must be an int", "None"]),
