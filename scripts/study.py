@@ -284,7 +284,7 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
 
 def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
     """An arm that shares its start with no other: AdaLoRA, GoRA's ranks, or the smallest that validates well."""
-    (arm,), lr, after_step = unit.arms, unit.lr, None
+    (arm,), lr, after_step, rise = unit.arms, unit.lr, None, ""
     if arm.by == "AdaLoRA":
         trainee = adalora(setting, HIGH, arm.rank, lr)
         after_step = allocation_of(trainee)
@@ -295,11 +295,11 @@ def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
     try:
         if arm.by == "auto":
             how = How(metric="gates", window=TASKS[unit.task].window, rate_after="sqrt")
-            follow(trainee, auto(how=how))
+            rise = f"{follow(trainee, auto(how=how)):.4f}"
         trainee.train(setting.steps, after_step)
     except Diverged:
-        return None, ""
-    return trainee, ""
+        return None, rise
+    return trainee, rise
 
 
 def with_ranks(setting: Setting, ranks: Mapping[str, int], lr: float) -> Trainee:

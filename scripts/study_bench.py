@@ -171,8 +171,8 @@ class _Loop(Training):
         return {"val/loss": self._trainee.evaluate(self._trainee.setting.val)[0]}
 
 
-def follow(trainee: Trainee, schedule: Sequence[Stage]) -> None:
-    """Train to the end under a schedule of ranks."""
+def follow(trainee: Trainee, schedule: Sequence[Stage]) -> float:
+    """Train to the end under a schedule of ranks; the relative rise of the validation loss by a change after that."""
     driver, loop, steps = RankDriver(schedule), _Loop(trainee), trainee.setting.steps
 
     def end_step(done: int) -> None:
@@ -183,7 +183,9 @@ def follow(trainee: Trainee, schedule: Sequence[Stage]) -> None:
     while trainee.done < steps:
         driver.advance(loop)
         trainee.train(trainee.done + 1, end_step)
+    before = loop.validate()["val/loss"]
     driver.finish(loop)
+    return loop.validate()["val/loss"] / before - 1
 
 
 def adapted(setting: Setting, rank: int, lr: float | None = None, rank_map: Any = None, **optimizer: Any) -> Trainee:
