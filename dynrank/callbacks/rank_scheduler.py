@@ -173,21 +173,18 @@ class LightningTraining(Training):
     def logged(self) -> Mapping[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
-    def validate(self) -> Mapping[str, float]:
-        """Validate for the sake of the metrics; callbacks that save, stop or change ranks hear nothing of it."""
-        return validate_beside(self.trainer, *_DEAF)[0]
-
     def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
+        """Validate for the sake of the metrics; callbacks that save, stop or change ranks hear nothing of it."""
         return validate_beside(self.trainer, *_DEAF, monitor=monitor)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:
             logger.log_metrics(dict(metrics), step=self.trainer.global_step)
 
-    def tell(self, hook: str, event: RankEvent) -> None:
-        """Call ``hook(trainer, pl_module, event)`` of every callback that defines it."""
+    def tell(self, event: RankEvent) -> None:
+        """Call ``on_rank_change(trainer, pl_module, event)`` of every callback that defines it."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            told = getattr(callback, hook, None)
+            told = getattr(callback, "on_rank_change", None)
             if told is not None:
                 told(self.trainer, self.pl_module, event)
 

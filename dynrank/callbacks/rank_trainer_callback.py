@@ -192,12 +192,11 @@ class HFTraining(Training):
             del self.state.log_history[logged:]
             vars(self.control).update(control)
 
-    def tell(self, hook: str, event: RankEvent) -> None:
+    def tell(self, event: RankEvent) -> None:
         """Put the ranks after a change among what the Trainer has logged."""
-        if hook == "on_rank_change":
-            ranks = [layer.rank for _, layer in lora_layers(self.model)]
-            values = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks)), "step": self.step}
-            self.state.log_history.append(values)
+        ranks = [layer.rank for _, layer in lora_layers(self.model)]
+        values = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks)), "step": self.step}
+        self.state.log_history.append(values)
 
 
 def _follow(model: Any) -> None:

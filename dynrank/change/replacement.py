@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +25,22 @@ from dynrank.layers.ranked import RankedLayer
 State = dict[str, Any]
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A block that Ctrl-C leaves whole: it comes at the end. Threads beside the main one are never interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
 @dataclass
 class Replacement:
     """All that a change of ranks replaces, complete before the first assignment.
@@ -38,28 +56,21 @@ class Replacement:
     modules: list[nn.Module] = field(default_factory=list)
 
     def put(self) -> None:
-        """Replace everything. An interrupt (Ctrl-C) on the way is raised when all is done, so nothing is half changed.
-
-        Only assignments are made, and any of them may be made twice.
-        """
+        """Replace everything, by assignments alone; Ctrl-C on the way comes when all is done."""
         peft = [(layer, len(lora_A)) for layer, lora_A, _ in self.factors if isinstance(layer, PeftLayer)]
         ranks = {(layer.module, layer.adapter): rows // layer.experts for layer, rows in peft}
         configs = [change for module in self.modules for change in config_changes(module, ranks)]
-        try:
-            for assign in self._assignments(configs):
-                assign()
-        except BaseException:
-            for assign in self._assignments(configs):
-                assign()
-            raise
-
-    def _assignments(self, configs: Iterable[Callable[[], None]]) -> Iterator[Callable[[], None]]:
-        for layer, lora_A, lora_B in self.factors:
-            yield partial(layer.set_factors, lora_A, lora_B)
-        for optimizer, parameter, state in self.states:
-            yield partial(_put_state, optimizer, parameter, state)
-        yield from configs
-        yield forget_compiled
+        with uninterrupted():
+            for layer, lora_A, lora_B in self.factors:
+                layer.set_factors(lora_A, lora_B)
+            for optimizer, parameter, state in self.states:
+                if state:
+                    optimizer.state[parameter] = state
+                else:
+                    optimizer.state.pop(parameter, None)
+            for change in configs:
+                change()
+            forget_compiled()
 
     def made(self) -> Iterator[Tensor]:
         """The tensors that were made for it, on the parameters' devices; what a state keeps is not among them."""
@@ -77,13 +88,6 @@ class Replacement:
             [(optimizer, parameter, _copied(state)) for optimizer, parameter, state in self.states],
             self.modules,
         )
-
-
-def _put_state(optimizer: Optimizer, parameter: nn.Parameter, state: State) -> None:
-    if state:
-        optimizer.state[parameter] = state
-    else:
-        optimizer.state.pop(parameter, None)
 
 
 def _copied(state: State) -> State:

@@ -14,7 +14,7 @@ from dynrank.distributed.agreement import check_processes
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import CHECK_MONITOR, value
 from dynrank.driver.training import Training
-from dynrank.driver.trial import Trial
+from dynrank.driver.trial import Trial, validate
 from dynrank.schedules import How
 
 
@@ -34,14 +34,14 @@ class Check:
 
     def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
         self._training, self._how = training, how
-        before = training.validate() if validated is None else validated
+        before = validate(training, how.check_monitor)[0] if validated is None else validated
         self.measured = {"before": before} if validated is None else {}
         self.before = self.value(before)
         self.most = (how.max_regression or 0.0) * abs(self.before)
 
     def too_much(self) -> str | None:
         """Validate the changed weights; return why the change has to be undone, or None."""
-        self.measured["after"] = self._training.validate()
+        self.measured["after"], _ = validate(self._training, self._how.check_monitor)
         after = self.value(self.measured["after"])
         if self.allows(after):
             return None
@@ -58,30 +58,33 @@ class Check:
 
 
 def attempt(
-    training: Training, targets: Mapping[str, int], reason: str, how: How, gates: Gates | None, check: Check | None
+    training: Training,
+    trial: Trial,
+    targets: Mapping[str, int],
+    reason: str,
+    how: How,
+    gates: Gates | None,
+    check: Check | None,
 ) -> RankEvent:
     """Change to ``targets``; the event says whether that was undone.
 
     Args:
         training: between an optimizer step and the next forward.
+        trial: in which the change is made.
         targets: {layer: new rank} of those that change.
         reason: why, for the event.
         how: how the change is made.
         gates: those that were watched for it; None where none had to be.
         check: may undo it; None: it stays.
-
-    An error or Ctrl-C on the way undoes it, too.
     """
     model, step = training.model, training.step
     check_processes(model, training.optimizers, f"before the change of rank at step {step}")
-    trial = Trial(training)
-    with trial, trial:
-        reports = change(training, targets, how, gates)
-        check_processes(model, training.optimizers, f"after the change of rank at step {step}")
-        undone = check.too_much() if check is not None else None
-        if undone is None:
-            trial.keep()
-    if check is not None and undone is None:
+    reports = change(training, targets, how, gates)
+    check_processes(model, training.optimizers, f"after the change of rank at step {step}")
+    undone = check.too_much() if check is not None else None
+    if undone is not None:
+        trial.undo()
+    elif check is not None:
         for metrics in check.measured.values():
             training.record(metrics)
     return RankEvent(step, f"{undone} ({reason})" if undone else reason, tuple(reports), undone is not None)

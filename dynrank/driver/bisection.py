@@ -13,7 +13,7 @@ from dynrank.distributed.processes import from_all
 from dynrank.driver.attempt import Check, attempt, change
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Batches, Training
-from dynrank.driver.trial import Trial
+from dynrank.driver.trial import Trial, validate
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import width_of
 from dynrank.schedules import How
@@ -21,6 +21,7 @@ from dynrank.schedules import How
 
 def cut_to_smallest(
     training: Training,
+    trial: Trial,
     order: Sequence[tuple[str, int]],
     targets: Mapping[str, int],
     reason: str,
@@ -35,6 +36,7 @@ def cut_to_smallest(
 
     Args:
         training: between an optimizer step and the next forward.
+        trial: in which cuts are made.
         order: (layer, its next rank) of the steps up, what is needed most first.
         targets: {layer: lowest rank} of those that change if no step is taken.
         reason: why, for the event.
@@ -43,7 +45,7 @@ def cut_to_smallest(
         parameters_before: of the adapters when the run began.
     """
     layers, monitor = dict(lora_layers(training.model)), how.check_monitor
-    metrics, batches = training.validate_batches(monitor)
+    metrics, batches = validate(training, monitor)
     check, trials = Check(training, how, metrics), dict[int, tuple[float, float | None, list[LayerReport]]]()
 
     def after(steps: int) -> dict[str, int]:
@@ -51,12 +53,11 @@ def cut_to_smallest(
         return {name: rank for name, rank in ranks.items() if rank != layers[name].rank}
 
     def tried(steps: int) -> float:
-        trial = Trial(training)
-        with trial, trial:
-            reports = change(training, after(steps), how, gates)
-            metrics, cut = training.validate_batches(monitor)
-            alike = [weight for _, weight in batches] == [weight for _, weight in cut]
-            trials[steps] = check.value(metrics), standard_error(batches, cut) if alike else inf, reports
+        reports = change(training, after(steps), how, gates)
+        metrics, cut = validate(training, monitor)
+        trial.undo()
+        alike = [which for _, *which in batches] == [which for _, *which in cut]
+        trials[steps] = check.value(metrics), standard_error(batches, cut) if alike else inf, reports
         return trials[steps][0]
 
     # Invariant: `high` steps pass the check. Taking every step keeps all directions that may be kept.
@@ -68,7 +69,7 @@ def cut_to_smallest(
     if end not in trials:
         tried(end)
 
-    if end == 0 and check.allows(value := without_adapter(training, monitor, check)):
+    if end == 0 and check.allows(value := check.value(without_adapter(training, trial, monitor))):
         training.warn(
             f"{monitor} is {check.before:.4g}, and {value:.4g} without any adapter: a tolerance of "
             f"{how.max_regression:g} is more than the adapter has learned, so the ranks stay as they are; train "
@@ -97,18 +98,18 @@ def cut_to_smallest(
         f"{how.max_regression:.2%} allowed), measured against this run before this cut"
     )
     if end == high:
-        return attempt(training, after(end), f"{reason}: {found}", how, gates, None)
+        return attempt(training, trial, after(end), f"{reason}: {found}", how, gates, None)
     return RankEvent(training.step, f"undone: {found} ({reason})", tuple(reports), undone=True)
 
 
 @torch.no_grad()
-def without_adapter(training: Training, monitor: str, check: Check) -> float:
-    """The metric of the model whose layers have no update."""
-    trial = Trial(training)
-    with trial, trial:
-        for _, layer in lora_layers(training.model):
-            layer.lora_B.zero_()
-        return check.value(training.validate_batches(monitor)[0])
+def without_adapter(training: Training, trial: Trial, monitor: str) -> Mapping[str, float]:
+    """The metrics of the model whose layers have no update."""
+    for _, layer in lora_layers(training.model):
+        layer.lora_B.zero_()
+    metrics, _ = validate(training, monitor)
+    trial.undo()
+    return metrics
 
 
 def standard_error(before: Batches, after: Batches) -> float | None:
@@ -119,7 +120,7 @@ def standard_error(before: Batches, after: Batches) -> float | None:
     pairs = [pair for own in from_all([*zip(before, after, strict=True)]) for pair in own]
     if len(pairs) < 2:
         return None
-    differences = [(new - old, weight) for (old, weight), (new, _) in pairs]
+    differences = [(new - old, weight) for (old, weight, _), (new, *_) in pairs]
     total = sum(weight for _, weight in differences)
     mean = sum(difference * weight for difference, weight in differences) / total
     spread = sum((weight / total * (difference - mean)) ** 2 for difference, weight in differences)

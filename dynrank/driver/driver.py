@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import nn
 
 from dynrank.change.gates import Gates
+from dynrank.change.replacement import uninterrupted
 from dynrank.distributed.agreement import check_processes
 from dynrank.distributed.processes import from_first
 from dynrank.driver.attempt import Check, attempt, gentler
@@ -21,7 +21,7 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, value, watched
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.training import Training
-from dynrank.driver.trial import undisturbed
+from dynrank.driver.trial import Trial
 from dynrank.driver.watching import Watching
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.choosing import warn_of_pefts_frozen
@@ -287,30 +287,44 @@ class RankDriver:
 
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, or as much of it as the check allows, and wait for what comes next."""
-        index, how, changed = decided.stage, self.stages[decided.stage].how, False
+        index, how = decided.stage, self.stages[decided.stage].how
         gates, reason = self._watching.result(training, index, decided.reason)
         decided = replace(decided, reason=reason)
         layers = dict(lora_layers(training.model))
         ranks = {name: layer.rank for name, layer in layers.items()}
-        with undisturbed(training.model) if how.max_regression is not None else nullcontext():
-            for event in self._attempts(training, layers, decided, gates):
-                self.history.append(event)
-                training.tell("on_rank_change", event)
-                # These metrics belong to the weights before the change.
-                self.progress.metrics = {}
-                changed = not event.undone
-        self.progress.pending, self.progress.stage = None, index + 1
-        for later in self.stages[index:]:
-            if isinstance(later.when, Trigger):
-                later.when.reset(training.step)
-        if changed and training.step < (self._run.total_steps or float("inf")):
-            warn_of_low_rate(training)
-        if changed:
-            factor = rate_factor(how, ranks, {name: layer.rank for name, layer in layers.items()})
-            self._follow_rates(training, factor, how.rewarmup_steps)
+        trial, made = Trial(training), None
+        with trial, trial:
+            for event in self._attempts(training, trial, layers, decided, gates):
+                if event.undone:
+                    self.history.append(event)
+                    training.tell(event)
+                else:
+                    made = event
+            # A change is kept together with all that follows from it.
+            with uninterrupted():
+                trial.keep()
+                self.progress.pending, self.progress.stage = None, index + 1
+                for later in self.stages[index:]:
+                    if isinstance(later.when, Trigger):
+                        later.when.reset(training.step)
+                if made is not None:
+                    self.history.append(made)
+                    # These metrics belong to the weights before the change.
+                    self.progress.metrics = {}
+                    factor = rate_factor(how, ranks, {name: layer.rank for name, layer in layers.items()})
+                    self._follow_rates(training, factor, how.rewarmup_steps)
+        if made is not None:
+            training.tell(made)
+            if training.step < (self._run.total_steps or float("inf")):
+                warn_of_low_rate(training)
 
     def _attempts(
-        self, training: Training, layers: Mapping[str, RankedLayer], decided: Decision, gates: Gates | None
+        self,
+        training: Training,
+        trial: Trial,
+        layers: Mapping[str, RankedLayer],
+        decided: Decision,
+        gates: Gates | None,
     ) -> Iterator[RankEvent]:
         """Attempts at the decided change, the last of which may stay."""
         stage, last = self.stages[decided.stage], decided.stage == len(self.stages) - 1
@@ -327,14 +341,14 @@ class RankDriver:
         if isinstance(target, Smallest):
             saved = sum(layer.parameters_saved for e in self.history if not e.undone for layer in e.layers)
             began_with = saved + sum(layer.rank * width_of(layer) for layer in layers.values())
-            yield cut_to_smallest(training, order, targets, decided.reason, how, gates, began_with)
+            yield cut_to_smallest(training, trial, order, targets, decided.reason, how, gates, began_with)
             return
         check = None
         if how.max_regression is not None:
             known = self.progress.metrics if self.progress.observed_step == training.step else {}
             check = Check(training, how, known or None)
         while targets:
-            event = attempt(training, targets, decided.reason, how, gates, check)
+            event = attempt(training, trial, targets, decided.reason, how, gates, check)
             yield event
             targets = gentler(ranks, targets, target.multiple) if event.undone else {}
 

@@ -14,8 +14,8 @@ from dynrank.change.optimizer_rules import unwrapped
 from dynrank.distributed.ddp import give_back_reducers, take_reducers, unwrapped_model
 from dynrank.driver.event import RankEvent
 
-# Of each batch the mean of a metric, and its weight in the mean of all batches.
-Batches = Sequence[tuple[float, float]]
+# Of each batch the mean of a metric, its weight in the mean of all batches, and a number that other data do not have.
+Batches = Sequence[tuple[float, float, float]]
 
 
 @dataclass(eq=False)
@@ -54,7 +54,7 @@ class Training:
         raise NotImplementedError(self.validate_by)
 
     def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
-        """Validate as a trial of ``schedule=auto``, the same data every time.
+        """Validate around a change, the same data every time.
 
         Return the metrics, and the batches' parts in ``monitor``, which tell the noise; none where they are not known.
         """
@@ -80,8 +80,8 @@ class Training:
         give_back_reducers(self._torn)
         self._torn = []
 
-    def tell(self, hook: str, event: RankEvent) -> None:
-        """Pass ``event`` to those who listen; hook is "on_rank_change"."""
+    def tell(self, event: RankEvent) -> None:
+        """Pass ``event`` to those who listen."""
 
     def warn(self, message: str) -> None:
         """Tell the user, once for all processes."""

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import nn
 
-from dynrank.change.replacement import Snapshot
-from dynrank.driver.training import Training
+from dynrank.change.replacement import Snapshot, uninterrupted
+from dynrank.driver.training import Batches, Training
 
 
 class Trial:
@@ -22,34 +20,41 @@ class Trial:
     """
 
     def __init__(self, training: Training) -> None:
-        self._training, self._kept = training, False
-        self._snapshot: Snapshot | None = None
+        self._training = training
+        self._before: Snapshot | None = None
 
     def keep(self) -> None:
-        """Let the change stay."""
-        self._kept = True
+        """Let all stay as it is now."""
+        self._before = None
 
-    def __enter__(self) -> Trial:
-        if self._snapshot is None:
-            self._snapshot = Snapshot(self._training.model, self._training.optimizers, self._training.averages)
-        return self
+    def undo(self) -> None:
+        """Go back to what was there at the start; another change may be tried then."""
+        if self._before is not None:
+            with uninterrupted():
+                self._training.before_resize()
+                self._before.restore()
+                self._training.after_resize()
+
+    def __enter__(self) -> None:
+        self._before = self._before or Snapshot(
+            self._training.model, self._training.optimizers, self._training.averages
+        )
 
     def __exit__(self, *_: object) -> None:
-        if self._snapshot is not None and not self._kept:
-            self._training.before_resize()
-            self._snapshot.restore()
-            self._training.after_resize()
-            self._snapshot = None
+        self.undo()
+        self.keep()
 
 
-@contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put back what validations move at the end: the random generators, and the model's buffers."""
+def validate(training: Training, monitor: str) -> tuple[Mapping[str, float], Batches]:
+    """Validate for a change; random generators and the model's buffers are afterwards as they were.
+
+    So all validations for one change draw the same numbers, and shuffled data come in the same order.
+    """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if buffer.device.type != "meta"]
+    buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers() if buffer.device.type != "meta"]
     try:
-        yield
+        return training.validate_batches(monitor)
     finally:
         torch.set_rng_state(states[0])
         random.setstate(states[1])

@@ -7,12 +7,13 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from torch.utils.data import DataLoader, IterableDataset
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
-from dynrank.targets import Rank
+from dynrank.targets import Rank, Smallest
 from dynrank.triggers import At, Plateau
 
 
@@ -166,6 +167,56 @@ def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_o
     assert observed == [10, 15]
     assert saved == [5, 10, 15]
     assert stop.stopped_epoch == 0
+
+
+def test_validations_of_a_change_draw_alike_and_leave_training_as_it_would_be_without_them(regression, assert_same):
+    """Dropout, shuffled validation data and validations that draw: all from torch's one generator."""
+    module_class, data, trainer = regression
+    seen = []
+
+    class Module(module_class):
+        def validation_step(self, batch, batch_idx):
+            seen.append((self.global_step, batch_idx, torch.rand(()).item(), batch[0].sum().item()))
+            # Worse every time, so every attempt is taken back.
+            self.log("val/loss", float(len(seen)))
+
+    def trained(stages):
+        torch.manual_seed(1)
+        module, (train, val), scheduler = Module(), data(), RankScheduler(stages)
+        val = DataLoader(val.dataset, batch_size=40, shuffle=True)
+        trainer(max_steps=12, val_check_interval=5, num_sanity_val_steps=0, callbacks=[scheduler]).fit(
+            module, train, val
+        )
+        assert all(event.undone for event in scheduler.history)
+        return module, len(scheduler.history)
+
+    plain, _ = trained([])
+    seen.clear()
+    checked, attempts = trained(at(7, Rank(1), max_regression=0.0))
+    assert_same(checked, plain)
+    of_the_change = [numbers for step, *numbers in seen if step == 7]
+    assert of_the_change == of_the_change[:2] * (1 + attempts)
+    assert attempts > 1
+
+
+class Stream(IterableDataset):
+    """Goes on where it was left."""
+
+    def __init__(self):
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __iter__(self):
+        for _ in range(80):
+            x = torch.randn(12, generator=self.generator)
+            yield x, x[:6]
+
+
+def test_search_by_validations_of_other_data_each_time_is_warned_of(regression):
+    module_class, data, trainer = regression
+    search = Stage(At(fraction=1.0), Smallest(), how=How(max_regression=0.001))
+    fitted = trainer(max_steps=5, limit_val_batches=2, num_sanity_val_steps=0, callbacks=[RankScheduler(search)])
+    with pytest.warns(UserWarning, match="were not of the same batches"):
+        fitted.fit(module_class(), data()[0], DataLoader(Stream(), batch_size=40))
 
 
 @pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])

@@ -232,6 +232,24 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
         assert torch.equal(checked[1][name], value), name
 
 
+@pytest.mark.filterwarnings("ignore:.*mostly by noise:UserWarning")
+def test_compiled_peft_model_is_watched_by_its_parameters_gradients(tmp_path):
+    """Compiled code calls no hook of PEFT's layers, but g of a gate is the same sum."""
+
+    def change(**options):
+        model, schedule = wrapped(), callback([Stage(At(step=4), Rank(2))], metric="gates", window=3)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer(tmp_path, model, schedule, max_steps=5, **options).train()
+        return schedule.history[0]
+
+    plain, compiled = change(), change(torch_compile=True, torch_compile_backend="eager")
+    assert "12 examples" in plain.reason
+    assert "3 backward passes, N = 1 by the backward passes, for want of better (set loss_terms)" in compiled.reason
+    assert compiled.loss.first_order == pytest.approx(plain.loss.first_order, rel=1e-4)
+
+
 def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
     made = trainer(tmp_path, own(), callback(), **SAVING)
     made.train()

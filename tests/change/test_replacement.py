@@ -1,6 +1,7 @@
 """Interrupts anywhere in a change of rank leave all as it was or all changed; a snapshot brings all back."""
 
 import copy
+import signal
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def contents(net, optimizer, average):
 
 
 class Interrupt:
-    """Raises KeyboardInterrupt at a line of dynrank, counted from the start; as Ctrl-C does between two lines."""
+    """Ctrl-C at a line of dynrank, counted from the start."""
 
     def __init__(self, at):
         self.at, self.lines = at, 0
@@ -49,7 +50,7 @@ class Interrupt:
         if event == "line":
             self.lines += 1
             if self.lines == self.at:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal.SIGINT)
         return self
 
 

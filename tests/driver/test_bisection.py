@@ -187,7 +187,7 @@ class InBatches(Planted):
         with torch.no_grad():
             losses = (self.model(self.x) - self.y).square().mean(1).split(40)
         means = [float(part.mean()) for part in losses]
-        return {monitor: sum(means) / len(means)}, [(mean, 1.0) for mean in means]
+        return {monitor: sum(means) / len(means)}, [(mean, 1.0, 0.0) for mean in means]
 
 
 def test_tolerance_below_the_noise_is_warned_of():
@@ -200,6 +200,6 @@ def test_tolerance_below_the_noise_is_warned_of():
 def test_standard_error_is_that_of_paired_differences():
     before, after = [1.0, 2.0, 4.0, 8.0], [1.5, 2.1, 4.2, 8.0]
     differences = [b - a for a, b in zip(before, after, strict=True)]
-    pairs = ([(value, 3.0) for value in values] for values in (before, after))
+    pairs = ([(value, 3.0, 0.0) for value in values] for values in (before, after))
     assert standard_error(*pairs) == pytest.approx(stdev(differences) / 2)
-    assert standard_error([(1.0, 1.0)], [(2.0, 1.0)]) is standard_error([], []) is None
+    assert standard_error([(1.0, 1.0, 0.0)], [(2.0, 1.0, 0.0)]) is standard_error([], []) is None

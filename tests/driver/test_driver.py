@@ -2,7 +2,10 @@
 
 import copy
 import random
-from contextlib import nullcontext
+import signal
+import sys
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,10 +41,10 @@ class Loop(Training):
         with torch.no_grad():
             return {"val/loss": nn.functional.mse_loss(self.model(X), Y).item()}
 
-    def tell(self, hook, event):
+    def tell(self, event):
         state = self.optimizers[0].state
         moments = [value for p in self.model.parameters() for value in state.get(p, {}).values()]
-        self.told.append((hook, event, [tensor.clone() for tensor in [*self.model.state_dict().values(), *moments]]))
+        self.told.append((event, [tensor.clone() for tensor in [*self.model.state_dict().values(), *moments]]))
 
 
 def drive(
@@ -210,34 +213,57 @@ def test_change_that_costs_too_much_is_undone_exactly_and_tried_again_gentler():
     assert [after for _, _, after in trajectory(driver)] == [1, 4, 5][: len(driver.history)]  # half as far each time
     assert driver.history[0].undone
     # The first attempt was undone, so this is the state of before.
-    before = loop.told[0][2]
-    for _, event, state in loop.told:
+    before = loop.told[0][1]
+    for event, state in loop.told:
         same = all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
         assert same is event.undone
         assert event.undone is event.reason.startswith("undone: val/loss")
-    assert [event for _, event, _ in loop.told] == driver.history
+    assert [event for event, _ in loop.told] == driver.history
 
 
-class Interrupted(Loop):
-    """Ctrl-C in the validation after the change."""
+def test_interrupt_at_any_line_of_a_change_leaves_all_of_it_or_nothing():
+    """Ranks and weights, history, stage and learning rate, with one point of no return."""
 
-    def validate(self):
-        if len(self.validations) == 1:
-            raise KeyboardInterrupt
-        return super().validate()
+    def interrupted(number):
+        driver, loop, lines = (
+            RankDriver(at(5, Rank(3), max_regression=9.0, rate_after=2.0)),
+            Loop(6, torch.optim.SGD),
+            0,
+        )
+        driver.start(loop, Run(9))
+        loop.step = 5
 
+        def trace(frame, event, _):
+            nonlocal lines
+            if Path(frame.f_code.co_filename).parent.name != "driver":
+                return None
+            lines += event == "line"
+            if event == "line" and lines == number:
+                signal.raise_signal(signal.SIGINT)
+            return trace
 
-def test_interrupt_in_the_validation_of_a_change_takes_it_back(monkeypatch):
-    driver, loop = RankDriver(at(5, Rank(1), max_regression=0.5)), Interrupted(6, torch.optim.AdamW)
-    driver.start(loop, Run(9))
-    loop.step = 5
-    before = copy.deepcopy(loop.model.state_dict())
-    with pytest.raises(KeyboardInterrupt):
-        driver.advance(loop)
-    assert not driver.history
-    assert driver.progress.pending.stage == 0
-    for name, value in loop.model.state_dict().items():
-        assert torch.equal(value, before[name]), name
+        outer = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            with suppress(KeyboardInterrupt) if number else nullcontext():
+                driver.advance(loop)
+        finally:
+            sys.settrace(outer)
+        weights = torch.cat([value.flatten() for value in loop.model.state_dict().values()])
+        return (
+            loop.model[0].rank,
+            weights.tolist(),
+            *trajectory(driver),
+            driver.progress.stage,
+            driver.rate_factor,
+        ), lines
+
+    changed, lines = interrupted(0)
+    ends = [interrupted(number)[0] for number in range(1, lines + 1)]
+    before = ends.count(ends[0])
+    assert (ends[0][0], ends[0][2:], changed[0], changed[2:]) == (6, (0, 1.0), 3, ((5, 6, 3), 1, 2.0))
+    assert 0 < before < len(ends)
+    assert ends == [ends[0]] * before + [changed] * (len(ends) - before)
 
 
 def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():

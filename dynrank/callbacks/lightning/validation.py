@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from dynrank.callbacks.lightning import private
 from dynrank.driver.training import Batches
@@ -20,18 +22,21 @@ class _Metrics(Callback):
 
     def __init__(self, monitor: str = "") -> None:
         self.monitor = monitor
-        self.batches: list[tuple[float, float]] = []
+        self.batches: list[tuple[float, float, float]] = []
         # What was summed up over the batches before, and their weight.
         self._before = 0.0, 0.0
 
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         results = private.results(trainer)
         for result in results.values():
             if result.meta.name == self.monitor and result.is_tensor and result.meta.is_mean_reduction:
                 total, weight = float(result.value), float(result.cumulated_batch_size)
                 more = weight - self._before[1]
                 if more > 0:
-                    self.batches.append(((total - self._before[0]) / more, more))
+                    content = sum(float(t.double().sum()) for t in tree_leaves(batch) if isinstance(t, Tensor))
+                    self.batches.append(((total - self._before[0]) / more, more, content))
                 self._before = total, weight
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

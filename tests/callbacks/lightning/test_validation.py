@@ -40,8 +40,8 @@ def test_silent_validation_tells_batches_apart_and_is_heard_by_nobody(regression
     made.fit(module, train, val)
     assert [weight for _, weight in asking.expected] == [30, 30, 20]
     (metrics, batches), expected = asking.found, asking.expected
-    assert [weight for _, weight in batches] == [weight for _, weight in expected]
-    assert [value for value, _ in batches] == pytest.approx([value for value, _ in expected], rel=1e-5)
+    assert [weight for _, weight, _ in batches] == [weight for _, weight in expected]
+    assert [value for value, *_ in batches] == pytest.approx([value for value, _ in expected], rel=1e-5)
     mean = sum(value * weight for value, weight in expected) / sum(weight for _, weight in expected)
     assert metrics["val/loss"] == pytest.approx(mean, rel=1e-5)
     assert asking.shown[0] == asking.shown[1]
