@@ -209,7 +209,7 @@ def budget_ranks(
     found = spectra(layers, gates)
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
     states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
-    return Budget(rank=rank, highest=highest).ranks(states)
+    return Budget(final_rank=rank, highest=highest).ranks(states)
 
 
 def linear_layers(setting: Setting, model: nn.Module) -> list[str]:

@@ -9,7 +9,7 @@ import dynrank
 
 ROOT = Path(dynrank.__file__).parent
 FLOORS = (  # what stands on a floor imports from the floors below it, and from its own room
-    ("errors",),
+    ("errors", "private"),
     ("linalg", "kernels", "digest"),
     ("rank_map", "triggers"),
     ("targets",),

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import skip_code
 
 from dynrank.layers.compiled import uncompiled
+from dynrank.private import pass_over_in_compile
 
 _installing = threading.Lock()
 
@@ -105,7 +105,7 @@ def _with_lock(kind: type[nn.Module], lock: CallLock) -> type[nn.Module]:
             return (kind if function is Locked else function), arguments, *rest
 
     # torch.compile starts with forward, as it does for nn.Module's own __call__.
-    skip_code(Locked.__call__.__code__)
+    pass_over_in_compile(Locked.__call__.__code__)
     if hasattr(kind, "generate"):
 
         @wraps(kind.generate)

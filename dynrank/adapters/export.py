@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from dynrank.adapters.base import base_source
 from dynrank.adapters.beside import LABELS_FILE, input_files
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
 from dynrank.adapters.layouts import one_scaling, padded, stored_factors
-from dynrank.adapters.merging import base_source
 from dynrank.adapters.read import Adapter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.stored import StoredLayer

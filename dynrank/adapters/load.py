@@ -77,12 +77,9 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     Raises:
         ConfigurationError: as :func:`load_adapter`, or if a part that was trained whole would keep the values of the
             adapter before; nothing has changed then.
-        RuntimeError: if a layer is merged, or this is called within the model's own forward or generate.
+        RuntimeError: if this is called within the model's own forward or generate.
     """
     refuse_peft(model, "swap_adapter", "call its load_adapter() and set_adapter()")
-    for name, layer in own_layers(model).items():
-        if layer.merged:
-            raise RuntimeError(f"{name!r} is merged; call unmerge() before swapping adapters")
     change = AdapterChange(model, adapter if isinstance(adapter, Adapter) else read_adapter(adapter), dtype)
     with call_lock_of(model).closed():
         change.put(keep_base=True, group=vars(model).get("_groups_layers"))

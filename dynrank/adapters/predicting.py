@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from dynrank.adapters.beside import tokenizer_source, with_labels
-from dynrank.adapters.load import load_adapter
-from dynrank.adapters.merging import base_model, base_source
+from dynrank.adapters.base import base_source, on_base
+from dynrank.adapters.beside import tokenizer_source
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
@@ -33,7 +32,7 @@ def answers(
         max_new_tokens: that are written at most.
         chat: put each text into the tokenizer's chat template, as a user's first turn.
     """
-    model, tokenizer_at = on_base(read_adapter(source), base)
+    model, tokenizer_at = answering(read_adapter(source), base)
     tokenizer = load_tokenizer(tokenizer_at, "--model")
     # Decoders classify by their last token that is no padding.
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -47,7 +46,7 @@ def answers(
         )
 
 
-def on_base(adapter: Adapter, base: str | None) -> tuple[Any, str]:
+def answering(adapter: Adapter, base: str | None) -> tuple[Any, str]:
     """(the model that ``adapter`` was trained on, with it, ready to answer; where its tokenizer lies).
 
     Tokenizer and names of labels are those beside the adapter, if they lie there.
@@ -56,13 +55,13 @@ def on_base(adapter: Adapter, base: str | None) -> tuple[Any, str]:
         adapter: of a classifier or of a model that writes.
         base: name of the model; None: as the adapter names it.
     """
-    origin, source = base_source(adapter, base), Path(adapter.source)
-    model: Any = with_labels(load_adapter(base_model(origin, adapter), adapter).eval(), source)
+    origin = base_source(adapter, base)
+    model = on_base(adapter, origin).eval()
     if not model.can_generate() and not type(model).__name__.endswith("ForSequenceClassification"):
         raise ConfigurationError(
             f"{adapter.source!r} must adapt a classifier or a model that writes, not a {type(model).__name__}"
         )
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer_source(source, origin)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer_source(Path(adapter.source), origin)
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
 from dynrank.models.names import public_name
 from dynrank.output.whole_file import os_errors, whole_files
+from dynrank.private import source_of
 from dynrank.rank_map import peft_ranks
 
 
@@ -84,7 +85,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
         target_parameters=stacks,
         modules_to_save=heads,
         dropout=max(layer.dropout.p for layer in layers.values()),
-        base=public_name(getattr(getattr(model, "config", None), "_name_or_path", "")),
+        base=public_name(source_of(model)),
         base_class=type(model) if hasattr(model, "config") else None,
     )
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from dynrank.layers.compiled import uncompiled
+from dynrank.private import backward_number, tree_leaves
 
 # The label of what is not learned, as torch has it.
 _IGNORED = -100
@@ -119,11 +119,6 @@ def _around(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[nn.Modu
         children = [*whole.children()]
         yield from children
         whole = next((c for c in children if c not in layers and set(layers) <= set(c.modules())), None)
-
-
-def backward_number() -> int:
-    """The number of the backward pass under way, one of its own within reentrant checkpointing; -1 outside of any."""
-    return torch._C._current_graph_task_id()
 
 
 def counted(gradient: Tensor) -> Tensor:

@@ -17,62 +17,23 @@ each before the directions of one size in all its experts: c is the sum over the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.nn.utils.rnn import pad_sequence
 
-from dynrank.change.calls import Call, Calls, backward_number, counted
 from dynrank.change.greedy import LossChange, Quadratic
+from dynrank.change.passes import Passes, joined
 from dynrank.distributed.processes import from_all, from_first, process_count
 from dynrank.errors import ConfigurationError, DivergedError, diverged
 from dynrank.layers.ranked import RankedLayer, width_of
-from dynrank.linalg import split, truncate_product
+from dynrank.linalg import truncate_product
 
 # Kept of a window at most: as many are enough, and a 7B's cores at rank 32 take 587 MB.
 EXAMPLES = 640
 # With fewer examples the choice is mostly noise.
 FEW = 32
-
-
-@dataclass
-class _Pass:
-    """One call's part in a backward pass: its examples, and what the layers have shown.
-
-    ``cores`` are (examples kept, E, R, R), or (1, E, R, R) of the layers in ``whole``, which have shown the sum alone;
-    E products have one core each.
-    ``terms`` are those that the first layer has shown, where no call is known.
-    """
-
-    task: int
-    rows: int
-    call: Call | None = None
-    terms: Tensor | None = None
-    calls: dict[nn.Module, Call] = field(default_factory=dict)
-    kept: Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.long))
-    cores: dict[str, Tensor] = field(default_factory=dict)
-    whole: set[str] = field(default_factory=set)
-
-    @property
-    def sizes(self) -> list[int] | None:
-        return self.call.sizes if self.call is not None else None
-
-    def counted(self) -> tuple[int, str]:
-        """(terms of its part of the loss, who has counted them)."""
-        call = self.call
-        if call is not None and call.terms is not None:
-            return int(call.terms), "the model's output"
-        if call is not None and call.learned is not None:
-            return int(call.learned), "its labels"
-        if self.terms is not None:
-            return int(self.terms), "the layer nearest to the loss"
-        return (
-            self.rows,
-            "its examples" if call is not None else "the backward passes, for want of better (set loss_terms)",
-        )
 
 
 @dataclass
@@ -135,97 +96,18 @@ class Gates:
         self.steps, self.skipped, self.examples, self.loss_scale = 0, 0, 0, 1.0
         self.terms, self.source = 0.0, ""
         self._layers, self._loss_terms, self._caution = dict(layers), loss_terms, caution
-        self._quota = -(-EXAMPLES // window // process_count())
-        # Of the step under way: its passes, and how many examples each of them may keep.
-        self._passes: list[_Pass] = []
-        self._room = self._quota
-        # Of each step before.
+        self._passes = Passes(model, layers, -(-EXAMPLES // window // process_count()))
+        # Of each step.
         self._seen: list[_Step] = []
         self._cores: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._reached: set[str] = set()
         self._quadratic: Quadratic | None = None
-        self._stops = []
-        for name, layer in layers.items():
-            if layer.observe is not None:
-                self._stops.append(layer.observe(partial(self._tap, name)))
-            self._stops.append(layer.lora_A.register_hook(partial(self._whole, name)).remove)  # type: ignore[no-untyped-call]
-        self._stops.append(Calls(model, [layer.module for layer in layers.values()], self._arrive).close)
-
-    # Watching a backward pass
-
-    def _arrive(self, call: Call) -> None:
-        """Begin what a call has in a backward pass; a module that is called once more brings other examples."""
-        last, task = self._passes[-1] if self._passes else None, backward_number()
-        if last is None or last.task != task or last.calls.get(call.module, call) is not call:
-            last = self._begin(task, len(call.sizes) if call.sizes is not None else call.rows, call)
-        last.calls[call.module] = call
-
-    def _begin(self, task: int, rows: int, call: Call | None = None) -> _Pass:
-        """Another pass of the step; each keeps as many of its examples, and at least one."""
-        self._room = min(self._room, max(1, self._quota // (len(self._passes) + 1)))
-        self._passes.append(_Pass(task, rows, call))
-        for each in self._passes:
-            if each is self._passes[-1]:
-                each.kept = _evenly(rows, self._room)
-            elif len(each.kept) > self._room:
-                stay = _evenly(len(each.kept), self._room)
-                each.kept = each.kept[stay]
-                each.cores = {
-                    n: core if n in each.whole else core[stay.to(core.device)] for n, core in each.cores.items()
-                }
-        return self._passes[-1]
-
-    def _current(self, name: str, rows: int) -> _Pass:
-        """The pass in which a layer reports. Without calls, reentrant checkpointing's backward passes are one."""
-        last, task = self._passes[-1] if self._passes else None, backward_number()
-        if last is not None and (last.call is not None or last.task == task or name not in last.cores):
-            if last.call is None:
-                last.task = task
-            return last
-        return self._begin(task, rows)
-
-    @torch.no_grad()
-    def _tap(self, name: str, z: Tensor, dz: Tensor) -> None:
-        """Add the cores of a layer's examples; it may be used twice in a pass."""
-        # One position without a batch is one example.
-        z, dz = (t[None] if t.ndim == 1 else t for t in (z, dz))
-        current = self._current(name, len(dz))
-        if current.call is None and current.terms is None:
-            current.terms = counted(dz)
-        examples = _by_example(z, dz, current)
-        # Where they cannot be told apart, the gradient of A has their sum.
-        if examples is None or name in current.whole:
-            current.cores.pop(name, None)
-            current.whole.add(name)
-            return
-        wide = torch.promote_types(self._layers[name].lora_A.dtype, torch.float32)
-        z_SPR, dz_SPR = (t.to(wide) for t in examples)
-        cores = (dz_SPR.mT @ z_SPR)[:, None]
-        seen = current.cores.get(name)
-        current.cores[name] = cores if seen is None else seen.add_(cores)
-
-    @torch.no_grad()
-    def _whole(self, name: str, gradient: Tensor) -> None:
-        """Add the core of all positions, by the gradient of A, where the layer has not shown its examples."""
-        layer, current = self._layers[name], self._current(name, 1)
-        if name in current.cores and name not in current.whole:
-            return
-        current.whole.add(name)
-        wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
-        d_ERI, a_ERI = (
-            split(factor.to(wide), layer.experts, 0) for factor in (gradient.flatten(1), layer.lora_A.flatten(1))
-        )
-        core = (d_ERI @ a_ERI.mT)[None]
-        seen = current.cores.get(name)
-        current.cores[name] = core if seen is None else seen.add_(core)
-
-    # Between steps
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Say that an optimizer step was made."""
         self.steps += 1
-        passes, self._passes = self._passes, []
+        passes = self._passes.take()
         if not passes and process_count() == 1:
             return
         whole = {name for each in passes for name in each.whole}
@@ -238,7 +120,7 @@ class Gates:
         counts = [len(own) for own, *_ in told], [sum(kept for _, kept, *_ in own) for own, *_ in told]
         cores: dict[str, Tensor] = {}
         for names in (whole, self._layers.keys() - whole):
-            mine = {name: _joined(passes, name, self._layers[name], name in whole) for name in sorted(names)}
+            mine = {name: joined(passes, name, self._layers[name], name in whole) for name in sorted(names)}
             cores |= _gathered(mine, counts[names is not whole])
         sizes = {name: core.flatten(1).abs().sum(1, dtype=torch.float64) for name, core in cores.items()}
         # A step that float16's scaler skips.
@@ -267,9 +149,7 @@ class Gates:
 
     def close(self) -> None:
         """Stop watching; what was collected stays."""
-        for stop in self._stops:
-            stop()
-        self._stops = []
+        self._passes.close()
 
     @property
     def passes(self) -> int:
@@ -371,8 +251,8 @@ class Gates:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors; passes since the last optimizer step are left out."""
-        parts = {name: getattr(self, name) for name in _COUNTS}
-        return parts | {
+        return {name: getattr(self, name) for name in _COUNTS} | {
+            "room": self._passes.room,
             "reached": sorted(self._reached),
             "seen": [dict(vars(step)) for step in self._seen],
             "cores": {name: list(parts) for name, parts in self._cores.items()},
@@ -381,53 +261,12 @@ class Gates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in _COUNTS:
             setattr(self, name, state[name])
+        self._passes.room = state["room"]
         self._reached, self._seen = set(state["reached"]), [_Step(**step) for step in state["seen"]]
         self._cores = {name: list(state["cores"][name]) for name in self._layers}
 
 
-_COUNTS = ("steps", "skipped", "examples", "terms", "source", "_room")
-
-
-def _evenly(count: int, most: int) -> Tensor:
-    """Up to ``most`` of the numbers below ``count``, evenly spread."""
-    kept = min(count, most)
-    return torch.arange(kept) * count // max(kept, 1)
-
-
-def _by_example(z: Tensor, dz: Tensor, seen: _Pass) -> tuple[Tensor, Tensor] | None:
-    """(examples kept, positions, R) of both, zeros where one is shorter; None if they cannot be told apart."""
-    if seen.sizes is not None:
-        if dz[..., 0].numel() != sum(seen.sizes):
-            return None
-        parts = ([*torch.split(t.reshape(-1, t.shape[-1]), seen.sizes)] for t in (z, dz))
-        z, dz = (pad_sequence([part[i] for i in seen.kept], batch_first=True) for part in parts)
-        return z, dz
-    # Positions may come before the batch.
-    if len(dz) != seen.rows and dz.ndim > 2 and dz.shape[1] == seen.rows:
-        z, dz = z.transpose(0, 1), dz.transpose(0, 1)
-    if len(dz) % seen.rows or not len(dz):
-        return None
-    z, dz = (t.reshape(seen.rows, -1, t.shape[-1]) for t in (z, dz))
-    kept = seen.kept.to(dz.device)
-    return (z, dz) if len(kept) == seen.rows else (z[kept], dz[kept])
-
-
-def _joined(passes: list[_Pass], name: str, layer: RankedLayer, whole: bool) -> Tensor:
-    """(samples, E, R, R) of a step, or (passes, E, R, R) if ``whole``; zeros where a pass has not reached the layer."""
-    wide, shape = torch.promote_types(layer.lora_A.dtype, torch.float32), (layer.experts, layer.rank, layer.rank)
-    parts = []
-    for seen in passes:
-        core = seen.cores.get(name)
-        if core is None:
-            core = layer.lora_A.new_zeros(1 if whole else len(seen.kept), *shape, dtype=wide)
-        # Another process has not shown its examples.
-        elif whole and name not in seen.whole:
-            core = core.sum(0, keepdim=True) * (seen.rows / len(core))
-        parts.append(core)
-    # One is not copied: on a CPU fresh memory is half of what watching costs.
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else layer.lora_A.new_zeros(0, *shape, dtype=wide)
+_COUNTS = ("steps", "skipped", "examples", "terms", "source")
 
 
 def _gathered(cores: Mapping[str, Tensor], counts: list[int]) -> dict[str, Tensor]:

@@ -90,8 +90,9 @@ class Quadratic:
     def values(self) -> dict[str, Tensor]:
         """{layer: (R,) descending}: numbers whose squares, per parameter, order all directions as the greedy does.
 
-        A direction that is dropped cheaply after a dear one, because that one is gone, counts as much as the dear one
-        and a trifle more; what lowers the loss counts as a trifle. So targets may treat them as singular values.
+        Values never decrease along the drop order: a direction dropped after a more expensive one gets that one's
+        value, plus a tie-breaker of 1e-9. What lowers the loss gets the tie-breaker alone. So targets may treat them as
+        singular values.
         """
         order, prices = self.dropped(dict.fromkeys(self._places, 1))
         # What was never dropped is the last direction of each layer.

@@ -65,7 +65,7 @@ def resize(
     Raises:
         ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, a factor holds NaN or inf (it
             names the layer), an optimizer's state cannot be carried, or an average has other layers.
-        RuntimeError: if a layer is merged.
+        RuntimeError: if one of PEFT's layers is merged.
     """
     optimizers = [unwrapped(optimizer) for optimizer in optimizers]
     layers, targets = _changing(model, target)
@@ -113,7 +113,7 @@ def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[s
         elif not 1 <= rank <= most:
             faults.append(f"{name!r}: rank must be between 1 and min(d_in, d_out) = {most}, got {rank}")
         if layers[name].merged:
-            raise RuntimeError(f"{name!r} is merged; call unmerge() before changing its rank")
+            raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before changing its rank")
     if faults:
         raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
     return layers, {name: targets[name] for name in layers if name in targets and targets[name] != layers[name].rank}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynrank.adapters.beside import label_names
-from dynrank.adapters.predicting import on_base
+from dynrank.adapters.predicting import answering
 from dynrank.adapters.read import Adapter
 from dynrank.change.gates import EXAMPLES, FEW, Gates
 from dynrank.driver.bounds import layer_states
@@ -50,7 +50,7 @@ class WatchedAdapter:
 
     def __init__(self, adapter: Adapter, data: str, model: str | None) -> None:
         quiet_loading()
-        self.model, tokenizer = on_base(adapter, model)
+        self.model, tokenizer = answering(adapter, model)
         self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, data)
         self._layers = dict(lora_layers(self.model))
         self.gates = Gates(self.model, self._layers, len(self.batches))

@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynrank.distributed.processes import process_count
 from dynrank.errors import ConfigurationError
+from dynrank.private import is_fabrics
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of DDP and of Lightning Fabric; accelerate has none but DDP."""
     inside: Any = model
-    while isinstance(inside, DistributedDataParallel) or "_forward_module" in inside._modules:
+    while isinstance(inside, DistributedDataParallel) or is_fabrics(inside):
         inside = inside.module
     return inside  # type: ignore[no-any-return]
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from dynrank.change.optimizer_rules import unwrapped
 from dynrank.distributed.ddp import give_back_reducers, take_reducers, unwrapped_model
 from dynrank.driver.event import RankEvent
+from dynrank.private import scaler_of_fabric
 
 # Of each batch the mean of a metric, its weight in the mean of all batches, and a number that other data do not have.
 Batches = Sequence[tuple[float, float, float]]
@@ -90,5 +91,4 @@ class Training:
 
 def _scaler(optimizer: Any) -> Any:
     """The GradScaler behind an optimizer that accelerate, or Fabric, has wrapped; None where there is none."""
-    of_fabric = getattr(getattr(optimizer, "_strategy", None), "precision", None)
-    return getattr(optimizer, "scaler", None) or getattr(of_fabric, "scaler", None)
+    return getattr(optimizer, "scaler", None) or scaler_of_fabric(optimizer)

@@ -46,6 +46,8 @@ class LoRALayer(nn.Module):
 
     # Each subclass sets the class of layer that it adapts.
     supported: type[nn.Module]
+    # As PEFT's layers may be.
+    merged = False
 
     def __init__(
         self,
@@ -72,8 +74,6 @@ class LoRALayer(nn.Module):
         self.pinned = False
         self.rule: str | None = None
         self._tap: Tap | None = None
-        # (the base's own weight, the base) while merged; in a list, so that they aren't registered
-        self._unmerged: list[tuple[nn.Parameter, nn.Module]] = []
         place: dict[str, Any] = {"device": base.get_parameter("weight").device, "dtype": dtype}
         if factors is None:
             self.lora_A = nn.Parameter(torch.empty(rank * self.experts, d_in, **place))
@@ -83,7 +83,6 @@ class LoRALayer(nn.Module):
             lora_A, lora_B = (factor.detach().to(**place, copy=True).contiguous() for factor in factors)
             self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
-        self.register_state_dict_pre_hook(_refuse_merged)  # type: ignore[no-untyped-call]
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -100,7 +99,7 @@ class LoRALayer(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, and a pickled layer, is not observed."""
+        """Copies and pickles do not carry the observer."""
         return {**vars(self), "_tap": None}
 
     @property
@@ -192,34 +191,18 @@ class LoRALayer(nn.Module):
         """The layer whose weight the update can be added to."""
         return self.base
 
-    @property
-    def merged(self) -> bool:
-        return bool(self._unmerged)
-
     @torch.no_grad()
-    def merge(self) -> None:
-        """Add the update to a copy of the base's weight. A weight tied to another module's stays as it is there.
+    def merge(self) -> nn.Module:
+        """The base with the update added to its weight, to stand where the layer stood, which is of no use any more.
 
-        A base that is packed into 4 bits gives way to a plain layer.
-
-        Raises:
-            RuntimeError: if already merged.
-            ConfigurationError: if the base is packed and cannot be unpacked.
+        A weight tied to another module's stays as it is there. A base that is packed into 4 bits gives way to a plain
+        layer.
         """
-        if self.merged:
-            raise RuntimeError("the layer is already merged; call unmerge() first")
-        own, base, delta = (self.weight, self.base), self._plain_base(), self.delta_weight()
+        base, delta = self._plain_base(), self.delta_weight()
         old = base.get_parameter("weight")
         wide = torch.promote_types(old.dtype, delta.dtype)
         self._put_weight(base, nn.Parameter((old.to(wide) + delta.to(wide)).to(old.dtype), requires_grad=False))
-        self.base, self._unmerged = base, [own]
-
-    def unmerge(self) -> None:
-        """Give the layer its base, and that its own weight, back, bit for bit."""
-        if not self.merged:
-            raise RuntimeError("the layer is not merged; call merge() first")
-        weight, self.base = self._unmerged.pop()
-        self._put_weight(self.base, weight)
+        return base
 
     def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
         base.weight = weight
@@ -231,10 +214,3 @@ class LoRALayer(nn.Module):
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     factors = (state_dict.get(prefix + factor) for factor in ("lora_A", "lora_B"))
     take_rank(layer, prefix.removesuffix("."), *factors, most=max_rank(layer))
-
-
-def _refuse_merged(layer: LoRALayer, prefix: str, *_: Any) -> None:
-    if layer.merged:
-        raise RuntimeError(
-            f"{prefix.removesuffix('.')!r} is merged: its state would count the update twice; call unmerge() first"
-        )

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from dynrank.layers.base import LoRALayer
 from dynrank.linalg import split
+from dynrank.private import FakeTensor, gated, is_expert_parallel
 
 
 class ExpertStack(nn.Module):
@@ -47,7 +47,7 @@ def expert_stacks(owner: nn.Module) -> dict[str, ExpertStack]:
 
     These are the classes under transformers' ``use_experts_implementation``, which says how each of them computes.
     """
-    if not {"has_bias", "is_transposed"} <= vars(owner).keys() or getattr(owner, "_is_expert_parallel", False):
+    if not {"has_bias", "is_transposed"} <= vars(owner).keys() or is_expert_parallel(owner):
         return {}
     stacks = {name: ExpertStack(owner, name) for name in (_up(owner), "down_proj")}
     plain = all(stack.weight.ndim == 3 and stack.weight.is_floating_point() for stack in stacks.values())
@@ -93,8 +93,6 @@ class LoRAExpertStack(LoRALayer):
         """``x W_e^T + scaling * (drop(x) A_e^T) B_e^T``; rows are sorted by expert e, and end at ``ends[e]``."""
         weight_EIO = self.base.weight_EIO
         x_SI = x_SI.to(weight_EIO.dtype)
-        if self.merged:
-            return grouped_product(x_SI, weight_EIO, ends)
         # Zeros fill up to a multiple of 16 bytes, without which there is no grouped_mm.
         missing = -self.rank % 8
         a_ERI = F.pad(split(self.lora_A, self.experts, 0), (0, 0, 0, missing)).to(x_SI.dtype)
@@ -163,7 +161,7 @@ def experts_forward(
         return y_SO + getattr(owner, f"{leaf}_bias")[experts] if owner.has_bias else y_SO
 
     up = linear(_up(owner), hidden_states[order // top_k_index.shape[1]])
-    down = linear("down_proj", owner._apply_gate(up) if _has_gate(owner) else owner.act_fn(up))
+    down = linear("down_proj", gated(owner, up) if _has_gate(owner) else owner.act_fn(up))
     if getattr(owner, "has_post_expert_norm", False):
         down = owner.post_expert_norm(down)
     weighted = down * top_k_weights.flatten()[order, None]

@@ -19,6 +19,7 @@ from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.quantized import plain_values
+from dynrank.private import source_of
 
 MARK = "_frozen_base"
 # A fingerprint knows so many values of each parameter.
@@ -158,5 +159,5 @@ def _marks(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 def _title(model: nn.Module) -> str:
     """What a user calls the model: its class, and where transformers has loaded it from."""
-    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    source = source_of(model)
     return f"{type(model).__name__} {source!r}" if source else type(model).__name__

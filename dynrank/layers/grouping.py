@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dynrank.kernels.lora_linear import SharedInput
 from dynrank.kernels.triton_launch import serves
 from dynrank.layers.kinds import LoRAConv1D, LoRALinear
+from dynrank.private import saved_tensor_hooks
 
 # The names, within one parent, of layers that models call on one x.
 SETS = (
@@ -119,7 +120,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 def _kind(layer: nn.Module | None) -> tuple[Any, ...] | None:
     """What layers must have in common to share; None for one that cannot."""
-    if not isinstance(layer, LoRALinear) or layer.merged:
+    if not isinstance(layer, LoRALinear):
         return None
     tensors = layer.weight, layer.lora_A, layer.lora_B
     if any(type(tensor) not in _PLAIN or tensor.is_inference() for tensor in tensors):
@@ -137,4 +138,4 @@ def _state(x: Tensor) -> tuple[Any, ...]:
 
 def _context() -> tuple[Any, ...]:
     """What changes within a part that is checkpointed by itself, and so computed again out of its parent's forward."""
-    return torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return torch.is_grad_enabled(), saved_tensor_hooks()

@@ -39,9 +39,6 @@ class LoRALinear(LoRALayer):
         return Operands(self._weight_OI(), bias, self.lora_A, self.lora_B, self.scaling, self._tap)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.merged:
-            y: Tensor = self.base(x)
-            return y
         shared = None if self.shared_output is None else self.shared_output(self, x)
         if shared is not None:
             return shared
@@ -84,11 +81,9 @@ class LoRAQuantizedLinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         # in inference the libraries multiply by the packed weight, without unpacking it
-        if not self.merged and torch.is_grad_enabled() and unpacker(self.base) is not None:
+        if torch.is_grad_enabled() and unpacker(self.base) is not None:
             return super().forward(x.to(computes_in(self.base, x))).to(x.dtype)
         y: Tensor = self.base(x)
-        if self.merged:
-            return y
         down = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
         return y + self.scaling * F.linear(down, self.lora_B.to(down.dtype))
 
@@ -121,8 +116,6 @@ class LoRAEmbedding(LoRALayer):
 
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base(ids)
-        if self.merged:
-            return y
         rows = F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx)
         rows = self._watched(self.dropout(rows))
         update: Tensor = self.scaling * (rows @ self.lora_B.mT)
@@ -152,8 +145,6 @@ class LoRAConv2d(LoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base(x)
-        if self.merged:
-            return y
         filters = self.lora_A.view(self.rank, *self.weight.shape[1:]).to(x.dtype)
         down = F.conv2d(self.dropout(x), filters, stride=self.base.stride, padding=self.base.padding)
         down = self._watched(down, channels=1)

@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
 from dynrank.layers.experts import LoRAExperts
 from dynrank.layers.finding import own_layers, tied_weights
 from dynrank.layers.peft_layers import refuse_peft
@@ -35,18 +34,14 @@ def merge(model: M) -> M:
     faults = [f"{name!r}: {fault}" for name, base in packed.items() if (fault := unpack_fault(base))]
     if faults:
         raise ConfigurationError("the model cannot be merged:\n  " + "\n  ".join(faults[:20]))
-    for layer in layers.values():
-        # A tie shows in the base's own weight.
-        if layer.merged:
-            layer.unmerge()
     tied = tied_weights(model)
     if any(id(layer.weight) in tied for layer in layers.values()):
         for module in model.modules():
             config: Any = getattr(module, "config", None)
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
-    for layer in layers.values():
-        layer.merge()
-    replace_modules(model, {id(m): m.base for m in model.modules() if isinstance(m, LoRALayer | LoRAExperts)})
+    plain = {id(layer): layer.merge() for layer in layers.values()}
+    plain |= {id(module): module.base for module in model.modules() if isinstance(module, LoRAExperts)}
+    replace_modules(model, plain)
     mark_unpacked(model)
     return model

@@ -95,7 +95,7 @@ def take_rank(
     torch reports missing factors by itself. ``most`` is the highest rank that is taken; PEFT's layers may have any.
     """
     if layer.merged:
-        raise RuntimeError(f"{name!r} is merged; call unmerge() before loading into it")
+        raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before loading into it")
     if lora_A is None or lora_B is None:
         return
     d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A[0].numel(), lora_A.shape[0] // layer.experts

@@ -15,10 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -26,6 +23,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.experts import expert_stacks, experts_forward
 from dynrank.layers.quantized import is_quantized
 from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
+from dynrank.private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, tree_leaves
 
 # By this name transformers knows experts_forward, which runs without values.
 _COUNTED_EXPERTS = "dynrank"

@@ -11,7 +11,6 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 
 from dynrank.adapters.beside import write_beside
 from dynrank.adapters.export import Server, export_adapter
@@ -22,6 +21,7 @@ from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.models.sizes import storage_bytes
 from dynrank.output.console import print_facts
 from dynrank.output.whole_file import whole_file
+from dynrank.private import tree_leaves
 from dynrank.rank_map import RankRule, dump_rank_map
 from dynrank.run.command import command
 from dynrank.run.config import plain

@@ -77,9 +77,11 @@ def early_budget(
         multiple: of which new ranks are multiples.
         how: how the change is made.
     """
-    others = (share, parameters, bytes) != (None, None, None)
-    rank = None if others else final_rank
-    pool = Budget(parameters, share, rank=rank, bytes=bytes, lowest=lowest, highest=highest, multiple=multiple)
+    if (share, parameters, bytes) != (None, None, None):
+        final_rank = None
+    pool = Budget(
+        parameters, share, final_rank=final_rank, bytes=bytes, lowest=lowest, highest=highest, multiple=multiple
+    )
     return [Stage(At(fraction=at), pool, how=how, key="schedule.final_rank, schedule.share")]
 
 
@@ -184,7 +186,7 @@ def _down_to(
     rank: int, shared: bool, step: int, steps: int, shape: Literal["geometric", "linear", "cosine"] = "geometric"
 ) -> Target:
     """Step ``step`` of ``steps`` on the way to ``rank`` for every layer, or to one pool of as many parameters."""
-    return Budget(rank=rank, left=steps - step) if shared else Towards(rank, step, steps, shape)
+    return Budget(final_rank=rank, left=steps - step) if shared else Towards(rank, step, steps, shape)
 
 
 @validated_call("schedule")
@@ -220,7 +222,7 @@ def milestones(
     else:
         raise ConfigurationError(f"at must be whole numbers of {unit}s, got {list(at)}; set schedule.at")
     return [
-        Stage(time, Budget(rank=rank) if shared else Rank(rank), how=how, key=f"schedule.ranks[{i}]")
+        Stage(time, Budget(final_rank=rank) if shared else Rank(rank), how=how, key=f"schedule.ranks[{i}]")
         for i, (time, rank) in enumerate(zip(times, ranks, strict=True))
     ]
 

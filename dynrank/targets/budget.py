@@ -12,13 +12,8 @@ from pydantic import ByteSize, Field
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, up_to_multiple
 
-# A budget has one of these sizes; each with its configuration key.
-_SIZES = {
-    "parameters": "schedule.parameters",
-    "share": "schedule.share",
-    "rank": "schedule.final_rank",
-    "bytes": "schedule.bytes",
-}
+# A budget has one of these sizes; each is a key under schedule, too.
+_SIZES = ("parameters", "share", "final_rank", "bytes")
 
 
 @validated("schedule.target", kw_only=True)
@@ -92,7 +87,7 @@ class Budget(Shared):
     Args:
         parameters: of all layers together after the change (pinned ones included); exactly one of the sizes is given.
         share: the same as a share of the parameters now, in (0, 1]; the lowest ranks are kept in any case.
-        rank: as many parameters as this rank has, if all layers go down to it.
+        final_rank: as many parameters as this rank has, if all layers go down to it.
         left: changes of this kind that are still to come: the pool goes 1 / (left + 1) of the way, by a factor.
         bytes: of all layers together in float32, as a number or a text: "8MiB".
         lowest: rank that every layer keeps (one that has less stays).
@@ -111,7 +106,7 @@ class Budget(Shared):
 
     parameters: Annotated[int, Field(ge=0)] | None = None
     share: Share | None = None
-    rank: Count | None = Field(default=None, kw_only=True)
+    final_rank: Count | None = Field(default=None, kw_only=True)
     left: Annotated[int, Field(ge=0)] = Field(default=0, kw_only=True)
     bytes: ByteSize | None = Field(default=None, kw_only=True)
 
@@ -120,8 +115,8 @@ class Budget(Shared):
         given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         if len(given) != 1:
             raise ConfigurationError(
-                f"a budget has one size: {', '.join(_SIZES)}, got {given or 'none'}; set one of "
-                f"{', '.join(_SIZES.values())}, and the others to null"
+                f"a budget has one size, got {given or 'none'}; set one of schedule.{', schedule.'.join(_SIZES)}, and "
+                "the others to null"
             )
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
@@ -143,12 +138,12 @@ class Budget(Shared):
     @property
     def key(self) -> str:
         """The configuration key of its size."""
-        return next(key for name, key in _SIZES.items() if getattr(self, name) is not None)
+        return next(f"schedule.{name}" for name in _SIZES if getattr(self, name) is not None)
 
     @property
     def is_relative(self) -> bool:
         """Whether the pool depends on the ranks before."""
-        return self.share is not None or self.rank is not None or self.left > 0
+        return self.share is not None or self.final_rank is not None or self.left > 0
 
     def pool(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters that may be shared out to ``layers``."""
@@ -157,8 +152,8 @@ class Budget(Shared):
             end = self.parameters
         elif self.bytes is not None:
             end = self.bytes // 4
-        elif self.rank is not None:
-            ends = (max(layer.lowest, min(layer.highest, self.rank)) * layer.cost for layer in layers.values())
+        elif self.final_rank is not None:
+            ends = (max(layer.lowest, min(layer.highest, self.final_rank)) * layer.cost for layer in layers.values())
             end = min(now, sum(ends))
         else:
             # Rounding must not matter: 0.29 * 100 is below 29 in floats.
@@ -166,7 +161,7 @@ class Budget(Shared):
         return floor(now * (end / now) ** (1 / (self.left + 1)) + 1e-6) if self.left and now else end
 
     def starts(self) -> tuple[int, int]:
-        return max(self.least(), self.rank or 1), UNBOUNDED
+        return max(self.least(), self.final_rank or 1), UNBOUNDED
 
     def floor_parameters(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters of the smallest ranks that the budget may be shared out to."""

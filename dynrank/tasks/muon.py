@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from dynrank.errors import ConfigurationError, NotNegative, validated_call
+from dynrank.private import foreach_add_, foreach_lerp, foreach_lerp_, foreach_mul_
 
 # The coefficients of torch.optim.Muon: steepest at zero, and not convergent to exactly one.
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -100,15 +101,15 @@ class Muon(Optimizer):
             if not self.state[factor]:
                 self.state[factor]["momentum_buffer"] = torch.zeros_like(factor)
         momenta = [self.state[factor]["momentum_buffer"] for factor in factors]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        directions = torch._foreach_lerp(gradients, momenta, group["momentum"])
+        foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        directions = foreach_lerp(gradients, momenta, group["momentum"])
         near_FRN = near_polar_factor(torch.stack([u.mT if _is_tall(u) else u for u in directions]))
         wide = sum(not _is_tall(factor) for factor in factors)
         # They are laid out as the factors are, so that one launch adds all.
         near = [*near_FRN[:wide], *near_FRN[wide:].mT.contiguous()]
         if group["weight_decay"]:
-            torch._foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(factors, near, alpha=-group["lr"] * _RMS * sqrt(near_FRN.shape[-1]))
+            foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
+        foreach_add_(factors, near, alpha=-group["lr"] * _RMS * sqrt(near_FRN.shape[-1]))
 
 
 def near_polar_factor(u_FRN: Tensor) -> Tensor:

@@ -78,12 +78,7 @@ def test_resize_refuses_what_cannot_be_done_and_changes_nothing(trained, target,
     assert_unchanged(net, optimizer, before)
 
 
-def test_resize_refuses_a_merged_layer_and_a_model_without_layers(trained):
-    net, optimizer = trained
-    net[2].merge()
-    with pytest.raises(RuntimeError, match="'2' is merged"):
-        resize(net, 3, optimizers=[optimizer])
-    assert [layer.rank for _, layer in dynrank.lora_layers(net)] == [6, 6, 6]
+def test_resize_refuses_a_model_without_layers():
     with pytest.raises(ConfigurationError, match="no LoRA layers"):
         resize(nn.Sequential(nn.Linear(2, 2)), 1)
 

@@ -199,18 +199,6 @@ def test_a_model_merged_in_part_stays_quantised_in_the_other_when_it_is_saved(ba
     assert_close(logits(loaded), expected, rtol=0, atol=1e-5)
 
 
-@only(*LIKE_PLAIN)
-def test_merge_and_unmerge_of_a_layer_give_the_packed_base_back(base):
-    layer = up_proj(adapted(base()))
-    packed_base, x = layer.base, torch.randn(3, 64)
-    y = layer(x)
-    layer.merge()
-    assert_close(layer(x), y, rtol=0, atol=1e-5)
-    layer.unmerge()
-    assert layer.base is packed_base
-    assert torch.equal(layer(x), y)
-
-
 @only("nf4-double")
 @pytest.mark.usefixtures("as_the_cpu_is")
 def test_merge_unpacks_what_bitsandbytes_has_packed_again_for_this_cpu(base):

@@ -61,14 +61,14 @@ def test_presets_hand_their_values_to_the_stage():
     assert stage == Stage(Gap(), Energy(0.8, lowest=2, multiple=4), 0.6, key="schedule.lowest")
     early, options = How("gates", rate_after="sqrt"), {"lowest": 2, "highest": 8, "multiple": 2}
     (stage,) = early_budget(4, at=0.25, **options)
-    assert (stage.when, stage.to, stage.how) == (At(fraction=0.25), Budget(rank=4, **options), early)
+    assert (stage.when, stage.to, stage.how) == (At(fraction=0.25), Budget(final_rank=4, **options), early)
     first, last = auto(0.1, share=0.5, at=0.25, **options)
     assert (first.when, first.to, first.how) == (At(fraction=0.25), Budget(share=0.5, **options), early)
     assert (last.when, last.to) == (At(fraction=1.0), Smallest(**options))
     assert last.how == How("gates", rate_after="sqrt", max_regression=0.1)
     assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)  # a final rank is the default of the other sizes
-    assert [s.to for s in after_convergence(4, drops=2)] == [Budget(rank=4, left=1), Budget(rank=4)]
-    assert [s.to for s in milestones([8, 4], [0.1, 0.2], shared=True)] == [Budget(rank=8), Budget(rank=4)]
+    assert [s.to for s in after_convergence(4, drops=2)] == [Budget(final_rank=4, left=1), Budget(final_rank=4)]
+    assert [s.to for s in milestones([8, 4], [0.1, 0.2], shared=True)] == [Budget(final_rank=8), Budget(final_rank=4)]
     assert early_budget(4, bytes="8MiB")[0].to == Budget(bytes=8 * 2**20)
     # Beside a fixed time a deadline means nothing.
     (stage,) = after_convergence(8, At(step=30), deadline=0.75)

@@ -121,8 +121,8 @@ def test_a_share_is_of_the_parameters_now_and_keeps_the_lowest_ranks_in_any_case
 def test_a_rank_and_bytes_name_the_parameters_of_a_pool():
     model = {"a": layer([3.0, 2.0, 1.0], d_out=150, d_in=50), "b": layer([3.0, 2.0, 1.5], d_out=50, d_in=50)}
     model["pinned"] = replace(model["b"], lowest=3, highest=3)
-    assert Budget(rank=2).pool(model) == 2 * 200 + 2 * 100 + 3 * 100
-    assert Budget(rank=2).ranks(model) == Budget(parameters=900).ranks(model)
+    assert Budget(final_rank=2).pool(model) == 2 * 200 + 2 * 100 + 3 * 100
+    assert Budget(final_rank=2).ranks(model) == Budget(parameters=900).ranks(model)
     assert Budget(bytes="3600B").ranks(model) == Budget(bytes=3603).ranks(model) == Budget(parameters=900).ranks(model)
 
 
@@ -130,7 +130,7 @@ def test_a_pool_falls_by_equal_factors():
     model = {"a": layer([1.0] * 64, 4, 4), "b": layer([1.0] * 64, 12, 12)}
     pools = []
     for left in (2, 1, 0):
-        budget = Budget(rank=8, left=left)
+        budget = Budget(final_rank=8, left=left)
         pools.append(budget.pool(model))
         ranks = budget.ranks(model)
         model = {

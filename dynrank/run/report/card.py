@@ -13,6 +13,7 @@ from dynrank.models.names import public_name
 from dynrank.output.change_table import layer_kinds
 from dynrank.output.slots import slot_rank
 from dynrank.output.whole_file import whole_file
+from dynrank.private import source_of
 from dynrank.run.report.templates import template
 from dynrank.run.summary import Summary
 
@@ -27,7 +28,7 @@ def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: 
         steps: of the optimizer.
         command: that trains such an adapter; None: not known.
     """
-    base = public_name(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    base = public_name(source_of(model))
     ranks: dict[str, list[int]] = {}
     layers = {name: layer.rank for name, layer in lora_layers(model)}
     for name, kind in layer_kinds(layers).items():

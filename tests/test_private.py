@@ -1,0 +1,94 @@
+"""Every private name of torch, transformers and Fabric that is used is there, and only its module uses it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import BertConfig, BertModel, MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+import dynrank
+from dynrank import private
+
+ROOT = Path(dynrank.__file__).parent
+# Those that may use them.
+OWNERS = ("private.py", "callbacks/lightning/private.py", "distributed/ddp.py")
+FOREIGN = {"torch", "transformers", "lightning", "peft", "accelerate", "hydra", "omegaconf", "datasets"}
+
+
+def private_names(path):
+    """The private modules and names of libraries that a file imports or asks a library's module for."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            names = ast.unparse(node).split(".")
+        else:
+            continue
+        if names[0] in FOREIGN:
+            yield from (name for name in names if name.startswith("_") and not name.startswith("__"))
+
+
+@pytest.mark.parametrize("room", [path.name for path in ROOT.iterdir() if path.name not in ("conf", "__pycache__")])
+def test_private_names_are_used_by_their_modules_alone(room):
+    files = [ROOT / room] if room.endswith(".py") else [*(ROOT / room).rglob("*.py")]
+    others = [file for file in files if str(file.relative_to(ROOT)) not in OWNERS]
+    assert not [(file.name, name) for file in others for name in private_names(file)]
+
+
+def test_names_of_autograd_are_there():
+    seen = []
+
+    class Seeing(nn.Module):
+        def forward(self, x):
+            seen.append(private.saved_tensor_hooks() is not None)
+            return x * 2
+
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda _: seen.append(private.backward_number() >= 0))
+    assert private.backward_number() == -1
+    checkpoint(Seeing(), x, use_reentrant=False).sum().backward()
+    assert seen[0] is True
+    assert seen[-1] is True
+    assert private.saved_tensor_hooks() is None
+
+
+def test_names_of_tensors_are_there():
+    tensors = [torch.ones(2), torch.zeros(3)]
+    private.foreach_add_(tensors, [torch.ones(2), torch.ones(3)], alpha=2)
+    private.foreach_mul_(tensors, 2)
+    private.foreach_lerp_(tensors, private.foreach_lerp(tensors, [torch.zeros(2), torch.zeros(3)], 0.5), 1)
+    assert [tensor.tolist() for tensor in tensors] == [[3, 3], [2, 2, 2]]
+    assert private.tree_leaves({"a": [1, (2,)], "b": 3}) == [1, 2, 3]
+    with private.FakeTensorMode() as mode:
+        made = torch.ones(2)
+        assert isinstance(made, private.FakeTensor)
+        with pytest.raises((private.DataDependentOutputException, private.DynamicOutputShapeException)):
+            made.sum().item()
+    assert mode is not None
+
+
+def test_names_of_transformers_are_there():
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    model = BertModel(config)
+    assert (private.source_of(model), private.source_of(nn.Linear(1, 1))) == ("", "")
+    model.config._name_or_path = "a/b"
+    assert private.source_of(model) == "a/b"
+    experts = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=4, num_local_experts=2))
+    up = torch.randn(3, 8)
+    torch.testing.assert_close(private.gated(experts, up), nn.functional.silu(up[:, :4]) * up[:, 4:])
+    assert not private.is_expert_parallel(experts)
+
+
+def test_names_of_fabric_are_there():
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-true")
+    model = nn.Linear(2, 2)
+    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert (private.is_fabrics(wrapped), private.is_fabrics(model)) == (True, False)
+    assert private.scaler_of_fabric(optimizer) is None
+    optimizer._strategy.precision.scaler = "the scaler"
+    assert private.scaler_of_fabric(optimizer) == "the scaler"
