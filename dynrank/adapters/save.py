@@ -19,9 +19,9 @@ from dynrank.adapters.stored import Factors, write_tensors
 from dynrank.adapters.wrappers import wrapper_names
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, DivergedError
+from dynrank.layers.bare import LoRAParameter
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
-from dynrank.layers.experts import LoRAExpertStack
 from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers
@@ -63,8 +63,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
     experts = {name: layer.experts for name, layer in layers.items()}
     factors = {name: (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling) for name, layer in layers.items()}
     written = _LAYOUTS[layout](factors, experts)
-    stacks = [name for name, layer in layers.items() if isinstance(layer, LoRAExpertStack)]
-    places, tensors = wrapper_names(stacks), dict[str, Tensor]()
+    of_parameters = [name for name, layer in layers.items() if isinstance(layer, LoRAParameter)]
+    places, tensors = wrapper_names(of_parameters), dict[str, Tensor]()
     for name, layer in layers.items():
         lora_A, lora_B, _ = written[name]
         place = places.get(name, name)
@@ -82,7 +82,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
     config = make_config(
         ranks_and_alphas(written, experts),
         target_modules=target_modules(model, [name for name in layers if name not in places]),
-        target_parameters=stacks,
+        target_parameters=of_parameters,
         modules_to_save=heads,
         dropout=max(layer.dropout.p for layer in layers.values()),
         base=public_name(source_of(model)),

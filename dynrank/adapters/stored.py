@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import finite, products
+from dynrank.linalg import finite, products, truncate_product
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # lora_A, lora_B and the scaling of a layer.
@@ -31,7 +31,7 @@ class StoredLayer:
 
     Attributes:
         keys: of lora_A and lora_B in the file.
-        rank: of the update; a factor may have more rows than min(d_out, d_in), which do not count.
+        rank: of the update; of more rows in a factor min(d_out, d_in) are left, with the same product.
         shape: (d_out, d_in) of the update; d_in of a convolution is channels times the size of the kernel.
         kernel: size of a convolution's kernel, () for other layers.
         alpha: by the settings.
@@ -78,11 +78,10 @@ class StoredAdapter:
         layer, (lora_B, lora_A) = self.layers[name], self.matrices(name)
         if len(lora_A) == layer.rank * layer.experts:
             return lora_B, lora_A
+        # PEFT allows a rank above min(d_in, d_out), which no product has.
         if lora_A[layer.rank :].any() or lora_B[:, layer.rank :].any():
-            raise ConfigurationError(
-                f"{name!r} must have a rank of at most min(d_in, d_out) = {layer.rank}, got {len(lora_A)} in the "
-                f"adapter {self.source!r}"
-            )
+            change = truncate_product(lora_B, lora_A, layer.rank)
+            return change.lora_B, change.lora_A
         return lora_B[:, : layer.rank], lora_A[: layer.rank]
 
     def products(self, name: str) -> list[tuple[Tensor, Tensor]]:

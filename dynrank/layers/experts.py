@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.bare import BareParameter, LoRAOwner, LoRAParameter
 from dynrank.linalg import split
 from dynrank.private import FakeTensor, gated, is_expert_parallel
 
 
-class ExpertStack(nn.Module):
-    """A stacked parameter of a module of experts, seen as a module that has it for its weight; it owns nothing.
+class ExpertStack(BareParameter):
+    """The stacked weights of a module of experts.
 
-    Args:
-        owner: the module of experts.
-        leaf: the parameter's name in it.
+    (experts, d_out, d_in), or (experts, d_in, d_out) where the owner ``is_transposed``.
     """
-
-    def __init__(self, owner: nn.Module, leaf: str) -> None:
-        super().__init__()
-        # In a list the owner isn't registered as a part of this module.
-        self._owner, self.leaf = [owner], leaf
-
-    @property
-    def owner(self) -> Any:
-        return self._owner[0]
-
-    @property
-    def weight(self) -> nn.Parameter:
-        """(experts, d_out, d_in), or (experts, d_in, d_out) where the owner ``is_transposed``."""
-        weight: nn.Parameter = getattr(self.owner, self.leaf)
-        return weight
 
     @property
     def weight_EIO(self) -> Tensor:
@@ -54,17 +36,27 @@ def expert_stacks(owner: nn.Module) -> dict[str, ExpertStack]:
     return stacks if plain else {}
 
 
-class LoRAExpertStack(LoRALayer):
+class LoRAExperts(LoRAOwner):
+    """A module of experts with LoRA.
+
+    Each token is multiplied by A and B of its experts. PEFT adds the update to the weights of all experts instead,
+    which it then keeps for the backward pass.
+    """
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return experts_forward(self.base, hidden_states, top_k_index, top_k_weights, self.lora)
+
+
+class LoRAExpertStack(LoRAParameter):
     """The update of one stacked parameter: for each expert a product, all of one rank.
 
     The factors are stacked as PEFT stores them: lora_A is (experts * rank, d_in), lora_B (d_out, rank * experts), see
-    :func:`dynrank.linalg.split`. It is called by the :class:`LoRAExperts` around it.
+    :func:`dynrank.linalg.split`.
     """
 
     supported = ExpertStack
     base: ExpertStack
-    # Rows come by expert, so z would not tell examples apart.
-    observe = None  # type: ignore[assignment]
+    around = LoRAExperts
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -76,10 +68,6 @@ class LoRAExpertStack(LoRALayer):
     def experts_of(cls, base: nn.Module) -> int:
         assert isinstance(base, ExpertStack)
         return len(base.weight)
-
-    def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
-        assert isinstance(base, ExpertStack)
-        setattr(base.owner, base.leaf, weight)
 
     def delta_weight(self) -> Tensor:
         """``scaling * B_e @ A_e`` of every expert in the shape of the base's weight, float32 or wider."""
@@ -99,38 +87,6 @@ class LoRAExpertStack(LoRALayer):
         b_ERO = F.pad(split(self.lora_B, self.experts, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
         z_SR = grouped_product(self.dropout(x_SI), a_ERI.mT, ends)
         return grouped_product(x_SI, weight_EIO, ends) + self.scaling * grouped_product(z_SR, b_ERO, ends)
-
-
-class LoRAExperts(nn.Module):
-    """A module of experts with LoRA in some of its stacked parameters.
-
-    Each token is multiplied by A and B of its experts. PEFT adds the update to the weights of all experts instead,
-    which it then keeps for the backward pass.
-
-    Attributes:
-        base: the plain module.
-        lora: the layers by the name of the parameter. One more name in front of theirs, or transformers would take the
-            factors for the parameters themselves and split them when it saves the model.
-    """
-
-    def __init__(self, base: nn.Module, layers: Mapping[str, LoRAExpertStack]) -> None:
-        super().__init__()
-        self.base, self.lora = base, nn.ModuleDict(layers)
-
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return experts_forward(self.base, hidden_states, top_k_index, top_k_weights, self.lora)
-
-
-def stand_ins(layers: Iterable[LoRALayer]) -> list[LoRALayer | LoRAExperts]:
-    """What stands where the layers' bases stood: each layer, but for those of experts the module around them."""
-    found: list[LoRALayer | LoRAExperts] = []
-    by_owner: dict[nn.Module, dict[str, LoRAExpertStack]] = {}
-    for layer in layers:
-        if isinstance(layer, LoRAExpertStack):
-            by_owner.setdefault(layer.base.owner, {})[layer.base.leaf] = layer
-        else:
-            found.append(layer)
-    return found + [LoRAExperts(owner, own) for owner, own in by_owner.items()]
 
 
 def experts_forward(
@@ -181,7 +137,9 @@ def grouped_product(x_SI: Tensor, w_EIO: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_grouped_mm(x_SI: Tensor, w_EIO: Tensor) -> bool:
-    known = hasattr(F, "grouped_mm") and x_SI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    # torch.compile knows it in bfloat16 only (torch 2.13).
+    dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float32, torch.float16)
+    known = hasattr(F, "grouped_mm") and x_SI.dtype in dtypes
     if x_SI.is_cuda and torch.cuda.get_device_capability(x_SI.device) < (8, 0):
         return False
     return known and all(width * x_SI.element_size() % 16 == 0 for width in w_EIO.shape[1:])

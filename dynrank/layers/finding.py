@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.bare import LoRAOwner, LoRAParameter
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, uncompiled
-from dynrank.layers.experts import LoRAExperts, LoRAExpertStack, expert_stacks
+from dynrank.layers.experts import expert_stacks
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.layers.ranked import RankedLayer
+from dynrank.layers.routers import router_weight
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
@@ -44,20 +46,20 @@ def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
 
 def _adapted_name(name: str, layer: LoRALayer) -> str:
     """``...experts.gate_up_proj`` for the layer ``...experts.lora.gate_up_proj``, as PEFT names the parameter."""
-    leaf = layer.base.leaf if isinstance(layer, LoRAExpertStack) else None
+    leaf = layer.base.leaf if isinstance(layer, LoRAParameter) else None
     return name if leaf is None else name.removesuffix(f"lora.{leaf}") + leaf
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by every name that it has without LoRA layers, whose bases stand for them; and stacks of experts."""
+    """Every module by every name that it has without LoRA layers, whose bases stand for them; and bare parameters."""
     found: list[tuple[str, nn.Module]] = [("", model)]
     while found:
         name, module = found.pop()
         module = uncompiled(module)
-        if isinstance(module, LoRALayer | LoRAExperts):
+        if isinstance(module, LoRALayer | LoRAOwner):
             module = module.base
         yield name, module
-        children = {**module._modules, **expert_stacks(module)}
+        children = {**module._modules, **expert_stacks(module), **router_weight(module)}
         named = ((f"{name}.{key}" if name else key, child) for key, child in children.items())
         found += reversed([(key, child) for key, child in named if child is not None])
 

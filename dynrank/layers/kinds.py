@@ -15,6 +15,7 @@ from dynrank.kernels.lora_linear import Operands, SharedInput
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.experts import LoRAExpertStack
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
+from dynrank.layers.routers import LoRARouterWeight
 
 
 class LoRALinear(LoRALayer):
@@ -151,7 +152,14 @@ class LoRAConv2d(LoRALayer):
         return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
 
 
-LAYERS: tuple[type[LoRALayer], ...] = (LoRALinear, LoRAConv1D, LoRAEmbedding, LoRAConv2d, LoRAExpertStack)
+LAYERS: tuple[type[LoRALayer], ...] = (
+    LoRALinear,
+    LoRAConv1D,
+    LoRAEmbedding,
+    LoRAConv2d,
+    LoRAExpertStack,
+    LoRARouterWeight,
+)
 
 
 def layer_class(base: nn.Module) -> type[LoRALayer] | None:

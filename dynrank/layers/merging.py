@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.experts import LoRAExperts
+from dynrank.layers.bare import LoRAOwner
 from dynrank.layers.finding import own_layers, tied_weights
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.layers.placing import replace_modules
@@ -41,7 +41,7 @@ def merge(model: M) -> M:
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
     plain = {id(layer): layer.merge() for layer in layers.values()}
-    plain |= {id(module): module.base for module in model.modules() if isinstance(module, LoRAExperts)}
+    plain |= {id(module): module.base for module in model.modules() if isinstance(module, LoRAOwner)}
     replace_modules(model, plain)
     mark_unpacked(model)
     return model

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
 from dynrank.kernels.backends import check_backend
+from dynrank.layers.bare import LoRAOwner, stand_ins
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import target_names
 from dynrank.layers.compiled import named_modules
-from dynrank.layers.experts import LoRAExperts, stand_ins
 from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.grouping import group_layers
@@ -135,7 +135,7 @@ def place_layers(
     """
     model.requires_grad_(False)
     new = {id(module.base): module for module in stand_ins(layers.values())}
-    old = [module for module in model.modules() if isinstance(module, LoRALayer | LoRAExperts)]
+    old = [module for module in model.modules() if isinstance(module, LoRALayer | LoRAOwner)]
     adapted = {id(module.base) for module in old}
     replacements: dict[int, nn.Module] = {id(module): new.get(id(module.base), module.base) for module in old}
     replace_modules(model, replacements | {base: module for base, module in new.items() if base not in adapted})
@@ -164,7 +164,7 @@ def base_values(module: nn.Module) -> dict[str, Tensor | None]:
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
     """Put ``replacements[id]`` wherever the module of that id stands in ``model``."""
     for parent in list(model.modules()):
-        if isinstance(parent, LoRALayer | LoRAExperts):
+        if isinstance(parent, LoRALayer | LoRAOwner):
             # The base inside a LoRA layer stays where it is.
             continue
         # named_children() would skip a second name of the same child.

@@ -80,6 +80,26 @@ def test_we_compute_with_pefts_files_what_it_does(targets, tiny_moe, tmp_path):
         assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "DeepseekV3"])
+def test_an_adapter_of_pefts_all_linear_with_routers_goes_both_ways(kind, tiny_moe, tmp_path):
+    """At rank 6, although a router has four outputs."""
+    options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    theirs = randomize(get_peft_model(tiny_moe(kind), LoraConfig(r=6, lora_alpha=9, **options)))
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = dynrank.load_adapter(tiny_moe(kind), tmp_path / "theirs")
+    names = {name.removeprefix("base_model.model.") for name, _ in dynrank.lora_layers(theirs)}
+    assert ranks(ours).keys() == names
+    assert any(name.endswith("mlp.gate.weight") for name in names)
+    assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    dynrank.resize(ours, 2)
+    dynrank.save_adapter(ours, tmp_path / "ours")
+    again = PeftModel.from_pretrained(tiny_moe(kind), tmp_path / "ours")
+    assert_close(logits(again), logits(ours), rtol=1e-4, atol=1e-4)
+    expected = logits(ours)
+    assert_close(logits(dynrank.merge(ours)), expected, rtol=1e-4, atol=1e-4)
+    assert ours.state_dict().keys() == tiny_moe(kind).state_dict().keys()
+
+
 @pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss"])
 def test_squeezing_a_file_is_resizing_the_model(kind, tiny_moe, tmp_path):
     model = randomize(dynrank.add_lora(tiny_moe(kind), rank=4))

@@ -1,0 +1,65 @@
+"""LoRA in routers, which keep a weight and score the experts of each token by it, each class in its own way."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dynrank.errors import ConfigurationError
+from dynrank.layers.bare import BareParameter, LoRAOwner, LoRAParameter
+
+
+class RouterWeight(BareParameter):
+    """The (experts, d) weight of a router."""
+
+
+def router_weight(owner: nn.Module) -> dict[str, RouterWeight]:
+    """The weight of ``owner`` by name, if it is a matrix that no layer of torch holds: a router, most likely."""
+    weight = owner._parameters.get("weight")
+    layer = isinstance(owner, nn.Linear | nn.Embedding | Conv1D) or type(owner).__module__.startswith("torch.nn.")
+    if layer or weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        return {}
+    return {"weight": RouterWeight(owner, "weight")}
+
+
+class LoRARouter(LoRAOwner):
+    """A router that computes with its weight and the update of it, as PEFT's does."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # This copy shares all but the weight. Another thread may be in the router at the same time.
+        router = copy.copy(self.base)
+        vars(router)["_parameters"] = {**self.base._parameters, "weight": self.lora["weight"]()}
+        return router(*args, **kwargs)
+
+
+class LoRARouterWeight(LoRAParameter):
+    """The update of a router's weight; its sum with the weight is small."""
+
+    supported = RouterWeight
+    around = LoRARouter
+
+    def __init__(self, base: nn.Module, *, dropout: float = 0.0, **options: Any) -> None:
+        if dropout:
+            raise ConfigurationError(
+                "a router has no input of its own for the update, so it takes no dropout; set lora.dropout=0, or leave "
+                "routers out of lora.target_modules"
+            )
+        super().__init__(base, **options)
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        assert isinstance(base, RouterWeight)
+        d_out, d_in = base.weight.shape
+        return d_out, d_in
+
+    def forward(self) -> Tensor:
+        """``W + scaling * B A``, (d_out, d_in) in the dtype of W."""
+        if self.merged:
+            return self.weight
+        delta_OI = self.delta_weight()
+        wide = torch.promote_types(self.weight.dtype, delta_OI.dtype)
+        return (self.weight.to(wide) + delta_OI.to(wide)).to(self.weight.dtype)
