@@ -12,9 +12,11 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig
+from torch import nn
 
 from dynrank.callbacks import RankScheduler, RunMeter
 from dynrank.errors import ConfigurationError, configured
+from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
 from dynrank.run.config import make, plain, rank_pattern
@@ -59,7 +61,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     with stoppable(None, checkpoint, folder):
         job, meter = build(config), RunMeter()
         trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
-    step, ranks = _reached(checkpoint) if checkpoint is not None else (0, "")
+    step, ranks = _reached(checkpoint, job.module) if checkpoint is not None else (0, "")
     first = trainer.is_global_zero
     holding = held(folder, step if goes_on else None) if first else nullcontext()
     with finished(), holding, stoppable(trainer, checkpoint, folder):
@@ -120,8 +122,9 @@ def make_scheduler(node: DictConfig) -> RankScheduler:
     return RankScheduler(make(node, "schedule"))
 
 
-def _reached(checkpoint: Path) -> tuple[int, str]:
-    """The step of a checkpoint, and the lowest and the highest rank of its LoRA layers."""
-    saved, factors = read_checkpoint(checkpoint), {"lora_A", "lora_embedding_A"}
-    ranks = [len(value) for name, value in saved["state_dict"].items() if factors & {*name.split(".")}]
+def _reached(checkpoint: Path, module: nn.Module) -> tuple[int, str]:
+    """The step of a checkpoint of ``module``, and the lowest and the highest rank of its LoRA layers."""
+    saved, experts = read_checkpoint(checkpoint), {layer.lora_A: layer.experts for _, layer in lora_layers(module)}
+    state = saved["state_dict"]
+    ranks = [len(state[name]) // experts[p] for name, p in module.named_parameters() if p in experts and name in state]
     return saved["global_step"], span(ranks)

@@ -15,6 +15,7 @@ from dynrank.adapters.merging import merge_adapter
 from dynrank.adapters.squeeze import squeeze_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.ranked import width_of
+from dynrank.output.console import span
 from dynrank.run.job import run
 
 KINDS = ("Mixtral", "Qwen3Moe", "DeepseekV3", "Qwen3_5Moe", "GptOss", "GraniteMoe")
@@ -185,7 +186,7 @@ def test_an_export_for_vllm_has_its_three_dimensional_format_and_one_scaling(tin
     assert len({layer.scaling for _, layer in dynrank.lora_layers(theirs)}) == 1
 
 
-def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tiny_llama, tmp_path):
+def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tiny_llama, tmp_path, capsys):
     base = tmp_path / "base"
     transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
     tiny_moe("Qwen3Moe", vocab_size=600).save_pretrained(base)
@@ -203,3 +204,6 @@ def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tin
     theirs = PeftModel.from_pretrained(tiny_moe("Qwen3Moe", vocab_size=600), tmp_path / "run" / "adapter")
     ours = dynrank.load_adapter(tiny_moe("Qwen3Moe", vocab_size=600), tmp_path / "run" / "adapter")
     assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
+    run(dynrank.compose([*options, f"ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]), tmp_path / "again")
+    at = [layer.rank for _, layer in dynrank.lora_layers(ours)]
+    assert f" at rank {span(at)}, " in capsys.readouterr().out

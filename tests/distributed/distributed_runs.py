@@ -15,6 +15,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
@@ -25,21 +27,48 @@ from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
 STEPS, CHANGE = 22, 12  # 10 steps come after the change
+PARAMETERS = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
 PATIENCE = timedelta(seconds=60)  # of a process that waits for the other
 
 
-class Model(lightning.LightningModule):
-    """Two LoRA layers and a head that is trained whole; 8 examples a step, over all processes."""
+class Experts(nn.Module):
+    """Four experts, two of them for each row, and their router."""
 
-    def __init__(self, *, peft: bool = False, idle: bool = False, sharded: bool = False) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        size = {"hidden_size": 24, "moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2}
+        self.mlp = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**size, experts_implementation="grouped_mm"))
+        for weight in self.mlp.parameters():
+            nn.init.normal_(weight, std=0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.mlp(x[:, None])[:, 0]
+
+
+class Model(lightning.LightningModule):
+    """LoRA layers and a head that is trained whole; 8 examples a step, over all processes."""
+
+    def __init__(self, *, peft: bool = False, idle: bool = False, sharded: bool = False, experts: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 6))
+        middle = Experts() if experts else nn.Linear(24, 24)
+        net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), middle, nn.Tanh(), nn.Linear(24, 6))
+        modules, parameters = ["0"] if experts else ["0", "2"], PARAMETERS if experts else []
         if peft:
-            config = LoraConfig(r=6, lora_alpha=12, target_modules=["0", "2"], modules_to_save=["4"])
+            config = LoraConfig(
+                r=6, lora_alpha=12, target_modules=modules, target_parameters=parameters, modules_to_save=["4"]
+            )
             self.net: nn.Module = get_peft_model(net, config)
         else:
-            self.net = dynrank.add_lora(net, rank=6, alpha=12, target_modules=["0", "2"], modules_to_save=["4"])
+            targets = [*modules, *parameters]
+            self.net = dynrank.add_lora(
+                net,
+                rank=6,
+                rank_map={r"gate\.weight": 3} if experts else None,
+                alpha=12,
+                target_modules=targets,
+                modules_to_save=["4"],
+            )
         if idle:
             self.idle = nn.Parameter(torch.zeros(3))  # in no loss: DDP has to look for it
         self.sharded = sharded
@@ -50,7 +79,8 @@ class Model(lightning.LightningModule):
             if self.sharded:
                 torch.distributed.fsdp.fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
             else:
-                blocks = [layer.module for _, layer in dynrank.lora_layers(self.net)]
+                layers = [layer.module for _, layer in dynrank.lora_layers(self.net)]
+                blocks = [module for module in self.net.modules() if isinstance(module, Experts)] or layers
                 shard_frozen(self.net, self.device_mesh["data_parallel"], blocks=blocks)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -92,6 +122,8 @@ class Run:
 
 LOSS = How(metric="gates", window=4)
 HALF = Stage(At(step=CHANGE), Budget(share=0.5), how=LOSS)
+# A pass is a sample of their gates, so that two processes would have more of them than one.
+EXPERTS = Stage(At(step=CHANGE), Budget(share=0.5))
 UNDONE = Stage(At(step=CHANGE), Rank(1), how=How(max_regression=0.01))
 RUNS = {
     "ddp": Run(),
@@ -107,10 +139,13 @@ RUNS = {
     "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),
     "ddp, average": Run(average=True),
     "ddp, peft": Run(model={"peft": True}),
+    "ddp, experts": Run(EXPERTS, model={"experts": True}),
+    "ddp, peft, experts": Run(EXPERTS, model={"experts": True, "peft": True}),
     "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
     "fsdp2, budget by gates": Run(HALF, ddp=None),
     "fsdp2, auto": Run(auto(0.05, at=0.5, how=LOSS), ddp=None),
     "fsdp2, undone": Run(UNDONE, ddp=None),
+    "fsdp2, experts": Run(EXPERTS, model={"experts": True}, ddp=None),
 }
 
 RESUMED = {  # (a run, what else its strategy is told, and the kind of its checkpoints)
