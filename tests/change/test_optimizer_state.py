@@ -508,7 +508,7 @@ def experts():
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-@pytest.mark.parametrize(("cls", "options"), [*(c for c in MOMENTS if "Muon" not in c.id), *SQUARES, *SCHEDULE_FREE])
+@pytest.mark.parametrize(("cls", "options"), [*MOMENTS, *SQUARES, *SCHEDULE_FREE])
 def test_state_of_stacked_experts_is_that_of_each_by_itself(cls, options, dim, experts):
     maps, gains, gradients = experts
     gradients = gradients if dim == 0 else gradients.mT
@@ -536,3 +536,18 @@ def test_adafactor_of_stacked_experts_moves_by_each_ones_squared_map(dim, expert
     old, new = adafactor_moments(before), adafactor_moments(moved)
     for number in range(3):
         assert_close(expert_of(new, number, dim), seeded(maps[1, number], expert_of(old, number, dim), dim))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_8_bit_state_of_stacked_experts_moves_by_each_ones_maps(dim, experts):
+    maps, _, gradients = experts
+    gradients = (gradients if dim == 0 else gradients.mT).float()
+    optimizer, parameter = lived(*EIGHT_BIT.values, [stack(g, dim) for g in gradients.unbind(1)])
+    before, value = optimizer.state[parameter], stack(3 * [torch.zeros(shaped(NEW, dim))], dim)
+    state = moved_state(optimizer, parameter, Move(value, *maps, dim, torch.full((3,), 1e6)))
+    for key, moved in ((1, along), (2, seeded)):
+        gap = float(state[f"qmap{key}"].diff().max() * state[f"absmax{key}"].max())
+        old, new = decoded(before, key), decoded(state, key)
+        for number in range(3):
+            expected = moved(maps[1, number], expert_of(old, number, dim), dim)
+            assert_close(expert_of(new, number, dim), expected, rtol=0, atol=gap)
