@@ -198,11 +198,15 @@ class LoRALayer(nn.Module):
         A weight tied to another module's stays as it is there. A base that is packed into 4 bits gives way to a plain
         layer.
         """
-        base, delta = self._plain_base(), self.delta_weight()
-        old = base.get_parameter("weight")
-        wide = torch.promote_types(old.dtype, delta.dtype)
-        self._put_weight(base, nn.Parameter((old.to(wide) + delta.to(wide)).to(old.dtype), requires_grad=False))
+        base = self._plain_base()
+        self._put_weight(base, nn.Parameter(self.merged_weight(base), requires_grad=False))
         return base
+
+    def merged_weight(self, base: nn.Module) -> Tensor:
+        """The weight of ``base`` plus the update, in the dtype of the weight."""
+        old, delta = base.get_parameter("weight"), self.delta_weight()
+        wide = torch.promote_types(old.dtype, delta.dtype)
+        return (old.to(wide) + delta.to(wide)).to(old.dtype)
 
     def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
         base.weight = weight

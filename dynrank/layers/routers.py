@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -58,8 +57,4 @@ class LoRARouterWeight(LoRAParameter):
 
     def forward(self) -> Tensor:
         """``W + scaling * B A``, (d_out, d_in) in the dtype of W."""
-        if self.merged:
-            return self.weight
-        delta_OI = self.delta_weight()
-        wide = torch.promote_types(self.weight.dtype, delta_OI.dtype)
-        return (self.weight.to(wide) + delta_OI.to(wide)).to(self.weight.dtype)
+        return self.merged_weight(self.base)
