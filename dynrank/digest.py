@@ -1,4 +1,4 @@
-"""A hash of what a checkpoint holds, to tell whether two of them, or the states of two processes, are the same."""
+"""A hash of nested state, which tells whether two checkpoints, or the states of two processes, are equal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 def digest(value: Any) -> str:
     """A hash of nested containers, tensors (shape, dtype and bits) and plain values, 32 hexadecimal digits.
 
-    Of other objects only the type counts, of a sparse tensor only shape and dtype.
+    For other objects only the type counts; for a sparse tensor only shape and dtype.
     """
     running = hashlib.blake2b(digest_size=16)
     _add(running, value)

@@ -1,4 +1,4 @@
-"""The one error for what a user wrote, pydantic's faults turned into it, and the types that many settings share."""
+"""The one error for wrong user input, pydantic's errors translated into it, and types that many settings share."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ C = TypeVar("C", bound=type)
 T = TypeVar("T")
 P = ParamSpec("P")
 
-# Strict: a bool is no int and a text no number; YAML and Python have said what they mean.
+# Strict: a bool is not taken for an int, nor a text for a number, because YAML and Python tell them apart.
 STRICT = ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
 
 Count = Annotated[int, Field(ge=1)]
@@ -31,7 +31,7 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 
-# How pydantic's messages are said in ours.
+# Phrases of pydantic's messages, and the words of ours.
 _WORDS = {
     "Input should": "must",
     "String should": "must",
@@ -46,9 +46,8 @@ _WORDS = {
     "less than": "below",
 }
 
-
 _configured: ContextVar[bool] = ContextVar("configured", default=False)
-# A key of the configuration, and the value that is advised; not one within a path, a quoted name or a value.
+# A configuration key in a message, and the value that the message advises; no key inside a path, quotes or a value.
 _KEY = re.compile(
     r"(?<![\w./='\"-])(?:schedule\.(?:how|target|trigger)|data|lora|model|optimizer|rank_map|schedule|task|trainer)\."
     r"(?P<argument>[a-z_]+)\b(?:=(?P<word>null|true|false)\b)?"
@@ -57,11 +56,11 @@ _IN_PYTHON = {"null": "None", "true": "True", "false": "False"}
 
 
 class ConfigurationError(ValueError):
-    """A value, key or file given by the user cannot be used.
+    """A value, key or file from the user cannot be used.
 
-    The message names the value and what fixes it: the key where a configuration was given (see :func:`configured`),
-    else the argument of the call, which is the last part of the key. The command line prints it without a traceback
-    and exits with code 2; nothing has been changed when it is raised.
+    The message names the value and how to fix it: by the configuration key inside :func:`configured`, else by the
+    argument of the call, which is the last part of the key. Nothing has been changed when it is raised. The command
+    line prints it without a traceback and exits with code 2.
     """
 
     def __init__(self, message: str) -> None:
@@ -74,7 +73,7 @@ def _as_argument(key: re.Match[str]) -> str:
 
 @contextmanager
 def configured() -> Iterator[None]:
-    """Within the block, or the function that this decorates, errors name keys of a configuration."""
+    """Make errors name configuration keys inside the block, or inside the function that this decorates."""
     token = _configured.set(True)
     try:
         yield
@@ -83,24 +82,24 @@ def configured() -> Iterator[None]:
 
 
 class DivergedError(ConfigurationError):
-    """What was trained holds NaN, inf or numbers too large to go on with; the command line exits with code 1."""
+    """A trained value is NaN, inf or too large to continue; the command line exits with code 1."""
 
 
 def diverged(name: str, error: ValueError) -> DivergedError:
-    """The error to raise where the factors of layer ``name`` cannot be computed with."""
+    """The error for factors of layer ``name`` that are not finite."""
     return DivergedError(f"{name!r}: {error}; nothing has been changed. Training has diverged: lower optimizer.lr")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field, Field))
 def validated(key: str = "", *, frozen: bool = True, kw_only: bool = False) -> Callable[[C], C]:
-    """Make a dataclass of a class whose values are checked against its annotations when an object is made.
+    """Make a class a dataclass whose constructor checks each value against its annotation.
 
     Write constraints as annotations: ``Annotated[int, Field(ge=1)]``, ``Literal["min", "max"]``.
 
     Args:
-        key: configuration key that the fields lie under; the error advises to set ``key.FIELD``. "": no advice.
-        frozen: whether fields stay as they are given.
-        kw_only: whether the fields of this class (not of its subclasses) are given by name alone.
+        key: configuration key of the object; the error advises to set ``key.FIELD``. "": no advice.
+        frozen: whether fields are read-only.
+        kw_only: whether the fields of this class (not of its subclasses) are keyword-only.
     """
 
     def decorate(cls: C) -> C:
@@ -122,25 +121,25 @@ def validated_call(key: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def read_as(kind: type[T], data: Any, where: str) -> T:
-    """An object of ``kind`` made of plain data (of JSON or YAML), every value checked.
+    """An object of ``kind`` from plain data (of JSON or YAML), with every value checked.
 
     Args:
         kind: a class made by :func:`validated`, or any type that pydantic knows.
         data: mappings, lists, texts and numbers.
-        where: what to fix: a file, or a configuration key.
+        where: the file or configuration key that the error names.
     """
     known = [f.name for part in (kind, *get_args(kind)) if is_dataclass(part) for f in fields(part)]
-    # Read as JSON: a mapping may stand for a dataclass and a list for a tuple, but no text for a number.
+    # In JSON mode a mapping can become a dataclass and a list a tuple, but a text never becomes a number.
     try:
         return TypeAdapter(kind).validate_json(to_json(data, inf_nan_mode="constants"))
     except ValidationError as error:
         raise ConfigurationError(_listed(_faults(error, known, nested=True), f"fix {where}")) from None
     except PydanticSerializationError as error:
-        raise ConfigurationError(f"{where} must hold plain data, got what is no JSON: {error}") from None
+        raise ConfigurationError(f"{where} must hold plain data, got a value that JSON cannot hold: {error}") from None
 
 
 def shown(value: Any) -> str:
-    """``repr(value)``, cut short while it is made, so that no value is too large for a message."""
+    """``repr(value)`` for a message, shortened; a large value is not formatted as a whole first."""
     short = Repr()
     short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
     return short.repr(value)
@@ -153,7 +152,7 @@ def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable
             return call(*args, **kwargs)
         except ValidationError as error:
             faults = _faults(error, known, nested=False)
-            # in Python, where the fault already names the argument, the key says nothing more
+            # In Python the fault names the argument already, and the key would repeat it.
             keys = [f"{key}.{name}" for name in faults if name] if key and _configured.get() else []
             raise ConfigurationError(_listed(faults, f"set {', '.join(keys)}" if keys else "")) from None
 
@@ -161,12 +160,12 @@ def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable
 
 
 def _faults(error: ValidationError, known: Sequence[str], *, nested: bool) -> dict[str, str]:
-    """{path of a value: what is wrong with it}.
+    """{path of a value: the message about it}.
 
     Args:
-        error: what pydantic found.
+        error: pydantic's error.
         known: names of the fields or arguments, in their order.
-        nested: whether texts in a location are keys of mappings; below an argument they name the types of a union.
+        nested: whether a text in a location is a key of a mapping; below an argument it names a type of a union.
     """
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False):
@@ -182,7 +181,7 @@ def _faults(error: ValidationError, known: Sequence[str], *, nested: bool) -> di
         for theirs, ours in _WORDS.items():
             said = said.replace(theirs, ours)
         got = "" if fault["type"].startswith(("missing", "value_error")) else f", got {shown(fault['input'])}"
-        # Another type of the same union has been reported.
+        # A union reports one fault per type; this joins them: "must be ... or ...".
         if path in faults and not nested:
             said, got = f"{said.removeprefix('must ')}{got}", ""
             faults[path] = f"{faults[path].partition(', got ')[0]}, or {said}"

@@ -1,5 +1,6 @@
-"""Changing the rank of a product ``B @ A`` without forming it.
+"""Changes of the rank of a product ``B @ A``, computed without forming the product.
 
+A *direction* of the product is one of its singular values with the left and right singular vectors: rank counts them.
 Shape suffixes: O = d_out, I = d_in, R = current rank, K = new rank, N = any width.
 """
 
@@ -12,23 +13,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A norm below this share of the factor's norm is rounding of float64.
+# A norm below this share of the factor's norm is a rounding error of float64.
 _ROUNDING = 1e-10
 
 
 @dataclass(frozen=True)
 class RankChange:
-    """New factors of a product and the linear maps that lead to them.
+    """New factors of a product, and the linear maps from the old factors to the new ones.
 
-    ``lora_A == from_A @ old_A`` and ``lora_B == old_B @ from_B``, with two exceptions. In a direction outside the
-    numerical rank (truncation) one of the two factors is exactly zero; in a new direction (growth) the maps are zero,
-    the column of ``lora_B`` too, and the row of ``lora_A`` is fresh. Gradients are covectors, so they move by the
-    transposed maps: those of A by ``from_B.T``, those of B by ``from_A.T``.
+    ``lora_A == from_A @ old_A`` and ``lora_B == old_B @ from_B``, with two exceptions. In a direction beyond the
+    numerical rank (truncation) one of the two factors is exactly zero. In a new direction (growth) the maps and the
+    column of ``lora_B`` are zero, and the row of ``lora_A`` is random. Gradients are covectors, so they transform by
+    the transposed maps: the gradient of A by ``from_B.T``, the gradient of B by ``from_A.T``.
 
     Attributes:
         lora_A: (K, I), the dtype of the old A.
         lora_B: (O, K), the dtype of the old B.
-        from_A: (K, R) float64; (count, K, R) of a layer that stacks several products, see :func:`stacked`.
+        from_A: (K, R) float64; (count, K, R) for a layer that stacks several products, see :func:`stacked`.
         from_B: (R, K) float64, or (count, R, K).
         singular_values: (R,) float64, of the old product, descending.
     """
@@ -48,12 +49,12 @@ def singular_values(lora_B: Tensor, lora_A: Tensor) -> Tensor:
 
 
 def numerical_rank(values: Tensor, largest_dim: int, eps: float = torch.finfo(torch.float64).eps) -> int:
-    """How many singular values stand above rounding: ``sigma_i > largest_dim * eps * sigma_1``.
+    """How many singular values exceed the rounding error: ``sigma_i > largest_dim * eps * sigma_1``.
 
     Args:
         values: singular values, descending, (R,).
         largest_dim: max(d_out, d_in) of the product.
-        eps: unit roundoff of the factors (float32's for narrower ones, whose own would leave no rank at all).
+        eps: machine epsilon of the factors' dtype; float32's for narrower dtypes, since their own leaves rank 0.
 
     >>> numerical_rank(torch.tensor([2.0, 1.0, 1e-17]), largest_dim=100)
     2
@@ -83,7 +84,7 @@ def energy_rank(values: Tensor, share: float) -> int:
     energy = values.double().square().cumsum(0)
     if energy.numel() == 0 or energy[-1] == 0:
         return 1
-    # a share of 1.0 means every direction above rounding, which the comparison below cannot see
+    # This factor keeps rounding errors from adding a direction, for example one below rounding at a share of 1.0.
     return 1 + int((energy < share * energy[-1] * (1 - _ROUNDING)).sum())
 
 
@@ -102,26 +103,26 @@ def effective_rank(values: Tensor) -> float:
 
 @torch.no_grad()
 def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor | None = None) -> RankChange:
-    """Factors of ``rank`` singular directions of ``lora_B @ lora_A``: the largest, which are the best approximation.
+    """Factors of ``rank`` directions of ``lora_B @ lora_A``: by default the largest, which approximate it best.
 
     With the QR decompositions ``B = Q_b R_b`` and ``A^T = Q_a R_a`` and the SVD ``R_b R_a^T = U S V^T``, the new
-    factors are ``A' = S^-1/2 U^T R_b A`` and ``B' = B R_a^T V S^-1/2``: columns of the SVD of the product, balanced,
+    factors are ``A' = S^-1/2 U^T R_b A`` and ``B' = B R_a^T V S^-1/2``. They are the balanced SVD of the product,
     ``B' = Q_b U sqrt(S)`` and ``A' = sqrt(S) V^T Q_a^T`` (Eckart and Young, 1936). Their error in the Frobenius norm is
-    the norm of the singular values that are left out. Cost: O((O + I) R^2); the product is never formed.
+    the norm of the dropped singular values. Cost: O((O + I) R^2); the product is never formed.
 
-    In directions beyond the numerical rank B' is zero and A' keeps independent combinations of the old rows (or the
-    other way round, where the rows are zero), so that the layer can still learn: two zero factors would have zero
-    gradients for good. For a fresh layer (B = 0) that means the first rows of A.
+    In directions beyond the numerical rank B' is zero and A' keeps independent combinations of the old rows. (Where
+    these rows are zero, A' is zero and B' keeps old columns.) So the layer can still learn: if both factors were zero,
+    their gradients would stay zero. For a fresh layer (B = 0) A' is the first rows of A.
 
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point.
-        rank: K, directions to keep, 1 <= K <= R.
-        keep: (K,) which singular directions to keep, ascending, 0 the largest; the first K when None.
+        rank: K, how many directions to keep, 1 <= K <= R.
+        keep: (K,) indices of the directions to keep, ascending, 0 is the largest; the first K when None.
 
     Raises:
-        ValueError: if ``rank`` is outside [1, R], ``keep`` does not name so many different directions, the shapes do
-            not form a product, or a factor is not finite.
+        ValueError: if ``rank`` is outside [1, R], ``keep`` is not K different directions, the shapes do not form a
+            product, or a factor is not finite.
     """
     _check_factors(lora_B, lora_A)
     (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
@@ -129,11 +130,11 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor 
         raise ValueError(f"rank must be between 1 and the current rank {old_rank}, got {rank}")
     keep = torch.arange(rank) if keep is None else keep.cpu()
     if len(keep) != rank or keep[0] < 0 or keep[-1] >= old_rank or not (keep.diff() > 0).all():
-        raise ValueError(f"keep must be {rank} ascending directions of {old_rank}, got {keep.tolist()}")
+        raise ValueError(f"keep must be {rank} ascending directions out of {old_rank}, got {keep.tolist()}")
     b_OR, a_RI = lora_B.double(), lora_A.double()
     r_b, r_a = _triangles(b_OR, a_RI)
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    # The SVD leaves the sign open, so this rule fixes it: the largest element is positive.
+    # The SVD does not determine signs, so this rule does: the largest element of a left singular vector is positive.
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
     u, vh = u * signs, vh * signs.mT
     eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
@@ -146,7 +147,7 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor 
     new_A, new_B = from_A_KR @ a_RI, b_OR @ from_B_RK
     if len(chosen) < rank:
         idle = _complement(live_A)
-        # in each direction one of the two vanishes, or the product would not
+        # In each of these directions the row or the column is zero, because their product is.
         rows, columns = idle.mT @ a_RI, b_OR @ idle
         in_A = rows.norm(dim=1) > _ROUNDING * a_RI.norm()
         in_B = ~in_A & (columns.norm(dim=0) > _ROUNDING * b_OR.norm())
@@ -167,15 +168,15 @@ def grow_product(
     *,
     generator: torch.Generator | None = None,
 ) -> RankChange:
-    """``lora_B @ lora_A`` with ``rank`` directions and the same value: new columns of B are zero.
+    """Factors of the same product with ``rank`` directions: the new columns of B are zero.
 
-    New rows of A are random, orthogonal to the old rows and to each other, at the median norm of the old rows.
+    New rows of A are random, orthogonal to the old rows and to each other, and have the median norm of the old rows.
 
     Args:
         lora_B: (O, R), floating point.
         lora_A: (R, I), floating point.
         rank: K, R <= K <= min(O, I).
-        generator: source of random rows; torch's default generator when None.
+        generator: generator of the random rows; torch's default generator when None.
 
     Raises:
         ValueError: if ``rank`` is outside [R, min(O, I)], the shapes do not form a product, or a value is not finite.
@@ -201,10 +202,11 @@ def grow_product(
 
 
 def split(factor: Tensor, count: int, dim: int) -> Tensor:
-    """(count, rank, width): the part of each of ``count`` products in a factor that stacks them, as a view.
+    """(count, rank, width): the factors of ``count`` products that ``factor`` stacks, as a view.
 
-    Filters are taken as rows. The order is that of PEFT's expert tensors: lora_A (``dim=0``, where the rank is) is
-    (count * rank, I) with the product slowest, and lora_B (``dim=1``) is (O, rank * count) with the product fastest.
+    Convolution filters count as rows. The order is that of PEFT's expert tensors. lora_A (``dim=0``) is
+    (count * rank, I), and the product is the slowest index; lora_B (``dim=1``) is (O, rank * count), and the product
+    is the fastest.
     """
     factor = factor.flatten(1)
     if dim == 0:
@@ -213,17 +215,17 @@ def split(factor: Tensor, count: int, dim: int) -> Tensor:
 
 
 def joined(parts: Tensor, dim: int) -> Tensor:
-    """The factor that :func:`split` has taken apart, contiguous."""
+    """The inverse of :func:`split`, contiguous."""
     return (parts.flatten(0, 1) if dim == 0 else parts.permute(2, 1, 0).flatten(1)).contiguous()
 
 
 def products(lora_B: Tensor, lora_A: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
-    """(lora_B (O, R), lora_A (R, I)) of each product that the two factors stack, as views; see :func:`split`."""
+    """(lora_B (O, R), lora_A (R, I)) of each stacked product, as views; see :func:`split`."""
     return [(b.mT, a) for b, a in zip(split(lora_B, count, 1), split(lora_A, count, 0), strict=True)]
 
 
 def stacked(changes: Sequence[RankChange]) -> RankChange:
-    """The changes of all products of a layer to the same rank as one: maps (count, K, R) and (count, R, K)."""
+    """One change for all products of a layer, which all go to the same rank: maps (count, K, R) and (count, R, K)."""
     return RankChange(
         lora_A=joined(torch.stack([change.lora_A for change in changes]), 0),
         lora_B=joined(torch.stack([change.lora_B.mT for change in changes]), 1),
@@ -234,9 +236,9 @@ def stacked(changes: Sequence[RankChange]) -> RankChange:
 
 
 def pooled(spectra: Sequence[Tensor]) -> Tensor:
-    """What the directions of products are worth that change their rank together: the root of the sum of squares.
+    """One spectrum for products that always have one rank: the root of the sum of squares over the products.
 
-    Exact: a cut of all of them from k + 1 to k directions changes them by this much in the Frobenius norm.
+    A cut of all products from k + 1 to k directions changes them by exactly ``values[k]`` in the Frobenius norm.
     """
     values: Tensor = torch.stack([*spectra]).square().sum(0).sqrt()
     return values
@@ -247,12 +249,12 @@ def _padded(values: Tensor, count: int) -> Tensor:
 
 
 def _triangles(b_OR: Tensor, a_RI: Tensor) -> tuple[Tensor, Tensor]:
-    """R of the QR decompositions of B and of A^T, at most (R, R) each: they keep the condition number."""
+    """The triangular factors of the QR decompositions of B and of A^T, at most (R, R) each."""
     return torch.linalg.qr(b_OR, mode="r").R, torch.linalg.qr(a_RI.mT, mode="r").R
 
 
 def _complement(rows_NR: Tensor) -> Tensor:
-    """Orthonormal basis (R, R - N) of the space orthogonal to N independent rows; the identity when N = 0."""
+    """An orthonormal basis (R, R - N) of the space orthogonal to N independent rows; the identity when N = 0."""
     count, width = rows_NR.shape
     if count == 0:
         return torch.eye(width, dtype=rows_NR.dtype, device=rows_NR.device)
@@ -269,5 +271,5 @@ def _check_factors(lora_B: Tensor, lora_A: Tensor) -> None:
 
 
 def finite(values: Tensor) -> bool:
-    """Whether all are finite in float32, too: products of larger ones are not finite even in float64."""
+    """Whether all values are finite in float32; the products of larger ones could overflow even in float64."""
     return bool(values.float().isfinite().all())

@@ -1,7 +1,7 @@
-"""The private names of torch, transformers and Lightning Fabric that dynrank needs, because no public name does it.
+"""The private names of torch, transformers and Lightning Fabric that dynrank uses where no public name serves.
 
-``tests/test_private.py`` fails when a release takes one away, or when another module uses one. Lightning's Trainer has
-its own in ``callbacks/lightning/private.py``, DDP in ``distributed/ddp.py``.
+``tests/test_private.py`` fails when a release removes one, or when another module uses one. The private names of
+Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in ``distributed/ddp.py``.
 """
 
 from __future__ import annotations
@@ -11,58 +11,58 @@ from typing import Any
 
 import torch
 
-# Tensors without values, in which the planner makes a step, and what they raise where values are asked for.
+# Tensors without values, with which the planner runs a step, and the errors when code asks for their values.
 from torch._subclasses import FakeTensor as FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException as DataDependentOutputException
 from torch._subclasses.fake_tensor import DynamicOutputShapeException as DynamicOutputShapeException
 
-# The tensors in any nesting of containers, transformers' outputs among them.
+# The leaves of nested containers, including transformers' output classes.
 from torch.utils._pytree import tree_leaves as tree_leaves
 
-# One operation on a list of tensors in one launch, as torch's own optimizers do it.
+# Operations on a list of tensors in one launch, which torch's own optimizers use.
 foreach_add_, foreach_mul_ = torch._foreach_add_, torch._foreach_mul_
 foreach_lerp, foreach_lerp_ = torch._foreach_lerp, torch._foreach_lerp_
 
 
 def backward_number() -> int:
-    """The number of the backward pass under way, one of its own within reentrant checkpointing; -1 outside of any."""
+    """The id of the running backward pass, -1 outside; a reentrant checkpoint's inner backward has its own id."""
     return torch._C._current_graph_task_id()
 
 
 def saved_tensor_hooks() -> Any:
-    """The hooks on what autograd saves now, which checkpointing sets; None without any."""
+    """The innermost pair of saved-tensor hooks that is active now (checkpointing sets one); None if there is none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def pass_over_in_compile(code: CodeType) -> None:
-    """Let ``torch.compile`` begin with what ``code`` calls."""
-    # This import takes a second, and help or a plan need none.
+    """Let ``torch.compile`` skip ``code`` itself and compile the functions that it calls."""
+    # This import takes a second, and commands such as help and plan do not need it.
     from torch._dynamo.eval_frame import skip_code
 
     skip_code(code)
 
 
 def source_of(model: Any) -> str:
-    """Where transformers has loaded ``model`` from, a name on the hub or a folder; empty if it does not say."""
+    """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def is_expert_parallel(experts: Any) -> bool:
-    """Whether transformers has spread this module of experts over processes."""
+    """Whether transformers has distributed the experts of this module over processes."""
     return bool(getattr(experts, "_is_expert_parallel", False))
 
 
 def gated(experts: Any, up: torch.Tensor) -> torch.Tensor:
-    """What transformers' module of experts makes of the product with its gate_up_proj."""
+    """The activation that transformers' module of experts applies to the output of its gate_up_proj."""
     return experts._apply_gate(up)  # type: ignore[no-any-return]
 
 
 def is_fabrics(module: Any) -> bool:
-    """Whether it is Fabric's wrapper around a model."""
+    """Whether ``module`` is Fabric's wrapper around a model."""
     return "_forward_module" in module._modules
 
 
 def scaler_of_fabric(optimizer: Any) -> Any:
-    """The GradScaler behind an optimizer that Fabric has wrapped; None where there is none."""
+    """The GradScaler of an optimizer that Fabric has wrapped; None if there is none."""
     return getattr(getattr(getattr(optimizer, "_strategy", None), "precision", None), "scaler", None)

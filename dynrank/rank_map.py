@@ -1,4 +1,4 @@
-"""Per-layer rank overrides: from ``rank_pattern`` rules to the rank, alpha and final rank of every LoRA layer."""
+"""The rank map: ``rank_pattern`` rules that override rank, alpha and final rank of single LoRA layers."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
 
 T = TypeVar("T")
 
-# What compiling an expression raises.
+# Errors of re.compile.
 EXPRESSION_ERRORS = (re.error, RecursionError, OverflowError)
-# A name, or trailing parts of one.
+# A name, or its trailing parts, without special characters of regular expressions.
 _PLAIN = re.compile(r"[\w.-]+")
-# At most so many faults are listed: looking for the nearest names takes time.
+# The largest number of faults in one error: the search for the nearest names takes time.
 _LISTED = 20
 
 
 @validated()
 class RankRule:
-    """What an override says of the layers that its key matches; None leaves the run's own value.
+    """The values of the layers that a key matches; None leaves the run's own value.
 
     Attributes:
         rank: starting rank.
-        final_rank: rank that a schedule brings the layer to.
+        final_rank: the layer's rank at the end of a schedule.
         alpha: LoRA alpha; the layer's scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA).
-        highest: rank that a budget gives the layer at most, in place of the schedule's ``highest``.
-        pinned: no schedule touches the layer.
+        highest: the highest rank that a budget may give the layer, instead of the schedule's ``highest``.
+        pinned: whether schedules leave the layer's rank unchanged.
     """
 
     rank: Count | None = None
@@ -45,16 +45,16 @@ class RankRule:
 
     def __post_init__(self) -> None:
         if self.pinned and (self.final_rank or self.highest):
-            raise ConfigurationError("a pinned layer has no final_rank and no highest; take out pinned, or those")
+            raise ConfigurationError("a pinned layer has no final_rank and no highest; remove pinned, or both of these")
 
 
 def whole_parts(key: str) -> re.Pattern[str]:
-    """The expression that PEFT matches against a module's name for a key of rank_pattern or alpha_pattern."""
+    """The expression that PEFT makes of a key of rank_pattern or alpha_pattern and matches with module names."""
     return re.compile(rf"(.*\.)?({key})$")
 
 
 def first_matches(pattern: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
-    r"""{name: what the first key that matches it stands for}, by PEFT's rule; a name that none matches is left out.
+    r"""{name: the value of the first key that matches it}, by PEFT's rule; a name that no key matches is left out.
 
     >>> first_matches({"q_proj": 1, r"layers\.[01]\..*": 2}, ["layers.1.q_proj", "layers.0.eq_proj"])
     {'layers.1.q_proj': 1, 'layers.0.eq_proj': 2}
@@ -66,7 +66,7 @@ def first_matches(pattern: Mapping[str, T], names: Iterable[str]) -> dict[str, T
 
 @dataclass(frozen=True)
 class LayerRank:
-    """The resolved values of one layer and ``rule``, the key that set them (None: the run's defaults)."""
+    """The values of one layer, and ``rule``, the key that set them (None: the run's defaults)."""
 
     rank: int
     alpha: float
@@ -77,10 +77,10 @@ class LayerRank:
 
 
 def peft_ranks(layers: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    r"""The settings of a PEFT config that give each layer its (rank, alpha), by full, anchored names where they differ.
+    r"""The settings of a PEFT config that give each layer its (rank, alpha).
 
-    PEFT takes the first pattern that matches and sorts the keys when it saves: only patterns that cannot overlap keep
-    their meaning. PEFT computes scaling as alpha / rank only where ``use_rslora`` is false.
+    Patterns are full, anchored names: PEFT takes the first pattern that matches, and sorts the keys when it saves, so
+    patterns must not overlap. ``use_rslora`` is false, because only then PEFT computes scaling as alpha / rank.
 
     >>> peft_ranks({"q": (4, 8.0), "v": (2, 4.0)})["rank_pattern"]
     {'^v': 2}
@@ -105,14 +105,14 @@ def _number(value: float) -> int | float:
 
 
 def load_rank_map(path: str | Path) -> dict[str, RankRule]:
-    """Rules of an override file (YAML, top-level key ``rank_pattern``)."""
+    """The rules of an override file (YAML with the one top-level key ``rank_pattern``)."""
     try:
         data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
     except OSError as error:
         raise ConfigurationError(
             f"cannot read the override file {str(path)!r}: {error.strerror}; set rank_map.file"
         ) from None
-    # A ValueError says that the file is not text, or that a date is impossible.
+    # A ValueError means that the file is not text, or that a date in it is impossible.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"rank_map.file must be YAML, got {str(path)!r}: {error!s:.500}") from None
     if not isinstance(data, dict) or set(data) != {"rank_pattern"} or not isinstance(data["rank_pattern"], dict):
@@ -124,7 +124,7 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
 
 
 def dump_rank_map(rules: Mapping[str, RankRule]) -> str:
-    """The text of an override file with these rules; :func:`load_rank_map` reads it back."""
+    """The text of an override file with these rules, which :func:`load_rank_map` can read."""
     pattern = {
         key: {f.name: getattr(rule, f.name) for f in fields(rule) if getattr(rule, f.name) != f.default}
         for key, rule in rules.items()
@@ -136,8 +136,8 @@ def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, Ra
     """Checked rules from plain data: each value is an int (the rank) or a mapping of :class:`RankRule` fields.
 
     Args:
-        rank_pattern: key -> value as read from YAML; a value may be a rule already.
-        source: file or key to name in the error.
+        rank_pattern: key -> value as read from YAML; a value may also be a rule.
+        source: the file or key that the error names.
     """
     rules, faults = {}, []
     for key, value in rank_pattern.items():
@@ -176,24 +176,24 @@ def resolve_rank_map(
     alpha: float,
     capped: Collection[str] = (),
 ) -> dict[str, LayerRank]:
-    """The rank, alpha and final rank of each LoRA layer; the most specific rule wins whatever the order.
+    """The values of each LoRA layer by the most specific rule that matches it; the order of the rules does not count.
 
-    A key equal to the layer's name beats a plain (regex-free) key that matches this layer only, which beats any
-    other pattern. Two rules of equal standing that say different things are an error.
+    A key that is the layer's name is the most specific. Next is a plain key (without special characters) that matches
+    this layer only, then any other pattern. Two equally specific rules with different values are an error.
 
     Args:
         shapes: module name -> (d_out, d_in) of every layer that gets LoRA.
         rules: key -> rule.
         rank: rank of layers that no rule sets.
         alpha: alpha of layers that no rule sets.
-        capped: names of layers for which ``rank`` is lowered to min(d_in, d_out) where that is less.
+        capped: names of layers in which ``rank`` is lowered to min(d_in, d_out) if that is less.
     """
     matched = {key: {*filter(whole_parts(key).match, shapes)} for key in rules}
     faults = [_unmatched(key, shapes) for key in islice((key for key in rules if not matched[key]), _LISTED)]
     layers = {}
     for name, (d_out, d_in) in shapes.items():
-        standing = {key: _standing(key, name, matched[key]) for key in rules if name in matched[key]}
-        best = [key for key, value in standing.items() if value == max(standing.values())]
+        specific = {key: _specificity(key, name, matched[key]) for key in rules if name in matched[key]}
+        best = [key for key, value in specific.items() if value == max(specific.values())]
         if len({rules[key] for key in best}) > 1:
             faults.append(
                 f"{name!r} is set by {' and by '.join(map(repr, best))}, which differ; make one an exact name"
@@ -226,9 +226,9 @@ def _unmatched(key: str, names: Mapping[str, Any]) -> str:
     return f"{key!r} matches no LoRA layer; nearest: {near or sorted(names)[:3]}"
 
 
-def _standing(key: str, name: str, matched: set[str]) -> int:
+def _specificity(key: str, name: str, matched: set[str]) -> int:
     """2 for a key that is the layer's name, 1 for a plain one that matches this layer only, 0 for any other pattern."""
-    # This undoes re.escape.
+    # Undo re.escape.
     plain = re.sub(r"\\(?=\W)", "", key.removeprefix("^").removesuffix("$"))
     if plain == name:
         return 2
@@ -236,11 +236,11 @@ def _standing(key: str, name: str, matched: set[str]) -> int:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, where YAML would quietly keep the last."""
+    """A SafeLoader that refuses a repeated key; YAML's own loader would keep the last one without a message."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for (_, key), times in keys.items():
             if times > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)

@@ -1,4 +1,4 @@
-"""Who makes the rank-sized products of a LoRA layer: ATen, on any device, or Triton's kernels on a GPU."""
+"""The choice of the module that makes a LoRA layer's products with A and B: ATen, or Triton's kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
 
 BACKENDS = ("auto", "torch", "triton")
-# scripts/bench_gpu.py appends rows to it.
+# scripts/bench_gpu.py appends rows to this file.
 MEASURED = Path(__file__).with_name("measured.csv")
 
 
 def check_backend(backend: str) -> str:
-    """``backend``, if it is one."""
+    """``backend`` itself, if it is the name of one."""
     if backend not in BACKENDS:
         raise ConfigurationError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}; set lora.backend")
     return backend
@@ -28,13 +28,13 @@ def check_backend(backend: str) -> str:
 def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
     """The module that makes the products.
 
-    ``auto`` is Triton's kernels where they serve ``x`` and this card's measurements say that they pay, else ATen.
+    ``auto`` is Triton's kernels where they support ``x`` and were faster on this GPU at this size, else ATen.
     """
     check_backend(backend)
-    pays = backend == "triton"
+    wanted = backend == "triton"
     if backend == "auto" and x.is_cuda:
-        pays = x.numel() >= paying_size(torch.cuda.get_device_name(x.device))
-    if not pays:
+        wanted = x.numel() >= paying_size(torch.cuda.get_device_name(x.device))
+    if not wanted:
         return torch_backend
     fault = triton_launch.serves(x, rank)
     if fault is None:
@@ -46,10 +46,11 @@ def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
 
 @cache
 def paying_size(card: str, measured: Path = MEASURED) -> float:
-    """Elements of x from which on every row of ``measured`` for this card has Triton ahead of ATen; inf if none has."""
+    """The smallest x.numel() above which Triton was faster in every row of ``measured`` for this GPU; inf if none."""
     with measured.open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["gpu"] == card]
-    ahead = {True: [float("inf")], False: [0.0]}
+    sizes = {True: [float("inf")], False: [0.0]}
     for row in rows:
-        ahead[float(row["triton_us"]) < float(row["torch_us"])].append(int(row["tokens"]) * int(row["d_in"]))
-    return min(size for size in ahead[True] if size > max(ahead[False]))
+        triton_is_faster = float(row["triton_us"]) < float(row["torch_us"])
+        sizes[triton_is_faster].append(int(row["tokens"]) * int(row["d_in"]))
+    return min(size for size in sizes[True] if size > max(sizes[False]))

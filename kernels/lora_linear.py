@@ -20,17 +20,17 @@ Tap = Callable[[Tensor, Tensor], None]
 
 
 class Operands(NamedTuple):
-    """What one layer brings to the op.
+    """The operands of one layer.
 
     Attributes:
-        weight: (O, I), or a function that returns it from a packed form. The function is called once in forward, and
-            once in backward where x needs a gradient; what it returns is not kept (QLoRA, arXiv:2305.14314, section 3).
+        weight: (O, I), or a function that unpacks and returns it. The op calls the function once in forward, and once
+            in backward if x needs a gradient, and does not keep the result (QLoRA, arXiv:2305.14314, section 3).
         bias: (O,) or None.
         lora_A: (R, I).
         lora_B: (O, R).
         scaling: factor of the update.
-        tap: called in each backward with ``z = drop(x) A^T`` and the gradient at z, both (..., R) as x is (..., I),
-            without a graph.
+        tap: an observer. Each backward calls it with ``z = drop(x) A^T`` and the gradient of the loss at z, both
+            (..., R) where x is (..., I), and both without a graph.
     """
 
     weight: Tensor | Callable[[], Tensor]
@@ -56,27 +56,26 @@ def lora_linear(
 ) -> Tensor:
     """``x W^T + b + scaling * (drop(x) A^T) B^T`` with W and b frozen (Hu et al., arXiv:2106.09685, section 4.1).
 
-    Kept for backward are x and drop(x) A^T. Under autocast all of it is done in autocast's dtype, as torch does a
-    linear layer.
+    The op saves x and drop(x) A^T for backward. Under autocast it computes in autocast's dtype, as a linear layer does.
 
     Args:
-        x: (..., I), any dtype that torch multiplies.
-        weight: (O, I) in x's dtype, or a function that returns it in any, see :class:`Operands`; gets no gradient.
-        bias: (O,) or None; gets no gradient.
-        lora_A: (R, I), any dtype. Where it is wider than x's, the gradients of A and B are summed in it.
+        x: (..., I), any dtype that torch can multiply.
+        weight: (O, I) in x's dtype, or a function that returns it in any dtype, see :class:`Operands`; no gradient.
+        bias: (O,) or None; no gradient.
+        lora_A: (R, I), any dtype. If it is wider than x's, the gradients of A and B are summed in it.
         lora_B: (O, R), the dtype of lora_A.
         scaling: factor of the update.
         dropout: probability of zeroing an element of the update's input, in [0, 1].
-        seed: of the mask, 0-d int64, see :func:`dynrank.kernels.dropout.draw_seed`; drawn anew when None.
-        backend: who makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
-        tap: called in backward, see :class:`Operands`.
+        seed: seed of the dropout mask, 0-d int64, see :func:`dynrank.kernels.dropout.draw_seed`; None draws a new one.
+        backend: which backend makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
+        tap: an observer of backward, see :class:`Operands`.
 
     Returns:
-        (..., O), the dtype of x (of autocast, under it).
+        (..., O) in the dtype of x, or in autocast's dtype under autocast.
 
     Raises:
-        ValueError: if a shape or x's dtype does not fit, or ``dropout`` is no probability; as a ConfigurationError, if
-            the backend cannot serve x.
+        ValueError: if a shape or x's dtype does not fit, or ``dropout`` is no probability.
+        ConfigurationError: if the backend does not support x or the rank.
     """
     layer = Operands(weight, bias, lora_A, lora_B, scaling, tap)
     _check(x, layer, dropout)
@@ -84,22 +83,22 @@ def lora_linear(
 
 
 class SharedInput:
-    """One pass over x for the layers that read it: ``s = drop(x) [A_1; A_2; ...]^T`` is made when it is opened.
+    """One pass over x for all layers that read it; the constructor computes ``s = drop(x) [A_1; A_2; ...]^T``.
 
-    Each layer's output is made when it is asked for, so that a layer which turns out to read another tensor costs its
-    share of a rank-sized product only. In backward, when the gradients of all outputs in use have arrived, dA is one
-    product, and dx one buffer to which each frozen product is added in place. x is saved once.
+    :meth:`output` computes the output of one layer. So a layer that then reads another tensor has cost only its part of
+    s. Backward runs when the gradients of all outputs in use have arrived: dA is one product, and each frozen product
+    is added in place to one buffer for dx. x is saved once.
 
-    The outputs share a node of the autograd graph: a second backward, through another of them, needs
-    ``retain_graph=True``. Operands have to fit, as :func:`lora_linear` checks; here it is not checked again.
+    The outputs share a node of the autograd graph, so a second backward through another output needs
+    ``retain_graph=True``. The shapes must fit; unlike :func:`lora_linear`, this class does not check them.
 
     Args:
         x: (..., I).
-        layers: with factors of one dtype that need gradients alike; ranks and d_out may differ. A single layer is a
-            list of one.
-        dropout: as in :func:`lora_linear`; there is one mask for all layers.
-        seed: of the mask; drawn anew when None.
-        backend: as in :func:`lora_linear`; it has to serve the ranks' sum.
+        layers: one or more. Their factors have one dtype, and all need gradients or none does; ranks and d_out may
+            differ.
+        dropout: as in :func:`lora_linear`; all layers share one mask.
+        seed: seed of the mask; None draws a new one.
+        backend: as in :func:`lora_linear`; it has to support the sum of the ranks.
     """
 
     def __init__(
@@ -125,7 +124,7 @@ class SharedInput:
             self.s_MR, self._ys = _open(x, layers, self._how)
 
     def output(self, index: int) -> Tensor:
-        """The output of a layer, (..., O), to be asked for once."""
+        """The output of layer ``index``, (..., O); call this once per layer."""
         y: Tensor = self._ys[index]
         if len(self._layers) > 1:
             with torch.no_grad():
@@ -135,18 +134,18 @@ class SharedInput:
 
 
 class ProductOptions(NamedTuple):
-    """How the rank-sized products are made."""
+    """How the products with A and B are made."""
 
     # The probability of dropout.
     p: float
-    # The seed of its mask; None for no dropout.
+    # The seed of the mask; None means no dropout.
     seed: Tensor | None
-    # The module that makes them: torch_backend or triton_launch.
+    # The module that makes the products: torch_backend or triton_launch.
     products: ModuleType
 
 
 def _open(x: Tensor, layers: Sequence[Operands], how: ProductOptions) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """``s = drop(x) [A_1; A_2; ...]^T``, and outputs: of a single layer complete, of several with their shapes only."""
+    """``s = drop(x) [A_1; A_2; ...]^T`` and the outputs: computed for a single layer, empty tensors for several."""
     x_MI, lora_A = _rows(x), _joined([layer.lora_A for layer in layers], 0)
     s_MR = how.products.shrink(x_MI, lora_A, how.products.dropout(x_MI, how.p, how.seed))
     ys = tuple([x.new_empty(*x.shape[:-1], layer.lora_B.shape[0]) for layer in layers])
@@ -165,10 +164,10 @@ def _up(y: Tensor, x_MI: Tensor, s_MR: Tensor, layer: Operands, how: ProductOpti
 def _gradients(
     x_MI: Tensor, uses: Sequence[tuple[Tensor, Tensor, Operands]], how: ProductOptions, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, list[tuple[Tensor | None, Tensor | None]]]:
-    """Gradients with respect to x, and to (A, B) of each layer, as far as ``needs`` says for x, the A and the B.
+    """The gradients of x and of (A, B) of each layer; ``needs`` says which of x, A and B need one.
 
-    ``dB = scaling * dy^T s``, ``ds = scaling * dy B``, ``dA = ds^T drop(x)`` and ``dx = drop(ds A) + dy W``, the last
-    summed over the layers. ``uses`` has (dy, s, operands) of each, dy as (M, O).
+    ``dB = scaling * dy^T s``, ``ds = scaling * dy B``, ``dA = ds^T drop(x)``, and the sum of ``dx = drop(ds A) + dy W``
+    over the layers. ``uses`` has (dy, s, operands) of each layer, dy as (M, O).
     """
     need_x, need_A, need_B = needs
     products, layers = how.products, [layer for *_, layer in uses]
@@ -185,7 +184,7 @@ def _gradients(
         ds_MR, dropout = _joined(ds, 1), products.dropout(x_MI, how.p, how.seed)
         if need_A:
             d_A = products.grad_A(ds_MR, x_MI, layers[0].lora_A.dtype, dropout)
-            # not views that keep the others' memory
+            # A view would keep the memory of the other layers' gradients alive.
             d_As = [d_A] if len(layers) == 1 else [part.clone() for part in _split(d_A, layers, 0)]
         if need_x:
             dx = products.expand(ds_MR, _joined([layer.lora_A for layer in layers], 0), 1.0, None, dropout, x_MI.dtype)
@@ -201,7 +200,7 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, shared: SharedInput, x: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
         layers, how = shared._layers, shared._how
         shared.s_MR, ys = _open(x, layers, how)
-        # An output that is not used needs no gradient of zeros.
+        # The gradient of an output that the loss does not use is then None and not a tensor of zeros.
         ctx.set_materialize_grads(False)
         weights = [layer.weight for layer in layers if isinstance(layer.weight, Tensor)]
         ctx.save_for_backward(x, shared.s_MR, how.seed, *factors, *weights)
@@ -209,16 +208,16 @@ class _Node(torch.autograd.Function):
         return ys
 
     @staticmethod
-    # drop(x) A^T is kept as a number and not as a function of x, so a second derivative would be wrong.
+    # s is saved as a constant and not as a function of x, so a second derivative would be wrong.
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        # torch checks that none of the saved tensors has been changed in place, the factors included.
+        # This access lets torch check that no saved tensor, the factors included, was changed in place.
         x, s_MR, *_ = ctx.saved_tensors
         parts = zip(dys, _split(s_MR, ctx.layers, 1), ctx.layers, strict=True)
         uses = [(_rows(dy), s, layer) for dy, s, layer in parts if dy is not None]
         if not uses:
             return (None,) * len(ctx.needs_input_grad)
-        # The factors of all layers need gradients, or none does.
+        # All layers' factors need gradients, or none does, so those of the first layer decide.
         _, need_x, need_A, need_B, *_ = ctx.needs_input_grad
         dx, pairs = _gradients(_rows(x), uses, ctx.how, (need_x, need_A, need_B))
         given = iter(pairs)
@@ -227,7 +226,7 @@ class _Node(torch.autograd.Function):
 
 
 def _compiled(x: Tensor, layer: Operands, how: ProductOptions, backend: str) -> tuple[Tensor, ...]:
-    """The output by an op that torch.compile takes as it is; in eager mode a Function takes less of the host's time."""
+    """The output by the torch.library op, which torch.compile does not trace into; eager mode uses :class:`_Node`."""
     weight, bias, lora_A, lora_B, scaling, tap = layer
     weight = weight if isinstance(weight, Tensor) else weight()
     results: tuple[Tensor, Tensor] = _op(x, lora_A, lora_B, weight, bias, scaling, float(how.p), how.seed, backend)
@@ -249,12 +248,10 @@ def _forward(
     seed: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    layer, how = (
-        Operands(weight, bias, lora_A, lora_B, scaling),
-        ProductOptions(p, seed, products_of(backend, x, lora_A.shape[0])),
-    )
+    layer = Operands(weight, bias, lora_A, lora_B, scaling)
+    how = ProductOptions(p, seed, products_of(backend, x, lora_A.shape[0]))
     s_MR, (y,) = _open(x, (layer,), how)
-    # Triton's rows are wider than R. The compiler is told their shape below.
+    # Triton's rows are wider than R, but register_fake below promises contiguous ones.
     return y, s_MR.contiguous()
 
 
@@ -271,10 +268,8 @@ def _backward(
     backend: str,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layer, how = (
-        Operands(weight, None, lora_A, lora_B, scaling),
-        ProductOptions(p, seed, products_of(backend, x, lora_A.shape[0])),
-    )
+    layer = Operands(weight, None, lora_A, lora_B, scaling)
+    how = ProductOptions(p, seed, products_of(backend, x, lora_A.shape[0]))
     need_x, need_A, need_B = needs
     dx, [(d_A, d_B)] = _gradients(_rows(x), [(_rows(dy), s_MR, layer)], how, (need_x, need_A, need_B))
     dx = None if dx is None else dx.view(x.shape)
@@ -296,7 +291,7 @@ def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
 
 
-# Shapes, dtypes and strides of the results are those by ATen without dropout.
+# ATen without dropout gives results of the same shapes, dtypes and strides.
 _op = torch.library.custom_op("dynrank::lora_linear", _forward, mutates_args=())
 _op.register_fake(lambda *given: _forward(*given[:6], 0.0, None, "torch"))  # type: ignore[call-arg]
 _op.register_autograd(_differentiate, setup_context=_setup_context)
@@ -305,7 +300,7 @@ _backward_op.register_fake(lambda *given: _backward(*given[:7], 0.0, None, "torc
 
 
 def _check(x: Tensor, layer: Operands, p: float) -> None:
-    """Refuse shapes that do not fit, which no kernel sees, and a dropout that is no probability."""
+    """Refuse shapes that do not fit, since the kernels do not check them, and a dropout that is no probability."""
     weight, bias, lora_A, lora_B, *_ = layer
     d_out, d_in = weight.shape if isinstance(weight, Tensor) else (lora_B.shape[0], lora_A.shape[1])
     rank = lora_A.shape[0]
@@ -318,7 +313,7 @@ def _check(x: Tensor, layer: Operands, p: float) -> None:
 
 
 def _in_working_dtypes(x: Tensor, layers: Sequence[Operands]) -> tuple[Tensor, Sequence[Operands]]:
-    """The operands in x's dtype, or autocast's under it; outside of autocast, factors stay in a wider one."""
+    """The operands in x's dtype, or under autocast in autocast's; outside autocast, wider factors stay wider."""
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     if autocast:
@@ -340,12 +335,11 @@ def _in_working_dtypes(x: Tensor, layers: Sequence[Operands]) -> tuple[Tensor, S
 
 
 def _shaped(tap: Tap, shape: Sequence[int]) -> Tap:
-    """A tap that is called with rows and calls ``tap`` with what they are rows of."""
+    """A tap that takes (M, R) tensors and calls ``tap`` with them as (*shape, R)."""
     return lambda z_MR, dz_MR: tap(*(t.reshape(*shape, t.shape[-1]) for t in (z_MR, dz_MR)))
 
 
 def _weight(layer: Operands, dtype: torch.dtype) -> Tensor:
-    """(O, I) in ``dtype``."""
     weight = layer.weight if isinstance(layer.weight, Tensor) else layer.weight()
     return weight if weight.dtype == dtype else weight.to(dtype)
 
@@ -359,5 +353,5 @@ def _joined(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 
 def _split(joined: Tensor, layers: Sequence[Operands], dim: int) -> Sequence[Tensor]:
-    """What belongs to each layer of a tensor that has the ranks of all along ``dim``."""
+    """The part of each layer in a tensor that holds the ranks of all layers along ``dim``."""
     return [joined] if len(layers) == 1 else torch.split(joined, [layer.lora_A.shape[0] for layer in layers], dim)

@@ -1,8 +1,8 @@
-"""The rank-sized products of a LoRA layer, and its dropout, through ATen: on any device that torch has.
+"""The products of a LoRA layer with A and B, and its dropout, through ATen, on any device that torch supports.
 
-Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank. Factors are in x's dtype, or in a wider one. On a
-CPU the products are then made in the wider one (x itself is never kept in it); on other devices in x's, by matrix
-instructions that sum in float32, and the gradients of the factors are these sums.
+Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank. Factors have the dtype of x, or a wider one. With
+wider factors the products are made in their dtype on a CPU (a wider copy of x is never kept). On other devices they are
+made in the dtype of x by matrix instructions that sum in float32; the gradients of the factors are these sums.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dynrank.kernels.dropout import keep_rate, masked, random_mask
 
 
 class Dropout(NamedTuple):
-    """What x is multiplied by: a mask, see :func:`random_mask`, None for all ones; and 1 / keep rate."""
+    """What x is multiplied by: a mask (see :func:`random_mask`; None keeps everything) and 1 / keep rate."""
 
     mask: Tensor | None
     rescale: float
@@ -26,12 +26,12 @@ NO_DROPOUT = Dropout(None, 1.0)
 
 
 def seed_place(x: Tensor) -> torch.device:
-    """Where the seed of a mask for ``x`` has to be: the host reads it, and would wait for a GPU."""
+    """The device of the seed: the CPU, because the host reads it and would have to wait for a GPU."""
     return torch.device("cpu")
 
 
 def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
-    """The dropout of ``x_MI`` with probability ``p``; none where there is no seed."""
+    """The dropout of ``x_MI`` with probability ``p``; no dropout without a seed."""
     if seed is None:
         return NO_DROPOUT
     keep = keep_rate(p)
@@ -55,7 +55,7 @@ def expand(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``, written into ``out`` if there is one."""
+    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``; written into ``out`` if it is given."""
     s_MR, factor_RN, scale = _in(dtype, s_MR), _in(dtype, factor_RN), scale * dropout.rescale
     if bias_N is None:
         out = _product(s_MR, factor_RN, scale, dtype, out)
@@ -67,11 +67,11 @@ def expand(
 def grad_S_and_B(
     dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``scaling * dy B``, (M, R) as s is, and ``scaling * dy^T s``, (O, R) as B is, where ``needs`` says so."""
+    """``scaling * dy B`` in the shape of s, and ``scaling * dy^T s`` in that of B; None for what ``needs`` excludes."""
     need_S, need_B = needs
     dy_MO, d_B = _in(s_MR.dtype, dy_MO), None
     ds_MR = _product(dy_MO, _in(s_MR.dtype, lora_B), scaling, s_MR.dtype) if need_S else None
-    # Computed as (S^T dY)^T, which keeps the long dimension contiguous: on a CPU several times faster than dY^T S.
+    # (s^T dy)^T reads the long dimension contiguously: on a CPU this is several times faster than dy^T s.
     if need_B:
         d_B = _product(s_MR.mT, dy_MO, scaling, lora_B.dtype).mT.contiguous()
     return ds_MR, d_B
@@ -84,15 +84,15 @@ def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout) ->
 
 
 def _product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """``scale * left right``, summed and stored in ``dtype``; one that is not theirs is for GPUs alone."""
+    """``scale * left right``, summed and stored in ``dtype``; on a CPU this must be the inputs' dtype."""
     dtypes = () if left.dtype == dtype else (dtype,)
     if scale == 1:
         return torch.mm(left, right, *dtypes, out=out)
-    # beta = 0 means that this tensor is never read: one call multiplies and scales, and needs no empty result.
+    # With beta = 0 torch never reads this tensor, so one call multiplies and scales without an empty result.
     unread = left.new_empty(1, dtype=dtype)
     return torch.addmm(unread, left, right, *dtypes, beta=0, alpha=scale, out=out)
 
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    # Asking takes less time than a call of torch that does nothing.
+    # This check takes less time than a call of torch that changes nothing.
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -1,17 +1,16 @@
-"""The Triton kernels of the low-rank update; imported by :mod:`dynrank.kernels.triton_launch` alone, at first use.
+"""The Triton kernels of the low-rank update; only :mod:`dynrank.kernels.triton_launch` imports them, at first use.
 
 Shape suffixes: M = tokens, I = d_in, N = d_in or d_out, R = rank, Q = columns of a tile, P = partial sums.
 
-The dropout mask is a function of (seed, row, column) alone, so every kernel and every tile size draws the same one.
+The dropout mask depends only on (seed, row, column), so every kernel and every tile size draws the same mask.
 Philox4x32-10 (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3") with key ``seed`` and counter
-``(column // 8, row, 0, 0)`` gives 128 bits for eight neighbours in a row. Each takes 16 of them, low halves first, and
-is kept where they are below ``threshold``. A thread that loads 128 bits of 16-bit numbers has just these eight, so the
-mask is made where it is used, and one call for eight values keeps it cheaper than the memory pass.
+``(column // 8, row, 0, 0)`` gives 128 bits for eight neighbours in a row. Each value takes 16 of them, low halves
+first, and is kept if they are below ``threshold``. A thread that loads 128 bits of 16-bit numbers holds exactly these
+eight values, so it makes their mask with one call, which costs less than the memory pass.
 
-Rank is a run-time number, and nothing that follows from it is specialised: another rank in the same bucket runs the
-same binary. s and ds are as wide as the bucket, BLOCK_R, so that they are loaded 128 bits at a time whatever the rank;
-what their columns beyond the rank hold is multiplied by zero, or not stored. Offsets are 64-bit, as M * I passes 2^31
-at 512k tokens of width 4096.
+Rank is a run-time number and no kernel is specialised for it: all ranks in one bucket run the same binary. s and ds
+are as wide as the bucket, BLOCK_R, so that they are loaded 128 bits at a time at every rank. Their columns beyond the
+rank are multiplied by zero or not stored. Offsets are 64-bit, because M * I exceeds 2^31 at 512k tokens of width 4096.
 """
 
 import triton
@@ -24,8 +23,8 @@ def _philox(seed_ptr, row_M1, counter_1Q):
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     key_0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     key_1 = (seed >> 32).to(tl.uint32)
-    # Round 1, with what its two zero words cancel left out. Words of the row or of the column alone stay that small
-    # until they meet in round 3.
+    # Round 1 without the terms that the two zero words cancel. Words that depend only on the row, or only on the
+    # column, stay (M, 1) or (1, Q) until round 3 combines them.
     product_0 = counter_1Q.to(tl.uint64) * 0xD2511F53
     c0 = row_M1.to(tl.uint32) ^ key_0
     c1 = tl.full([1, 1], 0, tl.uint32)
@@ -46,7 +45,7 @@ def _philox(seed_ptr, row_M1, counter_1Q):
 
 @triton.jit
 def _dropped(x_MQ, seed_ptr, row_M, start, threshold):
-    """``x``, of 16-bit numbers, with the bits of dropped ones cleared; column ``start``, a multiple of 8, is first."""
+    """``x``, of 16-bit numbers, with the dropped ones set to zero; its first column is ``start``, a multiple of 8."""
     counter_Q = start // 8 + tl.arange(0, x_MQ.shape[1] // 8)
     c0, c1, c2, c3 = _philox(seed_ptr, row_M[:, None], counter_Q[None, :])
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))
@@ -59,7 +58,7 @@ def _dropped(x_MQ, seed_ptr, row_M, start, threshold):
 def shrink_kernel(
     # (P, M, BLOCK_R), contiguous: drop(x) lora_A^T over each program's columns.
     s_ptr,
-    # (M, I), columns side by side.
+    # (M, I), each row contiguous.
     x_ptr,
     # (R, I), contiguous.
     a_ptr,
@@ -68,7 +67,7 @@ def shrink_kernel(
     d_in,
     rank,
     stride_xm,
-    # Steps of WIDTH columns that each program makes.
+    # How many times WIDTH columns each program reads.
     steps,
     threshold,
     # 1 / keep rate.
@@ -78,7 +77,7 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A program owns BLOCK_M rows and walks over its share of the columns."""
+    """A program owns BLOCK_M rows and loops over its part of the columns."""
     row_M = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     rank_R = tl.arange(0, BLOCK_R)
     row_is_real = row_M[:, None] < rows
@@ -152,14 +151,14 @@ def grad_A_kernel(
     partial_ptr,
     # (M, BLOCK_R), contiguous.
     ds_ptr,
-    # (M, I), columns side by side.
+    # (M, I), each row contiguous.
     x_ptr,
     seed_ptr,
     rows,
     d_in,
     rank,
     stride_xm,
-    # Steps of BLOCK_M rows that each program makes.
+    # How many times BLOCK_M rows each program reads.
     steps,
     threshold,
     # 1 / keep rate.
@@ -169,7 +168,7 @@ def grad_A_kernel(
     BLOCK_R: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """A program owns WIDTH columns and walks over its share of the rows."""
+    """A program owns WIDTH columns and loops over its part of the rows."""
     rank_R = tl.arange(0, BLOCK_R)
     start = tl.program_id(0) * WIDTH
     column_Q = start + tl.arange(0, WIDTH)
@@ -195,7 +194,7 @@ def grad_A_kernel(
 
 @triton.jit(do_not_specialize=["rows", "partials"])
 def sum_partials_kernel(
-    # (rows, columns), or (columns, rows) where it is transposed, contiguous.
+    # (rows, columns), or (columns, rows) if TRANSPOSED, contiguous.
     out_ptr,
     # (P, rows, columns) float32, contiguous.
     partial_ptr,
@@ -206,7 +205,7 @@ def sum_partials_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """The second stage of a sum: the partial sums, added in their order whatever finished first."""
+    """The second stage of a sum: it adds the partial sums in a fixed order."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
     is_real = (row < rows) & (column < columns)

@@ -1,11 +1,10 @@
-"""The rank-sized products of a LoRA layer on a GPU by Triton: dropout drawn in the kernels, nothing atomic.
+"""The products of a LoRA layer with A and B on a GPU by Triton: the kernels draw dropout's mask and use no atomics.
 
 Shape suffixes: M = tokens, I = d_in, O = d_out, N = either, R = rank, P = partial sums.
 
-The same functions as :mod:`dynrank.kernels.torch_backend` has, for bfloat16 and float16 and any strides. What they
-multiply is in x's dtype, sums are in float32. Long sums are split among as many programs as the card runs at one time,
-and added in a second stage in a fixed order, so a result is the same bits every time. Triton is imported when a kernel
-first runs.
+The functions are those of :mod:`dynrank.kernels.torch_backend`, for bfloat16 and float16 and any strides. Factors are
+in the dtype of x, sums in float32. A long sum is divided among as many programs as the GPU runs at one time; a second
+stage adds their partial sums in a fixed order, so every run gives the same bits. Triton is imported at the first call.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.bfloat16, torch.float16)
-# Ranks up to each of these run one binary. A matrix instruction takes at least 16.
+# Every rank above one bucket and up to the next runs the same binary. A matrix instruction takes at least 16.
 BUCKETS = (16, 32, 64, 128)
-# Tiles are shipped, not searched for at run time, so that two runs add in the same order. Compiled for compute
-# capability 8.0, 8.9, 9.0, 10.0 and 12.0, none spills a register, and a multiprocessor holds PER_MULTIPROCESSOR of them
-# at once. Four warps on 64 rows: eight would compute the mask of a product's first operand twice.
+# Tile sizes are constants and are not tuned at run time, so that two runs add in the same order. Compiled for compute
+# capability 8.0, 8.9, 9.0, 10.0 and 12.0, no tile spills a register, and a multiprocessor can hold PER_MULTIPROCESSOR
+# programs at once. Four warps share 64 rows: eight would compute the mask of a product's first operand twice.
 ROWS, WARPS, PER_MULTIPROCESSOR = 64, 4, 2
-# For each bucket: columns beside ROWS tokens, and how many loads of a loop are in flight.
+# For each bucket: the columns of a tile of ROWS tokens, and the stages of its loop (loads in flight).
 TILES = {
     "shrink": ((128, 2), (128, 2), (64, 3), (32, 3)),
     "expand": ((128, 1), (128, 1), (128, 1), (128, 1)),
     "grad_A": ((128, 2), (128, 2), (128, 2), (64, 2)),
 }
-# Launched with every kernel; said aloud, because Triton warns that the default of enable_fp_fusion will change.
+# Options of every kernel. enable_fp_fusion is explicit, because Triton warns that its default will change.
 _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
 def serves(x: Tensor, rank: int) -> str | None:
-    """None if the kernels can serve ``x`` at this rank, else why not, as a clause for an error message."""
+    """None if the kernels support ``x`` at this rank, else the reason why not, for an error message."""
     if rank > BUCKETS[-1]:
         return f"the Triton kernels serve ranks up to {BUCKETS[-1]}, and the rank is {rank}"
     if x.dtype not in _DTYPES:
@@ -53,7 +52,7 @@ def serves(x: Tensor, rank: int) -> str | None:
 
 
 class Dropout(NamedTuple):
-    """A value is kept where its 16 random bits are below ``threshold``, and then multiplied by ``rescale``."""
+    """A value is kept if its 16 random bits are below ``threshold``, and is then multiplied by ``rescale``."""
 
     seed: Tensor | None
     threshold: int
@@ -64,12 +63,12 @@ NO_DROPOUT = Dropout(None, 65536, 1.0)
 
 
 def seed_place(x: Tensor) -> torch.device:
-    """Where the seed of a mask for ``x`` has to be: the kernels read it."""
+    """The device of the seed: that of ``x``, because the kernels read it."""
     return x.device
 
 
 def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
-    """The dropout of ``x_MI`` with ``p`` to the nearest 1 / 65536; ``seed`` is read on the device."""
+    """The dropout of ``x_MI`` with ``p`` rounded to a multiple of 1 / 65536; no dropout without a seed."""
     threshold = round((1.0 - p) * 65536)
     if seed is None or threshold == 65536:
         return NO_DROPOUT
@@ -77,18 +76,18 @@ def dropout(x_MI: Tensor, p: float, seed: Tensor | None) -> Dropout:
 
 
 def rank_bucket(rank: int) -> int:
-    """The least bucket that holds ``rank``."""
+    """The smallest bucket of at least ``rank``."""
     return next(bucket for bucket in BUCKETS if rank <= bucket)
 
 
 def tile(kernel: str, rank: int) -> tuple[int, int]:
-    """Columns and stages of ``kernel`` at ``rank``."""
+    """(columns, stages) of ``kernel`` at ``rank``."""
     return TILES[kernel][BUCKETS.index(rank_bucket(rank))]
 
 
 def shrink(x_MI: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
-    """``drop(x) A^T``, (M, R) in the dtype of x: in rows as wide as the rank's bucket, which the kernels load whole."""
-    x_MI, A_RI = _rows_whole(x_MI), _whole(lora_A, x_MI.dtype)
+    """``drop(x) A^T``, (M, R) in the dtype of x; a view of rows as wide as the rank's bucket."""
+    x_MI, A_RI = _contiguous_rows(x_MI), _contiguous(lora_A, x_MI.dtype)
     (rows, d_in), rank, bucket = x_MI.shape, lora_A.shape[0], rank_bucket(lora_A.shape[0])
     s_MR = x_MI.new_empty(rows, bucket)[:, :rank]
     if s_MR.numel() == 0:
@@ -116,7 +115,7 @@ def expand(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor:
-    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``, written into ``out``, contiguous, if there is one."""
+    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``; written into ``out``, contiguous, if it is given."""
     (rows, rank), width = s_MR.shape, factor_RN.shape[1]
     out_MN = s_MR.new_empty(rows, width, dtype=dtype) if out is None else out
     if out_MN.numel() == 0:
@@ -124,7 +123,7 @@ def expand(
     options = _options("expand", rank, dropout)
     with torch.cuda.device(s_MR.get_device()):
         _kernels().expand_kernel[_blocks(rows, ROWS), _blocks(width, options["WIDTH"])](
-            out_MN, _bucket_wide(s_MR), _whole(factor_RN, s_MR.dtype),
+            out_MN, _bucket_wide(s_MR), _contiguous(factor_RN, s_MR.dtype),
             None if bias_N is None else bias_N.contiguous(), dropout.seed,
             rows, width, rank, dropout.threshold, scale * dropout.rescale, **options,
         )  # fmt: skip
@@ -132,12 +131,12 @@ def expand(
 
 
 def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout, *, transposed: bool = False) -> Tensor:
-    """``ds^T drop(x)``, (R, I), or (I, R) where it is transposed; summed in float32 and stored in ``dtype``."""
+    """``ds^T drop(x)``, (R, I), or (I, R) if ``transposed``; summed in float32 and stored in ``dtype``."""
     (rows, d_in), rank = x_MI.shape, ds_MR.shape[1]
     out = x_MI.new_empty((d_in, rank) if transposed else (rank, d_in), dtype=dtype)
     if x_MI.numel() == 0:
         return out.zero_()
-    x_MI, ds_MR, options = _rows_whole(x_MI), _bucket_wide(ds_MR), _options("grad_A", rank, dropout)
+    x_MI, ds_MR, options = _contiguous_rows(x_MI), _bucket_wide(ds_MR), _options("grad_A", rank, dropout)
     column_blocks = _blocks(d_in, options["WIDTH"])
     steps, shares = _shares(x_MI, _blocks(rows, ROWS), column_blocks, least=8 * options["BLOCK_R"] // ROWS)
     partial_PRI = x_MI.new_empty(shares, rank, d_in, dtype=torch.float32)
@@ -153,8 +152,8 @@ def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout, *,
 def grad_S_and_B(
     dy_MO: Tensor, s_MR: Tensor, lora_B: Tensor, scaling: float, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """``scaling * dy B``, (M, R) in dy's dtype, and ``scaling * dy^T s``, (O, R) in that of B, as ``needs`` says."""
-    # A float, because Triton would compile another binary for an int.
+    """``scaling * dy B``, (M, R) in dy's dtype, and ``scaling * dy^T s``, (O, R) in B's; None where not needed."""
+    # Triton would compile another binary for an int.
     scaled = NO_DROPOUT._replace(rescale=float(scaling))
     ds_MR = shrink(dy_MO, lora_B.mT, scaled) if needs[0] else None
     return ds_MR, grad_A(s_MR, dy_MO, lora_B.dtype, scaled, transposed=True) if needs[1] else None
@@ -170,10 +169,11 @@ def _sum(partial: Tensor, out: Tensor, *, TRANSPOSED: bool = False, **block: int
 
 
 def _shares(x: Tensor, blocks: int, others: int, least: int) -> tuple[int, int]:
-    """Blocks of a program along the dimension that is summed over, and programs along it, as many as run at one time.
+    """(blocks per program, programs) along the dimension of ``blocks`` blocks that is summed over.
 
-    ``others`` programs are along the other dimension, and ``least`` blocks at least are summed by one, so that partial
-    sums are half of what is read at most. The order of a sum follows from sizes and from the card alone.
+    Together with the ``others`` programs along the other dimension they are as many as the GPU runs at one time. Each
+    program sums at least ``least`` blocks, so that partial sums are at most half as large as the input. The order of a
+    sum depends only on sizes and on the GPU.
     """
     wanted = max(1, min(_programs_at_once(x.get_device()) // others, blocks // least))
     steps = _blocks(blocks, wanted)
@@ -182,32 +182,32 @@ def _shares(x: Tensor, blocks: int, others: int, least: int) -> tuple[int, int]:
 
 @cache
 def _programs_at_once(device: int) -> int:
-    """What the card runs at one time; by the interpreter, as many as on an H100."""
+    """How many programs the GPU runs at one time; under the interpreter, as many as an H100."""
     multiprocessors = 132 if _interpreted() else torch.cuda.get_device_properties(device).multi_processor_count
     return multiprocessors * PER_MULTIPROCESSOR
 
 
 def _options(kernel: str, rank: int, dropout: Dropout) -> dict[str, Any]:
-    """The constants that a kernel is compiled for."""
+    """The compile-time constants of a kernel."""
     width, stages = tile(kernel, rank)
     sizes = {"BLOCK_M": ROWS, "BLOCK_R": rank_bucket(rank), "WIDTH": width, "num_stages": stages}
     return {"DROPOUT": dropout.seed is not None, **sizes, **_OPTIONS}
 
 
-def _whole(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """``tensor``, contiguous, in ``dtype``: in one operation if it is not so already."""
+def _contiguous(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor``, contiguous and in ``dtype``, by at most one copy."""
     if tensor.dtype == dtype and tensor.is_contiguous():
         return tensor
     return tensor.new_empty(tensor.shape, dtype=dtype).copy_(tensor)
 
 
-def _rows_whole(x_MN: Tensor) -> Tensor:
-    """``x`` with the values of a row side by side; rows may lie anywhere."""
+def _contiguous_rows(x_MN: Tensor) -> Tensor:
+    """``x`` with each row contiguous; the stride between rows may be any."""
     return x_MN if x_MN.stride(1) == 1 else x_MN.contiguous()
 
 
 def _bucket_wide(s_MR: Tensor) -> Tensor:
-    """``s`` in rows as wide as the rank's bucket: as it lies where :func:`shrink` made it."""
+    """``s`` in rows as wide as the rank's bucket; no copy if :func:`shrink` made it."""
     bucket = rank_bucket(s_MR.shape[1])
     if s_MR.stride() == (bucket, 1) and s_MR.storage_offset() % bucket == 0:
         return s_MR

@@ -210,7 +210,7 @@ def test_functions_name_what_they_cannot_use(function):
     [
         (truncate_product, 0, {}, "rank must be between .* got 0"),
         (truncate_product, 5, {}, "rank must be between .* got 5"),
-        (truncate_product, 2, {"keep": torch.tensor([0, 4])}, r"keep must be 2 ascending .* of 4, got \[0, 4\]"),
+        (truncate_product, 2, {"keep": torch.tensor([0, 4])}, r"keep must be 2 ascending .* out of 4, got \[0, 4\]"),
         (truncate_product, 2, {"keep": torch.tensor([1, 1])}, r"keep must be .* got \[1, 1\]"),
         (truncate_product, 2, {"keep": torch.tensor([1])}, r"keep must be .* got \[1\]"),
         (grow_product, 3, {}, "rank must be between .* got 3"),

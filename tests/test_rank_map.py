@@ -166,7 +166,7 @@ def test_load_rank_map_reads_the_example_of_the_contract(written):
     [
         ("rank_pattern: {q: 2\n", "must be YAML"),
         (b"rank_pattern: {q: \xff}", "must be YAML"),
-        ("rank_pattern:\n  q: 2\n  v: 3\n  q: 4\n", "'q' stands twice"),
+        ("rank_pattern:\n  q: 2\n  v: 3\n  q: 4\n", "'q' is given twice"),
         ("rank_pattern: {q: !!python/object/apply:os.getcwd []}", "must be YAML"),
         ("rank_pattern: {q: 2024-99-99}", "must be YAML"),
         ("rank_pattern: {[q]: 2}", "must be YAML"),

@@ -1,4 +1,4 @@
-"""Rank schedules: lists of stages, which join by ``+``. A stage says when ranks change, to what, and how."""
+"""Rank schedules: lists of stages, which can be added. A stage says when ranks change, to what, and how."""
 
 from dynrank.schedules.presets import (
     EARLY,

@@ -1,6 +1,6 @@
 """Schedules by name: each is a function that returns stages, and ``schedule=NAME`` calls it with the same defaults.
 
-A preset returns new stages at each call, with a trigger of their own each: a trigger that is given is copied.
+Every call returns new stages, and every stage has its own trigger: a given trigger is copied.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from dynrank.schedules.stage import How, Stage
 from dynrank.targets import Budget, Energy, GrowTo, Rank, Smallest, Target, Towards
 from dynrank.triggers import At, Plateau, Trigger
 
-# Each change is a stage, and 1000 are far more than there are ranks to go through.
+# Each change is a stage. No adapter has as many as 1000 ranks to pass through.
 Changes = Annotated[int, Field(ge=1, le=1000)]
 # A share of the run.
 Time = Annotated[float, Field(ge=0, le=1)]
 
-# How a preset changes ranks unless it is told: by weight, by gates, or by gates early in a run.
+# The presets' defaults for `how`: by weight, by gates, and by gates early in a run.
 WEIGHT = How()
 GATES = How(metric="gates")
 EARLY = How(metric="gates", rate_after="sqrt")
 
 
 def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, how: How, key: str) -> Stage:
-    """A stage with a trigger of its own (a plateau if None); a fixed time needs no deadline."""
+    """A stage with its own copy of the trigger (a plateau if None); a fixed time gets no deadline."""
     when = Plateau() if trigger is None else deepcopy(trigger)
     return Stage(when, target, None if isinstance(when, At) else deadline, how=how, key=key)
 
 
 def fixed() -> list[Stage]:
-    """The rank stays as it starts."""
+    """No change: every layer keeps its starting rank."""
     return []
 
 
 @validated_call("schedule")
 def stages(stages: Sequence[Stage]) -> list[Stage]:
-    """Stages as they are given, for schedules written out in a configuration file."""
+    """The given stages, for a schedule that a configuration file lists stage by stage."""
     return [
         stage if stage.key != "schedule.stages" else replace(stage, key=f"schedule.stages[{i}]")
         for i, stage in enumerate(stages)
@@ -61,20 +61,20 @@ def early_budget(
     multiple: Count = 1,
     how: How = EARLY,
 ) -> list[Stage]:
-    """All layers to ranks that share one pool of parameters, early in the run.
+    """One cut of all layers to one shared pool of parameters, early in the run.
 
-    The directions that stay are those that the loss needs most. Afterwards the adapter's learning rate is higher by the
-    root of mean rank before / after, so that a step moves the update as far as before.
+    The cut keeps the directions that the loss needs most. Then it multiplies the adapter's learning rate by
+    sqrt(mean rank before / after), so that an optimizer step changes the update as much as before.
 
     Args:
-        final_rank: the pool has as many parameters as this rank; used where none of the next three is given.
-        share: of the parameters before the change.
-        parameters: of all layers together.
-        bytes: of all layers together in float32: 8388608, or "8MiB".
-        at: share of the run at which the ranks change.
-        lowest: rank that every layer keeps.
-        highest: rank that no layer exceeds; None: its rank now.
-        multiple: of which new ranks are multiples.
+        final_rank: size of the pool: the parameters of this rank; unused if one of the next three is given.
+        share: size of the pool as a share of the parameters before the cut.
+        parameters: size of the pool in parameters of all layers together.
+        bytes: size of the pool in bytes of float32: 8388608, or "8MiB".
+        at: share of the run after which the cut comes.
+        lowest: lowest rank of every layer.
+        highest: highest rank of every layer; None: its rank now.
+        multiple: new ranks are multiples of this.
         how: how the change is made.
     """
     if (share, parameters, bytes) != (None, None, None):
@@ -98,16 +98,16 @@ def auto(
 ) -> list[Stage]:
     """:func:`early_budget` to a ``share``, and after the last step the smallest adapter within a ``tolerance``.
 
-    What is promised is the last cut: it worsens the validated metric by no more than ``tolerance``, against this run
-    before that cut. It is found by validations of all validation data, about log2(directions) of them.
+    ``tolerance`` bounds only the second cut: it worsens the validated metric by no more than this, compared with the
+    same run just before the cut. A bisection finds it with about log2(directions) validations of all validation data.
 
     Args:
-        tolerance: largest relative worsening of ``how.check_monitor`` by the last cut.
-        share: of the parameters that the first cut keeps.
-        at: share of the run at the first cut.
-        lowest: rank that every layer keeps.
-        highest: rank that no layer exceeds; None: its rank now.
-        multiple: of which new ranks are multiples.
+        tolerance: largest relative worsening of ``how.check_monitor`` by the second cut.
+        share: share of the parameters that the first cut keeps.
+        at: share of the run after which the first cut comes.
+        lowest: lowest rank of every layer.
+        highest: highest rank of every layer; None: its rank now.
+        multiple: new ranks are multiples of this.
         how: how both changes are made.
     """
     first = early_budget(share=share, at=at, lowest=lowest, highest=highest, multiple=multiple, how=how)
@@ -126,14 +126,15 @@ def after_convergence(
     deadline: Share | None = 0.75,
     how: How = GATES,
 ) -> list[Stage]:
-    """Down to ``final_rank`` once training has converged, in ``drops`` equal factors.
+    """Cuts to ``final_rank`` when training has converged: ``drops`` cuts by equal factors.
 
     Args:
-        final_rank: rank to end at.
-        trigger: when; :class:`dynrank.triggers.Plateau` when None.
-        shared: to one pool of as many parameters for all layers; False: to that rank in each.
-        drops: changes to get there (64 -> 8 in 3: 32, 16, 8).
-        deadline: share of the run at which the final rank is taken in any case; None: never.
+        final_rank: rank after the last cut.
+        trigger: when each cut comes; :class:`dynrank.triggers.Plateau` when None.
+        shared: whether all layers share one pool of as many parameters as ``final_rank`` has; False: each layer gets
+            that rank.
+        drops: how many cuts (64 -> 8 in 3: 32, 16, 8).
+        deadline: share of the run at which the cuts come in any case; None: never.
         how: how each change is made.
     """
     return [
@@ -153,22 +154,22 @@ def anneal(
     shared: bool = True,
     how: How = GATES,
 ) -> list[Stage]:
-    """From the starting rank to ``final_rank`` in ``steps`` changes at equal distances (LoRA-Squeeze in-tuning).
+    """From the starting rank to ``final_rank`` in ``steps`` cuts at equal distances in time (LoRA-Squeeze in-tuning).
 
     Args:
-        final_rank: rank to end at.
-        steps: changes.
-        start: share of the run at the first change.
-        end: share of the run at the last.
-        shape: "geometric" (64, 32, 16, 8), "linear" or "cosine"; the last two with ``shared=False`` alone.
-        shared: to pools of as many parameters for all layers; False: to the same rank in each.
+        final_rank: rank after the last cut.
+        steps: how many cuts.
+        start: share of the run at the first cut.
+        end: share of the run at the last cut.
+        shape: "geometric" (64, 32, 16, 8), "linear" or "cosine"; the last two only with ``shared=False``.
+        shared: as in :func:`after_convergence`.
         how: how each change is made.
 
     Source: arXiv:2602.10993.
     """
     if shared and shape != "geometric":
         raise ConfigurationError(
-            f"a shared pool falls by equal factors, got shape={shape!r}; set schedule.shape=geometric, or "
+            f"shape must be geometric for a shared pool, got {shape!r}; set schedule.shape=geometric, or "
             "schedule.shared=false"
         )
     if start > end:
@@ -185,7 +186,7 @@ def anneal(
 def _down_to(
     rank: int, shared: bool, step: int, steps: int, shape: Literal["geometric", "linear", "cosine"] = "geometric"
 ) -> Target:
-    """Step ``step`` of ``steps`` on the way to ``rank`` for every layer, or to one pool of as many parameters."""
+    """Step ``step`` of ``steps`` to ``rank`` in every layer, or to one shared pool of as many parameters."""
     return Budget(final_rank=rank, left=steps - step) if shared else Towards(rank, step, steps, shape)
 
 
@@ -198,22 +199,22 @@ def milestones(
     shared: bool = False,
     how: How = WEIGHT,
 ) -> list[Stage]:
-    """``ranks[i]`` from ``at[i]`` on, counted in ``unit``: "fraction" of the run (1: after its end), "step" or "epoch".
+    """Rank ``ranks[i]`` from time ``at[i]`` on.
 
     Args:
-        ranks: of every layer, from each time on.
+        ranks: the rank of every layer from each time on.
         at: the times, ascending.
-        unit: of the times.
-        shared: as one pool of the parameters of ``ranks[i]``.
+        unit: unit of the times: "fraction" of the run (1 is after its last step), "step" or "epoch".
+        shared: whether all layers share one pool of as many parameters as ``ranks[i]`` has.
         how: how each change is made.
     """
     if len(ranks) != len(at) or not ranks:
         raise ConfigurationError(
-            f"ranks and at must be lists of one length, got {ranks!r} and {at!r}; set schedule.ranks and schedule.at"
+            f"ranks and at must have the same length, got {ranks!r} and {at!r}; set schedule.ranks and schedule.at"
         )
     if sorted(at) != list(at) or (unit == "fraction" and at[-1] > 1):
         raise ConfigurationError(
-            f"at must be ascending, and at most 1 as fractions, got {list(at)}; set schedule.at or schedule.unit"
+            f"at must be ascending, and at most 1 for fractions, got {list(at)}; set schedule.at or schedule.unit"
         )
     if unit == "fraction":
         times = [At(fraction=share) for share in at]
@@ -237,7 +238,7 @@ def energy(
     deadline: Share | None = 0.75,
     how: How = WEIGHT,
 ) -> list[Stage]:
-    """Each layer to the rank that keeps ``share`` of its energy (sum of squared singular values), once converged."""
+    """Each layer to the rank that keeps ``share`` of its energy (sum of squared singular values), on convergence."""
     target = Energy(share, lowest=lowest, multiple=multiple)
     return [_once(trigger, target, deadline, how, "schedule.lowest")]
 
@@ -246,5 +247,5 @@ def energy(
 def grow(
     final_rank: Count, trigger: Trigger | At | None = None, *, deadline: Share | None = 0.5, how: How = WEIGHT
 ) -> list[Stage]:
-    """Up to ``final_rank`` without changing the function: when training at the starting rank has converged."""
+    """Growth to ``final_rank`` when training at the starting rank has converged; the function does not change."""
     return [_once(trigger, GrowTo(final_rank), deadline, how, "schedule.final_rank")]

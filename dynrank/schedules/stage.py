@@ -1,4 +1,4 @@
-"""A stage of a schedule: when ranks change, to what and how; and the check of stages against each other and a run."""
+"""A stage of a schedule: when ranks change, to what and how; and the check of all stages of a schedule."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from dynrank.triggers import At, Run, Trigger
 class How:
     """How a change of rank is made.
 
-    A preset has defaults of its own for some of these, which its signature shows.
+    The signature of a preset shows its own defaults for some of these values.
 
     Args:
-        metric: which singular directions a cut keeps: "weight", the largest, or "gates", those that the loss needs most
-            (a quadratic estimate with all interactions, see :mod:`dynrank.change.greedy`).
-        window: optimizer steps before the change over which gates are watched; a change that cannot be foreseen is made
-            this much later, and one before which steps had no gradient up to this much, or at its deadline.
-        loss_terms: over how many terms the loss of a step is the mean, if not over the positions of the model's output
-            at which it has a gradient (examples of a classifier, counted tokens of a language model); 1 for a sum.
-        rewarmup_steps: optimizer steps over which the learning rate is ramped up again after a change; 0: none.
-        rate_after: what the adapters' learning rates are multiplied by from the change on, whatever their scheduler
-            does; "sqrt": the root of mean rank before / after, which keeps the size of a step of the update.
-        optimizer_state: "transport" carries the moments along, "reset" forgets them.
+        metric: which directions (singular values with their vectors) a cut keeps. "weight": the largest. "gates": those
+            that the loss needs most. A gate is a factor of 1 before a direction; its gradient and curvature estimate
+            what the loss would change without the direction (see :mod:`dynrank.change.greedy`).
+        window: the gates are measured over this many optimizer steps before the change. A change by a trigger comes
+            this many steps after the trigger. If too few steps had a gradient, the change waits up to this many more
+            steps, or until its deadline.
+        loss_terms: the loss of a step is the mean of this many terms. None: the number of positions of the model's
+            output with a gradient (examples of a classifier, counted tokens of a language model). 1 for a sum.
+        rewarmup_steps: the learning rate rises again from 0 over this many optimizer steps after a change; 0: no ramp.
+        rate_after: factor of the adapters' learning rates after the change, on top of their scheduler. "sqrt":
+            sqrt(mean rank before / after), which keeps the size of an optimizer step of the update.
+        optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
-            before and after it; one that costs more is undone and tried again half as far. None: no check.
+            before and after it. A change that costs more is undone, and half of it is tried. None: no check.
         check_monitor: name of the metric that is checked.
-        check_mode: "min" if a smaller one is better, else "max".
+        check_mode: "min" if a smaller value is better, else "max".
 
     Raises:
         ConfigurationError: if a value cannot be used.
@@ -54,15 +56,15 @@ class Stage:
     """One change of ranks.
 
     Args:
-        when: a time, or a trigger that watches training.
-        to: what ranks to change to.
+        when: a time, or a trigger that observes training.
+        to: the target, which gives the new ranks.
         deadline: share of the run's optimizer steps, in (0, 1], at which the change comes in any case; None: never.
         how: how the change is made.
-        key: configuration key that decides the target, for error messages.
+        key: configuration key of the target, for error messages.
 
     Raises:
-        ConfigurationError: if a value cannot be used, a deadline goes with a fixed time, or a search within a
-            tolerance comes before the last step.
+        ConfigurationError: if a value cannot be used, a fixed time has a deadline, or a search for the smallest adapter
+            comes before the last step.
     """
 
     when: Trigger | At
@@ -74,21 +76,19 @@ class Stage:
     def __post_init__(self) -> None:
         if isinstance(self.when, At) and self.deadline is not None:
             raise ConfigurationError(
-                f"deadline must be null beside a fixed time, got {self.deadline:g} and {self.when.reason}; "
+                f"deadline must be null for a change at a fixed time, got {self.deadline:g} and {self.when.reason}; "
                 "set schedule.deadline"
             )
         if isinstance(self.to, Smallest) and self.when != At(fraction=1.0):
             raise ConfigurationError(
                 f"a search for the smallest adapter must come after the last step, At(fraction=1.0), got {self.when}: "
-                "training that follows it loses what was promised; set when"
+                "further training would break the tolerance; set when"
             )
         if isinstance(self.to, Smallest) and self.how.max_regression is None:
-            raise ConfigurationError(
-                "a search for the smallest adapter needs a tolerance; set max_regression of its how"
-            )
+            raise ConfigurationError("a search for the smallest adapter needs a tolerance; set how.max_regression")
 
     def planned_step(self, run: Run) -> int | None:
-        """The optimizer step by which the stage acts at the latest; None if nothing bounds it."""
+        """The latest optimizer step of the change; None if it has no deadline."""
         if isinstance(self.when, At):
             return self.when.in_steps(run)
         return None if self.deadline is None else At(fraction=self.deadline).in_steps(run)
@@ -98,9 +98,9 @@ def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None
     """Refuse stages that contradict each other, the starting ranks or the length of the run.
 
     Args:
-        schedule: its stages.
+        schedule: the stages.
         highest: highest starting rank of all layers that may change.
-        run: length of the run; what needs an unknown one is not checked.
+        run: length of the run; if it is unknown, only ranks are checked.
     """
     faults, before = [], -1
     for number, stage in enumerate(schedule, 1):
@@ -120,13 +120,13 @@ def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None
             continue
         if isinstance(stage.when, Trigger) and planned <= stage.when.warmup_steps:
             faults.append(
-                f"stage {number}: deadline {stage.deadline:g} is step {planned}, within the warm-up of "
+                f"stage {number}: deadline {stage.deadline:g} is step {planned}, within the trigger's warm-up of "
                 f"{stage.when.warmup_steps} steps; set schedule.deadline or schedule.trigger.warmup_steps"
             )
         if planned > run.total_steps:
-            faults.append(f"stage {number}: step {planned} is after the run's last, {run.total_steps}; set {stage.key}")
+            faults.append(f"stage {number}: step {planned} is after the last step, {run.total_steps}; set {stage.key}")
         if planned < before:
-            faults.append(f"stage {number}: step {planned} is before stage {number - 1}'s, {before}; set {stage.key}")
+            faults.append(f"stage {number}: step {planned} is before {before} of stage {number - 1}; set {stage.key}")
         before = max(before, planned)
     if faults:
         raise ConfigurationError("the schedule contradicts itself:\n  " + "\n  ".join(faults))

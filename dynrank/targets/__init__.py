@@ -1,4 +1,4 @@
-"""To what rank: what is known of each layer, and pure functions of it that give its next rank."""
+"""Targets: pure functions from the state of all layers to the next rank of each."""
 
 from dynrank.targets.base import UNBOUNDED, LayerState, Target
 from dynrank.targets.budget import Budget, Smallest

@@ -1,6 +1,6 @@
-"""What a target knows of a layer, and what all targets share.
+"""The state of a layer that a target sees, and the base class of all targets.
 
-A shrink never raises a rank and a growth never lowers one; both stay within the bounds that a layer carries.
+A shrinking target never raises a rank and a growing one never lowers a rank; both respect the layer's bounds.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ UNBOUNDED = 2**31
 
 @dataclass(frozen=True)
 class LayerState:
-    """What a target may know of a layer.
+    """The state of one layer.
 
     Attributes:
         rank: its rank now.
         d_out, d_in: its shape.
-        lowest, highest: bounds of its next rank (both the rank itself if it is pinned, both its own final rank in the
-            last stage).
-        final_rank: where the rank map wants it to end; None: no wish.
-        values: singular values of its update in the metric of the change (scaling included), descending, ``rank``
-            numbers; None where the target does not ask for them.
-        cap: what the rank map has in place of a budget's ``highest``; None: nothing.
-        experts: how many products of this shape and rank the layer stacks.
+        lowest, highest: bounds of its next rank. In a pinned layer both are the rank itself; in the last stage both are
+            the layer's own final rank, if it has one.
+        final_rank: the final rank in the rank map; None if it has none.
+        values: (rank,) descending, what each direction is worth in the metric of the change: singular values of the
+            update (scaling included), or values from gates; None unless the target ``needs`` them.
+        cap: the layer's own ``highest`` in the rank map, which replaces a budget's; None if it has none.
+        experts: how many products of this shape and rank the layer stacks; 1 in a plain layer.
     """
 
     rank: int
@@ -45,24 +45,24 @@ class LayerState:
 
     @property
     def cost(self) -> int:
-        """Parameters of one direction."""
+        """Parameters per rank."""
         return self.experts * (self.d_out + self.d_in)
 
     def shrunk(self, rank: int) -> int:
-        """``rank`` brought within the bounds, never above the rank now."""
+        """``rank`` clipped to the bounds, and never above the rank now."""
         return min(self.rank, max(self.lowest, min(self.highest, rank)))
 
     def grown(self, rank: int) -> int:
-        """``rank`` brought within the bounds, never below the rank now."""
+        """``rank`` clipped to ``highest``, and never below the rank now."""
         return max(self.rank, min(self.highest, rank))
 
 
 class Target(ABC):
-    """To what rank each layer should change; write :meth:`ranks`, and ``needs`` where it reads measurements.
+    """The rank that each layer should change to. Subclasses write :meth:`ranks`, and ``needs`` if they read values.
 
     Attributes:
-        needs: ("values",) if it reads a layer's singular values.
-        multiple: ranks are multiples of this, where bounds allow.
+        needs: ("values",) if the target reads ``LayerState.values``.
+        multiple: new ranks are multiples of this, where the bounds allow it.
 
     >>> class Half(Target):
     ...     def ranks(self, layers):
@@ -82,7 +82,7 @@ class Target(ABC):
         """The next rank of every layer."""
 
     def reach(self, layer: LayerState) -> tuple[int, int]:
-        """Lowest and highest rank that a layer may come out at, before anything is measured.
+        """The lowest and highest rank that the target may give the layer, known before values are measured.
 
         Both bounds are monotone in the layer's rank. Override this if ``needs`` is set and the target cannot reach
         every rank within the layer's bounds.
@@ -93,19 +93,19 @@ class Target(ABC):
         return rank, rank
 
     def starts(self) -> tuple[int, int]:
-        """Lowest and highest that the highest rank before the change may be; from others it would change nothing."""
+        """Bounds of the highest rank before the change; outside them the target would change nothing."""
         return 1, UNBOUNDED
 
 
 @validated("schedule.target", kw_only=True)
 class Stepped(Target):
-    """A target whose ranks are multiples of ``multiple``, rounded up, and not below ``lowest``."""
+    """A target whose ranks are at least ``lowest`` and rounded up to multiples of ``multiple``."""
 
     lowest: Count = 1
     multiple: Count = 1
 
     def least(self) -> int:
-        """The lowest rank of a layer that has more."""
+        """The lowest rank that the target gives to a layer of a higher rank."""
         return up_to_multiple(self.lowest, self.multiple)
 
     def starts(self) -> tuple[int, int]:
@@ -114,5 +114,5 @@ class Stepped(Target):
 
 def up_to_multiple(rank: float, multiple: int) -> int:
     """``rank`` rounded up to a multiple."""
-    # Rounding must not matter: 0.3 * 10 is above 3 in floats.
+    # The small number cancels rounding errors: 0.3 * 10 is above 3 in floats.
     return ceil(rank / multiple - 1e-9) * multiple

@@ -1,4 +1,4 @@
-"""Targets that weigh the directions of all layers against each other, and keep those that are worth most."""
+"""Targets that compare the directions of all layers, and keep those that are worth most per parameter."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from pydantic import ByteSize, Field
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, up_to_multiple
 
-# A budget has one of these sizes; each is a key under schedule, too.
+# A budget has exactly one of these sizes; each is also a key under schedule.
 _SIZES = ("parameters", "share", "final_rank", "bytes")
 
 
 @validated("schedule.target", kw_only=True)
 class Shared(Stepped):
-    """Ranks by what the directions of all layers are worth per parameter, not above ``highest`` or a layer's own cap.
+    """Ranks by the worth per parameter of all layers' directions, not above ``highest`` or a layer's own cap.
 
-    A direction is worth what the loss loses with it where gates were watched, else its squared singular value, by which
-    comparing layers is a heuristic.
+    With gates, a direction is worth what the loss would rise without it. Else it is worth its squared singular value;
+    to compare layers by these is a heuristic.
     """
 
     highest: Count | None = None
@@ -36,41 +36,41 @@ class Shared(Stepped):
             )
 
     def lowest_ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        """The smallest ranks that there are to start from."""
+        """The lowest rank that each layer may get."""
         return {name: self._choices(layer)[0] for name, layer in layers.items()}
 
     def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
-        """(layer, its next rank) of every step up from the lowest ranks, what is worth most per parameter first."""
+        """(layer, its next rank) of every step up from the lowest ranks; the step worth most per parameter is first."""
         return [(name, rank) for _, name, rank in sorted(s for item in layers.items() for s in self._steps(*item))]
 
     def reach(self, layer: LayerState) -> tuple[int, int]:
         choices = self._choices(layer)
-        # a layer of fewer directions may stay at `highest`, be that a multiple or not, and the reach does not fall
+        # A layer of lower rank may stay at `highest` even if that is no multiple, and the bound must be monotone.
         return choices[0], max(choices[-1], layer.shrunk(self._cap(layer)))
 
     def _choices(self, layer: LayerState) -> list[int]:
-        """The ranks that a layer may get, ascending: multiples below the rank now, and staying as it is."""
+        """The ranks that a layer may get, ascending: multiples below its rank, and its rank."""
         low = max(self.lowest, layer.lowest)
         top = min(layer.highest, self._cap(layer))
-        # A layer that has less than the lowest rank stays as it is.
+        # A layer at or below the lowest rank keeps its rank.
         if layer.rank <= low or layer.lowest == layer.highest:
             return [layer.shrunk(layer.rank)]
         below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
         choices = [*below, layer.rank] if layer.rank <= top else below
-        # The layer's own bounds come before those of the budget.
+        # If no multiple lies within the bounds, the bounds count and not the multiple.
         return choices or [max(low, top)]
 
     def _cap(self, layer: LayerState) -> int:
         return layer.cap or self.highest or layer.rank
 
     def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, str, int]]:
-        """Each step to a next rank: (minus its worth per parameter, name, that rank), to be sorted."""
+        """(minus its worth per parameter, name, next rank) of each step up; the most valuable step sorts first."""
         assert layer.values is not None
         worth = layer.values.double().square()
         density = inf
         for below, above in pairwise(self._choices(layer)):
             size = (above - below) * layer.cost
-            # The worth per parameter never rises along a layer's steps, whatever rounding does.
+            # The minimum keeps a layer's steps in order although rounding may let the worth per parameter rise.
             density = min(density, fsum(worth[below:above].tolist()) / size)
             if density > 0:
                 yield -density, name, above
@@ -78,24 +78,25 @@ class Shared(Stepped):
 
 @validated("schedule.target")
 class Budget(Shared):
-    """One pool of adapter parameters for all layers, shared out so that what is kept is worth much.
+    """One pool of adapter parameters for all layers, spent on the directions that are worth most.
 
-    Every layer starts from its lowest rank; then the step to a layer's next rank that is worth most per parameter is
-    taken again and again, as long as it fits. What is kept falls short of the best possible by less than one step is
-    worth, and not at all where all steps cost the same.
+    Every layer starts at its lowest rank. Then the budget repeatedly takes the step to a layer's next rank that is
+    worth most per parameter, while it fits the pool. The result is less than one step worse than the best choice,
+    and is the best choice if all steps cost the same. Give exactly one size: ``parameters``, ``share``, ``final_rank``
+    or ``bytes``.
 
     Args:
-        parameters: of all layers together after the change (pinned ones included); exactly one of the sizes is given.
-        share: the same as a share of the parameters now, in (0, 1]; the lowest ranks are kept in any case.
-        final_rank: as many parameters as this rank has, if all layers go down to it.
-        left: changes of this kind that are still to come: the pool goes 1 / (left + 1) of the way, by a factor.
-        bytes: of all layers together in float32, as a number or a text: "8MiB".
-        lowest: rank that every layer keeps (one that has less stays).
-        highest: rank that no layer exceeds, but for those of which the rank map says another; None: its rank now.
-        multiple: of which new ranks are multiples; a layer may also stay as it is.
+        parameters: parameters of all layers together after the change (pinned ones included).
+        share: the same as a share of the parameters now, in (0, 1]; every layer keeps its lowest rank in any case.
+        final_rank: the number of parameters that all layers have at this rank.
+        left: how many further changes to the same size follow; each of them shrinks the pool by the same factor.
+        bytes: bytes of all layers together in float32, as a number or a text: "8MiB".
+        lowest: lowest rank of every layer (a layer below it keeps its rank).
+        highest: highest rank of every layer without a ``highest`` of its own in the rank map; None: its rank now.
+        multiple: new ranks are multiples of this; a layer may also keep its rank.
 
     Raises:
-        ConfigurationError: if a value is out of range; from :meth:`ranks` if ``parameters`` are below the lowest ranks.
+        ConfigurationError: if a value is out of range; from :meth:`ranks` if the pool is below the lowest ranks.
 
     >>> from torch import tensor
     >>> first, second = tensor([3.0, 1.0]), tensor([2.0, 1.7])
@@ -137,16 +138,16 @@ class Budget(Shared):
 
     @property
     def key(self) -> str:
-        """The configuration key of its size."""
+        """The configuration key of the size."""
         return next(f"schedule.{name}" for name in _SIZES if getattr(self, name) is not None)
 
     @property
     def is_relative(self) -> bool:
-        """Whether the pool depends on the ranks before."""
+        """Whether the pool depends on the ranks before the change."""
         return self.share is not None or self.final_rank is not None or self.left > 0
 
     def pool(self, layers: Mapping[str, LayerState]) -> int:
-        """Parameters that may be shared out to ``layers``."""
+        """How many parameters ``layers`` may have together after the change."""
         now = sum(layer.rank * layer.cost for layer in layers.values())
         if self.parameters is not None:
             end = self.parameters
@@ -156,7 +157,7 @@ class Budget(Shared):
             ends = (max(layer.lowest, min(layer.highest, self.final_rank)) * layer.cost for layer in layers.values())
             end = min(now, sum(ends))
         else:
-            # Rounding must not matter: 0.29 * 100 is below 29 in floats.
+            # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
             end = floor((self.share or 0.0) * now + 1e-9)
         return floor(now * (end / now) ** (1 / (self.left + 1)) + 1e-6) if self.left and now else end
 
@@ -164,7 +165,7 @@ class Budget(Shared):
         return max(self.least(), self.final_rank or 1), UNBOUNDED
 
     def floor_parameters(self, layers: Mapping[str, LayerState]) -> int:
-        """Parameters of the smallest ranks that the budget may be shared out to."""
+        """Parameters of all layers at their lowest ranks."""
         return sum(rank * layers[name].cost for name, rank in self.lowest_ranks(layers).items())
 
 
@@ -172,8 +173,8 @@ class Budget(Shared):
 class Smallest(Shared):
     """The smallest adapter that costs no more than ``How.max_regression`` allows.
 
-    The driver takes steps of :meth:`order` up from :meth:`ranks`; how many are needed, it bisects by validations. The
-    arguments are those of :class:`Budget`.
+    :meth:`ranks` are the lowest ranks. The driver finds by bisection how many steps of :meth:`order` are needed: each
+    trial is a validation. The arguments are those of :class:`Budget`.
     """
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:

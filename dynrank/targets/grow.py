@@ -10,7 +10,7 @@ from dynrank.targets.base import LayerState, Target
 
 @validated("schedule.target")
 class GrowTo(Target):
-    """At least this rank for all layers; a layer that is already above stays."""
+    """At least this rank for all layers; a layer above it keeps its rank."""
 
     rank: Count
 

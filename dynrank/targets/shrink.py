@@ -1,4 +1,4 @@
-"""Targets that lower each layer's rank by itself: to a number, or as its singular values say."""
+"""Targets that lower the rank of each layer separately: to a number, or by its singular values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, Target, up_to_m
 
 @validated("schedule.target")
 class Rank(Target):
-    """One rank for all layers; a layer that is already below stays."""
+    """At most this rank for all layers; a layer below it keeps its rank."""
 
     rank: Count
 
@@ -26,13 +26,13 @@ class Rank(Target):
 
 @validated("schedule.target")
 class Towards(Target):
-    """Step ``step`` of ``steps`` on the way to ``rank``, from wherever the layer stood before the first.
+    """Step ``step`` of ``steps`` from the starting rank to ``rank``.
 
     Args:
-        rank: where the way ends (a layer with a final rank of its own ends there).
+        rank: rank after the last step; a layer with a final rank in the rank map ends at that.
         step: 1 to ``steps``.
-        steps: of the whole way.
-        shape: "geometric" (equal factors: 64, 32, 16, 8), "linear" (equal differences) or "cosine" (half a wave).
+        steps: how many steps there are.
+        shape: "geometric" (equal factors: 64, 32, 16, 8), "linear" (equal differences) or "cosine" (half a period).
 
     >>> Towards(8, step=1, steps=3).ranks({"layer": LayerState(rank=64)})
     {'layer': 32}
@@ -51,11 +51,11 @@ class Towards(Target):
         return {name: layer.shrunk(self._next(layer.rank, layer.final_rank)) for name, layer in layers.items()}
 
     def starts(self) -> tuple[int, int]:
-        # The steps before may have reached the end already.
+        # Earlier steps may have reached the final rank already.
         return (self.rank if self.step == 1 else 1), UNBOUNDED
 
     def _next(self, rank: int, final_rank: int | None) -> int:
-        """From the rank after ``step - 1`` steps, so that the start need not be remembered."""
+        """The next rank, computed from the rank after ``step - 1`` steps."""
         end, left = final_rank or self.rank, self.steps - self.step
         if rank <= end or left == 0:
             return end
@@ -70,9 +70,9 @@ class Towards(Target):
 
 @validated("schedule.target")
 class Energy(Stepped):
-    """The fewest directions that keep ``share`` of each layer's energy: the sum of SQUARED singular values.
+    """The lowest rank that keeps ``share`` of each layer's energy, the sum of SQUARED singular values.
 
-    A layer keeps at least ``lowest`` directions, and its rank is rounded up to a multiple of ``multiple``.
+    A layer keeps at least rank ``lowest``, and its rank is rounded up to a multiple of ``multiple``.
     """
 
     share: Share

@@ -1,4 +1,4 @@
-"""When to change ranks: at a known time, or on logged metrics."""
+"""When to change ranks: at a known time, or by logged metrics."""
 
 from dynrank.triggers.base import Trigger
 from dynrank.triggers.clock import At, Run

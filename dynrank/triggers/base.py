@@ -1,4 +1,4 @@
-"""What all triggers that watch training share: a warm-up, a cooldown, and a history that a change of rank clears."""
+"""The base class of triggers that observe training: warm-up, cooldown, and state that a change of rank resets."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from dynrank.errors import Steps, validated
 
 @validated("schedule.trigger", frozen=False, kw_only=True)
 class Trigger(ABC):
-    """A small state machine; write :meth:`fires`, and name the metrics that it is shown in ``monitors``.
+    """A small state machine that says when ranks should change. Subclasses write :meth:`fires` and ``monitors``.
 
-    Its arguments are the fields that its constructor takes, its state is the other ones (``init=False``): plain values
-    and tensors, with defaults that they go back to after a change.
+    Fields that the constructor takes are the arguments. Fields with ``init=False`` are the state: plain values and
+    tensors, which return to their defaults after a change.
 
     Args:
-        warmup_steps: optimizer steps before which nothing is observed.
-        cooldown_steps: optimizer steps after a change of rank during which nothing is observed.
+        warmup_steps: the trigger observes nothing before this optimizer step.
+        cooldown_steps: the trigger observes nothing for this many optimizer steps after a change of rank.
 
     >>> class Below(Trigger):
     ...     monitors = ("val/loss",)
@@ -31,43 +31,44 @@ class Trigger(ABC):
 
     warmup_steps: Steps = 0
     cooldown_steps: Steps = 0
+    # Observations before this step are ignored. Saved checkpoints hold the name.
     _deaf_until: int = field(default=0, init=False, repr=False)
 
     @property
     def monitors(self) -> tuple[str, ...]:
-        """Names of the metrics that it is shown after each validation, in the order of its arguments."""
+        """Names of the metrics that :meth:`fires` gets after each validation, in the order of its arguments."""
         return ()
 
     @property
     def reason(self) -> str:
-        """What is written into a run's history when it fires."""
+        """The text that a run's history shows when the trigger fires."""
         return type(self).__name__
 
     @abstractmethod
     def fires(self, *seen: Any) -> bool:
-        """Take one observation in; whether it is time to act.
+        """Record one observation, and say whether ranks should change now.
 
         Args:
             *seen: the values of :attr:`monitors`.
         """
 
     def observe(self, step: int, *seen: Any) -> bool:
-        """What :meth:`fires` says after optimizer step ``step``; False in the warm-up and the cooldown."""
+        """The result of :meth:`fires` after optimizer step ``step``; False in the warm-up and the cooldown."""
         return step >= max(self.warmup_steps, self._deaf_until) and self.fires(*seen)
 
     def reset(self, step: int) -> None:
-        """Forget the history, since a change of rank at ``step`` moves what is observed, and start the cooldown."""
+        """Reset the state after a change of rank at ``step``, and start the cooldown."""
         for part in self._state_fields():
             default = part.default if part.default_factory is MISSING else part.default_factory()
             setattr(self, part.name, default)
         self._deaf_until = step + self.cooldown_steps
 
     def state_dict(self) -> dict[str, Any]:
-        """The state, of values that ``torch.load(weights_only=True)`` takes."""
+        """The state, in values that ``torch.load(weights_only=True)`` can load."""
         return {part.name: getattr(self, part.name) for part in self._state_fields()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state that :meth:`state_dict` returned."""
+        """Restore a state that :meth:`state_dict` returned."""
         for part in self._state_fields():
             setattr(self, part.name, state[part.name])
 

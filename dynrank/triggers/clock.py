@@ -13,7 +13,7 @@ from dynrank.errors import ConfigurationError, Steps, validated
 
 @dataclass(frozen=True)
 class Run:
-    """The length of a run in optimizer steps, and that of an epoch; None where it is not known."""
+    """The optimizer steps of a run, and of an epoch; None if unknown."""
 
     total_steps: int | None
     steps_per_epoch: int | None = None
@@ -24,9 +24,9 @@ class At:
     """A time in a run; exactly one of the three is given.
 
     Args:
-        step: optimizer steps made before the change.
-        epoch: epochs of training data made before the change.
-        fraction: share of the run's optimizer steps, in [0, 1]; 1 is after the last one.
+        step: number of optimizer steps before the change.
+        epoch: number of epochs of training data before the change.
+        fraction: share of the run's optimizer steps before the change, in [0, 1]; 1 is after the last one.
 
     Raises:
         ConfigurationError: if a value is out of range, or not exactly one is given.
@@ -42,7 +42,7 @@ class At:
     def __post_init__(self) -> None:
         if len(self._given()) != 1:
             raise ConfigurationError(
-                f"a time is one of step, epoch and fraction, got {self._given() or 'none'}; set schedule.trigger"
+                f"a time must be one of step, epoch and fraction, got {self._given() or 'none'}; set schedule.trigger"
             )
 
     def _given(self) -> dict[str, float]:
@@ -50,12 +50,12 @@ class At:
 
     @property
     def reason(self) -> str:
-        """What is written into a run's history when the time has come."""
+        """The text that a run's history shows for a change at this time."""
         ((name, value),) = self._given().items()
         return f"{name} {value:g}"
 
     def in_steps(self, run: Run) -> int:
-        """The optimizer step before which the change is made."""
+        """The number of optimizer steps before the change."""
         if self.step is not None:
             return self.step
         if self.epoch is not None:
@@ -64,5 +64,5 @@ class At:
             return self.epoch * run.steps_per_epoch
         if run.total_steps is None:
             raise ConfigurationError("a share of a run needs a run of known length; set trainer.max_steps")
-        # Rounding must not matter: 0.3 * 10 is 3.0000000000000004 in floats.
+        # The small number cancels rounding errors: 0.3 * 10 is 3.0000000000000004 in floats.
         return ceil((self.fraction or 0.0) * run.total_steps - 1e-9)

@@ -1,4 +1,4 @@
-"""Triggers on logged metrics: they have stopped improving, or training and validation have come apart."""
+"""Triggers on logged metrics: a metric has stopped improving, or validation is worse than training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Mode = Literal["min", "max"]
 class Plateau(Trigger):
     """True once a metric has not improved for ``patience`` observations in a row.
 
-    An observation improves when it beats the best one since the last change of rank by more than ``min_delta``,
-    relative to the best (as torch's ReduceLROnPlateau with ``threshold_mode="rel"``, but for either sign of the
-    metric). A value that is not finite never improves on anything.
+    A value is an improvement if it is better than the best one since the last change of rank by more than
+    ``min_delta``, relative to the best (as in torch's ReduceLROnPlateau with ``threshold_mode="rel"``, but for either
+    sign of the metric). A value that is not finite is never an improvement.
 
     Args:
         monitor: name of a logged metric.
         mode: "min" if smaller is better, else "max".
-        patience: observations without improvement before acting.
-        min_delta: relative improvement that counts.
+        patience: observations in a row without improvement.
+        min_delta: smallest relative improvement that counts.
     """
 
     monitor: Name = "val/loss"
@@ -60,16 +60,16 @@ class Plateau(Trigger):
 
 @validated("schedule.trigger", frozen=False)
 class Gap(Trigger):
-    """True once validation is worse than training by more than ``threshold``, as a mean of ``window`` observations.
+    """True once validation is worse than training by more than ``threshold`` in the mean of ``window`` observations.
 
     The gap of two losses is relative to the training loss: ``(validation - training) / |training|``.
 
     Args:
-        train: name of a logged training metric; its last logged value counts, so log a mean if it is noisy.
+        train: name of a logged training metric. Its last logged value counts, so log a mean if it is noisy.
         val: name of the validation metric.
         mode: "min" if smaller is better, else "max".
-        threshold: gap to act on.
-        window: observations averaged.
+        threshold: smallest gap that fires.
+        window: number of observations in the mean.
     """
 
     train: Name = "train/loss"
