@@ -1,4 +1,4 @@
-"""LoRA in parameters that no linear layer holds (PEFT's ``target_parameters``): stacks of experts, routers."""
+"""LoRA in bare parameters, which no linear layer holds (PEFT's ``target_parameters``): stacks of experts, routers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from dynrank.layers.base import LoRALayer
 
 
 class BareParameter(nn.Module):
-    """A parameter of a module, seen as a module that has it for its weight; it owns nothing.
+    """A module whose weight is a parameter of another module, ``owner``; it registers nothing itself.
 
     Args:
-        owner: the module.
-        leaf: the parameter's name in it.
+        owner: the module that holds the parameter.
+        leaf: the parameter's name in the owner.
     """
 
     def __init__(self, owner: nn.Module, leaf: str) -> None:
         super().__init__()
-        # In a list the owner isn't registered as a part of this module.
+        # The list keeps torch from registering the owner as a child of this module.
         self._owner, self.leaf = [owner], leaf
 
     @property
@@ -38,8 +38,8 @@ class LoRAOwner(nn.Module):
 
     Attributes:
         base: the plain module.
-        lora: the layers by the name of the parameter. One more name in front of theirs, or transformers would take the
-            factors for the parameters themselves and split them when it saves the model.
+        lora: the layers by the name of their parameter. The prefix ``lora.`` keeps transformers from taking the factors
+            for the parameters themselves and splitting them when it saves the model.
     """
 
     def __init__(self, base: nn.Module, layers: Mapping[str, LoRAParameter]) -> None:
@@ -48,12 +48,12 @@ class LoRAOwner(nn.Module):
 
 
 class LoRAParameter(LoRALayer):
-    """The update of a bare parameter. It is called by the :class:`LoRAOwner` around it."""
+    """The update of a bare parameter, which only the :class:`LoRAOwner` around it calls."""
 
     base: BareParameter
-    # What stands where the parameter's owner stood.
+    # The class that replaces the parameter's owner.
     around: type[LoRAOwner]
-    # Nobody computes z = A x for each example.
+    # z = A x is not computed separately for each example.
     observe = None  # type: ignore[assignment]
 
     def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
@@ -62,7 +62,7 @@ class LoRAParameter(LoRALayer):
 
 
 def stand_ins(layers: Iterable[LoRALayer]) -> list[LoRALayer | LoRAOwner]:
-    """What stands where the layers' bases stood: each layer, but for those of parameters the module around them."""
+    """The modules that replace the layers' bases: each layer itself, or for bare parameters a module around them."""
     found: list[LoRALayer | LoRAOwner] = []
     by_owner: dict[nn.Module, dict[str, LoRAParameter]] = {}
     for layer in layers:

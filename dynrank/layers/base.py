@@ -23,30 +23,30 @@ def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
 class LoRALayer(nn.Module):
     """A frozen layer plus ``scaling * lora_B @ lora_A`` (Hu et al., arXiv:2106.09685, section 4.1).
 
-    ``scaling`` is stored and ``alpha = scaling * rank`` follows from it, so a change of rank leaves the function alone.
+    The layer stores ``scaling``, and ``alpha = scaling * rank`` follows from it, so a change of rank keeps the scaling.
 
     Args:
-        base: the layer to adapt; its parameters are frozen.
+        base: the layer to adapt; the constructor freezes its parameters.
         rank: rank of the update, 1 <= rank <= min(d_in, d_out).
         scaling: factor of ``lora_B @ lora_A``.
         dropout: probability of zeroing an element of the update's input while training, in [0, 1).
-        dtype: dtype of the factors; their device is the base's.
-        backend: who makes the products with the factors of a linear layer, see
-            :func:`dynrank.kernels.backends.products_of`; embeddings and convolutions have torch's only.
-        factors: (lora_A, lora_B) to start with, copied; drawn anew when None.
+        dtype: dtype of the factors; their device is that of the base.
+        backend: which backend makes a linear layer's products with the factors, see
+            :func:`dynrank.kernels.backends.products_of`; embeddings and convolutions always use torch.
+        factors: (lora_A, lora_B) to copy as starting values; None draws new ones.
 
     Attributes:
-        lora_A: (rank, d_in), Kaiming-uniform.
-        lora_B: (d_out, rank), zero, so that the update starts at zero.
-        final_rank: where a schedule should bring this layer, or None for the schedule's own target.
-        highest: rank that a budget gives this layer at most, or None for the budget's own ``highest``.
-        pinned: no schedule changes this layer.
-        rule: the key of the rank map that set its rank, if one did.
+        lora_A: (rank, d_in), at first Kaiming-uniform.
+        lora_B: (d_out, rank), at first zero, so that the update starts at zero.
+        final_rank: rank of this layer at the end of a schedule; None for the schedule's own target.
+        highest: highest rank that a budget may give this layer; None for the budget's own ``highest``.
+        pinned: whether schedules leave this layer's rank unchanged.
+        rule: the key of the rank map that set its rank; None if no key did.
     """
 
-    # Each subclass sets the class of layer that it adapts.
+    # The class of layer that a subclass adapts.
     supported: type[nn.Module]
-    # As PEFT's layers may be.
+    # Only PEFT's layers can be merged and still be LoRA layers.
     merged = False
 
     def __init__(
@@ -86,16 +86,16 @@ class LoRALayer(nn.Module):
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        """(d_out, d_in) of the update that ``base`` needs."""
+        """(d_out, d_in) of the update of ``base``."""
         raise NotImplementedError
 
     @classmethod
     def experts_of(cls, base: nn.Module) -> int:
-        """How many products the factors stack: one, but for experts."""
+        """How many products the factors stack: one, except in a layer of experts."""
         return 1
 
     def init_A(self) -> None:
-        """Draw lora_A as PEFT does, in place."""
+        """Draw lora_A in place, from the same distribution as PEFT."""
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -121,12 +121,12 @@ class LoRALayer(nn.Module):
 
     @property
     def module(self) -> nn.Module:
-        """The module whose input and output are the layer's (itself)."""
+        """The module whose input and output are those of the layer: itself."""
         return self
 
     @property
     def weight(self) -> nn.Parameter:
-        """The base's weight, for models that look at a layer's dtype or device through it."""
+        """The base's weight, because some models read a layer's dtype or device from it."""
         weight: Any = self.base.weight
         return weight  # type: ignore[no-any-return]
 
@@ -135,30 +135,30 @@ class LoRALayer(nn.Module):
         return getattr(self.base, "bias", None)
 
     def get_extra_state(self) -> Tensor:
-        """The scaling, so that a state dict says what function it stands for; float64 scalar."""
+        """The scaling, so that a state dict determines the layer's function; float64 scalar."""
         return torch.tensor(self.scaling, dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        # torch.distributed.checkpoint passes a mark instead, where it has no extra state.
+        # torch.distributed.checkpoint passes a placeholder if it has no extra state.
         if isinstance(state, Tensor):
             self.scaling = float(state)
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """Put new factors, of any rank, into the same two Parameter objects; their gradients are dropped.
+        """Put new factors, of any rank, into the same two Parameter objects, and delete their gradients.
 
-        Optimizers, hooks and users that hold the Parameters go on holding the right ones.
+        References to the Parameters, in optimizers and hooks for example, stay valid.
 
         Args:
-            lora_A: (rank, d_in), own storage, dtype and device of the old.
-            lora_B: (d_out, rank), own storage, dtype and device of the old.
+            lora_A: (rank, d_in), with its own storage, in the old dtype and on the old device.
+            lora_B: (d_out, rank), with its own storage, in the old dtype and on the old device.
         """
         put_factors(self, lora_A, lora_B)
 
     def observe(self, tap: Tap) -> Callable[[], None]:
-        """From now on call ``tap(z, dz)`` once in each backward; stop when the returned function is called.
+        """Call ``tap(z, dz)`` once in each backward, until the returned function is called.
 
-        z is A applied to the layer's input (after dropout) and dz the gradient of the loss at z, which is
-        ``scaling * B^T g``; both (examples, positions..., rank) as the layer's input has them, without a graph.
+        z is A applied to the layer's input (after dropout). dz is the gradient of the loss at z, ``scaling * B^T g``
+        for the gradient g at the output. Both are (examples, positions..., rank) as the input is, without a graph.
 
         Raises:
             RuntimeError: if the layer is being observed already.
@@ -169,7 +169,7 @@ class LoRALayer(nn.Module):
         return lambda: setattr(self, "_tap", None)
 
     def _watched(self, z: Tensor, channels: int = -1) -> Tensor:
-        """``z``, which reports to the tap, if there is one, when its gradient arrives."""
+        """``z``, with a hook that calls the tap, if there is one, when the gradient of ``z`` is known."""
         tap, values = self._tap, z.detach()
         if tap is not None and z.requires_grad:
 
@@ -193,10 +193,10 @@ class LoRALayer(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Module:
-        """The base with the update added to its weight, to stand where the layer stood, which is of no use any more.
+        """The base with the update added to its weight, to replace the layer; do not use the layer afterwards.
 
-        A weight tied to another module's stays as it is there. A base that is packed into 4 bits gives way to a plain
-        layer.
+        If the weight was tied to another module, that module keeps the old weight. For a base that is packed into
+        4 bits the result is a plain layer.
         """
         base = self._plain_base()
         self._put_weight(base, nn.Parameter(self.merged_weight(base), requires_grad=False))

@@ -1,4 +1,4 @@
-"""Which modules of a model get LoRA: by name, by pattern, or by preset."""
+"""The choice of the modules that get LoRA: by name, by pattern, or by preset."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dynrank.rank_map import EXPRESSION_ERRORS
 
 PRESETS = ("attention", "all-linear")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-# Their forward hands the weights of their children to a fused function, past the children's own forward.
+# Their forward passes the children's weights to a fused function and does not call the children.
 _PAST_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _OPERAND = re.compile(r"\bself\.(\w+)\.weight\b(?!\.)")
-# The fresh heads of transformers' ...ForSequenceClassification.
+# The names of the new heads of transformers' ...ForSequenceClassification.
 _CLASSIFIERS = ("classifier", "score")
 
 
@@ -37,11 +37,12 @@ def target_names(
 
     Args:
         model: any module.
-        target_modules: a list of names, each matching a module's whole name or its trailing parts (as in PEFT); or a
-            preset: ``all-linear`` (every linear layer and stack of experts but the output head), ``attention`` (those
-            of them below a module named after attention), which may stand in a list, too (``["all-linear",
-            "lm_head"]``); or a regular expression for whole names. Presets skip a linear layer of other arithmetic.
-        trained_whole: names of modules that are trained whole; presets leave them out.
+        target_modules: a list of names, a preset, or a regular expression for whole names. A name in a list matches a
+            module's whole name or its trailing parts (as in PEFT), and a list may hold presets (``["all-linear",
+            "lm_head"]``). ``all-linear`` is every linear layer and stack of experts except the output head;
+            ``attention`` is those of them inside a module with attn or attention in its name. Presets skip linear
+            layers that compute something else than ``x W^T + b``.
+        trained_whole: names of modules that are trained without LoRA; presets leave them out.
     """
     modules = modules_by_name(model)
     outside = _outside(modules, trained_whole)
@@ -63,7 +64,7 @@ def target_names(
         if name in outside:
             reason = outside[name]
         elif id(modules[name]) in alone:
-            reason = "torch.compile has wrapped it by itself and would go on calling it; compile the model afterwards"
+            reason = "torch.compile has wrapped this module alone and would still call it; compile the model afterwards"
         elif layer_class(modules[name]) is None:
             reason = f"{type(modules[name]).__name__} is no plain Linear, Conv1D, Embedding, Conv2d or stack of experts"
         else:
@@ -76,7 +77,7 @@ def target_names(
 
 
 def _outside(modules: Mapping[str, nn.Module], trained_whole: Sequence[str]) -> dict[str, str]:
-    """{name of a module that cannot have LoRA whatever its kind, and that presets leave out: why}."""
+    """{name of a module that cannot have LoRA because of where it is: the reason}; presets leave it out."""
     whole = "it is trained whole (modules_to_save)"
     outside = {n: whole for n in modules if any(f"{n}.".startswith(f"{saved}.") for saved in trained_whole)}
     for name, module in modules.items():
@@ -88,7 +89,7 @@ def _outside(modules: Mapping[str, nn.Module], trained_whole: Sequence[str]) -> 
 
 
 def _past_forward(module: nn.Module) -> list[str]:
-    """Names of the modules in ``module`` whose weights it hands to a fused function, at least on some device."""
+    """Names of the modules in ``module`` whose weights it reads without calling them, at least on some device."""
     if isinstance(module, _PAST_CHILDREN):
         return [child for child, _ in module.named_modules() if child]
     return _operands(type(module)) if hasattr(module, "A_log") else []  # type: ignore[arg-type]
@@ -96,15 +97,16 @@ def _past_forward(module: nn.Module) -> list[str]:
 
 @cache
 def _operands(mixer: type[nn.Module]) -> list[str]:
-    """The children of a state-space layer (Mamba) whose weights its code uses; which ones differs from class to class.
+    """The children of a state-space layer (Mamba) whose weights its source code reads; this differs between classes.
 
-    On CUDA a kernel gets the weights, where other devices call the children. PEFT refuses such layers of some models.
+    On CUDA a kernel gets the weights; on other devices the layer calls the children. PEFT refuses such children, too,
+    in some models.
     """
     return _OPERAND.findall(inspect.getsource(mixer))
 
 
 def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, list[str]], dict[str, nn.Module]]:
-    """({preset: names}, {name: linear layer that they skip, since it computes something else than a plain one})."""
+    """({preset: names}, {name: linear layer that presets skip because it computes something else than a plain one})."""
     heads = set(_output_heads(model))
     kinds = (nn.Linear, Conv1D, ExpertStack)
     found = {name: module for name, module in modules.items() if isinstance(module, kinds) and id(module) not in heads}
@@ -128,7 +130,7 @@ def _by_name(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _unmatched(target: str, modules: Mapping[str, nn.Module]) -> ConfigurationError:
-    """The error for a target that matches nothing: it lists the nearest names, or else those of all layers."""
+    """The error for a target that matches nothing; it lists the nearest names, or the names of all layers."""
     layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
     near = get_close_matches(target, {*layers, *modules}, n=3) or layers
     return ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
@@ -146,18 +148,18 @@ def _output_heads(model: nn.Module) -> Iterator[int]:
 
 
 def warn_of_pefts_frozen(model: nn.Module) -> None:
-    """Say which share of a model wrapped by PEFT lies in experts without LoRA; its all-linear passes over most."""
+    """Warn about the share of a model wrapped by PEFT that is in experts without LoRA; PEFT's all-linear skips most."""
     layers = peft_layers(model).values()
     if layers:
         warn_of_frozen(model, [layer.parameter for layer in layers if layer.of_parameter])
 
 
 def warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mapping[str, nn.Module] | None = None) -> None:
-    """Say which share of the model nobody trains although it is linear layers.
+    """Warn about the share of the model in linear layers that have no LoRA and stay frozen.
 
     Args:
         model: any module.
-        adapted: the stacked weights (of experts) that have LoRA; the others stay frozen.
+        adapted: the stacked weights (of experts) that have LoRA.
         skipped: linear layers without LoRA, by name.
     """
     trained = {id(weight) for weight in adapted}
@@ -171,6 +173,6 @@ def warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mapping
     others = {name: sum(weight.numel() for weight in module.parameters()) for name, module in (skipped or {}).items()}
     if stacks or others:
         share = sum([*stacks.values(), *others.values()]) / sum(parameter.numel() for parameter in model.parameters())
-        kinds = [f"{len(stacks)} stacks of layers in one parameter, as {next(iter(stacks))!r}"] if stacks else []
-        kinds += [f"{len(others)} layers of another arithmetic, as {next(iter(others))!r}"] if others else []
-        warnings.warn(f"{share:.0%} of the model stay frozen: {' and '.join(kinds)}", stacklevel=2)
+        kinds = [f"{len(stacks)} parameters that stack layers, such as {next(iter(stacks))!r}"] if stacks else []
+        kinds += [f"{len(others)} layers other than x W^T + b, such as {next(iter(others))!r}"] if others else []
+        warnings.warn(f"{share:.0%} of the model stays frozen: {' and '.join(kinds)}", stacklevel=2)

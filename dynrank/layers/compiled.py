@@ -1,4 +1,4 @@
-"""Models under ``torch.compile``: their modules' plain names, and code that serves changing ranks."""
+"""Models under ``torch.compile``: the plain names of their modules, and new compilation after a change of rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def uncompiled(model: M) -> M:
-    """The model inside the wrapper that ``torch.compile(model)`` returns; any other model as it is."""
+    """The model inside the wrapper that ``torch.compile(model)`` returns; any other model itself."""
     while _INSIDE in model._modules:
         inside: Any = model._modules[_INSIDE]
         model = inside
@@ -24,7 +24,7 @@ def uncompiled(model: M) -> M:
 
 
 def plain_name(name: str) -> str:
-    """``name`` without the wrappers in it.
+    """``name`` without the names of the wrappers.
 
     >>> plain_name("layers.0._orig_mod.q_proj.weight")
     'layers.0.q_proj.weight'
@@ -33,21 +33,22 @@ def plain_name(name: str) -> str:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """``model.named_modules()`` as it would be if nothing had been compiled."""
+    """``model.named_modules()`` without the wrappers of torch.compile."""
     for name, module in model.named_modules():
         if _INSIDE not in module._modules:
             yield plain_name(name), module
 
 
 def compiled_alone(model: nn.Module) -> set[int]:
-    """Ids of the modules that wrappers inside ``model`` hold: one put in their place would never be called."""
+    """Ids of the modules that a wrapper inside ``model`` holds: the wrapper would not call a replacement."""
     return {id(uncompiled(module)) for module in model.modules() if module is not model and _INSIDE in module._modules}
 
 
 def forget_compiled() -> None:
-    """After a change of rank, let compiled code be made anew.
+    """Make torch compile again after a change of rank.
 
-    torch keeps 8 versions of a function by shapes, and then runs it eagerly and says so in a log only.
+    torch compiles at most 8 versions of a function for different shapes. Then it runs the function eagerly and only
+    writes to a log.
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""LoRA in mixtures of experts whose weights are stacked in 3-D parameters, as transformers has them from 5.0 on."""
+"""LoRA in mixtures of experts that stack their weights in 3-D parameters, as transformers 5.0 and later do."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class ExpertStack(BareParameter):
 
 
 def expert_stacks(owner: nn.Module) -> dict[str, ExpertStack]:
-    """The stacked parameters of ``owner`` by name, if it is a module of experts that :func:`experts_forward` computes.
+    """The stacked parameters of ``owner`` by name, if it is a module of experts that :func:`experts_forward` supports.
 
-    These are the classes under transformers' ``use_experts_implementation``, which says how each of them computes.
+    These are the classes with transformers' ``use_experts_implementation``, which sets the attributes read here.
     """
     if not {"has_bias", "is_transposed"} <= vars(owner).keys() or is_expert_parallel(owner):
         return {}
@@ -39,8 +39,8 @@ def expert_stacks(owner: nn.Module) -> dict[str, ExpertStack]:
 class LoRAExperts(LoRAOwner):
     """A module of experts with LoRA.
 
-    Each token is multiplied by A and B of its experts. PEFT adds the update to the weights of all experts instead,
-    which it then keeps for the backward pass.
+    It multiplies each token by A and B of that token's experts. PEFT instead adds the update to the weights of all
+    experts, and saves the sum for the backward pass.
     """
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class LoRAExperts(LoRAOwner):
 
 
 class LoRAExpertStack(LoRAParameter):
-    """The update of one stacked parameter: for each expert a product, all of one rank.
+    """The update of one stacked parameter: one product per expert, all of the same rank.
 
     The factors are stacked as PEFT stores them: lora_A is (experts * rank, d_in), lora_B (d_out, rank * experts), see
     :func:`dynrank.linalg.split`.
@@ -78,10 +78,10 @@ class LoRAExpertStack(LoRAParameter):
         return delta_EOI.mT.contiguous() if self.base.owner.is_transposed else delta_EOI
 
     def forward(self, x_SI: Tensor, ends: Tensor) -> Tensor:
-        """``x W_e^T + scaling * (drop(x) A_e^T) B_e^T``; rows are sorted by expert e, and end at ``ends[e]``."""
+        """``x W_e^T + scaling * (drop(x) A_e^T) B_e^T``; rows are sorted by expert; those of e end at ``ends[e]``."""
         weight_EIO = self.base.weight_EIO
         x_SI = x_SI.to(weight_EIO.dtype)
-        # Zeros fill up to a multiple of 16 bytes, without which there is no grouped_mm.
+        # grouped_mm needs rows of a multiple of 16 bytes, so zeros pad the rank.
         missing = -self.rank % 8
         a_ERI = F.pad(split(self.lora_A, self.experts, 0), (0, 0, 0, missing)).to(x_SI.dtype)
         b_ERO = F.pad(split(self.lora_B, self.experts, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
@@ -96,14 +96,14 @@ def experts_forward(
     top_k_weights: Tensor,
     layers: nn.ModuleDict | None = None,
 ) -> Tensor:
-    """What the experts of ``owner`` make of each token, with LoRA in ``layers``, by the rules of its class.
+    """The output of the experts of ``owner`` for each token, with LoRA in ``layers``.
 
     Args:
         owner: as in :func:`expert_stacks`.
         hidden_states: (tokens, d).
-        top_k_index: (tokens, k) the experts of each token.
-        top_k_weights: (tokens, k) the factors of what they give.
-        layers: LoRA by the name of the parameter.
+        top_k_index: (tokens, k), the experts of each token.
+        top_k_weights: (tokens, k), the weights of their outputs.
+        layers: LoRA layers by the name of their parameter.
     """
     experts, order = top_k_index.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(len(owner.down_proj), device=experts.device), right=True).int()
@@ -126,8 +126,8 @@ def experts_forward(
 
 
 def grouped_product(x_SI: Tensor, w_EIO: Tensor, ends: Tensor) -> Tensor:
-    """(S, O) the rows of ``x_SI`` times the matrix of their group: group e has those before ``ends[e]``."""
-    # A tensor without values has no rows to count. One matrix takes the memory and time that several do.
+    """(S, O): each row of ``x_SI`` times the matrix of its group; the rows of group e end before ``ends[e]``."""
+    # The rows of a tensor without values cannot be counted; one matrix allocates as much as several.
     if isinstance(x_SI, FakeTensor):
         return x_SI @ w_EIO[0]
     if _has_grouped_mm(x_SI, w_EIO):
@@ -137,7 +137,7 @@ def grouped_product(x_SI: Tensor, w_EIO: Tensor, ends: Tensor) -> Tensor:
 
 
 def _has_grouped_mm(x_SI: Tensor, w_EIO: Tensor) -> bool:
-    # torch.compile knows it in bfloat16 only (torch 2.13).
+    # torch.compile supports grouped_mm in bfloat16 only (torch 2.13).
     dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float32, torch.float16)
     known = hasattr(F, "grouped_mm") and x_SI.dtype in dtypes
     if x_SI.is_cuda and torch.cuda.get_device_capability(x_SI.device) < (8, 0):
@@ -150,5 +150,5 @@ def _up(owner: Any) -> str:
 
 
 def _has_gate(owner: Any) -> bool:
-    # In transformers 5.0 all of them have one, and none says so.
+    # In transformers 5.0 all experts have a gate, and the attribute does not exist yet.
     return bool(getattr(owner, "has_gate", True))

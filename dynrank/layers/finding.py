@@ -20,8 +20,8 @@ from dynrank.layers.routers import router_weight
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
     """Every LoRA layer of ``model`` with its name, in the order of ``named_modules()``.
 
-    Names are those of the model before ``torch.compile`` has wrapped it or a part of it. In a model wrapped by PEFT the
-    layers are views of PEFT's, for the adapter that is active.
+    Names are those without the wrappers of ``torch.compile``. In a model wrapped by PEFT the layers are views of PEFT's
+    layers, for the active adapter.
     """
     own, theirs = own_layers(model), peft_layers(model)
     if own and theirs:
@@ -39,19 +39,19 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
-    """The LoRA layers that dynrank has put into ``model``, by the names of the modules or parameters they adapt."""
+    """The LoRA layers of dynrank in ``model``, by the names of the modules or parameters that they adapt."""
     found = {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
     return {_adapted_name(name, layer): layer for name, layer in found.items()}
 
 
 def _adapted_name(name: str, layer: LoRALayer) -> str:
-    """``...experts.gate_up_proj`` for the layer ``...experts.lora.gate_up_proj``, as PEFT names the parameter."""
+    """PEFT's name of the parameter: ``...experts.gate_up_proj`` for the layer ``...experts.lora.gate_up_proj``."""
     leaf = layer.base.leaf if isinstance(layer, LoRAParameter) else None
     return name if leaf is None else name.removesuffix(f"lora.{leaf}") + leaf
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module by every name that it has without LoRA layers, whose bases stand for them; and bare parameters."""
+    """Every (name, module) of ``model`` with bases instead of their LoRA layers, and every bare parameter."""
     found: list[tuple[str, nn.Module]] = [("", model)]
     while found:
         name, module = found.pop()
@@ -65,12 +65,12 @@ def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """:func:`plain_modules`, each by the first of its names only, as PEFT knows it."""
+    """:func:`plain_modules`, each by the first of its names only, which is the name in PEFT."""
     first_names = {module: name for name, module in reversed([*plain_modules(model)])}
     return {name: module for module, name in reversed(first_names.items())}
 
 
 def tied_weights(model: nn.Module) -> set[int]:
-    """Ids of the parameters that stand under more than one name."""
-    places = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {parameter for parameter, count in places.items() if count > 1}
+    """Ids of the parameters that have more than one name."""
+    names = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {parameter for parameter, count in names.items() if count > 1}

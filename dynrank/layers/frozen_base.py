@@ -1,8 +1,8 @@
-"""The frozen base of an adapted model: left out of a checkpoint, and recognised when that is loaded.
+"""Checkpoints without the frozen base (the weights of the model below its adapter), and the check on loading.
 
-In place of the base a state dict holds a mark for each adapted model, under ``NAME.`` + ``MARK``: the model's title and
-a fingerprint of every parameter that was left out. ``load_state_dict`` compares them with the parameters of the model
-that it loads into, before anything changes, and then takes these parameters as they are.
+Instead of the base a state dict holds a mark for each adapted model, under ``NAME.`` + ``MARK``: the model's title, and
+a fingerprint of every parameter that was left out. Before anything changes, ``load_state_dict`` compares the
+fingerprints with the model that it loads into. Then the base of that model stays as it is.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from dynrank.layers.quantized import plain_values
 from dynrank.private import source_of
 
 MARK = "_frozen_base"
-# A fingerprint knows so many values of each parameter.
+# How many values of each parameter a fingerprint covers.
 SAMPLES = 256
-# Multiples of the golden ratio, taken modulo 1, lie evenly whatever their number.
+# Multiples of the golden ratio modulo 1 are evenly spread for any number of them.
 _GOLDEN = 0.6180339887498949
-# Adapters and heads may be frozen at the moment.
+# Adapters and heads are no part of the base even while they are frozen.
 _ADAPTER = re.compile(r"(^|\.)(lora_|modules_to_save\.)")
 
 
 def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
-    """{prefix of its names in ``model``: what :func:`dynrank.add_lora`, ``load_adapter`` or PEFT was given}."""
+    """{prefix of its names in ``model``: a model that :func:`dynrank.add_lora`, ``load_adapter`` or PEFT adapted}."""
     found: dict[str, nn.Module] = {}
     for name, root in model.named_modules():
         prefix, own = f"{name}." if name else "", vars(root).get("_has_lora")
-        # The model may have been merged since.
+        # The flag stays set after a merge.
         adapted = own and any(isinstance(module, LoRALayer) for module in root.modules())
         adapted = adapted or isinstance(vars(root).get("peft_config"), dict)
         if adapted and not any(prefix.startswith(outer) for outer in found):
@@ -44,15 +44,15 @@ def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def without_base(model: nn.Module, state_dict: Mapping[str, Any], trained: Collection[Tensor]) -> dict[str, Any]:
-    """``state_dict`` with marks in the place of the frozen parameters of the adapted models in ``model``.
+    """``state_dict`` with marks instead of the frozen parameters of the adapted models in ``model``.
 
-    Adapters, and heads that PEFT keeps per adapter, stay in even where they are frozen, and so does what lies outside
-    adapted models.
+    The result keeps adapters and the heads that PEFT stores per adapter, even if they are frozen, and everything
+    outside of adapted models.
 
     Args:
-        model: says what is frozen.
-        state_dict: of ``model``, or of another with the same names.
-        trained: parameters that stay in although they are frozen now.
+        model: the model whose parameters show what is frozen.
+        state_dict: the state dict of ``model``, or of another model with the same names.
+        trained: parameters to keep although they are frozen now.
     """
     kept, spared = dict(state_dict), {id(parameter) for parameter in trained}
     for prefix, root in adapted_models(model).items():
@@ -62,7 +62,7 @@ def without_base(model: nn.Module, state_dict: Mapping[str, Any], trained: Colle
             frozen = not (parameter.requires_grad or id(parameter) in spared or _ADAPTER.search(name))
             if frozen and key in kept:
                 mark[name] = fingerprint(kept.pop(key))
-        # bitsandbytes has these keys beside a weight.
+        # bitsandbytes stores further entries under the name of a weight.
         quantisation = tuple(f"{prefix}{name}." for name in mark)
         kept = {key: value for key, value in kept.items() if not key.startswith(quantisation)}
         kept[prefix + MARK] = {"model": _title(root), "parameters": mark}
@@ -70,12 +70,12 @@ def without_base(model: nn.Module, state_dict: Mapping[str, Any], trained: Colle
 
 
 def fingerprint(parameter: Tensor) -> str:
-    """A hash of the shape of ``parameter`` and of 256 of its values, at fixed places; collective where it is sharded.
+    """A hash of the shape of ``parameter`` and of 256 of its values, at fixed indices; collective if it is sharded.
 
-    The values are rounded to bfloat16 first, since ``precision=bf16-true`` rounds a base in place.
+    The values are rounded to bfloat16 first, because ``precision=bf16-true`` rounds a base in place.
     """
     if parameter.is_meta:
-        raise ConfigurationError("a base on the meta device has no values to know it by; load its weights first")
+        raise ConfigurationError("a base on the meta device has no values to compare; load its weights first")
     values = plain_values(parameter)
     values = values.full_tensor() if isinstance(values, DTensor) else values
     places = torch.arange(min(values.numel(), SAMPLES))
@@ -86,9 +86,9 @@ def fingerprint(parameter: Tensor) -> str:
 
 
 def follow_base(model: nn.Module) -> None:
-    """From now on ``model.load_state_dict`` takes state dicts without a frozen base; a second call does nothing.
+    """Let ``model.load_state_dict`` load state dicts without a frozen base; a second call does nothing.
 
-    :func:`dynrank.add_lora` calls it for the model that it adapts.
+    :func:`dynrank.add_lora` calls this.
     """
     if not getattr(model, "_follows_base", False):
         model._follows_base = True  # type: ignore[assignment]
@@ -96,7 +96,7 @@ def follow_base(model: nn.Module) -> None:
 
 
 def _fill_in_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Complete ``state_dict`` by the model's own parameters, which loading then copies onto themselves."""
+    """Add the model's own parameters to ``state_dict``; loading then copies each of them onto itself."""
     own = check_base(model, state_dict, prefix)
     for start in dict(_marks(state_dict, prefix)):
         del state_dict[start + MARK]
@@ -104,12 +104,12 @@ def _fill_in_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 
 
 def check_base(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
-    """The parameters of ``model`` that ``state_dict`` leaves out, by their names in it.
+    """The parameters of ``model`` that ``state_dict`` leaves out, by their names in it; raises if the base differs.
 
     Args:
-        model: will load ``state_dict``.
-        state_dict: with or without marks.
-        prefix: of the names of ``model``'s parameters in ``state_dict``.
+        model: the model that will load ``state_dict``.
+        state_dict: a state dict with or without marks.
+        prefix: prefix of the names of ``model``'s parameters in ``state_dict``.
     """
     found: dict[str, Tensor] = {}
     for start, mark in _marks(state_dict, prefix):
@@ -120,31 +120,30 @@ def check_base(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = ""
             fault = "had another shape or other values than" if wrong[0] in own else "is missing"
             raise ConfigurationError(
                 f"the checkpoint was made on another base: {wrong[0]!r} {fault} here ({len(wrong)} of {len(known)} "
-                f"frozen parameters differ). Its base was {mark['model']}; load it into the model that it was trained "
-                "on (ckpt_path, task.model)"
+                f"frozen parameters differ); load it into its own base, {mark['model']} (ckpt_path, task.model)"
             )
         found |= {name: own[name] for name in known}
     return found
 
 
 def left_out(state_dict: Mapping[str, Any]) -> set[str]:
-    """Names of the parameters that the marks in ``state_dict`` stand for."""
+    """Names of the parameters that ``state_dict`` leaves out, by its marks."""
     return {start + name for start, mark in _marks(state_dict) for name in mark["parameters"]}
 
 
 def lacks_base(model: nn.Module, state_dict: Mapping[str, Any]) -> bool:
-    """Whether ``state_dict`` leaves a base out, for loading it other than by ``load_state_dict``.
+    """Whether ``state_dict`` leaves a base out, for loading without ``load_state_dict``; raises if the base differs.
 
     Args:
-        model: will load ``state_dict``.
-        state_dict: names, with the marks if it has some; other values do not matter.
+        model: the model that will load ``state_dict``.
+        state_dict: a state dict; only its names and marks are read.
     """
     if not dict(_marks(state_dict)):
         return False
     own = check_base(model, state_dict)
     missing = sorted(model.state_dict().keys() - state_dict.keys() - own.keys())
     if missing:
-        raise ConfigurationError(f"the checkpoint lacks {missing[:3]}, which are no part of its base; set ckpt_path")
+        raise ConfigurationError(f"the checkpoint lacks {missing[:3]}, which its base does not hold; set ckpt_path")
     return True
 
 
@@ -153,11 +152,11 @@ def _marks(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
     for key, mark in state_dict.items():
         if key.startswith(prefix) and f".{key}".endswith(f".{MARK}"):
             if not isinstance(mark, dict) or "model" not in mark or not isinstance(mark.get("parameters"), dict):
-                raise ConfigurationError(f"{key!r} says nothing of a frozen base; the checkpoint is broken (ckpt_path)")
+                raise ConfigurationError(f"the checkpoint is broken: {key!r} is no mark of a base; set ckpt_path")
             yield key.removesuffix(MARK), mark
 
 
 def _title(model: nn.Module) -> str:
-    """What a user calls the model: its class, and where transformers has loaded it from."""
+    """The model's class, and the name or folder from which transformers loaded it."""
     source = source_of(model)
     return f"{type(model).__name__} {source!r}" if source else type(model).__name__

@@ -1,4 +1,4 @@
-"""LoRA layers that read the same x, called one after the other by one module: they share one pass over it."""
+"""Groups of LoRA layers that one module calls on the same x, such as q, k and v: they share one pass over x."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynrank.kernels.triton_launch import serves
 from dynrank.layers.kinds import LoRAConv1D, LoRALinear
 from dynrank.private import saved_tensor_hooks
 
-# The names, within one parent, of layers that models call on one x.
+# Names of layers in one parent that models call on the same x.
 SETS = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -29,21 +29,21 @@ SETS = (
 
 
 def group_layers(model: nn.Module, always: bool) -> None:
-    """Let the linear layers of ``model`` that have the names of one of ``SETS`` in one module share their x.
+    """Let linear layers of ``model`` share a pass over x if they have the names of one of ``SETS`` in one parent.
 
-    The first of them that the module's forward calls on an x opens a pass for all that could follow; those that are
-    called on the very same tensor, unchanged, take their part of it; any other x opens another pass. Nothing is kept
-    when that forward ends, or decided by an earlier one, so a run that was resumed does what the whole run does.
+    The first layer that the parent's forward calls on an x opens a pass for all layers of its group. Layers that are
+    called on the same, unchanged tensor take their output from this pass; another x opens another pass. No state
+    remains after that forward, so a resumed run computes the same as an uninterrupted one.
 
-    A layer computes alone outside of its parent's forward, or in a part of it that is checkpointed by itself; while a
-    graph is compiled (whose tensors have no version); in plain inference, which has nothing to gain; where a tensor is
-    more than a plain one (sharded, packed, fake); and where Triton would serve its rank but not the ranks' sum.
+    A layer computes alone outside of its parent's forward, or in a part of it that is checkpointed separately; under
+    torch.compile, whose tensors have no version; in plain inference, where sharing saves nothing; if a tensor is of a
+    subclass (sharded, packed, fake); and if Triton supports its rank but not the sum of the ranks.
 
-    Unless ``always``, they do so where it pays: on a GPU, and where there is dropout. Where neither can be, they get no
-    hooks, which would take 4% of the host's time of three layers.
+    Unless ``always``, layers share only on a GPU and where there is dropout, because elsewhere it is not faster. If
+    neither is possible they get no hooks, which would cost 4% of the host time of three layers.
 
-    As the layers share a node of the autograd graph, a backward through the output of one and then another through that
-    of another needs ``retain_graph=True``. Layers must not get other values while their parent's forward runs.
+    The layers share a node of the autograd graph. So separate backward passes through the outputs of two layers need
+    ``retain_graph=True``. The parameters must not change while the parent's forward runs.
     """
     for parent in model.modules():
         for names in SETS:
@@ -59,7 +59,7 @@ def group_layers(model: nn.Module, always: bool) -> None:
 
 
 class _Pass:
-    """A pass over x, and which of its outputs have still to be taken."""
+    """A pass over x, and the layers that have not taken their output yet."""
 
     def __init__(self, x: Tensor, layers: list[LoRALinear]) -> None:
         self._x, self._state, self._waiting, self._layers = x, _state(x), [*layers], layers
@@ -75,7 +75,7 @@ class _Pass:
 
 
 class _Within(threading.local):
-    """The module whose forward this thread is in, how it was entered, and the pass that is open there."""
+    """The module whose forward this thread runs, the context in which it began, and the open pass."""
 
     parent: nn.Module | None = None
     context: tuple[Any, ...] = ()
@@ -96,7 +96,7 @@ def _leave(*_: Any) -> None:
 
 
 def _shared_output(names: tuple[str, ...], always: bool, layer: LoRALinear, x: Tensor) -> Tensor | None:
-    """The output of ``layer`` from a pass that it shares with its siblings; None if it is to compute alone."""
+    """The output of ``layer`` from a pass that it shares with its siblings; None if it must compute alone."""
     if not (always or x.is_cuda or layer.drop_rate):
         return None
     if torch.compiler.is_compiling() or _within.parent is None or _within.context != _context():
@@ -105,8 +105,8 @@ def _shared_output(names: tuple[str, ...], always: bool, layer: LoRALinear, x: T
         return None
     if _within.open_pass is None or not _within.open_pass.has(layer, x):
         _within.open_pass = None
-        children, like = _within.parent._modules, _kind(layer)
-        layers: list[Any] = [children[name] for name in names if like is not None and _kind(children.get(name)) == like]
+        children, kind = _within.parent._modules, _kind(layer)
+        layers: list[Any] = [children[name] for name in names if kind is not None and _kind(children.get(name)) == kind]
         if len(layers) < 2 or layer not in layers:
             return None
         if layer.backend == "triton" and serves(x, sum(member.rank for member in layers)) is not None:
@@ -119,7 +119,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def _kind(layer: nn.Module | None) -> tuple[Any, ...] | None:
-    """What layers must have in common to share; None for one that cannot."""
+    """The properties that layers must have in common to share a pass; None for a layer that cannot share."""
     if not isinstance(layer, LoRALinear):
         return None
     tensors = layer.weight, layer.lora_A, layer.lora_B
@@ -130,12 +130,12 @@ def _kind(layer: nn.Module | None) -> tuple[Any, ...] | None:
 
 
 def _state(x: Tensor) -> tuple[Any, ...]:
-    """What must stay between two calls on one x."""
+    """The properties of x and autocast that must not change between the layers' calls."""
     kind = x.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return x._version, x.requires_grad, autocast
 
 
 def _context() -> tuple[Any, ...]:
-    """What changes within a part that is checkpointed by itself, and so computed again out of its parent's forward."""
+    """The state that differs in a separately checkpointed part, which runs again outside of its parent's forward."""
     return torch.is_grad_enabled(), saved_tensor_hooks()

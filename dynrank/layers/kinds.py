@@ -1,4 +1,4 @@
-"""One LoRA layer per kind of base layer: its shape, its forward, and where its update lies in the base's weight."""
+"""One class of LoRA layer per kind of base layer: its shape, its forward, and its update in the weight's shape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LoRALinear(LoRALayer):
     """``y = x W^T + b + scaling * (drop(x) A^T) B^T``; x is (..., d_in)."""
 
     supported = nn.Linear
-    # What gives the output from a pass over x that is shared with other layers, where there is one; see grouping.py.
+    # A function that returns the output from a pass over x shared with other layers, or None; see grouping.py.
     shared_output: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
 
     @classmethod
@@ -35,7 +35,7 @@ class LoRALinear(LoRALayer):
         return weight  # type: ignore[no-any-return]
 
     def operands(self) -> Operands:
-        """What the layer brings to the fused op."""
+        """The layer's operands for the fused op."""
         bias: Any = self.base.bias
         return Operands(self._weight_OI(), bias, self.lora_A, self.lora_B, self.scaling, self._tap)
 
@@ -64,11 +64,11 @@ class LoRAConv1D(LoRALinear):
 
 
 class LoRAQuantizedLinear(LoRALinear):
-    """LoRALinear for a weight that a library has packed (QLoRA, arXiv:2305.14314); it stays packed, and as it is."""
+    """LoRALinear for a weight that a library has packed (QLoRA, arXiv:2305.14314); the weight stays packed."""
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        # The packed weight has another shape, so it is not asked.
+        # The packed weight has another shape.
         d_out, d_in = base.out_features, base.in_features
         assert isinstance(d_out, int)
         assert isinstance(d_in, int)
@@ -76,12 +76,12 @@ class LoRAQuantizedLinear(LoRALinear):
 
     def _weight_OI(self) -> Callable[[], Tensor]:
         unpack = unpacker(self.base)
-        # forward has checked this.
+        # forward has checked that the weight can be unpacked.
         assert unpack is not None
         return unpack
 
     def forward(self, x: Tensor) -> Tensor:
-        # in inference the libraries multiply by the packed weight, without unpacking it
+        # In inference the library's own forward is faster: it multiplies by the packed weight.
         if torch.is_grad_enabled() and unpacker(self.base) is not None:
             return super().forward(x.to(computes_in(self.base, x))).to(x.dtype)
         y: Tensor = self.base(x)
@@ -109,7 +109,7 @@ class LoRAEmbedding(LoRALayer):
         return dim, num_embeddings
 
     def init_A(self) -> None:
-        """Standard normal: an embedding picks single columns of A, so fan-in is no measure of their size."""
+        """Draw lora_A from a standard normal: an embedding picks single columns of A, so fan-in does not matter."""
         nn.init.normal_(self.lora_A)
 
     def _in_weight_shape(self, delta_OI: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ class LoRAEmbedding(LoRALayer):
 
 
 class LoRAConv2d(LoRALayer):
-    """A convolution by A (rank filters of the base's geometry), then a 1x1 convolution by B.
+    """A convolution by A (``rank`` filters with the base's kernel size), then a 1x1 convolution by B.
 
     lora_A is (rank, in_channels * kernel height * kernel width), lora_B (out_channels, rank).
     """
@@ -134,7 +134,7 @@ class LoRAConv2d(LoRALayer):
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
-        # PEFT's format can only say this of a Conv2d.
+        # PEFT's format can express only these settings of a Conv2d.
         plain = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros"}
         for name, value in plain.items():
             if getattr(base, name) != value:
@@ -163,10 +163,10 @@ LAYERS: tuple[type[LoRALayer], ...] = (
 
 
 def layer_class(base: nn.Module) -> type[LoRALayer] | None:
-    """The LoRA layer for ``base``; None for a module that cannot have one.
+    """The class of LoRA layer for ``base``; None for a module that cannot have LoRA.
 
-    A subclass with a forward of its own (scaled, quantised by another library, ...) has one only where it is a linear
-    layer that computes what the plain one does, as Falcon's is.
+    A subclass with its own forward (scaled, quantised by another library, ...) can have LoRA only if it is a linear
+    layer that computes the same as the plain one, like Falcon's.
     """
     if is_quantized(base):
         return LoRAQuantizedLinear
@@ -178,7 +178,7 @@ def layer_class(base: nn.Module) -> type[LoRALayer] | None:
 
 
 def _computes_linear(base: nn.Module) -> bool:
-    """Whether ``base`` holds a weight and a bias only and computes ``x W^T + b``; tried on small random values."""
+    """Whether ``base`` has only a weight and a bias and computes ``x W^T + b``, by a trial on small random values."""
     tensors = dict([*base.named_parameters(), *base.named_buffers()])
     if "weight" not in tensors or tensors.keys() - {"weight", "bias"}:
         return False
@@ -191,7 +191,7 @@ def _computes_linear(base: nn.Module) -> bool:
             for base.training in (True, False):
                 y = torch.func.functional_call(base, values, x)
                 found.append(y.shape == expected.shape and torch.allclose(y, expected, 1e-9, 1e-9))
-    # The base takes another input, reads its weight in another way, or returns no tensor.
+    # The base needs another input, reads its weight in another way, or returns no tensor.
     except Exception:
         return False
     finally:

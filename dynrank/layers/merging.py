@@ -1,4 +1,4 @@
-"""Dissolving LoRA layers into plain ones."""
+"""Merging LoRA layers into their bases."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def merge(model: M) -> M:
-    """Merge every LoRA layer into its base and take it out, in place; the model is plain afterwards.
+    """Add the update of every LoRA layer to its base and replace the layer by the base, in place.
 
-    A head tied to an embedding gets a weight of its own (and the model's config says so), since the adapter belongs to
-    the head alone. A base that bitsandbytes has packed into 4 bits is unpacked. Weights keep their dtype; the sum is
-    made in float32 or wider.
+    If a head is tied to an embedding, the head gets its own weight, because the update belongs to the head only; the
+    model's config then says that the two are not tied. A base that bitsandbytes has packed into 4 bits is unpacked.
+    Weights keep their dtype; the sum is computed in float32 or wider.
 
     Raises:
         ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is packed into 8 bits.

@@ -1,6 +1,6 @@
-"""LoRA layers that PEFT has put into a model, changed in place: its modules, adapters and configs stay PEFT's own.
+"""PEFT's LoRA layers, whose ranks are changed in place: modules, adapters and configs remain objects of PEFT.
 
-PEFT is not imported here. A program that holds a model wrapped by it has imported it already.
+This module does not import PEFT. A program with a model wrapped by PEFT has imported it already.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from dynrank.layers.peft_view import PeftLayer
 from dynrank.layers.ranked import take_rank
 from dynrank.rank_map import first_matches, peft_ranks
 
-# Initialisations that leave the base weight alone. The others take out of it what depends on the rank, and take it out
-# again of a fresh base when the adapter is loaded.
 _FACTORS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
+# Initialisations that do not change the base weight. The others subtract a part from it that depends on the rank, and
+# subtract it again from a fresh base when the adapter is loaded.
 HARMLESS_INIT = (True, False, "gaussian", "orthogonal", "eva")
 
 
 def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
-    """PEFT's LoRA layers of ``model`` by name, each for the one adapter that is active in it.
+    """PEFT's LoRA layers of ``model`` by name, each for its one active adapter.
 
-    A layer without the active adapter is left out. A parameter that PEFT adapts (``target_parameters``) is a layer, and
-    named as in ``rank_pattern``: ``...mlp.experts.gate_up_proj``. A model without PEFT's layers gives an empty dict.
+    A layer without the active adapter is left out. A parameter that PEFT adapts (``target_parameters``) counts as a
+    layer with its name in ``rank_pattern``: ``...mlp.experts.gate_up_proj``.
     """
     modules = _lora_modules(model)
     configs = _configs(model) if modules else {}
@@ -63,20 +63,20 @@ def refuse_peft(model: nn.Module, action: str, instead: str) -> None:
 
 
 def sync_peft_configs(model: nn.Module) -> None:
-    """Make every PEFT config in ``model`` say the ranks that its layers have; see :func:`config_changes`."""
+    """Write the ranks of the layers into every PEFT config in ``model``; see :func:`config_changes`."""
     for change in config_changes(model, {}):
         change()
 
 
 def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int]) -> list[Callable[[], None]]:
-    """Assignments that make every PEFT config in ``model`` say the ranks of its layers, so that what PEFT saves loads.
+    """Functions that write the ranks of the layers into every PEFT config in ``model``, so that PEFT's files load.
 
-    r, lora_alpha, rank_pattern and alpha_pattern then hold one anchored entry per layer that differs, and use_rslora is
-    false. A config that says the right ranks already is left alone. Only assignments are left to be made.
+    They set r, lora_alpha, and one anchored entry of rank_pattern and alpha_pattern per layer that differs; use_rslora
+    becomes false. A config with the right ranks does not change. The functions only make assignments.
 
     Args:
-        model: that PEFT has wrapped, or any other, which has no configs.
-        ranks: by module and adapter, those that layers will have by the time the assignments are made.
+        model: a model that PEFT has wrapped, or any other.
+        ranks: by module and adapter, the ranks that layers will have when the functions are called.
     """
     configs, changes = _configs(model), list[Callable[[], None]]()
     lost = [name for name, module in _lora_modules(model) if module not in configs]
@@ -92,11 +92,11 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
             will_be = {name: ranks.get((layer.module, adapter), layer.rank) for name, layer in layers.items()}
             if config.peft_type != "LORA" or all(_rank_by(config, n) == rank for n, rank in will_be.items()):
                 continue
-            # The user's own object, and adapters that were made from it, stay as they are.
+            # The user's own config object, and other adapters that use it, must not change.
             new = copy.copy(config)
             for field, value in peft_ranks({n: (r, layers[n].scaling * r) for n, r in will_be.items()}).items():
                 setattr(new, field, value)
-            # PEFT would initialise so on loading, which works for even ranks only.
+            # PEFT would initialise the factors again on loading, and "orthogonal" supports even ranks only.
             if new.init_lora_weights == "orthogonal":
                 new.init_lora_weights = True
             changes += [layer.record_alpha for layer in layers.values()]
@@ -107,10 +107,10 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
 def follow_checkpoint_ranks(model: nn.Module) -> None:
     """Let ``model.load_state_dict`` give PEFT's LoRA layers, and their configs, the ranks of the state dict.
 
-    Without it a checkpoint from after a change of rank, or one without the frozen base (AdapterCheckpoint), does not
-    fit a freshly wrapped model. RankScheduler calls it in ``setup``; for ``load_from_checkpoint``, which knows no
-    callbacks, call it at the end of the module's ``__init__``. The layers are looked up when a state dict comes, so
-    they may be made later (``configure_model``). A second call does nothing.
+    Without this, a freshly wrapped model cannot load a checkpoint from after a change of rank, nor one without the
+    frozen base (AdapterCheckpoint). RankScheduler calls this function in ``setup``. ``load_from_checkpoint`` runs no
+    callbacks; for it, call this function at the end of the module's ``__init__``. The layers may be created later (in
+    ``configure_model``), because only loading looks them up. A second call does nothing.
     """
     if not getattr(model, "_follows_checkpoint_ranks", False):
         model._follows_checkpoint_ranks = True  # type: ignore[assignment]
@@ -138,7 +138,7 @@ def take_peft_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
 
 
 def _fault(module: Any, adapter: str, config: Any) -> str | None:
-    """Why the rank of this adapter cannot be changed, if it cannot."""
+    """The reason why the rank of this adapter cannot change; None if it can."""
     if hasattr(module, "lora_E"):
         return "AdaLoRA masks ranks by itself; use a plain LoraConfig"
     if isinstance(module.get_base_layer(), nn.MultiheadAttention):
@@ -157,7 +157,7 @@ def _fault(module: Any, adapter: str, config: Any) -> str | None:
             return "a convolution in groups has factors whose product is no matrix; leave it out of target_modules"
     if config is not None and config.init_lora_weights not in HARMLESS_INIT:
         return (
-            f"init_lora_weights={config.init_lora_weights!r} has taken a part out of the base weight that depends on "
+            f"init_lora_weights={config.init_lora_weights!r} has changed the base weight by a part that depends on "
             "the rank; save the base model as it is now, and set init_lora_weights to True in the adapter's config"
         )
     if getattr(config, "target_modules_to_tie", None):
@@ -166,14 +166,14 @@ def _fault(module: Any, adapter: str, config: Any) -> str | None:
 
 
 def _rank_by(config: Any, name: str) -> int:
-    """The rank that ``config`` gives to a layer, by PEFT's rule."""
+    """The rank of layer ``name`` by PEFT's rule."""
     return int(first_matches(config.rank_pattern, [name]).get(name, config.r))
 
 
 def _configs(model: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Any]]]:
-    """{LoRA module: (the name that PEFT knows it by, its configs by adapter)}.
+    """{LoRA module: (its name in PEFT's patterns, its configs by adapter)}.
 
-    PEFT leaves its configs on the model that it was given, so names are relative to the nearest module that has them.
+    PEFT stores its configs on the model that it was given, so names are relative to the nearest module with configs.
     """
     found: dict[nn.Module, tuple[str, dict[str, Any]]] = {}
     for root in model.modules():
@@ -184,7 +184,7 @@ def _configs(model: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Any]]]:
 
 
 def _peft_name(name: str, module: Any) -> str:
-    """The name that PEFT's patterns know a LoRA module by: where it adapts a parameter, that of the parameter."""
+    """The name of a LoRA module in PEFT's patterns; if it adapts a bare parameter, the name of that."""
     if not hasattr(module, "parameter_name"):
         return name
     return f"{name.replace('.base_layer', '')}.{module.parameter_name}"
@@ -199,6 +199,6 @@ def _lora_modules(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _peft_modules(model: nn.Module, home: str, kind: str) -> list[tuple[str, Any]]:
-    """Modules of a class of PEFT; none if PEFT was never imported."""
+    """Modules of a class of PEFT; empty if PEFT is not imported."""
     cls = getattr(sys.modules.get(f"peft.{home}"), kind, None)
     return [(name, module) for name, module in model.named_modules() if isinstance(module, cls)] if cls else []

@@ -1,4 +1,4 @@
-"""One adapter of one of PEFT's LoRA layers, seen as a layer whose rank can change."""
+"""A view of one adapter of a PEFT LoRA layer, with the interface of a layer whose rank can change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ V = TypeVar("V")
 
 
 class _Note(Generic[V]):
-    """An attribute of :class:`PeftLayer` that is kept on PEFT's module, by adapter."""
+    """An attribute of :class:`PeftLayer` that is stored on PEFT's module, separately for each adapter."""
 
     def __init__(self, default: V) -> None:
         self.default = default
@@ -35,10 +35,10 @@ class _Note(Generic[V]):
 class PeftLayer:
     """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.ranked.RankedLayer`.
 
-    A view: all that it knows is stored on the module, so that two views of one adapter are the same layer.
+    All its data is stored on the module, so two views of one adapter are equivalent.
 
     Args:
-        module: the peft.tuners.lora.LoraLayer.
+        module: a peft.tuners.lora.LoraLayer.
         adapter: name of one of its adapters.
     """
 
@@ -52,12 +52,12 @@ class PeftLayer:
 
     @property
     def lora_A(self) -> nn.Parameter:
-        """(rank, d_in); of a convolution (rank, channels, kernel...)."""
+        """(rank, d_in); (rank, channels, kernel...) for a convolution."""
         return self._factor("A")
 
     @property
     def lora_B(self) -> nn.Parameter:
-        """(d_out, rank); of a convolution (d_out, rank, 1...)."""
+        """(d_out, rank); (d_out, rank, 1...) for a convolution."""
         return self._factor("B")
 
     def _factor(self, which: str) -> nn.Parameter:
@@ -69,12 +69,12 @@ class PeftLayer:
 
     @property
     def of_embedding(self) -> bool:
-        """Whether the factors are bare Parameters, as PEFT has them for an embedding."""
+        """Whether the base is an embedding, for which PEFT stores the factors as bare Parameters."""
         return self.adapter in self.module.lora_embedding_A
 
     @property
     def of_parameter(self) -> bool:
-        """Whether PEFT adapts a bare parameter (target_parameters), by folding the update into it in every forward."""
+        """Whether PEFT adapts a bare parameter (target_parameters): it adds the update to it in every forward."""
         return hasattr(self.module, "parameter_name")
 
     @property
@@ -113,9 +113,9 @@ class PeftLayer:
         return bool(self.module.merged)
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
-        """As :meth:`dynrank.layers.base.LoRALayer.set_factors`; the module's own record of the rank follows.
+        """As :meth:`dynrank.layers.base.LoRALayer.set_factors`; also updates the rank that PEFT's module records.
 
-        PEFT's config does in :func:`dynrank.layers.peft_layers.config_changes`, once for all layers.
+        :func:`dynrank.layers.peft_layers.config_changes` updates PEFT's config, once for all layers.
         """
         of_A, of_B = self.lora_A.shape[1:], self.lora_B.shape[2:]
         put_factors(self, lora_A.reshape(-1, *of_A), lora_B.reshape(len(lora_B), -1, *of_B))
@@ -127,19 +127,19 @@ class PeftLayer:
         self.record_alpha()
 
     def record_alpha(self) -> None:
-        """Make alpha / rank the rule by which PEFT comes to the scaling that the layer has."""
+        """Record alpha so that PEFT's rule alpha / rank gives the scaling that the layer has."""
         self.module.lora_alpha[self.adapter], self.module.use_rslora[self.adapter] = self.alpha, False
 
     @property
     def observe(self) -> Callable[[Tap], Callable[[], None]] | None:
-        """:meth:`watch`; None where PEFT folds the update into a parameter, since nobody computes z then."""
+        """:meth:`watch`; None if PEFT adds the update to a parameter, because z is never computed then."""
         return None if self.of_parameter else self.watch
 
     def watch(self, tap: Tap) -> Callable[[], None]:
         """As :meth:`dynrank.layers.base.LoRALayer.observe`.
 
-        A layer that a forward pass runs twice reports twice. Between forward and backward z is held, under gradient
-        checkpointing too.
+        A layer that runs twice in a forward pass calls ``tap`` twice. z is kept from forward to backward, even under
+        gradient checkpointing.
         """
         if self._observed:
             raise RuntimeError("the layer is being observed already")
@@ -161,7 +161,7 @@ class PeftLayer:
     def _watch_linear(self, report: Tap) -> Any:
         def watch(_: nn.Module, __: Any, z: Tensor) -> None:
             if z.requires_grad:
-                # A convolution has its channels in dimension 1.
+                # The channels of a convolution are in dimension 1.
                 last = 1 if self.lora_B.ndim > 2 else -1
                 values = z.detach().movedim(last, -1)
                 z.register_hook(lambda dz: report(values, dz.movedim(last, -1)))  # type: ignore[no-untyped-call]
@@ -169,7 +169,7 @@ class PeftLayer:
         return self.module.lora_A[self.adapter].register_forward_hook(watch)
 
     def _watch_embedding(self, report: Tap) -> Any:
-        # No module has z for its output here, so both come from the layer's own input and output.
+        # No module outputs z here, so z and dz are computed from the layer's own input and output.
         def watch(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
             if y.requires_grad and not module.merged and not module.disable_adapters:
                 values = F.embedding(inputs[0], self.lora_A.detach().mT)

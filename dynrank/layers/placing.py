@@ -40,22 +40,22 @@ def add_lora(
     backend: str = "auto",
     group: bool | None = None,
 ) -> M:
-    """Freeze ``model`` and put LoRA layers at ``target_modules``, in place; nothing is changed before all is checked.
+    """Freeze ``model`` and replace ``target_modules`` by LoRA layers, in place, after all arguments are checked.
 
     Args:
-        model: any module; names in the other arguments are those of its ``named_modules()``.
-        rank: rank of layers that no rule of ``rank_map`` sets. Layers that a preset of ``target_modules`` has chosen
-            get less where min(d_in, d_out) is less.
-        alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); ``rank`` when None.
+        model: any module; the names in the other arguments are those of its ``named_modules()``.
+        rank: rank of layers that no rule of ``rank_map`` sets. A layer that a preset of ``target_modules`` has chosen
+            gets min(d_in, d_out) if that is less.
+        alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); None means ``rank``.
         target_modules: see :func:`dynrank.layers.choosing.target_names`.
         rank_map: an override file, or its ``rank_pattern`` mapping.
-        dropout: on the input of the update, while training.
-        rslora: start at alpha / sqrt(rank).
-        modules_to_save: names of modules that are trained whole and saved with the adapter (a fresh head).
+        dropout: probability of dropout on the input of the update while training.
+        rslora: whether scaling starts at alpha / sqrt(rank).
+        modules_to_save: names of modules that are trained without LoRA and saved with the adapter (a new head).
         dtype: dtype of the factors.
-        backend: who makes the products with the factors, see :func:`dynrank.kernels.backends.products_of`.
-        group: layers that read one x (q, k, v; gate, up) share the pass over it, and dropout's mask; see
-            :func:`dynrank.layers.grouping.group_layers`. None for where it pays: on a GPU, and where there is dropout.
+        backend: which backend makes the products with the factors, see :func:`dynrank.kernels.backends.products_of`.
+        group: whether layers that read the same x (q, k, v; gate, up) share one pass over it and one dropout mask, see
+            :func:`dynrank.layers.grouping.group_layers`. None: where it is faster, on a GPU and where there is dropout.
 
     Returns:
         ``model`` itself.
@@ -84,7 +84,7 @@ def add_lora(
     options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend)}
     layers = {}
     for name, at in resolved.items():
-        # a layer narrower than lora.rank gets the scaling of the others
+        # A layer that is narrower than lora.rank gets the scaling of the other layers.
         scaling = initial_scaling(at.alpha, rank if at.rule is None else at.rank, rslora)
         layers[name] = make_layer(modules[name], rank=at.rank, scaling=scaling, **options)
         layers[name].final_rank, layers[name].highest = at.final_rank, at.highest
@@ -100,17 +100,19 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
             raise ConfigurationError(f"no module is named {name!r}; fix modules_to_save")
         if any(id(parameter) in tied for parameter in modules[name].parameters()):
             raise ConfigurationError(
-                f"{name!r} shares a weight with another module and cannot be trained whole (modules_to_save): "
-                "adapt it with LoRA (lora.target_modules) or untie it first"
+                f"{name!r} shares a weight with another module, so it cannot be in modules_to_save; adapt it with LoRA "
+                "(lora.target_modules), or untie the weight first"
             )
         taken = [other for other in modules if other.endswith(name) and other not in names]
-        # PEFT compares the ends of names and not whole parts.
+        # PEFT compares the end of a name and not whole parts of it.
         if taken:
-            raise ConfigurationError(f"PEFT would take {taken[0]!r} for {name!r} (modules_to_save); rename one of them")
+            raise ConfigurationError(
+                f"PEFT would also train {taken[0]!r}, because it ends in {name!r} (modules_to_save); rename one of them"
+            )
 
 
 def make_layer(base: nn.Module, **options: Any) -> LoRALayer:
-    """The LoRA layer for ``base``, not yet in any model; ``options`` are those of :class:`LoRALayer`."""
+    """A LoRA layer for ``base``, not yet in any model; ``options`` are those of :class:`LoRALayer`."""
     return _layer_class(base)(base, **options)
 
 
@@ -128,9 +130,9 @@ def place_layers(
     *,
     group: bool | None = None,
 ) -> None:
-    """Freeze ``model``, put each layer where its base stands (everywhere, if shared), unfreeze ``modules_to_save``.
+    """Freeze ``model``, replace each base by its layer (everywhere, if it is shared), unfreeze ``modules_to_save``.
 
-    LoRA layers that are in the model give way to the new layer of their base, or to the base itself. ``group`` is as in
+    Existing LoRA layers are replaced by the new layer of their base, or by the base itself. ``group`` is as in
     :func:`add_lora`.
     """
     model.requires_grad_(False)
@@ -153,21 +155,21 @@ def place_layers(
 
 
 def base_values(module: nn.Module) -> dict[str, Tensor | None]:
-    """The values that a module which is trained whole held before, by parameter or buffer; to be read and written.
+    """The values of a module of ``modules_to_save`` before training, by parameter or buffer; callers may change it.
 
-    None stands for a value that was not kept.
+    None means that the value was not kept.
     """
     values: dict[str, Tensor | None] = vars(module).setdefault("_base_values", {})
     return values
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:
-    """Put ``replacements[id]`` wherever the module of that id stands in ``model``."""
+    """Replace every occurrence of a module in ``model`` by ``replacements[id(module)]``."""
     for parent in list(model.modules()):
         if isinstance(parent, LoRALayer | LoRAOwner):
-            # The base inside a LoRA layer stays where it is.
+            # The base inside a LoRA layer is not replaced.
             continue
-        # named_children() would skip a second name of the same child.
+        # named_children() would skip further names of the same child.
         for attribute, child in list(parent._modules.items()):
             if id(child) in replacements:
                 setattr(parent, attribute, replacements[id(child)])

@@ -1,6 +1,6 @@
-"""Linear layers whose weight bitsandbytes or torchao has packed: telling them, and unpacking one.
+"""Linear layers whose weight bitsandbytes or torchao has packed: how to recognise and unpack one.
 
-Neither is imported here. A program that holds such a layer has imported its library already.
+This module imports neither. A program with such a layer has imported its library already.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dynrank.layers.compiled import named_modules
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether it is bitsandbytes' Linear4bit or Linear8bitLt, or a plain linear layer with a weight of torchao."""
+    """Whether ``module`` is bitsandbytes' Linear4bit or Linear8bitLt, or a linear layer with a weight of torchao."""
     return _computes_as(module, "Linear4bit") or _computes_as(module, "Linear8bitLt") or _has_torchao_weight(module)
 
 
 def unpacker(module: nn.Module) -> Callable[[], Tensor] | None:
-    """A function that unpacks the (d_out, d_in) weight of a packed layer anew on every call.
+    """A function that unpacks the (d_out, d_in) weight of a packed layer on every call.
 
-    None where the layer's own forward has to be used: where it rounds its inputs too (Linear8bitLt, and torchao's
-    dynamic quantisation); and where bitsandbytes has put the bits into another order, for its own product.
+    None if only the layer's own forward can be used: because it rounds its inputs, too (Linear8bitLt, and torchao's
+    dynamic quantisation), or because bitsandbytes has reordered the bits for its own product.
     """
     if _has_torchao_weight(module) and not _rounds_inputs(module):
         return module.get_parameter("weight").detach().dequantize
@@ -49,11 +49,11 @@ def computes_in(module: nn.Module, x: Tensor) -> torch.dtype:
 
 
 def unpack_fault(module: nn.Module) -> str | None:
-    """Why no plain layer can stand for a quantised one, if none can."""
+    """The reason why no plain layer can replace a quantised one; None if one can."""
     if _computes_as(module, "Linear8bitLt") or _rounds_inputs(module):
         return (
-            "the layer rounds its inputs as well as its weight, as no plain layer does; load the adapter into "
-            "the model before quantisation and merge that"
+            "the layer rounds its inputs as well as its weight, which no plain layer does; load the adapter into "
+            "the model before quantisation, and merge it there"
         )
     if _computes_as(module, "Linear4bit") and getattr(module.weight, "quant_state", None) is None:
         return "its weight is not packed yet; move the model to its device first"
@@ -62,11 +62,11 @@ def unpack_fault(module: nn.Module) -> str | None:
 
 @torch.no_grad()
 def unpacked(module: nn.Module) -> nn.Linear:
-    """A plain layer with the values that a packed layer stands for, in the dtype that it was packed from; frozen."""
+    """A frozen plain layer with the unpacked values of ``module``, in the dtype before packing."""
     fault = unpack_fault(module)
     if fault:
         raise ConfigurationError(f"the layer cannot be merged: {fault}")
-    # Asking for the state dict undoes the order in which bitsandbytes puts the bits for some CPUs.
+    # state_dict() undoes the reordering of bits that bitsandbytes makes for some CPUs.
     module.state_dict()
     unpack = unpacker(module)
     assert unpack is not None
@@ -80,12 +80,12 @@ def unpacked(module: nn.Module) -> nn.Linear:
 
 
 def mark_unpacked(model: nn.Module) -> None:
-    """Make the configs of transformers models in ``model`` say which of their layers are quantised still.
+    """Write into the configs of transformers models in ``model`` which of their layers are still quantised.
 
-    What ``save_pretrained`` writes then loads again: as a plain model if none is.
+    So ``from_pretrained`` can load the saved model; if no layer is quantised, it loads as a plain model.
     """
     roots: dict[int, nn.Module] = {}
-    # A part of a model holds the same config, and only the whole counts.
+    # The parts of a model share its config; setdefault keeps the whole model.
     for module in model.modules():
         roots.setdefault(id(getattr(module, "config", None)), module)
     for root in roots.values():
@@ -105,7 +105,7 @@ def mark_unpacked(model: nn.Module) -> None:
 
 
 def plain_values(weight: Tensor) -> Tensor:
-    """The values that a weight of torchao stands for; any other tensor as it is."""
+    """The unpacked values of a weight of torchao; any other tensor itself."""
     return weight.detach().dequantize() if _is_of_torchao(weight) else weight.detach()
 
 
@@ -119,13 +119,13 @@ def _has_torchao_weight(module: nn.Module) -> bool:
 
 
 def _rounds_inputs(module: nn.Module) -> bool:
-    """Whether torchao quantises what is multiplied by the weight, too, as it comes."""
+    """Whether torchao quantises the layer's inputs, too."""
     weight = module.weight
     dynamic = type(weight).__name__ == "LinearActivationQuantizedTensor"
     return _is_of_torchao(weight) and (dynamic or getattr(weight, "act_quant_kwargs", None) is not None)
 
 
 def _computes_as(module: nn.Module, name: str) -> bool:
-    """Whether the module's forward is that of a class of bitsandbytes."""
+    """Whether the forward of ``module`` is that of the class ``name`` of bitsandbytes."""
     cls = getattr(sys.modules.get("bitsandbytes.nn"), name, None)
     return cls is not None and isinstance(module, cls) and type(module).forward is cls.forward

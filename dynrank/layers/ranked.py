@@ -1,4 +1,4 @@
-"""The LoRA layer as resizing and scheduling see it, and how it gets factors of another rank."""
+"""The interface of a LoRA layer for resizing and schedules, and the functions that give it another rank."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from dynrank.kernels.lora_linear import Tap
 class RankedLayer(Protocol):
     """A LoRA layer whose rank can change: dynrank's own, or a view of another library's.
 
-    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank), or the filters of PEFT's
-    convolutions, which :meth:`products` and :meth:`set_factors` take as matrices. A tensor of experts has a product for
-    each of them, all of one rank, stacked in the two factors (:func:`dynrank.linalg.split`).
+    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank). The factors of PEFT's
+    convolutions are filters, which :meth:`products` and :meth:`set_factors` treat as matrices. A layer of experts has
+    one product per expert, all of the same rank, and its factors stack them (:func:`dynrank.linalg.split`).
     """
 
-    # Where a schedule should bring it; None for the schedule's own target.
+    # Its rank at the end of a schedule; None for the schedule's own target.
     final_rank: int | None
-    # The most that a budget gives it; None for the budget's own bound.
+    # The highest rank that a budget may give it; None for the budget's own bound.
     highest: int | None
-    # Whether no schedule may change it.
+    # Whether schedules leave its rank unchanged.
     pinned: bool
 
     @property
@@ -51,7 +51,7 @@ class RankedLayer(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """The module whose input and output are the layer's."""
+        """The module whose input and output are those of the layer."""
         ...
 
     @property
@@ -65,23 +65,23 @@ class RankedLayer(Protocol):
 
     @property
     def observe(self) -> Callable[[Tap], Callable[[], None]] | None:
-        """As :meth:`dynrank.layers.base.LoRALayer.observe`; None where nobody computes z = A x."""
+        """As :meth:`dynrank.layers.base.LoRALayer.observe`; None if the layer does not compute z = A x per example."""
         ...
 
 
 def max_rank(layer: RankedLayer) -> int:
-    """The highest rank that ``layer`` can take, min(d_in, d_out)."""
+    """The highest possible rank of ``layer``, min(d_in, d_out)."""
     return min(len(layer.lora_B), layer.lora_A[0].numel())
 
 
 def width_of(layer: RankedLayer) -> int:
-    """d_out + d_in, times the experts: the parameters of one direction."""
+    """(d_out + d_in) * experts: the parameters of one direction."""
     return (layer.lora_B.shape[0] + layer.lora_A[0].numel()) * layer.experts
 
 
 @torch.no_grad()
 def put_factors(layer: RankedLayer, lora_A: Tensor, lora_B: Tensor) -> None:
-    """Put new factors, of any rank, into the same two Parameter objects of ``layer``, and drop their gradients."""
+    """Put new factors, of any rank, into the same two Parameter objects of ``layer``, and delete their gradients."""
     for parameter, value in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
         parameter.grad = None
         parameter.set_(value)  # type: ignore[call-overload]
@@ -90,9 +90,10 @@ def put_factors(layer: RankedLayer, lora_A: Tensor, lora_B: Tensor) -> None:
 def take_rank(
     layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tensor | None, *, most: int | None = None
 ) -> None:
-    """Give the layer the rank of the factors that are about to be loaded; None for one that is missing.
+    """Give the layer the rank of the factors that are about to be loaded.
 
-    torch reports missing factors by itself. ``most`` is the highest rank that is taken; PEFT's layers may have any.
+    A factor that the state dict lacks is None; torch reports it later. ``most`` is the highest rank that is accepted;
+    PEFT's layers may have any rank.
     """
     if layer.merged:
         raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before loading into it")

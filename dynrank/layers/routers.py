@@ -1,4 +1,4 @@
-"""LoRA in routers, which keep a weight and score the experts of each token by it, each class in its own way."""
+"""LoRA in routers: modules that score the experts for each token with a weight of their own, each class differently."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class RouterWeight(BareParameter):
 
 
 def router_weight(owner: nn.Module) -> dict[str, RouterWeight]:
-    """The weight of ``owner`` by name, if it is a matrix that no layer of torch holds: a router, most likely."""
+    """{"weight": the weight of ``owner``} if it is a matrix and owner no layer of torch: most likely a router."""
     weight = owner._parameters.get("weight")
     layer = isinstance(owner, nn.Linear | nn.Embedding | Conv1D) or type(owner).__module__.startswith("torch.nn.")
     if layer or weight is None or weight.ndim != 2 or not weight.is_floating_point():
@@ -26,17 +26,17 @@ def router_weight(owner: nn.Module) -> dict[str, RouterWeight]:
 
 
 class LoRARouter(LoRAOwner):
-    """A router that computes with its weight and the update of it, as PEFT's does."""
+    """A router that computes with the sum of its weight and the update, as PEFT's does."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        # This copy shares all but the weight. Another thread may be in the router at the same time.
+        # Another thread may use the router at the same time, so only a copy gets the sum; it shares everything else.
         router = copy.copy(self.base)
         vars(router)["_parameters"] = {**self.base._parameters, "weight": self.lora["weight"]()}
         return router(*args, **kwargs)
 
 
 class LoRARouterWeight(LoRAParameter):
-    """The update of a router's weight; its sum with the weight is small."""
+    """The update of a router's weight. The matrix is small, so each forward adds the two."""
 
     supported = RouterWeight
     around = LoRARouter
@@ -44,8 +44,8 @@ class LoRARouterWeight(LoRAParameter):
     def __init__(self, base: nn.Module, *, dropout: float = 0.0, **options: Any) -> None:
         if dropout:
             raise ConfigurationError(
-                "a router has no input of its own for the update, so it takes no dropout; set lora.dropout=0, or leave "
-                "routers out of lora.target_modules"
+                f"dropout must be 0 for LoRA in a router, got {dropout}; set lora.dropout=0, or leave routers out of "
+                "lora.target_modules"
             )
         super().__init__(base, **options)
 

@@ -92,7 +92,7 @@ def test_models_outside_transformers_registry_of_experts_train_their_other_layer
     stacked = sum(p.numel() for name, p in model.named_parameters() if p.ndim == 3 or "router" in name)
     share = f"{stacked / sum(p.numel() for p in model.parameters()):.0%}"
     with pytest.warns(
-        UserWarning, match=rf"{share} of the model .*4 stacks .*experts.gate_up_proj' and 2 layers .*router"
+        UserWarning, match=rf"{share} of the model .*4 parameters .*experts.gate_up_proj' and 2 layers .*router"
     ):
         dynrank.add_lora(model, rank=2)
     names = [name for name, _ in dynrank.lora_layers(model)]

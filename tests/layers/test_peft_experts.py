@@ -157,7 +157,7 @@ def test_a_run_says_which_share_of_a_wrapped_model_lies_in_frozen_experts(target
         warnings.simplefilter("always")
         warn_of_pefts_frozen(model)
     assert [str(warning.message).partition(",")[0] for warning in said] == (
-        [f"{share} of the model stay frozen: {frozen} stacks of layers in one parameter"] if frozen else []
+        [f"{share} of the model stays frozen: {frozen} parameters that stack layers"] if frozen else []
     )
 
 
