@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -25,7 +23,8 @@ PRESETS = ("attention", "all-linear")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # Their forward passes the children's weights to a fused function and does not call the children.
 _PAST_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-_OPERAND = re.compile(r"\bself\.(\w+)\.weight\b(?!\.)")
+# Kernels of state-space layers (Mamba) read the weights of these on CUDA; on other devices the layers are called.
+_OF_MAMBA = ["x_proj", "dt_proj", "out_proj"]
 # The names of the new heads of transformers' ...ForSequenceClassification.
 _CLASSIFIERS = ("classifier", "score")
 
@@ -92,17 +91,8 @@ def _past_forward(module: nn.Module) -> list[str]:
     """Names of the modules in ``module`` whose weights it reads without calling them, at least on some device."""
     if isinstance(module, _PAST_CHILDREN):
         return [child for child, _ in module.named_modules() if child]
-    return _operands(type(module)) if hasattr(module, "A_log") else []  # type: ignore[arg-type]
-
-
-@cache
-def _operands(mixer: type[nn.Module]) -> list[str]:
-    """The children of a state-space layer (Mamba) whose weights its source code reads; this differs between classes.
-
-    On CUDA a kernel gets the weights; on other devices the layer calls the children. PEFT refuses such children, too,
-    in some models.
-    """
-    return _OPERAND.findall(inspect.getsource(mixer))
+    # Gated delta nets have A_log, too, but call all their layers.
+    return _OF_MAMBA if hasattr(module, "A_log") and hasattr(module, "in_proj") else []
 
 
 def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, list[str]], dict[str, nn.Module]]:
