@@ -10,7 +10,7 @@ import dynrank
 ROOT = Path(dynrank.__file__).parent
 FLOORS = (  # what stands on a floor imports from the floors below it, and from its own room
     ("errors", "private"),
-    ("linalg", "kernels", "digest"),
+    ("linalg", "kernels", "digest", "muon"),
     ("rank_map", "triggers"),
     ("targets",),
     ("schedules",),

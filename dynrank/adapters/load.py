@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dynrank.adapters.call_lock import call_lock_of
-from dynrank.adapters.fit import AdapterChange
+from dynrank.adapters.exchange import AdapterChange
 from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import own_layers

@@ -54,12 +54,6 @@ RULES: dict[str, dict[str, str]] = {
 }  # fmt: skip
 
 
-def unwrapped(optimizer: Any) -> Optimizer:
-    """The optimizer itself, where Lightning or accelerate has put a wrapper around it."""
-    raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
-    return raw
-
-
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], optimizer_state: str) -> None:
     """Refuse, before anything is changed, an optimizer whose state for ``parameters`` cannot be carried (or forgotten).
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers
-from dynrank.change.optimizer_rules import unwrapped
+from dynrank.distributed.unwrapping import unwrapped_optimizer
 from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import config_changes
@@ -106,7 +106,7 @@ class Snapshot:
             [(layer, layer.lora_A, layer.lora_B) for layer in everywhere],
             [
                 (optimizer, parameter, optimizer.state.get(parameter, {}))
-                for optimizer in map(unwrapped, optimizers)
+                for optimizer in map(unwrapped_optimizer, optimizers)
                 for layer in layers.values()
                 for parameter in (layer.lora_A, layer.lora_B)
             ],

@@ -13,11 +13,12 @@ from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers, moved_average
 from dynrank.change.gates import Gates
-from dynrank.change.optimizer_rules import check_optimizer, unwrapped
+from dynrank.change.optimizer_rules import check_optimizer
 from dynrank.change.optimizer_state import moved_states
 from dynrank.change.replacement import Replacement
 from dynrank.change.report import LayerReport, report_of
 from dynrank.distributed.processes import copy_from_first, from_first
+from dynrank.distributed.unwrapping import unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank, width_of
@@ -67,7 +68,7 @@ def resize(
             names the layer), an optimizer's state cannot be carried, or an average has other layers.
         RuntimeError: if one of PEFT's layers is merged.
     """
-    optimizers = [unwrapped(optimizer) for optimizer in optimizers]
+    optimizers = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
     layers, targets = _changing(model, target)
     followers = averaged_layers(averages, layers)
     for optimizer in optimizers:

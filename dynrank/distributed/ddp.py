@@ -13,15 +13,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dynrank.distributed.processes import process_count
 from dynrank.errors import ConfigurationError
-from dynrank.private import is_fabrics
-
-
-def unwrapped_model(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of DDP and of Lightning Fabric; accelerate has none but DDP."""
-    inside: Any = model
-    while isinstance(inside, DistributedDataParallel) or is_fabrics(inside):
-        inside = inside.module
-    return inside  # type: ignore[no-any-return]
 
 
 def ddp_modules(model: nn.Module) -> list[Any]:

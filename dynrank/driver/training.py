@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from dynrank.change.optimizer_rules import unwrapped
-from dynrank.distributed.ddp import give_back_reducers, take_reducers, unwrapped_model
+from dynrank.distributed.ddp import give_back_reducers, take_reducers
+from dynrank.distributed.unwrapping import unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.private import scaler_of_fabric
 
@@ -42,7 +42,8 @@ class Training:
 
     def __post_init__(self) -> None:
         self._scalers = [scaler for scaler in map(_scaler, self.optimizers) if scaler is not None]
-        self.model, self.optimizers = unwrapped_model(self.model), [unwrapped(o) for o in self.optimizers]
+        self.model = unwrapped_model(self.model)
+        self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in self.optimizers]
         self._torn: list[tuple[Any, dict[str, Any]]] = []
 
     @property

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from dynrank.output.change_table import layer_kinds
+from dynrank.output.layer_kinds import layer_kinds
 
 Series = tuple[list[int], list[float]]
 """Optimizer steps, and the value of a metric at each of them."""

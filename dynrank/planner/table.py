@@ -7,8 +7,8 @@ from omegaconf import DictConfig
 from rich.table import Table
 
 from dynrank.callbacks import peak_memory_bytes
-from dynrank.output.change_table import layer_kinds
 from dynrank.output.console import empty_table, print_table, span
+from dynrank.output.layer_kinds import layer_kinds
 from dynrank.planner.plan import Need, Plan, make_plan
 
 PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")

@@ -18,7 +18,7 @@ from dynrank.errors import ConfigurationError, validated_call
 ELSEWHERE = {
     "bitsandbytes.Adam8bit": "bitsandbytes.optim",
     "bitsandbytes.AdamW8bit": "bitsandbytes.optim",
-    "dynrank.Muon": "dynrank.tasks.muon",
+    "dynrank.Muon": "dynrank.muon",
     "schedulefree.AdamWScheduleFree": "schedulefree",
 }
 

@@ -20,7 +20,7 @@ import dynrank
 from dynrank.change.optimizer_rules import check_optimizer
 from dynrank.change.optimizer_state import Move, moved_state
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.muon import Muon
+from dynrank.muon import Muon
 
 OLD, KEPT, NEW, OTHER = 5, 3, 6, 4  # the rank before, directions that go on, the rank after; the other dimension
 BLOCK = 256  # of bitsandbytes' 8-bit state

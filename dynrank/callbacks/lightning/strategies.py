@@ -11,10 +11,10 @@ from torch import nn
 
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.averages import averaging_callbacks
-from dynrank.change.optimizer_rules import unwrapped
 from dynrank.distributed.ddp import check_hooks
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import average_gradients, take_saved_ranks, trains_shards
+from dynrank.distributed.unwrapping import unwrapped_optimizer
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import lacks_base
 from dynrank.output.checkpoint_file import read_checkpoint
@@ -79,7 +79,7 @@ def _fsdp2_fault(trainer: Trainer, strategy: Any) -> str | None:
 def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
     """Average the gradients that FSDP2 has been told to ignore; DDP does its own."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        average_gradients(unwrapped(optimizer))
+        average_gradients(unwrapped_optimizer(optimizer))
 
 
 def follow_sharded_checkpoint(trainer: Trainer) -> None:

@@ -10,7 +10,7 @@ from dynrank import __version__
 from dynrank.adapters.beside import label_names
 from dynrank.layers.finding import lora_layers
 from dynrank.models.names import public_name
-from dynrank.output.change_table import layer_kinds
+from dynrank.output.layer_kinds import layer_kinds
 from dynrank.output.slots import slot_rank
 from dynrank.output.whole_file import whole_file
 from dynrank.private import source_of

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from dynrank.driver.rates import Rates
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.muon import Muon, near_polar_factor
+from dynrank.muon import Muon, near_polar_factor
 from dynrank.tasks.optimizers import make_optimizer
 
 
@@ -75,7 +75,7 @@ def test_matrices_of_one_shape_step_as_one_batch_however_they_lie(monkeypatch):
         seen.append(tuple(batch.shape))
         return near_polar_factor(batch)
 
-    monkeypatch.setattr("dynrank.tasks.muon.near_polar_factor", counted)
+    monkeypatch.setattr("dynrank.muon.near_polar_factor", counted)
     factors = parameters(*[(4, 8), (8, 4), (4, 8), (12, 4)] * 8)
     steps(1, factors, Muon(factors))
     assert sorted(seen) == [(8, 4, 12), (24, 4, 8)]
