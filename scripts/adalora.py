@@ -20,7 +20,8 @@ def adalora(setting: Setting, start: int, target: int, lr: float | None = None) 
     config = AdaLoraConfig(
         init_r=start,
         target_r=target,
-        lora_alpha=round(SCALING * start),  # PEFT divides by the initial rank
+        # PEFT divides alpha by the initial rank.
+        lora_alpha=round(SCALING * start),
         tinit=first,
         tfinal=setting.steps - last,
         deltaT=5,

@@ -95,7 +95,8 @@ def _sharing(model: nn.Module) -> nn.Module:
 def _adapted(model: nn.Module, rank: int) -> nn.Module:
     add_lora(model, rank=rank, alpha=2 * rank)
     for _, layer in lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.01)  # zero at the start, and zeros may be multiplied faster
+        # B is zero at the start, and zeros may be multiplied faster.
+        nn.init.normal_(layer.lora_B, std=0.01)
     return model.eval()
 
 

@@ -49,7 +49,8 @@ class Times(NamedTuple):
 class Row(NamedTuple):
     """What was measured for one size; ``times`` by the name of the layer."""
 
-    what: str  # one layer, or those that read one x
+    # One layer, or the layers that read one x.
+    what: str
     d_in: int
     d_out: int
     tokens: int

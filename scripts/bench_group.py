@@ -24,13 +24,15 @@ from dynrank import add_lora, lora_layers
 from dynrank.output.console import table_console
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-READERS = {  # title: (d_in, d_out of each layer)
+# {title: (d_in, d_out of each layer)}.
+READERS = {
     "q, k, v of MiniLM": (384, {"query": 384, "key": 384, "value": 384}),
     "q, k, v of SmolLM2": (576, {"q_proj": 576, "k_proj": 192, "v_proj": 192}),
     "gate, up of SmolLM2": (576, {"gate_proj": 1536, "up_proj": 1536}),
     "q, k, v of d = 1024": (1024, {"q_proj": 1024, "k_proj": 1024, "v_proj": 1024}),
 }
-VOCABULARY, ROW = 3000, 64  # tokens
+# Tokens.
+VOCABULARY, ROW = 3000, 64
 
 
 def minilm() -> nn.Module:
@@ -118,7 +120,8 @@ def _step(build: Callable[[], nn.Module], dtype: torch.dtype, p: float, group: b
 
 def _adapted(model: nn.Module, rank: int, p: float, group: bool, targets: str | list[str]) -> nn.Module:
     add_lora(model, rank=rank, dropout=p, target_modules=targets, group=group)
-    for _, layer in lora_layers(model):  # zero at the start, and zeros may be multiplied faster
+    # B is zero at the start, and zeros may be multiplied faster.
+    for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B, std=0.01)
     return model.train()
 

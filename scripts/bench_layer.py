@@ -23,7 +23,8 @@ from torch import nn
 from dynrank import add_lora
 from dynrank.output.console import table_console
 
-KINDS = ("fp32", "bf16")  # dtype of the base; the adapters are float32, as both libraries have it by default
+# The dtype of the base. The adapters are float32, the default of both libraries.
+KINDS = ("fp32", "bf16")
 
 
 def main() -> None:

@@ -72,13 +72,15 @@ def compare(size: int, rank: int, final_rank: int, layers: int = 2) -> None:
     theirs = get_peft_model(model, config)  # type: ignore[arg-type]
     start = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it says that converting LoRA to LoRA is unusual
+        # PEFT warns that converting LoRA to LoRA is unusual.
+        warnings.simplefilter("ignore")
         _, state = convert_to_lora(theirs, rank=final_rank)
     dense = (time.perf_counter() - start) / layers
 
     linears = [module for name, module in theirs.named_modules() if name.endswith(tuple(model))]
     factors = [(m.lora_B["default"].weight.detach(), m.lora_A["default"].weight.detach()) for m in linears]
-    torch.set_num_threads(1)  # as the command does
+    # The command uses one thread, too.
+    torch.set_num_threads(1)
     start = time.perf_counter()
     changes = [truncate_product(lora_B, lora_A, final_rank) for lora_B, lora_A in factors]
     ours = (time.perf_counter() - start) / layers

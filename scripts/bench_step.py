@@ -29,7 +29,8 @@ from dynrank.output.console import table_console
 
 SMOLLM2 = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
 SMOLLM2 |= {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True, "use_cache": False}
-BATCHES = {"minilm": (32, 16), "smollm2": (4, 128)}  # rows, tokens in a row
+# Rows, and tokens in a row.
+BATCHES = {"minilm": (32, 16), "smollm2": (4, 128)}
 
 
 def main() -> None:
@@ -90,7 +91,8 @@ class _Training:
         else:
             self.model = add_lora(model, rank=rank, alpha=2 * rank, dropout=dropout, **size)
         for parameter_name, parameter in self.model.named_parameters():
-            if "lora_B" in parameter_name:  # zero at the start, and zeros may be multiplied faster
+            # B is zero at the start, and zeros may be multiplied faster.
+            if "lora_B" in parameter_name:
                 nn.init.normal_(parameter, std=0.01)
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)

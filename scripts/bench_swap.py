@@ -36,7 +36,8 @@ from two_writers import write_adapters as train_adapters
 from dynrank import add_lora, load_adapter, lora_layers, read_adapter, save_adapter, swap_adapter
 from dynrank.models.pretrained import head_names, load_classifier
 
-BYTES_7B = 32 * 2 * 16 * (4096 + 4096) * 4  # Llama 7B: q and v of 32 layers, rank 16, float32
+# Bytes of an adapter of Llama 7B: q and v of 32 layers, rank 16, float32.
+BYTES_7B = 32 * 2 * 16 * (4096 + 4096) * 4
 
 
 def write_adapters(model_name: str, folder: Path) -> list[Path]:
@@ -203,11 +204,13 @@ def leak(model: nn.Module, adapters: Sequence[object], swaps: int) -> tuple[str,
     times(model, adapters, 10)
     handles, marks, memory = open_handles(), list[float](), list[float]()
     for mark in range(10, max(swaps, 60) + 1, 10):
-        times(model, adapters, 6)  # and four that warm up
+        # Four more swaps warm up.
+        times(model, adapters, 6)
         marks.append(mark)
         memory.append(resident() / MIB)
     rate, error = slope(marks, memory)
-    level = bool(rate <= max(2 * error, 0.01)) and open_handles() <= handles  # MiB a swap; an adapter has more than 1
+    # In MiB a swap. An adapter has more than 1 MiB.
+    level = bool(rate <= max(2 * error, 0.01)) and open_handles() <= handles
     text = f"{marks[-1]:.0f} swaps: {rate:+.4f} MiB a swap, standard error {error:.4f}; "
     text += f"file handles {handles} -> {open_handles()}; {'level' if level else 'NOT LEVEL'}"
     return text, level

@@ -28,7 +28,8 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
-    base = nn.Linear(options.size, options.size, bias=False)  # one frozen weight for all: only the adapters matter here
+    # All layers share one frozen weight, since only the adapters matter here.
+    base = nn.Linear(options.size, options.size, bias=False)
     model = nn.ModuleList(LoRALinear(base, rank=options.rank, scaling=2.0) for _ in range(options.layers))
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.lora_B, std=0.01)

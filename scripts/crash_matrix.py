@@ -58,14 +58,16 @@ class Stop:
     number: int
     delay: float
     process: int
-    room: int  # bytes that are left on a full disk
+    # Bytes that are left on a full disk.
+    room: int
 
 
 def act(stop: Stop, folder: Path, process: int, step: int = -1, written: str | None = None) -> None:
     """Stop the process of this number, or fill the disk; what a killed one was writing is cut."""
     (folder / "step").write_text(str(step))
     if stop.way == FULL:
-        with suppress(OSError):  # the run may be writing, too
+        # The run may be writing at the same time.
+        with suppress(OSError):
             (folder / "disk" / "filler").write_bytes(bytes(max(0, shutil.disk_usage(folder / "disk").free - stop.room)))
         return
     if written is not None and stop.way == "SIGKILL":
@@ -102,7 +104,8 @@ class Watch(lightning.Callback):
         self._pass("after the last step")
 
     def _write(self, name: str) -> None:
-        if name.endswith(PART):  # folders are synced, too
+        # Folders are synced, too, and are no partial files.
+        if name.endswith(PART):
             self._pass(CUT, name)
 
     def _pass(self, moment: str, written: str | None = None) -> None:
@@ -127,7 +130,8 @@ def one_process(case: Case, folder: Path, process: int, port: int, stop: Stop | 
     for stream in (1, 2):
         os.dup2(os.open(folder / f"printed{process}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     warnings.simplefilter("ignore")
-    if case.processes > 1:  # as torchrun does
+    # torchrun does the same.
+    if case.processes > 1:
         count, number = str(case.processes), str(process)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="1", GROUP_RANK="0")
         os.environ.update(WORLD_SIZE=count, LOCAL_WORLD_SIZE=count, RANK=number, LOCAL_RANK=number)
@@ -154,7 +158,8 @@ def run(case: Case, folder: Path, stop: Stop | None = None) -> list[int]:
     wait([child.sentinel for child in children], 120)
     for child in children:
         child.join(20)
-        if child.exitcode is None:  # as torchrun does
+        # torchrun does the same.
+        if child.exitcode is None:
             print(f"left waiting: a process of {case}, {stop}", flush=True)
             child.kill()
             child.join()

@@ -29,7 +29,8 @@ from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
-STEPS = 30  # 10 batches an epoch, a validation every 4
+# An epoch has 10 batches, and a validation comes every 4 steps.
+STEPS = 30
 # Validated before and after.
 CHECKED = How(metric="gates", window=3, rewarmup_steps=3, max_regression=10.0)
 WATCHED = How(metric="gates", window=4, rate_after="sqrt")
@@ -103,7 +104,8 @@ class Regression(lightning.LightningModule):
 
 def train(case: Case, folder: Path, process: int, watches: list[lightning.Callback]) -> dict[str, Any]:
     """Make the run whose checkpoints are in ``folder``, or go on with it; what it comes to in this ``process``."""
-    tempfile.tempdir = str(folder)  # Lightning writes there and then moves, which is one step on one disk only
+    # Lightning writes there and then moves the file, which is one step only within one disk.
+    tempfile.tempdir = str(folder)
     scheduler = RankScheduler(deepcopy(SCHEDULES[case.schedule]))
     callbacks = [ScheduleFreeMode(), scheduler, StepSeed(0), *watches]
     if case.callback is not None:

@@ -27,13 +27,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, get_cosine_schedule_with_warmup
 
-END = "<|end|>"  # of a docstring
+# The end of a docstring.
+END = "<|end|>"
 PACKAGES = ("torch", "lightning", "torchmetrics", "transformers", "numpy", "sympy", "networkx", "peft", "datasets")
 PACKAGES += ("scipy", "pandas", "sklearn", "matplotlib")
 MODELS = Path.home() / ".cache" / "dynrank" / "models"
-KEEP_EVERY = 200  # steps between states to go on from
-HELD_OUT = 64  # rows of the corpus that are not trained on
-OWN: dict[str, dict[str, Any]] = {  # fields of a config that only this architecture has
+# Steps between two saved states, from which an interrupted run goes on.
+KEEP_EVERY = 200
+# Rows of the corpus that are not trained on.
+HELD_OUT = 64
+# Fields of a config that only this architecture has.
+OWN: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "bloom": {},
     "llama": {"max_position_embeddings": 512},
@@ -42,7 +46,8 @@ OWN: dict[str, dict[str, Any]] = {  # fields of a config that only this architec
         "head_dim": 64,
         "num_experts": 8,
         "num_experts_per_tok": 2,
-        "output_router_logits": True,  # so that its loss keeps the experts balanced
+        # The loss then keeps the experts balanced.
+        "output_router_logits": True,
     },
 }
 
@@ -108,7 +113,8 @@ def _docstrings_of(file: Path) -> list[str]:
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
-        return []  # made to be faulty, or of another Python
+        # The file is faulty on purpose, or of another Python.
+        return []
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     texts = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
     return [text for text in texts if len(text) >= 200]
@@ -162,7 +168,8 @@ def train(model: Any, rows: Tensor, options: argparse.Namespace, state: Path) ->
             parts[name].load_state_dict(values)
         print(f"goes on at step {first}", flush=True)
     held_out, trained = rows[:HELD_OUT], rows[HELD_OUT:]
-    half = partial(torch.autocast, "cpu", dtype=torch.bfloat16)  # of products alone; weights stay in float32
+    # Products alone are in bfloat16. Weights stay in float32.
+    half = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     start = time.perf_counter()
     for step in range(first, options.steps):
         generator = torch.Generator().manual_seed(step)

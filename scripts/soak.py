@@ -38,7 +38,8 @@ from dynrank.triggers import At
 ROUND = (Rank(16), Rank(8), GrowTo(16), GrowTo(32))
 MIB = 2**20
 PAGE = os.sysconf("SC_PAGE_SIZE")
-FASTEST = 40  # steps in a second that the schedule reaches for
+# Steps in a second that the schedule plans for.
+FASTEST = 40
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Sample:
     step: int
     minutes: float
     rank: int
-    memory: float  # resident, MiB
+    # Resident memory, MiB.
+    memory: float
     handles: int
 
 
@@ -117,9 +119,12 @@ def soak(overrides: Sequence[str], *, minutes: float, steps: int | None, every: 
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    warnings.filterwarnings("ignore", "training ended before stage")  # the schedule is longer than any run
-    warnings.filterwarnings("ignore", ".*WeightAveraging doesn't support sharding")  # one process shards nothing
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):  # a table per change
+    # The schedule is longer than any run.
+    warnings.filterwarnings("ignore", "training ended before stage")
+    # One process shards nothing.
+    warnings.filterwarnings("ignore", ".*WeightAveraging doesn't support sharding")
+    # A change prints a table.
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         trainer.fit(job.module, job.task)
     return sampler.samples
 
@@ -129,7 +134,8 @@ def verdict(samples: Sequence[Sample], every: int) -> tuple[str, bool]:
     rounds: dict[int, list[Sample]] = {}
     for sample in samples:
         rounds.setdefault((sample.step - 1) // (every * len(ROUND)), []).append(sample)
-    whole = [rounds[key] for key in sorted(rounds)][:-1]  # the last may be cut short
+    # The last round may be cut short.
+    whole = [rounds[key] for key in sorted(rounds)][:-1]
     warm = whole[max(1, len(whole) // 4) :]
     if len(warm) < 3:
         return f"no verdict: {len(warm)} rounds after warm-up, 3 are needed", False

@@ -113,7 +113,8 @@ class Arm:
         return {"name": "dynrank.Muon"} if self.optimizer == "Muon" else {}
 
 
-ROOT = (HIGH / 2) ** 0.5  # rate × this keeps the size of a step of the update
+# A rate multiplied by this keeps the size of a step of the update.
+ROOT = (HIGH / 2) ** 0.5
 _RANKS = [Arm(rank) for rank in (HIGH, 2, 4)]
 _RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
 _CUTS = [Arm(low, "gates", rate=2.0) for low in (4, 2)]
@@ -162,7 +163,8 @@ ARMS = {
         Arm(4, "uniform", rate=ROOT, start=32),
     ],
 }
-CHOOSING = 2  # seeds on which an arm's rate is chosen
+# Number of seeds on which an arm's rate is chosen.
+CHOOSING = 2
 
 
 @dataclass(frozen=True)
@@ -207,8 +209,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 table.add(row)
                 print(", ".join(str(row[name]) for name in ("seed", "arm", "lr", "val_loss", "test_loss")), flush=True)
 
-    torch.set_num_threads(1)  # small products: a second thread mostly spins
-    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)  # peft on transformers 5
+    # Products are small, so a second thread would mostly wait.
+    torch.set_num_threads(1)
+    # PEFT on transformers 5 warns of itself.
+    warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
     choosing = [seed for seed in options.seeds if seed < CHOOSING]
     run(choosing, [(arm, lr) for lr in rates for arm in arms])
     while not options.rates and (edges := at_an_edge(table, task, arms)) and choosing and time.monotonic() < until:
@@ -389,7 +393,8 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     styles = {"": "ko", "uniform": "vm", "weight": ">c", "gates": "^g", "found": "<c"}
     styles |= {"GoRA": "Db", "AdaLoRA": "sr", "auto": "*y"}
     labelled: set[str] = set()
-    drawn: Counter[float] = Counter()  # arms of about one size lie beside each other
+    # Arms of about one size are drawn beside each other.
+    drawn: Counter[float] = Counter()
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}") and row["parameters"]]
         less = beside_whole(rows, best, arm)

@@ -32,7 +32,8 @@ from dynrank.tasks.optimizers import make_optimizer
 from dynrank.triggers import Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SCALING = 2.0  # of every adapter in every arm, whatever its rank
+# The scaling of every adapter in every arm, whatever its rank.
+SCALING = 2.0
 
 Batch = Mapping[str, Tensor]
 
@@ -80,7 +81,8 @@ class Setting:
         transformers.logging.disable_progress_bar()
         self.config = compose([f"seed={seed}", *overrides])
         self.seed, self.steps = seed, steps
-        self.heads: set[str] = set()  # of the model that was made last
+        # Names of the heads of the model that was made last.
+        self.heads: set[str] = set()
         self.task = instantiate(self.config.task, _convert_="all")
         self.task.setup("fit")
         loader = self.task.train_dataloader()
@@ -132,7 +134,8 @@ class Trainee:
         self.model.train()
         while self.done < until:
             torch.manual_seed(self.setting.seed * 1_000_003 + self.done)
-            loss = self.model(**self.setting.batches[self.done]).loss  # PEFT's AdaLoRA adds its regularisation here
+            # PEFT's AdaLoRA adds its regularisation to this loss.
+            loss = self.model(**self.setting.batches[self.done]).loss
             if not loss.isfinite():
                 raise Diverged(f"the loss is {loss.item()} at step {self.done}")
             loss.backward()
@@ -230,7 +233,8 @@ def gora_ranks(setting: Setting, rank: int, batches: int = 8, highest: int = 16)
     importance = {name: float((w.detach() * w.grad).float().abs().mean()) for name, w in weights.items()}
     sizes = {name: sum(w.shape) for name, w in weights.items()}
     pool, total = rank * sum(sizes.values()), sum(importance.values())
-    low, high = 0.0, 1e3  # of a factor: ranks that are cut off at their bounds leave the others more
+    # Bisect a factor, since ranks that reach their bounds leave more to the others.
+    low, high = 0.0, 1e3
     for _ in range(60):
         factor = (low + high) / 2
         shares = {name: factor * pool * part / total / sizes[name] for name, part in importance.items()}

@@ -8,7 +8,8 @@ import torch
 
 from dynrank.tasks.data.splits import SPLITS, number_of, place
 
-CHARACTERS = 1_200  # of a file, from a place that is drawn
+# Characters of a file, from a random place.
+CHARACTERS = 1_200
 
 
 def cpp_headers(seed: int = 0) -> dict[str, list[dict[str, str]]]:

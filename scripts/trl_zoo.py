@@ -139,7 +139,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     arguments = parser.parse_args()
     for number, row in enumerate(rows(arguments)):
-        if process_index() == 0:  # known once the first run has met the others
+        # The number is known once the first run has met the other processes.
+        if process_index() == 0:
             headings = f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}\n" if number == 0 else ""
             print(f"{headings}| {' | '.join(row)} |", flush=True)
 

@@ -24,7 +24,8 @@ from dynrank.tasks.data.stdlib import stdlib_functions
 from dynrank.tasks.language_modeling import LanguageModeling
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
-INJURIES = tuple("STVWXY")  # codes of templated descriptions, half of all
+# Codes whose descriptions follow a template, half of all.
+INJURIES = tuple("STVWXY")
 BATCH, LENGTH, RATE = 4, 96, 1e-3
 
 
