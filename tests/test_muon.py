@@ -31,11 +31,11 @@ def steps(count, trained, *optimizers):
     return [(now - before).detach() for now, before in zip(trained, start, strict=True)]
 
 
-def test_matrices_step_as_torchs_muon_and_all_else_as_its_adamw(optimizer):
+def test_matrices_step_as_torchs_muon_and_all_else_as_its_adamw():
     """Torch iterates in bfloat16, so that an element of the step is off by a few hundredths."""
     ours = parameters((4, 12), (12, 4), (4, 12), (5, 5), (1, 9), (7,), (3, 6), (3,))
-    values = optimizer | {"name": "dynrank.Muon", "lr": 0.01, "head_lr": 0.1, "weight_decay": 0.1, "warmup_steps": 0}
-    values |= {"decay": "constant_with_warmup"}
+    values = {"name": "dynrank.Muon", "lr": 0.01, "head_lr": 0.1, "weight_decay": 0.1, "warmup_steps": 0}
+    values |= {"decay": "constant_with_warmup", "decay_share": 0.0, "options": {}}
     made = make_optimizer(ours[:6], ours[6:], 100, **values)["optimizer"]
     twins = deepcopy(ours)
     muon = torch.optim.Muon(twins[:5], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")

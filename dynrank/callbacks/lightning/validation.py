@@ -11,10 +11,10 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from dynrank.callbacks.lightning import private
 from dynrank.driver.training import Batches
+from dynrank.private import tree_leaves
 
 
 class _Metrics(Callback):
