@@ -93,7 +93,8 @@ def regression():
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory):
     """The folder of a random BERT of two layers without dropout, with MiniLM's tokenizer; for ``task.model``."""
-    from transformers import BertConfig, BertForSequenceClassification  # loads slowly, and few need it
+    # transformers loads slowly, and few tests need it.
+    from transformers import BertConfig, BertForSequenceClassification
 
     from dynrank.models.pretrained import load_tokenizer
 
@@ -157,7 +158,8 @@ def tiny_moe():
     return build
 
 
-ALIKE = ("schedule.shared=false", "schedule.how.metric=weight")  # to one rank, by singular values
+# All layers go to one rank, by their singular values.
+ALIKE = ("schedule.shared=false", "schedule.how.metric=weight")
 
 
 @pytest.fixture(scope="session")
@@ -176,7 +178,8 @@ def launch(monkeypatch, tmp_path, capsys):
 
     def call(main, *arguments):
         monkeypatch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # main() sets it; undone with the fixture
+        # main() sets this variable, and the fixture takes it back.
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
         code = 0
         try:
             main()

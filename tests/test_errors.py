@@ -91,7 +91,8 @@ def test_plain_data_becomes_objects_or_one_message():
 def test_shown_is_short_for_any_value():
     value: list = []
     for _ in range(30):
-        value = [value] * 10  # 10^30 empty lists
+        # In the end the value holds 10^30 empty lists.
+        value = [value] * 10
     assert len(shown(value)) < 1000
     assert shown("x" * 10**6).count("x") < 250
     assert shown({"a": [1, 2.5, None]}) == "{'a': [1, 2.5, None]}"

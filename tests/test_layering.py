@@ -8,7 +8,8 @@ import pytest
 import dynrank
 
 ROOT = Path(dynrank.__file__).parent
-FLOORS = (  # what stands on a floor imports from the floors below it, and from its own room
+# A module imports from the floors below its own and from its own room.
+FLOORS = (
     ("errors", "private"),
     ("linalg", "kernels", "digest", "muon"),
     ("rank_map", "triggers"),

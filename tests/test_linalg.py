@@ -42,7 +42,8 @@ def product(change):
 
 def alive(change):
     """Whether each direction can learn: as long as its row of A or its column of B isn't zero."""
-    return change.lora_A.norm(dim=1) + change.lora_B.norm(dim=0) > 1e-8  # rounding leaves about 1e-16
+    # Rounding leaves about 1e-16 of a zero.
+    return change.lora_A.norm(dim=1) + change.lora_B.norm(dim=0) > 1e-8
 
 
 # Truncation
@@ -70,7 +71,8 @@ def test_truncation_keeps_terms_of_the_dense_svd(problem):
     assert_close(error, s[gone].norm(), rtol=1e-8, atol=1e-11 * float(s[0]))
     gaps = [abs(float(s[i] - s[j])) for i in kept for j in gone]
     if gaps and min(gaps) < 1e-3 * s[0]:
-        return  # two directions of one size: which is which depends on rounding
+        # Rounding decides which of two directions of one size is which.
+        return
     terms = (u[:, kept] * s[kept]) @ vh[kept]
     assert_close(product(change), terms, rtol=1e-8, atol=1e-8 * float(s[0]))
 
@@ -85,7 +87,7 @@ def test_truncated_factors_are_balanced_and_follow_from_the_maps(problem):
     kept = change.singular_values[:rank] if keep is None else change.singular_values[keep]
     assert_close(gram_B, gram_A, rtol=1e-8, atol=1e-8 * largest)
     assert_close(gram_A, torch.diag(kept), rtol=1e-7, atol=1e-8 * largest)
-    if kept[-1] > 1e-6 * largest:  # all within the numerical rank
+    if kept[-1] > 1e-6 * largest:
         # the maps divide by roots of singular values down to 1e-6 of the largest
         assert_close(change.from_A @ lora_A, change.lora_A, rtol=1e-6, atol=1e-6 * largest**0.5)
         assert_close(lora_B @ change.from_B, change.lora_B, rtol=1e-6, atol=1e-6 * largest**0.5)
@@ -122,7 +124,8 @@ def _deficient(kind):
         lora_A[:] = lora_A[:1].clone()
         lora_B = torch.linalg.qr(lora_B).Q
     elif kind == "both":
-        lora_B[:, 2:], lora_A[1:2] = 0, 0  # the product ends in one factor here, in the other there
+        # Some directions are zero in B, and another one is zero in A.
+        lora_B[:, 2:], lora_A[1:2] = 0, 0
     else:
         lora_A[:] = 0
     return lora_B, lora_A
@@ -137,7 +140,8 @@ def test_truncation_keeps_the_function_and_no_dead_direction_when_the_product_is
 
 
 def test_directions_without_a_product_bring_back_none_that_is_dropped():
-    lora_B, lora_A = _deficient("both")  # of rank 1
+    # The product has rank 1.
+    lora_B, lora_A = _deficient("both")
     change = truncate_product(lora_B, lora_A, 3, keep=torch.tensor([1, 2, 3]))
     assert_close(product(change), torch.zeros(9, 7, dtype=torch.float64), rtol=0, atol=1e-12)
     assert alive(change).all()
@@ -250,10 +254,13 @@ def test_energy_rank_is_the_least_that_keeps_the_share(values, share):
 @pytest.mark.parametrize(
     ("values", "share", "rank"),
     [
-        ([2.0, 1.0, 1.0], 4 / 6, 1),  # exactly the share: squares 4, 1, 1
+        # The squares are 4, 1 and 1, so one value holds exactly the share.
+        ([2.0, 1.0, 1.0], 4 / 6, 1),
         ([2.0, 1.0, 1.0], 0.67, 2),
-        ([1.0] * 100, 0.07, 7),  # 0.07 * 100 is above 7 in floats
-        ([1.0, 1.0, 1e-6], 1.0, 2),  # what is below rounding does not count
+        # In floats 0.07 * 100 is above 7.
+        ([1.0] * 100, 0.07, 7),
+        # A value below rounding does not count.
+        ([1.0, 1.0, 1e-6], 1.0, 2),
         ([0.0, 0.0], 0.9, 1),
         ([], 0.9, 1),
     ],

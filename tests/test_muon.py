@@ -57,7 +57,8 @@ def test_near_polar_factor_has_the_singular_vectors_and_almost_equal_values(smal
     values = torch.linspace(1, 0, 8, dtype=torch.float64)[:, None] ** 2 * (1 - smallest) + smallest
     near = near_polar_factor((3e3 * u @ (values * vh)).to(dtype))
     x = values / values.norm()
-    for _ in range(5):  # what torch.optim.Muon says that it does to each singular value
+    # torch.optim.Muon says that it does this to each singular value.
+    for _ in range(5):
         x = 3.4445 * x - 4.7750 * x**3 + 2.0315 * x**5
     assert_close(near.double(), u @ (x * vh), rtol=0, atol=1e-3 if dtype == torch.float32 else 1e-6)
     large = values[:, 0] > 0.01

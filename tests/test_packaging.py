@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"  # a copy: what an earlier build left in build/ would get into the wheel
+    # The build reads a copy, because a wheel also takes what an earlier build left in build/.
+    source = folder / "source"
     ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "outputs", "multirun", "__pycache__")
     shutil.copytree(ROOT, source, symlinks=True, ignore=ignored)
     subprocess.run(
@@ -66,7 +67,7 @@ def test_wheel_holds_the_configuration_and_kernels_as_files(wheel):
 
 def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     imported = launch(environment, "python", "-c", "import dynrank; print(dynrank.__file__)", cwd=tmp_path)
-    assert str(environment) in imported.stdout  # not the repository
+    assert str(environment) in imported.stdout
     assert launch(environment, "dynrank", "--version", cwd=tmp_path).stdout == f"dynrank {dynrank.__version__}\n"
     done = launch(environment, "dynrank-train", "debug=smoke", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

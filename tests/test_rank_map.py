@@ -35,7 +35,8 @@ KEYS = [*PARTS, "0.q", r"layers\.0", "^q", "^layers.*", "q$", r"layers\.[01]\.q"
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(KEYS), st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map(".".join))
 def test_matches_agrees_with_peft(key, name):
-    theirs = get_pattern_key([key], name) == key  # PEFT answers with the key that matches, else with the name
+    # PEFT answers with the key that matches, or else with the name.
+    theirs = get_pattern_key([key], name) == key
     assert (name in first_matches({key: 1}, [name])) is theirs
 
 
@@ -59,7 +60,8 @@ EXACT, PATTERN, WIDE = "model.layers.0.q_proj", "q_proj", ".*_proj"
           for exact in (EXACT, re.escape(EXACT), f"^{EXACT}$", f"^{re.escape(EXACT)}")],
         ([(EXACT, 7), (PATTERN, 3)], [7, 2, 3, 2, 2]),
         ([("1.v_proj", 4), (".*v_proj", 3)], [2, 3, 2, 4, 2]),
-        ([(PATTERN, 3), (WIDE, {"rank": 3})], [3, 3, 3, 3, 2]),  # equals that agree
+        # The two rules are equals, and they agree.
+        ([(PATTERN, 3), (WIDE, {"rank": 3})], [3, 3, 3, 3, 2]),
         ([("1.q_proj", 5), (EXACT, 6), (PATTERN, 3), (WIDE, {"rank": 3})], [6, 3, 5, 3, 2]),
     ],
 )  # fmt: skip
@@ -80,7 +82,8 @@ def test_resolve_key_that_matches_nothing_names_the_nearest(key, near):
     [
         ({"v_proj": 5}, r"v_proj': rank must be between 1 and min\(d_in, d_out\) = 4, got 5"),
         ({"q_proj": {"rank": 4, "final_rank": 5}}, "final_rank must be at most rank = 4, got 5"),
-        ({"q_proj": {"final_rank": 3}}, "final_rank must be at most rank = 2, got 3"),  # of the default rank
+        # The rule gives no rank, so the default rank of 2 is the limit.
+        ({"q_proj": {"final_rank": 3}}, "final_rank must be at most rank = 2, got 3"),
     ],
 )
 def test_resolve_refuses_ranks_that_do_not_fit(rule, message):

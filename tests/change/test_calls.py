@@ -18,7 +18,7 @@ from dynrank.change.gates import Gates
 from dynrank.linalg import stacked, truncate_product
 
 SIZES = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-EVERY = torch.arange(5)  # the examples of a batch
+EVERY = torch.arange(5)
 
 
 def updated(net):
@@ -90,7 +90,7 @@ class TwoHeadsWithAccumulation(MeanPoolingWithoutAnAdapterOnTheHead):
 
 class EncoderAndHeadOfAModuleThatIsNotCalled(Case):
     def made(self):
-        holder = nn.Module()  # as a LightningModule
+        holder = nn.Module()
         holder.encoder, holder.head = adapted(Net(1, False), ["a", "b"]), nn.Linear(3, 3).double()
         return holder
 
@@ -113,7 +113,8 @@ class LlamaWithAdaptersOnQAndV(Case):
     def made(self):
         self.ids = torch.randint(1, 30, (5, 8))
         self.learned = torch.where(torch.rand(5, 8) < 0.5, -100, self.ids)
-        self.learned[:, -1] = self.ids[:, -1]  # something of each
+        # Each example has a token that is learned.
+        self.learned[:, -1] = self.ids[:, -1]
         self.terms = int((self.learned[:, 1:] != -100).sum())
         model = LlamaForCausalLM(LlamaConfig(**SIZES)).double()
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
@@ -175,7 +176,8 @@ def gated(net):
 def by_autograd(case):
     """(batches * 5, gates) gradient of the step's mean loss by the gates of all layers, through each example."""
     twin, gates = gated(case.net)
-    twin.reentrant = False  # which autograd.grad does not go through
+    # `autograd.grad` does not go through a reentrant checkpoint.
+    twin.reentrant = False
     rows = []
     for batch in range(case.batches):
         for example in EVERY.split(1):
@@ -213,7 +215,8 @@ def test_gates_of_experts_are_those_of_real_gates_in_every_pass(kind, tiny_moe):
     parameters = None if kind == "Mixtral" else ("experts.gate_up_proj", "experts.down_proj")
     config = LoraConfig(r=3, target_modules="all-linear", target_parameters=parameters)
     base = tiny_moe(kind).double()
-    base.set_experts_implementation("eager")  # torch's grouped product takes no float64
+    # torch's grouped product takes no float64.
+    base.set_experts_implementation("eager")
     net = updated(get_peft_model(base, config, autocast_adapter_dtype=False))
     ids, (twin, gates) = torch.randint(1, 10, (3, 4, 6)), gated(net)
     with closing(Gates(net, dict(dynrank.lora_layers(net)), 1)) as watched:

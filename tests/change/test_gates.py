@@ -108,9 +108,10 @@ def test_gradients_are_those_of_real_gates_in_each_example(kind):
     net, x = adapted(kind)
     gates, expected = watched(net, x, loss_terms=5, caution=2.0), gate_gradients(net, x)["0"]
     gradient, root = (part["0"] for part in gates._gradients())
-    assert_close(gradient, expected.sum(0), rtol=1e-4, atol=1e-6)  # the passes are float32
+    assert_close(gradient, expected.sum(0), rtol=1e-4, atol=1e-6)
     assert_close(root.mT @ root, 5 * expected.mT @ expected, rtol=1e-4, atol=1e-6)
-    errors = expected.square().sum(0).sqrt()  # of a sum of independent examples
+    # These are the errors of a sum of independent examples.
+    errors = expected.square().sum(0).sqrt()
     assert_close(torch.from_numpy(gates._estimate()._margin), 2 * errors, rtol=1e-4, atol=1e-6)
 
 
@@ -136,7 +137,8 @@ def deep():
 
 def test_layers_that_are_used_twice_and_read_pooled_inputs_share_their_examples(deep):
     gates, expected = watched(*deep), gate_gradients(*deep)
-    assert gates.terms == 6  # the head, nearest to the loss, has one position of each example
+    # The head is nearest to the loss and has one position of each example.
+    assert gates.terms == 6
     assert_gradient_is(gates, expected)
     assert_hessian_is(gates, expected)
 
@@ -175,7 +177,7 @@ def test_scaled_losses_are_taken_as_they_are(deep):
 
 def test_examples_beyond_the_quota_are_left_out_and_the_rest_weighs_more(deep):
     net, x = deep
-    gates = watched(net, x, window=EXAMPLES // 3 + 1)  # three of each step
+    gates = watched(net, x, window=EXAMPLES // 3 + 1)
     assert gates.examples == 3
     expected, (gradients, roots) = gate_gradients(net, x), gates._gradients()
     for name, rows in expected.items():
@@ -412,7 +414,7 @@ def test_prediction_is_the_increase_of_a_loss_that_is_quadratic_in_the_gates(ran
     net = nn.ModuleDict({"a": nn.Linear(5, 4, dtype=torch.float64), "b": nn.Linear(5, 4, dtype=torch.float64)})
     updated(dynrank.add_lora(net, rank=3, target_modules=["a", "b"], dtype=torch.float64))
     x = torch.randn(40, 5, dtype=torch.float64)
-    noise = torch.cat([torch.eye(4), -torch.eye(4)]).double() * 2  # mean 0, covariance 1
+    noise = torch.cat([torch.eye(4), -torch.eye(4)]).double() * 2
     inputs, noise = x.repeat_interleave(8, 0), noise.repeat(40, 1)
     y = (net["a"](inputs) + net["b"](inputs)).detach() + noise
 

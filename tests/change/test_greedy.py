@@ -62,7 +62,8 @@ def test_one_drop_is_the_best_of_all_and_many_are_close_to_the_best_subset(seed)
 @given(st.integers(0, 2**31), st.permutations(range(4)))
 def test_choice_does_not_depend_on_the_order_of_layers(seed, order):
     generator = torch.Generator().manual_seed(seed)
-    gradients = {f"l{i}": torch.randn(3, generator=generator).double().round() for i in range(4)}  # with ties
+    # Rounding makes ties.
+    gradients = {f"l{i}": torch.randn(3, generator=generator).double().round() for i in range(4)}
     roots = {f"l{i}": torch.randn(6, 3, generator=generator).double().round() for i in range(4)}
     widths = dict.fromkeys(gradients, 7)
     names = [f"l{i}" for i in order]
@@ -91,4 +92,5 @@ def test_cost_counts_per_parameter():
     roots = {"narrow": torch.eye(4)[:, :2].double(), "wide": 1.5 * torch.eye(4)[:, 2:].double()}
     dear = Quadratic(gradients, roots, {"narrow": 10, "wide": 100})
     assert {n: len(k) for n, k in dear.kept({"narrow": 1, "wide": 1}).items()} == {"narrow": 1, "wide": 1}
-    assert dear.dropped({"narrow": 1, "wide": 1})[0] == [3, 1]  # 1.125 / 100 before 0.5 / 10
+    # The layers lose 1.125 / 100 and 0.5 / 10 for each parameter, and the smaller loss comes first.
+    assert dear.dropped({"narrow": 1, "wide": 1})[0] == [3, 1]

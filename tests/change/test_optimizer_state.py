@@ -22,19 +22,23 @@ from dynrank.change.optimizer_state import Move, moved_state
 from dynrank.errors import ConfigurationError
 from dynrank.muon import Muon
 
-OLD, KEPT, NEW, OTHER = 5, 3, 6, 4  # the rank before, directions that go on, the rank after; the other dimension
-BLOCK = 256  # of bitsandbytes' 8-bit state
+# OLD and NEW are ranks, KEPT of the directions go on, and OTHER is the other dimension of a factor.
+OLD, KEPT, NEW, OTHER = 5, 3, 6, 4
+# bitsandbytes' state of 8 bits has blocks of this size.
+BLOCK = 256
 FIRST = ("exp_avg", "momentum_buffer", "state1")
 SECOND = ("exp_avg_sq", "max_exp_avg_sq", "state2", "square_avg", "sum")
-IN_32_BITS = {"min_8bit_size": 10**9}  # all state of an 8-bit optimizer
-PLAIN = {"relative_step": False, "scale_parameter": False}  # as transformers' Trainer has it
+IN_32_BITS = {"min_8bit_size": 10**9}
+# transformers' Trainer makes its Adafactor like this.
+PLAIN = {"relative_step": False, "scale_parameter": False}
 
 
 def case(name, cls, **options):
     return pytest.param(cls, options, id=name)
 
 
-MOMENTS = [  # entries of FIRST, SECOND and counts
+# These optimizers have entries of FIRST, of SECOND, and counts.
+MOMENTS = [
     case("Adam", torch.optim.Adam, amsgrad=True),
     case("AdamW", torch.optim.AdamW, fused=True),
     case("RAdam", torch.optim.RAdam),
@@ -49,7 +53,8 @@ MOMENTS = [  # entries of FIRST, SECOND and counts
     case("RMSprop", torch.optim.RMSprop),
     case("Adagrad", torch.optim.Adagrad),
 ]
-SQUARES = [  # of which the first entry is of squares
+# The first entry of these optimizers is of squares.
+SQUARES = [
     case("bitsandbytes.RMSprop", bitsandbytes.optim.RMSprop),
     case("bitsandbytes.Adagrad", bitsandbytes.optim.Adagrad),
 ]
@@ -68,7 +73,8 @@ OTHERS = [
     case("ASGD", torch.optim.ASGD, t0=2),
     case("transformers.Adafactor-beta1", transformers.Adafactor, beta1=0.9, **PLAIN),
 ]
-PRODIGY = case("Prodigy", Prodigy)  # reset, it notes where the parameter is then
+# After a reset Prodigy notes where the parameter is then.
+PRODIGY = case("Prodigy", Prodigy)
 RESETTABLE = [*MOMENTS, *SQUARES, EIGHT_BIT, LION_8BIT, *OTHERS]
 CARRIED = [*RESETTABLE, *SCHEDULE_FREE, PRODIGY]
 
@@ -86,7 +92,8 @@ def lived(cls, options, gradients):
     parameter = nn.Parameter(torch.zeros_like(gradients[0]))
     # the decoupled or L2 decay of a parameter isn't linear in the gradient
     optimizer = cls([parameter], lr=0.1, weight_decay=0.0, **options)
-    if hasattr(optimizer, "train"):  # schedule-free
+    # Schedule-free optimizers have to hear that training begins.
+    if hasattr(optimizer, "train"):
         optimizer.train()
     for gradient in gradients:
         parameter.grad = gradient.clone()
@@ -177,7 +184,8 @@ def adafactor_moments(state):
 def test_adafactor_second_moments_move_by_the_squared_map(dim, maps):
     before, state, _ = carried(torch.optim.Adafactor, {}, *maps, dim)
     assert_close(adafactor_moments(state), seeded(maps[1], adafactor_moments(before), dim))
-    assert_close(state["row_var"].mean(), state["col_var"].mean())  # both are means of the same numbers
+    # Both are means of the same numbers.
+    assert_close(state["row_var"].mean(), state["col_var"].mean())
 
 
 @pytest.mark.parametrize("dim", [0, 1])
@@ -229,7 +237,8 @@ def test_schedule_free_moves_both_its_points_and_starts_new_directions_at_the_pa
 def test_codes_in_8_bits_what_it_carries(dim):
     generator = torch.Generator().manual_seed(1)
     map_KR, gradient_map_KR = torch.randn(2, NEW, 8, dtype=torch.float64, generator=generator).unbind()
-    gradients = random_gradients(shaped(8, dim, other=100))  # 800 numbers, then 600: blocks that are not full
+    # The state has 800 numbers before and 600 after, so some blocks are not full.
+    gradients = random_gradients(shaped(8, dim, other=100))
     optimizer, parameter = lived(*EIGHT_BIT.values, gradients)
     before = move(optimizer, parameter, map_KR, gradient_map_KR, dim)
     state = optimizer.state[parameter]
@@ -248,7 +257,8 @@ def test_new_directions_start_in_8_bits_as_in_32(dim, maps):
     before, state, _ = carried(*EIGHT_BIT.values, *maps, dim)
     for number, moved in ((1, along), (2, seeded)):
         expected = moved(maps[1], decoded(before, number), dim)
-        gap = float(state[f"qmap{number}"].diff().max() * state[f"absmax{number}"])  # there is one block
+        # The state is one block, so this is the widest gap between two codes.
+        gap = float(state[f"qmap{number}"].diff().max() * state[f"absmax{number}"])
         assert_close(decoded(state, number), expected, rtol=0, atol=gap)
 
 
@@ -288,7 +298,8 @@ def train(net, optimizer, steps):
     target = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
     losses = []
 
-    @torch.enable_grad()  # transformers' Adafactor calls it without
+    # transformers' Adafactor calls its closure without gradients.
+    @torch.enable_grad()
     def closure():
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(net(data), target)
@@ -302,7 +313,7 @@ def train(net, optimizer, steps):
 
 def trained(cls, options, net, steps=10):
     optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=0.02, **options)
-    if hasattr(optimizer, "train"):  # schedule-free
+    if hasattr(optimizer, "train"):
         optimizer.train()
     train(net, optimizer, steps)
     return optimizer
@@ -344,8 +355,9 @@ def test_growth_new_directions_step_at_most_half_again_as_far(rank, batch, seed)
     for _ in range(200):
         step()
     dynrank.resize(net, min(2 * rank + 6, 10), optimizers=[optimizer])
-    factors = dynrank.adapter_parameters(net)  # lora_A and lora_B in turn
-    steps = {"A": ([], []), "B": ([], [])}  # of the old and of the new directions
+    factors = dynrank.adapter_parameters(net)
+    # Each pair has the steps of the old and of the new directions.
+    steps = {"A": ([], []), "B": ([], [])}
     for _ in range(10):
         before = [factor.detach().clone() for factor in factors]
         step()
@@ -376,7 +388,8 @@ OF_TORCH.remove(Optimizer)
 def test_an_optimizer_is_carried_or_refused_by_name_and_then_only_reset(cls):
     net, known = adapted(), {carried.values[0] for carried in CARRIED}
     optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=0.01)
-    steps = 0 if cls is torch.optim.SparseAdam else 3  # it makes no step with gradients such as these
+    # SparseAdam makes no step with dense gradients.
+    steps = 0 if cls is torch.optim.SparseAdam else 3
     train(net, optimizer, steps)
     output = net(torch.ones(3, 10))
     if cls in known:
@@ -384,7 +397,8 @@ def test_an_optimizer_is_carried_or_refused_by_name_and_then_only_reset(cls):
         assert_close(net(torch.ones(3, 10)), output)
         return
     tensors, state = copy.deepcopy((net.state_dict(), optimizer.state_dict()["state"]))
-    package = cls.__module__.partition(".")[0]  # of two optimizers named AdamW only torch's is carried
+    # Only torch's AdamW is carried, although others have the same name.
+    package = cls.__module__.partition(".")[0]
     named = cls.__name__ if package == "torch" else rf"{package}\.{cls.__name__}"
     with pytest.raises(ConfigurationError, match=f"optimizer {named} (cannot|keeps)") as caught:
         dynrank.resize(net, 2, optimizers=[optimizer])
@@ -464,7 +478,7 @@ def test_thousands_of_changes_do_not_inflate_second_moments(span):
     fixed, _ = moments_after(*[8] * count)
     changing, error = moments_after(*(ranks.randint(*span) for _ in range(count)))
     assert (changing < 10 * fixed).all()
-    assert error < (0.2 if span[0] >= 3 else 1)  # it has learned, too
+    assert error < (0.2 if span[0] >= 3 else 1)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -479,7 +493,7 @@ def test_factors_of_extreme_scales_change_rank_or_say_what_to_do(scale):
     with pytest.raises(ConfigurationError, match="exp_avg.* would not be finite .*schedule.how.optimizer_state=reset"):
         dynrank.resize(net, 5, optimizers=[optimizer])
     assert_close((net.state_dict(), optimizer.state_dict()), old, rtol=0, atol=0)
-    for rank in (8, 6):  # of the function nothing is lost
+    for rank in (8, 6):
         dynrank.resize(net, rank, optimizers=[optimizer], optimizer_state="reset")
         assert_close(net[0].delta_weight(), before, rtol=1e-4, atol=1e-6)
     assert torch.tensor(train(net, optimizer, 5)).isfinite().all()
@@ -503,7 +517,8 @@ def experts():
     generator = torch.Generator().manual_seed(2)
     maps = torch.stack([extended(m) for m in torch.randn(6, KEPT, OLD, dtype=torch.float64, generator=generator)])
     gradients = torch.randn(3, 4, OLD, OTHER, dtype=torch.float64, generator=generator)
-    gradients[2] = 0.0  # no token has reached it
+    # No token has reached this expert.
+    gradients[2] = 0.0
     return maps.unflatten(0, (2, 3)), torch.tensor([1.0, 1.5, 1e6]), gradients
 
 

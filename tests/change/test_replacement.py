@@ -72,7 +72,8 @@ def resized(start, at=0):
 
 def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
     start = made()
-    resized(start)  # what is imported by then has no lines to run
+    # The first change imports modules, and those lines may not count.
+    resized(start)
     before, (_, after, lines) = contents(*start), resized(start)
     assert not torch.equal(before, after)
     ends = []
@@ -82,7 +83,8 @@ def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
         known = [name for name, end in (("before", before), ("after", after)) if torch.equal(found, end)]
         ends += known or [f"between, at line {at}"]
     assert sorted(set(ends)) == ["after", "before"]
-    assert ends == sorted(ends, reverse=True)  # and there is one point of no return
+    # There is one point of no return.
+    assert ends == sorted(ends, reverse=True)
 
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])

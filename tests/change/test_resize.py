@@ -87,7 +87,7 @@ def test_resize_changes_only_the_layers_of_a_mapping(trained):
     net, optimizer = trained
     before = copy.deepcopy(net.state_dict())
     reports = resize(net, {"4": 2, "0": 7, "2": 6}, optimizers=[optimizer])
-    assert [(r.layer, r.rank_before, r.rank_after) for r in reports] == [("0", 6, 7), ("4", 6, 2)]  # model order
+    assert [(r.layer, r.rank_before, r.rank_after) for r in reports] == [("0", 6, 7), ("4", 6, 2)]
     assert [layer.rank for _, layer in dynrank.lora_layers(net)] == [7, 6, 2]
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items() if key.startswith("2."))
 

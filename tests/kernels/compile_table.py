@@ -29,10 +29,12 @@ INTEGER = r"(IADD|VIADD|LOP|PLOP|SHF|PRMT|ISETP|SEL|LEA|IMNMX|VIMNMX)"
 
 
 def stub_driver(architecture):
-    properties = {"max_shared_mem": 10**9}  # the test compares with the real limit
+    # No kernel is refused here for its shared memory, because the test compares it with the real limit.
+    properties = {"max_shared_mem": 10**9}
     return SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", architecture, 32),
-        get_current_device=lambda: architecture,  # so that what is compiled for each is kept apart
+        # Triton keeps what it compiles apart by device, so the architecture stands for the device.
+        get_current_device=lambda: architecture,
         get_current_stream=lambda device: 0,
         launcher_cls=lambda source, metadata: lambda *arguments: None,
         utils=SimpleNamespace(

@@ -29,7 +29,8 @@ def triton_interpreter():
         pytest.skip("Triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton warns where it is not set
+        # Triton warns where this variable is not set.
+        patch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
         kernels = importlib.import_module("dynrank.kernels.triton_kernels")
         kind = type(kernels.shrink_kernel).__name__
         assert kind == "InterpretedFunction", "the kernels were imported before the interpreter was chosen"

@@ -53,7 +53,8 @@ def test_the_op_by_triton_is_the_formula(formula, triton_interpreter, dtype, tol
     shapes = ((2, M, D_IN), (D_OUT, D_IN), (D_OUT,), (5, D_IN), (D_OUT, 5))
     values = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     x, weight, bias, lora_A, lora_B = values
-    lora_A, lora_B = lora_A.float(), lora_B.float()  # wider than x, which Triton's kernels round to x's dtype
+    # The factors are wider than x, and Triton's kernels round them to x's dtype.
+    lora_A, lora_B = lora_A.float(), lora_B.float()
     seed, dy = torch.tensor(-5), torch.randn(2, M, D_OUT, generator=generator).to(dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_A, lora_B)]
     y = lora_linear(
@@ -64,7 +65,8 @@ def test_the_op_by_triton_is_the_formula(formula, triton_interpreter, dtype, tol
 
     ones, dropout = torch.ones(2 * M, D_IN, dtype=dtype), triton_launch.dropout(x, p, seed)
     kept = triton_launch.expand(ones[:, :1], ones[:1], 1 / dropout.rescale, None, dropout, dtype).double()
-    keep = kept * dropout.rescale  # 1 / keep rate is no number of 16 bits
+    # The mask is scaled again in float64, because 16 bits cannot hold 1 / keep rate.
+    keep = kept * dropout.rescale
     assert bool((keep == 0).any()) == (p > 0)
     leaves = [tensor.to(dtype).double().requires_grad_() for tensor in (x, lora_A, lora_B)]
     wide = formula(leaves[0], weight.double(), bias.double(), *leaves[1:], SCALING, keep.view(2, M, D_IN))

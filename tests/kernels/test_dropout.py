@@ -23,7 +23,8 @@ def test_mask_is_15_bits_of_a_generator_that_starts_with_the_seed(seed):
     state = generator.state
     state["state"]["state"] = np.array([word, word, word, 1], dtype=np.uint64)
     generator.state = state
-    bits = generator.random_raw(12 + 1050)[12:].view(np.uint16) & 0x7FFF  # its author throws twelve away
+    # The generator's author throws the first twelve numbers away.
+    bits = generator.random_raw(12 + 1050)[12:].view(np.uint16) & 0x7FFF
     assert np.array_equal(kept(0.3, seed, 60, 70).numpy().ravel(), bits < round(0.7 * 2**15))
 
 
@@ -44,7 +45,8 @@ def test_mask_depends_on_the_row_major_index_alone(monkeypatch, small):
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
-@pytest.mark.parametrize("small", [-1, 10**7])  # the way of other devices; it has not run on a GPU
+# With 10**7 torch draws the mask, as it does on a GPU, where this test has not run.
+@pytest.mark.parametrize("small", [-1, 10**7])
 def test_share_kept_and_independence_of_seeds_and_neighbours(monkeypatch, small, p):
     monkeypatch.setattr(dropout, "SMALL", small)
     one, other = (kept(p, seed, 1024, 1024).flatten() for seed in (7, 8))

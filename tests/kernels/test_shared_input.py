@@ -7,7 +7,8 @@ from torch.testing import assert_close
 from dynrank.kernels.lora_linear import Operands, SharedInput, lora_linear
 
 D_IN = 6
-SIZES = ((8, 3, 1.5), (4, 2, 0.5), (4, 1, 2.0))  # d_out, rank, scaling: grouped-query attention at unlike ranks
+# Each layer has (d_out, rank, scaling), as in grouped-query attention at unlike ranks.
+SIZES = ((8, 3, 1.5), (4, 2, 0.5), (4, 1, 2.0))
 SEED = torch.tensor(3)
 
 
@@ -135,5 +136,6 @@ def test_mixed_dtypes_give_what_they_give_the_layers_one_by_one(autocast):
         results.append([*ys, *gradients(ys, leaves_of(x, group))])
     for index, (one, other) in enumerate(zip(*results, strict=True)):
         assert one.dtype == other.dtype
-        exact = not autocast and index > len(group)  # dA and dB; dx is rounded in another order
+        # Only dA and dB have to be exact, because dx is rounded in another order.
+        exact = not autocast and index > len(group)
         assert (one - other).norm() <= (1e-6 if exact else 2**-6) * other.norm()

@@ -31,13 +31,14 @@ SHARED_MEMORY = {80: 164, 89: 100, 90: 228, 100: 228, 120: 100}
 TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 # One rank of each bucket, none of them a multiple of 16, without dropout and with it, where most GPUs of the kind are;
 # elsewhere the largest tiles with dropout: there no kernel takes more shared memory, or more than a register more.
-CASES = [(90, rank, p) for rank in (8, 24, 40, 100) for p in (0, 0.1)]  # architecture, rank, p of dropout
+CASES = [(90, rank, p) for rank in (8, 24, 40, 100) for p in (0, 0.1)]
 CASES += [(architecture, 100, 0.1) for architecture in (80, 89, 100, 120)]
 # An H100: multiprocessors, cycles a second, bytes a second (of 3.35e12, what copies reach), instructions a cycle.
 MULTIPROCESSORS, CLOCK, BANDWIDTH, ISSUED = 132, 1.755e9, 3.0e12, 128
 
 
-@pytest.mark.timeout(1800)  # a machine with ten other programs compiles slowly
+# A machine with ten other programs compiles slowly.
+@pytest.mark.timeout(1800)
 def test_machine_code(tmp_path):
     """One test for all of it, because compiling takes long; the process itself looks that nothing compiles later."""
     assert {rank_bucket(rank) for _, rank, _ in CASES} == set(BUCKETS)
@@ -70,9 +71,11 @@ def test_machine_code(tmp_path):
             continue
         assert not [name for name in kernel["memory"] if name.endswith(("U16", "S16"))], kernel
         loads = sum(n for name, n in kernel["memory"].items() if name.startswith("LDGSTS") and name.endswith(".128"))
-        values = ROWS * tile(kernel["kernel"], kernel["rank"])[0] / kernel["threads"]  # of x, of each thread
+        values = ROWS * tile(kernel["kernel"], kernel["rank"])[0] / kernel["threads"]
         assert loads >= values / 8, f"x is loaded 128 bits at a time: {kernel}"
-        if architecture == 90 and kernel["rank"] < 64:  # beyond, A and ds are as much of the work as x is
-            budget = MULTIPROCESSORS * CLOCK * ISSUED * 2 / BANDWIDTH  # instructions while a value of x is read
+        # From rank 64 on, A and ds are as much of the work as x is.
+        if architecture == 90 and kernel["rank"] < 64:
+            # The GPU issues so many instructions while it reads one value of x.
+            budget = MULTIPROCESSORS * CLOCK * ISSUED * 2 / BANDWIDTH
             assert kernel["instructions"] / values <= budget, kernel
             assert kernel["integer"] / values <= budget / 2, kernel

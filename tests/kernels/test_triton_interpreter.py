@@ -25,7 +25,8 @@ LAYOUTS = {
     "padded rows": lambda make, shape: make((shape[0], shape[1] + 3))[:, :-3],
     "transposed": lambda make, shape: make(shape[::-1]).mT,
     "every other column": lambda make, shape: make((shape[0], 2 * shape[1]))[:, ::2],
-    "one number": lambda make, shape: make((1, 1)).expand(shape),  # the gradient that y.sum().backward() gives
+    # The gradient that `y.sum().backward()` gives has this layout.
+    "one number": lambda make, shape: make((1, 1)).expand(shape),
 }
 cases = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -147,7 +148,8 @@ def test_expand_is_the_masked_product_and_bias(problem, scale):
     kept = problem.mask(problem.d_out)
     expected, size = (kept * scale * each for each in product(s, factor))
     if bias is not None:
-        kept = kept.bool()  # dropout and a bias are never together in the op
+        # The op never has dropout and a bias together, so the kernel does not rescale the bias.
+        kept = kept.bool()
         expected, size = expected + kept * bias.double(), size.abs() + bias.double().abs()
     check(expand(s, factor, scale, bias, problem.drop(), s.dtype), expected, size, problem.dtype)
 
@@ -225,7 +227,7 @@ def test_mask_keeps_its_share_and_seeds_rows_and_columns_are_independent(p):
     kept, other = (reference_mask(400, 600, p, seed) > 0 for seed in (7, 8))
     rate = round((1 - p) * 65536) / 65536
     assert abs(kept.double().mean() - rate) < 4 * (rate * (1 - rate) / kept.numel()) ** 0.5
-    for dim, count in ((0, 400), (1, 600)):  # no row or column stands out
+    for dim, count in ((0, 400), (1, 600)):
         assert (kept.double().mean(dim) - rate).abs().max() < 6 * (rate * (1 - rate) / count) ** 0.5
     pairs = {"seeds": (kept, other), "rows": (kept[1:], kept[:-1])}
     pairs |= {f"columns {by} apart": (kept[:, by:], kept[:, :-by]) for by in (1, 32, 256)}
@@ -299,7 +301,8 @@ def test_a_layer_touches_x_and_dy_as_often_as_its_products_read_them(monkeypatch
 
     Factors in float32 are cast, and B is transposed, in one operation each.
     """
-    monkeypatch.setattr(triton_launch, "_programs_at_once", lambda device: 1)  # s without partial sums
+    # With one program at once, s has no partial sums.
+    monkeypatch.setattr(triton_launch, "_programs_at_once", lambda device: 1)
     rows, d_in, d_out, rank = 300, 256, 384, 5
     work, kernels = Work(), triton_interpreter
     recorded = {name: work.kernel(name, getattr(kernels, name)) for name in dir(kernels) if name.endswith("_kernel")}

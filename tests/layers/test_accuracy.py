@@ -11,7 +11,7 @@ import dynrank
 from dynrank.layers.kinds import LoRALinear
 
 D, RANK, ALPHA, TOKENS = 128, 8, 16, 256
-SETTINGS = {  # dtype of the base and of the adapters, and whether bfloat16 autocast is on
+SETTINGS = {
     "float32": (torch.float32, torch.float32, False),
     "bfloat16 base, float32 adapters": (torch.bfloat16, torch.float32, False),
     "bfloat16": (torch.bfloat16, torch.bfloat16, False),
@@ -56,4 +56,5 @@ def errors(setting, std):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_errors_are_no_larger_than_those_of_peft(setting, std):
     for name, (peft, ours) in errors(setting, std).items():
-        assert ours <= 1.05 * peft, (name, ours, peft)  # 5%: two orders of the same sum
+        # The 5% are for two orders of the same sum.
+        assert ours <= 1.05 * peft, (name, ours, peft)

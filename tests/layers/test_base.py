@@ -28,10 +28,11 @@ def test_load_state_dict_takes_the_rank_of_the_checkpoint(rank):
     assert target.weight.grad is target.bias.grad is None
     target.load_state_dict(source.state_dict())
     assert [id(target.lora_A), id(target.lora_B)] == ids
-    assert (target.rank, target.alpha) == (rank, 1.5 * rank)  # the source's scaling
+    assert (target.rank, target.alpha) == (rank, 1.5 * rank)
     assert torch.equal(target(x), source(x))
-    target(x).sum().backward()  # of the new shape, where the old gradient stood
-    assert torch.equal(original(x), layer(3)(x))  # what it was copied from has not changed
+    # The new gradient has another shape than the one that stood there.
+    target(x).sum().backward()
+    assert torch.equal(original(x), layer(3)(x))
 
 
 @pytest.mark.parametrize(

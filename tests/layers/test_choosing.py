@@ -56,7 +56,7 @@ def test_target_names_all_linear_selects_what_peft_selects(kind):
     config = _maybe_include_all_linear_layers(LoraConfig(target_modules="all-linear", task_type=task), model)
     names = target_names(model, "all-linear")
     assert set(names) == set(config.target_modules)
-    assert names == [name for name, _ in model.named_modules() if name in set(names)]  # the model's order
+    assert names == [name for name, _ in model.named_modules() if name in set(names)]
 
 
 @pytest.mark.parametrize("kind", ATTENTION)
@@ -96,9 +96,12 @@ def test_target_names_regex_matches_whole_names(llama):
     ("targets", "message"),
     [
         (["q_proj", "qproj"], r"'qproj'.*nearest: .*'q_proj'"),
-        (["query", "value"], r"'query'.*nearest: .*'q_proj'"),  # nothing is near: all there is
-        (["proj"], "'proj'"),  # no whole part
-        ("q_proj", "no layer matches"),  # an expression, which is no whole name
+        # No name is near, so the message lists all there are.
+        (["query", "value"], r"'query'.*nearest: .*'q_proj'"),
+        # Only whole parts of a name match.
+        (["proj"], "'proj'"),
+        # A string is an expression, which has to match the whole name.
+        ("q_proj", "no layer matches"),
         ("(", r"target_modules.*'\('"),
         ([], "no layer matches"),
         ("no_such.*", r"no layer matches.*nearest: .*'q_proj'"),

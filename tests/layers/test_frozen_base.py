@@ -28,7 +28,8 @@ def stripped(model):
 
 def test_what_is_left_out_is_the_frozen_parameters_alone():
     model = adapted(modules_to_save=["2"], target_modules=["0"])
-    model[0].lora_A.requires_grad_(False)  # an adapter that is frozen for the moment
+    # An adapter that is frozen for the moment stays in the state.
+    model[0].lora_A.requires_grad_(False)
     state = stripped(model)
     frozen = {"0.base.weight", "0.base.bias", "1.weight", "1.bias"}
     assert left_out(state) == frozen
@@ -39,13 +40,14 @@ def test_what_is_left_out_is_the_frozen_parameters_alone():
 def test_it_loads_strictly_into_the_same_base_at_other_ranks(assign):
     model, fresh = adapted(rank=3), adapted(rank=5)
     nn.init.normal_(model[0].lora_B)
-    model.train()(torch.randn(8, 40))  # moves the batch norm's statistics
+    # This pass moves the statistics of the batch norm.
+    model.train()(torch.randn(8, 40))
     base, state = fresh[0].base.weight, stripped(model)
     keys = list(state)
     done = fresh.load_state_dict(state, assign=assign)
     assert not done.missing_keys
     assert not done.unexpected_keys
-    assert list(state) == keys  # the caller's stays as it is
+    assert list(state) == keys
     assert fresh[0].base.weight is base
     assert fresh[0].rank == 3
     x = torch.randn(4, 40)
@@ -88,7 +90,8 @@ def test_a_model_inside_another_is_known_by_its_own_names():
     model["teacher"].requires_grad_(False)
     state = stripped(model)
     assert {key for key in state if key.endswith(MARK)} == {f"left.{MARK}", f"right.{MARK}"}
-    assert "teacher.weight" in state  # nobody has adapted it
+    # The teacher is frozen, but it has no adapter.
+    assert "teacher.weight" in state
     outer().load_state_dict(state)
     with pytest.raises(ConfigurationError, match=r"'left\.0\.base\.weight'"):
         outer(seed=5).load_state_dict(state)

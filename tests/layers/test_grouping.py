@@ -178,7 +178,8 @@ def test_x_that_is_changed_within_the_forward_is_another_x():
     for group in (True, False):
         model, x = adapted(group), x_of(5)
         model.between = Between(lambda x=x: x.mul_(2))
-        with torch.no_grad():  # with gradients torch refuses it, grouped or not
+        # With gradients torch refuses the change of x, grouped or not.
+        with torch.no_grad():
             results.append([model(x)])
     assert_same(*results)
 
@@ -340,7 +341,8 @@ def test_layers_of_another_dtype_or_dropout_are_left_out(passes):
     model, x = adapted(dropout=0.5), x_of(5)
     model.k_proj.dropout.p = 0.1
     model(x)
-    assert passes == [2, 2]  # k ends the pass of q and v
+    # The call of k ends the pass of q and v, so v opens another one.
+    assert passes == [2, 2]
     passes.clear()
     for factor in ("lora_A", "lora_B"):
         parameter = model.q_proj.get_parameter(factor)

@@ -83,13 +83,15 @@ def test_gradients_equal_float64_autograd_of_the_formula(kind):
     leaf = x.detach().double().requires_grad_() if x.is_floating_point() else x
     weight = wide.weight.detach() + dense_delta(base, lora_A, lora_B)
     torch.func.functional_call(wide, {"weight": weight}, leaf).backward(dy.double())
-    pairs = [(layer.lora_A.grad, lora_A.grad)]  # zero in both where a row is padding
-    if getattr(base, "padding_idx", None) is None:  # or lora_B learns from that row, too
+    # The gradient of lora_A is zero in both where a row is padding.
+    pairs = [(layer.lora_A.grad, lora_A.grad)]
+    # With padding, lora_B learns from the row of the padding, too.
+    if getattr(base, "padding_idx", None) is None:
         pairs.append((layer.lora_B.grad, lora_B.grad))
     if x.is_floating_point():
         pairs.append((x.grad, leaf.grad))
     for got, expected in pairs:
-        assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)  # float32 sums of about 100 terms
+        assert_close(got.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dropout_acts_on_the_update_in_training_only(kind):
@@ -116,7 +118,8 @@ def test_forward_of_a_bfloat16_base_keeps_float32_factors(kind):
     y = layer(x)
     assert y.dtype == torch.bfloat16
     exact = in_float64(layer, x)
-    assert_close(y.double(), exact, rtol=0, atol=0.03 * exact.abs().max().item())  # 2**-8 each for x, A, B, and sums
+    # x, A, B and the sums are each rounded to 2**-8.
+    assert_close(y.double(), exact, rtol=0, atol=0.03 * exact.abs().max().item())
     y.float().sum().backward()
     assert layer.lora_A.grad.dtype == torch.float32
 
@@ -166,7 +169,8 @@ def test_layer_class_takes_the_subclasses_of_linear_that_compute_the_plain_layer
         plain = [cls(30, 20, bias=bias).bfloat16() for cls in (NamedLinear, FalconLinear) for bias in (True, False)]
         scaled = own_linear(lambda layer, x: 2 * forward(layer, x))
         noisy = own_linear(lambda layer, x: forward(layer, x) + (torch.randn(()) if layer.training else 0)).eval()
-        gated = own_linear(lambda layer, x: layer.gate * forward(layer, x))  # plain until its gate is trained
+        # This layer is plain until its gate is trained.
+        gated = own_linear(lambda layer, x: layer.gate * forward(layer, x))
         gated.gate = nn.Parameter(torch.ones(()))
         several = own_linear(lambda layer, x: (forward(layer, x), None))
     other = [scaled, noisy, gated, several]

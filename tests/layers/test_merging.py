@@ -43,7 +43,7 @@ def test_merge_unties_an_adapted_head_and_keeps_the_logits(targets, tmp_path):
     logits = randomize(model)(IDS).logits
     assert dynrank.merge(model) is model
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
-    assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
     assert model.lm_head.weight is not model.transformer.wte.weight
     assert model.config.tie_word_embeddings is False
     model.save_pretrained(tmp_path)

@@ -15,7 +15,8 @@ from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.layers.ranked import max_rank, width_of
 
-REWRITTEN = ("Mixtral", "Qwen3Moe", "DeepseekV3")  # for these PEFT's all-linear means experts and routers, too
+# For these models PEFT's all-linear means experts and routers, too.
+REWRITTEN = ("Mixtral", "Qwen3Moe", "DeepseekV3")
 KINDS = (*REWRITTEN, "Qwen3_5Moe", "GptOss", "GraniteMoe")
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 TENSORS = ("experts.gate_up_proj", "experts.down_proj")

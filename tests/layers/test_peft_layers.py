@@ -109,7 +109,8 @@ def test_training_through_a_resize_equals_that_of_dynranks_own_layers(kind, rank
     def train(model):
         factors = adapter_parameters(model)
         optimizer = torch.optim.AdamW(factors, lr=1e-2)
-        model.eval()  # no dropout, whose masks the two would not share
+        # Dropout is off, because the two would not share its masks.
+        model.eval()
         for step in range(6):
             if step == 3:
                 torch.manual_seed(7)
@@ -131,7 +132,7 @@ def test_training_through_a_resize_equals_that_of_dynranks_own_layers(kind, rank
         assert_close(other.lora_A, layer.lora_A, rtol=1e-9, atol=1e-10)
         assert_close(other.lora_B, layer.lora_B, rtol=1e-9, atol=1e-10)
         assert (other.rank, other.scaling) == (rank, layer.scaling) == (rank, 1.5)
-        module = other.module  # what PEFT says of it, in its repr too
+        module = other.module
         assert (module.r["default"], module.lora_alpha["default"]) == (rank, 1.5 * rank)
         if not other.of_embedding:
             assert (module.lora_A["default"].out_features, module.lora_B["default"].in_features) == (rank, rank)
@@ -145,7 +146,8 @@ def test_peft_reloads_what_it_saved_after_a_resize(kind, ranks, tmp_path):
     expected = logits(model)
     assert_reloads(model, tmp_path, kind)
     assert torch.equal(logits(model), expected)
-    if kind != "gpt2":  # PEFT merges a tied wte into the lm_head too (peft 2018)
+    # PEFT merges a tied wte into the lm_head, too (its issue 2018).
+    if kind != "gpt2":
         assert (logits(model.merge_and_unload()) - expected).abs().max() <= 1e-10
 
 
@@ -158,7 +160,8 @@ def test_configs_name_each_layer_that_differs_in_full(tmp_path):
     assert (rank, alpha, rslora) == (6, 9, False)
     q, v = "^model\\.layers\\.{}\\.self_attn\\.q_proj", "^model\\.layers\\.1\\.self_attn\\.v_proj"
     assert rank_pattern == {q.format(0): 2, q.format(1): 4}
-    assert alpha_pattern == {q.format(0): 4.5, v: 3}  # 9 / 4 * 2
+    # The scaling stays 9 / 4, so alpha is 4.5 at rank 2.
+    assert alpha_pattern == {q.format(0): 4.5, v: 3}
     assert_reloads(model, tmp_path / "after")
     written = json.loads((tmp_path / "after" / "adapter_config.json").read_text())
     assert written["rank_pattern"] == rank_pattern
@@ -175,7 +178,8 @@ def test_scaling_by_another_rule_and_an_initialisation_for_even_ranks_reload(opt
     assert settings(model)[4] is False
     assert_reloads(model, tmp_path)
     module = next(iter(layers_of(model).values())).module
-    module.set_scale("default", 1.0)  # PEFT's own rule for the scaling comes to the same
+    # PEFT's own rule for the scaling comes to the same.
+    module.set_scale("default", 1.0)
     assert module.scaling["default"] == pytest.approx(*before)
 
 
@@ -192,12 +196,13 @@ def test_only_the_active_adapter_changes(tmp_path):
     for name, value in model.state_dict().items():
         assert ".default." in name or torch.equal(value, state[name]), name
     assert settings(model, "other") == other
-    assert shared == before  # the user's own object, and the config of the third
+    # The user's own object is also the config of the third adapter, so it may not change.
+    assert shared == before
     assert settings(model)[0] == 2
     assert_reloads(model, tmp_path)
     model.set_adapter("other")
     assert set(ranks_of(model).values()) == {4}
-    assert len(ranks_of(model)) == 4  # q_proj and k_proj
+    assert len(ranks_of(model)) == 4
     assert_reloads(model, tmp_path, adapter="other")
     dynrank.resize(model, 3)
     assert_reloads(model, tmp_path, adapter="other")
@@ -218,7 +223,8 @@ def test_names_are_those_of_the_model_passed_in_and_the_config_is_found_in_it():
 
 def test_a_config_that_cannot_follow_stops_a_change_before_it_begins():
     model, stray = wrapped(), wrapped().base_model.model.model.layers[0].mlp.down_proj
-    stray._active_adapter = "other"  # which it does not hold, so it is none of the layers that change
+    # The layer does not hold this adapter, so it is none of the layers that change.
+    stray._active_adapter = "other"
     outer = nn.ModuleDict({"lm": model, "stray": stray})
     before = copy.deepcopy((model.state_dict(), settings(model)))
     with pytest.raises(ConfigurationError, match="the config of PEFT's layer 'stray' is not in the model"):
@@ -303,7 +309,8 @@ def test_saved_adapter_of_a_wrapped_model_loads_in_both_libraries(layout, kind, 
     dynrank.save_adapter(model, tmp_path, layout=layout)
     theirs, ours = PeftModel.from_pretrained(plain(kind), tmp_path), dynrank.load_adapter(plain(kind), tmp_path)
     assert (logits(theirs) - logits(model)).abs().max() <= 1e-12
-    assert (logits(ours) - logits(model)).abs().max() <= 1e-6  # its factors are of float32
+    # `load_adapter` makes factors of float32.
+    assert (logits(ours) - logits(model)).abs().max() <= 1e-6
     assert len(set(ranks_of(theirs).values())) == (1 if layout == "padded" else 3)
 
 
@@ -336,7 +343,8 @@ def test_state_dict_of_other_ranks_loads_into_a_freshly_wrapped_model(kind, targ
     hooks = len(outer._load_state_dict_pre_hooks)
     follow_checkpoint_ranks(outer)
     assert len(outer._load_state_dict_pre_hooks) == hooks > 0
-    outer = copy.deepcopy(outer) if target == 8 else outer  # as averaging callbacks do
+    # Averaging callbacks copy the model in this way.
+    outer = copy.deepcopy(outer) if target == 8 else outer
     outer.load_state_dict({f"lm.{name}": value for name, value in source.state_dict().items()})
     assert target == 8 or [id(parameter) for parameter in outer.parameters()] == parameters
     assert torch.equal(logits(outer["lm"]), logits(source))

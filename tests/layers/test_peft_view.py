@@ -53,7 +53,7 @@ def test_observe_reports_z_and_its_gradient_once_in_each_backward(reentrant):
     for z, dz in of_linear:
         assert not z.requires_grad
         assert not dz.requires_grad
-        assert_close(z, x.detach() @ linear.lora_A.detach().mT)  # (examples, positions, rank)
+        assert_close(z, x.detach() @ linear.lora_A.detach().mT)
         assert_close(dz, 1.5 * g @ linear.lora_B.detach())
     for z, dz in of_embed:
         assert_close(z, embed.lora_A.detach().mT[ids])
@@ -81,7 +81,8 @@ def test_observe_says_nothing_where_no_gradient_flows():
     with model.net.disable_adapter():
         model(ids)
     assert not seen
-    model.linear.lora_A["default"](torch.randn(6, dtype=torch.float64)).sum().backward()  # one position, no batch
+    # A single vector is one position without a batch.
+    model.linear.lora_A["default"](torch.randn(6, dtype=torch.float64)).sum().backward()
     assert [[*t.shape] for t in seen[0]] == [[2], [2]]
 
 

@@ -18,7 +18,7 @@ from dynrank.layers.quantized import is_quantized
 pytestmark = [
     pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
     pytest.mark.filterwarnings("ignore:Merge lora module to 4-bit linear may get different generations:UserWarning"),
-    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning"),  # it can't merge then
+    pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without:UserWarning"),
 ]
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 SETTINGS = {
@@ -26,7 +26,8 @@ SETTINGS = {
     "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
 }
-LIKE_PLAIN = ["nf4", "torchao"]  # a plain layer with the unpacked weight can stand for these
+# A plain layer with the unpacked weight can stand for these.
+LIKE_PLAIN = ["nf4", "torchao"]
 
 
 @pytest.fixture(autouse=True)
@@ -203,11 +204,13 @@ def test_a_model_merged_in_part_stays_quantised_in_the_other_when_it_is_saved(ba
 @pytest.mark.usefixtures("as_the_cpu_is")
 def test_merge_unpacks_what_bitsandbytes_has_packed_again_for_this_cpu(base):
     model = adapted(base())
-    expected = logits(model)  # here it packs again, where it does
+    # On some CPUs bitsandbytes packs the weight again in this pass.
+    expected = logits(model)
     assert up_proj(model)(torch.randn(2, 64)).dtype == torch.float32
     dynrank.merge(model)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert_close(logits(model), expected, rtol=0, atol=0.1 * expected.abs().max().item())  # seven layers in bfloat16
+    # Seven layers compute in bfloat16, so the tolerance is wide.
+    assert_close(logits(model), expected, rtol=0, atol=0.1 * expected.abs().max().item())
 
 
 def test_a_state_dict_without_the_base_knows_it_again(base):

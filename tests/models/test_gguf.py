@@ -13,7 +13,8 @@ from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
 gguf = pytest.importorskip("gguf")
 
-HEADS, WIDTH, LAYERS, VOCABULARY = 2, 32, 2, 600  # of tiny_llama
+# These are the sizes of `tiny_llama`.
+HEADS, WIDTH, LAYERS, VOCABULARY = 2, 32, 2, 600
 NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
 NAMES |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
 NAMES |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
@@ -52,7 +53,8 @@ def file(llama, tiny_llama, tmp_path_factory):
     for layer in range(LAYERS):
         for theirs, ours in NAMES.items():
             value = state[f"model.layers.{layer}.{theirs}.weight"]
-            if ours in ("attn_q", "attn_k"):  # llama.cpp interleaves the halves that a rotation turns
+            # llama.cpp interleaves the halves that a rotation turns.
+            if ours in ("attn_q", "attn_k"):
                 value = value.reshape(HEADS, 2, WIDTH // HEADS // 2, WIDTH).swapaxes(1, 2).reshape(value.shape)
             writer.add_tensor(f"blk.{layer}.{ours}.weight", np.ascontiguousarray(value))
     writer.write_header_to_file()

@@ -57,7 +57,8 @@ def test_a_writer_killed_in_the_middle_leaves_a_whole_file(tmp_path):
     child, file, part = forked.start(PROGRAM, cwd=tmp_path), tmp_path / "a.ckpt", tmp_path / "a.ckpt.part"
     while child.is_alive() and not file.exists():
         time.sleep(0.01)
-    for _ in range(10**7):  # stopped while the file that it writes is there
+    # The child has to be stopped while the file that it writes is there.
+    for _ in range(10**7):
         os.kill(child.pid, signal.SIGSTOP)
         if part.exists():
             break
@@ -128,4 +129,5 @@ def test_damage_is_noticed_or_changes_nothing(tmp_path, content, data):
         found = read_checkpoint(tmp_path / "a.ckpt")
     except ConfigurationError:
         return
-    assert same(found, CHECKPOINT)  # between the records, for instance
+    # A fault between the records, for instance, changes nothing that is read.
+    assert same(found, CHECKPOINT)

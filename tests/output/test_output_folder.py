@@ -22,7 +22,8 @@ def test_folder_appears_with_files_as_readable_as_any_other(out, tmp_path):
     umask = os.umask(0o022)
     try:
         with whole_or_nothing(tmp_path / out) as folder:
-            os.close(os.open(folder / "file", os.O_CREAT, 0o600))  # as safetensors makes them
+            # safetensors makes its files with this mode.
+            os.close(os.open(folder / "file", os.O_CREAT, 0o600))
             assert not (tmp_path / out / "file").exists()
     finally:
         os.umask(umask)

@@ -137,13 +137,15 @@ def test_counted_bytes_are_those_of_a_real_step(kind, dtype, checkpointing, conf
     real, peak = real_step(model, lambda: model(input_ids=ids, labels=ids).loss, [ids])
     # without values there are no ends of the experts' rows: 4 bytes for each expert
     assert counted(need) == (pytest.approx(real, rel=1e-4) if kind in MOE else real)
-    if not checkpointing:  # which keeps states of the random generator that weigh something in a model so small
+    # Checkpointing keeps states of the random generator, which weigh something in a model so small.
+    if not checkpointing:
         assert need.step == pytest.approx(peak, rel=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit", "adafactor", "muon", "schedulefree", "sgd"])
 def test_optimizer_state_is_that_of_a_real_step(optimizer, config_file):
-    file, cls = config_file("llama", intermediate_size=2048)  # factors above 4,096 numbers have states of 8 bits
+    # Only factors above 4,096 numbers have states of 8 bits.
+    file, cls = config_file("llama", intermediate_size=2048)
     need = plan_of(f"base={file}", f"optimizer={optimizer}", "sequence_length=8", "batch_size=1", "ranks=[8]").needs[0]
     model = dynrank.add_lora(real_model(cls, file), rank=8)
     ids = torch.randint(200, (1, 8))
@@ -183,7 +185,8 @@ def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, task, 
     real, peak = real_step(module.model, lambda: module.training_step(batch, 0), batch.values())
     assert need.weights == weights
     assert counted(need)[1:4] == real[1:4]
-    assert need.activations == pytest.approx(real[4], rel=0.04)  # the loss is of 31 tokens here, of 32 in the plan
+    # The loss is of 31 tokens here and of 32 in the plan.
+    assert need.activations == pytest.approx(real[4], rel=0.04)
     assert need.step == pytest.approx(peak, rel=0.1)
 
 
@@ -197,7 +200,8 @@ def test_precision_of_the_trainer_counts(precision, tiny_bert):
     assert need.activations < 0.8 * full.activations
 
 
-PUBLISHED = {  # numbers of parameters that the models' own pages give
+# The models' own pages give these numbers of parameters.
+PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
     "llama-2-70b": 68_976_648_192,

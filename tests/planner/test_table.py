@@ -29,7 +29,8 @@ def test_parts_add_up_to_the_total_in_the_table(tiny, capsys):
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
     ((*_, fits),) = rows
     weights, adapter, optimizer, gradients, activations, step, total = map(float, rows[0][3:10])
-    assert weights + adapter + optimizer + step == pytest.approx(total, abs=0.25)  # each is rounded to a tenth
+    # Each number is rounded to a tenth.
+    assert weights + adapter + optimizer + step == pytest.approx(total, abs=0.25)
     assert step >= max(activations, gradients)
     assert fits in ("yes", "no")
 
@@ -124,8 +125,10 @@ def test_what_llama_70b_trains_is_planned_in_less_than_a_minute_and_2_gigabytes(
     assert code == 0, printed
     kibibytes, seconds = map(float, printed.split()[-2:])
     assert kibibytes < 2 * 2**20
-    assert seconds < 60  # of processor time: other processes may be busy, too
-    trained = 80 * 16 * ((8192 + 8192) + (8192 + 1024))  # layers, rank, d_in + d_out of q and v
+    # The seconds are processor time, because other processes may be busy, too.
+    assert seconds < 60
+    # Each of 80 layers trains rank * (d_in + d_out) parameters of q and of v.
+    trained = 80 * 16 * ((8192 + 8192) + (8192 + 1024))
     for words in ("68,976,648,192 parameters", f"{trained:,}", "0.05%", "rank 16 is the highest of these that fits"):
         assert words in printed
     assert not list(tmp_path.iterdir())

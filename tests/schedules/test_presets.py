@@ -27,7 +27,8 @@ from dynrank.targets import Budget, Energy, LayerState, Rank, Smallest
 from dynrank.triggers import At, Gap, Plateau, Run
 
 RUN = Run(total_steps=100, steps_per_epoch=20)
-TIMELINES = [  # (schedule, rank at the start, [(step, rank from there on)] where all stages come by time or deadline)
+# Each is (schedule, rank at the start, [(step, rank from there on)]); all stages come by time or deadline.
+TIMELINES = [
     (fixed(), 32, []),
     (after_convergence(8, drops=3, deadline=0.5, shared=False), 64, [(50, 32), (50, 16), (50, 8)]),
     (milestones([24, 16, 8], [0.3, 0.5, 1]), 32, [(30, 24), (50, 16), (100, 8)]),
@@ -66,7 +67,8 @@ def test_presets_hand_their_values_to_the_stage():
     assert (first.when, first.to, first.how) == (At(fraction=0.25), Budget(share=0.5, **options), early)
     assert (last.when, last.to) == (At(fraction=1.0), Smallest(**options))
     assert last.how == How("gates", rate_after="sqrt", max_regression=0.1)
-    assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)  # a final rank is the default of the other sizes
+    # A final rank is only the default of the other sizes.
+    assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)
     assert [s.to for s in after_convergence(4, drops=2)] == [Budget(final_rank=4, left=1), Budget(final_rank=4)]
     assert [s.to for s in milestones([8, 4], [0.1, 0.2], shared=True)] == [Budget(final_rank=8), Budget(final_rank=4)]
     assert early_budget(4, bytes="8MiB")[0].to == Budget(bytes=8 * 2**20)

@@ -18,8 +18,8 @@ from dynrank.schedules import How, Stage
 from dynrank.targets import Rank, Target
 from dynrank.triggers import At, Plateau, Trigger
 
-STEPS, EVERY = 40, 4  # of the run; between validations
-WIDTHS = [12, 32, 48, 24, 24, 32, 6]  # of the four layers inside each has LoRA
+STEPS, EVERY = 40, 4
+WIDTHS = [12, 32, 48, 24, 24, 32, 6]
 
 
 class Witness(lightning.Callback):
@@ -54,7 +54,8 @@ def fit(regression):
             return loss
 
         def validation_step(self, batch, batch_idx):
-            self.log("val/loss", 1 + super().training_step(batch, batch_idx))  # there is always a gap
+            # The loss of the validation is higher by 1, so there is always a gap.
+            self.log("val/loss", 1 + super().training_step(batch, batch_idx))
 
     def run(scheduler, lora):
         module, witness, examples = Deep(lora), Witness(), data()[0].dataset
@@ -97,18 +98,21 @@ def trajectory(scheduler):
 
 # Nothing improves by 90% from one validation to the next: a plateau as soon as patience allows.
 NEVER_BETTER = "trigger.min_delta=0.9"
-PLATEAU_AT_12 = f"{NEVER_BETTER} trigger.patience=2"  # the first value is the best, two more are not better
-ONE, TWO = (  # stages
+# The first value is the best one, and the two after it are not better.
+PLATEAU_AT_12 = f"{NEVER_BETTER} trigger.patience=2"
+ONE, TWO = (
     "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.At,step:10},"
     "to:{_target_:dynrank.targets.GrowTo,rank:20}}",
     "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.Plateau,patience:99},deadline:0.75,"
     "to:{_target_:dynrank.targets.Rank,rank:8},how:{_target_:dynrank.schedules.How,metric:gates,window:3}}",
 )
-RUNS = {  # schedule: (keys, trajectory); what stands after a comma tells runs of one schedule apart
+# Each schedule has (keys, trajectory); what stands after a comma tells runs of one schedule apart.
+RUNS = {
     "fixed": ("", []),
     "after_convergence": (
         f"final_rank=4 drops=2 shared=false how.metric=weight {PLATEAU_AT_12}",
-        [(12, 16, 8), (24, 8, 4)],  # three fresh values at 16, 20 and 24
+        # The second drop waits for three fresh values, at 16, 20 and 24.
+        [(12, 16, 8), (24, 8, 4)],
     ),
     "after_convergence, gates are watched then": (f"final_rank=4 shared=false {PLATEAU_AT_12}", [(16, 16, 4)]),
     "milestones": ("ranks=[8,4] at=[0,1] unit=epoch", [(0, 16, 8), (20, 8, 4)]),
@@ -158,7 +162,8 @@ def test_energy_takes_each_layer_to_the_rank_that_keeps_its_share(preset_run):
         expected[name] = max(2, 1 + int((kept < 0.95).sum()))
     assert [event.step for event in scheduler.history] == [12]
     assert {name: layer.rank for name, layer in dynrank.lora_layers(module)} == expected
-    assert len(set(expected.values())) > 1  # or the test would not tell layers apart
+    # With equal ranks the test would not tell layers apart.
+    assert len(set(expected.values())) > 1
 
 
 @pytest.mark.parametrize(
@@ -210,7 +215,8 @@ class OneMoreWhereFull(Target):
 
 def test_trigger_and_target_of_ones_own_drive_the_ranks(fit):
     scheduler = RankScheduler([Stage(Below(limit=99.0, warmup_steps=10), OneMoreWhereFull())])
-    own = {"4": {"rank": 8, "final_rank": 3}}  # a growth never takes a layer down to its final rank
+    # A growth never takes a layer down to its final rank.
+    own = {"4": {"rank": 8, "final_rank": 3}}
     module, witness = fit(scheduler, {"rank": 8, "rank_map": own})
     assert [(event.step, event.reason) for event in scheduler.history] == [(12, "Below")]
     for name, values in dense_values(witness, 8).items():
@@ -221,8 +227,9 @@ def test_trigger_and_target_of_ones_own_drive_the_ranks(fit):
 def test_window_that_is_open_for_a_later_stage_serves_an_earlier_one(fit):
     soon, later = (How(metric="gates", window=window) for window in (2, 8))
     schedule = [
-        Stage(Plateau(patience=2, min_delta=0.9), Rank(8), how=soon),  # fires at 12
-        Stage(At(step=16), Rank(4), how=later),  # measured from 8 on
+        Stage(Plateau(patience=2, min_delta=0.9), Rank(8), how=soon),
+        # The gates of this stage are measured from step 8 on.
+        Stage(At(step=16), Rank(4), how=later),
     ]
     scheduler = RankScheduler(schedule)
     fit(scheduler, {"rank": 16})

@@ -71,7 +71,7 @@ def test_contradiction_is_refused_with_its_stage_and_key(name):
     with pytest.raises(ConfigurationError) as caught:
         check_schedule(schedule, highest=32, run=RUN)
     assert all(word in str(caught.value) for word in words), caught.value
-    assert str(caught.value).count("\n") == 1  # one fault, one line
+    assert str(caught.value).count("\n") == 1
 
 
 @pytest.mark.parametrize(

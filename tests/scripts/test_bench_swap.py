@@ -14,7 +14,8 @@ def bench(script):
 
 
 def test_every_row_is_measured_and_nothing_is_kept(bench, tiny_bert, capsys):
-    bench.main(["--swaps", "4", "--model", str(tiny_bert)])  # so few samples of memory may be too noisy for a verdict
+    # So few samples of memory may be too noisy for a verdict, so the exit code does not count.
+    bench.main(["--swaps", "4", "--model", str(tiny_bert)])
     printed = capsys.readouterr().out
     rows = re.findall(r"^(memory|disk) +(quiet|in use) +(\d+\.\d\d) \(", printed, re.MULTILINE)
     assert [row[:2] for row in rows] == [(a, b) for a in ("memory", "disk") for b in ("quiet", "in use")]
@@ -26,7 +27,8 @@ def test_every_row_is_measured_and_nothing_is_kept(bench, tiny_bert, capsys):
 
 def test_texts_under_swaps_are_one_adapters_or_the_others(bench, script, tiny_llama, tmp_path, capsys, monkeypatch):
     arguments = f"--swaps 4 --model {tiny_llama} --steps 6 --tokens 12 --adapters {tmp_path}".split()
-    monkeypatch.setattr(script("two_writers"), "RATE", 0.05)  # so that a few steps make unlike texts
+    # At this rate a few steps make unlike texts.
+    monkeypatch.setattr(script("two_writers"), "RATE", 0.05)
     monkeypatch.setattr(bench, "leak", lambda *_: ("", True))
     assert bench.main(arguments) == 0
     printed = capsys.readouterr().out
@@ -39,12 +41,14 @@ def test_texts_under_swaps_are_one_adapters_or_the_others(bench, script, tiny_ll
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     assert len(before) == 2
 
-    monkeypatch.setattr(load, "call_lock_of", lambda model: CallLock())  # a swap comes between two tokens
+    # With a lock that is not the model's, a swap comes between two tokens.
+    monkeypatch.setattr(load, "call_lock_of", lambda model: CallLock())
     assert bench.main(arguments) == 1
     printed = capsys.readouterr().out
     assert "neither: " in printed
     assert "WRONG" in printed
-    assert "steps, loss" not in printed  # not trained again
+    # The adapters are not trained again.
+    assert "steps, loss" not in printed
     assert before == {path: path.read_bytes() for path in before}
 
 

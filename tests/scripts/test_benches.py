@@ -46,7 +46,8 @@ def test_bench_layer(bench):
 def test_bench_experts(bench):
     rows = bench("bench_experts", "layers", "--rounds", "2", "--tokens", "16", "--width", "32")
     assert [row[0] for row in rows] == ["16"]
-    assert float(rows[0][5]) < float(rows[0][6])  # bytes kept for the backward pass
+    # These are the bytes that are kept for the backward pass.
+    assert float(rows[0][5]) < float(rows[0][6])
 
 
 def test_bench_group(bench):
@@ -115,6 +116,7 @@ def test_bench_generation(bench):
     assert [row[0] for row in rows] == ["base", "merged", "r = 8", "r = 4", "PEFT, r = 8"]
     assert all(float(row[1]) > 0 for row in rows)
     assert (rows[0][2], rows[2][4]) == ("1.000", "1.000")
-    added = 4 * (32 + 32) + 3 * (32 + 48)  # by one rank, of q, k, v, o and the three of the MLP
+    # One rank adds d_in + d_out for q, k, v, o and the three layers of the MLP.
+    added = 4 * (32 + 32) + 3 * (32 + 48)
     own = 4 * 32 * 32 + 3 * 32 * 48 + 64 * 32
     assert [row[6] for row in rows] == [f"+{100 * rank * added / own:.1f}%" for rank in (0, 0, 8, 4, 8)]

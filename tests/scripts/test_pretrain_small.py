@@ -12,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
 SIZE = ["--batch", "4", "--length", "32", "--width", "64", "--layers", "2", "--vocabulary", "600"]
-TELLING = {  # a module of the last block, its class and the shapes of its weights
+# Each has a module of the last block, its class and the shapes of its weights.
+TELLING = {
     "gpt2": ("transformer.h.1.attn.c_attn", Conv1D, [(64, 192), (192,)]),
     "bloom": ("transformer.h.1.self_attention.query_key_value", torch.nn.Linear, [(192, 64), (192,)]),
     "llama": ("model.layers.1.mlp.up_proj", torch.nn.Linear, [(170, 64)]),

@@ -13,7 +13,8 @@ def test_short_soak_changes_ranks_and_leaves_no_handle_open(soak, tiny_bert, tmp
     overrides = ["task.limit=80", f"task.model={tiny_bert}"]
     samples = soak.soak(overrides, minutes=1, steps=40, every=5, folder=tmp_path)
     assert [sample.step for sample in samples] == list(range(10, 41, 10))
-    assert {sample.rank for sample in samples} == {16}  # between the changes at 5 and 10, 15 and 20, ...
+    # The samples lie between the changes at 5 and 10, at 15 and 20, and so on.
+    assert {sample.rank for sample in samples} == {16}
     changes = (tmp_path / "history.csv").read_text().splitlines()[1:]
     assert len({line.split(",")[0] for line in changes}) == 7
     assert len({sample.handles for sample in samples[1:]}) == 1

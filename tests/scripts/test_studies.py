@@ -10,7 +10,8 @@ from peft.tuners.adalora.layer import SVDLinear
 
 from dynrank.errors import ConfigurationError
 
-WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)  # d_in + d_out over the adapted layers of the tiny model
+# This is the sum of d_in + d_out over the adapted layers of the tiny model.
+WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,8 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     assert 0 < size[theirs] < 16 * WIDTHS
     # GoRA rounds the rank of each layer by itself.
     assert 1.5 * WIDTHS < size[gora] <= 2.1 * WIDTHS
-    assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)  # the pooler has 32 inputs and outputs
+    # The pooler has 32 inputs and 32 outputs.
+    assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)
     assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates, but]
     assert f"| {gates} | 2 |" in capsys.readouterr().out
     assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
@@ -120,7 +122,7 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     header, *lines = file.read_text(encoding="utf-8").splitlines()
     kept = [line for line, row in zip(lines, written, strict=True) if row not in lost]
     file.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
-    assert study() == [*(row for row in written if row not in lost), *lost]  # the same numbers again
+    assert study() == [*(row for row in written if row not in lost), *lost]
 
 
 def test_next_rate_to_try_is_beyond_the_edge_that_is_best_until_it_diverges(scripts, tmp_path):
@@ -137,7 +139,8 @@ def test_next_rate_to_try_is_beyond_the_edge_that_is_best_until_it_diverges(scri
 
 def test_rate_of_an_arm_is_the_best_over_two_seeds(scripts, tmp_path):
     study, table = scripts.study, scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
-    for seed, by_rate in enumerate([(1.00, 0.99, 0.5), (1.00, 1.30), (9.0, 0.0)]):  # the last rate has one seed alone
+    # The last rate has only one seed.
+    for seed, by_rate in enumerate([(1.00, 0.99, 0.5), (1.00, 1.30), (9.0, 0.0)]):
         for lr, loss in zip((1e-3, 2e-3, 4e-3), by_rate, strict=False):
             row = dict.fromkeys(study.FIELDS, "") | {"task": "any", "seed": seed, "arm": "rank 2", "lr": lr}
             table.add(row | {"val_loss": loss})

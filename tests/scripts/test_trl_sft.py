@@ -14,7 +14,8 @@ import dynrank
 
 SCRIPT = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 ROOT = Path(dynrank.__file__).parents[1]
-SIZE = 2 * (4 * (32 + 32) + 3 * (32 + 48))  # d_in + d_out of all layers of tiny_llama, which has two blocks
+# This is the sum of d_in + d_out over all layers of `tiny_llama`, which has two blocks.
+SIZE = 2 * (4 * (32 + 32) + 3 * (32 + 48))
 
 
 @pytest.fixture
@@ -47,5 +48,6 @@ def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends
         assert (update - wanted[name]).norm() < 1e-3 * wanted[name].norm()
 
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "two" / "adapter")
-    assert len({layer.rank for _, layer in dynrank.lora_layers(loaded)}) > 1  # each has its own
-    assert 3 * SIZE < sum(value.numel() for value in one.values()) <= 4 * SIZE  # of rank 8, at rank 4 on average
+    assert len({layer.rank for _, layer in dynrank.lora_layers(loaded)}) > 1
+    # The adapter began at rank 8 and ends at rank 4 on average.
+    assert 3 * SIZE < sum(value.numel() for value in one.values()) <= 4 * SIZE

@@ -74,7 +74,8 @@ def test_a_shrink_never_raises_and_keeps_bounds_and_multiples(target, model):
         rank = ranks[name]
         assert isinstance(rank, int)
         assert state.lowest <= rank <= state.rank
-        if state.lowest == state.highest:  # pinned, or in the last stage with a final rank of its own
+        # Such a layer is pinned, or it is in the last stage and has a final rank of its own.
+        if state.lowest == state.highest:
             assert rank == state.lowest
         lowest = max(state.lowest, getattr(target, "lowest", 1))
         cap = (state.cap or target.highest) if isinstance(target, Budget) else None
@@ -129,8 +130,9 @@ def test_a_target_of_ones_own_needs_ranks_alone():
     assert (Third().needs, Third().multiple) == ((), 1)
     full = LayerState(4, highest=16, values=torch.ones(4))
     assert GrowWhereFull().ranks({"layer": full}) == {"layer": 8}
-    assert GrowWhereFull().reach(replace(full, values=None)) == (1, 16)  # only its bounds are known
-    assert GrowWhereFull().reach(LayerState(4, lowest=2, highest=2)) == (2, 4)  # it may stay
+    assert GrowWhereFull().reach(replace(full, values=None)) == (1, 16)
+    # A layer may keep its rank, even above its highest one.
+    assert GrowWhereFull().reach(LayerState(4, lowest=2, highest=2)) == (2, 4)
 
 
 @pytest.mark.parametrize(

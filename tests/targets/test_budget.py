@@ -26,7 +26,8 @@ def allowed(target, state):
         return [state.rank]
     top = max(least, min(top, state.highest))
     below = [k for k in range(least, min(top, state.rank - 1) + 1) if k % target.multiple == 0]
-    return (below + [state.rank] if state.rank <= top else below) or [top]  # a layer may also stay as it is
+    # A layer may also stay as it is.
+    return (below + [state.rank] if state.rank <= top else below) or [top]
 
 
 def cost(model, ranks):
@@ -84,7 +85,8 @@ def test_budget_is_never_exceeded_and_falls_short_of_the_best_by_less_than_one_s
     for name, rank in ranks.items():
         above = [other for other in allowed(target, model[name]) if other > rank]
         if above and (gain := worth(model[name], rank, above[0])):
-            assert (above[0] - rank) * model[name].cost > left  # nothing that fits is left out
+            # What is left pays for no further step.
+            assert (above[0] - rank) * model[name].cost > left
             missed.append(gain)
     assert best(target, model) - kept(target, model, ranks) <= max(missed) + 1e-9
 
@@ -137,11 +139,13 @@ def test_a_pool_falls_by_equal_factors():
             name: replace(state, rank=ranks[name], values=state.values[: ranks[name]]) for name, state in model.items()
         }
     assert pools[-1] == 8 * 32
-    assert pools[:2] == pytest.approx([32 * 32, 16 * 32], rel=0.02)  # whole directions
+    # Directions are whole, so the pools are not met exactly.
+    assert pools[:2] == pytest.approx([32 * 32, 16 * 32], rel=0.02)
 
 
 def test_a_share_is_not_lost_to_rounding():
-    assert Budget(share=0.58).ranks({"layer": layer([1.0] * 50, 1, 1)}) == {"layer": 29}  # 0.58 * 100 is below 58
+    # In floats 0.58 * 100 is below 58.
+    assert Budget(share=0.58).ranks({"layer": layer([1.0] * 50, 1, 1)}) == {"layer": 29}
 
 
 def test_parameters_below_the_lowest_ranks_are_refused():

@@ -51,7 +51,8 @@ def test_a_layer_with_a_final_rank_of_its_own_goes_there():
 @pytest.mark.parametrize(
     ("target", "expected"),
     [
-        (Energy(20 / 21), 2),  # squares 16, 4, 1, 0: exactly the share
+        # The squares are 16, 4, 1 and 0, so two values hold exactly the share.
+        (Energy(20 / 21), 2),
         (Energy(0.5, lowest=2), 2),
         (Energy(0.96, multiple=2), 4),
         (Energy(0.5, lowest=3, multiple=2), 4),

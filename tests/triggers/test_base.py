@@ -28,7 +28,8 @@ def heard(trigger, first, last):
 def test_warmup_hides_what_lies_before_it():
     trigger = WhenTold(warmup_steps=3)
     assert heard(trigger, 0, 6) == [3, 4, 5]
-    assert trigger._heard == 3  # what is not heard does not enter the history either
+    # The steps of the warm-up do not enter the history either.
+    assert trigger._heard == 3
     assert (trigger.reason, trigger.monitors) == ("WhenTold", ())
 
 

@@ -16,7 +16,8 @@ from dynrank.triggers import At, Run
         (At(step=130), 130, "step 130"),
         (At(epoch=3), 21, "epoch 3"),
         (At(fraction=0.0), 0, "fraction 0"),
-        (At(fraction=0.005), 1, "fraction 0.005"),  # never before its time has come
+        # Half a step is rounded up, because a trigger never fires before its time.
+        (At(fraction=0.005), 1, "fraction 0.005"),
         (At(fraction=1), 100, "fraction 1"),
     ],
 )

@@ -23,8 +23,10 @@ def fired(trigger, values):
     [
         (1, [3.0, 2.0, 2.0], [2]),
         (3, [3.0, 2.0, 2.0, 2.0, 2.0], [4]),
-        (3, [5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0], [9]),  # counts anew after every improvement
-        (3, [1.0, 9.0, 8.0, 7.0], [3]),  # compares with the best and not with the last
+        # The patience counts anew after every improvement.
+        (3, [5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0], [9]),
+        # A value is compared with the best one and not with the last.
+        (3, [1.0, 9.0, 8.0, 7.0], [3]),
     ],
 )
 def test_plateau_fires_after_patience_observations_without_improvement(patience, values, steps):
@@ -43,7 +45,7 @@ def test_plateau_min_delta_is_relative_to_the_best(size, step, improves):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_plateau_value_that_is_not_finite_never_improves(mode, value):
     assert fired(Plateau(patience=2, mode=mode), [1.0, value, value]) == [2]
-    assert fired(Plateau(patience=3, mode=mode), [value, value, value]) == [2]  # nor is it a first best
+    assert fired(Plateau(patience=3, mode=mode), [value, value, value]) == [2]
 
 
 # Gap
@@ -55,7 +57,8 @@ GROWING = [(1.0, 1.1), (1.0, 1.2), (1.0, 1.3), (1.0, 1.5)]
     ("options", "pairs", "steps"),
     [
         ({"threshold": 0.25, "window": 1}, GROWING, [2, 3]),
-        ({"threshold": 0.25, "window": 3}, GROWING, [3]),  # means 0.2 and 1/3
+        # The means over the window are 0.2 and 1/3.
+        ({"threshold": 0.25, "window": 3}, GROWING, [3]),
         ({"window": 1}, [(1e-3, 1.19e-3), (1e-3, 1.21e-3), (1e4, 1.19e4), (1e4, 1.21e4)], [1, 3]),
         ({"window": 1, "mode": "max"}, [(0.9, 0.95), (0.9, 0.75), (0.9, 0.7)], [2]),
         # pairs that have no gap are left out
