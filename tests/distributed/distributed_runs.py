@@ -26,9 +26,10 @@ from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
-STEPS, CHANGE = 22, 12  # 10 steps come after the change
+STEPS, CHANGE = 22, 12
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
-PATIENCE = timedelta(seconds=60)  # of a process that waits for the other
+# A process waits this long for the other one.
+PATIENCE = timedelta(seconds=60)
 
 
 class Experts(nn.Module):
@@ -70,7 +71,8 @@ class Model(lightning.LightningModule):
                 modules_to_save=["4"],
             )
         if idle:
-            self.idle = nn.Parameter(torch.zeros(3))  # in no loss: DDP has to look for it
+            # This parameter is in no loss, so DDP has to look for it.
+            self.idle = nn.Parameter(torch.zeros(3))
         self.sharded = sharded
 
     def configure_model(self) -> None:
@@ -89,7 +91,8 @@ class Model(lightning.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         x, y = batch
-        self.log("val/loss", nn.functional.mse_loss(self.net(x), y))  # of this process alone: nothing is synchronised
+        # The value is that of this process alone, because nothing is synchronised.
+        self.log("val/loss", nn.functional.mse_loss(self.net(x), y))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
@@ -116,8 +119,10 @@ class Run:
     stages: Any = field(default_factory=lambda: Stage(At(step=CHANGE), Rank(3)))
     model: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
-    ddp: dict[str, Any] | None = field(default_factory=dict)  # options; None: FSDP2
-    average: bool = False  # an exponential average of the weights, which is what the run ends with
+    # These are options of DDP, and None stands for FSDP2.
+    ddp: dict[str, Any] | None = field(default_factory=dict)
+    # The run ends with an exponential average of the weights.
+    average: bool = False
 
 
 LOSS = How(metric="gates", window=4)
@@ -148,7 +153,8 @@ RUNS = {
     "fsdp2, experts": Run(EXPERTS, model={"experts": True}, ddp=None),
 }
 
-RESUMED = {  # (a run, what else its strategy is told, and the kind of its checkpoints)
+# Each has a run, what else its strategy is told, and the kind of its checkpoints.
+RESUMED = {
     "resume ddp": (RUNS["ddp, budget by gates"], {}),
     "resume ddp, peft": (RUNS["ddp, peft"], {}),
     "resume ddp, plateau": (RUNS["ddp, plateau"], {"kind": AdapterCheckpoint}),
@@ -164,12 +170,14 @@ RESUMED = {  # (a run, what else its strategy is told, and the kind of its check
     ),
 }
 
-CROSSED = {  # one run in different processes: what it is there, and the folder of the checkpoints it leaves there
+# One run takes place in different processes; each has what it is there, and the folder of its checkpoints.
+CROSSED = {
     "one process": (RUNS["ddp, budget by gates"], "one process"),
     "ddp": (RUNS["ddp, budget by gates"], "resume ddp"),
     "fsdp2": (RUNS["fsdp2, budget by gates"], "resume fsdp2, one file"),
 }
-CROSSINGS = [CHANGE - 2, CHANGE + 2]  # steps: statistics are being measured, and at the ranks after the change
+# The statistics are being measured at the first step, and the second comes after the change.
+CROSSINGS = [CHANGE - 2, CHANGE + 2]
 
 
 def strategy_of(run: Run, **options: Any) -> Any:

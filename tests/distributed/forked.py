@@ -28,8 +28,10 @@ def start(program: str, *arguments: Any, cwd: Path, **environment: str) -> Any:
     """
     settings = [*map(str, arguments)], cwd, environment, torch.get_num_threads()
     process = CONTEXT.Process(target=_run, args=(program, *settings))
-    root = str(Path(dynrank.__file__).parents[1])  # the package may not be installed
-    with mock.patch.dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=root):  # where it is forked
+    # The package may not be installed.
+    root = str(Path(dynrank.__file__).parents[1])
+    # The child takes the environment in which it is forked.
+    with mock.patch.dict(os.environ, HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", PYTHONPATH=root):
         process.start()
     return process
 

@@ -146,7 +146,8 @@ def main(place: str) -> None:
         start = time.perf_counter()
         try:
             results[name] = check()
-        except Exception:  # what the other checks say is worth knowing, too
+        # The other checks have to run, too.
+        except Exception:
             results[name] = traceback.format_exc()
             print(name, results[name])
         print(f"{time.perf_counter() - start:5.2f} s {name}", flush=True)

@@ -22,8 +22,10 @@ from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data
-    pytest.mark.xdist_group("distributed"),  # no more than two processes at a time
+    # Lightning gives advice about small data.
+    pytest.mark.filterwarnings("ignore"),
+    # No more than two processes may run at a time.
+    pytest.mark.xdist_group("distributed"),
 ]
 SAVED, CHANGE, STEPS = 7, 9, 12
 LONG = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
@@ -66,7 +68,8 @@ def pair(folder, *overrides):
 
 
 def wait_for(condition, process):
-    deadline = time.monotonic() + 400  # other programs may keep the machine busy
+    # Other programs may keep the machine busy.
+    deadline = time.monotonic() + 400
     while not condition() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
 
@@ -157,7 +160,8 @@ def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_w
     first, second = pair(cwd, *command)
     try:
         wait_for(lambda: checkpoint.exists(), first)
-        second.terminate()  # as from a machine that is taken away
+        # A machine that is taken away ends its processes like this.
+        second.terminate()
     finally:
         codes, printed = forked.end([first, second]), forked.printed(cwd)
     assert codes == [0, 0], printed
@@ -172,10 +176,12 @@ def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_w
         wait_for(lambda: checkpoint.stat().st_mtime_ns > written, first)
         time.sleep(0.5)
     finally:
-        second.kill()  # nobody watches over them: process 0 has to notice by itself
+        # Nobody watches over the processes, so process 0 has to notice by itself.
+        second.kill()
         codes, printed = forked.end([first, second]), forked.printed(cwd)
     assert codes == [1, -signal.SIGKILL], printed
-    assert "by peer" in printed  # the connection was closed, or reset
+    # The other process closed or reset the connection.
+    assert "by peer" in printed
 
     saved = step_of(checkpoint)
     steps = saved + 3
@@ -187,7 +193,8 @@ def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_w
     with (folder / "metrics.csv").open() as file:
         found = [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert found == sorted(set(found))
-    assert {*range(steps)} - {*found} <= {saved - 1}  # whose row is written after its checkpoint
+    # The row of this step is written after its checkpoint.
+    assert {*range(steps)} - {*found} <= {saved - 1}
 
 
 MODULES = ["base64", "csv", "gzip", "heapq", "pprint", "queue", "random", "shutil", "statistics", "textwrap"]
@@ -215,5 +222,6 @@ def test_means_over_two_processes_count_each_token_once(tiny_llama, tmp_path):
     assert tested["test/loss"] == pytest.approx(math.log(tested["test/perplexity"]), rel=1e-5)
     metrics = read_metrics(tmp_path / "run" / "metrics.csv")
     losses, perplexities, bleu = (metrics[f"val/{name}"][1] for name in ("loss", "perplexity", "bleu"))
-    assert len(losses) == len(bleu) == 4  # two of them at the drop
+    # The drop makes two of the four.
+    assert len(losses) == len(bleu) == 4
     assert losses == pytest.approx([math.log(perplexity) for perplexity in perplexities], rel=1e-5)

@@ -45,5 +45,6 @@ def test_a_process_without_examples_adds_nothing_in_any_dtype(tmp_path):
         expected = watched(dtype, True)._gradients()
         for name, gradient in expected[0].items():
             assert torch.equal(first[0][name], second[0][name])
-            assert_close(first[0][name], gradient / 2)  # gradients are means over processes
+            # Gradients are means over processes.
+            assert_close(first[0][name], gradient / 2)
             assert_close(first[1][name], expected[1][name] / 2)

@@ -16,8 +16,10 @@ from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # Lightning's advice about small data and logging
-    pytest.mark.xdist_group("distributed"),  # the job is made once
+    # Lightning gives advice about small data and logging.
+    pytest.mark.filterwarnings("ignore"),
+    # In one group the job is made once.
+    pytest.mark.xdist_group("distributed"),
 ]
 
 
@@ -90,7 +92,8 @@ def test_one_process_may_save_the_state_by_itself_while_statistics_are_collected
         ("KeyError", "KeyError", "'key'"),
         ("KeyboardInterrupt", "KeyboardInterrupt", "stop"),
         ("ConfigurationError", "ConfigurationError", "bad"),
-        ("Unpicklable", "RuntimeError", "Unpicklable in process 0: ab"),  # in process 1; in process 0 as it was
+        # Process 1 cannot make this error again, so it gets another one.
+        ("Unpicklable", "RuntimeError", "Unpicklable in process 0: ab"),
     ],
 )
 def test_whatever_process_0_raises_is_raised_in_all(results, kind, there, text):

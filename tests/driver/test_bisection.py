@@ -17,7 +17,8 @@ from dynrank.targets import Smallest
 from dynrank.triggers import At, Run
 
 FULL = 8
-SPECTRA = {"0": [9.0, 4.0, 0.5], "1": [2.0]}  # singular values of the updates that are planted
+# The updates that are planted have these singular values.
+SPECTRA = {"0": [9.0, 4.0, 0.5], "1": [2.0]}
 # Half of 200 x 10: a square is twice a log-likelihood.
 STILL = How(metric="gates", window=2, loss_terms=1000)
 
@@ -126,7 +127,8 @@ def test_auto_cuts_to_a_share_without_a_trial_and_after_the_last_step_within_its
     assert (first.step, last.step) == (2, 4)
     assert first.reason == "fraction 0.5, gates of 400 examples, N = 1000 by loss_terms"
     assert training.ranks == {name: len(values) for name, values in SPECTRA.items()}
-    assert "0.254 of the bytes at the start" in last.reason  # 126 of 496 parameters
+    # The layers keep 126 of 496 parameters.
+    assert "0.254 of the bytes at the start" in last.reason
 
 
 def test_search_that_training_would_follow_is_refused():
@@ -194,7 +196,8 @@ def test_tolerance_below_the_noise_is_warned_of():
     words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*schedule\.tolerance higher"
     with pytest.warns(UserWarning, match=words):
         drive(smallest(1e-6), InBatches({"0": [9.0] * 8, "1": [2.0] * 8}))
-    drive(smallest(0.05), InBatches())  # no warning, which would be an error here
+    # A warning would be an error here.
+    drive(smallest(0.05), InBatches())
 
 
 def test_standard_error_is_that_of_paired_differences():

@@ -54,7 +54,8 @@ def test_layer_states_bound_each_layer():
     for last in (False, True):
         states = layer_states(layers_of(net), last=last, target=Rank(4), gates=None)
         assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
-        assert {s.values for s in states.values()} == {None}  # the target does not ask for them
+        # The target does not ask for singular values.
+        assert {s.values for s in states.values()} == {None}
         bounds[last] = [(s.lowest, s.highest, s.final_rank) for s in states.values()]
     assert bounds[False] == [(1, 16, None), (5, 5, None), (3, 12, 3)]
     assert bounds[True] == [(1, 16, None), (5, 5, None), (3, 3, 3)]
@@ -68,7 +69,7 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     states = layer_states(layers_of(net), last=True, target=Energy(0.9), gates=None)
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
-        torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)  # the update is float32
+        torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", [Budget(share=0.5), Energy(0.9)])
@@ -95,7 +96,7 @@ def test_pinned_layers_are_neither_watched_nor_missed(target):
         (Rank(4), "gates", {}, True),
         (GrowTo(12), "gates", {}, False),
         (Double(), "gates", {"rank": 4, "layer_2": {"rank": 6, "final_rank": 3}}, False),
-        (Rank(8), "gates", {"layer_0": {"rank": 12}}, True),  # one of them shrinks
+        (Rank(8), "gates", {"layer_0": {"rank": 12}}, True),
         (Rank(4), "gates", {"rank": 4, "layer_0": {"rank": 12, "pinned": True}}, False),
         (Energy(0.9), "weight", {}, False),
         (Budget(share=0.5), "gates", {}, True),
@@ -116,9 +117,10 @@ def test_what_must_be_watched(target, metric, net, watched):
         (anneal(2, shared=False), [(2, 2), (5, 5), (3, 3)]),
         (energy(0.9, lowest=2), [(2, 8), (5, 5), (3, 3)]),
         (early_budget(share=0.5, highest=6), [(1, 6), (5, 5), (3, 3)]),
-        (grow(10), [(10, 10), (5, 5), (6, 6)]),  # its own final rank would be a shrink
+        # The last layer's own final rank would be a shrink.
+        (grow(10), [(10, 10), (5, 5), (6, 6)]),
         ([Stage(NOW, GrowTo(10)), Stage(NOW, Rank(4))], [(4, 4), (5, 5), (3, 3)]),
-        ([Stage(NOW, Double())], [(16, 16), (5, 5), (6, 6)]),  # its own final rank is below
+        ([Stage(NOW, Double())], [(16, 16), (5, 5), (6, 6)]),
     ],
 )
 def test_final_ranks_of_free_pinned_and_bound_layers(schedule, ends):
@@ -143,7 +145,8 @@ def test_growth_beyond_the_shape_of_a_layer_is_refused_with_stage_layer_and_key(
     message = refusal(model(), [Stage(NOW, Rank(8)), Stage(NOW, GrowTo(13), key="K")])
     assert "stage 2: rank 13 is above min(d_in, d_out) = 12 of '1'; set K" in message
     assert "of '2'" in message
-    assert "of '0'" not in message  # 16 fits
+    # Layer 0 has room for rank 16.
+    assert "of '0'" not in message
 
 
 def test_growth_of_a_pinned_layer_is_nobodys_concern():
@@ -165,7 +168,8 @@ def test_contradictions_of_the_schedule_come_first_at_the_highest_rank_of_a_free
     check_model(net, after_convergence(4), RUN)
 
 
-COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)  # 1024 parameters in model()
+# The adapters of `model()` have 1024 parameters.
+COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +178,8 @@ COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)  # 1024 parameters in model
         ([], {"parameters": 256, "lowest": 2}, {"parameters": 255}, "stage 1 255 256 3 layers schedule.parameters"),
         ([], {"share": 0.25, "lowest": 2}, {"share": 0.249}, "stage 1 254 256 schedule.share schedule.lowest"),
         ([], {"share": 0.5, "lowest": 2, "multiple": 4}, {"share": 0.3}, "stage 1 307 512 schedule.share"),
-        ([GrowTo(12)], {"parameters": 1280, "lowest": 10}, {"parameters": COST}, "stage 2 1,024 1,280"),  # 10/8 of it
+        # The lowest ranks cost 10/8 of COST.
+        ([GrowTo(12)], {"parameters": 1280, "lowest": 10}, {"parameters": COST}, "stage 2 1,024 1,280"),
         ([Rank(4)], {"share": 0.75, "lowest": 3}, {"share": 0.5}, "stage 2 256 384 schedule.share"),
         # wherever the first ends
         ([Energy(0.9, lowest=4)], {"parameters": 512, "lowest": 4}, {"parameters": 400}, "stage 2 400 512"),

@@ -41,7 +41,8 @@ def flux_output(model, generator):
     return x, model(x, text, torch.ones(8, 12), time, **places).sample
 
 
-KINDS = {  # (model, its output, who saves it, what it is called there, layers)
+# Each has a model, its output, who saves it, what it is called there, and its layers.
+KINDS = {
     "UNet": (unet, unet_output, StableDiffusionLoraLoaderMixin, "unet", ["to_q", "to_out.0", "conv1", "proj_in"]),
     "Flux": (flux, flux_output, FluxLoraLoaderMixin, "transformer", ["to_q", "to_k", "to_out.0", "proj_mlp"]),
 }  # fmt: skip

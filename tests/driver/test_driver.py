@@ -34,7 +34,8 @@ class Loop(Training):
         made = optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         super().__init__(model, [made])
         self.validations, self.told, self.rates = [], [], []
-        made.register_step_post_hook(lambda *_: self.rates.append(made.param_groups[0]["lr"]))  # before a ramp's own
+        # This hook notes the rate before a ramp's own hook changes it.
+        made.register_step_post_hook(lambda *_: self.rates.append(made.param_groups[0]["lr"]))
 
     def validate(self):
         self.validations.append(self.step)
@@ -98,7 +99,8 @@ def trajectory(driver):
 
 GATES = {"metric": "gates", "window": 4, "rewarmup_steps": 4}
 SCHEDULES = {
-    "gates, undone, plateau": lambda: [  # decided at a validation, then watched, then checked
+    # This change is decided at a validation, then watched, then checked.
+    "gates, undone, plateau": lambda: [
         Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(**GATES, max_regression=0.02))
     ],
     "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5, how=How(**GATES))],
@@ -116,7 +118,8 @@ def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
 
     whole = made()
     expected = drive(whole, folder=tmp_path).model.state_dict()
-    assert 3 < whole.history[0].step < 20  # checkpoints lie before, at and after it, in its window and in the ramp
+    # Checkpoints lie before, at and after the change, in its window and in the ramp.
+    assert 3 < whole.history[0].step < 20
     for step in range(1, 24):
         again = made()
         model = drive(again, folder=tmp_path, start=step).model
@@ -210,7 +213,8 @@ def test_stages_act_in_their_time(stages, changes):
 def test_change_that_costs_too_much_is_undone_exactly_and_tried_again_gentler():
     driver = RankDriver(at(20, Rank(1), max_regression=0.02))
     loop = drive(driver)
-    assert [after for _, _, after in trajectory(driver)] == [1, 4, 5][: len(driver.history)]  # half as far each time
+    # Each attempt goes half as far as the one before.
+    assert [after for _, _, after in trajectory(driver)] == [1, 4, 5][: len(driver.history)]
     assert driver.history[0].undone
     # The first attempt was undone, so this is the state of before.
     before = loop.told[0][1]
@@ -306,7 +310,8 @@ def test_undone_change_leaves_the_run_as_if_it_had_not_been_tried():
 
 @pytest.mark.parametrize(("step", "validations"), [(20, [5, 10, 15, 20, 20]), (18, [5, 10, 15, 18, 18, 20])])
 def test_check_validates_before_the_change_only_where_the_last_value_is_old(step, validations):
-    driver = RankDriver(at(step, GrowTo(6), max_regression=0.0))  # a growth leaves the loss alone
+    # A growth leaves the loss alone.
+    driver = RankDriver(at(step, GrowTo(6), max_regression=0.0))
     assert drive(driver, rank=2).validations == validations
     assert trajectory(driver) == [(step, 2, 6)]
 
@@ -327,7 +332,8 @@ def decayed(loop):
     [
         (Stage(Plateau(patience=99), Rank(3)), {}, "before stage 1 .*plateau of val/loss; set schedule.deadline"),
         (at(10, Rank(3)), {"batch_end": decayed}, "5.0% of its start, too little to recover"),
-        (Stage(At(fraction=1.0), Rank(3)), {"batch_end": decayed}, None),  # nothing is left to recover in
+        # After the last step nothing is left to recover in.
+        (Stage(At(fraction=1.0), Rank(3)), {"batch_end": decayed}, None),
     ],
     ids=["no plateau", "low rate", "at the end"],
 )

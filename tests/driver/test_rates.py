@@ -35,7 +35,7 @@ def moves(optimizer, count):
 def test_ramp_multiplies_the_rate_by_a_ramp_then_leaves(optimizer, steps):
     Rates(optimizer, [], steps=steps)
     expected = [0.5 * (done + 1) / (steps + 1) for done in range(steps)] + [0.5, 0.5]
-    assert moves(optimizer, steps + 2) == pytest.approx(expected, rel=1e-5)  # float32 differences
+    assert moves(optimizer, steps + 2) == pytest.approx(expected, rel=1e-5)
 
 
 def test_ramp_goes_on_where_it_was(optimizer):

@@ -17,7 +17,8 @@ from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At, Run
 
-X = torch.randn(10, 8, 6, generator=torch.Generator().manual_seed(1))  # steps, examples, features
+# The dimensions are steps, examples and features.
+X = torch.randn(10, 8, 6, generator=torch.Generator().manual_seed(1))
 
 
 def plain(model, optimizer):

@@ -93,7 +93,8 @@ def test_folder_of_a_classifier_has_all_that_is_needed_and_everybody_may_read_it
     assert config["base_model_name_or_path"] == str(tiny_bert)
     assert json.loads((classifier / "labels.json").read_text())["labels"] == ["bad", "ok", "so-so"]
     page = (classifier / "README.md").read_text()
-    assert "base_model:" not in page  # a folder is no name on the hub, which would refuse the card
+    # A folder is no name on the hub, which would refuse the card.
+    assert "base_model:" not in page
     for text in (
         "4 steps",
         "`bad`, `ok`, `so-so`",
@@ -123,7 +124,8 @@ def test_squeezed_adapter_answers_by_name(classifier, launch, tmp_path):
     code, printed, said = launch(cli.main, "predict", tmp_path / "small", "a number 3")
     assert code == 0, said
     assert set(probabilities(printed.strip())) == {"bad", "ok", "so-so"}
-    assert not (tmp_path / "small" / "README.md").exists()  # which says what the other one was
+    # The README of the larger adapter does not describe this one.
+    assert not (tmp_path / "small" / "README.md").exists()
 
 
 def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch, tmp_path):

@@ -54,7 +54,8 @@ def test_train_refuses_before_weights_load(launch, monkeypatch, overrides, named
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load)
-    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)  # the tests themselves may be a job
+    # The tests themselves may run in a job of Slurm.
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     for name, text in RULES.items():
         Path(name).write_text(text)
     code, _, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
@@ -96,7 +97,7 @@ def test_train_refuses_what_only_the_run_shows(launch, tiny_bert, overrides, nam
 def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, tiny_bert, monkeypatch, environment):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    if environment:  # started by torchrun
+    if environment:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tests")
         monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     several = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", f"task.model={tiny_bert}"]

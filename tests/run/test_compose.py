@@ -25,7 +25,8 @@ def test_groups_are_those_of_the_contract():
 @pytest.mark.parametrize("option", OPTIONS)
 def test_option_composes_without_a_missing_value(option):
     config = dynrank.compose([option])
-    OmegaConf.register_new_resolver("hydra", lambda key: f"<{key}>", replace=True)  # what only a running job knows
+    # Only a running job knows these values.
+    OmegaConf.register_new_resolver("hydra", lambda key: f"<{key}>", replace=True)
     assert not OmegaConf.missing_keys(config)
     OmegaConf.to_container(config, resolve=True)
 
@@ -134,5 +135,6 @@ def test_target_is_whatever_the_user_names(tmp_path, monkeypatch):
         assert "\n" not in str(caught.value)
     with pytest.raises(ConfigurationError, match="unexpected keyword argument 'width'"):
         made(_target_="my_pkg.Task", width=3)
-    with pytest.raises(RuntimeError, match="a fault of this class"):  # with its own traceback
+    # A fault of the class keeps its own traceback.
+    with pytest.raises(RuntimeError, match="a fault of this class"):
         made(_target_="my_pkg.Task", size=2)

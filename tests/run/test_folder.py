@@ -27,8 +27,9 @@ def test_tables_are_joined_at_the_step_that_a_run_goes_on_from(tmp_path):
     assert [row["written"] for row in table(tmp_path / "generations.csv")] == ["a\n5"]
     (tmp_path / "generations.csv").unlink()
     assert not (tmp_path / "metrics.csv").exists()
-    write(tmp_path / "metrics.csv", "step,val,train,rank\n1,5.5,,\n2,,0.81,4\n")  # the validation was made again
-    run_folder.take_up(tmp_path, 3)  # killed again
+    # The validation was made again.
+    write(tmp_path / "metrics.csv", "step,val,train,rank\n1,5.5,,\n2,,0.81,4\n")
+    run_folder.take_up(tmp_path, 3)
     write(tmp_path / "metrics.csv", "step,train,rank\n3,0.71,4\n")
     run_folder.join(tmp_path)
     found = [(row["step"], row["train"], row["val"], row["rank"]) for row in table(tmp_path / "metrics.csv")]
@@ -71,7 +72,8 @@ def test_what_ckpt_path_means(tmp_path):
 
 
 def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
-    mine = f"process {os.getpid()} on "  # a lock holds against the same process, too
+    # A lock holds against the same process, too.
+    mine = f"process {os.getpid()} on "
     with run_folder.held(tmp_path):
         for goes_on_from in (None, 2):
             with pytest.raises(ConfigurationError, match=mine), run_folder.held(tmp_path, goes_on_from):

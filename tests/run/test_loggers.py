@@ -9,7 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dynrank import train
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of libraries that are tried as they come
+# Libraries are tried as they come, with their warnings.
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_every_logger_gets_metrics_and_texts(launch, tiny_llama, tmp_path, monkeypatch):
@@ -29,7 +30,8 @@ def test_every_logger_gets_metrics_and_texts(launch, tiny_llama, tmp_path, monke
     assert all(row["wanted"].strip() == f"return {row['prompt'][5:-4]}" for row in rows)
     columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "val/loss", "rank/mean"} < set(columns)
-    assert not [name for name in columns if "proj" in name]  # ranks of layers
+    # Single layers have no columns.
+    assert not [name for name in columns if "proj" in name]
 
     (event,) = EventAccumulator(str(folder / "tensorboard")).Reload().Tensors("val/written/text_summary")
     page = event.tensor_proto.string_val[0].decode()
@@ -39,9 +41,11 @@ def test_every_logger_gets_metrics_and_texts(launch, tiny_llama, tmp_path, monke
     (offline,) = (folder / "wandb").glob("offline-run-*")
     table = json.loads(next(offline.rglob("val/written*.table.json")).read_text())
     assert (table["columns"], len(table["data"])) == (["prompt", "wanted", "written"], 2)
-    assert sys.modules["wandb"].run is None  # the next run is another one
+    # This run has ended for wandb, so the next one is another run.
+    assert sys.modules["wandb"].run is None
 
-    from mlflow import MlflowClient  # loads slowly
+    # mlflow loads slowly.
+    from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("dynrank").experiment_id])

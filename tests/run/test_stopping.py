@@ -34,7 +34,8 @@ def fit_and_test(trainer, module, train, val):
         trainer.test(module, val)
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+# Lightning gives advice about small data.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("hook", "said"), [("setup", "step 0; there is no"), ("on_test_start", "step 2; go on with")])
 def test_sigterm_before_the_first_and_after_the_last_step_ends_it_too(hook, said, regression, tmp_path, capsys):
     make, data, trainer = regression
@@ -46,7 +47,7 @@ def test_sigterm_before_the_first_and_after_the_last_step_ends_it_too(hook, said
     assert f"SIGTERM: stopped after {said}" in capsys.readouterr().err
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+@pytest.mark.filterwarnings("ignore")
 def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_path, capsys):
     make, data, trainer = regression
     saver, module, pressed = AdapterCheckpoint(tmp_path, save_last=True, every_n_train_steps=1), make(), []
@@ -62,5 +63,6 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_p
     module.training_step = twice_in_the_second_step
     with pytest.raises(KeyboardInterrupt):
         fit_and_test(trainer(max_steps=4, callbacks=[saver, CtrlC()], enable_checkpointing=True), module, *data())
-    assert pressed == [0]  # the first one let the step go on, the second did not return
+    # The first Ctrl-C let the step go on, and the second did not return.
+    assert pressed == [0]
     assert "Ctrl-C: stopped after step 1; go on with" in capsys.readouterr().err

@@ -131,7 +131,8 @@ def test_any_architecture_in_a_folder_trains_and_exports(architecture, task, opt
     folder = tmp_path / "model"
     task.tokenizer.save_pretrained(folder)
     made = AutoModelForSequenceClassification.from_config(ARCHITECTURES[architecture](len(task.tokenizer)))
-    made.save_pretrained(folder)  # with a head for 2 classes, which the task replaces
+    # The saved head is for 2 classes, and the task replaces it.
+    made.save_pretrained(folder)
     module = Classifier(str(folder), task.labels, LORA, optimizer)
     heads = set(head_names(module.model))
     assert heads

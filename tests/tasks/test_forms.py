@@ -28,7 +28,8 @@ MARKED = (
     "{% endgeneration %}{% else %}{{ m.content }}<|end|>\n{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-SHORTENED = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:3] }}")  # as of thoughts
+# Some templates shorten the thoughts of earlier turns like this.
+SHORTENED = PLAIN.replace("{{ m.content }}", "{{ m.content if loop.last else m.content[:3] }}")
 
 
 def turns(*contents, system=None):
@@ -143,7 +144,8 @@ def test_examples_are_made_once_and_then_read_from_the_disk(form, task_of, monke
     assert all(again[split].to_list() == part.to_list() for split, part in first.items())
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+# Lightning gives advice about small data.
+@pytest.mark.filterwarnings("ignore")
 def test_a_run_learns_drops_and_goes_on_to_the_same_bits(chatty, tmp_path, whole_and_resumed):
     written = ["task.val_generate=2", "task.generate=2", "task.measures=[exact_match]"]
     shape = ["lora.rank=8", "schedule=milestones", "schedule.ranks=[4]", "schedule.at=[6]", "schedule.unit=step"]
@@ -177,7 +179,8 @@ def test_packed_rows_hold_every_text_once_and_no_text_sees_another(task_of, opti
     for row, places in zip(batch["input_ids"], batch["position_ids"], strict=True):
         starts = [*(places == 0).nonzero().flatten().tolist(), len(row)]
         for start, end in zip(starts, starts[1:], strict=False):
-            if end - start > 1:  # padding lies alone
+            # Padding lies alone.
+            if end - start > 1:
                 alone = module.model(input_ids=row[start:end][None]).logits[0].double().log_softmax(-1)
                 losses += [-alone[i, row[start + i + 1]] for i in range(end - start - 1)]
     assert int((labels != -100).sum()) == len(losses)
@@ -199,7 +202,8 @@ def test_a_model_whose_examples_see_each_other_is_refused(tiny_llama):
 def test_pairs_are_one_text_with_two_types_and_several_labels_are_ones(task_of):
     batch = next(iter(task_of("pair").train_dataloader()))
     for ids, kinds, mask in zip(*(batch[n] for n in ("input_ids", "token_type_ids", "attention_mask")), strict=True):
-        second = ids.tolist().index(102) + 1  # behind the first [SEP]
+        # The second text begins behind the first [SEP].
+        second = ids.tolist().index(102) + 1
         assert kinds.tolist() == [0] * second + [1] * (int(mask.sum()) - second) + [0] * int((mask == 0).sum())
     task = task_of("several")
     assert task.labels == ["a", "b", "c"]

@@ -85,7 +85,7 @@ def test_loss_is_the_mean_over_the_tokens_of_answers(task, module):
     loss = module.training_step(batch, 0).detach()
     log_probabilities = []
     for ids, mask, labels in zip(*(batch[key] for key in ("input_ids", "attention_mask", "labels")), strict=True):
-        row = ids[mask.bool()]  # alone, without padding
+        row = ids[mask.bool()]
         logits = module.model(input_ids=row[None]).logits[0].detach().double().log_softmax(-1)
         places = (labels[mask.bool()] != -100).nonzero().flatten()
         log_probabilities += [logits[i - 1, row[i]] for i in places]
@@ -94,7 +94,7 @@ def test_loss_is_the_mean_over_the_tokens_of_answers(task, module):
 
 def test_continuation_is_the_most_probable_token_again_and_again(task, module):
     batch = next(iter(task.test_dataloader()[-1]))
-    assert int(batch["attention_mask"].sum(1).min()) < batch["input_ids"].shape[1]  # some prompt is padded
+    assert int(batch["attention_mask"].sum(1).min()) < batch["input_ids"].shape[1]
     module.max_new_tokens = 12
     written = module.continuations(batch["input_ids"], batch["attention_mask"])
     for row, mask, text in zip(batch["input_ids"], batch["attention_mask"], written, strict=True):
@@ -107,7 +107,8 @@ def test_continuation_is_the_most_probable_token_again_and_again(task, module):
 
 
 GOOD, NONE = {"bleu": 1.0, "exact_match": 1.0, "parses": 1.0}, {"bleu": 0.0, "exact_match": 0.0, "parses": 0.0}
-CASES = {  # what is written, of (number of the example, answer), and what is then measured
+# Each has what is written, from (number of the example, answer), and what is then measured.
+CASES = {
     "answers": (lambda i, answer: answer, GOOD),
     "answers and another function": (lambda i, answer: answer + "\n\ndef other():\n    return 1", GOOD),
     "answers and prose": (lambda i, answer: answer + "\n```\nThis is it", GOOD),
@@ -154,7 +155,8 @@ def test_accuracy_is_the_share_that_greedy_decoding_writes_exactly(make, optimiz
     task = make(data=data, measures=["accuracy"], generate=0, val_generate=0, setup=False)
     torch.manual_seed(0)
     module = task.module({"rank": 8, "alpha": 16}, {**optimizer, "lr": 7e-3})
-    regression[2](max_steps=60, limit_val_batches=0).fit(module, task)  # learned by heart in part
+    # The model learns only a part by heart, so some answers are wrong.
+    regression[2](max_steps=60, limit_val_batches=0).fit(module, task)
     metrics, *_ = regression[2]().test(module, task, verbose=False)
     module.eval()
     right = 0

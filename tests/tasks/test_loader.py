@@ -36,7 +36,8 @@ def test_loader_resumes_at_any_batch(given):
 def test_two_processes_share_the_batches_of_one_also_after_a_resume(given):
     sources = [loader(), *(loader(batch_size=4, share=(process, 2)) for process in (0, 1))]
     for source in sources:
-        source.load_state_dict({"given": given})  # of either number of processes
+        # The state is the same for either number of processes.
+        source.load_state_dict({"given": given})
     whole, first, second = (stream(source, 20) for source in sources)
     assert [(batch[::2], batch[1::2]) for batch in whole] == list(zip(first, second, strict=True))
 

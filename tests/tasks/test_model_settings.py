@@ -16,7 +16,8 @@ ROWS = [{"prompt": f"item {i}:", "answer": f" {('class', 'import', 'return x')[i
 SPEED = ["optimizer.lr=0.01", "optimizer.warmup_steps=1", "optimizer.decay=constant_with_warmup", "task.batch_size=8"]
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+# Lightning gives advice about small data.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_a_packed_base_is_trained_and_goes_on_to_the_same_bits(quantization, tiny_llama, tmp_path, whole_and_resumed):
     (tmp_path / "rows.json").write_text(json.dumps(ROWS))
@@ -38,7 +39,8 @@ def test_settings_reach_the_model(tiny_llama):
     assert model.config._attn_implementation == "eager"
     assert not model.is_gradient_checkpointing
     model = load_causal_lm(str(tiny_llama), settings=ModelSettings(dtype="auto", gradient_checkpointing=True))
-    assert {p.dtype for p in model.parameters()} == {torch.float32}  # as its config says
+    # The config of the model says float32.
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.is_gradient_checkpointing
 
 

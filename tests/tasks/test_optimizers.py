@@ -24,7 +24,8 @@ def rates(**values):
 
 def test_without_a_head_there_is_no_group_for_it():
     made = make_optimizer([nn.Parameter(torch.ones(1))], [], 100, **VALUES)
-    assert [group["lr"] for group in made["optimizer"].param_groups] == [0.0]  # of the first step of the warm-up
+    # The warm-up begins at 0.
+    assert [group["lr"] for group in made["optimizer"].param_groups] == [0.0]
 
 
 def test_stable_decay_warms_up_stays_and_falls():
@@ -69,7 +70,8 @@ def test_optimizers_of_this_and_other_packages_are_made_by_name(name):
 
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_missing_package_is_an_error_that_says_what_to_install(name, monkeypatch):
-    monkeypatch.setitem(sys.modules, ELSEWHERE[name], None)  # as Python does for what cannot be imported
+    # Python refuses to import a module that is None here.
+    monkeypatch.setitem(sys.modules, ELSEWHERE[name], None)
     package = name.partition(".")[0]
     with pytest.raises(ConfigurationError, match=rf"optimizer.name={name} .*pip install {package}"):
         rates(name=name)

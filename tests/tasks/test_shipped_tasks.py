@@ -35,7 +35,8 @@ def tied(request, tiny_llama, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("name", "head", "rest"),  # ranks at the start and at the end
+    # `head` and `rest` are the ranks at the start and at the end.
+    ("name", "head", "rest"),
     [
         ("code_32_to_16", None, (32, 16)),
         ("code_fixed_32", None, (32, 32)),
@@ -56,7 +57,8 @@ def test_experiments_have_the_ranks_of_head_and_rest_at_one_scaling(name, head, 
     assert {layer.scaling for layer in layers.values()} == {2.0}
 
 
-@pytest.mark.filterwarnings("ignore")  # of libraries, as on the command line
+# Libraries may warn, as on the command line.
+@pytest.mark.filterwarnings("ignore")
 def test_code_experiment_measures_right_before_and_right_after_the_drop_and_at_the_end(launch, tiny_llama, tmp_path):
     """The drop by deadline, at a step where no validation is due."""
     task = ["task=code_completion", f"task.model={tiny_llama}", f"data.modules={MODULES}", "task.val_generate=3"]
@@ -69,7 +71,8 @@ def test_code_experiment_measures_right_before_and_right_after_the_drop_and_at_t
     assert ranks == ["32", "16"]
     for name in ("val/bleu", "val/exact_match", "val/parses", "val/loss"):
         steps, values = read_metrics(tmp_path / "run" / "metrics.csv")[name]
-        assert steps == [3, 7, int(drop), int(drop), 11]  # those after a batch have its index
+        # A row that is written after a batch has its index.
+        assert steps == [3, 7, int(drop), int(drop), 11]
         assert all(math.isfinite(value) for value in values)
     assert values[2] != values[3]
     tested = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]

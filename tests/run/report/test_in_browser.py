@@ -72,14 +72,16 @@ def test_page_is_laid_out_legible_and_fetches_nothing(report, tmp_path, width, s
     dom, log = browse(frame, tmp_path, "--dump-dom", *options)
     (measured,) = re.findall(r'data-measured="([^"]*)"', dom)
     page = json.loads(measured.replace("&quot;", '"').replace("&lt;", "<").replace("&amp;", "&"))
-    assert page["width"] == width  # wide tables scroll by themselves
+    # Wide tables scroll by themselves, so the page is no wider than its window.
+    assert page["width"] == width
     assert len(page["pictures"]) == 3
     with Image.open(report.parent / "plots" / "loss.png") as picture:
         dpi = picture.info["dpi"][0]
     for left, top, right, bottom, pixels in page["pictures"]:
         assert left >= 0
         assert right <= width
-        assert 9 * (right - left) / pixels * dpi / 72 >= 8.9  # pixels of a letter of 9 points
+        # A letter of 9 points has so many pixels.
+        assert 9 * (right - left) / pixels * dpi / 72 >= 8.9
         assert bottom - top > 150
     boxes = [box for _, box in page["sections"]]
     assert all(above[3] <= below[1] for above, below in zip(boxes, boxes[1:], strict=False))

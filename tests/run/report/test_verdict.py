@@ -28,7 +28,8 @@ CHECKED = {"schedule.how": {"max_regression": 0.1}}
 @pytest.mark.parametrize(
     ("rows", "settings", "said"),
     [
-        ({9: 1.0, 19: 3.0}, {}, "1 before, 3 10 steps later"),  # after 10 and 20 steps
+        # The rows 9 and 19 are those after 10 and 20 steps.
+        ({9: 1.0, 19: 3.0}, {}, "1 before, 3 10 steps later"),
         ({7: 1.0, 10: 3.0}, {}, "1 2 steps before, 3 1 step later"),
         ({9: 1.0, (10, "check"): 2.0, 19: 3.0}, CHECKED, "1 before, 2 right after it (+100.0%)"),
         ({9: 1.0, (10, "before"): 1.5, (10, "after"): 2.0, 19: 3.0}, CHECKED, "1.5 before, 2 right after it (+33.3%)"),
@@ -104,5 +105,6 @@ def test_commands_at_the_end_compose(smoke_run):
     assert len(trained) >= 3
     for arguments in trained:
         config = dynrank.compose([a.replace("1,2,3", "1") for a in arguments if a != "--multirun"])
-        assert config.trainer.max_steps == 12  # of debug=smoke, which the run was given
+        # debug=smoke, which the run was given, makes 12 steps.
+        assert config.trainer.max_steps == 12
     assert ["dynrank", "predict", str(smoke_run[0] / "adapter"), "a text"] in commands

@@ -53,7 +53,8 @@ def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
         overrides = ["trainer=slurm", "sweep=rank", "hydra/launcher=submitit_slurm", *job_of_eight]
         config = compose("train", overrides=overrides, return_hydra_config=True)
     assert config.hydra.launcher._target_.endswith(".SlurmLauncher")
-    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")  # what such a job finds
+    # Slurm sets these variables in such a job.
+    monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "4")
     monkeypatch.setenv("SLURM_NNODES", "2")
     assert (config.trainer.devices, config.trainer.num_nodes, config.trainer.strategy) == (4, 2, "ddp")
 

@@ -83,7 +83,8 @@ def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(sweep, tiny_ber
     ended = Path("s/0/summary.json").stat()
     assert not Path("s/1/summary.json").exists()
 
-    code, printed, said = sweep(*settings, "hydra.sweep.dir=s", "ckpt_path=last")  # the last one had not begun
+    # The last run had not begun.
+    code, printed, said = sweep(*settings, "hydra.sweep.dir=s", "ckpt_path=last")
     assert code == 0, said
     assert printed.count("has ended before") == 1
     assert Path("s/0/summary.json").stat().st_mtime_ns == ended.st_mtime_ns
@@ -93,9 +94,11 @@ def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(sweep, tiny_ber
     assert (code, "0' holds a run already" in said) == (2, True)
     code, _, said = sweep(*settings, "lora.rank=2,5,6", "hydra.sweep.dir=s", "ckpt_path=last")
     assert (code, "holds a run with lora.rank=4, not 5" in said) == (2, True)
-    assert not list(Path("s").rglob("error.txt"))  # the folders are not those of the runs that were refused
+    # The folders are not those of the runs that were refused.
+    assert not list(Path("s").rglob("error.txt"))
 
-    code, _, said = sweep(*settings, "lora.rank=4", "hydra.sweep.dir=whole")  # the run that was killed
+    # This is the run that was killed.
+    code, _, said = sweep(*settings, "lora.rank=4", "hydra.sweep.dir=whole")
     assert code == 0, said
     assert measured(table("s"))[1] == {"lora.rank": "4", **measured(table("whole"))[0]}
     one, two = (Path(folder, "adapter/adapter_model.safetensors").read_bytes() for folder in ("s/1", "whole/0"))
@@ -123,7 +126,8 @@ def fail(monkeypatch):
 
 
 def test_experiment_of_targets_is_one_run_for_each(sweep, fail):
-    fail(None)  # of rank 16
+    # The runs have rank 16, so none of them fails.
+    fail(None)
     code, printed, said = sweep("experiment=medical_targets", "hydra.sweep.dir=s", "seed=0", "plots=false")
     assert code == 0, said
     names = {"[query,value]", "attention", "all-linear"}

@@ -72,7 +72,8 @@ def test_runs_without_a_result_are_named_and_counted_and_refused_ones_left_out(t
     write(tmp_path / "3", ["lora.rank=8", "seed=1"])
     (tmp_path / "3" / "summary.json").write_text("{")
     write(tmp_path / "4", ["lora.rank=8", "seed=2"])
-    (tmp_path / "4" / "rank_history.csv").unlink()  # refused before it began
+    # This run was refused before it began.
+    (tmp_path / "4" / "rank_history.csv").unlink()
     show_sweep(tmp_path, plot=True)
     counted = [(row["lora.rank"], row["runs"], row["without_result"]) for row in table(tmp_path)]
     assert counted == [("4", "1", "1"), ("8", "0", "2")]
@@ -81,7 +82,8 @@ def test_runs_without_a_result_are_named_and_counted_and_refused_ones_left_out(t
     for text in ("1 of 2", "0 of 2", "1 (lora.rank=4 seed=1): has not ended", "failed: RuntimeError: no more memory"):
         assert text in printed
     assert "summary.json' is not what a run writes" in printed
-    assert "over seeds" not in printed  # of one run each
+    # No row has more than one result.
+    assert "over seeds" not in printed
 
 
 def test_results_are_what_the_summaries_hold_in_the_order_of_the_runs_numbers(tmp_path):

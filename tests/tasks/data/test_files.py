@@ -100,7 +100,8 @@ PROMPTED = {"prompt": "p NUMBER", "answer": "a"}
 CHAT = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 TALKS = CHAT["messages"]
 LABELLED = b"text,label\nx,a\ny,a\n"
-BAD = {  # form, name of the file, what is in it, what the error says beside the file
+# Each has a form, the name of the file, what is in it, and what the error says beside the file.
+BAD = {
     "not UTF-8": ("classification", "a.csv", LABELLED + b"caf\xe9,a\n", "line 4 is not UTF-8"),
     "no UTF-8 in JSON": ("classification", "a.jsonl", jsonl() + b'\n{"text": "\xff"}', "line 31 is not UTF-8"),
     "half a letter": ("classification", "a.jsonl", jsonl(r'{"text": "\ud800", "label": "a"}'), "line 31 is not UTF-8"),
@@ -133,7 +134,7 @@ def test_bad_file_is_one_message_with_file_line_and_key(case, tmp_path, caplog):
     with pytest.raises(ConfigurationError, match=rf"data\.train=.*{name}.*({said})") as caught:
         from_files(str(tmp_path / name), None, None, form=form, columns={}, share=0.2, seed=0)
     assert "\n" not in str(caught.value)
-    assert not caplog.records  # nothing beside it
+    assert not caplog.records
 
 
 def test_all_faults_of_a_file_are_listed_at_once_with_their_lines(tmp_path):
@@ -202,7 +203,8 @@ def of_form(form, rows, path):
 
 TURNS = [{"role": "user", "content": "q 07"}, {"role": "assistant", "content": "a"}]
 SYSTEM = {"role": "system", "content": "s"}
-KNOWN = {  # what others write, and what is read of it
+# Each has a form, what others write, and what is read of it.
+KNOWN = {
     "Alpaca": ("completion", {"instruction": "add NUMBER", "input": "1 2", "output": "3"},
                {"prompt": "add 07\n1 2", "answer": "3"}),
     "Alpaca without an input": ("completion", {"instruction": "add NUMBER", "input": "", "output": "3"},

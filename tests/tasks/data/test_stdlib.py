@@ -76,7 +76,8 @@ def test_seed_changes_the_split_but_not_the_functions(splits):
 
 
 def test_function_in_two_modules_is_left_out():
-    source = textwrap.dedent(inspect.getsource(bz2.BZ2File.tell)).rstrip()  # lzma has the same one
+    # lzma has the same method.
+    source = textwrap.dedent(inspect.getsource(bz2.BZ2File.tell)).rstrip()
     counts = []
     for names in (["bz2"], ["lzma"], ["bz2", "lzma"]):
         found = everything(stdlib_functions([*MODULES, *names], seed=0))

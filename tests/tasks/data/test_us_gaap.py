@@ -32,7 +32,8 @@ def letters(text):
 def items(part):
     """(text, section) of prompts and answers."""
     found = [re.fullmatch(r"Line item: (.+)\nSection: (.+)", prompt + answer) for prompt, answer in part]
-    assert {answer[0] for _, answer in part} == {" "}  # as tokens of words begin
+    # Tokens of words begin with a space.
+    assert {answer[0] for _, answer in part} == {" "}
     return [match.groups() for match in found]
 
 
