@@ -91,6 +91,7 @@ class Plan:
         head_parameters: those of them that are trained whole.
         weights: dtype of the frozen base, or its packing, nf4 or int8.
         layers: names of the layers that have LoRA.
+        folded: bytes of the experts' weights that have LoRA; PEFT's own layers keep as many more for the backward.
         batch: (sequences, tokens of each).
         optimizer: its name.
         budget: bytes to fit into, if any.
@@ -102,6 +103,7 @@ class Plan:
     head_parameters: int
     weights: str
     layers: tuple[str, ...]
+    folded: int
     batch: tuple[int, int]
     optimizer: str
     budget: int | None
@@ -135,6 +137,7 @@ def make_plan(config: DictConfig) -> Plan:
         head_parameters=sum(parameter.numel() for parameter in head),
         weights=kind if settings.quantization == "none" else settings.quantization,
         layers=tuple(own_layers(model)),
+        folded=storage_bytes(layer.weight for layer in own_layers(model).values() if layer.experts > 1),
         batch=batch,
         optimizer=config.optimizer.name,
         budget=asked.budget,

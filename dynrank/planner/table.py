@@ -27,6 +27,11 @@ def show_plan(config: DictConfig) -> None:
     print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
     print_table(_table(plan))
     print("total            weights + adapter + optimizer + step, the most that forward and backward hold at once")
+    if plan.folded:
+        print(
+            f"experts          as dynrank computes them; PEFT's keep {_mebibytes(plan.folded)} MiB more for a backward,"
+        )
+        print("                 all weights with their update (unless model.gradient_checkpointing=true)")
     if not torch.cuda.is_available():
         print(f"beside it        on a CPU {_mebibytes(libraries)} MiB of Python and its libraries, as in this process;")
         print("                 validations and tests, whose batches are larger, hold no activations for a backward")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from hydra.utils import instantiate
+from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
@@ -219,6 +220,23 @@ def test_experts_without_lora_are_counted_too(config_file):
     options = [f"base={file}", "batch_size=3", "sequence_length=24", "model.dtype=float32", "ranks=[4]"]
     (need,), (all_linear,) = (plan_of(*options, *more).needs for more in (["lora.target_modules=attention"], []))
     assert 0 < need.activations < all_linear.activations
+
+
+def test_pefts_folded_experts_are_kept_beside(config_file):
+    file, cls = config_file("mixtral")
+    plan = plan_of(f"base={file}", "batch_size=3", "sequence_length=24", "model.dtype=float32", "ranks=[4]")
+    targets = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(real_model(cls, file), LoraConfig(target_modules=["q_proj"], target_parameters=targets))
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def save(tensor):
+        if tensor.shape[:-2] == (4,) and tensor.untyped_storage().data_ptr() not in own:  # a matrix for each expert
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        model(input_ids=torch.randint(200, (3, 24)))
+        assert sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) == plan.folded > 0
 
 
 def test_shipped_configs_have_the_published_number_of_parameters():
