@@ -151,9 +151,14 @@ def tiny_moe():
 
     def build(kind, **changes):
         text = "Text" if kind in ("Qwen3_5Moe", "Llama4") else ""
+        if not hasattr(transformers, f"{kind}ForCausalLM"):
+            pytest.skip(f"this transformers has no {kind}")
         config = getattr(transformers, f"{kind}{text}Config")(**size | options[kind] | changes)
         torch.manual_seed(0)
-        return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        if not any(name.endswith(".experts.gate_up_proj") for name, _ in model.named_parameters()):
+            pytest.skip(f"in this transformers {kind} has its experts in another form")
+        return model
 
     return build
 

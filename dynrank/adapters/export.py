@@ -82,7 +82,9 @@ def export_adapter(
     if multiple > 1 and to != "padded":
         raise ConfigurationError(f"--multiple goes with --to padded, got --multiple {multiple} with --to {to}")
     with open_adapter(source) as adapter:
-        kinds = {name: (layer.experts > 1, bool(layer.kernel)) for name, layer in adapter.layers.items()}
+        kinds = {
+            name: (is_parameter(name, adapter.config), bool(layer.kernel)) for name, layer in adapter.layers.items()
+        }
         origin = base_source(adapter, model) if to == "gguf" else ""
         config = read_config(origin, "--model") if origin else None
         check_served(to, kinds, adapter.others, config)
@@ -92,7 +94,7 @@ def export_adapter(
         name, place, base = shlex.quote(out.name), shlex.quote(str(out)), shlex.quote(_base_name(adapter, model))
         if to == "vllm":
             rank, modules = slot_rank(rank), f"{name}={place}"
-            if any(stack for stack, _ in kinds.values()):
+            if any(layer.experts > 1 for layer in adapter.layers.values()):
                 request = {"name": out.name, "path": str(out), "is_3d_lora_weight": True}
                 modules = f"{shlex.quote(json.dumps(request))} --enable-mixed-moe-lora-format"
             line = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
@@ -119,19 +121,19 @@ def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: It
 
     Args:
         to: for whom.
-        layers: {adapted layer: whether it is a stack of experts, whether it is a convolution}.
+        layers: {adapted layer: whether it is a bare parameter (of experts, a router), whether it is a convolution}.
         others: names of the parameters that the adapter has whole.
         config: of the base, for "gguf".
     """
     server, whole = _READERS[to]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in others)
     faults = [f"{name!r} is stored whole" for name in modules if name.rpartition(".")[2] not in whole]
-    stacks = [name for name, (stack, _) in layers.items() if stack]
+    bare = [name for name, (parameter, _) in layers.items() if parameter]
     if to == "vllm":
-        # It takes LoRA in both parameters of a module for granted.
-        owners = Counter(name.rpartition(".")[0] for name in stacks)
-        stacks = [name for name in stacks if owners[name.rpartition(".")[0]] == 1]
-    faults += [f"{name!r} is a stack of experts" for name in stacks]
+        # It takes LoRA in both stacks of experts for granted. A router is a layer to it.
+        owners = Counter(name.rpartition(".")[0] for name in bare)
+        bare = [n for n in bare if owners[n.rpartition(".")[0]] == 1 and not n.endswith(".weight")]
+    faults += [f"{name!r} is a parameter of experts or of a router" for name in bare]
     faults += [f"{name!r} is a convolution" for name, (_, convolution) in layers.items() if convolution]
     if faults:
         raise ConfigurationError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from dynrank.adapters.export import Server, check_served
 from dynrank.adapters.save import trained_heads
 from dynrank.errors import ConfigurationError, Count, Positive, read_as
+from dynrank.layers.bare import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.layers.kinds import LoRAConv2d
@@ -71,7 +72,7 @@ def check_export(names: Iterable[Server], model: Any) -> None:
     """Refuse servers that could not read the adapter of ``model``, before it is trained."""
     layers = own_layers(model)
     heads = [f"{head}.weight" for head in trained_heads(model, layers)]
-    kinds = {name: (layer.experts > 1, isinstance(layer, LoRAConv2d)) for name, layer in layers.items()}
+    kinds = {name: (isinstance(layer, LoRAParameter), isinstance(layer, LoRAConv2d)) for name, layer in layers.items()}
     for name in names:
         try:
             check_served(name, kinds, heads, getattr(model, "config", None))
