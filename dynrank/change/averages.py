@@ -1,9 +1,9 @@
-"""Averages of a model's weights (EMA, SWA) through a change of its ranks.
+"""Moving averages of a model's weights (EMA, SWA) through a change of its ranks.
 
-A change is linear in each factor: ``A' = T_a A`` and ``B' = B T_b``. An average is linear, too, so the average of the
-weights that a run would have had in the new coordinates is the average that it has, moved by the same maps. A
-truncation of its own would keep more of the average's function at that moment, but in factors of another gauge: the
-next weights to be averaged in would meet directions that are not theirs, and ``mean(B) mean(A)`` would be no average.
+A change is linear in each factor: ``A' = T_a A`` and ``B' = B T_b``. An average is linear, too. So the same maps turn
+the average of the old factors into the average that the run would have had in the new coordinates. A separate
+truncation of the average would keep more of its function at that moment, but in other coordinates than the model's:
+the next update would then average numbers that do not belong together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dynrank.linalg import RankChange, joined, split
 def averaged_layers(
     averages: Iterable[nn.Module], layers: Mapping[str, RankedLayer]
 ) -> list[tuple[nn.Module, dict[str, RankedLayer]]]:
-    """(average, its LoRA layers by name) of each; torch's AveragedModel may be given, or what it holds."""
+    """(model, its LoRA layers by name) of each average; an average is a model, or torch's AveragedModel of one."""
     found = []
     for average in averages:
         module: nn.Module = average.module if isinstance(average, AveragedModel) else average
@@ -32,8 +32,8 @@ def averaged_layers(
         wrong += [name for name in own.keys() & layers.keys() if own[name].rank != layers[name].rank]
         if wrong:
             raise ConfigurationError(
-                f"an average of the model must have its LoRA layers at its ranks; {wrong[:3]} differ: make it from the "
-                "model as it is now, and pass it to every dynrank.resize (averages)"
+                f"an average must have the model's LoRA layers at the same ranks, {wrong[:3]} differ; make the average "
+                "from the model as it is now, and pass it to every dynrank.resize (averages)"
             )
         found.append((module, own))
     return found
@@ -41,10 +41,9 @@ def averaged_layers(
 
 @torch.no_grad()
 def moved_average(layer: RankedLayer, change: RankChange) -> tuple[Tensor, Tensor]:
-    """lora_A and lora_B of the averaged ``layer`` in the new coordinates; a new direction has the new row of A already.
+    """lora_A and lora_B of the averaged ``layer`` after ``change``, in their own dtypes and on their own device.
 
-    Returns:
-        The factors in the dtypes and on the device that they have.
+    In a new direction the row of lora_A is that of the model.
     """
     device, count = layer.lora_A.device, layer.experts
     from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))

@@ -1,4 +1,4 @@
-"""What calls of a model show of a batch: its examples, which positions are whose, and of how many terms the loss is."""
+"""The calls of a model in training: the examples of the batch, their positions, and the terms of the loss."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from dynrank.layers.compiled import uncompiled
 from dynrank.private import backward_number, tree_leaves
 
-# The label of what is not learned, as torch has it.
+# torch's label for positions that the loss ignores.
 _IGNORED = -100
 
 
 @dataclass(eq=False)
 class Call:
-    """A call with gradients of a module that no other module has called.
+    """A call with gradients of an outermost module, which no other module has called.
 
     Attributes:
-        module: that was called.
-        rows: examples; or rows that hold several, where ``sizes`` is there.
-        sizes: positions of each example, row by row, where rows hold several.
-        learned: labels that it was given and that count for a causal language model's loss; None where there were none.
-        terms: positions of its output at which the loss has a gradient; None until one has arrived.
+        module: the module.
+        rows: number of rows of the batch. A row is one example, or several if ``sizes`` is given.
+        sizes: number of positions of each example, row by row, if rows hold several examples; else None.
+        learned: number of labels that count for a causal language model's loss; None if the call had no labels.
+        terms: number of positions of the output at which the loss has a gradient; None before backward.
     """
 
     module: nn.Module
@@ -39,15 +39,15 @@ class Call:
 
 
 class Calls:
-    """Follows the calls of ``model`` until :meth:`close`.
+    """Observes the calls of ``model`` by hooks until :meth:`close`.
 
-    A trainer calls the model that it was given, or one inside of it and a head beside that. So hooks are on the modules
-    that hold all of ``layers``, and on their children; the outermost one that is called counts.
+    A trainer may call the whole model, or a module inside it and then a head. So the hooks are on all modules that hold
+    all of ``layers``, and on their children; the outermost module that is called counts.
 
     Args:
-        model: that is trained.
+        model: the model in training.
         layers: modules in it.
-        arrived: is told of the call when a backward pass comes to its output, and so before it comes to the layers.
+        arrived: function that gets the call when a backward pass reaches its output, before it reaches the layers.
     """
 
     def __init__(self, model: nn.Module, layers: Collection[nn.Module], arrived: Callable[[Call], None]) -> None:
@@ -55,7 +55,7 @@ class Calls:
         self._outermost: nn.Module | None = None
         self._position_ids: Tensor | None = None
         takers = (m for m in model.modules() if "position_ids" in signature(uncompiled(m).forward).parameters)
-        # The first one sees positions as the task has made them.
+        # The first module that takes position_ids gets them as the task has made them.
         self._taker = next(takers, None)
         modules = dict.fromkeys(_around(model, {*layers}))
         if self._taker is not None:
@@ -66,18 +66,18 @@ class Calls:
             self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model, and a pickled one, is not followed."""
+        """Copies and pickles of the model are not observed."""
         return {**vars(self), "_arrived": None, "_outermost": None, "_position_ids": None, "_handles": []}
 
     def close(self) -> None:
-        """Leave the model."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     @property
     def _follows(self) -> bool:
-        """No validation, no checkpoint's second forward, and no compiled code, which would run this in Python."""
+        """Whether to observe now: not in validation, a checkpoint's second forward, or under torch.compile."""
         return (
             not torch.compiler.is_compiling()
             and self._arrived is not None
@@ -102,7 +102,7 @@ class Calls:
             tensor.register_hook(partial(self._reached, call))  # type: ignore[no-untyped-call]
 
     def _reached(self, call: Call, gradient: Tensor | None) -> None:
-        # DDP puts one node behind all outputs, which sends None to one that the loss does not use.
+        # In DDP all outputs share one node, which passes None to an output that the loss does not use.
         if gradient is None:
             return
         if self._arrived is not None:
@@ -112,7 +112,7 @@ class Calls:
 
 
 def _around(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[nn.Module]:
-    """``model``, the module inside of it that holds all of ``layers``, and so on; and the children of all these."""
+    """All modules from ``model`` inwards that hold all of ``layers``, and the children of each."""
     whole: nn.Module | None = model
     while whole is not None:
         yield whole
@@ -122,12 +122,12 @@ def _around(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[nn.Modu
 
 
 def counted(gradient: Tensor) -> Tensor:
-    """At how many positions (all dimensions but the last) ``gradient`` is not zero."""
+    """The number of positions (all dimensions except the last) at which ``gradient`` is not zero."""
     return (torch.linalg.vector_norm(gradient, inf, dim=-1) if gradient.ndim > 1 else gradient).count_nonzero()
 
 
 def _rows(given: list[Tensor], made: list[Tensor]) -> int:
-    """How many examples a call had: rows of its output, unless that has batch and positions in one."""
+    """The number of rows of a call: those of its output, or of its input if the output merges batch and positions."""
     inputs, outputs = (next((t for t in part if t.ndim), None) for part in (given, made))
     if inputs is None or outputs is None:
         only = outputs if inputs is None else inputs
@@ -137,7 +137,7 @@ def _rows(given: list[Tensor], made: list[Tensor]) -> int:
 
 
 def _learned(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """How many labels a causal language model's loss counts, of those that it was given."""
+    """The number of given labels that a causal language model's loss counts; None without labels."""
     labels = kwargs.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return None
@@ -145,15 +145,15 @@ def _learned(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 
 def _sizes(positions: Tensor | None) -> list[int] | None:
-    """How many positions each example of the batch (rows, positions) has, row by row; None if rows are examples.
+    """The number of positions of each example, row by row, from (rows, positions); None if every row is one example.
 
-    An example starts where its positions do, with 0 and 1. So padding, which has zeros, goes with the example
-    before, and so does a single token, of which nothing is learned.
+    An example starts where position 0 is followed by 1. So padding, which has zeros, counts to the example before it,
+    and so does an example of a single token, which the loss does not use.
     """
     if positions is None or positions.ndim != 2:
         return None
     starts = (positions == 0) & (positions.roll(-1, 1) == 1)
-    # Of its example in the row.
+    # For each position, the number of its example in the row.
     number = starts.cumsum(1).clamp(min=1)
     counts = number[:, -1]
     if int(counts.max()) == 1:

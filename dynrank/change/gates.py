@@ -1,17 +1,17 @@
-"""What the loss says of each singular direction of each layer's update, collected in training's own backward.
+"""Gates: what the loss needs of each direction of each layer's update, measured in training's own backward passes.
 
-Each direction has a gate of 1 before it. For example s the gradient of the batch's mean loss by gate i of a layer is
-``c[s, i] = sum_t (F_B^T dz_t)_i (F_A z_t)_i``, with z = A x, dz the gradient at z, t the example's positions, and F_A
-and F_B the maps from today's factors to the balanced ones of the SVD. So what has to be kept of an example is the
-(R, R) core ``sum_t dz_t z_t^T``, and the directions may be chosen at the end. Over the N terms that a batch's loss is
-the mean of, ``g = sum_s c_s`` and ``H = N sum_s c_s c_s^T`` (the empirical Fisher matrix); both are means over the
-window's steps. The Fisher matrix orders directions well and knows the size of the curvature badly: far from
-convergence it was half of the measured one.
+A *gate* is a factor of 1 before a direction (a singular value with its vectors). For example s, the gradient of the
+batch's mean loss by gate i is ``c[s, i] = sum_t (F_B^T dz_t)_i (F_A z_t)_i``. Here z = A x, dz is the gradient at z, t
+runs over the example's positions, and F_A and F_B map the factors to the balanced factors of their SVD. So it is enough
+to keep the *core* of each example, the (R, R) matrix ``sum_t dz_t z_t^T``; the SVD is computed at the end. If the
+batch's loss is the mean of N terms, then ``g = sum_s c_s`` and ``H = N sum_s c_s c_s^T`` (the empirical Fisher matrix).
+Both are averaged over the *window*, the optimizer steps that are measured. The Fisher matrix orders directions well but
+estimates the size of the curvature badly: far from convergence it was half of the measured curvature.
 
-Where a layer shows no z and dz of examples (tensors of experts, kernels that go past the layer), the sample is the
-backward pass: ``dL/dA A^T`` is the sum of its examples' cores. Beside layers that show examples, c of a pass is spread
-evenly over the pass's examples, which leaves g and the layer's own H as they are. A tensor of E experts has R gates,
-each before the directions of one size in all its experts: c is the sum over these.
+Some layers do not show z and dz of each example (tensors of experts, kernels that bypass the layer). Then the sample is
+the backward pass: ``dL/dA A^T`` is the sum of its examples' cores. If other layers show examples, c of a pass is
+divided evenly among its examples, which changes neither g nor the layer's own H. A tensor of E experts has R gates.
+Gate i scales direction i of every expert, and its c is the sum over the experts.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from dynrank.errors import ConfigurationError, DivergedError, diverged
 from dynrank.layers.ranked import RankedLayer, width_of
 from dynrank.linalg import truncate_product
 
-# Kept of a window at most: as many are enough, and a 7B's cores at rank 32 take 587 MB.
+# The most examples that are kept of a window. They are enough, and the cores of a 7B model at rank 32 take 587 MB.
 EXAMPLES = 640
-# With fewer examples the choice is mostly noise.
+# With fewer samples the choice is mostly noise.
 FEW = 32
 
 
 @dataclass
 class _Step:
-    """What an optimizer step leaves: of each sample its pass and its weight, and of the step the rest.
+    """The samples (examples, or backward passes) of one optimizer step.
 
     Attributes:
-        passes: of each sample kept, which pass it was in.
-        weights: how many examples of the pass each of them stands for.
-        whole: the layers whose cores are of passes, not of samples.
-        scale: of gradients by the loss of the step, to those that were seen.
+        passes: for each sample, the index of its pass.
+        weights: for each sample, how many examples of the pass it represents.
+        whole: the layers whose cores are sums over a pass.
+        scale: factor from the measured gradients to those of the step's loss.
         terms: N.
     """
 
@@ -56,33 +56,32 @@ class _Step:
 
     @property
     def spread(self) -> Tensor:
-        """By which share of a pass's core each of its samples has it, squares adding up."""
+        """The factor of a pass's core for each of its samples; the weighted squares of a pass sum to 1."""
         return torch.bincount(self.passes, self.weights)[self.passes] ** -0.5
 
 
 class Gates:
-    """The gates of ``layers``, watched in every backward pass until :meth:`close`.
+    """Measures the gates of ``layers`` in every backward pass until :meth:`close`, while training goes on as usual.
 
-    :meth:`end_step` is collective: after it all processes hold the same numbers, so that any process may save them by
-    itself, and any number of processes may go on from them. :meth:`kept` and :meth:`change` are, too.
+    :meth:`end_step`, :meth:`kept` and :meth:`change` are collective: all processes call them. After ``end_step`` all
+    processes hold the same numbers, so each can save them, and a resumed run may have another number of processes.
 
     Args:
-        model: holds the layers; it is trained as usual meanwhile.
+        model: the model with the layers.
         layers: name -> layer.
-        window: optimizer steps that are going to be made; of each, an equal share of ``EXAMPLES`` is kept.
-        loss_terms: N, where the loss of a step is not the mean over the positions of the model's output at which it
-            has a gradient (a classifier's examples, a language model's counted tokens): 1 for a sum.
-        caution: by how many standard errors each gradient is taken lower in the choice, so that a shallow cut does not
-            begin with directions that only seem to do harm: of very many, some do by chance.
+        window: how many optimizer steps will be measured; an equal part of ``EXAMPLES`` is kept of each.
+        loss_terms: N. None: the number of positions of the model's output with a gradient (a classifier's examples, a
+            language model's counted tokens). 1 if the loss is a sum.
+        caution: the choice lowers each gradient by this many standard errors. Of very many directions some seem harmful
+            by chance; without caution, a shallow cut would begin with these.
 
     Attributes:
-        steps: how many optimizer steps were seen.
-        skipped: how many of these had gradients that were not finite, and left nothing.
-        examples: how many samples with a gradient were kept, of all processes: examples, or passes where no layer has
-            shown examples.
-        loss_scale: what the loss is multiplied by before backward, as in mixed precision with float16.
+        steps: how many optimizer steps were measured.
+        skipped: how many of these had gradients that were not finite; they are not used.
+        examples: how many samples with a gradient all processes keep: examples, or passes if no layer shows examples.
+        loss_scale: factor of the loss before backward, as in mixed precision with float16.
         terms: N of the last step, in all processes.
-        source: who has counted N.
+        source: how N was counted.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Gates:
         self.terms, self.source = 0.0, ""
         self._layers, self._loss_terms, self._caution = dict(layers), loss_terms, caution
         self._passes = Passes(model, layers, -(-EXAMPLES // window // process_count()))
-        # Of each step.
+        # One entry per step.
         self._seen: list[_Step] = []
         self._cores: dict[str, list[Tensor]] = {name: [] for name in layers}
         self._reached: set[str] = set()
@@ -105,34 +104,34 @@ class Gates:
 
     @torch.no_grad()
     def end_step(self) -> None:
-        """Say that an optimizer step was made."""
+        """Take what the passes since the last optimizer step have shown; call it after each step."""
         self.steps += 1
         passes = self._passes.take()
         if not passes and process_count() == 1:
             return
         whole = {name for each in passes for name in each.whole}
         shown = {name for each in passes for name in each.cores} - whole
-        told = from_all(([(each.rows, len(each.kept), *each.counted()) for each in passes], shown, whole))
-        whole = set[str]().union(*(names for *_, names in told))
-        by_example = bool(set[str]().union(*(names for _, names, _ in told)) - whole)
+        everywhere = from_all(([(each.rows, len(each.kept), *each.counted()) for each in passes], shown, whole))
+        whole = set[str]().union(*(names for *_, names in everywhere))
+        by_example = bool(set[str]().union(*(names for _, names, _ in everywhere)) - whole)
         whole = whole if by_example else {*self._layers}
-        known = [each if by_example else (1, 1, *each[2:]) for own, *_ in told for each in own]
-        counts = [len(own) for own, *_ in told], [sum(kept for _, kept, *_ in own) for own, *_ in told]
+        known = [each if by_example else (1, 1, *each[2:]) for own, *_ in everywhere for each in own]
+        counts = [len(own) for own, *_ in everywhere], [sum(kept for _, kept, *_ in own) for own, *_ in everywhere]
         cores: dict[str, Tensor] = {}
         for names in (whole, self._layers.keys() - whole):
             mine = {name: joined(passes, name, self._layers[name], name in whole) for name in sorted(names)}
             cores |= _gathered(mine, counts[names is not whole])
         sizes = {name: core.flatten(1).abs().sum(1, dtype=torch.float64) for name, core in cores.items()}
-        # A step that float16's scaler skips.
+        # In float16 the loss scaler skips such a step.
         if not all(size.isfinite().all() for size in sizes.values()):
             self.skipped += 1
             return
-        places = torch.tensor(
-            [place for place, (_, kept, *_) in enumerate(known) for _ in range(kept)], dtype=torch.long
-        )
-        live = torch.zeros(len(places), dtype=torch.bool)
+        # For each sample, the index of its pass.
+        indices = [index for index, (_, kept, *_) in enumerate(known) for _ in range(kept)]
+        pass_of = torch.tensor(indices, dtype=torch.long)
+        live = torch.zeros(len(pass_of), dtype=torch.bool)
         for name, size in sizes.items():
-            live |= (size[places] if name in whole else size) > 0
+            live |= (size[pass_of] if name in whole else size) > 0
         if not live.any():
             return
         self._reached |= {name for name, size in sizes.items() if size.any()}
@@ -140,79 +139,79 @@ class Gates:
         self.terms, self.source = float(sum(terms for _, _, terms, _ in known)), known[-1][-1]
         if self._loss_terms is not None:
             self.terms, self.source = float(self._loss_terms), "loss_terms"
-        weights = torch.tensor([rows / kept for rows, kept, *_ in known], dtype=torch.float64)[places]
-        # Gradients are means over processes.
+        weights = torch.tensor([rows / kept for rows, kept, *_ in known], dtype=torch.float64)[pass_of]
+        # The gradient of a step is the mean over processes.
         scale = 1 / self.loss_scale / process_count()
-        self._seen.append(_Step(places, weights, sorted(whole), scale, self.terms))
+        self._seen.append(_Step(pass_of, weights, sorted(whole), scale, self.terms))
         for name, core in cores.items():
             self._cores[name].append(core)
 
     def close(self) -> None:
-        """Stop watching; what was collected stays."""
+        """Stop measuring; the data stays."""
         self._passes.close()
 
     @property
     def passes(self) -> int:
-        """How many backward passes with a gradient were seen, of all processes."""
+        """How many backward passes with a gradient were measured in all processes."""
         return sum(int(step.passes.max()) + 1 for step in self._seen)
 
     @property
     def by_pass(self) -> set[str]:
-        """Layers that have not shown examples, so that each backward pass is a sample."""
+        """Layers that have not shown examples, so that their samples are backward passes."""
         return set[str]().union(*(step.whole for step in self._seen))
 
     @property
     def samples(self) -> int:
-        """How many samples with a gradient the layer has that has fewest."""
+        """The smallest number of samples with a gradient of any layer."""
         return self.passes if self.by_pass else self.examples
 
     @property
     def enough(self) -> bool:
-        """Whether a gradient was seen in every step, or in as many samples as make it worth while."""
+        """Whether every step had a gradient, or enough samples had one."""
         return 0 < self.steps == len(self._seen) or self.samples >= FEW
 
     @property
     def seen(self) -> str:
-        """What was watched, in words."""
-        few, most = len(self.by_pass), f"{self.examples} examples"
+        """A text about the samples for a run's history."""
+        by_pass, samples = len(self.by_pass), f"{self.examples} examples"
         passes = f"{self.passes} backward passes"
-        if few:
-            most = passes if few == len(self._layers) else f"{most} ({passes} in {few} layers)"
-        return f"gates of {most}, N = {self.terms:g} by {self.source}"
+        if by_pass:
+            samples = passes if by_pass == len(self._layers) else f"{samples} ({passes} in {by_pass} layers)"
+        return f"gates of {samples}, {self.terms:g} loss terms by {self.source}"
 
     @property
     def unreached(self) -> list[str]:
-        """Layers that have an update and have seen no gradient while others have."""
+        """Layers with an update that no gradient has reached although it has reached other layers."""
         layers = self._layers.items() if self.examples else ()
         return [name for name, la in layers if name not in self._reached and la.scaling and la.lora_B.any()]
 
     def values(self) -> dict[str, Tensor]:
-        """{layer: (rank,) descending} what the directions are worth to the loss, for targets; not collective."""
+        """{layer: (rank,) descending}: the worth of each direction to the loss, for targets; not collective."""
         return self._estimate().values()
 
     def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
-        """{layer: the directions to keep, ascending} of the layers in ``ranks``, the others staying whole."""
+        """{layer: the directions to keep, ascending} for the layers in ``ranks``; all others keep their rank."""
         strange = sorted(ranks.keys() - self._layers.keys())
         if strange:
-            raise ConfigurationError(f"the gates of {strange[:3]} were not watched; leave these layers as they are")
+            raise ConfigurationError(f"the gates of {strange[:3]} were not measured; do not change these layers")
         whole = {name: layer.rank for name, layer in self._layers.items()} | dict(ranks)
         kept = from_first(lambda: self._estimate().kept(whole))
         return {name: kept[name] for name in ranks}
 
     def change(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
-        """{layer: its part in the estimated change of the loss} if of each layer these directions are kept."""
+        """{layer: its part of the estimated change of the loss} if each layer keeps these directions."""
         whole = {name: torch.arange(layer.rank) for name, layer in self._layers.items()} | dict(kept)
         parts = from_first(lambda: self._estimate().change(whole))
         return {name: parts[name] for name in kept}
 
     def _estimate(self) -> Quadratic:
-        """The quadratic in the singular directions of the factors as they are when it is first asked for."""
+        """The quadratic in the directions of the factors at the time of the first call."""
         if self._quadratic is None:
             parts = self._gradients()
-            # A 7B's cores and its Hessian need not be held at once.
+            # The cores are freed first, because those of a 7B model and its Hessian take much memory.
             self._cores = {}
             widths = {name: width_of(layer) for name, layer in self._layers.items()}
-            # Of a gradient's squared standard error to the curvature, by sample
+            # For each sample, the ratio of a gradient's squared standard error to the curvature.
             ratios = torch.cat(
                 [torch.zeros(0, 1), *(s.weights[:, None] / s.terms / len(self._seen) for s in self._seen)]
             )
@@ -222,7 +221,7 @@ class Gates:
 
     @torch.no_grad()
     def _gradients(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Of each layer the (R,) gradient of the loss by its gates, and the (samples, R) root of their Hessian."""
+        """By layer: the (R,) gradient of the loss by its gates, and the (samples, R) root of their Hessian."""
         if self.skipped and not self._seen:
             raise DivergedError(
                 f"no gradient of {self.skipped} steps was finite. Training has diverged: lower optimizer.lr"
@@ -234,7 +233,7 @@ class Gates:
             except ValueError as error:
                 raise diverged(name, error) from error
             from_A, from_B = (torch.stack([getattr(svd, key) for svd in svds]).cpu() for key in ("from_A", "from_B"))
-            # A gate before nothing changes nothing.
+            # The gate of a zero direction has no gradient.
             live = torch.stack([svd.lora_A.any(dim=1) & svd.lora_B.any(dim=0) for svd in svds]).cpu()
             gradients[name] = torch.zeros(layer.rank, dtype=torch.float64)
             rows = [gradients[name].new_zeros(0, layer.rank)]
@@ -250,9 +249,9 @@ class Gates:
         return gradients, roots
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain containers and tensors; passes since the last optimizer step are left out."""
+        """The state in plain containers and tensors, without passes since the last optimizer step."""
         return {name: getattr(self, name) for name in _COUNTS} | {
-            "room": self._passes.room,
+            "room": self._passes.per_pass,
             "reached": sorted(self._reached),
             "seen": [dict(vars(step)) for step in self._seen],
             "cores": {name: list(parts) for name, parts in self._cores.items()},
@@ -261,7 +260,7 @@ class Gates:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in _COUNTS:
             setattr(self, name, state[name])
-        self._passes.room = state["room"]
+        self._passes.per_pass = state["room"]
         self._reached, self._seen = set(state["reached"]), [_Step(**step) for step in state["seen"]]
         self._cores = {name: list(state["cores"][name]) for name in self._layers}
 
@@ -270,7 +269,7 @@ _COUNTS = ("steps", "skipped", "examples", "terms", "source")
 
 
 def _gathered(cores: Mapping[str, Tensor], counts: list[int]) -> dict[str, Tensor]:
-    """The cores of all processes on the CPU, of which ``counts`` says how many each has, in one message."""
+    """The cores of all processes on the CPU, by one message; ``counts`` is the number of samples of each process."""
     if len(counts) == 1 or not cores:
         return {name: core.cpu() for name, core in cores.items()}
     message = torch.cat([core.flatten(1) for core in cores.values()], dim=1)

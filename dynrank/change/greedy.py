@@ -1,8 +1,8 @@
-"""Which singular directions of all layers the loss needs least, by a quadratic estimate with all interactions.
+"""A greedy choice of the directions that the loss needs least, by a quadratic estimate with all interactions.
 
-A gate of 1 stands before every direction. With ``g`` the gradient of the loss by the gates and ``H`` an estimate of
-its Hessian, dropping the set S changes the loss by about ``-sum_S g + 1/2 sum_{S x S} H``. The greedy drops, again and
-again, the direction that adds least to this per parameter.
+Every direction has a gate, a factor of 1 before it. With ``g`` the gradient of the loss by the gates and ``H`` an
+estimate of its Hessian, dropping the set S changes the loss by about ``-sum_S g + 1/2 sum_{S x S} H``. The greedy
+repeatedly drops the direction that adds least to this per parameter.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossChange:
-    """The change of the loss that a change of ranks is estimated to make, or one layer's part in it.
+    """The estimated change of the loss by a change of ranks, or one layer's part of it.
 
     Attributes:
-        first_order: minus the sum of the gradients by the gates that close.
-        second_order: of the curvature within the layer.
-        between_layers: of the curvature between layers; each of two layers bears half.
+        first_order: minus the sum of the gradients by the gates of dropped directions.
+        second_order: the part of the curvature within a layer.
+        between_layers: the part of the curvature between layers; each of two layers gets half.
     """
 
     first_order: float
@@ -35,17 +35,16 @@ class LossChange:
 
 
 class Quadratic:
-    """The quadratic of the loss in all gates.
+    """The quadratic estimate of the loss in all gates.
 
     Args:
         gradients: {layer: (R,) gradient of the loss by its gates}.
-        roots: {layer: (S, R)}, the rows of a root of the Hessian: ``H = roots^T roots`` with all layers side by side.
+        roots: {layer: (S, R)}, its columns in a root of the Hessian: ``H = roots^T roots`` with those of all layers.
         widths: {layer: parameters of one of its directions}.
-        margins: {layer: (R,) by how much each gradient is taken lower when directions are dropped}; 0 where None.
+        margins: {layer: (R,) amount by which the choice lowers each gradient}; None means 0.
 
-    Everything is float64 on the CPU. Layers are taken in the order of their names, and of equal candidates the last one
-    goes (of a layer that no gradient has reached its smallest direction), so that the same numbers give the same choice
-    whatever the order of the layers.
+    Everything is float64 on the CPU. Layers are sorted by name, so their given order does not change the choice. Of
+    equal candidates the last one is dropped; in a layer that no gradient has reached, that is its smallest direction.
     """
 
     def __init__(
@@ -68,9 +67,9 @@ class Quadratic:
         self._hessian = self._roots.T @ self._roots
 
     def dropped(self, ranks: Mapping[str, int]) -> tuple[list[int], list[float]]:
-        """Every direction above ``ranks`` (of each layer), in the order in which the greedy drops them, and its price.
+        """(directions, prices) of all drops down to these ``ranks`` of the layers, in order.
 
-        The price is what the drop adds to the loss, per parameter.
+        A price is what the drop adds to the loss, per parameter.
         """
         left = np.array([place.stop - place.start - ranks[name] for name, place in self._places.items()])
         cost, order, prices = 0.5 * np.diag(self._hessian) - self._gradient + self._margin, [], []
@@ -88,14 +87,14 @@ class Quadratic:
         return order, prices
 
     def values(self) -> dict[str, Tensor]:
-        """{layer: (R,) descending}: numbers whose squares, per parameter, order all directions as the greedy does.
+        """{layer: (R,) descending}: values whose squares, per parameter, order all directions as the greedy does.
 
         Values never decrease along the drop order: a direction dropped after a more expensive one gets that one's
-        value, plus a tie-breaker of 1e-9. What lowers the loss gets the tie-breaker alone. So targets may treat them as
-        singular values.
+        value, plus a tie-breaker of 1e-9. A drop that lowers the loss gets only the tie-breaker. So targets can use the
+        values like singular values.
         """
         order, prices = self.dropped(dict.fromkeys(self._places, 1))
-        # What was never dropped is the last direction of each layer.
+        # The directions that are never dropped: one in each layer.
         rest = [i for i in range(len(self._gradient)) if i not in set(order)]
         levels = np.maximum.accumulate(np.maximum([*prices, *[0.0] * len(rest)], 0.0))
         top = levels[-1] if len(levels) and levels[-1] > 0 else 1.0
@@ -106,13 +105,13 @@ class Quadratic:
         return {name: torch.from_numpy(np.sort(roots[place])[::-1].copy()) for name, place in self._places.items()}
 
     def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
-        """{layer: (rank,) the directions that the greedy leaves, ascending} at these ranks of all layers."""
+        """{layer: (rank,) the directions that the greedy keeps at these ranks, ascending}; ``ranks`` has all layers."""
         gone = np.zeros(len(self._gradient), dtype=bool)
         gone[self.dropped(ranks)[0]] = True
         return {name: torch.from_numpy(np.flatnonzero(~gone[place])) for name, place in self._places.items()}
 
     def change(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
-        """{layer: its part in the estimated change of the loss} where of each layer these directions are kept."""
+        """{layer: its part of the estimated change of the loss} if each layer keeps these directions."""
         first, moved = {}, {}
         for name, place in self._places.items():
             gone = np.ones(place.stop - place.start)

@@ -1,4 +1,4 @@
-"""Which optimizers' state can be carried through a change of rank, and of what kind each entry of it is."""
+"""The optimizers whose state can be carried through a change of rank, and the kind of each entry of that state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
 
-# So many numbers share a scale in bitsandbytes' 8-bit state.
+# How many numbers share a scale in bitsandbytes' 8-bit state.
 BLOCK = 256
 KEPT, LINEAR, SQUARED, ROW, COLUMN, POSITION, STEP, SCALES = (
     "kept", "linear", "squared", "row", "column", "position", "step", "scales",
@@ -22,9 +22,9 @@ _ADAM = {"step": KEPT, "exp_avg": LINEAR, "exp_avg_sq": SQUARED, "max_exp_avg_sq
 # Entries that only bitsandbytes has.
 _BITS = {"step": KEPT, "qmap1": KEPT, "qmap2": KEPT, "absmax1": SCALES, "absmax2": SCALES}
 _SCHEDULE_FREE = {"z": POSITION, "exp_avg_sq": SQUARED}
-# Kinds of the entries, by package and class: nothing but torch needs to be installed. What isn't here is refused, a
-# subclass too, which may hold anything; so are RMSprop that is centred (a square is no longer above that of the mean
-# once both have moved) and Adamax (the largest gradient of a sum is not known).
+# Kinds of the entries, by package and class, so that only torch has to be installed. Other optimizers are refused, and
+# so are subclasses, which may have other state. Centred RMSprop is refused, because after the maps a second moment may
+# be below the square of the mean; Adamax, because the largest gradient of a sum is not known.
 RULES: dict[str, dict[str, str]] = {
     "torch.SGD": {"momentum_buffer": LINEAR},
     "torch.RMSprop": {"step": KEPT, "square_avg": SQUARED, "momentum_buffer": STEP},
@@ -55,19 +55,21 @@ RULES: dict[str, dict[str, str]] = {
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], optimizer_state: str) -> None:
-    """Refuse, before anything is changed, an optimizer whose state for ``parameters`` cannot be carried (or forgotten).
+    """Refuse, before anything changes, an optimizer whose state for ``parameters`` cannot be carried (or reset).
 
     Args:
-        optimizer: without a wrapper.
-        parameters: those that will change.
+        optimizer: the optimizer without a wrapper.
+        parameters: the parameters whose shape will change.
         optimizer_state: "transport" or "reset".
     """
     name, rules = rule_name(optimizer).removeprefix("torch."), RULES.get(rule_name(optimizer))
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigurationError(f"optimizer {name} keeps all parameters in one vector, whose length may not change")
+        raise ConfigurationError(
+            f"optimizer {name} keeps all parameters in one vector, whose length cannot change; set optimizer.name"
+        )
     if optimizer_state == "reset":
         if rule_name(optimizer) in ("schedulefree.AdamWScheduleFree", "schedulefree.RAdamScheduleFree"):
-            # v = 0 with a bias correction that is over: the first step would be 1 / sqrt(1 - beta2) = 31 times too long
+            # With v = 0 and the bias correction over, the first step would be 1 / sqrt(1 - beta2) = 31 times too long.
             raise ConfigurationError(
                 f"optimizer {name} counts steps for a whole group, so the moments of one parameter cannot start again; "
                 "set schedule.how.optimizer_state=transport"
@@ -96,9 +98,9 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
 
 
 def rule_name(optimizer: Optimizer) -> str:
-    """Package and class, and an option by which the state becomes another one."""
+    """The key in RULES: package, class, and the options that change the state."""
     cls = type(optimizer)
-    # Paged state is an option of bitsandbytes.
+    # bitsandbytes can put its state into paged memory.
     options = {"is_paged": getattr(optimizer, "is_paged", False)}
     options["centered"] = any(group.get("centered") for group in optimizer.param_groups)
     chosen = "".join(f"({option})" for option, value in options.items() if value)
@@ -106,12 +108,12 @@ def rule_name(optimizer: Optimizer) -> str:
 
 
 def shape_of(kind: str, parameter: nn.Parameter) -> tuple[int, ...]:
-    """The shape of an entry of this kind, which some keep flat (transformers' Adafactor, Prodigy)."""
+    """The shape of an entry of this kind; transformers' Adafactor and Prodigy may store it flat."""
     rows, columns = parameter.flatten(1).shape
     special = {ROW: (rows, 1), COLUMN: (1, columns), SCALES: (-(-parameter.numel() // BLOCK),)}
     return special.get(kind, (*parameter.shape,))
 
 
 def moves(kind: str, value: Any) -> bool:
-    """Whether an entry changes with the coordinates: no count, and not the one zero by which Prodigy says all zeros."""
+    """Whether a change of rank must transform the entry; not a count, nor Prodigy's single 0 for a tensor of zeros."""
     return kind != KEPT and value is not None and not (value.ndim == 0 and value == 0)

@@ -1,4 +1,4 @@
-"""The backward passes of an optimizer step: of each LoRA layer and each example the core ``sum_t dz_t z_t^T``."""
+"""The backward passes of an optimizer step, and in them the core ``sum_t dz_t z_t^T`` of each layer and example."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from dynrank.private import backward_number
 
 @dataclass
 class Pass:
-    """One call's part in a backward pass: its examples, and what the layers have shown.
+    """The part of one call of the model in a backward pass: its examples and their cores.
 
     Attributes:
-        task: the number of the backward pass.
-        rows: examples.
-        call: the call, where one is known.
-        terms: of the loss, as the first layer has shown them, where no call is known.
-        calls: by module, those that belong to it.
-        kept: which examples are kept.
-        cores: (examples kept, E, R, R) by layer, of a layer in ``whole`` (1, E, R, R); E products have one core each.
-        whole: the layers that have shown the sum of all examples alone.
+        task: id of the backward pass.
+        rows: number of examples.
+        call: the call of the model, if it is known.
+        terms: number of terms of the loss by the first layer of the backward pass; only used if no call is known.
+        calls: calls in this pass, by module.
+        kept: indices of the examples that are kept.
+        cores: (kept examples, E, R, R) by layer, with one core per product; (1, E, R, R) for a layer in ``whole``.
+        whole: the layers that show only the sum over all examples.
     """
 
     task: int
@@ -44,15 +44,15 @@ class Pass:
     def sizes(self) -> list[int] | None:
         return self.call.sizes if self.call is not None else None
 
-    def thin(self, room: int) -> None:
-        """Keep no more than ``room`` of its examples, evenly spread."""
-        stay = _evenly(len(self.kept), room)
+    def thin(self, most: int) -> None:
+        """Keep at most ``most`` of the examples, evenly spread."""
+        stay = _evenly(len(self.kept), most)
         self.kept = self.kept[stay]
         for name in self.cores.keys() - self.whole:
             self.cores[name] = self.cores[name][stay.to(self.cores[name].device)]
 
     def counted(self) -> tuple[int, str]:
-        """(terms of its part of the loss, who has counted them)."""
+        """(number of terms of its part of the loss, how they were counted)."""
         call = self.call
         if call is not None and call.terms is not None:
             return int(call.terms), "the model's output"
@@ -62,23 +62,23 @@ class Pass:
             return int(self.terms), "the layer nearest to the loss"
         if call is not None:
             return self.rows, "its examples"
-        return self.rows, "the backward passes, for want of better (set loss_terms)"
+        return self.rows, "the number of backward passes (if that is wrong, set loss_terms)"
 
 
 class Passes:
-    """The backward passes of ``model`` since the last optimizer step, watched until :meth:`close`.
+    """Collects the backward passes of ``model`` since the last optimizer step, until :meth:`close`.
 
     Args:
-        model: holds the layers.
+        model: the model with the layers.
         layers: name -> layer.
         quota: how many examples of a step are kept.
 
     Attributes:
-        room: how many examples each pass may keep; it falls where a step has many passes.
+        per_pass: how many examples of each pass are kept; it falls if a step has many passes.
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, RankedLayer], quota: int) -> None:
-        self.room, self._quota, self._layers = quota, quota, dict(layers)
+        self.per_pass, self._quota, self._layers = quota, quota, dict(layers)
         self._passes: list[Pass] = []
         self._stops = []
         for name, layer in layers.items():
@@ -88,34 +88,34 @@ class Passes:
         self._stops.append(Calls(model, [layer.module for layer in layers.values()], self._arrive).close)
 
     def take(self) -> list[Pass]:
-        """What the step that has ended leaves; the next one begins."""
+        """The passes of the step that has ended; later passes belong to the next step."""
         passes, self._passes = self._passes, []
         return passes
 
     def close(self) -> None:
-        """Stop watching."""
+        """Remove all hooks."""
         for stop in self._stops:
             stop()
         self._stops = []
 
     def _arrive(self, call: Call) -> None:
-        """Begin what a call has in a backward pass; a module that is called once more brings other examples."""
+        """Add ``call`` to the current pass, or to a new one if its module was called before: it has other examples."""
         last, task = self._passes[-1] if self._passes else None, backward_number()
         if last is None or last.task != task or last.calls.get(call.module, call) is not call:
             last = self._begin(task, len(call.sizes) if call.sizes is not None else call.rows, call)
         last.calls[call.module] = call
 
     def _begin(self, task: int, rows: int, call: Call | None = None) -> Pass:
-        """Another pass of the step; each keeps as many of its examples, and at least one."""
-        self.room = min(self.room, max(1, self._quota // (len(self._passes) + 1)))
+        """Another pass of the step. All passes keep the same number of examples, at least one."""
+        self.per_pass = min(self.per_pass, max(1, self._quota // (len(self._passes) + 1)))
         for each in self._passes:
-            if len(each.kept) > self.room:
-                each.thin(self.room)
-        self._passes.append(Pass(task, rows, call, kept=_evenly(rows, self.room)))
+            if len(each.kept) > self.per_pass:
+                each.thin(self.per_pass)
+        self._passes.append(Pass(task, rows, call, kept=_evenly(rows, self.per_pass)))
         return self._passes[-1]
 
     def _current(self, name: str, rows: int) -> Pass:
-        """The pass in which a layer reports. Without calls, reentrant checkpointing's backward passes are one."""
+        """The pass that a layer's data belongs to. Without calls, reentrant checkpoints' inner passes count as one."""
         last, task = self._passes[-1] if self._passes else None, backward_number()
         if last is not None and (last.call is not None or last.task == task or name not in last.cores):
             if last.call is None:
@@ -125,14 +125,14 @@ class Passes:
 
     @torch.no_grad()
     def _tap(self, name: str, z: Tensor, dz: Tensor) -> None:
-        """Add the cores of a layer's examples; it may be used twice in a pass."""
-        # One position without a batch is one example.
+        """Add the cores of a layer's examples; a layer may run twice in a pass."""
+        # A tensor without a batch dimension is one example.
         z, dz = (t[None] if t.ndim == 1 else t for t in (z, dz))
         current = self._current(name, len(dz))
         if current.call is None and current.terms is None:
             current.terms = counted(dz)
         examples = _by_example(z, dz, current)
-        # Where they cannot be told apart, the gradient of A has their sum.
+        # If examples cannot be told apart, the hook on A's gradient adds their sum later.
         if examples is None or name in current.whole:
             current.cores.pop(name, None)
             current.whole.add(name)
@@ -145,7 +145,7 @@ class Passes:
 
     @torch.no_grad()
     def _whole(self, name: str, gradient: Tensor) -> None:
-        """Add the core of all positions, by the gradient of A, where the layer has not shown its examples."""
+        """Add the core of all positions, from the gradient of A, if the layer has not shown its examples."""
         layer, current = self._layers[name], self._current(name, 1)
         if name in current.cores and name not in current.whole:
             return
@@ -160,38 +160,38 @@ class Passes:
 
 
 def joined(passes: list[Pass], name: str, layer: RankedLayer, whole: bool) -> Tensor:
-    """(samples, E, R, R) of a step, or (passes, E, R, R) if ``whole``; zeros where a pass has not reached the layer."""
+    """The cores of a step, (examples, E, R, R), or (passes, E, R, R) if ``whole``; zeros if a pass lacks the layer."""
     wide, shape = torch.promote_types(layer.lora_A.dtype, torch.float32), (layer.experts, layer.rank, layer.rank)
     parts = []
     for seen in passes:
         core = seen.cores.get(name)
         if core is None:
             core = layer.lora_A.new_zeros(1 if whole else len(seen.kept), *shape, dtype=wide)
-        # Another process has not shown its examples.
+        # Here the layer shows examples, but in another process it does not.
         elif whole and name not in seen.whole:
             core = core.sum(0, keepdim=True) * (seen.rows / len(core))
         parts.append(core)
-    # One is not copied: on a CPU fresh memory is half of what watching costs.
+    # A single part is not copied: on a CPU, new memory is half of the cost of measuring gates.
     if len(parts) == 1:
         return parts[0]
     return torch.cat(parts) if parts else layer.lora_A.new_zeros(0, *shape, dtype=wide)
 
 
 def _evenly(count: int, most: int) -> Tensor:
-    """Up to ``most`` of the numbers below ``count``, evenly spread."""
+    """At most ``most`` of the integers below ``count``, evenly spread."""
     kept = min(count, most)
     return torch.arange(kept) * count // max(kept, 1)
 
 
 def _by_example(z: Tensor, dz: Tensor, seen: Pass) -> tuple[Tensor, Tensor] | None:
-    """(examples kept, positions, R) of both, zeros where one is shorter; None if they cannot be told apart."""
+    """(z, dz), each (kept examples, positions, R) padded with zeros; None if examples cannot be told apart."""
     if seen.sizes is not None:
         if dz[..., 0].numel() != sum(seen.sizes):
             return None
         parts = ([*torch.split(t.reshape(-1, t.shape[-1]), seen.sizes)] for t in (z, dz))
         z, dz = (pad_sequence([part[i] for i in seen.kept], batch_first=True) for part in parts)
         return z, dz
-    # Positions may come before the batch.
+    # The dimension of positions may come before that of the batch.
     if len(dz) != seen.rows and dz.ndim > 2 and dz.shape[1] == seen.rows:
         z, dz = z.transpose(0, 1), dz.transpose(0, 1)
     if len(dz) % seen.rows or not len(dz):

@@ -1,4 +1,4 @@
-"""New factors and optimizer state, put in the place of the old ones all at once; and the old ones, kept to go back."""
+"""The replacement of all factors and optimizer state by new ones at once, and a copy of the old ones to restore."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ State = dict[str, Any]
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A block that Ctrl-C leaves whole: it comes at the end. Threads beside the main one are never interrupted."""
+    """Delay Ctrl-C until the end of the block. (Ctrl-C never interrupts threads other than the main one.)"""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -43,12 +43,12 @@ def uninterrupted() -> Iterator[None]:
 
 @dataclass
 class Replacement:
-    """All that a change of ranks replaces, complete before the first assignment.
+    """All new values of a change of ranks, complete before the first assignment.
 
     Attributes:
-        factors: (layer, its lora_A, its lora_B), of the model's layers and of its averages'.
-        states: (optimizer, parameter, the parameter's state), empty where the optimizer is to forget it.
-        modules: the model and its averages, whose PEFT configs follow the ranks.
+        factors: (layer, new lora_A, new lora_B) for the layers of the model and of its averages.
+        states: (optimizer, parameter, new state of the parameter); an empty state deletes the old one.
+        modules: the model and its averages; their PEFT configs get the new ranks.
     """
 
     factors: list[tuple[RankedLayer, Tensor, Tensor]] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Replacement:
     modules: list[nn.Module] = field(default_factory=list)
 
     def put(self) -> None:
-        """Replace everything, by assignments alone; Ctrl-C on the way comes when all is done."""
+        """Replace everything by assignments; Ctrl-C takes effect after the last one."""
         peft = [(layer, len(lora_A)) for layer, lora_A, _ in self.factors if isinstance(layer, PeftLayer)]
         ranks = {(layer.module, layer.adapter): rows // layer.experts for layer, rows in peft}
         configs = [change for module in self.modules for change in config_changes(module, ranks)]
@@ -73,7 +73,7 @@ class Replacement:
             forget_compiled()
 
     def made(self) -> Iterator[Tensor]:
-        """The tensors that were made for it, on the parameters' devices; what a state keeps is not among them."""
+        """The new tensors on the parameters' devices, without those that a state takes over from the old state."""
         for _, *factors in self.factors:
             yield from factors
         for optimizer, parameter, state in self.states:
@@ -82,7 +82,7 @@ class Replacement:
             yield from (tensor for tensor in tensors if tensor.device == parameter.device)
 
     def copy(self) -> Replacement:
-        """A replacement with the same values in tensors of its own."""
+        """A replacement with copies of all tensors."""
         return Replacement(
             [(layer, lora_A.detach().clone(), lora_B.detach().clone()) for layer, lora_A, lora_B in self.factors],
             [(optimizer, parameter, _copied(state)) for optimizer, parameter, state in self.states],
@@ -95,7 +95,7 @@ def _copied(state: State) -> State:
 
 
 class Snapshot:
-    """Everything that :func:`dynrank.resize` may change of model, optimizers and averages, to be put back exactly."""
+    """A copy of everything that :func:`dynrank.resize` may change in a model, its optimizers and its averages."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], averages: Iterable[nn.Module] = ()) -> None:
@@ -115,5 +115,5 @@ class Snapshot:
         self._saved = now.copy()
 
     def restore(self) -> None:
-        """Put back factors, ranks and optimizer state, bit for bit; as often as is needed."""
+        """Restore factors, ranks and optimizer state bit for bit; may be called repeatedly."""
         self._saved.copy().put()

@@ -1,4 +1,4 @@
-"""What a change of ranks does to each layer, and what its directions are worth."""
+"""The effect of a change of ranks on each layer, and the worth of its directions."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from dynrank.linalg import energy_kept, pooled, singular_values
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What a change of rank does to one layer.
+    """The effect of a change of rank on one layer.
 
     Attributes:
         layer: its name in the model.
         rank_before: rank before the change.
-        rank_after: rank after it.
-        energy_kept: share of the energy (sum of squared singular values) that stays, in [0, 1].
-        predicted_error: norm of the dropped singular values: the Frobenius norm of the update's change.
-        singular_values: of the update before the change (scaling included), descending.
+        rank_after: rank after the change.
+        energy_kept: share of the energy (sum of squared singular values) that is kept, in [0, 1].
+        predicted_error: norm of the dropped singular values, the Frobenius norm of the update's change.
+        singular_values: singular values of the update before the change (scaling included), descending.
         width: d_out + d_in (times the experts), the parameters of one direction.
-        loss: the layer's part in the estimated change of the loss; None where no gates were watched.
+        loss: the layer's part of the estimated change of the loss; None without gates.
     """
 
     layer: str
@@ -41,15 +41,15 @@ class LayerReport:
 
     @property
     def parameters_saved(self) -> int:
-        """Trainable numbers that go away (negative for growth)."""
+        """How many trainable parameters the change removes (negative for growth)."""
         return (self.rank_before - self.rank_after) * self.width
 
 
 @torch.no_grad()
 def spectra(layers: Mapping[str, RankedLayer], gates: Gates | None = None) -> dict[str, Tensor]:
-    """What each layer's directions are worth, (rank,) float64, descending.
+    """The worth of each layer's directions, (rank,) float64, descending.
 
-    Singular values of its update, scaling included; with ``gates``, what they are worth to the loss (see
+    These are the singular values of the update, scaling included; with ``gates``, their worth to the loss (see
     :meth:`dynrank.change.greedy.Quadratic.values`).
     """
     if gates is not None:
@@ -67,18 +67,18 @@ def spectra(layers: Mapping[str, RankedLayer], gates: Gates | None = None) -> di
 def report_of(
     name: str, rank: int, values: Tensor, width: int, kept: Tensor | None = None, loss: LossChange | None = None
 ) -> LayerReport:
-    """The report of a change to ``rank``, of a layer with these singular values (scaling included), one per direction.
+    """The report of a change to ``rank`` of a layer with these singular values (scaling included).
 
-    ``kept`` are the directions that stay, the first ones when None; ``width`` and ``loss`` as in :class:`LayerReport`.
+    ``kept`` are the kept directions, the first ones when None; ``width`` and ``loss`` are as in :class:`LayerReport`.
     """
     stays = (torch.arange(min(rank, len(values))) if kept is None else kept).to(values.device)
-    gone = values.index_fill(0, stays, 0.0)
+    dropped = values.index_fill(0, stays, 0.0)
     return LayerReport(
         layer=name,
         rank_before=len(values),
         rank_after=rank,
-        energy_kept=energy_kept(torch.cat([values[stays], gone]), len(stays)),
-        predicted_error=float(gone.norm()),
+        energy_kept=energy_kept(torch.cat([values[stays], dropped]), len(stays)),
+        predicted_error=float(dropped.norm()),
         singular_values=tuple(values.tolist()),
         width=width,
         loss=loss,

@@ -38,30 +38,29 @@ def resize(
     collective: bool = False,
     dry_run: bool = False,
 ) -> list[LayerReport]:
-    """Change the rank of LoRA layers in place, and carry the optimizers' state; shrinks or grows.
+    """Change the rank of LoRA layers in place, down or up, and carry the optimizers' state through the change.
 
-    Shrinking keeps the largest singular directions, which is the best approximation of the update, or with ``gates``
-    those that the loss needs most; growing leaves the function as it is. Scaling stays. The Parameter objects stay too,
-    so optimizers, their param groups, schedulers and hooks go on working; gradients are dropped, so call it when none
-    are pending. All or nothing: everything is checked and computed before the first layer is changed, and an interrupt
-    (Ctrl-C) leaves all as it was, or all changed.
+    A cut keeps the largest directions, which approximate the update best, or with ``gates`` those that the loss needs
+    most. Growth does not change the function. The scaling stays the same. The Parameter objects stay the same, too, so
+    optimizers, param groups, schedulers and hooks remain valid. Gradients are deleted, so call this between two steps.
+    All or nothing: everything is checked and computed before the first layer changes, and after an interrupt (Ctrl-C)
+    either nothing or everything has changed.
 
     Args:
         model: a model with LoRA layers, dynrank's or PEFT's.
         target: the new rank of every layer, or {layer name: new rank} for some.
-        optimizers: those that hold the layers' parameters; one that isn't given keeps moments of the old shape.
-        optimizer_state: "transport" carries the moments along, "reset" forgets them.
-        gates: what the loss says of every direction, watched over some steps since the last change.
-        averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); they move by the
-            same maps, see :mod:`dynrank.change.averages`.
-        generator: source of the random rows of a growth; torch's default generator when None.
-        collective: every process of torch's default group makes this call: process 0 computes, and all take its
-            factors, maps and optimizer state, so that they stay alike to the bit. DDP has to be wrapped around the
-            model anew afterwards.
-        dry_run: check and compute everything, and change nothing.
+        optimizers: all optimizers of the layers' parameters; the state of any other would keep the old shapes.
+        optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
+        gates: measured gates of every direction, from steps since the last change.
+        averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); the same maps
+            change them, see :mod:`dynrank.change.averages`.
+        generator: generator of the random rows of a growth; torch's default generator when None.
+        collective: whether every process of torch's default group makes this call. Process 0 computes, and all
+            processes get the bits of its factors, maps and optimizer state. Wrap the model in DDP again afterwards.
+        dry_run: check and compute everything, but change nothing.
 
     Returns:
-        A report per changed layer, in model order; layers that have their target rank already are left alone.
+        A report per changed layer, in model order; a layer that has its new rank already is left out.
 
     Raises:
         ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, a factor holds NaN or inf (it
@@ -79,7 +78,7 @@ def resize(
     changes = _changes(layers, targets, kept, generator, collective)
     new = _replacement(model, layers, changes, optimizer_state, optimizers, followers)
     if collective:
-        # The maps are the same everywhere, but not every machine multiplies to the same bits.
+        # All processes have the same maps, but different machines may compute products with different bits.
         copy_from_first(new.made())
     loss = gates.change(kept) if gates is not None else {}
     reports = []
@@ -93,12 +92,12 @@ def resize(
     return reports
 
 
-# The name of before version 0.3.
+# The name before version 0.3.
 predict = partial(resize, dry_run=True)
 
 
 def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[str, RankedLayer], dict[str, int]]:
-    """(all LoRA layers by name, {name: new rank} of those whose rank changes), both in model order."""
+    """(all LoRA layers by name, {name: new rank} for the layers whose rank changes), both in model order."""
     layers = dict(lora_layers(model))
     if not layers:
         raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
@@ -121,7 +120,7 @@ def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[s
 
 
 def _kept(layers: Mapping[str, RankedLayer], targets: Mapping[str, int], gates: Gates | None) -> dict[str, Tensor]:
-    """{layer: (rank,) which of its singular directions stay, ascending} of ``targets``; all of them where it grows."""
+    """{layer: (rank,) the directions that it keeps, ascending} for the layers in ``targets``; all of them in growth."""
     shrunk = {name: rank for name, rank in targets.items() if rank < layers[name].rank}
     chosen = gates.kept(shrunk) if gates is not None and shrunk else {}
     return {name: chosen.get(name, torch.arange(min(rank, layers[name].rank))) for name, rank in targets.items()}
@@ -134,7 +133,7 @@ def _changes(
     generator: torch.Generator | None,
     collective: bool,
 ) -> dict[str, RankChange]:
-    """New factors and maps by layer; process 0's in all where ``collective``."""
+    """New factors and maps by layer; if ``collective``, those of process 0."""
 
     def computed() -> dict[str, RankChange]:
         return {name: _change(name, layers[name], rank, kept[name], generator) for name, rank in targets.items()}
@@ -166,7 +165,7 @@ def _replacement(
     optimizers: Iterable[Optimizer],
     followers: Iterable[tuple[nn.Module, Mapping[str, RankedLayer]]],
 ) -> Replacement:
-    """Everything new: factors of the model and its averages, and optimizer state."""
+    """The new factors of the model and its averages, and the new optimizer state."""
     new = Replacement(modules=[model, *(average for average, _ in followers)])
     for name, change in changes.items():
         layer = layers[name]

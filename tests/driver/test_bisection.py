@@ -114,7 +114,7 @@ def test_gates_keep_the_directions_that_are_planted_in_few_trials():
     assert training.ranks == {name: len(values) for name, values in SPECTRA.items()}
     assert made.step == 4
     parameters = (3 * (12 + 20) + (20 + 10)) / (FULL * (12 + 20) + FULL * (20 + 10))
-    said = "fraction 1, gates of 400 examples, N = 1000 by loss_terms: "
+    said = "fraction 1, gates of 400 examples, 1000 loss terms by loss_terms: "
     said += f"4 of 16 directions, {parameters:.3f} of the bytes at the start, val/loss "
     assert made.reason.startswith(said)
     assert "0.50% allowed" in made.reason
@@ -125,7 +125,7 @@ def test_gates_keep_the_directions_that_are_planted_in_few_trials():
 def test_auto_cuts_to_a_share_without_a_trial_and_after_the_last_step_within_its_tolerance():
     training, (first, last) = drive(auto(0.005, share=0.5, at=0.5, how=STILL))
     assert (first.step, last.step) == (2, 4)
-    assert first.reason == "fraction 0.5, gates of 400 examples, N = 1000 by loss_terms"
+    assert first.reason == "fraction 0.5, gates of 400 examples, 1000 loss terms by loss_terms"
     assert training.ranks == {name: len(values) for name, values in SPECTRA.items()}
     # The layers keep 126 of 496 parameters.
     assert "0.254 of the bytes at the start" in last.reason

@@ -153,8 +153,8 @@ WINDOW_OF_8 = {"metric": "gates", "window": 8}
 @pytest.mark.parametrize(
     ("stages", "silent", "expected"),
     [
-        ([at(10, Rank(3), **WINDOW_OF_8)], 9, [(14, "step 10, gates of 32 examples, N = 8 by the model's output")]),
-        ([at(10, Rank(3), **WINDOW_OF_8)], 15, [(18, "step 10, gates of 16 examples, N = 8")]),
+        ([at(10, Rank(3), **WINDOW_OF_8)], 9, [(14, "step 10, gates of 32 examples, 8 loss terms by the model's")]),
+        ([at(10, Rank(3), **WINDOW_OF_8)], 15, [(18, "step 10, gates of 16 examples, 8 loss terms")]),
         ([at(10, Rank(3), **WINDOW_OF_8)], 99, [(18, f"step 10, {UNSEEN}")]),
         ([at(10, Rank(3), **WINDOW_OF_8), at(14, Rank(2))], 99, [(13, f"step 10, {UNSEEN}"), (14, "step 14")]),
         ([Stage(At(fraction=1.0), Rank(3), how=How("gates"))], 99, [(24, f"fraction 1, {UNSEEN}")]),
