@@ -3,21 +3,25 @@
 That forms the product of each layer's factors and takes its SVD: the whole one, or ``torch.svd_lowrank`` of twice the
 rank that is kept (pull request 2240 of sd-scripts, with its 2 iterations). Here it is written anew as two functions.
 Layers are timed in one process, in interleaved rounds; whole files, of the shapes of SDXL and Flux and made of random
-factors whose singular values fall as 1 / i, are taken from disk to disk by processes of their own, in turns.
-Run: .venv/bin/python scripts/bench_single_file.py [--rounds N] [--full-below N] [--files sdxl flux] [--share S]
+factors whose singular values fall as 1 / i, are taken from disk to disk by processes of their own, in turns. The whole
+SVD takes one layer of each shape, and its time is that by their number.
+Run: .venv/bin/python scripts/bench_single_file.py [--rounds N] [--full-below N] [--layers NAME ...] [--files sdxl flux]
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import json
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from measuring import ratio, rounds
@@ -114,33 +118,59 @@ def factors(shape: tuple[int, int], rank: int) -> Pair:
 def excess(up: Tensor, down: Tensor, new: Pair, rank: int) -> float:
     """By what share the error of an approximation is above the least that one of its rank can have."""
     least = singular_values(up, down)[rank:].norm()
-    error = (up.double() @ down.double() - new[0].double() @ new[1].double()).norm()
-    return float(error / least) - 1
+    return float(distance((up, down), new) / least) - 1
 
 
-def main() -> None:
+def distance(old: Pair, new: Pair) -> Tensor:
+    """The norm of the difference of two products, in float64 and from their factors."""
+    return singular_values(torch.cat([old[0], -new[0]], 1).double(), torch.cat([old[1], new[1]]).double()).norm()
+
+
+def excess_of_file(old: Mapping[str, Tensor], new: Mapping[str, Tensor], rank: int) -> float:
+    """The same of all layers of a file together."""
+    error = least = 0.0
+    for name in names_in(new):
+        before = product(old, name)
+        error += float(distance(before, product(new, name))) ** 2
+        least += float(singular_values(*before)[rank:].square().sum())
+    return (error / least) ** 0.5 - 1
+
+
+def names_in(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The layers of a file."""
+    return [key.removesuffix(".alpha") for key in tensors if key.endswith(".alpha")]
+
+
+def product(tensors: Mapping[str, Tensor], name: str) -> Pair:
+    """The factors of a layer's update, scaled."""
+    up, down = tensors[f"{name}.lora_up.weight"].double(), tensors[f"{name}.lora_down.weight"].double()
+    return up * float(tensors[f"{name}.alpha"]) / len(down), down
+
+
+def main(argv: list[str] | None = None) -> None:
     """Measure and print; called with a method, only do that."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=7, help="of layers")
+    parser.add_argument("--turns", type=int, default=3, help="of files")
     parser.add_argument("--full-below", type=int, default=2000, help="take whole SVDs of layers no wider than this")
+    parser.add_argument("--layers", nargs="*", choices=[*LAYERS], default=[*LAYERS])
     parser.add_argument("--files", nargs="*", choices=[*FILES], default=[*FILES])
-    parser.add_argument("--share", type=float, default=1.0, help="of the layers of a file")
     parser.add_argument("--method", choices=[*METHODS], help=argparse.SUPPRESS)
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if options.method:
         file, out, rank = options.job
-        resize(options.method, Path(file), Path(out), int(rank))
+        print(json.dumps(resize(options.method, Path(file), Path(out), int(rank))))
         return
     heads = [*METHODS, *(f"{n}, times as long" for n in OTHERS), *(f"{n}, error above least" for n in METHODS)]
     print("| layer | rank | " + " | ".join(f"{h}, ms" if h in METHODS else h for h in heads) + " |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for name, shape in LAYERS.items():
-        one_layer(name, shape, options)
-    print("\n| file | layers | rank | MB | method | processor s (median) | times as long | peak MiB |")
-    print("|---|---|---|---|---|---|---|---|")
+    for name in options.layers:
+        one_layer(name, LAYERS[name], options)
+    print("\n| file | layers | rank | MB | method | processor s | times as long | peak MiB | error above least |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for name in options.files:
         one_file(name, options)
 
@@ -153,9 +183,8 @@ def one_layer(name: str, shape: tuple[int, int], options: argparse.Namespace, ol
     cells = {n: f"{statistics.median(seconds[n]) * 1e3:.1f}" for n in methods}
     times = {n: "{:.0f} ({})".format(*ratio(seconds[n], seconds["dynrank"])) for n in methods}
     errors = {n: f"{excess(up, down, m(up, down, new), new):.1e}" for n, m in methods.items()}
-    others = [n for n in METHODS if n != "dynrank"]
     row = (
-        [cells.get(n, "") for n in METHODS] + [times.get(n, "") for n in others] + [errors.get(n, "") for n in METHODS]
+        [cells.get(n, "") for n in METHODS] + [times.get(n, "") for n in OTHERS] + [errors.get(n, "") for n in METHODS]
     )
     print("| " + " | ".join([name, f"{old} → {new}", *row]) + " |", flush=True)
 
@@ -163,59 +192,66 @@ def one_layer(name: str, shape: tuple[int, int], options: argparse.Namespace, ol
 def one_file(name: str, options: argparse.Namespace) -> None:
     """Rows of the second table: this file by a process of each method, in turns."""
     shapes, old, new = FILES[name]
-    chosen = dict([*shapes().items()][:: round(1 / options.share)])
+    layers = shapes()
+    counts = Counter(layers.values())
+    made = {shape: factors(shape, old) for shape in counts}
+    few = {layer: shape for shape, layer in {shape: layer for layer, shape in layers.items()}.items()}
+    runs: dict[str, list[dict[str, Any]]] = {"dynrank": [], "svd_lowrank": []}
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "source.safetensors"
-        made: dict[tuple[int, int], Pair] = {shape: factors(shape, old) for shape in Counter(chosen.values())}
-        tensors: dict[str, Tensor] = {}
-        for layer, shape in chosen.items():
-            up, down = made[shape]
-            tensors |= {f"{layer}.lora_up.weight": up.half(), f"{layer}.lora_down.weight": down.half()}
-            tensors[f"{layer}.alpha"] = torch.tensor(old / 2)
-        save_file(tensors, source, metadata={"ss_network_dim": str(old)})
-        size = source.stat().st_size / 1e6
-        del tensors, made
-        runs: dict[str, list[tuple[float, float]]] = {"dynrank": [], "svd_lowrank": []}
-        for number in range(3):
+        source, out = Path(folder) / "source.safetensors", Path(folder) / "out.safetensors"
+        write(source, layers, made, old)
+        for number in range(options.turns):
             for method in sorted(runs, reverse=bool(number % 2)):
-                out = Path(folder) / f"{method}{number}.safetensors"
                 runs[method].append(measured(method, source, out, new))
-        small = out.stat().st_size / 1e6
+        sizes = f"{source.stat().st_size / 1e6:.0f} → {out.stat().st_size / 1e6:.0f}"
+        if max(map(max, counts)) <= options.full_below:
+            write(source, few, made, old)
+            found = measured("whole SVD", source, out, new)
+            found["seconds"] = sum(found["layers"][layer] * counts[shape] for layer, shape in few.items())
+            runs["whole SVD"] = [found]
     for method, found in runs.items():
-        seconds = [second for second, _ in found]
-        times = statistics.median(s / o for s, (o, _) in zip(seconds, runs["dynrank"], strict=True))
-        peak = statistics.median(memory for _, memory in found)
-        cells = [name, str(len(chosen)), f"{old} → {new}", f"{size:.0f} → {small:.0f}", method]
-        print(
-            "| " + " | ".join([*cells, f"{statistics.median(seconds):.1f}", f"{times:.1f}", f"{peak:.0f}"]) + " |",
-            flush=True,
-        )
+        seconds, peak, error = (statistics.median(run[key] for run in found) for key in ("seconds", "peak", "excess"))
+        times = statistics.median(f["seconds"] / o["seconds"] for f, o in zip(found, runs["dynrank"], strict=False))
+        cells = [name, str(len(layers)), f"{old} → {new}", sizes, method, f"{seconds:.1f}", f"{times:.1f}"]
+        print("| " + " | ".join([*cells, f"{peak:.0f}", f"{error:.1e}"]) + " |", flush=True)
 
 
-def measured(method: str, source: Path, out: Path, rank: int) -> tuple[float, float]:
-    """(seconds of a processor, peak MiB resident) of a process that resizes a file, with its start."""
+def write(file: Path, layers: Shapes, made: Mapping[tuple[int, int], Pair], rank: int) -> None:
+    """A file of these layers in half precision, with half the rank as alpha."""
+    tensors: dict[str, Tensor] = {}
+    for layer, shape in layers.items():
+        up, down = made[shape]
+        tensors |= {f"{layer}.lora_up.weight": up.half(), f"{layer}.lora_down.weight": down.half()}
+        tensors[f"{layer}.alpha"] = torch.tensor(rank / 2)
+    save_file(tensors, file, metadata={"ss_network_dim": str(rank)})
+
+
+def measured(method: str, source: Path, out: Path, rank: int) -> dict[str, Any]:
+    """What a process that resizes a file says of itself, and how good the file is."""
+    out.unlink(missing_ok=True)
     command = [sys.executable, __file__, "--method", method, "--job", str(source), str(out), str(rank)]
-    process = subprocess.Popen(command)
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise RuntimeError(f"{method} ended with {status}")
-    return used.ru_utime + used.ru_stime, used.ru_maxrss / 2**10  # of one thread: others on the machine take no part
+    said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    return {**json.loads(said), "excess": excess_of_file(load_file(source), load_file(out), rank)}
 
 
-def resize(method: str, file: Path, out: Path, rank: int) -> None:
-    """Resize a whole file by a method."""
+def resize(method: str, file: Path, out: Path, rank: int) -> dict[str, Any]:
+    """Resize a whole file: processor seconds since Python's start and of layers, and peak MiB of resident memory."""
+    layers: dict[str, float] = {}
     if method == "dynrank":
         squeeze_adapter(file, out, rank=rank)
-        return
-    tensors: Mapping[str, Tensor] = load_file(file)
-    new: dict[str, Tensor] = {}
-    for key in [key for key in tensors if key.endswith(".alpha")]:
-        name = key.removesuffix(".alpha")
-        up, down = METHODS[method](tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"], rank)
-        scaling = float(tensors[key]) / len(tensors[f"{name}.lora_down.weight"])
-        new |= {f"{name}.lora_up.weight": up.half(), f"{name}.lora_down.weight": down.half().contiguous()}
-        new[key] = torch.tensor(scaling * rank)
-    save_file(new, out)
+    else:
+        tensors, new = load_file(file), {}
+        for name in names_in(tensors):
+            start = time.process_time()
+            up, down = METHODS[method](tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"], rank)
+            scaling = float(tensors[f"{name}.alpha"]) / len(tensors[f"{name}.lora_down.weight"])
+            new |= {f"{name}.lora_up.weight": up.half(), f"{name}.lora_down.weight": down.half().contiguous()}
+            new[f"{name}.alpha"] = torch.tensor(scaling * rank)
+            layers[name] = time.process_time() - start
+        save_file(new, out)
+    # getrusage would say the parent's peak where that is higher.
+    peak = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return {"seconds": time.process_time(), "peak": int(peak[1]) / 2**10 if peak else 0.0, "layers": layers}
 
 
 if __name__ == "__main__":

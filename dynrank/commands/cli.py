@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +44,13 @@ Gates = Annotated[
 ]
 Data = Annotated[
     str | None,
-    typer.Option(metavar="FILE", help="With --gates: rows of text and label; of prompt and answer, messages or text"),
+    typer.Option(
+        metavar="FILE", help="With --gates: what data.train takes; text and label; prompt and answer, messages or text"
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OURS=THEIRS", help="With --gates: what a column is called, if not as usual: text=review"),
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write; new or empty")]
 
@@ -68,6 +74,16 @@ def _count(text: str) -> int:
     return _whole(text)
 
 
+LossTerms = Annotated[
+    int | None,
+    typer.Option(
+        parser=_count,
+        metavar="N",
+        help="With --gates: of how many terms a batch's loss is the mean, if not of those that are counted",
+    ),
+]
+
+
 def _decimal(text: str) -> float:
     try:
         return float(text)
@@ -75,11 +91,15 @@ def _decimal(text: str) -> float:
         raise typer.BadParameter(f"must be a number, got {text!r}") from None
 
 
-def _check_gates(gates: bool, model: str | None, data: str | None) -> None:
-    if not gates and (model or data):
-        raise ConfigurationError(f"--model and --data go with --gates, got {model or data!r} without it")
-    if gates and not data:
+def _examples(gates: bool, **options: Any) -> dict[str, Any] | None:
+    """The arguments of a WatchedAdapter beside the adapter; None without gates."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
+    if not gates and given:
+        raise ConfigurationError(f"{', '.join(given)} must go with --gates")
+    if gates and not options["data"]:
         raise ConfigurationError("--gates needs --data FILE, whose examples say what the loss needs")
+    pairs = (pair.partition("=") for pair in options["columns"] or ())
+    return {**options, "columns": {ours: theirs for ours, _, theirs in pairs}} if gates else None
 
 
 def _print_version(asked: bool) -> None:
@@ -144,12 +164,14 @@ def squeeze(
     gates: Gates = False,
     model: Base = None,
     data: Data = None,
+    columns: Columns = None,
+    loss_terms: LossTerms = None,
 ) -> None:
     """Compress an adapter to lower ranks; give one of --rank, --energy and --budget."""
-    _check_gates(gates, model, data)
+    examples = _examples(gates, model=model, data=data, columns=columns, loss_terms=loss_terms)
     from dynrank.commands.squeeze import print_squeeze
 
-    print_squeeze(adapter, out, data, model, rank=rank, energy=energy, budget=budget)
+    print_squeeze(adapter, out, examples, rank=rank, energy=energy, budget=budget)
 
 
 @app.command()
@@ -223,15 +245,17 @@ def inspect(
     gates: Gates = False,
     model: Base = None,
     data: Data = None,
+    columns: Columns = None,
+    loss_terms: LossTerms = None,
 ) -> None:
     """Show each layer of an adapter: rank, scaling, singular values, and how many directions hold its energy.
 
     With --gates also the rank that it would keep in an adapter of half and of a quarter of the parameters.
     """
-    _check_gates(gates, model, data)
+    examples = _examples(gates, model=model, data=data, columns=columns, loss_terms=loss_terms)
     from dynrank.commands.inspect import show_adapter
 
-    show_adapter(adapter, plot, data, model)
+    show_adapter(adapter, plot, examples)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -22,7 +22,7 @@ from dynrank.targets import Target
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.data.columns import Form
 from dynrank.tasks.data.files import from_file
-from dynrank.tasks.data.splits import SPLITS, Checked
+from dynrank.tasks.data.splits import Checked
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 from dynrank.tasks.text_task import TextTask
@@ -41,6 +41,8 @@ class WatchedAdapter:
         data: the file: rows of a text and a label, or of what a language model learns: messages, a prompt and an
             answer, or a text.
         model: that the adapter was trained on; None: as it says.
+        columns: {ours: theirs} of the file, where they are not called as usual.
+        loss_terms: of how many terms a batch's loss is the mean; None: of as many as are counted.
 
     Attributes:
         model: with the adapter.
@@ -48,12 +50,14 @@ class WatchedAdapter:
         batches: of the examples.
     """
 
-    def __init__(self, adapter: Adapter, data: str, model: str | None) -> None:
+    def __init__(
+        self, adapter: Adapter, data: str, model: str | None, columns: Mapping[str, str], loss_terms: int | None
+    ) -> None:
         quiet_loading()
         self.model, tokenizer = answering(adapter, model)
-        self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, data)
+        self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, data, columns)
         self._layers = dict(lora_layers(self.model))
-        self.gates = Gates(self.model, self._layers, len(self.batches))
+        self.gates = Gates(self.model, self._layers, len(self.batches), loss_terms)
         # Without a scale, small gradients would be zero in float16.
         self.gates.loss_scale = 1024.0 if self.model.dtype == torch.float16 else 1.0
         with closing(self.gates):
@@ -81,11 +85,11 @@ class WatchedAdapter:
             yield self.model(**{key: value.to(self.model.device) for key, value in batch.items()}).loss
 
 
-def _batches(model: Any, tokenizer: str, data: str) -> list[dict[str, Tensor]]:
+def _batches(model: Any, tokenizer: str, data: str, columns: Mapping[str, str]) -> list[dict[str, Tensor]]:
     if model.config.is_encoder_decoder:
         raise ConfigurationError(f"--gates takes classifiers and causal language models, got a {type(model).__name__}")
-    rows, form = from_file(data, "--data", WRITTEN if model.can_generate() else ("classification",))
-    options: Any = {"model": tokenizer, "data": dict.fromkeys(SPLITS, spread(rows, EXAMPLES)), "max_length": LENGTH}
+    rows, form = from_file(data, "--data", WRITTEN if model.can_generate() else ("classification",), columns)
+    options: Any = {"model": tokenizer, "data": Checked(train=spread(rows, EXAMPLES)), "max_length": LENGTH}
     if form == "classification":
         task: TextTask = _named(Classification(**options, batch_size=8), model, data)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
 from dynrank.adapters.read import read_adapter
@@ -21,20 +22,20 @@ BUDGETS = (0.5, 0.25)
 Kept = Mapping[float, Mapping[str, int]]
 
 
-def show_adapter(folder: Path, plot: Path | None, data: str | None, model: str | None) -> None:
+def show_adapter(folder: Path, plot: Path | None, examples: Mapping[str, Any] | None) -> None:
     """Print the layers of the adapter in ``folder``, and draw their singular values into ``plot``.
 
-    With ``data``, a file of examples, the ranks are shown that gates would leave, as ``squeeze`` does; ``model`` is
-    what it was trained on, if not as it says.
+    With ``examples``, as :class:`dynrank.commands.gates.WatchedAdapter` takes them, the ranks are shown that gates
+    would leave, as ``squeeze`` does.
     """
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
     layers, kept = inspect_adapter(folder), {}
-    if data is not None:
+    if examples is not None:
         # This import loads what trains models, which other commands do not need.
         from dynrank.commands.gates import WatchedAdapter
 
-        watched = WatchedAdapter(read_adapter(folder), data, model)
+        watched = WatchedAdapter(read_adapter(folder), **examples)
         kept = {share: watched.ranks(Budget(share=share)) for share in BUDGETS}
     print_spectra(layers, kept)
     if plot is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,18 @@ from dynrank.output.console import print_facts, print_table
 from dynrank.targets import Target
 
 
-def print_squeeze(source: Path, out: Path, data: str | None, model: str | None, **options: Any) -> None:
+def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, **options: Any) -> None:
     """Squeeze the adapter in ``source`` into ``out``, and print what became of it.
 
     Args:
         source: folder of a PEFT LoRA adapter, or a file of diffusers, kohya or ComfyUI.
         out: folder, or file, to make.
-        data: file of examples by which gates choose; None: singular values do.
-        model: that the adapter was trained on; None: as it says.
+        examples: by which gates choose, as :class:`dynrank.commands.gates.WatchedAdapter` takes them; None: singular
+            values do.
         **options: of :func:`dynrank.adapters.squeeze.squeeze_adapter`.
     """
     loss: dict[str, object] = {}
-    way = partial(_by_gates, data=data, model=model, facts=loss) if data is not None else None
+    way = partial(_by_gates, examples=examples, facts=loss) if examples is not None else None
     layers = squeeze_adapter(source, out, **options, way=way)
     print_table(change_table("squeezed adapter", layers, RankEvent(0, "squeeze", tuple(layers)).loss))
     before = sum(layer.rank_before * layer.width for layer in layers)
@@ -49,12 +50,12 @@ def _of_file(source: Path, out: Path) -> dict[str, object]:
     return {"copied": copied, "file": f"{out}, {sizes}"}
 
 
-def _by_gates(adapter: Adapter, target: Target, *, data: str, model: str | None, facts: dict[str, object]) -> Squeezed:
+def _by_gates(adapter: Adapter, target: Target, *, examples: Mapping[str, Any], facts: dict[str, object]) -> Squeezed:
     """The ranks and directions that the loss of examples needs, as in training; ``facts`` are told of the loss."""
     # This import loads what trains models, which a cut by weight does not need.
     from dynrank.commands.gates import WatchedAdapter
 
-    watched = WatchedAdapter(adapter, data, model)
+    watched = WatchedAdapter(adapter, **examples)
     layers, before = dict(lora_layers(watched.model)), watched.loss()
     values = spectra(layers)
     ranks = watched.ranks(target)

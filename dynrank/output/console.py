@@ -8,6 +8,9 @@ from collections.abc import Collection, Mapping
 from rich.console import Console
 from rich.table import Table
 
+# rich takes most of a millisecond for each row.
+_LONG = 1000
+
 
 def table_console() -> Console:
     """The terminal; or, for a file or a pipe, lines with room for whole names of layers."""
@@ -26,8 +29,16 @@ def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Tabl
 
 
 def print_table(table: Table) -> None:
-    """Print ``table`` as wide as the output takes it."""
-    table_console().print(table)
+    """Print ``table`` as wide as the output takes it; a very long one as bare lines, each as wide as its cells."""
+    if table.row_count <= _LONG:
+        table_console().print(table)
+        return
+    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
+    widths = [max(map(len, cells)) for cells in columns]
+    print(table.title)
+    for row in zip(*columns, strict=True):
+        first, *others = map(str.rjust, row, widths)
+        print(row[0].ljust(len(first)), *others, sep="  ")
 
 
 def print_facts(facts: Mapping[str, object]) -> None:

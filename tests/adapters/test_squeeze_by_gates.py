@@ -99,8 +99,11 @@ def test_squeeze_by_gates_keeps_the_small_direction_that_the_loss_needs(job, lau
     torch.testing.assert_close(kept_B @ kept_A, lora_B[:, 1:] @ lora_A[1:], rtol=1e-4, atol=1e-6)
     assert {path.name for path in (tmp_path / "small").iterdir()} == {path.name for path in adapter.iterdir()}
 
-    code, printed, _ = launch("inspect", adapter, "--gates", "--data", file)
-    assert code == 0
+    rows = [{f"my {name}": value for name, value in row.items()} for row in ROWS[file.name]]
+    columns = [f"--columns={'text' if ours == 'review' else ours}=my {ours}" for ours in ROWS[file.name][0]]
+    arguments = ("--gates", "--data", written(tmp_path, f"renamed{file.suffix}", rows), *columns)
+    code, printed, said = launch("inspect", adapter, *arguments)
+    assert code == 0, said
     row = next(line for line in printed.splitlines() if line.startswith("│")).replace(" ", "").split("│")
     assert row[3:4] + row[10:12] == ["2", "1", "1"]  # its rank, and that in half and in a quarter of the parameters
 
@@ -113,9 +116,11 @@ def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, 
     few, bare = written(tmp_path, "few.csv", REVIEWS[:31]), written(tmp_path, "bare.csv", [{"a": 1}])
     for options, said in {
         ("--gates",): "--gates needs --data FILE",
-        ("--data", file): "go with --gates",
+        ("--data", file): "--data must go with --gates",
         ("--gates", "--data", "none.csv"): "--data must be a file of",
-        ("--gates", "--data", bare): "must have the columns text and label",
+        ("--gates", "--data", bare): "must have the columns text and label, by usual names; it has ['a']; say which is",
+        ("--gates", "--data", file, "--columns", "text=body"): "must be OURS=THEIRS, of ['label', 'text', 'text_pair'] and",
+        ("--loss-terms", 7): "--loss-terms must go with --gates",
         ("--gates", "--data", few): "must have at least 32 examples, got 31",
         ("--gates", "--data", other): "must be the adapter's, ['so-so', 'bad', 'good'], got ['fine']",
         ("--gates", "--data", file, "--model", tiny_llama): "was not trained on --model",
@@ -124,3 +129,10 @@ def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, 
         assert (code, message.count("error:")) == (2, 1)
         assert said in message
         assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("job", ["classification.csv"], indirect=True)
+def test_loss_terms_are_those_that_are_said(job, launch, tmp_path):
+    arguments = ("--gates", "--data", job[1], "--out", tmp_path / "small")
+    code, printed, said = launch("squeeze", job[0], "--rank", 1, *arguments, "--loss-terms", 7)
+    assert (code, "N = 7 by loss_terms" in " ".join(printed.split())) == (0, True), said

@@ -76,7 +76,9 @@ def find_columns(
         if theirs not in columns:
             usual = f"{ours} column by a usual name ({', '.join(_USUAL[ours])})"
             fix = [f"set data.columns.{ours} to one of these"]
-            fix += [f"set task={other}, which takes them" for other in COLUMNS if not theirs and _fits(columns, other)]
+            fix += [
+                f"set task={other}, which takes them" for other in COLUMNS if not theirs and _fits(columns, other, {})
+            ]
             wanted = f"column {theirs!r}" if theirs else usual
             raise ConfigurationError(f"{where} has no {wanted}; it has {columns}; {', or '.join(fix)}")
     known = {usual for each in _USUAL.values() for usual in each} | {*_UNREAD}
@@ -95,18 +97,24 @@ def find_columns(
     )
 
 
-def form_of(sample: Sample, forms: Sequence[Form], where: str) -> Form:
-    """The first of ``forms`` whose columns are there, as they are usually called."""
+def form_of(sample: Sample, forms: Sequence[Form], given: Mapping[str, str], where: str) -> Form:
+    """The first of ``forms`` whose columns are there, as the user calls them (``given``) or by usual names."""
     columns = _names_in(sample)
-    for form in forms:
-        if _fits(columns, form):
+    places = {name for form in forms for name in (*COLUMNS[form], *_MORE[form])}
+    for ours, theirs in given.items():
+        if ours not in places or theirs not in columns:
+            allowed = f"OURS=THEIRS, of {sorted(places)} and of {columns} in {where}"
+            raise ConfigurationError(f"--columns must be {allowed}; got {ours}={theirs}")
+    for form in sorted(forms, key=lambda form: given.keys().isdisjoint(COLUMNS[form])):
+        if _fits(columns, form, given):
             return form
     wanted = ", or ".join(" and ".join(COLUMNS[form]) for form in forms)
-    raise ConfigurationError(f"{where} must have the columns {wanted}, by usual names; it has {columns}; rename them")
+    usual = f"{where} must have the columns {wanted}, by usual names; it has {columns}"
+    raise ConfigurationError(f"{usual}; say which is which: --columns {COLUMNS[forms[0]][0]}=NAME")
 
 
-def _fits(columns: Sequence[str], form: str) -> bool:
-    return all(_usual(columns, {}, COLUMNS[form], {}).values())
+def _fits(columns: Sequence[str], form: str, given: Mapping[str, str]) -> bool:
+    return all(_usual(columns, given, COLUMNS[form], {}).values())
 
 
 def _found(columns: Sequence[str], given: Mapping[str, str | None], form: str) -> dict[str, str]:
