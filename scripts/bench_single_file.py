@@ -229,9 +229,15 @@ def write(file: Path, layers: Shapes, made: Mapping[tuple[int, int], Pair], rank
 def measured(method: str, source: Path, out: Path, rank: int) -> dict[str, Any]:
     """What a process that resizes a file says of itself, and how good the file is."""
     out.unlink(missing_ok=True)
+    said = in_a_process(method, source, out, rank)
+    return {**said, "excess": excess_of_file(load_file(source), load_file(out), rank)}
+
+
+def in_a_process(method: str, source: Path, out: Path, rank: int) -> dict[str, Any]:
+    """What :func:`resize` says in a process of its own."""
     command = [sys.executable, __file__, "--method", method, "--job", str(source), str(out), str(rank)]
-    said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
-    return {**json.loads(said), "excess": excess_of_file(load_file(source), load_file(out), rank)}
+    found: dict[str, Any] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    return found
 
 
 def resize(method: str, file: Path, out: Path, rank: int) -> dict[str, Any]:
@@ -240,12 +246,13 @@ def resize(method: str, file: Path, out: Path, rank: int) -> dict[str, Any]:
     if method == "dynrank":
         squeeze_adapter(file, out, rank=rank)
     else:
-        tensors, new = load_file(file), {}
+        tensors, new = load_file(file), dict[str, Tensor]()
         for name in names_in(tensors):
             start = time.process_time()
             up, down = METHODS[method](tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"], rank)
             scaling = float(tensors[f"{name}.alpha"]) / len(tensors[f"{name}.lora_down.weight"])
-            new |= {f"{name}.lora_up.weight": up.half(), f"{name}.lora_down.weight": down.half().contiguous()}
+            new[f"{name}.lora_up.weight"] = up.half().contiguous()
+            new[f"{name}.lora_down.weight"] = down.half().contiguous()
             new[f"{name}.alpha"] = torch.tensor(scaling * rank)
             layers[name] = time.process_time() - start
         save_file(new, out)
