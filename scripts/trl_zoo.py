@@ -45,6 +45,7 @@ ZOO: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
     "ORPO": (ORPOTrainer, ORPOConfig, "pairs", {"max_length": 64}),
     "Reward": (trl.RewardTrainer, trl.RewardConfig, "texts", {}),
     "GRPO": (trl.GRPOTrainer, trl.GRPOConfig, "prompts", WRITING),
+    "GRPO of equal rewards": (trl.GRPOTrainer, trl.GRPOConfig, "prompts", WRITING),
     "RLOO": (trl.RLOOTrainer, trl.RLOOConfig, "prompts", WRITING),
 }
 HEADINGS = ["trainer", "schedule", "parameters", "ranks", "in training, first → last", "PEFT differs by", "seconds"]
@@ -55,15 +56,22 @@ def digits(completions: Sequence[str], **_: Any) -> list[float]:
     return [sum(letter.isdigit() for letter in text) / max(1, len(text)) for text in completions]
 
 
+def equal(completions: Sequence[str], **_: Any) -> list[float]:
+    """The same for each, so that no gradient comes."""
+    return [1.0] * len(completions)
+
+
 def schedule_of(name: str, trainer: str, rank: int) -> Any:
     """Stages; ``auto`` is held to what the trainer's evaluation measures."""
     if name == "early_budget":
         return early_budget(max(1, rank // 4))
-    monitor = {"check_monitor": "eval_reward", "check_mode": "max"} if trainer in ("GRPO", "RLOO") else {}
+    monitor = {"check_monitor": "eval_reward", "check_mode": "max"} if "GRPO" in trainer or trainer == "RLOO" else {}
     return auto(0.05, how=How(metric="gates", rate_after="sqrt", **{"check_monitor": "eval_loss", **monitor}))
 
 
-def train(trainer_name: str, schedule_name: str, model: str, out: Path, rank: int, steps: int) -> list[str]:
+def train(
+    trainer_name: str, schedule_name: str, model: str, out: Path, rank: int, steps: int, rate: float = 5e-3
+) -> list[str]:
     """A run, and its row of the table; an error if PEFT loads something else than was trained."""
     trainer_class, config_class, columns, options = ZOO[trainer_name]
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -77,7 +85,7 @@ def train(trainer_name: str, schedule_name: str, model: str, out: Path, rank: in
 
     folder = out / f"{trainer_name} {schedule_name}".replace(" ", "_")
     settings = config_class(
-        str(folder), max_steps=steps, per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=5e-3,
+        str(folder), max_steps=steps, per_device_train_batch_size=4, per_device_eval_batch_size=4, learning_rate=rate,
         logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
         bf16=False, gradient_checkpointing=False, seed=0, **options,
     )  # fmt: skip
@@ -93,7 +101,7 @@ def train(trainer_name: str, schedule_name: str, model: str, out: Path, rank: in
         eval_dataset=data.select(range(32, 48)),
         processing_class=tokenizer,
         callbacks=[ranks],
-        **({"reward_funcs": digits} if options is WRITING else {}),
+        **({"reward_funcs": equal if "equal" in trainer_name else digits} if options is WRITING else {}),
         **({} if own else {"peft_config": lora}),
     )
     before = len(dynrank.adapter_parameters(trainer.model)), _size(trainer.model)
@@ -126,7 +134,8 @@ def rows(arguments: argparse.Namespace) -> Iterator[list[str]]:
     """A row for each trainer and schedule."""
     for name in arguments.trainers:
         for schedule in arguments.schedules:
-            yield train(name, schedule, arguments.model, Path(arguments.out), arguments.rank, arguments.steps)
+            sizes = arguments.rank, arguments.steps, arguments.rate
+            yield train(name, schedule, arguments.model, Path(arguments.out), *sizes)
 
 
 def main() -> None:
@@ -137,6 +146,7 @@ def main() -> None:
     parser.add_argument("--schedules", nargs="*", choices=["early_budget", "auto"], default=["early_budget", "auto"])
     parser.add_argument("--rank", type=int, default=8, help="at the start")
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rate", type=float, default=5e-3)
     arguments = parser.parse_args()
     for number, row in enumerate(rows(arguments)):
         # The number is known once the first run has met the other processes.

@@ -104,17 +104,17 @@ def _make_examples(
 ) -> dict[str, list[Any]]:
     texts = [rows[name] for name in ("text", "text_pair") if name in rows]
     options = {"return_token_type_ids": len(texts) > 1, "return_attention_mask": False}
-    made = tokenizer(*texts, **options, verbose=False)
-    cut_off = [len(ids) > max_length for ids in made["input_ids"]]
-    if any(cut_off):
-        long = [i for i, is_long in enumerate(cut_off) if is_long]
-        cut = tokenizer(*([text[i] for i in long] for text in texts), truncation=True, max_length=max_length, **options)
-        for name, column in cut.items():
-            for i, values in zip(long, column, strict=True):
-                made[name][i] = values
+    made = tokenizer(*texts, truncation=True, max_length=max_length, **options)
+    full = [i for i, ids in enumerate(made["input_ids"]) if len(ids) == max_length]
+    # Of the texts that fill an example, these go on; a tokenizer in Python has to be asked for their whole length.
+    if made.is_fast:
+        longer = {i for i in full if made[i].overflowing}
+    else:
+        longer = {i for i in full if len(tokenizer(*(text[i] for text in texts), verbose=False).input_ids) > max_length}
     index = {label: i for i, label in enumerate(labels)}
     values = [[one in given for one in labels] if isinstance(given, list) else index[given] for given in rows["label"]]
-    return {**made, "label": values, "length": [len(ids) for ids in made["input_ids"]], "cut": cut_off}
+    cut = [i in longer for i in range(len(values))]
+    return {**made, "label": values, "length": [len(ids) for ids in made["input_ids"]], "cut": cut}
 
 
 class Classifier(AdapterModule):

@@ -7,7 +7,14 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    CanineTokenizer,
+    GPT2Config,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import dynrank
@@ -239,6 +246,11 @@ def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_
     assert task.account["train"].cut == sum(length > 16 for length in whole) > 0
     expected = task.tokenizer([text for text, _ in rows], truncation=True, max_length=16)["input_ids"]
     assert task.examples["train"]["input_ids"][:] == expected
+
+    recipe, letters = task.recipe("train"), ["a" * 13, "a" * 14, "a" * 15]
+    # Letters, between two tokens of its own, by a tokenizer that is written in Python.
+    made = recipe.make({"text": letters, "label": ["a"] * 3}, tokenizer=CanineTokenizer(), **recipe.options)
+    assert (made["length"], made["cut"]) == ([15, 16, 16], [False, False, True])
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "bleu", "exact_match", "parses"])
