@@ -16,11 +16,18 @@ class Generations(Callback):
     """Records the texts that a module has put into its list ``generations``: (prompt, wanted, written).
 
     They are added to the CSV file ``file``, and shown by TensorBoard (``val/written``), Weights & Biases (a table of
-    that name) and MLflow (a file). Of several processes the first one tells its own share.
+    that name) and MLflow (a file). Of several processes the first one tells its own share. Validations that a change of
+    ranks asks for leave none.
     """
 
     def __init__(self, file: Path) -> None:
         self.file = file
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _texts(pl_module).clear()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _texts(pl_module).clear()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, pl_module, "val")
@@ -28,17 +35,19 @@ class Generations(Callback):
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, pl_module, "test")
 
-    def _record(self, trainer: Trainer, module: Any, split: str) -> None:
-        texts = [tuple(text) for text in getattr(module, "generations", ())]
-        if not texts:
-            return
-        module.generations.clear()
-        if trainer.is_global_zero and not trainer.sanity_checking:
+    def _record(self, trainer: Trainer, module: LightningModule, split: str) -> None:
+        texts = [tuple(text) for text in _texts(module)]
+        if texts and trainer.is_global_zero and not trainer.sanity_checking:
             step, new = trainer.global_step, not self.file.exists()
             with self.file.open("a", newline="", encoding="utf-8") as opened:
                 csv.writer(opened).writerows([*([COLUMNS] if new else []), *((step, split, *text) for text in texts)])
             for logger in trainer.loggers:
                 _show(logger, f"{split}/written", texts, step)
+
+
+def _texts(module: LightningModule) -> list[Any]:
+    texts: list[Any] = getattr(module, "generations", [])
+    return texts
 
 
 def _show(logger: Logger, name: str, texts: list[tuple[str, ...]], step: int) -> None:

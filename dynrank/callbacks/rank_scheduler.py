@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.utilities import rank_zero_warn
 
+from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.averages import act_after_averages, averages_of
 from dynrank.callbacks.lightning.ending import end_in_full
@@ -150,7 +151,7 @@ class RankScheduler(Callback):
 
 
 # These hear nothing of validations that a change asks for.
-_DEAF = Checkpoint, EarlyStopping, RankScheduler
+_DEAF = Checkpoint, EarlyStopping, Generations, RankScheduler
 
 
 class LightningTraining(Training):

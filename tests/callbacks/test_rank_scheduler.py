@@ -3,6 +3,8 @@
 What does not depend on the trainer is tested in tests/driver.
 """
 
+import csv
+
 import lightning
 import pytest
 import torch
@@ -10,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, Model
 from torch.utils.data import DataLoader, IterableDataset
 
 import dynrank
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.callbacks import AdapterCheckpoint, Generations, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
 from dynrank.targets import Rank, Smallest
@@ -197,6 +199,24 @@ def test_validations_of_a_change_draw_alike_and_leave_training_as_it_would_be_wi
     of_the_change = [numbers for step, *numbers in seen if step == 7]
     assert of_the_change == of_the_change[:2] * (1 + attempts)
     assert attempts > 1
+
+
+def test_what_is_written_in_the_validations_of_a_change_is_not_recorded(regression, fit, tmp_path):
+    class Writing(regression[0]):
+        def __init__(self):
+            super().__init__()
+            self.generations = []
+
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.generations.append(("prompt", "wanted", f"rank {self.net[2].rank}"))
+
+    recorded = Generations(tmp_path / "generations.csv")
+    fit(RankScheduler(at(7, Rank(3), max_regression=1e9)), recorded, module=Writing(), max_steps=12)
+    with recorded.file.open() as file:
+        found = [(row["step"], row["written"]) for row in csv.DictReader(file)]
+    # Two batches each, after every fifth step.
+    assert found == [("5", "rank 6")] * 2 + [("10", "rank 3")] * 2
 
 
 class Stream(IterableDataset):
