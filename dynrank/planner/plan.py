@@ -18,8 +18,8 @@ from dynrank.models.settings import ModelSettings
 from dynrank.models.sizes import storage_bytes, tensors_of
 from dynrank.planner.optimizer import optimizer_state_bytes
 from dynrank.planner.step import CountingMode, count_step, token_batch, without_values
-from dynrank.run.config import make, plain, rank_pattern
-from dynrank.tasks.data.splits import SPLITS
+from dynrank.run.config import plain, rank_pattern
+from dynrank.run.job import make_task
 
 # Lightning's precisions: dtype of all parameters (None: as they are), dtype of autocast.
 _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
@@ -162,10 +162,8 @@ def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: 
     lora["backend"] = "torch"
     if base is not None:
         return add_lora(meta_model(read_config(base, "base", settings), settings, "base").train(), **lora)
-    # Of files only the number of classes would be needed.
-    if OmegaConf.select(config, "data.train", default="") is None:
-        OmegaConf.update(config, "data", dict.fromkeys(SPLITS, [["one", "one"], ["two", "two"]]), merge=False)
-    model: PreTrainedModel = make(config.task, "task").module(lora, plain(config.optimizer), on_meta=True).model
+    task = make_task(config, on_meta=True)
+    model: PreTrainedModel = task.module(lora, plain(config.optimizer), on_meta=True).model
     return model.train()
 
 

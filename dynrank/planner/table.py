@@ -10,31 +10,35 @@ from dynrank.callbacks import peak_memory_bytes
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.layer_kinds import layer_kinds
 from dynrank.planner.plan import Need, Plan, make_plan
+from dynrank.run.job import lacks_data
 
 PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")
 
 
 def show_plan(config: DictConfig) -> None:
     """Print the plan of ``config``."""
-    # This process has imported what a run imports.
-    libraries = peak_memory_bytes()
+    # This process has imported what a run imports, which does not lie on a GPU.
+    libraries = 0 if torch.cuda.is_available() else peak_memory_bytes()
     plan = make_plan(config)
     kinds = dict.fromkeys(layer_kinds(plan.layers).values())
     print(f"model            {plan.model}, {plan.parameters:,} parameters, base in {plan.weights}")
     print(f"LoRA             {len(plan.layers)} layers: {', '.join(kinds)}")
     if plan.head_parameters:
-        print(f"trained whole    {plan.head_parameters:,} parameters")
+        unknown = ", a head of two classes: data.train is not set" if config.base is None and lacks_data(config) else ""
+        print(f"trained whole    {plan.head_parameters:,} parameters{unknown}")
     print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
-    print_table(_table(plan))
+    print_table(_table(plan, libraries))
     print("total            weights + adapter + optimizer + step, the most that forward and backward hold at once")
     if plan.folded:
         print(
             f"experts          as dynrank computes them; PEFT's keep {_mebibytes(plan.folded)} MiB more for a backward,"
         )
         print("                 all weights with their update (unless model.gradient_checkpointing=true)")
-    if not torch.cuda.is_available():
-        print(f"beside it        on a CPU {_mebibytes(libraries)} MiB of Python and its libraries, as in this process;")
-        print("                 validations and tests, whose batches are larger, hold no activations for a backward")
+    if libraries:
+        print(
+            f"process          with {_mebibytes(libraries)} MiB of Python and its libraries, as here; to this compare"
+        )
+        print("                 peak_memory_bytes of summary.json, in which the allocator and the data hold more")
     if plan.budget is not None:
         fit = [need.rank for need in plan.needs if need.total <= plan.budget]
         lacking = plan.needs[0].total - plan.budget
@@ -44,13 +48,15 @@ def show_plan(config: DictConfig) -> None:
         print(f"budget           {_mebibytes(plan.budget)} MiB: {said}")
 
 
-def _table(plan: Plan) -> Table:
+def _table(plan: Plan, libraries: int) -> Table:
     """A line for each rank."""
-    fits = [] if plan.budget is None else ["fits"]
-    table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *PARTS, "total", *fits)
+    more = (["process"] if libraries else []) + ([] if plan.budget is None else ["fits"])
+    table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *PARTS, "total", *more)
     for need in plan.needs:
         cells = [_rank(need), f"{need.parameters:,}", f"{need.parameters / plan.parameters:.2%}"]
         cells += [_mebibytes(getattr(need, part)) for part in (*PARTS, "total")]
+        if libraries:
+            cells.append(_mebibytes(need.total + libraries))
         if plan.budget is not None:
             cells.append("yes" if need.total <= plan.budget else "no")
         table.add_row(*cells)

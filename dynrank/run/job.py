@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, seed_everything
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dynrank.callbacks import RankScheduler, RunMeter
@@ -29,6 +29,7 @@ from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
 from dynrank.run.trainer import make_trainer, quiet_training
 from dynrank.schedules import check_schedule
+from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run
 
 
@@ -103,7 +104,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
     seed_everything(config.seed, verbose=False)
-    task = make(config.task, "task")
+    task = make_task(config, on_meta=on_meta)
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     lora, optimizer = {**plain(config.lora), "rank_map": pattern}, plain(config.optimizer)
     # What can be refused is refused here, before weights load.
@@ -115,6 +116,19 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
         if checkpoint is not None:
             check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)
+
+
+def make_task(config: DictConfig, *, on_meta: bool) -> Any:
+    """The task of a run; ``on_meta``, to look at its layers, it has two classes where ``lacks_data``."""
+    if on_meta and lacks_data(config):
+        config = config.copy()
+        OmegaConf.update(config, "data", dict.fromkeys(SPLITS, [["one", "one"], ["two", "two"]]), merge=False)
+    return make(config.task, "task")
+
+
+def lacks_data(config: DictConfig) -> bool:
+    """Whether a file of training data is wanted and not named; of it, layers depend on the number of classes alone."""
+    return OmegaConf.select(config, "data.train", default="") is None
 
 
 def make_scheduler(node: DictConfig) -> RankScheduler:

@@ -1,6 +1,7 @@
 """``dynrank plan`` as a user runs it: table, errors, and a 70B model in little time and memory."""
 
 import json
+import re
 
 import forked
 import pytest
@@ -27,11 +28,13 @@ def test_parts_add_up_to_the_total_in_the_table(tiny, capsys):
     show_plan(dynrank.compose([tiny, "ranks=[4]", "sequence_length=8", "budget=1MiB"], "plan"))
     out = capsys.readouterr().out
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line.startswith("│")]
-    ((*_, fits),) = rows
+    ((*_, process, fits),) = rows
     weights, adapter, optimizer, gradients, activations, step, total = map(float, rows[0][3:10])
     # Each number is rounded to a tenth.
     assert weights + adapter + optimizer + step == pytest.approx(total, abs=0.25)
     assert step >= max(activations, gradients)
+    libraries = float(re.search(r"process +with ([\d,.]+) MiB", out)[1].replace(",", ""))
+    assert float(process.replace(",", "")) == pytest.approx(total + libraries, abs=0.2)
     assert fits in ("yes", "no")
 
 
@@ -42,8 +45,9 @@ def test_a_plan_needs_no_data_and_takes_groups_of_ones_own(tiny_bert, tmp_path, 
     )
     code, printed, said = launch(cli.main, "plan", "task=mine", "--config-dir", tmp_path, "ranks=[4]")
     assert (code, "32 x 9 tokens" in printed) == (0, True), said
-    code, printed, said = launch(cli.main, "ranks", "task=mine", "--config-dir", tmp_path)
-    assert (code, "set data.train" in said) == (2, True)
+    assert "a head of two classes: data.train is not set" in printed
+    code, printed, said = launch(cli.main, "ranks", "task=mine", "--config-dir", tmp_path, "lora.rank=4")
+    assert (code, printed.count("│ bert."), "13 layers" in printed) == (0, 13, True), said
 
 
 def test_the_budget_names_the_highest_rank_that_fits_or_says_how_much_is_lacking(tiny, capsys):

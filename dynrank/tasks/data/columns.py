@@ -25,7 +25,7 @@ _USUAL = {
     "text_pair": ("text_pair", "text2", "sentence2", "hypothesis"),
     "label": ("label", "labels", "class", "category", "topic", "target", "intent", "sentiment", "tags"),
     "prompt": ("prompt", "instruction", "question", "input", "query"),
-    "answer": ("answer", "completion", "response", "output", "target", "summary"),
+    "answer": ("answer", "completion", "response", "output", "generation", "target", "summary"),
     "messages": ("messages", "conversations", "conversation", "chat", "dialog", "dialogue"),
     "input": ("input", "query", "context", "article"),
     "system": ("system", "system_prompt"),
