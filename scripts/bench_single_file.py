@@ -3,8 +3,8 @@
 That forms the product of each layer's factors and takes its SVD: the whole one, or ``torch.svd_lowrank`` of twice the
 rank that is kept (pull request 2240 of sd-scripts, with its 2 iterations). Here it is written anew as two functions.
 Layers are timed in one process, in interleaved rounds; whole files, of the shapes of SDXL and Flux and made of random
-factors whose singular values fall as 1 / i, are taken from disk to disk by processes of their own, in turns. The whole
-SVD takes one layer of each shape, and its time is that by their number.
+factors whose singular values fall as 1 / i, are taken from disk to disk by processes of their own, in turns. A method of
+``--sampled`` takes one layer of each shape, and its time is that by their number.
 Run: .venv/bin/python scripts/bench_single_file.py [--rounds N] [--full-below N] [--layers NAME ...] [--files sdxl flux]
 """
 
@@ -155,6 +155,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--full-below", type=int, default=2000, help="take whole SVDs of layers no wider than this")
     parser.add_argument("--layers", nargs="*", choices=[*LAYERS], default=[*LAYERS])
     parser.add_argument("--files", nargs="*", choices=[*FILES], default=[*FILES])
+    parser.add_argument(
+        "--sampled", nargs="*", choices=OTHERS, default=["whole SVD"], help="not taken through all layers"
+    )
     parser.add_argument("--method", choices=[*METHODS], help=argparse.SUPPRESS)
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -196,7 +199,7 @@ def one_file(name: str, options: argparse.Namespace) -> None:
     counts = Counter(layers.values())
     made = {shape: factors(shape, old) for shape in counts}
     few = {layer: shape for shape, layer in {shape: layer for layer, shape in layers.items()}.items()}
-    runs: dict[str, list[dict[str, Any]]] = {"dynrank": [], "svd_lowrank": []}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS if method not in options.sampled}
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "source.safetensors", Path(folder) / "out.safetensors"
         write(source, layers, made, old)
@@ -204,11 +207,11 @@ def one_file(name: str, options: argparse.Namespace) -> None:
             for method in sorted(runs, reverse=bool(number % 2)):
                 runs[method].append(measured(method, source, out, new))
         sizes = f"{source.stat().st_size / 1e6:.0f} → {out.stat().st_size / 1e6:.0f}"
-        if max(map(max, counts)) <= options.full_below:
-            write(source, few, made, old)
-            found = measured("whole SVD", source, out, new)
+        write(source, few, made, old)
+        for method in options.sampled:
+            found = measured(method, source, out, new)
             found["seconds"] = sum(found["layers"][layer] * counts[shape] for layer, shape in few.items())
-            runs["whole SVD"] = [found]
+            runs[f"{method}, of samples"] = [found]
     for method, found in runs.items():
         seconds, peak, error = (statistics.median(run[key] for run in found) for key in ("seconds", "peak", "excess"))
         times = statistics.median(f["seconds"] / o["seconds"] for f, o in zip(found, runs["dynrank"], strict=False))

@@ -62,7 +62,7 @@ def test_bench_single_file(bench, script):
     above = [float(cell) for cell in layers[-1][-3:]]
     assert [abs(a) < most for a, most in zip(above, (1e-5, 1e-5, 1e-2), strict=True)] == [True] * 3
     assert [row[:5] for row in files[2:]] == [
-        ["tiny", "3", "4 → 2", "0 → 0", m] for m in ("dynrank", "svd_lowrank", "whole SVD")
+        ["tiny", "3", "4 → 2", "0 → 0", m] for m in ("dynrank", "svd_lowrank", "whole SVD, of samples")
     ]
     assert all(abs(float(row[-1])) < 1e-3 for row in files[2:])  # stored in half precision
 
