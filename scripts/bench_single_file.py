@@ -3,8 +3,8 @@
 That forms the product of each layer's factors and takes its SVD: the whole one, or ``torch.svd_lowrank`` of twice the
 rank that is kept (pull request 2240 of sd-scripts, with its 2 iterations). Here it is written anew as two functions.
 Layers are timed in one process, in interleaved rounds; whole files, of the shapes of SDXL and Flux and made of random
-factors whose singular values fall as 1 / i, are taken from disk to disk by processes of their own, in turns. A method of
-``--sampled`` takes one layer of each shape, and its time is that by their number.
+factors whose singular values fall as 1 / i, are taken from disk to disk by processes of their own, in turns. Methods of
+``--sampled`` take one layer of each shape, and their times are those by the number of layers.
 Run: .venv/bin/python scripts/bench_single_file.py [--rounds N] [--full-below N] [--layers NAME ...] [--files sdxl flux]
 """
 
@@ -156,8 +156,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--layers", nargs="*", choices=[*LAYERS], default=[*LAYERS])
     parser.add_argument("--files", nargs="*", choices=[*FILES], default=[*FILES])
     parser.add_argument(
-        "--sampled", nargs="*", choices=OTHERS, default=["whole SVD"], help="not taken through all layers"
+        "--whole", nargs="*", choices=OTHERS, default=["svd_lowrank"], help="that take whole files, too"
     )
+    parser.add_argument("--sampled", nargs="*", choices=OTHERS, default=["whole SVD"])
     parser.add_argument("--method", choices=[*METHODS], help=argparse.SUPPRESS)
     parser.add_argument("--job", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -199,7 +200,7 @@ def one_file(name: str, options: argparse.Namespace) -> None:
     counts = Counter(layers.values())
     made = {shape: factors(shape, old) for shape in counts}
     few = {layer: shape for shape, layer in {shape: layer for layer, shape in layers.items()}.items()}
-    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS if method not in options.sampled}
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in ("dynrank", *options.whole)}
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "source.safetensors", Path(folder) / "out.safetensors"
         write(source, layers, made, old)
