@@ -283,4 +283,4 @@ def test_task_classification_takes_a_file(tiny_bert, tmp_path):
     assert len(task.examples["train"]) == 64
     no_file = dynrank.compose(["task=classification", f"task.model={tiny_bert}", "plots=false"])
     with pytest.raises(ConfigurationError, match=r"^data\.train is not set; set data\.train to your rows: a file"):
-        build(no_file, on_meta=True)
+        build(no_file)
