@@ -51,7 +51,7 @@ from dynrank import lora_layers, resize
 from dynrank.change.gates import Gates
 from dynrank.driver.rates import Rates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
-from dynrank.schedules import How, auto
+from dynrank.schedules import How, anneal, auto
 
 HIGH, EARLY = 16, 1 / 3
 FIELDS = ("task", "seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy")
@@ -66,7 +66,7 @@ class Arm:
         rank: whose bytes it ends with.
         by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "gates" share its bytes
             out; "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is
-            PEFT's; "auto" is cut from the rank to what validation then allows.
+            PEFT's; "anneal" is cut by gates step by step; "auto" is cut from the rank to what validation then allows.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
         optimizer: AdamW or Muon.
@@ -89,6 +89,8 @@ class Arm:
             return f"AdaLoRA {HIGH} → {self.rank}"
         if self.by == "auto":
             return f"auto from {self.rank}"
+        if self.by == "anneal":
+            return f"{HIGH} → {self.rank} gates in {GRADUAL['steps']} cuts, rate × sqrt"
         name = f"{self.start} → {self.rank} {self.by} at {self.at:.2g}" if self.is_cut else f"rank {self.rank}"
         name += ", allocation found by gates, from the start" if self.by == "found" else ""
         name += ", allocation by GoRA" if self.by == "GoRA" else ""
@@ -113,6 +115,8 @@ class Arm:
         return {"name": "dynrank.Muon"} if self.optimizer == "Muon" else {}
 
 
+# Cuts step by step while AdaLoRA's ranks fall, see adalora.py.
+GRADUAL: dict[str, Any] = {"steps": 8, "start": 0.15, "end": 0.65}
 # A rate multiplied by this keeps the size of a step of the update.
 ROOT = (HIGH / 2) ** 0.5
 _RANKS = [Arm(rank) for rank in (HIGH, 2, 4)]
@@ -157,7 +161,7 @@ ARMS = {
         *_WAYS,
         *(Arm(low, "gates", rate=rate, highest=2 * low) for low, rate in ((2, ROOT), (4, 2.0))),
         Arm(HIGH, "auto"),
-        *(Arm(low, "AdaLoRA") for low in (4, 2)),
+        *(Arm(low, by) for by in ("AdaLoRA", "anneal") for low in (4, 2)),
         Arm(HIGH, optimizer="Muon"),
         *(Arm(4, by, rate=2.0, optimizer="Muon") for by in ("uniform", "gates")),
         Arm(4, "uniform", rate=ROOT, start=32),
@@ -287,19 +291,21 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
 
 
 def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
-    """An arm that shares its start with no other: AdaLoRA, GoRA's ranks, or the smallest that validates well."""
+    """Train an arm that shares its start with no other; beside it the rise of the loss by the last cut of ``auto``."""
     (arm,), lr, after_step, rise = unit.arms, unit.lr, None, ""
+    how = How(metric="gates", window=TASKS[unit.task].window, rate_after="sqrt")
     if arm.by == "AdaLoRA":
         trainee = adalora(setting, HIGH, arm.rank, lr)
         after_step = allocation_of(trainee)
     elif arm.by == "GoRA":
         trainee = with_ranks(setting, gora_ranks(setting, arm.rank), lr)
     else:
-        trainee = adapted(setting, arm.rank, lr)
+        trainee = adapted(setting, HIGH, lr)
     try:
         if arm.by == "auto":
-            how = How(metric="gates", window=TASKS[unit.task].window, rate_after="sqrt")
             rise = f"{follow(trainee, auto(how=how)):.4f}"
+        elif arm.by == "anneal":
+            follow(trainee, anneal(arm.rank, how=how, **GRADUAL))
         trainee.train(setting.steps, after_step)
     except Diverged:
         return None, rise
@@ -391,7 +397,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     styles = {"": "ko", "uniform": "vm", "weight": ">c", "gates": "^g", "found": "<c"}
-    styles |= {"GoRA": "Db", "AdaLoRA": "sr", "auto": "*y"}
+    styles |= {"GoRA": "Db", "AdaLoRA": "sr", "anneal": "Pb", "auto": "*y"}
     labelled: set[str] = set()
     # Arms of about one size are drawn beside each other.
     drawn: Counter[float] = Counter()
