@@ -52,7 +52,8 @@ class Zoo:
         "bert": ["query", "value", "dense"],
         "conv": ["stem", "point"],
     }
-    heads = {"bert": ["classifier"], "conv": ["norm", "head"]}  # norm: with a whole number among its tensors
+    # The norm has a whole number among its tensors.
+    heads = {"bert": ["classifier"], "conv": ["norm", "head"]}
 
     @classmethod
     def plain(cls, kind):
@@ -92,7 +93,8 @@ class Zoo:
     def by_peft(cls, kind, folder, **options):
         """A PEFT model, whose adapter is in ``folder`` afterwards."""
         defaults = {"r": 3, "lora_alpha": 5, "target_modules": cls.targets[kind]}
-        defaults["modules_to_save"] = [*cls.heads.get(kind, ())] or None  # a copy: PEFT appends to it
+        # The list is a copy, because PEFT appends to it.
+        defaults["modules_to_save"] = [*cls.heads.get(kind, ())] or None
         if kind == "bert":
             defaults["task_type"] = TaskType.SEQ_CLS
         model = cls.trained(get_peft_model(cls.plain(kind), LoraConfig(**(defaults | options))))
@@ -159,9 +161,12 @@ def launch(monkeypatch, capsys):
 
 def pytest_collection_modifyitems(items):
     known = [
-        "ignore:fan_in_fan_out is set to (True|False):UserWarning",  # of every Conv1D, and of a Linear beside one
-        "ignore:Model has `tie_word_embeddings=True`:UserWarning",  # of an adapted lm_head that is tied
-        "ignore:Setting `save_embedding_layers` to `True`:UserWarning",  # of an adapted embedding
+        # PEFT warns so of every Conv1D, and of a Linear beside one.
+        "ignore:fan_in_fan_out is set to (True|False):UserWarning",
+        # PEFT warns so of an adapted lm_head that is tied.
+        "ignore:Model has `tie_word_embeddings=True`:UserWarning",
+        # PEFT warns so of an adapted embedding.
+        "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
     ]
     for item in items:
         if item.path.parent.name == "adapters":

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import dynrank
 from dynrank.adapters.call_lock import CallLock, call_lock_of
 
-LONG = 60  # seconds: a busy machine
+# A busy machine may need so many seconds.
+LONG = 60
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 
 
@@ -50,7 +51,8 @@ class Forwards:
 
     base = Chain
     options = [{"rank": 4, "target_modules": r"layers\.\d+"}, {"rank": 2, "target_modules": r"layers\.\d*[02468]"}]
-    middle = "layers.5", 1  # the module, and which of its calls is halfway through a use
+    # The first is a module, and its call of this number is halfway through a use.
+    middle = "layers.5", 1
 
     def __init__(self, folder):
         self.adapters = []
@@ -171,7 +173,8 @@ def test_swap_does_not_wait_for_a_use_that_an_exception_ended(used, error):
         with pytest.raises(error):
             used.interrupted(interrupt)
         ended.set()
-        leave.wait(LONG)  # the thread lives on
+        # The thread has to live on.
+        leave.wait(LONG)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -206,7 +209,8 @@ def use_and_swap(use, used, swapped, swaps):
         for index in range(swaps):
             before = len(results)
             dynrank.swap_adapter(swapped, used.adapters[1 - index % 2])
-            assert len(results) - before <= 120  # it does not wait for ever, on a busy machine either
+            # A swap does not wait for ever, on a busy machine either.
+            assert len(results) - before <= 120
     finally:
         stop.set()
         for thread in threads:

@@ -47,7 +47,8 @@ def in_bytes(draw, folder):
     file.write_bytes(bytes(content[:length]) + draw(st.sampled_from([b"", b"\0", b"{}", b"more"])))
 
 
-ENTRIES = {  # of a tensor in the header
+# A tensor has these entries in the header.
+ENTRIES = {
     "shape": [[], [0], [-1], [2**40, 0], [1, 3, 8], [8, 3], [3, 8, 1], None],
     "dtype": ["F64", "F16", "I32", "F8_E4M3", "F4", "C64", "F99", "", None],
     "data_offsets": [[0, 0], [0, 2**62], [8, 4], [-8, 0], [], ["0", "8"], None],

@@ -26,7 +26,8 @@ def test_load_then_save_writes_the_same(zoo, tmp_path):
     zoo.by_peft("gpt2", tmp_path / "theirs", rank_pattern={"wte": 2})
     dynrank.save_adapter(dynrank.load_adapter(zoo.plain("gpt2"), tmp_path / "theirs"), tmp_path / "ours")
     theirs, ours = (load_file(tmp_path / name / WEIGHTS) for name in ("theirs", "ours"))
-    factors = {key for key in theirs if "lora_" in key}  # PEFT adds the base weights of adapted embeddings
+    # PEFT also saves the base weights of adapted embeddings.
+    factors = {key for key in theirs if "lora_" in key}
     assert set(ours) == factors
     assert all(torch.equal(ours[key], theirs[key]) for key in factors)
 
@@ -42,7 +43,8 @@ def test_an_adapter_in_memory_stays_when_its_file_goes(zoo, tmp_path):
     expected = zoo.outputs(zoo.by_peft("bert", tmp_path))
     adapter = dynrank.read_adapter(tmp_path)
     file = tmp_path / WEIGHTS
-    file.write_bytes(bytes(file.stat().st_size))  # in place, as a careless program might
+    # A careless program might write in place.
+    file.write_bytes(bytes(file.stat().st_size))
     assert (zoo.outputs(dynrank.load_adapter(zoo.plain("bert"), adapter)) - expected).abs().max() <= 1e-5
 
 
@@ -75,7 +77,7 @@ def test_load_refuses_an_adapter_of_a_base_with_other_values(zoo, tmp_path):
     other = zoo.plain("gpt2")
     with torch.no_grad():
         other.transformer.wte.weight += 1
-    assert any("base_layer" in key for key in load_file(tmp_path / WEIGHTS))  # PEFT added it
+    assert any("base_layer" in key for key in load_file(tmp_path / WEIGHTS))
     zoo.assert_refused(other, tmp_path, "wte.*another base")
 
 

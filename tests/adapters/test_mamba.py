@@ -16,7 +16,8 @@ TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 
 SMALL = TINY | {"state_size": 4, "num_hidden_layers": 1}
 HYBRID = {"intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 HYBRID |= {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_n_groups": 1, "mamba_d_state": 4}
-MODELS = {  # and the function that is a kernel on CUDA
+# Each has a model and the function that is a kernel on CUDA.
+MODELS = {
     "mamba": (lambda: hf.MambaForCausalLM(hf.MambaConfig(**SMALL)), "mamba_inner_fn"),
     "falcon_mamba": (lambda: hf.FalconMambaForCausalLM(hf.FalconMambaConfig(**SMALL)), "mamba_inner_fn"),
     "mamba2": (

@@ -157,7 +157,8 @@ def test_command_runs_no_code_of_the_model(stored, known, refused, tmp_path):
     config |= {"auto_map": {name: "code.Mine" for name in classes}, "architectures": []}
     if known:
         (tmp_path / "llama").mkdir()
-        config["n_embd"] = 4  # so that all classes are tried
+        # With this key all classes are tried.
+        config["n_embd"] = 4
     else:
         config["model_type"] = "mine"
     (model / "config.json").write_text(json.dumps(config))

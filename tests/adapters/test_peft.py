@@ -71,7 +71,8 @@ def test_adapter_of_mixed_ranks_has_equal_logits_in_peft_and_comes_back(architec
     base = ARCHITECTURES[architecture]().eval()
     names = targets(base)
     rules = dict.fromkeys(names[::3], {"rank": 1, "alpha": 7}) | dict.fromkeys(names[1::3], 4)
-    rules |= {n: 2 for n in names if "token_type" in n}  # two rows: no update has a higher rank
+    # This embedding has two rows, so no update has a higher rank.
+    rules |= {n: 2 for n in names if "token_type" in n}
     options = {"rslora": layout == "native", "rank_map": rules}
     expression = "|".join(map(re.escape, names))
     ours = zoo.trained(dynrank.add_lora(copy.deepcopy(base), rank=3, alpha=5, target_modules=expression, **options))
@@ -90,7 +91,8 @@ def test_adapter_of_mixed_ranks_has_equal_logits_in_peft_and_comes_back(architec
         assert all(torch.equal(found[n].lora_B, x.lora_B) for n, x in layers.items())
     else:
         assert_one_alpha(theirs)
-        assert all(x.rank <= min(len(x.lora_B), x.lora_A.shape[1]) for x in found.values())  # without what fills it up
+        # What only fills a factor up is not read.
+        assert all(x.rank <= min(len(x.lora_B), x.lora_A.shape[1]) for x in found.values())
 
 
 def test_every_kind_of_layer_is_adapted_in_some_test(zoo):
@@ -105,7 +107,8 @@ def test_heads_and_fractional_alphas_after_a_resize_have_equal_outputs_in_peft(k
     model = zoo.adapted(kind, rslora=True)
     names = [name for name, _ in dynrank.lora_layers(model)]
     dynrank.resize(model, {names[0]: 1, names[-1]: 4})
-    zoo.trained(model)  # growth leaves columns of zeros, which a wrong alpha would not show
+    # A growth leaves columns of zeros, which would not show a wrong alpha.
+    zoo.trained(model)
     dynrank.save_adapter(model, tmp_path, layout=layout)
     theirs = PeftModel.from_pretrained(zoo.plain(kind), tmp_path).eval()
     close(zoo.outputs(theirs), zoo.outputs(model))

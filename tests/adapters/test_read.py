@@ -32,7 +32,8 @@ class Bomb:
 
 def only_bin(_, folder):
     (folder / WEIGHTS).unlink()
-    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))  # reading it would end the test run
+    # Reading this file would end the test run.
+    (folder / "adapter_model.bin").write_bytes(pickle.dumps(Bomb()))
 
 
 def config(**changes):
@@ -108,7 +109,8 @@ def test_all_faults_of_the_settings_are_named_at_once():
 PATTERNS = {
     "rslora": {"use_rslora": True},
     "disjoint": {"rank_pattern": {"q_proj": 1, "down_proj": 5}, "alpha_pattern": {"v_proj": 2}},
-    "overlapping": {  # in sorted order, for PEFT sorts the keys when it saves: another order would be lost on disk
+    # PEFT sorts the keys when it saves, so another order than this sorted one would be lost on disk.
+    "overlapping": {
         "rank_pattern": {r"layers\.0.*": 2, r"layers\.1\..*q_proj": 6, "q_proj": 4},
         "alpha_pattern": {r"^model\.layers\.0.*": 1, "down_proj": 3, "q_proj": 7},
     },
@@ -139,7 +141,8 @@ def test_rank_and_scaling_are_those_of_peft(pattern, zoo, tmp_path):
 def test_two_files_of_two_adapters_are_refused(zoo, tmp_path, monkeypatch):
     monkeypatch.setattr(read, "_PATIENCE", 0.1)
     first, second = (zoo.saved(tmp_path / str(alpha), "llama", alpha=alpha) for alpha in (5, 6))
-    (first / WEIGHTS).replace(second / WEIGHTS)  # of equal ranks, so that PEFT would take it at another scaling
+    # The ranks are equal, so PEFT would take the file at another scaling.
+    (first / WEIGHTS).replace(second / WEIGHTS)
     with pytest.raises(ConfigurationError, match="two adapters, or one is being written"):
         dynrank.read_adapter(second)
 
@@ -192,7 +195,8 @@ def test_a_reader_beside_a_writer_never_sees_a_mixture(tmp_path):
     dynrank.save_adapter(model, shared)
     writer = forked.start(WRITER, shared, *sources, cwd=tmp_path)
     try:
-        while len(seen) < 4 or seen.total() - seen[3] < 100:  # the last one is what lies there until the writer starts
+        # The last source lies there until the writer starts.
+        while len(seen) < 4 or seen.total() - seen[3] < 100:
             assert time.monotonic() < until
             assert writer.is_alive(), forked.printed(tmp_path)
             found = updates(dynrank.read_adapter(shared))

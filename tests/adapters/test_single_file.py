@@ -170,7 +170,8 @@ def test_metadata_follow_and_hashes_are_those_of_the_new_file(tmp_path):
     hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x0"}
     others = {"modelspec.title": "mine", **hashes}
     before = kohya(tmp_path / "a.safetensors", alphas=[3], metadata=TRAINED | others)
-    before["x"] = torch.randn(400_000)  # so that there is something behind the first MiB
+    # The file has to reach beyond the first MiB.
+    before["x"] = torch.randn(400_000)
     save_file(before, tmp_path / "a.safetensors", metadata=TRAINED | others)
     for number in (1, 2):
         squeeze_adapter(tmp_path / "a.safetensors", tmp_path / f"{number}.safetensors", rank=2)
@@ -246,7 +247,8 @@ def test_what_is_no_plain_layer_is_copied_and_named(tmp_path, launch):
 
 
 PLAIN = {"x.lora_down.weight": torch.ones(4, 6), "x.lora_up.weight": torch.ones(5, 4), "x.alpha": torch.tensor(2.0)}
-NAMED = {  # ways to name two factors, in files that are around
+# Files that are around name two factors in these ways.
+NAMED = {
     "kohya": ("lora_te1_a_b.lora_down.weight", "lora_te1_a_b.lora_up.weight"),
     "PEFT": ("transformer.a.b.lora_A.weight", "transformer.a.b.lora_B.weight"),
     "ComfyUI": ("diffusion_model.a.b.lora_A.default.weight", "diffusion_model.a.b.lora_B.default.weight"),
@@ -359,6 +361,7 @@ def test_10_000_layers_are_squeezed_in_a_short_table(tmp_path, launch):
     save_file(tensors, tmp_path / "a.safetensors")
     code, printed, _ = launch("squeeze", tmp_path / "a.safetensors", "--rank", 2, "--out", tmp_path / "b.safetensors")
     assert code == 0
-    assert len(printed.splitlines()) < 20  # a line for each kind of layer
+    # Each kind of layer has one line.
+    assert len(printed.splitlines()) < 20
     assert "440,000 → 220,000 (50.0%)" in printed
     assert "MB" in next(line for line in printed.splitlines() if line.startswith("file"))

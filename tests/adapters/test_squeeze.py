@@ -83,7 +83,8 @@ def test_squeeze_keeps_what_it_does_not_change(by_peft, zoo, tmp_path):
     changed = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
     assert {k: v for k, v in before.items() if k not in changed} == {k: v for k, v in after.items() if k not in changed}
     assert (after["r"], after["rank_pattern"]) == (3, {"^point": 2})
-    assert (after["lora_alpha"], after["alpha_pattern"]) == (4.5, {"^point": 9})  # 9 / 6 * 3, and 9 / 2 * 2
+    # The scalings stay 9 / 6 and 9 / 2.
+    assert (after["lora_alpha"], after["alpha_pattern"]) == (4.5, {"^point": 9})
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -109,14 +110,16 @@ def test_energy_takes_the_lowest_rank_that_keeps_the_share(by_peft, tmp_path):
 
 @pytest.mark.parametrize("budget", ["50%", 0.5, 216, "2_16"])
 def test_budget_is_a_count_or_a_share_of_parameters(budget, by_peft, zoo, tmp_path):
-    source = by_peft("llama")  # 2 x 6 x (8 + 8 + 12 + 8) = 432 parameters
+    # The adapter has 2 x 6 x (8 + 8 + 12 + 8) = 432 parameters.
+    source = by_peft("llama")
     zoo.edit_config(source, alpha_pattern={"q_proj": 40})
     reports = squeeze_adapter(source, tmp_path / "out", budget=budget)
     total = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
     assert sum(r.rank_after * r.width for r in reports) == total
     assert 216 - 20 < total <= 216
     q_proj, down_proj = ([r.rank_after for r in reports if r.layer.endswith(kind)] for kind in ("q_proj", "down_proj"))
-    assert min(q_proj) > max(down_proj)  # where the scaling is large, a direction is worth more
+    # A direction is worth more where the scaling is large.
+    assert min(q_proj) > max(down_proj)
 
 
 def test_squeeze_of_a_fresh_adapter_can_still_learn(zoo, tmp_path):

@@ -12,7 +12,8 @@ import dynrank
 from dynrank.adapters.beside import write_beside
 from dynrank.models.pretrained import load_causal_lm, load_classifier, load_tokenizer
 
-LABELS = ["so-so", "bad", "good"]  # not in the order of their names
+# The labels are not in the order of their names.
+LABELS = ["so-so", "bad", "good"]
 REVIEWS = [{"review": f"{word} film {i % 10}", "label": LABELS[i % 3]} for i in range(64) for word in ("a", "the")][:64]
 ROWS = {
     "classification.csv": REVIEWS,
@@ -75,7 +76,8 @@ def job(request, tiny_bert, tiny_llama, tmp_path):
     with torch.no_grad():
         downhill = -F.normalize(layer.lora_B.grad[:, 1], dim=0)
         layer.lora_B[:, 1] = 0.03 * downhill
-        layer.lora_B[:, 0] = 1 - downhill * downhill.sum()  # at right angles, so that these two are the SVD's
+        # The columns stand at right angles, so these two directions are the SVD's.
+        layer.lora_B[:, 0] = 1 - downhill * downhill.sum()
         dynrank.save_adapter(model, tmp_path / "adapter")
         write_beside(tmp_path / "adapter", model, tokenizer)
         losses = [float(loss_of(model, tokenizer, rows))]
@@ -105,7 +107,8 @@ def test_squeeze_by_gates_keeps_the_small_direction_that_the_loss_needs(job, lau
     code, printed, said = launch("inspect", adapter, *arguments)
     assert code == 0, said
     row = next(line for line in printed.splitlines() if line.startswith("│")).replace(" ", "").split("│")
-    assert row[3:4] + row[10:12] == ["2", "1", "1"]  # its rank, and that in half and in a quarter of the parameters
+    # The cells are the rank, and the ranks in half and in a quarter of the parameters.
+    assert row[3:4] + row[10:12] == ["2", "1", "1"]
 
 
 @pytest.mark.parametrize("job", ["classification.csv"], indirect=True)

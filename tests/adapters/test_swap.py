@@ -109,5 +109,6 @@ def test_many_swaps_leak_nothing(adapters, zoo):
     swaps(6)
     before, old = census(), weakref.ref(next(dynrank.lora_layers(model))[1].lora_A)
     swaps(48)
-    assert all(now <= then for now, then in zip(census(), before, strict=True))  # what other tests left may go
+    # Objects that other tests left may go.
+    assert all(now <= then for now, then in zip(census(), before, strict=True))
     assert old() is None

@@ -16,7 +16,8 @@ from dynrank.schedules import Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
 
-STEPS, CHANGE = 24, 13  # ten batches an epoch
+# An epoch has ten batches.
+STEPS, CHANGE = 24, 13
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +101,8 @@ def test_a_trained_head_and_parameters_trained_for_a_while_come_back(regression,
             self.net.extend([nn.Linear(6, 6), nn.Linear(6, 6)])
 
         def configure_optimizers(self):
-            return torch.optim.AdamW(self.parameters(), lr=1e-2)  # the frozen base, too
+            # The optimizer has the frozen base, too.
+            return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
     class Thaw(lightning.Callback):
         """A layer is trained for two steps, and frozen."""
@@ -115,7 +117,8 @@ def test_a_trained_head_and_parameters_trained_for_a_while_come_back(regression,
     names = set(stored(tmp_path, 4)["state_dict"])
     assert {"net.3.weight", "net.4.weight"} <= names
     assert not {"net.0.base.weight", "net.2.base.bias"} & names
-    go(6, ckpt_path=tmp_path / "step=4.ckpt")  # what has been trained is carried on
+    # What has been trained is carried on.
+    go(6, ckpt_path=tmp_path / "step=4.ckpt")
     again = Headed.load_from_checkpoint(tmp_path / "step=6.ckpt")
     assert torch.equal(again.net[4].weight, first.net[4].weight)
     assert not torch.equal(again.net[4].weight, Headed().net[4].weight)

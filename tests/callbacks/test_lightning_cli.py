@@ -41,7 +41,8 @@ def test_schedule_is_built_as_hydra_builds_it(override, parser):
     assert parser.instantiate(found).ranks.driver.stages == make_scheduler(node).driver.stages
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning 2.6 calls jsonargparse by names that are on their way out
+# Lightning 2.6 calls jsonargparse by names that are on their way out.
+@pytest.mark.filterwarnings("ignore")
 def test_stages_of_ones_own_stand_in_the_file_of_a_lightning_cli(regression, tmp_path, monkeypatch):
     from lightning.pytorch.cli import LightningCLI
 

@@ -89,7 +89,8 @@ def test_several_optimizers_hold_the_factors_together(regression, fit):
             scheduler.step(self)
 
     module, fitted = fit(scheduler, module=Two(), max_steps=20)
-    assert [event.step for event in scheduler.history] == [8]  # four batches of two steps
+    # Four batches make two steps each.
+    assert [event.step for event in scheduler.history] == [8]
     adam, sgd = fitted.optimizers
     for _, layer in dynrank.lora_layers(module):
         assert layer.rank == 3
@@ -100,7 +101,8 @@ def test_several_optimizers_hold_the_factors_together(regression, fit):
 def test_module_that_never_says_so_is_refused(manual):
     with pytest.raises(ConfigurationError, match=r"10 optimizer steps.*scheduler\.step\(self\) in training_step"):
         manual(SCHEDULES["weight"](), told=False)
-    manual(RankScheduler([]), told=False)  # there is nothing to do
+    # Without stages there is nothing to do.
+    manual(RankScheduler([]), told=False)
 
 
 def test_share_of_a_run_without_max_steps_is_refused(manual):
@@ -113,7 +115,8 @@ def test_step_under_automatic_optimization_is_an_error(regression):
         RankScheduler([]).step(regression[0]())
 
 
-@pytest.mark.parametrize("step", [7, 8])  # while it is being measured; when the next batch makes the change
+# At step 7 the gates are being measured, and at step 8 the next batch makes the change.
+@pytest.mark.parametrize("step", [7, 8])
 def test_manual_run_resumes_to_the_bit(manual, assert_same, tmp_path, step):
     class Save(lightning.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

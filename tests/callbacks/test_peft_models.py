@@ -32,7 +32,8 @@ def module_class(request, regression):
             self.net = None
             if request.param == "__init__":
                 self.make()
-            follow_checkpoint_ranks(self)  # for load_from_checkpoint
+            # `load_from_checkpoint` needs this call.
+            follow_checkpoint_ranks(self)
 
         def make(self):
             torch.manual_seed(0)
@@ -55,7 +56,8 @@ def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(module_c
     reference, _ = fit(scheduler, module=module_class(), saved=tmp_path, max_steps=12)
     assert [event.step for event in scheduler.history] == [6]
     assert ranks_of(reference) == {3}
-    for step in (3, 5, 6, 7, 11):  # before, between the decision and the change, after
+    # The steps are before the decision, between it and the change, and after both.
+    for step in (3, 5, 6, 7, 11):
         again = schedule(rewarmup_steps=2)
         module, _ = fit(again, module=module_class(), ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=12)
         assert again.history == scheduler.history, step
@@ -74,7 +76,8 @@ def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(re
         assert ranks_of(fresh) == ranks_of(module) == ranks
         expected = fresh.net.eval()(x)
         assert torch.equal(module.net.eval()(x), expected)
-        module.net.save_pretrained(tmp_path / f"{step}")  # its config has followed, up and down
+        # The config has followed the ranks, up and down.
+        module.net.save_pretrained(tmp_path / f"{step}")
         loaded = PeftModel.from_pretrained(fresh.net.unload(), tmp_path / f"{step}")
         assert torch.equal(loaded.eval()(x), expected)
 

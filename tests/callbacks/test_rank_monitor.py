@@ -64,9 +64,8 @@ def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     assert "rank change at step 4" in capsys.readouterr().out
     rows = rows_of(tmp_path / "metrics.csv")
     assert [(row["step"], float(row["rank/mean"])) for row in rows if row["rank/mean"]] == [("0", 6.0), ("4", 3.0)]
-    assert not [
-        name for name in rows[0] if name.endswith(("/0", "/2")) and name != "lr/0"
-    ]  # a table of hundreds of columns helps nobody
+    # A table of hundreds of columns helps nobody.
+    assert not [name for name in rows[0] if name.endswith(("/0", "/2")) and name != "lr/0"]
 
 
 class Taken(lightning.Callback):
@@ -126,10 +125,11 @@ def test_recorded_error_is_what_the_change_did(changed, tmp_path):
     updates, monitor = Updates(), RankMonitor(tmp_path / "history.csv")
     changed(updates, monitor)
     rows = rows_of(monitor.history_file)
-    assert {row["first_order"] for row in rows} == {""}  # no gates were watched
+    # No gates were watched.
+    assert {row["first_order"] for row in rows} == {""}
     errors = [float(row["predicted_error"]) for row in rows]
     made = [float((old - new).norm()) for old, new in zip(updates.before, updates.after, strict=True)]
-    assert errors == pytest.approx(made, rel=1e-4)  # float32 factors
+    assert errors == pytest.approx(made, rel=1e-4)
 
 
 def test_change_taken_back_is_recorded_as_such(changed, tmp_path, capsys):
@@ -160,7 +160,7 @@ def test_summary_of_the_model_comes_again_after_a_change(changed, caplog):
         module, _, _ = changed(RankMonitor(), ModelSummary())
     trainable = [line for line in caplog.text.splitlines() if "Trainable params" in line]
     after = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert [int(line.split()[0]) for line in trainable] == [2 * after, after]  # half the rank
+    assert [int(line.split()[0]) for line in trainable] == [2 * after, after]
 
 
 def test_progress_bar_shows_the_ranks(changed):

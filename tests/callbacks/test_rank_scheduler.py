@@ -55,7 +55,8 @@ def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_
         for parameter in (layer.lora_A, layer.lora_B):
             state = trainer.optimizers[0].state[parameter]
             assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
-            assert state["step"] == 24  # as many as without a drop
+            # The optimizer counts as many steps as without a drop.
+            assert state["step"] == 24
 
 
 @pytest.mark.parametrize("accumulate", [2, 3])
@@ -89,10 +90,13 @@ def test_resume_from_any_checkpoint_is_bit_equal(fit, assert_same, tmp_path, nam
     schedule, options = SCHEDULES[name]
     whole = schedule()
     reference, _ = fit(whole, validations(tmp_path), saved=tmp_path, **options)
-    assert 3 < whole.history[0].step < 20  # checkpoints lie before, at and after the change, in its window and ramp
-    files = [file for file in sorted(tmp_path.glob("*.ckpt")) if "=24" not in file.name]  # nothing is left from 24
+    # Checkpoints lie before, at and after the change, in its window and ramp.
+    assert 3 < whole.history[0].step < 20
+    # After step 24 nothing is left to do.
+    files = [file for file in sorted(tmp_path.glob("*.ckpt")) if "=24" not in file.name]
     assert len(files) > 20
-    for file in files[::2]:  # a driver goes on from every step in tests/driver
+    # The tests of the driver go on from every step, so every other one is enough here.
+    for file in files[::2]:
         resumed = schedule()
         module, _ = fit(resumed, ckpt_path=file, **options)
         assert resumed.history == whole.history, file.name
@@ -113,11 +117,13 @@ def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint
     module, trainer, history = run(validations(tmp_path), saved=tmp_path)
     assert ranks(module) == {3}
     files = sorted(tmp_path.glob("*step=10*"))
-    assert len(files) == 2  # before the validation and after it
+    # One file is from before the validation, and one from after it.
+    assert len(files) == 2
     for file in files:
         again, resumed, events = run(ckpt_path=file)
         assert events == history, file.name
-        steps = [made.fit_loop.epoch_loop._batches_that_stepped for made in (resumed, trainer)]  # loggers' step
+        # Loggers take their step from this count.
+        steps = [made.fit_loop.epoch_loop._batches_that_stepped for made in (resumed, trainer)]
         assert steps == [10, 10], file.name
         assert_same(again, module, file.name)
 

@@ -168,7 +168,8 @@ def test_plateau_reads_the_evaluations_and_survives_a_resume(tmp_path):
     trainer(tmp_path, own(), first, **options, **SAVING).train()
     (event,) = first.history
     assert (event.step, event.reason) == (6, "plateau of eval_loss")
-    for start in (4, 6):  # with one evaluation to go; decided and not made
+    # At 4 one evaluation is still to come, and at 6 the change is decided and not made.
+    for start in (4, 6):
         second = callback(stages)
         made = trainer(tmp_path / "again", own(), second, **options)
         made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}"))
@@ -180,7 +181,8 @@ def test_best_model_comes_back_with_its_own_ranks(make, tmp_path):
     model, scores = make(), iter(range(100, 0, -1))
     best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
     made = trainer(tmp_path, model, callback([Stage(At(step=4), Rank(2))]), **best, **EVALUATING, **SAVING)
-    made.compute_metrics = lambda _: {"score": next(scores)}  # the first is the best, before the drop
+    # The first score is the best one, and it comes before the drop.
+    made.compute_metrics = lambda _: {"score": next(scores)}
     made.train()
     assert made.state.best_model_checkpoint.endswith("checkpoint-2")
     assert ranks(model) == {4}
@@ -399,7 +401,8 @@ class Rates(TrainerCallback):
         self.seen = []
 
     def on_step_begin(self, args, state, control, optimizer, lr_scheduler, **_):
-        if state.global_step == STEPS - 2:  # after those of the schedule
+        # This hook has to come after those of the schedule.
+        if state.global_step == STEPS - 2:
             inner, planned = optimizer.optimizer, lr_scheduler.get_last_lr()
             inner.register_step_pre_hook(lambda *_: self.seen.append((planned, self.of(inner))))
 
@@ -429,7 +432,8 @@ def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(tmp
         expected = planned[0] * (factor if parameter in adapters else 1.0)
         assert rate == pytest.approx(expected), parameter in adapters
     saved = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt")
-    assert len(saved["param_groups"]) == len(made.optimizer.param_groups) == 2  # with weight decay and without
+    # One group has weight decay, and the other has none.
+    assert len(saved["param_groups"]) == len(made.optimizer.param_groups) == 2
     again, *_ = run(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name

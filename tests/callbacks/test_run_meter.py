@@ -47,12 +47,13 @@ def test_resumed_run_has_the_phases_of_the_whole_one(fit, tmp_path):
 
     whole = phases(saved=tmp_path, kind=AdapterCheckpoint)
     assert whole == [(0, 6.0, 32), (4, 3.0, 32)]
-    for step in (2, 4, 6, 8):  # before the change, at it, after it, behind the last step
+    # The steps are before the change, at it, after it, and the last one.
+    for step in (2, 4, 6, 8):
         assert phases(ckpt_path=tmp_path / f"step={step}.ckpt") == whole, step
 
 
 def test_peak_memory_is_that_since_it_was_forgotten():
-    block = torch.ones(2**26)  # 256 MiB
+    block = torch.ones(2**26)
     high = peak_memory_bytes()
     assert high > block.numel() * 4
     del block

@@ -48,14 +48,16 @@ def test_validation_checkpoint_and_result_are_the_average(fit, module_class, tmp
     module = module_class()
     start = module.factor.detach().clone()
     fit(ScheduleFreeMode(), module=module, saved=tmp_path, max_steps=10, num_sanity_val_steps=2)
-    assert torch.equal(module.validated[0], start)  # the sanity check, two batches of which there are
+    # The first two values are those of the sanity check.
+    assert torch.equal(module.validated[0], start)
     for steps, value in ((5, module.validated[-4]), (10, module.validated[-1]), (10, module.factor.detach())):
         torch.testing.assert_close(value, module.average(steps))
     for steps in (4, 8):
         checkpoint = torch.load(tmp_path / f"step={steps}.ckpt", weights_only=True)
         torch.testing.assert_close(checkpoint["state_dict"][NAME], module.average(steps))
         assert not checkpoint["optimizer_states"][0]["param_groups"][0]["train_mode"]
-    for steps in range(2, 10):  # gradients are taken at 0.9 average + 0.1 z, whatever came in between
+    # Gradients are taken at 0.9 average + 0.1 z, whatever came in between.
+    for steps in range(2, 10):
         expected = 0.9 * module.average(steps) + 0.1 * module.z[steps - 1]
         torch.testing.assert_close(module.trained[steps], expected)
 
@@ -68,7 +70,8 @@ def test_no_checkpoint_changes_a_bit_of_the_run_and_all_resume_to_the_same(fit, 
     whole = run()
     assert whole.factor.shape[0] == 3
     assert_same(run(saved=tmp_path), whole)
-    for step in (3, 4, 9, 12, 16):  # before and after the drop, before a validation and not, behind the last step
+    # The steps are before and after the drop, before a validation and not, and the last one.
+    for step in (3, 4, 9, 12, 16):
         assert_same(run(ckpt_path=tmp_path / f"step={step}.ckpt"), whole, step)
 
 

@@ -19,7 +19,8 @@ def test_a_full_disk_is_a_failure_in_one_line(error, capsys):
     with pytest.raises(SystemExit) as caught, usage_errors():
         raise error
     assert (caught.value.code, capsys.readouterr().err.count("\n")) == (1, 1)
-    with pytest.raises(OSError, match="No such"), usage_errors():  # a traceback for what nobody expects
+    # An error that nobody expects keeps its traceback.
+    with pytest.raises(OSError, match="No such"), usage_errors():
         raise OSError(2, "No such file")
 
 
@@ -60,7 +61,8 @@ def test_ranks_shows_rules_pins_and_scaling(table, tmp_path):
 def test_ranks_shows_a_range_where_the_data_decide_and_the_budget_where_there_is_one(table):
     *layers, total = table("schedule=early_budget", "schedule.lowest=2", "schedule.share=0.5")
     assert {(row[2], row[3]) for row in layers} == {("32", "2-32")}
-    assert total[7] == f"{2 * 42_240:,}-{16 * 42_240:,}"  # 42,240 = d_in + d_out of all layers
+    # The sum of d_in + d_out over all layers is 42,240.
+    assert total[7] == f"{2 * 42_240:,}-{16 * 42_240:,}"
 
 
 def test_ranks_names_the_layers_that_a_rank_map_exempts_from_the_cap(monkeypatch):

@@ -230,7 +230,8 @@ def test_pefts_folded_experts_are_kept_beside(config_file):
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def save(tensor):
-        if tensor.shape[:-2] == (4,) and tensor.untyped_storage().data_ptr() not in own:  # a matrix for each expert
+        # The tensors of experts have a matrix for each one.
+        if tensor.shape[:-2] == (4,) and tensor.untyped_storage().data_ptr() not in own:
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 

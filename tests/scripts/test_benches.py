@@ -64,7 +64,8 @@ def test_bench_single_file(bench, script):
     assert [row[:5] for row in files[2:]] == [
         ["tiny", "3", "4 → 2", "0 → 0", m] for m in ("dynrank", "svd_lowrank", "whole SVD, of samples")
     ]
-    assert all(abs(float(row[-1])) < 1e-3 for row in files[2:])  # stored in half precision
+    # The files are stored in half precision.
+    assert all(abs(float(row[-1])) < 1e-3 for row in files[2:])
 
 
 def test_bench_group(bench):

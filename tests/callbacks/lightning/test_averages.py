@@ -58,7 +58,8 @@ def moved(average, before, after):
         if name.endswith("A"):
             kept = min(len(old), len(new))
             maps = torch.linalg.lstsq(old.mT, new[:kept].mT).solution.mT
-            result[name] = torch.cat([maps @ value, new[kept:]])  # a new row is as if it had always been there
+            # A new row counts as if it had always been there.
+            result[name] = torch.cat([maps @ value, new[kept:]])
         else:
             maps = torch.linalg.lstsq(old, new).solution
             result[name] = value @ maps
@@ -83,8 +84,8 @@ def test_exponential_average_is_that_of_a_run_in_the_new_coordinates(fit, first)
     assert [layer.rank for _, layer in dynrank.lora_layers(module)] == [5, 5]
     result = weights.now(module)
     for name in FACTORS:
-        assert_close(result[name], expected[name], rtol=1e-4, atol=1e-5)  # float32 averages
-        assert not torch.allclose(result[name], weights.steps[24][name], atol=1e-3)  # it is no copy of the weights
+        assert_close(result[name], expected[name], rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(result[name], weights.steps[24][name], atol=1e-3)
 
 
 @pytest.mark.parametrize("first", ["average", "scheduler"])
@@ -92,11 +93,13 @@ def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(fit, first):
     weights, average = Weights(), StochasticWeightAveraging(1e-2, swa_epoch_start=1)
     stages = [Stage(At(step=25), Rank(3))]
     pair = [average, scheduler(stages)] if first == "average" else [scheduler(stages), average]
-    with pytest.warns(UserWarning, match="only supported every epoch"):  # of the learning rate's schedule
+    # Lightning warns so of the learning rate's schedule.
+    with pytest.warns(UserWarning, match="only supported every epoch"):
         module, _ = fit(*pair, weights, max_epochs=4, max_steps=-1)
     expected = None
     for count, start in enumerate(sorted(weights.starts)):
-        if expected is not None and start == 30:  # the change at 25 lies between the starts at 20 and 30
+        # The change at 25 lies between the starts at 20 and 30.
+        if expected is not None and start == 30:
             expected = moved(expected, *weights.changes[25])
         expected = weights.starts[start] if count == 0 else blend(expected, weights.starts[start], 1 / (count + 1))
     for name in FACTORS:
@@ -125,7 +128,8 @@ def of_peft(module_class):
     return module
 
 
-RESUMED = {  # in which order the average and the scheduler come, what saves them, and whose model it is
+# Each has the order of the average and the scheduler, what saves them, and whose model it is.
+RESUMED = {
     "after": (-1, ModelCheckpoint, lambda cls: cls()),
     "before, without the base": (1, AdapterCheckpoint, lambda cls: cls()),
     "after, without the base": (-1, AdapterCheckpoint, lambda cls: cls()),
@@ -142,7 +146,8 @@ def test_resumed_run_ends_with_the_same_average_to_the_bit(regression, fit, asse
         return fit(*pair, module=make(regression[0]), saved=tmp_path, kind=kind, **options)[0]
 
     whole = run()
-    for start in (4, 8, 9, 12):  # before, at and after the first change; between two
+    # The starts are before, at and after the first change, and between two.
+    for start in (4, 8, 9, 12):
         assert_same(run(ckpt_path=tmp_path / f"step={start}.ckpt"), whole, start)
 
 

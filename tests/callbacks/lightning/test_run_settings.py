@@ -15,7 +15,7 @@ from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At
 
-CHANGES = {4: 3, 8: 5}  # step: rank
+CHANGES = {4: 3, 8: 5}
 STAGES = [Stage(At(step=4), Rank(3)), Stage(At(step=8), GrowTo(5))]
 STEPS = 12
 

@@ -35,7 +35,7 @@ def test_silent_validation_tells_batches_apart_and_is_heard_by_nobody(regression
     module_class, data, trainer = regression
     module, asking, logger = module_class(), Asking(), CSVLogger(tmp_path, name="", version="")
     train, _ = data()
-    val = torch.utils.data.DataLoader(train.dataset, batch_size=30)  # the last of three batches is smaller
+    val = torch.utils.data.DataLoader(train.dataset, batch_size=30)
     made = trainer(callbacks=[asking], logger=logger, max_steps=12, val_check_interval=5, num_sanity_val_steps=0)
     made.fit(module, train, val)
     assert [weight for _, weight in asking.expected] == [30, 30, 20]
