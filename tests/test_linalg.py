@@ -124,7 +124,6 @@ def _deficient(kind):
         lora_A[:] = lora_A[:1].clone()
         lora_B = torch.linalg.qr(lora_B).Q
     elif kind == "both":
-        # Some directions are zero in B, and another one is zero in A.
         lora_B[:, 2:], lora_A[1:2] = 0, 0
     else:
         lora_A[:] = 0

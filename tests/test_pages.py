@@ -32,7 +32,6 @@ def run_line(line, folder):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_block_runs_as_printed(page, tmp_path):
     for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
-        # The first line of a YAML block names its file.
         if language == "yaml":
             (tmp_path / re.match(r"# (\S+)\n", text)[1]).write_text(text)
         elif language == "python":

@@ -170,7 +170,6 @@ def test_metadata_follow_and_hashes_are_those_of_the_new_file(tmp_path):
     hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x0"}
     others = {"modelspec.title": "mine", **hashes}
     before = kohya(tmp_path / "a.safetensors", alphas=[3], metadata=TRAINED | others)
-    # The file has to reach beyond the first MiB.
     before["x"] = torch.randn(400_000)
     save_file(before, tmp_path / "a.safetensors", metadata=TRAINED | others)
     for number in (1, 2):
@@ -361,7 +360,6 @@ def test_10_000_layers_are_squeezed_in_a_short_table(tmp_path, launch):
     save_file(tensors, tmp_path / "a.safetensors")
     code, printed, _ = launch("squeeze", tmp_path / "a.safetensors", "--rank", 2, "--out", tmp_path / "b.safetensors")
     assert code == 0
-    # Each kind of layer has one line.
     assert len(printed.splitlines()) < 20
     assert "440,000 → 220,000 (50.0%)" in printed
     assert "MB" in next(line for line in printed.splitlines() if line.startswith("file"))

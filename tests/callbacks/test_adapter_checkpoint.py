@@ -117,7 +117,6 @@ def test_a_trained_head_and_parameters_trained_for_a_while_come_back(regression,
     names = set(stored(tmp_path, 4)["state_dict"])
     assert {"net.3.weight", "net.4.weight"} <= names
     assert not {"net.0.base.weight", "net.2.base.bias"} & names
-    # What has been trained is carried on.
     go(6, ckpt_path=tmp_path / "step=4.ckpt")
     again = Headed.load_from_checkpoint(tmp_path / "step=6.ckpt")
     assert torch.equal(again.net[4].weight, first.net[4].weight)

@@ -76,7 +76,6 @@ def test_checkpoints_of_both_ranks_load_into_a_finished_and_into_a_new_module(re
         assert ranks_of(fresh) == ranks_of(module) == ranks
         expected = fresh.net.eval()(x)
         assert torch.equal(module.net.eval()(x), expected)
-        # The config has followed the ranks, up and down.
         module.net.save_pretrained(tmp_path / f"{step}")
         loaded = PeftModel.from_pretrained(fresh.net.unload(), tmp_path / f"{step}")
         assert torch.equal(loaded.eval()(x), expected)

@@ -125,7 +125,6 @@ def test_recorded_error_is_what_the_change_did(changed, tmp_path):
     updates, monitor = Updates(), RankMonitor(tmp_path / "history.csv")
     changed(updates, monitor)
     rows = rows_of(monitor.history_file)
-    # No gates were watched.
     assert {row["first_order"] for row in rows} == {""}
     errors = [float(row["predicted_error"]) for row in rows]
     made = [float((old - new).norm()) for old, new in zip(updates.before, updates.after, strict=True)]

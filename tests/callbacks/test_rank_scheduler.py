@@ -55,7 +55,6 @@ def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_
         for parameter in (layer.lora_A, layer.lora_B):
             state = trainer.optimizers[0].state[parameter]
             assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
-            # The optimizer counts as many steps as without a drop.
             assert state["step"] == 24
 
 

@@ -356,7 +356,6 @@ def test_growth_new_directions_step_at_most_half_again_as_far(rank, batch, seed)
         step()
     dynrank.resize(net, min(2 * rank + 6, 10), optimizers=[optimizer])
     factors = dynrank.adapter_parameters(net)
-    # Each pair has the steps of the old and of the new directions.
     steps = {"A": ([], []), "B": ([], [])}
     for _ in range(10):
         before = [factor.detach().clone() for factor in factors]
@@ -388,7 +387,6 @@ OF_TORCH.remove(Optimizer)
 def test_an_optimizer_is_carried_or_refused_by_name_and_then_only_reset(cls):
     net, known = adapted(), {carried.values[0] for carried in CARRIED}
     optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=0.01)
-    # SparseAdam makes no step with dense gradients.
     steps = 0 if cls is torch.optim.SparseAdam else 3
     train(net, optimizer, steps)
     output = net(torch.ones(3, 10))

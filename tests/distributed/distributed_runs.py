@@ -28,7 +28,6 @@ from dynrank.triggers import At, Plateau
 
 STEPS, CHANGE = 22, 12
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
-# A process waits this long for the other one.
 PATIENCE = timedelta(seconds=60)
 
 

@@ -180,7 +180,6 @@ def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_w
         second.kill()
         codes, printed = forked.end([first, second]), forked.printed(cwd)
     assert codes == [1, -signal.SIGKILL], printed
-    # The other process closed or reset the connection.
     assert "by peer" in printed
 
     saved = step_of(checkpoint)

@@ -17,7 +17,6 @@ from dynrank.targets import Smallest
 from dynrank.triggers import At, Run
 
 FULL = 8
-# The updates that are planted have these singular values.
 SPECTRA = {"0": [9.0, 4.0, 0.5], "1": [2.0]}
 # Half of 200 x 10: a square is twice a log-likelihood.
 STILL = How(metric="gates", window=2, loss_terms=1000)

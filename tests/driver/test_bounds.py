@@ -168,7 +168,6 @@ def test_contradictions_of_the_schedule_come_first_at_the_highest_rank_of_a_free
     check_model(net, after_convergence(4), RUN)
 
 
-# The adapters of `model()` have 1024 parameters.
 COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)
 
 

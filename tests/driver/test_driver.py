@@ -99,7 +99,6 @@ def trajectory(driver):
 
 GATES = {"metric": "gates", "window": 4, "rewarmup_steps": 4}
 SCHEDULES = {
-    # This change is decided at a validation, then watched, then checked.
     "gates, undone, plateau": lambda: [
         Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(**GATES, max_regression=0.02))
     ],

@@ -178,7 +178,6 @@ def test_scaling_by_another_rule_and_an_initialisation_for_even_ranks_reload(opt
     assert settings(model)[4] is False
     assert_reloads(model, tmp_path)
     module = next(iter(layers_of(model).values())).module
-    # PEFT's own rule for the scaling comes to the same.
     module.set_scale("default", 1.0)
     assert module.scaling["default"] == pytest.approx(*before)
 

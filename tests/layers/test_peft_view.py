@@ -81,7 +81,6 @@ def test_observe_says_nothing_where_no_gradient_flows():
     with model.net.disable_adapter():
         model(ids)
     assert not seen
-    # A single vector is one position without a batch.
     model.linear.lora_A["default"](torch.randn(6, dtype=torch.float64)).sum().backward()
     assert [[*t.shape] for t in seen[0]] == [[2], [2]]
 

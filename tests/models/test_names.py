@@ -15,7 +15,6 @@ def test_names_packages_folders_files_and_the_hub_are_known(tmp_path, monkeypatc
     assert model_source(str(tmp_path)) == str(tmp_path)
     assert model_source("~/tiny.gguf") == str(tmp_path / "tiny.gguf")
     assert model_source("org/name") == "org/name"
-    # A few models on the hub have no ORG before their name.
     assert model_source("gpt2") == "gpt2"
 
 

@@ -201,7 +201,6 @@ def test_precision_of_the_trainer_counts(precision, tiny_bert):
     assert need.activations < 0.8 * full.activations
 
 
-# The models' own pages give these numbers of parameters.
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,

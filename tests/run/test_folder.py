@@ -27,7 +27,6 @@ def test_tables_are_joined_at_the_step_that_a_run_goes_on_from(tmp_path):
     assert [row["written"] for row in table(tmp_path / "generations.csv")] == ["a\n5"]
     (tmp_path / "generations.csv").unlink()
     assert not (tmp_path / "metrics.csv").exists()
-    # The validation was made again.
     write(tmp_path / "metrics.csv", "step,val,train,rank\n1,5.5,,\n2,,0.81,4\n")
     run_folder.take_up(tmp_path, 3)
     write(tmp_path / "metrics.csv", "step,train,rank\n3,0.71,4\n")

@@ -98,7 +98,6 @@ def trajectory(scheduler):
 
 # Nothing improves by 90% from one validation to the next: a plateau as soon as patience allows.
 NEVER_BETTER = "trigger.min_delta=0.9"
-# The first value is the best one, and the two after it are not better.
 PLATEAU_AT_12 = f"{NEVER_BETTER} trigger.patience=2"
 ONE, TWO = (
     "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.At,step:10},"

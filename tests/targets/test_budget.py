@@ -26,7 +26,6 @@ def allowed(target, state):
         return [state.rank]
     top = max(least, min(top, state.highest))
     below = [k for k in range(least, min(top, state.rank - 1) + 1) if k % target.multiple == 0]
-    # A layer may also stay as it is.
     return (below + [state.rank] if state.rank <= top else below) or [top]
 
 

@@ -48,7 +48,6 @@ def test_changes_stand_in_order_and_one_taken_back_says_so(report):
 def test_configuration_and_what_was_given_are_there_word_for_word(report, folder, nasty):
     assert report.texts("pre") == [(folder / ".hydra" / "config.yaml").read_text()]
     assert report.texts("code")[:2] == ["lora.rank=8", f"note={nasty!r}"]
-    # Names are text and not markup.
     assert not list(report.root.iter("b"))
 
 

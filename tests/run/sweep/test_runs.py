@@ -97,7 +97,6 @@ def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(sweep, tiny_ber
     # The folders are not those of the runs that were refused.
     assert not list(Path("s").rglob("error.txt"))
 
-    # This is the run that was killed.
     code, _, said = sweep(*settings, "lora.rank=4", "hydra.sweep.dir=whole")
     assert code == 0, said
     assert measured(table("s"))[1] == {"lora.rank": "4", **measured(table("whole"))[0]}
