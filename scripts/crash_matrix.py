@@ -3,6 +3,7 @@
 ::
 
     python scripts/crash_matrix.py --tries 40 --seed 0    # prints what was lost, and a table: tried, equal, lost
+    python scripts/crash_matrix.py --schedules auto "early budget"
 
 A try is drawn at random: a run (``crash_runs.py`` has the tables), and how, when and in which process it is stopped. It
 survives if, resumed from what is left, it ends with the bits of a run that saved nothing and was never stopped:
@@ -208,9 +209,9 @@ def outcome(case: Case, stop: Stop, folder: Path, expected: list[Any]) -> tuple[
     return stopped, fault and f"{fault}; exit codes {codes}, then {again}"
 
 
-def draw(chance: random.Random, ways: list[str]) -> tuple[Case, Stop]:
+def draw(chance: random.Random, ways: list[str], schedules: list[str]) -> tuple[Case, Stop]:
     """A case, and a stop whose number and delay are not limited to the run yet."""
-    names = [chance.choice([*table]) for table in (SCHEDULES, OPTIMIZERS, CALLBACKS)]
+    names = [chance.choice([*table]) for table in (schedules, OPTIMIZERS, CALLBACKS)]
     case = Case(names[0], names[1], chance.choice([1, 2]), names[2], chance.choice([1, 3, 7]))
     way, moment, number, delay = chance.choice(ways), chance.choice(MOMENTS), chance.randrange(10**6), chance.random()
     return case, Stop(way, moment, number, delay, chance.randrange(case.processes), chance.randrange(16_000))
@@ -265,6 +266,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tries", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=[*SCHEDULES])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -276,7 +278,7 @@ def main() -> int:
         matrix = Matrix(Path(top), small)
         try:
             while matrix.tried["all"] < arguments.tries:
-                matrix.one_try(*draw(chance, ways))
+                matrix.one_try(*draw(chance, ways, arguments.schedules))
         finally:
             if mount.returncode == 0:
                 subprocess.run(["umount", small], check=True)

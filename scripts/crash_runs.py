@@ -24,8 +24,8 @@ import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, ScheduleFreeMode, StepSeed
 from dynrank.commands.exits import usage_errors
 from dynrank.run.stopping import CtrlC, stoppable
-from dynrank.schedules import How, Stage, anneal, auto
-from dynrank.targets import Budget, GrowTo, Rank
+from dynrank.schedules import How, Stage, anneal, auto, early_budget
+from dynrank.targets import GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
@@ -45,7 +45,7 @@ SCHEDULES: dict[str, list[Stage]] = {
         Stage(At(step=6), GrowTo(9), how=How(rewarmup_steps=2)),
         Stage(At(step=17), Rank(2), how=How(rewarmup_steps=2)),
     ],
-    "budget by gates": [Stage(At(step=12), Budget(share=0.5), how=WATCHED)],
+    "early budget": early_budget(3, how=WATCHED),
     "anneal": anneal(2, shared=False, how=How(rewarmup_steps=2)),
     "auto": auto(0.5, share=0.5, at=0.4, how=WATCHED),
     "cut at the end, checked": [Stage(At(fraction=1.0), Rank(2), how=How(max_regression=10.0))],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any
 
 import torch
@@ -40,8 +41,9 @@ class AdapterCheckpoint(ModelCheckpoint):
     base. A model with NaN or inf in its trained parameters is not saved.
 
     SIGTERM in training, as before a job is preempted, lets the step end, saves ``last.ckpt`` in the callback's folder
-    and raises Lightning's SIGTERMException, which ends the program with exit code 0. In a validation of one process it
-    does so after the batch, and the run goes on with the whole validation; several processes end it first.
+    and raises Lightning's SIGTERMException, which ends the program with exit code 0. In a validation it does so after
+    the batch, and the run goes on with the whole validation. What is ended first is a validation that a change of rank
+    asks for, and one in which processes have unlike numbers of batches, or do not know them.
 
     Under FSDP2 it needs ``save_distributed_checkpoint=False``: the adapter is whole in each process anyway.
     """
@@ -98,9 +100,14 @@ class AdapterCheckpoint(ModelCheckpoint):
         if complete and self._sigterm is not None and self._sigterm.received(trainer):
             private.log_step(trainer)
             self._save_and_end(trainer)
-        # Several processes may have unlike numbers of batches, so they cannot agree on an end in a validation.
-        alone = trainer.world_size == 1 and is_due(trainer)
-        self._before_validation = private.loops_state(trainer) if alone else None
+        self._before_validation = private.loops_state(trainer) if is_due(trainer) else None
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._before_validation is not None:
+            own, *others = from_all(trainer.num_val_batches)
+            # Only those that end each batch together can agree on an end there.
+            if others and not (all(counts == own for counts in others) and isfinite(sum(own))):
+                self._before_validation = None
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if self._before_validation is not None and self._sigterm is not None and self._sigterm.received(trainer):

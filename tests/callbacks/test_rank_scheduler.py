@@ -9,13 +9,15 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
-from torch.utils.data import DataLoader, IterableDataset
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, Generations, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
 from dynrank.targets import Rank, Smallest
+from dynrank.tasks.loader import ResumableLoader
 from dynrank.triggers import At, Plateau
 
 
@@ -141,6 +143,36 @@ def test_run_of_epochs_goes_on_in_the_middle_of_one(regression, fit, assert_same
     module, _ = fit(whole, module=Module(), saved=tmp_path, **options)
     resumed, _ = fit(again, module=Module(), ckpt_path=tmp_path / "step=23.ckpt", **options)
     assert_same(resumed, module)
+
+
+def test_run_goes_on_at_the_end_of_an_epoch_that_was_shorter(regression, tmp_path):
+    """As in one process after two: each step has its number, and no epoch is empty."""
+    module_class, data, trainer = regression
+
+    class Module(module_class):
+        epochs = 0
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.log("train/loss", loss)
+            return loss
+
+        def on_train_epoch_end(self):
+            self.epochs += 1
+
+    def run(steps, size, checkpoint=None):
+        module, loader = Module(), ResumableLoader(data()[1].dataset, [1] * 80, size, 3, default_collate)
+        logger = CSVLogger(tmp_path, name="", version=str(steps))
+        saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        options = {"log_every_n_steps": 1, "logger": logger, "enable_checkpointing": True}
+        options |= {"val_check_interval": 5, "num_sanity_val_steps": 0}
+        made = trainer(max_steps=steps, callbacks=[RankScheduler([]), saves], **options)
+        made.fit(module, loader, data()[1], ckpt_path=checkpoint)
+        rows = (tmp_path / str(steps) / "metrics.csv").read_text().splitlines()
+        return module.epochs, [int(row["step"]) for row in csv.DictReader(rows) if row["train/loss"]]
+
+    assert run(12, 16) == (3, [*range(12)])
+    assert run(17, 8, tmp_path / "step=10.ckpt") == (2, [*range(10, 17)])
 
 
 def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_or_stop(regression, fit, tmp_path):

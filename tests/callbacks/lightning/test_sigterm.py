@@ -15,10 +15,11 @@ from dynrank.targets import Rank
 from dynrank.triggers import Plateau
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
-CASES = [  # (moment, how many pass before, step that is saved)
-    ("inside a step", 5, 6),  # the step ends first
-    ("decided, not made", 1, 10),  # the last batch of an epoch, between the decision and the change
-    ("validation", 6, 12),  # in one that checks the change made after step 11: the change and a step end first
+CASES = [  # (processes, moment, how many pass before, step that is saved)
+    (1, "inside a step", 5, 6),  # the step ends first
+    (1, "decided, not made", 1, 10),  # the last batch of an epoch, between the decision and the change
+    (1, "validation", 6, 12),  # in one that checks the change made after step 11: the change and a step end first
+    (2, "validation", 0, 4),  # at once, though one of the two has heard nothing
 ]
 PROGRAM = """
 import json, logging, sys
@@ -33,15 +34,16 @@ def folder(name):
     return Path(name)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-case = Case("plateau and cut, checked", "AdamW", 1, "AdapterCheckpoint", 1)
-assert run(case, folder("whole")) == [0]
-for index, (moment, number, _) in enumerate(json.loads(sys.argv[1])):
-    here = folder(str(index))
-    code = run(case, here, Stop("SIGTERM", moment, number, 0.0, 0, 0))
+for index, (processes, moment, number, _) in enumerate(json.loads(sys.argv[1])):
+    case, here = Case("plateau and cut, checked", "AdamW", processes, "AdapterCheckpoint", 1), folder(str(index))
+    whole = Path(f"whole{processes}")
+    if not whole.exists():
+        assert not any(run(case, folder(whole)))
+    code = run(case, here, Stop("SIGTERM", moment, number, 0.0, processes - 1, 0))
     files = sorted(path.name for path in (here / "disk").iterdir())
     step = torch.load(here / "disk" / "last.ckpt")["global_step"]
     resumed = run(case, here)
-    same = equal(ends(case, here)[0][0], ends(case, Path("whole"))[0][0])
+    same = equal([end for end, _ in ends(case, here)], [end for end, _ in ends(case, whole)])
     print(json.dumps({"code": code, "files": files, "step": step, "resumed": resumed, "same": same}), flush=True)
 """
 
@@ -55,8 +57,9 @@ def ends(tmp_path_factory):
 
 @pytest.mark.parametrize("index", range(len(CASES)), ids=lambda index: " ".join(map(str, CASES[index])))
 def test_sigterm_ends_the_step_saves_and_exits_0(ends, index):
-    step = CASES[index][2]
-    assert ends[index] == {"code": [0], "files": ["last.ckpt"], "step": step, "resumed": [0], "same": True}
+    processes, *_, step = CASES[index]
+    codes = [0] * processes
+    assert ends[index] == {"code": codes, "files": ["last.ckpt"], "step": step, "resumed": codes, "same": True}
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
