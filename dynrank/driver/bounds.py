@@ -34,14 +34,13 @@ def layer_states(
     layers: Mapping[str, RankedLayer], *, last: bool, target: Target, gates: Gates | None
 ) -> dict[str, LayerState]:
     """What ``target`` may know of each layer; ``last``: no stage comes after its own."""
-    free = {name: layer for name, layer in layers.items() if not layer.pinned}
-    values = spectra(free, gates) if "values" in target.needs else {}
-    states = {}
-    for name, layer in layers.items():
-        # A pinned layer keeps its rank, so its values are never read.
-        nothing = torch.zeros(layer.rank, dtype=torch.float64)
-        measured = values.get(name, nothing) if "values" in target.needs else None
-        states[name] = replace(bounded(layer, last), values=measured)
+    states = {name: bounded(layer, last) for name, layer in layers.items()}
+    if "values" in target.needs:
+        values = spectra({name: layer for name, layer in layers.items() if not layer.pinned}, gates)
+        for name, state in states.items():
+            # A pinned layer keeps its rank, so its values are never read.
+            nothing = torch.zeros(state.rank, dtype=torch.float64)
+            states[name] = replace(state, values=values.get(name, nothing))
     return states
 
 

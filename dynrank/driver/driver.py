@@ -89,10 +89,10 @@ class RankDriver:
         self._rates: list[Rates] = []
         # The last step that end_step() has taken in.
         self._ended_step = 0
-        # Whether it is of another schedule.
-        self._other = False
         # The state of a checkpoint waits here until training starts and brings layers and optimizers.
         self._loaded: Mapping[str, Any] = {}
+        # Whether it is of another schedule.
+        self._other = False
 
     @property
     def history(self) -> list[RankEvent]:

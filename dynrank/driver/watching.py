@@ -53,11 +53,9 @@ class Watching:
         """Watch what stage number ``index`` needs, if anything; what was collected before is dropped."""
         self.end()
         if self.needed(model, index):
-            layers, how = (
-                {name: layer for name, layer in lora_layers(model) if not layer.pinned},
-                self._stages[index].how,
-            )
-            caution = CAUTION if isinstance(self._stages[index].to, Smallest) else 0.0
+            how, target = self._stages[index].how, self._stages[index].to
+            layers = {name: layer for name, layer in lora_layers(model) if not layer.pinned}
+            caution = CAUTION if isinstance(target, Smallest) else 0.0
             self.gates, self._index = Gates(model, layers, how.window, how.loss_terms, caution), index
 
     def end(self) -> Gates | None:
