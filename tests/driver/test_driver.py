@@ -227,18 +227,17 @@ def test_change_that_costs_too_much_is_undone_exactly_and_tried_again_gentler():
 def test_interrupt_at_any_line_of_a_change_leaves_all_of_it_or_nothing():
     """Ranks and weights, history, stage and learning rate, with one point of no return."""
 
+    sources = str(Path(dynrank.__file__).parent / "driver")
+
     def interrupted(number):
-        driver, loop, lines = (
-            RankDriver(at(5, Rank(3), max_regression=9.0, rate_after=2.0)),
-            Loop(6, torch.optim.SGD),
-            0,
-        )
+        driver, lines = RankDriver(at(5, Rank(3), max_regression=9.0, rate_after=2.0)), 0
+        loop = Loop(6, torch.optim.SGD)
         driver.start(loop, Run(9))
         loop.step = 5
 
         def trace(frame, event, _):
             nonlocal lines
-            if Path(frame.f_code.co_filename).parent.name != "driver":
+            if not frame.f_code.co_filename.startswith(sources):
                 return None
             lines += event == "line"
             if event == "line" and lines == number:
