@@ -13,6 +13,7 @@ from dynrank.layers.compiled import compiled_alone, uncompiled
 from dynrank.layers.finding import own_layers, plain_modules, tied_weights
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.placing import base_values, make_layer, place_layers
+from dynrank.output.console import shape_of_update
 
 # A module, and the name of a parameter or buffer in it.
 Place = tuple[nn.Module, str]
@@ -91,12 +92,9 @@ class AdapterChange:
                 faults.append(f"the model has no module {name!r}")
             elif kind is None:
                 faults.append(f"{name!r} is a {type(base).__name__}, which cannot have LoRA")
-            elif (kind.experts_of(base), *kind.shape_of(base)) != (stored.experts, *stored.shape):
-                ours: tuple[int, ...] = kind.shape_of(base)
-                theirs: tuple[int, ...] = stored.shape
-                if kind.experts_of(base) != stored.experts:
-                    ours, theirs = (kind.experts_of(base), *ours), (stored.experts, *theirs)
-                faults.append(f"{name!r} is {ours} in the model and {theirs} in the adapter")
+            elif (ours := (kind.experts_of(base), *kind.shape_of(base))) != (stored.experts, *stored.shape):
+                theirs = shape_of_update(stored.experts, *stored.shape)
+                faults.append(f"{name!r} is {shape_of_update(*ours)} in the model and {theirs} in the adapter")
             else:
                 # This raises where factors are not finite, before anything is changed.
                 adapter.factors(name)

@@ -32,7 +32,7 @@ from dynrank.adapters.stored import (
     write_tensors,
 )
 from dynrank.errors import ConfigurationError, read_as
-from dynrank.linalg import finite, truncate_product
+from dynrank.linalg import finite
 from dynrank.output.whole_file import os_errors
 from dynrank.rank_map import peft_ranks
 
@@ -59,15 +59,11 @@ class SingleFile(StoredAdapter):
     configs: Mapping[str, AdapterConfig]
     metadata: Mapping[str, str]
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """As those of a :class:`StoredAdapter`, in float32 or wider, and of no higher rank than the layer can have."""
-        lora_B, lora_A = (m.to(torch.promote_types(m.dtype, torch.float32)) for m in self.matrices(name))
-        rank = self.layers[name].rank
-        if len(lora_A) == rank:
-            return lora_B, lora_A
-        product, one = lora_B.double() @ lora_A.double(), torch.eye(rank, dtype=torch.float64)
-        change = truncate_product(*((one, product) if len(product) == rank else (product, one)), rank)
-        return change.lora_B.to(lora_B.dtype), change.lora_A.to(lora_A.dtype)
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """As those of a :class:`StoredAdapter`, in float32 or wider."""
+        lora_B, lora_A = super().matrices(name)
+        wide = torch.promote_types(lora_A.dtype, torch.float32)
+        return lora_B.to(wide), lora_A.to(wide)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import finite, products, truncate_product
+from dynrank.linalg import finite, products, stacked, truncate_product
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # lora_A, lora_B and the scaling of a layer.
@@ -79,10 +79,9 @@ class StoredAdapter:
         if len(lora_A) == layer.rank * layer.experts:
             return lora_B, lora_A
         # PEFT allows a rank above min(d_in, d_out), which no product has.
-        if lora_A[layer.rank :].any() or lora_B[:, layer.rank :].any():
-            change = truncate_product(lora_B, lora_A, layer.rank)
-            return change.lora_B, change.lora_A
-        return lora_B[:, : layer.rank], lora_A[: layer.rank]
+        pairs = products(lora_B, lora_A, layer.experts)
+        change = stacked([truncate_product(*pair, layer.rank) for pair in pairs])
+        return change.lora_B, change.lora_A
 
     def products(self, name: str) -> list[tuple[Tensor, Tensor]]:
         """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product of a layer; errors as in :meth:`factors`."""
@@ -180,5 +179,6 @@ def checked_layer(
     if shape_A[0] != rank * experts or not experts:
         raise ValueError(f"must have the rank of the settings (r, rank_pattern), {rank}, got factors of {shape_A[0]}")
     d_out, d_in = shape_B[0], torch.Size(shape_A[1:]).numel()
-    rank, keys = rank if experts > 1 else min(rank, d_out, d_in), (pair["A"], pair["B"])
-    return StoredLayer(keys, rank, (d_out, d_in), (*shape_A[2:],), alpha, scaling, experts=experts)
+    return StoredLayer(
+        (pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling, experts=experts
+    )

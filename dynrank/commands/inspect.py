@@ -10,7 +10,7 @@ from typing import Any
 from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
 from dynrank.adapters.read import read_adapter
 from dynrank.errors import ConfigurationError
-from dynrank.output.console import empty_table, print_facts, print_table
+from dynrank.output.console import empty_table, print_facts, print_table, shape_of_update
 from dynrank.targets import Budget
 
 # Shares of the energy.
@@ -61,7 +61,7 @@ def print_spectra(layers: Sequence[LayerSpectrum], kept: Kept) -> None:
     for layer, *own in zip(layers, *counts.values(), strict=True):
         table.add_row(
             layer.layer,
-            " x ".join(str(size) for size in (layer.experts, *layer.shape)[layer.experts == 1 :]),
+            shape_of_update(layer.experts, *layer.shape),
             str(layer.rank),
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",

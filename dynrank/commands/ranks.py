@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from dynrank.driver.bounds import final_parameters, final_ranks
 from dynrank.layers.finding import own_layers
 from dynrank.layers.ranked import width_of
-from dynrank.output.console import empty_table, print_table, span
+from dynrank.output.console import empty_table, print_table, shape_of_update, span
 from dynrank.output.slots import slot_line
 from dynrank.run.job import build
 
@@ -23,11 +23,11 @@ def print_ranks(config: DictConfig) -> None:
     table = empty_table("LoRA layers of the composed run", *headings, "rule", texts=["rule"])
     start = 0
     for name, layer in layers.items():
-        width, shape = width_of(layer), [layer.experts, len(layer.lora_B), layer.lora_A.shape[1]]
+        width = width_of(layer)
         start += layer.rank * width
         table.add_row(
             name,
-            " x ".join(str(size) for size in shape[layer.experts == 1 :]),
+            shape_of_update(layer.experts, len(layer.lora_B), layer.lora_A.shape[1]),
             str(layer.rank),
             span(final[name]) + (" (pinned)" if layer.pinned else ""),
             f"{layer.alpha:g}",

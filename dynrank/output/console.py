@@ -66,6 +66,15 @@ def span(numbers: Collection[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
+def shape_of_update(experts: int, *shape: int) -> str:
+    """The sizes of a layer's update, and in front of them how many such updates a stack of experts has.
+
+    >>> shape_of_update(1, 768, 384), shape_of_update(8, 768, 384)
+    ('768 x 384', '8 x 768 x 384')
+    """
+    return " x ".join(str(size) for size in (experts, *shape)[experts == 1 :])
+
+
 def quiet_imports() -> None:
     """Silence libraries that talk while they are imported."""
     # Optuna imports alembic.
