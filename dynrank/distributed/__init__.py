@@ -1,1 +1,1 @@
-"""Several processes: agreeing on values, comparing adapters, sharding the frozen base."""
+"""Training in several processes: exchange of values, comparison of adapters, sharding of the frozen base."""

@@ -1,4 +1,4 @@
-"""Whether all processes hold the same adapters and the same optimizer state for them."""
+"""A check that all processes hold the same adapters and the same optimizer state for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dynrank.layers.finding import lora_layers
 def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str) -> None:
     """Compare the digest of every adapter, and of its optimizer state, in all processes; a collective call.
 
-    Whatever else is trained and kept whole in every process (a head) is compared too, shards are not.
+    Other trained parameters that are whole in every process (a head) are compared, too; shards are not.
     """
     if process_count() == 1:
         return
@@ -33,18 +33,18 @@ def check_processes(model: nn.Module, optimizers: Iterable[Optimizer], when: str
         kind, found = ("optimizer state", states) if len(set(weights)) == 1 else ("weights", weights)
         others = [process for process, value in enumerate(found) if value != found[0]]
         if others:
-            faults.append(f"{name!r} ({kind}, processes {others} against 0)")
+            faults.append(f"{name!r} ({kind}: processes {others} differ from process 0)")
     if faults:
         more = f"\n  and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ConfigurationError(
             f"{when}, the processes do not hold the same adapters:\n  " + "\n  ".join(faults[:5]) + more + "\n"
-            "Their gradients are not averaged, or they did not start alike: set trainer.strategy=ddp, or keep what is "
-            "trained out of sharding with dynrank.distributed.sharding.shard_frozen; give all processes one seed"
+            "Their gradients are not averaged, or they started with different values: set trainer.strategy=ddp, or "
+            "shard only the frozen base (dynrank.distributed.sharding.shard_frozen); give all processes the same seed"
         )
 
 
 def _trained(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """What every process has whole, by layer; all else that is trained by its own name."""
+    """Trained parameters that every process holds whole: factors by layer, others by their own name."""
     layers = {name: [layer.lora_A, layer.lora_B] for name, layer in lora_layers(model)}
     of_layers = {id(parameter) for parameters in layers.values() for parameter in parameters}
     rest = {n: [p] for n, p in model.named_parameters() if p.requires_grad and id(p) not in of_layers}

@@ -1,4 +1,4 @@
-"""DDP around a model whose parameters change shape, whoever has put it there."""
+"""DDP around a model whose parameters change shape, whichever library has wrapped the model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dynrank.errors import ConfigurationError
 
 
 def ddp_modules(model: nn.Module) -> list[Any]:
-    """The DDP modules around ``model``, which keeps no way to them."""
+    """The DDP modules around ``model``, by a search of all objects: a model has no reference to them."""
     if process_count() == 1:
         return []
     found = [o for o in gc.get_objects() if issubclass(type(o), DistributedDataParallel)]
@@ -24,12 +24,12 @@ def ddp_modules(model: nn.Module) -> list[Any]:
 
 
 def take_reducers(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
-    """Take the reducers, whose buckets are as large as parameters were, off the DDP modules around ``model``.
+    """Remove the reducers, whose buckets fit the old shapes, from the DDP modules around ``model``.
 
-    A loop keeps its DDP module in variables, so that cannot be replaced by another one.
+    Training loops keep references to their DDP module, so it cannot be replaced by a new one.
 
     Returns:
-        What :func:`give_back_reducers` needs, once parameters have their new shapes.
+        The argument of :func:`give_back_reducers`, to call when parameters have their new shapes.
     """
     torn = [(module, module.__getstate__()) for module in ddp_modules(model)]
     for _, state in torn:
@@ -40,10 +40,10 @@ def take_reducers(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def give_back_reducers(torn: list[tuple[Any, dict[str, Any]]]) -> None:
-    """Give the DDP modules other reducers, as when they are unpickled, and what was registered with the old ones."""
+    """Give the DDP modules new reducers, by the code for unpickling, and register their communication hooks again."""
     for module, state in torn:
         module.__setstate__(state)
-        # Unpickling leaves this flag: a static graph would then not average the gradients of the first backward.
+        # Unpickling does not reset this flag. A static graph would then not average the first backward's gradients.
         module._static_graph_delay_allreduce_enqueued = False
         for hook, of_hook in module._comm_hooks:
             distributed._register_comm_hook(  # type: ignore[attr-defined]
@@ -52,10 +52,10 @@ def give_back_reducers(torn: list[tuple[Any, dict[str, Any]]]) -> None:
 
 
 def check_hooks(states: Iterable[object]) -> None:
-    """Refuse communication hooks of DDP, by their states, that cannot follow a change of rank."""
+    """Refuse communication hooks of DDP with a state that cannot adapt to a change of rank."""
     for state in states:
         if isinstance(state, PostLocalSGDState | PowerSGDState):
             raise ConfigurationError(
                 f"a communication hook of DDP with {type(state).__name__} lets the processes' adapters differ, or "
-                "remembers gradients of the old shapes; use one without memory, such as fp16_compress_hook, or none"
+                "keeps gradients of the old shapes; use a hook without state, such as fp16_compress_hook, or none"
             )

@@ -1,6 +1,6 @@
-"""The processes of a training run agreeing on values and tensors (torch's default group); in one process nothing moves.
+"""Exchange of values and tensors between the processes of a training run (torch's default group).
 
-Every function is collective: all processes call it, in the same order.
+Every function is collective: all processes must call it, in the same order. In a single process nothing is sent.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def process_index() -> int:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What ``make`` returns in process 0, where alone it runs; what it raises there is raised in all.
+    """The result of ``make``, which runs only in process 0; an error there is raised in all processes.
 
-    Whatever it raises, KeyboardInterrupt too, reaches the other processes, so that none is left waiting. An error that
-    cannot be pickled is a RuntimeError with its text there.
+    Every error, KeyboardInterrupt included, is sent to the other processes, so that none of them waits forever. Instead
+    of an error that cannot be pickled, they raise a RuntimeError with its text.
 
     Args:
-        make: its result is pickled; tensors in it should be on the CPU.
+        make: a function whose result can be pickled; tensors in it should be on the CPU.
     """
     if process_count() == 1:
         return make()
@@ -52,7 +52,7 @@ def from_first(make: Callable[[], T]) -> T:
 def _pickled_error(error: BaseException) -> bytes:
     try:
         outcome = pickle.dumps((None, error))
-        # Some errors can be pickled and not unpickled, so this is tried where the error still is one.
+        # Some errors can be pickled but not unpickled, so process 0 tries it.
         pickle.loads(outcome)
     except Exception:
         outcome = pickle.dumps((None, RuntimeError(f"{type(error).__name__} in process 0: {error}")))
@@ -60,7 +60,7 @@ def _pickled_error(error: BaseException) -> bytes:
 
 
 def from_all(value: T) -> list[T]:
-    """``value`` of every process, in order; pickled as in :func:`from_first`."""
+    """``value`` of every process, in the order of their numbers; values are pickled as in :func:`from_first`."""
     if process_count() == 1:
         return [value]
     values: list[Any] = [None] * process_count()
@@ -69,14 +69,14 @@ def from_all(value: T) -> list[T]:
 
 
 def mean_over_processes(value: float) -> float:
-    """The mean of every process's ``value``, the same bits in all."""
+    """The mean of every process's ``value``, with the same bits in all processes."""
     values = from_all(value)
     return sum(values) / len(values)
 
 
 @torch.no_grad()
 def copy_from_first(tensors: Iterable[Tensor]) -> None:
-    """Give ``tensors``, of equal shapes in all processes, the values that they have in process 0."""
+    """Copy the values of ``tensors`` in process 0 to all processes; shapes must be equal."""
     if process_count() > 1:
         for tensor in tensors:
             distributed.broadcast(tensor, src=0)

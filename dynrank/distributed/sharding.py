@@ -1,4 +1,4 @@
-"""FSDP2 with LoRA: the frozen base is sharded; what is trained stays whole in every process, so its rank can change."""
+"""FSDP2 with LoRA: the frozen base is sharded, and trained parameters stay whole, so that their rank can change."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from dynrank.layers.ranked import max_rank, take_rank
 def shard_frozen(
     model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] | None = None, **options: Any
 ) -> None:
-    """Shard ``model`` by FSDP2, but for everything that is trained; call it in ``configure_model``, LoRA in place.
+    """Shard the frozen parameters of ``model`` by FSDP2; call this in ``configure_model``, after LoRA is added.
 
-    Adapters (and heads that are trained whole) stay plain tensors, alike in all processes: they get process 0's values
-    here, and :class:`dynrank.callbacks.RankScheduler`, which has to be in the trainer, averages their gradients before
-    each optimizer step. A second call does nothing.
+    Adapters (and heads that are trained without LoRA) stay plain tensors with the same values in all processes. This
+    function gives them the values of process 0. :class:`dynrank.callbacks.RankScheduler`, which the trainer must have,
+    averages their gradients before each optimizer step. A second call does nothing.
 
     ::
 
@@ -39,11 +39,11 @@ def shard_frozen(
                 shard_frozen(self.model, self.device_mesh["data_parallel"])
 
     Args:
-        model: with LoRA layers.
-        mesh: one dimension, over which to shard: ``device_mesh["data_parallel"]`` of ModelParallelStrategy.
-        blocks: modules of ``model`` that are gathered one at a time, none a part of a LoRA layer; when None, its
-            transformer blocks: the members of every ModuleList that lies in no other.
-        **options: of ``torch.distributed.fsdp.fully_shard`` (mp_policy, reshard_after_forward, offload_policy).
+        model: a model with LoRA layers.
+        mesh: mesh of one dimension, over which to shard: ``device_mesh["data_parallel"]`` of ModelParallelStrategy.
+        blocks: modules of ``model`` that are gathered one at a time; none may be a part of a LoRA layer. None: the
+            transformer blocks, which are the members of every outermost ModuleList.
+        **options: options of ``torch.distributed.fsdp.fully_shard`` (mp_policy, reshard_after_forward, offload_policy).
     """
     if isinstance(model, FSDPModule):
         return
@@ -74,7 +74,7 @@ def _transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def sharded_layers(model: nn.Module) -> list[str]:
-    """Names of the LoRA layers whose factors are sharded, so that their rank cannot change."""
+    """Names of the LoRA layers with sharded factors, whose rank cannot change."""
     return [
         name
         for name, layer in lora_layers(model)
@@ -83,7 +83,7 @@ def sharded_layers(model: nn.Module) -> list[str]:
 
 
 def sharded_error(names: list[str]) -> ConfigurationError:
-    """The error for layers whose ranks would have to change and whose factors are sharded."""
+    """The error for layers with sharded factors whose rank should change."""
     return ConfigurationError(
         f"the factors of {names[0]!r} ({len(names)} layers in all) are sharded by FSDP2, so their rank cannot change; "
         "keep them out of sharding: dynrank.distributed.sharding.shard_frozen(model, mesh) in configure_model, or "
@@ -92,15 +92,15 @@ def sharded_error(names: list[str]) -> ConfigurationError:
 
 
 def trains_shards(optimizer: Optimizer) -> bool:
-    """Whether anything that ``optimizer`` trains is sharded."""
+    """Whether any parameter of ``optimizer`` is sharded."""
     return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
 
 
 @torch.no_grad()
 def average_gradients(optimizer: Optimizer) -> None:
-    """Average over all processes the gradients of what ``optimizer`` trains and FSDP2 has left whole; collective.
+    """Average the gradients of all parameters of ``optimizer`` that are not sharded over all processes; collective.
 
-    A parameter that no process has used keeps no gradient; one that some have not used counts as zero there.
+    A parameter without a gradient in any process keeps none; a gradient that only some processes lack counts as zero.
     """
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     whole = [p for p in trained if p.requires_grad and not isinstance(p, DTensor)]
@@ -113,13 +113,13 @@ def average_gradients(optimizer: Optimizer) -> None:
 
 
 def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
-    """Give the LoRA layers of ``model`` the ranks that a checkpoint holds, before it is loaded; a collective call.
+    """Give the LoRA layers of ``model`` the ranks of a checkpoint, before it is loaded; a collective call.
 
-    FSDP2 loads into the tensors that are there, and no ``load_state_dict`` sees whole factors. From a single file it
-    does not load the layers' scalings either; they are taken over here.
+    FSDP2 loads into existing tensors, without a ``load_state_dict`` with whole factors. From a single file it does not
+    load the layers' scalings either, so this function loads them.
 
     Args:
-        model: the module whose state dict the checkpoint has under ``state_dict``.
+        model: the module whose state dict is under ``state_dict`` in the checkpoint.
         path: a folder of shards (``save_distributed_checkpoint=True``) or a single file.
     """
     shapes, scalings = from_first(lambda: _saved_shapes(Path(path)))
@@ -143,7 +143,7 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
 
 
 def _saved_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
-    """({name: shape of its tensor}, {name: scaling} where that is in a single file)."""
+    """({name: shape of its tensor}, {name: scaling}, which is empty unless the checkpoint is a single file)."""
     if path.is_dir():
         # This import is slow, and few runs need it.
         from torch.distributed.checkpoint import filesystem

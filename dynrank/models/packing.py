@@ -1,4 +1,4 @@
-"""Packing the linear layers of a frozen base by bitsandbytes, of a model that is loaded and of one without weights."""
+"""Packing a frozen base's linear layers by bitsandbytes, in a model with weights and in one on the meta device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dynrank.models.settings import ModelSettings
 
 
 def packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
-    """How ``from_pretrained`` is to pack: all linear layers but ``kept``, or but the output head if that is empty."""
+    """The config for ``from_pretrained`` that packs all linear layers except ``kept`` (if empty, the output head)."""
     for package in ("bitsandbytes", "accelerate"):
         if find_spec(package) is None:
             needed = f"model.quantization={settings.quantization} needs {package}"
@@ -26,11 +26,11 @@ def packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str])
 
 def pack(model: PreTrainedModel, packing: BitsAndBytesConfig, dtype: torch.dtype) -> None:
     """Put bitsandbytes' layers into a model on the meta device, in place, as ``from_pretrained`` does."""
-    # This import loads every library of quantisation that is installed, so it stands here.
+    # At the head of the file, this import would load every installed library of quantisation.
     from transformers.quantizers import AutoHfQuantizer
 
     before = torch.get_default_dtype()
-    # The biases of new layers are made in the default dtype.
+    # New layers create their biases in the default dtype.
     torch.set_default_dtype(dtype)
     try:
         AutoHfQuantizer.from_config(packing, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
@@ -39,9 +39,9 @@ def pack(model: PreTrainedModel, packing: BitsAndBytesConfig, dtype: torch.dtype
 
 
 def keep_packing(model: nn.Module) -> None:
-    """Leave packed weights as they lie: on CPUs with AVX512-BF16, bitsandbytes packs NF4 anew in every evaluation.
+    """Keep bitsandbytes from packing NF4 weights again in every evaluation on CPUs with AVX512-BF16.
 
-    It does so for its own product, which not every shape fits, and the way back is not exact.
+    It does so for its own product. That product does not support every shape, and undoing the packing is not exact.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -1,4 +1,4 @@
-"""Tokenizers, configs and models by the name that a user gives, loaded as the keys of ``model`` say."""
+"""Tokenizers, configs and models by the name that a user gives, loaded with the settings of the group ``model``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from dynrank.models.names import hub_is_known, model_source
 from dynrank.models.packing import keep_packing, pack, packing_of
 from dynrank.models.settings import ModelSettings
 
-# What transformers and the libraries below it raise for files that they cannot use.
+# The errors of transformers and the libraries below it for files that they cannot use.
 _FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
 _FAULTS += (RuntimeError, ImportError, ZeroDivisionError, StrictDataclassError, SafetensorError, struct.error)
 # The names that transformers gives the head of a sequence classifier.
@@ -39,13 +39,13 @@ _PLAIN = ModelSettings()
 
 
 def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> Any:
-    """What ``loader``, a ``from_pretrained`` of transformers, makes of a model's name.
+    """The config, tokenizer or model that ``loader``, a ``from_pretrained`` of transformers, loads.
 
     Args:
-        loader: of a config, a tokenizer or a model.
-        name: of the model, see :func:`dynrank.models.names.model_source`.
-        key: where the user wrote it.
-        settings: of loading.
+        loader: the function.
+        name: name of the model, see :func:`dynrank.models.names.model_source`.
+        key: the key or argument that holds the name, for errors.
+        settings: settings of loading.
         **options: further arguments of ``loader``.
     """
     place = model_source(name, key)
@@ -62,14 +62,14 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         return loader(place, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
         if "trust_remote_code" in str(error):
-            read = "read it, and set model.trust_remote_code=true"
-            never = "commands run no such code: use PEFT in a program of your own"
+            read = "read that code, and set model.trust_remote_code=true"
+            never = "commands do not run such code; use PEFT in your own program"
             advice = never if key.startswith("--") else read
             raise ConfigurationError(f"{key}={name} runs code that comes with its files; {advice}") from error
         if options.get("local_files_only"):
             raise ConfigurationError(
-                f"{key}={name} is not in the cache, and {ENDPOINT}, which has others, cannot be reached from here; "
-                f"set {key} to a folder, or connect to a network"
+                f"{key}={name} is not in the cache, and {ENDPOINT} cannot be reached; set {key} to a folder, or "
+                "connect to a network"
             ) from error
         what = f"{type(error).__name__}: {' '.join(str(error).split()):.500}"
         fix = _fix(error, key, settings)
@@ -79,7 +79,7 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
 def load_tokenizer(name: str, key: str = "task.model", settings: ModelSettings = _PLAIN) -> Any:
     """The tokenizer of a model, with a padding token."""
     tokenizer = load_by_name(AutoTokenizer.from_pretrained, name, key, settings)
-    # Most decoders have no token for padding.
+    # Most decoders have no padding token.
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -95,31 +95,31 @@ def read_config(
 def load_classifier(
     name: str, num_labels: int, key: str = "task.model", settings: ModelSettings = _PLAIN, *, on_meta: bool = False
 ) -> nn.Module:
-    """A pre-trained sequence classifier with a fresh head, in float32, for ``num_labels`` classes.
+    """A pre-trained sequence classifier with a new head, in float32, for ``num_labels`` classes.
 
-    ``on_meta`` builds it from its config alone, without memory for weights.
+    ``on_meta`` builds it from its config only, without memory for weights.
     """
     config, cls = read_config(name, key, settings, num_labels=num_labels), AutoModelForSequenceClassification
     if on_meta:
         model = _on_meta(cls, config, key, settings, kept=_HEADS)
     else:
-        # A head that was trained for other classes is replaced.
+        # A new head replaces one that was trained for other classes.
         options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         model, info = _load(cls, config, name, key, settings, kept=_HEADS, **options)
         misfits = [str(place[0]) for place in info["mismatched_keys"] if not str(place[0]).startswith(_HEADS)]
         if misfits:
             raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
     tokenizer = load_tokenizer(name, key, settings)
-    # Decoders classify by their last token that is no padding.
+    # Decoders classify by the last token before the padding.
     model.config.pad_token_id = tokenizer.pad_token_id
-    # The head is trained, which needs more bits than the frozen base has.
+    # The head is trained, so it needs float32 even if the frozen base has fewer bits.
     for head in head_names(model):
         model.get_submodule(head).float().register_forward_pre_hook(_in_dtype_of_weight)
     return cast(nn.Module, model)
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Names of the fresh classification layers of a model from :func:`load_classifier`."""
+    """Names of the new classification layers of a model from :func:`load_classifier`."""
     return [name for name, _ in model.named_children() if name in _HEADS]
 
 
@@ -138,25 +138,25 @@ def load_causal_lm(
 
 
 def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> tuple[Any, Any]:
-    """A model and transformers' account of its loading; what a GGUF file holds is unpacked into plain layers.
+    """(model, transformers' loading info); the weights of a GGUF file are unpacked into plain layers.
 
     Args:
         loader: a ``from_pretrained`` of models.
-        name: of the model.
-        key: where the user wrote it.
-        settings: which revision, and whether its code runs.
+        name: name of the model.
+        key: the key or argument that holds the name, for errors.
+        settings: the revision, and whether code of the model may run.
         **options: further arguments of ``loader``.
     """
     gguf, packing = model_source(name, key).endswith(".gguf"), options.get("quantization_config")
-    # Without this config, newer versions of transformers keep layers packed if they can.
+    # Without this config, newer versions of transformers may keep layers packed.
     if gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model, info = load_by_name(loader, name, key, settings, output_loading_info=True, **options)
     quantizer = getattr(model, "hf_quantizer", None) if gguf else None
-    # The weights are no longer quantised, but a model that says so could neither be saved nor trained.
+    # The weights are no longer quantised. With this config, transformers would refuse to save or train the model.
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
-    # bitsandbytes packs only what safetensors hold.
+    # bitsandbytes can pack only weights from safetensors files.
     if gguf and packing is not None:
         with TemporaryDirectory() as folder:
             model.save_pretrained(folder)
@@ -168,9 +168,9 @@ def meta_model(config: PretrainedConfig, settings: ModelSettings = _PLAIN, key: 
     """The model of ``config.architectures``, or a causal language model, or the bare model; on the meta device.
 
     Args:
-        config: of the model.
+        config: config of the model.
         settings: dtype, packing and so on.
-        key: what the user set, for errors.
+        key: the key or argument that the user set, for errors.
     """
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
@@ -179,9 +179,10 @@ def meta_model(config: PretrainedConfig, settings: ModelSettings = _PLAIN, key: 
 
 
 def enable_checkpointing(model: Any) -> None:
-    """Let the blocks of a transformers model keep their inputs alone and compute the rest again in the backward."""
+    """Let the blocks of a transformers model save only their inputs, and run again in the backward."""
     if not model.supports_gradient_checkpointing:
-        raise ConfigurationError(f"{type(model).__name__} has no checkpoints; set model.gradient_checkpointing=false")
+        name = type(model).__name__
+        raise ConfigurationError(f"{name} does not support checkpointing; set model.gradient_checkpointing=false")
     enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
 
@@ -218,7 +219,7 @@ def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Seq
 
 
 def _fix(error: Exception, key: str, settings: ModelSettings) -> str:
-    """The key to set: the package of an attention that the user has asked for may be missing."""
+    """The key that fixes ``error``: an ImportError means that the package of the chosen attention is missing."""
     return "model.attention" if isinstance(error, ImportError) and settings.attention != "auto" else key
 
 

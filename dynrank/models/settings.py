@@ -1,4 +1,4 @@
-"""How a model is loaded: the group ``model`` of a configuration, whose defaults stand here alone."""
+"""The settings of loading a model: the group ``model`` of a configuration, and its only defaults."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ class ModelSettings:
     """The keys of ``model``; training and ``dynrank plan`` read the same ones.
 
     Attributes:
-        dtype: of the frozen base; auto is what the model's config says. The adapter and a fresh head are float32.
-        quantization: packs the linear layers of the base by bitsandbytes: nf4 (QLoRA, arXiv:2305.14314, with its
-            scales quantised, too) or int8 (LLM.int8(), arXiv:2208.07339). ``dtype`` is that of the rest, and nf4
-            multiplies in it.
-        gradient_checkpointing: blocks keep their inputs alone and are computed again in the backward.
-        attention: of transformers; auto is sdpa where the model has it, else eager.
+        dtype: dtype of the frozen base; auto is that of the model's config. The adapter and a new head are float32.
+        quantization: packs the linear layers of the base by bitsandbytes: nf4 (QLoRA, arXiv:2305.14314, with quantised
+            scales) or int8 (LLM.int8(), arXiv:2208.07339). All other weights have ``dtype``, and nf4 multiplies in it.
+        gradient_checkpointing: whether blocks save only their inputs and run again in the backward.
+        attention: the implementation in transformers; auto is sdpa if the model supports it, else eager.
         revision: branch, tag or commit on the hub; None is the main branch.
-        trust_remote_code: run code that comes with the model's files. Read it before.
+        trust_remote_code: whether to run code that comes with the model's files. Read that code first.
     """
 
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"

@@ -1,4 +1,4 @@
-"""The tensors that a model holds, and the bytes that they take."""
+"""The tensors of a model, and their bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynrank.layers.quantized import is_quantized
 
 
 def tensors_of(model: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer, and the scales and tables beside a weight that bitsandbytes has packed."""
+    """Every parameter and buffer, and the scales and tables of weights that bitsandbytes has packed."""
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             yield from (tensor for tensor in tensors.values() if tensor is not None)
@@ -25,12 +25,12 @@ def tensors_of(model: nn.Module) -> Iterator[Tensor]:
 
 
 def storage_key(tensor: Tensor) -> int:
-    """The same number for all tensors that share a storage, as long as one of them lives."""
+    """A number that is the same for all tensors with the same storage, while one of them exists."""
     key: int = tensor.untyped_storage()._cdata
     return key
 
 
 def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
-    """Bytes of the storages that hold ``tensors``, each storage once."""
+    """The bytes of the storages of ``tensors``; a shared storage counts once."""
     held = [tensor for tensor in tensors if tensor is not None]
     return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in held}.values())

@@ -1,1 +1,1 @@
-"""What is printed, drawn and written."""
+"""Printed tables, pictures and files."""

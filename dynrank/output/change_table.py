@@ -1,4 +1,4 @@
-"""Changes of rank as a table with a line for each kind of layer."""
+"""A table of a change of rank, with a line for each kind of layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dynrank.output.slots import slot_line
 def change_table(title: str, layers: Sequence[LayerReport], loss: LossChange | None = None) -> Table:
     """A line for each kind of layer, and for all: how many, rank before and after, energy kept, parameters saved.
 
-    Below stand the highest rank and which layers have it, where ranks differ; and ``loss``, the estimated change of it.
+    If ranks differ, the caption names the highest rank and its layers. ``loss`` is the estimated change of the loss.
     """
     table = empty_table(title, "layers", "count", "rank", "energy kept (min)", "params saved")
     kinds = layer_kinds(layer.layer for layer in layers)
@@ -28,8 +28,8 @@ def change_table(title: str, layers: Sequence[LayerReport], loss: LossChange | N
     captions = [slot_line(ranks)] if len({*ranks.values()}) > 1 else []
     if loss is not None:
         captions.append(
-            f"chosen by gates, which put its cost in loss at {loss.total:+.4f} (an order of directions, no forecast): "
-            f"first order {loss.first_order:+.4f}, second {loss.second_order:+.4f}, between layers "
+            f"chosen by gates; their estimate of the change in loss, {loss.total:+.4f}, orders directions and is no "
+            f"forecast: first order {loss.first_order:+.4f}, second {loss.second_order:+.4f}, between layers "
             f"{loss.between_layers:+.4f}"
         )
     table.caption = "\n".join(captions) or None

@@ -1,4 +1,4 @@
-"""What the commands print on: tables, lines of facts, ranges of numbers, and silence while libraries are imported."""
+"""Output of the commands: tables, facts and ranges of numbers, and silence of libraries."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _LONG = 1000
 
 
 def table_console() -> Console:
-    """The terminal; or, for a file or a pipe, lines with room for whole names of layers."""
+    """A console as wide as the terminal, or 180 columns for a file or a pipe."""
     console = Console()
     return console if console.is_terminal else Console(width=180)
 
 
 def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Table:
-    """A table without rows: its first column and ``texts`` are aligned left, all others hold numbers."""
+    """A table without rows; its first column and the columns ``texts`` are aligned left, all others right."""
     table = Table(title=title)
     for index, heading in enumerate(headings):
         text = index == 0 or heading in texts
@@ -42,13 +42,13 @@ def print_table(table: Table) -> None:
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
-    """Print a line for each fact, its name first."""
+    """Print one line per fact: its name, then its value."""
     for name, fact in facts.items():
         print(f"{name:<16} {fact}")
 
 
 def one_line(text: str) -> str:
-    r"""``text`` with line breaks, codes of terminals and other characters that are not seen written out.
+    r"""``text`` with line breaks, terminal codes and other invisible characters escaped.
 
     >>> print(one_line("a\nb"))
     a\nb
@@ -76,17 +76,17 @@ def shape_of_update(experts: int, *shape: int) -> str:
 
 
 def quiet_imports() -> None:
-    """Silence libraries that talk while they are imported."""
+    """Silence libraries that log messages while they are imported."""
     # Optuna imports alembic.
     for name in ("matplotlib", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # torch.utils._pytree warns of torchao's classes.
+    # torch.utils._pytree warns about torchao's classes.
     for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def quiet_loading() -> None:
-    """Silence transformers where it loads a model whose head the adapter has, which it calls newly initialized."""
+    """Silence transformers while it loads a model; its warning of a new head is wrong, as the adapter has the head."""
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""One name for layers that stand at the same place of each block."""
+"""The kind of a layer: one name for the layers at the same position of each block."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable
 
 
 def layer_kinds(names: Iterable[str]) -> dict[str, str]:
-    """{layer: its kind}, which is what follows the last number in its name, or the whole name without its numbers.
+    """{layer: its kind}: the part of its name after the last number, or the whole name with * for its numbers.
 
-    The second is taken where the first would put layers from different places under one name.
+    The whole name is used if the part alone would give layers at different positions the same kind.
 
     >>> layer_kinds(["h.0.attn.q", "h.1.attn.q", "head"])
     {'h.0.attn.q': 'attn.q', 'h.1.attn.q': 'attn.q', 'head': 'head'}
@@ -21,5 +21,5 @@ def layer_kinds(names: Iterable[str]) -> dict[str, str]:
     """
     whole = {name: re.sub(r"(?<=[._])\d+(?=[._])", "*", name) for name in names}
     tails = {kind: re.sub(r".*\*[._]", "", kind) for kind in whole.values()}
-    bearers = Counter(tails.values())
-    return {name: tails[kind] if bearers[tails[kind]] == 1 else kind for name, kind in whole.items()}
+    counts = Counter(tails.values())
+    return {name: tails[kind] if counts[tails[kind]] == 1 else kind for name, kind in whole.items()}

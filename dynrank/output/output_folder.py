@@ -1,4 +1,4 @@
-"""The folder or file of a command's --out: there when it is whole, or not at all."""
+"""The folder or file of a command's --out, which is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from dynrank.output.whole_file import PART, os_errors, whole_file
 
 
 def check_free(out: Path, *sources: Path) -> None:
-    """Refuse a folder to write to that holds something, or is one of those that are read."""
+    """Refuse an output folder that is not empty, or is one of the ``sources``."""
     with _naming(out):
         if realpath(out) in [*map(realpath, sources)]:
-            raise ConfigurationError(f"--out must be another folder than is read from, got {str(out)!r} for both")
+            raise ConfigurationError(f"--out must be another folder than the one to read, got {str(out)!r} for both")
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigurationError(f"--out must be a new or empty folder, {str(out)!r} is not")
+            raise ConfigurationError(f"--out must be a new or empty folder, got {str(out)!r}")
 
 
 @contextmanager
 def whole_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the name ``out`` at the end of the block; an error leaves nothing.
+    """A folder to write to, which is renamed to ``out`` at the end of the block, or deleted after an error.
 
-    What a killed process leaves is hidden beside ``out``, and goes with the next one.
+    A killed process leaves a hidden folder next to ``out``, which the next call deletes.
     """
     with _naming(out), ExitStack() as stack:
-        # realpath and not Path.resolve, which raises no OSError for a link to itself.
+        # Unlike realpath, Path.resolve raises no OSError for a link to itself.
         out = Path(realpath(out))
         if not os.path.lexists(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -55,10 +55,10 @@ def whole_or_nothing(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """A path to write to, which takes the name ``out`` at the end of the block; an error leaves nothing."""
+    """A path to write to, which is renamed to ``out`` at the end of the block, or deleted after an error."""
     with _naming(out):
         if os.path.lexists(out):
-            raise ConfigurationError(f"--out must be a new file, {str(out)!r} is there")
+            raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
         out.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(out) as part:
             part.touch()
@@ -70,7 +70,7 @@ def new_file(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _naming(out: Path) -> Iterator[None]:
-    """Raise as a ConfigurationError that names ``out`` what the system says within the block."""
+    """Turn an OSError within the block into a ConfigurationError that names ``out``."""
     try:
         with os_errors(out):
             yield

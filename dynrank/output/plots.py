@@ -1,4 +1,4 @@
-"""Pictures: the course of a run, spectra of layers, and the arms of a sweep."""
+"""Pictures: the metrics and ranks of a run, the spectra of layers, and the arms of a sweep."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from matplotlib.patches import Patch
 from dynrank.output.layer_kinds import layer_kinds
 
 Series = tuple[list[int], list[float]]
-"""Optimizer steps, and the value of a metric at each of them."""
+"""Optimizer steps, and the value of a metric at each step."""
 
-# In inches: so narrow that 9 points are legible on a telephone.
+# Inches. In a picture this narrow, text of 9 points is legible on a phone.
 _WIDTH = 4.6
-# More texts than these would lie on each other.
+# The most texts that do not overlap.
 _NAMED_CHANGES = 8
-# The lowest and the highest rank are two of them.
+# The most ranks in a legend; the lowest and the highest are always among them.
 _NAMED_RANKS = 12
-# Points of a curve: more than a picture has pixels across.
+# The most points of a curve, more than a picture's width in pixels.
 _POINTS = 4000
-# Letters of a layer's name that have room beside a picture.
+# The most letters of a layer's name beside a picture.
 _NAME = 28
 
 
 def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
     """Training loss (each step and a running mean of 20), validation loss, learning rates; a line per change of rank.
 
-    Of more than 4,000 steps every second, third ... is drawn.
+    Of a run of more than 4,000 steps only every second, third ... step is drawn.
 
     Args:
-        metrics: as :func:`dynrank.run.report.record.read_metrics` returns them.
-        changes: optimizer step -> what happened there, written beside the line where there are few.
+        metrics: the result of :func:`dynrank.run.report.record.read_metrics`.
+        changes: optimizer step -> text of the change, drawn beside the line if there are few.
     """
     figure, (axes,) = _panels("optimizer step", ["loss (cross-entropy)"])
     steps, losses = metrics.get("train/loss", ([], []))
@@ -57,7 +57,7 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
 
 
 def quality_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
-    """Each metric over the run, one below the other; ``changes`` are those of :func:`loss_figure`."""
+    """Each metric over the run in its own panel; ``changes`` as in :func:`loss_figure`."""
     figure, rows = _panels("optimizer step", list(metrics), height=1 + 2 * len(metrics))
     for axes, series in zip(rows, metrics.values(), strict=True):
         axes.plot(*series, color="tab:orange", marker="o", markersize=4)
@@ -66,11 +66,11 @@ def quality_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) ->
 
 
 def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int) -> Figure:
-    """The rank of every layer over the run: steps on x, layers on y, one colour for each rank that occurs.
+    """The rank of every layer over the run: steps on x, layers on y, one colour per rank.
 
     Args:
-        ranks: layer -> (optimizer step, rank from there on), steps ascending.
-        last_step: where the picture ends.
+        ranks: layer -> (optimizer step, rank from this step on), steps ascending.
+        last_step: last step of the picture.
     """
     figure, (axes,) = _panels("optimizer step", [""], height=1.5 + 0.17 * len(ranks))
     levels = sorted({rank for changes in ranks.values() for _, rank in changes})
@@ -93,12 +93,12 @@ def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int)
 def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int], title: str) -> Figure:
     """Singular values of each layer's update, largest first, relative to the largest.
 
-    Each kind of layer has its own colour, and its median is drawn boldly.
+    Each kind of layer has its own colour, and a thick line for its median.
 
     Args:
         spectra: layer -> singular values, descending.
-        kept: layer -> how many stay.
-        title: of the picture.
+        kept: layer -> how many singular values are kept.
+        title: title of the picture.
     """
     shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
     kinds = layer_kinds(spectra)
@@ -106,12 +106,12 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, in
     colours = {kind: f"C{index % 10}" for index, kind in enumerate(found)}
     figure, (axes,) = _panels("singular value", ["relative to the largest"], height=3.6 + 0.2 * len(found))
     for name, values in shares.items():
-        # Hundreds of lines must not hide each other.
+        # Thinner lines let hundreds of layers remain visible.
         width = 0.9 if len(shares) < 100 else 0.5
         axes.plot(range(1, len(values) + 1), values, color=colours[kinds[name]], alpha=0.3, linewidth=width)
     for index, kind in enumerate(found):
         members = [values for name, values in shares.items() if kinds[name] == kind]
-        # The median line ends where the shortest member ends.
+        # zip ends the median at the shortest spectrum.
         typical = [median(column) for column in zip(*members, strict=False)]
         style, label = ("-", "--", ":")[index // 10 % 3], f"{kind} ({len(members)})"
         axes.plot(range(1, len(typical) + 1), typical, color=colours[kind], linewidth=2, linestyle=style, label=label)
@@ -123,7 +123,7 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, in
         for rank in ranks:
             axes.axvline(rank + 0.5, color="tab:red", linestyle="--", label=f"kept: {rank}")
     axes.set_yscale("log")
-    # A share below a millionth is rounding of float32 factors, and would flatten the rest of the picture.
+    # A share below a millionth is a rounding error of float32 factors, and would flatten the rest of the picture.
     if shares:
         axes.set_ylim(bottom=max(1e-6, 0.7 * min(values[-1] for values in shares.values())))
     zero = len(spectra) - len(shares)
@@ -137,17 +137,17 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, in
 def arms_figure(
     settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequence[Sequence[float]]]
 ) -> Figure:
-    """A panel for each quantity: runs as dots, their mean by arm, its standard deviation where there are several.
+    """A panel for each quantity: a dot per run, and per arm the mean and, of several runs, the standard deviation.
 
     Args:
-        settings: of each arm; one number each goes onto a scale, anything else side by side.
-        name: of the setting.
+        settings: the settings of each arm. Single numbers give a numeric axis, anything else equal distances.
+        name: name of the setting.
         panels: quantity -> arm -> values of its runs.
     """
     try:
         places, line = [float(text) for (text,) in settings], "-"
     except ValueError:
-        # Names have no numbers between them, so the points are not joined by a line.
+        # No value lies between two names, so no line connects the points.
         places, line = [float(number) for number in range(len(settings))], "none"
     texts = ["\n".join(setting) for setting in settings]
     crowded = max(map(len, texts)) * len(texts) > 40
@@ -173,7 +173,7 @@ def arms_figure(
 
 
 def _panels(xlabel: str, ylabels: Sequence[str], height: float = 3.6) -> tuple[Figure, list[Axes]]:
-    """A figure of panels with one x axis, one below the other; ``height`` is in inches."""
+    """A figure of panels below each other with a shared x axis; ``height`` is in inches."""
     figure = Figure(figsize=(_WIDTH, height), dpi=210, layout="constrained")
     panels = list(figure.subplots(len(ylabels), sharex=True, squeeze=False)[:, 0])
     for axes, ylabel in zip(panels, ylabels, strict=True):
@@ -184,7 +184,7 @@ def _panels(xlabel: str, ylabels: Sequence[str], height: float = 3.6) -> tuple[F
 
 
 def _mark(axes: Axes, changes: Mapping[int, str], *, named: bool = True) -> None:
-    """Draw a line at each change of rank, with its text in the upper margin, where no curve runs."""
+    """Draw a line at each change of rank, with its text above the axes."""
     for step, text in changes.items():
         axes.axvline(step, color="tab:red", linestyle="--", linewidth=1)
         if named and len(changes) <= _NAMED_CHANGES:

@@ -1,16 +1,16 @@
-"""What unlike ranks cost in a server: a slot for an adapter has room for the highest rank in every layer."""
+"""The cost of different ranks in a server, whose slot for an adapter has the highest rank in every layer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-# What vLLM takes for --max-lora-rank.
+# The values that vLLM accepts for --max-lora-rank.
 STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 SHOWN = 5
 
 
 def slot_rank(highest: int) -> int:
-    """The lowest --max-lora-rank of vLLM that takes adapters of this highest rank; the rank itself beyond the last.
+    """The lowest --max-lora-rank of vLLM for adapters of this highest rank, or the rank itself if it is too high.
 
     >>> slot_rank(3), slot_rank(9)
     (8, 16)
@@ -19,7 +19,7 @@ def slot_rank(highest: int) -> int:
 
 
 def slot_line(ranks: Mapping[str, int]) -> str:
-    """Highest rank and average, the rank of a server's slot, and the layers without which a lower one would do.
+    """Highest and average rank, the rank of a server's slot, and the layers that make it so high.
 
     >>> slot_line({"q": 2, "v": 2, "pooler": 13})
     "highest rank 13, average 5.7: a server's slot has 16 in every layer, because of 1 of 3 layers: pooler (13)"

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, then moved into it."""
+"""Files that are complete or absent: they are written under another name and then renamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PART = ".part"
 
 @contextmanager
 def os_errors(path: str | Path) -> Iterator[None]:
-    """Raise as an OSError of ``path`` what safetensors cannot write within the block: it hides the error's number."""
+    """Turn a SafetensorError of a failed write within the block into an OSError of ``path`` with its error number."""
     try:
         yield
     except SafetensorError as error:
@@ -27,11 +27,11 @@ def os_errors(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end of the block takes the place of ``path`` in one step.
+    """A path to write to; at the end of the block this file replaces ``path`` in one step.
 
-    Whatever happens on the way, ``path`` holds the new file whole, or what it held before. A process killed within the
-    block leaves ``path`` + ".part" behind, which the next write replaces; an error leaves nothing. Of several writers
-    to one folder, in one process or more, each waits until those before it are done.
+    So ``path`` always holds the complete new file, or its old content. A process that is killed within the block leaves
+    ``path`` + ".part" behind, which the next write replaces; an error leaves nothing. Several writers to one folder, in
+    one or more processes, wait for each other.
     """
     with whole_files(path) as (part,):
         yield part
@@ -39,9 +39,9 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
-    """Paths for several files of one folder, as in :func:`whole_file`: all are on the disk before the first is moved.
+    """Paths for several files of one folder, as in :func:`whole_file`; all are on the disk before the first is renamed.
 
-    So another process sees old files beside new ones for no longer than the moves take.
+    So another process can see old and new files together only while they are renamed.
     """
     parts = {Path(path): Path(f"{path}{PART}") for path in paths}
     with _alone_in(next(iter(parts)).parent) as folder:
@@ -52,7 +52,7 @@ def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
                     os.fsync(written.fileno())
             for path, part in parts.items():
                 os.replace(part, path)
-            # Syncing the folder makes the moves themselves durable.
+            # This makes the new names durable.
             os.fsync(folder)
         except BaseException:
             for part in parts.values():
@@ -63,7 +63,7 @@ def whole_files(*paths: str | Path) -> Iterator[list[Path]]:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[int]:
-    """Wait for other writers to ``folder`` and keep them out; nobody is kept out where the file system has no locks."""
+    """Wait for other writers to ``folder`` and lock it; no lock on a file system that does not support locks."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -71,6 +71,6 @@ def _alone_in(folder: Path) -> Iterator[int]:
         yield handle
     finally:
         with suppress(OSError):
-            # A process that was forked meanwhile holds the handle, too, so closing it would not unlock.
+            # A forked process may have the handle, too, and then closing it here does not unlock.
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)

@@ -1,1 +1,1 @@
-"""Parameters and bytes by rank, from a configuration alone."""
+"""Parameters and bytes of a run by rank, from its configuration only."""

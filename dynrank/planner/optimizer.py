@@ -1,4 +1,4 @@
-"""Bytes of an optimizer's state, from a step that the optimizer really makes."""
+"""The bytes of an optimizer's state, measured after a real step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from dynrank.tasks.optimizers import make_optimizer
 def optimizer_state_bytes(
     adapter: Iterable[nn.Parameter], head: Iterable[nn.Parameter], options: Mapping[str, Any]
 ) -> int:
-    """Bytes of the state after a step, for parameters of which only shapes and dtypes are looked at.
+    """The bytes of the optimizer's state after a step, by the shapes and dtypes of the parameters.
 
-    The step is made on zeros, for at most two parameters of each shape and dtype. State that two of them share (the
-    tables of an 8-bit optimizer) is counted once, the rest once for each parameter.
+    The step runs on zeros, with at most two parameters of each shape and dtype. State that both share (the tables of
+    an 8-bit optimizer) counts once, all other state once for each parameter.
 
     Args:
         adapter: parameters of LoRA layers.
-        head: parameters of modules that are trained whole.
+        head: parameters of modules that are trained without LoRA.
         options: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
     """
     of_adapter, of_head = _stand_ins(adapter), _stand_ins(head)
@@ -37,7 +37,7 @@ def optimizer_state_bytes(
         optimizer.step()
     except (RuntimeError, TypeError) as error:
         raise ConfigurationError(
-            f"optimizer.name={options['name']} does not make a step on its own: {error}; set optimizer"
+            f"optimizer.name={options['name']} cannot make a step: {error}; set optimizer"
         ) from error
     stand_ins = of_adapter | of_head
     tensors = {p: [value for value in optimizer.state[p].values() if isinstance(value, Tensor)] for p in stand_ins}
@@ -48,7 +48,7 @@ def optimizer_state_bytes(
 
 
 def _stand_ins(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, float]:
-    """At most two new parameters of each shape and dtype -> how many of ``parameters`` each stands for."""
+    """At most two new parameters of each shape and dtype -> how many of ``parameters`` each represents."""
     made = {}
     for (shape, dtype), count in Counter((parameter.shape, parameter.dtype) for parameter in parameters).items():
         for _ in range(min(count, 2)):

@@ -1,4 +1,4 @@
-"""What a run needs by rank: trained parameters and bytes, from its configuration alone."""
+"""The trained parameters and the bytes of a run by rank, from its configuration only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dynrank.planner.step import CountingMode, count_step, token_batch, without_
 from dynrank.run.config import plain, rank_pattern
 from dynrank.run.job import make_task
 
-# Lightning's precisions: dtype of all parameters (None: as they are), dtype of autocast.
+# Lightning's precisions: (dtype of all parameters or None for no change, dtype of autocast).
 _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "32": (None, None),
     "32-true": (None, None),
@@ -40,7 +40,7 @@ def _with_unit(size: object) -> object:
 
 @validated("plan")
 class Question:
-    """What ``dynrank plan`` is asked beside the run's own configuration; null takes the run's own value."""
+    """The keys of ``dynrank plan`` beside the run's own configuration; null means the run's own value."""
 
     base: Name | None
     batch_size: Count
@@ -51,18 +51,18 @@ class Question:
 
 @dataclass(frozen=True)
 class Need:
-    """What training at one rank takes, in bytes unless it says otherwise.
+    """What training at one rank needs, in bytes except for the first three.
 
     Attributes:
-        rank: of the layers that no rule sets.
-        ranks: (lowest, highest) of all layers.
-        parameters: numbers in the factors of all LoRA layers.
+        rank: rank of the layers that no rule sets.
+        ranks: (lowest, highest) rank of all layers.
+        parameters: number of parameters of all LoRA layers.
         weights: the frozen base and all buffers.
-        adapter: the factors, and the modules that are trained whole.
-        optimizer: its state.
-        gradients: of all that is trained.
-        activations: saved by the forward for the backward.
-        step: the most that forward and backward hold at once of activations, gradients and temporary tensors.
+        adapter: the factors, and the modules that are trained without LoRA.
+        optimizer: the optimizer's state.
+        gradients: the gradients of all trained parameters.
+        activations: the tensors that the forward saves for the backward.
+        step: the peak of activations, gradients and temporary tensors in forward and backward.
     """
 
     rank: int
@@ -77,7 +77,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """The most that is held at once."""
+        """The peak of all bytes."""
         return self.weights + self.adapter + self.optimizer + self.step
 
 
@@ -86,16 +86,16 @@ class Plan:
     """The needs of a model and a batch.
 
     Attributes:
-        model: its name and class.
-        parameters: of the model without LoRA.
-        head_parameters: those of them that are trained whole.
+        model: name and class of the model.
+        parameters: number of parameters of the model without LoRA.
+        head_parameters: how many of these are in modules that are trained without LoRA.
         weights: dtype of the frozen base, or its packing, nf4 or int8.
         layers: names of the layers that have LoRA.
-        folded: bytes of the experts' weights that have LoRA; PEFT's own layers keep as many more for the backward.
-        batch: (sequences, tokens of each).
-        optimizer: its name.
-        budget: bytes to fit into, if any.
-        needs: by rank.
+        folded: bytes of the experts' weights that have LoRA; PEFT's own layers save as many more for the backward.
+        batch: (sequences, tokens per sequence).
+        optimizer: name of the optimizer.
+        budget: available bytes; None if not given.
+        needs: one entry per rank.
     """
 
     model: str
@@ -112,7 +112,7 @@ class Plan:
 
 @configured()
 def make_plan(config: DictConfig) -> Plan:
-    """Count what the run of ``config`` (composed from ``conf/plan.yaml``) needs; no weights are loaded or made."""
+    """The plan of the run of ``config`` (composed from ``conf/plan.yaml``), made without any weights."""
     asked = _asked(config)
     precision = _PRECISIONS.get(str(config.trainer.precision))
     if precision is None:
@@ -156,9 +156,9 @@ def _asked(config: DictConfig) -> Question:
 
 
 def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: int) -> PreTrainedModel:
-    """The model that is trained, with its LoRA layers, on the meta device."""
+    """The model with its LoRA layers, on the meta device."""
     lora = {**plain(config.lora), "rank": rank, "rank_map": rank_pattern(config.rank_map)}
-    # Every backend keeps the same tensors, and torch's runs without values.
+    # Every backend saves the same tensors, and torch's can run on tensors without values.
     lora["backend"] = "torch"
     if base is not None:
         return add_lora(meta_model(read_config(base, "base", settings), settings, "base").train(), **lora)
@@ -170,10 +170,10 @@ def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: 
 def _need(
     model: PreTrainedModel, rank: int, batch: tuple[int, int], autocast: torch.dtype | None, optimizer: int
 ) -> Need:
-    """The need of a model with its LoRA layers, whose optimizer's state takes ``optimizer`` bytes."""
+    """The need of a model with its LoRA layers; ``optimizer`` is the bytes of the optimizer's state."""
     ranks = [layer.rank for layer in own_layers(model).values()]
     if hasattr(model.config, "use_cache"):
-        # A training step does not use keys and values again.
+        # A training step does not need the cache of keys and values.
         model.config.use_cache = False
     mode = CountingMode()
     without_values(model, mode)

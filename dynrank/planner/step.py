@@ -1,6 +1,6 @@
 """The bytes of one training step of a model, counted by running it on tensors without values.
 
-torch.distributed._tools.mem_tracker does not serve: it hooks the gradient of every parameter, and fails on frozen ones
+torch.distributed._tools.mem_tracker cannot be used: it hooks the gradient of every parameter and fails on frozen ones
 (torch 2.13).
 """
 
@@ -25,7 +25,7 @@ from dynrank.layers.quantized import is_quantized
 from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
 from dynrank.private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, tree_leaves
 
-# By this name transformers knows experts_forward, which runs without values.
+# The name in transformers' registry of experts_forward, which can run without values.
 _COUNTED_EXPERTS = "dynrank"
 ALL_EXPERTS_FUNCTIONS.register(_COUNTED_EXPERTS, experts_forward)
 
@@ -34,12 +34,12 @@ _WITH_LOSS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGenera
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a forward and a backward allocate beside the model and its optimizer.
+    """The bytes that a forward and a backward allocate in addition to the model and its optimizer.
 
     Attributes:
-        activations: what the forward has saved for the backward when it is over; each storage once.
-        gradients: of the parameters, when the backward is over.
-        peak: the most that is held at once, gradients included.
+        activations: bytes that the forward has saved for the backward at its end; a shared storage counts once.
+        gradients: bytes of the parameters' gradients at the end of the backward.
+        peak: largest number of bytes at any time, gradients included.
     """
 
     activations: int
@@ -48,25 +48,25 @@ class StepMemory:
 
 
 class CountingMode(FakeTensorMode):
-    """Tensors without values that pass for tensors on the CPU, and a count of the bytes that ops allocate.
+    """A mode with CPU tensors without values that counts the bytes that ops allocate.
 
-    Real tensors may be mixed in (tables of an 8-bit format).
+    Real tensors are allowed, too (tables of an 8-bit format).
 
     Attributes:
-        held: bytes that ops have allocated since :meth:`follow` and that are not freed.
+        held: bytes that ops have allocated since :meth:`follow` and not freed yet.
         peak: the largest value of ``held`` so far.
     """
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)  # type: ignore[no-untyped-call]
         self.held = self.peak = 0
-        # Bytes of each storage that is followed.
+        # The bytes of each known storage by its key; None outside of follow().
         self._sizes: dict[int, int] | None = None
         self._within_op = False
 
     @contextmanager
     def follow(self, own: Iterable[Tensor]) -> Iterator[None]:
-        """Use the mode and count from 0 on; storages of ``own``, which must outlive the block, do not count."""
+        """Enter the mode and count from 0; storages of ``own`` do not count, and must exist until the block ends."""
         self._sizes, self.held, self.peak = {storage_key(tensor): 0 for tensor in own}, 0, 0
         try:
             with self:
@@ -75,7 +75,7 @@ class CountingMode(FakeTensorMode):
             self._sizes = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # This op allocates nothing, and FakeTensorMode would take it apart each time.
+        # This op allocates nothing, and FakeTensorMode would decompose it at each call.
         if func is torch.ops.aten.addmm.out:
             return (kwargs or {})["out"]
         outermost, self._within_op = not self._within_op, True
@@ -83,7 +83,7 @@ class CountingMode(FakeTensorMode):
             out = super().__torch_dispatch__(func, types, args, kwargs or {})
         finally:
             self._within_op = not outermost
-        # Only what an outermost op returns: what it makes on its way is seen only when its shapes are new to the cache.
+        # Count only results of outermost ops: inner ops run only when their shapes are not in FakeTensorMode's cache.
         if self._sizes is not None and outermost:
             for tensor in tree_leaves(out):
                 if isinstance(tensor, Tensor) and storage_key(tensor) not in self._sizes:
@@ -98,22 +98,22 @@ class CountingMode(FakeTensorMode):
 
     def _freed(self, sizes: dict[int, int], key: int) -> None:
         freed = sizes.pop(key)
-        # A storage that outlives its count must not touch the next one.
+        # A storage of an earlier block must not change the current count.
         if sizes is self._sizes:
             self.held -= freed
 
 
 def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake CPU tensors in the place of all parameters and buffers, in place: bytes and dtypes, but no memory.
+    """Replace all parameters and buffers, in place, by fake CPU tensors of the same shapes and dtypes.
 
-    Weights of bitsandbytes' layers are packed by bitsandbytes itself. Ties between parameters stay. Experts get an
-    implementation of their forward that does not count the tokens of each.
+    bitsandbytes itself packs the weights of its layers. Tied parameters stay tied. Experts get an implementation of
+    their forward that does not count the tokens of each expert.
     """
-    # Tables that are made within the mode would have no values.
+    # bitsandbytes must make its tables before the mode begins, because in the mode they would have no values.
     if any(is_quantized(module) for module in model.modules()):
         functional: Any = sys.modules["bitsandbytes.functional"]
         functional.quantize_blockwise(torch.zeros(1))
-    # {id: (old, new)}. It holds the old tensors, because their ids would be used again.
+    # {id: (old, new)}. The old tensors are kept so that Python does not reuse their ids.
     known: dict[int, tuple[Tensor, Tensor]] = {}
     with mode:
         for module in model.modules():
@@ -137,7 +137,7 @@ def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def _packed(module: Any) -> nn.Parameter:
-    """The weight of a layer of bitsandbytes as its own functions pack it, frozen."""
+    """A frozen weight for a layer of bitsandbytes, packed by the functions of bitsandbytes."""
     functional: Any = sys.modules["bitsandbytes.functional"]
     weight: Any = module.weight
     if hasattr(weight, "quant_type"):
@@ -156,15 +156,15 @@ def _packed(module: Any) -> nn.Parameter:
 def count_step(
     model: nn.Module, batch: Mapping[str, Tensor], mode: CountingMode, *, autocast: torch.dtype | None = None
 ) -> StepMemory:
-    """Run one forward and one backward of ``model`` and count what they allocate.
+    """Run one forward and one backward of ``model`` and count the bytes that they allocate.
 
-    Ops take the paths that they take on a CPU; memory that an op uses within itself is not seen.
+    Ops behave as on a CPU. Memory that an op allocates and frees inside is not counted.
 
     Args:
         model: transformers model on fake tensors, in training mode.
-        batch: its inputs, made in ``mode``.
-        mode: of the fake tensors.
-        autocast: dtype of mixed precision.
+        batch: inputs of the model, made in ``mode``.
+        mode: the mode of the fake tensors.
+        autocast: dtype of mixed precision; None for none.
     """
     own = [*tensors_of(model), *batch.values()]
     own_keys, saved = {storage_key(tensor) for tensor in own}, dict[int, Any]()
@@ -184,7 +184,7 @@ def count_step(
             loss.backward()  # type: ignore[no-untyped-call]
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigurationError(
-            f"{type(model).__name__} computes with values, so its bytes cannot be counted from its config ({error}); "
+            f"{type(model).__name__} needs tensors' values, so its bytes cannot be counted from its config ({error}); "
             "set base or task.model"
         ) from error
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
@@ -199,7 +199,7 @@ def count_step(
 
 @contextmanager
 def _one_sequence_per_row() -> Iterator[None]:
-    """Tell transformers that no row is packed of several sequences, which it reads off the values of position_ids."""
+    """Make transformers assume one sequence per row; it would read this from the values of position_ids."""
     found = masking_utils.find_packed_sequence_indices
     masking_utils.find_packed_sequence_indices = lambda *_, **__: None
     try:
@@ -209,7 +209,7 @@ def _one_sequence_per_row() -> Iterator[None]:
 
 
 def token_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
-    """A batch of full sequences: int64 ``input_ids`` and, if the model has a loss of its own, its ``labels``."""
+    """A batch of full sequences: int64 ``input_ids`` and, if the model computes a loss, ``labels``."""
     name, config = type(model).__name__, model.config
     if getattr(model, "main_input_name", None) != "input_ids":
         raise ConfigurationError(f"{name} does not read tokens (input_ids); set base or task.model")
@@ -223,7 +223,7 @@ def token_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Ten
 
 
 def _loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The model's own loss; without labels, the mean of its outputs."""
+    """The model's own loss; without labels, the sum of its outputs' means."""
     out = model(**batch)
     if "labels" in batch:
         loss: Tensor = out.loss

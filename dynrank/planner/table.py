@@ -1,4 +1,4 @@
-"""What ``dynrank plan`` prints."""
+"""The output of ``dynrank plan``."""
 
 from __future__ import annotations
 
@@ -68,5 +68,5 @@ def _mebibytes(size: int) -> str:
 
 
 def _rank(need: Need) -> str:
-    """The rank of layers that no rule sets; and the range of all, if rules set others."""
+    """The rank of layers that no rule sets, and the range of all ranks if they differ."""
     return str(need.rank) if need.ranks == (need.rank, need.rank) else f"{need.rank} ({span(need.ranks)})"

@@ -130,7 +130,7 @@ def test_processes_that_differ_are_found_in_all_of_them(results, name, when, wha
     for result in results:
         message = result[name.format(what)]
         assert when in message
-        assert f"'net.2' ({what}, processes [1] against 0)" in message
+        assert f"'net.2' ({what}: processes [1] differ from process 0)" in message
         assert "'net.0'" not in message
 
 
