@@ -111,8 +111,8 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor 
     the norm of the dropped singular values. Cost: O((O + I) R^2); the product is never formed.
 
     In directions beyond the numerical rank B' is zero and A' keeps independent combinations of the old rows. (Where
-    these rows are zero, A' is zero and B' keeps old columns.) So the layer can still learn: if both factors were zero,
-    their gradients would stay zero. For a fresh layer (B = 0) A' is the first rows of A.
+    these rows are zero, A' is zero and B' keeps combinations of old columns.) So the layer can still learn: if both
+    factors were zero, their gradients would stay zero. For a new layer (B = 0) A' is the first rows of A.
 
     Args:
         lora_B: (O, R), floating point.

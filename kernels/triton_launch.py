@@ -37,15 +37,15 @@ _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 def serves(x: Tensor, rank: int) -> str | None:
     """None if the kernels support ``x`` at this rank, else the reason why not, for an error message."""
     if rank > BUCKETS[-1]:
-        return f"the Triton kernels serve ranks up to {BUCKETS[-1]}, and the rank is {rank}"
+        return f"the rank must be at most {BUCKETS[-1]} for the Triton kernels, got {rank}"
     if x.dtype not in _DTYPES:
-        return f"the Triton kernels serve bfloat16 and float16, and x is {str(x.dtype).removeprefix('torch.')}"
+        return f"x must be bfloat16 or float16 for the Triton kernels, got {str(x.dtype).removeprefix('torch.')}"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     if _interpreted():
         return None
     if x.device.type != "cuda" or torch.version.hip is not None:
-        return f"the Triton kernels run on a GPU from NVIDIA, and x is on {x.device}"
+        return f"x must be on an NVIDIA GPU for the Triton kernels, got {x.device}"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return f"the Triton kernels need compute capability 8.0, which {torch.cuda.get_device_name(x.device)} lacks"
     return None

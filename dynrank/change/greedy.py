@@ -56,7 +56,7 @@ class Quadratic:
     ) -> None:
         names, counts = sorted(gradients), [len(gradients[name]) for name in sorted(gradients)]
         ends = np.cumsum(counts)
-        self._places = {
+        self._slices = {
             name: slice(int(end) - count, int(end)) for name, end, count in zip(names, ends, counts, strict=True)
         }
         self._owners = np.repeat(np.arange(len(names)), counts)
@@ -71,7 +71,7 @@ class Quadratic:
 
         A price is what the drop adds to the loss, per parameter.
         """
-        left = np.array([place.stop - place.start - ranks[name] for name, place in self._places.items()])
+        left = np.array([part.stop - part.start - ranks[name] for name, part in self._slices.items()])
         cost, order, prices = 0.5 * np.diag(self._hessian) - self._gradient + self._margin, [], []
         cost[left[self._owners] <= 0] = np.inf
         for _ in range(int(left.clip(min=0).sum())):
@@ -93,7 +93,7 @@ class Quadratic:
         value, plus a tie-breaker of 1e-9. A drop that lowers the loss gets only the tie-breaker. So targets can use the
         values like singular values.
         """
-        order, prices = self.dropped(dict.fromkeys(self._places, 1))
+        order, prices = self.dropped(dict.fromkeys(self._slices, 1))
         # The directions that are never dropped: one in each layer.
         rest = [i for i in range(len(self._gradient)) if i not in set(order)]
         levels = np.maximum.accumulate(np.maximum([*prices, *[0.0] * len(rest)], 0.0))
@@ -102,21 +102,21 @@ class Quadratic:
         worth = np.empty(len(levels))
         worth[[*order, *rest]] = levels
         roots = np.sqrt(worth * self._widths)
-        return {name: torch.from_numpy(np.sort(roots[place])[::-1].copy()) for name, place in self._places.items()}
+        return {name: torch.from_numpy(np.sort(roots[part])[::-1].copy()) for name, part in self._slices.items()}
 
     def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
         """{layer: (rank,) the directions that the greedy keeps at these ranks, ascending}; ``ranks`` has all layers."""
         gone = np.zeros(len(self._gradient), dtype=bool)
         gone[self.dropped(ranks)[0]] = True
-        return {name: torch.from_numpy(np.flatnonzero(~gone[place])) for name, place in self._places.items()}
+        return {name: torch.from_numpy(np.flatnonzero(~gone[part])) for name, part in self._slices.items()}
 
     def change(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
         """{layer: its part of the estimated change of the loss} if each layer keeps these directions."""
         first, moved = {}, {}
-        for name, place in self._places.items():
-            gone = np.ones(place.stop - place.start)
+        for name, part in self._slices.items():
+            gone = np.ones(part.stop - part.start)
             gone[kept[name].numpy()] = 0.0
-            first[name], moved[name] = -float(gone @ self._gradient[place]), self._roots[:, place] @ gone
+            first[name], moved[name] = -float(gone @ self._gradient[part]), self._roots[:, part] @ gone
         whole: np.ndarray = sum(moved.values(), np.zeros(len(self._roots)))
         return {
             name: LossChange(first[name], 0.5 * float(own @ own), 0.5 * float(own @ (whole - own)))

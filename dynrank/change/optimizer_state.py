@@ -92,11 +92,11 @@ def moved_states(
     from_A, from_B, count = change.from_A, change.from_B, len(change.from_A)
     gain_A = _gain(split(lora_B, count, 1), split(change.lora_B, count, 1))
     gain_B = _gain(split(lora_A, count, 0), split(change.lora_A, count, 0))
-    moves = {
+    both = {
         lora_A: Move(change.lora_A, from_A, from_B.mT, 0, gain_A),
         lora_B: Move(change.lora_B, from_B.mT, from_A, 1, gain_B),
     }
-    known = {parameter: move for parameter, move in moves.items() if optimizer.state.get(parameter)}
+    known = {parameter: move for parameter, move in both.items() if optimizer.state.get(parameter)}
     if optimizer_state == "reset":
         return {parameter: {} for parameter in known}
     return {parameter: moved_state(optimizer, parameter, move) for parameter, move in known.items()}

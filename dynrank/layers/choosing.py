@@ -77,7 +77,7 @@ def target_names(
 
 def _outside(modules: Mapping[str, nn.Module], trained_whole: Sequence[str]) -> dict[str, str]:
     """{name of a module that cannot have LoRA because of where it is: the reason}; presets leave it out."""
-    whole = "it is trained whole (modules_to_save)"
+    whole = "it is in modules_to_save"
     outside = {n: whole for n in modules if any(f"{n}.".startswith(f"{saved}.") for saved in trained_whole)}
     for name, module in modules.items():
         for child in _past_forward(module):

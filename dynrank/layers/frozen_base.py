@@ -2,7 +2,7 @@
 
 Instead of the base a state dict holds a mark for each adapted model, under ``NAME.`` + ``MARK``: the model's title, and
 a fingerprint of every parameter that was left out. Before anything changes, ``load_state_dict`` compares the
-fingerprints with the model that it loads into. Then the base of that model stays as it is.
+fingerprints with the model that it loads into. Loading then leaves that model's base unchanged.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def fingerprint(parameter: Tensor) -> str:
         raise ConfigurationError("a base on the meta device has no values to compare; load its weights first")
     values = plain_values(parameter)
     values = values.full_tensor() if isinstance(values, DTensor) else values
-    places = torch.arange(min(values.numel(), SAMPLES))
+    indices = torch.arange(min(values.numel(), SAMPLES))
     if values.numel() > SAMPLES:
-        places = ((places * _GOLDEN) % 1 * values.numel()).long()
-    sample = values.flatten()[places.to(values.device)]
+        indices = ((indices * _GOLDEN) % 1 * values.numel()).long()
+    sample = values.flatten()[indices.to(values.device)]
     return digest([list(values.shape), sample.bfloat16() if sample.is_floating_point() else sample])
 
 

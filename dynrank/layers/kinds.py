@@ -81,7 +81,7 @@ class LoRAQuantizedLinear(LoRALinear):
         return unpack
 
     def forward(self, x: Tensor) -> Tensor:
-        # In inference the library's own forward is faster: it multiplies by the packed weight.
+        # In inference the library's own forward multiplies by the packed weight without unpacking it.
         if torch.is_grad_enabled() and unpacker(self.base) is not None:
             return super().forward(x.to(computes_in(self.base, x))).to(x.dtype)
         y: Tensor = self.base(x)

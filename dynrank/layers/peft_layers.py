@@ -37,17 +37,17 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
     layers, faults = {}, dict[str, list[str]]()
     for name, module in modules:
         active = list(module.active_adapters)
-        held = [adapter for adapter in active if adapter in _adapters(module)]
-        if active and not held:
+        present = [adapter for adapter in active if adapter in _adapters(module)]
+        if active and not present:
             continue
-        if len(held) != 1:
+        if len(present) != 1:
             fault: str | None = f"adapters {active} are active; activate one with set_adapter()"
         elif module not in configs:
             fault = "PEFT's config is not in this model; pass the model that get_peft_model returned, or what holds it"
         else:
-            fault = _fault(module, held[0], configs[module][1].get(held[0]))
+            fault = _fault(module, present[0], configs[module][1].get(present[0]))
         if fault is None:
-            layers[_peft_name(plain_name(name), module)] = PeftLayer(module, held[0])
+            layers[_peft_name(plain_name(name), module)] = PeftLayer(module, present[0])
         else:
             faults.setdefault(fault, []).append(plain_name(name))
     if faults:
@@ -82,12 +82,12 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
     lost = [name for name, module in _lora_modules(model) if module not in configs]
     if lost:
         raise ConfigurationError(f"the config of PEFT's layer {lost[0]!r} is not in the model; pass the whole model")
-    for by_adapter in {id(held): held for _, held in configs.values()}.values():
+    for by_adapter in {id(each): each for _, each in configs.values()}.values():
         for adapter, config in by_adapter.items():
             layers = {
                 name: PeftLayer(module, adapter)
-                for module, (name, held) in configs.items()
-                if held is by_adapter and adapter in _adapters(module)
+                for module, (name, each) in configs.items()
+                if each is by_adapter and adapter in _adapters(module)
             }
             will_be = {name: ranks.get((layer.module, adapter), layer.rank) for name, layer in layers.items()}
             if config.peft_type != "LORA" or all(_rank_by(config, n) == rank for n, rank in will_be.items()):

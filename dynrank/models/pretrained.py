@@ -48,18 +48,18 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
         settings: settings of loading.
         **options: further arguments of ``loader``.
     """
-    place = model_source(name, key)
-    if place.endswith(".json") and loader != AutoConfig.from_pretrained:
+    source = model_source(name, key)
+    if source.endswith(".json") and loader != AutoConfig.from_pretrained:
         raise ConfigurationError(f"{key}={name} is a config without weights; set {key} to a folder or to ORG/NAME")
-    if place.endswith(".gguf"):
+    if source.endswith(".gguf"):
         if find_spec("gguf") is None:
             raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
-        place, options = str(Path(place).parent), {**options, "gguf_file": Path(place).name}
+        source, options = str(Path(source).parent), {**options, "gguf_file": Path(source).name}
     options |= {"revision": settings.revision} if settings.revision is not None else {}
-    if not Path(place).exists() and not hub_is_known():
+    if not Path(source).exists() and not hub_is_known():
         options["local_files_only"] = True
     try:
-        return loader(place, trust_remote_code=settings.trust_remote_code, **options)
+        return loader(source, trust_remote_code=settings.trust_remote_code, **options)
     except _FAULTS as error:
         if "trust_remote_code" in str(error):
             read = "read that code, and set model.trust_remote_code=true"
@@ -106,7 +106,7 @@ def load_classifier(
         # A new head replaces one that was trained for other classes.
         options = {"num_labels": num_labels, "ignore_mismatched_sizes": True}
         model, info = _load(cls, config, name, key, settings, kept=_HEADS, **options)
-        misfits = [str(place[0]) for place in info["mismatched_keys"] if not str(place[0]).startswith(_HEADS)]
+        misfits = [str(entry[0]) for entry in info["mismatched_keys"] if not str(entry[0]).startswith(_HEADS)]
         if misfits:
             raise ConfigurationError(f"weights {misfits[:3]} of {key}={name!r} do not fit its config.json")
     tokenizer = load_tokenizer(name, key, settings)

@@ -40,7 +40,7 @@ def _with_unit(size: object) -> object:
 
 @validated("plan")
 class Question:
-    """The keys of ``dynrank plan`` beside the run's own configuration; null means the run's own value."""
+    """The keys of ``dynrank plan`` in addition to a run's configuration; null means the run's own value."""
 
     base: Name | None
     batch_size: Count

@@ -27,7 +27,7 @@ class How:
             steps, or until its deadline.
         loss_terms: the loss of a step is the mean of this many terms. None: the number of positions of the model's
             output with a gradient (examples of a classifier, counted tokens of a language model). 1 for a sum.
-        rewarmup_steps: the learning rate rises again from 0 over this many optimizer steps after a change; 0: no ramp.
+        rewarmup_steps: after a change the learning rate rises linearly over this many optimizer steps; 0: no ramp.
         rate_after: factor of the adapters' learning rates after the change, on top of their scheduler. "sqrt":
             sqrt(mean rank before / after), which keeps the size of an optimizer step of the update.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.

@@ -31,9 +31,9 @@ def test_auto_is_triton_from_the_size_on_from_which_this_card_was_always_faster_
 def test_what_triton_cannot_serve_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = dynrank.add_lora(nn.Sequential(nn.Linear(8, 8)), rank=2, target_modules=["0"], backend="triton")
-    with pytest.raises(ConfigurationError, match=r"serve bfloat16 and float16, and x is float32; set lora.backend=tor"):
+    with pytest.raises(ConfigurationError, match=r"x must be bfloat16 or float16 .* got float32; set lora.backend=tor"):
         model(torch.ones(1, 8))
-    with pytest.raises(ConfigurationError, match=r"(NVIDIA, and x is on cpu|not installed); set lora.backend=torch"):
+    with pytest.raises(ConfigurationError, match=r"(NVIDIA GPU .* got cpu|not installed); set lora.backend=torch"):
         model.bfloat16()(torch.ones(1, 8).bfloat16())
 
 

@@ -325,9 +325,9 @@ def test_a_layer_touches_x_and_dy_as_often_as_its_products_read_them(monkeypatch
 def test_serves_what_the_kernels_can_and_says_why_not(monkeypatch):
     x = torch.ones(2, 3, dtype=torch.bfloat16)
     assert [serves(x.to(dtype), rank) for dtype in OPERANDS for rank in (1, 128)] == [None] * 4
-    assert serves(x, 129) == "the Triton kernels serve ranks up to 128, and the rank is 129"
-    assert serves(x.float(), 8) == "the Triton kernels serve bfloat16 and float16, and x is float32"
+    assert serves(x, 129) == "the rank must be at most 128 for the Triton kernels, got 129"
+    assert serves(x.float(), 8) == "x must be bfloat16 or float16 for the Triton kernels, got float32"
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert serves(x, 8) == "the Triton kernels run on a GPU from NVIDIA, and x is on cpu"
+    assert serves(x, 8) == "x must be on an NVIDIA GPU for the Triton kernels, got cpu"
     monkeypatch.setitem(sys.modules, "triton", None)
     assert serves(x, 8) == "Triton is not installed"

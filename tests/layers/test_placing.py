@@ -63,7 +63,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"target_modules": ["0", "tail"]}, "'tail'"),
         ({"target_modules": ["body"]}, "cannot have LoRA"),
         ({"modules_to_save": ["tail"]}, "'tail'"),
-        ({"modules_to_save": ["head"], "target_modules": ["head"]}, "'head' cannot have LoRA: it is trained whole"),
+        ({"modules_to_save": ["head"], "target_modules": ["head"]}, "'head' cannot have LoRA: it is in modules"),
         ({"rank_map": {"tail": 2}}, "'tail' matches no LoRA layer"),
         ({"dtype": torch.int32}, "dtype"),
         ({"alpha": float("nan")}, "alpha"),
