@@ -29,7 +29,7 @@ def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Tabl
 
 
 def print_table(table: Table) -> None:
-    """Print ``table`` as wide as the output takes it; a very long one as bare lines, each as wide as its cells."""
+    """Print ``table`` in the width of :func:`table_console`; a very long one as plain lines without a width limit."""
     if table.row_count <= _LONG:
         table_console().print(table)
         return

@@ -17,7 +17,7 @@ PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")
 
 def show_plan(config: DictConfig) -> None:
     """Print the plan of ``config``."""
-    # This process has imported what a run imports, which does not lie on a GPU.
+    # This process has imported the same libraries as a run. They take no memory of a GPU.
     libraries = 0 if torch.cuda.is_available() else peak_memory_bytes()
     plan = make_plan(config)
     kinds = dict.fromkeys(layer_kinds(plan.layers).values())
@@ -28,17 +28,13 @@ def show_plan(config: DictConfig) -> None:
         print(f"trained whole    {plan.head_parameters:,} parameters{unknown}")
     print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
     print_table(_table(plan, libraries))
-    print("total            weights + adapter + optimizer + step, the most that forward and backward hold at once")
+    print("total            weights + adapter + optimizer + step; step is the peak of forward and backward")
     if plan.folded:
-        print(
-            f"experts          as dynrank computes them; PEFT's keep {_mebibytes(plan.folded)} MiB more for a backward,"
-        )
-        print("                 all weights with their update (unless model.gradient_checkpointing=true)")
+        print(f"experts          by dynrank's layers; PEFT's save {_mebibytes(plan.folded)} MiB more for backward:")
+        print("                 all weights with their updates (unless model.gradient_checkpointing=true)")
     if libraries:
-        print(
-            f"process          with {_mebibytes(libraries)} MiB of Python and its libraries, as here; to this compare"
-        )
-        print("                 peak_memory_bytes of summary.json, in which the allocator and the data hold more")
+        print(f"process          total + {_mebibytes(libraries)} MiB of Python and libraries, as here; compare with")
+        print("                 peak_memory_bytes in summary.json, which includes data and the allocator's reserve")
     if plan.budget is not None:
         fit = [need.rank for need in plan.needs if need.total <= plan.budget]
         lacking = plan.needs[0].total - plan.budget
@@ -49,7 +45,7 @@ def show_plan(config: DictConfig) -> None:
 
 
 def _table(plan: Plan, libraries: int) -> Table:
-    """A line for each rank."""
+    """A table with a line for each rank."""
     more = (["process"] if libraries else []) + ([] if plan.budget is None else ["fits"])
     table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *PARTS, "total", *more)
     for need in plan.needs:

@@ -33,7 +33,7 @@ def test_parts_add_up_to_the_total_in_the_table(tiny, capsys):
     # Each number is rounded to a tenth.
     assert weights + adapter + optimizer + step == pytest.approx(total, abs=0.25)
     assert step >= max(activations, gradients)
-    libraries = float(re.search(r"process +with ([\d,.]+) MiB", out)[1].replace(",", ""))
+    libraries = float(re.search(r"process +total \+ ([\d,.]+) MiB", out)[1].replace(",", ""))
     assert float(process.replace(",", "")) == pytest.approx(total + libraries, abs=0.2)
     assert fits in ("yes", "no")
 
