@@ -109,3 +109,9 @@ def test_grouped_product_is_a_product_for_each_group(dtype, width):
     weights = torch.randn_like(found)
     gradients = [torch.autograd.grad((y * weights).sum(), (x, w)) for y in (found, expected)]
     assert_close(*gradients)
+
+
+def test_experts_compile_in_float32(tiny_moe):
+    """torch.compile knows grouped_mm in bfloat16 only."""
+    layer, x = randomize(own(tiny_moe("Mixtral"))).model.layers[0].mlp, torch.randn(1, 7, 16)
+    assert_close(torch.compile(layer, backend="eager")(x), layer(x))
