@@ -15,11 +15,15 @@ from dynrank.targets import Rank
 from dynrank.triggers import Plateau
 
 SCRIPTS = Path(__file__).parents[3] / "scripts"
-CASES = [  # (processes, moment, how many pass before, step that is saved)
-    (1, "inside a step", 5, 6),  # the step ends first
-    (1, "decided, not made", 1, 10),  # the last batch of an epoch, between the decision and the change
-    (1, "validation", 6, 12),  # in one that checks the change made after step 11: the change and a step end first
-    (2, "validation", 0, 4),  # at once, though one of the two has heard nothing
+# Each is (processes, moment, how many pass before, step that is saved).
+CASES = [
+    (1, "inside a step", 5, 6),
+    # This is the last batch of an epoch, between the decision and the change.
+    (1, "decided, not made", 1, 10),
+    # This validation checks the change made after step 11, and the change and a step end first.
+    (1, "validation", 6, 12),
+    # The run ends at once, although one of the two has heard nothing.
+    (2, "validation", 0, 4),
 ]
 PROGRAM = """
 import json, logging, sys
@@ -62,7 +66,8 @@ def test_sigterm_ends_the_step_saves_and_exits_0(ends, index):
     assert ends[index] == {"code": codes, "files": ["last.ckpt"], "step": step, "resumed": codes, "same": True}
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+# Lightning gives advice about small data.
+@pytest.mark.filterwarnings("ignore")
 def test_after_training_sigterm_is_what_it_was_before(regression, tmp_path):
     make, data, trainer = regression
     before = signal.getsignal(signal.SIGTERM)
@@ -70,7 +75,7 @@ def test_after_training_sigterm_is_what_it_was_before(regression, tmp_path):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.filterwarnings("ignore")  # Lightning's advice about small data
+@pytest.mark.filterwarnings("ignore")
 def test_sigterm_in_a_validation_ends_it_and_the_run_goes_on_with_it(fit, regression, assert_same, tmp_path):
     def schedule():
         return RankScheduler(Stage(Plateau("val/loss", patience=1, warmup_steps=0), Rank(3), deadline=0.9))
@@ -81,7 +86,7 @@ def test_sigterm_in_a_validation_ends_it_and_the_run_goes_on_with_it(fit, regres
 
     def told_to_end(batch, batch_idx):
         seen.append(batch_idx)
-        if len(seen) == 5:  # the first batch of two
+        if len(seen) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(batch, batch_idx)
 
