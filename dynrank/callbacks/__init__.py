@@ -33,7 +33,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """RankTrainerCallback when somebody asks for it: Lightning's users need not load transformers' trainer."""
+    """Import RankTrainerCallback on first use, so that Lightning's users do not load transformers' Trainer."""
     if name == "RankTrainerCallback":
         from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback
 

@@ -1,4 +1,4 @@
-"""Checkpoints without the frozen base: megabytes where the whole model has gigabytes."""
+"""Checkpoints without the frozen base model: megabytes instead of gigabytes."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.frozen_base import adapted_models, follow_base, without_base
 from dynrank.output.checkpoint_file import read_checkpoint, write_checkpoint
 
-# Lightning's WeightAveraging adds the second.
+# The keys of the weights in a checkpoint; Lightning's WeightAveraging adds the second.
 _STATES = ("state_dict", "current_model_state")
 
 
 class AdapterCheckpoint(ModelCheckpoint):
-    """Lightning's ModelCheckpoint, all of its arguments included, whose files leave the frozen base out.
+    """Lightning's ModelCheckpoint, with all of its arguments, whose files leave out the base: the frozen parameters.
 
-    They hold every parameter that is trained (adapters, heads) or has been (it has optimizer state), frozen adapters,
-    all buffers, what lies outside the adapted model, and the state of optimizers, loops, callbacks and data as ever. Of
-    the base they hold a hash per parameter: it has to be there when they are loaded, and another one is refused before
-    anything has changed. (A frozen parameter that your own code writes to while training makes the base another one.)
-    ``Trainer.fit``, ``validate``, ``test(ckpt_path=...)`` and ``load_from_checkpoint`` take these files as they take
-    others, and accept no other parameter missing. (For ``load_from_checkpoint`` of a model that PEFT has wrapped, see
-    :func:`dynrank.layers.peft_layers.follow_checkpoint_ranks`.)
+    A file contains every parameter that is trained (adapters, heads) or was trained (it has optimizer state), frozen
+    adapters, all buffers, all that is outside the adapted model, and the usual state of optimizers, loops, callbacks
+    and data. For each parameter of the base it contains a hash. The base must be in the model when the file is loaded;
+    a different base is refused before anything changes. (If your own code changes a frozen parameter during training,
+    the base is a different one.) ``Trainer.fit``, ``validate``, ``test(ckpt_path=...)`` and ``load_from_checkpoint``
+    load these files like others, and accept no other missing parameter. (For ``load_from_checkpoint`` of a model that
+    PEFT has wrapped, see :func:`dynrank.layers.peft_layers.follow_checkpoint_ranks`.)
 
-    Local files are written so that a run killed at any moment, or a full disk, leaves the previous checkpoint whole,
-    and a damaged file is not loaded. All checkpoints of a trainer with it are of this kind, those of
-    ``trainer.save_checkpoint`` too; but Lightning asks no callback about files with ``weights_only``, which hold the
-    base. A model with NaN or inf in its trained parameters is not saved.
+    If a run is killed at any moment, or the disk is full, the previous local checkpoint stays whole. A damaged file is
+    not loaded. All checkpoints of the trainer leave out the base, also those of ``trainer.save_checkpoint``. Only files
+    with ``weights_only`` contain the base, because Lightning calls no callback for them. A model with NaN or inf in its
+    trained parameters is not saved.
 
-    SIGTERM in training, as before a job is preempted, lets the step end, saves ``last.ckpt`` in the callback's folder
-    and raises Lightning's SIGTERMException, which ends the program with exit code 0. In a validation it does so after
-    the batch, and the run goes on with the whole validation. What is ended first is a validation that a change of rank
-    asks for, and one in which processes have unlike numbers of batches, or do not know them.
+    After SIGTERM (a job is preempted) the step ends, ``last.ckpt`` is saved in the callback's folder, and Lightning's
+    SIGTERMException ends the program with exit code 0. In a validation this happens after the batch, and the resumed
+    run repeats the whole validation. Two validations are completed first: one that checks a change of rank, and one in
+    which processes have different or unknown numbers of batches.
 
-    Under FSDP2 it needs ``save_distributed_checkpoint=False``: the adapter is whole in each process anyway.
+    Under FSDP2 it needs ``save_distributed_checkpoint=False``: each process has the whole adapter anyway.
     """
 
     _sigterm: SigtermNotice | None = None
     _seen_step = 0
-    # The state of the loops when the batch before a validation was over, and the one that is to be saved.
+    # The state of the loops after the batch before a validation, and the state of the loops to save.
     _before_validation: dict[str, Any] | None = None
     _loops: dict[str, Any] | None = None
 
     @property
     def last_saved(self) -> str:
-        """The checkpoint that was written last; empty if none."""
+        """Path of the last written checkpoint; "" if there is none."""
         return private.last_saved(self)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let checkpoints be written and read safely, and loaded without a base."""
+        """Make checkpoints safe against interruption, and loadable without a base."""
         for other in trainer.checkpoint_callbacks:
             if isinstance(other, ModelCheckpoint) and not isinstance(other, AdapterCheckpoint):
                 raise ConfigurationError(
@@ -70,9 +70,9 @@ class AdapterCheckpoint(ModelCheckpoint):
         strategy: Any = trainer.strategy
         if private.saves_in_parts(strategy):
             raise ConfigurationError(
-                "AdapterCheckpoint cannot leave the base out of a folder of shards; set "
-                "save_distributed_checkpoint=False (trainer.strategy.save_distributed_checkpoint=false), which writes "
-                "one file without the base, or use ModelCheckpoint"
+                "AdapterCheckpoint cannot leave the base out of a folder of shards; write one file: set "
+                "save_distributed_checkpoint=False (trainer.strategy.save_distributed_checkpoint=false), or use "
+                "ModelCheckpoint"
             )
         # A checkpoint_io that the user has chosen stays.
         if type(strategy.checkpoint_io) is TorchCheckpointIO:
@@ -105,7 +105,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._before_validation is not None:
             own, *others = from_all(trainer.num_val_batches)
-            # Only those that end each batch together can agree on an end there.
+            # Processes can stop together after a batch only if all have the same, known number of batches.
             if others and not (all(counts == own for counts in others) and isfinite(sum(own))):
                 self._before_validation = None
 
@@ -130,12 +130,12 @@ class AdapterCheckpoint(ModelCheckpoint):
                 checkpoint[key] = without_base(pl_module, checkpoint[key], trained)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let no run end well that has diverged since its last checkpoint; errors as in :meth:`on_save_checkpoint`."""
+        """Raise DivergedError if the run has diverged since its last checkpoint."""
         _check_finite(pl_module)
         super().on_train_end(trainer, pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Add to the error of a run that has diverged where it did, and what to go on from."""
+        """Add the step and the last good checkpoint to the error of a diverged run."""
         if isinstance(exception, DivergedError):
             good = self.last_saved or trainer.ckpt_path or "none"
             exception.add_note(
@@ -145,27 +145,27 @@ class AdapterCheckpoint(ModelCheckpoint):
 
 
 def _check_finite(module: LightningModule) -> None:
-    # One process alone may hold the parameter that is broken.
+    # The parameter with NaN may be in one process only.
     found = [name for name in from_all(_not_finite(module)) if name]
     if found:
         raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower optimizer.lr")
 
 
 def _not_finite(module: LightningModule) -> str | None:
-    """The name of a trained parameter that holds NaN or inf in this process, if one does."""
+    """The name of a trained parameter with NaN or inf in this process; None if there is none."""
     trained = {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
     local = [value.to_local() if isinstance(value, DTensor) else value for value in trained.values()]
     if not local:
         return None
-    # One stacked tensor is read from the device once.
+    # Stacked into one tensor, the results are copied from the device once.
     finite = torch.stack([value.isfinite().all().to(local[0].device) for value in local])
     return next((name for name, good in zip(trained, finite.tolist(), strict=True) if not good), None)
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Local files go through :mod:`dynrank.output.checkpoint_file`, remote ones as Lightning does it.
+    """Reads and writes local files by :mod:`dynrank.output.checkpoint_file`, remote files as Lightning does.
 
-    AdapterCheckpoint puts it in the place of Lightning's default; ``Trainer(plugins=[AsyncCheckpointIO(
+    AdapterCheckpoint replaces Lightning's default by it; ``Trainer(plugins=[AsyncCheckpointIO(
     SafeCheckpointIO())])`` uses it in the background.
     """
 

@@ -1,4 +1,4 @@
-"""What a model writes in its validations and its test: a CSV file, and text in the loggers."""
+"""Recording the texts that a model writes in validations and the test: in a CSV file, and in the loggers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Generations(Callback):
     """Records the texts that a module has put into its list ``generations``: (prompt, wanted, written).
 
     They are added to the CSV file ``file``, and shown by TensorBoard (``val/written``), Weights & Biases (a table of
-    that name) and MLflow (a file). Of several processes the first one tells its own share. Validations that a change of
-    ranks asks for leave none.
+    that name) and MLflow (a file). With several processes, process 0 records the texts of its own share. Validations
+    that check a change of ranks are not recorded.
     """
 
     def __init__(self, file: Path) -> None:

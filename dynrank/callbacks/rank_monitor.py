@@ -25,21 +25,21 @@ from dynrank.output.whole_file import whole_file
 
 
 class RankMonitor(Callback):
-    """Shows and records what a :class:`RankScheduler` in the same trainer does; it changes nothing.
+    """Shows and records the changes by a :class:`RankScheduler` of the same trainer; it changes nothing.
 
-    Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change, and with a change
-    ``rank/predicted_error`` and ``rank/predicted_error_max``, by gates ``rank/predicted_loss_change``, too. All but the
-    CSVLogger, where each name would be a column, get ``rank/layer/NAME``, ``energy_kept/NAME`` and
-    ``effective_rank/NAME`` of each layer. TensorBoard also gets ``spectrum/NAME``, a histogram of the singular values
-    before a change, and where matplotlib is installed ``spectra``, a picture of all of them. A ModelSummary that the
-    trainer has is printed again after each change. With each step ``lr/NAME`` is logged, the rate that it takes; NAME
-    is a param group's ``name``, or its number. (RankProgressBar shows the ranks in every step.)
+    Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change. Each change also logs
+    ``rank/predicted_error`` and ``rank/predicted_error_max``, with gates also ``rank/predicted_loss_change``. For each
+    layer, all loggers except the CSVLogger, where each name would be a column, get ``rank/layer/NAME``,
+    ``energy_kept/NAME`` and ``effective_rank/NAME``. TensorBoard also gets ``spectrum/NAME``, a histogram of the
+    singular values before a change, and, if matplotlib is installed, ``spectra``, a picture of all of them. A
+    ModelSummary of the trainer is printed again after each change. Each step logs its learning rates as ``lr/NAME``;
+    NAME is a param group's ``name``, or its number. (RankProgressBar shows the ranks in every step.)
 
     Args:
-        history_file: CSV file of all changes of the run, also those before a resume (the reason of a change that was
-            taken back begins with "undone"), with each layer's part in the estimated change of the loss where gates
-            were watched; None: no file.
-        model_name: attribute of the LightningModule that holds the model; left out of the layers' names.
+        history_file: CSV file of all changes of the run, also those before a resume, with each layer's part in the
+            estimated change of the loss if gates were measured. If a change was undone, its reason begins with
+            "undone". None: no file.
+        model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class RankMonitor(Callback):
         self.prefix = f"{model_name}." if model_name else ""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run of no steps gets the file, too.
+        # Written here so that a run without steps gets the file, too.
         self._write_history(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,7 +76,7 @@ class RankMonitor(Callback):
             title = f"rank {verb} at step {event.step}: {event.reason}"
             Console().print(change_table(title, self._named(event).layers, event.loss))
         for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
-            # RichModelSummary is one, too.
+            # This includes RichModelSummary, a subclass.
             if isinstance(callback, ModelSummary):
                 callback.on_fit_start(trainer, pl_module)
 
@@ -107,7 +107,7 @@ class RankMonitor(Callback):
             csv.writer(file).writerows([FIELDS, *(row for event in events for row in _rows(self._named(event)))])
 
     def _named(self, event: RankEvent) -> RankEvent:
-        """The event with the layers' names as the model has them."""
+        """The event with the layers' names relative to the model."""
         layers = tuple(replace(layer, layer=layer.layer.removeprefix(self.prefix)) for layer in event.layers)
         return replace(event, layers=layers)
 
@@ -128,12 +128,12 @@ def _log_spectra(logger: TensorBoardLogger, event: RankEvent) -> None:
     for layer in event.layers:
         spectrum = torch.tensor(layer.singular_values)
         logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
-    # matplotlib is an extra of its own.
+    # matplotlib is an optional dependency.
     if find_spec("matplotlib") is not None:
         from dynrank.output.plots import spectra_figure
 
         spectra = {layer.layer: layer.singular_values for layer in event.layers}
         kept = {layer.layer: layer.rank_after for layer in event.layers}
         figure = spectra_figure(spectra, kept, f"before the change at step {event.step}")
-        # The figure does not belong to pyplot, which would close it.
+        # With close=True the logger calls pyplot, which does not manage this figure.
         logger.experiment.add_figure("spectra", figure, event.step, close=False)

@@ -1,4 +1,4 @@
-"""Lightning's rich progress bar with the ranks in it."""
+"""Lightning's rich progress bar, which also shows the ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynrank.output.console import span
 
 
 class RankProgressBar(RichProgressBar):
-    """Shows ``rank: 16``, or ``rank: 4-32`` where layers differ; without max_epochs it counts epochs with no total."""
+    """Shows ``rank: 16``, or ``rank: 4-32`` if layers differ; without max_epochs it shows no total of epochs."""
 
     _ranks: str | None = None
 

@@ -1,4 +1,4 @@
-"""The callback that changes ranks in the middle of a run, as a schedule says."""
+"""The Lightning callback that changes ranks during a run by a schedule."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from dynrank.triggers import Run
 class RankScheduler(Callback):
     """Changes the ranks of LoRA layers during training.
 
-    Works in any LightningModule whose model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``; under
-    manual optimization, which may have several optimizers, that calls :meth:`step`. Metrics are observed after each
-    validation (after each epoch, if nothing is validated). A change is made at the start of a later batch, between an
-    optimizer step and the next forward, never with gradients pending. A stage whose time or deadline has come ends
-    those before it. A checkpoint holds everything that is needed to go on from it, whether the change is still to come,
-    being measured, decided, or made. Lightning's averages of the weights follow, in any order of the callbacks.
+    Works in any LightningModule whose model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Under
+    manual optimization, which may have several optimizers, the module must call :meth:`step`. Metrics are read after
+    each validation (after each epoch, if nothing is validated). A change is made at the start of a later batch, between
+    an optimizer step and the next forward, never with gradients pending. When a stage is due, earlier stages that have
+    not acted are skipped. A checkpoint contains everything that a resumed run needs, before, during and after a change.
+    Lightning's averages of the weights change with the ranks, in any order of the callbacks.
 
-    A layer with a final rank of its own (rank map) is never shrunk below it and ends there in the last stage; a pinned
-    layer is never touched. One scheduler drives one run: a trainer takes one (lists of stages add up), and the next run
-    a new one.
+    A layer with its own final rank (rank map) is never shrunk below it and gets it in the last stage; a pinned layer
+    never changes. One scheduler drives one run: a trainer takes one scheduler (lists of stages can be added), and the
+    next run takes a new one.
 
-    Callbacks of the trainer that define ``on_rank_change(trainer, pl_module, event)`` are told of each change after it
+    If a callback of the trainer defines ``on_rank_change(trainer, pl_module, event)``, this is called after each change
     was made or undone.
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
-        check_every: optimizer steps between checks that all processes hold the same adapters and optimizer state, which
-            are made at the start and around each change in any case; None: no more than those.
+        check_every: optimizer steps between checks that all processes have the same adapters and optimizer state; None:
+            checks only at the start, and before and after each change.
 
     Attributes:
-        driver: holds the schedule, and takes it through the run.
+        driver: carries out the schedule in the run.
 
     Raises:
         ConfigurationError: if a value cannot be used.
@@ -59,8 +59,8 @@ class RankScheduler(Callback):
 
     def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
         self.driver = RankDriver(schedule, check_every=check_every)
-        # Whether step() was called: since the last batch began, and at all.
-        self._told = self._ever_told = False
+        # Whether step() was called since the last batch began, and whether it was ever called.
+        self._stepped = self._ever_stepped = False
 
     @property
     def history(self) -> list[RankEvent]:
@@ -68,29 +68,29 @@ class RankScheduler(Callback):
         return self.driver.history
 
     def step(self, pl_module: LightningModule) -> None:
-        """Say, under manual optimization, that an optimizer step was made and that no gradients wait for another.
+        """Report, under manual optimization, that an optimizer step was made and that no gradients are pending.
 
         Call it in ``training_step`` after each optimizer step of the adapter, before its gradients are zeroed. A change
-        that is due is made when the next batch starts. Times are those of ``trainer.global_step``, which counts the
+        that is due is made when the next batch starts. Times are counted by ``trainer.global_step``, which counts the
         steps of every optimizer.
 
         Raises:
-            RuntimeError: under automatic optimization, where Lightning says so.
+            RuntimeError: under automatic optimization, where Lightning reports the steps.
         """
         if pl_module.automatic_optimization:
             raise RuntimeError("scheduler.step(module) is for manual optimization; this module's is automatic")
-        self._told = self._ever_told = True
+        self._stepped = self._ever_stepped = True
         self.driver.end_step(LightningTraining(pl_module.trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.driver.state_dict(), "told": self._told}
+        return {**self.driver.state_dict(), "told": self._stepped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
-        self._told = state_dict["told"]
+        self._stepped = state_dict["told"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Averages that are made later are copies of a module that follows checkpoints.
+        # Averages that are made later are copies of the module, so they get its load hooks, too.
         for module in [pl_module, *averages_of(trainer)]:
             follow_checkpoint_ranks(module)
         follow_sharded_checkpoint(trainer)
@@ -112,7 +112,7 @@ class RankScheduler(Callback):
             self.driver.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_told(pl_module)
+        self._check_stepped(pl_module)
         if not trainer.enable_validation:
             self.driver.validated(LightningTraining(trainer, pl_module), {})
 
@@ -120,7 +120,7 @@ class RankScheduler(Callback):
         if pl_module.automatic_optimization:
             between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         else:
-            between_steps, self._told = self._told, False
+            between_steps, self._stepped = self._stepped, False
         if between_steps:
             self.driver.advance(LightningTraining(trainer, pl_module))
 
@@ -134,28 +134,28 @@ class RankScheduler(Callback):
             self.driver.end_step(LightningTraining(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_told(pl_module)
+        self._check_stepped(pl_module)
         self.driver.finish(LightningTraining(trainer, pl_module))
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()
 
-    def _check_told(self, pl_module: LightningModule) -> None:
-        """Refuse manual optimization that makes optimizer steps and never says so."""
+    def _check_stepped(self, pl_module: LightningModule) -> None:
+        """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""
         steps = pl_module.trainer.global_step
-        if self.driver.stages and steps and not pl_module.automatic_optimization and not self._ever_told:
+        if self.driver.stages and steps and not pl_module.automatic_optimization and not self._ever_stepped:
             raise ConfigurationError(
-                f"{steps} optimizer steps of manual optimization, and RankScheduler was told of none, so it could not "
-                "change a rank: call scheduler.step(self) in training_step, after the optimizer's step"
+                f"RankScheduler.step was not called in {steps} optimizer steps of manual optimization, so no rank "
+                "could change: call scheduler.step(self) in training_step, after the optimizer's step"
             )
 
 
-# These hear nothing of validations that a change asks for.
-_DEAF = Checkpoint, EarlyStopping, Generations, RankScheduler
+# These callbacks are not called in validations that check a change.
+_UNCALLED = Checkpoint, EarlyStopping, Generations, RankScheduler
 
 
 class LightningTraining(Training):
-    """A run of Lightning's Trainer, as it is now; made for one hook."""
+    """The present state of a run of Lightning's Trainer; made anew in each hook."""
 
     validate_by = "give fit() validation data"
 
@@ -175,8 +175,8 @@ class LightningTraining(Training):
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
-        """Validate for the sake of the metrics; callbacks that save, stop or change ranks hear nothing of it."""
-        return validate_beside(self.trainer, *_DEAF, monitor=monitor)
+        """Validate for the metrics only; callbacks that save, stop or change ranks are not called."""
+        return validate_beside(self.trainer, *_UNCALLED, monitor=monitor)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:
@@ -185,20 +185,20 @@ class LightningTraining(Training):
     def tell(self, event: RankEvent) -> None:
         """Call ``on_rank_change(trainer, pl_module, event)`` of every callback that defines it."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            told = getattr(callback, "on_rank_change", None)
-            if told is not None:
-                told(self.trainer, self.pl_module, event)
+            hook = getattr(callback, "on_rank_change", None)
+            if hook is not None:
+                hook(self.trainer, self.pl_module, event)
 
     def warn(self, message: str) -> None:
         rank_zero_warn(message)
 
 
 def _run(trainer: Trainer, pl_module: LightningModule) -> Run:
-    """The length of the run; the data have been loaded."""
+    """The length of the run; call it after the data are loaded."""
     # Under manual optimization only the module knows how many steps an epoch has.
     if not pl_module.automatic_optimization:
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
     total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
     per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
-    # Lightning says -1 for epochs of data of unknown length.
+    # Lightning returns -1 if an epoch has unknown length.
     return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)

@@ -32,24 +32,24 @@ from dynrank.triggers import Run
 class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several (DDP).
 
-    The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Give the callback to the Trainer when
-    that is made (``callbacks=[...]``), or a checkpoint from after a change does not fit a model of PEFT's. Changes are
+    The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Pass the callback to the Trainer's
+    constructor (``callbacks=[...]``); otherwise a checkpoint from after a change does not fit a PEFT model. Changes are
     made before the first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
-    Metrics have the Trainer's names: ``Plateau("eval_loss")``, ``How(check_monitor="eval_loss")``; what is logged in
-    training is there, too (``loss``, every ``logging_steps``).
+    Metrics have the Trainer's names: ``Plateau("eval_loss")``, ``How(check_monitor="eval_loss")``; triggers can also
+    read what training logs (``loss``, every ``logging_steps``).
 
-    Its state is part of each checkpoint's ``trainer_state.json``, the file that the Trainer writes last: without it a
-    checkpoint is none. ``train(resume_from_checkpoint=...)`` goes on from before, at or after a change. With
-    ``load_best_model_at_end`` the ranks that come back are those of the best checkpoint. Wherever the Trainer saves a
-    model of ``add_lora``, the adapter lies beside it in PEFT's format.
+    Its state is in each checkpoint's ``trainer_state.json``, the file that the Trainer writes last: without that file a
+    checkpoint is incomplete. ``train(resume_from_checkpoint=...)`` can resume before, at or after a change.
+    ``load_best_model_at_end`` restores the ranks of the best checkpoint, too. If the Trainer saves a model of
+    ``add_lora``, the same folder also gets the adapter in PEFT's format.
 
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
-        evaluate: evaluates the model as it is and returns the metrics, for stages with ``max_regression``:
+        evaluate: evaluates the present model and returns the metrics, for stages with ``max_regression``:
             ``lambda: trainer.evaluate()``.
 
     Attributes:
-        driver: holds the schedule, and takes it through the run.
+        driver: carries out the schedule in the run.
 
     Raises:
         ConfigurationError: if a value cannot be used.
@@ -60,9 +60,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.evaluate = evaluate
         # The last value of every metric.
         self.logged: dict[str, float] = {}
-        # It listens to training, and not to an evaluation that a change asks for.
+        # Whether training is running; metrics from other times are ignored.
         self.listening = False
-        # Metrics of evaluations that triggers have not seen yet, one for each data set.
+        # Metrics of evaluations that triggers have not read yet, of all data sets.
         self._evaluated: dict[str, float] = {}
 
     @property
@@ -82,7 +82,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         _check_devices(args)
         _check_names(self)
         if process_count() > 1 and not ddp_modules(training.model):
-            raise ConfigurationError("ranks change in several processes under plain DDP alone, and there is none here")
+            raise ConfigurationError("in several processes ranks change under plain DDP only; no DDP wraps the model")
         _follow(training.model)
         if state.global_step:
             self._load(state)
@@ -95,7 +95,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.driver.advance(training)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # The Trainer counts the step after this event.
+        # The Trainer increments its step count after this event.
         self.driver.end_step(HFTraining(self, state, control, kwargs, steps_uncounted=1))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
@@ -109,7 +109,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, state, control, kwargs)
         if args.load_best_model_at_end:
-            # The optimizer and the gates know the last weights; those that have been loaded may have other ranks.
+            # The optimizer and the gates belong to the last weights; the loaded ones may have other ranks.
             training.optimizers = []
             self.driver.forget_gates()
         self._show_evaluated(training)
@@ -117,7 +117,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.listening = False
 
     def _show_evaluated(self, training: HFTraining) -> None:
-        """Show the evaluations after the last step together: each event brings the metrics of one data set."""
+        """Pass the evaluations since the last step to the driver together: each event had one data set."""
         if self._evaluated:
             metrics, self._evaluated = self._evaluated, {}
             self.driver.validated(training, metrics)
@@ -125,7 +125,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     # The state in a checkpoint
 
     def state(self) -> dict[str, Any]:
-        """For ``trainer_state.json``: JSON, so what :func:`torch.save` makes of the state is in base64."""
+        """The state for ``trainer_state.json``: the bytes of :func:`torch.save`, in base64 because the file is JSON."""
         buffer = io.BytesIO()
         state = {"driver": self.driver.state_dict(), "logged": self.logged, "evaluated": self._evaluated}
         torch.save(state, buffer)
@@ -133,7 +133,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     @classmethod
     def from_state(cls, state: Any) -> Any:
-        """Refuse to be made from JSON, which holds no schedule."""
+        """Refuse to be made from JSON, which contains no schedule."""
         raise ConfigurationError(
             f"{cls.__name__} takes its state from the checkpoint by itself; set "
             "restore_callback_states_from_checkpoint=False"
@@ -143,8 +143,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         stored = state.stateful_callbacks.get(type(self).__name__)
         if not isinstance(stored, Mapping) or "saved" not in stored.get("attributes", {}):
             raise ConfigurationError(
-                f"the checkpoint of step {state.global_step} was made without one {type(self).__name__}, so the "
-                "schedule cannot go on from it; set resume_from_checkpoint to one made with it"
+                f"the checkpoint of step {state.global_step} has no state of a {type(self).__name__}, so the schedule "
+                "cannot be resumed from it; set resume_from_checkpoint to one made with this callback"
             )
         content = base64.b64decode(stored["attributes"]["saved"])
         saved = load_undamaged(io.BytesIO(content))
@@ -153,7 +153,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
 
 class HFTraining(Training):
-    """A run of transformers' Trainer, as it is now; made for one event."""
+    """The present state of a run of transformers' Trainer; made anew for each event."""
 
     validate_by = "give the callback evaluate=lambda: trainer.evaluate()"
 
@@ -176,8 +176,8 @@ class HFTraining(Training):
         return self.callback.evaluate is not None
 
     def validate(self) -> Mapping[str, float]:
-        """Evaluate beside the run's own evaluations; no callback hears of it, and nothing of it is left."""
-        # The driver has asked whether it is there.
+        """Evaluate in addition to the run's own evaluations; no callback is called, and nothing is logged."""
+        # The driver checks `validates` first.
         assert self.callback.evaluate is not None
         handlers = [o for o in gc.get_objects() if type(o) is CallbackHandler and self.callback in o.callbacks]
         heard, logged = [handler.callbacks for handler in handlers], len(self.state.log_history)
@@ -193,30 +193,30 @@ class HFTraining(Training):
             vars(self.control).update(control)
 
     def tell(self, event: RankEvent) -> None:
-        """Put the ranks after a change among what the Trainer has logged."""
+        """Add the ranks after a change to the Trainer's log."""
         ranks = [layer.rank for _, layer in lora_layers(self.model)]
         values = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks)), "step": self.step}
         self.state.log_history.append(values)
 
 
 def _follow(model: Any) -> None:
-    """Let ``model`` load checkpoints of other ranks, and one of :func:`dynrank.add_lora` save itself for PEFT, too."""
+    """Let ``model`` load checkpoints of other ranks; a model of :func:`dynrank.add_lora` also saves PEFT's format."""
     follow_checkpoint_ranks(model)
     if own_layers(model) and hasattr(model, "save_pretrained"):
         model.save_pretrained = partial(_save_with_adapter, model)
 
 
 def _save_with_adapter(model: Any, folder: str | Path, is_main_process: bool = True, **options: Any) -> None:
-    """What the Trainer saves a model by: the whole, which it can go on from, and the adapter in PEFT's format."""
+    """Save the whole model, from which the Trainer can resume, and the adapter in PEFT's format."""
     type(model).save_pretrained(model, folder, is_main_process=is_main_process, **options)
     if is_main_process and own_layers(model):
         save_adapter(model, folder)
 
 
 def _check_devices(args: Any) -> None:
-    """Refuse what shards or copies the model, whether arguments, accelerate's configuration or the environment say so.
+    """Refuse settings that shard or copy the model, from arguments, accelerate's configuration or the environment.
 
-    accelerate is there if this Trainer is, and only then.
+    accelerate is imported here, because it is installed only if transformers' Trainer is used.
     """
     from accelerate.state import AcceleratorState
     from accelerate.utils import parse_flag_from_env
@@ -228,8 +228,8 @@ def _check_devices(args: Any) -> None:
     ways += [f"{args.n_gpu} GPUs in one process"] if args.n_gpu > 1 else []
     if ways:
         raise ConfigurationError(
-            f"RankTrainerCallback changes ranks on one device or under DDP, this Trainer was set to {ways[0]}: take "
-            "that out of its arguments, accelerate's configuration and the environment (ACCELERATE_USE_...), and start "
+            f"RankTrainerCallback changes ranks on one device or under DDP, this Trainer was set to {ways[0]}: remove "
+            "that from its arguments, accelerate's configuration and the environment (ACCELERATE_USE_...), and start "
             "it with torchrun or accelerate launch --multi_gpu; to shard the model, train with "
             "dynrank.callbacks.RankScheduler (Lightning), which knows FSDP2"
         )
@@ -238,7 +238,7 @@ def _check_devices(args: Any) -> None:
 def _check_names(callback: RankTrainerCallback) -> None:
     """Refuse names of metrics that the Trainer does not use."""
     stages = callback.driver.stages
-    # Users of Lightning write such names.
+    # Names that begin with "val" are those of Lightning.
     wrong = {name: what for name, what in watched(stages).items() if name.startswith("val")}
     wrong |= {name: what for name, what in checked(stages).items() if not name.startswith("eval_")}
     for name, argument in wrong.items():

@@ -1,4 +1,4 @@
-"""Measuring a run: seconds of training, tokens, and the largest amount of memory it held, between changes of rank."""
+"""Measuring each part of a run between changes of rank: seconds of training, tokens and peak memory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _MARK = Path("/proc/self/clear_refs")
 
 @dataclass
 class Phase:
-    """A part of a run in which ranks stay.
+    """A part of a run in which ranks do not change.
 
     Attributes:
-        first_step: optimizer steps made before it.
-        mean_rank: of its LoRA layers.
-        tokens: input tokens without padding, of this process, once it is over of all.
-        train_seconds: between the start and the end of its training batches; validation is left out.
-        step_seconds: median of its optimizer steps, each with all of its training batches; 0 until it is over.
-        peak_memory_bytes: see :func:`peak_memory_bytes`; 0 until it is over.
+        first_step: optimizer steps made before the phase.
+        mean_rank: mean rank of the LoRA layers.
+        tokens: input tokens without padding: of this process until the phase is over, then of all processes.
+        train_seconds: seconds in training batches, without validation.
+        step_seconds: median seconds of an optimizer step with all of its batches; 0 until the phase is over.
+        peak_memory_bytes: see :func:`peak_memory_bytes`; 0 until the phase is over.
     """
 
     first_step: Steps = 0
@@ -47,22 +47,22 @@ class Phase:
 
 
 class RunMeter(Callback):
-    """Counts the tokens and the seconds of the training batches, and the memory, in each phase between changes of rank.
+    """Measures the tokens, the seconds and the peak memory of training, in each phase between changes of rank.
 
-    When a phase is over, loggers get ``phase/tokens_per_second``, ``phase/peak_memory_bytes`` and ``phase/mean_rank``
-    of it. Batches are mappings with an ``attention_mask``. A resumed run goes on with the phases of its checkpoint; of
-    several processes, each is taken to have had as many tokens before it as process 0 had.
+    When a phase is over, loggers get its ``phase/tokens_per_second``, ``phase/peak_memory_bytes`` and
+    ``phase/mean_rank``. Batches are mappings with an ``attention_mask``. A resumed run continues the phases of its
+    checkpoint. A checkpoint counts the tokens of the open phase as those of process 0 times the number of processes.
 
     Attributes:
-        phases: of this run, the last one is open until training ends.
+        phases: the phases of this run; the last one is open until training ends.
     """
 
     def __init__(self) -> None:
         self.phases = [Phase()]
-        # Phases of the checkpoint that the run goes on from.
+        # Phases of the checkpoint from which the run is resumed.
         self._before: list[Phase] = []
         self._processes = 1
-        # When the batch began, and the seconds of batches since the last optimizer step.
+        # Time at which the batch began, and seconds of batches since the last optimizer step.
         self._start = self._batches = 0.0
         # Seconds of each optimizer step of the open phase, since the start or the resume.
         self._steps: list[float] = []
@@ -72,7 +72,7 @@ class RunMeter(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phases, self._before = self._before or [_phase(trainer, pl_module)], []
         self._processes = trainer.world_size
-        # The tokens of all processes are added up when a phase is over, so only one process keeps the earlier ones.
+        # _close() adds up the tokens of all processes, so only process 0 keeps the tokens from before a resume.
         self.phases[-1].tokens *= trainer.is_global_zero
         self._steps, self._batches, self._step = [], 0.0, trainer.global_step
 
@@ -91,12 +91,12 @@ class RunMeter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         phase = self.phases[-1]
-        # This line waits for the device, and the clock is read after it.
+        # Reading the sum waits for the device, so the clock is read after it.
         phase.tokens += int(batch["attention_mask"].sum())
         seconds = time.perf_counter() - self._start
         phase.train_seconds += seconds
         self._batches += seconds
-        # The gradients of several batches may make one step.
+        # With gradient accumulation several batches make one step.
         if trainer.global_step > self._step:
             self._steps.append(self._batches)
             self._batches, self._step = 0.0, trainer.global_step
@@ -111,17 +111,17 @@ class RunMeter(Callback):
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of the whole run: of all processes once training is over, of this one before."""
+        """Tokens per second of the whole run; of the open phase only this process's tokens count."""
         seconds = sum(phase.train_seconds for phase in self.phases)
         return sum(phase.tokens for phase in self.phases) / seconds if seconds else 0.0
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The most memory that was held in any phase, and since the last one."""
+        """Peak memory of the whole run in bytes."""
         return max(peak_memory_bytes(), *(phase.peak_memory_bytes for phase in self.phases))
 
     def _measured(self) -> dict[str, Any]:
-        """The values of the open phase that are known only when it is over, as if it were over now."""
+        """The values of the open phase that a phase gets at its end, as of now."""
         phase = self.phases[-1]
         peak = max(phase.peak_memory_bytes, peak_memory_bytes())
         return {"step_seconds": median(self._steps) if self._steps else phase.step_seconds, "peak_memory_bytes": peak}
@@ -143,9 +143,9 @@ def _phase(trainer: Trainer, pl_module: LightningModule) -> Phase:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory the process has held since :func:`forget_peak_memory`: on the GPU if there is one, else resident.
+    """Peak memory of the process since :func:`forget_peak_memory`: of the GPU if there is one, else resident.
 
-    Resident memory of systems other than Linux is that since the process began.
+    On systems other than Linux, peak resident memory counts since the process began.
     """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
@@ -153,9 +153,9 @@ def peak_memory_bytes() -> int:
 
 
 def forget_peak_memory() -> None:
-    """Let :func:`peak_memory_bytes` begin anew, from what is held now."""
+    """Reset :func:`peak_memory_bytes` to the memory that is in use now."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif _MARK.exists():
-        # See proc(5): the peak of the resident set becomes its size now.
+        # See proc(5): "5" resets the peak resident set size to the present size.
         _MARK.write_text("5", encoding="ascii")

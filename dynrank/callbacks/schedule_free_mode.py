@@ -1,4 +1,4 @@
-"""Switching a schedule-free optimizer between the weights that it trains and their average, which is the model."""
+"""Switching a schedule-free optimizer between the weights that it trains and their average, which is the result."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-# The key in a checkpoint.
+# The key of the training point in a checkpoint.
 _POINTS = "schedule_free_points"
 
 
 class ScheduleFreeMode(Callback):
-    """Validates, saves and ends with the averaged weights of schedule-free optimizers; leaves other optimizers alone.
+    """Validates, saves and ends with the averaged weights of schedule-free optimizers; ignores other optimizers.
 
-    In training the parameters hold the point at which gradients are taken. During validation, in checkpoints and after
-    training they hold the average (Defazio et al., arXiv:2405.15682), which is the model. Going there and back rounds,
-    so the point is kept meanwhile, and in checkpoints: neither they nor validations change a bit of what follows. Put
-    this callback before the others. Lightning asks no callback about checkpoints with ``weights_only``: one written in
-    the middle of training holds the point of the gradients.
+    In training the parameters are the *point* at which gradients are computed. In validations, in checkpoints and after
+    training they are the average (Defazio et al., arXiv:2405.15682), which is the result. Computing the average and
+    then the point again rounds, so a copy of the point is kept, also in checkpoints: neither they nor validations
+    change a bit of the later training. Put this callback before the others. Lightning calls no callback for checkpoints
+    with ``weights_only``: if one is written during training, its weights are the point.
     """
 
     def __init__(self) -> None:
-        # The points to go on from, by name, while the parameters hold the average.
+        # While the parameters are the average: {name: the point, from which training continues}.
         self._points: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -32,11 +32,11 @@ class ScheduleFreeMode(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
-            # A run that has ended left no points.
+            # The checkpoint of a finished run has no points.
             self._points = checkpoint.get(_POINTS, {})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not sooner, because a run that is resumed behind its last step ends with what was saved.
+        # Not earlier, because a run that is resumed after its last step must end with the saved average.
         self._go_on(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -65,7 +65,7 @@ class ScheduleFreeMode(Callback):
             self._go_on(trainer, pl_module)
 
     def _average(self, trainer: Trainer, pl_module: LightningModule) -> list[Any]:
-        """Put the average into the parameters and keep the points; the optimizers of which that was not so already."""
+        """Keep the points and put the average into the parameters; returns the optimizers that were switched."""
         training = [optimizer for optimizer in _schedule_free(trainer) if optimizer.param_groups[0]["train_mode"]]
         for name, parameter in _trained(training, pl_module):
             self._points[name] = parameter.detach().clone()
@@ -75,7 +75,7 @@ class ScheduleFreeMode(Callback):
 
     @torch.no_grad()
     def _go_on(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the points into the parameters: those that were kept, else as the optimizers compute them."""
+        """Put the points into the parameters: the kept ones, otherwise those that the optimizers compute."""
         for optimizer in _schedule_free(trainer):
             optimizer.train()
         for name, point in self._points.items():
@@ -88,6 +88,6 @@ def _schedule_free(trainer: Trainer) -> list[Any]:
 
 
 def _trained(optimizers: list[Any], module: LightningModule) -> Iterator[tuple[str, nn.Parameter]]:
-    """What ``optimizers`` train, by every name that it has."""
+    """(name, parameter) of all that ``optimizers`` train, for every name of a parameter."""
     trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return ((n, p) for n, p in module.named_parameters(remove_duplicate=False) if id(p) in trained)

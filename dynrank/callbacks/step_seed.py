@@ -1,4 +1,4 @@
-"""Randomness that a resumed run repeats: a seed for every batch, not a stream that has to be saved."""
+"""Randomness that a resumed run repeats: each batch has its own seed, so no generator state has to be saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class StepSeed(Callback):
     """Seeds torch before each training batch from (``seed``, epoch, batch), so dropout is the same after any resume.
 
-    Nothing that happens between batches (a validation, a re-made loader, a restart) changes the masks of the next one.
+    Nothing between two batches (a validation, a new loader, a restart) changes the dropout masks of the next batch.
     """
 
     def __init__(self, seed: int) -> None:

@@ -1,1 +1,1 @@
-"""Taking a schedule through a run, whoever trains."""
+"""Carrying out a rank schedule in a training run, with any trainer."""

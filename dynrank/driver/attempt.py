@@ -1,4 +1,4 @@
-"""One attempt at a change of ranks: make it, check it by validation if asked for, undo it if it cost too much."""
+"""One attempt to change ranks: make the change, check it by a validation if required, undo it if it costs too much."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dynrank.schedules import How
 
 
 class Check:
-    """Whether a change costs more of the validated metric than the user allows.
+    """Decides whether a change worsens the validated metric by more than the user allows.
 
     Args:
-        training: as it is before the change.
+        training: the run before the change.
         how: names the metric, and the largest relative worsening.
-        validated: metrics of these very weights; None: they have to be validated.
+        validated: metrics of these weights; None: they are validated here.
 
     Attributes:
-        before: the metric, before the change.
-        most: by how much it may get worse.
-        measured: what was validated for it alone, of the weights before the change and of those after the last attempt.
+        before: the metric before the change.
+        most: largest worsening that is allowed.
+        measured: metrics of the validations made for this check: before the change, and after the last attempt.
     """
 
     def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
@@ -48,7 +48,7 @@ class Check:
         return f"undone: {self._how.check_monitor} {self.before:.4g} → {after:.4g}"
 
     def allows(self, after: float) -> bool:
-        """Whether the metric may be ``after`` with the change; never where one of the two is not finite."""
+        """Whether the metric may change from ``before`` to ``after``; never if one of the two is not finite."""
         worse = after - self.before if self._how.check_mode == "min" else self.before - after
         return isfinite(worse) and worse <= self.most
 
@@ -66,16 +66,16 @@ def attempt(
     gates: Gates | None,
     check: Check | None,
 ) -> RankEvent:
-    """Change to ``targets``; the event says whether that was undone.
+    """Change the ranks to ``targets``; the event says whether the change was undone.
 
     Args:
         training: between an optimizer step and the next forward.
-        trial: in which the change is made.
-        targets: {layer: new rank} of those that change.
-        reason: why, for the event.
+        trial: the change is made inside it.
+        targets: {layer: new rank} for the layers that change.
+        reason: why the ranks change, for the event.
         how: how the change is made.
-        gates: those that were watched for it; None where none had to be.
-        check: may undo it; None: it stays.
+        gates: the gates measured for this change; None if it needs none.
+        check: decides whether the change is undone; None: it is kept.
     """
     model, step = training.model, training.step
     check_processes(model, training.optimizers, f"before the change of rank at step {step}")
@@ -108,12 +108,12 @@ def change(training: Training, targets: Mapping[str, int], how: How, gates: Gate
 
 
 def gentler(ranks: Mapping[str, int], refused: Mapping[str, int], multiple: int) -> dict[str, int]:
-    """Half as far as ``refused``, rounded towards ``ranks``; layers that would stay where they are drop out.
+    """Ranks halfway between ``ranks`` and ``refused``, rounded towards ``ranks``; unchanged layers are left out.
 
     Args:
         ranks: {layer: its rank now}.
         refused: {layer: rank that cost too much}.
-        multiple: what the new ranks of a shrink are multiples of, as the target has it.
+        multiple: new ranks of a shrink are multiples of this, as in the target.
     """
     halves = {}
     for name, target in refused.items():

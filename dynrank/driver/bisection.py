@@ -1,4 +1,4 @@
-"""How few directions are enough: the search by trials of ``schedule=auto``."""
+"""The bisection of ``schedule=auto``: it finds by trials how few directions are enough."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def cut_to_smallest(
     gates: Gates | None,
     parameters_before: int,
 ) -> RankEvent:
-    """Cut to the fewest steps of ``order`` that are enough; the event is of an undone cut if all of them are needed.
+    """Cut to the fewest steps of ``order`` that are enough; the event says "undone" if all of them are needed.
 
-    Each trial is the change as it would be made, validated, and taken back to the bit. The cut is within the tolerance,
-    and that of one step less was not; whether a still smaller one is by chance, nobody has tried.
+    Each trial makes the whole change, validates it, and undoes it bit for bit. The cut is within the tolerance; with
+    one step less it was not. A still smaller number of steps could pass by chance; it is not tried.
 
     Args:
         training: between an optimizer step and the next forward.
-        trial: in which cuts are made.
-        order: (layer, its next rank) of the steps up, what is needed most first.
-        targets: {layer: lowest rank} of those that change if no step is taken.
-        reason: why, for the event.
+        trial: the cuts are made inside it.
+        order: (layer, its next rank) for each step up from ``targets``; the step that the loss needs most is first.
+        targets: {layer: lowest rank} for the layers that change if no step is taken.
+        reason: why the ranks change, for the event.
         how: how changes are made; its ``max_regression`` is the tolerance.
-        gates: those that were watched; None where none had to be.
-        parameters_before: of the adapters when the run began.
+        gates: the gates measured for this change; None if it needs none.
+        parameters_before: parameters of the adapters when the run began.
     """
     layers, monitor = dict(lora_layers(training.model)), how.check_monitor
     metrics, batches = validate(training, monitor)
@@ -80,14 +80,14 @@ def cut_to_smallest(
     value, noise, reports = trials[end]
     if any(noise == inf for _, noise, _ in trials.values()):
         training.warn(
-            "the validations of the search were not of the same batches, so how far ranks were cut is chance; validate "
-            "data that are the same every time"
+            "the validations of schedule=auto did not use the same batches, so chance has decided how far ranks were "
+            "cut; let every validation use the same data in the same order"
         )
     elif noise is not None and noise > check.most:
         training.warn(
             f"a tolerance of {how.max_regression:g} lets {monitor} get worse by {check.most:.2g}, less than the "
-            f"standard error {noise:.2g} of that difference over the validated batches: how far ranks were cut is "
-            "chance; set schedule.tolerance higher, or validate more data"
+            f"standard error {noise:.2g} of that difference over the validated batches, so chance has decided how far "
+            "ranks were cut; set schedule.tolerance higher, or validate more data"
         )
     now = sum(layer.rank for layer in layers.values())
     kept = sum(after(end).get(name, layer.rank) for name, layer in layers.items())
@@ -104,7 +104,7 @@ def cut_to_smallest(
 
 @torch.no_grad()
 def without_adapter(training: Training, trial: Trial, monitor: str) -> Mapping[str, float]:
-    """The metrics of the model whose layers have no update."""
+    """The metrics of the model with the update of every layer set to zero."""
     for _, layer in lora_layers(training.model):
         layer.lora_B.zero_()
     metrics, _ = validate(training, monitor)
@@ -113,9 +113,9 @@ def without_adapter(training: Training, trial: Trial, monitor: str) -> Mapping[s
 
 
 def standard_error(before: Batches, after: Batches) -> float | None:
-    """Standard error of the mean difference between two validations of the same batches, of all processes.
+    """Standard error, over all processes, of the mean difference between two validations of the same batches.
 
-    None if there are fewer than two batches, or their parts are not known.
+    None if fewer than two batches are known.
     """
     pairs = [pair for own in from_all([*zip(before, after, strict=True)]) for pair in own]
     if len(pairs) < 2:

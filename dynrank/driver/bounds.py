@@ -1,4 +1,4 @@
-"""The bounds that layers set to a schedule's targets, and the ranks between which a schedule may end."""
+"""The bounds that each layer sets for a schedule's targets, and the bounds of the final ranks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dynrank.targets import UNBOUNDED, Budget, LayerState, Target
 def bounded(layer: RankedLayer, last: bool) -> LayerState:
     """A layer's state without measurements.
 
-    Its own final rank bounds every shrink, and is where it ends in the ``last`` stage.
+    No stage shrinks the layer below its own final rank, and the ``last`` stage brings it to that rank.
     """
     rank, d_out, d_in = layer.rank, len(layer.lora_B), layer.lora_A[0].numel()
     lowest, highest = layer.final_rank or 1, max_rank(layer)
@@ -33,21 +33,21 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
 def layer_states(
     layers: Mapping[str, RankedLayer], *, last: bool, target: Target, gates: Gates | None
 ) -> dict[str, LayerState]:
-    """What ``target`` may know of each layer; ``last``: no stage comes after its own."""
+    """The state of each layer that ``target`` reads; ``last``: whether the target's stage is the last."""
     states = {name: bounded(layer, last) for name, layer in layers.items()}
     if "values" in target.needs:
         values = spectra({name: layer for name, layer in layers.items() if not layer.pinned}, gates)
         for name, state in states.items():
-            # A pinned layer keeps its rank, so its values are never read.
+            # A pinned layer keeps its rank, so no target reads its values.
             nothing = torch.zeros(state.rank, dtype=torch.float64)
             states[name] = replace(state, values=values.get(name, nothing))
     return states
 
 
 def path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int, int]]:
-    """(lowest, highest rank after it, lowest that it asks for whatever the layer's shape) of each stage.
+    """For each stage: (lowest rank after it, highest rank after it, lowest rank it asks for if no shape bounds it).
 
-    The first entry is the layer as it is, before the first stage.
+    The first entry is the rank before the first stage.
     """
     low = high = layer.rank
     ranges = [(low, high, high)]
@@ -61,7 +61,7 @@ def path(layer: RankedLayer, schedule: Sequence[Stage]) -> list[tuple[int, int, 
 
 
 def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, tuple[int, int]]:
-    """{layer: (lowest, highest) rank that it may end at}; the two are equal unless the data decide."""
+    """{layer: (lowest, highest) possible final rank}; the two are equal unless the final rank depends on the data."""
     return {name: path(layer, schedule)[-1][:2] for name, layer in lora_layers(model)}
 
 

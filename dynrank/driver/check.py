@@ -1,4 +1,4 @@
-"""Refusing, before the first step, a model or a run in which a schedule cannot be carried out."""
+"""Refusing a model or a run in which a schedule cannot be carried out, before the first step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dynrank.triggers import Run
 
 
 def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
-    """Refuse a model that the schedule cannot be carried out on; weights are not looked at."""
+    """Refuse a model that the schedule does not fit; the values of the weights do not matter."""
     layers = dict(lora_layers(model))
     if not layers:
         raise ConfigurationError(
@@ -39,7 +39,7 @@ def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
         after = {name: ranges[index + 1] for name, ranges in paths.items()}
         for name, layer in free.items():
             most, (_, _, wanted) = max_rank(layer), after[name]
-            # PEFT may give a narrow layer a rank above it, and a cut takes that away.
+            # PEFT allows a rank above min(d_in, d_out); a target below such a rank is a cut.
             if wanted > max(most, before[name][1]):
                 faults.append(
                     f"stage {index + 1}: rank {wanted} is above min(d_in, d_out) = {most} of {name!r}; set {stage.key}"
@@ -57,13 +57,13 @@ def _budget_faults(budget: Budget, states: Mapping[str, LayerState]) -> Iterator
     given, least = budget.pool(states), budget.floor_parameters(states)
     if given < least:
         yield (
-            f"the budget of {given:,} parameters is below {least:,}, what the lowest ranks of {len(states)} layers "
-            f"cost; set {budget.key} or schedule.lowest"
+            f"the budget must be at least {least:,} parameters, the size of {len(states)} layers at the lowest ranks, "
+            f"got {given:,}; set {budget.key} or schedule.lowest"
         )
 
 
 def check_training(training: Training, stages: Collection[Stage]) -> None:
-    """Refuse sharded adapters, and what ``stages`` cannot live with: optimizers, no validation."""
+    """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations."""
     factors, sharded = adapter_parameters(training.model), sharded_layers(training.model)
     if stages and sharded:
         raise sharded_error(sharded)
@@ -78,6 +78,6 @@ def check_training(training: Training, stages: Collection[Stage]) -> None:
             check_groups(optimizer, factors, how)
         if how.max_regression is not None and not training.validates:
             raise ConfigurationError(
-                f"max_regression={how.max_regression:g} (or tolerance) validates around a change, which this run "
-                f"cannot: {training.validate_by}, or set max_regression=None (schedule.how.max_regression=null)"
+                f"max_regression={how.max_regression:g} (or tolerance) needs validations around a change; this run has "
+                f"none: {training.validate_by}, or set max_regression=None (schedule.how.max_regression=null)"
             )

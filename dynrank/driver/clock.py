@@ -1,4 +1,4 @@
-"""When the stages of a schedule are due by time: at a fixed step, epoch or share of the run, or at a deadline."""
+"""When a stage is due by time: at a fixed step, epoch or share of the run, or at its deadline."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Clock:
         return planned is not None and planned <= step
 
     def is_last_moment(self, index: int, step: int, patience: int) -> bool:
-        """Whether stage ``index`` may wait no longer: for its deadline, for a later stage, or for a time long past.
+        """Whether stage ``index`` may wait no longer, because of its own time or because a later stage is due.
 
-        A stage at a fixed time waits ``patience`` steps, and no longer than the run took up to that time.
+        A stage with a fixed time may wait up to ``patience`` more steps, but no more steps than came before that time.
         """
         planned, later = self._planned[index], self._planned[index + 1 :]
         if any(at is not None and at <= step + 1 for at in later):
@@ -31,9 +31,9 @@ class Clock:
         return planned is not None and planned + waits <= step
 
     def due(self, first: int, step: int, *, ended: bool) -> int | None:
-        """The last stage from ``first`` on whose time has come, which ends those before it; None if there is none.
+        """Index of the last due stage, from ``first`` on; it replaces the stages before it. None if no stage is due.
 
-        ``ended``: training is over, perhaps earlier than was foreseen.
+        ``ended``: training is over, perhaps before its planned end.
         """
         for index in reversed(range(first, len(self._stages))):
             if self.has_come(index, step) or (ended and self._stages[index].when == At(fraction=1.0)):
@@ -41,6 +41,6 @@ class Clock:
         return None
 
     def coming(self, first: int, step: int) -> Iterator[tuple[int, int]]:
-        """(index, planned step) of the stages after ``step``; of those that share a step, only the last one acts."""
+        """(index, planned step) of the stages after ``step``; if several share a step, only the last one."""
         planned = {self._planned[index]: index for index in range(first, len(self._stages))}
         yield from ((index, at) for at, index in planned.items() if at is not None and at > step)

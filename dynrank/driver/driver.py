@@ -1,4 +1,4 @@
-"""Taking a schedule through a run, whoever trains: which stage is due, whether it can act, and acting."""
+"""Carrying out a schedule in a run, with any trainer: which stage is due, whether it can act, and its change."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from dynrank.schedules import Stage, early_budget
 from dynrank.targets import Smallest
 from dynrank.triggers import At, Run, Trigger
 
-# A preset itself stands for its stages: LightningCLI makes schedules of such a type from YAML alone.
+# A function that returns stages, such as a preset, is a schedule too: LightningCLI builds these from YAML.
 Schedule: TypeAlias = int | Stage | Sequence[Stage] | Callable[[], Sequence[Stage]]
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A change that has been decided and is still to be made."""
+    """A change that is decided but not yet made."""
 
     stage: int
     reason: str
@@ -45,14 +45,14 @@ class Decision:
 
 @dataclass
 class Progress:
-    """How far a schedule has come in a run, as a checkpoint holds it.
+    """The progress of a schedule in a run, as a checkpoint stores it.
 
     Attributes:
         stage: index of the first stage that is not over.
-        pending: the change that comes next, if it has been decided.
+        pending: the decided change that is not yet made; None if nothing is decided.
         history: every change, and every attempt that was undone.
-        observed_step: step of the last metrics that triggers were shown.
-        metrics: those of the validation at that step, as long as the weights are those that were validated.
+        observed_step: step of the last validation.
+        metrics: metrics of that validation; empty after a change, because they describe the weights before it.
     """
 
     stage: int = 0
@@ -74,8 +74,8 @@ class RankDriver:
     Arguments and errors are those of :class:`dynrank.callbacks.RankScheduler`.
 
     Attributes:
-        stages: of the schedule.
-        progress: how far it has come.
+        stages: the stages of the schedule.
+        progress: which stages are over, and what is pending.
     """
 
     def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
@@ -85,13 +85,13 @@ class RankDriver:
         self.progress = Progress()
         self._run = Run(None)
         self._clock, self._watching = Clock([], self._run), Watching([])
-        # Of each optimizer, since the last change.
+        # One for each optimizer, made at the last change.
         self._rates: list[Rates] = []
-        # The last step that end_step() has taken in.
+        # The last step for which end_step() was called.
         self._ended_step = 0
-        # The state of a checkpoint waits here until training starts and brings layers and optimizers.
+        # The state of a checkpoint is kept here until start(), which brings the layers and optimizers.
         self._loaded: Mapping[str, Any] = {}
-        # Whether it is of another schedule.
+        # Whether the checkpoint was made under another schedule.
         self._other = False
 
     @property
@@ -106,7 +106,7 @@ class RankDriver:
 
     @property
     def rate_factor(self) -> float:
-        """What the adapters' learning rates are multiplied by since the last change, beside a ramp."""
+        """Factor of the adapters' learning rates since the last change, without the ramp."""
         return self._rates[0].factor if self._rates else 1.0
 
     def rates(self, training: Training) -> list[list[float]]:
@@ -121,26 +121,26 @@ class RankDriver:
         return sorted(watched(self.stages).keys() | checked(self.stages))
 
     def check_model(self, model: nn.Module, run: Run | None = None) -> None:
-        """Refuse a model that the schedule cannot be carried out on; see :func:`dynrank.driver.check.check_model`."""
+        """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.check.check_model`."""
         check_model(model, self.stages, run or Run(None))
 
     def start(self, training: Training, run: Run) -> None:
-        """Begin a run of this length; or go on, if a state has been loaded."""
+        """Begin a run of length ``run``, or continue it if a state has been loaded."""
         if self._ended_step > training.step == 0:
             raise ConfigurationError(
-                f"this schedule is at step {self._ended_step} of another run; make a new one, of new stages, for each "
-                "run, or resume that one (ckpt_path)"
+                f"this schedule is at step {self._ended_step} of another run; make a new schedule with new stages for "
+                "each run, or resume that run (ckpt_path)"
             )
         self._run, self._ended_step = run, training.step
         self._clock, self._watching = Clock(self.stages, run), Watching(self.stages)
-        # On resume the ranks may be others, and what was checked at the start still holds.
+        # After a change the ranks differ from those at the start, where the check was made.
         if not self.history:
             self.check_model(training.model, run)
             warn_of_pefts_frozen(training.model)
         check_training(training, self.stages)
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._other:
-            training.warn(f"the schedule is not the checkpoint's: this one is taken from step {training.step} on")
+            training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
         if self._loaded:
             rates, watched_before, self._loaded = self._loaded["rates"], self._loaded["gates"], {}
             adapters = adapter_parameters(training.model)
@@ -151,18 +151,18 @@ class RankDriver:
             self._watching.load_state_dict(watched_before, training.model)
 
     def advance(self, training: Training) -> None:
-        """Decide what is due, begin to watch gates for what will be, and change ranks if everything is there for it."""
+        """Decide which stage is due, begin to measure gates for the next one, and change ranks if all is ready."""
         self._follow_clock(training)
         pending = self.progress.pending
         if pending is not None and self._is_ready(training, pending.stage):
             self._change(training, pending)
-            # The gates of the next stage may have to be watched from this step on.
+            # Gates for the next stage may be needed from this step on.
             self._follow_clock(training)
         if self._watching.gates is not None:
             self._watching.gates.loss_scale = training.loss_scale()
 
     def end_step(self, training: Training) -> None:
-        """Take in the optimizer step just made, if there was one since the last call; gradients must still be there."""
+        """Record the optimizer step just made, if one was made since the last call; its gradients must still exist."""
         if training.step > self._ended_step:
             self._ended_step = training.step
             if self._watching.gates is not None:
@@ -171,11 +171,11 @@ class RankDriver:
                 check_processes(training.model, training.optimizers, f"after step {training.step}")
 
     def validated(self, training: Training, metrics: Mapping[str, float]) -> None:
-        """Take the metrics of a validation of the weights as they are, and show them to the trigger that waits.
+        """Take the metrics of a validation of the present weights, and pass them to the trigger of the next stage.
 
-        Call it with no metrics after an epoch, if nothing is validated and triggers watch what training logs.
+        In a run without validation, call it with no metrics after each epoch: triggers then read training's metrics.
         """
-        # A resumed loop may end one validation twice.
+        # A resumed loop may report the same validation twice.
         seen = training.step == self.progress.observed_step
         self.progress.observed_step = training.step
         self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
@@ -185,7 +185,7 @@ class RankDriver:
             self._decide(trigger.observe(training.step, *(value(logged, name, names) for name in trigger.monitors)))
 
     def finish(self, training: Training) -> None:
-        """Make what is due after the last step, and warn of what was not made."""
+        """Make the change that is due after the last step, and warn if stages were not reached."""
         self._follow_clock(training, ended=True)
         pending = self.progress.pending
         if pending is not None and self._is_ready(training, pending.stage, ended=True):
@@ -193,16 +193,16 @@ class RankDriver:
         self._watching.end()
         if not self.finished:
             training.warn(
-                f"training ended before stage {self.progress.stage + 1} of the rank schedule: the ranks are not final, "
+                f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
                 f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
             )
 
     def forget_gates(self) -> None:
-        """Drop what was watched; call it when other weights were loaded, which it says nothing of."""
+        """Drop the measured gates; call it after other weights were loaded, which the gates do not describe."""
         self._watching.end()
 
     def abort(self) -> None:
-        """Leave the layers, which may be trained again; a checkpoint written now still holds what was watched."""
+        """Remove all hooks, so that the model can be trained again; a checkpoint written now still has the gates."""
         if self._watching.gates is not None:
             self._watching.gates.close()
         for rates in self._rates:
@@ -219,18 +219,18 @@ class RankDriver:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what :meth:`state_dict` returned; before :meth:`start`.
+        """Load what :meth:`state_dict` returned; call it before :meth:`start`.
 
-        Stages that are still to come may be others than in the checkpoint: they are taken from here on.
+        Stages that are not over may differ from the checkpoint's; those of this schedule apply.
         """
         mine, theirs = _written(self.stages), [tuple(stage) for stage in state["stages"]]
         over, self._other = state["stage"], theirs != mine
-        # What is over has gone to its target; when it was due no longer matters.
+        # Stages that are over must have the same target; their times no longer matter.
         done, wanted = ([to for _, to, _ in stages[:over]] for stages in (theirs, mine))
         if done != wanted:
             raise ConfigurationError(
-                f"the checkpoint was made under another schedule: its first stages have gone to {', '.join(done)}, "
-                f"here they go to {', '.join(wanted) or 'nothing'}; set schedule as it was, but for stages to come"
+                f"the checkpoint was made under another schedule: its first stages went to {', '.join(done)}, here "
+                f"they go to {', '.join(wanted) or 'nothing'}; set schedule as it was; only later stages may differ"
             )
         for stage, now, before, saved in zip(self.stages, mine, theirs, state["triggers"], strict=False):
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
@@ -247,18 +247,18 @@ class RankDriver:
 
     @property
     def _waiting(self) -> Trigger | None:
-        """The trigger of the stage that comes next, if nothing has been decided."""
+        """The trigger of the next stage, if no change is pending."""
         when = None if self.finished or self.progress.pending else self.stages[self.progress.stage].when
         return when if isinstance(when, Trigger) else None
 
     def _decide(self, fires: bool) -> None:
-        """Let the stage that comes next act, if its trigger fires in the first process."""
+        """Decide the change of the next stage, if its trigger fires in process 0."""
         if from_first(lambda: fires):
             stage = self.progress.stage
             self.progress.pending = Decision(stage, self.stages[stage].when.reason)
 
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
-        """Decide what is due by time, and begin to watch gates for what will be soon."""
+        """Decide the stage that is due by time, and begin to measure gates for a stage whose time is near."""
         due = self._clock.due(self.progress.stage, training.step, ended=ended)
         if due is not None and (self.progress.pending is None or self.progress.pending.stage < due):
             when, deadline = self.stages[due].when, self.stages[due].deadline
@@ -270,12 +270,12 @@ class RankDriver:
                     self._watching.begin(training.model, index)
 
     def _is_ready(self, training: Training, index: int, *, ended: bool = False) -> bool:
-        """Whether the gates have been watched that a change of stage ``index`` needs; begin to watch them if not."""
+        """Whether the gates for a change of stage ``index`` are complete; begin to measure them if needed."""
         if not self._watching.needed(training.model, index):
             return True
         if self._watching.gates is None and not ended:
             self._watching.begin(training.model, index)
-        # They may have been begun for another stage.
+        # The gates may have been begun for another stage, so the steps are counted against this stage's window.
         gates, window = self._watching.gates, self.stages[index].how.window
         if ended or self._clock.is_last_moment(index, training.step, window):
             return True
@@ -286,7 +286,7 @@ class RankDriver:
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> None:
-        """Make the decided change, or as much of it as the check allows, and wait for what comes next."""
+        """Make the decided change, or as much of it as the check allows, and go to the next stage."""
         index, how = decided.stage, self.stages[decided.stage].how
         gates, reason = self._watching.result(training, index, decided.reason)
         decided = replace(decided, reason=reason)
@@ -300,7 +300,7 @@ class RankDriver:
                     training.tell(event)
                 else:
                     made = event
-            # A change is kept together with all that follows from it.
+            # No interrupt may separate the change from the updates that belong to it.
             with uninterrupted():
                 trial.keep()
                 self.progress.pending, self.progress.stage = None, index + 1
@@ -326,7 +326,7 @@ class RankDriver:
         decided: Decision,
         gates: Gates | None,
     ) -> Iterator[RankEvent]:
-        """Attempts at the decided change, the last of which may stay."""
+        """Attempt the decided change, then smaller ones until one is kept; yields an event for each."""
         stage, last = self.stages[decided.stage], decided.stage == len(self.stages) - 1
         target, how, ranks = stage.to, stage.how, {name: layer.rank for name, layer in layers.items()}
 
@@ -353,7 +353,7 @@ class RankDriver:
             targets = gentler(ranks, targets, target.multiple) if event.undone else {}
 
     def _follow_rates(self, training: Training, factor: float, ramp: int) -> None:
-        """Multiply the adapters' rates by ``factor`` from now on, and begin a ramp of so many steps."""
+        """Multiply the adapters' rates by ``factor`` from now on, and begin a ramp of ``ramp`` steps."""
         factor *= self.rate_factor
         for rates in self._rates:
             rates.remove()
@@ -362,7 +362,7 @@ class RankDriver:
 
 
 def _written(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
-    """(when, to what, and all of it) of each stage, as its user has set it."""
+    """For each stage, as text: (when, to what, the whole stage with the user's values)."""
 
     def words(value: object) -> str:
         if not is_dataclass(value):
@@ -373,7 +373,7 @@ def _written(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
 
 
 def _stages_of(schedule: object) -> list[Stage]:
-    """The stages of whatever may stand for a schedule."""
+    """The stages of any value that type ``Schedule`` allows."""
     if callable(schedule):
         schedule = schedule()
     if isinstance(schedule, int) and not isinstance(schedule, bool):

@@ -1,4 +1,4 @@
-"""One change of ranks in a run, as it is told, stored and written."""
+"""One change of ranks in a run, for callbacks, checkpoints and rank_history.csv."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynrank.change.report import LayerReport
 from dynrank.errors import read_as
 
 LOSS_FIELDS = tuple(field.name for field in fields(LossChange))
-# Columns of rank_history.csv. Those of the estimated change of the loss are empty where no gates were watched.
+# Columns of rank_history.csv. The columns of the estimated change of the loss are empty without gates.
 FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", *LOSS_FIELDS)
 
 
@@ -20,10 +20,10 @@ class RankEvent:
     """One change of ranks.
 
     Attributes:
-        step: optimizer steps made before it.
-        reason: why it was made, or why it was undone.
-        layers: what it did to each layer that it changed.
-        undone: it cost too much and was taken back; the ranks are as before.
+        step: optimizer steps made before the change.
+        reason: why the change was made, or why it was undone.
+        layers: a report for each changed layer.
+        undone: whether the change cost too much and was undone; then the ranks are as before.
     """
 
     step: int
@@ -33,11 +33,11 @@ class RankEvent:
 
     @property
     def loss(self) -> LossChange | None:
-        """The estimated change of the loss, of all layers together; None where no gates were watched."""
+        """The estimated change of the loss, summed over all layers; None without gates."""
         parts = [layer.loss for layer in self.layers if layer.loss is not None]
         return LossChange(*(sum(getattr(part, name) for part in parts) for name in LOSS_FIELDS)) if parts else None
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RankEvent:
-        """The event from which ``dataclasses.asdict`` made ``state``; ConfigurationError if that is damaged."""
+        """The event whose ``dataclasses.asdict`` is ``state``; ConfigurationError if ``state`` is damaged."""
         return read_as(cls, state, "ckpt_path")

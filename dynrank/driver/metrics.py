@@ -1,4 +1,4 @@
-"""The metrics that a schedule reads, by the names that its user has given."""
+"""The metrics that a schedule reads, by the names that the user gives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHECK_MONITOR = "check_monitor of How (schedule.how.check_monitor)"
 
 
 def watched(stages: Sequence[Stage]) -> dict[str, str]:
-    """{metric that a trigger watches: the argument that names it, for error messages}."""
+    """{metric that a trigger reads: the argument that names it, for error messages}."""
     triggers = [stage.when for stage in stages if isinstance(stage.when, Trigger)]
     return {name: _argument(trigger, name) for trigger in triggers for name in trigger.monitors}
 
@@ -27,7 +27,7 @@ def _argument(trigger: Trigger, name: str) -> str:
 
 
 def checked(stages: Sequence[Stage]) -> dict[str, str]:
-    """The same of the metrics that decide whether a change is undone; a validation must log them."""
+    """The same for the metrics that decide whether a change is undone; a validation must log them."""
     names = {stage.how.check_monitor for stage in stages if stage.how.max_regression is not None}
     return dict.fromkeys(names, CHECK_MONITOR)
 
@@ -40,10 +40,10 @@ def value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str])
 
 
 def check_validation(logged: Collection[str], stages: Sequence[Stage]) -> None:
-    """Refuse a schedule that reads a metric of validations which the first one has not logged.
+    """Refuse a schedule that reads a metric of validations which the first validation has not logged.
 
-    A trigger may also watch what only training logs: a name is one of validations if it begins as those do that they
-    log (``val/``).
+    A trigger may also read a metric that only training logs. So a trigger's metric counts as one of validations only
+    if its prefix (such as ``val/``) is that of a logged one.
     """
     groups = {name.partition("/")[0] for name in logged if "/" in name}
     names = {name: argument for name, argument in watched(stages).items() if name.partition("/")[0] in groups}

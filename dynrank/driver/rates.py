@@ -1,4 +1,4 @@
-"""The learning rates after a change of rank: a ramp, a factor for adapters, a warning of too low a rate."""
+"""The learning rates after a change of rank: a ramp, a factor for adapters, a warning if the rate is too low."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ LOW_RATE = 0.1
 
 
 def rate_factor(how: How, before: Mapping[str, int], after: Mapping[str, int]) -> float:
-    """What ``how`` multiplies the adapters' rates by, at a change from the ranks ``before`` to those ``after``."""
+    """Factor of the adapters' learning rates for a change from the ranks ``before`` to the ranks ``after``."""
     if how.rate_after == "sqrt":
         return sqrt(mean(before.values()) / mean(after.values()))
     return how.rate_after
 
 
 class Rates:
-    """Multiplies the rates of an optimizer's steps: by a factor where they are of adapters, and along a ramp.
+    """Multiplies an optimizer's learning rates: those of adapters by a factor, and all of them by a ramp.
 
     The ramp is 1/(steps + 1), 2/(steps + 1), ... for the next ``steps`` optimizer steps. Rates are changed just before
-    a step and put back just after it, so schedulers never see the changed values. Adapters that share a param group
-    with other parameters have one of their own for the time of the step, so the factor is never another parameter's,
-    and schedulers and checkpoints see the groups that the user has made.
+    a step and restored just after it, so schedulers never see the changed values. Adapters that share a param group
+    with other parameters get their own group during the step. So the factor applies to no other parameter, and
+    schedulers and checkpoints see the groups that the user has made.
 
     Args:
         optimizer: the optimizer to hook.
         adapters: the factors of all LoRA layers.
-        factor: of the rates of these.
-        steps: length of the ramp, optimizer steps.
-        done: steps of the ramp that were made before (on resume).
+        factor: factor of the adapters' rates.
+        steps: length of the ramp in optimizer steps.
+        done: steps of the ramp that were made before a resume.
     """
 
     def __init__(
@@ -51,26 +51,26 @@ class Rates:
     ) -> None:
         self.factor, self.steps, self.done = factor, steps, done
         self._optimizer, self._adapters = optimizer, {id(parameter) for parameter in adapters}
-        # Of each group its rate and parameters, during a step.
+        # The original rate and parameters of each group, during a step.
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
         before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
-        # An exception in a step's closure leaves the step, and a checkpoint may be written of it.
+        # After an exception in a step's closure the rates are still changed, and a checkpoint may be written then.
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
         self._handles = [before(self._change), after(self._end), saved]
 
     def of_next_step(self) -> list[float]:
-        """The rate of each param group in the next step; that of the adapters where a group holds others, too."""
+        """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
         ramp = min(1.0, (self.done + 1) / (self.steps + 1))
         groups = self._optimizer.param_groups
         return [float(g["lr"]) * ramp * (self.factor if self._parted(g["params"])[0] else 1.0) for g in groups]
 
     def remove(self) -> None:
-        """Leave the rates alone from now on."""
+        """Remove the hooks; the rates are no longer changed."""
         self.restore()
         for handle in self._handles:
             handle.remove()
 
-    # The hooks stay when there is no more to do: torch cannot lose one while it runs them.
+    # The hooks remain when the ramp is over, because torch cannot remove a hook while it runs the hooks.
     @property
     def _acts(self) -> bool:
         return self.factor != 1.0 or self.done < self.steps
@@ -96,7 +96,7 @@ class Rates:
         self.restore()
 
     def restore(self) -> None:
-        """Put the groups back as they were before the step that is under way, if one is."""
+        """Restore the groups to their state before the present step, if a step is running."""
         groups, self._groups = self._groups, []
         if groups:
             del self._optimizer.param_groups[len(groups) :]
@@ -109,21 +109,21 @@ class Rates:
         return own, [parameter for parameter in parameters if id(parameter) not in self._adapters]
 
 
-# What some optimizers keep of their progress in a group instead of in each parameter's state.
+# Keys under which some optimizers keep state in the param group instead of in each parameter's state.
 _GROUP_STATE = {"k", "weight_sum", "d"}
 
 
 def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: How) -> None:
-    """Refuse a factor for adapters in a group with other parameters, if it has to be theirs for a step and cannot."""
+    """Refuse a factor for adapters that share a param group whose own state forbids splitting it for a step."""
     known = {id(parameter) for parameter in adapters}
     for number, group in enumerate(optimizer.param_groups if how.rate_after != 1.0 else ()):
         others = sum(id(parameter) not in known for parameter in group["params"])
         if 0 < others < len(group["params"]) and _GROUP_STATE & group.keys():
             name = type(optimizer).__name__
             raise ConfigurationError(
-                f"rate_after={how.rate_after} multiplies the adapters' learning rates alone, but {name} keeps state of "
-                f"its own in param group {number}, which holds {others} other parameters, too. Set rate_after=1 "
-                "(schedule.how.rate_after), or make the optimizer of two groups:\n"
+                f"rate_after={how.rate_after} multiplies the adapters' learning rates alone, but {name} keeps state in "
+                f"param group {number}, which also has {others} other parameters. Set rate_after=1 "
+                "(schedule.how.rate_after), or give the optimizer two groups:\n"
                 "  own = list(dynrank.adapter_parameters(model))\n"
                 "  ids = {id(p) for p in own}\n"
                 "  rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]\n"
@@ -132,12 +132,12 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
 
 
 def warn_of_low_rate(training: Training) -> None:
-    """Warn if every learning rate has decayed so far that the model cannot recover from a change."""
+    """Warn if a learning rate has decayed so far that the model cannot recover from a change."""
     groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
     rates = [(float(group["lr"]), float(group.get("initial_lr", group["lr"]))) for group in groups]
     share = min((now / start for now, start in rates if start > 0), default=1.0)
     if share < LOW_RATE:
         training.warn(
-            f"the learning rate at the change of rank is {share:.1%} of its start, too little to recover with; "
+            f"the learning rate at the change of rank is {share:.1%} of its start, too low to recover from the change; "
             "set an earlier schedule.deadline or a later decay (optimizer.decay)"
         )

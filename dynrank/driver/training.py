@@ -1,4 +1,4 @@
-"""What a rank driver must know of a training run, and what it asks of it: the one thing that a new trainer provides."""
+"""The interface between a rank driver and a training run; support for a new trainer is a class derived from it."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from dynrank.distributed.unwrapping import unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.private import scaler_of_fabric
 
-# Of each batch the mean of a metric, its weight in the mean of all batches, and a number that other data do not have.
+# For each batch: the mean of a metric, its weight in the mean over all batches, and a checksum of the batch's data.
 Batches = Sequence[tuple[float, float, float]]
 
 
 @dataclass(eq=False)
 class Training:
-    """A training run, for a plain loop as it stands; derive from it what the schedule needs beyond, or a trainer has.
+    """A training run. A plain loop can use this class; override a method that the schedule or a trainer needs.
 
     Models and optimizers may be wrapped by DDP, Lightning Fabric or accelerate. DDP modules follow every change.
 
     Args:
-        model: holds the LoRA layers; their names are relative to it, without wrappers.
-        optimizers: all that hold the layers' parameters.
+        model: contains the LoRA layers; their names are relative to it, without wrappers.
+        optimizers: all optimizers of the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
-        averages: moving averages of the model's weights, which follow its ranks.
+        averages: moving averages of the model's weights; their ranks change with the model's.
     """
 
     model: nn.Module
@@ -37,7 +37,7 @@ class Training:
     step: int = 0
     averages: Sequence[nn.Module] = ()
 
-    # What a user may do to make a run validate.
+    # Advice in error messages: how the user makes a run validate.
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"
 
     def __post_init__(self) -> None:
@@ -52,44 +52,44 @@ class Training:
         return type(self).validate is not Training.validate
 
     def validate(self) -> Mapping[str, float]:
-        """Validate the weights as they are and return the metrics; called around changes that are checked."""
+        """Validate the present weights and return the metrics; called before and after changes that are checked."""
         raise NotImplementedError(self.validate_by)
 
     def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
-        """Validate around a change, the same data every time.
+        """Validate before or after a change, with the same data every time.
 
-        Return the metrics, and the batches' parts in ``monitor``, which tell the noise; none where they are not known.
+        Return the metrics, and each batch's part in ``monitor``, from which the noise is computed; [] if unknown.
         """
         return self.validate(), []
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """Log the metrics of a validation that was made for a change which has stayed."""
+        """Log the metrics of a validation that was made to check a change, if the change was kept."""
 
     def loss_scale(self) -> float:
-        """Return what the loss of the next step is multiplied by before backward, as by torch.amp.GradScaler."""
+        """Return the factor of the loss in the next backward, as torch.amp.GradScaler applies it."""
         return float(self._scalers[0].get_scale()) if self._scalers else 1.0
 
     def logged(self) -> Mapping[str, float]:
-        """Return the last value of every metric that a trigger may watch beside those of the validation."""
+        """Return the last value of every metric that a trigger may read in addition to those of the validation."""
         return {}
 
     def before_resize(self) -> None:
-        """Let go of what knows the factors' shapes; called before every change and before one is undone."""
+        """Remove objects that depend on the factors' shapes; called before every change and before one is undone."""
         self._torn = self._torn or take_reducers(self.model)
 
     def after_resize(self) -> None:
-        """Take the factors' new shapes; called after every change and after one is undone."""
+        """Rebuild these objects for the new shapes; called after every change and after one is undone."""
         give_back_reducers(self._torn)
         self._torn = []
 
     def tell(self, event: RankEvent) -> None:
-        """Pass ``event`` to those who listen."""
+        """Pass ``event`` to whatever reports changes, such as callbacks."""
 
     def warn(self, message: str) -> None:
-        """Tell the user, once for all processes."""
+        """Warn the user, once for all processes."""
         warnings.warn(message, stacklevel=2)
 
 
 def _scaler(optimizer: Any) -> Any:
-    """The GradScaler behind an optimizer that accelerate, or Fabric, has wrapped; None where there is none."""
+    """The GradScaler of an optimizer that accelerate or Fabric has wrapped; None if there is none."""
     return getattr(optimizer, "scaler", None) or scaler_of_fabric(optimizer)

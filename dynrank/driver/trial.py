@@ -1,4 +1,4 @@
-"""A change of ranks on trial: whatever happens in it, all is as it was before, unless the change is kept."""
+"""A change of ranks on trial: it is undone after success, an error or an interrupt, unless it is kept."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dynrank.driver.training import Batches, Training
 
 
 class Trial:
-    """A ``with`` block in which ranks may change; they go back at its end, also after an error or Ctrl-C.
+    """A ``with`` block in which ranks may change; its end restores them, also after an error or Ctrl-C.
 
-    Ranks, factors, optimizer state and averages come back to the bit. An interrupt may come at the very end of the
-    block, too, so it is entered twice: ``with trial, trial:``.
+    Ranks, factors, optimizer state and averages are restored bit for bit. An interrupt may come while the block ends,
+    so enter it twice: ``with trial, trial:``.
     """
 
     def __init__(self, training: Training) -> None:
@@ -24,11 +24,11 @@ class Trial:
         self._before: Snapshot | None = None
 
     def keep(self) -> None:
-        """Let all stay as it is now."""
+        """Keep the present state: the end of the block then restores nothing."""
         self._before = None
 
     def undo(self) -> None:
-        """Go back to what was there at the start; another change may be tried then."""
+        """Restore the state at the start of the block; another change may be tried then."""
         if self._before is not None:
             with uninterrupted():
                 self._training.before_resize()
@@ -46,9 +46,9 @@ class Trial:
 
 
 def validate(training: Training, monitor: str) -> tuple[Mapping[str, float], Batches]:
-    """Validate for a change; random generators and the model's buffers are afterwards as they were.
+    """Validate for a change, and restore the random generators and the model's buffers afterwards.
 
-    So all validations for one change draw the same numbers, and shuffled data come in the same order.
+    So all validations for one change draw the same random numbers, and shuffled data come in the same order.
     """
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

@@ -1,4 +1,4 @@
-"""Watching the gates of all layers over the training steps before a change of ranks."""
+"""Measuring the gates of all layers (:mod:`dynrank.change.gates`) over the steps before a change of ranks."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dynrank.layers.ranked import RankedLayer
 from dynrank.schedules import Stage
 from dynrank.targets import Smallest
 
-# Where trials decide how far a cut goes: one wrong direction at its start would end them.
+# For schedule=auto, in standard errors: one wrongly dropped direction early in the order would stop the bisection.
 CAUTION = 2.0
 
-_UNSEEN = "by weight: no gradient was seen while gates were watched"
+_UNSEEN = "by weight: no gradient was seen while gates were measured"
 
 
 def must_watch(stage: Stage, layers: Mapping[str, RankedLayer]) -> bool:
-    """Whether ``stage`` needs gates before it may change ``layers``, be it the last stage or not."""
+    """Whether ``stage`` needs gates before it may change ``layers``, as the last stage or as an earlier one."""
     if stage.how.metric == "weight":
         return False
     lowest = {name: [stage.to.reach(bounded(la, last))[0] for last in (False, True)] for name, la in layers.items()}
@@ -30,27 +30,27 @@ def must_watch(stage: Stage, layers: Mapping[str, RankedLayer]) -> bool:
 
 
 class Watching:
-    """The gates of all layers, watched over the steps before a change of one stage.
+    """Measures the gates of all layers over the steps before the change of one stage.
 
     Args:
-        stages: of the schedule.
+        stages: the stages of the schedule.
 
     Attributes:
-        gates: those that are watched; None while none are.
+        gates: the gates that are measured now; None if none are.
     """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self._stages = stages
-        # Of the stage that they are watched for.
+        # Index of the stage for which gates are measured.
         self._index = 0
         self.gates: Gates | None = None
 
     def needed(self, model: nn.Module, index: int) -> bool:
-        """Whether stage number ``index`` needs gates."""
+        """Whether stage ``index`` needs gates."""
         return must_watch(self._stages[index], dict(lora_layers(model)))
 
     def begin(self, model: nn.Module, index: int) -> None:
-        """Watch what stage number ``index`` needs, if anything; what was collected before is dropped."""
+        """Begin to measure the gates that stage ``index`` needs, if any; drop what was measured before."""
         self.end()
         if self.needed(model, index):
             how, target = self._stages[index].how, self._stages[index].to
@@ -59,37 +59,37 @@ class Watching:
             self.gates, self._index = Gates(model, layers, how.window, how.loss_terms, caution), index
 
     def end(self) -> Gates | None:
-        """Leave the layers; return the gates that were watched."""
+        """Remove the hooks from the layers; return the measured gates."""
         gates, self.gates = self.gates, None
         if gates is not None:
             gates.close()
         return gates
 
     def result(self, training: Training, index: int, reason: str) -> tuple[Gates | None, str]:
-        """Leave the layers; return the gates for stage ``index``, if it needs any, and ``reason`` with what was seen.
+        """Stop measuring; return the gates for stage ``index`` and ``reason``, which then names the samples.
 
-        Where nothing was seen the change is made by weight. A choice that is mostly noise is warned of.
+        Without any sample the gates are None, and the change is made by weight. Few samples give a warning.
         """
         gates = self.end()
         if not self.needed(training.model, index):
             return None, reason
         if gates is None or not gates.examples:
             if gates is not None and gates.skipped == gates.steps > 0:
-                # Training has diverged, which this says.
+                # No step had finite gradients: this call raises DivergedError.
                 gates.values()
             return None, f"{reason}, {_UNSEEN}"
         if gates.samples < FEW:
             more = ", smaller batches with accumulation" if gates.by_pass else ""
             training.warn(
-                f"the directions to keep were chosen by {gates.seen}, fewer than {FEW} samples: mostly by noise; a "
-                f"later time of the change, a higher schedule.how.window{more} or longer training shows more"
+                f"the directions to keep were chosen by {gates.seen}, fewer than {FEW} samples, so mostly by noise; "
+                f"for more samples change ranks later, set a higher schedule.how.window{more} or train longer"
             )
         if gates.unreached:
             names, count = ", ".join(map(repr, gates.unreached[:5])), len(gates.unreached)
             training.warn(
-                f"no gradient has reached {names} while other layers had one, so gates say that the loss needs nothing "
-                f"of these {count} layers; pin them (lora.rank_map), leave them out (lora.target_modules), or set "
-                "schedule.how.metric=weight"
+                f"no gradient has reached {names} while other layers had one: gates rate every direction "
+                f"of these {count} layers as useless; pin them (lora.rank_map), leave them out (lora.target_modules), "
+                "or set schedule.how.metric=weight"
             )
         return gates, f"{reason}, {gates.seen}"
 
@@ -97,9 +97,9 @@ class Watching:
         return {"stage": self._index, **self.gates.state_dict()} if self.gates is not None else None
 
     def load_state_dict(self, state: Mapping[str, Any] | None, model: nn.Module) -> None:
-        """Go on watching as when ``state`` was taken."""
+        """Continue to measure from ``state``."""
         if state is not None:
             self.begin(model, state["stage"])
-            # Otherwise the stage is made by weight from here on.
+            # The stage may no longer need gates, for example with metric=weight.
             if self.gates is not None:
                 self.gates.load_state_dict(state)

@@ -200,7 +200,7 @@ def test_budget_counts_pinned_layers_and_final_ranks_of_their_own():
     net = model(layer_1={"rank": 6, "pinned": True}, layer_2={"rank": 8, "final_rank": 5})
     least = 2 * 40 + 6 * 36 + 5 * 52
     check_model(net, early_budget(parameters=least, lowest=2), RUN)
-    assert f"below {least:,}" in refusal(net, early_budget(parameters=least - 1, lowest=2))
+    assert f"at least {least:,}" in refusal(net, early_budget(parameters=least - 1, lowest=2))
 
 
 def test_every_fault_is_listed():

@@ -145,7 +145,7 @@ def silent_until(step):
     return lambda loop, batch: nn.functional.mse_loss(loop.model(X[batch]), Y[batch]) * (loop.step >= step)
 
 
-UNSEEN = "by weight: no gradient was seen while gates were watched"
+UNSEEN = "by weight: no gradient was seen while gates were measured"
 WINDOW_OF_8 = {"metric": "gates", "window": 8}
 
 
@@ -178,7 +178,7 @@ def test_layer_that_no_gradient_reaches_is_named_once():
 
     driver = RankDriver([at(14, Rank(3), metric="gates", window=4)])
     with pytest.warns(
-        UserWarning, match="no gradient has reached '2' while other .* these 1 layers; pin them"
+        UserWarning, match="no gradient has reached '2' while other .* these 1 layers as useless; pin them"
     ) as caught:
         drive(driver, lost=through_the_first)
     assert len(caught) == 1
@@ -329,7 +329,7 @@ def decayed(loop):
     ("stage", "options", "message"),
     [
         (Stage(Plateau(patience=99), Rank(3)), {}, "before stage 1 .*plateau of val/loss; set schedule.deadline"),
-        (at(10, Rank(3)), {"batch_end": decayed}, "5.0% of its start, too little to recover"),
+        (at(10, Rank(3)), {"batch_end": decayed}, "5.0% of its start, too low to recover"),
         # After the last step nothing is left to recover in.
         (Stage(At(fraction=1.0), Rank(3)), {"batch_end": decayed}, None),
     ],
@@ -397,6 +397,6 @@ def test_stages_to_come_may_be_others_than_in_the_checkpoint(tmp_path):
     """A checkpoint in a window: what was watched for another stage is dropped, what is over stays."""
     drive(RankDriver([at(3, Rank(5)), at(14, Rank(3), **WINDOW_OF_8)]), folder=tmp_path)
     driver = RankDriver([at(3, Rank(5)), at(16, Rank(2)), at(20, Rank(1))])
-    with pytest.warns(UserWarning, match="not the checkpoint's: this one is taken from step 10 on"):
+    with pytest.warns(UserWarning, match="not the checkpoint's: it applies from step 10 on"):
         drive(driver, folder=tmp_path, start=10)
     assert trajectory(driver) == [(3, 6, 5), (16, 5, 2), (20, 2, 1)]

@@ -1,1 +1,1 @@
-"""What the callbacks need to know of Lightning's trainer."""
+"""What the callbacks need from Lightning's Trainer."""

@@ -12,13 +12,13 @@ from dynrank.callbacks.lightning import private
 
 
 def averaging_callbacks(trainer: Trainer) -> list[Any]:
-    """The trainer's callbacks that keep an average of the weights; subclasses too."""
+    """The trainer's callbacks that keep an average of the weights, with subclasses."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [c for c in callbacks if isinstance(c, StochasticWeightAveraging | WeightAveraging)]
 
 
 def averages_of(trainer: Trainer) -> list[nn.Module]:
-    """The averages that they keep now: copies of the LightningModule, or AveragedModels of it."""
+    """The present averages of these callbacks: copies of the LightningModule, or AveragedModels of it."""
     held = [private.average_model(callback) for callback in averaging_callbacks(trainer)]
     return [average for average in held if average is not None]
 
@@ -26,8 +26,8 @@ def averages_of(trainer: Trainer) -> list[nn.Module]:
 def act_after_averages(trainer: Trainer, scheduler: Callback) -> None:
     """Move ``scheduler`` behind the averaging callbacks, wherever the user has put it.
 
-    When training ends they put the average into the model. A change that is due after the last step is then the best
-    approximation of what the run leaves, in either order.
+    When training ends, these callbacks put the average into the model. A cut after the last step must come later, so
+    that it approximates the average.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     averaging = averaging_callbacks(trainer)

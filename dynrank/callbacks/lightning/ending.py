@@ -1,4 +1,4 @@
-"""Resuming at an end: behind the last step of a run, or of an epoch that was shorter than epochs are now."""
+"""Resuming after the last step of a run, or after an epoch that was shorter than epochs are now."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dynrank.callbacks.lightning import private
 
 
 def end_in_full(trainer: Trainer) -> None:
-    """Let a run resumed behind its last step start and end training, with all hooks; call it in ``setup``.
+    """Let a run that is resumed after its last step call all hooks of a start and an end; call this in ``setup``.
 
-    Lightning calls none, so nothing that was due after the last step (a change of rank, putting an average into the
-    model) would be made if the run was killed between its last checkpoint and its end. Where an epoch ended that was
-    shorter, as with more processes, Lightning would count empty epochs, and a step in each, up to today's length.
+    Lightning calls none of them. So if a run was killed between its last checkpoint and its end, the work after the
+    last step (a change of rank, putting an average into the model) would never be done. If the checkpoint ends an epoch
+    that was shorter than now, as with more processes, Lightning would count empty epochs with a step each.
     """
     loop = trainer.fit_loop
     if "run" in vars(loop):
@@ -22,7 +22,7 @@ def end_in_full(trainer: Trainer) -> None:
     run = loop.run
 
     def run_in_full() -> None:
-        # run() would skip this call then.
+        # If there is nothing left to train, run() would not set up the data.
         loop.setup_data()
         batches = loop.epoch_loop.batch_progress
         if batches.current.ready < loop.max_batches < inf:

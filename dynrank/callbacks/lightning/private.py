@@ -1,6 +1,6 @@
-"""The private names of Lightning that dynrank needs, each with what it is for, because no public name does it.
+"""The private names of Lightning that dynrank needs, each in a function that says its purpose.
 
-``tests/callbacks/lightning/test_private.py`` fails when a release of Lightning takes one away.
+``tests/callbacks/lightning/test_private.py`` fails when a release of Lightning removes one.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 
 
 def results(trainer: Trainer) -> Any:
-    """What the loop under way has logged, with each metric's sum and weight."""
+    """The logged results of the running loop, with each metric's sum and weight."""
     return trainer._results
 
 
 def metrics_of_callbacks(trainer: Trainer) -> dict[str, Any]:
-    """What a callback would see of the results that are current."""
+    """The metrics of the present results that callbacks can read."""
     return dict(trainer._logger_connector.metrics["callback"])
 
 
 @contextmanager
 def nothing_logged(trainer: Trainer) -> Iterator[None]:
-    """Within the block loggers hear nothing, and afterwards the trainer's metrics are those of before."""
+    """Log nothing inside the block, and restore the trainer's metrics afterwards."""
     connector = trainer._logger_connector
     shown = {name: dict(getattr(connector, name)) for name in ("_callback_metrics", "_progress_bar_metrics")}
     try:
@@ -38,7 +38,7 @@ def nothing_logged(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def first_batch_kept(trainer: Trainer) -> Iterator[None]:
-    """Within the block a validation may run: it forgets a mark that the training loop needs, too."""
+    """Allow a validation inside the block, and restore the first-batch mark, which a validation deletes."""
     connector = trainer._logger_connector
     first_batch = connector._first_loop_iter
     yield
@@ -46,34 +46,34 @@ def first_batch_kept(trainer: Trainer) -> Iterator[None]:
 
 
 def log_step(trainer: Trainer) -> None:
-    """Log the step that is ending now; Lightning does so after the hooks of its callbacks."""
+    """Log the step that ends now; Lightning would log it after the callbacks' hooks."""
     trainer._logger_connector.on_batch_end()
     trainer._logger_connector.update_train_step_metrics()
 
 
 def loops_state(trainer: Trainer) -> dict[str, Any]:
-    """Where the loops are, as a checkpoint holds it."""
+    """The state of the loops, as in a checkpoint."""
     return trainer._checkpoint_connector._get_loops_state_dict()
 
 
 def last_saved(callback: Any) -> str:
-    """The checkpoint that a checkpoint callback has written last; empty if none."""
+    """Path of the last checkpoint that a checkpoint callback has written; "" if there is none."""
     return str(callback._last_checkpoint_saved)
 
 
 def load_place_in_data(trainer: Trainer) -> None:
-    """Put data loaders where the checkpoint says; Lightning forgets that if it was asked for the length of the run."""
+    """Restore the data loaders' positions; Lightning does not if the length of the run was asked for before."""
     trainer.fit_loop._load_combined_loader_states()
 
 
 def number_steps_for_loggers(trainer: Trainer) -> None:
-    """Let loggers number what comes now by the optimizer steps made."""
+    """Set the step number of the loggers to the number of optimizer steps made."""
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = loop.global_step
 
 
 def average_model(callback: Callback) -> Any:
-    """The average that a callback keeps of the weights; None if it keeps none."""
+    """The average of the weights that a callback keeps; None if it keeps none."""
     return getattr(callback, "_average_model", None)
 
 
@@ -88,10 +88,10 @@ def communication_state(strategy: DDPStrategy) -> Any:
 
 
 def tensor_parallel_size(strategy: ModelParallelStrategy) -> Any:
-    """Into how many parts each layer is split."""
+    """The number of parts into which each layer is split, or "auto"."""
     return strategy._tensor_parallel_size
 
 
 def saves_in_parts(strategy: Strategy) -> bool:
-    """Whether checkpoints are folders that all processes write."""
+    """Whether a checkpoint is a folder to which all processes write."""
     return isinstance(strategy, ModelParallelStrategy) and bool(strategy._save_distributed_checkpoint)

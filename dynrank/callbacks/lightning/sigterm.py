@@ -1,4 +1,4 @@
-"""Noticing SIGTERM, as it comes before a job is preempted, without being interrupted by it."""
+"""Recording SIGTERM, which a job gets before it is preempted, without an interrupt of the step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from lightning.pytorch import Trainer
 
 
 class SigtermNotice:
-    """Notices SIGTERM from now until the trainer's teardown, which puts back the handler from before Lightning's own.
+    """Records SIGTERM from now until the trainer's teardown, which restores the handler from before training.
 
-    Lightning's handler would end the run at the next batch, whether a step is complete there or not, and of several
-    processes the one that it interrupts takes part in a broadcast that the others do not make. It has to be there
-    already, as it is from the trainer's start of training on.
+    It replaces Lightning's handler, which must be installed already, as it is once training has started. That handler
+    would end the run at the next batch, even in the middle of an accumulated step; and with several processes the one
+    that got the signal would wait in a broadcast that the others do not make.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class SigtermNotice:
             signal.signal(signal.SIGTERM, self._note)
 
     def received(self, trainer: Trainer) -> bool:
-        """Whether any process has been told to end; a collective call."""
+        """Whether any process has received SIGTERM; a collective call."""
         if trainer.world_size == 1:
             return self._received
         return trainer.strategy.reduce_boolean_decision(self._received, all=False)

@@ -1,4 +1,4 @@
-"""What a change of rank takes under each of Lightning's strategies, and which strategies are refused."""
+"""What a change of rank requires under each of Lightning's strategies, and which strategies are refused."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from dynrank.layers.frozen_base import lacks_base
 from dynrank.output.checkpoint_file import read_checkpoint
 
 _UNKNOWN = (
-    "ranks change on one device, under DDP and under FSDP2, got {} (FSDP1 and DeepSpeed flatten parameters into one "
-    "vector, others have not been tried); set trainer.strategy=ddp, or, to shard the base, trainer=fsdp2 "
+    "strategy must be one device, DDP or FSDP2 for ranks to change, got {} (FSDP1 and DeepSpeed flatten parameters "
+    "into one vector, others have not been tried); set trainer.strategy=ddp, or, to shard the base, trainer=fsdp2 "
     "(ModelParallelStrategy, with dynrank.distributed.sharding.shard_frozen)"
 )
 
 
 def check_strategy(trainer: Trainer) -> None:
-    """Refuse a strategy under which ranks cannot change; nothing need have been set up."""
+    """Refuse a strategy under which ranks cannot change; the strategy need not be set up yet."""
     strategy: Any = trainer.strategy
     kinds = {cls.__name__ for cls in type(strategy).__mro__}
-    # Lightning has derived both from DDPStrategy.
+    # Lightning derives both from DDPStrategy, so they are tested first.
     if kinds & {"DeepSpeedStrategy", "XLAStrategy"}:
         fault: str | None = _UNKNOWN.format(type(strategy).__name__)
     elif isinstance(strategy, DDPStrategy):
@@ -47,9 +47,9 @@ def _ddp_fault(strategy: Any) -> str | None:
     method = private.start_method(strategy)
     if method != "popen":
         return (
-            f"DDPStrategy(start_method={method!r}), as in ddp_spawn and ddp_notebook, trains in "
-            "processes whose results do not all come back, the history of ranks among them; set "
-            "trainer.strategy=ddp, in a program that is started from a file"
+            f"DDPStrategy(start_method={method!r}), as in ddp_spawn and ddp_notebook, does not return all results of "
+            "its processes, such as the history of ranks; set trainer.strategy=ddp, and "
+            "start the program from a file"
         )
     check_hooks([private.communication_state(strategy)])
     return None
@@ -77,24 +77,24 @@ def _fsdp2_fault(trainer: Trainer, strategy: Any) -> str | None:
 
 
 def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
-    """Average the gradients that FSDP2 has been told to ignore; DDP does its own."""
+    """Average the gradients of parameters that FSDP2 ignores; DDP averages all of its own."""
     if isinstance(trainer.strategy, ModelParallelStrategy):
         average_gradients(unwrapped_optimizer(optimizer))
 
 
 def follow_sharded_checkpoint(trainer: Trainer) -> None:
-    """Let the strategy of FSDP2 load checkpoints of other ranks and other strategies; call it in ``setup``.
+    """Let the strategy of FSDP2 load checkpoints of other ranks and other strategies; call this in ``setup``.
 
-    ModelParallelStrategy loads by itself, when everything is set up, and asks no hook before it does (in ``test`` and
-    ``validate``; ``fit`` has one). It would find the optimizer's state of a single file by the place of a parameter in
-    the model, where other strategies write its place in the optimizer.
+    ModelParallelStrategy itself loads checkpoints, after the setup, and in ``test`` and ``validate`` it calls no hook
+    before (in ``fit`` it does). In a single file, it looks up optimizer state by the index of a parameter in the model,
+    but other strategies write the index in the optimizer.
     """
     strategy: Any = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy) or "load_checkpoint" in vars(strategy):
         return
     load = strategy.load_checkpoint
 
-    def load_as_it_is(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_any_ranks(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         module: Any = trainer.lightning_module
         strict, optimizers = module.strict_loading, strategy.optimizers
         in_one_file = not Path(checkpoint_path).is_dir()
@@ -111,11 +111,11 @@ def follow_sharded_checkpoint(trainer: Trainer) -> None:
                 optimizer.load_state_dict(state)
         return checkpoint
 
-    strategy.load_checkpoint = load_as_it_is  # type: ignore[method-assign]
+    strategy.load_checkpoint = load_any_ranks  # type: ignore[method-assign]
 
 
 def _lacks_base(module: nn.Module, path: Any) -> bool:
-    """Whether the file leaves out the frozen base, which has to be the module's; collective."""
+    """Whether the file leaves out the frozen base, so that the module must have it; a collective call."""
 
     def contents() -> dict[str, Any]:
         state = read_checkpoint(path)["state_dict"]

@@ -1,8 +1,8 @@
-"""Running Lightning's validation loop at a moment of our choosing, inside ``fit``.
+"""Running Lightning's validation loop at any moment inside ``fit``.
 
-Lightning skips one by itself: a checkpoint made every n batches is written when the batch ends, before the validation
-that is due after that batch; on resume Lightning 2.6 counts this validation as done. Whatever watches its metric would
-miss a value.
+Lightning itself skips one validation: a checkpoint after every n batches is written when the batch ends, before the
+validation that is due after that batch; on resume Lightning 2.6 counts this validation as done. A trigger would miss a
+value of its metric.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from dynrank.private import tree_leaves
 
 
 class _Metrics(Callback):
-    """Keeps what a validation logs, and of the metric ``monitor``, if it is a mean over batches, each one's part."""
+    """Keeps the metrics of a validation; if ``monitor`` is a mean over batches, also each batch's part of it."""
 
     def __init__(self, monitor: str = "") -> None:
         self.monitor = monitor
         self.batches: list[tuple[float, float, float]] = []
-        # What was summed up over the batches before, and their weight.
+        # The metric's sum over the batches so far, and their weight.
         self._before = 0.0, 0.0
 
     def on_validation_batch_end(
@@ -43,19 +43,19 @@ class _Metrics(Callback):
         self.logged = validation_metrics(trainer)
 
 
-def validate_beside(trainer: Trainer, *deaf: type[Callback], monitor: str = "") -> tuple[dict[str, float], Batches]:
-    """Validate now, beside the run's own validations; return the metrics, and each batch's part in ``monitor``.
+def validate_beside(trainer: Trainer, *uncalled: type[Callback], monitor: str = "") -> tuple[dict[str, float], Batches]:
+    """Validate now, in addition to the run's own validations; return the metrics, and batches' parts in ``monitor``.
 
-    Neither loggers nor who reads the trainer's metrics later learn of it.
+    Loggers get nothing, and the trainer's metrics do not change.
 
     Args:
         trainer: between two batches of ``fit``.
-        *deaf: classes of callbacks that hear nothing of it.
-        monitor: a metric; it has parts if it is a mean over batches.
+        *uncalled: classes of callbacks that are not called.
+        monitor: name of a metric; the parts are empty if it is not a mean over batches.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     metrics = _Metrics(monitor)
-    trainer.callbacks = [*(c for c in callbacks if not isinstance(c, deaf)), metrics]  # type: ignore[attr-defined]
+    trainer.callbacks = [*(c for c in callbacks if not isinstance(c, uncalled)), metrics]  # type: ignore[attr-defined]
     try:
         with private.nothing_logged(trainer):
             run_validation(trainer)
@@ -65,12 +65,12 @@ def validate_beside(trainer: Trainer, *deaf: type[Callback], monitor: str = "") 
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
-    """What the validation that is ending has logged, and nothing of training's; call it from ``on_validation_end``."""
+    """The metrics of the validation that ends now, without training's; call this from ``on_validation_end``."""
     results = private.results(trainer)
     loader, found = results.dataloader_idx, dict[str, float]()
     try:
         for index in dict.fromkeys([loader, *(result.meta.dataloader_idx for result in results.values())]):
-            # Lightning shows what belongs to one data loader, or to none of several.
+            # Lightning returns only the metrics of the selected data loader, and those of no loader.
             results.dataloader_idx = index
             found |= {name: float(value) for name, value in private.metrics_of_callbacks(trainer).items()}
     finally:
@@ -79,7 +79,7 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def run_validation(trainer: Trainer) -> None:
-    """Validate now, with all hooks and logged metrics, and go on training."""
+    """Validate now, with all hooks and logged metrics, and set the trainer back to training."""
     val_loop = trainer.fit_loop.epoch_loop.val_loop
     with private.first_batch_kept(trainer):
         trainer.validating = True
@@ -89,13 +89,13 @@ def run_validation(trainer: Trainer) -> None:
 
 
 def run_missed_validation(trainer: Trainer) -> None:
-    """Run the validation that Lightning skipped on resuming, if there is one; call it from ``on_train_start``."""
+    """Run the validation that Lightning skips on resume, if one is due; call this from ``on_train_start``."""
     if trainer.fit_loop.epoch_loop.restarted_on_train_batch_end and is_due(trainer):
         run_validation(trainer)
 
 
 def is_due(trainer: Trainer) -> bool:
-    """Whether Lightning validates after the batch that has just been trained on."""
+    """Whether a validation is due after the present training batch."""
     every_n_epochs, every_n_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
     if not trainer.enable_validation or (every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs):
         return False
