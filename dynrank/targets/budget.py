@@ -40,8 +40,13 @@ class Shared(Stepped):
         return {name: self._choices(layer)[0] for name, layer in layers.items()}
 
     def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
-        """(layer, its next rank) of every step up from the lowest ranks; the step worth most per parameter is first."""
-        return [(name, rank) for _, name, rank in sorted(s for item in layers.items() for s in self._steps(*item))]
+        """(layer, its next rank) of every step up from the lowest ranks; the step worth most per parameter is first.
+
+        Steps that are worth nothing are left out. But where no layer has an update yet, ranks rise alike.
+        """
+        nothing_known = not any(layer.values.any() for layer in layers.values() if layer.values is not None)
+        steps = sorted(step for item in layers.items() for step in self._steps(*item))
+        return [(name, rank) for value, rank, name in steps if value < 0 or nothing_known]
 
     def reach(self, layer: LayerState) -> tuple[int, int]:
         choices = self._choices(layer)
@@ -63,8 +68,8 @@ class Shared(Stepped):
     def _cap(self, layer: LayerState) -> int:
         return layer.cap or self.highest or layer.rank
 
-    def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, str, int]]:
-        """(minus its worth per parameter, name, next rank) of each step up; the most valuable step sorts first."""
+    def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, int, str]]:
+        """(minus its worth per parameter, next rank, name) of each step up; the most valuable step sorts first."""
         assert layer.values is not None
         worth = layer.values.double().square()
         density = inf
@@ -72,8 +77,7 @@ class Shared(Stepped):
             size = (above - below) * layer.cost
             # The minimum keeps a layer's steps in order although rounding may let the worth per parameter rise.
             density = min(density, fsum(worth[below:above].tolist()) / size)
-            if density > 0:
-                yield -density, name, above
+            yield -density, above, name
 
 
 @validated("schedule.target")

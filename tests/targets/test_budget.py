@@ -147,6 +147,14 @@ def test_a_share_is_not_lost_to_rounding():
     assert Budget(share=0.58).ranks({"layer": layer([1.0] * 50, 1, 1)}) == {"layer": 29}
 
 
+def test_layers_without_an_update_share_a_budget_alike():
+    model = {name: layer([0.0] * 16) for name in "abc"}
+    assert Budget(final_rank=4).ranks(model) == {"a": 4, "b": 4, "c": 4}
+    assert Budget(share=1.0, multiple=4).ranks(model) == {"a": 16, "b": 16, "c": 16}
+    model["a"] = layer([1.0] + [0.0] * 15)
+    assert Budget(final_rank=4).ranks(model) == {"a": 1, "b": 1, "c": 1}
+
+
 def test_parameters_below_the_lowest_ranks_are_refused():
     model = {"a": layer([1.0] * 4), "b": layer([1.0] * 4)}
     with pytest.raises(ConfigurationError, match=r"budget .*800.* got 799"):
