@@ -113,7 +113,7 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     assert 1.5 * WIDTHS < size[gora] <= 2.1 * WIDTHS
     # The pooler has 32 inputs and 32 outputs.
     assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)
-    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates, but]
+    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates, auto, but]
     assert f"| {gates} | 2 |" in capsys.readouterr().out
     assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
 
