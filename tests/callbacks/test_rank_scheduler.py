@@ -272,7 +272,7 @@ def test_search_by_validations_of_other_data_each_time_is_warned_of(regression):
     module_class, data, trainer = regression
     search = Stage(At(fraction=1.0), Smallest(), how=How(max_regression=0.001))
     fitted = trainer(max_steps=5, limit_val_batches=2, num_sanity_val_steps=0, callbacks=[RankScheduler(search)])
-    with pytest.warns(UserWarning, match="were not of the same batches"):
+    with pytest.warns(UserWarning, match="did not use the same batches"):
         fitted.fit(module_class(), data()[0], DataLoader(Stream(), batch_size=40))
 
 
