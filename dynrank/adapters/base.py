@@ -1,4 +1,4 @@
-"""The model that a stored adapter was trained on, with the adapter in it: for merge, predict, and gates of squeeze."""
+"""Loading the base, the model on which a stored adapter was trained, with the adapter: for merge, predict, squeeze."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from dynrank.layers.finding import modules_by_name
 from dynrank.models.names import model_source, stored_source
 from dynrank.models.pretrained import load_weights, read_config
 
-# What a base is adapted as when the class that its config.json names does not have the adapter's layers: a model that
-# was stored as an encoder and trained with a head, for example.
+# Classes to try if the class in the base's config.json does not have the adapter's layers, for example if a model was
+# stored as an encoder and trained with a head.
 _AUTO_CLASSES = (
     "AutoModelForCausalLM",
     "AutoModelForSeq2SeqLM",
@@ -35,7 +35,7 @@ _AUTO_CLASSES = (
 
 
 def base_source(adapter: Adapter, given: str | None) -> str:
-    """Where the base model lies that the user has ``given``, or that the adapter names."""
+    """Folder or hub name of the base model: ``given`` by the user, or named by the adapter."""
     base = given or (adapter.config.model_extra or {}).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ConfigurationError(f"the adapter {adapter.source!r} names no base model; give --model")
@@ -43,14 +43,14 @@ def base_source(adapter: Adapter, given: str | None) -> str:
 
 
 def on_base(adapter: Adapter, origin: str) -> Any:
-    """The model at ``origin`` with ``adapter``, and with the names of labels that lie beside that."""
+    """The model at ``origin`` with ``adapter``, and with the label names in the adapter's folder."""
     return with_labels(load_adapter(_base_model(origin, adapter), adapter), Path(adapter.source))
 
 
 def _base_model(origin: str, adapter: Adapter) -> nn.Module:
     """The model that the adapter was trained on, with all its weights.
 
-    They come from its own files or are heads that the adapter has, whose shapes say the number of classes.
+    Each weight is in the base's files, or in a head that the adapter stores; the head's shape gives the class count.
     """
     labels_of_base = read_config(origin, "--model").num_labels
     shapes = {name: tuple(adapter.tensor(key).shape) for name, key in adapter.others.items()}
@@ -63,7 +63,7 @@ def _base_model(origin: str, adapter: Adapter) -> nn.Module:
             try:
                 with torch.device("meta"):
                     empty = make(config)
-            # transformers has no class of this kind for the model.
+            # This error means that transformers has no class of this kind for the model.
             except ValueError:
                 continue
             lacks = _misfits(empty, adapter, shapes)
@@ -74,13 +74,13 @@ def _base_model(origin: str, adapter: Adapter) -> nn.Module:
                 lacks = [f"would have no weights {absent[:5]}"]
             tried.setdefault(type(empty).__name__, lacks)
     raise ConfigurationError(
-        f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither holds:\n  "
+        f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither has:\n  "
         + "\n  ".join(f"{name} {'; '.join(lacks[:3])}" for name, lacks in tried.items())
     )
 
 
 def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module]]:
-    """What to try, in order: the class that the adapter names, those that the model's config does, the usual ones."""
+    """The classes to try in order: the adapter's, those in the model's config, the usual ones."""
     mapping = (adapter.config.model_extra or {}).get("auto_mapping")
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for name in [named, *(config.architectures or ())]:
@@ -102,7 +102,7 @@ def _misfits(model: nn.Module, adapter: Adapter, shapes: dict[str, tuple[int, ..
 
 
 def _loaded(cls: Any, config: Any, origin: str, adapter: Adapter) -> tuple[nn.Module, list[str]]:
-    """(the model, names of weights that it got from nowhere)."""
+    """(the model, names of weights that neither its files nor the adapter have)."""
     options = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True}
     model, info = load_weights(cls.from_pretrained, origin, "--model", **options)
     absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)

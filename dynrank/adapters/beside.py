@@ -1,4 +1,4 @@
-"""What lies beside the two files of an adapter, so that it can be used: the tokenizer, and names of the labels."""
+"""The other files in an adapter's folder that its use needs: the tokenizer, and the names of the labels."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pydantic.dataclasses import dataclass
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.whole_file import whole_file
 
-# No config.json: with one, transformers takes the folder for a whole model and looks for all weights in it.
+# The labels are not in a config.json, because transformers would then expect a whole model in the folder.
 LABELS_FILE, TOKENIZER_FILE = "labels.json", "tokenizer_config.json"
-# Files of a model's folder that say how its inputs are made.
+# Patterns of the files in a model's folder that define how its inputs are made.
 _INPUT_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.spm", "chat_template*", "*processor_config.json")
 
 
@@ -36,19 +36,19 @@ def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
 
 
 def label_names(model: Any) -> list[str]:
-    """Names of the classes of a sequence classifier; none where they are transformers' own, or it is none."""
+    """Names of a sequence classifier's classes; [] for transformers' default names, and for other models."""
     names = dict(getattr(getattr(model, "config", None), "id2label", None) or {})
     named = type(model).__name__.endswith("ForSequenceClassification") and names[0] != "LABEL_0"
     return [str(names[index]) for index in range(len(names))] if named else []
 
 
 def with_labels(model: Any, folder: Path) -> Any:
-    """The model itself, which answers with the names of labels that lie in the adapter's ``folder``, if any do."""
+    """The model itself, with the label names in the adapter's ``folder``, if there are any."""
     file = folder / LABELS_FILE
     if not file.exists():
         return model
     try:
-        # a pipe would be waited for
+        # Reading a named pipe would block.
         content = file.read_text(encoding="utf-8") if file.is_file() else "no file"
         found = read_as(_Labels, json.loads(content), str(file))
     except (OSError, ValueError, RecursionError) as error:
@@ -64,15 +64,15 @@ def with_labels(model: Any, folder: Path) -> Any:
 
 
 def tokenizer_source(folder: Path, base: str) -> str:
-    """Where the adapter's tokenizer lies: in its ``folder``, or with the model ``base``."""
+    """The source of the adapter's tokenizer: the adapter's ``folder`` if it has one, otherwise the model ``base``."""
     return str(folder.resolve()) if (folder / TOKENIZER_FILE).exists() else base
 
 
 def input_files(origin: Path) -> list[Path]:
-    """Files of a folder that come along; a hub's cache keeps the files of a snapshot two folders above it."""
+    """A folder's files that are copied with a model; a snapshot in the hub's cache links to files two folders above."""
     found = [file for pattern in _INPUT_FILES for file in origin.glob(pattern) if file.is_file()]
     home = (origin.parent.parent if origin.parent.name == "snapshots" else origin).resolve()
     for file in found:
         if not file.resolve().is_relative_to(home):
-            raise ConfigurationError(f"{str(file)!r} must not be a link out of its folder; copy it there")
+            raise ConfigurationError(f"{str(file)!r} must not be a link out of its folder; copy the file there")
     return found

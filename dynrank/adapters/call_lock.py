@@ -1,4 +1,4 @@
-"""A lock that a model's calls share: a change of adapters waits for those under way, and later ones wait for it."""
+"""A lock that a model's calls share: a change of adapters waits for running calls, and later calls wait for it."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _installing = threading.Lock()
 
 
 class CallLock:
-    """A context manager for each call of a model, whichever thread it is made in; calls may lie within each other."""
+    """A context manager around each call of a model, in any thread; calls may be nested."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        # {thread: how many calls it is in}.
+        # {thread: depth of its nested calls}.
         self._calls: dict[int, int] = {}
         self._closed, self._waiting = False, 0
 
@@ -48,10 +48,10 @@ class CallLock:
 
     @contextmanager
     def closed(self) -> Iterator[None]:
-        """Inside the block no call is under way; calls begun meanwhile wait for its end."""
+        """Inside the block no call is running; a call that begins meanwhile waits for the end of the block."""
         with self._changed:
             if threading.get_ident() in self._calls:
-                raise RuntimeError("a model cannot be changed from within its own forward or generate")
+                raise RuntimeError("a model cannot be changed inside its own forward or generate")
             self._changed.wait_for(lambda: not self._closed and not self._waiting)
             self._closed = True
         try:
@@ -65,15 +65,14 @@ class CallLock:
 
 
 def call_lock_of(model: nn.Module) -> CallLock:
-    """The lock of a model, put there if it has none: calls of ``model`` and of its ``generate`` share it from now on.
+    """The lock of a model, added if it has none: from then on calls of ``model`` and its ``generate`` take the lock.
 
-    A loop of several calls keeps one adapter in a block ``with call_lock_of(model):``; a swap waits until it ends.
+    In a block ``with call_lock_of(model):``, several calls see the same adapter; a swap waits until the block ends.
 
-    The model's class becomes a subclass of itself, of the same name, with two methods more, so that a call is counted
-    until it ends, by whatever exception. Not counted are: calls that were under way when the lock was put there; calls
-    of a part of the model past the model itself, and compiled code of a module around it;
-    and those of a wrapper that ``torch.compile`` made of the model before, unless the wrapper is what is given here.
-    Copies and pickles have no lock.
+    The model's class is replaced by a subclass of the same name, whose two methods take the lock until a call ends,
+    also by an exception. These calls do not take the lock: calls that were running when it was added; calls of a
+    submodule without the model; compiled code of a module that contains the model; and calls of a wrapper that
+    ``torch.compile`` made before, unless the wrapper is passed here. Copies and pickles have no lock.
     """
     with _installing:
         inner = uncompiled(model)
@@ -85,13 +84,13 @@ def call_lock_of(model: nn.Module) -> CallLock:
 
 
 def _with_lock(kind: type[nn.Module], lock: CallLock) -> type[nn.Module]:
-    """A subclass of ``kind`` whose objects hold the lock while they are called, or are asked to generate."""
+    """A subclass of ``kind`` whose objects hold the lock during a call and during ``generate``."""
 
     class Locked(kind):  # type: ignore[misc, valid-type]
         _call_lock = lock
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
-            # Inside a larger compiled graph a lock would break the graph.
+            # Taking a lock inside a larger compiled graph would break the graph.
             if torch.compiler.is_dynamo_compiling():
                 return super().__call__(*args, **kwargs)
             with lock:
@@ -99,12 +98,12 @@ def _with_lock(kind: type[nn.Module], lock: CallLock) -> type[nn.Module]:
 
         def __reduce_ex__(self, protocol: Any) -> Any:
             function, arguments, *rest = super().__reduce_ex__(protocol)
-            # copyreg.__newobj__ gets the class as its first argument, and pickle wants the original one.
+            # copyreg.__newobj__ gets the class as its first argument, and pickle needs the original class there.
             if arguments and arguments[0] is Locked:
                 function, arguments = object.__new__, (kind, *arguments[1:])
             return (kind if function is Locked else function), arguments, *rest
 
-    # torch.compile starts with forward, as it does for nn.Module's own __call__.
+    # torch.compile skips this method and compiles forward, as it does for nn.Module's own __call__.
     pass_over_in_compile(Locked.__call__.__code__)
     if hasattr(kind, "generate"):
 

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT: what is written there, and what of it is read, every value checked."""
+"""PEFT's ``adapter_config.json``: writing it, and reading it with every value checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dynrank.layers.peft_layers import HARMLESS_INIT
 from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, peft_ranks, whole_parts
 
 CONFIG_FILE = "adapter_config.json"
-# The largest number that float32 takes.
+# Close to the largest number in float32.
 _LARGEST = 3.4e38
 
 
@@ -27,7 +27,7 @@ def _unset(value: Any) -> Any:
 
 def _harmless(init: Any) -> Any:
     if init is not None and init not in HARMLESS_INIT:
-        raise ValueError(f"must leave the base weight alone, got {init!r:.100}; convert the adapter with PEFT")
+        raise ValueError(f"must not change the base weight, got {init!r:.100}; convert the adapter with PEFT")
     return init
 
 
@@ -36,7 +36,7 @@ def _expressions(pattern: dict[str, Any] | None) -> dict[str, Any] | None:
         try:
             whole_parts(key)
         except EXPRESSION_ERRORS as error:
-            raise ValueError(f"has a key {key!r:.100} that is no regular expression: {error}") from None
+            raise ValueError(f"has a key {key!r:.100} that is not a regular expression: {error}") from None
     return pattern
 
 
@@ -47,7 +47,7 @@ LayerSettings = tuple[int, float, float]
 
 
 class AdapterConfig(BaseModel):
-    """The settings of a PEFT LoRA adapter that matter here; all others are kept as they are."""
+    """The settings of a PEFT LoRA adapter that dynrank reads; other settings are kept unchanged."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
@@ -62,7 +62,7 @@ class AdapterConfig(BaseModel):
     target_parameters: list[str] | None = None
     init_lora_weights: Annotated[Any, AfterValidator(_harmless)] = None
     bias: Literal["none"] = "none"
-    # Variants whose arithmetic is not y = W x + s B A x.
+    # Variants whose formula is not y = W x + s B A x are refused.
     use_dora: Unset = None
     use_qalora: Unset = None
     use_bdlora: Unset = None
@@ -76,7 +76,7 @@ class AdapterConfig(BaseModel):
     trainable_token_indices: Unset = None
 
     def of_layers(self, names: Iterable[str]) -> dict[str, LayerSettings]:
-        """{layer: (rank, alpha, scaling)} by PEFT's rules: the first key that matches, else r and lora_alpha."""
+        """{layer: (rank, alpha, scaling)} by PEFT's rules: the first key that matches, otherwise r and lora_alpha."""
         names = [*names]
         ranks, alphas = first_matches(self.rank_pattern or {}, names), first_matches(self.alpha_pattern or {}, names)
         found = {}
@@ -87,7 +87,7 @@ class AdapterConfig(BaseModel):
 
 
 def adapter_folder(place: Path) -> Path:
-    """The folder of an adapter: ``place`` itself, or ``adapter/`` in it where it is a run's."""
+    """The folder of an adapter: ``place`` itself, or ``adapter/`` in it if ``place`` is a run's folder."""
     inside = place / "adapter"
     return inside if (inside / CONFIG_FILE).exists() and not (place / CONFIG_FILE).exists() else place
 
@@ -106,12 +106,12 @@ def make_config(
 
     Args:
         layers: module name -> (rank, alpha).
-        target_modules: names, or an expression for whole names.
+        target_modules: names, or a regular expression for whole names.
         target_parameters: names of stacked parameters.
         modules_to_save: names of modules stored whole.
-        dropout: of the update's input; PEFT refuses any with ``target_parameters``, so that 0 is written for them.
+        dropout: dropout of the update's input; written as 0 with ``target_parameters``, where PEFT refuses any other.
         base: folder or hub name of the base model, "" if unknown.
-        base_class: its class, for PEFT's AutoPeftModel and for ``dynrank merge``.
+        base_class: class of the base model, for PEFT's AutoPeftModel and for ``dynrank merge``.
     """
     auto_mapping = base_class and {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
     return {

@@ -1,4 +1,4 @@
-"""An adapter held against a model: every fault found and every layer made before anything changes."""
+"""Putting an adapter into a model: all faults are found and all layers are made before the model changes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Place = tuple[nn.Module, str]
 
 
 class AdapterChange:
-    """The layers and heads of an adapter, made for a model and not yet in it.
+    """The layers and heads of an adapter, made for a model but not yet in it.
 
     Args:
-        model: plain, or with LoRA layers, which the adapter's replace.
-        adapter: to put there.
-        dtype: of the factors.
+        model: a plain model, or one with LoRA layers, which are replaced.
+        adapter: the adapter to put into the model.
+        dtype: dtype of the factors.
     """
 
     def __init__(self, model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
@@ -39,7 +39,7 @@ class AdapterChange:
         }
         alone = compiled_alone(self._model)
         faults = [
-            f"{name!r} was compiled by itself (torch.compile), which cannot follow; compile the whole model"
+            f"{name!r} was compiled by itself (torch.compile), so it cannot change; compile the whole model"
             for name, module in [*named, *own_layers(self._model).items()]
             if id(module) in alone and (name in adapter.layers or isinstance(module, LoRALayer))
         ]
@@ -57,10 +57,10 @@ class AdapterChange:
             self._layers[name] = make_layer(base, rank=stored.rank, factors=(lora_A, lora_B), **options)
 
     def put(self, *, keep_base: bool, group: bool | None) -> None:
-        """Put the layers and heads into the model, and take out those of the adapter before.
+        """Put the layers and heads into the model, and remove those of the previous adapter.
 
         Args:
-            keep_base: keep the base's own values of a head that is overwritten, so that it can get them back.
+            keep_base: keep the base's own values of overwritten heads, so that a later swap can restore them.
             group: as for :func:`dynrank.add_lora`.
         """
         place_layers(self._model, self._layers, group=group)
@@ -68,7 +68,7 @@ class AdapterChange:
         for module, leaf in self._places.values():
             if (module, leaf) not in overwritten and leaf in base_values(module):
                 value = base_values(module).pop(leaf)
-                # Without a value the adapter would have been refused.
+                # _lost_values() has refused the adapter if there is no value.
                 assert value is not None
                 _put(module, leaf, value.requires_grad_(False))
         for name, value in self._heads.items():
@@ -80,8 +80,8 @@ class AdapterChange:
     def _fitting_bases(
         self, named: list[tuple[str, nn.Module]], adapter: Adapter
     ) -> tuple[dict[str, nn.Module], list[str]]:
-        """(the module that each layer of the adapter is for, faults)."""
-        # PEFT knows a shared module by its first name only.
+        """({layer of the adapter: its module}, faults)."""
+        # PEFT uses only the first name of a shared module.
         first_names = {module: name for name, module in reversed(named)}
         modules = {name: module for module, name in first_names.items()}
         bases, faults = {}, []
@@ -96,15 +96,15 @@ class AdapterChange:
                 theirs = shape_of_update(stored.experts, *stored.shape)
                 faults.append(f"{name!r} is {shape_of_update(*ours)} in the model and {theirs} in the adapter")
             else:
-                # This raises where factors are not finite, before anything is changed.
+                # This raises if factors are not finite, before anything is changed.
                 adapter.factors(name)
                 bases[name] = base
         return bases, faults
 
     def _fitting_heads(self, adapter: Adapter) -> tuple[dict[str, Tensor], list[str]]:
-        """(tensors of modules_to_save by name, as the model needs them; faults).
+        """({name: tensor of modules_to_save, in the model's dtype and on its device}, faults).
 
-        A weight of the base that PEFT has stored along must equal the model's.
+        If PEFT has also stored a weight of the base, it must equal the model's.
         """
         tied = tied_weights(self._model)
         heads, faults = {}, []
@@ -123,7 +123,7 @@ class AdapterChange:
                 faults.append(f"{target!r} is {current.dtype} in the model and {value.dtype} in the adapter")
             elif id(current) in tied and whole:
                 faults.append(
-                    f"{target!r} is tied to another weight in the model, and a copy of its own in the adapter"
+                    f"{target!r} is tied to another weight in the model, but is a separate copy in the adapter"
                 )
             elif whole and owner in adapter.layers:
                 faults.append(f"{owner!r} is both adapted and saved whole in the adapter")
@@ -142,8 +142,8 @@ class AdapterChange:
     def _lost_values(self) -> list[str]:
         overwritten = {self._places[name] for name in self._heads}
         return [
-            f"{name!r} was trained whole with the adapter in the model, this one has no values for it, and the base's "
-            "own are gone; load it into the plain model"
+            f"{name!r} was trained whole with the model's present adapter; the new adapter has no values for it, and "
+            "the base's values were not kept; load the adapter into the plain model"
             for name, (module, leaf) in self._places.items()
             if (module, leaf) not in overwritten and base_values(module).get(leaf, module) is None
         ]
@@ -155,7 +155,7 @@ def _value(module: nn.Module, leaf: str) -> Tensor:
 
 
 def _put(module: nn.Module, leaf: str, value: Tensor) -> None:
-    """Another tensor object in the place: what reads the old one, on whatever stream, goes on reading it."""
+    """Put a new tensor object there: code that still reads the old one, on any stream, is not disturbed."""
     if leaf in module._parameters and not isinstance(value, nn.Parameter):
         value = nn.Parameter(value)
     setattr(module, leaf, value)

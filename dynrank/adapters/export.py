@@ -1,4 +1,4 @@
-"""``dynrank export``: a stored adapter as a server reads it, which may know no rank_pattern and no alpha_pattern."""
+"""``dynrank export``: a stored adapter in a form for a server that may not read rank_pattern and alpha_pattern."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.slots import slot_rank
 
 Server = Literal["vllm", "gguf", "padded"]
-# What reads it, and the heads that it takes whole.
+# For each server: its name, and the heads that it reads from modules_to_save.
 _READERS: Mapping[Server, tuple[str, tuple[str, ...]]] = {
     "vllm": ("vLLM", ("score", "classifier")),
     "gguf": ("llama.cpp", ()),
@@ -37,14 +37,14 @@ _READERS: Mapping[Server, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export has written.
+    """The result of an export.
 
     Attributes:
-        out: the folder, or the GGUF file.
-        layers: of the adapter, by name.
-        rank: that every layer has in a slot of the server; None where each has its own.
-        bytes: that were written.
-        line: that serves it, to be typed into a shell.
+        out: the written folder, or GGUF file.
+        layers: {name: layer of the adapter}.
+        rank: rank that the server reserves for every layer; None if each layer has its own.
+        bytes: size of the written files.
+        line: shell command that serves the adapter.
     """
 
     out: Path
@@ -58,17 +58,17 @@ class Exported:
 def export_adapter(
     source: str | Path, out: str | Path, *, to: Server, model: str | None = None, multiple: Count = 1
 ) -> Exported:
-    """Write the adapter in ``source`` to ``out`` so that a server computes with it what PEFT does.
+    """Write the adapter in ``source`` to ``out`` so that a server computes the same function as PEFT.
 
-    What the server would drop or misread is refused. ``out`` appears when it is whole, or not at all.
+    An adapter that the server would read only in part or wrongly is refused. ``out`` is written whole or not at all.
 
     Args:
         source: folder of a PEFT LoRA adapter, or of the run that made it.
-        out: folder to make, which may exist if it is empty; for "gguf" a file that does not exist.
+        out: new or empty folder; for "gguf" a file that does not exist.
         to: "vllm" writes PEFT's files at each layer's own rank, with one scaling for all, which every version of vLLM
-            reads rightly; "gguf" writes one file for llama.cpp and what is built on it; "padded" writes PEFT's files
-            with one rank and one scaling for all, for SGLang, TGI and LoRAX.
-        model: folder, hub name or short name of the base, if it is not as the adapter says.
+            reads correctly; "gguf" writes one file for llama.cpp and programs built on it; "padded" writes PEFT's
+            files with one rank and one scaling for all, for SGLang, TGI and LoRAX.
+        model: folder, hub name or short name of the base; None: as the adapter names it.
         multiple: the rank of "padded" is rounded up to a multiple of it.
 
     Returns:
@@ -105,7 +105,7 @@ def export_adapter(
             line = f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={place}"
         check_free(out, source)
         beside = [*input_files(source), *source.glob(LABELS_FILE)]
-        # SGLang takes no expression
+        # SGLang does not accept a regular expression in target_modules.
         targets = [name for name in adapter.layers if not is_parameter(name, adapter.config)]
         listed = adapter.config.model_copy(update={"target_modules": targets})
         with whole_or_nothing(out) as folder:
@@ -117,20 +117,20 @@ def export_adapter(
 
 
 def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: Iterable[str], config: Any) -> None:
-    """Refuse what a server would drop or misread.
+    """Refuse an adapter that a server would read only in part or wrongly.
 
     Args:
-        to: for whom.
-        layers: {adapted layer: whether it is a bare parameter (of experts, a router), whether it is a convolution}.
-        others: names of the parameters that the adapter has whole.
-        config: of the base, for "gguf".
+        to: the server.
+        layers: {adapted layer: (is it a bare parameter, as of experts or a router; is it a convolution)}.
+        others: names of the parameters that the adapter stores whole.
+        config: config of the base, for "gguf".
     """
     server, whole = _READERS[to]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in others)
     faults = [f"{name!r} is stored whole" for name in modules if name.rpartition(".")[2] not in whole]
     bare = [name for name, (parameter, _) in layers.items() if parameter]
     if to == "vllm":
-        # It takes LoRA in both stacks of experts for granted. A router is a layer to it.
+        # vLLM requires LoRA in both stacks of experts. It treats a router as a layer.
         owners = Counter(name.rpartition(".")[0] for name in bare)
         bare = [n for n in bare if owners[n.rpartition(".")[0]] == 1 and not n.endswith(".weight")]
     faults += [f"{name!r} is a parameter of experts or of a router" for name in bare]
@@ -152,6 +152,6 @@ def _to_gguf(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:
 
 
 def _base_name(adapter: Adapter, given: str | None) -> str:
-    """What the server can call the base."""
+    """The name of the base in the server's command."""
     stored = (adapter.config.model_extra or {}).get("base_model_name_or_path")
     return public_name(model_source(given, "--model") if given else str(stored or "BASE"))

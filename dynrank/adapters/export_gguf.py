@@ -1,8 +1,8 @@
-"""An adapter as a GGUF file, for llama.cpp and what is built on it: every layer at its own rank.
+"""An adapter as a GGUF file, for llama.cpp and programs built on it, with every layer at its own rank.
 
-llama.cpp multiplies an update by ``adapter.lora.alpha`` / the rows of its tensor, and by nothing where alpha is 0: so
-the scaling of each layer goes into its lora_B. For some architectures it wants the rows of query and key in another
-order than transformers has them: rows of lora_B move as those of the weights do when a base is converted.
+llama.cpp multiplies an update by ``adapter.lora.alpha`` / the rows of its tensor, or by 1 if alpha is 0. So alpha is 0
+here, and each lora_B is multiplied by its layer's scaling. For some architectures llama.cpp orders the rows of query
+and key differently from transformers; then the rows of lora_B are reordered like those of the base's weight.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from torch import Tensor
 from dynrank.adapters.read import Adapter
 from dynrank.errors import ConfigurationError
 
-# From (rows, heads) to the row of transformers that stands in each row of llama.cpp.
+# (rows, heads) -> for each row of llama.cpp, the index of its row in transformers.
 Order = Callable[[int, int], Tensor]
 
 
 def _pairs(rows: int, heads: int) -> Tensor:
-    """A head rotates rows i and i + half of it together; in llama.cpp they are neighbours."""
+    """A head rotates rows i and i + half its rows together; in llama.cpp these two rows are adjacent."""
     return torch.arange(rows).view(heads, 2, -1).mT.flatten()
 
 
 def _parts(rows: int, heads: int) -> Tensor:
-    """Query, key and value of one head after the other; in llama.cpp all queries come first, then keys, then values."""
+    """A head's query, key and value are adjacent; in llama.cpp all queries come first, then keys, then values."""
     return torch.arange(rows).view(heads, 3, -1).transpose(0, 1).flatten()
 
 
-# Last part of a layer's name -> (how its rows move, the key of the config that says how many heads it has).
+# Last part of a layer's name -> (the order of its rows, the config key with its number of heads).
 _MOVED: Mapping[str, tuple[Order, str]] = {
     "q_proj": (_pairs, "num_attention_heads"),
     "k_proj": (_pairs, "num_key_value_heads"),
     "query_key_value": (_parts, "num_attention_heads"),
 }
-# model_type of transformers -> (what llama.cpp calls it, whether rows move); each was held against llama.cpp's own
-# converter by scripts/check_gguf.py.
+# model_type of transformers -> (its name in llama.cpp, whether rows are reordered); scripts/check_gguf.py has compared
+# each with llama.cpp's own converter.
 ARCHITECTURES = {
     "llama": ("llama", True),
     "mistral": ("llama", True),
@@ -59,7 +59,7 @@ def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
     """{layer: its tensor in llama.cpp} of an adapter.
 
     Args:
-        config: of the base model.
+        config: config of the base model.
         layers: names of the adapted layers.
     """
     if find_spec("gguf") is None:
@@ -70,15 +70,15 @@ def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
     kind, _ = ARCHITECTURES.get(config.model_type, (None, False))
     if kind not in known:
         raise ConfigurationError(
-            f"a base of the type {config.model_type!r} has not been tried in llama.cpp, so it is refused; checked are "
-            f"{sorted(ARCHITECTURES)}. For any base: dynrank merge, then llama.cpp's convert_hf_to_gguf.py"
+            f"model_type of the base must be one of {sorted(ARCHITECTURES)}, which were tested in llama.cpp, got "
+            f"{config.model_type!r}. For any base: dynrank merge, then llama.cpp's convert_hf_to_gguf.py"
         )
     names = get_tensor_name_map(known[kind], config.num_hidden_layers)
     found = {layer: names.get_name(layer) for layer in layers}
     tied = config.tie_word_embeddings
-    faults = [f"{layer!r} has no name there" for layer, name in found.items() if name is None]
+    faults = [f"{layer!r} has no name in llama.cpp" for layer, name in found.items() if name is None]
     faults += [
-        f"{layer!r} is tied to the other end of the model, and llama.cpp fails on it"
+        f"{layer!r} is tied to the model's output or input embedding, and llama.cpp fails on it"
         for layer, name in found.items()
         if tied and name in ("token_embd", "output")
     ]
@@ -90,7 +90,7 @@ def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
 
 
 def write_gguf(file: Path, adapter: Adapter, config: Any) -> None:
-    """Write ``adapter``, trained on a model of this ``config``, to ``file``, in float32."""
+    """Write ``adapter``, trained on a model with ``config``, to ``file`` in float32."""
     from gguf import GGUFType, GGUFWriter, Keys
 
     kind, moves = ARCHITECTURES[config.model_type]
@@ -104,7 +104,7 @@ def write_gguf(file: Path, adapter: Adapter, config: Any) -> None:
         order, heads = _MOVED.get(layer.rpartition(".")[2], (None, ""))
         if moves and order is not None:
             lora_B = lora_B[order(len(lora_B), getattr(config, heads))]
-        # an embedding's rows are looked up, so llama.cpp wants them as rows
+        # llama.cpp looks up rows of an embedding, so it stores this factor transposed.
         writer.add_tensor(f"{name}.weight.lora_a", _array(lora_A.T if name == "token_embd" else lora_A))
         writer.add_tensor(f"{name}.weight.lora_b", _array(lora_B))
     writer.write_header_to_file()

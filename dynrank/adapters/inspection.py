@@ -1,4 +1,4 @@
-"""How much of its rank each layer of a stored adapter uses; neither a model nor PEFT is needed."""
+"""The singular values of each layer of a stored adapter; neither a model nor PEFT is needed."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from dynrank.linalg import effective_rank, energy_rank, pooled, singular_values
 
 @dataclass(frozen=True)
 class LayerSpectrum(StoredLayer):
-    """A layer of a stored adapter and how its update spreads over directions.
+    """A layer of a stored adapter and the singular values of its update.
 
     Attributes:
-        layer: its name in the model.
-        singular_values: of the update (scaling included), descending, one for each direction.
+        layer: name of the layer in the model.
+        singular_values: singular values of the update (scaling included), descending, one for each direction.
     """
 
     layer: str
     singular_values: tuple[float, ...]
 
     def energy_rank(self, share: float) -> int:
-        """Directions that keep ``share`` of the energy (sum of squared singular values); 0 for an update of zero."""
+        """How many directions keep ``share`` of the energy (sum of squared singular values); 0 for a zero update."""
         return energy_rank(torch.tensor(self.singular_values), share) if any(self.singular_values) else 0
 
     @property
     def effective_rank(self) -> float:
-        """Effective rank of the singular values (Roy and Vetterli, 2007); 0 for an update of zero."""
+        """Effective rank of the singular values (Roy and Vetterli, 2007); 0 for a zero update."""
         return effective_rank(torch.tensor(self.singular_values)) if any(self.singular_values) else 0.0
 
 
 def inspect_adapter(path: str | Path) -> list[LayerSpectrum]:
-    """The layers of a LoRA, by name: a PEFT adapter's folder, or a file; they are read one after the other."""
+    """The layers of a LoRA, ordered by name, from a PEFT adapter's folder or a file; one is in memory at a time."""
     with open_stored(path) as adapter, one_thread():
         spectra = []
         for name, stored in adapter.layers.items():

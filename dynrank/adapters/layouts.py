@@ -1,4 +1,4 @@
-"""The same updates written with other factors, for readers that know no rank_pattern or alpha_pattern."""
+"""The same updates with other factors, for programs that do not read rank_pattern or alpha_pattern."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynrank.linalg import joined, split
 
 
 def stored_factors(adapter: Adapter) -> dict[str, Factors]:
-    """The factors of every layer of a stored adapter, as they are."""
+    """The unchanged factors of every layer of a stored adapter."""
     factors = {}
     for name, layer in adapter.layers.items():
         lora_B, lora_A = adapter.factors(name)
@@ -22,23 +22,23 @@ def stored_factors(adapter: Adapter) -> dict[str, Factors]:
 
 
 def one_scaling(layers: Mapping[str, Factors]) -> dict[str, Factors]:
-    """Every layer at its own rank, all at one scaling: the largest, so that no factor grows.
+    """Every layer at its own rank, all with the largest scaling, so that no factor grows.
 
-    A reader of one global ``lora_alpha / r`` has that scaling, and one of patterns finds it in every layer.
+    A program that reads only the global ``lora_alpha / r`` gets this scaling, and so does one that reads patterns.
     """
     scaling = max((own for *_, own in layers.values()), key=abs) or 1.0
     return {name: (lora_A, lora_B * (own / scaling), scaling) for name, (lora_A, lora_B, own) in layers.items()}
 
 
 def padded(layers: Mapping[str, Factors], experts: Mapping[str, int], multiple: int = 1) -> dict[str, Factors]:
-    """All layers at one rank and one scaling: the largest rank, up to a ``multiple``, by rows of zeros.
+    """All layers with one scaling and the largest rank, rounded up to a ``multiple``, by rows of zeros.
 
-    Readers that divide alpha by the rows of each tensor have the right scaling, too.
+    A program that divides alpha by the rows of each tensor gets the right scaling, too.
 
     Args:
-        layers: their factors.
-        experts: of each layer the products that the factors stack, each of which gets the rank.
-        multiple: of which the rank is one.
+        layers: {layer: its factors}.
+        experts: {layer: how many products its factors stack}; each product gets the rank.
+        multiple: the rank is a multiple of this.
     """
     ranks = {name: len(lora_A) // experts[name] for name, (lora_A, _, _) in layers.items()}
     rank = max(ranks.values())

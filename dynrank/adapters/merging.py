@@ -16,22 +16,21 @@ from dynrank.output.output_folder import check_free, whole_or_nothing
 
 
 def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> PreTrainedModel:
-    """The model with the adapter in ``source`` merged into it, as it has been written to ``out``.
+    """Merge the adapter in ``source`` into its base model, write the result to ``out``, and return it.
 
-    Weights keep the dtype in which the model is stored; sums are made in float32 or wider. The class is the first that
-    has all layers of the adapter: the one that the adapter names, the one that the model's config.json names, or a
-    usual one. Heads stored in the adapter (modules_to_save) come along, as do tokenizer files and names of labels, from
-    its folder if they lie there. ``out`` appears when it is whole, or not at all. No code from the model's folder is
-    run.
+    Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
+    one that has all layers of the adapter: the class that the adapter names, the class in the model's config.json, or a
+    common one. Heads stored in the adapter (modules_to_save), tokenizer files and label names are included; the
+    adapter's folder has precedence. ``out`` is written whole or not at all. No code from the model's folder is run.
 
     Args:
         source: folder of a PEFT LoRA adapter.
-        model: folder or hub name of the model that it was trained on; None: as the adapter names it.
-        out: folder to make; it may exist if it is empty.
+        model: folder or hub name of the base model; None: as the adapter names it.
+        out: new or empty folder.
 
     Raises:
-        ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link to
-            somewhere else, or ``out`` is not free or cannot be written.
+        ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link out
+            of its folder, or ``out`` is not free or cannot be written.
     """
     source, out = Path(source), Path(out)
     adapter = read_adapter(source)

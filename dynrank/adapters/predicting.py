@@ -1,4 +1,4 @@
-"""``dynrank predict``: a stored adapter on its base model answers texts."""
+"""``dynrank predict``: answers to texts, by a stored adapter on its base model."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.output.console import one_line
 
-# So many labels of a text are shown.
+# How many labels are shown for each text.
 SHOWN = 3
 
 
 def answers(
     source: Path, texts: Sequence[str], base: str | None, *, batch_size: int, max_new_tokens: int, chat: bool
 ) -> Iterator[str]:
-    """A line for each text: the likeliest labels with their probabilities, or what the model writes, greedily.
+    """A line for each text: the most likely labels with their probabilities, or the text that the model generates.
 
     Args:
-        source: folder of a PEFT LoRA adapter; its tokenizer and labels are taken from there, if they lie there.
-        texts: to answer.
-        base: name of the model that it was trained on; None: as the adapter names it.
-        batch_size: texts at a time.
-        max_new_tokens: that are written at most.
-        chat: put each text into the tokenizer's chat template, as a user's first turn.
+        source: folder of a PEFT LoRA adapter; a tokenizer and label names in it are used.
+        texts: the texts to answer.
+        base: name of the base model; None: as the adapter names it.
+        batch_size: how many texts are answered at a time.
+        max_new_tokens: longest generated answer.
+        chat: whether to put each text into the tokenizer's chat template, as a user's first turn.
     """
     model, tokenizer_at = answering(read_adapter(source), base)
     tokenizer = load_tokenizer(tokenizer_at, "--model")
-    # Decoders classify by their last token that is no padding.
+    # Decoders classify by the last token that is not padding.
     model.config.pad_token_id = tokenizer.pad_token_id
     writes = model.can_generate()
     if chat and not (writes and tokenizer.chat_template):
-        raise ConfigurationError("--chat needs a model that writes, and a tokenizer with a chat template")
+        raise ConfigurationError("--chat needs a model that generates text, and a tokenizer with a chat template")
     for start in range(0, len(texts), batch_size):
         batch = texts[start : start + batch_size]
         yield from (
@@ -47,19 +47,19 @@ def answers(
 
 
 def answering(adapter: Adapter, base: str | None) -> tuple[Any, str]:
-    """(the model that ``adapter`` was trained on, with it, ready to answer; where its tokenizer lies).
+    """(the base model with ``adapter``, ready to answer; the folder or name of its tokenizer).
 
-    Tokenizer and names of labels are those beside the adapter, if they lie there.
+    A tokenizer and label names in the adapter's folder have precedence over the base's.
 
     Args:
-        adapter: of a classifier or of a model that writes.
-        base: name of the model; None: as the adapter names it.
+        adapter: adapter of a classifier or of a model that generates text.
+        base: name of the base model; None: as the adapter names it.
     """
     origin = base_source(adapter, base)
     model = on_base(adapter, origin).eval()
     if not model.can_generate() and not type(model).__name__.endswith("ForSequenceClassification"):
         raise ConfigurationError(
-            f"{adapter.source!r} must adapt a classifier or a model that writes, not a {type(model).__name__}"
+            f"{adapter.source!r} must adapt a classifier or a model that generates text, got a {type(model).__name__}"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer_source(Path(adapter.source), origin)
 

@@ -1,4 +1,4 @@
-"""An adapter on disk, checked: the one reader for loading, swapping, merging, squeezing and inspecting."""
+"""Reading a stored adapter with all checks, for loading, swapping, merging, squeezing and inspecting."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from dynrank.errors import ConfigurationError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# This key of the tensors' metadata holds a digest of the settings that they were written with.
+# The tensors' metadata have, under this key, a digest of the settings with which they were written.
 SETTINGS_DIGEST = "dynrank_settings"
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
-# A writer that has moved one of the two files into place gets so many seconds for the other.
+# Seconds to wait for a writer that has moved only one of the two files into place.
 _PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
 class Adapter(StoredAdapter):
-    """A PEFT LoRA adapter, from a folder; its names are those of modules, and other tensors are of modules_to_save.
+    """A PEFT LoRA adapter from a folder; names are module names, and ``others`` are the tensors of modules_to_save.
 
     Attributes:
-        config: its settings.
+        config: settings of the adapter.
     """
 
     config: AdapterConfig
@@ -59,10 +59,10 @@ def read_adapter(path: str | Path) -> Adapter:
 
 @contextmanager
 def open_adapter(path: str | Path) -> Iterator[Adapter]:
-    """The PEFT adapter in a folder, whose tensors are read from the file when they are asked for.
+    """The PEFT adapter in a folder; each tensor is read from the file when it is used.
 
-    The two files are of one adapter, also while another process writes to the folder: dynrank notes with the tensors
-    a digest of the settings that they were written with. Files of PEFT have no such note and are read as they are.
+    Both files belong to one adapter, even while another process writes to the folder: dynrank stores with the tensors
+    a digest of the settings with which they were written. PEFT's own files have no digest and are not checked for it.
     """
     folder, until = Path(path), time.monotonic() + _PATIENCE
     while True:
@@ -77,14 +77,14 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
                 return
         if time.monotonic() > until:
             raise ConfigurationError(
-                f"the two files in {str(folder)!r} are of two adapters, or one is being written: the ranks and alphas "
-                "in adapter_config.json are not those that the tensors were saved with; save the adapter again"
+                f"the two files in {str(folder)!r} belong to two adapters, or one is being written: the ranks and "
+                "alphas in adapter_config.json are not those of the tensors; save the adapter again"
             )
         time.sleep(0.02)
 
 
 def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile]:
-    """The LoRA at ``path``: a PEFT adapter's folder as by :func:`open_adapter`, or a file as by :func:`open_file`."""
+    """The LoRA at ``path``: a PEFT adapter's folder by :func:`open_adapter`, or a file by :func:`open_file`."""
     path = Path(path)
     return open_file(path) if path.is_file() or path.suffix == SUFFIX else open_adapter(path)
 
@@ -92,16 +92,16 @@ def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile
 def sort_keys(
     keys: Iterable[str], config: AdapterConfig, folder: Path
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """({layer: {"A": key, "B": key}}, {name in the model: key} of everything else) of a PEFT file.
+    """({layer: {"A": key, "B": key}}, {name in the model: key of any other tensor}) of a PEFT file.
 
-    A layer has the name of its module, or of the parameter (``target_parameters``).
+    The name of a layer is that of its module, or of its parameter (``target_parameters``).
     """
     factors: dict[str, dict[str, str]] = {}
     others = {}
     for key in keys:
         if not key.startswith(PREFIX):
             raise ConfigurationError(
-                f"keys in {str(folder / WEIGHTS_FILE)!r} must be PEFT's ({PREFIX}...), got {key!r}; it's a foreign file"
+                f"keys in {str(folder / WEIGHTS_FILE)!r} must be PEFT's ({PREFIX}...), got {key!r}; save it with PEFT"
             )
         name = key.removeprefix(PREFIX)
         match = _FACTOR_KEY.fullmatch(name)

@@ -1,4 +1,4 @@
-"""Adapters to disk, in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Saving adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ from dynrank.rank_map import peft_ranks
 def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") -> None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
 
-    Each file is complete or absent. A reader that comes between the two is told by the digest noted with the tensors.
+    Each file is complete or absent. The tensors' digest tells a reader if only one of two new files is in place.
 
     Args:
-        model: a model with LoRA layers, compiled or not. Modules outside them that hold parameters with requires_grad
-            are saved whole (PEFT's ``modules_to_save``). Of a model that get_peft_model has returned, the active
-            adapter is saved as its save_pretrained does it.
+        model: a model with LoRA layers, compiled or not. Modules outside them that have parameters with requires_grad
+            are saved whole (PEFT's ``modules_to_save``). If get_peft_model has returned the model, its active adapter
+            is saved as save_pretrained would.
         path: folder to write to; made if missing.
-        layout: "native" writes each layer at its own rank, with rank_pattern and alpha_pattern where they differ.
-            "padded" writes every layer at the largest rank (rows of zeros, scaling folded into lora_B), so that the one
-            global ``lora_alpha / r`` is right for all of them: for readers that know no patterns. What a server wants,
-            and what it cannot read, :func:`dynrank.export_adapter` knows.
+        layout: "native" writes each layer at its own rank, with rank_pattern and alpha_pattern if layers differ.
+            "padded" writes every layer at the largest rank (rows of zeros, lora_B times scaling), so that the global
+            ``lora_alpha / r`` is right for every layer: for programs that do not read patterns. To write an adapter
+            for a given server, use :func:`dynrank.export_adapter`.
 
     Raises:
         ConfigurationError: if the model has no LoRA layers, a value is not finite in float32, or ``layout`` is unknown.
-        OSError: if the files cannot be written; what was there before stays.
+        OSError: if the files cannot be written; earlier files are kept.
     """
     if layout not in _LAYOUTS:
         raise ConfigurationError(f"layout must be one of {[*_LAYOUTS]}, got {layout!r}")
@@ -73,8 +73,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
     for head in heads:
         if any(name.startswith(f"{head}." if head else "") for name in layers):
             raise ConfigurationError(
-                f"{head or 'the model'!r} holds LoRA layers and a trainable parameter of its own, which PEFT's format "
-                "cannot store; freeze it before save_adapter, or save it yourself"
+                f"{head or 'the model'!r} has LoRA layers and a trainable parameter of its own, which PEFT's format "
+                "cannot store; freeze the parameter before save_adapter, or save it yourself"
             )
         values = model.get_submodule(head).state_dict()
         tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
@@ -93,12 +93,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter to a folder, made if missing, in the place of those that it has.
+    """Write the two files of an adapter, and replace earlier ones.
 
     Args:
-        folder: to write to.
-        tensors: contiguous, on the CPU, by PEFT's keys.
-        config: settings, for adapter_config.json.
+        folder: folder to write to; made if missing.
+        tensors: {PEFT's key: contiguous tensor on the CPU}.
+        config: the settings for adapter_config.json.
     """
     read = AdapterConfig.model_validate(config)
     settings = read.of_layers(sort_keys(tensors, read, folder)[0])
@@ -108,22 +108,22 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
         with whole_files(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_part, config_part), os_errors(folder):
             config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             write_tensors(weights_part, tensors, metadata)
-            # safetensors makes files that only their owner can read.
+            # By default only the owner can read a file of safetensors.
             weights_part.chmod(config_part.stat().st_mode)
     except OSError:
-        # The folder stays if an adapter from before is in it.
+        # A folder with an earlier adapter is not empty, so rmdir() fails and keeps it.
         with suppress(OSError):
             folder.rmdir()
         raise
 
 
 def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
-    """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings stay.
+    """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings are kept.
 
     Args:
-        folder: to write to.
-        adapter: read from a folder.
-        factors: of every layer of it.
+        folder: folder to write to.
+        adapter: an adapter that was read from a folder.
+        factors: {layer of the adapter: its new factors}.
     """
     tensors = {key: adapter.tensor(key) for key in adapter.others.values()}
     for name, (lora_A, lora_B, _) in factors.items():
@@ -141,14 +141,14 @@ def ranks_and_alphas(factors: Mapping[str, Factors], experts: Mapping[str, int])
 
 
 def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
-    """Write the active adapter of PEFT's ``model`` as PEFT saves it, but for the layout of its factors."""
-    # This import takes a second and stands here, because only models of PEFT need it, which have imported it.
+    """Write the active adapter of PEFT's ``model`` as PEFT saves it, except for the layout of its factors."""
+    # Importing peft takes a second, and only models of PEFT need it, whose user has imported it already.
     from peft import PeftModel
 
     if not isinstance(model, PeftModel):
         raise ConfigurationError(
-            f"save_adapter takes a model wrapped by PEFT itself (what get_peft_model has returned), got a "
-            f"{type(model).__name__} around it"
+            f"model must be what PEFT's get_peft_model returned, got a {type(model).__name__} that contains it; "
+            "pass the PeftModel to save_adapter"
         )
     _check_finite({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     with TemporaryDirectory() as place:
@@ -162,13 +162,13 @@ def _check_finite(tensors: Mapping[str, Tensor]) -> None:
     broken = [name for name, value in tensors.items() if not finite(value)]
     if broken:
         raise DivergedError(
-            f"{broken[0]!r} holds NaN, inf or a number too large for float32, as do {len(broken) - 1} other tensors of "
-            "the adapter: the training diverged; set optimizer.lr lower"
+            f"{broken[0]!r} and {len(broken) - 1} other tensors of the adapter hold NaN, inf or a number too large for "
+            "float32: the training has diverged; set optimizer.lr lower"
         )
 
 
 def target_modules(model: nn.Module, layers: Collection[str]) -> list[str] | str:
-    """Names of the adapted modules; one exact expression where PEFT would also take a module ending in one of them."""
+    """Names of the adapted modules; one exact expression if a name would match other modules in PEFT, too."""
     inside = tuple(f"{name}." for name in layers)
     others = [name for name, _ in named_modules(model) if name not in layers and not name.startswith(inside)]
     if any(other.endswith(f".{name}") for other in others for name in layers):
@@ -196,7 +196,7 @@ def _to_peft(layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tens
 
 
 def trained_heads(model: nn.Module, layers: Mapping[str, LoRALayer]) -> list[str]:
-    """Innermost modules outside the LoRA layers that hold a trainable parameter of their own."""
+    """Modules outside the LoRA layers that directly own a trainable parameter."""
     inside = {id(module) for layer in layers.values() for module in layer.modules()}
     return [
         name

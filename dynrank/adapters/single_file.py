@@ -1,7 +1,7 @@
-"""A LoRA in one safetensors file, as diffusers, kohya and ComfyUI have it; read, and written back with other factors.
+"""Reading and rewriting a LoRA in one safetensors file, the format of diffusers, kohya and ComfyUI.
 
-Names of layers are kept and not understood, so files of all models are alike here. Scaling is alpha / rank, where alpha
-is a tensor of the layer (kohya), or stands in the metadata (diffusers), or is the rank (neither is there).
+Layer names are not interpreted, so files of all models are treated alike. Scaling is alpha / rank. Alpha is a tensor of
+the layer (kohya), or a value in the metadata (diffusers), or, if there is neither, the rank.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ from dynrank.output.whole_file import os_errors
 from dynrank.rank_map import peft_ranks
 
 SUFFIX = ".safetensors"
-# diffusers keeps the settings of PEFT's adapters under this key.
+# diffusers stores the settings of PEFT's adapters under this key.
 DIFFUSERS = "lora_adapter_metadata"
 _FACTOR = re.compile(r"(?P<layer>.+)[._]lora(?:_linear_layer)?[._](?:(?P<down>down|A)|up|B)(?:\.default)?(?:\.weight)?")
-# What a file adds to a layer's weight and bias has nothing to do with the factors.
+# Differences that a file adds to a layer's weight and bias; they do not depend on the factors.
 _BESIDE = (".diff", ".diff_b")
 _HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 
 
 @dataclass(frozen=True)
 class SingleFile(StoredAdapter):
-    """A LoRA of a single file; what is not a plain layer of it (LoHa, LoKr, DoRA, ...) is among the others.
+    """A LoRA from a single file; tensors of other layers (LoHa, LoKr, DoRA, ...) are in ``others``.
 
     Attributes:
-        alphas: layer -> key of its alpha; empty where no layer has one.
-        configs: settings by what they stand for in diffusers' metadata ("unet", "text_encoder"), as far as it has them.
-        metadata: of the file.
+        alphas: {layer: key of its alpha}; empty if no layer has one.
+        configs: {part of the model in diffusers' metadata ("unet", "text_encoder"): its settings}.
+        metadata: metadata of the file.
     """
 
     alphas: Mapping[str, str]
@@ -60,7 +60,7 @@ class SingleFile(StoredAdapter):
     metadata: Mapping[str, str]
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor]:
-        """As those of a :class:`StoredAdapter`, in float32 or wider."""
+        """As :meth:`StoredAdapter.matrices`, in float32 or wider."""
         lora_B, lora_A = super().matrices(name)
         wide = torch.promote_types(lora_A.dtype, torch.float32)
         return lora_B.to(wide), lora_A.to(wide)
@@ -68,20 +68,20 @@ class SingleFile(StoredAdapter):
 
 @contextmanager
 def open_file(path: Path) -> Iterator[SingleFile]:
-    """The LoRA in a file, whose tensors are read from it when they are asked for."""
+    """The LoRA in a file; each tensor is read from the file when it is used."""
     if not path.is_file():
         raise ConfigurationError(f"there is no file {str(path)!r}")
     if path.suffix != SUFFIX:
         raise ConfigurationError(f"{str(path)!r} must be a {SUFFIX} file; others (.pt, .ckpt, .bin) are not read")
     if path.stem == "adapter_model" and (path.parent / CONFIG_FILE).exists():
-        raise ConfigurationError(f"{str(path)!r} has a {CONFIG_FILE} beside it, which belongs to it: name the folder")
+        raise ConfigurationError(f"{str(path)!r} belongs to the {CONFIG_FILE} in its folder; give the folder")
     with opened(path) as file:
         metadata = file.metadata() or {}
         pairs, others = _sorted_keys(file.keys())
         alphas = {name: others.pop(f"{name}.alpha") for name in pairs if f"{name}.alpha" in others}
         configs = _configs(metadata, path)
         if configs and alphas:
-            raise ConfigurationError(f"{str(path)!r} says alpha twice, in {DIFFUSERS} and for {next(iter(alphas))!r}")
+            raise ConfigurationError(f"{str(path)!r} has alpha twice, in {DIFFUSERS} and for {next(iter(alphas))!r}")
         settings, layers, faults = _settings(configs, pairs), dict[str, StoredLayer](), list[str]()
         for name, pair in pairs.items():
             try:
@@ -100,16 +100,16 @@ def open_file(path: Path) -> Iterator[SingleFile]:
 
 
 def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -> None:
-    """Write ``file`` with other factors; keys, dtypes, other tensors and metadata stay, what is said of ranks follows.
+    """Write ``file`` with other factors; keys, dtypes, other tensors and metadata are kept, except what names ranks.
 
-    All layers get one alpha, for diffusers 0.42 gives the most common one to all; or, where no layer has one, an alpha
-    that is the rank, which is what ComfyUI takes. What an update lacks or has too much then, goes into lora_B. The one
-    alpha is the smallest that any layer would have had, so that numbers grow, which half precision takes better.
+    All layers get the same alpha, because diffusers 0.42 uses the most common alpha for all. If no layer has an alpha,
+    it equals the rank, as ComfyUI assumes. lora_B is multiplied by what the scaling then lacks. The common alpha is the
+    smallest of all layers, so that this factor is at least 1, which is safer in half precision.
 
     Args:
-        path: to write to.
-        file: opened.
-        factors: of every layer of it.
+        path: file to write.
+        file: the opened file.
+        factors: {layer of the file: its new factors}.
     """
     ranks = {name: len(lora_A) for name, (lora_A, _, _) in factors.items()}
     tensors, alpha = {key: file.tensor(key) for key in file.others.values()}, 0.0
@@ -119,7 +119,7 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
         value += min(abs(scaling * ranks[name]) for name, (_, _, scaling) in factors.items())
         tensors |= {file.alphas.get(name, f"{name}.alpha"): value.clone() for name in ranks}
         try:
-            # The alpha as it is stored.
+            # Alpha is rounded to its stored dtype.
             alpha = _alpha(value)
         except ValueError as fault:
             raise ConfigurationError(f"the one alpha of all layers of {file.source!r} {fault}") from None
@@ -130,20 +130,20 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
             sizes = (ranks[name], *old.shape[1:]) if factor is lora_A else (len(old), ranks[name], *old.shape[2:])
             tensors[key] = factor.to(old.dtype).reshape(sizes).contiguous()
             if not finite(tensors[key]):
-                raise ConfigurationError(f"{name!r} is too large for {old.dtype} once its scaling is in {key!r}")
+                raise ConfigurationError(f"{name!r} is too large for {old.dtype} with its scaling in {key!r}")
     metadata = dict(file.metadata)
     for key, said in {**_said_by_kohya(file, ranks, alpha), **_said_by_diffusers(file, ranks)}.items():
         metadata |= {key: said} if key in metadata else {}
     with os_errors(path):
         if not metadata.keys().isdisjoint(_HASHES):
-            # kohya's hashes are those of a file that says nothing but how it was trained
+            # kohya hashes the file with the "ss_" metadata only.
             write_tensors(path, tensors, {key: text for key, text in metadata.items() if key.startswith("ss_")})
             metadata |= {key: text for key, text in _hashes(path).items() if key in metadata}
         write_tensors(path, tensors, metadata)
 
 
 def _sorted_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
-    """({layer: {"A": key, "B": key}}, {key: key} of all else, of layers that are more than two factors, too)."""
+    """({layer: {"A": key, "B": key}}, {key: key} of other tensors, with layers that have more than two factors)."""
     keys, pairs = [*keys], dict[str, dict[str, str]]()
     others = {key: key for key in keys}
     for key in keys:
@@ -162,7 +162,7 @@ def _sorted_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[s
 
 
 def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig]:
-    """The settings in diffusers' metadata, by their prefix, which is "" for those of a model by itself."""
+    """{prefix: settings} in diffusers' metadata; the prefix is "" for a single model."""
     if DIFFUSERS not in metadata:
         return {}
     where = f"{DIFFUSERS} in the metadata of {str(path)!r}"
@@ -180,7 +180,7 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig
 
 
 def _settings(configs: Mapping[str, AdapterConfig], layers: Iterable[str]) -> dict[str, LayerSettings]:
-    """Rank, alpha and scaling of the layers that diffusers' metadata speak of."""
+    """{layer: (rank, alpha, scaling)} for the layers in diffusers' metadata."""
     found: dict[str, LayerSettings] = {}
     for prefix, config in configs.items():
         inner = _inside(prefix, layers)
@@ -189,7 +189,7 @@ def _settings(configs: Mapping[str, AdapterConfig], layers: Iterable[str]) -> di
 
 
 def _inside(prefix: str, layers: Iterable[str]) -> dict[str, str]:
-    """{name in the model that ``prefix`` stands for: layer}."""
+    """{name inside the part of the model that ``prefix`` names: layer}."""
     start = prefix and f"{prefix}."
     return {name.removeprefix(start): name for name in layers if name.startswith(start)}
 
@@ -215,7 +215,7 @@ def _said_by_diffusers(file: SingleFile, ranks: Mapping[str, int]) -> dict[str, 
 
 
 def _said_by_kohya(file: SingleFile, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
-    """What kohya's metadata say of ranks, which are Dynamic there where they are unlike; filters have their own."""
+    """Kohya's metadata of ranks: "Dynamic" if ranks differ; convolutions with kernels above 1 have separate keys."""
     kinds: dict[bool, set[int]] = {}
     for name, rank in ranks.items():
         kinds.setdefault(any(size > 1 for size in file.layers[name].kernel), set()).add(rank)
@@ -235,7 +235,7 @@ def _said_by_kohya(file: SingleFile, ranks: Mapping[str, int], alpha: float) -> 
 
 
 def _hashes(path: Path) -> dict[str, str]:
-    """What kohya and the model spec note of a file: a hash of all its numbers, and of 64 KiB behind the first MiB."""
+    """Hashes by kohya and the model spec: of all bytes after the header, and of 64 KiB after the first MiB."""
     with path.open("rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
         whole = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Compress a stored adapter; by its factors alone, neither a model nor PEFT is needed."""
+"""Compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dynrank.linalg import pooled, singular_values, stacked, truncate_product
 from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
-# New factors by layer, and what became of each layer.
+# ({layer: new factors}, a report for each layer).
 Squeezed = tuple[dict[str, Factors], list[LayerReport]]
 
 
@@ -35,24 +35,24 @@ def squeeze_adapter(
 ) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks: each layer's best approximation in the weight norm.
 
-    Scaling stays, so alpha follows the rank, and rsLoRA becomes plain LoRA of the same scaling. A layer that has its
-    rank already keeps its factors bit for bit, as do all other tensors (modules_to_save); dtypes and all other
-    settings stay, and tokenizer files and names of labels come along. Memory holds the new adapter and one pair of the
-    old factors. ``out`` appears when it is whole, or not at all.
+    Scaling is kept, so alpha changes with the rank, and rsLoRA becomes plain LoRA with the same scaling. Layers whose
+    rank does not change keep their factors bit for bit, and so do all other tensors (modules_to_save). Dtypes and all
+    other settings are kept; tokenizer files and label names are copied. Memory use is the new adapter and one pair of
+    old factors. ``out`` is written whole or not at all.
 
-    A file of diffusers, kohya or ComfyUI is computed with in float32 and stored in the dtypes that it had. What is no
-    plain LoRA layer of it (LoHa, LoKr, DoRA) is copied. Alphas become one, see :func:`rewrite_file`.
+    A file of diffusers, kohya or ComfyUI is computed in float32 and stored in its own dtypes. Its other layers (LoHa,
+    LoKr, DoRA) are copied. All layers get the same alpha, see :func:`rewrite_file`.
 
-    Exactly one of ``rank``, ``energy`` and ``budget`` says how far:
+    Give exactly one of ``rank``, ``energy`` and ``budget``.
 
     Args:
         source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors), or a safetensors file.
-        out: folder to make, which may exist if it is empty; of a file, a file to make.
-        rank: of every layer that has more.
+        out: new or empty folder; a new file if ``source`` is a file.
+        rank: highest rank of every layer.
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
-        budget: parameters of all factors together (an int), or a share of today's ("0.5", "50%", 0.5), spent where the
-            squared singular values of the update (scaling included) are largest.
-        way: another way than by the weight norm to choose the ranks and the directions that stay.
+        budget: parameters of all factors together (an int), or a share of the present ones ("0.5", "50%", 0.5); the
+            directions with the largest squared singular values of the update (scaling included) are kept.
+        way: chooses ranks and directions in another way than by the weight norm.
 
     Returns:
         A report for each layer, unchanged ones included.
@@ -106,7 +106,7 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
     target = Budget(_parameters(budget, adapter))
     least = target.floor_parameters(states)
     if target.pool(states) < least:
-        raise ConfigurationError(f"--budget {budget} cannot be met: the lowest ranks have {least:,} parameters")
+        raise ConfigurationError(f"--budget must be at least {least:,} parameters (the lowest ranks), got {budget}")
     return target
 
 
@@ -120,14 +120,14 @@ def _parameters(budget: int | float | str | None, adapter: StoredAdapter) -> int
         share = 0.0
     if not 0 < share <= 1:
         raise ConfigurationError(
-            f"--budget must be a number of parameters, or a share in (0, 1] as in 0.5 or 50%, got {budget!r}"
+            f"--budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}"
         )
     return int(share * sum(layer.parameters for layer in adapter.layers.values()))
 
 
 @one_thread()
 def _by_norm(adapter: StoredAdapter, target: Target) -> Squeezed:
-    """Each layer's largest singular values; they are read one after the other."""
+    """Keep the directions with the largest singular values; one layer is in memory at a time."""
     factors, reports, states = {}, [], {}
     for name, layer in adapter.layers.items():
         values = _spectrum(adapter, name) * layer.scaling if target.needs else None

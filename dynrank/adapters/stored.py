@@ -1,4 +1,4 @@
-"""What a LoRA on disk holds, whatever its format: layers known by the shapes of their factors, and other tensors."""
+"""A stored LoRA in any format: layers, with the shapes of their factors, and other tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dynrank.linalg import finite, products, stacked, truncate_product
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # lora_A, lora_B and the scaling of a layer.
 Factors = tuple[Tensor, Tensor, float]
-# At most so many faults of a file are listed.
+# At most this many faults of a file are listed.
 _LISTED = 20
 
 
@@ -30,11 +30,11 @@ class StoredLayer:
     """A layer of an adapter, known from the settings and the shapes of its factors.
 
     Attributes:
-        keys: of lora_A and lora_B in the file.
-        rank: of the update; of more rows in a factor min(d_out, d_in) are left, with the same product.
+        keys: keys of lora_A and lora_B in the file.
+        rank: rank of the update; at most min(d_out, d_in), even if the stored factors have more rows.
         shape: (d_out, d_in) of the update; d_in of a convolution is channels times the size of the kernel.
         kernel: size of a convolution's kernel, () for other layers.
-        alpha: by the settings.
+        alpha: alpha by the settings.
         scaling: factor of ``lora_B @ lora_A`` in the update.
         experts: how many products of this rank and shape the factors stack, see :func:`dynrank.linalg.split`.
     """
@@ -59,13 +59,13 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """A LoRA, checked by itself but not yet held against a model.
+    """A stored LoRA that was checked without a model.
 
     Attributes:
-        source: the folder or file that it was read from.
-        layers: by name, numbers in names in their order.
-        others: name -> key in the file, of every other tensor.
-        tensor: the tensor of a key, as stored.
+        source: the folder or file from which it was read.
+        layers: {name: layer}, ordered by name; numbers in names are ordered as numbers.
+        others: {name: key in the file} of every other tensor.
+        tensor: function that returns the stored tensor of a key.
     """
 
     source: str
@@ -74,11 +74,11 @@ class StoredAdapter:
     tensor: Callable[[str], Tensor]
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer, as matrices; the products of experts are stacked."""
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer; the products of experts are stacked."""
         layer, (lora_B, lora_A) = self.layers[name], self.matrices(name)
         if len(lora_A) == layer.rank * layer.experts:
             return lora_B, lora_A
-        # PEFT allows a rank above min(d_in, d_out), which no product has.
+        # PEFT allows a rank above min(d_in, d_out), but no product has such a rank.
         pairs = products(lora_B, lora_A, layer.experts)
         change = stacked([truncate_product(*pair, layer.rank) for pair in pairs])
         return change.lora_B, change.lora_A
@@ -88,7 +88,7 @@ class StoredAdapter:
         return products(*self.factors(name), self.layers[name].experts)
 
     def matrices(self, name: str) -> tuple[Tensor, Tensor]:
-        """(lora_B, lora_A) of a layer, flattened and with all the rows and columns that are stored."""
+        """(lora_B, lora_A) of a layer as matrices, with all stored rows and columns."""
         lora_A, lora_B = (self.tensor(key).flatten(1) for key in self.layers[name].keys)
         if not (finite(lora_A) and finite(lora_B)):
             raise ConfigurationError(
@@ -99,7 +99,7 @@ class StoredAdapter:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Factors are tall and thin: threads gain little on them, and lose much where another process wants the cores."""
+    """Use one thread inside the block: more gain little for thin factors, and slow down if other processes run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -110,12 +110,12 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A safetensors file, of which tensors are read when they are asked for."""
+    """An open safetensors file, from which a tensor is read when it is used."""
     with ExitStack() as stack:
         try:
-            held = stack.enter_context(path.open("rb"))
-            # safetensors opens a path twice, for the header and for the numbers; by then it may name another file
-            file = stack.enter_context(safe_open(f"/dev/fd/{held.fileno()}", framework="pt"))
+            opened_once = stack.enter_context(path.open("rb"))
+            # safetensors opens a path twice, and another process may replace the file in between.
+            file = stack.enter_context(safe_open(f"/dev/fd/{opened_once.fileno()}", framework="pt"))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ConfigurationError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
         yield file
@@ -130,7 +130,7 @@ def stored_tensor(file: Any, key: str, path: Path) -> Tensor:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file: equal ones for equal content, where safetensors would write metadata in any order."""
+    """Write a safetensors file with sorted metadata, so that equal content gives equal bytes."""
     save_file(dict(tensors), path, metadata=dict(metadata) or None)
     with path.open("r+b") as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -150,7 +150,7 @@ def refuse_faults(faults: list[str], source: str) -> None:
 
 
 def numbers_as_such(name: str) -> list[tuple[int, str]]:
-    """By which names are sorted so that 10 comes after 9."""
+    """Sort key for names that puts 10 after 9."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -160,10 +160,10 @@ def checked_layer(
     """A layer of ``file`` whose factors fit together.
 
     Args:
-        file: as from :func:`opened`.
-        pair: key of each factor, "A" and "B".
-        settings: (rank, alpha, scaling); None: the factors' rank, as much alpha, and 1.
-        of_parameter: the factors may stack several products of that rank.
+        file: a file from :func:`opened`.
+        pair: {"A": key of lora_A, "B": key of lora_B}.
+        settings: (rank, alpha, scaling); None: the factors' rank, alpha equal to the rank, and 1.
+        of_parameter: whether the factors may stack several products of that rank.
     """
     if set(pair) != {"A", "B"}:
         raise ValueError("lacks one of its two factors")

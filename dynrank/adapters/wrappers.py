@@ -1,8 +1,8 @@
-"""PEFT's names for stacked parameters (``target_parameters``), whose factors its files keep under nested wrappers.
+"""PEFT's names for stacked parameters (``target_parameters``), whose factors are stored under nested wrappers.
 
-Of the parameters of one module the first one's wrapper lies innermost: ``experts.base_layer.lora_A`` is that of
-``experts.gate_up_proj`` and ``experts.lora_A`` that of ``experts.down_proj``. The files do not say which is which. In
-all classes of transformers the way down comes last.
+The wrapper of a module's first parameter is innermost: ``experts.base_layer.lora_A`` belongs to
+``experts.gate_up_proj`` and ``experts.lora_A`` to ``experts.down_proj``. The files do not name the parameters. In all
+classes of transformers the down projection comes last.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _UPS = ("gate_up_proj", "up_proj")
 
 
 def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
-    """{parameter: the wrapper in whose place PEFT keeps its factors}, if no other parameter has any."""
+    """{parameter: name of PEFT's wrapper for its factors}, if only these parameters have LoRA."""
     by_module: dict[str, list[str]] = {}
     for name in sorted(parameters, key=_down_last):
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
@@ -30,7 +30,7 @@ def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
 
 
 def parameter_names(wrappers: Iterable[str], config: AdapterConfig) -> dict[str, str]:
-    """{wrapper: parameter} of those names in a file that ``config`` says are of parameters; the others are modules."""
+    """{wrapper: parameter} for the names in a file that belong to parameters by ``config``; others are modules."""
     by_module: dict[str, list[str]] = {}
     for name in wrappers:
         by_module.setdefault(name.replace(_INSIDE, ""), []).append(name)
@@ -66,20 +66,20 @@ def _down_last(name: str) -> bool:
 
 
 def is_parameter(name: str, config: AdapterConfig) -> bool:
-    """Whether the layer is a parameter, whose factors may stack several products, and no module."""
+    """Whether the layer is a parameter, whose factors may stack several products, and not a module."""
     module, _, leaf = name.rpartition(".")
     return leaf in _leaves(module, config)
 
 
 def misfits(layers: Mapping[str, StoredLayer]) -> list[str]:
-    """Stacks of one module that do not belong together: before PEFT 0.19 the shapes of some factors were swapped."""
+    """Faults of down projections that do not fit their up projection: PEFT before 0.19 swapped some shapes."""
     faults = []
     for name, down in layers.items():
         module, _, leaf = name.rpartition(".")
         for up in (layers.get(f"{module}.{other}") for other in _UPS if leaf == "down_proj" and down.experts > 1):
             if up is not None and (up.experts, up.shape[1]) != (down.experts, down.shape[0]):
                 faults.append(
-                    f"{name!r} must take {up.experts} experts back to {up.shape[1]} numbers, got {down.experts} and "
-                    f"{down.shape[0]}; save the adapter anew with PEFT 0.21"
+                    f"{name!r} must have {up.experts} experts and d_out {up.shape[1]}, got {down.experts} and "
+                    f"{down.shape[0]}; save the adapter again with PEFT 0.21"
                 )
     return faults

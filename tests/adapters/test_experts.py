@@ -144,7 +144,7 @@ def other_number(tensors, config):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (swapped, r"experts.down_proj' must take 4 experts back to"),
+        (swapped, r"experts.down_proj' must have 4 experts and d_out"),
         (without_gate_up, r"experts' must have factors for .*'gate_up_proj'.*got 1 pairs"),
         (other_number, r"experts.gate_up_proj' is 4 x 24 x 16 in the model and 2 x 24 x 16 in the adapter"),
     ],

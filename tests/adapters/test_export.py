@@ -83,12 +83,12 @@ REFUSED = {
     "gguf, no name": (
         "gguf",
         {"cls": hf.LlamaForSequenceClassification, "targets": ["score"]},
-        r"'score' has no name there",
+        r"'score' has no name in llama.cpp",
     ),
     "gguf, another architecture": (
         "gguf",
         {"base": hf.OPTConfig, "cls": hf.OPTForCausalLM, "ffn_dim": 12, "word_embed_proj_dim": 8},
-        r"type 'opt' has not been tried.*'llama'.*dynrank merge",
+        r"must be one of .*'llama'.*got 'opt'.*dynrank merge",
     ),
     "vllm, a norm": ("vllm", {"heads": ["model.norm"]}, r"vLLM.*'model\.norm' is stored whole.*dynrank merge"),
     "padded, a head": (

@@ -299,7 +299,7 @@ HOSTILE = {
     "alpha 1e300": (tensors(alpha=torch.tensor(1e300, dtype=torch.float64)), {}, "other than 0 for alpha, got"),
     "alpha that its dtype loses": (tensors(alpha=torch.tensor(6e-8).half()), {}, "the one alpha .* other than 0"),
     "two alphas": (tensors(alpha=torch.ones(2)), {}, "other than 0 for alpha, got"),
-    "alpha twice": (UNET | {"unet.x.alpha": torch.tensor(2.0)}, settings(), "says alpha twice"),
+    "alpha twice": (UNET | {"unet.x.alpha": torch.tensor(2.0)}, settings(), "has alpha twice"),
     "no LoRA": ({"x.weight": torch.ones(3)}, {}, r"holds no plain LoRA layers; its tensors are \['weight'\]"),
     "LoHa alone": ({"x.hada_w1_a": torch.ones(3, 3)}, {}, "no plain LoRA layers"),
     "no JSON": (UNET, {"lora_adapter_metadata": "{"}, "is not JSON"),
@@ -345,7 +345,7 @@ def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch, monk
         "NAME.safetensors, got 'folder'": ["a.safetensors", "--rank", 1, "--out", "folder"],
         "--gates takes the folder": ["a.safetensors", "--rank", 1, "--out", "b.safetensors", "--gates", "--data", "x"],
         "there is no file 'none.safetensors'": ["none.safetensors", "--rank", 1, "--out", "b.safetensors"],
-        "beside it, which belongs to it": ["adapter_model.safetensors", "--rank", 1, "--out", "b.safetensors"],
+        "in its folder; give the folder": ["adapter_model.safetensors", "--rank", 1, "--out", "b.safetensors"],
         "must be a .safetensors file": ["a.ckpt", "--rank", 1, "--out", "b.safetensors"],
     }.items():
         code, _, message = launch("squeeze", *arguments)
