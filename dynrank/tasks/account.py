@@ -1,4 +1,4 @@
-"""What the data of a run came to, by split: the table before training, and the numbers in summary.json."""
+"""Counts of a run's data by split, for the table before training and for summary.json."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from rich.markup import escape
 
 from dynrank.output.console import empty_table, one_line, print_table
 
-# So many classes are shown in the table.
+# How many classes the table shows.
 _CLASSES = 20
 
 
 @dataclass(config=ConfigDict(strict=True, extra="ignore"))
 class SplitAccount:
-    """What a split came to.
+    """Counts of a split.
 
     Attributes:
-        rows: of the split.
-        examples: made of them and used; several texts may share one.
-        tokens: in these.
-        max_length: tokens that an example may have.
-        dropped: rows that were left out, since their text stands in another split's file.
-        left_out: rows that were left out, since they have more tokens.
-        cut: texts that were cut, since they have more tokens.
-        classes: how many rows have each label.
+        rows: rows of the split.
+        examples: examples made from the rows and used; several texts may share one.
+        tokens: tokens in the examples.
+        max_length: largest number of tokens of an example.
+        dropped: rows that were left out because their text is also in another split's file.
+        left_out: rows that were left out because they have more than ``max_length`` tokens.
+        cut: texts that were cut because they have more than ``max_length`` tokens.
+        classes: {label: number of its rows}.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""A model of transformers with LoRA as a LightningModule: its optimizer, its loss, and what is measured of it."""
+"""A transformers model with LoRA as a LightningModule: its optimizer, its loss and its metrics."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import head_names
 from dynrank.tasks.optimizers import make_optimizer
 
-# The label of a token that is not learned; torch has the same default.
+# The label of a token without a loss; torch has the same default.
 IGNORED = -100
-# What the loaders of a test hold: see TextTask, and LanguageModeling for the last one, of prompts.
+# The split of each test loader, see TextTask; the last loader, of prompts, is LanguageModeling's.
 TESTED = ("test", "final/val", "final/train", "test")
 
 
 class AdapterModule(LightningModule):
-    """Trains an adapter by cross-entropy; ``self.model`` is what a run exports. Subclasses have :meth:`predict`.
+    """Trains an adapter by cross-entropy; a run exports ``self.model``. Subclasses define :meth:`predict`.
 
-    A test also evaluates the examples of a validation and as many training examples, at the final weights, and logs
-    what it finds as ``final/val/…`` and ``final/train/loss``.
+    A test also evaluates the validation examples and as many training examples with the final weights, and logs the
+    results as ``final/val/…`` and ``final/train/loss``.
 
     Args:
-        model: of transformers; a fresh head of it is trained whole.
+        model: a transformers model; a head with new random weights is trained whole.
         lora: keyword arguments of :func:`dynrank.add_lora`.
         optimizer: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
-        quality: by ``val``, ``test`` or ``final/val`` what is logged there beside the loss, of logits and labels.
+        quality: {``val``, ``test`` or ``final/val``: metrics of logits and labels to log with the loss}.
         label_smoothing: share of the target that is spread over all classes in training, in [0, 1).
     """
 
@@ -51,16 +51,16 @@ class AdapterModule(LightningModule):
         self.quality = nn.ModuleDict(quality)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits (..., classes) in float32, and labels (...), ``IGNORED`` where there is nothing to learn."""
+        """Logits (..., classes) in float32, and labels (...), which are ``IGNORED`` at positions without a loss."""
         raise NotImplementedError
 
     def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
-        """The mean over all that is learned."""
+        """The mean cross-entropy over all labels that are not ``IGNORED``."""
         options: Any = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
 
     def measured(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """What the metrics are shown."""
+        """The predictions and targets for the metrics."""
         return logits, labels
 
     def configure_model(self) -> None:
@@ -85,9 +85,9 @@ class AdapterModule(LightningModule):
         self.evaluate(batch, TESTED[dataloader_idx])
 
     def evaluate(self, batch: dict[str, Tensor], split: str) -> None:
-        """Log the loss of a batch, and what is measured of ``split`` beside it."""
+        """Log the loss of a batch, and the metrics of ``split``."""
         logits, labels = self.predict(batch)
-        # Lightning 2.6 averages the counts over processes, and of ints it drops the rest of the division
+        # A float, because Lightning 2.6 averages the counts over processes and would round ints down.
         options: Any = {"batch_size": float((labels != IGNORED).sum()), "add_dataloader_idx": False}
         shown = not split.startswith("final/")
         self.log(f"{split}/loss", self.loss(logits, labels), prog_bar=shown, sync_dist=True, **options)

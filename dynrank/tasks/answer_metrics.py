@@ -1,4 +1,4 @@
-"""What can be measured of a language model's answers: metrics of torchmetrics, by the name that they are logged as."""
+"""Metrics of a language model's answers, by the names under which they are logged."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ class Share(Metric):
 
 
 def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:
-    """Whether greedy decoding writes the answer and its end, and nothing else.
+    """Whether greedy decoding generates exactly the answer and its end.
 
-    One forward tells: if each token of the answer is the most probable one behind the true ones before it, greedy
-    decoding writes just these. Logits (length, vocabulary) and labels (length,) are of what comes next.
+    One forward is enough: if each token of the answer is the most probable one after the true tokens before it, greedy
+    decoding generates these tokens. Logits (length, vocabulary) and labels (length,) belong to the next token.
     """
     return bool(((logits.argmax(-1) == labels) | (labels == IGNORED)).all())
 
 
 def first_line(text: str, answers: Sequence[str], prompt: str) -> bool:
-    """Whether the first line that is not blank is the answer's, blanks around it aside."""
+    """Whether the first lines of ``text`` and the answer that are not blank are equal, without outer spaces."""
     written, right = (next((line.strip() for line in t.split("\n") if line.strip()), "") for t in (text, answers[0]))
     return written == right
 
 
 def python(text: str, answers: Sequence[str], prompt: str) -> bool:
-    """Whether something was written, and is Python behind its prompt."""
+    """Whether ``text`` is not empty, and is valid Python together with its prompt."""
     return bool(text) and parsed(prompt + text) is not None
 
 
-# The first are of the logits and labels of an evaluation, the others of texts that greedy decoding writes.
+# OF_LOGITS takes the logits and labels of an evaluation, OF_TEXTS the texts that greedy decoding generates.
 Metrics = dict[str, Callable[[], Metric]]
 OF_LOGITS: Metrics = {"accuracy": partial(Share, whole_answer), "perplexity": partial(Perplexity, ignore_index=IGNORED)}
 OF_TEXTS: Metrics = {
@@ -68,7 +68,7 @@ OF_TEXTS: Metrics = {
 
 
 def chosen(names: Sequence[str], table: Metrics, prefix: str) -> MetricCollection:
-    """Those metrics of ``table`` that have these names, logged behind ``prefix``."""
+    """The metrics of ``table`` with these names; they are logged as ``prefix`` + name."""
     made: Any = {name: table[name]() for name in names if name in table}
     # Metrics are not grouped, because two shares may be equal by chance.
     return MetricCollection(made, prefix=prefix, compute_groups=False)

@@ -1,4 +1,4 @@
-"""Which tokens of a chat are the assistant's: by the marks of the tokenizer's own template, or by its prefixes."""
+"""Finding the assistant's tokens in a chat, by the marks of the tokenizer's template or by prefixes of its text."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from jinja2 import TemplateError
 
 from dynrank.errors import ConfigurationError, shown
 
-# transformers looks for this mark, too.
+# The mark by which transformers finds the assistant's tokens.
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def check_template(tokenizer: Any, model: str) -> None:
-    """Refuse a tokenizer that writes no chats."""
+    """Refuse a tokenizer without a chat template."""
     if not tokenizer.chat_template:
         raise ConfigurationError(f"the tokenizer of task.model={model} has no chat template; set task.model")
 
 
 def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tuple[list[int], list[bool]]:
-    """The tokens of a chat as the template writes it, and which of them to learn: the assistant's turns.
+    """The tokens of a chat in the template's format, and for each token whether it is learned (the assistant's turns).
 
-    A template with ``{% generation %}`` says which these are. Of another one, a turn is what it writes behind the chat
-    up to there and the prompt for an answer.
+    A template with ``{% generation %}`` marks these turns. With another template, a turn is the text that it adds to
+    the earlier chat with the prompt for an answer.
     """
     turns = [dict(message) for message in messages]
     try:
@@ -36,7 +36,7 @@ def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tup
         places = [_place(tokenizer, turns, i, text) for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     except TemplateError as error:
         raise ConfigurationError(
-            f"the chat template refuses {shown(turns)}: {error}; correct it, or set data"
+            f"the chat template refuses {shown(turns)}: {error}; correct this chat, or set data"
         ) from error
     made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in made["offset_mapping"]]
@@ -44,12 +44,12 @@ def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tup
 
 
 def _place(tokenizer: Any, turns: list[dict[str, str]], i: int, text: str) -> tuple[int, int]:
-    """(start, end) of turn ``i`` in the text of all."""
+    """(start, end) of turn ``i`` in ``text``, the whole chat."""
     before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
     behind = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
     if not (behind.startswith(before) and text.startswith(behind)):
         raise ConfigurationError(
-            f"the chat template writes turn {i + 1} of {shown(turns)} otherwise as the chat goes on, so its tokens "
-            "cannot be told; set task.model to one whose template has {% generation %}"
+            f"the chat template changes turn {i + 1} of {shown(turns)} when later turns follow, so the turn's tokens "
+            "are unknown; set task.model to one whose template has {% generation %}"
         )
     return len(before), len(behind)

@@ -1,4 +1,4 @@
-"""Which class does a text belong to? A pre-trained encoder or decoder, LoRA and a fresh linear head."""
+"""Classification of texts: a pre-trained encoder or decoder with LoRA and a new linear head."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ _WHOLE = re.compile("0|-?[1-9][0-9]*")
 class Classification(TextTask):
     """Texts and their classes as a task (see :class:`dynrank.tasks.task.Task`).
 
-    A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,); or,
-    where each text has a list of labels, float32 labels (batch, classes) of ones and zeros.
+    A batch has int64 input_ids and attention_mask (batch, length), padded to its longest text, and labels (batch,). If
+    each text has a list of labels, the labels are float32 ones and zeros (batch, classes).
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.models.names.model_source`.
-        data: rows of a text, perhaps a text_pair, and a label or a list of labels; see
+        data: rows with a text, optionally a text_pair, and a label or a list of labels; see
             :func:`dynrank.tasks.data.splits.rows_by_split`. Labels are texts or ints.
         batch_size: training texts per batch of each process; evaluation takes four times as many.
-        max_length: tokens after which a text is cut.
+        max_length: longer texts are cut to this many tokens.
         label_smoothing: share of the target that is spread over all classes in training.
-        seed: of the order of the training batches.
-        limit: keep only this many texts of each split, for trying things out; None keeps all.
+        seed: seed of the order of the training batches.
+        limit: keep only this many texts of each split, for short tests; None keeps all.
         settings: how the model is loaded: fields of :class:`dynrank.models.settings.ModelSettings`.
     """
 
@@ -75,7 +75,7 @@ class Classification(TextTask):
 
     @cached_property
     def labels(self) -> list[str]:
-        """The labels of the training texts, sorted, whole numbers by their size: those of the classes."""
+        """The names of the classes: the training texts' labels, sorted, whole numbers by value."""
         labels, *others = ({*counted(rows)} for rows in self.rows.values())
         unknown = sorted(set().union(*others) - labels)
         if len(labels) < 2 or unknown:
@@ -106,7 +106,7 @@ def _make_examples(
     options = {"return_token_type_ids": len(texts) > 1, "return_attention_mask": False}
     made = tokenizer(*texts, truncation=True, max_length=max_length, **options)
     full = [i for i, ids in enumerate(made["input_ids"]) if len(ids) == max_length]
-    # Of the texts that fill an example, these go on; a tokenizer in Python has to be asked for their whole length.
+    # Of the examples of full length, some were cut; a tokenizer in Python does not say which, so it runs again.
     if made.is_fast:
         longer = {i for i in full if made[i].overflowing}
     else:
@@ -118,19 +118,19 @@ def _make_examples(
 
 
 class Classifier(AdapterModule):
-    """Sequence classification with LoRA on the body, and a fresh head.
+    """Sequence classification with LoRA on the body, and a new head.
 
-    All arguments are plain values and are saved in checkpoints, so ``load_from_checkpoint`` needs nothing else.
+    All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments.
 
     Args:
         model: name of the pre-trained model.
         labels: names of the classes.
         lora: see :class:`AdapterModule`, as are ``optimizer`` and ``label_smoothing``.
-        optimizer: of the adapter and the head.
-        label_smoothing: in training.
+        optimizer: options for the adapter and the head.
+        label_smoothing: smoothing in training.
         settings: how the model is loaded, see :class:`Classification`.
-        several: whether each class is asked for by itself, since a text may have several labels.
-        on_meta: build the model without weights, to look at its layers.
+        several: whether a text may have several labels, so that each class is a separate yes or no.
+        on_meta: build the model without weights, to inspect its layers.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Classifier(AdapterModule):
         classifier: Any = load_classifier(model, count, settings=ModelSettings(**settings or {}), on_meta=on_meta)
         classifier.config.id2label = dict(enumerate(labels))
         if several:
-            # With this problem type probabilities are sigmoids.
+            # This problem type makes probabilities sigmoids.
             classifier.config.problem_type = "multi_label_classification"
         super().__init__(classifier, lora, optimizer, quality, label_smoothing)
         self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several")

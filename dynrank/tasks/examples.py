@@ -1,4 +1,4 @@
-"""Rows of a prompt and an answer, of a chat or of a text as the examples that a language model learns."""
+"""Making a language model's training examples from rows: prompts with answers, chats or texts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dynrank.tasks.chats import tokens_of_chat
 
 _IDS, _FLAGS = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("bool"))
 _NUMBER, _TEXT = datasets.Value("int32"), datasets.Value("string")
-# learned: of each token; lengths: of the examples in a packed row; prompt_length: in tokens, where there is a prompt
+# learned: a flag for each token. lengths: of each example in a packed row. prompt_length: tokens, 0 without a prompt.
 FEATURES = datasets.Features(
     {"input_ids": _IDS, "learned": _FLAGS, "lengths": _IDS, "length": _NUMBER, "cut": _NUMBER}
     | {"prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER}
@@ -19,9 +19,9 @@ FEATURES = datasets.Features(
 
 
 class Example(NamedTuple):
-    """Tokens, which of them to learn, and whether more of a text follow in another example.
+    """Tokens, a flag for each whether it is learned, and whether the rest of its text is in later examples.
 
-    Of a prompt with an answer there are the texts and the prompt's number of tokens, too.
+    If there is a prompt, its text, the answer's text and the number of the prompt's tokens are included.
     """
 
     ids: list[int]
@@ -35,15 +35,15 @@ class Example(NamedTuple):
 def make_examples(
     rows: Mapping[str, list[Any]], *, tokenizer: Any, form: str, max_length: int, packed: bool, texts: bool
 ) -> dict[str, list[Any]]:
-    """Columns of :data:`FEATURES` for a batch of rows; what does not fit into ``max_length`` tokens is left out.
+    """Columns of :data:`FEATURES` for a batch of rows; examples with more than ``max_length`` tokens are left out.
 
     Args:
-        rows: of ``form``.
-        tokenizer: of the model.
+        rows: rows of ``form``.
+        tokenizer: the model's tokenizer.
         form: completion, chat or text.
-        max_length: of a row of examples.
+        max_length: largest number of tokens of an example, or of a row of packed examples.
         packed: whether several examples share a row.
-        texts: keep the texts of prompts and answers.
+        texts: whether to keep the texts of prompts and answers.
     """
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
     fitting = [example for example in _OF[form](rows, tokenizer, max_length) if len(example.ids) <= max_length]
@@ -85,7 +85,7 @@ def _of_texts(rows: Mapping[str, list[str]], tokenizer: Any, max_length: int) ->
 
 
 def pack(examples: Iterable[Example], length: int) -> list[list[Example]]:
-    """Examples of up to ``length`` tokens each, in their order, put into rows of up to ``length``."""
+    """Rows of up to ``length`` tokens with the examples, each of up to ``length`` tokens, in their order."""
     rows: list[list[Example]] = []
     room = -1
     for example in examples:

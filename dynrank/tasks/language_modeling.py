@@ -1,4 +1,4 @@
-"""A causal language model with LoRA learns answers, the assistant's turns of chats, or texts; answers are measured."""
+"""Training of a causal language model with LoRA on answers, chats or texts, with metrics of its answers."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from dynrank.tasks.text_task import Recipe, TextTask
 class LanguageModeling(TextTask):
     """Prompts with answers, chats or texts as a task (see :class:`dynrank.tasks.task.Task`).
 
-    A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 where
-    there is nothing to learn; where rows are packed, position_ids start again with each example. Examples that do not
-    fit whole into ``max_length`` are left out, which ``account`` says; texts are cut into pieces that do. A batch whose
-    answers are to be written has input_ids and attention_mask of prompts, padded on the left, and the texts in
-    ``prompts`` and ``answers``; the answer of a chat is its last turn of the assistant.
+    A batch has int64 input_ids, attention_mask and labels (batch, length), padded on the right; labels are -100 at
+    positions without a loss. In packed rows, position_ids start again at 0 with each example. Examples of more than
+    ``max_length`` tokens are left out, and ``account`` counts them; texts are cut into pieces. A batch for generation
+    has input_ids and attention_mask of prompts, padded on the left, and the texts in ``prompts`` and ``answers``; the
+    answer of a chat is the assistant's last turn.
 
     Args:
         model: name of a pre-trained model, see :func:`dynrank.models.names.model_source`.
-        data: rows of a prompt and an answer, of messages (each with role and content), or of a text; see
+        data: rows with a prompt and an answer, with messages (each has role and content), or with a text; see
             :func:`dynrank.tasks.data.splits.rows_by_split`.
-        form: which of them: completion, chat or text.
-        packed: several examples share a row of up to ``max_length`` tokens, and none sees another.
+        form: form of the rows: completion, chat or text.
+        packed: several examples share a row of up to ``max_length`` tokens; no example attends to another.
         batch_size: training examples per batch of each process; evaluation takes twice as many.
-        max_length: tokens of a row: of prompt, answer and end, of a chat, or of a piece of text.
-        measures: what is logged beside the loss, see :mod:`dynrank.tasks.answer_metrics`.
-        val_examples: that a validation takes; None for all. The test takes all.
-        val_generate: validation examples whose answers each validation lets the model write; 0 leaves it out.
-        generate: test examples whose answers a test lets the model write.
-        max_new_tokens: that the model writes at most; examples with longer answers are not among these.
-        indented: whether of what the model writes the indented lines behind the prompt's last one are its answer.
-        seed: of the order of the training batches.
-        limit: keep only this many examples of each split, for trying things out; None keeps all.
+        max_length: largest number of tokens of a prompt with answer and end, of a chat, or of a piece of text.
+        measures: metrics that are logged with the loss, see :mod:`dynrank.tasks.answer_metrics`.
+        val_examples: number of validation examples; None for all. The test uses all its examples.
+        val_generate: for how many validation examples each validation generates answers; 0: for none.
+        generate: for how many test examples a test generates answers.
+        max_new_tokens: longest generated answer in tokens; examples with longer answers are not used for generation.
+        indented: whether only the indented lines after the first line of a generated text are its answer.
+        seed: seed of the order of the training batches.
+        limit: keep only this many examples of each split, for short tests; None keeps all.
         settings: how the model is loaded: fields of :class:`dynrank.models.settings.ModelSettings`.
     """
 
@@ -82,7 +82,7 @@ class LanguageModeling(TextTask):
         written = [name for name in self.measures if name in OF_TEXTS or name == "accuracy"]
         if (packed or form == "text") and (written or val_generate or generate):
             raise ConfigurationError(
-                "texts and packed rows have no answers of their own; set task.measures=[perplexity], "
+                "texts and packed rows have no separate answers; set task.measures=[perplexity], "
                 "task.val_generate=0, task.generate=0, or task.packed=false"
             )
 
@@ -97,7 +97,7 @@ class LanguageModeling(TextTask):
         if self.form == "chat":
             check_template(self.tokenizer, self.model)
         if not on_meta:
-            # What is wrong with the rows is said before weights load.
+            # The rows are checked before the weights are loaded, so that faults are reported early.
             _ = self.rows
         return LanguageModel(self.model, lora, optimizer, self.measures, **written, on_meta=on_meta)
 
@@ -110,7 +110,7 @@ class LanguageModeling(TextTask):
         batch, learned = self._padded(rows, "right"), [torch.tensor(example["learned"]) for example in examples]
         if self.packed:
             places = [positions(example["lengths"]) for example in examples]
-            # No token stands before position 0, so that token cannot be learned.
+            # No token comes before position 0, so the token at position 0 cannot be learned.
             learned = [own & (place > 0) for own, place in zip(learned, places, strict=True)]
             batch["position_ids"] = pad_sequence(places, True, 0)
         labels = [torch.where(own, row, IGNORED) for own, row in zip(learned, rows, strict=True)]
@@ -123,7 +123,7 @@ class LanguageModeling(TextTask):
         return [*super().test_dataloader(), *self._to_write("test", self.generate)]
 
     def _to_write(self, split: str, count: int) -> list[DataLoader[Any]]:
-        """One loader of ``count`` prompts whose answers the model is to write, or none."""
+        """[a loader of ``count`` prompts for generation], or []."""
         if not count:
             return []
         rows = self.examples[split]
@@ -149,21 +149,21 @@ class LanguageModeling(TextTask):
 
 
 class LanguageModel(AdapterModule):
-    """A causal language model with LoRA that learns what its batches say.
+    """A causal language model with LoRA.
 
-    The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values and are saved in
-    checkpoints, so ``load_from_checkpoint`` needs nothing else.
+    The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values that checkpoints
+    store, so ``load_from_checkpoint`` needs no other arguments.
 
     Args:
         model: name of the pre-trained model.
         lora: see :class:`AdapterModule`, as is ``optimizer``.
-        optimizer: of the adapter.
+        optimizer: options for the adapter.
         measures: see :class:`LanguageModeling`, as are the next two.
-        max_new_tokens: of an answer that the model writes.
-        indented: whether it consists of indented lines.
+        max_new_tokens: longest generated answer in tokens.
+        indented: whether an answer consists of indented lines.
         settings: how the model is loaded, see :class:`LanguageModeling`.
-        packed: whether rows are; a model whose attention cannot keep their examples apart is refused.
-        on_meta: build the model without weights, to look at its layers.
+        packed: whether rows are packed; then a model whose attention cannot separate examples is refused.
+        on_meta: build the model without weights, to inspect its layers.
     """
 
     def __init__(
@@ -197,11 +197,11 @@ class LanguageModel(AdapterModule):
         return load_tokenizer(self.name, settings=self.settings)
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        # With a mask the model would not notice that rows are packed.
+        # With an attention mask the model would ignore that rows are packed.
         own = "position_ids" if "position_ids" in batch else "attention_mask"
         masked = {key: batch[key] for key in ("input_ids", own)}
         logits: Tensor = self.model(**masked, use_cache=False).logits
-        # Each position predicts the token that comes next.
+        # Each position predicts the next token.
         return logits[:, :-1].float(), batch["labels"][:, 1:]
 
     def evaluate(self, batch: dict[str, Any], split: str) -> None:
@@ -217,11 +217,11 @@ class LanguageModel(AdapterModule):
 
     @torch.no_grad()
     def continuations(self, input_ids: Tensor, attention_mask: Tensor) -> list[str]:
-        """What the model writes behind prompts, greedily, up to its end or ``max_new_tokens``.
+        """The texts that greedy decoding generates after prompts, up to their end or ``max_new_tokens``.
 
         Args:
             input_ids: int64 (batch, length), padded on the left.
-            attention_mask: of the same shape.
+            attention_mask: (batch, length).
         """
         writer: Any = self.model
         made = writer.generate(
@@ -231,7 +231,7 @@ class LanguageModel(AdapterModule):
             do_sample=False,
             eos_token_id=self.tokenizer.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
-            # Each forward gathers the shards of all processes, so all have to make the same number.
+            # Each forward gathers the shards of all processes, so all processes need the same number of forwards.
             synced_gpus=self.device_mesh is not None,
         )
         texts: list[str] = self.tokenizer.batch_decode(made[:, input_ids.shape[1] :], skip_special_tokens=True)
@@ -239,7 +239,7 @@ class LanguageModel(AdapterModule):
 
 
 def _indented(text: str) -> str:
-    """The lines of ``text`` but for the first, up to one that is not indented: another function, or prose."""
+    """The lines of ``text`` after the first, up to a line that is not indented: another function, or prose."""
     kept: list[str] = []
     for line in text.split("\n")[1:]:
         if line.strip() and not line[0].isspace():

@@ -1,4 +1,4 @@
-"""A data loader that a run can be resumed in, at any batch, and how several processes share examples out."""
+"""A data loader that can be resumed at any batch, and the division of examples among processes."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-# So many batches are drawn together and sorted by length.
+# How many batches are drawn together and sorted by length.
 CHUNK = 10
 
 
 class ResumableLoader(DataLoader[Any]):
-    """An endless stream of random batches of similar length; how many have been given out is its whole state.
+    """An endless stream of random batches of similar length; the number of batches so far is its whole state.
 
-    Examples are drawn with replacement: with epochs, the training loss falls at the start of each pass over the data
-    and climbs during it, which hides what a change of rank does to it. An "epoch" is as many batches as the data set
-    holds. Batch n depends on (``seed``, n) alone. Several processes draw one batch that is as many times larger, and
-    each takes its share, so that together they do what one process would do with that batch; a state of one process
-    serves several, and the other way round. Lightning saves and restores it.
+    Examples are drawn with replacement, because with epochs the training loss falls at the start of each pass over the
+    data and rises during it, which hides the effect of a change of rank. An "epoch" is as many batches as the data set
+    has. Batch n depends only on (``seed``, n). N processes draw one batch of N times the size, and each takes its
+    share, so together they train on the same batch as one process would. The state does not depend on the number of
+    processes. Lightning saves and restores it.
 
     Args:
-        dataset: indexable.
-        lengths: of each example; examples are sorted by it within ``CHUNK`` batches, which saves padding.
+        dataset: an indexable data set.
+        lengths: length of each example; examples are sorted by length within ``CHUNK`` batches, which saves padding.
         batch_size: examples per batch of each process.
-        seed: of the draws, the same in all processes.
+        seed: seed of the draws, the same in all processes.
         collate_fn: makes a batch from a list of examples.
-        share: (number of this process, how many there are).
+        share: (number of this process, number of processes).
     """
 
     def __init__(
@@ -83,17 +83,17 @@ class _SeededBatches(Sampler[list[int]]):
 def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0, 1)) -> list[list[int]]:
     """Indices of the batches in which one process evaluates its share of ``count`` examples.
 
-    Each example is taken once, by one process. All processes get equally many batches, since each batch may be a step
-    that they take together, of sizes that differ by one at most.
+    Each example is used once, by one process. All processes get the same number of batches, because a batch may need
+    communication between them. The sizes of batches differ by at most one.
 
     Args:
-        count: of examples.
-        batch_size: the most per batch, at least 2.
-        share: (number of this process, how many there are).
+        count: number of examples.
+        batch_size: largest size of a batch, at least 2.
+        share: (number of this process, number of processes).
     """
     process, processes = share
     if count < processes:
-        raise ValueError(f"{count} examples cannot be shared out among {processes} processes")
+        raise ValueError(f"{count} examples cannot be divided among {processes} processes")
     batches = -(-count // (batch_size * processes))
     mine = range(process, count, processes)
     cuts = [len(mine) * i // batches for i in range(batches + 1)]
@@ -101,7 +101,7 @@ def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0,
 
 
 def spread(examples: datasets.Dataset, count: int | None) -> datasets.Dataset:
-    """``count`` examples from everywhere in the data set, or all."""
+    """``count`` examples at equal distances in the data set, or all."""
     if count is None or count >= len(examples):
         return examples
     return examples.select([i * len(examples) // count for i in range(count)])

@@ -38,21 +38,20 @@ def make_optimizer(
     decay_share: Annotated[float, Field(ge=0, le=1)],
     options: Mapping[str, Any],
 ) -> OptimizerLRScheduler:
-    """What ``LightningModule.configure_optimizers`` returns; the rate changes after every optimizer step.
+    """The value for ``LightningModule.configure_optimizers`` to return; the rate changes after every optimizer step.
 
     Args:
         adapter: parameters trained at ``lr``.
-        head: parameters trained at ``head_lr`` (a fresh head takes more than an adapter of a pre-trained model), or
-            none.
+        head: parameters trained at ``head_lr`` (a new head needs a higher rate than an adapter); may be empty.
         total_steps: optimizer steps of the run.
         name: a class of torch.optim, or one of ``ELSEWHERE``; a schedule-free one needs the callback
             :class:`dynrank.callbacks.ScheduleFreeMode`.
         lr: peak learning rate.
-        head_lr: that of the head.
-        weight_decay: passed on.
+        head_lr: peak learning rate of the head.
+        weight_decay: weight decay of the optimizer.
         warmup_steps: optimizer steps of linear warm-up.
-        decay: warmup_stable_decay keeps the peak rate and falls linearly at the end.
-        decay_share: share of ``total_steps`` over which warmup_stable_decay falls.
+        decay: decay of the rate; warmup_stable_decay keeps the peak rate and decays linearly at the end.
+        decay_share: share of ``total_steps`` in which warmup_stable_decay decays.
         options: further keyword arguments of the optimizer.
     """
     groups: list[dict[str, Any]] = [

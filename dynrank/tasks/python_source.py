@@ -7,12 +7,12 @@ import warnings
 
 
 def parsed(source: str) -> ast.Module | None:
-    """The syntax tree of ``source``; None where it is no Python."""
+    """The syntax tree of ``source``; None if it is not valid Python."""
     with warnings.catch_warnings():
-        # Python warns of doubtful escapes and comparisons, which are valid Python.
+        # Python warns about some escapes and comparisons, but they are valid Python.
         warnings.simplefilter("ignore")
         try:
             return ast.parse(source)
-        # The source has null bytes, or is too deep for the parser.
+        # The last three mean that the source has null bytes, or is nested too deeply for the parser.
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return None

@@ -1,4 +1,4 @@
-"""What a run asks of a task; classification.py and language_modeling.py hold the two that ship."""
+"""The interface between a run and its task; classification.py and language_modeling.py implement it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from lightning.pytorch import LightningModule
 
 
 class Task(Protocol):
-    """What ``task._target_`` makes: a ``LightningDataModule`` that has these three members, too."""
+    """The object that ``task._target_`` makes: a ``LightningDataModule`` with these three members."""
 
     @property
     def metrics(self) -> Sequence[str]:
-        """Names that are logged in training and validation; a schedule may watch them."""
+        """Names of the metrics that training and validation log; a schedule may read them."""
 
     @property
     def final(self) -> Sequence[str]:
-        """Those of them that a test logs as ``final/NAME``, measured at the final weights; ``objective`` is one."""
+        """The metrics that a test also logs as ``final/NAME``, with the final weights; ``objective`` is one of them."""
 
     def module(
         self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False
     ) -> LightningModule:
-        """A module whose attribute ``model`` has LoRA layers and is what a run exports.
+        """A module whose attribute ``model`` has LoRA layers; a run exports that model.
 
         Args:
             lora: keyword arguments of :func:`dynrank.add_lora`.
             optimizer: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
-            on_meta: build the model without weights, to look at its layers.
+            on_meta: build the model without weights, to inspect its layers.
         """

@@ -1,4 +1,4 @@
-"""Batches of tokenised texts, as the tasks that ship give them to the trainer."""
+"""Batches of tokenised texts, the common part of dynrank's own tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dynrank.tasks.data.rows import column_of, counted
 from dynrank.tasks.data.splits import Checked, rows_by_split
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
-# Count this up when examples are made in another way, so that older examples in a cache are not taken.
+# Increase this number when the making of examples changes, so that old examples in a cache are not used.
 CACHED = 2
 
 
@@ -34,10 +34,10 @@ class Recipe:
     """How rows become examples.
 
     Attributes:
-        make: from a batch of rows, as a mapping of columns, ``tokenizer`` and ``options`` to a batch of examples.
-        features: of the examples. ``length`` is the number of tokens, ``lengths``, if it is there, that of each of
-            several examples in one, and ``cut`` how many texts in it were cut.
-        options: all that makes a difference, beside the rows and the tokenizer; ``max_length`` is one.
+        make: function of a batch of rows (a mapping of columns), ``tokenizer`` and ``options``; returns examples.
+        features: features of the examples. ``length`` is the number of tokens, ``cut`` the number of texts that were
+            cut. ``lengths``, which is optional, has the number of tokens of each example in a packed row.
+        options: everything except the rows and the tokenizer that changes the examples; ``max_length`` is one.
     """
 
     make: Callable[..., Any]
@@ -46,26 +46,26 @@ class Recipe:
 
 
 class TextTask(LightningDataModule):
-    """Batches of tokenised examples, shared out among the trainer's processes (``use_distributed_sampler=False``).
+    """Batches of tokenised examples, divided among the trainer's processes (``use_distributed_sampler=False``).
 
-    Training draws them as :class:`dynrank.tasks.loader.ResumableLoader` does. A validation and a test take each example
-    once, by length; a test takes the test examples, those of a validation, and as many training examples. Subclasses
-    have :meth:`recipe` and :meth:`collate`. Data and examples are memory-mapped where they come from files.
+    Training draws them by :class:`dynrank.tasks.loader.ResumableLoader`. A validation and a test use each example
+    once, sorted by length; a test uses the test examples, the validation examples, and as many training examples.
+    Subclasses define :meth:`recipe` and :meth:`collate`. Data and examples from files are memory-mapped.
 
     Args:
         model: name of the model whose tokenizer makes the examples.
         data: see :func:`dynrank.tasks.data.splits.rows_by_split`.
-        form: of the data's rows.
+        form: form of the data's rows.
         batch_size: training examples per batch of each process.
-        evaluation_size: examples per batch of a validation or test, at most.
-        val_examples: that a validation takes; None for all.
-        seed: of the order of the training batches.
+        evaluation_size: largest number of examples per batch of a validation or test.
+        val_examples: number of validation examples; None for all.
+        seed: seed of the order of the training batches.
         limit: keep only this many examples of each split; None keeps all.
         settings: how the model is loaded, see :class:`dynrank.models.settings.ModelSettings`.
 
     Attributes:
-        examples: by split, once they are made.
-        account: what each split came to.
+        examples: {split: its examples}, once they are made.
+        account: {split: its counts}.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class TextTask(LightningDataModule):
         self.account: dict[str, SplitAccount] = {}
 
     def recipe(self, split: str) -> Recipe:
-        """How the rows of a split become examples."""
+        """The recipe that makes a split's examples from its rows."""
         raise NotImplementedError
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """A batch of these examples."""
+        """A batch with these examples."""
         raise NotImplementedError
 
     @cached_property
@@ -105,12 +105,12 @@ class TextTask(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.model, settings=self.settings)
-        # The hash is taken before the tokenizer is used, because use changes what it remembers.
+        # The hash is computed before the tokenizer is used, because use changes its internal state.
         self._tokenizer_hash = Hasher.hash(tokenizer)
         return tokenizer
 
     def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
-        """The examples of a split's rows, taken from the cache on disk if the same were made before."""
+        """The examples of a split's rows, from the cache on disk if they were made before."""
         # Reading self.tokenizer sets its hash.
         recipe, tokenizer = self.recipe(split), self.tokenizer
         several = "lengths" in recipe.features
@@ -130,7 +130,7 @@ class TextTask(LightningDataModule):
                 desc=f"tokenising {split}",
             )
         if not len(made):
-            long = f"no example of {split} fits into {recipe.options['max_length']} tokens"
+            long = f"no example of {split} has at most {recipe.options['max_length']} tokens"
             raise ConfigurationError(f"{long}; set task.max_length")
         texts = len(column_of(made, "lengths").combine_chunks().flatten()) if several else len(made)
         whole, made = made, spread(made, self.limit)
@@ -147,11 +147,11 @@ class TextTask(LightningDataModule):
 
     @property
     def share(self) -> tuple[int, int]:
-        """(number of this process, how many the trainer has)."""
+        """(number of this process, number of the trainer's processes)."""
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
     def prepare_data(self) -> None:
-        """Fill the cache in one process, before the others read it."""
+        """Fill the cache in one process before the others read it."""
         self.setup("fit")
 
     def setup(self, stage: str) -> None:
@@ -179,8 +179,8 @@ class TextTask(LightningDataModule):
         return [self.evaluation(part) for part in parts]
 
     def evaluation(self, examples: datasets.Dataset, collate: Any = None) -> DataLoader[Any]:
-        """Each of the examples once, by length; ``collate`` makes other batches of them than training has."""
-        # Texts of equal length need no padding.
+        """A loader of each example once, sorted by length; ``collate`` may make other batches than in training."""
+        # Batches of texts with similar lengths need less padding.
         ordered: Any = examples.select(np.argsort(_lengths(examples), kind="stable"))
         batches = evaluation_batches(len(ordered), self.evaluation_size, self.share)
         return DataLoader(ordered, batch_sampler=batches, collate_fn=collate or self.collate)

@@ -202,7 +202,7 @@ def test_a_model_whose_examples_see_each_other_is_refused(tiny_llama):
     check_packing(AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, **SIZE)))
     for kind in ("sdpa", "eager"):
         check_packing(LlamaForCausalLM.from_pretrained(tiny_llama, attn_implementation=kind))
-    with pytest.raises(ConfigurationError, match=r"BloomForCausalLM .* sees the other .* set task\.packed=false"):
+    with pytest.raises(ConfigurationError, match=r"BloomForCausalLM .* attends to the other .* set task\.packed=false"):
         check_packing(AutoModelForCausalLM.from_config(BloomConfig(hidden_size=32, **SIZE)))
 
 
