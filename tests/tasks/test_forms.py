@@ -93,7 +93,7 @@ def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused(chatty):
     tokenizer = load_tokenizer(str(chatty(SHORTENED)))
-    with pytest.raises(ConfigurationError, match=r"otherwise as the chat goes on.*generation"):
+    with pytest.raises(ConfigurationError, match=r"when later turns follow.*generation"):
         tokens_of_chat(tokenizer, turns("long question", "long answer", "q", "a"))
 
 
