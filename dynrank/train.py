@@ -1,4 +1,4 @@
-"""``dynrank-train``: compose a run with Hydra and do it."""
+"""``dynrank-train``: compose the configuration of a run with Hydra, and run it."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
 # torchrun, srun and Lightning set these.
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
-# Keys whose paths are relative to where the user stands.
+# Keys whose paths are relative to the user's current directory.
 PATHS = ("rank_map.file", "ckpt_path", "task.model", "data.train", "data.val", "data.test")
 
 
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
 def _train(config: DictConfig) -> float | None:
-    """Make a run; in a sweep, return what a sweeper looks at."""
+    """Make a run; in a sweep, return the objective for the sweeper."""
     quiet_imports()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -37,27 +37,27 @@ def _train(config: DictConfig) -> float | None:
     _find_paths(config)
     if hydra_config.mode == RunMode.MULTIRUN:
         return run_in_sweep(config, folder, record)
-    # Errors are caught here, too, because Hydra prints a line of its own for those that get out.
+    # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
     with usage_errors():
         if not _is_another_process():
             print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
         try:
-            # torch and transformers load here, so that --help need not wait for them.
+            # torch and transformers are loaded here, so that --help does not wait for them.
             from dynrank.run.job import run
 
             run(config, folder, record=record)
         finally:
             if folder != Path.cwd():
                 remove = os.removedirs if folder.is_relative_to(Path.cwd()) else os.rmdir
-                # A folder that is not empty stays: its run was not refused.
+                # A folder that is not empty belongs to a run that was not refused, so it is kept.
                 with suppress(OSError):
-                    # Hydra has also made outputs/DATE. No folder outside of the current one is taken away.
+                    # Hydra has also made outputs/DATE. No folder outside the current directory is removed.
                     remove(os.path.relpath(folder))
     return None
 
 
 def _find_paths(config: DictConfig) -> None:
-    """Make paths absolute where hydra.job.chdir has moved this process away from where the user stands."""
+    """Make paths absolute if hydra.job.chdir has changed this process's directory."""
     for key in PATHS:
         value = OmegaConf.select(config, key)
         path = Path(get_original_cwd(), str(value))
@@ -66,7 +66,7 @@ def _find_paths(config: DictConfig) -> None:
 
 
 def _record(config: Any, folder: Path) -> None:
-    """Write .hydra/ as Hydra does, which would write over that of an earlier run before the folder is refused."""
+    """Write .hydra/ here, because Hydra would overwrite an earlier run's before that folder is refused."""
     where = folder / ".hydra"
     where.mkdir(exist_ok=True)
     hydra_config = HydraConfig.get()
@@ -76,7 +76,7 @@ def _record(config: Any, folder: Path) -> None:
 
 
 def _is_another_process() -> bool:
-    """Whether another process is the run's first one."""
+    """Whether this process is not the run's process 0."""
     return any(os.environ.get(name, "0") != "0" for name in PROCESS_NUMBERS)
 
 
@@ -86,12 +86,12 @@ def main() -> None:
     if "--version" in sys.argv[1:]:
         print(f"dynrank {__version__}")
         return
-    # Exceptions reach us, and Hydra does not turn them into exit code 1.
+    # With this variable Hydra raises exceptions here and does not turn them into exit code 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     if _is_another_process():
-        # the first process writes the run's files; the time of day in the name of its folder may be another one here
+        # Only process 0 writes the run's files; here the time in the folder's name may differ.
         sys.argv += ["hydra.output_subdir=null", "hydra/job_logging=none"]
-        # The checkpoint is looked for in the run's folder.
+        # ckpt_path=last needs the folder of the run.
         if "ckpt_path=last" not in sys.argv:
             sys.argv.append("hydra.run.dir=.")
     with usage_errors(), table_at_end():

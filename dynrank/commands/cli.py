@@ -1,4 +1,4 @@
-"""``dynrank``: what one does with runs and adapters besides training."""
+"""``dynrank``: the commands for runs and adapters, except training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynrank.commands.exits import usage_errors
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
 
-# Each command imports what it needs when it is called, so that --help need not wait for torch.
+# Each command imports its modules when it is called, so that --help does not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -40,7 +40,7 @@ Base = Annotated[
     typer.Option(help="Folder, hub name or short name of the model that it was trained on, if not as the adapter says"),
 ]
 Gates = Annotated[
-    bool, typer.Option("--gates", help="Ask the loss of the examples in --data, not the singular values alone")
+    bool, typer.Option("--gates", help="Rate directions by the loss of the examples in --data, not by singular values")
 ]
 Data = Annotated[
     str | None,
@@ -56,7 +56,7 @@ Out = Annotated[Path, typer.Option(help="Folder to write; new or empty")]
 
 
 ConfigDir = Annotated[
-    Path | None, typer.Option(exists=True, file_okay=False, help="Folder with groups of your own, as for dynrank-train")
+    Path | None, typer.Option(exists=True, file_okay=False, help="Folder with your own groups, as for dynrank-train")
 ]
 
 
@@ -64,7 +64,7 @@ def _whole(text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        # typer's own message leaves the value out.
+        # typer's own message does not name the value.
         raise typer.BadParameter(f"must be a whole number, got {text!r}") from None
 
 
@@ -92,7 +92,7 @@ def _decimal(text: str) -> float:
 
 
 def _examples(gates: bool, **options: Any) -> dict[str, Any] | None:
-    """The arguments of a WatchedAdapter beside the adapter; None without gates."""
+    """The arguments of a WatchedAdapter in addition to the adapter; None without gates."""
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
     if not gates and given:
         raise ConfigurationError(f"{', '.join(given)} must go with --gates")
@@ -114,7 +114,7 @@ def dynrank(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version")
     ] = False,
 ) -> None:
-    """LoRA adapters whose rank changes while they train. Training itself: dynrank-train."""
+    """LoRA adapters whose rank changes during training. The command for training is dynrank-train."""
     quiet_imports()
 
 
@@ -187,10 +187,10 @@ def export(
         int, typer.Option(parser=_count, metavar="N", help="With padded: the rank becomes a multiple; TGI wants 16")
     ] = 1,
 ) -> None:
-    """Write a PEFT adapter as a server reads it, and print the line that serves it.
+    """Write a PEFT adapter in a form for a server, and print the command that serves it.
 
-    Servers differ in what they make of ranks and alphas that differ between layers; what one would drop or misread is
-    refused.
+    Not every server supports ranks and alphas that differ between layers. An adapter that the server would read only in
+    part or wrongly is refused.
     """
     from dynrank.commands.export import print_export
 
@@ -229,9 +229,9 @@ def predict(
     ] = 64,
     chat: Annotated[bool, typer.Option("--chat", help="Each text is a user's turn: apply the chat template")] = False,
 ) -> None:
-    """Answer texts, a line for each: the likeliest labels and their probabilities, or what the model writes.
+    """Answer texts, one line for each: the most likely labels with probabilities, or the generated text.
 
-    For a server, as vLLM and llama.cpp are, see dynrank export.
+    For a server such as vLLM or llama.cpp, see dynrank export.
     """
     from dynrank.commands.predict import print_answers
 
@@ -248,9 +248,9 @@ def inspect(
     columns: Columns = None,
     loss_terms: LossTerms = None,
 ) -> None:
-    """Show each layer of an adapter: rank, scaling, singular values, and how many directions hold its energy.
+    """Show each layer of an adapter: rank, scaling, singular values, and how many directions have its energy.
 
-    With --gates also the rank that it would keep in an adapter of half and of a quarter of the parameters.
+    With --gates also the rank that the layer would keep with half and with a quarter of all parameters.
     """
     examples = _examples(gates, model=model, data=data, columns=columns, loss_terms=loss_terms)
     from dynrank.commands.inspect import show_adapter
@@ -265,7 +265,7 @@ def report(
         list[Path] | None, typer.Option(metavar="RUN...", help="Folders of other finished runs to compare it with")
     ] = None,
 ) -> None:
-    """Write report.html of a finished run into its folder: what it came to, its losses, ranks and spectra."""
+    """Write report.html of a finished run into its folder: its results, losses, ranks and spectra."""
     from dynrank.run.report.page import write_report
 
     run, *more = runs
@@ -279,7 +279,7 @@ def sweep(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep: hydra.sweep.dir, or multirun/DATE/TIME")],
     plot: Annotated[bool, typer.Option(help="Draw sweep.png, too")] = True,
 ) -> None:
-    """Print what the runs of a sweep came to, mean and deviation over seeds; write it to sweep.csv and sweep.png."""
+    """Print the results of a sweep, mean and deviation over seeds; write them to sweep.csv and sweep.png."""
     from dynrank.run.sweep.table import show_sweep
 
     show_sweep(folder, plot=plot)

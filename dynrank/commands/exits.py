@@ -1,6 +1,6 @@
-"""Exit codes of the commands: 0 success, 1 failure, 2 what the user wrote (one clear message).
+"""Exit codes of the commands: 0 success, 1 failure, 2 wrong user input (one clear message).
 
-A failure is shown with a traceback, but for a full disk and a run that diverged.
+A failure is shown with a traceback, except for a full disk and a run that diverged.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def usage_errors() -> Iterator[None]:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        # Lightning's own error for wrong arguments; looked up by name, since importing Lightning takes seconds
+        # Lightning's error for wrong arguments is found by its name, because importing Lightning takes seconds.
         theirs = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
-        # ours have the system's behind them
+        # Our own errors have the system's error as context or cause.
         numbers = {getattr(each, "errno", None) for each in (error, error.__context__, error.__cause__)}
-        # tokenizers, written in Rust, says it this way.
+        # The package tokenizers, written in Rust, reports errors in this form.
         numbers |= {int(number) for number in re.findall(r"os error (\d+)", str(error))}
         full = not numbers.isdisjoint((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
         if not theirs and not full and not isinstance(error, ConfigurationError):

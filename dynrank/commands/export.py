@@ -1,4 +1,4 @@
-"""What ``dynrank export`` prints: what was written, what it costs in the server, and the line that serves it."""
+"""The output of ``dynrank export``: what was written, its memory in the server, and the command that serves it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dynrank.adapters.export import export_adapter
 from dynrank.output.console import print_facts
 from dynrank.output.slots import slot_line
 
-# Bytes of a number in a server's slot, which has the base's dtype: bfloat16.
+# Bytes of a number in a slot, the memory that a server reserves for an adapter, in bfloat16.
 BYTES = 2
 
 
 def print_export(source: Path, out: Path, **options: Any) -> None:
-    """Export an adapter, and print what became of it; ``options`` are those of :func:`export_adapter`."""
+    """Export an adapter, and print the result; ``options`` are those of :func:`export_adapter`."""
     done = export_adapter(source, out, **options)
     ranks = {name: layer.rank for name, layer in done.layers.items()}
     facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}

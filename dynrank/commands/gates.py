@@ -1,4 +1,4 @@
-"""What the loss says of a stored adapter's directions, by examples in a file: ``squeeze`` and ``inspect`` by gates."""
+"""Gates of a stored adapter from examples in a file, for the option --gates of ``dynrank squeeze`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 from dynrank.tasks.text_task import TextTask
 
-# The forms of examples that a language model learns; the first whose columns are there is taken.
+# The forms of a language model's examples; the first form whose columns the file has is used.
 WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")
-# Tokens of an example: longer texts are cut, longer answers are left out.
+# Largest number of tokens of an example: longer texts are cut, longer answers are left out.
 LENGTH = 512
 
 
 class WatchedAdapter:
-    """A stored adapter on its base, whose gates were watched over up to ``EXAMPLES`` examples of a file, in eval mode.
+    """A stored adapter on its base, with gates measured over up to ``EXAMPLES`` examples of a file, in eval mode.
 
     Args:
-        adapter: of a classifier or a causal language model.
-        data: the file: rows of a text and a label, or of what a language model learns: messages, a prompt and an
-            answer, or a text.
-        model: that the adapter was trained on; None: as it says.
-        columns: {ours: theirs} of the file, where they are not called as usual.
-        loss_terms: of how many terms a batch's loss is the mean; None: of as many as are counted.
+        adapter: adapter of a classifier or a causal language model.
+        data: a file; each row has a text and a label, or for a language model messages, a prompt and an answer, or a
+            text.
+        model: the base model; None: as the adapter names it.
+        columns: {our name: the file's name} of columns with unusual names.
+        loss_terms: a batch's loss is the mean of this many terms; None: counted from the gradients.
 
     Attributes:
-        model: with the adapter.
-        gates: what was seen.
-        batches: of the examples.
+        model: the base model with the adapter.
+        gates: the measured gates.
+        batches: the batches of examples.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class WatchedAdapter:
         self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, data, columns)
         self._layers = dict(lora_layers(self.model))
         self.gates = Gates(self.model, self._layers, len(self.batches), loss_terms)
-        # Without a scale, small gradients would be zero in float16.
+        # Without a scale, small gradients would become zero in float16.
         self.gates.loss_scale = 1024.0 if self.model.dtype == torch.float16 else 1.0
         with closing(self.gates):
             for loss in self._losses():
@@ -72,12 +72,12 @@ class WatchedAdapter:
             )
 
     def ranks(self, target: Target) -> dict[str, int]:
-        """{layer: the rank that ``target`` gives it}, by what the gates say."""
+        """{layer: the rank that ``target`` gives it by the gates}."""
         return target.ranks(layer_states(self._layers, last=True, target=target, gates=self.gates))
 
     @torch.no_grad()
     def loss(self) -> float:
-        """The mean loss of the examples now."""
+        """The mean loss of the examples with the present adapter."""
         return sum(float(loss) for loss in self._losses()) / len(self.batches)
 
     def _losses(self) -> Iterator[Tensor]:
@@ -94,7 +94,7 @@ def _batches(model: Any, tokenizer: str, data: str, columns: Mapping[str, str]) 
         task: TextTask = _named(Classification(**options, batch_size=8), model, data)
     else:
         task = LanguageModeling(**options, form=form, batch_size=2)
-    # Decoders classify by their last token that is no padding.
+    # Decoders classify by the last token that is not padding.
     model.config.pad_token_id = task.tokenizer.pad_token_id
     examples = spread(task.examples_of(task.rows["train"], "--data"), EXAMPLES)
     if len(examples) < FEW:
@@ -103,7 +103,7 @@ def _batches(model: Any, tokenizer: str, data: str, columns: Mapping[str, str]) 
 
 
 def _named(task: Classification, model: Any, data: str) -> Classification:
-    """The task, whose classes are those of the model, in their order."""
+    """The task with the model's classes in the model's order."""
     names = label_names(model) or [str(index) for index in range(model.config.num_labels)]
     rows, kind = task.rows["train"], datasets.Value("string")
     rows = rows.cast_column("label", datasets.Sequence(kind) if task.several else kind)

@@ -1,4 +1,4 @@
-"""What ``dynrank inspect`` shows of an adapter: a table of its layers, and a picture of their spectra."""
+"""The output of ``dynrank inspect``: a table of an adapter's layers, and a picture of their singular values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_facts, print_table, shape_of_update
 from dynrank.targets import Budget
 
-# Shares of the energy.
+# Shares of the energy for which the table shows how many directions have them.
 SHARES = (0.9, 0.99)
-# Shares of the parameters.
+# Shares of the parameters for which --gates shows the rank of each layer.
 BUDGETS = (0.5, 0.25)
 
 # {share of the parameters: {layer: rank that it keeps}}.
@@ -25,28 +25,28 @@ Kept = Mapping[float, Mapping[str, int]]
 def show_adapter(folder: Path, plot: Path | None, examples: Mapping[str, Any] | None) -> None:
     """Print the layers of the adapter in ``folder``, and draw their singular values into ``plot``.
 
-    With ``examples``, as :class:`dynrank.commands.gates.WatchedAdapter` takes them, the ranks are shown that gates
-    would leave, as ``squeeze`` does.
+    With ``examples``, the arguments of :class:`dynrank.commands.gates.WatchedAdapter`, the table also shows the ranks
+    after a squeeze by gates.
     """
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
     layers, kept = inspect_adapter(folder), {}
     if examples is not None:
-        # This import loads what trains models, which other commands do not need.
+        # This slow import loads the training code, which is needed only with gates.
         from dynrank.commands.gates import WatchedAdapter
 
         watched = WatchedAdapter(read_adapter(folder), **examples)
         kept = {share: watched.ranks(Budget(share=share)) for share in BUDGETS}
     print_spectra(layers, kept)
     if plot is not None:
-        # matplotlib is an extra.
+        # matplotlib is an optional dependency.
         from dynrank.output.plots import spectra_figure
 
         spectra = {layer.layer: layer.singular_values for layer in layers}
         figure = spectra_figure(spectra, {}, "singular values of the updates")
         try:
             figure.savefig(plot)
-        # A ValueError says that matplotlib does not know the format.
+        # matplotlib raises a ValueError for an unknown format.
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"cannot write --plot {str(plot)!r}: {error}") from None
         print_facts({"plot": plot})

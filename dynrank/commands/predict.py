@@ -1,4 +1,4 @@
-"""What ``dynrank predict`` reads and prints: texts, and a line for each."""
+"""The input and output of ``dynrank predict``: texts, and one line for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 def print_answers(
     adapter: Path, texts: Sequence[str], model: str | None, *, batch_size: int, max_new_tokens: int, chat: bool
 ) -> None:
-    """Print what :func:`dynrank.adapters.predicting.answers` says of ``texts``, or of the lines of a file."""
+    """Print the :func:`dynrank.adapters.predicting.answers` to ``texts``, or to the lines of a file."""
     quiet_loading()
     if len(texts) == 1 and len(texts[0]) < 1000 and (Path(texts[0]).is_file() or _named_as_file(texts[0])):
         texts = _lines(Path(texts[0]))

@@ -1,4 +1,4 @@
-"""What ``dynrank ranks`` prints of a composed run: its layers."""
+"""The output of ``dynrank ranks``: the layers of a composed run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dynrank.run.job import build
 
 
 def print_ranks(config: DictConfig) -> None:
-    """Print the LoRA layers that ``config`` leads to; the model is built from its config, without weights."""
+    """Print the LoRA layers of a run with ``config``; the model is built without weights."""
     job = build(config, on_meta=True)
     model: Any = job.module.model
     layers, final = own_layers(model), final_ranks(model, job.scheduler.driver.stages)

@@ -1,4 +1,4 @@
-"""What ``dynrank squeeze`` prints, and the squeeze that keeps what the loss needs."""
+"""The output of ``dynrank squeeze``, and the squeeze by gates."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from dynrank.targets import Target
 
 
 def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, **options: Any) -> None:
-    """Squeeze the adapter in ``source`` into ``out``, and print what became of it.
+    """Squeeze the adapter in ``source`` into ``out``, and print the result.
 
     Args:
         source: folder of a PEFT LoRA adapter, or a file of diffusers, kohya or ComfyUI.
-        out: folder, or file, to make.
-        examples: by which gates choose, as :class:`dynrank.commands.gates.WatchedAdapter` takes them; None: singular
-            values do.
-        **options: of :func:`dynrank.adapters.squeeze.squeeze_adapter`.
+        out: new folder, or new file.
+        examples: arguments of :class:`dynrank.commands.gates.WatchedAdapter`, whose gates choose the directions; None:
+            the singular values choose.
+        **options: options of :func:`dynrank.adapters.squeeze.squeeze_adapter`.
     """
     loss: dict[str, object] = {}
     way = partial(_by_gates, examples=examples, facts=loss) if examples is not None else None
@@ -51,8 +51,8 @@ def _of_file(source: Path, out: Path) -> dict[str, object]:
 
 
 def _by_gates(adapter: Adapter, target: Target, *, examples: Mapping[str, Any], facts: dict[str, object]) -> Squeezed:
-    """The ranks and directions that the loss of examples needs, as in training; ``facts`` are told of the loss."""
-    # This import loads what trains models, which a cut by weight does not need.
+    """Squeeze to the directions that the loss of the examples needs; ``facts`` gets the loss before and after."""
+    # This slow import loads the training code, which a cut by weight does not need.
     from dynrank.commands.gates import WatchedAdapter
 
     watched = WatchedAdapter(adapter, **examples)

@@ -1,4 +1,4 @@
-"""The command that a run was started with, as .hydra/ in its folder has it, and what to paste in its place."""
+"""The command that started a run, from .hydra/ in its folder, and commands that change it."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import yaml
 
 
 def read_overrides(folder: Path) -> list[str] | None:
-    """What the run in ``folder`` was given on the command line, as Hydra writes it; None: not recorded."""
+    """The overrides of the run in ``folder``, in Hydra's syntax; None: not recorded."""
     file = folder / ".hydra" / "overrides.yaml"
     return yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
 
 
 def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str | None:
-    """The command of the run in ``folder``, with ``changes`` in the place of what they replace; None: not recorded.
+    """The command of the run in ``folder``, with ``changes`` instead of the overrides they replace; None: not recorded.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         *changes: overrides and options.
         without: keys, and groups with all of their keys, that are left out.
     """
@@ -39,7 +39,7 @@ def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str |
 
 
 def override(key: str, value: object) -> str:
-    """``key=value`` as Hydra's grammar has it."""
+    """``key=value`` in Hydra's syntax."""
     text = str(value)
     return f"{key}={text}" if re.fullmatch(r"[\w./-]+", text) else f"{key}='" + text.replace("'", r"\'") + "'"
 

@@ -37,7 +37,7 @@ class LoraConfig:
 
 @dataclass
 class RankMapConfig:
-    """Per-layer overrides: a file, what a file would hold, or both."""
+    """Per-layer rules: in a file, in the configuration, or in both."""
 
     file: str | None = MISSING
     rank_pattern: dict[str, Any] = MISSING
@@ -80,7 +80,7 @@ class RunConfig:
 
 @dataclass
 class PlanConfig(RunConfig):
-    """A run and what ``dynrank plan`` is asked about it."""
+    """A run, and the questions of ``dynrank plan`` about it."""
 
     base: str | None = MISSING
     batch_size: int | None = MISSING
@@ -104,8 +104,8 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
 
     Args:
         overrides: in Hydra's syntax, such as ``["lora.rank=8", "schedule=fixed"]``.
-        name: of the file in ``conf/``; ``plan`` is what ``dynrank plan`` composes.
-        folder: with groups of your own, as for ``dynrank-train --config-dir``.
+        name: name of the file in ``conf/``; ``dynrank plan`` composes ``plan``.
+        folder: folder with your own groups, as for ``dynrank-train --config-dir``.
 
     Raises:
         ConfigurationError: if an override cannot be used.
@@ -129,7 +129,7 @@ def make(node: Any, key: str) -> Any:
         cause = error.__cause__ or error
         arguments = isinstance(cause, ImportError | TypeError | ValueError | InstantiationException)
         if not arguments or isinstance(cause, ConfigurationError):
-            # The class itself has said what is wrong.
+            # The class's own error already names the fault.
             raise cause from error
         said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         raise ConfigurationError(f"{key}: {target} cannot be made: {said}; set {key}") from error
@@ -142,9 +142,7 @@ def rank_pattern(config: DictConfig) -> dict[str, Any]:
     here = parse_rank_map(plain(config.rank_pattern), source="rank_map.rank_pattern")
     both = sorted(in_file.keys() & here.keys())
     if both:
-        raise ConfigurationError(
-            f"keys {both} stand in rank_map.file and in rank_map.rank_pattern; take them out of one"
-        )
+        raise ConfigurationError(f"keys {both} are in rank_map.file and in rank_map.rank_pattern; remove them from one")
     return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (in_file | here).items()}
 
 

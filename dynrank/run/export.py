@@ -1,4 +1,4 @@
-"""What a run leaves at its end: the adapter, its ranks as a rank map, summary.json and the report."""
+"""The files of a finished run: the adapter, its ranks as a rank map, summary.json and the report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dynrank.run.report.page import write_report
 from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
 from dynrank.tasks.account import SplitAccount
 
-# This stands before the names of what a test measures on other data than the test data.
+# Prefix of the metrics that a test measures on training and validation data.
 FINAL = "final/"
 
 
@@ -47,13 +47,13 @@ def summarise(
     """The contents of summary.json.
 
     Args:
-        model: as it is exported.
+        model: the model that is exported.
         history: changes of rank.
-        metrics: of the test; those that begin with ``final/`` are of training and validation data, at the end.
-        meter: of the training.
-        held: as :func:`held_bytes` returns it, from before the test.
-        seconds: of the whole run.
-        data: what its splits came to.
+        metrics: metrics of the test; the prefix ``final/`` marks those of training and validation data.
+        meter: the meter of the training.
+        held: the result of :func:`held_bytes` before the test.
+        seconds: duration of the whole run.
+        data: {split: its counts}.
     """
     final = {name.removeprefix(FINAL): float(value) for name, value in metrics.items() if name.startswith(FINAL)}
     both = final.keys() >= {"train/loss", "val/loss"}
@@ -80,11 +80,11 @@ def summarise(
 
 
 def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
-    """Bytes of the tensors that training needs beside the frozen model, at the ranks of now.
+    """Bytes of the tensors that training needs in addition to the frozen model, at the present ranks.
 
     Returns:
-        ``adapter``, the factors of all LoRA layers; ``gradients``, as many as all trained parameters have, those of a
-        head included; ``optimizer``, its state.
+        ``adapter``: the factors of all LoRA layers; ``gradients``: those of all trained parameters, with a head;
+        ``optimizer``: the optimizer state.
     """
     state = [value for optimizer in optimizers for value in tree_leaves(list(optimizer.state.values()))]
     return {
@@ -95,15 +95,15 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
 
 
 def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
-    """Write the files of a run that has ended into ``folder``, summary.json after all that it stands for.
+    """Write the files of a finished run into ``folder``; summary.json is last, because it marks a complete run.
 
     Args:
-        model: with LoRA layers.
-        tokenizer: that made its inputs; None: none.
-        summary: of the run.
-        folder: of the run.
-        config: of the run; with ``plots`` there is a report, with pictures.
-        steps: that the optimizer has made.
+        model: the model with LoRA layers.
+        tokenizer: tokenizer of the model's inputs, or None.
+        summary: summary of the run.
+        folder: folder of the run.
+        config: configuration of the run; ``plots`` adds a report with pictures.
+        steps: optimizer steps made.
     """
     join(folder)
     adapter, rslora = folder / "adapter", config.lora.rslora
@@ -132,6 +132,6 @@ def servers(setting: Any) -> list[Server]:
 
 
 def _served(adapter: Path, folder: Path, names: Iterable[Server]) -> list[str]:
-    """The lines that serve what is written into ``folder``, in the place of what an interrupted run has left there."""
+    """Export into ``folder``, replacing what an interrupted run left there; returns the commands that serve it."""
     shutil.rmtree(folder, ignore_errors=True)
     return [export_adapter(adapter, folder / f"adapter.{name}", to=name).line for name in names]

@@ -1,7 +1,7 @@
-"""The folder of a run: a new one for each, or that of an interrupted run which goes on there.
+"""The folder of a run: a new folder for each run, or the folder of an interrupted run that is resumed.
 
-While a run goes on in its folder, ``metrics.csv`` from before is set aside as ``metrics.earlier.csv``, since Lightning
-writes that file from its beginning.
+While a resumed run trains, its earlier ``metrics.csv`` is renamed to ``metrics.earlier.csv``, because Lightning starts
+that file anew.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ HISTORY, GENERATIONS, LOCK = "rank_history.csv", "generations.csv", ".lock"
 
 
 def last_checkpoint(folder: Path) -> Path:
-    """Where the run in ``folder`` keeps its last checkpoint."""
+    """Path of the last checkpoint of the run in ``folder``."""
     return folder / "checkpoints" / "last.ckpt"
 
 
@@ -36,7 +36,7 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
     if not path.is_file():
         raise ConfigurationError(
             f"ckpt_path=last: {str(folder)!r} holds no run with a checkpoint; set hydra.run.dir to the folder of the "
-            "run that is to go on, or ckpt_path=null to begin one"
+            "run to resume, or ckpt_path=null to begin a new run"
         )
     if (folder / SUMMARY).exists():
         raise ConfigurationError(
@@ -48,13 +48,13 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
 
 @contextmanager
 def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
-    """Hold ``folder`` against other processes while a run is made there.
+    """Lock ``folder`` against other processes during a run.
 
     Args:
-        folder: of a new run, which takes the place of one that was killed before its first checkpoint; or of one that
-            goes on.
-        goes_on_from: optimizer steps of the checkpoint that it goes on from; what was recorded of later ones is taken
-            out of the tables.
+        folder: folder of a resumed run, or of a new one, which replaces a run that was killed before its first
+            checkpoint.
+        goes_on_from: optimizer steps of the checkpoint from which the run is resumed; rows of later steps are removed
+            from the tables.
     """
     with _locked(folder):
         checkpoints = [file for file in folder.glob("checkpoints/*") if file.suffix != PART]
@@ -63,13 +63,13 @@ def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
         elif checkpoints or (folder / SUMMARY).exists():
             raise ConfigurationError(
                 f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, "
-                "or ckpt_path=last to go on there"
+                "or ckpt_path=last to resume that run"
             )
         else:
             _empty(folder)
         try:
             yield
-        # Some values can only be refused when training starts.
+        # Some values are refused only when training starts.
         except ConfigurationError:
             if goes_on_from is None and not (folder / METRICS).exists():
                 _empty(folder)
@@ -77,25 +77,25 @@ def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
 
 
 def take_up(folder: Path, step: int) -> None:
-    """Leave in the tables of ``folder`` what was recorded before ``step``, where its run goes on."""
+    """Remove from the tables of ``folder`` the rows of ``step`` and later, before its run is resumed there."""
     metrics = _joined(_read(folder / EARLIER), _read(folder / METRICS))
     tables = {EARLIER: metrics, GENERATIONS: _read(folder / GENERATIONS)}
     for name, rows in tables.items():
-        # A text that was written after n steps stands in a row of n, and not of n - 1.
+        # A text that was generated after n steps has step n in its row; metrics have n - 1.
         end = step + (name == GENERATIONS)
         _write(folder / name, [row for row in rows if int(row["step"]) < end])
     (folder / METRICS).unlink(missing_ok=True)
 
 
 def join(folder: Path) -> None:
-    """Put what :func:`take_up` has set aside before what was recorded since."""
+    """Put the rows that :func:`take_up` has set aside before the rows recorded since."""
     if (folder / EARLIER).exists():
         _write(folder / METRICS, _joined(_read(folder / EARLIER), _read(folder / METRICS)))
         (folder / EARLIER).unlink()
 
 
 def _empty(folder: Path) -> None:
-    """Take out what a run writes before its first checkpoint."""
+    """Remove the files that a run writes before its first checkpoint."""
     for name in (METRICS, EARLIER, GENERATIONS, HISTORY):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -103,7 +103,7 @@ def _empty(folder: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock in ``folder``; whatever ends this process lets go of it."""
+    """Hold a lock in ``folder``; it is released however this process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+", encoding="utf-8")
@@ -128,7 +128,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _joined(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of both, without those of ``before`` that ``after`` has again: of a validation that was repeated."""
+    """Rows of both, without rows of ``before`` that ``after`` repeats, as after a repeated validation."""
 
     def subject(row: dict[str, str]) -> tuple[str, ...]:
         return (row["step"], *sorted(name for name, value in row.items() if value))

@@ -35,7 +35,7 @@ from dynrank.triggers import Run
 
 @dataclass
 class Job:
-    """What a configuration stands for: the task, its module with LoRA layers in place, and the schedule."""
+    """The objects of a run: the task, its module with LoRA layers, and the schedule."""
 
     task: Any
     module: LightningModule
@@ -46,14 +46,14 @@ class Job:
 def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callable[[], None] | None = None) -> Summary:
     """Train, test and export into ``folder``; returns the contents of summary.json.
 
-    Of several processes the first one writes the files. With ``ckpt_path=last`` the interrupted run in ``folder`` goes
-    on there.
+    With several processes, process 0 writes the files. With ``ckpt_path=last`` the interrupted run in ``folder`` is
+    resumed.
 
     Args:
-        config: of the run, composed.
-        folder: of the run.
-        sweep: whether it is one run of a sweep.
-        record: called once nothing is refused any more, by the first process.
+        config: composed configuration of the run.
+        folder: folder of the run.
+        sweep: whether the run is part of a sweep.
+        record: called by process 0 after all checks.
     """
     start = time.perf_counter()
     quiet_training()
@@ -74,11 +74,11 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
-        # There is one mapping for each data loader.
+        # The trainer returns one mapping for each data loader.
         tested = trainer.test(job.module, job.task, verbose=False)
         metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
         seconds = time.perf_counter() - start
-        # Some tasks count what their data come to.
+        # Only some tasks count their data.
         data = getattr(job.task, "account", {})
         summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data)
         if first:
@@ -107,7 +107,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     task = make_task(config, on_meta=on_meta)
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     lora, optimizer = {**plain(config.lora), "rank_map": pattern}, plain(config.optimizer)
-    # What can be refused is refused here, before weights load.
+    # A module without weights is built first, so that faults are found before the weights are loaded.
     module = task.module(lora, optimizer, on_meta=True)
     scheduler.driver.check_model(module.model, run)
     check_export(servers(config.export), module.model)
@@ -119,7 +119,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
 
 
 def make_task(config: DictConfig, *, on_meta: bool) -> Any:
-    """The task of a run; ``on_meta``, to look at its layers, it has two classes where ``lacks_data``."""
+    """The task of a run; with ``on_meta``, a task that :func:`lacks_data` gets two classes, to inspect its layers."""
     if on_meta and lacks_data(config):
         config = config.copy()
         OmegaConf.update(config, "data", dict.fromkeys(SPLITS, [["one", "one"], ["two", "two"]]), merge=False)
@@ -127,7 +127,7 @@ def make_task(config: DictConfig, *, on_meta: bool) -> Any:
 
 
 def lacks_data(config: DictConfig) -> bool:
-    """Whether a file of training data is wanted and not named; of it, layers depend on the number of classes alone."""
+    """Whether a required data.train is not set; layers depend on data only by the number of classes."""
     return OmegaConf.select(config, "data.train", default="") is None
 
 

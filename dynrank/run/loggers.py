@@ -1,4 +1,4 @@
-"""The loggers of a run: metrics.csv, and those that the user has chosen."""
+"""The loggers of a run: metrics.csv, and the loggers that the user has chosen."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make
 
-# The choices of the group are also the names of the extras that bring them.
+# The choices of the group ``logger`` are also the names of the extras that install them.
 _PACKAGES = ("tensorboard", "wandb", "mlflow")
 
 
@@ -34,7 +34,7 @@ def make_loggers(config: DictConfig, folder: Path) -> list[Logger]:
 
 @contextmanager
 def finished() -> Iterator[None]:
-    """End what the block has begun with Weights & Biases, which would take this process's next run for the same."""
+    """End the Weights & Biases run of the block, which this process's next run would otherwise continue."""
     try:
         yield
     finally:

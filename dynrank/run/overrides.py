@@ -1,4 +1,4 @@
-"""What is wrong with a user's overrides, in one line: Hydra's errors in our words, and keys that nothing reads."""
+"""Errors in a user's overrides, in one line: Hydra's errors in our words, and keys that nothing reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dynrank.errors import ConfigurationError
 
-# What was configured in version 0.2 and has gone: what to write instead.
+# {choice or key of version 0.2 that was removed: what to write instead}.
 GONE = {
     "schedule/budget": "schedule=early_budget (early), or schedule=after_convergence",
     "schedule/halving_on_plateau": "schedule=after_convergence schedule.drops=2",
@@ -38,9 +38,9 @@ _TYPES = {"int": "an int", "float": "a number", "bool": "true or false", "str": 
 
 @contextmanager
 def overrides_explained() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise within the block into a ConfigurationError of one line.
+    """Turn errors of Hydra and OmegaConf inside the block into a ConfigurationError of one line.
 
-    Hydra makes the folder of a run, or of a sweep, before it calls what is to be done there.
+    This includes the OSError of Hydra if it cannot make the folder of a run or a sweep.
     """
     try:
         yield
@@ -58,16 +58,16 @@ def overrides_explained() -> Iterator[None]:
 
 
 def check_keys(config: DictConfig) -> None:
-    """Refuse keys that ``+key=value`` has put where nothing reads them.
+    """Refuse keys from ``+key=value`` that nothing reads.
 
-    Groups whose ``_target_`` names a class take any key here: the class itself refuses what it does not know.
+    A group whose ``_target_`` names a class may have any key here, because the class itself refuses unknown ones.
     """
     for key in _unread(config):
         raise ConfigurationError(unknown_key(key, config))
 
 
 def _unread(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Keys of nodes with a dataclass as their type that are none of its fields."""
+    """Keys of typed nodes that are not fields of the node's dataclass."""
     kind = OmegaConf.get_type(node)
     if kind is None or not is_dataclass(kind):
         return
@@ -97,11 +97,11 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
 
 
 def unknown_key(key: str, config: Any) -> str:
-    """What to say of a key that nothing reads: the nearest ones of ``config``."""
+    """The message about a key that nothing reads, with the nearest keys of ``config``."""
     if key in GONE:
         return _gone(key)
     name = key.rpartition(".")[2]
-    # The initials of learning_rate are lr.
+    # Initials also match: learning_rate gives lr.
     initials = "".join(word[:1] for word in name.split("_"))
 
     def likeness(other: str) -> float:
@@ -126,13 +126,13 @@ def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def _children(node: DictConfig) -> Iterator[tuple[str, DictConfig | None]]:
-    """Every key of ``node``, with the mapping that it holds, if it does."""
+    """(key, its value if that is a mapping, otherwise None) for every key of ``node``."""
     for name in map(str, node):
         child = node._get_node(name)
         yield name, child if isinstance(child, DictConfig) and not child._is_none() else None
 
 
 def _raised_by_hydra(error: Exception) -> bool:
-    """Whether Hydra, or what it reads files and overrides with, raised a plain error, as for ``schedule=null``."""
+    """Whether Hydra or one of its parsers raised an error of a built-in type, as for ``schedule=null``."""
     packages = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in walk_tb(error.__traceback__)]
     return [name for name in packages if name not in sys.stdlib_module_names][-1] in _HYDRA

@@ -1,4 +1,4 @@
-"""What is refused before a run starts, because it would fail late or in the words of others."""
+"""Checks before a run starts, for faults that would otherwise appear late or with an unclear message."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dynrank.run.overrides import unknown_key
 # Nothing else checks these keys before training.
 _LIMITS = {
     "lora.rank": Count,
-    # NumPy's generator takes no larger seed.
+    # NumPy's generator allows no larger seed.
     "seed": Annotated[int, Field(ge=0, lt=2**32)],
     "checkpoint_every": Count,
     "trainer.max_steps": Annotated[int, Field(ge=-1)],
@@ -36,7 +36,7 @@ _LIMITS = {
 }
 
 
-# What a checkpoint has to hold, to go on from it.
+# Parts that a checkpoint must have to resume from it.
 _PARTS = {
     "state_dict": dict,
     "optimizer_states": list,
@@ -64,7 +64,7 @@ def check_run(config: DictConfig) -> None:
     strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
         raise ConfigurationError(
-            f"trainer.strategy={strategy} trains in processes whose results do not all come back; set it to ddp"
+            f"trainer.strategy={strategy} does not return all results of its processes; set it to ddp"
         )
 
 

@@ -103,7 +103,7 @@ def test_rank_pattern_joins_a_file_and_what_a_file_would_hold(tmp_path):
 def test_rank_pattern_refuses_a_key_in_two_places(tmp_path):
     file = tmp_path / "ranks.yaml"
     file.write_text("rank_pattern: {query: 8}\n")
-    with pytest.raises(ConfigurationError, match=r"\['query'\] stand in rank_map.file and in"):
+    with pytest.raises(ConfigurationError, match=r"\['query'\] are in rank_map.file and in"):
         rank_pattern(dynrank.compose([f"rank_map.file={file}", "+rank_map.rank_pattern.query=4"]).rank_map)
 
 

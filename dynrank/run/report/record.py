@@ -1,4 +1,4 @@
-"""What the files of a finished run say, read and held against each other."""
+"""Reading the files of a finished run, with checks that they fit together."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 
 
-# Not strict, since cells of CSV are texts; the report does not read the columns of the estimated loss.
+# Not strict, because cells of CSV are texts. The report does not read the columns of the estimated loss.
 @checked_dataclass(frozen=True, config=ConfigDict(extra="ignore"))
 class LayerChange:
-    """A line of rank_history.csv: what a change did to a layer."""
+    """A row of rank_history.csv: one layer in one change."""
 
     step: int
     layer: str
@@ -42,7 +42,7 @@ class LayerChange:
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Generation:
-    """A line of generations.csv: what the model wrote behind a prompt after ``step`` optimizer steps."""
+    """A row of generations.csv: the text generated for a prompt after ``step`` optimizer steps."""
 
     step: int
     split: str
@@ -53,7 +53,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Change:
-    """Lines of rank_history.csv that belong together: one change of ranks, or one that was taken back."""
+    """The rows of rank_history.csv of one change of ranks, which may have been undone."""
 
     step: int
     reason: str
@@ -65,7 +65,7 @@ class Change:
 
     @property
     def ranks(self) -> str:
-        """``32 → 16``, or ranges where layers differ."""
+        """``32 → 16``, or ranges if layers differ."""
         before, after = ({getattr(la, name) for la in self.layers.values()} for name in ("rank_before", "rank_after"))
         return f"{span(before)} → {span(after)}"
 
@@ -76,7 +76,7 @@ class Change:
 
     @property
     def predicted_error(self) -> float:
-        """Of all layers together: the root of the sum of their squares."""
+        """The error of all layers together: the root of the sum of squares."""
         return float(sum(layer.predicted_error**2 for layer in self.layers.values()) ** 0.5)
 
 
@@ -85,15 +85,15 @@ class RunRecord:
     """A finished run.
 
     Attributes:
-        folder: where it is.
-        config: its whole configuration, YAML.
+        folder: folder of the run.
+        config: the whole configuration as YAML.
         settings: values of the configuration by their keys, as deep as ``group.key``.
-        overrides: what was given on the command line; None: not recorded.
+        overrides: overrides of the command line; None: not recorded.
         summary: summary.json.
         metrics: metrics.csv.
         last_step: optimizer steps made.
-        changes: in the order in which they were made.
-        layers: of the exported adapter, layer -> spectrum, in the order of the model.
+        changes: changes of rank in the order of time.
+        layers: {layer of the exported adapter: its spectrum}, in the order of the model.
         generations: generations.csv.
     """
 
@@ -110,11 +110,11 @@ class RunRecord:
 
     @property
     def made(self) -> list[Change]:
-        """The changes that were not taken back."""
+        """The changes that were not undone."""
         return [change for change in self.changes if not change.undone]
 
     def ranks(self) -> dict[str, list[tuple[int, int]]]:
-        """Layer -> (optimizer step, rank from there on), from step 0."""
+        """{layer: [(optimizer step, rank from that step on), ...]}, from step 0."""
         ranks: dict[str, list[tuple[int, int]]] = {}
         for name, last in self.summary.final_ranks.items():
             own = [change.layers[name] for change in self.made if name in change.layers]
@@ -123,11 +123,11 @@ class RunRecord:
 
     @property
     def layers_differ(self) -> bool:
-        """Whether any layer has other ranks than another at any time."""
+        """Whether the ranks of any two layers differ at any time."""
         return len(set(map(tuple, self.ranks().values()))) > 1
 
     def answers(self, count: int) -> list[dict[int, Generation]]:
-        """What was written last behind ``count`` prompts, in validations if there are any, and first before that."""
+        """The first and last texts for ``count`` prompts, from validations if there are any."""
         split = "val" if any(line.split == "val" for line in self.generations) else "test"
         found: dict[str, dict[int, Generation]] = {}
         for line in (line for line in self.generations if line.split == split):
@@ -135,7 +135,7 @@ class RunRecord:
         return [{step: lines[step] for step in (min(lines), max(lines))} for lines in found.values()][:count]
 
     def energy_kept(self, layer: str) -> list[float]:
-        """By each change of ``layer`` that was not taken back."""
+        """Share of the energy that each change of ``layer`` kept; undone changes are left out."""
         return [change.layers[layer].energy_kept for change in self.made if layer in change.layers]
 
 
@@ -143,8 +143,8 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
     """Read the files of a run that has ended.
 
     Args:
-        folder: with summary.json, metrics.csv, rank_history.csv and adapter/, and .hydra/ if it is there.
-        config: the run's configuration as YAML, for a run that Hydra did not start; else .hydra/config.yaml has it.
+        folder: folder with summary.json, metrics.csv, rank_history.csv and adapter/, and optionally .hydra/.
+        config: the run's configuration as YAML, for a run that Hydra did not start; None: .hydra/config.yaml.
     """
     try:
         summary = read_summary(folder)

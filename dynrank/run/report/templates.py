@@ -1,4 +1,4 @@
-"""The templates of what a run tells of itself, and how they write numbers."""
+"""The templates of a run's report and card, and their formats of numbers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynrank.output.console import one_line, span
 
 
 def template(name: str) -> Template:
-    """The template in the file ``name``; of HTML, what is put in is escaped."""
+    """The template in the file ``name``; in HTML, inserted values are escaped."""
     found = Environment(
         loader=PackageLoader("dynrank.run.report", ""),
         autoescape=".html" in name,
@@ -28,7 +28,7 @@ def template(name: str) -> Template:
 
 
 def _code(text: str) -> str:
-    """``text`` as Markdown's code, which holds no links and no HTML, within one line."""
+    """``text`` as code in one line of Markdown, so that it makes no links and no HTML."""
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {one_line(text)} {fence}" if len(fence) > 1 else f"`{one_line(text)}`"
 

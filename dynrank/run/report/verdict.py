@@ -1,4 +1,4 @@
-"""What a finished run came to, in sentences: quality around each change, bytes, gap, other runs, what to try next."""
+"""The results of a finished run in sentences: quality around each change, bytes, gap, other runs, next commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dynrank.run.command import command
 from dynrank.run.report.record import Change, RunRecord
 from dynrank.run.summary import Summary, read_summary
 
-# WORSE and FAR are shares of the loss: lost by a change, and between training and validation.
+# WORSE is a share of the loss that a change adds; FAR is a share between training and validation loss.
 LOSS, WORSE, FAR = "val/loss", 0.01, 0.3
 
 
@@ -28,12 +28,12 @@ def read_rival(folder: Path) -> Summary:
 
 
 def run_name(folder: Path) -> str:
-    """The last two parts of its path: a run without a name has date and time."""
+    """The last two parts of the path: the date and the time for a run without a name."""
     return "/".join(folder.resolve().parts[-2:])
 
 
 def conclusions(run: RunRecord, rivals: Mapping[str, Summary]) -> Iterator[str]:
-    """Sentences, the most wanted first."""
+    """Sentences about the run, the most important first."""
     summary = run.summary
     if summary.test:
         tested = ", ".join(f"{name} {value:.4g}" for name, value in summary.test.items())
@@ -62,7 +62,7 @@ def conclusions(run: RunRecord, rivals: Mapping[str, Summary]) -> Iterator[str]:
 
 
 def compared(runs: Iterable[Summary]) -> dict[str, list[str]]:
-    """What is compared -> how it came out in each of ``runs``, "–" where it was not measured."""
+    """{what is compared: its value in each of ``runs``}; "–" means not measured."""
     rows: list[dict[str, str]] = [
         {name: f"{value:.4g}" for name, value in run.test.items()}
         | ({"gap": f"{run.gap:.3g}"} if run.gap is not None else {})
@@ -74,7 +74,7 @@ def compared(runs: Iterable[Summary]) -> dict[str, list[str]]:
 
 
 def kinds_of_loss(run: RunRecord) -> str:
-    """Why the two curves of loss cannot be held against each other."""
+    """Why the training loss and the validation loss in the picture cannot be compared."""
     config = run.settings
     smoothing, dropout = config.get("task.label_smoothing"), config.get("lora.dropout")
     causes = [f"label smoothing ({smoothing})"] if smoothing else []
@@ -90,10 +90,10 @@ class Around:
     """A metric by the validations next to a change.
 
     Attributes:
-        before: the last one before it; None: there was none.
-        after: the first one after it.
-        earlier: optimizer steps from the one before to the change.
-        later: optimizer steps from the change to the one after; 0: it validated what the change had left.
+        before: value of the last validation before the change; None: there was none.
+        after: value of the first validation after the change.
+        earlier: optimizer steps from the validation before to the change.
+        later: optimizer steps from the change to the validation after; 0: it validated the changed weights directly.
     """
 
     before: float | None
@@ -103,7 +103,7 @@ class Around:
 
     @property
     def cost(self) -> float | None:
-        """What share of the metric the change added; None where training lies between the two validations."""
+        """Share that the change added to the metric; None if there was training between the two validations."""
         if self.before and self.after is not None and not self.earlier and not self.later:
             return self.after / self.before - 1
         return None
@@ -122,8 +122,8 @@ def _steps(count: int, where: str) -> str:
 def around(run: RunRecord, change: Change, metric: str) -> Around:
     """``metric`` before and after a change; a validation after n steps is in row n - 1.
 
-    Validations that check a change (``max_regression``) are made at its step: the first of several before it, the last
-    one after it.
+    If validations check a change (``max_regression``), several have its step: the first was before the change, the
+    last after it.
     """
     rows = list(zip(*run.metrics.get(metric, ([], [])), strict=True))
     at = [value for step, value in rows if step == change.step]
@@ -143,7 +143,7 @@ def _checks(settings: object) -> bool:
 
 
 def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
-    """(why, command) of what is worth trying next."""
+    """(reason, command) for each run that is worth trying next."""
     config, ranks = run.settings, sorted(set(run.summary.final_ranks.values()))
     middle = round(sum(run.summary.final_ranks.values()) / len(run.summary.final_ranks))
     if run.overrides is not None:

@@ -1,1 +1,1 @@
-"""Several runs of one configuration, and what they came to."""
+"""Several runs of one configuration, and their results."""

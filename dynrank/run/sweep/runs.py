@@ -1,4 +1,4 @@
-"""The runs of a sweep: each is made, goes on, or is left alone because it has ended; the table comes at the end."""
+"""The runs of a sweep: each is started, resumed, or skipped because it has ended; the table comes at the end."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from dynrank.run.sweep.table import FAULT, show_sweep
 def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -> float | None:
     """Make the run that ``config`` describes in ``folder``; returns its ``objective`` at the final weights.
 
-    With ``ckpt_path=last`` a run that has ended is left alone, one that was interrupted goes on from its checkpoint,
-    and one that has no checkpoint begins. A run that fails says so in its folder.
+    With ``ckpt_path=last`` a finished run is skipped, an interrupted run is resumed from its checkpoint, and a run
+    without a checkpoint is started. If a run fails, its folder gets a file with the error.
 
     Args:
-        config: of the run.
-        folder: of the run.
+        config: configuration of the run.
+        folder: folder of the run.
         record: writes the configuration into ``folder``.
     """
     # If the folder has .hydra/, it may be the folder of another run.
@@ -36,7 +36,7 @@ def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -
     def begin() -> None:
         nonlocal own
         own = True
-        # The error of an earlier try goes.
+        # Remove the error of an earlier attempt.
         (folder / FAULT).unlink(missing_ok=True)
         record()
 
@@ -61,14 +61,14 @@ def _summary(config: DictConfig, folder: Path, begin: Callable[[], None]) -> Sum
             return read_summary(folder)
         if not last_checkpoint(folder).exists():
             config.ckpt_path = None
-    # torch and transformers load here.
+    # Imported here, because torch and transformers load slowly.
     from dynrank.run.job import run
 
     return run(config, folder, sweep=True, record=begin)
 
 
 def _check_same(folder: Path, config: DictConfig) -> None:
-    """Refuse to go on with a run that was started with other values than those of ``config``; none is no fault."""
+    """Refuse to resume a run that was started with other values than ``config``; a folder without a run is allowed."""
     file = folder / ".hydra" / "config.yaml"
     if not file.exists():
         return
@@ -91,26 +91,26 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 class SweepFolder(Callback):
-    """Remembers where a sweep is made, which Hydra tells to its callbacks alone.
+    """Stores the folder of a sweep, which Hydra passes only to its callbacks.
 
-    The table is not made in ``on_multirun_end``, which Hydra calls only where no run failed, and whose errors it turns
+    The table is not made in ``on_multirun_end``, because Hydra calls that only if no run failed, and turns its errors
     into warnings.
 
     Attributes:
-        begun: folder, and whether to draw, of the sweep that this process is making.
+        begun: (folder, whether to draw the picture) of this process's sweep.
     """
 
     begun: ClassVar[tuple[Path, bool] | None] = None
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        # Sweepers import loud libraries.
+        # Sweepers import libraries that print messages.
         quiet_imports()
         SweepFolder.begun = Path(config.hydra.sweep.dir), bool(OmegaConf.select(config, "plots", default=True))
 
 
 @contextmanager
 def table_at_end() -> Iterator[None]:
-    """Show the table of the sweep that was made within, if it was one; after an interruption, how to go on."""
+    """Show the table if the block made a sweep; after an interruption, say how to resume it."""
     SweepFolder.begun = None
     try:
         yield
@@ -129,7 +129,7 @@ def table_at_end() -> Iterator[None]:
 
 
 def _show_beside_error(folder: Path, plot: bool) -> None:
-    """Show what there is; nothing, if the sweep was refused as a whole."""
+    """Show the table of the runs so far; nothing if the whole sweep was refused."""
     try:
         if folder.is_dir():
             show_sweep(folder, plot=plot)

@@ -1,4 +1,4 @@
-"""The table and the picture of a sweep, made from what its runs have left in their folders."""
+"""The table and the picture of a sweep, from the files in its runs' folders."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from dynrank.run.command import read_overrides
 from dynrank.run.folder import HISTORY
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 
-# It lies in the folder of a run that failed: the error in one line, then its traceback.
+# File in the folder of a failed run: the error in one line, then its traceback.
 FAULT = "error.txt"
 TABLE, PICTURE = "sweep.csv", "sweep.png"
-# These overrides make no other setting.
+# Runs that differ only in these overrides have the same setting.
 _REPEATED = ("seed", "ckpt_path")
-# {result: (heading, unit, format)}, shown beside the test metrics.
+# {result: (heading, unit, format)}, shown in addition to the test metrics.
 _SHOWN = {
     "gap": ("gap", 1.0, ".4f"),
     "adapter_parameters": ("adapter parameters", 1.0, ",.0f"),
@@ -38,15 +38,15 @@ _SHOWN = {
 
 @dataclass(frozen=True)
 class SweepRun:
-    """What one run of a sweep says of itself.
+    """One run of a sweep, as its folder describes it.
 
     Attributes:
-        folder: of the run.
-        overrides: key -> value that it was started with, as text.
-        results: of its test, of other data at the end (``final/…``), ``gap``, ``adapter_parameters``,
+        folder: folder of the run.
+        overrides: {key: value as text} of the overrides that started the run.
+        results: metrics of the test and of other data (``final/…``), ``gap``, ``adapter_parameters``,
             ``adapter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and ``step_seconds``, as far as its summary.json
             has them; empty if it has not ended.
-        fault: why it has no results.
+        fault: why the run has no results.
     """
 
     folder: Path
@@ -57,11 +57,11 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs that differ in their seed alone.
+    """Runs that differ only in their seed.
 
     Attributes:
-        setting: override -> value, of those that differ between arms.
-        runs: all of them, ended or not.
+        setting: {override: value} for the overrides that differ between arms.
+        runs: all runs of the arm, finished or not.
     """
 
     setting: dict[str, str]
@@ -78,7 +78,7 @@ class Arm:
         return fmean(self.values(name)) if self.values(name) else None
 
     def deviation(self, name: str) -> float | None:
-        """Standard deviation of the sample; None of fewer than two values."""
+        """Sample standard deviation; None for fewer than two values."""
         return stdev(self.values(name)) if len(self.values(name)) > 1 else None
 
 
@@ -92,7 +92,7 @@ def read_sweep(folder: Path) -> list[SweepRun]:
 
 
 def arms(runs: Sequence[SweepRun]) -> list[Arm]:
-    """Put runs together whose overrides differ in ``seed`` alone, ascending where all that differs are numbers."""
+    """Group runs whose overrides differ only in ``seed``; groups ascend if their settings are numbers."""
     keys = list(dict.fromkeys(key for run in runs for key in run.overrides if key not in _REPEATED))
     varied = [key for key in keys if len({run.overrides.get(key) for run in runs}) > 1]
     members: dict[tuple[str, ...], list[SweepRun]] = {}
@@ -148,13 +148,13 @@ def _results(summary: Summary) -> dict[str, float]:
 
 
 def _order(folder: Path) -> list[tuple[int, int, str]]:
-    """Numbers in a path by their value."""
+    """Sort key that orders numbers in a path by value."""
     parts = re.split(r"(\d+)", str(folder))
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
 def _shown(names: Sequence[str]) -> dict[str, tuple[str, float, str]]:
-    """Of the results ``names`` those for the table and the picture, with heading, unit and format."""
+    """{name: (heading, unit, format)} for the results of ``names`` in the table and the picture."""
     return {name: _SHOWN.get(name, (name, 1.0, ".4f")) for name in names if name in _SHOWN or name.startswith("test/")}
 
 
