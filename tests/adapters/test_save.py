@@ -102,7 +102,7 @@ def test_save_refuses_what_it_has_no_place_for(zoo, tmp_path):
 
     model = dynrank.add_lora(Net(), rank=2)
     model.shift.requires_grad_(True)
-    with pytest.raises(ConfigurationError, match="the model' holds LoRA layers and a trainable parameter"):
+    with pytest.raises(ConfigurationError, match="the model' has LoRA layers and a trainable parameter"):
         dynrank.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ConfigurationError, match="no LoRA layers to save"):
         dynrank.save_adapter(zoo.plain("llama"), tmp_path / "adapter")

@@ -259,7 +259,7 @@ def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
     content = json.loads(file.read_text())
     del content["stateful_callbacks"]["RankTrainerCallback"]
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigurationError, match=r"step 2 was made without.*resume_from_checkpoint"):
+    with pytest.raises(ConfigurationError, match=r"step 2 has no state of a.*resume_from_checkpoint"):
         trainer(tmp_path, own(), callback()).train(resume_from_checkpoint=str(file.parent))
 
 
