@@ -1,5 +1,6 @@
 """What several test files share: a small LightningModule of a user's, small models, one whole run, the commands."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 import dynrank
 from dynrank.errors import configured
 from dynrank.tasks.loader import ResumableLoader
+
+# Programs that a shell starts in the background ignore Ctrl-C, which tests send to themselves.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What scripts/test --quick runs: the maths, a small run of each schedule, round trips with PEFT, and bad input.
 QUICK = (

@@ -41,5 +41,5 @@ class Experts(nn.Module):
 
 
 def test_what_we_say_of_a_model_is_an_error():
-    with pytest.raises(UserWarning, match="of the model stay frozen"):
+    with pytest.raises(UserWarning, match="of the model stays frozen"):
         add_lora(Experts(), rank=2)

@@ -27,8 +27,11 @@ State = dict[str, Any]
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the end of the block. (Ctrl-C never interrupts threads other than the main one.)"""
-    if threading.current_thread() is not threading.main_thread():
+    """Delay Ctrl-C until the end of the block.
+
+    Ctrl-C interrupts the main thread alone, and a handler that was not set by Python cannot be put back.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
         yield
         return
     pressed: list[int] = []
