@@ -31,8 +31,10 @@ from torch import Tensor
 from dynrank.adapters.squeeze import squeeze_adapter
 from dynrank.linalg import singular_values, truncate_product
 
-Shapes = dict[str, tuple[int, int]]  # name of a layer -> (d_out, d_in)
-Pair = tuple[Tensor, Tensor]  # lora_up, lora_down
+# {name of a layer: (d_out, d_in)}.
+Shapes = dict[str, tuple[int, int]]
+# The factors lora_up and lora_down.
+Pair = tuple[Tensor, Tensor]
 LAYERS = {
     "640 x 640": (640, 640),
     "1280 x 1280": (1280, 1280),
