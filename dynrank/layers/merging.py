@@ -40,8 +40,9 @@ def merge(model: M) -> M:
             config: Any = getattr(module, "config", None)
             if getattr(config, "tie_word_embeddings", False):
                 config.tie_word_embeddings = False
-    plain = {id(layer): layer.merge() for layer in layers.values()}
-    plain |= {id(module): module.base for module in model.modules() if isinstance(module, LoRAOwner)}
-    replace_modules(model, plain)
+    # Layer by layer, so that an interrupted merge counts no update twice.
+    for layer in layers.values():
+        replace_modules(model, {id(layer): layer.merge()})
+    replace_modules(model, {id(module): module.base for module in model.modules() if isinstance(module, LoRAOwner)})
     mark_unpacked(model)
     return model

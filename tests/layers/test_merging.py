@@ -71,3 +71,17 @@ def test_merge_restores_the_module_tree():
     assert_close(net["head"](net["body"](x)), y)
     with pytest.raises(ConfigurationError, match="no LoRA layers"):
         dynrank.merge(net)
+
+
+def test_an_interrupted_merge_counts_no_update_twice(monkeypatch):
+    net = randomize(dynrank.add_lora(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), rank=2))
+    x = torch.randn(3, 6)
+    y = net(x)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(net[1], "merge", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dynrank.merge(net)
+    assert_close(net(x), y)
