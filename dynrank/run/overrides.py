@@ -29,6 +29,7 @@ GONE = {
     "schedule/trigger/subspace": "schedule/trigger=plateau",
     "schedule/trigger/tail_energy": "schedule/trigger=plateau",
     "lora.capacity": "nothing: a compiled model is compiled anew for every rank",
+    "schedule.shape": "nothing: every cut of anneal is by the same factor",
     "schedule.check_batches": "nothing: auto validates all validation data, after the last step alone",
 }
 PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
