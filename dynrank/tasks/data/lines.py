@@ -26,6 +26,8 @@ _BLOCK = 2**24
 _BLANKS = re.compile(r"\s*")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _BOM = b"\xef\xbb\xbf"
+# An object with a list of objects, and before it nothing but simple values.
+_HOLDER = re.compile(rb"\{[^\[{]*\[\s*\{")
 _DECODER = json.JSONDecoder()
 
 
@@ -170,6 +172,9 @@ def _json_array(part: Part) -> Rows:
         elif not text.startswith("]", place):
             yield line + text.count("\n", counted, place), "is no JSON: ',' or ']' must follow a row"
             return
+    rest = text[place + 1 :].strip()
+    if rest != "}" * text.lstrip().startswith("{"):
+        yield line, f"ends the list, and more follows: {shown(rest)}; a file must hold one list of rows"
 
 
 def _behind(text: str, place: int) -> int:
@@ -186,8 +191,14 @@ def _object(found: Any) -> dict[str, Any] | str:
 
 
 def _is_array(path: Path) -> bool:
+    """Whether a file is one array of rows, as in {"data": [...]} too, and has no row in each line."""
     with path.open("rb") as file:
-        return file.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+        head = file.read(4096).removeprefix(_BOM).lstrip()
+        if head.startswith(b"[") or path.suffix != ".json" or not _HOLDER.match(head):
+            return head.startswith(b"[")
+        file.seek(0)
+        lines = filter(None, map(bytes.strip, file))
+        return not (next(lines).endswith(b"}") and next(lines, b"").startswith(b"{"))
 
 
 def _txt(part: Part) -> Rows:

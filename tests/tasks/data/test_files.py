@@ -47,6 +47,18 @@ def test_every_row_of_a_file_is_in_one_split(kind, tmp_path):
     assert sizes == pytest.approx({"train": 120, "val": 40, "test": 40}, abs=15)
 
 
+def test_rows_in_a_json_file_are_a_list_alone_or_in_an_object_or_lines(tmp_path):
+    file, pair = tmp_path / "a.json", {"version": "1", "data": ROWS}
+    for content in (json.dumps({"data": ROWS}), json.dumps(pair, indent=1), "\n".join(map(json.dumps, ROWS))):
+        file.write_text(content)
+        assert sorted(sum(read(str(file)).values(), [])) == pairs(ROWS)
+    file.write_text(
+        "\n\n".join(json.dumps({"messages": [{**TALKS[0], "content": str(i)}, TALKS[1]]}) for i in range(9))
+    )
+    parts = from_files(str(file), None, None, form="chat", columns={}, share=0.3, seed=0)
+    assert sum(map(len, parts.values())) == 9
+
+
 def test_splits_depend_on_seed_and_text_alone(tmp_path):
     whole, half = (write(tmp_path / f"{n}.csv", ROWS[:n]) for n in (200, 100))
     assert read(whole) == read(whole) != read(whole, seed=1)
@@ -108,6 +120,7 @@ BAD = {
     "broken JSON": ("classification", "a.jsonl", jsonl('{"text": ', count=16), "line 17 is no JSON"),
     "deep JSON": ("classification", "a.jsonl", jsonl("[" * 100_000), "line 31 is no JSON"),
     "a broken array": ("classification", "a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "line 3 is no JSON"),
+    "two arrays": ("text", "a.json", b'{"train": [{"text": "x"}],\n"val": []}', "line 1 ends .* and more follows"),
     "a row without a label": ("classification", "a.csv", b"text,label\n\nx,1\ny,1\nz,\n", "line 5 has no label"),
     "a null label": ("classification", "a.jsonl", b"\n" + jsonl({"text": "x", "label": None}), "line 32 has no label"),
     "a label seen once": ("classification", "a.jsonl", jsonl({"text": "x", "label": "b"}), "line 31 alone .* 'b'"),
