@@ -91,7 +91,7 @@ def test_two_hundred_layers_and_many_steps_stay_below_two_megabytes(run_folder, 
 def test_data_are_told_of_alike_in_the_output_the_summary_and_the_page(smoke_run, page_of):
     data = json.loads((smoke_run[0] / "summary.json").read_text())["data"]
     assert list(data) == ["train", "val", "test"]
-    rows = {row[0]: row for row in page_of(smoke_run[0] / "report.html").table("What each split came to")[1:]}
+    rows = {row[0]: row for row in page_of(smoke_run[0] / "report.html").table("Counts of each split")[1:]}
     for name, split in data.items():
         assert sum(split["classes"].values()) == split["rows"] >= split["examples"]
         numbers = [
