@@ -20,7 +20,10 @@ def read_overrides(folder: Path) -> list[str] | None:
 def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str | None:
     """The command of the run in ``folder``, with ``changes`` instead of the overrides they replace; None: not recorded.
 
-    The keys and groups ``without`` are left out, a group with all of its keys.
+    Args:
+        folder: folder of the run.
+        *changes: overrides and options.
+        without: keys, and groups with all of their keys, that are left out.
     """
     overrides = read_overrides(folder)
     if overrides is None:
@@ -29,8 +32,8 @@ def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str |
     kept = []
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        group = re.split(r"[./@]", key)[0]
-        if override != "ckpt_path=last" and key not in left_out and group not in without:
+        groups = re.split(r"[./@]", key)[0]
+        if override != "ckpt_path=last" and key not in left_out and groups not in {*without}:
             kept.append(override)
     return shlex.join(["dynrank-train", *_options(folder), *kept, *changes])
 
@@ -42,11 +45,11 @@ def override(key: str, value: object) -> str:
 
 
 def _options(folder: Path) -> list[str]:
-    """The options that name folders of configuration files, relative to where the run was started if they lie there."""
+    """The options that say where configuration files are, relative to where the run was started if they lie there."""
     file = folder / ".hydra" / "hydra.yaml"
-    if not file.exists():
+    hydra: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"] if file.exists() else {}
+    if not hydra:
         return []
-    hydra: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"]
     start, options = Path(hydra["runtime"]["cwd"]), []
     for source in hydra["runtime"]["config_sources"]:
         if source["provider"] == "command-line":

@@ -1,34 +1,27 @@
 """Of how many terms a loss is the mean, and which examples a batch has: against gates by autograd in float64."""
 
-import copy
 from contextlib import closing
 
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
+from real_gates import gated
 from torch import nn
-from torch.nn.utils import parametrize
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
+from trained import updated
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import dynrank
 from dynrank.change.gates import Gates
-from dynrank.linalg import stacked, truncate_product
 
 SIZES = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 EVERY = torch.arange(5)
 
 
-def updated(net):
-    for _, layer in dynrank.lora_layers(net):
-        nn.init.normal_(layer.lora_B, std=0.3)
-    return net
-
-
 def adapted(net, targets):
-    return updated(dynrank.add_lora(net.double(), rank=2, alpha=4, target_modules=targets, dtype=torch.float64))
+    return updated(dynrank.add_lora(net.double(), rank=2, alpha=4, target_modules=targets, dtype=torch.float64), 0.3)
 
 
 class Net(nn.Module):
@@ -118,7 +111,7 @@ class LlamaWithAdaptersOnQAndV(Case):
         self.terms = int((self.learned[:, 1:] != -100).sum())
         model = LlamaForCausalLM(LlamaConfig(**SIZES)).double()
         config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-        return updated(get_peft_model(model, config, autocast_adapter_dtype=False))
+        return updated(get_peft_model(model, config, autocast_adapter_dtype=False), 0.3)
 
     def loss(self, net, batch, which):
         out = net(input_ids=self.ids[which], labels=self.learned[which])
@@ -147,30 +140,6 @@ CASES = (
     + MeanPoolingWithoutAnAdapterOnTheHead.__subclasses__()
     + [*LlamaWithAdaptersOnQAndV.__subclasses__()]
 )
-
-
-class Gate(nn.Module):
-    """Before the directions of one size of every expert."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.gates, self.experts = torch.ones(layer.rank, dtype=torch.float64, requires_grad=True), layer.experts
-
-    def forward(self, b_OR):
-        return b_OR * self.gates.repeat_interleave(self.experts)
-
-
-def gated(net):
-    """(a copy of ``net`` with a gate before every direction, {layer: its gates})."""
-    twin, gates = copy.deepcopy(net), {}
-    for name, layer in dynrank.lora_layers(twin):
-        svd = stacked([truncate_product(b, a, layer.rank) for b, a in layer.products()])
-        layer.lora_A.data, layer.lora_B.data = svd.lora_A, svd.lora_B
-        own = isinstance(layer, nn.Module)
-        module, attribute = (layer, "lora_B") if own else (layer.module.lora_B["default"], "weight")
-        parametrize.register_parametrization(module, attribute, Gate(layer))
-        gates[name] = module.parametrizations[attribute][0].gates
-    return twin, gates
 
 
 def by_autograd(case):
@@ -207,17 +176,30 @@ def test_terms_and_examples_are_those_of_the_loss(kind):
     assert_close(roots.mT @ roots, gates.terms * expected.mT @ expected, rtol=1e-9, atol=1e-14)
 
 
+EXPERTS = ["gate_up_proj", "down_proj"]
+
+
+def own(model):
+    return dynrank.add_lora(model, rank=3, target_modules=[*EXPERTS, "q_proj"], dtype=torch.float64)
+
+
+def pefts(model, parameters=EXPERTS):
+    config = LoraConfig(r=3, target_modules="all-linear", target_parameters=parameters)
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
 @pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning")
-@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
-def test_gates_of_experts_are_those_of_real_gates_in_every_pass(kind, tiny_moe):
+@pytest.mark.parametrize(
+    ("kind", "adapted"),
+    [("Mixtral", lambda model: pefts(model, None)), ("GptOss", pefts), ("Qwen3Moe", own), ("GptOss", own)],
+)
+def test_gates_of_experts_are_those_of_real_gates_in_every_pass(kind, adapted, tiny_moe):
     """The router and attention show examples beside them."""
     torch.manual_seed(0)
-    parameters = None if kind == "Mixtral" else ("experts.gate_up_proj", "experts.down_proj")
-    config = LoraConfig(r=3, target_modules="all-linear", target_parameters=parameters)
     base = tiny_moe(kind).double()
     # torch's grouped product takes no float64.
     base.set_experts_implementation("eager")
-    net = updated(get_peft_model(base, config, autocast_adapter_dtype=False))
+    net = updated(adapted(base), 0.3)
     ids, (twin, gates) = torch.randint(1, 10, (3, 4, 6)), gated(net)
     with closing(Gates(net, dict(dynrank.lora_layers(net)), 1)) as watched:
         for batch in ids:
@@ -226,8 +208,8 @@ def test_gates_of_experts_are_those_of_real_gates_in_every_pass(kind, tiny_moe):
     rows = [torch.autograd.grad(twin(input_ids=batch, labels=batch).loss / 3, [*gates.values()]) for batch in ids]
     gradients, roots = watched._gradients()
     assert (watched.examples, watched.passes, watched.terms) == (12, 3, 60)
+    assert {name for name in gates if "experts" in name} <= watched.by_pass
     for name, own in zip(gates, map(torch.stack, zip(*rows, strict=True)), strict=True):
         assert_close(gradients[name], own.sum(0), rtol=1e-9, atol=1e-14)
-        if "experts" in name:
-            assert name in watched.by_pass
+        if name in watched.by_pass:
             assert_close(roots[name].mT @ roots[name], 60 * own.mT @ own, rtol=1e-9, atol=1e-14)

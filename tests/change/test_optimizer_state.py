@@ -79,6 +79,12 @@ RESETTABLE = [*MOMENTS, *SQUARES, EIGHT_BIT, LION_8BIT, *OTHERS]
 CARRIED = [*RESETTABLE, *SCHEDULE_FREE, PRODIGY]
 
 
+@pytest.fixture(params=[0, 1], scope="module")
+def dim(request):
+    """The dimension of the rank: 0 in lora_A, 1 in lora_B."""
+    return request.param
+
+
 def shaped(rank, dim, other=OTHER):
     return (rank, other) if dim == 0 else (other, rank)
 
@@ -163,7 +169,6 @@ def seeded(gradient_map_KR, squares, dim):
     return torch.cat([moved, *[new] * (NEW - KEPT)], dim)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("cls", "options"), [*MOMENTS, *SCHEDULE_FREE[:2]])
 def test_moments_move_by_the_gradient_map_and_its_square_and_counts_stay(cls, options, dim, maps):
     before, state, reference = carried(cls, options, *maps, dim)
@@ -176,19 +181,6 @@ def test_moments_move_by_the_gradient_map_and_its_square_and_counts_stay(cls, op
     assert state.keys() & {*FIRST, *SECOND}
 
 
-def adafactor_moments(state):
-    return state["row_var"] @ state["col_var"] / state["row_var"].mean()
-
-
-@pytest.mark.parametrize("dim", [0, 1])
-def test_adafactor_second_moments_move_by_the_squared_map(dim, maps):
-    before, state, _ = carried(torch.optim.Adafactor, {}, *maps, dim)
-    assert_close(adafactor_moments(state), seeded(maps[1], adafactor_moments(before), dim))
-    # Both are means of the same numbers.
-    assert_close(state["row_var"].mean(), state["col_var"].mean())
-
-
-@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("count", [KEPT, NEW])
 def test_adafactor_that_has_seen_no_gradient_stays_at_zero(dim, count):
     gradients = [torch.zeros(shaped(OLD, dim), dtype=torch.float64)]
@@ -198,7 +190,6 @@ def test_adafactor_that_has_seen_no_gradient_stays_at_zero(dim, count):
         assert_close(state[key], reference[key], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("cls", "options"), [*MOMENTS, *SQUARES, *OTHERS, *SCHEDULE_FREE, PRODIGY])
 @settings(max_examples=5, deadline=None)
 @given(order=st.permutations(range(OLD)), signs=st.lists(st.sampled_from([-1, 1]), min_size=OLD, max_size=OLD))
@@ -215,7 +206,6 @@ def test_all_state_lives_on_in_other_directions_turned_round(cls, options, dim, 
         assert_close(parameter, reference_parameter)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_schedule_free_moves_both_its_points_and_starts_new_directions_at_the_parameter(dim, mode, maps):
     optimizer, parameter = lived(schedulefree.AdamWScheduleFree, {}, random_gradients(shaped(OLD, dim)))
@@ -233,7 +223,6 @@ def test_schedule_free_moves_both_its_points_and_starts_new_directions_at_the_pa
         assert_close(parameter.detach(), along(maps[0], points[name], dim) + fresh)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
 def test_codes_in_8_bits_what_it_carries(dim):
     generator = torch.Generator().manual_seed(1)
     map_KR, gradient_map_KR = torch.randn(2, NEW, 8, dtype=torch.float64, generator=generator).unbind()
@@ -252,17 +241,6 @@ def test_codes_in_8_bits_what_it_carries(dim):
     assert state["step"] == 4
 
 
-@pytest.mark.parametrize("dim", [0, 1])
-def test_new_directions_start_in_8_bits_as_in_32(dim, maps):
-    before, state, _ = carried(*EIGHT_BIT.values, *maps, dim)
-    for number, moved in ((1, along), (2, seeded)):
-        expected = moved(maps[1], decoded(before, number), dim)
-        # The state is one block, so this is the widest gap between two codes.
-        gap = float(state[f"qmap{number}"].diff().max() * state[f"absmax{number}"])
-        assert_close(decoded(state, number), expected, rtol=0, atol=gap)
-
-
-@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("before", "after"), [(10, 6), (6, 10)])
 def test_takes_the_bits_of_the_new_size(dim, before, after):
     """4,096 numbers are the border: an optimizer that starts with this size chooses 32 bits below it."""
@@ -510,21 +488,19 @@ def expert_of(factor, number, dim):
 
 
 @pytest.fixture
-def experts():
+def experts(dim):
     """Maps (2, experts, K, R) of parameter and gradient, gains, and of each expert gradients of some steps."""
     generator = torch.Generator().manual_seed(2)
     maps = torch.stack([extended(m) for m in torch.randn(6, KEPT, OLD, dtype=torch.float64, generator=generator)])
     gradients = torch.randn(3, 4, OLD, OTHER, dtype=torch.float64, generator=generator)
     # No token has reached this expert.
     gradients[2] = 0.0
-    return maps.unflatten(0, (2, 3)), torch.tensor([1.0, 1.5, 1e6]), gradients
+    return maps.unflatten(0, (2, 3)), torch.tensor([1.0, 1.5, 1e6]), gradients if dim == 0 else gradients.mT
 
 
-@pytest.mark.parametrize("dim", [0, 1])
 @pytest.mark.parametrize(("cls", "options"), [*MOMENTS, *SQUARES, *SCHEDULE_FREE])
 def test_state_of_stacked_experts_is_that_of_each_by_itself(cls, options, dim, experts):
     maps, gains, gradients = experts
-    gradients = gradients if dim == 0 else gradients.mT
 
     def state_of(numbers):
         optimizer, parameter = lived(cls, options, [stack(g, dim) for g in gradients[numbers].unbind(1)])
@@ -539,27 +515,34 @@ def test_state_of_stacked_experts_is_that_of_each_by_itself(cls, options, dim, e
                 assert_close(expert_of(together[key], number, dim), value)
 
 
-@pytest.mark.parametrize("dim", [0, 1])
+def adafactor_moments(state):
+    # Both are means of the same numbers.
+    assert_close(state["row_var"].mean(), state["col_var"].mean())
+    return state["row_var"] @ state["col_var"] / state["row_var"].mean()
+
+
+def moved_experts(optimizer, parameter, maps, dim):
+    """(state of three stacked experts, state after the maps of each)."""
+    value = stack(3 * [torch.zeros(shaped(NEW, dim), dtype=parameter.dtype)], dim)
+    move = Move(value, *maps, dim, torch.full((3,), 1e6))
+    return optimizer.state[parameter], moved_state(optimizer, parameter, move)
+
+
 def test_adafactor_of_stacked_experts_moves_by_each_ones_squared_map(dim, experts):
     maps, _, gradients = experts
-    gradients = gradients if dim == 0 else gradients.mT
-    optimizer, parameter = lived(torch.optim.Adafactor, {}, [stack(g, dim) for g in gradients.unbind(1)])
-    before, value = optimizer.state[parameter], torch.zeros_like(stack(3 * [torch.zeros(shaped(NEW, dim))], dim))
-    moved = moved_state(optimizer, parameter, Move(value, *maps, dim, torch.full((3,), 1e6)))
-    old, new = adafactor_moments(before), adafactor_moments(moved)
+    lives = lived(torch.optim.Adafactor, {}, [stack(g, dim) for g in gradients.unbind(1)])
+    old, new = map(adafactor_moments, moved_experts(*lives, maps, dim))
     for number in range(3):
         assert_close(expert_of(new, number, dim), seeded(maps[1, number], expert_of(old, number, dim), dim))
 
 
-@pytest.mark.parametrize("dim", [0, 1])
 def test_8_bit_state_of_stacked_experts_moves_by_each_ones_maps(dim, experts):
     maps, _, gradients = experts
-    gradients = (gradients if dim == 0 else gradients.mT).float()
-    optimizer, parameter = lived(*EIGHT_BIT.values, [stack(g, dim) for g in gradients.unbind(1)])
-    before, value = optimizer.state[parameter], stack(3 * [torch.zeros(shaped(NEW, dim))], dim)
-    state = moved_state(optimizer, parameter, Move(value, *maps, dim, torch.full((3,), 1e6)))
+    lives = lived(*EIGHT_BIT.values, [stack(g, dim) for g in gradients.float().unbind(1)])
+    before, state = moved_experts(*lives, maps, dim)
     for key, moved in ((1, along), (2, seeded)):
-        gap = float(state[f"qmap{key}"].diff().max() * state[f"absmax{key}"].max())
+        # The state is one block, so this is the widest gap between two codes.
+        gap = float(state[f"qmap{key}"].diff().max() * state[f"absmax{key}"])
         old, new = decoded(before, key), decoded(state, key)
         for number in range(3):
             expected = moved(maps[1, number], expert_of(old, number, dim), dim)

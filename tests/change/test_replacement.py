@@ -1,19 +1,15 @@
 """Interrupts anywhere in a change of rank leave all as it was or all changed; a snapshot brings all back."""
 
 import copy
-import signal
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from interrupted import interrupted
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import dynrank
 from dynrank.change.replacement import Snapshot
-
-SOURCES = str(Path(dynrank.__file__).parent)
 
 
 def made(cls=torch.optim.AdamW, **options):
@@ -38,36 +34,12 @@ def contents(net, optimizer, average):
     return torch.cat([number.detach().double().flatten() for number in numbers])
 
 
-class Interrupt:
-    """Ctrl-C at a line of dynrank, counted from the start."""
-
-    def __init__(self, at):
-        self.at, self.lines = at, 0
-
-    def __call__(self, frame, event, argument):
-        if not frame.f_code.co_filename.startswith(SOURCES):
-            return None
-        if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                signal.raise_signal(signal.SIGINT)
-        return self
-
-
 def resized(start, at=0):
     """(whether it was interrupted, what is there afterwards, lines that ran)."""
     net, optimizer, average = copy.deepcopy(start)
-    interrupt, outer = Interrupt(at), sys.gettrace()
-    sys.settrace(interrupt)
-    try:
-        generator = torch.Generator().manual_seed(1)
-        dynrank.resize(net, {"0": 2, "1": 6}, optimizers=[optimizer], averages=[average], generator=generator)
-        interrupted = False
-    except KeyboardInterrupt:
-        interrupted = True
-    finally:
-        sys.settrace(outer)
-    return interrupted, contents(net, optimizer, average), interrupt.lines
+    options = {"optimizers": [optimizer], "averages": [average], "generator": torch.Generator().manual_seed(1)}
+    stopped, lines = interrupted(lambda: dynrank.resize(net, {"0": 2, "1": 6}, **options), at)
+    return stopped, contents(net, optimizer, average), lines
 
 
 def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
@@ -78,8 +50,8 @@ def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
     assert not torch.equal(before, after)
     ends = []
     for at in range(1, lines + 1):
-        interrupted, found, _ = resized(start, at)
-        assert interrupted
+        stopped, found, _ = resized(start, at)
+        assert stopped
         known = [name for name, end in (("before", before), ("after", after)) if torch.equal(found, end)]
         ends += known or [f"between, at line {at}"]
     assert sorted(set(ends)) == ["after", "before"]

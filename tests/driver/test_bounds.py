@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from trained import updated
 
 import dynrank
 from dynrank.change.gates import Gates
@@ -10,15 +11,7 @@ from dynrank.driver.bounds import final_ranks, layer_states
 from dynrank.driver.check import check_model
 from dynrank.driver.watching import must_watch
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import (
-    How,
-    Stage,
-    after_convergence,
-    anneal,
-    early_budget,
-    energy,
-    grow,
-)
+from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow
 from dynrank.targets import Budget, Energy, GrowTo, Rank, Target
 from dynrank.triggers import At, Plateau, Run
 
@@ -62,10 +55,9 @@ def test_layer_states_bound_each_layer():
 
 
 def test_layer_states_hold_the_singular_values_of_each_update():
-    net = model()
+    net = updated(model())
     for layer in layers_of(net).values():
         layer.scaling = 3.0
-        nn.init.normal_(layer.lora_B)
     states = layer_states(layers_of(net), last=True, target=Energy(0.9), gates=None)
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
@@ -74,15 +66,9 @@ def test_layer_states_hold_the_singular_values_of_each_update():
 
 @pytest.mark.parametrize("target", [Budget(share=0.5), Energy(0.9)])
 def test_pinned_layers_are_neither_watched_nor_missed(target):
-    net = model(layer_1={"rank": 5, "pinned": True})
-    stage, free = (
-        Stage(NOW, target, how=GATES),
-        {name: layer for name, layer in layers_of(net).items() if not layer.pinned},
-    )
-    assert must_watch(stage, layers_of(net))
-    gates = Gates(net, free, 4)
-    for layer in layers_of(net).values():
-        nn.init.normal_(layer.lora_B)
+    net = updated(model(layer_1={"rank": 5, "pinned": True}))
+    assert must_watch(Stage(NOW, target, how=GATES), layers_of(net))
+    gates = Gates(net, {name: layer for name, layer in layers_of(net).items() if not layer.pinned}, 4)
     net(torch.randn(50, 16)).square().mean().backward()
     gates.end_step()
     states = layer_states(layers_of(net), last=True, target=target, gates=gates)

@@ -6,11 +6,11 @@ from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from trained import drive
 
 import dynrank
-from dynrank import RankDriver, Training, adapter_parameters
+from dynrank import Training, adapter_parameters
 from dynrank.schedules import anneal, early_budget
-from dynrank.triggers import Run
 
 FILE = "pytorch_lora_weights.safetensors"
 
@@ -54,18 +54,12 @@ def trained(kind, schedule):
     model, generator = make(), torch.Generator().manual_seed(1)
     model.requires_grad_(False).add_adapter(LoraConfig(r=6, lora_alpha=12, target_modules=layers))
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-2)
-    driver, loop = RankDriver(SCHEDULES[schedule]()), Training(model, [optimizer])
-    driver.start(loop, Run(total_steps=18))
-    while loop.step < 18:
-        driver.advance(loop)
+
+    def loss():
         x, y = output(model, generator)
-        (y - x.flip(1)).square().mean().backward()
-        optimizer.step()
-        loop.step += 1
-        driver.end_step(loop)
-        optimizer.zero_grad()
-    driver.finish(loop)
-    return model, driver
+        return (y - x.flip(1)).square().mean()
+
+    return model, drive(SCHEDULES[schedule](), Training(model, [optimizer]), 18, loss)
 
 
 @pytest.mark.filterwarnings("ignore:.*few examples:UserWarning")

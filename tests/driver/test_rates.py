@@ -1,5 +1,6 @@
 """Ramp and factor as an optimizer sees them: the rate is read inside the step, from what SGD does to its parameter."""
 
+import copy
 from functools import partial
 
 import bitsandbytes
@@ -31,19 +32,6 @@ def moves(optimizer, count):
     return lengths
 
 
-@pytest.mark.parametrize("steps", [1, 3])
-def test_ramp_multiplies_the_rate_by_a_ramp_then_leaves(optimizer, steps):
-    Rates(optimizer, [], steps=steps)
-    expected = [0.5 * (done + 1) / (steps + 1) for done in range(steps)] + [0.5, 0.5]
-    assert moves(optimizer, steps + 2) == pytest.approx(expected, rel=1e-5)
-
-
-def test_ramp_goes_on_where_it_was(optimizer):
-    ramp = Rates(optimizer, [], steps=4, done=2)
-    assert moves(optimizer, 3) == pytest.approx([0.5 * 3 / 5, 0.5 * 4 / 5, 0.5], rel=1e-5)
-    assert ramp.done == 4
-
-
 def test_remove_ends_the_ramp(optimizer):
     ramp = Rates(optimizer, [], steps=5)
     moves(optimizer, 1)
@@ -60,11 +48,25 @@ def test_ramp_leaves_other_hooks_running_when_it_ends(optimizer):
     assert seen == [0.5] * 4
 
 
-def test_factor_is_of_adapters_alone_and_survives_the_ramp_and_any_schedule():
+def test_factor_is_a_number_or_keeps_the_size_of_a_step():
+    assert rate_factor(How(rate_after=2.0), {"q": 16}, {"q": 4}) == 2.0
+    assert rate_factor(How(rate_after="sqrt"), {"q": 16, "v": 16}, {"q": 7, "v": 1}) == pytest.approx(2.0)
+
+
+@pytest.fixture
+def pair():
+    """(adapter, head), each with a gradient of -1."""
     adapter, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     adapter.grad, head.grad = -torch.ones(1), -torch.ones(1)
-    optimizer = torch.optim.SGD([{"params": [adapter], "lr": 0.1}, {"params": [head], "lr": 1.0}])
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.5)
+    return adapter, head
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_factor_is_of_adapters_alone_and_survives_the_ramp_and_any_schedule(pair, apart):
+    adapter, head = pair
+    groups = [{"params": [head]}, {"params": [adapter]}] if apart else [{"params": [head, adapter]}]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
     Rates(optimizer, [adapter], 3.0, steps=1)
     lengths = []
     for _ in range(3):
@@ -72,34 +74,9 @@ def test_factor_is_of_adapters_alone_and_survives_the_ramp_and_any_schedule():
         optimizer.step()
         schedule.step()
         lengths += [adapter.item() - before[0], head.item() - before[1]]
-    assert lengths == pytest.approx([0.15, 0.5, 0.3, 1.0, 0.15, 0.5], rel=1e-5)
-
-
-def test_factor_is_a_number_or_keeps_the_size_of_a_step():
-    assert rate_factor(How(rate_after=2.0), {"q": 16}, {"q": 4}) == 2.0
-    assert rate_factor(How(rate_after="sqrt"), {"q": 16, "v": 16}, {"q": 7, "v": 1}) == pytest.approx(2.0)
-
-
-def in_one_group(factor=3.0, **options):
-    """An optimizer whose one group holds an adapter and a head, and its scheduler."""
-    adapter, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([head, adapter], lr=0.5, **options)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    return adapter, head, optimizer, schedule, Rates(optimizer, [adapter], factor)
-
-
-def test_factor_of_adapters_in_a_group_with_others_is_theirs_alone_and_follows_the_scheduler():
-    adapter, head, optimizer, schedule, _ = in_one_group()
-    lengths = []
-    for _ in range(3):
-        before = adapter.item(), head.item()
-        adapter.grad, head.grad = -torch.ones(1), -torch.ones(1)
-        optimizer.step()
-        schedule.step()
-        lengths += [adapter.item() - before[0], head.item() - before[1]]
-    assert lengths == pytest.approx([1.5, 0.5, 0.75, 0.25, 0.375, 0.125], rel=1e-5)
-    (group,) = optimizer.param_groups
-    assert [id(p) for p in group["params"]] == [id(head), id(adapter)]
+    assert lengths == pytest.approx([0.75, 0.25, 0.75, 0.25, 0.375, 0.125], rel=1e-5)
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(head), id(adapter)]
+    assert len(optimizer.param_groups) == 1 + apart
 
 
 OPTIMIZERS = {
@@ -129,11 +106,12 @@ def test_one_group_ends_in_the_bits_of_a_group_for_each(name):
         assert torch.equal(value, expected)
 
 
-def test_checkpoint_of_a_group_with_others_is_that_of_an_optimizer_without_a_factor():
+def test_checkpoint_of_a_group_with_others_is_that_of_an_optimizer_without_a_factor(pair):
     runs = []
     for factor in (3.0, 1.0):
-        adapter, head, optimizer, *_ = in_one_group(factor, momentum=0.9)
-        adapter.grad, head.grad = -torch.ones(1), -torch.ones(1)
+        adapter, head = copy.deepcopy(pair)
+        optimizer = torch.optim.SGD([head, adapter], lr=0.5, momentum=0.9)
+        Rates(optimizer, [adapter], factor)
 
         def interrupted(optimizer=optimizer):
             runs.append(optimizer.state_dict())
@@ -146,8 +124,8 @@ def test_checkpoint_of_a_group_with_others_is_that_of_an_optimizer_without_a_fac
     assert runs[0] == runs[1] == runs[2] == runs[3]
 
 
-def test_optimizer_that_counts_in_its_groups_needs_one_of_adapters_alone():
-    adapter, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+def test_optimizer_that_counts_in_its_groups_needs_one_of_adapters_alone(pair):
+    adapter, head = pair
     mixed = schedulefree.SGDScheduleFree([adapter, head], lr=0.1)
     check_groups(mixed, [adapter], How())
     parted, how = schedulefree.SGDScheduleFree([{"params": [adapter]}, {"params": [head]}]), How(rate_after=2.0)

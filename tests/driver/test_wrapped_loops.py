@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from lightning.fabric import Fabric
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from trained import drive
 
 import dynrank
-from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.schedules import How, Stage
 from dynrank.targets import GrowTo, Rank
-from dynrank.triggers import At, Run
+from dynrank.triggers import At
 
 # The dimensions are steps, examples and features.
 X = torch.randn(10, 8, 6, generator=torch.Generator().manual_seed(1))
@@ -48,16 +48,14 @@ def ended(way, process=0, processes=1):
     inside = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     stages = [Stage(At(step=4), Rank(3), how=How(metric="gates", window=2)), Stage(At(step=6), Rank(2))]
     wrapped, optimizer, backward = WAYS[way](model, inside)
-    driver, loop = RankDriver([*stages, Stage(At(step=8), GrowTo(4))]), Training(wrapped, [optimizer])
-    driver.start(loop, Run(len(X)))
-    for batch in X[:, process::processes]:
-        driver.advance(loop)
-        backward((wrapped(batch) - batch[:, :4]).square().mean())
-        optimizer.step()
-        loop.step += 1
-        driver.end_step(loop)
-        optimizer.zero_grad()
-    driver.finish(loop)
+    batches = iter(X[:, process::processes])
+
+    def loss():
+        x = next(batches)
+        return (wrapped(x) - x[:, :4]).square().mean()
+
+    stages.append(Stage(At(step=8), GrowTo(4)))
+    driver = drive(stages, Training(wrapped, [optimizer]), len(X), loss, backward)
     assert [(event.step, event.layers[0].layer) for event in driver.history] == [(4, "0"), (6, "0"), (8, "0")]
     return model.state_dict()
 

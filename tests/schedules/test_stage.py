@@ -4,7 +4,7 @@ import pytest
 
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, check_schedule, grow
-from dynrank.targets import Budget, Energy, GrowTo, Rank, Towards
+from dynrank.targets import Budget, Energy, GrowTo, Rank, Smallest, Towards
 from dynrank.triggers import At, Plateau, Run
 
 RUN = Run(total_steps=100, steps_per_epoch=20)
@@ -25,6 +25,8 @@ def test_how_names_a_wrong_value_and_its_key(wrong):
         (lambda: Stage(None, Rank(4)), ["when", "Trigger", "At", "None"]),
         (lambda: Stage(Plateau(), 4), ["to", "Target", "4"]),
         (lambda: Stage(At(step=3), Rank(4), deadline=0.5), ["0.5", "step 3", "schedule.deadline"]),
+        (lambda: Stage(At(fraction=0.5), Smallest(), how=How(max_regression=0.01)), ["after the last step"]),
+        (lambda: Stage(At(fraction=1.0), Smallest()), ["max_regression"]),
     ],
 )
 def test_stage_names_a_wrong_value(make, names):

@@ -43,10 +43,7 @@ def test_reset_forgets_and_starts_a_cooldown_that_never_shortens_the_warmup(step
 
 
 LOSSES = [9.0, 8.0, 7.0, 7.0, 7.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0]
-ALL = {
-    Plateau: ({"patience": 2}, LOSSES),
-    Gap: ({"window": 2, "threshold": 0.1}, [(5.0, loss) for loss in LOSSES]),
-}
+ALL = {Plateau: ({"patience": 2}, LOSSES), Gap: ({"window": 2, "threshold": 0.1}, [(5.0, loss) for loss in LOSSES])}
 
 
 def run(trigger, seen, first=0, *, changes=True):

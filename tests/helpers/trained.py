@@ -1,0 +1,33 @@
+"""Adapters as if trained, and trained by a schedule in a plain loop."""
+
+import torch
+from torch import nn
+
+import dynrank
+from dynrank.driver.driver import RankDriver
+from dynrank.triggers import Run
+
+
+def updated(model, std=1.0):
+    """``model`` whose layers have an update: the factors that began at zero are random."""
+    for factor in dynrank.adapter_parameters(model):
+        if not factor.any():
+            nn.init.normal_(factor, std=std)
+    return model
+
+
+def drive(schedule, loop, steps, loss, backward=torch.Tensor.backward):
+    """The driver that has taken ``loop`` (a Training) through so many steps on ``loss()``."""
+    driver = RankDriver(schedule)
+    driver.start(loop, Run(steps))
+    while loop.step < steps:
+        driver.advance(loop)
+        backward(loss())
+        for optimizer in loop.optimizers:
+            optimizer.step()
+        loop.step += 1
+        driver.end_step(loop)
+        for optimizer in loop.optimizers:
+            optimizer.zero_grad()
+    driver.finish(loop)
+    return driver
