@@ -1,7 +1,7 @@
 """The private names of torch, transformers and Lightning Fabric that dynrank uses where no public name serves.
 
 ``tests/test_private.py`` fails when a release removes one, or when another module uses one. The private names of
-Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in ``distributed/ddp.py``.
+Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in ``distributed/wrappers.py``.
 """
 
 from __future__ import annotations

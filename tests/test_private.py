@@ -16,7 +16,7 @@ from dynrank import private
 
 ROOT = Path(dynrank.__file__).parent
 # Those that may use them.
-OWNERS = ("private.py", "callbacks/lightning/private.py", "distributed/ddp.py")
+OWNERS = ("private.py", "callbacks/lightning/private.py", "distributed/wrappers.py")
 FOREIGN = {"torch", "transformers", "lightning", "peft", "accelerate", "hydra", "omegaconf", "datasets"}
 
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.nn.functional as F
+from torch import Tensor
+
 from dynrank.adapters.base import base_source
 from dynrank.adapters.beside import LABELS_FILE, input_files
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
-from dynrank.adapters.layouts import one_scaling, padded, stored_factors
 from dynrank.adapters.read import Adapter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
-from dynrank.adapters.stored import StoredLayer
+from dynrank.adapters.stored import Factors, StoredLayer
 from dynrank.adapters.wrappers import is_parameter
 from dynrank.errors import ConfigurationError, Count, validated_call
 from dynrank.models.names import model_source, public_name
@@ -90,7 +92,7 @@ def export_adapter(
         check_served(to, kinds, adapter.others, config)
         if to == "gguf":
             return _to_gguf(adapter, out, origin, config)
-        rank = max(layer.rank for layer in adapter.layers.values())
+        rank, factors = max(layer.rank for layer in adapter.layers.values()), _one_scaling(adapter.all_factors())
         name, place, base = shlex.quote(out.name), shlex.quote(str(out)), shlex.quote(_base_name(adapter, model))
         if to == "vllm":
             rank, modules = slot_rank(rank), f"{name}={place}"
@@ -98,10 +100,9 @@ def export_adapter(
                 request = {"name": out.name, "path": str(out), "is_3d_lora_weight": True}
                 modules = f"{shlex.quote(json.dumps(request))} --enable-mixed-moe-lora-format"
             line = f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {modules}"
-            factors = one_scaling(stored_factors(adapter))
         else:
-            factors = padded(stored_factors(adapter), dict.fromkeys(adapter.layers, 1), multiple)
             rank += -rank % multiple
+            factors = {layer: _padded(*own, rank) for layer, own in factors.items()}
             line = f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={place}"
         check_free(out, source)
         beside = [*input_files(source), *source.glob(LABELS_FILE)]
@@ -141,6 +142,21 @@ def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: It
         )
     if to == "gguf":
         gguf_names(config, layers)
+
+
+def _one_scaling(layers: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same updates, all with the largest scaling, so that no factor grows.
+
+    A program that reads only the global ``lora_alpha / r`` gets this scaling, and so does one that reads patterns.
+    """
+    scaling = max((own for *_, own in layers.values()), key=abs) or 1.0
+    return {name: (lora_A, lora_B * (own / scaling), scaling) for name, (lora_A, lora_B, own) in layers.items()}
+
+
+def _padded(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> Factors:
+    """The same update at ``rank``: a program that divides alpha by the rows of each tensor needs one rank for all."""
+    missing = rank - len(lora_A)
+    return F.pad(lora_A, (0, 0, 0, missing)), F.pad(lora_B, (0, missing)), scaling
 
 
 def _to_gguf(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:

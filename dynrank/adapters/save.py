@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, make_config
-from dynrank.adapters.layouts import padded, stored_factors
 from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, Adapter, read_adapter, sort_keys
 from dynrank.adapters.stored import Factors, write_tensors
 from dynrank.adapters.wrappers import wrapper_names
@@ -32,9 +31,10 @@ from dynrank.private import source_of
 from dynrank.rank_map import peft_ranks
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") -> None:
+def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
 
+    Each layer keeps its own rank. For a server that reads only one rank for all, see :func:`dynrank.export_adapter`.
     Each file is complete or absent. The tensors' digest tells a reader if only one of two new files is in place.
 
     Args:
@@ -42,33 +42,23 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
             are saved whole (PEFT's ``modules_to_save``). If get_peft_model has returned the model, its active adapter
             is saved as save_pretrained would.
         path: folder to write to; made if missing.
-        layout: "native" writes each layer at its own rank, with rank_pattern and alpha_pattern if layers differ.
-            "padded" writes every layer at the largest rank (rows of zeros, lora_B times scaling), so that the global
-            ``lora_alpha / r`` is right for every layer: for programs that do not read patterns. To write an adapter
-            for a given server, use :func:`dynrank.export_adapter`.
 
     Raises:
-        ConfigurationError: if the model has no LoRA layers, a value is not finite in float32, or ``layout`` is unknown.
+        ConfigurationError: if the model has no LoRA layers, or a value is not finite in float32.
         OSError: if the files cannot be written; earlier files are kept.
     """
-    if layout not in _LAYOUTS:
-        raise ConfigurationError(f"layout must be one of {[*_LAYOUTS]}, got {layout!r}")
     model = uncompiled(model)
     if peft_layers(model):
-        _save_wrapped(model, Path(path), layout)
+        _save_wrapped(model, Path(path))
         return
     layers = own_layers(model)
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
-    experts = {name: layer.experts for name, layer in layers.items()}
-    factors = {name: (layer.lora_A.detach(), layer.lora_B.detach(), layer.scaling) for name, layer in layers.items()}
-    written = _LAYOUTS[layout](factors, experts)
     of_parameters = [name for name, layer in layers.items() if isinstance(layer, LoRAParameter)]
     places, tensors = wrapper_names(of_parameters), dict[str, Tensor]()
     for name, layer in layers.items():
-        lora_A, lora_B, _ = written[name]
         place = places.get(name, name)
-        tensors |= {f"{place}.{key}": value for key, value in _to_peft(layer, lora_A, lora_B).items()}
+        tensors |= {f"{place}.{key}": value for key, value in _to_peft(layer).items()}
     heads = trained_heads(model, layers)
     for head in heads:
         if any(name.startswith(f"{head}." if head else "") for name in layers):
@@ -80,7 +70,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
         tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
     _check_finite(tensors)
     config = make_config(
-        ranks_and_alphas(written, experts),
+        {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
         target_modules=target_modules(model, [name for name in layers if name not in places]),
         target_parameters=of_parameters,
         modules_to_save=heads,
@@ -93,13 +83,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, layout: str = "native") 
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
-    """Write the two files of an adapter, and replace earlier ones.
-
-    Args:
-        folder: folder to write to; made if missing.
-        tensors: {PEFT's key: contiguous tensor on the CPU}.
-        config: the settings for adapter_config.json.
-    """
+    """Write the two files of an adapter, and replace earlier ones; ``tensors`` are contiguous and on the CPU."""
     read = AdapterConfig.model_validate(config)
     settings = read.of_layers(sort_keys(tensors, read, folder)[0])
     metadata = {SETTINGS_DIGEST: digest(settings), "format": "pt"}
@@ -118,30 +102,18 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
 
 
 def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
-    """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings are kept.
-
-    Args:
-        folder: folder to write to.
-        adapter: an adapter that was read from a folder.
-        factors: {layer of the adapter: its new factors}.
-    """
-    tensors = {key: adapter.tensor(key) for key in adapter.others.values()}
-    for name, (lora_A, lora_B, _) in factors.items():
+    """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings are kept."""
+    tensors, settings = {key: adapter.tensor(key) for key in adapter.others.values()}, {}
+    for name, (lora_A, lora_B, scaling) in factors.items():
         layer, rows = adapter.layers[name], len(lora_A)
         tensors[layer.keys[0]] = lora_A.reshape(rows, -1, *layer.kernel).contiguous()
         tensors[layer.keys[1]] = lora_B.reshape(-1, rows, *[1] * len(layer.kernel)).contiguous()
-    alphas = ranks_and_alphas(factors, {name: layer.experts for name, layer in adapter.layers.items()})
-    write_adapter(folder, tensors, adapter.config.model_dump(exclude_unset=True) | peft_ranks(alphas))
+        settings[name] = rows // layer.experts, scaling * (rows // layer.experts)
+    write_adapter(folder, tensors, adapter.config.model_dump(exclude_unset=True) | peft_ranks(settings))
 
 
-def ranks_and_alphas(factors: Mapping[str, Factors], experts: Mapping[str, int]) -> dict[str, tuple[int, float]]:
-    """{layer: (rank, alpha)}; ``experts`` as in :func:`dynrank.adapters.layouts.padded`."""
-    ranks = {name: len(lora_A) // experts[name] for name, (lora_A, _, _) in factors.items()}
-    return {name: (rank, factors[name][2] * rank) for name, rank in ranks.items()}
-
-
-def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
-    """Write the active adapter of PEFT's ``model`` as PEFT saves it, except for the layout of its factors."""
+def _save_wrapped(model: nn.Module, folder: Path) -> None:
+    """Write the active adapter of PEFT's ``model``."""
     # Importing peft takes a second, and only models of PEFT need it, whose user has imported it already.
     from peft import PeftModel
 
@@ -154,8 +126,7 @@ def _save_wrapped(model: nn.Module, folder: Path, layout: str) -> None:
     with TemporaryDirectory() as place:
         model.save_pretrained(place, selected_adapters=[model.active_adapter])
         adapter = read_adapter(next(Path(place).rglob(CONFIG_FILE)).parent)
-    experts = {name: stored.experts for name, stored in adapter.layers.items()}
-    rewrite_adapter(folder, adapter, _LAYOUTS[layout](stored_factors(adapter), experts))
+    rewrite_adapter(folder, adapter, adapter.all_factors())
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
@@ -176,17 +147,8 @@ def target_modules(model: nn.Module, layers: Collection[str]) -> list[str] | str
     return list(layers)
 
 
-def _native(layers: Mapping[str, Factors], _: Mapping[str, int]) -> Mapping[str, Factors]:
-    return layers
-
-
-_LAYOUTS: Mapping[str, Callable[[Mapping[str, Factors], Mapping[str, int]], Mapping[str, Factors]]] = {
-    "native": _native,
-    "padded": padded,
-}
-
-
-def _to_peft(layer: LoRALayer, lora_A: Tensor, lora_B: Tensor) -> dict[str, Tensor]:
+def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
+    lora_A, lora_B = layer.lora_A, layer.lora_B
     if isinstance(layer, LoRAEmbedding):
         return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
     if isinstance(layer, LoRAConv2d):

@@ -26,8 +26,7 @@ class Generations(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         _texts(pl_module).clear()
 
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        _texts(pl_module).clear()
+    on_test_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._record(trainer, pl_module, "val")

@@ -42,11 +42,7 @@ class RankMonitor(Callback):
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
     """
 
-    def __init__(
-        self,
-        history_file: str | Path | None = None,
-        model_name: str = "",
-    ) -> None:
+    def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:
         self.history_file = Path(history_file) if history_file is not None else None
         self.prefix = f"{model_name}." if model_name else ""
 
@@ -68,13 +64,14 @@ class RankMonitor(Callback):
             pl_module.log_dict(dict(zip(names, rates, strict=True)))
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        event = self._named(event)
         self._write_history(trainer)
-        self._log_change(trainer, self._named(event))
+        self._log_change(trainer, event)
         self._log_ranks(trainer, pl_module)
         if trainer.is_global_zero:
             verb = "taken back" if event.undone else "change"
             title = f"rank {verb} at step {event.step}: {event.reason}"
-            Console().print(change_table(title, self._named(event).layers, event.loss))
+            Console().print(change_table(title, event.layers, event.loss))
         for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
             # This includes RichModelSummary, a subclass.
             if isinstance(callback, ModelSummary):

@@ -16,8 +16,8 @@ from transformers.trainer_callback import CallbackHandler, ExportableState, Trai
 from transformers.trainer_utils import has_length
 
 from dynrank.adapters.save import save_adapter
-from dynrank.distributed.ddp import ddp_modules
 from dynrank.distributed.processes import process_count
+from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, watched

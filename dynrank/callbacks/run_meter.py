@@ -1,7 +1,8 @@
-"""Measuring each part of a run between changes of rank: seconds of training, tokens and peak memory."""
+"""Measuring a run: tokens and seconds of training between changes of rank, and the peak memory."""
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 import time
@@ -18,8 +19,6 @@ from dynrank.driver.event import RankEvent
 from dynrank.errors import NotNegative, Steps, read_as
 from dynrank.layers.finding import lora_layers
 
-_MARK = Path("/proc/self/clear_refs")
-
 
 @dataclass
 class Phase:
@@ -31,7 +30,6 @@ class Phase:
         tokens: input tokens without padding: of this process until the phase is over, then of all processes.
         train_seconds: seconds in training batches, without validation.
         step_seconds: median seconds of an optimizer step with all of its batches; 0 until the phase is over.
-        peak_memory_bytes: see :func:`peak_memory_bytes`; 0 until the phase is over.
     """
 
     first_step: Steps = 0
@@ -39,7 +37,6 @@ class Phase:
     tokens: Steps = 0
     train_seconds: NotNegative = 0.0
     step_seconds: NotNegative = 0.0
-    peak_memory_bytes: Steps = 0
 
     @property
     def tokens_per_second(self) -> float:
@@ -47,11 +44,11 @@ class Phase:
 
 
 class RunMeter(Callback):
-    """Measures the tokens, the seconds and the peak memory of training, in each phase between changes of rank.
+    """Measures the tokens and the seconds of training, in each phase between changes of rank.
 
-    When a phase is over, loggers get its ``phase/tokens_per_second``, ``phase/peak_memory_bytes`` and
-    ``phase/mean_rank``. Batches are mappings with an ``attention_mask``. A resumed run continues the phases of its
-    checkpoint. A checkpoint counts the tokens of the open phase as those of process 0 times the number of processes.
+    When a phase is over, loggers get its ``phase/tokens_per_second`` and ``phase/mean_rank``. Batches are mappings with
+    an ``attention_mask``. A resumed run continues the phases of its checkpoint. A checkpoint counts the tokens of the
+    open phase as those of process 0 times the number of processes.
 
     Attributes:
         phases: the phases of this run; the last one is open until training ends.
@@ -75,11 +72,13 @@ class RunMeter(Callback):
         # _close() adds up the tokens of all processes, so only process 0 keeps the tokens from before a resume.
         self.phases[-1].tokens *= trainer.is_global_zero
         self._steps, self._batches, self._step = [], 0.0, trainer.global_step
+        if torch.cuda.is_available():
+            # A sweep makes several runs in one process.
+            torch.cuda.reset_peak_memory_stats()
 
     def state_dict(self) -> dict[str, Any]:
-        now, phase = self._measured(), self.phases[-1]
-        open_phase = {**asdict(phase), **now, "tokens": phase.tokens * self._processes}
-        return {"phases": [*map(asdict, self.phases[:-1]), open_phase]}
+        phase = replace(self._open_phase(), tokens=self.phases[-1].tokens * self._processes)
+        return {"phases": [asdict(phase) for phase in (*self.phases[:-1], phase)]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._before = read_as(list[Phase], state_dict["phases"], "ckpt_path")
@@ -115,24 +114,16 @@ class RunMeter(Callback):
         seconds = sum(phase.train_seconds for phase in self.phases)
         return sum(phase.tokens for phase in self.phases) / seconds if seconds else 0.0
 
-    @property
-    def peak_memory_bytes(self) -> int:
-        """Peak memory of the whole run in bytes."""
-        return max(peak_memory_bytes(), *(phase.peak_memory_bytes for phase in self.phases))
-
-    def _measured(self) -> dict[str, Any]:
-        """The values of the open phase that a phase gets at its end, as of now."""
+    def _open_phase(self) -> Phase:
+        """The open phase with the median seconds of its steps so far."""
         phase = self.phases[-1]
-        peak = max(phase.peak_memory_bytes, peak_memory_bytes())
-        return {"step_seconds": median(self._steps) if self._steps else phase.step_seconds, "peak_memory_bytes": peak}
+        return replace(phase, step_seconds=median(self._steps)) if self._steps else phase
 
     def _close(self, trainer: Trainer) -> None:
-        phase = self.phases[-1] = replace(self.phases[-1], **self._measured())
+        phase = self.phases[-1] = self._open_phase()
         phase.tokens = sum(from_all(phase.tokens))
         self._steps = []
-        forget_peak_memory()
-        names = ("tokens_per_second", "peak_memory_bytes", "mean_rank")
-        values = {f"phase/{name}": float(getattr(phase, name)) for name in names}
+        values = {"phase/tokens_per_second": phase.tokens_per_second, "phase/mean_rank": phase.mean_rank}
         for logger in trainer.loggers if phase.train_seconds else ():
             logger.log_metrics(values, step=trainer.global_step)
 
@@ -143,19 +134,12 @@ def _phase(trainer: Trainer, pl_module: LightningModule) -> Phase:
 
 
 def peak_memory_bytes() -> int:
-    """Peak memory of the process since :func:`forget_peak_memory`: of the GPU if there is one, else resident.
-
-    On systems other than Linux, peak resident memory counts since the process began.
-    """
+    """The peak memory of this process so far in bytes: allocated on the GPU if there is one, otherwise resident."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    if peak is not None:
+        return 1024 * int(peak[1])
+    # This number also counts the program that became this one by exec.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def forget_peak_memory() -> None:
-    """Reset :func:`peak_memory_bytes` to the memory that is in use now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    elif _MARK.exists():
-        # See proc(5): "5" resets the peak resident set size to the present size.
-        _MARK.write_text("5", encoding="ascii")

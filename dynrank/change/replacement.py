@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers
-from dynrank.distributed.unwrapping import unwrapped_optimizer
+from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import config_changes

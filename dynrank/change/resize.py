@@ -18,7 +18,7 @@ from dynrank.change.optimizer_state import moved_states
 from dynrank.change.replacement import Replacement
 from dynrank.change.report import LayerReport, report_of
 from dynrank.distributed.processes import copy_from_first, from_first
-from dynrank.distributed.unwrapping import unwrapped_optimizer
+from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank, width_of

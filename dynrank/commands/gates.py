@@ -20,8 +20,9 @@ from dynrank.layers.finding import lora_layers
 from dynrank.output.console import quiet_loading
 from dynrank.targets import Target
 from dynrank.tasks.classification import Classification
-from dynrank.tasks.data.columns import Form
-from dynrank.tasks.data.files import from_file
+from dynrank.tasks.data.columns import Form, form_of
+from dynrank.tasks.data.files import from_source
+from dynrank.tasks.data.source import Source
 from dynrank.tasks.data.splits import Checked
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
@@ -54,8 +55,11 @@ class WatchedAdapter:
         self, adapter: Adapter, data: str, model: str | None, columns: Mapping[str, str], loss_terms: int | None
     ) -> None:
         quiet_loading()
+        source = Source(data, "--data", "train")
+        # A wrong column is reported before the model is loaded, which takes longer.
+        form_of(source.sample, ("classification", *WRITTEN), columns, source.where)
         self.model, tokenizer = answering(adapter, model)
-        self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, data, columns)
+        self.batches: list[dict[str, Tensor]] = _batches(self.model, tokenizer, source, columns)
         self._layers = dict(lora_layers(self.model))
         self.gates = Gates(self.model, self._layers, len(self.batches), loss_terms)
         # Without a scale, small gradients would become zero in float16.
@@ -85,31 +89,31 @@ class WatchedAdapter:
             yield self.model(**{key: value.to(self.model.device) for key, value in batch.items()}).loss
 
 
-def _batches(model: Any, tokenizer: str, data: str, columns: Mapping[str, str]) -> list[dict[str, Tensor]]:
+def _batches(model: Any, tokenizer: str, source: Source, columns: Mapping[str, str]) -> list[dict[str, Tensor]]:
     if model.config.is_encoder_decoder:
         raise ConfigurationError(f"--gates takes classifiers and causal language models, got a {type(model).__name__}")
-    rows, form = from_file(data, "--data", WRITTEN if model.can_generate() else ("classification",), columns)
+    rows, form = from_source(source, WRITTEN if model.can_generate() else ("classification",), columns)
     options: Any = {"model": tokenizer, "data": Checked(train=spread(rows, EXAMPLES)), "max_length": LENGTH}
     if form == "classification":
-        task: TextTask = _named(Classification(**options, batch_size=8), model, data)
+        task: TextTask = _named(Classification(**options, batch_size=8), model, source.where)
     else:
         task = LanguageModeling(**options, form=form, batch_size=2)
     # Decoders classify by the last token that is not padding.
     model.config.pad_token_id = task.tokenizer.pad_token_id
     examples = spread(task.examples_of(task.rows["train"], "--data"), EXAMPLES)
     if len(examples) < FEW:
-        raise ConfigurationError(f"--data={data} must have at least {FEW} examples, got {len(examples)}")
+        raise ConfigurationError(f"{source.where} must have at least {FEW} examples, got {len(examples)}")
     return [*task.evaluation(examples)]
 
 
-def _named(task: Classification, model: Any, data: str) -> Classification:
+def _named(task: Classification, model: Any, where: str) -> Classification:
     """The task with the model's classes in the model's order."""
     names = label_names(model) or [str(index) for index in range(model.config.num_labels)]
     rows, kind = task.rows["train"], datasets.Value("string")
     rows = rows.cast_column("label", datasets.Sequence(kind) if task.several else kind)
     strange = sorted(set(_flat(rows["label"])) - set(names))
     if strange:
-        raise ConfigurationError(f"labels in --data={data} must be the adapter's, {names[:9]}, got {strange[:9]}")
+        raise ConfigurationError(f"labels in {where} must be the adapter's, {names[:9]}, got {strange[:9]}")
     task.rows, task.labels = Checked({"train": rows}), names
     return task
 

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from dynrank.distributed.ddp import give_back_reducers, take_reducers
-from dynrank.distributed.unwrapping import unwrapped_model, unwrapped_optimizer
+from dynrank.distributed.wrappers import give_back_reducers, take_reducers, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.private import scaler_of_fabric
 

@@ -31,9 +31,8 @@ def shipped_configs() -> list[str]:
 def model_source(name: str, key: str = "task.model") -> str:
     """The path of a folder, a GGUF file or a config.json, or ORG/NAME on the hub.
 
-    Args:
-        name: any of these, or a short name: of a model in a Python package, or of a config in dynrank.
-        key: the key or argument that holds the name, for errors.
+    ``name`` is any of these, or a short name: of a model in a Python package, or of a config in dynrank. ``key`` is the
+    key or argument that holds the name, for errors.
     """
     known = [*_PACKAGED, *shipped_configs()]
     if name in _PACKAGED:

@@ -39,14 +39,9 @@ _PLAIN = ModelSettings()
 
 
 def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> Any:
-    """The config, tokenizer or model that ``loader``, a ``from_pretrained`` of transformers, loads.
+    """The config, tokenizer or model that ``loader``, a ``from_pretrained`` of transformers, loads with ``options``.
 
-    Args:
-        loader: the function.
-        name: name of the model, see :func:`dynrank.models.names.model_source`.
-        key: the key or argument that holds the name, for errors.
-        settings: settings of loading.
-        **options: further arguments of ``loader``.
+    ``name`` and ``key`` are as for :func:`dynrank.models.names.model_source`. This is also so in the functions below.
     """
     source = model_source(name, key)
     if source.endswith(".json") and loader != AutoConfig.from_pretrained:
@@ -138,15 +133,7 @@ def load_causal_lm(
 
 
 def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> tuple[Any, Any]:
-    """(model, transformers' loading info); the weights of a GGUF file are unpacked into plain layers.
-
-    Args:
-        loader: a ``from_pretrained`` of models.
-        name: name of the model.
-        key: the key or argument that holds the name, for errors.
-        settings: the revision, and whether code of the model may run.
-        **options: further arguments of ``loader``.
-    """
+    """(model, transformers' loading info); the weights of a GGUF file are unpacked into plain layers."""
     gguf, packing = model_source(name, key).endswith(".gguf"), options.get("quantization_config")
     # Without this config, newer versions of transformers may keep layers packed.
     if gguf and hasattr(transformers, "GgufConfig"):
@@ -165,13 +152,7 @@ def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PL
 
 
 def meta_model(config: PretrainedConfig, settings: ModelSettings = _PLAIN, key: str = "task.model") -> PreTrainedModel:
-    """The model of ``config.architectures``, or a causal language model, or the bare model; on the meta device.
-
-    Args:
-        config: config of the model.
-        settings: dtype, packing and so on.
-        key: the key or argument that the user set, for errors.
-    """
+    """The model of ``config.architectures``, or a causal language model, or the bare model; on the meta device."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
     if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
         named = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel

@@ -14,7 +14,7 @@ from dynrank.output.slots import slot_line
 
 
 def change_table(title: str, layers: Sequence[LayerReport], loss: LossChange | None = None) -> Table:
-    """A line for each kind of layer, and for all: how many, rank before and after, energy kept, parameters saved.
+    """A line for each kind of layer, and for all: count, rank before and after, energy kept, parameters saved.
 
     If ranks differ, the caption names the highest rank and its layers. ``loss`` is the estimated change of the loss.
     """
@@ -41,7 +41,7 @@ def _summary(layers: Sequence[LayerReport]) -> tuple[str, str, str, str]:
     energy = [layer.energy_kept for layer in layers]
     return (
         str(len(layers)),
-        f"{span(before)} → {span(after)}" if layers else "",
-        f"{sum(energy) / len(energy):.3f} ({min(energy):.3f})" if energy else "",
+        f"{span(before)} → {span(after)}",
+        f"{sum(energy) / len(energy):.3f} ({min(energy):.3f})",
         f"{sum(layer.parameters_saved for layer in layers):,}",
     )

@@ -35,12 +35,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path, *, weights_only: bool = True) -> dict[str, Any]:
-    """The contents of a checkpoint file, tensors on the CPU.
-
-    Args:
-        path: a file by :func:`write_checkpoint`, or by Lightning.
-        weights_only: whether to refuse code in the file; use False only for files that you trust.
-    """
+    """The contents of a checkpoint file, tensors on the CPU; ``weights_only=False`` runs code that is in the file."""
     path = Path(path)
     try:
         checkpoint = load_undamaged(path, weights_only=weights_only)

@@ -31,11 +31,8 @@ _NAME = 28
 def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
     """Training loss (each step and a running mean of 20), validation loss, learning rates; a line per change of rank.
 
-    Of a run of more than 4,000 steps only every second, third ... step is drawn.
-
-    Args:
-        metrics: the result of :func:`dynrank.run.report.record.read_metrics`.
-        changes: optimizer step -> text of the change, drawn beside the line if there are few.
+    Of a run of more than 4,000 steps only every second, third ... step is drawn. ``changes`` are {optimizer step: text
+    of the change}; few texts are drawn above their lines.
     """
     figure, (axes,) = _panels("optimizer step", ["loss (cross-entropy)"])
     steps, losses = metrics.get("train/loss", ([], []))
@@ -68,9 +65,7 @@ def quality_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) ->
 def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int) -> Figure:
     """The rank of every layer over the run: steps on x, layers on y, one colour per rank.
 
-    Args:
-        ranks: layer -> (optimizer step, rank from this step on), steps ascending.
-        last_step: last step of the picture.
+    ``ranks`` are {layer: [(optimizer step, rank from this step on), ...]}, with ascending steps.
     """
     figure, (axes,) = _panels("optimizer step", [""], height=1.5 + 0.17 * len(ranks))
     levels = sorted({rank for changes in ranks.values() for _, rank in changes})
@@ -93,12 +88,8 @@ def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int)
 def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int], title: str) -> Figure:
     """Singular values of each layer's update, largest first, relative to the largest.
 
-    Each kind of layer has its own colour, and a thick line for its median.
-
-    Args:
-        spectra: layer -> singular values, descending.
-        kept: layer -> how many singular values are kept.
-        title: title of the picture.
+    Each kind of layer has its own colour, and a thick line for its median. ``kept`` are {layer: how many of its values
+    are kept}.
     """
     shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
     kinds = layer_kinds(spectra)
@@ -139,10 +130,8 @@ def arms_figure(
 ) -> Figure:
     """A panel for each quantity: a dot per run, and per arm the mean and, of several runs, the standard deviation.
 
-    Args:
-        settings: the settings of each arm. Single numbers give a numeric axis, anything else equal distances.
-        name: name of the setting.
-        panels: quantity -> arm -> values of its runs.
+    ``settings`` has the settings of each arm: single numbers give a numeric axis, anything else equal distances. The
+    axis has the title ``name``. ``panels`` are {quantity: for each arm, the values of its runs}.
     """
     try:
         places, line = [float(text) for (text,) in settings], "-"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 # The values that vLLM accepts for --max-lora-rank.
 STEPS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# How many layers a line names.
 SHOWN = 5
 
 
@@ -26,10 +27,9 @@ def slot_line(ranks: Mapping[str, int]) -> str:
     >>> slot_line({"q": 2, "v": 4})
     "highest rank 4, average 3.0: a server's slot has 8 in every layer"
     """
-    highest = max(ranks.values())
+    highest, average = max(ranks.values()), sum(ranks.values()) / len(ranks)
     slot = slot_rank(highest)
-    line = f"highest rank {highest}, average {sum(ranks.values()) / len(ranks):.1f}: a server's slot has {slot}"
-    line += " in every layer"
+    line = f"highest rank {highest}, average {average:.1f}: a server's slot has {slot} in every layer"
     below = max((step for step in STEPS if 1 < step < slot), default=highest)
     above = sorted((name for name in ranks if ranks[name] > below), key=lambda name: -ranks[name])
     if not 0 < len(above) < len(ranks):

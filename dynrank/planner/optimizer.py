@@ -20,12 +20,8 @@ def optimizer_state_bytes(
     """The bytes of the optimizer's state after a step, by the shapes and dtypes of the parameters.
 
     The step runs on zeros, with at most two parameters of each shape and dtype. State that both share (the tables of
-    an 8-bit optimizer) counts once, all other state once for each parameter.
-
-    Args:
-        adapter: parameters of LoRA layers.
-        head: parameters of modules that are trained without LoRA.
-        options: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
+    an 8-bit optimizer) counts once, all other state once for each parameter. The arguments are those of
+    :func:`dynrank.tasks.optimizers.make_optimizer`.
     """
     of_adapter, of_head = _stand_ins(adapter), _stand_ins(head)
     made: Any = make_optimizer([*of_adapter], [*of_head], 1000, **options)

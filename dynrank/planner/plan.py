@@ -59,8 +59,6 @@ class Need:
         parameters: number of parameters of all LoRA layers.
         weights: the frozen base and all buffers.
         adapter: the factors, and the modules that are trained without LoRA.
-        optimizer: the optimizer's state.
-        gradients: the gradients of all trained parameters.
         activations: the tensors that the forward saves for the backward.
         step: the peak of activations, gradients and temporary tensors in forward and backward.
     """
@@ -93,9 +91,8 @@ class Plan:
         layers: names of the layers that have LoRA.
         folded: bytes of the experts' weights that have LoRA; PEFT's own layers save as many more for the backward.
         batch: (sequences, tokens per sequence).
-        optimizer: name of the optimizer.
         budget: available bytes; None if not given.
-        needs: one entry per rank.
+        needs: one for each rank, ascending.
     """
 
     model: str
@@ -181,7 +178,7 @@ def _need(
         inputs = token_batch(model, *batch)
     adapter = storage_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     weights = storage_bytes(tensors_of(model)) - adapter
-    step = count_step(model, inputs, mode, autocast=autocast)
+    step = count_step(model, inputs, mode, autocast)
     return Need(
         rank=rank,
         ranks=(min(ranks), max(ranks)),

@@ -154,17 +154,12 @@ def _packed(module: Any) -> nn.Parameter:
 
 
 def count_step(
-    model: nn.Module, batch: Mapping[str, Tensor], mode: CountingMode, *, autocast: torch.dtype | None = None
+    model: nn.Module, batch: Mapping[str, Tensor], mode: CountingMode, autocast: torch.dtype | None
 ) -> StepMemory:
     """Run one forward and one backward of ``model`` and count the bytes that they allocate.
 
-    Ops behave as on a CPU. Memory that an op allocates and frees inside is not counted.
-
-    Args:
-        model: transformers model on fake tensors, in training mode.
-        batch: inputs of the model, made in ``mode``.
-        mode: the mode of the fake tensors.
-        autocast: dtype of mixed precision; None for none.
+    Ops behave as on a CPU. Memory that an op allocates and frees inside is not counted. ``model``, in training mode,
+    and ``batch`` have fake tensors of ``mode``. ``autocast`` is the dtype of mixed precision, None for none.
     """
     own = [*tensors_of(model), *batch.values()]
     own_keys, saved = {storage_key(tensor) for tensor in own}, dict[int, Any]()

@@ -9,7 +9,7 @@ from rich.table import Table
 from dynrank.callbacks import peak_memory_bytes
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.layer_kinds import layer_kinds
-from dynrank.planner.plan import Need, Plan, make_plan
+from dynrank.planner.plan import Plan, make_plan
 from dynrank.run.job import lacks_data
 
 PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")
@@ -49,7 +49,9 @@ def _table(plan: Plan, libraries: int) -> Table:
     more = (["process"] if libraries else []) + ([] if plan.budget is None else ["fits"])
     table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *PARTS, "total", *more)
     for need in plan.needs:
-        cells = [_rank(need), f"{need.parameters:,}", f"{need.parameters / plan.parameters:.2%}"]
+        # Layers of a rank map may have other ranks.
+        of_others = "" if need.ranks == (need.rank, need.rank) else f" ({span(need.ranks)})"
+        cells = [f"{need.rank}{of_others}", f"{need.parameters:,}", f"{need.parameters / plan.parameters:.2%}"]
         cells += [_mebibytes(getattr(need, part)) for part in (*PARTS, "total")]
         if libraries:
             cells.append(_mebibytes(need.total + libraries))
@@ -61,8 +63,3 @@ def _table(plan: Plan, libraries: int) -> Table:
 
 def _mebibytes(size: int) -> str:
     return f"{size / 2**20:,.1f}"
-
-
-def _rank(need: Need) -> str:
-    """The rank of layers that no rule sets, and the range of all ranks if they differ."""
-    return str(need.rank) if need.ranks == (need.rank, need.rank) else f"{need.rank} ({span(need.ranks)})"

@@ -20,10 +20,7 @@ def read_overrides(folder: Path) -> list[str] | None:
 def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str | None:
     """The command of the run in ``folder``, with ``changes`` instead of the overrides they replace; None: not recorded.
 
-    Args:
-        folder: folder of the run.
-        *changes: overrides and options.
-        without: keys, and groups with all of their keys, that are left out.
+    The keys and groups ``without`` are left out, a group with all of its keys.
     """
     overrides = read_overrides(folder)
     if overrides is None:
@@ -32,8 +29,8 @@ def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str |
     kept = []
     for override in overrides:
         key = override.partition("=")[0].lstrip("+~")
-        groups = re.split(r"[./@]", key)[0]
-        if override != "ckpt_path=last" and key not in left_out and groups not in {*without}:
+        group = re.split(r"[./@]", key)[0]
+        if override != "ckpt_path=last" and key not in left_out and group not in without:
             kept.append(override)
     return shlex.join(["dynrank-train", *_options(folder), *kept, *changes])
 
@@ -45,11 +42,11 @@ def override(key: str, value: object) -> str:
 
 
 def _options(folder: Path) -> list[str]:
-    """The options that say where configuration files are, relative to where the run was started if they lie there."""
+    """The options that name folders of configuration files, relative to where the run was started if they lie there."""
     file = folder / ".hydra" / "hydra.yaml"
-    hydra: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"] if file.exists() else {}
-    if not hydra:
+    if not file.exists():
         return []
+    hydra: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"]
     start, options = Path(hydra["runtime"]["cwd"]), []
     for source in hydra["runtime"]["config_sources"]:
         if source["provider"] == "command-line":

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from dynrank.adapters.beside import write_beside
 from dynrank.adapters.export import Server, export_adapter
 from dynrank.adapters.save import save_adapter
-from dynrank.callbacks import RankEvent, RunMeter
+from dynrank.callbacks import RankEvent, RunMeter, peak_memory_bytes
 from dynrank.errors import read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.models.sizes import storage_bytes
@@ -28,11 +28,11 @@ from dynrank.run.config import plain
 from dynrank.run.folder import join
 from dynrank.run.report.card import write_card
 from dynrank.run.report.page import write_report
-from dynrank.run.summary import PhaseSummary, Summary, print_summary, write_summary
+from dynrank.run.summary import Summary, print_summary, write_summary
 from dynrank.tasks.account import SplitAccount
 
 # Prefix of the metrics that a test measures on training and validation data.
-FINAL = "final/"
+_FINAL = "final/"
 
 
 def summarise(
@@ -42,24 +42,14 @@ def summarise(
     meter: RunMeter,
     held: dict[str, int],
     seconds: float,
-    data: Mapping[str, SplitAccount],
+    data: dict[str, SplitAccount],
 ) -> Summary:
-    """The contents of summary.json.
-
-    Args:
-        model: the model that is exported.
-        history: changes of rank.
-        metrics: metrics of the test; the prefix ``final/`` marks those of training and validation data.
-        meter: the meter of the training.
-        held: the result of :func:`held_bytes` before the test.
-        seconds: duration of the whole run.
-        data: {split: its counts}.
-    """
-    final = {name.removeprefix(FINAL): float(value) for name, value in metrics.items() if name.startswith(FINAL)}
+    """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""
+    final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
     both = final.keys() >= {"train/loss", "val/loss"}
     phases = [phase for phase in meter.phases if phase.train_seconds]
     return Summary(
-        test={name: float(value) for name, value in metrics.items() if not name.startswith(FINAL)},
+        test={name: float(value) for name, value in metrics.items() if not name.startswith(_FINAL)},
         final=final,
         gap=final["val/loss"] - final["train/loss"] if both else None,
         final_ranks={name: layer.rank for name, layer in lora_layers(model)},
@@ -73,19 +63,14 @@ def summarise(
         seconds=seconds,
         step_seconds=phases[-1].step_seconds if phases else None,
         tokens_per_second=meter.tokens_per_second,
-        peak_memory_bytes=meter.peak_memory_bytes,
-        phases=[PhaseSummary(**asdict(phase), tokens_per_second=phase.tokens_per_second) for phase in phases],
-        data=dict(data),
+        peak_memory_bytes=peak_memory_bytes(),
+        phases=[asdict(phase) | {"tokens_per_second": phase.tokens_per_second} for phase in phases],
+        data=data,
     )
 
 
 def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:
-    """Bytes of the tensors that training needs in addition to the frozen model, at the present ranks.
-
-    Returns:
-        ``adapter``: the factors of all LoRA layers; ``gradients``: those of all trained parameters, with a head;
-        ``optimizer``: the optimizer state.
-    """
+    """Bytes of the LoRA factors, of the gradients of all trained parameters, and of the optimizer state, as of now."""
     state = [value for optimizer in optimizers for value in tree_leaves(list(optimizer.state.values()))]
     return {
         "adapter": sum(factor.nbytes for factor in adapter_parameters(model)),
@@ -95,16 +80,7 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
 
 
 def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
-    """Write the files of a finished run into ``folder``; summary.json is last, because it marks a complete run.
-
-    Args:
-        model: the model with LoRA layers.
-        tokenizer: tokenizer of the model's inputs, or None.
-        summary: summary of the run.
-        folder: folder of the run.
-        config: configuration of the run; ``plots`` adds a report with pictures.
-        steps: optimizer steps made.
-    """
+    """Write the files of a finished run into ``folder``; summary.json, the mark of a finished run, after others."""
     join(folder)
     adapter, rslora = folder / "adapter", config.lora.rslora
     save_adapter(model, adapter)
@@ -114,24 +90,21 @@ def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, con
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
         for name, layer in lora_layers(model)
     }
-    served = _served(adapter, folder / "served", servers(config.export))
+    # An interrupted run may have left files there.
+    shutil.rmtree(folder / "served", ignore_errors=True)
+    names = servers(config.export)
+    served = [export_adapter(adapter, folder / "served" / f"adapter.{name}", to=name) for name in names]
     # This file starts another run at these ranks and scalings.
     with whole_file(folder / "final_ranks.yaml") as part:
         part.write_text(dump_rank_map(rules), encoding="utf-8")
     write_summary(summary, folder)
     report = write_report(folder, OmegaConf.to_yaml(config)) if config.plots else None
     print_summary(summary, folder, report)
-    for line in served:
-        print_facts({"serve": line})
+    for exported in served:
+        print_facts({"serve": exported.line})
 
 
 def servers(setting: Any) -> list[Server]:
     """The servers that the key ``export`` names: none, one or several."""
     names = plain(setting)
     return read_as(list[Server], names if isinstance(names, list) else [name for name in [names] if name], "export")
-
-
-def _served(adapter: Path, folder: Path, names: Iterable[Server]) -> list[str]:
-    """Export into ``folder``, replacing what an interrupted run left there; returns the commands that serve it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return [export_adapter(adapter, folder / f"adapter.{name}", to=name).line for name in names]

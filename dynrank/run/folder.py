@@ -50,11 +50,8 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
 def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
     """Lock ``folder`` against other processes during a run.
 
-    Args:
-        folder: folder of a resumed run, or of a new one, which replaces a run that was killed before its first
-            checkpoint.
-        goes_on_from: optimizer steps of the checkpoint from which the run is resumed; rows of later steps are removed
-            from the tables.
+    A new run replaces one that was killed before its first checkpoint. If a run is resumed after ``goes_on_from``
+    optimizer steps, rows of later steps are removed from the tables.
     """
     with _locked(folder):
         checkpoints = [file for file in folder.glob("checkpoints/*") if file.suffix != PART]
@@ -81,7 +78,7 @@ def take_up(folder: Path, step: int) -> None:
     metrics = _joined(_read(folder / EARLIER), _read(folder / METRICS))
     tables = {EARLIER: metrics, GENERATIONS: _read(folder / GENERATIONS)}
     for name, rows in tables.items():
-        # A text that was generated after n steps has step n in its row; metrics have n - 1.
+        # A text that was generated after n steps has step n in its row, but a metric has step n - 1.
         end = step + (name == GENERATIONS)
         _write(folder / name, [row for row in rows if int(row["step"]) < end])
     (folder / METRICS).unlink(missing_ok=True)
@@ -95,7 +92,7 @@ def join(folder: Path) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove the files that a run writes before its first checkpoint."""
+    """Remove the files that a run may have written before its first checkpoint."""
     for name in (METRICS, EARLIER, GENERATIONS, HISTORY):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

@@ -22,12 +22,11 @@ from dynrank.output.console import span
 from dynrank.run.config import make, plain, rank_pattern
 from dynrank.run.export import export, held_bytes, servers, summarise
 from dynrank.run.folder import checkpoint_of, held
-from dynrank.run.loggers import check_loggers, finished
 from dynrank.run.overrides import check_keys
 from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run, restoring
 from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
-from dynrank.run.trainer import make_trainer, quiet_training
+from dynrank.run.trainer import check_loggers, finished, make_trainer, quiet_training
 from dynrank.schedules import check_schedule
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run
@@ -35,7 +34,7 @@ from dynrank.triggers import Run
 
 @dataclass
 class Job:
-    """The objects of a run: the task, its module with LoRA layers, and the schedule."""
+    """The objects of a run; the module's attribute ``model`` has LoRA layers."""
 
     task: Any
     module: LightningModule
@@ -47,13 +46,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     """Train, test and export into ``folder``; returns the contents of summary.json.
 
     With several processes, process 0 writes the files. With ``ckpt_path=last`` the interrupted run in ``folder`` is
-    resumed.
-
-    Args:
-        config: composed configuration of the run.
-        folder: folder of the run.
-        sweep: whether the run is part of a sweep.
-        record: called by process 0 after all checks.
+    resumed. ``record`` is called by process 0 after all checks.
     """
     start = time.perf_counter()
     quiet_training()
@@ -79,7 +72,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
         seconds = time.perf_counter() - start
         # Only some tasks count their data.
-        data = getattr(job.task, "account", {})
+        data = dict(getattr(job.task, "account", {}))
         summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data)
         if first:
             # Not every task has a tokenizer.

@@ -29,9 +29,10 @@ GONE = {
     "schedule/trigger/subspace": "schedule/trigger=plateau",
     "schedule/trigger/tail_energy": "schedule/trigger=plateau",
     "lora.capacity": "nothing: a compiled model is compiled anew for every rank",
+    "schedule.shape": "nothing: every cut of anneal is by the same factor",
     "schedule.check_batches": "nothing: auto validates all validation data, after the last step alone",
 }
-PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
+_PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _HYDRA = ("hydra", "hydra_plugins", "omegaconf", "antlr4", "yaml")
 _TYPES = {"int": "an int", "float": "a number", "bool": "true or false", "str": "a text", "None": "null"}
 
@@ -92,8 +93,7 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
     name = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
     if name in GONE:
         return _gone(name)
-    missing = name.startswith(PLUGINS)
-    return f"{error}\nit comes with pip install 'dynrank[sweep]'" if missing else str(error)
+    return f"{error}\nit comes with pip install 'dynrank[sweep]'" if name.startswith(_PLUGINS) else str(error)
 
 
 def unknown_key(key: str, config: Any) -> str:

@@ -34,8 +34,6 @@ _LIMITS = {
     "trainer.accumulate_grad_batches": Count,
     "trainer.val_check_interval": Positive,
 }
-
-
 # Parts that a checkpoint must have to resume from it.
 _PARTS = {
     "state_dict": dict,
@@ -81,14 +79,7 @@ def check_export(names: Iterable[Server], model: Any) -> None:
 
 
 def check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:
-    """Refuse names of metrics that the task never measures.
-
-    Args:
-        monitors: what the schedule watches.
-        logged: what the task logs in training and validation.
-        objective: what a sweeper is told.
-        final: what the task measures at the final weights.
-    """
+    """Refuse what the task never measures: a schedule's ``monitors`` in training, an ``objective`` at the end."""
     unknown = [name for name in monitors if name not in logged]
     if unknown:
         raise ConfigurationError(
@@ -131,7 +122,7 @@ def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: 
 
 @contextmanager
 def restoring(checkpoint: Path | None) -> Iterator[None]:
-    """Say which checkpoint it is if Lightning cannot restore a run from what it holds, deep inside."""
+    """Name the checkpoint if Lightning cannot restore a run from its contents."""
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""How a run that is stopped ends: saved, and with a line that says how to go on."""
+"""The end of a run that SIGTERM or Ctrl-C stops: a checkpoint, and a line that says how to resume it."""
 
 from __future__ import annotations
 
@@ -36,12 +36,10 @@ class CtrlC(Callback):
 
 @contextmanager
 def stoppable(trainer: Trainer | None, checkpoint: Path | None, folder: Path | None = None) -> Iterator[None]:
-    """Say how to go on where SIGTERM or Ctrl-C ends a run in the block; SIGTERM outside of training does it at once.
+    """Say how to resume a run that SIGTERM or Ctrl-C ends within the block.
 
-    Args:
-        trainer: with :class:`CtrlC` and an AdapterCheckpoint among its callbacks; None while it is made.
-        checkpoint: that the run goes on from.
-        folder: of the run.
+    Outside of training, SIGTERM ends it at once. ``trainer`` (None while it is made) has a :class:`CtrlC` and an
+    AdapterCheckpoint. ``checkpoint`` is the one from which the run itself was resumed.
     """
     callbacks: list[Any] = trainer.callbacks if trainer is not None else []  # type: ignore[attr-defined]
     main = threading.current_thread() is threading.main_thread()
@@ -70,7 +68,7 @@ def stoppable(trainer: Trainer | None, checkpoint: Path | None, folder: Path | N
 
 
 def _advice(saved: str, folder: Path | None) -> str:
-    """How to go on, as a command to paste if the run was started by one."""
+    """How to resume: a command to paste if the run was started by a command, otherwise a key."""
     changes = [override("ckpt_path", saved)]
     if folder is not None and saved == str(last_checkpoint(folder)):
         changes = ["ckpt_path=last", override("hydra.run.dir", folder)]

@@ -1,4 +1,4 @@
-"""summary.json: what a finished run says of itself."""
+"""summary.json: the results of a finished run."""
 
 from __future__ import annotations
 
@@ -21,19 +21,6 @@ _FORMAT = ConfigDict(strict=True, extra="ignore")
 
 
 @dataclass(config=_FORMAT)
-class PhaseSummary:
-    """A part of a run in which ranks stay; the fields are those of :class:`dynrank.callbacks.run_meter.Phase`."""
-
-    first_step: int
-    mean_rank: float
-    tokens: int
-    train_seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
-    step_seconds: float = 0.0
-
-
-@dataclass(config=_FORMAT)
 class Summary:
     """The contents of summary.json; fields with a default are missing where an earlier version wrote it.
 
@@ -43,14 +30,14 @@ class Summary:
         parameters: how many are in the ``adapter``, ``trainable``, and in ``total``.
         seconds: of the whole run.
         tokens_per_second: in training batches.
-        peak_memory_bytes: the most that the process held.
-        phases: the run between its changes of rank.
-        changes: step, reason and whether it was undone, of each.
+        peak_memory_bytes: the largest memory of the process: on the GPU if there is one, otherwise resident.
+        phases: fields of :class:`dynrank.callbacks.run_meter.Phase` and tokens_per_second, between changes of rank.
+        changes: step and reason of each change, and whether it was undone.
         final: metric -> value on training and validation data, at the final weights.
         gap: validation loss minus training loss, at the final weights.
         bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
         step_seconds: median of the optimizer steps of the last phase; None where there was none.
-        data: what each split of the data came to, of a task that counts it.
+        data: split -> its counts, if the task counts its data.
     """
 
     test: dict[str, float]
@@ -59,7 +46,7 @@ class Summary:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
-    phases: list[PhaseSummary]
+    phases: list[dict[str, int | float]]
     changes: list[dict[str, int | str | bool]] = field(default_factory=list)
     final: dict[str, float] = field(default_factory=dict)
     gap: float | None = None
@@ -79,13 +66,13 @@ def read_summary(folder: Path) -> Summary:
 
 
 def write_summary(summary: Summary, folder: Path) -> None:
-    """Write summary.json into ``folder``, whose run has ended with that."""
+    """Write summary.json into ``folder``; this marks its run as finished."""
     with whole_file(folder / SUMMARY) as part:
         part.write_text(json.dumps(asdict(summary), indent=2) + "\n", encoding="utf-8")
 
 
 def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
-    """Print what one wants to know at the end of the run in ``folder``; ``report`` is its page, if it has one."""
+    """Print the results of the run in ``folder``; ``report`` is its page, if it has one."""
     facts = {name: f"{value:.4f}" for name, value in summary.test.items()}
     if summary.gap is not None:
         validation, training = summary.final["val/loss"], summary.final["train/loss"]

@@ -1,14 +1,19 @@
-"""The lightning.Trainer of a run: its callbacks and loggers, and silence about what tells a user nothing."""
+"""The lightning.Trainer of a run: its callbacks and loggers, and silence of libraries."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
 from dynrank.callbacks import (
@@ -26,8 +31,18 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_loading
 from dynrank.run.config import make, plain
 from dynrank.run.folder import GENERATIONS, HISTORY, last_checkpoint
-from dynrank.run.loggers import make_loggers
 from dynrank.run.stopping import CtrlC
+
+# The choices of the group ``logger`` are also the names of the extras that install them.
+_PACKAGES = ("tensorboard", "wandb", "mlflow")
+
+
+def check_loggers(config: DictConfig) -> None:
+    """Refuse a logger whose package is not installed."""
+    for name in config.logger or ():
+        # A folder wandb/ in the current directory looks like a package, but has no file of origin.
+        if name in _PACKAGES and getattr(find_spec(name), "origin", None) is None:
+            raise ConfigurationError(f"logger={name} needs {name}: pip install 'dynrank[{name}]', or set logger=csv")
 
 
 def make_trainer(
@@ -41,10 +56,10 @@ def make_trainer(
         save_top_k=1,
         enable_version_counter=False,
     )
-    monitor = RankMonitor(folder / HISTORY, model_name="model")
-    callbacks: list[Any] = [ScheduleFreeMode(), scheduler, StepSeed(config.seed), meter, monitor, CtrlC()]
-    callbacks += [Generations(folder / GENERATIONS)]
+    callbacks: list[Any] = [ScheduleFreeMode(), scheduler, StepSeed(config.seed), meter]
+    callbacks += [RankMonitor(folder / HISTORY, model_name="model"), CtrlC(), Generations(folder / GENERATIONS)]
     callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []
+    loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
     options = plain(config.trainer)
     if isinstance(config.trainer.strategy, DictConfig):
         options["strategy"] = make(config.trainer.strategy, "trainer.strategy")
@@ -53,7 +68,7 @@ def make_trainer(
             **options,
             default_root_dir=folder,
             callbacks=[*callbacks, checkpoint],
-            logger=make_loggers(config, folder),
+            logger=[CSVLogger(str(folder), name="", version=""), *loggers],
             enable_model_summary=False,
         )
     except (TypeError, ValueError) as error:
@@ -69,8 +84,19 @@ def make_trainer(
     return trainer
 
 
+@contextmanager
+def finished() -> Iterator[None]:
+    """End the Weights & Biases run of the block, which this process's next run would otherwise continue."""
+    try:
+        yield
+    finally:
+        run = getattr(sys.modules.get("wandb"), "run", None)
+        if run is not None:
+            run.finish()
+
+
 def quiet_training() -> None:
-    """Silence what libraries print of every run."""
+    """Silence what libraries print in every run."""
     quiet_loading()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -78,7 +104,7 @@ def quiet_training() -> None:
     warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
     # A resumed run goes on in a folder of its own.
     warnings.filterwarnings("ignore", "The dirpath has changed")
-    # Lightning 2.6 on torch 2.13 warns of itself.
+    # Lightning 2.6 itself uses what torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)
     # Batches are ready in memory, so workers would not help.
     warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")

@@ -150,44 +150,35 @@ def anneal(
     steps: Changes = 3,
     start: Time = 0.2,
     end: Time = 0.8,
-    shape: Literal["geometric", "linear", "cosine"] = "geometric",
     shared: bool = True,
     how: How = GATES,
 ) -> list[Stage]:
-    """From the starting rank to ``final_rank`` in ``steps`` cuts at equal distances in time (LoRA-Squeeze in-tuning).
+    """From the starting rank to ``final_rank`` in ``steps`` cuts by equal factors, at equal distances in time.
 
     Args:
         final_rank: rank after the last cut.
-        steps: how many cuts.
+        steps: how many cuts (64 -> 8 in 3: 32, 16, 8).
         start: share of the run at the first cut.
         end: share of the run at the last cut.
-        shape: "geometric" (64, 32, 16, 8), "linear" or "cosine"; the last two only with ``shared=False``.
         shared: as in :func:`after_convergence`.
         how: how each change is made.
 
-    Source: arXiv:2602.10993.
+    Source: LoRA-Squeeze, arXiv:2602.10993.
     """
-    if shared and shape != "geometric":
-        raise ConfigurationError(
-            f"shape must be geometric for a shared pool, got {shape!r}; set schedule.shape=geometric, or "
-            "schedule.shared=false"
-        )
     if start > end:
         raise ConfigurationError(
             f"start must be at most end = {end:g}, got {start:g}; set schedule.start or schedule.end"
         )
     times = [start + (end - start) * i / max(1, steps - 1) for i in range(steps)]
     return [
-        Stage(At(fraction=time), _down_to(final_rank, shared, i, steps, shape), how=how, key="schedule.final_rank")
+        Stage(At(fraction=time), _down_to(final_rank, shared, i, steps), how=how, key="schedule.final_rank")
         for i, time in enumerate(times, 1)
     ]
 
 
-def _down_to(
-    rank: int, shared: bool, step: int, steps: int, shape: Literal["geometric", "linear", "cosine"] = "geometric"
-) -> Target:
+def _down_to(rank: int, shared: bool, step: int, steps: int) -> Target:
     """Step ``step`` of ``steps`` to ``rank`` in every layer, or to one shared pool of as many parameters."""
-    return Budget(final_rank=rank, left=steps - step) if shared else Towards(rank, step, steps, shape)
+    return Budget(final_rank=rank, left=steps - step) if shared else Towards(rank, step, steps)
 
 
 @validated_call("schedule")

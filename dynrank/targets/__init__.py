@@ -2,8 +2,7 @@
 
 from dynrank.targets.base import UNBOUNDED, LayerState, Target
 from dynrank.targets.budget import Budget, Smallest
-from dynrank.targets.grow import GrowTo
-from dynrank.targets.shrink import Energy, Rank, Towards
+from dynrank.targets.per_layer import Energy, GrowTo, Rank, Towards
 
 __all__ = [
     "UNBOUNDED",

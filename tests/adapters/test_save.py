@@ -106,8 +106,6 @@ def test_save_refuses_what_it_has_no_place_for(zoo, tmp_path):
         dynrank.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ConfigurationError, match="no LoRA layers to save"):
         dynrank.save_adapter(zoo.plain("llama"), tmp_path / "adapter")
-    with pytest.raises(ConfigurationError, match=r"\['native', 'padded'\], got 'wide'"):
-        dynrank.save_adapter(zoo.adapted("llama"), tmp_path / "adapter", layout="wide")
     assert not (tmp_path / "adapter").exists()
 
 
@@ -147,8 +145,9 @@ def test_padded_adapter_of_one_scaling_keeps_its_factors_bit_for_bit(tmp_path):
     model = dynrank.add_lora(nn.Sequential(nn.Linear(9, 9), nn.Linear(9, 9)), rank=4, alpha=7)
     nn.init.normal_(model[0].lora_B)
     dynrank.resize(model, {"1": 2})
-    dynrank.save_adapter(model, tmp_path, layout="padded")
-    tensors = load_file(tmp_path / WEIGHTS)
+    dynrank.save_adapter(model, tmp_path / "adapter")
+    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "padded", to="padded")
+    tensors = load_file(tmp_path / "padded" / WEIGHTS)
     assert torch.equal(tensors["base_model.model.1.lora_A.weight"][:2], model[1].lora_A)
     assert tensors["base_model.model.1.lora_A.weight"][2:].eq(0).all()
     assert torch.equal(tensors["base_model.model.0.lora_B.weight"], model[0].lora_B)

@@ -1,4 +1,4 @@
-"""Tokens, seconds and memory of a run, in each phase between changes of rank."""
+"""Tokens and seconds of a run, in each phase between changes of rank."""
 
 import csv
 import json
@@ -7,8 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler, RunMeter
-from dynrank.callbacks.run_meter import forget_peak_memory, peak_memory_bytes
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler, RunMeter, peak_memory_bytes
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
@@ -28,7 +27,6 @@ def test_phases_divide_the_run_at_each_change(fit, tmp_path):
     fit(RankScheduler([Stage(At(step=4), Rank(3))]), meter, logger=logger, **options)
     assert [(p.first_step, p.mean_rank, p.tokens) for p in meter.phases] == [(0, 6.0, 64), (4, 3.0, 64)]
     for phase in meter.phases:
-        assert phase.peak_memory_bytes > 0
         assert phase.tokens_per_second == pytest.approx(64 / phase.train_seconds)
         assert 0 < phase.step_seconds < phase.train_seconds
     assert meter.tokens_per_second == pytest.approx(128 / sum(phase.train_seconds for phase in meter.phases))
@@ -52,13 +50,9 @@ def test_resumed_run_has_the_phases_of_the_whole_one(fit, tmp_path):
         assert phases(ckpt_path=tmp_path / f"step={step}.ckpt") == whole, step
 
 
-def test_peak_memory_is_that_since_it_was_forgotten():
+def test_peak_memory_is_at_least_a_block_of_this_process():
     block = torch.ones(2**26)
-    high = peak_memory_bytes()
-    assert high > block.numel() * 4
-    del block
-    forget_peak_memory()
-    assert peak_memory_bytes() < high - 2**27
+    assert peak_memory_bytes() > block.nbytes
 
 
 def test_summary_of_a_run_has_its_phases(smoke_run):
@@ -66,5 +60,4 @@ def test_summary_of_a_run_has_its_phases(smoke_run):
     summary = json.loads((folder / "summary.json").read_text())
     steps = [0, *(change["step"] for change in summary["changes"] if not change["undone"])]
     assert [phase["first_step"] for phase in summary["phases"]] == steps
-    assert summary["peak_memory_bytes"] >= max(phase["peak_memory_bytes"] for phase in summary["phases"])
     assert all(phase["tokens_per_second"] > 0 for phase in summary["phases"])

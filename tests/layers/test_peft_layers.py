@@ -299,18 +299,17 @@ def test_functions_for_dynranks_own_layers_refuse_a_wrapped_model(call, instead,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("layout", ["native", "padded"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_saved_adapter_of_a_wrapped_model_loads_in_both_libraries(layout, kind, tmp_path):
+def test_saved_adapter_of_a_wrapped_model_loads_in_both_libraries(kind, tmp_path):
     model = wrapped(kind)
     names = list(ranks_of(model))
     dynrank.resize(model, {names[0]: 1, names[-1]: 4})
-    dynrank.save_adapter(model, tmp_path, layout=layout)
+    dynrank.save_adapter(model, tmp_path)
     theirs, ours = PeftModel.from_pretrained(plain(kind), tmp_path), dynrank.load_adapter(plain(kind), tmp_path)
     assert (logits(theirs) - logits(model)).abs().max() <= 1e-12
     # `load_adapter` makes factors of float32.
     assert (logits(ours) - logits(model)).abs().max() <= 1e-6
-    assert len(set(ranks_of(theirs).values())) == (1 if layout == "padded" else 3)
+    assert len(set(ranks_of(theirs).values())) == 3
 
 
 def test_save_refuses_a_wrapped_model_in_another_and_numbers_that_are_not_finite(tmp_path):

@@ -44,7 +44,7 @@ CASES = [
     (["schedule=milestones", "schedule.unit=step", "schedule.at=[1,2,30]"], ["stage 3", "30", "12"]),
     (["schedule=early_budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
     (["schedule=grow", "schedule.final_rank=400"], ["stage 1", "400", "384", "schedule.final_rank"]),
-    (["schedule=anneal", "schedule.shape=round"], ["round", "schedule.shape"]),
+    (["schedule=anneal", "schedule.shape=linear"], ["schedule.shape was taken out", "by the same factor"]),
 ]
 
 

@@ -57,7 +57,7 @@ def test_schedule_that_makes_nothing_is_refused_and_not_taken_for_a_fixed_rank(o
     [("plots=true", "plots"), *((f"logger={name}", name) for name in ("tensorboard", "wandb", "mlflow"))],
 )
 def test_missing_package_says_which_extra_brings_it(override, extra, monkeypatch):
-    for module in ("job", "loggers"):
+    for module in ("job", "trainer"):
         monkeypatch.setattr(f"dynrank.run.{module}.find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=rf"pip install 'dynrank\[{extra}\]', or set "):
         build(dynrank.compose([override]))

@@ -35,8 +35,6 @@ TIMELINES = [
     (milestones([24, 8], [10, 40], "step"), 32, [(10, 24), (40, 8)]),
     (milestones([24, 8], [1, 3], "epoch"), 32, [(20, 24), (60, 8)]),
     (anneal(8, shared=False), 64, [(20, 32), (50, 16), (80, 8)]),
-    (anneal(8, shape="linear", shared=False), 64, [(20, 45), (50, 26), (80, 8)]),
-    (anneal(8, shape="cosine", shared=False), 64, [(20, 50), (50, 22), (80, 8)]),
     (anneal(8, steps=2, start=0, end=1, shared=False), 64, [(0, 23), (100, 8)]),
     (grow(64), 8, [(50, 64)]),
     (
@@ -139,7 +137,6 @@ def test_stages_are_taken_as_they_are_and_named_by_their_place():
         (lambda: early_budget(share=0.5, parameters=7), "parameters"),
         (lambda: early_budget(bytes="8 apples"), "bytes"),
         (lambda: auto(-0.1), "tolerance"),
-        (lambda: anneal(4, shape="cosine"), "shape"),
         (lambda: early_budget(share=0.5, highest=2, lowest=3), "highest"),
         (lambda: stages([Rank(4)]), "stages[0]"),
     ],

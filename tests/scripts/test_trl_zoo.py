@@ -2,7 +2,17 @@
 
 import pytest
 
-RUNS = [("SFT", "auto"), ("SFT of add_lora", "early_budget"), ("DPO", "early_budget"), ("GRPO", "auto")]
+RUNS = [
+    ("SFT", "auto"),
+    ("SFT of add_lora", "early_budget"),
+    ("DPO", "early_budget"),
+    ("KTO", "auto"),
+    ("ORPO", "early_budget"),
+    ("Reward", "auto"),
+    ("GRPO", "auto"),
+    ("GRPO of equal rewards", "early_budget"),
+    ("RLOO", "early_budget"),
+]
 
 
 @pytest.mark.filterwarnings("ignore")

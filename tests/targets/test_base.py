@@ -44,11 +44,7 @@ BUDGETS = st.builds(
 SHRINKING = st.one_of(
     st.builds(Rank, COUNTS),
     st.builds(
-        lambda rank, steps, at, shape: Towards(rank, 1 + at % steps, steps, shape),
-        COUNTS,
-        st.integers(1, 5),
-        st.integers(0, 4),
-        st.sampled_from(["geometric", "linear", "cosine"]),
+        lambda rank, steps, at: Towards(rank, 1 + at % steps, steps), COUNTS, st.integers(1, 5), st.integers(0, 4)
     ),
     st.builds(Energy, SHARES, **STEPPED),
     BUDGETS,
@@ -134,7 +130,6 @@ def test_a_target_of_ones_own_needs_ranks_alone():
         (lambda: GrowTo(1.5), ["rank", "1.5"]),
         (lambda: Energy(float("nan")), ["share", "nan"]),
         (lambda: Energy(0.5, lowest=0, multiple=-1), ["lowest", "0", "multiple", "-1"]),
-        (lambda: Towards(4, 1, 1, "bent"), ["shape", "'bent'", "cosine"]),
         (lambda: Budget(parameters=-1), ["parameters", "-1"]),
         (lambda: Budget(parameters=100, share=0.5), ["100", "0.5", "schedule.parameters", "schedule.share"]),
         (lambda: Budget(share=0.5, lowest=5, highest=7, multiple=4), ["multiple", "5", "7", "schedule.multiple"]),

@@ -11,10 +11,9 @@ from torch import nn
 
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.averages import averaging_callbacks
-from dynrank.distributed.ddp import check_hooks
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import average_gradients, take_saved_ranks, trains_shards
-from dynrank.distributed.unwrapping import unwrapped_optimizer
+from dynrank.distributed.wrappers import check_hooks, unwrapped_optimizer
 from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import lacks_base
 from dynrank.output.checkpoint_file import read_checkpoint

@@ -1,4 +1,4 @@
-"""README.md of an adapter: what it is, what it was trained on, what came out, and how to use it."""
+"""README.md of an adapter: its base, its training, its results, and how to use it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,7 @@ from dynrank.run.summary import Summary
 
 
 def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: str | None) -> None:
-    """Write README.md into the adapter's ``folder``.
-
-    Args:
-        folder: of the adapter.
-        model: with its LoRA layers.
-        summary: of the run.
-        steps: of the optimizer.
-        command: that trains such an adapter; None: not known.
-    """
+    """Write README.md into the adapter's ``folder``; ``command`` trains such an adapter, None if it is not known."""
     base = public_name(source_of(model))
     ranks: dict[str, list[int]] = {}
     layers = {name: layer.rank for name, layer in lora_layers(model)}

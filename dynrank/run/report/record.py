@@ -22,11 +22,10 @@ from dynrank.run.summary import Summary, read_summary
 if TYPE_CHECKING:
     from dynrank.output.plots import Series
 
-
 Row = TypeVar("Row")
 
 
-# Not strict, because cells of CSV are texts. The report does not read the columns of the estimated loss.
+# This is not strict, because the cells of a CSV file are texts. The report ignores the columns of the estimated loss.
 @checked_dataclass(frozen=True, config=ConfigDict(extra="ignore"))
 class LayerChange:
     """A row of rank_history.csv: one layer in one change."""
@@ -71,7 +70,7 @@ class Change:
 
     @property
     def energy_kept(self) -> list[float]:
-        """Of each layer."""
+        """The share of the energy that the change kept in each layer."""
         return [layer.energy_kept for layer in self.layers.values()]
 
     @property
@@ -82,19 +81,15 @@ class Change:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A finished run.
+    """A finished run, as the files in its folder describe it.
 
     Attributes:
-        folder: folder of the run.
         config: the whole configuration as YAML.
-        settings: values of the configuration by their keys, as deep as ``group.key``.
-        overrides: overrides of the command line; None: not recorded.
-        summary: summary.json.
-        metrics: metrics.csv.
+        settings: {``group.key``: its value}.
+        overrides: those of the command line; None: not recorded.
         last_step: optimizer steps made.
-        changes: changes of rank in the order of time.
+        changes: all changes of rank in the order of time, also those that were undone.
         layers: {layer of the exported adapter: its spectrum}, in the order of the model.
-        generations: generations.csv.
     """
 
     folder: Path

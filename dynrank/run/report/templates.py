@@ -1,4 +1,4 @@
-"""The templates of a run's report and card, and their formats of numbers."""
+"""The templates of a run's report and card, and their filters."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ def template(name: str) -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    found.filters |= {"as": format, "span": span, "data_uri": _data_uri}
-    found.filters["code"] = _code
+    found.filters |= {"as": format, "span": span, "data_uri": _data_uri, "code": _code}
     found.filters["mebibytes"] = lambda count: f"{count / 2**20:,.0f} MiB"
     return found.get_template(name)
 

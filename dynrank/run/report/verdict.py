@@ -13,7 +13,7 @@ from dynrank.run.command import command
 from dynrank.run.report.record import Change, RunRecord
 from dynrank.run.summary import Summary, read_summary
 
-# WORSE is a share of the loss that a change adds; FAR is a share between training and validation loss.
+# WORSE: largest share that a cheap change adds to the loss. FAR: smallest wide gap, as a share of the validation loss.
 LOSS, WORSE, FAR = "val/loss", 0.01, 0.3
 
 
@@ -33,7 +33,7 @@ def run_name(folder: Path) -> str:
 
 
 def conclusions(run: RunRecord, rivals: Mapping[str, Summary]) -> Iterator[str]:
-    """Sentences about the run, the most important first."""
+    """Sentences about the results of the run, the most important first."""
     summary = run.summary
     if summary.test:
         tested = ", ".join(f"{name} {value:.4g}" for name, value in summary.test.items())
@@ -153,25 +153,32 @@ def next_commands(run: RunRecord) -> Iterator[tuple[str, str]]:
 
         if run.made:
             yield (
-                "the rank of the end from the start, to compare with",
+                "compare with a run that has the final rank from the start",
                 train(f"lora.rank={middle}", "schedule=fixed", without=("schedule",)),
             )
             costs = [around(run, change, LOSS).cost for change in run.made]
             worst, known = max((cost for cost in costs if cost is not None), default=0.0), None not in costs
             if worst > WORSE or not known:
-                why = "undo a change that costs so much" if known else "measure what a change costs, and undo too much"
+                why = (
+                    "undo a change that costs this much"
+                    if known
+                    else "measure the cost of each change, and undo a high one"
+                )
                 yield why, train(f"schedule.how.max_regression={WORSE}")
             if worst <= WORSE and "schedule.final_rank" in config and ranks[0] > 1:
-                why = "the change cost little: go lower" if known else "a smaller adapter"
+                why = "the change cost little: try a lower rank" if known else "try a smaller adapter"
                 yield why, train(f"schedule.final_rank={max(1, middle // 2)}")
         if len(ranks) == 1:
             yield (
-                "one budget for all layers, in place of one rank",
+                "give all layers one budget, not one rank",
                 train(f"lora.rank={2 * middle}", "schedule=early_budget", without=("schedule",)),
             )
         gap, loss = run.summary.gap, run.summary.final.get(LOSS)
         if gap is not None and loss and gap > FAR * loss and not config.get("lora.dropout"):
             yield "the gap is wide: regularise", train("lora.dropout=0.1")
-        yield "how far runs differ by chance", train("--multirun", "seed=1,2,3")
-    yield "ask the adapter", shlex.join(["dynrank", "predict", str(run.folder / "adapter"), "a text"])
-    yield "compare runs on this page", shlex.join(["dynrank", "report", str(run.folder), "--against", "RUN"])
+        yield "measure how much runs differ by chance", train("--multirun", "seed=1,2,3")
+    yield "use the adapter", shlex.join(["dynrank", "predict", str(run.folder / "adapter"), "a text"])
+    yield (
+        "compare the run with others on this page",
+        shlex.join(["dynrank", "report", str(run.folder), "--against", "RUN"]),
+    )

@@ -23,12 +23,8 @@ def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -
     """Make the run that ``config`` describes in ``folder``; returns its ``objective`` at the final weights.
 
     With ``ckpt_path=last`` a finished run is skipped, an interrupted run is resumed from its checkpoint, and a run
-    without a checkpoint is started. If a run fails, its folder gets a file with the error.
-
-    Args:
-        config: configuration of the run.
-        folder: folder of the run.
-        record: writes the configuration into ``folder``.
+    without a checkpoint is started. If a run fails, its folder gets a file with the error. ``record`` writes the
+    configuration into the folder.
     """
     # If the folder has .hydra/, it may be the folder of another run.
     own = not (folder / ".hydra").exists()
@@ -61,7 +57,7 @@ def _summary(config: DictConfig, folder: Path, begin: Callable[[], None]) -> Sum
             return read_summary(folder)
         if not last_checkpoint(folder).exists():
             config.ckpt_path = None
-    # Imported here, because torch and transformers load slowly.
+    # This import loads torch and transformers, which takes seconds.
     from dynrank.run.job import run
 
     return run(config, folder, sweep=True, record=begin)

@@ -41,11 +41,9 @@ class SweepRun:
     """One run of a sweep, as its folder describes it.
 
     Attributes:
-        folder: folder of the run.
         overrides: {key: value as text} of the overrides that started the run.
-        results: metrics of the test and of other data (``final/…``), ``gap``, ``adapter_parameters``,
-            ``adapter_bytes``, ``gradient_bytes``, ``optimizer_bytes`` and ``step_seconds``, as far as its summary.json
-            has them; empty if it has not ended.
+        results: metrics of the test and of other data (``final/…``), and the keys of ``_SHOWN``, as far as summary.json
+            has them; empty if the run has not ended.
         fault: why the run has no results.
     """
 
@@ -60,7 +58,7 @@ class Arm:
     """Runs that differ only in their seed.
 
     Attributes:
-        setting: {override: value} for the overrides that differ between arms.
+        setting: {override: value} of the overrides that differ between arms.
         runs: all runs of the arm, finished or not.
     """
 
@@ -191,7 +189,7 @@ def _write(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
 
 
 def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
-    # matplotlib is an extra.
+    # matplotlib is an optional dependency.
     from dynrank.output.plots import arms_figure
 
     panels = {

@@ -13,7 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 from dynrank.errors import ConfigurationError
 
 # Count this up when rows are read in another way, so that older rows in a cache are not taken.
-READ = 1
+READ = 2
 # So many rows are worth a process of their own.
 _ENOUGH = 20_000
 

@@ -73,14 +73,18 @@ def find_columns(
     columns = _names_in(sample)
     names = _found(columns, given, form)
     for ours, theirs in names.items():
-        if theirs not in columns:
+        if not theirs or theirs not in columns:
             usual = f"{ours} column by a usual name ({', '.join(_USUAL[ours])})"
             fix = [f"set data.columns.{ours} to one of these"]
+            fix += ["set data.columns.prompt and data.columns.answer"] * (ours == "messages")
+            fix += ["write a first line with names of columns"] * where.endswith((".csv", ".tsv"))
             fix += [
                 f"set task={other}, which takes them" for other in COLUMNS if not theirs and _fits(columns, other, {})
             ]
             wanted = f"column {theirs!r}" if theirs else usual
             raise ConfigurationError(f"{where} has no {wanted}; it has {columns}; {', or '.join(fix)}")
+    if form == "completion" and _are_turns(sample, names["prompt"]):
+        raise ConfigurationError(f"{where} has chats in its column {names['prompt']!r}; set task=chat")
     known = {usual for each in _USUAL.values() for usual in each} | {*_UNREAD}
     unused = [name for name in columns if name.lower() in known and name not in names.values()]
     turns = [turn for row in sample for turn in _list(row.get(names.get("messages", ""))) if isinstance(turn, Mapping)]
@@ -107,7 +111,8 @@ def form_of(sample: Sample, forms: Sequence[Form], given: Mapping[str, str], whe
             raise ConfigurationError(f"--columns must be {allowed}; got {ours}={theirs}")
     for form in sorted(forms, key=lambda form: given.keys().isdisjoint(COLUMNS[form])):
         if _fits(columns, form, given):
-            return form
+            prompt = _usual(columns, given, COLUMNS["completion"], {})["prompt"]
+            return "chat" if form == "completion" and _are_turns(sample, prompt) else form
     wanted = ", or ".join(" and ".join(COLUMNS[form]) for form in forms)
     usual = f"{where} must have the columns {wanted}, by usual names; it has {columns}"
     raise ConfigurationError(f"{usual}; say which is which: --columns {COLUMNS[forms[0]][0]}=NAME")
@@ -141,6 +146,10 @@ def _usual(
 
 def _names_in(sample: Sample) -> list[str]:
     return [*dict.fromkeys(str(name) for row in sample for name in row)]
+
+
+def _are_turns(sample: Sample, column: str) -> bool:
+    return any(isinstance(row.get(column), list) for row in sample)
 
 
 def _list(value: Any) -> Sequence[Any]:

@@ -65,16 +65,14 @@ def from_files(
     return found
 
 
-def from_file(name: str, key: str, forms: Sequence[Form], columns: Mapping[str, str]) -> tuple[datasets.Dataset, Form]:
-    """All rows of one file, with the columns of the first of ``forms`` that it has; that form.
+def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, str]) -> tuple[datasets.Dataset, Form]:
+    """All rows of a source, with the columns of the first of ``forms`` that it has; that form.
 
     Args:
-        name: of the file; a folder or a name on the hub stands for its training rows.
-        key: where the user wrote it.
+        source: a file; a folder or a name on the hub stands for its training rows.
         forms: that can be used.
         columns: how its columns are called, where not as usual.
     """
-    source = Source(name, key, "train")
     form = form_of(source.sample, forms, columns, source.where)
     rows = source.read(find_columns(source.sample, columns, form, source.where, source.types))
     return rows.remove_columns(["digest", "place"]), form

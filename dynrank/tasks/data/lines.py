@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
 import re
@@ -25,7 +26,8 @@ Rows = Iterator[tuple[int, Mapping[str, Any] | str]]
 _BLOCK = 2**24
 _BLANKS = re.compile(r"\s*")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
-_BOM = b"\xef\xbb\xbf"
+# The start of an array, or of an object in which an array of objects follows simple values.
+_LIST = re.compile(r"\s*(?:\[|(?P<within>\{)[^\[{]*\[(?=\s*\{))")
 _DECODER = json.JSONDecoder()
 
 
@@ -47,24 +49,32 @@ class Part:
 
     def rows(self) -> Rows:
         """The rows of the part."""
-        yield from READERS[Path(self.path).suffix](self)
+        yield from READERS[kind_of(Path(self.path))](self)
+
+
+def kind_of(path: Path) -> str:
+    """What a file's name says that it is: a key of :data:`READERS`, or something else."""
+    return path.suffix.lower()
 
 
 def survey(path: Path) -> tuple[str, list[Part]]:
     """(a hash of all that is in a file, the parts that processes can share out)."""
     running, starts, size, line = sha256(), [(0, 1)], 0, 1
     with path.open("rb") as file:
+        if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+            raise ValueError("it is UTF-16; save it as UTF-8")
+        file.seek(0)
         while block := file.read(_BLOCK):
             running.update(block)
             size, line = size + len(block), line + block.count(b"\n")
             starts.append((size - len(block) + block.rfind(b"\n") + 1, line))
-    if path.suffix == ".parquet":
+    if kind_of(path) == ".parquet":
         groups = pq.ParquetFile(path).metadata
         starts = [(0, 1)]
         for group in range(groups.num_row_groups):
             starts.append((group + 1, starts[-1][1] + groups.row_group(group).num_rows))
         size = groups.num_row_groups
-    elif path.suffix not in _JSON or _is_array(path):
+    elif kind_of(path) not in _JSON or not _has_lines(path):
         starts = starts[:1]
     ends = [*(start for start, _ in starts[1:]), size]
     pairs = zip(starts, ends, strict=True)
@@ -73,7 +83,7 @@ def survey(path: Path) -> tuple[str, list[Part]]:
 
 def types_in(path: Path) -> Mapping[str, Any]:
     """The types of a parquet file's columns; of other files nothing is known."""
-    return datasets.Features.from_arrow_schema(pq.read_schema(path)) if path.suffix == ".parquet" else {}
+    return datasets.Features.from_arrow_schema(pq.read_schema(path)) if kind_of(path) == ".parquet" else {}
 
 
 def _csv(part: Part) -> Rows:
@@ -119,6 +129,9 @@ def _table(lines: Iterator[tuple[int, list[str] | str]], advice: str) -> Rows:
             yield line, cells
         elif cells and not names:
             names = [name.strip() for name in cells]
+            if twice := next((name for name in names if name and names.count(name) > 1), None):
+                yield line, f"has two columns {twice!r}"
+                return
         elif cells and len(cells) == len(names):
             yield line, dict(zip(names, cells, strict=True))
         elif cells:
@@ -127,7 +140,7 @@ def _table(lines: Iterator[tuple[int, list[str] | str]], advice: str) -> Rows:
 
 def _json(part: Part) -> Rows:
     """Rows of a line each, or one array of rows."""
-    if _is_array(Path(part.path)):
+    if not _has_lines(Path(part.path)):
         yield from _json_array(part)
         return
     with open(part.path, "rb") as file:
@@ -137,13 +150,13 @@ def _json(part: Part) -> Rows:
             if place >= part.end:
                 return
             place += len(line)
-            if line.strip():
-                yield number, _row_in(line)
+            if row := line.removeprefix(codecs.BOM_UTF8).strip():
+                yield number, _row_in(row)
 
 
 def _row_in(line: bytes) -> dict[str, Any] | str:
     try:
-        return _object(json.loads(line.removeprefix(_BOM).decode()))
+        return _object(json.loads(line.decode()))
     except (ValueError, RecursionError) as error:
         return _not_json(error)
 
@@ -155,7 +168,11 @@ def _json_array(part: Part) -> Rows:
     except UnicodeDecodeError as error:
         yield content.count(b"\n", 0, error.start) + 1, _not_json(error)
         return
-    place, line, counted = _behind(text, text.index("[") + 1), 1, 0
+    start = _LIST.match(text)
+    if not start:
+        yield 1, "begins no list of rows: write [{...}, {...}], or each row in a line of its own"
+        return
+    place, line, counted = _behind(text, start.end()), 1, 0
     while not text.startswith("]", place):
         line, counted = line + text.count("\n", counted, place), place
         try:
@@ -170,6 +187,9 @@ def _json_array(part: Part) -> Rows:
         elif not text.startswith("]", place):
             yield line + text.count("\n", counted, place), "is no JSON: ',' or ']' must follow a row"
             return
+    rest = text[place + 1 :].strip()
+    if rest != ("}" if start["within"] else ""):
+        yield line, f"ends the list, and more follows: {shown(rest)}; a file must hold one list of rows"
 
 
 def _behind(text: str, place: int) -> int:
@@ -185,9 +205,13 @@ def _object(found: Any) -> dict[str, Any] | str:
     return found if isinstance(found, dict) else f"must be a row {{column: value}}, got {shown(found)}"
 
 
-def _is_array(path: Path) -> bool:
+def _has_lines(path: Path) -> bool:
+    """Whether each row is a line; a .json file may also be one document, which then holds an array of rows."""
     with path.open("rb") as file:
-        return file.read(4096).removeprefix(_BOM).lstrip().startswith(b"[")
+        lines = filter(None, (line.removeprefix(codecs.BOM_UTF8).strip() for line in file))
+        first, second = next(lines, b""), next(lines, b"")
+    in_lines = kind_of(path) != ".json" or (first.endswith(b"}") and second.startswith(b"{"))
+    return in_lines and not first.startswith(b"[")
 
 
 def _txt(part: Part) -> Rows:

@@ -19,7 +19,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.names import hub_is_known
 from dynrank.tasks.data.cache import READ, filling, processes, quiet
 from dynrank.tasks.data.columns import SNIFFED, Columns, Sample
-from dynrank.tasks.data.lines import READERS, Part, survey, types_in
+from dynrank.tasks.data.lines import READERS, Part, kind_of, survey, types_in
 from dynrank.tasks.data.rows import SHOWN, check_rows, features_of, read_rows, refuse
 from dynrank.tasks.data.splits import read_dataset, sample_of
 
@@ -52,13 +52,14 @@ class Source:
         self.where, self.split, self.files = f"{key}={name}", split, dict[Path, tuple[str, list[Part]]]()
         path = Path(name).expanduser()
         try:
-            if name.count("/") == 1 and not path.exists() and not path.suffix:
-                self.rows = _from_hub(name, _THEIR_SPLITS[split])
+            on_hub = name.count("/") == 1 and not path.exists() and not path.suffix
+            if on_hub or any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+                self.rows = (_from_hub if on_hub else _from_disk)(name, _THEIR_SPLITS[split])
                 self.sample: Sample = sample_of(self.rows)
                 self.types = self.rows.features
                 return
             paths = _files_in(path, _THEIR_SPLITS[split]) if path.is_dir() else [path]
-            if any(file.suffix not in READERS or not file.is_file() for file in paths):
+            if any(kind_of(file) not in READERS or not file.is_file() for file in paths):
                 kinds = f"a file of {[*READERS]}, a folder or ORG/NAME on the hub"
                 raise ConfigurationError(f"{key} must be {kinds}, got {name!r}; set {key}")
             self.files = {file: survey(file) for file in paths}
@@ -89,9 +90,9 @@ class Source:
 
     def _read(self, file: Path, columns: Columns) -> datasets.Dataset:
         content, parts = self.files[file]
-        where = self.where if len(self.files) == 1 else f"{self.where}, {file.name}"
+        where = self.where if len(self.files) == 1 else f"{self.where}, {file}"
         # of a text, since a pickle also tells which of equal texts are one object
-        key = Hasher.hash(str((READ, content, file.suffix, columns)))
+        key = Hasher.hash(str((READ, content, kind_of(file), columns)))
         with filling():
             builder = _Rows(features=features_of(columns), hash=key, dataset_name="rows")
             builder.source = {"parts": parts, "columns": columns}
@@ -99,7 +100,7 @@ class Source:
                 say("reading         ", f"{file}, {file.stat().st_size / 1e6:,.1f} MB")
             builder.download_and_prepare(num_proc=min(len(parts), processes(file.stat().st_size // _ROW) or 1))
             rows = builder.as_dataset(split="train")
-        return check_rows(rows, where, "row" if file.suffix == ".parquet" else "line")
+        return check_rows(rows, where, "row" if kind_of(file) == ".parquet" else "line")
 
 
 class _Rows(datasets.ArrowBasedBuilder):  # type: ignore[misc]
@@ -127,7 +128,7 @@ def _files_in(folder: Path, split: str) -> list[Path]:
     """The files of a folder that are a split's, by ``datasets``' rules."""
     base = str(folder.resolve())
     found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
-    files = [Path(name) for name in found.get(split, ()) if Path(name).suffix in READERS]
+    files = [Path(name) for name in found.get(split, ()) if kind_of(Path(name)) in READERS]
     if not files:
         raise ValueError(f"the folder has no files of {[*READERS]} for {split}, such as {split}.csv")
     return files
@@ -140,6 +141,14 @@ def _from_hub(name: str, split: str) -> datasets.Dataset:
         kept = Cache(repo_id=name, dataset_name=name.split("/")[-1], version="auto", hash="auto")
         kept.download_and_prepare()
         return kept.as_dataset(split=split)
+
+
+def _from_disk(folder: str, split: str) -> datasets.Dataset:
+    """What ``save_to_disk`` wrote: the split of several, or all rows."""
+    found = datasets.load_from_disk(Path(folder).expanduser())
+    if isinstance(found, datasets.DatasetDict) and split not in found:
+        raise ValueError(f"it has the splits {[*found]}, not {split}")
+    return found[split] if isinstance(found, datasets.DatasetDict) else found
 
 
 @rank_zero_only

@@ -85,7 +85,7 @@ def test_page_is_laid_out_legible_and_fetches_nothing(report, tmp_path, width, s
         assert bottom - top > 150
     boxes = [box for _, box in page["sections"]]
     assert all(above[3] <= below[1] for above, below in zip(boxes, boxes[1:], strict=False))
-    headings = ["Changes of rank", "Pictures", "Layers", "Speed and memory", "Configuration"]
+    headings = ["Changes of rank", "Pictures", "Layers", "Speed", "Configuration"]
     headings.append("What to try next")
     assert [heading for heading, _ in page["sections"]] == headings
     assert (luminance(page["paper"]) < 0.1) == (scheme == "dark")

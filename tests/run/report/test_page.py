@@ -8,7 +8,7 @@ import re
 import pytest
 from PIL import Image
 
-from dynrank.run.report import pictures
+from dynrank.run.report import page as report_page
 from dynrank.run.report.page import write_report
 from dynrank.run.report.record import read_run
 
@@ -39,7 +39,7 @@ def test_every_layer_has_a_row_with_its_ranks(report, folder, nasty):
 
 
 def test_changes_stand_in_order_and_one_taken_back_says_so(report):
-    rows = report.table("What was changed")[1:]
+    rows = report.table("Each change")[1:]
     assert [row[:3] for row in rows] == [["10", "8 → 4", "4"], ["15", "4 → 1", "4"], ["20", "4 → 2", "4"]]
     assert [row[-1].startswith("undone") for row in rows] == [False, True, False]
     assert len(report.root.findall(".//tr[@class='undone']")) == 1
@@ -65,7 +65,7 @@ def test_page_needs_nothing_else_and_can_be_heard(report, folder):
 
 
 def test_page_without_matplotlib_has_the_tables_and_says_what_to_install(run_folder, tmp_path, page_of, monkeypatch):
-    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
+    monkeypatch.setattr(report_page, "find_spec", lambda name: None)
     report = page_of(write_report(run_folder(tmp_path)))
     assert not captions(report)
     assert any("dynrank[plots]" in text for text in report.texts("p"))
@@ -91,7 +91,7 @@ def test_two_hundred_layers_and_many_steps_stay_below_two_megabytes(run_folder, 
 def test_data_are_told_of_alike_in_the_output_the_summary_and_the_page(smoke_run, page_of):
     data = json.loads((smoke_run[0] / "summary.json").read_text())["data"]
     assert list(data) == ["train", "val", "test"]
-    rows = {row[0]: row for row in page_of(smoke_run[0] / "report.html").table("What each split came to")[1:]}
+    rows = {row[0]: row for row in page_of(smoke_run[0] / "report.html").table("Counts of each split")[1:]}
     for name, split in data.items():
         assert sum(split["classes"].values()) == split["rows"] >= split["examples"]
         numbers = [

@@ -68,7 +68,7 @@ def test_other_runs_stand_beside_it_and_their_differences_at_the_top(run_folder,
     assert code == 0, said
     report = page_of(tmp_path / "a" / "report.html")
     assert [line.partition("test/loss ")[2].split(",")[0] for line in report.texts("li")[-2:]] == ["-0.25", "+0.25"]
-    assert report.table("What each came to")[1] == ["test/loss", "1.25", "1.5", "1"]
+    assert report.table("Results of the runs")[1] == ["test/loss", "1.25", "1.5", "1"]
     assert launch(cli.main, "report", "a", "b")[0] == 2
     (tmp_path / "empty").mkdir()
     before = (tmp_path / "a" / "report.html").read_bytes()
@@ -93,7 +93,7 @@ def test_what_was_written_is_shown_first_and_last(run_folder, tmp_path, page_of)
     rows = [[step, "val", f"p{i}", f"w{i}", f"<{step}>\n{i}"] for step in (4, 8, 12) for i in range(6)]
     with (run_folder(tmp_path) / "generations.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["step", "split", "prompt", "wanted", "written"], *rows])
-    _, *shown = page_of(write_report(tmp_path)).table("Behind some prompts")
+    _, *shown = page_of(write_report(tmp_path)).table("For some prompts")
     assert shown[:2] == [["p0", "w0", "4", "<4>\n0"], ["p0", "w0", "12", "<12>\n0"]]
     assert len(shown) == 8
 

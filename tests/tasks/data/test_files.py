@@ -10,6 +10,7 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import build
 from dynrank.tasks.data import cache, lines
+from dynrank.tasks.data.columns import form_of
 from dynrank.tasks.data.files import from_files
 
 ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(200)]
@@ -45,6 +46,33 @@ def test_every_row_of_a_file_is_in_one_split(kind, tmp_path):
     assert sorted(sum(splits.values(), [])) == pairs(ROWS)
     sizes = {split: len(rows) for split, rows in splits.items()}
     assert sizes == pytest.approx({"train": 120, "val": 40, "test": 40}, abs=15)
+
+
+def test_data_saved_to_disk_have_their_own_splits(tmp_path):
+    whole = {"train": datasets.Dataset.from_list(ROWS[:150]), "validation": datasets.Dataset.from_list(ROWS[150:])}
+    datasets.DatasetDict(whole).save_to_disk(tmp_path / "both")
+    whole["validation"].save_to_disk(tmp_path / "one")
+    for val in ("both", "one"):
+        found = read(str(tmp_path / "both"), val=str(tmp_path / val))
+        assert found["val"] == [tuple(row.values()) for row in ROWS[150:]]
+        assert sorted(found["train"] + found["test"]) == pairs(ROWS[:150])
+    with pytest.raises(ConfigurationError, match=r"data\.test=.*has the splits \['train', 'validation'\], not test"):
+        read(str(tmp_path / "both"), test=str(tmp_path / "both"))
+
+
+def test_rows_in_a_json_file_are_a_list_alone_or_in_an_object_or_lines(tmp_path):
+    file, pair = tmp_path / "a.json", {"version": "1", "data": ROWS}
+    for content in (json.dumps({"data": ROWS}), json.dumps(pair, indent=1), "\n".join(map(json.dumps, ROWS))):
+        file.write_text(content)
+        assert sorted(sum(read(str(file)).values(), [])) == pairs(ROWS)
+    file.write_text(
+        "\n\n".join(json.dumps({"messages": [{**TALKS[0], "content": str(i)}, TALKS[1]]}) for i in range(9))
+    )
+    parts = from_files(str(file), None, None, form="chat", columns={}, share=0.3, seed=0)
+    assert sum(map(len, parts.values())) == 9
+    file = tmp_path / "a.JSONL"
+    file.write_text("\ufeff\n\n" + "\n\n".join(map(json.dumps, ROWS)), encoding="utf-8")
+    assert sorted(sum(read(str(file)).values(), [])) == pairs(ROWS)
 
 
 def test_splits_depend_on_seed_and_text_alone(tmp_path):
@@ -107,7 +135,13 @@ BAD = {
     "half a letter": ("classification", "a.jsonl", jsonl(r'{"text": "\ud800", "label": "a"}'), "line 31 is not UTF-8"),
     "broken JSON": ("classification", "a.jsonl", jsonl('{"text": ', count=16), "line 17 is no JSON"),
     "deep JSON": ("classification", "a.jsonl", jsonl("[" * 100_000), "line 31 is no JSON"),
+    "UTF-16": ("classification", "a.csv", LABELLED.decode().encode("utf-16"), "it is UTF-16"),
+    "one name twice": ("classification", "a.csv", b"text,text,label\nx,y,a\n", "line 1 has two columns 'text'"),
+    "no name": ("classification", "a.csv", b",note,label\n0,x,a\n", "no text .* or write a first line"),
+    "turns as a prompt": ("completion", "a.jsonl", jsonl(prompt=TALKS, answer=TALKS), "set task=chat"),
+    "no list": ("text", "a.json", b'{"columns": ["text"], "data": [["x"]]}', "line 1 begins no list of rows"),
     "a broken array": ("classification", "a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "line 3 is no JSON"),
+    "two arrays": ("text", "a.json", b'{"train": [{"text": "x"}],\n"val": []}', "line 1 ends .* and more follows"),
     "a row without a label": ("classification", "a.csv", b"text,label\n\nx,1\ny,1\nz,\n", "line 5 has no label"),
     "a null label": ("classification", "a.jsonl", b"\n" + jsonl({"text": "x", "label": None}), "line 32 has no label"),
     "a label seen once": ("classification", "a.jsonl", jsonl({"text": "x", "label": "b"}), "line 31 alone .* 'b'"),
@@ -224,6 +258,12 @@ KNOWN = {
     "Alpaca as a chat": ("chat", {"instruction": "q NUMBER", "output": "a", "system": "s"},
                          {"messages": [SYSTEM, *TURNS]}),
 }  # fmt: skip
+
+
+def test_turns_as_a_prompt_are_a_chat():
+    row = {"prompt": TALKS[:1], "completion": TALKS[1:]}
+    assert form_of([row], ("completion", "text"), {}, "") == "chat"
+    assert form_of([{"prompt": "q", "completion": "a"}], ("completion", "text"), {}, "") == "completion"
 
 
 @pytest.mark.parametrize("case", KNOWN)

@@ -1,4 +1,7 @@
-"""DDP around a model whose parameters change shape, whichever library has wrapped the model."""
+"""The wrappers of DDP, Lightning, Fabric and accelerate around models and optimizers.
+
+DDP follows a change of its parameters' shapes, whichever library has wrapped the model.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,25 @@ from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.post_localSGD_hook import PostLocalSGDState
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from dynrank.distributed.processes import process_count
 from dynrank.errors import ConfigurationError
+from dynrank.private import is_fabrics
+
+
+def unwrapped_model(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of DDP and of Lightning Fabric; accelerate wraps only by DDP."""
+    inside: Any = model
+    while isinstance(inside, DistributedDataParallel) or is_fabrics(inside):
+        inside = inside.module
+    return inside  # type: ignore[no-any-return]
+
+
+def unwrapped_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer inside the wrapper of Lightning, Fabric or accelerate, if it has one."""
+    raw: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return raw
 
 
 def ddp_modules(model: nn.Module) -> list[Any]:
@@ -26,10 +45,8 @@ def ddp_modules(model: nn.Module) -> list[Any]:
 def take_reducers(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
     """Remove the reducers, whose buckets fit the old shapes, from the DDP modules around ``model``.
 
-    Training loops keep references to their DDP module, so it cannot be replaced by a new one.
-
-    Returns:
-        The argument of :func:`give_back_reducers`, to call when parameters have their new shapes.
+    Training loops keep references to their DDP module, so it cannot be replaced by a new one. The result is the
+    argument of :func:`give_back_reducers`, to call when parameters have their new shapes.
     """
     torn = [(module, module.__getstate__()) for module in ddp_modules(model)]
     for _, state in torn:
