@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dynrank.errors import ConfigurationError, Count, Name, configured, read_as, validated
@@ -15,11 +18,11 @@ from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import meta_model, read_config
 from dynrank.models.settings import ModelSettings
-from dynrank.models.sizes import storage_bytes, tensors_of
-from dynrank.planner.optimizer import optimizer_state_bytes
+from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
 from dynrank.planner.step import CountingMode, count_step, token_batch, without_values
 from dynrank.run.config import plain, rank_pattern
 from dynrank.run.job import make_task
+from dynrank.tasks.optimizers import make_optimizer
 
 # Lightning's precisions: (dtype of all parameters or None for no change, dtype of autocast).
 _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
@@ -124,7 +127,7 @@ def make_plan(config: DictConfig) -> Plan:
         factors = set(adapter_parameters(model))
         parameters = model.num_parameters() - sum(factor.numel() for factor in factors)
         head = [p for p in model.parameters() if p.requires_grad and p not in factors]
-        state = optimizer_state_bytes(factors, head, plain(config.optimizer))
+        state = _optimizer_state_bytes(factors, head, plain(config.optimizer))
         needs.append(_need(model, rank, batch, autocast, state))
     kind = str(model.dtype).removeprefix("torch.")
     name = asked.base or config.task.get("model") or type(model).__name__
@@ -190,3 +193,43 @@ def _need(
         activations=step.activations,
         step=step.peak,
     )
+
+
+def _optimizer_state_bytes(
+    adapter: Iterable[nn.Parameter], head: Iterable[nn.Parameter], options: Mapping[str, Any]
+) -> int:
+    """The bytes of the optimizer's state after a step, by the shapes and dtypes of the parameters.
+
+    The step runs on zeros, with at most two parameters of each shape and dtype. State that both share (the tables of
+    an 8-bit optimizer) counts once, all other state once for each parameter. The arguments are those of
+    :func:`dynrank.tasks.optimizers.make_optimizer`.
+    """
+    of_adapter, of_head = _stand_ins(adapter), _stand_ins(head)
+    made: Any = make_optimizer([*of_adapter], [*of_head], 1000, **options)
+    optimizer = made["optimizer"]
+    # A schedule-free optimizer has modes for training and evaluation.
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+    try:
+        optimizer.step()
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f"optimizer.name={options['name']} cannot make a step: {error}; set optimizer"
+        ) from error
+    stand_ins = of_adapter | of_head
+    tensors = {p: [value for value in optimizer.state[p].values() if isinstance(value, Tensor)] for p in stand_ins}
+    holders = Counter(key for held in tensors.values() for key in {storage_key(tensor) for tensor in held})
+    shared = storage_bytes(t for held in tensors.values() for t in held if holders[storage_key(t)] > 1)
+    own = {p: storage_bytes(t for t in held if holders[storage_key(t)] == 1) for p, held in tensors.items()}
+    return shared + round(sum(count * own[p] for p, count in stand_ins.items()))
+
+
+def _stand_ins(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, float]:
+    """At most two new parameters of each shape and dtype -> how many of ``parameters`` each represents."""
+    made = {}
+    for (shape, dtype), count in Counter((parameter.shape, parameter.dtype) for parameter in parameters).items():
+        for _ in range(min(count, 2)):
+            parameter = nn.Parameter(torch.zeros(shape, dtype=dtype))
+            parameter.grad = torch.zeros_like(parameter)
+            made[parameter] = count / min(count, 2)
+    return made

@@ -57,7 +57,7 @@ def print_account(splits: Mapping[str, SplitAccount]) -> None:
     for name, *row in zip(splits, *numbers.values(), strict=True):
         table.add_row(name, *(f"{number:,}" for number in row))
     print_table(table)
-    every = {name: None for split in splits.values() for name in split.classes}
+    every = dict.fromkeys(name for split in splits.values() for name in split.classes)
     if every:
         table = empty_table(f"{len(every):,} classes", "label", *splits)
         for name in [*every][:_CLASSES]:

@@ -6,35 +6,25 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.python_source import parsed
 
 
-class Share(Metric):
+class Share(MeanMetric):
     """Share of the examples for which ``holds(prediction, target, prompt)`` is true."""
-
-    held: Tensor
-    counted: Tensor
 
     def __init__(self, holds: Callable[[Any, Any, str], bool]) -> None:
         super().__init__()
         self.holds = holds
-        for name in ("held", "counted"):
-            self.add_state(name, torch.tensor(0.0), dist_reduce_fx="sum")
 
-    def update(self, preds: Any, target: Any, prompts: Sequence[str] | None = None) -> None:
+    def update(self, preds: Any, target: Any, prompts: Sequence[str] | None = None) -> None:  # type: ignore[override]
         """Add a batch: predictions and targets, one of each for every example, and the prompts of texts."""
         found = [self.holds(*example) for example in zip(preds, target, prompts or [""] * len(preds), strict=True)]
-        self.held += sum(found)
-        self.counted += len(found)
-
-    def compute(self) -> Tensor:
-        return self.held / self.counted
+        super().update(found)
 
 
 def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:

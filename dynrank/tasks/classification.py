@@ -120,17 +120,9 @@ def _make_examples(
 class Classifier(AdapterModule):
     """Sequence classification with LoRA on the body, and a new head.
 
-    All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments.
-
-    Args:
-        model: name of the pre-trained model.
-        labels: names of the classes.
-        lora: see :class:`AdapterModule`, as are ``optimizer`` and ``label_smoothing``.
-        optimizer: options for the adapter and the head.
-        label_smoothing: smoothing in training.
-        settings: how the model is loaded, see :class:`Classification`.
-        several: whether a text may have several labels, so that each class is a separate yes or no.
-        on_meta: build the model without weights, to inspect its layers.
+    All arguments are plain values that checkpoints store, so ``load_from_checkpoint`` needs no other arguments. They
+    are those of :class:`Classification` and :class:`AdapterModule`, and ``labels``, the names of the classes. With
+    ``several``, a text may have several labels, so each class is a separate yes or no.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from dynrank.tasks.chats import tokens_of_chat
 
 _IDS, _FLAGS = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("bool"))
 _NUMBER, _TEXT = datasets.Value("int32"), datasets.Value("string")
-# learned: a flag for each token. lengths: of each example in a packed row. prompt_length: tokens, 0 without a prompt.
+# learned: a flag for each token. lengths: tokens of each example in a packed row. prompt_length: 0 without a prompt.
 FEATURES = datasets.Features(
     {"input_ids": _IDS, "learned": _FLAGS, "lengths": _IDS, "length": _NUMBER, "cut": _NUMBER}
     | {"prompt": _TEXT, "answer": _TEXT, "prompt_length": _NUMBER}
@@ -37,13 +37,8 @@ def make_examples(
 ) -> dict[str, list[Any]]:
     """Columns of :data:`FEATURES` for a batch of rows; examples with more than ``max_length`` tokens are left out.
 
-    Args:
-        rows: rows of ``form``.
-        tokenizer: the model's tokenizer.
-        form: completion, chat or text.
-        max_length: largest number of tokens of an example, or of a row of packed examples.
-        packed: whether several examples share a row.
-        texts: whether to keep the texts of prompts and answers.
+    If ``packed``, several examples share a row of up to ``max_length`` tokens. ``texts``: whether to keep the texts of
+    prompts and answers.
     """
     made: dict[str, list[Any]] = {name: [] for name in FEATURES}
     fitting = [example for example in _OF[form](rows, tokenizer, max_length) if len(example.ids) <= max_length]

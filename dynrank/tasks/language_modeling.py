@@ -152,18 +152,8 @@ class LanguageModel(AdapterModule):
     """A causal language model with LoRA.
 
     The loss is the mean cross-entropy of the tokens that are learned. All arguments are plain values that checkpoints
-    store, so ``load_from_checkpoint`` needs no other arguments.
-
-    Args:
-        model: name of the pre-trained model.
-        lora: see :class:`AdapterModule`, as is ``optimizer``.
-        optimizer: options for the adapter.
-        measures: see :class:`LanguageModeling`, as are the next two.
-        max_new_tokens: longest generated answer in tokens.
-        indented: whether an answer consists of indented lines.
-        settings: how the model is loaded, see :class:`LanguageModeling`.
-        packed: whether rows are packed; then a model whose attention cannot separate examples is refused.
-        on_meta: build the model without weights, to inspect its layers.
+    store, so ``load_from_checkpoint`` needs no other arguments. They are those of :class:`LanguageModeling` and
+    :class:`AdapterModule`. If rows are packed, a model whose attention cannot separate examples is refused.
     """
 
     def __init__(

@@ -80,16 +80,12 @@ class _SeededBatches(Sampler[list[int]]):
         return [batches[i] for i in torch.randperm(CHUNK, generator=generator).tolist()]
 
 
-def evaluation_batches(count: int, batch_size: int, share: tuple[int, int] = (0, 1)) -> list[list[int]]:
+def evaluation_batches(count: int, batch_size: int, share: tuple[int, int]) -> list[list[int]]:
     """Indices of the batches in which one process evaluates its share of ``count`` examples.
 
     Each example is used once, by one process. All processes get the same number of batches, because a batch may need
-    communication between them. The sizes of batches differ by at most one.
-
-    Args:
-        count: number of examples.
-        batch_size: largest size of a batch, at least 2.
-        share: (number of this process, number of processes).
+    communication between them. The sizes of batches differ by at most one, and are at most ``batch_size``. ``share`` is
+    (number of this process, number of processes).
     """
     process, processes = share
     if count < processes:

@@ -50,18 +50,8 @@ class TextTask(LightningDataModule):
 
     Training draws them by :class:`dynrank.tasks.loader.ResumableLoader`. A validation and a test use each example
     once, sorted by length; a test uses the test examples, the validation examples, and as many training examples.
-    Subclasses define :meth:`recipe` and :meth:`collate`. Data and examples from files are memory-mapped.
-
-    Args:
-        model: name of the model whose tokenizer makes the examples.
-        data: see :func:`dynrank.tasks.data.splits.rows_by_split`.
-        form: form of the data's rows.
-        batch_size: training examples per batch of each process.
-        evaluation_size: largest number of examples per batch of a validation or test.
-        val_examples: number of validation examples; None for all.
-        seed: seed of the order of the training batches.
-        limit: keep only this many examples of each split; None keeps all.
-        settings: how the model is loaded, see :class:`dynrank.models.settings.ModelSettings`.
+    Subclasses define :meth:`recipe` and :meth:`collate`, and describe the arguments; ``evaluation_size`` is the largest
+    number of examples per batch of a validation or test. Data and examples from files are memory-mapped.
 
     Attributes:
         examples: {split: its examples}, once they are made.
@@ -105,7 +95,7 @@ class TextTask(LightningDataModule):
     @cached_property
     def tokenizer(self) -> Any:
         tokenizer = load_tokenizer(self.model, settings=self.settings)
-        # The hash is computed before the tokenizer is used, because use changes its internal state.
+        # The hash is computed before the first use, which changes the internal state of the tokenizer.
         self._tokenizer_hash = Hasher.hash(tokenizer)
         return tokenizer
 
