@@ -101,18 +101,92 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.exp(-torch.xlogy(p, p).sum()))
 
 
-@torch.no_grad()
-def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor | None = None) -> RankChange:
-    """Factors of ``rank`` directions of ``lora_B @ lora_A``: by default the largest, which approximate it best.
+@dataclass(frozen=True)
+class Directions:
+    """The directions of a product ``B @ A``, as maps from its factors: all that :func:`keep_directions` needs.
 
-    With the QR decompositions ``B = Q_b R_b`` and ``A^T = Q_a R_a`` and the SVD ``R_b R_a^T = U S V^T``, the new
-    factors are ``A' = S^-1/2 U^T R_b A`` and ``B' = B R_a^T V S^-1/2``. They are the balanced SVD of the product,
-    ``B' = Q_b U sqrt(S)`` and ``A' = sqrt(S) V^T Q_a^T`` (Eckart and Young, 1936). Their error in the Frobenius norm is
-    the norm of the dropped singular values. Cost: O((O + I) R^2); the product is never formed.
+    Attributes:
+        from_A: (L, R) float64, L is the numerical rank. ``from_A @ A`` is ``sqrt(S) V^T`` of the product's SVD.
+        from_B: (R, L) float64. ``B @ from_B`` is ``U sqrt(S)``.
+        singular_values: (R,) float64, descending; zeros beyond min(O, I).
+    """
+
+    from_A: Tensor
+    from_B: Tensor
+    singular_values: Tensor
+
+
+@torch.no_grad()
+def directions_of(lora_B: Tensor, lora_A: Tensor) -> Directions:
+    """The directions of ``lora_B @ lora_A``.
+
+    With the QR decompositions ``B = Q_b R_b`` and ``A^T = Q_a R_a`` and the SVD ``R_b R_a^T = U S V^T``, the maps are
+    ``S^-1/2 U^T R_b`` and ``R_a^T V S^-1/2``. Cost: O((O + I) R^2); the product is never formed.
+
+    Args:
+        lora_B: (O, R), floating point.
+        lora_A: (R, I), floating point.
+
+    Raises:
+        ValueError: if the shapes do not form a product, or a factor is not finite.
+    """
+    _check_factors(lora_B, lora_A)
+    r_b, r_a = _triangles(lora_B.double(), lora_A.double())
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+    # The SVD does not determine signs, so this rule does: the largest element of a left singular vector is positive.
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    u, vh = u * signs, vh * signs.mT
+    eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
+    live = numerical_rank(s, max(len(lora_B), lora_A.shape[1]), eps)
+    root = s[:live].sqrt()
+    return Directions((u[:, :live] / root).mT @ r_b, r_a.mT @ (vh[:live].mT / root), _padded(s, len(lora_A)))
+
+
+@torch.no_grad()
+def keep_directions(lora_B: Tensor, lora_A: Tensor, directions: Directions, keep: Tensor) -> RankChange:
+    """Factors of the directions ``keep`` of ``lora_B @ lora_A``: the balanced SVD of their product.
 
     In directions beyond the numerical rank B' is zero and A' keeps independent combinations of the old rows. (Where
     these rows are zero, A' is zero and B' keeps combinations of old columns.) So the layer can still learn: if both
     factors were zero, their gradients would stay zero. For a new layer (B = 0) A' is the first rows of A.
+
+    Args:
+        lora_B: (O, R), floating point.
+        lora_A: (R, I), floating point.
+        directions: the result of :func:`directions_of` for these factors.
+        keep: (K,) indices of the directions to keep, ascending, 0 is the largest; 1 <= K <= R.
+
+    Raises:
+        ValueError: if ``keep`` is not one or more different directions.
+    """
+    old_rank, keep = len(lora_A), keep.cpu()
+    if not len(keep) or keep[0] < 0 or keep[-1] >= old_rank or not (keep.diff() > 0).all():
+        raise ValueError(f"keep must be {len(keep)} ascending directions out of {old_rank}, got {keep.tolist()}")
+    b_OR, a_RI = lora_B.double(), lora_A.double()
+    chosen = keep[keep < len(directions.from_A)].to(lora_A.device)
+    from_A_KR, from_B_RK = directions.from_A[chosen], directions.from_B[:, chosen]
+    new_A, new_B = from_A_KR @ a_RI, b_OR @ from_B_RK
+    if len(chosen) < len(keep):
+        idle = _complement(directions.from_A)
+        # In each of these directions the row or the column is zero, because their product is.
+        rows, columns = idle.mT @ a_RI, b_OR @ idle
+        in_A = rows.norm(dim=1) > _ROUNDING * a_RI.norm()
+        in_B = ~in_A & (columns.norm(dim=0) > _ROUNDING * b_OR.norm())
+        kept = torch.argsort((in_A | in_B).int(), descending=True, stable=True)[: len(keep) - len(chosen)]
+        from_A_KR = torch.cat([from_A_KR, idle[:, kept].mT])
+        from_B_RK = torch.cat([from_B_RK, idle[:, kept]], dim=1)
+        new_A = torch.cat([new_A, (rows * in_A[:, None])[kept]])
+        new_B = torch.cat([new_B, (columns * in_B)[:, kept]], dim=1)
+    factors = new_A.to(lora_A.dtype), new_B.to(lora_B.dtype)
+    return RankChange(*factors, from_A_KR, from_B_RK, directions.singular_values)
+
+
+def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor | None = None) -> RankChange:
+    """Factors of ``rank`` directions of ``lora_B @ lora_A``: by default the largest, which approximate it best.
+
+    The new factors are balanced, ``B' = Q_b U sqrt(S)`` and ``A' = sqrt(S) V^T Q_a^T`` (Eckart and Young, 1936). Their
+    error in the Frobenius norm is the norm of the dropped singular values. See :func:`directions_of` for the symbols,
+    and :func:`keep_directions` for directions beyond the numerical rank.
 
     Args:
         lora_B: (O, R), floating point.
@@ -124,40 +198,12 @@ def truncate_product(lora_B: Tensor, lora_A: Tensor, rank: int, *, keep: Tensor 
         ValueError: if ``rank`` is outside [1, R], ``keep`` is not K different directions, the shapes do not form a
             product, or a factor is not finite.
     """
-    _check_factors(lora_B, lora_A)
-    (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
-    if not 1 <= rank <= old_rank:
-        raise ValueError(f"rank must be between 1 and the current rank {old_rank}, got {rank}")
-    keep = torch.arange(rank) if keep is None else keep.cpu()
-    if len(keep) != rank or keep[0] < 0 or keep[-1] >= old_rank or not (keep.diff() > 0).all():
-        raise ValueError(f"keep must be {rank} ascending directions out of {old_rank}, got {keep.tolist()}")
-    b_OR, a_RI = lora_B.double(), lora_A.double()
-    r_b, r_a = _triangles(b_OR, a_RI)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
-    # The SVD does not determine signs, so this rule does: the largest element of a left singular vector is positive.
-    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
-    u, vh = u * signs, vh * signs.mT
-    eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
-    live = numerical_rank(s, max(d_out, d_in), eps)
-    root = s[:live].sqrt()
-    live_A, live_B = (u[:, :live] / root).mT @ r_b, r_a.mT @ (vh[:live].mT / root)
-
-    chosen = keep[keep < live].to(s.device)
-    from_A_KR, from_B_RK = live_A[chosen], live_B[:, chosen]
-    new_A, new_B = from_A_KR @ a_RI, b_OR @ from_B_RK
-    if len(chosen) < rank:
-        idle = _complement(live_A)
-        # In each of these directions the row or the column is zero, because their product is.
-        rows, columns = idle.mT @ a_RI, b_OR @ idle
-        in_A = rows.norm(dim=1) > _ROUNDING * a_RI.norm()
-        in_B = ~in_A & (columns.norm(dim=0) > _ROUNDING * b_OR.norm())
-        kept = torch.argsort((in_A | in_B).int(), descending=True, stable=True)[: rank - len(chosen)]
-        from_A_KR = torch.cat([from_A_KR, idle[:, kept].mT])
-        from_B_RK = torch.cat([from_B_RK, idle[:, kept]], dim=1)
-        new_A = torch.cat([new_A, (rows * in_A[:, None])[kept]])
-        new_B = torch.cat([new_B, (columns * in_B)[:, kept]], dim=1)
-    values = _padded(s, old_rank)
-    return RankChange(new_A.to(lora_A.dtype), new_B.to(lora_B.dtype), from_A_KR, from_B_RK, values)
+    directions = directions_of(lora_B, lora_A)
+    if not 1 <= rank <= len(lora_A):
+        raise ValueError(f"rank must be between 1 and the current rank {len(lora_A)}, got {rank}")
+    if keep is not None and len(keep) != rank:
+        raise ValueError(f"keep must be {rank} directions, got {keep.tolist()}")
+    return keep_directions(lora_B, lora_A, directions, torch.arange(rank) if keep is None else keep)
 
 
 @torch.no_grad()

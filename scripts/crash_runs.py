@@ -32,7 +32,7 @@ from dynrank.triggers import At, Plateau
 # An epoch has 10 batches, and a validation comes every 4 steps.
 STEPS = 30
 # Validated before and after.
-CHECKED = How(metric="gates", window=3, rewarmup_steps=3, max_regression=10.0)
+CHECKED = How(metric="gates", window=3, rate_after=2.0, max_regression=10.0)
 WATCHED = How(metric="gates", window=4, rate_after="sqrt")
 # Decided at step 8.
 LEVEL = Plateau(patience=1, min_delta=0.9)
@@ -42,11 +42,11 @@ SCHEDULES: dict[str, list[Stage]] = {
         Stage(At(step=step), Rank(rank), how=How(max_regression=0.01)) for step, rank in ((9, 2), (20, 1))
     ],
     "grown at random, then cut": [
-        Stage(At(step=6), GrowTo(9), how=How(rewarmup_steps=2)),
-        Stage(At(step=17), Rank(2), how=How(rewarmup_steps=2)),
+        Stage(At(step=6), GrowTo(9), how=How(rate_after=2.0)),
+        Stage(At(step=17), Rank(2), how=How(rate_after=2.0)),
     ],
     "early budget": early_budget(3, how=WATCHED),
-    "anneal": anneal(2, shared=False, how=How(rewarmup_steps=2)),
+    "anneal": anneal(2, shared=False, how=How(rate_after=2.0)),
     "auto": auto(0.5, share=0.5, at=0.4, how=WATCHED),
     "cut at the end, checked": [Stage(At(fraction=1.0), Rank(2), how=How(max_regression=10.0))],
 }

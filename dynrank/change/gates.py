@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
+from dynrank.change.choice import Choice
 from dynrank.change.greedy import LossChange, Quadratic
 from dynrank.change.passes import Passes, joined
 from dynrank.distributed.processes import from_all, from_first, process_count
-from dynrank.errors import ConfigurationError, DivergedError, diverged
+from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.ranked import RankedLayer, width_of
-from dynrank.linalg import truncate_product
 
 # The most examples that are kept of a window. They are enough, and the cores of a 7B model at rank 32 take 587 MB.
 EXAMPLES = 640
@@ -60,7 +61,7 @@ class _Step:
         return torch.bincount(self.passes, self.weights)[self.passes] ** -0.5
 
 
-class Gates:
+class Gates(Choice):
     """Measures the gates of ``layers`` in every backward pass until :meth:`close`, while training goes on as usual.
 
     :meth:`end_step`, :meth:`kept` and :meth:`change` are collective: all processes call them. After ``end_step`` all
@@ -92,9 +93,10 @@ class Gates:
         loss_terms: int | None = None,
         caution: float = 0.0,
     ) -> None:
+        super().__init__(layers)
         self.steps, self.skipped, self.examples, self.loss_scale = 0, 0, 0, 1.0
         self.terms, self.source = 0.0, ""
-        self._layers, self._loss_terms, self._caution = dict(layers), loss_terms, caution
+        self._loss_terms, self._caution = loss_terms, caution
         self._passes = Passes(model, layers, -(-EXAMPLES // window // process_count()))
         # One entry per step.
         self._seen: list[_Step] = []
@@ -186,7 +188,7 @@ class Gates:
         return [name for name, la in layers if name not in self._reached and la.scaling and la.lora_B.any()]
 
     def values(self) -> dict[str, Tensor]:
-        """{layer: (rank,) descending}: the worth of each direction to the loss, for targets; not collective."""
+        """{layer: (rank,) descending}: the worth of each direction to the loss; not collective."""
         return self._estimate().values()
 
     def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
@@ -228,17 +230,16 @@ class Gates:
             )
         gradients, roots, steps = {}, {}, max(1, len(self._seen))
         for name, layer in self._layers.items():
-            try:
-                svds = [truncate_product(b, a, layer.rank) for b, a in layer.products()]
-            except ValueError as error:
-                raise diverged(name, error) from error
-            from_A, from_B = (torch.stack([getattr(svd, key) for svd in svds]).cpu() for key in ("from_A", "from_B"))
-            # The gate of a zero direction has no gradient.
-            live = torch.stack([svd.lora_A.any(dim=1) & svd.lora_B.any(dim=0) for svd in svds]).cpu()
+            directions = self.directions(name)
+            # A direction beyond the numerical rank is zero, and so is the gradient by its gate.
+            missing = [layer.rank - len(each.from_A) for each in directions]
+            pairs = [*zip(directions, missing, strict=True)]
+            from_A_EKR = torch.stack([F.pad(each.from_A, (0, 0, 0, count)) for each, count in pairs]).cpu()
+            from_B_ERK = torch.stack([F.pad(each.from_B, (0, count)) for each, count in pairs]).cpu()
             gradients[name] = torch.zeros(layer.rank, dtype=torch.float64)
             rows = [gradients[name].new_zeros(0, layer.rank)]
             for core, step in zip(self._cores[name], self._seen, strict=True):
-                c_SR = torch.einsum("erk,sert,ekt,ek->sk", from_B, core.double(), from_A, live.double())
+                c_SR = torch.einsum("erk,sert,ekt->sk", from_B_ERK, core.double(), from_A_EKR)
                 if name in step.whole:
                     gradients[name] += c_SR.sum(0) * (step.scale / steps)
                     c_SR = c_SR[step.passes] * step.spread[:, None]

@@ -1,18 +1,14 @@
-"""The effect of a change of ranks on each layer, and the worth of its directions."""
+"""The effect of a change of ranks on each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dynrank.change.gates import Gates
 from dynrank.change.greedy import LossChange
-from dynrank.errors import diverged
-from dynrank.layers.ranked import RankedLayer
-from dynrank.linalg import energy_kept, pooled, singular_values
+from dynrank.linalg import energy_kept
 
 
 @dataclass(frozen=True)
@@ -43,25 +39,6 @@ class LayerReport:
     def parameters_saved(self) -> int:
         """How many trainable parameters the change removes (negative for growth)."""
         return (self.rank_before - self.rank_after) * self.width
-
-
-@torch.no_grad()
-def spectra(layers: Mapping[str, RankedLayer], gates: Gates | None = None) -> dict[str, Tensor]:
-    """The worth of each layer's directions, (rank,) float64, descending.
-
-    These are the singular values of the update, scaling included; with ``gates``, their worth to the loss (see
-    :meth:`dynrank.change.greedy.Quadratic.values`).
-    """
-    if gates is not None:
-        values = gates.values()
-        return {name: values[name] for name in layers}
-    found = {}
-    for name, layer in layers.items():
-        try:
-            found[name] = pooled([singular_values(b, a) for b, a in layer.products()]) * layer.scaling
-        except ValueError as error:
-            raise diverged(name, error) from error
-    return found
 
 
 def report_of(

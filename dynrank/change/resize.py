@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers, moved_average
-from dynrank.change.gates import Gates
+from dynrank.change.choice import Choice
 from dynrank.change.optimizer_rules import check_optimizer
 from dynrank.change.optimizer_state import moved_states
 from dynrank.change.replacement import Replacement
@@ -22,7 +22,7 @@ from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank, width_of
-from dynrank.linalg import RankChange, grow_product, stacked, truncate_product
+from dynrank.linalg import RankChange, grow_product, keep_directions, stacked
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def resize(
     *,
     optimizers: Iterable[Optimizer] = (),
     optimizer_state: Literal["transport", "reset"] = "transport",
-    gates: Gates | None = None,
+    gates: Choice | None = None,
     averages: Iterable[nn.Module] = (),
     generator: torch.Generator | None = None,
     collective: bool = False,
@@ -51,7 +51,7 @@ def resize(
         target: the new rank of every layer, or {layer name: new rank} for some.
         optimizers: all optimizers of the layers' parameters; the state of any other would keep the old shapes.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
-        gates: measured gates of every direction, from steps since the last change.
+        gates: measured gates of every direction, from steps since the last change; None chooses by weight.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); the same maps
             change them, see :mod:`dynrank.change.averages`.
         generator: generator of the random rows of a growth; torch's default generator when None.
@@ -74,13 +74,19 @@ def resize(
         factors = [factor for name in targets for factor in (layers[name].lora_A, layers[name].lora_B)]
         check_optimizer(optimizer, factors, optimizer_state)
 
-    kept = _kept(layers, targets, gates)
-    changes = _changes(layers, targets, kept, generator, collective)
+    choice = gates if gates is not None else Choice(layers)
+    shrunk = {name: rank for name, rank in targets.items() if rank < layers[name].rank}
+    kept = {name: torch.arange(layers[name].rank) for name in targets} | (choice.kept(shrunk) if shrunk else {})
+
+    def computed() -> dict[str, RankChange]:
+        return {n: _change(n, layers[n], rank, kept[n], choice, generator) for n, rank in targets.items()}
+
+    changes = _from_first(computed, layers) if collective else computed()
     new = _replacement(model, layers, changes, optimizer_state, optimizers, followers)
     if collective:
         # All processes have the same maps, but different machines may compute products with different bits.
         copy_from_first(new.made())
-    loss = gates.change(kept) if gates is not None else {}
+    loss = choice.change(kept)
     reports = []
     for name, change in changes.items():
         values = change.singular_values * layers[name].scaling
@@ -119,38 +125,24 @@ def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[s
     return layers, {name: targets[name] for name in layers if name in targets and targets[name] != layers[name].rank}
 
 
-def _kept(layers: Mapping[str, RankedLayer], targets: Mapping[str, int], gates: Gates | None) -> dict[str, Tensor]:
-    """{layer: (rank,) the directions that it keeps, ascending} for the layers in ``targets``; all of them in growth."""
-    shrunk = {name: rank for name, rank in targets.items() if rank < layers[name].rank}
-    chosen = gates.kept(shrunk) if gates is not None and shrunk else {}
-    return {name: chosen.get(name, torch.arange(min(rank, layers[name].rank))) for name, rank in targets.items()}
-
-
-def _changes(
-    layers: Mapping[str, RankedLayer],
-    targets: Mapping[str, int],
-    kept: Mapping[str, Tensor],
-    generator: torch.Generator | None,
-    collective: bool,
-) -> dict[str, RankChange]:
-    """New factors and maps by layer; if ``collective``, those of process 0."""
-
-    def computed() -> dict[str, RankChange]:
-        return {name: _change(name, layers[name], rank, kept[name], generator) for name, rank in targets.items()}
-
-    if not collective:
-        return computed()
-    changes = from_first(lambda: {name: _to(change, torch.device("cpu")) for name, change in computed().items()})
-    return {name: _to(change, layers[name].lora_A.device) for name, change in changes.items()}
-
-
-def _change(name: str, layer: RankedLayer, rank: int, kept: Tensor, generator: torch.Generator | None) -> RankChange:
+def _change(
+    name: str, layer: RankedLayer, rank: int, kept: Tensor, choice: Choice, generator: torch.Generator | None
+) -> RankChange:
+    """New factors and maps of a layer."""
+    products = layer.products()
+    if rank < layer.rank:
+        pairs = zip(products, choice.directions(name), strict=True)
+        return stacked([keep_directions(b, a, directions, kept) for (b, a), directions in pairs])
     try:
-        if rank < layer.rank:
-            return stacked([truncate_product(b, a, rank, keep=kept) for b, a in layer.products()])
-        return stacked([grow_product(b, a, rank, generator=generator) for b, a in layer.products()])
+        return stacked([grow_product(b, a, rank, generator=generator) for b, a in products])
     except ValueError as error:
         raise diverged(name, error) from error
+
+
+def _from_first(make: Callable[[], dict[str, RankChange]], layers: Mapping[str, RankedLayer]) -> dict[str, RankChange]:
+    """What ``make`` returns in process 0, on the devices of the layers."""
+    changes = from_first(lambda: {name: _to(change, torch.device("cpu")) for name, change in make().items()})
+    return {name: _to(change, layers[name].lora_A.device) for name, change in changes.items()}
 
 
 def _to(change: RankChange, device: torch.device) -> RankChange:

@@ -77,7 +77,7 @@ class WatchedAdapter:
 
     def ranks(self, target: Target) -> dict[str, int]:
         """{layer: the rank that ``target`` gives it by the gates}."""
-        return target.ranks(layer_states(self._layers, last=True, target=target, gates=self.gates))
+        return target.ranks(layer_states(self._layers, last=True, target=target, choice=self.gates))
 
     @torch.no_grad()
     def loss(self) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 
 from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
-from dynrank.change.report import report_of, spectra
+from dynrank.change.choice import Choice
+from dynrank.change.report import report_of
 from dynrank.change.resize import resize
 from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers
@@ -57,7 +58,7 @@ def _by_gates(adapter: Adapter, target: Target, *, examples: Mapping[str, Any], 
 
     watched = WatchedAdapter(adapter, **examples)
     layers, before = dict(lora_layers(watched.model)), watched.loss()
-    values = spectra(layers)
+    values = Choice(layers).values()
     ranks = watched.ranks(target)
     changed = {report.layer: report for report in resize(watched.model, ranks, gates=watched.gates)}
     facts["chosen by"] = watched.gates.seen

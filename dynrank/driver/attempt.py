@@ -1,21 +1,77 @@
-"""One attempt to change ranks: make the change, check it by a validation if required, undo it if it costs too much."""
+"""A change of ranks on trial: made, checked by a validation if required, and undone unless it is kept."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from math import isfinite
 
+import numpy as np
 import torch
 
-from dynrank.change.gates import Gates
+from dynrank.change.choice import Choice
+from dynrank.change.replacement import Snapshot, uninterrupted
 from dynrank.change.report import LayerReport
 from dynrank.change.resize import resize
 from dynrank.distributed.agreement import check_processes
 from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import CHECK_MONITOR, value
-from dynrank.driver.training import Training
-from dynrank.driver.trial import Trial, validate
+from dynrank.driver.training import Batches, Training
 from dynrank.schedules import How
+
+
+class Trial:
+    """A ``with`` block in which ranks may change; its end restores them, also after an error or Ctrl-C.
+
+    Ranks, factors, optimizer state and averages are restored bit for bit. An interrupt may come while the block ends,
+    so enter it twice: ``with trial, trial:``.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self._training = training
+        self._before: Snapshot | None = None
+
+    def keep(self) -> None:
+        """Keep the present state: the end of the block then restores nothing."""
+        self._before = None
+
+    def undo(self) -> None:
+        """Restore the state at the start of the block; another change may be tried then."""
+        if self._before is not None:
+            with uninterrupted():
+                self._training.before_resize()
+                self._before.restore()
+                self._training.after_resize()
+
+    def __enter__(self) -> None:
+        self._before = self._before or Snapshot(
+            self._training.model, self._training.optimizers, self._training.averages
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+        self.keep()
+
+
+def validate(training: Training, monitor: str) -> tuple[Mapping[str, float], Batches]:
+    """Validate for a change, and restore the random generators and the model's buffers afterwards.
+
+    So all validations for one change draw the same random numbers, and shuffled data come in the same order.
+    """
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers() if buffer.device.type != "meta"]
+    try:
+        return training.validate_batches(monitor)
+    finally:
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+        for buffer, before in buffers:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
 
 
 class Check:
@@ -63,7 +119,7 @@ def attempt(
     targets: Mapping[str, int],
     reason: str,
     how: How,
-    gates: Gates | None,
+    choice: Choice,
     check: Check | None,
 ) -> RankEvent:
     """Change the ranks to ``targets``; the event says whether the change was undone.
@@ -74,12 +130,12 @@ def attempt(
         targets: {layer: new rank} for the layers that change.
         reason: why the ranks change, for the event.
         how: how the change is made.
-        gates: the gates measured for this change; None if it needs none.
+        choice: which directions are kept.
         check: decides whether the change is undone; None: it is kept.
     """
     model, step = training.model, training.step
     check_processes(model, training.optimizers, f"before the change of rank at step {step}")
-    reports = change(training, targets, how, gates)
+    reports = change(training, targets, how, choice)
     check_processes(model, training.optimizers, f"after the change of rank at step {step}")
     undone = check.too_much() if check is not None else None
     if undone is not None:
@@ -90,7 +146,7 @@ def attempt(
     return RankEvent(step, f"{undone} ({reason})" if undone else reason, tuple(reports), undone is not None)
 
 
-def change(training: Training, targets: Mapping[str, int], how: How, gates: Gates | None) -> list[LayerReport]:
+def change(training: Training, targets: Mapping[str, int], how: How, choice: Choice) -> list[LayerReport]:
     """Resize to ``targets``; return a report for each layer."""
     training.before_resize()
     reports = resize(
@@ -98,30 +154,10 @@ def change(training: Training, targets: Mapping[str, int], how: How, gates: Gate
         targets,
         optimizers=training.optimizers,
         optimizer_state=how.optimizer_state,
-        gates=gates,
+        gates=choice,
         averages=training.averages,
         generator=torch.Generator().manual_seed(training.step),
         collective=True,
     )
     training.after_resize()
     return reports
-
-
-def gentler(ranks: Mapping[str, int], refused: Mapping[str, int], multiple: int) -> dict[str, int]:
-    """Ranks halfway between ``ranks`` and ``refused``, rounded towards ``ranks``; unchanged layers are left out.
-
-    Args:
-        ranks: {layer: its rank now}.
-        refused: {layer: rank that cost too much}.
-        multiple: new ranks of a shrink are multiples of this, as in the target.
-    """
-    halves = {}
-    for name, target in refused.items():
-        rank = ranks[name]
-        # int() rounds towards no change.
-        half = rank + int((target - rank) / 2)
-        if half < rank:
-            half = min(rank, -(-half // multiple) * multiple)
-        if half not in (rank, target):
-            halves[name] = half
-    return halves

@@ -7,13 +7,12 @@ from math import inf, sqrt
 
 import torch
 
-from dynrank.change.gates import Gates
+from dynrank.change.choice import Choice
 from dynrank.change.report import LayerReport
 from dynrank.distributed.processes import from_all
-from dynrank.driver.attempt import Check, attempt, change
+from dynrank.driver.attempt import Check, Trial, attempt, change, validate
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Batches, Training
-from dynrank.driver.trial import Trial, validate
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import width_of
 from dynrank.schedules import How
@@ -26,7 +25,7 @@ def cut_to_smallest(
     targets: Mapping[str, int],
     reason: str,
     how: How,
-    gates: Gates | None,
+    choice: Choice,
     parameters_before: int,
 ) -> RankEvent:
     """Cut to the fewest steps of ``order`` that are enough; the event says "undone" if all of them are needed.
@@ -41,7 +40,7 @@ def cut_to_smallest(
         targets: {layer: lowest rank} for the layers that change if no step is taken.
         reason: why the ranks change, for the event.
         how: how changes are made; its ``max_regression`` is the tolerance.
-        gates: the gates measured for this change; None if it needs none.
+        choice: which directions each number of steps keeps.
         parameters_before: parameters of the adapters when the run began.
     """
     layers, monitor = dict(lora_layers(training.model)), how.check_monitor
@@ -53,7 +52,7 @@ def cut_to_smallest(
         return {name: rank for name, rank in ranks.items() if rank != layers[name].rank}
 
     def tried(steps: int) -> float:
-        reports = change(training, after(steps), how, gates)
+        reports = change(training, after(steps), how, choice)
         metrics, cut = validate(training, monitor)
         trial.undo()
         alike = [which for _, *which in batches] == [which for _, *which in cut]
@@ -98,7 +97,7 @@ def cut_to_smallest(
         f"{how.max_regression:.2%} allowed), measured against this run before this cut"
     )
     if end == high:
-        return attempt(training, trial, after(end), f"{reason}: {found}", how, gates, None)
+        return attempt(training, trial, after(end), f"{reason}: {found}", how, choice, None)
     return RankEvent(training.step, f"undone: {found} ({reason})", tuple(reports), undone=True)
 
 

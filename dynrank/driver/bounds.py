@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from dynrank.change.gates import Gates
-from dynrank.change.report import spectra
+from dynrank.change.choice import Choice
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import Stage
@@ -31,12 +30,12 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
 
 
 def layer_states(
-    layers: Mapping[str, RankedLayer], *, last: bool, target: Target, gates: Gates | None
+    layers: Mapping[str, RankedLayer], *, last: bool, target: Target, choice: Choice
 ) -> dict[str, LayerState]:
     """The state of each layer that ``target`` reads; ``last``: whether the target's stage is the last."""
     states = {name: bounded(layer, last) for name, layer in layers.items()}
     if "values" in target.needs:
-        values = spectra({name: layer for name, layer in layers.items() if not layer.pinned}, gates)
+        values = choice.values()
         for name, state in states.items():
             # A pinned layer keeps its rank, so no target reads its values.
             nothing = torch.zeros(state.rank, dtype=torch.float64)

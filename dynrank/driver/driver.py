@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeAlias
 
 from torch import nn
 
-from dynrank.change.gates import Gates
+from dynrank.change.choice import Choice
 from dynrank.change.replacement import uninterrupted
 from dynrank.distributed.agreement import check_processes
 from dynrank.distributed.processes import from_first
-from dynrank.driver.attempt import Check, attempt, gentler
+from dynrank.driver.attempt import Check, Trial, attempt
 from dynrank.driver.bisection import cut_to_smallest
 from dynrank.driver.bounds import layer_states
 from dynrank.driver.check import check_model, check_training
@@ -21,7 +21,6 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, value, watched
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.training import Training
-from dynrank.driver.trial import Trial
 from dynrank.driver.watching import Watching
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.choosing import warn_of_pefts_frozen
@@ -106,7 +105,7 @@ class RankDriver:
 
     @property
     def rate_factor(self) -> float:
-        """Factor of the adapters' learning rates since the last change, without the ramp."""
+        """Factor of the adapters' learning rates since the last change."""
         return self._rates[0].factor if self._rates else 1.0
 
     def rates(self, training: Training) -> list[list[float]]:
@@ -145,8 +144,8 @@ class RankDriver:
             rates, watched_before, self._loaded = self._loaded["rates"], self._loaded["gates"], {}
             adapters = adapter_parameters(training.model)
             self._rates = [
-                Rates(optimizer, adapters, *rate)
-                for optimizer, rate in zip(training.optimizers, rates, strict=bool(rates))
+                Rates(optimizer, adapters, factor)
+                for optimizer, factor in zip(training.optimizers, rates, strict=bool(rates))
             ]
             self._watching.load_state_dict(watched_before, training.model)
 
@@ -215,7 +214,7 @@ class RankDriver:
             "stages": _written(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "gates": self._watching.state_dict(),
-            "rates": [(rates.factor, rates.steps, rates.done) for rates in self._rates],
+            "rates": [rates.factor for rates in self._rates],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -289,17 +288,12 @@ class RankDriver:
         """Make the decided change, or as much of it as the check allows, and go to the next stage."""
         index, how = decided.stage, self.stages[decided.stage].how
         gates, reason = self._watching.result(training, index, decided.reason)
-        decided = replace(decided, reason=reason)
         layers = dict(lora_layers(training.model))
         ranks = {name: layer.rank for name, layer in layers.items()}
-        trial, made = Trial(training), None
+        choice = gates or Choice({name: layer for name, layer in layers.items() if not layer.pinned})
+        trial = Trial(training)
         with trial, trial:
-            for event in self._attempts(training, trial, layers, decided, gates):
-                if event.undone:
-                    self.history.append(event)
-                    training.tell(event)
-                else:
-                    made = event
+            event = self._attempt(training, trial, layers, index, reason, choice)
             # No interrupt may separate the change from the updates that belong to it.
             with uninterrupted():
                 trial.keep()
@@ -307,58 +301,56 @@ class RankDriver:
                 for later in self.stages[index:]:
                     if isinstance(later.when, Trigger):
                         later.when.reset(training.step)
-                if made is not None:
-                    self.history.append(made)
+                if event is not None:
+                    self.history.append(event)
+                made = event is not None and not event.undone
+                if made:
                     # These metrics belong to the weights before the change.
                     self.progress.metrics = {}
-                    factor = rate_factor(how, ranks, {name: layer.rank for name, layer in layers.items()})
-                    self._follow_rates(training, factor, how.rewarmup_steps)
-        if made is not None:
-            training.tell(made)
-            if training.step < (self._run.total_steps or float("inf")):
-                warn_of_low_rate(training)
+                    self._follow_rates(training, rate_factor(how, ranks, {n: la.rank for n, la in layers.items()}))
+        if event is not None:
+            training.tell(event)
+        if made and training.step < (self._run.total_steps or float("inf")):
+            warn_of_low_rate(training)
 
-    def _attempts(
+    def _attempt(
         self,
         training: Training,
         trial: Trial,
         layers: Mapping[str, RankedLayer],
-        decided: Decision,
-        gates: Gates | None,
-    ) -> Iterator[RankEvent]:
-        """Attempt the decided change, then smaller ones until one is kept; yields an event for each."""
-        stage, last = self.stages[decided.stage], decided.stage == len(self.stages) - 1
-        target, how, ranks = stage.to, stage.how, {name: layer.rank for name, layer in layers.items()}
+        index: int,
+        reason: str,
+        choice: Choice,
+    ) -> RankEvent | None:
+        """Make the change of stage ``index``, as far as its check allows; None if no rank would change."""
+        stage, last = self.stages[index], index == len(self.stages) - 1
+        target, how = stage.to, stage.how
 
         def plan() -> tuple[dict[str, int], list[tuple[str, int]]]:
-            states = layer_states(layers, last=last, target=target, gates=gates)
+            states = layer_states(layers, last=last, target=target, choice=choice)
             return target.ranks(states), target.order(states) if isinstance(target, Smallest) else []
 
         wanted, order = from_first(plan)
-        targets = {name: rank for name, rank in wanted.items() if rank != ranks[name]}
+        targets = {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
         if not targets:
-            return
+            return None
         if isinstance(target, Smallest):
             saved = sum(layer.parameters_saved for e in self.history if not e.undone for layer in e.layers)
             began_with = saved + sum(layer.rank * width_of(layer) for layer in layers.values())
-            yield cut_to_smallest(training, trial, order, targets, decided.reason, how, gates, began_with)
-            return
+            return cut_to_smallest(training, trial, order, targets, reason, how, choice, began_with)
         check = None
         if how.max_regression is not None:
             known = self.progress.metrics if self.progress.observed_step == training.step else {}
             check = Check(training, how, known or None)
-        while targets:
-            event = attempt(training, trial, targets, decided.reason, how, gates, check)
-            yield event
-            targets = gentler(ranks, targets, target.multiple) if event.undone else {}
+        return attempt(training, trial, targets, reason, how, choice, check)
 
-    def _follow_rates(self, training: Training, factor: float, ramp: int) -> None:
-        """Multiply the adapters' rates by ``factor`` from now on, and begin a ramp of ``ramp`` steps."""
+    def _follow_rates(self, training: Training, factor: float) -> None:
+        """Multiply the adapters' rates by ``factor`` from now on."""
         factor *= self.rate_factor
         for rates in self._rates:
             rates.remove()
         adapters = adapter_parameters(training.model)
-        self._rates = [Rates(optimizer, adapters, factor, ramp) for optimizer in training.optimizers]
+        self._rates = [Rates(optimizer, adapters, factor) for optimizer in training.optimizers]
 
 
 def _written(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:

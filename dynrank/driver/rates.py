@@ -1,4 +1,4 @@
-"""The learning rates after a change of rank: a ramp, a factor for adapters, a warning if the rate is too low."""
+"""The learning rates after a change of rank: a factor for adapters, and a warning if the rate is too low."""
 
 from __future__ import annotations
 
@@ -26,43 +26,32 @@ def rate_factor(how: How, before: Mapping[str, int], after: Mapping[str, int]) -
 
 
 class Rates:
-    """Multiplies an optimizer's learning rates: those of adapters by a factor, and all of them by a ramp.
+    """Multiplies the learning rates of adapters by a factor.
 
-    The ramp is 1/(steps + 1), 2/(steps + 1), ... for the next ``steps`` optimizer steps. Rates are changed just before
-    a step and restored just after it, so schedulers never see the changed values. Adapters that share a param group
-    with other parameters get their own group during the step. So the factor applies to no other parameter, and
-    schedulers and checkpoints see the groups that the user has made.
+    Rates are changed just before a step of the optimizer and restored just after it, so schedulers never see the
+    changed values. Adapters that share a param group with other parameters get their own group during the step. So the
+    factor applies to no other parameter, and schedulers and checkpoints see the groups that the user has made.
 
     Args:
         optimizer: the optimizer to hook.
         adapters: the factors of all LoRA layers.
         factor: factor of the adapters' rates.
-        steps: length of the ramp in optimizer steps.
-        done: steps of the ramp that were made before a resume.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        adapters: Collection[nn.Parameter],
-        factor: float = 1.0,
-        steps: int = 0,
-        done: int = 0,
-    ) -> None:
-        self.factor, self.steps, self.done = factor, steps, done
+    def __init__(self, optimizer: Optimizer, adapters: Collection[nn.Parameter], factor: float) -> None:
+        self.factor = factor
         self._optimizer, self._adapters = optimizer, {id(parameter) for parameter in adapters}
         # The original rate and parameters of each group, during a step.
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
         before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
         # After an exception in a step's closure the rates are still changed, and a checkpoint may be written then.
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
-        self._handles = [before(self._change), after(self._end), saved]
+        self._handles = [before(self._change), after(lambda *_: self.restore()), saved]
 
     def of_next_step(self) -> list[float]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
-        ramp = min(1.0, (self.done + 1) / (self.steps + 1))
         groups = self._optimizer.param_groups
-        return [float(g["lr"]) * ramp * (self.factor if self._parted(g["params"])[0] else 1.0) for g in groups]
+        return [float(g["lr"]) * (self.factor if self._parted(g["params"])[0] else 1.0) for g in groups]
 
     def remove(self) -> None:
         """Remove the hooks; the rates are no longer changed."""
@@ -70,30 +59,18 @@ class Rates:
         for handle in self._handles:
             handle.remove()
 
-    # The hooks remain when the ramp is over, because torch cannot remove a hook while it runs the hooks.
-    @property
-    def _acts(self) -> bool:
-        return self.factor != 1.0 or self.done < self.steps
-
     def _change(self, optimizer: Optimizer, *_: Any) -> None:
-        if not self._acts:
+        if self.factor == 1.0:
             return
         self.restore()
         self._groups = [(group["lr"], group["params"]) for group in optimizer.param_groups]
-        ramp = min(1.0, (self.done + 1) / (self.steps + 1))
         for group in [*optimizer.param_groups]:
             own, others = self._parted(group["params"])
-            group["lr"] = group["lr"] * ramp
-            if self.factor != 1.0 and own and others:
+            if own and others:
                 group["params"] = others
                 optimizer.param_groups.append({**group, "params": own, "lr": group["lr"] * self.factor})
             elif own:
                 group["lr"] = group["lr"] * self.factor
-
-    def _end(self, optimizer: Optimizer, *_: Any) -> None:
-        if self._groups:
-            self.done += 1
-        self.restore()
 
     def restore(self) -> None:
         """Restore the groups to their state before the present step, if a step is running."""

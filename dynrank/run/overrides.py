@@ -30,6 +30,7 @@ GONE = {
     "schedule/trigger/tail_energy": "schedule/trigger=plateau",
     "lora.capacity": "nothing: a compiled model is compiled anew for every rank",
     "schedule.shape": "nothing: every cut of anneal is by the same factor",
+    "schedule.how.rewarmup_steps": "nothing: the learning rate has no ramp after a change",
     "schedule.check_batches": "nothing: auto validates all validation data, after the last step alone",
 }
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")

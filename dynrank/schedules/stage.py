@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dynrank.errors import ConfigurationError, Count, Name, NotNegative, Share, Steps, validated
+from dynrank.errors import ConfigurationError, Count, Name, NotNegative, Share, validated
 from dynrank.targets import LayerState, Smallest, Target
 from dynrank.triggers import At, Run, Trigger
 
@@ -27,12 +27,11 @@ class How:
             steps, or until its deadline.
         loss_terms: the loss of a step is the mean of this many terms. None: the number of positions of the model's
             output with a gradient (examples of a classifier, counted tokens of a language model). 1 for a sum.
-        rewarmup_steps: after a change the learning rate rises linearly over this many optimizer steps; 0: no ramp.
         rate_after: factor of the adapters' learning rates after the change, on top of their scheduler. "sqrt":
             sqrt(mean rank before / after), which keeps the size of an optimizer step of the update.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
-            before and after it. A change that costs more is undone, and half of it is tried. None: no check.
+            before and after it. A change that costs more is undone. None: no check.
         check_monitor: name of the metric that is checked.
         check_mode: "min" if a smaller value is better, else "max".
 
@@ -43,7 +42,6 @@ class How:
     metric: Literal["weight", "gates"] = "weight"
     window: Count = 20
     loss_terms: Count | None = None
-    rewarmup_steps: Steps = 0
     rate_after: Annotated[float, Field(gt=0)] | Literal["sqrt"] = 1.0
     optimizer_state: Literal["transport", "reset"] = "transport"
     max_regression: NotNegative | None = None

@@ -38,7 +38,7 @@ def manual(regression, fit):
 
 SCHEDULES = {
     "weight": lambda: RankScheduler([Stage(At(step=8), Rank(3)), Stage(At(fraction=1.0), Rank(2))]),
-    "loss": lambda: RankScheduler(Stage(At(step=8), Rank(3), how=How(metric="gates", window=3, rewarmup_steps=2))),
+    "loss": lambda: RankScheduler(Stage(At(step=8), Rank(3), how=How(metric="gates", window=3, rate_after=2.0))),
     "budget": lambda: RankScheduler(Stage(At(step=8), Budget(share=0.5), how=How(metric="gates", window=3))),
     "plateau": lambda: RankScheduler(Stage(Plateau(patience=1, min_delta=0.99), Rank(3))),
     "checked": lambda: RankScheduler(Stage(At(step=8), Rank(1), how=How(max_regression=0.0))),
@@ -69,7 +69,7 @@ def test_ranks_change_only_where_the_module_says_that_a_step_was_made(manual):
 
 
 def test_several_optimizers_hold_the_factors_together(regression, fit):
-    scheduler = RankScheduler(Stage(At(step=8), Rank(3), how=How(rewarmup_steps=2)))
+    scheduler = RankScheduler(Stage(At(step=8), Rank(3), how=How(rate_after=2.0)))
 
     class Two(regression[0]):
         automatic_optimization = False

@@ -52,13 +52,13 @@ def module_class(request, regression):
 
 
 def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(module_class, fit, assert_same, tmp_path):
-    scheduler = schedule(rewarmup_steps=2)
+    scheduler = schedule(rate_after=2.0)
     reference, _ = fit(scheduler, module=module_class(), saved=tmp_path, max_steps=12)
     assert [event.step for event in scheduler.history] == [6]
     assert ranks_of(reference) == {3}
     # The steps are before the decision, between it and the change, and after both.
     for step in (3, 5, 6, 7, 11):
-        again = schedule(rewarmup_steps=2)
+        again = schedule(rate_after=2.0)
         module, _ = fit(again, module=module_class(), ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=12)
         assert again.history == scheduler.history, step
         assert again.state_dict() == scheduler.state_dict(), step

@@ -78,12 +78,12 @@ class Taken(lightning.Callback):
 
 
 def test_rate_that_is_logged_is_the_one_that_the_step_takes(changed):
-    """Raised after the change, and along a ramp; whatever schedulers and the group itself say."""
+    """Raised after the change; whatever schedulers and the group itself say."""
     logger, taken = Keeping(), Taken()
-    stage = Stage(At(step=4), Rank(3), how=How(rate_after=2.0, rewarmup_steps=2))
+    stage = Stage(At(step=4), Rank(3), how=How(rate_after=2.0))
     changed(taken, RankMonitor(), logger=logger, stage=stage, accumulate_grad_batches=2)
     assert logger.column("lr/0") == list(enumerate(pytest.approx(rate) for rate in taken.rates))
-    assert taken.rates[4] < taken.rates[0] < taken.rates[6] / 1.5
+    assert taken.rates[4] > 1.5 * taken.rates[0]
 
 
 def test_loggers_get_rank_energy_and_effective_rank_of_each_layer(changed):

@@ -6,6 +6,7 @@ from torch import nn
 from trained import updated
 
 import dynrank
+from dynrank.change.choice import Choice
 from dynrank.change.gates import Gates
 from dynrank.driver.bounds import final_ranks, layer_states
 from dynrank.driver.check import check_model
@@ -45,7 +46,7 @@ def test_layer_states_bound_each_layer():
     net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
     bounds = {}
     for last in (False, True):
-        states = layer_states(layers_of(net), last=last, target=Rank(4), gates=None)
+        states = layer_states(layers_of(net), last=last, target=Rank(4), choice=Choice(layers_of(net)))
         assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
         # The target does not ask for singular values.
         assert {s.values for s in states.values()} == {None}
@@ -58,7 +59,7 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     net = updated(model())
     for layer in layers_of(net).values():
         layer.scaling = 3.0
-    states = layer_states(layers_of(net), last=True, target=Energy(0.9), gates=None)
+    states = layer_states(layers_of(net), last=True, target=Energy(0.9), choice=Choice(layers_of(net)))
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
         torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)
@@ -71,7 +72,7 @@ def test_pinned_layers_are_neither_watched_nor_missed(target):
     gates = Gates(net, {name: layer for name, layer in layers_of(net).items() if not layer.pinned}, 4)
     net(torch.randn(50, 16)).square().mean().backward()
     gates.end_step()
-    states = layer_states(layers_of(net), last=True, target=target, gates=gates)
+    states = layer_states(layers_of(net), last=True, target=target, choice=gates)
     assert target.ranks(states)["1"] == 5
 
 

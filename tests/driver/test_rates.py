@@ -1,4 +1,4 @@
-"""Ramp and factor as an optimizer sees them: the rate is read inside the step, from what SGD does to its parameter."""
+"""The factor as an optimizer sees it: the rate is read inside the step, from what SGD does to its parameter."""
 
 import copy
 from functools import partial
@@ -12,40 +12,6 @@ from torch import nn
 from dynrank.driver.rates import Rates, check_groups, rate_factor
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How
-
-
-@pytest.fixture
-def optimizer():
-    parameter = nn.Parameter(torch.zeros(1))
-    parameter.grad = -torch.ones(1)
-    return torch.optim.SGD([parameter], lr=0.5)
-
-
-def moves(optimizer, count):
-    """How far each of ``count`` steps moves the parameter, whose gradient is -1: the rate that the step used."""
-    parameter = optimizer.param_groups[0]["params"][0]
-    lengths = []
-    for _ in range(count):
-        before = parameter.item()
-        optimizer.step()
-        lengths.append(parameter.item() - before)
-    return lengths
-
-
-def test_remove_ends_the_ramp(optimizer):
-    ramp = Rates(optimizer, [], steps=5)
-    moves(optimizer, 1)
-    ramp.remove()
-    assert moves(optimizer, 1) == pytest.approx([0.5])
-    assert ramp.done == 1
-
-
-def test_ramp_leaves_other_hooks_running_when_it_ends(optimizer):
-    Rates(optimizer, [], steps=2)
-    seen = []
-    optimizer.register_step_post_hook(lambda optimizer, *_: seen.append(optimizer.param_groups[0]["lr"]))
-    moves(optimizer, 4)
-    assert seen == [0.5] * 4
 
 
 def test_factor_is_a_number_or_keeps_the_size_of_a_step():
@@ -62,19 +28,20 @@ def pair():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_factor_is_of_adapters_alone_and_survives_the_ramp_and_any_schedule(pair, apart):
+def test_factor_is_of_adapters_alone_and_survives_any_schedule_until_it_is_removed(pair, apart):
     adapter, head = pair
     groups = [{"params": [head]}, {"params": [adapter]}] if apart else [{"params": [head, adapter]}]
     optimizer = torch.optim.SGD(groups, lr=0.5)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    Rates(optimizer, [adapter], 3.0, steps=1)
-    lengths = []
-    for _ in range(3):
+    rates, lengths = Rates(optimizer, [adapter], 3.0), []
+    for step in range(3):
+        if step == 2:
+            rates.remove()
         before = adapter.item(), head.item()
         optimizer.step()
         schedule.step()
         lengths += [adapter.item() - before[0], head.item() - before[1]]
-    assert lengths == pytest.approx([0.75, 0.25, 0.75, 0.25, 0.375, 0.125], rel=1e-5)
+    assert lengths == pytest.approx([1.5, 0.5, 0.75, 0.25, 0.125, 0.125], rel=1e-5)
     assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(head), id(adapter)]
     assert len(optimizer.param_groups) == 1 + apart
 

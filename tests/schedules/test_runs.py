@@ -37,7 +37,7 @@ def preset_run(regression):
             self.log("val/loss", 1 + super().training_step(batch, batch_idx))
 
     def run(name, keys=""):
-        short = "" if name in ("fixed", "stages") else "how.window=4 how.rewarmup_steps=2 "
+        short = "" if name in ("fixed", "stages") else "how.window=4 "
         words = [f"schedule={name}", "lora.rank=16", "lora.alpha=32", *(short + keys).split()]
         overrides = [word if word.startswith(("lora.", "schedule")) else f"schedule.{word}" for word in words]
         config = dynrank.compose(overrides)

@@ -164,8 +164,7 @@ def test_undone_change_leaves_the_average_as_if_it_had_not_been_tried(regression
     plain, _ = fit(EMAWeightAveraging(decay=DECAY), RankScheduler([]))
     refusing = scheduler([Stage(At(step=12), Rank(1))], max_regression=0.0)
     module, _ = fit(refusing, EMAWeightAveraging(decay=DECAY), module=Worse())
-    assert len(refusing.history) > 1
-    assert all(event.undone for event in refusing.history)
+    assert [event.undone for event in refusing.history] == [True]
     assert_same(module, plain)
 
 
