@@ -13,7 +13,7 @@ from torch import Tensor
 from dynrank.errors import ConfigurationError
 from dynrank.kernels import torch_backend, triton_launch
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "reference")
 # scripts/bench_gpu.py appends rows to this file.
 MEASURED = Path(__file__).with_name("measured.csv")
 
@@ -28,7 +28,8 @@ def check_backend(backend: str) -> str:
 def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
     """The module that makes the products.
 
-    ``auto`` is Triton's kernels where they support ``x`` and were faster on this GPU at this size, else ATen.
+    ``auto`` is Triton's kernels where they support ``x`` and were faster on this GPU at this size, else ATen. With
+    ``reference`` a linear layer does not use the op at all, see :meth:`dynrank.layers.kinds.LoRALinear.reference`.
     """
     check_backend(backend)
     wanted = backend == "triton"

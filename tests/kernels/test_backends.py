@@ -39,7 +39,7 @@ def test_what_triton_cannot_serve_is_an_error(monkeypatch):
 
 def test_an_unknown_backend_is_refused_before_anything_is_changed():
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ConfigurationError, match=r"backend must be one of auto, torch, triton, got 'cuda'"):
+    with pytest.raises(ConfigurationError, match=r"backend must be one of auto, torch, triton, reference, got 'cuda'"):
         dynrank.add_lora(model, rank=2, target_modules=["0"], backend="cuda")
     assert type(model[0]) is nn.Linear
     assert model[0].weight.requires_grad
