@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.text import Perplexity, SacreBLEUScore
@@ -24,7 +25,7 @@ class Share(MeanMetric):
     def update(self, preds: Any, target: Any, prompts: Sequence[str] | None = None) -> None:  # type: ignore[override]
         """Add a batch: predictions and targets, one of each for every example, and the prompts of texts."""
         found = [self.holds(*example) for example in zip(preds, target, prompts or [""] * len(preds), strict=True)]
-        super().update(found)
+        super().update(torch.tensor(found, dtype=torch.float32, device=self.device))
 
 
 def whole_answer(logits: Tensor, labels: Tensor, prompt: str) -> bool:
