@@ -44,7 +44,7 @@ def print_table(table: Table) -> None:
 def print_facts(facts: Mapping[str, object]) -> None:
     """Print one line per fact: its name, then its value."""
     for name, fact in facts.items():
-        print(f"{name:<16} {fact}")
+        print(f"{name:<16} {fact}", flush=True)
 
 
 def one_line(text: str) -> str:

@@ -125,7 +125,7 @@ def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, 
             "--gates",
             "--data",
             bare,
-        ): "text and label, or messages, or prompt and answer, or text, by usual names; it has ['a']",
+        ): "text and label, or messages, or prompt and answer, or text, with usual names; it has ['a']",
         # This is said before a model is loaded, which would fail too.
         ("--gates", "--data", file, "--columns", "text=body", "--model", "none"): "got text=body",
         ("--loss-terms", 7): "--loss-terms must go with --gates",

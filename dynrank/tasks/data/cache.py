@@ -1,4 +1,4 @@
-"""The cache of ``datasets`` on the disk: how it is filled, by how many processes, and what is said if it cannot be."""
+"""The disk cache of ``datasets``: filling it quietly, by several processes, and the error if it cannot be written."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from datasets.exceptions import DatasetGenerationError
 
 from dynrank.errors import ConfigurationError
 
-# Count this up when rows are read in another way, so that older rows in a cache are not taken.
+# Increase this number when rows are read differently, so that old rows in a cache are not used.
 READ = 2
-# So many rows are worth a process of their own.
+# The fewest rows for which one more process is worth its start.
 _ENOUGH = 20_000
 
 
 def processes(rows: int) -> int | None:
-    """How many processes ``datasets`` is to use for so many rows; None: this one."""
+    """The number of processes in which ``datasets`` handles this many rows; None: this process does it alone."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(cores, rows // _ENOUGH)
     return count if count > 1 else None
@@ -27,10 +27,10 @@ def processes(rows: int) -> int | None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Let ``datasets`` work within the block: with a progress bar where somebody watches, and in no words but ours."""
+    """Silence ``datasets`` within the block; on a terminal it shows progress bars."""
     (datasets.enable_progress_bars if sys.stderr.isatty() else datasets.disable_progress_bars)()
     verbosity = datasets.logging.get_verbosity()
-    # datasets would log in its own words what is raised here.
+    # datasets would log each error that it raises.
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         yield
@@ -40,7 +40,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def filling() -> Iterator[None]:
-    """Fill the cache within the block, quietly."""
+    """Silence ``datasets`` within the block, and turn errors of writing its cache into a ConfigurationError."""
     try:
         with quiet():
             yield

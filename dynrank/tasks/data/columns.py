@@ -1,4 +1,4 @@
-"""Which columns of users' data are ours, by their form and by the names that they usually have."""
+"""Finding the columns of a form in users' data, by the names that they usually have."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "chat": ("messages",),
     "text": ("text",),
 }
-# Columns that a form takes beside its own, where they are there.
+# Optional columns of each form.
 _MORE = {"classification": ("text_pair",), "completion": ("input",), "chat": ("system",), "text": ()}
 # Names in users' files, in lower case: our own, and those of LLaMA-Factory, axolotl and TRL.
 _USUAL = {
@@ -30,10 +30,10 @@ _USUAL = {
     "input": ("input", "query", "context", "article"),
     "system": ("system", "system_prompt"),
 }
-# Names that say something to these programs, and that nothing here reads.
+# Names that these programs use and dynrank does not.
 _UNREAD = ("history", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios", "thinking")
 KEYS_OF_A_TURN = (("role", "content"), ("from", "value"))
-# Columns are found by so many rows.
+# Columns are found in this many first rows.
 SNIFFED = 1000
 
 Sample = Sequence[Mapping[str, Any]]
@@ -41,14 +41,14 @@ Sample = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns of some data are.
+    """The columns of a data set.
 
     Attributes:
-        form: of the rows.
+        form: form of the rows.
         names: {our name of a column: its name in the data}.
-        unused: columns whose names say something, but that the form has no place for.
+        unused: columns that other programs use, and the form does not.
         several: whether a row has a list of labels.
-        classes: of a column of labels that are numbers, the names that they stand for.
+        classes: names of the labels, if ``datasets`` stores the labels as numbers.
     """
 
     form: str
@@ -63,18 +63,14 @@ def find_columns(
 ) -> Columns:
     """The columns of data whose first rows are ``sample``.
 
-    Args:
-        sample: rows as they stand in the data.
-        given: what the user calls the columns; None: as usual.
-        form: of the rows.
-        where: the data, for errors.
-        types: of the columns as ``datasets`` has them, if it does.
+    ``given`` are the user's names of columns (None: a usual name), ``types`` those of ``datasets``, if it has read the
+    data. Errors name the data as ``where``.
     """
     columns = _names_in(sample)
     names = _found(columns, given, form)
     for ours, theirs in names.items():
         if not theirs or theirs not in columns:
-            usual = f"{ours} column by a usual name ({', '.join(_USUAL[ours])})"
+            usual = f"{ours} column with a usual name ({', '.join(_USUAL[ours])})"
             fix = [f"set data.columns.{ours} to one of these"]
             fix += ["set data.columns.prompt and data.columns.answer"] * (ours == "messages")
             fix += ["write a first line with names of columns"] * where.endswith((".csv", ".tsv"))
@@ -102,20 +98,20 @@ def find_columns(
 
 
 def form_of(sample: Sample, forms: Sequence[Form], given: Mapping[str, str], where: str) -> Form:
-    """The first of ``forms`` whose columns are there, as the user calls them (``given``) or by usual names."""
+    """The first of ``forms`` whose columns the data have, by the user's names (``given``) or by usual names."""
     columns = _names_in(sample)
     places = {name for form in forms for name in (*COLUMNS[form], *_MORE[form])}
     for ours, theirs in given.items():
         if ours not in places or theirs not in columns:
-            allowed = f"OURS=THEIRS, of {sorted(places)} and of {columns} in {where}"
-            raise ConfigurationError(f"--columns must be {allowed}; got {ours}={theirs}")
+            allowed = f"OURS one of {sorted(places)} and THEIRS one of {columns} in {where}"
+            raise ConfigurationError(f"--columns must be OURS=THEIRS, {allowed}; got {ours}={theirs}")
     for form in sorted(forms, key=lambda form: given.keys().isdisjoint(COLUMNS[form])):
         if _fits(columns, form, given):
             prompt = _usual(columns, given, COLUMNS["completion"], {})["prompt"]
             return "chat" if form == "completion" and _are_turns(sample, prompt) else form
     wanted = ", or ".join(" and ".join(COLUMNS[form]) for form in forms)
-    usual = f"{where} must have the columns {wanted}, by usual names; it has {columns}"
-    raise ConfigurationError(f"{usual}; say which is which: --columns {COLUMNS[forms[0]][0]}=NAME")
+    usual = f"{where} must have the columns {wanted}, with usual names; it has {columns}"
+    raise ConfigurationError(f"{usual}; give their names: --columns {COLUMNS[forms[0]][0]}=NAME")
 
 
 def _fits(columns: Sequence[str], form: str, given: Mapping[str, str]) -> bool:
@@ -123,7 +119,7 @@ def _fits(columns: Sequence[str], form: str, given: Mapping[str, str]) -> bool:
 
 
 def _found(columns: Sequence[str], given: Mapping[str, str | None], form: str) -> dict[str, str]:
-    """{ours: theirs} of the form's own columns, "" for one that is not there, and of others that it takes."""
+    """{our name: their name} of the form's columns ("" if one is missing), and of the optional columns that exist."""
     wanted = COLUMNS[form]
     found = _usual(columns, given, wanted, {})
     if form == "chat" and not found["messages"]:

@@ -1,4 +1,4 @@
-"""A user's own files: csv, tsv, json, jsonl, parquet and txt; a folder or a name on the hub. They stay on the disk."""
+"""The splits of users' own data: files, folders, or names on the hub. The rows stay on disk."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def from_files(
     share: Annotated[float, Field(gt=0, lt=0.5)],
     seed: int,
 ) -> Checked:
-    """Train, val and test with the columns of ``form``; no text stands in two of them. What was found is printed.
+    """Train, val and test with the columns of ``form``; no text is in two of them. Prints the columns that it found.
 
-    The rows lie in the cache of ``datasets`` (HF_HOME) and are read from there when they are needed.
+    The rows are in the cache of ``datasets`` (HF_HOME) and are read from there when they are needed.
 
     Args:
         train: the training rows; those whose text is in another split's file are left out.
         val: the validation rows; None takes ``share`` of the texts in ``train``.
         test: the test rows; None takes ``share`` of the texts in ``train``.
-        form: of the rows, see :data:`dynrank.tasks.data.columns.COLUMNS`.
-        columns: how the columns are called in the files; None: as usual.
-        share: of the texts, chosen by (``seed``, text) alone.
-        seed: of the splits.
+        form: form of the rows, see :data:`dynrank.tasks.data.columns.COLUMNS`.
+        columns: {our name of a column: its name in the files}; None: a usual name.
+        share: share of the texts; whether a text is among them depends only on (``seed``, text).
+        seed: seed of the splits.
     """
     names = {"train": train, "val": val, "test": test}
     parts = {split: _read(name, split, columns, form) for split, name in names.items() if split == "train" or name}
@@ -46,7 +46,7 @@ def from_files(
         check_labels(parts["train"], f"data.train={train}", "line")
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
     parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}
-    # an odd number permutes those below 2**64, so that equal texts stay together and all others are drawn anew
+    # An odd factor permutes the numbers below 2**64, so equal texts stay together and each seed draws other splits.
     numbers = digests["train"] * np.uint64(number_of("", seed) | 1)
     edges = [np.uint64((1 - 2 * share) * 2**64), np.uint64((1 - share) * 2**64)]
     # The split of each row, in one byte.
@@ -66,12 +66,9 @@ def from_files(
 
 
 def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, str]) -> tuple[datasets.Dataset, Form]:
-    """All rows of a source, with the columns of the first of ``forms`` that it has; that form.
+    """All rows of a source with the columns of the first of ``forms`` that it has, and this form.
 
-    Args:
-        source: a file; a folder or a name on the hub stands for its training rows.
-        forms: that can be used.
-        columns: how its columns are called, where not as usual.
+    ``columns`` are {our name of a column: its name in the source} where a name is unusual.
     """
     form = form_of(source.sample, forms, columns, source.where)
     rows = source.read(find_columns(source.sample, columns, form, source.where, source.types))
@@ -82,13 +79,13 @@ def _read(name: str | None, split: str, given: Mapping[str, str | None], form: s
     source = Source(name, f"data.{split}", split)
     columns = find_columns(source.sample, given, form, source.where, source.types)
     if split == "train":
-        say("columns         ", ", ".join(f"{ours} <- {theirs}" for ours, theirs in columns.names.items()))
+        say({"columns": ", ".join(f"{ours} <- {theirs}" for ours, theirs in columns.names.items())})
         if columns.unused:
-            say("not used        ", ", ".join(columns.unused))
+            say({"not used": ", ".join(columns.unused)})
     return source.read(columns)
 
 
 def _among(values: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Whether each of ``values`` is one of ``others``; a part at a time, since numpy takes many times its memory."""
+    """Whether each of ``values`` is in ``others``; a part at a time, because numpy needs several times its memory."""
     parts = np.array_split(values, 1 + len(values) // 2**20)
     return np.concatenate([np.isin(part, others) for part in parts])

@@ -1,4 +1,4 @@
-"""Terms of ICD-10-CM with the block of codes that each belongs to, split so that no term stands in two splits."""
+"""Terms of ICD-10-CM with their blocks of codes; no term is in two splits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from pydantic import Field
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.tasks.data.splits import Pairs, place
 
-# Injuries (19) and external causes (20) are templates ("... initial encounter") and half of all codes: categories only.
+# Chapters of injuries and of external causes. Half of all codes are theirs, made from templates ("... initial
+# encounter"), so only their categories are used.
 _TEMPLATED = ("19", "20")
 
 
@@ -24,16 +25,16 @@ def icd10_terms(
 ) -> Pairs:
     """Terms and their blocks (code ranges such as ``A00-A09``) by split.
 
-    Official descriptions and 70% of the inclusion terms are for training, 10% of these for validation, 20% for the
-    test. Inclusion terms are the words clinicians use for a code. A text is compared case-folded with single blanks;
-    one that stands under two blocks is left out, one that is a description is never an inclusion term. Which split an
-    inclusion term falls into depends on (``seed``, text) alone.
+    Inclusion terms are the words that clinicians use for a code. All official descriptions and 70% of the inclusion
+    terms are for training, 10% of these terms for validation and 20% for the test. Texts are compared case-folded with
+    single spaces. A text in two blocks is left out, and a description is never also an inclusion term. The split of an
+    inclusion term depends only on (``seed``, text).
 
     Args:
         chapters: ICD-10-CM chapters to use, 1 to 22; None for all.
         code_length: longest code whose description is used, in characters without the dot.
         min_terms: blocks with fewer training texts are left out.
-        seed: of the split.
+        seed: seed of the splits.
     """
     described, included = _terms(chapters, code_length)
     blocks: dict[str, set[str]] = defaultdict(set)

@@ -1,4 +1,4 @@
-"""The rows of a file as they stand there, each with its line: csv, tsv, json, jsonl, parquet and txt."""
+"""Reading the rows of a file, each with its line: csv, tsv, json, jsonl, parquet and txt."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from dynrank.errors import shown
 
-# A place in the file, from 1 on, and a row there or what is wrong with it.
+# (a place in the file, from 1 on; the row there, or a text that says what is wrong).
 Rows = Iterator[tuple[int, Mapping[str, Any] | str]]
 
-# Bytes that are read at a time, and the fewest that a process is given.
+# Bytes that are read at once, and the fewest for one process.
 _BLOCK = 2**24
 _BLANKS = re.compile(r"\s*")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
@@ -33,13 +33,13 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a file that can be read by itself.
+    """A part of a file that one process can read.
 
     Attributes:
-        path: of the file.
-        start: where it begins, in bytes or, of parquet, in groups of rows.
-        end: where it ends.
-        place: the line, or the number of the row, that it begins with.
+        path: path of the file.
+        start: start of the part, in bytes; of a parquet file, in groups of rows.
+        end: end of the part, in the same unit.
+        place: number of the first line; of a parquet file, of the first row.
     """
 
     path: str
@@ -48,17 +48,17 @@ class Part:
     place: int
 
     def rows(self) -> Rows:
-        """The rows of the part."""
+        """The rows of the part with their places."""
         yield from READERS[kind_of(Path(self.path))](self)
 
 
 def kind_of(path: Path) -> str:
-    """What a file's name says that it is: a key of :data:`READERS`, or something else."""
+    """The suffix of a file's name in lower case; a key of :data:`READERS` if the file can be read."""
     return path.suffix.lower()
 
 
 def survey(path: Path) -> tuple[str, list[Part]]:
-    """(a hash of all that is in a file, the parts that processes can share out)."""
+    """(hash of the content of a file, parts that several processes can read)."""
     running, starts, size, line = sha256(), [(0, 1)], 0, 1
     with path.open("rb") as file:
         if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
@@ -82,13 +82,13 @@ def survey(path: Path) -> tuple[str, list[Part]]:
 
 
 def types_in(path: Path) -> Mapping[str, Any]:
-    """The types of a parquet file's columns; of other files nothing is known."""
+    """The types of a parquet file's columns; other files have no types."""
     return datasets.Features.from_arrow_schema(pq.read_schema(path)) if kind_of(path) == ".parquet" else {}
 
 
 def _csv(part: Part) -> Rows:
     csv.field_size_limit(sys.maxsize)
-    # a byte that is no UTF-8 becomes half a character, which no text may hold
+    # A byte that is not UTF-8 becomes a lone surrogate, which the check of texts refuses.
     with open(part.path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         header = file.readline()
         file.seek(0)
@@ -110,7 +110,7 @@ def _of_csv(rows: Any) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _tsv(part: Part) -> Rows:
-    """A line is a row, whatever quotes stand in it; a cell that is quoted as a whole is taken out of its quotes."""
+    """Each line is a row, whatever quotes are in it; a cell that is quoted as a whole loses its quotes."""
     with open(part.path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         cells = ([_unquoted(cell) for cell in line.rstrip("\r\n").split("\t")] for line in file)
         filled = (row if row != [""] else [] for row in cells)
@@ -139,7 +139,7 @@ def _table(lines: Iterator[tuple[int, list[str] | str]], advice: str) -> Rows:
 
 
 def _json(part: Part) -> Rows:
-    """Rows of a line each, or one array of rows."""
+    """A row in each line, or one array of rows."""
     if not _has_lines(Path(part.path)):
         yield from _json_array(part)
         return
@@ -215,25 +215,17 @@ def _has_lines(path: Path) -> bool:
 
 
 def _txt(part: Part) -> Rows:
-    """Paragraphs: what stands between blank lines."""
-
-    def is_blank(numbered: tuple[int, str]) -> bool:
-        return not numbered[1].strip()
-
+    """Each paragraph, the lines between blank lines, is a text."""
     with open(part.path, encoding="utf-8-sig", errors="surrogateescape") as file:
-        for blank, group in groupby(enumerate(file, start=1), key=is_blank):
+        for blank, group in groupby(enumerate(file, start=1), key=lambda numbered: not numbered[1].strip()):
             if not blank:
                 lines = [*group]
                 yield lines[0][0], {"text": "".join(line for _, line in lines).rstrip("\n")}
 
 
 def _parquet(part: Part) -> Rows:
-    groups = range(part.start, part.end)
-    place = part.place
-    for batch in pq.ParquetFile(part.path).iter_batches(1000, row_groups=[*groups]):
-        for row in batch.to_pylist():
-            yield place, row
-            place += 1
+    batches = pq.ParquetFile(part.path).iter_batches(1000, row_groups=[*range(part.start, part.end)])
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=part.place)
 
 
 _JSON = (".json", ".jsonl", ".ndjson")

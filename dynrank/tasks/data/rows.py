@@ -1,4 +1,4 @@
-"""Rows of users' data, read as a form has them and checked in one pass; all faults are listed at once."""
+"""Rows of users' data in the columns of a form, checked in the same pass; all faults are listed at once."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pyarrow.compute as pc
 from dynrank.errors import ConfigurationError, shown
 from dynrank.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns
 
-# At most so many faults stand in one message.
+# The most faults that one message lists.
 SHOWN = 20
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _TEXT = datasets.Value("string")
 
 
 def features_of(columns: Columns) -> datasets.Features:
-    """Types of what :func:`read_rows` makes."""
+    """The types of the columns that :func:`read_rows` makes."""
     made: dict[str, Any] = dict.fromkeys(COLUMNS[columns.form], _TEXT)
     if columns.form == "chat":
         made["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
@@ -34,12 +34,9 @@ def features_of(columns: Columns) -> datasets.Features:
 
 
 def read_rows(places: Iterable[int], rows: Iterable[Mapping[str, Any] | str], columns: Columns) -> dict[str, list[Any]]:
-    """Our columns of rows, with a digest of the text, the place of each, and what is wrong with it, or null.
+    """Our columns of the rows; also the digest of each row's text, its place (a line or a row) and its fault, or null.
 
-    Args:
-        places: of the rows in their file, such as lines.
-        rows: as they stand there; or what is wrong, where there is no row.
-        columns: of the rows.
+    An element of ``rows`` that is a text says why there is no row.
     """
     made: dict[str, list[Any]] = {name: [] for name in features_of(columns)}
     for place, row in zip(places, rows, strict=True):
@@ -54,12 +51,9 @@ def read_rows(places: Iterable[int], rows: Iterable[Mapping[str, Any] | str], co
 
 
 def check_rows(rows: datasets.Dataset, where: str, unit: str) -> datasets.Dataset:
-    """What :func:`read_rows` made, without the column of faults.
+    """The result of :func:`read_rows` without the column of faults, all of which one error lists.
 
-    Args:
-        rows: all of them.
-        where: the data, for errors.
-        unit: what the places count: line or row.
+    The error names the data as ``where``; ``unit`` is what places count, line or row.
     """
     if not len(rows):
         raise ConfigurationError(f"{where} has 0 rows; correct it")
@@ -73,21 +67,20 @@ def check_rows(rows: datasets.Dataset, where: str, unit: str) -> datasets.Datase
 
 
 def check_labels(rows: datasets.Dataset, where: str, unit: str) -> None:
-    """Refuse a label of a single row: either nothing is learned of it, or nothing is known of how well."""
+    """Refuse labels that only one row has: such a label is either not learned or not tested."""
     single = [label for label, count in counted(rows).items() if count == 1]
     if single:
-        first: dict[str, int] = {}
         batch = rows.select_columns(["label", "place"]).with_format("arrow")[:]
         is_list = pa.types.is_list(batch["label"].type)
         labels = pc.list_flatten(batch["label"]) if is_list else batch["label"]
         places = batch["place"].take(pc.list_parent_indices(batch["label"])) if is_list else batch["place"]
         first = {label: places[pc.index(labels, label).as_py()].as_py() for label in single[:SHOWN]}
         said = [f"{unit} {place} alone has the label {label!r}" for label, place in first.items()]
-        refuse(where, said, len(single), "add rows to, or take out,")
+        refuse(where, said, len(single), "add rows to, or remove,")
 
 
 def refuse(where: str, said: Sequence[str], count: int, advice: str) -> None:
-    """Raise one error about ``count`` faults of the data, of which the first are ``said``."""
+    """Raise one error about ``count`` faults of the data; ``said`` describes the first ones."""
     if count == 1:
         raise ConfigurationError(f"{where}: {said[0]}; {advice} it")
     more = [f"and {count - len(said):,} more"] if count > len(said) else []
@@ -95,13 +88,13 @@ def refuse(where: str, said: Sequence[str], count: int, advice: str) -> None:
 
 
 def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """A column of the rows, as Arrow has it."""
+    """A column of the rows as an Arrow array."""
     found: pa.ChunkedArray = rows.select_columns(name).with_format("arrow")[:][name]
     return found
 
 
 def counted(rows: datasets.Dataset) -> dict[str, int]:
-    """{label: how many rows have it}, the most frequent first."""
+    """{label: number of its rows}, the most frequent first."""
     labels = column_of(rows, "label")
     if pa.types.is_list(labels.type):
         labels = pc.list_flatten(labels)
@@ -119,7 +112,7 @@ def _renamed(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
 
 
 def _fault(value: Any, name: str) -> str:
-    """What is wrong with a text, or ""."""
+    """What is wrong with a text; "" if nothing is."""
     if value is None:
         return f"has no {name}"
     if not isinstance(value, str):
@@ -142,7 +135,7 @@ def _classified(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
         return f"must have texts or ints as labels, got {shown(label)}"
     if isinstance(label, list | tuple) and not columns.several:
         return f"must have one label, as the first rows have, got {shown(label)}"
-    # a whole float is an int of a column that lacks some
+    # A column of ints in which some are missing has floats.
     names = [str(int(one)) if isinstance(one, float) else str(one) for one in labels]
     faults = [_fault(row[name], name) for name in ("text", "text_pair") if name in row]
     fault = next(filter(None, [*faults, *(_fault(name, "label") for name in names)]), "")
@@ -153,7 +146,7 @@ def _completed(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
     fault = _fault(row["prompt"], "prompt") or _fault(row["answer"], "answer")
     if fault or not row.get("input"):
         return fault or row
-    # Alpaca's: the instruction is about it
+    # In Alpaca's format, the prompt is an instruction about this input.
     return _fault(row["input"], "input") or {**row, "prompt": f"{row['prompt']}\n{row['input']}"}
 
 
@@ -163,7 +156,7 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
         made = _completed(row, columns) if isinstance(row["prompt"], str) else row
         if isinstance(made, str):
             return made
-        # a text each, or turns, as TRL has them
+        # In TRL's format, prompt and answer are lists of turns.
         parts = (("user", made["prompt"]), ("assistant", made["answer"]))
         turns = [turn for role, part in parts for turn in (part if isinstance(part, list) else [_turn(role, part)])]
     if not isinstance(turns, list | tuple) or not turns:

@@ -1,4 +1,4 @@
-"""The rows behind a name that a user gives: of a file, of the files of a folder, or of a data set on the hub."""
+"""Reading the rows of a source that a user names: a file, a folder, or a data set on the hub."""
 
 from __future__ import annotations
 
@@ -17,39 +17,42 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from dynrank.errors import ConfigurationError
 from dynrank.models.names import hub_is_known
+from dynrank.output.console import print_facts
 from dynrank.tasks.data.cache import READ, filling, processes, quiet
 from dynrank.tasks.data.columns import SNIFFED, Columns, Sample
 from dynrank.tasks.data.lines import READERS, Part, kind_of, survey, types_in
 from dynrank.tasks.data.rows import SHOWN, check_rows, features_of, read_rows, refuse
 from dynrank.tasks.data.splits import read_dataset, sample_of
 
+# Only process 0 prints.
+say = rank_zero_only(print_facts)
 # The names of splits in folders and on the hub.
 _THEIR_SPLITS = {"train": "train", "val": "validation", "test": "test"}
-# So many rows are written together.
+# Rows that are written at once.
 _BATCH = 1000
-# A row has roughly so many bytes.
+# A rough size of a row in bytes.
 _ROW = 200
 
 
 class Source:
-    """What a name stands for; nothing but the first rows is read yet.
+    """The rows that a name stands for; only the first ones are read before :meth:`read`.
 
     Args:
-        name: of a file, a folder or a data set on the hub.
-        key: where the user wrote it.
-        split: train, val or test: which of a folder's files, or of the hub's splits.
+        name: name of a file, a folder or a data set on the hub.
+        key: the key or option that holds the name, for errors.
+        split: train, val or test, if the folder or the data set has splits.
 
     Attributes:
-        where: what errors call it.
-        sample: its first rows.
-        types: of its columns, as far as they are known.
+        where: the name of the source in errors.
+        sample: the first rows.
+        types: the types of the columns, if known.
     """
 
     def __init__(self, name: str | None, key: str, split: str) -> None:
         if not name:
             kinds = f"a file ({', '.join(READERS)}), a folder, or ORG/NAME on the hub"
             raise ConfigurationError(f"{key} is not set; set {key} to your rows: {kinds}")
-        self.where, self.split, self.files = f"{key}={name}", split, dict[Path, tuple[str, list[Part]]]()
+        self.where, self.files = f"{key}={name}", dict[Path, tuple[str, list[Part]]]()
         path = Path(name).expanduser()
         try:
             on_hub = name.count("/") == 1 and not path.exists() and not path.suffix
@@ -77,34 +80,34 @@ class Source:
             refuse(self.where, faults[:SHOWN], len(faults), "correct")
 
     def read(self, columns: Columns) -> datasets.Dataset:
-        """What :func:`dynrank.tasks.data.rows.read_rows` makes of all its rows, which are faultless."""
+        """All rows, as :func:`dynrank.tasks.data.rows.read_rows` makes them, without faults."""
         if not self.files:
             return read_dataset(self.rows, columns, self.where)
         rows = [self._read(file, columns) for file in self.files]
         if len(rows) == 1:
             return rows[0]
         together = datasets.concatenate_datasets(rows)
-        # Without this, datasets would draw another fingerprint each time.
+        # Without this line, datasets would draw a random fingerprint each time.
         together._fingerprint = Hasher.hash(str([part._fingerprint for part in rows]))
         return together
 
     def _read(self, file: Path, columns: Columns) -> datasets.Dataset:
         content, parts = self.files[file]
         where = self.where if len(self.files) == 1 else f"{self.where}, {file}"
-        # of a text, since a pickle also tells which of equal texts are one object
+        # This is the hash of a text, because a pickle depends on which equal texts are the same object.
         key = Hasher.hash(str((READ, content, kind_of(file), columns)))
         with filling():
             builder = _Rows(features=features_of(columns), hash=key, dataset_name="rows")
             builder.source = {"parts": parts, "columns": columns}
             if not Path(builder.cache_dir).exists():
-                say("reading         ", f"{file}, {file.stat().st_size / 1e6:,.1f} MB")
+                say({"reading": f"{file}, {file.stat().st_size / 1e6:,.1f} MB"})
             builder.download_and_prepare(num_proc=min(len(parts), processes(file.stat().st_size // _ROW) or 1))
             rows = builder.as_dataset(split="train")
         return check_rows(rows, where, "row" if kind_of(file) == ".parquet" else "line")
 
 
 class _Rows(datasets.ArrowBasedBuilder):  # type: ignore[misc]
-    """Reads a file once, checks its rows and keeps what they are, under a hash of the file's content."""
+    """Reads a file once, and stores its checked rows in the cache under a hash of the file's content."""
 
     source: dict[str, Any]
 
@@ -125,7 +128,7 @@ class _Rows(datasets.ArrowBasedBuilder):  # type: ignore[misc]
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:
-    """The files of a folder that are a split's, by ``datasets``' rules."""
+    """The files of a split in a folder, by the rules of ``datasets``."""
     base = str(folder.resolve())
     found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
     files = [Path(name) for name in found.get(split, ()) if kind_of(Path(name)) in READERS]
@@ -144,14 +147,8 @@ def _from_hub(name: str, split: str) -> datasets.Dataset:
 
 
 def _from_disk(folder: str, split: str) -> datasets.Dataset:
-    """What ``save_to_disk`` wrote: the split of several, or all rows."""
+    """The rows that ``save_to_disk`` wrote; the split, if there are several."""
     found = datasets.load_from_disk(Path(folder).expanduser())
     if isinstance(found, datasets.DatasetDict) and split not in found:
         raise ValueError(f"it has the splits {[*found]}, not {split}")
     return found[split] if isinstance(found, datasets.DatasetDict) else found
-
-
-@rank_zero_only
-def say(*words: str) -> None:
-    """Print what was found, of several processes the first one."""
-    print(*words, flush=True)

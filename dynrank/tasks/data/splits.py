@@ -1,4 +1,4 @@
-"""Rows of a task's data by split: which split a row falls into, and what users may give."""
+"""The rows of a task's data by split, from what users may give."""
 
 from __future__ import annotations
 
@@ -19,28 +19,24 @@ Pairs = dict[str, list[tuple[str, str]]]
 
 
 class Checked(dict[str, datasets.Dataset]):
-    """Rows of each split with our names of columns, every one of them as its form has it.
+    """{split: its rows}, in the columns of their form and checked.
 
     Attributes:
-        dropped: rows that are left out of the training split, since their text stands in another one's file.
+        dropped: number of training rows that were left out, because their text is also in another split's file.
     """
 
     dropped: int = 0
 
 
 def number_of(key: str, seed: int) -> int:
-    """A whole number below 2**64 that depends on (``seed``, ``key``) alone, evenly spread."""
+    """A random whole number below 2**64 that depends only on (``seed``, ``key``)."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8])
 
 
 def place(key: str, seed: int, train: float, val: float) -> str:
-    """The split of whatever ``key`` names, which depends on (``seed``, ``key``) alone.
+    """The split of ``key``, a text or the name of a group, which depends only on (``seed``, ``key``).
 
-    Args:
-        key: a text, or the name of what falls into one split as a whole.
-        seed: of the splits.
-        train: share of all keys that fall into the training split.
-        val: share of all that fall into it or into the validation split.
+    The share ``train`` of all keys is in the training split, and the share ``val`` in this or the validation split.
     """
     share = number_of(key, seed) / 2**64
     return "train" if share < train else "val" if share < val else "test"
@@ -52,7 +48,7 @@ def rows_by_split(data: Any, form: str) -> Checked:
     Args:
         data: a mapping from ``train``, ``val`` and ``test`` to a ``datasets.Dataset``, or to a list of mappings or of
             tuples in the order of the columns; or a function without arguments that returns such a mapping.
-        form: of the rows.
+        form: form of the rows.
     """
     splits: Any = data() if callable(data) else data
     if isinstance(splits, Checked):
@@ -83,13 +79,13 @@ def _named(row: Any, form: str) -> Mapping[str, Any] | str:
 
 
 def sample_of(rows: datasets.Dataset) -> list[dict[str, Any]]:
-    """The first rows, without pictures and sounds that would have to be decoded."""
+    """The first rows; pictures and sounds in them are not decoded."""
     found: list[dict[str, Any]] = rows.with_format("arrow")[:SNIFFED].to_pylist()
     return found
 
 
 def read_dataset(rows: datasets.Dataset, columns: Columns, where: str) -> datasets.Dataset:
-    """What :func:`dynrank.tasks.data.rows.read_rows` makes of the rows of a data set, all of them faultless."""
+    """The rows of a data set, as :func:`dynrank.tasks.data.rows.read_rows` makes them, without faults."""
     names = [*columns.names.values()]
     with filling():
         made = rows.select_columns(names).map(

@@ -1,4 +1,4 @@
-"""Functions of Python's standard library as signature, docstring and body, split so that no module is in two splits."""
+"""Functions of Python's standard library as signature, docstring and body; no module is in two splits."""
 
 from __future__ import annotations
 
@@ -15,23 +15,22 @@ from dynrank.errors import ConfigurationError, validated_call
 from dynrank.tasks.data.splits import Pairs, place
 from dynrank.tasks.python_source import parsed
 
-# Folders of tests, and the wheels of ensurepip.
+# Folders of tests, and the folder of ensurepip's wheels.
 _LEFT_OUT = {"test", "tests", "idle_test", "_bundled"}
 
 
 @validated_call("data")
 def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
-    """Functions at the left margin as (prompt, answer), by split.
+    """Functions without their indentation as (prompt, answer), by split.
 
-    The prompt is signature and docstring, up to the closing quotes, and the answer is the rest, from the line break on,
-    without one at its end; together they are the whole source. A top-level module or package falls into one split as a
-    whole, about 80% of them for training and 10% each for the other two, which depends on (``seed``, its name) alone. A
-    function that stands word for word in two of them is left out; so are tests. What there is differs between versions
-    of Python.
+    The prompt is the signature and the docstring, and the answer is the rest of the source, from the line break on. All
+    of a top-level module or package is in one split, which depends only on (``seed``, its name): about 80% of them are
+    for training, and 10% each for the other two. A function that is word for word in two of them is left out, and so
+    are tests. Versions of Python have different functions.
 
     Args:
         modules: names of top-level modules and packages to use; None for all.
-        seed: of the split.
+        seed: seed of the splits.
     """
     files = _files()
     unknown = [name for name in modules or () if name not in files]
@@ -52,7 +51,7 @@ def stdlib_functions(modules: Sequence[str] | None, seed: int) -> Pairs:
     empty = [split for split, functions in pairs.items() if not functions]
     if empty:
         raise ConfigurationError(
-            f"no functions are left for {empty}, since whole modules fall into a split; set data.modules or data.seed"
+            f"no functions are left for {empty}, because all of a module is in one split; set data.modules or data.seed"
         )
     return pairs
 
@@ -76,7 +75,7 @@ def _functions(file: Path) -> Iterator[tuple[str, str]]:
     except (SyntaxError, UnicodeDecodeError):
         return
     tree = parsed(source)
-    # lib2to3 and others carry examples of Python 2.
+    # lib2to3 and others contain examples of Python 2.
     if tree is None:
         return
     # ast counts lines in this way; splitlines also ends lines at form feeds.
@@ -94,7 +93,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]
     # ast counts columns in bytes.
     last = lines[docstring.end_lineno - 1].encode()
     indent = lines[node.lineno - 1][: node.col_offset]
-    # The docstring shares a line with something else.
+    # In these functions, the signature or the docstring shares a line with other code.
     if indent.strip() or last[docstring.end_col_offset :].strip():
         return None
     signature = [*lines[node.lineno - 1 : docstring.end_lineno - 1], last[: docstring.end_col_offset].decode()]

@@ -1,8 +1,8 @@
-"""Line items of companies' financial reports and the section that each belongs to, from the package edgartools.
+"""Line items of companies' financial reports with their sections, from the package edgartools.
 
-The package (MIT) carries what it learned of the US-GAAP tags in 32,240 reports to the SEC: for each tag the one or more
-standard items that it stands for, and the section of the statement where those stand. Only that one JSON file is read;
-the package itself, which needs pandas and more, is never imported.
+A JSON file of the package (MIT) describes the US-GAAP tags in 32,240 reports to the SEC: the standard items of a tag,
+and their section of the statement. Only this file is read. The package itself, which needs pandas and more, is never
+imported.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from dynrank.tasks.data.splits import Pairs
 
 _FILE = Path("xbrl", "standardization", "gaap_mappings.json")
 _INSTALL = "pip install --no-deps edgartools==5.62.1"
-# Where a cash-flow item has no section, its standard item names the section behind these words.
+# A cash-flow item without a section has a standard item that names the section after these words.
 _CASH_FLOW = "Net Cash from "
-# A section has at least so many items.
+# The fewest items of a section that is used.
 _MIN_ITEMS = 50
 # Shares of each section.
 _TEST, _VAL = 0.2, 0.1
@@ -33,12 +33,9 @@ _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=
 def line_items(seed: int) -> Pairs:
     """Line items as prompts and their sections as answers, by split: 70, 10 and 20% of each section, at random.
 
-    Used are sections that have at least 50 items. Left out are tags that the package maps to several items, IFRS tags,
-    and items without a section. Of texts that are the same but for case, spaces and digits one is kept; if their
-    sections differ, none.
-
-    Args:
-        seed: of the splits.
+    Sections with at least 50 items are used. Tags that the package maps to several items, IFRS tags, and items without
+    a section are left out. Of texts that differ only by case, spaces and digits, one is kept; if their sections differ,
+    none. ``seed`` is that of the splits.
     """
     by_key: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for tag, entry in _mappings().items():
@@ -63,7 +60,7 @@ def line_items(seed: int) -> Pairs:
     if not parts["train"]:
         raise ConfigurationError(f"the installed edgartools holds its mappings in another form: {_INSTALL}")
     for part in parts.values():
-        # After this any few of them are from all sections.
+        # After this line, a few items in a row are from different sections.
         draw.shuffle(part)
     return {
         split: [(f"Line item: {text}\nSection:", f" {section}") for text, section in part]
