@@ -83,11 +83,11 @@ class RankScheduler(Callback):
         self.driver.end_step(LightningTraining(pl_module.trainer, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.driver.state_dict(), "told": self._stepped}
+        return {**self.driver.state_dict(), "stepped": self._stepped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.driver.load_state_dict(state_dict)
-        self._stepped = state_dict["told"]
+        self._stepped = state_dict["stepped"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Averages that are made later are copies of the module, so they get its load hooks, too.

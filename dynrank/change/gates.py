@@ -113,35 +113,36 @@ class Gates(Choice):
             return
         whole = {name for each in passes for name in each.whole}
         shown = {name for each in passes for name in each.cores} - whole
-        everywhere = from_all(([(each.rows, len(each.kept), *each.counted()) for each in passes], shown, whole))
+        everywhere = from_all(([each.count() for each in passes], shown, whole))
         whole = set[str]().union(*(names for *_, names in everywhere))
         by_example = bool(set[str]().union(*(names for _, names, _ in everywhere)) - whole)
         whole = whole if by_example else {*self._layers}
-        known = [each if by_example else (1, 1, *each[2:]) for own, *_ in everywhere for each in own]
-        counts = [len(own) for own, *_ in everywhere], [sum(kept for _, kept, *_ in own) for own, *_ in everywhere]
+        counts = [own for own, *_ in everywhere]
+        known = [each if by_example else each._replace(rows=1, kept=1) for own in counts for each in own]
+        in_passes, in_examples = [len(own) for own in counts], [sum(each.kept for each in own) for own in counts]
         cores: dict[str, Tensor] = {}
-        for names in (whole, self._layers.keys() - whole):
+        for names, sizes in ((whole, in_passes), (self._layers.keys() - whole, in_examples)):
             mine = {name: joined(passes, name, self._layers[name], name in whole) for name in sorted(names)}
-            cores |= _gathered(mine, counts[names is not whole])
-        sizes = {name: core.flatten(1).abs().sum(1, dtype=torch.float64) for name, core in cores.items()}
+            cores |= _gathered(mine, sizes)
+        norms = {name: core.flatten(1).abs().sum(1, dtype=torch.float64) for name, core in cores.items()}
         # In float16 the loss scaler skips such a step.
-        if not all(size.isfinite().all() for size in sizes.values()):
+        if not all(norm.isfinite().all() for norm in norms.values()):
             self.skipped += 1
             return
         # For each sample, the index of its pass.
-        indices = [index for index, (_, kept, *_) in enumerate(known) for _ in range(kept)]
+        indices = [index for index, each in enumerate(known) for _ in range(each.kept)]
         pass_of = torch.tensor(indices, dtype=torch.long)
         live = torch.zeros(len(pass_of), dtype=torch.bool)
-        for name, size in sizes.items():
-            live |= (size[pass_of] if name in whole else size) > 0
+        for name, norm in norms.items():
+            live |= (norm[pass_of] if name in whole else norm) > 0
         if not live.any():
             return
-        self._reached |= {name for name, size in sizes.items() if size.any()}
+        self._reached |= {name for name, norm in norms.items() if norm.any()}
         self.examples += int(live.sum())
-        self.terms, self.source = float(sum(terms for _, _, terms, _ in known)), known[-1][-1]
+        self.terms, self.source = float(sum(each.terms for each in known)), known[-1].source
         if self._loss_terms is not None:
             self.terms, self.source = float(self._loss_terms), "loss_terms"
-        weights = torch.tensor([rows / kept for rows, kept, *_ in known], dtype=torch.float64)[pass_of]
+        weights = torch.tensor([each.rows / each.kept for each in known], dtype=torch.float64)[pass_of]
         # The gradient of a step is the mean over processes.
         scale = 1 / self.loss_scale / process_count()
         self._seen.append(_Step(pass_of, weights, sorted(whole), scale, self.terms))
@@ -252,7 +253,7 @@ class Gates(Choice):
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers and tensors, without passes since the last optimizer step."""
         return {name: getattr(self, name) for name in _COUNTS} | {
-            "room": self._passes.per_pass,
+            "per_pass": self._passes.per_pass,
             "reached": sorted(self._reached),
             "seen": [dict(vars(step)) for step in self._seen],
             "cores": {name: list(parts) for name, parts in self._cores.items()},
@@ -261,7 +262,7 @@ class Gates(Choice):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in _COUNTS:
             setattr(self, name, state[name])
-        self._passes.per_pass = state["room"]
+        self._passes.per_pass = state["per_pass"]
         self._reached, self._seen = set(state["reached"]), [_Step(**step) for step in state["seen"]]
         self._cores = {name: list(state["cores"][name]) for name in self._layers}
 

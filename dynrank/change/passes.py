@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,15 @@ from dynrank.change.calls import Call, Calls, counted
 from dynrank.layers.ranked import RankedLayer
 from dynrank.linalg import split
 from dynrank.private import backward_number
+
+
+class PassCount(NamedTuple):
+    """The examples of a pass, how many of them are kept, the terms of its loss, and how these were counted."""
+
+    rows: int
+    kept: int
+    terms: int
+    source: str
 
 
 @dataclass
@@ -51,18 +61,19 @@ class Pass:
         for name in self.cores.keys() - self.whole:
             self.cores[name] = self.cores[name][stay.to(self.cores[name].device)]
 
-    def counted(self) -> tuple[int, str]:
-        """(number of terms of its part of the loss, how they were counted)."""
-        call = self.call
+    def count(self) -> PassCount:
+        call, terms = self.call, self.rows
         if call is not None and call.terms is not None:
-            return int(call.terms), "the model's output"
-        if call is not None and call.learned is not None:
-            return int(call.learned), "its labels"
-        if self.terms is not None:
-            return int(self.terms), "the layer nearest to the loss"
-        if call is not None:
-            return self.rows, "its examples"
-        return self.rows, "the number of backward passes (if that is wrong, set loss_terms)"
+            terms, source = int(call.terms), "the model's output"
+        elif call is not None and call.learned is not None:
+            terms, source = int(call.learned), "its labels"
+        elif self.terms is not None:
+            terms, source = int(self.terms), "the layer nearest to the loss"
+        elif call is not None:
+            source = "its examples"
+        else:
+            source = "the number of backward passes (if that is wrong, set loss_terms)"
+        return PassCount(self.rows, len(self.kept), terms, source)
 
 
 class Passes:

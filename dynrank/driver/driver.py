@@ -21,7 +21,7 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.metrics import checked, value, watched
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.training import Training
-from dynrank.driver.watching import Watching
+from dynrank.driver.window import Window
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.finding import adapter_parameters, lora_layers
@@ -83,7 +83,7 @@ class RankDriver:
         self.stages, self.check_every = _stages_of(schedule), check_every
         self.progress = Progress()
         self._run = Run(None)
-        self._clock, self._watching = Clock([], self._run), Watching([])
+        self._clock, self._window = Clock([], self._run), Window([])
         # One for each optimizer, made at the last change.
         self._rates: list[Rates] = []
         # The last step for which end_step() was called.
@@ -131,7 +131,7 @@ class RankDriver:
                 "each run, or resume that run (ckpt_path)"
             )
         self._run, self._ended_step = run, training.step
-        self._clock, self._watching = Clock(self.stages, run), Watching(self.stages)
+        self._clock, self._window = Clock(self.stages, run), Window(self.stages)
         # After a change the ranks differ from those at the start, where the check was made.
         if not self.history:
             self.check_model(training.model, run)
@@ -141,13 +141,9 @@ class RankDriver:
         if self._other:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
         if self._loaded:
-            rates, watched_before, self._loaded = self._loaded["rates"], self._loaded["gates"], {}
-            adapters = adapter_parameters(training.model)
-            self._rates = [
-                Rates(optimizer, adapters, factor)
-                for optimizer, factor in zip(training.optimizers, rates, strict=bool(rates))
-            ]
-            self._watching.load_state_dict(watched_before, training.model)
+            self._multiply_rates(training, self._loaded["rate_factor"])
+            self._window.load_state_dict(self._loaded["gates"], training.model)
+            self._loaded = {}
 
     def advance(self, training: Training) -> None:
         """Decide which stage is due, begin to measure gates for the next one, and change ranks if all is ready."""
@@ -157,15 +153,15 @@ class RankDriver:
             self._change(training, pending)
             # Gates for the next stage may be needed from this step on.
             self._follow_clock(training)
-        if self._watching.gates is not None:
-            self._watching.gates.loss_scale = training.loss_scale()
+        if self._window.gates is not None:
+            self._window.gates.loss_scale = training.loss_scale()
 
     def end_step(self, training: Training) -> None:
         """Record the optimizer step just made, if one was made since the last call; its gradients must still exist."""
         if training.step > self._ended_step:
             self._ended_step = training.step
-            if self._watching.gates is not None:
-                self._watching.gates.end_step()
+            if self._window.gates is not None:
+                self._window.gates.end_step()
             if self.check_every and training.step % self.check_every == 0:
                 check_processes(training.model, training.optimizers, f"after step {training.step}")
 
@@ -189,7 +185,7 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None and self._is_ready(training, pending.stage, ended=True):
             self._change(training, pending)
-        self._watching.end()
+        self._window.end()
         if not self.finished:
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
@@ -198,12 +194,12 @@ class RankDriver:
 
     def forget_gates(self) -> None:
         """Drop the measured gates; call it after other weights were loaded, which the gates do not describe."""
-        self._watching.end()
+        self._window.end()
 
     def abort(self) -> None:
         """Remove all hooks, so that the model can be trained again; a checkpoint written now still has the gates."""
-        if self._watching.gates is not None:
-            self._watching.gates.close()
+        if self._window.gates is not None:
+            self._window.gates.close()
         for rates in self._rates:
             rates.restore()
 
@@ -213,8 +209,8 @@ class RankDriver:
             **asdict(self.progress),
             "stages": _written(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "gates": self._watching.state_dict(),
-            "rates": [rates.factor for rates in self._rates],
+            "gates": self._window.state_dict(),
+            "rate_factor": self.rate_factor,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -240,6 +236,7 @@ class RankDriver:
             self.progress.pending = None
         if gates is not None and theirs[gates["stage"]] not in mine[gates["stage"] :][:1]:
             gates = None
+        self._remove_rates()
         self._loaded, self._ended_step = {**state, "gates": gates}, 0
 
     # Deciding
@@ -265,17 +262,17 @@ class RankDriver:
             self.progress.pending = Decision(due, reason)
         if self.progress.pending is None and not ended:
             for index, planned in self._clock.coming(self.progress.stage, training.step):
-                if self._watching.gates is None and planned - self.stages[index].how.window <= training.step:
-                    self._watching.begin(training.model, index)
+                if self._window.gates is None and planned - self.stages[index].how.window <= training.step:
+                    self._window.begin(training.model, index)
 
     def _is_ready(self, training: Training, index: int, *, ended: bool = False) -> bool:
         """Whether the gates for a change of stage ``index`` are complete; begin to measure them if needed."""
-        if not self._watching.needed(training.model, index):
+        if not self._window.needed(training.model, index):
             return True
-        if self._watching.gates is None and not ended:
-            self._watching.begin(training.model, index)
+        if self._window.gates is None and not ended:
+            self._window.begin(training.model, index)
         # The gates may have been begun for another stage, so the steps are counted against this stage's window.
-        gates, window = self._watching.gates, self.stages[index].how.window
+        gates, window = self._window.gates, self.stages[index].how.window
         if ended or self._clock.is_last_moment(index, training.step, window):
             return True
         if gates is None or (gates.steps < window and not self._clock.has_come(index, training.step)):
@@ -287,7 +284,7 @@ class RankDriver:
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, or as much of it as the check allows, and go to the next stage."""
         index, how = decided.stage, self.stages[decided.stage].how
-        gates, reason = self._watching.result(training, index, decided.reason)
+        gates, reason = self._window.result(training, index, decided.reason)
         layers = dict(lora_layers(training.model))
         ranks = {name: layer.rank for name, layer in layers.items()}
         choice = gates or Choice({name: layer for name, layer in layers.items() if not layer.pinned})
@@ -307,7 +304,7 @@ class RankDriver:
                 if made:
                     # These metrics belong to the weights before the change.
                     self.progress.metrics = {}
-                    self._follow_rates(training, rate_factor(how, ranks, {n: la.rank for n, la in layers.items()}))
+                    self._multiply_rates(training, rate_factor(how, ranks, {n: la.rank for n, la in layers.items()}))
         if event is not None:
             training.tell(event)
         if made and training.step < (self._run.total_steps or float("inf")):
@@ -344,13 +341,17 @@ class RankDriver:
             check = Check(training, how, known or None)
         return attempt(training, trial, targets, reason, how, choice, check)
 
-    def _follow_rates(self, training: Training, factor: float) -> None:
+    def _multiply_rates(self, training: Training, factor: float) -> None:
         """Multiply the adapters' rates by ``factor`` from now on."""
         factor *= self.rate_factor
-        for rates in self._rates:
-            rates.remove()
+        self._remove_rates()
         adapters = adapter_parameters(training.model)
         self._rates = [Rates(optimizer, adapters, factor) for optimizer in training.optimizers]
+
+    def _remove_rates(self) -> None:
+        for rates in self._rates:
+            rates.remove()
+        self._rates = []
 
 
 def _written(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:

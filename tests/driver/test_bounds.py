@@ -10,7 +10,7 @@ from dynrank.change.choice import Choice
 from dynrank.change.gates import Gates
 from dynrank.driver.bounds import final_ranks, layer_states
 from dynrank.driver.check import check_model
-from dynrank.driver.watching import must_watch
+from dynrank.driver.window import needs_gates
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow
 from dynrank.targets import Budget, Energy, GrowTo, Rank, Target
@@ -68,7 +68,7 @@ def test_layer_states_hold_the_singular_values_of_each_update():
 @pytest.mark.parametrize("target", [Budget(share=0.5), Energy(0.9)])
 def test_pinned_layers_are_neither_watched_nor_missed(target):
     net = updated(model(layer_1={"rank": 5, "pinned": True}))
-    assert must_watch(Stage(NOW, target, how=GATES), layers_of(net))
+    assert needs_gates(Stage(NOW, target, how=GATES), layers_of(net))
     gates = Gates(net, {name: layer for name, layer in layers_of(net).items() if not layer.pinned}, 4)
     net(torch.randn(50, 16)).square().mean().backward()
     gates.end_step()
@@ -90,7 +90,7 @@ def test_pinned_layers_are_neither_watched_nor_missed(target):
     ],
 )
 def test_what_must_be_watched(target, metric, net, watched):
-    assert must_watch(Stage(NOW, target, how=How(metric=metric)), layers_of(model(**net))) is watched
+    assert needs_gates(Stage(NOW, target, how=How(metric=metric)), layers_of(model(**net))) is watched
 
 
 # Where ranks may end

@@ -21,7 +21,7 @@ CAUTION = 2.0
 _UNSEEN = "by weight: no gradient was seen while gates were measured"
 
 
-def must_watch(stage: Stage, layers: Mapping[str, RankedLayer]) -> bool:
+def needs_gates(stage: Stage, layers: Mapping[str, RankedLayer]) -> bool:
     """Whether ``stage`` needs gates before it may change ``layers``, as the last stage or as an earlier one."""
     if stage.how.metric == "weight":
         return False
@@ -29,7 +29,7 @@ def must_watch(stage: Stage, layers: Mapping[str, RankedLayer]) -> bool:
     return bool(stage.to.needs) or any(min(lowest[name]) < layer.rank for name, layer in layers.items())
 
 
-class Watching:
+class Window:
     """Measures the gates of all layers over the steps before the change of one stage.
 
     Args:
@@ -47,7 +47,7 @@ class Watching:
 
     def needed(self, model: nn.Module, index: int) -> bool:
         """Whether stage ``index`` needs gates."""
-        return must_watch(self._stages[index], dict(lora_layers(model)))
+        return needs_gates(self._stages[index], dict(lora_layers(model)))
 
     def begin(self, model: nn.Module, index: int) -> None:
         """Begin to measure the gates that stage ``index`` needs, if any; drop what was measured before."""
@@ -85,11 +85,11 @@ class Watching:
                 f"for more samples change ranks later, set a higher schedule.how.window{more} or train longer"
             )
         if gates.unreached:
-            names, count = ", ".join(map(repr, gates.unreached[:5])), len(gates.unreached)
+            names = ", ".join(map(repr, gates.unreached[:5])) + (", ..." if len(gates.unreached) > 5 else "")
             training.warn(
-                f"no gradient has reached {names} while other layers had one: gates rate every direction "
-                f"of these {count} layers as useless; pin them (lora.rank_map), leave them out (lora.target_modules), "
-                "or set schedule.how.metric=weight"
+                f"no gradient has reached {names} while other layers had one, so gates rate all of their directions as "
+                "useless; pin these layers (lora.rank_map), leave them out (lora.target_modules), or set "
+                "schedule.how.metric=weight"
             )
         return gates, f"{reason}, {gates.seen}"
 
