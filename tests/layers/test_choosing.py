@@ -2,34 +2,24 @@
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, TaskType
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers import choosing
 
 TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 ENCODER = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
-LLAMA = LlamaConfig(**TINY, **ENCODER)
+LLAMA = hf.LlamaConfig(**TINY, **ENCODER)
 T5 = {"d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
 MODELS = {
-    "llama": lambda: LlamaForCausalLM(LLAMA),
-    "llama-classification": lambda: LlamaForSequenceClassification(LLAMA),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**TINY, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
-    "bert-classification": lambda: BertForSequenceClassification(BertConfig(**TINY, **ENCODER, num_labels=3)),
-    "t5": lambda: T5ForConditionalGeneration(T5Config(**TINY, **T5)),
+    "llama": lambda: hf.LlamaForCausalLM(LLAMA),
+    "llama-classification": lambda: hf.LlamaForSequenceClassification(LLAMA),
+    "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**TINY, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
+    "bert-classification": lambda: hf.BertForSequenceClassification(hf.BertConfig(**TINY, **ENCODER, num_labels=3)),
+    "t5": lambda: hf.T5ForConditionalGeneration(hf.T5Config(**TINY, **T5)),
 }
 # By each model's own code: the linear layers within its attention blocks.
 ATTENTION = {

@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from trained import updated
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import dynrank
@@ -53,9 +54,7 @@ def base():
 def adapted(seed=1, rank=8, **options):
     model = dynrank.add_lora(base(), **({"rank": rank, "target_modules": TARGETS} | options))
     torch.manual_seed(seed)
-    for _, layer in dynrank.lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.1)
-    return model
+    return updated(model, 0.1)
 
 
 def whole(model):
@@ -90,8 +89,7 @@ def step(model, forward, x=X):
 def test_a_transformers_model_is_one_graph_and_one_more_after_a_change_of_rank():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = dynrank.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=20, use_cache=False, **sizes)), rank=8)
-    for _, layer in dynrank.lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.1)
+    updated(model, 0.1)
     counter, ids = CompileCounterWithBackend("eager"), torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for rank, graphs in ((8, 1), (3, 2)):

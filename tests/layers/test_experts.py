@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.testing import assert_close
+from trained import updated
 
 import dynrank
 from dynrank.layers.experts import grouped_product
@@ -20,18 +21,12 @@ def own(model, rank=3, **options):
     return dynrank.add_lora(model, rank=rank, alpha=6, target_modules=EXPERTS, **options)
 
 
-def randomize(model):
-    for _, layer in dynrank.lora_layers(model):
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
-    return model
-
-
 def both(model):
     """(dynrank's layers, PEFT's) in one model, with equal factors."""
     names = ["experts.gate_up_proj", "experts.down_proj"]
     options = {"target_modules": [], "target_parameters": names}
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=3, lora_alpha=6, **options))
-    ours, theirs = randomize(own(model)), theirs.eval()
+    ours, theirs = updated(own(model), 0.3), theirs.eval()
     for mine, other in pairs(ours, theirs):
         other.set_factors(mine.lora_A.detach().clone(), mine.lora_B.detach().clone())
     return ours, theirs
@@ -65,7 +60,7 @@ def test_output_and_gradients_are_pefts_and_stay_so_through_a_change_of_rank(kin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merging_gives_the_plain_model_back_with_the_update_in_its_weights(kind, tiny_moe):
-    model = randomize(own(tiny_moe(kind)))
+    model = updated(own(tiny_moe(kind)), 0.3)
     logits = model(IDS).logits
     dynrank.merge(model)
     plain = tiny_moe(kind)
@@ -113,5 +108,5 @@ def test_grouped_product_is_a_product_for_each_group(dtype, width):
 
 def test_experts_compile_in_float32(tiny_moe):
     """torch.compile knows grouped_mm in bfloat16 only."""
-    layer, x = randomize(own(tiny_moe("Mixtral"))).model.layers[0].mlp, torch.randn(1, 7, 16)
+    layer, x = updated(own(tiny_moe("Mixtral")), 0.3).model.layers[0].mlp, torch.randn(1, 7, 16)
     assert_close(torch.compile(layer, backend="eager")(x), layer(x))

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from trained import updated
 
 import dynrank
 from dynrank.errors import ConfigurationError
@@ -150,10 +151,7 @@ def test_peft_model():
         follow_checkpoint_ranks(model)
         return model
 
-    model, fresh, x = wrapped(), wrapped(rank=2), torch.randn(4, 40)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(parameter)
+    model, fresh, x = updated(wrapped()), wrapped(rank=2), torch.randn(4, 40)
     state = stripped(model)
     assert all(".lora_" in key or ".modules_to_save." in key or key.endswith(MARK) for key in state)
     fresh.load_state_dict(state)

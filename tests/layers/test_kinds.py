@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from trained import updated
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
@@ -38,9 +39,7 @@ def kind(request):
 
 
 def adapt(base, **options):
-    layer = layer_class(base)(copy.deepcopy(base), rank=RANK, scaling=SCALING, **options)
-    nn.init.normal_(layer.lora_B)
-    return layer
+    return updated(layer_class(base)(copy.deepcopy(base), rank=RANK, scaling=SCALING, **options))
 
 
 def dense_delta(base, lora_A, lora_B):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from trained import updated
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import dynrank
@@ -15,24 +16,14 @@ IDS = torch.tensor([[3, 1, 4, 1, 5]])
 
 def gpt2():
     torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    return GPT2LMHeadModel(config).eval()
-
-
-def randomize(model):
-    torch.manual_seed(1)
-    for _, layer in dynrank.lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.3)
-    return model
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=2, n_head=2, n_positions=16, **ids)).eval()
 
 
 def test_add_lora_leaves_a_tied_head_tied_and_the_embedding_as_it_is():
     model = gpt2()
     embedded = model.transformer.wte(IDS)
-    dynrank.add_lora(model, rank=2, target_modules=["lm_head"])
-    randomize(model)
+    updated(dynrank.add_lora(model, rank=2, target_modules=["lm_head"]), 0.3)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert torch.equal(model.transformer.wte(IDS), embedded)
 
@@ -40,7 +31,7 @@ def test_add_lora_leaves_a_tied_head_tied_and_the_embedding_as_it_is():
 @pytest.mark.parametrize("targets", [["lm_head"], ["wte"], ["lm_head", "wte", "c_attn", "c_proj", "c_fc"]])
 def test_merge_unties_an_adapted_head_and_keeps_the_logits(targets, tmp_path):
     model = dynrank.add_lora(gpt2(), rank=2, target_modules=targets)
-    logits = randomize(model)(IDS).logits
+    logits = updated(model, 0.3)(IDS).logits
     assert dynrank.merge(model) is model
     assert not any(isinstance(module, LoRALayer) for module in model.modules())
     assert_close(model(IDS).logits, logits, rtol=1e-4, atol=1e-5)
@@ -53,7 +44,7 @@ def test_merge_unties_an_adapted_head_and_keeps_the_logits(targets, tmp_path):
 
 def test_merge_leaves_the_tie_of_a_model_whose_head_is_not_adapted():
     model = dynrank.add_lora(gpt2(), rank=2, target_modules="all-linear")
-    dynrank.merge(randomize(model))
+    dynrank.merge(updated(model, 0.3))
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.config.tie_word_embeddings is True
 
@@ -62,8 +53,7 @@ def test_merge_restores_the_module_tree():
     torch.manual_seed(0)
     net = nn.ModuleDict({"body": nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 8)), "head": nn.Linear(8, 4)})
     names = [(name, type(module)) for name, module in net.named_modules()]
-    dynrank.add_lora(net, rank=2)
-    randomize(net)
+    updated(dynrank.add_lora(net, rank=2))
     x = torch.randn(3, 6)
     y = net["head"](net["body"](x))
     dynrank.merge(net)
@@ -74,7 +64,7 @@ def test_merge_restores_the_module_tree():
 
 
 def test_an_interrupted_merge_counts_no_update_twice(monkeypatch):
-    net = randomize(dynrank.add_lora(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), rank=2))
+    net = updated(dynrank.add_lora(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), rank=2))
     x = torch.randn(3, 6)
     y = net(x)
 

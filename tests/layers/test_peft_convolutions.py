@@ -7,13 +7,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from prodigyopt import Prodigy
 from torch import nn
 from torch.testing import assert_close
+from trained import drive
 
 import dynrank
-from dynrank import RankDriver, Training, adapter_parameters
+from dynrank import Training, adapter_parameters
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage
 from dynrank.targets import Budget
-from dynrank.triggers import At, Run
+from dynrank.triggers import At
 
 CONVOLUTIONS = {1: (nn.Conv1d, F.conv1d), 2: (nn.Conv2d, F.conv2d), 3: (nn.Conv3d, F.conv3d)}
 SETTINGS = LoraConfig(r=5, lora_alpha=8, target_modules=["0", "2"], init_lora_weights=False)
@@ -71,19 +72,14 @@ def trained(optimizer, *, filters):
         for parameter in model.parameters():
             parameter.copy_(0.3 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
     made = OPTIMIZERS[optimizer](adapter_parameters(model))
-    stage = Stage(At(step=12), Budget(share=0.5), how=How(metric="gates", window=6, loss_terms=72))
-    driver, loop = RankDriver(stage), Training(model, [made])
-    driver.start(loop, Run(total_steps=20))
-    while loop.step < 20:
-        driver.advance(loop)
+
+    def loss():
         x = torch.randn(8, 9, 6, dtype=torch.float64, generator=generator)
         y = model(x.mT.unflatten(-1, (3, 3))).flatten(2).mT if filters else model(x)
-        (y - x[..., :5].sin()).square().mean().backward()
-        made.step()
-        loop.step += 1
-        driver.end_step(loop)
-        made.zero_grad()
-    driver.finish(loop)
+        return (y - x[..., :5].sin()).square().mean()
+
+    stage = Stage(At(step=12), Budget(share=0.5), how=How(metric="gates", window=6, loss_terms=72))
+    drive(stage, Training(model, [made]), 20, loss)
     layers = [model.base_model.model[index] for index in (0, 2)]
     return [update(layer).flatten(1) for layer in layers], [layer.r for layer in layers]
 

@@ -69,6 +69,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"alpha": float("nan")}, "alpha"),
         ({"rank": 2.5}, "rank must be an int"),
         ({"target_modules": [3]}, "set lora.target_modules"),
+        ({"backend": "cuda"}, "backend must be one of auto, torch, triton, reference, got 'cuda'"),
     ],
 )
 def test_add_lora_failure_changes_nothing(net, options, message):

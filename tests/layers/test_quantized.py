@@ -7,6 +7,7 @@ import torchao.quantization
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
+from trained import updated
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import dynrank
@@ -95,9 +96,7 @@ def unpacked(layer):
 def adapted(model, **options):
     model = dynrank.add_lora(model, **({"rank": 4, "alpha": 6} | options))
     torch.manual_seed(1)
-    for _, layer in dynrank.lora_layers(model):
-        nn.init.normal_(layer.lora_B, std=0.1)
-    return model
+    return updated(model, 0.1)
 
 
 def up_proj(model):
