@@ -86,7 +86,6 @@ class DivergedError(ConfigurationError):
 
 
 def diverged(name: str, error: ValueError) -> DivergedError:
-    """The error for factors of layer ``name`` that are not finite."""
     return DivergedError(f"{name!r}: {error}; nothing has been changed. Training has diverged: lower optimizer.lr")
 
 
@@ -160,12 +159,9 @@ def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable
 
 
 def _faults(error: ValidationError, known: Sequence[str], *, nested: bool) -> dict[str, str]:
-    """{path of a value: the message about it}.
+    """{path of a value: the message about it}; ``known`` are the names of the fields or arguments, in their order.
 
-    Args:
-        error: pydantic's error.
-        known: names of the fields or arguments, in their order.
-        nested: whether a text in a location is a key of a mapping; below an argument it names a type of a union.
+    With ``nested`` a text in a location is a key of a mapping; below an argument it names a type of a union.
     """
     faults: dict[str, str] = {}
     for fault in error.errors(include_url=False):

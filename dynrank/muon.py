@@ -41,9 +41,9 @@ class Muon(Optimizer):
         Muon([{"params": dynrank.adapter_parameters(model)}, {"params": head, "lr": 4e-3, "use_muon": False}])
 
     Args:
-        params: parameters or param groups. Embeddings and heads belong into groups with ``use_muon=False``.
-        lr: learning rate; AdamW's fits.
-        weight_decay: decoupled, of both.
+        params: parameters or param groups. Embeddings and heads belong in groups with ``use_muon=False``.
+        lr: learning rate; a rate that suits AdamW suits Muon.
+        weight_decay: decoupled weight decay, by Muon and by AdamW.
         momentum: in [0, 1).
     """
 
@@ -87,14 +87,14 @@ class Muon(Optimizer):
             if others:
                 rest.append({"params": others, "lr": group["lr"], "weight_decay": group["weight_decay"]})
         if rest:
-            # It is made anew each time, so that only this optimizer's state is saved, copied and carried.
+            # AdamW is made anew each time, so that only this optimizer's state is saved, copied and carried.
             adamw = AdamW(rest)
             adamw.state = self.state
             adamw.step()
         return loss
 
     def _step_batch(self, factors: Sequence[Tensor], group: dict[str, Any]) -> None:
-        """Step factors of one shape, but for transposition."""
+        """Step factors that have one shape or its transpose."""
         factors = sorted(factors, key=_is_tall)
         gradients: Any = [factor.grad for factor in factors]
         for factor in factors:
@@ -105,7 +105,7 @@ class Muon(Optimizer):
         directions = foreach_lerp(gradients, momenta, group["momentum"])
         near_FRN = near_polar_factor(torch.stack([u.mT if _is_tall(u) else u for u in directions]))
         wide = sum(not _is_tall(factor) for factor in factors)
-        # They are laid out as the factors are, so that one launch adds all.
+        # The matrices are laid out as the factors are, so that one launch adds all.
         near = [*near_FRN[:wide], *near_FRN[wide:].mT.contiguous()]
         if group["weight_decay"]:
             foreach_mul_(factors, 1 - group["lr"] * group["weight_decay"])
@@ -117,7 +117,7 @@ def near_polar_factor(u_FRN: Tensor) -> Tensor:
 
     These are torch.optim.Muon's five iterations of Newton and Schulz, ``X <- (a + b G + c G^2) X`` with ``G = X X^T``.
     All of these polynomials are of the first G, so they are multiplied as R x R matrices and meet the long side once.
-    This costs less in float32 than torch's way in bfloat16, and is 40 times as exact or more.
+    In float32 this costs less than torch's way in bfloat16, and the error is at least 40 times smaller.
     """
     x_FRN: Tensor = u_FRN.to(torch.promote_types(u_FRN.dtype, torch.float32))
     x_FRN = x_FRN / x_FRN.norm(dim=(-2, -1), keepdim=True).clamp_min(_EPS)

@@ -133,11 +133,9 @@ def dump_rank_map(rules: Mapping[str, RankRule]) -> str:
 
 
 def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, RankRule]:
-    """Checked rules from plain data: each value is an int (the rank) or a mapping of :class:`RankRule` fields.
+    """Checked rules from plain data: each value is an int (the rank), a mapping of :class:`RankRule` fields, or a rule.
 
-    Args:
-        rank_pattern: key -> value as read from YAML; a value may also be a rule.
-        source: the file or key that the error names.
+    An error names ``source``, the file or key.
     """
     rules, faults = {}, []
     for key, value in rank_pattern.items():
@@ -182,11 +180,11 @@ def resolve_rank_map(
     this layer only, then any other pattern. Two equally specific rules with different values are an error.
 
     Args:
-        shapes: module name -> (d_out, d_in) of every layer that gets LoRA.
-        rules: key -> rule.
-        rank: rank of layers that no rule sets.
+        shapes: {layer: (d_out, d_in)} of every layer that gets LoRA.
+        rules: {key: rule}.
+        rank: rank of layers that no rule sets; in layers of ``capped`` min(d_in, d_out) if that is less.
         alpha: alpha of layers that no rule sets.
-        capped: names of layers in which ``rank`` is lowered to min(d_in, d_out) if that is less.
+        capped: names of layers.
     """
     matched = {key: {*filter(whole_parts(key).match, shapes)} for key in rules}
     faults = [_unmatched(key, shapes) for key in islice((key for key in rules if not matched[key]), _LISTED)]

@@ -32,17 +32,14 @@ def products_of(backend: str, x: Tensor, rank: int) -> ModuleType:
     ``reference`` a linear layer does not use the op at all, see :meth:`dynrank.layers.kinds.LoRALinear.reference`.
     """
     check_backend(backend)
-    wanted = backend == "triton"
-    if backend == "auto" and x.is_cuda:
-        wanted = x.numel() >= paying_size(torch.cuda.get_device_name(x.device))
-    if not wanted:
+    if backend == "auto" and x.is_cuda and x.numel() >= paying_size(torch.cuda.get_device_name(x.device)):
+        return torch_backend if triton_launch.unsupported(x, rank) else triton_launch
+    if backend != "triton":
         return torch_backend
-    fault = triton_launch.serves(x, rank)
-    if fault is None:
-        return triton_launch
-    if backend == "auto":
-        return torch_backend
-    raise ConfigurationError(f"{fault}; set lora.backend=torch, or auto")
+    fault = triton_launch.unsupported(x, rank)
+    if fault:
+        raise ConfigurationError(f"{fault}; set lora.backend=torch, or auto")
+    return triton_launch
 
 
 @cache

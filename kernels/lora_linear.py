@@ -20,18 +20,7 @@ Tap = Callable[[Tensor, Tensor], None]
 
 
 class Operands(NamedTuple):
-    """The operands of one layer.
-
-    Attributes:
-        weight: (O, I), or a function that unpacks and returns it. The op calls the function once in forward, and once
-            in backward if x needs a gradient, and does not keep the result (QLoRA, arXiv:2305.14314, section 3).
-        bias: (O,) or None.
-        lora_A: (R, I).
-        lora_B: (O, R).
-        scaling: factor of the update.
-        tap: an observer. Each backward calls it with ``z = drop(x) A^T`` and the gradient of the loss at z, both
-            (..., R) where x is (..., I), and both without a graph.
-    """
+    """The operands of one layer, as in :func:`lora_linear`."""
 
     weight: Tensor | Callable[[], Tensor]
     bias: Tensor | None
@@ -60,7 +49,9 @@ def lora_linear(
 
     Args:
         x: (..., I), any dtype that torch can multiply.
-        weight: (O, I) in x's dtype, or a function that returns it in any dtype, see :class:`Operands`; no gradient.
+        weight: (O, I) in x's dtype; no gradient. Or a function that unpacks and returns it in any dtype. The op calls
+            the function once in forward, and once in backward if x needs a gradient, and does not keep the result
+            (QLoRA, arXiv:2305.14314, section 3).
         bias: (O,) or None; no gradient.
         lora_A: (R, I), any dtype. If it is wider than x's, the gradients of A and B are summed in it.
         lora_B: (O, R), the dtype of lora_A.
@@ -68,7 +59,8 @@ def lora_linear(
         dropout: probability of zeroing an element of the update's input, in [0, 1].
         seed: seed of the dropout mask, 0-d int64, see :func:`dynrank.kernels.dropout.draw_seed`; None draws a new one.
         backend: which backend makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
-        tap: an observer of backward, see :class:`Operands`.
+        tap: an observer. Each backward calls it with ``z = drop(x) A^T`` and the gradient of the loss at z, both
+            (..., R) where x is (..., I), and both without a graph.
 
     Returns:
         (..., O) in the dtype of x, or in autocast's dtype under autocast.
@@ -112,8 +104,10 @@ class SharedInput:
     ) -> None:
         x, layers = _in_working_dtypes(x, layers)
         products = products_of(backend, x, sum([layer.lora_A.shape[0] for layer in layers]))
-        if seed is None or not dropout:
-            seed = draw_seed(products.seed_place(x)) if dropout else None
+        if not dropout:
+            seed = None
+        elif seed is None:
+            seed = draw_seed(products.seed_place(x))
         self._x, self._layers, self._how = x, layers, ProductOptions(dropout, seed, products)
         if torch.compiler.is_compiling():
             self._ys = _compiled(x, layers[0], self._how, backend)

@@ -34,8 +34,8 @@ TILES = {
 _OPTIONS = {"num_warps": WARPS, "enable_fp_fusion": True}
 
 
-def serves(x: Tensor, rank: int) -> str | None:
-    """None if the kernels support ``x`` at this rank, else the reason why not, for an error message."""
+def unsupported(x: Tensor, rank: int) -> str | None:
+    """The reason why the kernels do not support ``x`` at this rank, for an error message; None if they do."""
     if rank > BUCKETS[-1]:
         return f"the rank must be at most {BUCKETS[-1]} for the Triton kernels, got {rank}"
     if x.dtype not in _DTYPES:

@@ -80,7 +80,7 @@ import sys
 sys.modules["triton"] = None
 import torch, dynrank
 from dynrank.kernels import triton_launch
-assert triton_launch.serves(torch.ones(2, 3).half(), 8) == "Triton is not installed"
+assert triton_launch.unsupported(torch.ones(2, 3).half(), 8) == "Triton is not installed"
 net = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), rank=2, target_modules=["0"])
 dynrank.resize(net, 1)
 assert "peft" not in sys.modules

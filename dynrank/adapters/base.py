@@ -36,7 +36,7 @@ _AUTO_CLASSES = (
 
 def base_source(adapter: Adapter, given: str | None) -> str:
     """Folder or hub name of the base model: ``given`` by the user, or named by the adapter."""
-    base = given or (adapter.config.model_extra or {}).get("base_model_name_or_path")
+    base = given or adapter.config.base_model_name_or_path
     if not isinstance(base, str) or not base:
         raise ConfigurationError(f"the adapter {adapter.source!r} names no base model; give --model")
     return model_source(stored_source(base), "--model")
@@ -47,7 +47,7 @@ def on_base(adapter: Adapter, origin: str) -> Any:
     return with_labels(load_adapter(_base_model(origin, adapter), adapter), Path(adapter.source))
 
 
-def _base_model(origin: str, adapter: Adapter) -> nn.Module:
+def _base_model(origin: str, adapter: Adapter) -> Any:
     """The model that the adapter was trained on, with all its weights.
 
     Each weight is in the base's files, or in a head that the adapter stores; the head's shape gives the class count.
@@ -68,10 +68,13 @@ def _base_model(origin: str, adapter: Adapter) -> nn.Module:
                 continue
             lacks = _misfits(empty, adapter, shapes)
             if not lacks:
-                model, absent = _loaded(type(empty), config, origin, adapter)
+                given = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True}
+                cls: Any = type(empty)
+                model, info = load_weights(cls.from_pretrained, origin, "--model", **given)
+                absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
                 if not absent:
                     return model
-                lacks = [f"would have no weights {absent[:5]}"]
+                lacks = [f"would have no weights {sorted(absent)[:5]}"]
             tried.setdefault(type(empty).__name__, lacks)
     raise ConfigurationError(
         f"the adapter {adapter.source!r} was not trained on --model {origin!r}, or needs a head that neither has:\n  "
@@ -81,7 +84,7 @@ def _base_model(origin: str, adapter: Adapter) -> nn.Module:
 
 def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module]]:
     """The classes to try in order: the adapter's, those in the model's config, the usual ones."""
-    mapping = (adapter.config.model_extra or {}).get("auto_mapping")
+    mapping = adapter.config.auto_mapping
     named = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     for name in [named, *(config.architectures or ())]:
         cls: Any = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -99,11 +102,3 @@ def _misfits(model: nn.Module, adapter: Adapter, shapes: dict[str, tuple[int, ..
         if ".base_layer." not in name and (name not in state or state[name].shape != shape):
             faults.append(f"has no {[*shape]} parameter {name!r}")
     return faults
-
-
-def _loaded(cls: Any, config: Any, origin: str, adapter: Adapter) -> tuple[nn.Module, list[str]]:
-    """(the model, names of weights that neither its files nor the adapter have)."""
-    options = {"config": config, "dtype": "auto", "ignore_mismatched_sizes": True}
-    model, info = load_weights(cls.from_pretrained, origin, "--model", **options)
-    absent = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])} - set(adapter.others)
-    return model, sorted(absent)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from dynrank.errors import ConfigurationError, read_as
+from dynrank.output.output_folder import check_free, whole_or_nothing
 from dynrank.output.whole_file import whole_file
 
 # The labels are not in a config.json, because transformers would then expect a whole model in the folder.
@@ -49,12 +53,10 @@ def with_labels(model: Any, folder: Path) -> Any:
         return model
     try:
         # Reading a named pipe would block.
-        content = file.read_text(encoding="utf-8") if file.is_file() else "no file"
-        found = read_as(_Labels, json.loads(content), str(file))
+        content = json.loads(file.read_text(encoding="utf-8") if file.is_file() else "no file")
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
         raise ConfigurationError(f"{str(file)!r} cannot be read: {error}") from None
+    found = read_as(_Labels, content, str(file))
     if len(found.labels) != model.config.num_labels:
         raise ConfigurationError(f"{str(file)!r} must name {model.config.num_labels} labels, got {len(found.labels)}")
     model.config.id2label = dict(enumerate(found.labels))
@@ -66,6 +68,20 @@ def with_labels(model: Any, folder: Path) -> Any:
 def tokenizer_source(folder: Path, base: str) -> str:
     """The source of the adapter's tokenizer: the adapter's ``folder`` if it has one, otherwise the model ``base``."""
     return str(folder.resolve()) if (folder / TOKENIZER_FILE).exists() else base
+
+
+@contextmanager
+def new_adapter_folder(out: Path, source: Path) -> Iterator[Path]:
+    """A folder to write another form of the adapter in ``source`` to, which has its tokenizer and labels already.
+
+    It becomes ``out`` at the end of the block, or is deleted after an error.
+    """
+    check_free(out, source)
+    beside = [*input_files(source), *source.glob(LABELS_FILE)]
+    with whole_or_nothing(out) as folder:
+        for file in beside:
+            shutil.copyfile(file, folder / file.name)
+        yield folder
 
 
 def input_files(origin: Path) -> list[Path]:

@@ -1,9 +1,9 @@
-"""PEFT's ``adapter_config.json``: writing it, and reading it with every value checked."""
+"""PEFT's ``adapter_config.json``, read with every value checked."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from dynrank.errors import ConfigurationError, Count, read_as
 from dynrank.layers.base import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
-from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, peft_ranks, whole_parts
+from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, whole_parts
 
 CONFIG_FILE = "adapter_config.json"
 # Close to the largest number in float32.
@@ -52,6 +52,9 @@ class AdapterConfig(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     peft_type: Literal["LORA"]
+    base_model_name_or_path: Any = None
+    auto_mapping: Any = None
+    target_modules: Any = None
     r: Count
     lora_alpha: Number
     rank_pattern: Annotated[dict[str, Count] | None, AfterValidator(_expressions)] = None
@@ -92,45 +95,7 @@ def adapter_folder(place: Path) -> Path:
     return inside if (inside / CONFIG_FILE).exists() and not (place / CONFIG_FILE).exists() else place
 
 
-def make_config(
-    layers: Mapping[str, tuple[int, float]],
-    *,
-    target_modules: Sequence[str] | str,
-    target_parameters: Sequence[str],
-    modules_to_save: Sequence[str],
-    dropout: float,
-    base: str,
-    base_class: type | None = None,
-) -> dict[str, Any]:
-    """The settings of an adapter; ranks and alphas as :func:`dynrank.rank_map.peft_ranks` writes them.
-
-    Args:
-        layers: module name -> (rank, alpha).
-        target_modules: names, or a regular expression for whole names.
-        target_parameters: names of stacked parameters.
-        modules_to_save: names of modules stored whole.
-        dropout: dropout of the update's input; written as 0 with ``target_parameters``, where PEFT refuses any other.
-        base: folder or hub name of the base model, "" if unknown.
-        base_class: class of the base model, for PEFT's AutoPeftModel and for ``dynrank merge``.
-    """
-    auto_mapping = base_class and {"base_model_class": base_class.__name__, "parent_library": base_class.__module__}
-    return {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base or None,
-        "auto_mapping": auto_mapping,
-        "inference_mode": True,
-        **peft_ranks(layers),
-        "lora_dropout": 0.0 if target_parameters else dropout,
-        "target_modules": target_modules,
-        "target_parameters": list(target_parameters) or None,
-        "modules_to_save": list(modules_to_save) or None,
-        "bias": "none",
-    }
-
-
 def read_config(folder: Path) -> AdapterConfig:
-    """The settings of the adapter in ``folder``."""
     file = folder / CONFIG_FILE
     try:
         found = json.loads(file.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from dynrank.adapters.stored import FLOATS
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import compiled_alone, uncompiled
-from dynrank.layers.finding import own_layers, plain_modules, tied_weights
+from dynrank.layers.finding import modules_by_name, own_layers, plain_modules, tied_weights
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.placing import base_values, make_layer, place_layers
 from dynrank.output.console import shape_of_update
@@ -20,13 +20,7 @@ Place = tuple[nn.Module, str]
 
 
 class AdapterChange:
-    """The layers and heads of an adapter, made for a model but not yet in it.
-
-    Args:
-        model: a plain model, or one with LoRA layers, which are replaced.
-        adapter: the adapter to put into the model.
-        dtype: dtype of the factors.
-    """
+    """The layers and heads of an adapter, made for a model but not yet in it; they will replace LoRA layers in it."""
 
     def __init__(self, model: nn.Module, adapter: Adapter, dtype: torch.dtype) -> None:
         self._model = uncompiled(model)
@@ -43,7 +37,7 @@ class AdapterChange:
             for name, module in [*named, *own_layers(self._model).items()]
             if id(module) in alone and (name in adapter.layers or isinstance(module, LoRALayer))
         ]
-        bases, found = self._fitting_bases(named, adapter)
+        bases, found = self._fitting_bases(adapter)
         self._heads, found_in_heads = self._fitting_heads(adapter)
         faults += found + found_in_heads + self._lost_values()
         if faults:
@@ -59,14 +53,11 @@ class AdapterChange:
     def put(self, *, keep_base: bool, group: bool | None) -> None:
         """Put the layers and heads into the model, and remove those of the previous adapter.
 
-        Args:
-            keep_base: keep the base's own values of overwritten heads, so that a later swap can restore them.
-            group: as for :func:`dynrank.add_lora`.
+        With ``keep_base`` the base's own values of overwritten heads are kept, so that a later swap can restore them.
         """
         place_layers(self._model, self._layers, group=group)
-        overwritten = {self._places[name] for name in self._heads}
-        for module, leaf in self._places.values():
-            if (module, leaf) not in overwritten and leaf in base_values(module):
+        for module, leaf in self._not_overwritten().values():
+            if leaf in base_values(module):
                 value = base_values(module).pop(leaf)
                 # _lost_values() has refused the adapter if there is no value.
                 assert value is not None
@@ -77,14 +68,9 @@ class AdapterChange:
             _put(module, leaf, value)
             module.requires_grad_(True)
 
-    def _fitting_bases(
-        self, named: list[tuple[str, nn.Module]], adapter: Adapter
-    ) -> tuple[dict[str, nn.Module], list[str]]:
+    def _fitting_bases(self, adapter: Adapter) -> tuple[dict[str, nn.Module], list[str]]:
         """({layer of the adapter: its module}, faults)."""
-        # PEFT uses only the first name of a shared module.
-        first_names = {module: name for name, module in reversed(named)}
-        modules = {name: module for module, name in first_names.items()}
-        bases, faults = {}, []
+        modules, bases, faults = modules_by_name(self._model), {}, []
         for name, stored in adapter.layers.items():
             base = modules.get(name)
             kind = layer_class(base) if base is not None else None
@@ -96,7 +82,7 @@ class AdapterChange:
                 theirs = shape_of_update(stored.experts, *stored.shape)
                 faults.append(f"{name!r} is {shape_of_update(*ours)} in the model and {theirs} in the adapter")
             else:
-                # This raises if factors are not finite, before anything is changed.
+                # This raises if factors are not finite, before a layer that is made freezes its base.
                 adapter.factors(name)
                 bases[name] = base
         return bases, faults
@@ -139,13 +125,16 @@ class AdapterChange:
                 )
         return heads, faults
 
-    def _lost_values(self) -> list[str]:
+    def _not_overwritten(self) -> dict[str, Place]:
         overwritten = {self._places[name] for name in self._heads}
+        return {name: place for name, place in self._places.items() if place not in overwritten}
+
+    def _lost_values(self) -> list[str]:
         return [
             f"{name!r} was trained whole with the model's present adapter; the new adapter has no values for it, and "
             "the base's values were not kept; load the adapter into the plain model"
-            for name, (module, leaf) in self._places.items()
-            if (module, leaf) not in overwritten and base_values(module).get(leaf, module) is None
+            for name, (module, leaf) in self._not_overwritten().items()
+            if base_values(module).get(leaf, module) is None
         ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynrank.adapters.base import base_source
-from dynrank.adapters.beside import LABELS_FILE, input_files
+from dynrank.adapters.beside import new_adapter_folder
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
 from dynrank.adapters.read import Adapter, open_adapter
@@ -25,7 +24,7 @@ from dynrank.adapters.wrappers import is_parameter
 from dynrank.errors import ConfigurationError, Count, validated_call
 from dynrank.models.names import model_source, public_name
 from dynrank.models.pretrained import read_config
-from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
+from dynrank.output.output_folder import new_file
 from dynrank.output.slots import slot_rank
 
 Server = Literal["vllm", "gguf", "padded"]
@@ -93,7 +92,9 @@ def export_adapter(
         if to == "gguf":
             return _to_gguf(adapter, out, origin, config)
         rank, factors = max(layer.rank for layer in adapter.layers.values()), _one_scaling(adapter.all_factors())
-        name, place, base = shlex.quote(out.name), shlex.quote(str(out)), shlex.quote(_base_name(adapter, model))
+        stored = str(adapter.config.base_model_name_or_path or "BASE")
+        base = public_name(model_source(model, "--model") if model else stored)
+        name, place, base = (shlex.quote(text) for text in (out.name, str(out), base))
         if to == "vllm":
             rank, modules = slot_rank(rank), f"{name}={place}"
             if any(layer.experts > 1 for layer in adapter.layers.values()):
@@ -104,14 +105,10 @@ def export_adapter(
             rank += -rank % multiple
             factors = {layer: _padded(*own, rank) for layer, own in factors.items()}
             line = f"python -m sglang.launch_server --model-path {base} --enable-lora --lora-paths {name}={place}"
-        check_free(out, source)
-        beside = [*input_files(source), *source.glob(LABELS_FILE)]
         # SGLang does not accept a regular expression in target_modules.
         targets = [name for name in adapter.layers if not is_parameter(name, adapter.config)]
         listed = adapter.config.model_copy(update={"target_modules": targets})
-        with whole_or_nothing(out) as folder:
-            for file in beside:
-                shutil.copyfile(file, folder / file.name)
+        with new_adapter_folder(out, source) as folder:
             rewrite_adapter(folder, replace(adapter, config=listed), factors)
         size = sum(file.stat().st_size for file in out.iterdir())
         return Exported(out, dict(adapter.layers), rank, size, line)
@@ -124,7 +121,7 @@ def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: It
         to: the server.
         layers: {adapted layer: (is it a bare parameter, as of experts or a router; is it a convolution)}.
         others: names of the parameters that the adapter stores whole.
-        config: config of the base, for "gguf".
+        config: config of the base; only "gguf" needs it.
     """
     server, whole = _READERS[to]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in others)
@@ -165,9 +162,3 @@ def _to_gguf(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:
         write_gguf(part, adapter, config)
     line = f"llama-server -m {shlex.quote(base)} --lora {shlex.quote(str(out))}"
     return Exported(out, dict(adapter.layers), None, out.stat().st_size, line)
-
-
-def _base_name(adapter: Adapter, given: str | None) -> str:
-    """The name of the base in the server's command."""
-    stored = (adapter.config.model_extra or {}).get("base_model_name_or_path")
-    return public_name(model_source(given, "--model") if given else str(stored or "BASE"))

@@ -56,12 +56,7 @@ ARCHITECTURES = {
 
 
 def gguf_names(config: Any, layers: Iterable[str]) -> dict[str, str]:
-    """{layer: its tensor in llama.cpp} of an adapter.
-
-    Args:
-        config: config of the base model.
-        layers: names of the adapted layers.
-    """
+    """{adapted layer: its tensor in llama.cpp}, by the config of the base model."""
     if find_spec("gguf") is None:
         raise ConfigurationError("a GGUF file needs the package gguf: pip install 'dynrank[code]'")
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map

@@ -9,7 +9,7 @@ import torch
 
 from dynrank.adapters.read import open_stored
 from dynrank.adapters.stored import StoredLayer, one_thread
-from dynrank.linalg import effective_rank, energy_rank, pooled, singular_values
+from dynrank.linalg import effective_rank, energy_rank
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,6 @@ def inspect_adapter(path: str | Path) -> list[LayerSpectrum]:
     with open_stored(path) as adapter, one_thread():
         spectra = []
         for name, stored in adapter.layers.items():
-            values = pooled([singular_values(b, a) for b, a in adapter.products(name)]) * abs(stored.scaling)
-            spectra.append(LayerSpectrum(**vars(stored), layer=name, singular_values=tuple(values.tolist())))
+            values = tuple(adapter.singular_values(name).tolist())
+            spectra.append(LayerSpectrum(**vars(stored), layer=name, singular_values=values))
         return spectra

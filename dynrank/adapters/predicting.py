@@ -24,13 +24,7 @@ def answers(
 ) -> Iterator[str]:
     """A line for each text: the most likely labels with their probabilities, or the text that the model generates.
 
-    Args:
-        source: folder of a PEFT LoRA adapter; a tokenizer and label names in it are used.
-        texts: the texts to answer.
-        base: name of the base model; None: as the adapter names it.
-        batch_size: how many texts are answered at a time.
-        max_new_tokens: longest generated answer.
-        chat: whether to put each text into the tokenizer's chat template, as a user's first turn.
+    With ``chat`` each text is put into the tokenizer's chat template, as a user's first turn.
     """
     model, tokenizer_at = answering(read_adapter(source), base)
     tokenizer = load_tokenizer(tokenizer_at, "--model")
@@ -49,11 +43,8 @@ def answers(
 def answering(adapter: Adapter, base: str | None) -> tuple[Any, str]:
     """(the base model with ``adapter``, ready to answer; the folder or name of its tokenizer).
 
-    A tokenizer and label names in the adapter's folder have precedence over the base's.
-
-    Args:
-        adapter: adapter of a classifier or of a model that generates text.
-        base: name of the base model; None: as the adapter names it.
+    ``base`` is the name of the base model; None: as the adapter names it. A tokenizer and label names in the adapter's
+    folder have precedence over the base's.
     """
     origin = base_source(adapter, base)
     model = on_base(adapter, origin).eval()

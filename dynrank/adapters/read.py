@@ -65,15 +65,20 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
     a digest of the settings with which they were written. PEFT's own files have no digest and are not checked for it.
     """
     folder, until = Path(path), time.monotonic() + _PATIENCE
+    weights = folder / WEIGHTS_FILE
     while True:
         config = read_config(folder)
-        with _opened(folder) as file:
+        if not weights.is_file():
+            raise ConfigurationError(
+                f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to "
+                "safetensors"
+            )
+        with opened(weights) as file:
             factors, others = sort_keys(file.keys(), config, folder)
             settings = config.of_layers(factors)
             if (file.metadata() or {}).get(SETTINGS_DIGEST) in (None, digest(settings)):
                 layers = _checked_layers(file, factors, others, settings, config, folder)
-                tensor = partial(stored_tensor, file, path=folder / WEIGHTS_FILE)
-                yield Adapter(str(folder), layers, others, tensor, config)
+                yield Adapter(str(folder), layers, others, partial(stored_tensor, file, path=weights), config)
                 return
         if time.monotonic() > until:
             raise ConfigurationError(
@@ -117,17 +122,6 @@ def sort_keys(
         raise ConfigurationError(f"the adapter {str(folder)!r} cannot be used: {fault}") from None
     factors = {of_parameters.get(name, name): pair for name, pair in factors.items()}
     return {name: factors[name] for name in sorted(factors, key=numbers_as_such)}, others
-
-
-@contextmanager
-def _opened(folder: Path) -> Iterator[Any]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        raise ConfigurationError(
-            f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
-        )
-    with opened(path) as file:
-        yield file
 
 
 def _checked_layers(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, make_config
+from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
 from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, Adapter, read_adapter, sort_keys
 from dynrank.adapters.stored import Factors, write_tensors
 from dynrank.adapters.wrappers import wrapper_names
@@ -69,15 +69,22 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         values = model.get_submodule(head).state_dict()
         tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
     _check_finite(tensors)
-    config = make_config(
-        {name: (layer.rank, layer.alpha) for name, layer in layers.items()},
-        target_modules=target_modules(model, [name for name in layers if name not in places]),
-        target_parameters=of_parameters,
-        modules_to_save=heads,
-        dropout=max(layer.dropout.p for layer in layers.values()),
-        base=public_name(source_of(model)),
-        base_class=type(model) if hasattr(model, "config") else None,
-    )
+    base_class = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": public_name(source_of(model)) or None,
+        # PEFT's AutoPeftModel and ``dynrank merge`` read the class.
+        "auto_mapping": base_class if hasattr(model, "config") else None,
+        "inference_mode": True,
+        **peft_ranks({name: (layer.rank, layer.alpha) for name, layer in layers.items()}),
+        # Beside target_parameters PEFT refuses any other dropout.
+        "lora_dropout": 0.0 if of_parameters else max(layer.dropout.p for layer in layers.values()),
+        "target_modules": target_modules(model, [name for name in layers if name not in places]),
+        "target_parameters": of_parameters or None,
+        "modules_to_save": heads or None,
+        "bias": "none",
+    }
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     write_adapter(Path(path), own, config)
 

@@ -82,7 +82,10 @@ def open_file(path: Path) -> Iterator[SingleFile]:
         configs = _configs(metadata, path)
         if configs and alphas:
             raise ConfigurationError(f"{str(path)!r} has alpha twice, in {DIFFUSERS} and for {next(iter(alphas))!r}")
-        settings, layers, faults = _settings(configs, pairs), dict[str, StoredLayer](), list[str]()
+        settings, layers, faults = dict[str, LayerSettings](), dict[str, StoredLayer](), list[str]()
+        for prefix, config in configs.items():
+            inner = _inside(prefix, pairs)
+            settings |= {inner[name]: of_layer for name, of_layer in config.of_layers(inner).items()}
         for name, pair in pairs.items():
             try:
                 layers[name] = checked_layer(file, pair, settings.get(name))
@@ -105,11 +108,6 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
     All layers get the same alpha, because diffusers 0.42 uses the most common alpha for all. If no layer has an alpha,
     it equals the rank, as ComfyUI assumes. lora_B is multiplied by what the scaling then lacks. The common alpha is the
     smallest of all layers, so that this factor is at least 1, which is safer in half precision.
-
-    Args:
-        path: file to write.
-        file: the opened file.
-        factors: {layer of the file: its new factors}.
     """
     ranks = {name: len(lora_A) for name, (lora_A, _, _) in factors.items()}
     tensors, alpha = {key: file.tensor(key) for key in file.others.values()}, 0.0
@@ -132,8 +130,8 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
             if not finite(tensors[key]):
                 raise ConfigurationError(f"{name!r} is too large for {old.dtype} with its scaling in {key!r}")
     metadata = dict(file.metadata)
-    for key, said in {**_said_by_kohya(file, ranks, alpha), **_said_by_diffusers(file, ranks)}.items():
-        metadata |= {key: said} if key in metadata else {}
+    new = _kohya_metadata(file, ranks, alpha) | _diffusers_metadata(file, ranks)
+    metadata |= {key: text for key, text in new.items() if key in metadata}
     with os_errors(path):
         if not metadata.keys().isdisjoint(_HASHES):
             # kohya hashes the file with the "ss_" metadata only.
@@ -167,25 +165,16 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig
         return {}
     where = f"{DIFFUSERS} in the metadata of {str(path)!r}"
     try:
-        said = json.loads(metadata[DIFFUSERS])
+        values = json.loads(metadata[DIFFUSERS])
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{where} is not JSON: {error}") from None
-    if not isinstance(said, dict):
-        raise ConfigurationError(f"{where} must be a mapping, got a {type(said).__name__}")
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{where} must be a mapping, got a {type(values).__name__}")
     by_prefix: dict[str, dict[str, Any]] = {}
-    for key, value in said.items():
+    for key, value in values.items():
         prefix, _, name = key.rpartition(".")
         by_prefix.setdefault(prefix, {})[name] = value
     return {prefix: read_as(AdapterConfig, settings, where) for prefix, settings in by_prefix.items()}
-
-
-def _settings(configs: Mapping[str, AdapterConfig], layers: Iterable[str]) -> dict[str, LayerSettings]:
-    """{layer: (rank, alpha, scaling)} for the layers in diffusers' metadata."""
-    found: dict[str, LayerSettings] = {}
-    for prefix, config in configs.items():
-        inner = _inside(prefix, layers)
-        found |= {inner[name]: settings for name, settings in config.of_layers(inner).items()}
-    return found
 
 
 def _inside(prefix: str, layers: Iterable[str]) -> dict[str, str]:
@@ -196,25 +185,23 @@ def _inside(prefix: str, layers: Iterable[str]) -> dict[str, str]:
 
 def _alpha(tensor: Tensor) -> float:
     alpha = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else 0.0
-    if (
-        not finite(torch.tensor(alpha, dtype=torch.float64)) or alpha == 0
-        # Some tools read an alpha of 0 as the rank, others as 0.
-    ):
+    # Some tools read an alpha of 0 as the rank, others as 0.
+    if alpha == 0 or not finite(torch.tensor(alpha, dtype=torch.float64)):
         raise ValueError(f"must have a number other than 0 for alpha, got {tensor.flatten()[:3].tolist()}")
     return alpha
 
 
-def _said_by_diffusers(file: SingleFile, ranks: Mapping[str, int]) -> dict[str, str]:
-    said: dict[str, Any] = {}
+def _diffusers_metadata(file: SingleFile, ranks: Mapping[str, int]) -> dict[str, str]:
+    values: dict[str, Any] = {}
     for prefix, config in file.configs.items():
         inner = _inside(prefix, ranks)
         settings = config.model_dump(exclude_unset=True)
         settings |= peft_ranks({name: (ranks[layer], ranks[layer]) for name, layer in inner.items()}) if inner else {}
-        said |= {f"{prefix}.{key}" if prefix else key: value for key, value in settings.items()}
-    return {DIFFUSERS: json.dumps(said, indent=2, sort_keys=True)}
+        values |= {f"{prefix}.{key}" if prefix else key: value for key, value in settings.items()}
+    return {DIFFUSERS: json.dumps(values, indent=2, sort_keys=True)}
 
 
-def _said_by_kohya(file: SingleFile, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
+def _kohya_metadata(file: SingleFile, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
     """Kohya's metadata of ranks: "Dynamic" if ranks differ; convolutions with kernels above 1 have separate keys."""
     kinds: dict[bool, set[int]] = {}
     for name, rank in ranks.items():
@@ -223,15 +210,15 @@ def _said_by_kohya(file: SingleFile, ranks: Mapping[str, int], alpha: float) -> 
         str(*kinds[of_filters]) if len(kinds.get(of_filters, ())) == 1 else "Dynamic" for of_filters in (False, True)
     )
     text = f"{alpha:g}" if file.alphas else dim
-    said = {"ss_network_dim": dim, "ss_network_alpha": text}
+    values = {"ss_network_dim": dim, "ss_network_alpha": text}
     try:
         arguments = json.loads(file.metadata.get("ss_network_args", ""))
     except (ValueError, RecursionError):
-        return said
+        return values
     if True in kinds and isinstance(arguments, dict) and "conv_dim" in arguments:
         arguments |= {"conv_dim": conv_dim, "conv_alpha": text if file.alphas else conv_dim}
-        said["ss_network_args"] = json.dumps(arguments)
-    return said
+        values["ss_network_args"] = json.dumps(arguments)
+    return values
 
 
 def _hashes(path: Path) -> dict[str, str]:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from torch import Tensor
-
-from dynrank.adapters.beside import LABELS_FILE, input_files
+from dynrank.adapters.beside import new_adapter_folder
 from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
 from dynrank.adapters.stored import Factors, StoredAdapter, one_thread
 from dynrank.change.report import LayerReport, report_of
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import pooled, singular_values, stacked, truncate_product
-from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
+from dynrank.linalg import stacked, truncate_product
+from dynrank.output.output_folder import new_file
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
 # ({layer: new factors}, a report for each layer).
@@ -79,11 +76,7 @@ def squeeze_adapter(
                 factors, reports = _by_norm(adapter, target)
                 rewrite_file(file, adapter, factors)
             return reports
-        check_free(out, source)
-        beside = [*input_files(source), *source.glob(LABELS_FILE)]
-        with whole_or_nothing(out) as folder:
-            for path in beside:
-                shutil.copyfile(path, folder / path.name)
+        with new_adapter_folder(out, source) as folder:
             factors, reports = (way or _by_norm)(adapter, target)
             rewrite_adapter(folder, adapter, factors)
         return reports
@@ -130,19 +123,15 @@ def _by_norm(adapter: StoredAdapter, target: Target) -> Squeezed:
     """Keep the directions with the largest singular values; one layer is in memory at a time."""
     factors, reports, states = {}, [], {}
     for name, layer in adapter.layers.items():
-        values = _spectrum(adapter, name) * layer.scaling if target.needs else None
+        values = adapter.singular_values(name) if target.needs else None
         states[name] = LayerState(layer.rank, *layer.shape, values=values, experts=layer.experts)
     for name, rank in target.ranks(states).items():
         layer = adapter.layers[name]
         if rank < layer.rank:
             change = stacked([truncate_product(b, a, rank) for b, a in adapter.products(name)])
-            lora_B, lora_A, values = change.lora_B, change.lora_A, change.singular_values
+            lora_B, lora_A, values = change.lora_B, change.lora_A, change.singular_values * abs(layer.scaling)
         else:
-            (lora_B, lora_A), values = adapter.factors(name), _spectrum(adapter, name)
+            (lora_B, lora_A), values = adapter.factors(name), adapter.singular_values(name)
         factors[name] = lora_A, lora_B, layer.scaling
-        reports.append(report_of(name, rank, values * abs(layer.scaling), layer.width))
+        reports.append(report_of(name, rank, values, layer.width))
     return factors, reports
-
-
-def _spectrum(adapter: StoredAdapter, name: str) -> Tensor:
-    return pooled([singular_values(lora_B, lora_A) for lora_B, lora_A in adapter.products(name)])

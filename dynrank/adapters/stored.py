@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import finite, products, stacked, truncate_product
+from dynrank.linalg import finite, pooled, products, singular_values, stacked, truncate_product
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # lora_A, lora_B and the scaling of a layer.
@@ -92,6 +92,10 @@ class StoredAdapter:
         """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product of a layer; errors as in :meth:`factors`."""
         return products(*self.factors(name), self.layers[name].experts)
 
+    def singular_values(self, name: str) -> Tensor:
+        """The singular values of a layer's update, scaling included, descending, float64."""
+        return pooled([singular_values(*pair) for pair in self.products(name)]) * abs(self.layers[name].scaling)
+
     def matrices(self, name: str) -> tuple[Tensor, Tensor]:
         """(lora_B, lora_A) of a layer as matrices, with all stored rows and columns."""
         lora_A, lora_B = (self.tensor(key).flatten(1) for key in self.layers[name].keys)
@@ -146,7 +150,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def refuse_faults(faults: list[str], source: str) -> None:
-    """Raise a ConfigurationError that names the ``faults`` of an adapter, if there are any."""
     if len(faults) > 1:
         more = f"\n  and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
         raise ConfigurationError(f"the adapter {source!r} cannot be used:\n  " + "\n  ".join(faults[:_LISTED]) + more)
@@ -162,10 +165,10 @@ def numbers_as_such(name: str) -> list[tuple[int, str]]:
 def checked_layer(
     file: Any, pair: Mapping[str, str], settings: tuple[int, float, float] | None, of_parameter: bool = False
 ) -> StoredLayer:
-    """A layer of ``file`` whose factors fit together.
+    """A layer of a file from :func:`opened`, after a check that its factors fit together and fit its settings.
 
     Args:
-        file: a file from :func:`opened`.
+        file: the opened file.
         pair: {"A": key of lora_A, "B": key of lora_B}.
         settings: (rank, alpha, scaling); None: the factors' rank, alpha equal to the rank, and 1.
         of_parameter: whether the factors may stack several products of that rank.

@@ -20,7 +20,8 @@ _UPS = ("gate_up_proj", "up_proj")
 def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
     """{parameter: name of PEFT's wrapper for its factors}, if only these parameters have LoRA."""
     by_module: dict[str, list[str]] = {}
-    for name in sorted(parameters, key=_down_last):
+    # False sorts before True, so the down projection comes last.
+    for name in sorted(parameters, key=lambda name: name.rpartition(".")[2].startswith("down")):
         by_module.setdefault(name.rpartition(".")[0], []).append(name)
     return {
         name: module + _INSIDE * (len(names) - 1 - depth)
@@ -50,19 +51,12 @@ def _leaves(module: str, config: AdapterConfig) -> list[str]:
     """The parameters of ``module`` that have LoRA by ``target_parameters``."""
     pairs = [name.rpartition(".") for name in config.target_parameters or ()]
     named = [leaf for owner, _, leaf in pairs if owner and f".{module}".endswith(f".{owner}")]
-    if named or _is_target(module, (config.model_extra or {}).get("target_modules")):
-        return named
-    return [leaf for owner, _, leaf in pairs if not owner]
-
-
-def _is_target(module: str, targets: object) -> bool:
+    targets = config.target_modules or ()
     if isinstance(targets, str):
-        return re.fullmatch(targets, module) is not None
-    return any(f".{module}".endswith(f".{target}") for target in targets or ())  # type: ignore[attr-defined]
-
-
-def _down_last(name: str) -> bool:
-    return name.rpartition(".")[2].startswith("down")
+        is_target = re.fullmatch(targets, module) is not None
+    else:
+        is_target = any(f".{module}".endswith(f".{target}") for target in targets)
+    return named if named or is_target else [leaf for owner, _, leaf in pairs if not owner]
 
 
 def is_parameter(name: str, config: AdapterConfig) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from math import isfinite
 from typing import Any
 
@@ -13,7 +15,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.tensor import DTensor
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.sigterm import SigtermNotice
 from dynrank.callbacks.lightning.validation import is_due
 from dynrank.distributed.processes import from_all
 from dynrank.errors import ConfigurationError, DivergedError
@@ -48,7 +49,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     Under FSDP2 it needs ``save_distributed_checkpoint=False``: each process has the whole adapter anyway.
     """
 
-    _sigterm: SigtermNotice | None = None
+    _sigterm: _SigtermNotice | None = None
     _seen_step = 0
     # The state of the loops after the batch before a validation, and the state of the loops to save.
     _before_validation: dict[str, Any] | None = None
@@ -88,7 +89,7 @@ class AdapterCheckpoint(ModelCheckpoint):
             raise ConfigurationError(
                 "AdapterCheckpoint needs a model with LoRA layers (dynrank.add_lora or PEFT); use ModelCheckpoint"
             )
-        self._seen_step, self._sigterm = trainer.global_step, SigtermNotice()
+        self._seen_step, self._sigterm = trainer.global_step, _SigtermNotice()
         self._before_validation = self._loops = None
         super().on_train_start(trainer, pl_module)
 
@@ -144,22 +145,39 @@ class AdapterCheckpoint(ModelCheckpoint):
         super().on_exception(trainer, pl_module, exception)
 
 
+class _SigtermNotice:
+    """Records SIGTERM from now until the trainer's teardown, which restores the handler from before training.
+
+    It replaces Lightning's handler, which must be installed already, as it is once training has started. That handler
+    would end the run at the next batch, even in the middle of an accumulated step; and with several processes the one
+    that got the signal would wait in a broadcast that the others do not make.
+    """
+
+    def __init__(self) -> None:
+        self._received = False
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._note)
+
+    def received(self, trainer: Trainer) -> bool:
+        """Whether any process has received SIGTERM; a collective call."""
+        if trainer.world_size == 1:
+            return self._received
+        return trainer.strategy.reduce_boolean_decision(self._received, all=False)
+
+    def _note(self, number: int, frame: object) -> None:
+        self._received = True
+
+
 def _check_finite(module: LightningModule) -> None:
-    # The parameter with NaN may be in one process only.
-    found = [name for name in from_all(_not_finite(module)) if name]
-    if found:
-        raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower optimizer.lr")
-
-
-def _not_finite(module: LightningModule) -> str | None:
-    """The name of a trained parameter with NaN or inf in this process; None if there is none."""
     trained = {name: parameter.detach() for name, parameter in module.named_parameters() if parameter.requires_grad}
     local = [value.to_local() if isinstance(value, DTensor) else value for value in trained.values()]
-    if not local:
-        return None
     # Stacked into one tensor, the results are copied from the device once.
-    finite = torch.stack([value.isfinite().all().to(local[0].device) for value in local])
-    return next((name for name, good in zip(trained, finite.tolist(), strict=True) if not good), None)
+    finite = torch.stack([value.isfinite().all().to(local[0].device) for value in local]).tolist() if local else []
+    broken = [name for name, good in zip(trained, finite, strict=True) if not good]
+    # The parameter with NaN may be in one process only.
+    found = [name for names in from_all(broken) for name in names]
+    if found:
+        raise DivergedError(f"{found[0]!r} holds NaN or inf: the run has diverged; lower optimizer.lr")
 
 
 class SafeCheckpointIO(TorchCheckpointIO):

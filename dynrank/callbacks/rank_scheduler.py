@@ -13,11 +13,7 @@ from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.averages import act_after_averages, averages_of
 from dynrank.callbacks.lightning.ending import end_in_full
-from dynrank.callbacks.lightning.strategies import (
-    average_whole_gradients,
-    check_strategy,
-    follow_sharded_checkpoint,
-)
+from dynrank.callbacks.lightning.strategies import average_whole_gradients, check_strategy, follow_sharded_checkpoint
 from dynrank.callbacks.lightning.validation import run_missed_validation, validate_beside, validation_metrics
 from dynrank.driver.driver import RankDriver, Schedule
 from dynrank.driver.event import RankEvent

@@ -28,11 +28,9 @@ def process_index() -> int:
 def from_first(make: Callable[[], T]) -> T:
     """The result of ``make``, which runs only in process 0; an error there is raised in all processes.
 
-    Every error, KeyboardInterrupt included, is sent to the other processes, so that none of them waits forever. Instead
-    of an error that cannot be pickled, they raise a RuntimeError with its text.
-
-    Args:
-        make: a function whose result can be pickled; tensors in it should be on the CPU.
+    The result is pickled; tensors in it should be on the CPU. Every error, KeyboardInterrupt included, is sent to the
+    other processes, so that none of them waits forever. Instead of an error that cannot be pickled, they raise a
+    RuntimeError with its text.
     """
     if process_count() == 1:
         return make()

@@ -75,15 +75,11 @@ def _transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def sharded_layers(model: nn.Module) -> list[str]:
     """Names of the LoRA layers with sharded factors, whose rank cannot change."""
-    return [
-        name
-        for name, layer in lora_layers(model)
-        if isinstance(layer.lora_A, DTensor) or isinstance(layer.lora_B, DTensor)
-    ]
+    layers = lora_layers(model)
+    return [name for name, layer in layers if isinstance(layer.lora_A, DTensor) or isinstance(layer.lora_B, DTensor)]
 
 
 def sharded_error(names: list[str]) -> ConfigurationError:
-    """The error for layers with sharded factors whose rank should change."""
     return ConfigurationError(
         f"the factors of {names[0]!r} ({len(names)} layers in all) are sharded by FSDP2, so their rank cannot change; "
         "keep them out of sharding: dynrank.distributed.sharding.shard_frozen(model, mesh) in configure_model, or "
@@ -116,11 +112,8 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
     """Give the LoRA layers of ``model`` the ranks of a checkpoint, before it is loaded; a collective call.
 
     FSDP2 loads into existing tensors, without a ``load_state_dict`` with whole factors. From a single file it does not
-    load the layers' scalings either, so this function loads them.
-
-    Args:
-        model: the module whose state dict is under ``state_dict`` in the checkpoint.
-        path: a folder of shards (``save_distributed_checkpoint=True``) or a single file.
+    load the layers' scalings either, so this function loads them. ``path`` is such a file, or a folder of shards
+    (``save_distributed_checkpoint=True``).
     """
     shapes, scalings = from_first(lambda: _saved_shapes(Path(path)))
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}

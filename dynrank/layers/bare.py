@@ -11,12 +11,7 @@ from dynrank.layers.base import LoRALayer
 
 
 class BareParameter(nn.Module):
-    """A module whose weight is a parameter of another module, ``owner``; it registers nothing itself.
-
-    Args:
-        owner: the module that holds the parameter.
-        leaf: the parameter's name in the owner.
-    """
+    """A module whose weight is the parameter ``leaf`` of another module, ``owner``; it registers nothing itself."""
 
     def __init__(self, owner: nn.Module, leaf: str) -> None:
         super().__init__()
@@ -36,10 +31,8 @@ class BareParameter(nn.Module):
 class LoRAOwner(nn.Module):
     """A module with LoRA in some of its own parameters; a subclass computes what the module does.
 
-    Attributes:
-        base: the plain module.
-        lora: the layers by the name of their parameter. The prefix ``lora.`` keeps transformers from taking the factors
-            for the parameters themselves and splitting them when it saves the model.
+    ``base`` is the plain module, ``lora`` has the layers by the name of their parameter. The prefix ``lora.`` keeps
+    transformers from taking the factors for the parameters themselves and splitting them when it saves the model.
     """
 
     def __init__(self, base: nn.Module, layers: Mapping[str, LoRAParameter]) -> None:

@@ -25,15 +25,9 @@ class LoRALayer(nn.Module):
 
     The layer stores ``scaling``, and ``alpha = scaling * rank`` follows from it, so a change of rank keeps the scaling.
 
-    Args:
-        base: the layer to adapt; the constructor freezes its parameters.
-        rank: rank of the update, 1 <= rank <= min(d_in, d_out).
-        scaling: factor of ``lora_B @ lora_A``.
-        dropout: probability of zeroing an element of the update's input while training, in [0, 1).
-        dtype: dtype of the factors; their device is that of the base.
-        backend: which backend makes a linear layer's products with the factors, see
-            :func:`dynrank.kernels.backends.products_of`; embeddings and convolutions always use torch.
-        factors: (lora_A, lora_B) to copy as starting values; None draws new ones.
+    The constructor freezes the parameters of ``base``. It copies ``factors``, a pair (lora_A, lora_B), or draws new
+    factors if that is None. The other arguments are as in :func:`dynrank.add_lora`. Embeddings and convolutions always
+    use torch and not the ``backend``.
 
     Attributes:
         lora_A: (rank, d_in), at first Kaiming-uniform.
@@ -146,11 +140,8 @@ class LoRALayer(nn.Module):
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None:
         """Put new factors, of any rank, into the same two Parameter objects, and delete their gradients.
 
-        References to the Parameters, in optimizers and hooks for example, stay valid.
-
-        Args:
-            lora_A: (rank, d_in), with its own storage, in the old dtype and on the old device.
-            lora_B: (d_out, rank), with its own storage, in the old dtype and on the old device.
+        The new factors have their own storage, the old dtype and the old device. References to the Parameters, in
+        optimizers and hooks for example, stay valid.
         """
         put_factors(self, lora_A, lora_B)
 
@@ -159,9 +150,6 @@ class LoRALayer(nn.Module):
 
         z is A applied to the layer's input (after dropout). dz is the gradient of the loss at z, ``scaling * B^T g``
         for the gradient g at the output. Both are (examples, positions..., rank) as the input is, without a graph.
-
-        Raises:
-            RuntimeError: if the layer is being observed already.
         """
         if self._tap is not None:
             raise RuntimeError("the layer is being observed already")

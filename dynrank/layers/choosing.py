@@ -47,16 +47,18 @@ def target_names(
     outside = _outside(modules, trained_whole)
     del modules[""]
     presets, skipped = _presets(model, {name: module for name, module in modules.items() if name not in outside})
-    if isinstance(target_modules, str):
-        targets, find = [target_modules], _by_expression
-    else:
-        targets, find = list(target_modules), _by_name
-    found = {target: presets[target] if target in presets else find(target, modules) for target in targets}
-    for target in targets or [""]:
-        if not found.get(target):
-            raise _unmatched(target, modules)
-    named = {name for target, names in found.items() if target not in presets for name in names}
-    by_preset = {name for target, names in found.items() if target in presets for name in names}
+    found = dict(presets)
+    targets = [target_modules] if isinstance(target_modules, str) else list(target_modules) or [""]
+    for target in targets:
+        if target not in presets:
+            found[target] = _matches(target, modules, is_expression=isinstance(target_modules, str))
+        if not found[target]:
+            # The error lists the nearest names, or the names of all layers.
+            layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
+            near = get_close_matches(target, {*layers, *modules}, n=3) or layers
+            raise ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
+    named = {name for target in targets if target not in presets for name in found[target]}
+    by_preset = {name for target in targets if target in presets for name in found[target]}
     chosen = {name: name not in named for name in modules if name in named | by_preset}
     alone = compiled_alone(model)
     for name in chosen:
@@ -106,24 +108,16 @@ def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[s
     return {"all-linear": linear, "attention": attention}, skipped
 
 
-def _by_expression(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
+def _matches(target: str, modules: Mapping[str, nn.Module], *, is_expression: bool) -> list[str]:
+    """Names of the modules that a regular expression matches, or a name in a list."""
+    if not is_expression:
+        return [name for name in modules if f".{name}".endswith(f".{target}")]
     try:
         return [name for name in modules if re.fullmatch(target, name)]
     except EXPRESSION_ERRORS as error:
         raise ConfigurationError(
             f"lora.target_modules must be a list, a regular expression or one of {PRESETS}, got {target!r}: {error}"
         ) from None
-
-
-def _by_name(target: str, modules: Mapping[str, nn.Module]) -> list[str]:
-    return [name for name in modules if f".{name}".endswith(f".{target}")]
-
-
-def _unmatched(target: str, modules: Mapping[str, nn.Module]) -> ConfigurationError:
-    """The error for a target that matches nothing; it lists the nearest names, or the names of all layers."""
-    layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
-    near = get_close_matches(target, {*layers, *modules}, n=3) or layers
-    return ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
 
 
 def _output_heads(model: nn.Module) -> Iterator[int]:

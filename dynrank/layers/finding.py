@@ -40,14 +40,14 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def own_layers(model: nn.Module) -> dict[str, LoRALayer]:
     """The LoRA layers of dynrank in ``model``, by the names of the modules or parameters that they adapt."""
-    found = {name: module for name, module in named_modules(model) if isinstance(module, LoRALayer)}
-    return {_adapted_name(name, layer): layer for name, layer in found.items()}
-
-
-def _adapted_name(name: str, layer: LoRALayer) -> str:
-    """PEFT's name of the parameter: ``...experts.gate_up_proj`` for the layer ``...experts.lora.gate_up_proj``."""
-    leaf = layer.base.leaf if isinstance(layer, LoRAParameter) else None
-    return name if leaf is None else name.removesuffix(f"lora.{leaf}") + leaf
+    found = {}
+    for name, layer in named_modules(model):
+        if isinstance(layer, LoRAParameter):
+            # ``...experts.gate_up_proj``, as in PEFT, for the layer ``...experts.lora.gate_up_proj``.
+            name = name.removesuffix(f"lora.{layer.base.leaf}") + layer.base.leaf
+        if isinstance(layer, LoRALayer):
+            found[name] = layer
+    return found
 
 
 def plain_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

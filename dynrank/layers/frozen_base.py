@@ -46,13 +46,8 @@ def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
 def without_base(model: nn.Module, state_dict: Mapping[str, Any], trained: Collection[Tensor]) -> dict[str, Any]:
     """``state_dict`` with marks instead of the frozen parameters of the adapted models in ``model``.
 
-    The result keeps adapters and the heads that PEFT stores per adapter, even if they are frozen, and everything
-    outside of adapted models.
-
-    Args:
-        model: the model whose parameters show what is frozen.
-        state_dict: the state dict of ``model``, or of another model with the same names.
-        trained: parameters to keep although they are frozen now.
+    The result keeps adapters and the heads that PEFT stores per adapter, even if they are frozen, the parameters in
+    ``trained``, and everything outside of adapted models.
     """
     kept, spared = dict(state_dict), {id(parameter) for parameter in trained}
     for prefix, root in adapted_models(model).items():
@@ -106,10 +101,7 @@ def _fill_in_base(model: nn.Module, state_dict: dict[str, Any], prefix: str, *_:
 def check_base(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
     """The parameters of ``model`` that ``state_dict`` leaves out, by their names in it; raises if the base differs.
 
-    Args:
-        model: the model that will load ``state_dict``.
-        state_dict: a state dict with or without marks.
-        prefix: prefix of the names of ``model``'s parameters in ``state_dict``.
+    Names of ``model``'s parameters have ``prefix`` in ``state_dict``.
     """
     found: dict[str, Tensor] = {}
     for start, mark in _marks(state_dict, prefix):
@@ -134,9 +126,7 @@ def left_out(state_dict: Mapping[str, Any]) -> set[str]:
 def lacks_base(model: nn.Module, state_dict: Mapping[str, Any]) -> bool:
     """Whether ``state_dict`` leaves a base out, for loading without ``load_state_dict``; raises if the base differs.
 
-    Args:
-        model: the model that will load ``state_dict``.
-        state_dict: a state dict; only its names and marks are read.
+    Only the names and the marks in ``state_dict`` are read.
     """
     if not dict(_marks(state_dict)):
         return False

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.kernels.lora_linear import SharedInput
-from dynrank.kernels.triton_launch import serves
+from dynrank.kernels.triton_launch import unsupported
 from dynrank.layers.kinds import LoRAConv1D, LoRALinear
 from dynrank.private import saved_tensor_hooks
 
@@ -109,7 +109,7 @@ def _shared_output(names: tuple[str, ...], always: bool, layer: LoRALinear, x: T
         layers: list[Any] = [children[name] for name in names if kind is not None and _kind(children.get(name)) == kind]
         if len(layers) < 2 or layer not in layers:
             return None
-        if layer.backend == "triton" and serves(x, sum(member.rank for member in layers)) is not None:
+        if layer.backend == "triton" and unsupported(x, sum(member.rank for member in layers)):
             return None
         _within.open_pass = _Pass(x, layers)
     return _within.open_pass.take(layer)

@@ -57,26 +57,16 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
 
 
 def refuse_peft(model: nn.Module, action: str, instead: str) -> None:
-    """Refuse a model that is wrapped by PEFT."""
     for name, _ in _peft_modules(model, "tuners.tuners_utils", "BaseTunerLayer"):
         raise ConfigurationError(f"{action} cannot work on a model wrapped by PEFT ({name!r} is PEFT's): {instead}")
-
-
-def sync_peft_configs(model: nn.Module) -> None:
-    """Write the ranks of the layers into every PEFT config in ``model``; see :func:`config_changes`."""
-    for change in config_changes(model, {}):
-        change()
 
 
 def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int]) -> list[Callable[[], None]]:
     """Functions that write the ranks of the layers into every PEFT config in ``model``, so that PEFT's files load.
 
     They set r, lora_alpha, and one anchored entry of rank_pattern and alpha_pattern per layer that differs; use_rslora
-    becomes false. A config with the right ranks does not change. The functions only make assignments.
-
-    Args:
-        model: a model that PEFT has wrapped, or any other.
-        ranks: by module and adapter, the ranks that layers will have when the functions are called.
+    becomes false. A config with the right ranks does not change. The functions only make assignments. ``ranks`` are
+    those that layers will have when the functions are called, by module and adapter.
     """
     configs, changes = _configs(model), list[Callable[[], None]]()
     lost = [name for name, module in _lora_modules(model) if module not in configs]
@@ -84,13 +74,15 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
         raise ConfigurationError(f"the config of PEFT's layer {lost[0]!r} is not in the model; pass the whole model")
     for by_adapter in {id(each): each for _, each in configs.values()}.values():
         for adapter, config in by_adapter.items():
+            if config.peft_type != "LORA":
+                continue
             layers = {
                 name: PeftLayer(module, adapter)
                 for module, (name, each) in configs.items()
                 if each is by_adapter and adapter in _adapters(module)
             }
             will_be = {name: ranks.get((layer.module, adapter), layer.rank) for name, layer in layers.items()}
-            if config.peft_type != "LORA" or all(_rank_by(config, n) == rank for n, rank in will_be.items()):
+            if will_be == dict.fromkeys(will_be, config.r) | first_matches(config.rank_pattern, will_be):
                 continue
             # The user's own config object, and other adapters that use it, must not change.
             new = copy.copy(config)
@@ -133,8 +125,8 @@ def take_peft_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str
                 raise ConfigurationError(f"{prefix + name!r} cannot take the rank of the checkpoint: {fault}")
             take_rank(layer, prefix + name, lora_A, lora_B)
             changed = True
-    if changed:
-        sync_peft_configs(model)
+    for change in config_changes(model, {}) if changed else ():
+        change()
 
 
 def _fault(module: Any, adapter: str, config: Any) -> str | None:
@@ -163,11 +155,6 @@ def _fault(module: Any, adapter: str, config: Any) -> str | None:
     if getattr(config, "target_modules_to_tie", None):
         return "ensure_weight_tying lets two layers share their factors; set it to False"
     return None
-
-
-def _rank_by(config: Any, name: str) -> int:
-    """The rank of layer ``name`` by PEFT's rule."""
-    return int(first_matches(config.rank_pattern, [name]).get(name, config.r))
 
 
 def _configs(model: nn.Module) -> dict[nn.Module, tuple[str, dict[str, Any]]]:

@@ -35,11 +35,8 @@ class _Note(Generic[V]):
 class PeftLayer:
     """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.ranked.RankedLayer`.
 
-    All its data is stored on the module, so two views of one adapter are equivalent.
-
-    Args:
-        module: a peft.tuners.lora.LoraLayer.
-        adapter: name of one of its adapters.
+    ``module`` is a peft.tuners.lora.LoraLayer, ``adapter`` the name of one of its adapters. All data is stored on the
+    module, so two views of one adapter are equivalent.
     """
 
     final_rank = _Note[int | None](None)

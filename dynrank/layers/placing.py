@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
-from dynrank.kernels.backends import check_backend
 from dynrank.layers.bare import LoRAOwner, stand_ins
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import target_names
@@ -73,7 +72,7 @@ def add_lora(
     modules = modules_by_name(model)
     _check_modules_to_save(model, modules_to_save)
     chosen = target_names(model, target_modules, modules_to_save)
-    shapes = {name: _layer_class(modules[name]).shape_of(modules[name]) for name in chosen}
+    shapes = {name: _class_for(modules[name]).shape_of(modules[name]) for name in chosen}
     if isinstance(rank_map, str | Path):
         rules = load_rank_map(rank_map)
     else:
@@ -81,7 +80,7 @@ def add_lora(
     alpha = alpha if alpha is not None else rank
     capped = [name for name, by_preset in chosen.items() if by_preset]
     resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha, capped=capped)
-    options = {"dropout": dropout, "dtype": dtype, "backend": check_backend(backend)}
+    options = {"dropout": dropout, "dtype": dtype, "backend": backend}
     layers = {}
     for name, at in resolved.items():
         # A layer that is narrower than lora.rank gets the scaling of the other layers.
@@ -113,22 +112,18 @@ def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
 
 def make_layer(base: nn.Module, **options: Any) -> LoRALayer:
     """A LoRA layer for ``base``, not yet in any model; ``options`` are those of :class:`LoRALayer`."""
-    return _layer_class(base)(base, **options)
+    return _class_for(base)(base, **options)
 
 
-def _layer_class(base: nn.Module) -> type[LoRALayer]:
+def _class_for(base: nn.Module) -> type[LoRALayer]:
     cls = layer_class(base)
-    if cls is None:
-        raise ConfigurationError(f"{type(base).__name__} cannot have LoRA; set lora.target_modules")
+    # A module that cannot have LoRA has been refused already.
+    assert cls is not None
     return cls
 
 
 def place_layers(
-    model: nn.Module,
-    layers: Mapping[str, LoRALayer],
-    modules_to_save: Sequence[str] = (),
-    *,
-    group: bool | None = None,
+    model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = (), *, group: bool | None = None
 ) -> None:
     """Freeze ``model``, replace each base by its layer (everywhere, if it is shared), unfreeze ``modules_to_save``.
 

@@ -4,14 +4,4 @@ from dynrank.targets.base import UNBOUNDED, LayerState, Target
 from dynrank.targets.budget import Budget, Smallest
 from dynrank.targets.per_layer import Energy, GrowTo, Rank, Towards
 
-__all__ = [
-    "UNBOUNDED",
-    "Budget",
-    "Energy",
-    "GrowTo",
-    "LayerState",
-    "Rank",
-    "Smallest",
-    "Target",
-    "Towards",
-]
+__all__ = ["UNBOUNDED", "Budget", "Energy", "GrowTo", "LayerState", "Rank", "Smallest", "Target", "Towards"]

@@ -113,6 +113,5 @@ class Stepped(Target):
 
 
 def up_to_multiple(rank: float, multiple: int) -> int:
-    """``rank`` rounded up to a multiple."""
     # The small number cancels rounding errors: 0.3 * 10 is above 3 in floats.
     return ceil(rank / multiple - 1e-9) * multiple

@@ -20,8 +20,8 @@ _SIZES = ("parameters", "share", "final_rank", "bytes")
 class Shared(Stepped):
     """Ranks by the worth per parameter of all layers' directions, not above ``highest`` or a layer's own cap.
 
-    With gates, a direction is worth what the loss would rise without it. Else it is worth its squared singular value;
-    to compare layers by these is a heuristic.
+    With gates, the worth of a direction is the rise of the loss without it. Otherwise it is the squared singular value,
+    and to compare layers by it is a heuristic.
     """
 
     highest: Count | None = None
@@ -90,8 +90,8 @@ class Budget(Shared):
     or ``bytes``.
 
     Args:
-        parameters: parameters of all layers together after the change (pinned ones included).
-        share: the same as a share of the parameters now, in (0, 1]; every layer keeps its lowest rank in any case.
+        parameters: parameters of all layers together after the change, pinned layers included.
+        share: the size as a share of the present parameters, in (0, 1]; every layer keeps its lowest rank in any case.
         final_rank: the number of parameters that all layers have at this rank.
         left: how many further changes to the same size follow; each of them shrinks the pool by the same factor.
         bytes: bytes of all layers together in float32, as a number or a text: "8MiB".

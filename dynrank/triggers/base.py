@@ -46,11 +46,7 @@ class Trigger(ABC):
 
     @abstractmethod
     def fires(self, *seen: Any) -> bool:
-        """Record one observation, and say whether ranks should change now.
-
-        Args:
-            *seen: the values of :attr:`monitors`.
-        """
+        """Record one observation, the values of :attr:`monitors`, and say whether ranks should change now."""
 
     def observe(self, step: int, *seen: Any) -> bool:
         """The result of :meth:`fires` after optimizer step ``step``; False in the warm-up and the cooldown."""

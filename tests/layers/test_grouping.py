@@ -342,7 +342,7 @@ def test_layers_of_another_dtype_or_dropout_are_left_out(passes):
 @pytest.mark.parametrize(("ranks", "sizes"), [((4, 2, 3), [3]), ((100, 20, 9), [])])
 def test_triton_groups_ranks_whose_sum_it_serves(monkeypatch, passes, ranks, sizes):
     """Looked at up to the choice, with torch in Triton's place."""
-    monkeypatch.setattr(grouping, "serves", lambda x, rank: None if rank <= 128 else "too high")
+    monkeypatch.setattr(grouping, "unsupported", lambda x, rank: None if rank <= 128 else "too high")
     monkeypatch.setattr(lora_linear, "products_of", lambda backend, x, rank: torch_backend)
     adapted(make=partial(Attention, 128), ranks=ranks, backend="triton")(torch.randn(5, 128).double())
     assert passes == sizes

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters
-from dynrank.layers.peft_layers import follow_checkpoint_ranks, sync_peft_configs
+from dynrank.layers.peft_layers import config_changes, follow_checkpoint_ranks
 
 pytestmark = [
     # PEFT says so of every Conv1D, and of a Linear beside one, and sets the flag itself.
@@ -211,11 +211,9 @@ def test_a_config_that_cannot_follow_stops_a_change_before_it_begins():
     assert_close((model.state_dict(), settings(model)), before, rtol=0, atol=0)
 
 
-def test_sync_leaves_a_config_alone_that_is_right():
+def test_a_config_with_the_right_ranks_does_not_change():
     model = wrapped(use_rslora=True, rank_pattern={"q_proj": 4})
-    before = copy.deepcopy(model.peft_config["default"])
-    sync_peft_configs(model)
-    assert model.peft_config["default"] == before
+    assert config_changes(model, {}) == []
 
 
 def test_a_merged_adapter_keeps_its_ranks():

@@ -12,7 +12,7 @@ from dynrank.callbacks.lightning import private
 
 
 def averaging_callbacks(trainer: Trainer) -> list[Any]:
-    """The trainer's callbacks that keep an average of the weights, with subclasses."""
+    """The trainer's callbacks that keep an average of the weights."""
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     return [c for c in callbacks if isinstance(c, StochasticWeightAveraging | WeightAveraging)]
 
@@ -34,4 +34,5 @@ def act_after_averages(trainer: Trainer, scheduler: Callback) -> None:
     if averaging and callbacks.index(scheduler) < callbacks.index(averaging[-1]):
         others = [callback for callback in callbacks if callback is not scheduler]
         others.insert(others.index(averaging[-1]) + 1, scheduler)
-        trainer.callbacks = others  # type: ignore[attr-defined]  # a new list: Lightning is going through the old one
+        # Lightning is iterating over the old list.
+        trainer.callbacks = others  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from torch import nn
 
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.averages import averaging_callbacks
@@ -18,61 +17,49 @@ from dynrank.errors import ConfigurationError
 from dynrank.layers.frozen_base import lacks_base
 from dynrank.output.checkpoint_file import read_checkpoint
 
-_UNKNOWN = (
-    "strategy must be one device, DDP or FSDP2 for ranks to change, got {} (FSDP1 and DeepSpeed flatten parameters "
-    "into one vector, others have not been tried); set trainer.strategy=ddp, or, to shard the base, trainer=fsdp2 "
-    "(ModelParallelStrategy, with dynrank.distributed.sharding.shard_frozen)"
-)
-
 
 def check_strategy(trainer: Trainer) -> None:
     """Refuse a strategy under which ranks cannot change; the strategy need not be set up yet."""
     strategy: Any = trainer.strategy
-    kinds = {cls.__name__ for cls in type(strategy).__mro__}
-    # Lightning derives both from DDPStrategy, so they are tested first.
-    if kinds & {"DeepSpeedStrategy", "XLAStrategy"}:
-        fault: str | None = _UNKNOWN.format(type(strategy).__name__)
-    elif isinstance(strategy, DDPStrategy):
-        fault = _ddp_fault(strategy)
-    elif isinstance(strategy, ModelParallelStrategy):
-        fault = _fsdp2_fault(trainer, strategy)
-    else:
-        fault = None if isinstance(strategy, SingleDeviceStrategy) else _UNKNOWN.format(type(strategy).__name__)
-    if fault is not None:
-        raise ConfigurationError(fault)
-
-
-def _ddp_fault(strategy: Any) -> str | None:
-    method = private.start_method(strategy)
-    if method != "popen":
-        return (
-            f"DDPStrategy(start_method={method!r}), as in ddp_spawn and ddp_notebook, does not return all results of "
-            "its processes, such as the history of ranks; set trainer.strategy=ddp, and "
-            "start the program from a file"
+    known = isinstance(strategy, SingleDeviceStrategy | DDPStrategy | ModelParallelStrategy)
+    # Lightning derives these two from DDPStrategy.
+    if not known or {cls.__name__ for cls in type(strategy).__mro__} & {"DeepSpeedStrategy", "XLAStrategy"}:
+        raise ConfigurationError(
+            f"strategy must be one device, DDP or FSDP2 for ranks to change, got {type(strategy).__name__} (FSDP1 and "
+            "DeepSpeed flatten parameters into one vector, others have not been tried); set trainer.strategy=ddp, or, "
+            "to shard the base, trainer=fsdp2 (ModelParallelStrategy, with dynrank.distributed.sharding.shard_frozen)"
         )
-    check_hooks([private.communication_state(strategy)])
-    return None
+    if isinstance(strategy, DDPStrategy):
+        method = private.start_method(strategy)
+        if method != "popen":
+            raise ConfigurationError(
+                f"DDPStrategy(start_method={method!r}), as in ddp_spawn and ddp_notebook, does not return all results "
+                "of its processes, such as the history of ranks; set trainer.strategy=ddp, and start the program from "
+                "a file"
+            )
+        check_hooks([private.communication_state(strategy)])
+    if isinstance(strategy, ModelParallelStrategy):
+        _check_fsdp2(trainer, strategy)
 
 
-def _fsdp2_fault(trainer: Trainer, strategy: Any) -> str | None:
+def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
     split, averages = private.tensor_parallel_size(strategy), averaging_callbacks(trainer)
     split = strategy.num_processes if split == "auto" else split
     if split != 1:
-        return (
+        raise ConfigurationError(
             f"ModelParallelStrategy splits layers over {split} devices, and LoRA on split layers is not supported; set "
             "tensor_parallel_size=1 and data_parallel_size to the number of processes"
         )
     if getattr(trainer.precision_plugin, "scaler", None) is not None:
-        return (
+        raise ConfigurationError(
             "precision=16-mixed under ModelParallelStrategy skips a step in some processes only; set "
             "trainer.precision=bf16-mixed"
         )
     if averages:
-        return (
+        raise ConfigurationError(
             f"{type(averages[0]).__name__} copies the whole model, which ModelParallelStrategy shards; take it out, or "
             "set trainer.strategy=ddp"
         )
-    return None
 
 
 def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
@@ -97,7 +84,7 @@ def follow_sharded_checkpoint(trainer: Trainer) -> None:
         module: Any = trainer.lightning_module
         strict, optimizers = module.strict_loading, strategy.optimizers
         in_one_file = not Path(checkpoint_path).is_dir()
-        without_base = in_one_file and _lacks_base(module, checkpoint_path)
+        without_base = in_one_file and lacks_base(module, from_first(lambda: _names_and_marks(checkpoint_path)))
         take_saved_ranks(module, checkpoint_path)
         by_place = in_one_file and not any(map(trains_shards, optimizers))
         module.strict_loading, strategy.optimizers = strict and not without_base, [] if by_place else optimizers
@@ -113,12 +100,6 @@ def follow_sharded_checkpoint(trainer: Trainer) -> None:
     strategy.load_checkpoint = load_any_ranks  # type: ignore[method-assign]
 
 
-def _lacks_base(module: nn.Module, path: Any) -> bool:
-    """Whether the file leaves out the frozen base, so that the module must have it; a collective call."""
-
-    def contents() -> dict[str, Any]:
-        state = read_checkpoint(path)["state_dict"]
-        return {name: value if isinstance(value, dict) else None for name, value in state.items()}
-
-    names = from_first(contents)
-    return lacks_base(module, names)
+def _names_and_marks(path: Any) -> dict[str, Any]:
+    state = read_checkpoint(path)["state_dict"]
+    return {name: value if isinstance(value, dict) else None for name, value in state.items()}

@@ -46,12 +46,8 @@ class _Metrics(Callback):
 def validate_beside(trainer: Trainer, *uncalled: type[Callback], monitor: str = "") -> tuple[dict[str, float], Batches]:
     """Validate now, in addition to the run's own validations; return the metrics, and batches' parts in ``monitor``.
 
-    Loggers get nothing, and the trainer's metrics do not change.
-
-    Args:
-        trainer: between two batches of ``fit``.
-        *uncalled: classes of callbacks that are not called.
-        monitor: name of a metric; the parts are empty if it is not a mean over batches.
+    Call this between two batches of ``fit``. Callbacks of the classes ``uncalled`` are not called, loggers get nothing,
+    and the trainer's metrics do not change. The parts are empty if ``monitor`` is not a mean over batches.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     metrics = _Metrics(monitor)
