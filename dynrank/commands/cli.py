@@ -37,7 +37,7 @@ Stored = Annotated[
 ]
 Base = Annotated[
     str | None,
-    typer.Option(help="Folder, hub name or short name of the model that it was trained on, if not as the adapter says"),
+    typer.Option(help="Folder, hub name or short name of the base model; by default, the one that the adapter names"),
 ]
 Gates = Annotated[
     bool, typer.Option("--gates", help="Rate directions by the loss of the examples in --data, not by singular values")
@@ -45,16 +45,14 @@ Gates = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE", help="With --gates: what data.train takes; text and label; prompt and answer, messages or text"
+        metavar="FILE",
+        help="With --gates: a file as for data.train, with text and label, prompt and answer, messages or text",
     ),
 ]
 Columns = Annotated[
     list[str] | None,
-    typer.Option(metavar="OURS=THEIRS", help="With --gates: what a column is called, if not as usual: text=review"),
+    typer.Option(metavar="OURS=THEIRS", help="With --gates: a column with an unusual name, such as text=review"),
 ]
-Out = Annotated[Path, typer.Option(help="Folder to write; new or empty")]
-
-
 ConfigDir = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder with your own groups, as for dynrank-train")
 ]
@@ -79,7 +77,7 @@ LossTerms = Annotated[
     typer.Option(
         parser=_count,
         metavar="N",
-        help="With --gates: of how many terms a batch's loss is the mean, if not of those that are counted",
+        help="With --gates: a batch's loss is the mean of N terms; by default, they are counted",
     ),
 ]
 
@@ -92,7 +90,7 @@ def _decimal(text: str) -> float:
 
 
 def _examples(gates: bool, **options: Any) -> dict[str, Any] | None:
-    """The arguments of a WatchedAdapter in addition to the adapter; None without gates."""
+    """The arguments of a WatchedAdapter in addition to the adapter; None without --gates."""
     given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value]
     if not gates and given:
         raise ConfigurationError(f"{', '.join(given)} must go with --gates")
@@ -132,7 +130,7 @@ def plan(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Hydra overrides, as for dynrank-train; and base, batch_size, sequence_length, ranks=[4,8], "
+            help="Hydra overrides, as for dynrank-train; also base, batch_size, sequence_length, ranks=[4,8], "
             "budget=24GiB"
         ),
     ] = None,
@@ -148,9 +146,9 @@ def plan(
 @app.command()
 def squeeze(
     adapter: Stored,
-    out: Annotated[Path, typer.Option(help="Folder to write, new or empty; for a file, a new file")],
+    out: Annotated[Path, typer.Option(help="New or empty folder to write to; for a file, a new file")],
     rank: Annotated[
-        int | None, typer.Option(parser=_whole, metavar="N", help="Rank of every layer that has more")
+        int | None, typer.Option(parser=_whole, metavar="N", help="New rank of every layer that has a higher one")
     ] = None,
     energy: Annotated[
         float | None,
@@ -159,7 +157,8 @@ def squeeze(
         ),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(metavar="P", help="Parameters of all factors, or a share of today's: 0.5 or 50%")
+        str | None,
+        typer.Option(metavar="P", help="Parameters of all factors, or a share of the present ones: 0.5 or 50%"),
     ] = None,
     gates: Gates = False,
     model: Base = None,
@@ -179,12 +178,12 @@ def export(
     adapter: Adapter,
     to: Annotated[
         str,
-        typer.Option(metavar="SERVER", help="vllm; gguf: llama.cpp, Ollama; padded: SGLang, TGI, LoRAX"),
+        typer.Option(metavar="SERVER", help="vllm, gguf (llama.cpp, Ollama) or padded (SGLang, TGI, LoRAX)"),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write, new or empty; for gguf a new file")],
+    out: Annotated[Path, typer.Option(help="New or empty folder to write to; for gguf, a new file")],
     model: Base = None,
     multiple: Annotated[
-        int, typer.Option(parser=_count, metavar="N", help="With padded: the rank becomes a multiple; TGI wants 16")
+        int, typer.Option(parser=_count, metavar="N", help="With padded: the rank is a multiple of N; TGI needs 16")
     ] = 1,
 ) -> None:
     """Write a PEFT adapter in a form for a server, and print the command that serves it.
@@ -200,7 +199,7 @@ def export(
 @app.command()
 def merge(
     adapter: Adapter,
-    out: Out,
+    out: Annotated[Path, typer.Option(help="New or empty folder to write to")],
     model: Base = None,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
@@ -220,14 +219,14 @@ def merge(
 def predict(
     adapter: Adapter,
     texts: Annotated[
-        list[str], typer.Argument(metavar="TEXT... | FILE", help="Texts; or one file, a text in each line")
+        list[str], typer.Argument(metavar="TEXT... | FILE", help="Texts, or one file with a text in each line")
     ],
     model: Base = None,
-    batch_size: Annotated[int, typer.Option(parser=_count, metavar="N", help="Texts at a time")] = 16,
+    batch_size: Annotated[int, typer.Option(parser=_count, metavar="N", help="Texts in a batch")] = 16,
     max_new_tokens: Annotated[
-        int, typer.Option(parser=_count, metavar="N", help="Tokens that are written at most")
+        int, typer.Option(parser=_count, metavar="N", help="Largest number of tokens to generate for a text")
     ] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="Each text is a user's turn: apply the chat template")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Each text is a user's turn in a chat")] = False,
 ) -> None:
     """Answer texts, one line for each: the most likely labels with probabilities, or the generated text.
 
@@ -241,7 +240,7 @@ def predict(
 @app.command()
 def inspect(
     adapter: Stored,
-    plot: Annotated[Path | None, typer.Option(help="Picture of the singular values to write: FILE.png")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Picture of the singular values: FILE.png")] = None,
     gates: Gates = False,
     model: Base = None,
     data: Data = None,
@@ -270,14 +269,14 @@ def report(
 
     run, *more = runs
     if more and not against:
-        raise typer.BadParameter("one run has a report; name those to compare with behind --against")
+        raise typer.BadParameter("a report is of one run; write the runs to compare it with after --against")
     print(f"report           {write_report(run, against=[*(against or ()), *more])}")
 
 
 @app.command()
 def sweep(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep: hydra.sweep.dir, or multirun/DATE/TIME")],
-    plot: Annotated[bool, typer.Option(help="Draw sweep.png, too")] = True,
+    plot: Annotated[bool, typer.Option(help="Also draw sweep.png")] = True,
 ) -> None:
     """Print the results of a sweep, mean and deviation over seeds; write them to sweep.csv and sweep.png."""
     from dynrank.run.sweep.table import show_sweep

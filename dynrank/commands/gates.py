@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
@@ -22,6 +22,7 @@ from dynrank.targets import Target
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.data.columns import Form, form_of
 from dynrank.tasks.data.files import from_source
+from dynrank.tasks.data.rows import counted
 from dynrank.tasks.data.source import Source
 from dynrank.tasks.data.splits import Checked
 from dynrank.tasks.language_modeling import LanguageModeling
@@ -44,11 +45,6 @@ class WatchedAdapter:
         model: the base model; None: as the adapter names it.
         columns: {our name: the file's name} of columns with unusual names.
         loss_terms: a batch's loss is the mean of this many terms; None: counted from the gradients.
-
-    Attributes:
-        model: the base model with the adapter.
-        gates: the measured gates.
-        batches: the batches of examples.
     """
 
     def __init__(
@@ -111,13 +107,8 @@ def _named(task: Classification, model: Any, where: str) -> Classification:
     names = label_names(model) or [str(index) for index in range(model.config.num_labels)]
     rows, kind = task.rows["train"], datasets.Value("string")
     rows = rows.cast_column("label", datasets.Sequence(kind) if task.several else kind)
-    strange = sorted(set(_flat(rows["label"])) - set(names))
+    strange = sorted(counted(rows).keys() - set(names))
     if strange:
         raise ConfigurationError(f"labels in {where} must be the adapter's, {names[:9]}, got {strange[:9]}")
     task.rows, task.labels = Checked({"train": rows}), names
     return task
-
-
-def _flat(labels: Sequence[Any]) -> Iterator[str]:
-    for label in labels:
-        yield from label if isinstance(label, list) else [label]

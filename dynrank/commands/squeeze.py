@@ -21,14 +21,10 @@ from dynrank.targets import Target
 
 
 def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, **options: Any) -> None:
-    """Squeeze the adapter in ``source`` into ``out``, and print the result.
+    """Squeeze the adapter in ``source`` into ``out`` with ``options`` of ``squeeze_adapter``, and print the result.
 
-    Args:
-        source: folder of a PEFT LoRA adapter, or a file of diffusers, kohya or ComfyUI.
-        out: new folder, or new file.
-        examples: arguments of :class:`dynrank.commands.gates.WatchedAdapter`, whose gates choose the directions; None:
-            the singular values choose.
-        **options: options of :func:`dynrank.adapters.squeeze.squeeze_adapter`.
+    ``examples`` are arguments of :class:`dynrank.commands.gates.WatchedAdapter`, whose gates choose the directions. If
+    they are None, the singular values choose.
     """
     loss: dict[str, object] = {}
     way = partial(_by_gates, examples=examples, facts=loss) if examples is not None else None
@@ -47,7 +43,7 @@ def _of_file(source: Path, out: Path) -> dict[str, object]:
     if not others:
         return {"file": f"{out}, {sizes}"}
     kinds = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in others})
-    copied = f"{len(others)} tensors that are of no plain layers: {', '.join(kinds)}"
+    copied = f"{len(others)} tensors of layers that are not plain LoRA: {', '.join(kinds)}"
     return {"copied": copied, "file": f"{out}, {sizes}"}
 
 
@@ -62,7 +58,7 @@ def _by_gates(adapter: Adapter, target: Target, *, examples: Mapping[str, Any], 
     ranks = watched.ranks(target)
     changed = {report.layer: report for report in resize(watched.model, ranks, gates=watched.gates)}
     facts["chosen by"] = watched.gates.seen
-    facts["loss"] = f"{before:.4f} → {watched.loss():.4f}, of the very examples that chose"
+    facts["loss"] = f"{before:.4f} → {watched.loss():.4f}, on the examples that chose the directions"
     factors, reports = {}, []
     for name, layer in layers.items():
         lora_B, lora_A = adapter.factors(name)

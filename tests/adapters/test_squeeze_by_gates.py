@@ -92,7 +92,7 @@ def test_squeeze_by_gates_keeps_the_small_direction_that_the_loss_needs(job, lau
     adapter, file, (needed, without) = job
     code, printed, said = launch("squeeze", adapter, "--budget", "50%", "--gates", "--data", file, "--out", "small")
     assert code == 0, said
-    before, after = map(float, re.search(r"loss +([\d.]+) → ([\d.]+), of the very examples", printed).groups())
+    before, after = map(float, re.search(r"loss +([\d.]+) → ([\d.]+), on the examples that chose", printed).groups())
     assert "chosen by gates" in printed
     assert (before, after) == pytest.approx((needed, needed), abs=2e-4)
     old, new = (dynrank.read_adapter(folder) for folder in (adapter, "small"))

@@ -72,7 +72,7 @@ def test_squeeze_by_gates_says_the_losses_that_peft_finds(base, adapter, launch,
     options = ["--budget", "50%", "--gates", "--data", "text.jsonl", "--model", base, "--out", "small"]
     code, printed, said = launch(cli.main, "squeeze", adapter, *options)
     assert code == 0, said
-    losses = map(float, re.search(r"loss +([\d.]+) → ([\d.]+), of the very examples", printed).groups())
+    losses = map(float, re.search(r"loss +([\d.]+) → ([\d.]+), on the examples that chose", printed).groups())
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id] for row in rows])
     for loss, folder in zip(losses, (adapter, tmp_path / "small"), strict=True):
