@@ -27,7 +27,7 @@ class Call:
         module: the module.
         rows: number of rows of the batch. A row is one example, or several if ``sizes`` is given.
         sizes: number of positions of each example, row by row, if rows hold several examples; else None.
-        learned: number of labels that count for a causal language model's loss; None if the call had no labels.
+        learned: which labels count for a causal language model's loss, (rows, positions - 1); None without labels.
         terms: number of positions of the output at which the loss has a gradient; None before backward.
     """
 
@@ -108,7 +108,9 @@ class Calls:
         if self._arrived is not None:
             self._arrived(call)
         if call.terms is None and gradient.ndim:
-            call.terms = counted(gradient)
+            # TRL's models give out the log probability of each label, and no logits.
+            of_labels = call.learned is not None and call.learned.shape == gradient.shape
+            call.terms = (gradient * call.learned).count_nonzero() if of_labels else counted(gradient)
 
 
 def _around(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[nn.Module]:
@@ -137,11 +139,11 @@ def _rows(given: list[Tensor], made: list[Tensor]) -> int:
 
 
 def _learned(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The number of given labels that a causal language model's loss counts; None without labels."""
+    """Which of the given labels a causal language model's loss counts; None without labels."""
     labels = kwargs.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
         return None
-    return (labels[..., 1:] != _IGNORED).sum()
+    return labels[..., 1:] != _IGNORED
 
 
 def _sizes(positions: Tensor | None) -> list[int] | None:

@@ -66,7 +66,7 @@ class Pass:
         if call is not None and call.terms is not None:
             terms, source = int(call.terms), "the model's output"
         elif call is not None and call.learned is not None:
-            terms, source = int(call.learned), "its labels"
+            terms, source = int(call.learned.sum()), "its labels"
         elif self.terms is not None:
             terms, source = int(self.terms), "the layer nearest to the loss"
         elif call is not None:

@@ -147,6 +147,26 @@ def test_accumulated_passes_are_one_step_and_steps_are_averaged(deep):
     assert_gradient_is(whole, {name: (rows + second[name]) / 2 for name, rows in first.items()})
 
 
+def test_tokens_whose_log_probabilities_trl_s_models_give_out_are_the_terms():
+    trl = pytest.importorskip("trl.trainer.utils", reason="needs TRL: pip install trl")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**size, vocab_size=30))
+    trl.add_fused_lm_head(model)
+    updated(dynrank.add_lora(model, rank=2, target_modules=["q_proj", "down_proj"]))
+    ids = torch.randint(30, (4, 7))
+    labels = ids.where(torch.rand(4, 7) < 0.5, -100)
+    count = (labels[:, 1:] != -100).sum()
+    with watching(model) as plain:
+        F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).backward()
+        plain.end_step()
+    with watching(model) as fused:
+        (-model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.sum() / count).backward()
+        fused.end_step()
+    assert fused.terms == count
+    assert_alike(fused, plain, rtol=1e-4, atol=1e-6)
+
+
 def test_scaled_losses_are_taken_as_they_are(deep):
     net, x = deep
     with watching(net) as scaled:
