@@ -65,8 +65,9 @@ def schedule_of(name: str, trainer: str, rank: int) -> Any:
     """Stages; ``auto`` is held to what the trainer's evaluation measures."""
     if name == "early_budget":
         return early_budget(max(1, rank // 4))
-    monitor = {"check_monitor": "eval_reward", "check_mode": "max"} if "GRPO" in trainer or trainer == "RLOO" else {}
-    return auto(0.05, how=How(metric="gates", rate_after="sqrt", **{"check_monitor": "eval_loss", **monitor}))
+    if "GRPO" not in trainer and trainer != "RLOO":
+        return auto(0.05)
+    return auto(0.05, how=How("gates", rate_after="sqrt", check_monitor="eval_reward", check_mode="max"))
 
 
 def train(

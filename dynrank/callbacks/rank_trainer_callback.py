@@ -35,8 +35,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Pass the callback to the Trainer's
     constructor (``callbacks=[...]``); otherwise a checkpoint from after a change does not fit a PEFT model. Changes are
     made before the first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
-    Metrics have the Trainer's names: ``Plateau("eval_loss")``, ``How(check_monitor="eval_loss")``; triggers can also
-    read what training logs (``loss``, every ``logging_steps``).
+    Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss``, which schedules watch by default, is
+    ``eval_loss``; triggers can also read what training logs (``loss``, every ``logging_steps``).
 
     Its state is in each checkpoint's ``trainer_state.json``, the file that the Trainer writes last: without that file a
     checkpoint is incomplete. ``train(resume_from_checkpoint=...)`` can resume before, at or after a change.
@@ -238,9 +238,8 @@ def _check_devices(args: Any) -> None:
 def _check_names(callback: RankTrainerCallback) -> None:
     """Refuse names of metrics that the Trainer does not use."""
     stages = callback.driver.stages
-    # Names that begin with "val" are those of Lightning.
-    wrong = {name: what for name, what in watched(stages).items() if name.startswith("val")}
-    wrong |= {name: what for name, what in checked(stages).items() if not name.startswith("eval_")}
+    wrong = {name: what for name, what in watched(stages).items() if name.startswith("val_")}
+    wrong |= {name: what for name, what in checked(stages).items() if not name.startswith(("eval_", "val/"))}
     for name, argument in wrong.items():
         raise ConfigurationError(
             f"{argument} must name a metric of the Trainer's evaluations, which begin with eval_, got {name!r}; "
@@ -256,4 +255,6 @@ def _run(args: Any, state: Any, dataloader: Any) -> Run:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    """The numbers among ``metrics``; eval_loss is val/loss, too."""
+    numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    return numbers | {f"val/{name[5:]}": value for name, value in numbers.items() if name.startswith("eval_")}

@@ -375,4 +375,5 @@ def _stages_of(schedule: object) -> list[Stage]:
         return [schedule]
     if isinstance(schedule, list | tuple) and all(isinstance(stage, Stage) for stage in schedule):
         return list(schedule)
-    raise ConfigurationError(f"a schedule must be a rank, a stage or a list of stages, got {schedule!r}; set schedule")
+    made = "a rank, a stage or a list of stages, which early_budget(4) or auto() of dynrank.schedules make"
+    raise ConfigurationError(f"a schedule must be {made}, got {schedule!r}; set schedule")

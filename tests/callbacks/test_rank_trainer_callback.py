@@ -65,6 +65,7 @@ def wrapped_experts():
 
 
 MODELS = pytest.mark.parametrize("make", [own, wrapped, own_experts, wrapped_experts])
+MISNAMED = {"max_regression": 1, "check_monitor": "loss"}
 TOO_COSTLY = {"max_regression": 0.1, "check_monitor": "eval_loss"}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 EVALUATING = {"eval_strategy": "steps", "eval_steps": 2}
@@ -163,11 +164,11 @@ def test_resumed_run_ends_in_the_same_bits(make, how, tmp_path):
 def test_plateau_reads_the_evaluations_and_survives_a_resume(tmp_path):
     """A model that stands still is at a plateau: at the third evaluation with a patience of 2."""
     options = {**EVALUATING, "learning_rate": 0.0}
-    stages = [Stage(Plateau("eval_loss", patience=2, warmup_steps=0), Rank(2))]
+    stages = [Stage(Plateau(patience=2, warmup_steps=0), Rank(2))]
     first = callback(stages)
     trainer(tmp_path, own(), first, **options, **SAVING).train()
     (event,) = first.history
-    assert (event.step, event.reason) == (6, "plateau of eval_loss")
+    assert (event.step, event.reason) == (6, "plateau of val/loss")
     # At 4 one evaluation is still to come, and at 6 the change is decided and not made.
     for start in (4, 6):
         second = callback(stages)
@@ -271,13 +272,13 @@ def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
         ({"optim": "ademamix_8bit"}, callback, r"AdEMAMix cannot be carried .*transformers\.Adafactor"),
         (
             {},
-            lambda: callback([Stage(Plateau(), Rank(2))]),
-            "monitor of Plateau .*begin with eval_, got 'val/loss'.*'eval_loss'",
+            lambda: callback([Stage(Plateau("val_loss"), Rank(2))]),
+            "monitor of Plateau .*begin with eval_, got 'val_loss'.*'eval_loss'",
         ),
         (
             {},
-            lambda: RankTrainerCallback(Stage(At(step=4), Rank(3), how=How(max_regression=1)), evaluate=dict),
-            "check_monitor of How .*begin with eval_, got 'val/loss'",
+            lambda: RankTrainerCallback(Stage(At(step=4), Rank(3), how=How(**MISNAMED)), evaluate=dict),
+            "check_monitor of How .*begin with eval_, got 'loss'",
         ),
     ],
 )
