@@ -109,8 +109,9 @@ class Calls:
             self._arrived(call)
         if call.terms is None and gradient.ndim:
             # TRL's models give out the log probability of each label, and no logits.
-            of_labels = call.learned is not None and call.learned.shape == gradient.shape
-            call.terms = (gradient * call.learned).count_nonzero() if of_labels else counted(gradient)
+            if call.learned is not None and call.learned.shape == gradient.shape:
+                gradient = (gradient * call.learned)[..., None]
+            call.terms = counted(gradient)
 
 
 def _around(model: nn.Module, layers: Collection[nn.Module]) -> Iterator[nn.Module]:
