@@ -1,6 +1,6 @@
 """The private names of torch, transformers and Lightning Fabric that dynrank uses where no public name serves.
 
-``tests/test_private.py`` fails when a release removes one, or when another module uses one. The private names of
+Tests fail when a release removes one, and ``tests/test_private.py`` when another module uses one. The private names of
 Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in ``distributed/wrappers.py``.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,11 +16,13 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
+from trained import updated
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.change.gates import Gates
 from dynrank.distributed.sharding import shard_frozen
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Budget, GrowTo, Rank
@@ -210,6 +213,21 @@ def fit(
     trainer = lightning.Trainer(**settings | run.trainer | options, callbacks=[*callbacks, scheduler, *averages])
     trainer.fit(model, ckpt_path=ckpt_path)
     return model, trainer, scheduler
+
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def gates_of(dtype: torch.dtype, shows: bool = True) -> Any:
+    """The gradients and roots of gates that are measured in one step, in which this process may show no example."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
+    net = updated(dynrank.add_lora(net, rank=3, target_modules=["0", "2"], dtype=dtype).to(dtype))
+    with closing(Gates(net, dict(dynrank.lora_layers(net)), 1)) as gates:
+        if shows:
+            net(torch.randn(5, 6, dtype=dtype)).square().mean(1).mean().backward()
+        gates.end_step()
+    return gates._gradients()
 
 
 def outcome(model: Model, trainer: lightning.Trainer, scheduler: RankScheduler) -> dict[str, Any]:

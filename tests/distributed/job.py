@@ -16,15 +16,17 @@ from distributed_runs import (
     CHANGE,
     CROSSED,
     CROSSINGS,
+    DTYPES,
     RESUMED,
     RUNS,
     Run,
     fit,
+    gates_of,
     outcome,
     saved,
     saving,
     strategy_of,
-)
+)  # fmt: skip
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 
@@ -142,6 +144,8 @@ def main(place: str) -> None:
     checks["sharded"] = partial(refusal, Run(model={"sharded": True}, ddp=None))
     warnings.simplefilter("ignore")
     process, results = int(os.environ["RANK"]), {}
+    for dtype in DTYPES:
+        checks[f"gates, {dtype}"] = partial(gates_of, dtype, shows=process == 0)
     for name, check in checks.items():
         start = time.perf_counter()
         try:

@@ -7,7 +7,7 @@ import forked
 import lightning
 import pytest
 import torch
-from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
+from distributed_runs import CROSSED, CROSSINGS, DTYPES, RESUMED, RUNS, fit, gates_of, outcome, saved, saving
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.testing import assert_close
@@ -84,6 +84,17 @@ def test_one_process_may_save_the_state_by_itself_while_statistics_are_collected
     """What is collected is alike in all after every step, so nobody has to be asked, or waits."""
     for alone, other in zip(found(results, "saved alone"), found(results, "ddp, budget by gates"), strict=True):
         assert_same_bits(alone, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_of_a_process_without_examples_add_nothing(results, dtype):
+    (first, roots), (second, _) = found(results, f"gates, {dtype}")
+    alone, own_roots = gates_of(dtype)
+    for name, gradient in alone.items():
+        assert torch.equal(first[name], second[name])
+        # Gradients are means over processes.
+        assert_close(first[name], gradient / 2)
+        assert_close(roots[name], own_roots[name] / 2)
 
 
 @pytest.mark.parametrize(
