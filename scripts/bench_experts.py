@@ -1,9 +1,9 @@
-"""LoRA in the experts of a Qwen3-MoE: ours beside PEFT's, and what a budget is worth among experts.
+"""LoRA in the experts of a Qwen3-MoE: dynrank beside PEFT, and what a budget is worth among experts.
 
-``layers`` measures one module of 32 experts (8 of them for a token), forward and backward: PEFT adds the update to the
-weights of all experts, ours multiplies each token by A and B of its own. Every round runs both once, in an order that
-is drawn. ``train FOLDER`` trains the experts of a model that pretrain_small.py has made, on the C++ headers of torch:
-rank 8 and 2 throughout, and 8 cut to the parameters of 2 at a third of the run, each at every rate.
+``layers`` measures one module of 32 experts (8 of them for a token), forward and backward. PEFT adds the update to the
+weights of all experts; dynrank multiplies each token by A and B of its own experts. Every round runs both once, in a
+random order. ``train FOLDER`` trains the experts of a model that pretrain_small.py has made, on the C++ headers of
+torch: rank 8 throughout, rank 2 throughout, and 8 cut to the parameters of 2 at a third of the run, each at every rate.
 Run: .venv/bin/python scripts/bench_experts.py layers | train FOLDER [--steps N] [--seeds 0 1] [--rates R ...]
 """
 

@@ -1,10 +1,10 @@
-"""Seconds per generated token: plain, merged, and with an unmerged adapter by rank, ours and PEFT's, interleaved.
+"""Seconds per generated token: plain, merged, and with an unmerged adapter by rank, of dynrank and of PEFT.
 
-Greedy generation with a key-value cache, always of the full length. A round generates once with each in an order that
-is drawn, and the table has medians over rounds of the ratios within a round. Adapters are on every linear layer but the
-head, in float32; all models but the merged one share the weights of the plain one. SmolLM2 has its architecture and
-random weights: time does not depend on their values. Multiplications: what the adapter adds to the model's own,
-for a token, in percent.
+The program generates greedily, with a key-value cache, always to the full length. A round generates once with each
+model in a random order. The table has medians over rounds of the ratios within a round. Adapters are on every linear
+layer but the head, in float32. All models but the merged one share the weights of the plain one. SmolLM2 has its
+architecture and random weights, because time does not depend on their values. The column of multiplications says what
+the adapter adds to the model's own for a token, in percent.
 Run: .venv/bin/python scripts/bench_generation.py [--ranks 32 16 8] [--rows N] [--prompt N] [--tokens N] [--rounds N]
 """
 

@@ -1,11 +1,11 @@
 """LoRA layers on a GPU, forward and backward: beside the frozen linear, PEFT and unsloth's order of operations.
 
-Every round runs all of them once, in an order that is drawn. GPU time is that of a CUDA graph, between two events, so
-nothing of the host is in it; what cannot be captured is timed as it is launched, and marked "eager". Host time is that
-of one CPU thread. The gradients are those of torch.autograd.grad, which adds nothing to x.grad.
-It ends in a markdown table for the README, and appends its rows to kernels/measured.csv, from which lora.backend=auto
-decides. The targets are for an H100, 8192 tokens, d = 4096 (roofline arithmetic in bfloat16).
-No GPU: --device cpu runs the same code on small sizes, where the times mean nothing and no row is kept.
+Every round runs all of them once, in a random order. GPU time is that of a CUDA graph, between two events, so it
+includes nothing of the host. What cannot be captured in a graph is timed as it is launched, and marked "eager". Host
+time is that of one CPU thread. The gradients come from torch.autograd.grad, which adds nothing to x.grad.
+The program prints a markdown table and appends its rows to kernels/measured.csv, by which lora.backend=auto decides.
+The targets are for an H100, 8192 tokens, d = 4096 (roofline arithmetic in bfloat16).
+Without a GPU, --device cpu runs the same code on small sizes. Its times mean nothing, and it keeps no row.
 Run: .venv/bin/python scripts/bench_gpu.py [--ranks 8 16 64] [--tokens M…] [--shapes D_INxD_OUT…] [--rounds N]
 """
 
@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from dynrank import add_lora
 from dynrank.kernels.backends import MEASURED
 
-# Triton / other, at p = 0 and p > 0, on an H100 with M = 8192 and d = 4096
+# Time of Triton / time of the other, at p = 0 and p > 0, on an H100 with M = 8192 tokens and d = 4096.
 TARGETS = {"frozen": (1.22, 1.25), "PEFT": (0.82, 0.75), "PEFT autocast": (0.66, 0.58), "unsloth's order": (0.94, 0.94)}
 OURS = {"ATen": "torch", "Triton": "triton"}
 Function = Callable[[], object]

@@ -1,8 +1,8 @@
-"""Layers that read one x, forward and backward: sharing a pass over it (lora.group) beside one by one.
+"""Layers that read one x, forward and backward: in a group that shares one pass over x (lora.group), and one by one.
 
-The first table has the layers alone, the second whole training steps (AdamW, adapters of rank 32 on every linear layer
-but the head) of models with the widths of MiniLM and SmolLM2-135M, six blocks each, random weights. Medians over rounds
-of the ratios within a round. Bases are in float32 or bfloat16, adapters in float32.
+The first table has the layers alone. The second has whole training steps (AdamW, adapters of rank 32 on every linear
+layer but the head) of models with the widths of MiniLM and SmolLM2-135M, six blocks each, random weights. The figures
+are medians over rounds of the ratios within a round. Bases are in float32 or bfloat16, adapters in float32.
 Run: .venv/bin/python scripts/bench_group.py [--rounds N] [--tokens M] [--ranks 16 32] [--dropouts 0 0.1]
 """
 

@@ -1,7 +1,7 @@
 """Host time of LoRA layers, forward and backward, on tensors so small that arithmetic costs next to nothing.
 
-On a GPU this is what launching a layer takes. Every round runs all functions once in a drawn order; a cell is the
-median over rounds of one thread's CPU time, so that other processes of the machine count little.
+On a GPU this is the time that it takes to launch a layer. Every round runs all functions once in a random order. A
+figure is the median over rounds of one thread's CPU time, so other processes of the machine matter little.
 Run: .venv/bin/python scripts/bench_host.py [--rounds N]
 """
 

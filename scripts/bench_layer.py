@@ -1,7 +1,7 @@
-"""One LoRA layer, forward and backward: PEFT's, ours and the frozen linear, interleaved in one process.
+"""One LoRA layer, forward and backward: PEFT's, dynrank's and the frozen linear, interleaved in one process.
 
-Every round runs the three once in a new order; the table has the median over rounds of the ratios within a round, so
-that a noisy machine disturbs all alike. Saved bytes are what autograd keeps between forward and backward besides the
+Every round runs the three once in a new order. The table has the median over rounds of the ratios within a round, so
+a noisy machine disturbs all alike. Saved bytes are what autograd keeps between forward and backward besides the
 parameters (saved_tensors_hooks). Floor: the frozen linear's time x (1 + 3 r / d), the share of floating-point
 operations that the update adds.
 Run: .venv/bin/python scripts/bench_layer.py [--rounds N] [--tokens M] [--widths 576 1024 2048] [--ranks 8 16 64]

@@ -1,10 +1,10 @@
-"""``dynrank squeeze`` of image models' LoRA files beside the method that kohya's resize_lora is described by.
+"""``dynrank squeeze`` of image models' LoRA files beside the method of kohya's resize_lora, by its description.
 
-That forms the product of each layer's factors and takes its SVD: the whole one, or ``torch.svd_lowrank`` of twice the
-rank that is kept (pull request 2240 of sd-scripts, with its 2 iterations). Here it is written anew as two functions.
-Layers are timed in one process, in interleaved rounds; whole files, of the shapes of SDXL and Flux and made of random
-factors whose singular values fall as 1 / i, are taken from disk to disk by processes of their own, in turns. Methods of
-``--sampled`` take one layer of each shape, and their times are those by the number of layers.
+That method forms the product of each layer's factors and takes its SVD: the whole one, or ``torch.svd_lowrank`` of
+twice the rank that is kept (pull request 2240 of sd-scripts, with its 2 iterations). Two functions here do the same.
+Layers are timed in one process, in interleaved rounds. Whole files have the shapes of SDXL and Flux, and random factors
+whose singular values fall as 1 / i. Each method takes them from disk to disk in a process of its own, in turns. Methods
+of ``--sampled`` take one layer of each shape, and their time is multiplied by the number of such layers.
 Run: .venv/bin/python scripts/bench_single_file.py [--rounds N] [--full-below N] [--layers NAME ...] [--files sdxl flux]
 """
 

@@ -1,7 +1,7 @@
-"""Time and memory of `dynrank squeeze` on a 7B model's worth of adapters: 224 layers of 4096 x 4096, rank 64 -> 16.
+"""Time and memory of ``dynrank squeeze`` on a 7B model's worth of adapters: 224 layers of 4096 x 4096, rank 64 -> 16.
 
-Makes the adapter (random, float32, 470 MB) in a temporary folder, runs the command on it in a process of its own, and
-compares two layers with PEFT's convert_to_lora side by side in this process.
+The program makes the adapter (random, float32, 470 MB) in a temporary folder and runs the command on it in a process of
+its own. In this process it compares two layers with PEFT's convert_to_lora.
 Run: .venv/bin/python scripts/bench_squeeze.py [--layers N] [--size N] [--skip-peft]
 """
 

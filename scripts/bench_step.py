@@ -1,9 +1,9 @@
 """Whole training steps of MiniLM and SmolLM2-135M: under PEFT, under dynrank, and after dynrank's drop 32 -> 16.
 
-All models of a comparison live in one process; a round makes one step of each in an order that is drawn, and the table
-has medians over rounds of the ratios within a round. Adapters are on every linear layer but the head, in float32. Peak
+All models of a comparison live in one process. A round makes one step of each in a random order, and the table has
+medians over rounds of the ratios within a round. Adapters are on every linear layer but the head, in float32. Peak
 memory is what a step allocates at one time beyond weights, adapters and optimizer state. SmolLM2 has its architecture
-and random weights: the time of a step does not depend on their values.
+and random weights, because the time of a step does not depend on their values.
 Run: .venv/bin/python scripts/bench_step.py [--models minilm smollm2] [--dropouts 0 0.1] [--rounds N]
 """
 

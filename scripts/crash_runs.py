@@ -38,7 +38,7 @@ WATCHED = How(metric="gates", window=4, rate_after="sqrt")
 LEVEL = Plateau(patience=1, min_delta=0.9)
 SCHEDULES: dict[str, list[Stage]] = {
     "plateau and cut, checked": [Stage(LEVEL, Rank(4), how=CHECKED), Stage(At(step=19), Rank(2), how=CHECKED)],
-    "undone, then half as far": [
+    "undone twice": [
         Stage(At(step=step), Rank(rank), how=How(max_regression=0.01)) for step, rank in ((9, 2), (20, 1))
     ],
     "grown at random, then cut": [

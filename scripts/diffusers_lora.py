@@ -1,8 +1,8 @@
-"""A LoRA on a UNet of diffusers that loses ranks while it learns, with pictures before the cut, after it, at the end.
+"""A LoRA on a UNet of diffusers whose ranks are cut while it learns, with pictures before, after and at the end.
 
-A small UNet learns scikit-learn's handwritten digits (1,797 images of 8 x 8) by denoising, each under its number. Then
-its weights are frozen, and a LoRA of rank 16 made by ``unet.add_adapter`` learns the same digits lying on their side.
-At a third of the way gates cut it to the parameters of rank 4. diffusers saves it, and a fresh UNet loads it.
+A small UNet learns scikit-learn's handwritten digits (1,797 images of 8 x 8) by denoising, with the digit as the
+condition. Then its weights are frozen. A LoRA of rank 16, made by ``unet.add_adapter``, learns the same digits lying on
+their side. At a third of the run gates cut it to the parameters of rank 4. diffusers saves it, and a new UNet loads it.
 Run: .venv/bin/python scripts/diffusers_lora.py --out FOLDER [--base-steps N] [--steps N]
 """
 

@@ -1,4 +1,4 @@
-"""Measuring things beside each other in one process, so that a noisy machine disturbs all alike."""
+"""Measurements of several things in one process and in turns, so that a noisy machine disturbs all alike."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Function = Callable[[], object]
 
 
 def rounds(functions: Mapping[str, Function], count: int, warm_up: int = 3) -> dict[str, list[float]]:
-    """Seconds of each function in each of ``count`` rounds, which run all of them once, in an order that is drawn."""
+    """Seconds of each function in each of ``count`` rounds, which run all of them once, in a random order."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for index in range(count + warm_up):
         for name in random.sample(list(functions), len(functions)):

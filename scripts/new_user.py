@@ -1,7 +1,7 @@
 """Makes the files of somebody who tries dynrank for the first time: ``python scripts/new_user.py FOLDER``.
 
-FOLDER/tickets.csv has 2,000 texts with one of four labels, FOLDER/talks.jsonl 500 chats with one answer each; README.md
-beside this file goes through the commands.
+FOLDER/tickets.csv has 2,000 texts with one of four labels, FOLDER/talks.jsonl has 500 chats with one answer each.
+README.md beside this file shows the commands that use them.
 """
 
 import csv

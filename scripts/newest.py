@@ -1,6 +1,7 @@
-"""Add a row to results/newest.csv: what scripts/test --newest, which runs this, has just passed with.
+"""Adds a row to results/newest.csv: the versions with which scripts/test --newest, which runs this, has just passed.
 
-scripts/release shows the last row. tests/test_versions.py holds the upper bounds of pyproject.toml to the highest ones.
+scripts/release shows the last row. tests/test_versions.py compares the upper bounds of pyproject.toml with the highest
+versions of the file.
 """
 
 import csv

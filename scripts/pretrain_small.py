@@ -1,11 +1,11 @@
 """Pre-trains a small decoder on the docstrings of Python packages, for task.model=FOLDER.
 
-No Python package brings such a model with its weights, so this makes one, from random weights. By default it is a Llama
-of four blocks of width 320 behind a byte-level BPE of 2,048 (5.6M parameters, embedding and head shared), and sees
-6 million tokens, in 20 to 30 minutes of one core with AMX. Others are GPT-2 and BLOOM (fused
-query_key_value) and Qwen3-MoE (8 experts, 2 for a token). Its numbers say nothing of these models as they were
-published. Interrupted, it goes on from its last 200 steps. Run:
-.venv/bin/python scripts/pretrain_small.py [--architecture llama] [--out FOLDER]
+No Python package brings such a model with its weights, so this program makes one from random weights. By default it is
+a Llama of four blocks of width 320 with a byte-level BPE of 2,048 tokens (5.6M parameters, embedding and head shared).
+It sees 6 million tokens, in 20 to 30 minutes of one core with AMX. The other architectures are GPT-2, BLOOM (fused
+query_key_value) and Qwen3-MoE (8 experts, 2 for a token). Results with them say nothing about the published models. An
+interrupted program goes on from the last multiple of 200 steps.
+Run: .venv/bin/python scripts/pretrain_small.py [--architecture llama] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MODELS = Path.home() / ".cache" / "dynrank" / "models"
 KEEP_EVERY = 200
 # Rows of the corpus that are not trained on.
 HELD_OUT = 64
-# Fields of a config that only this architecture has.
+# Fields of the config that only this architecture has.
 OWN: dict[str, dict[str, Any]] = {
     "gpt2": {"n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
     "bloom": {},
@@ -168,7 +168,7 @@ def train(model: Any, rows: Tensor, options: argparse.Namespace, state: Path) ->
             parts[name].load_state_dict(values)
         print(f"goes on at step {first}", flush=True)
     held_out, trained = rows[:HELD_OUT], rows[HELD_OUT:]
-    # Products alone are in bfloat16. Weights stay in float32.
+    # Only the products are in bfloat16. Weights stay in float32.
     half = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     start = time.perf_counter()
     for step in range(first, options.steps):

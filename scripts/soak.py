@@ -1,11 +1,11 @@
 """Does a long run whose ranks go down and up, again and again, keep its memory and its file handles level?
 
-Trains MiniLM on medical_terms with everything on that holds on to the adapter: an exponential average of the weights,
-checkpoints, two loggers, statistics for the metric loss. Every --every steps the rank of all layers changes, 32, 16, 8,
-16, 32 and so on. Every 10 steps the resident memory and the open file handles are read; the slope of memory is fitted
-to its means over whole rounds of four changes, which are alike but for what the process has kept. The first quarter of
-the rounds (at least one) is warm-up. Prints a table and a verdict; exits with 1 if memory or handles grow.
-Run: .venv/bin/python scripts/soak.py [--minutes 30]
+The run trains MiniLM on medical_terms. Everything is on that holds parameters of the adapter: an exponential average of
+the weights, checkpoints, two loggers, gates. Every --every steps the rank of all layers changes: 32, 16, 8, 16, 32 and
+so on. Every 10 steps the program reads the resident memory and the number of open file handles. A line is fitted to the
+mean memory of whole rounds of four changes. The first quarter of the rounds (at least one) is warm-up. The program
+prints a table and a verdict, and exits with 1 if memory or handles grow.
+Run: .venv/bin/python scripts/soak.py [--minutes 30] [--every 50]
 """
 
 from __future__ import annotations

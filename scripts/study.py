@@ -1,14 +1,15 @@
 """Which way from a high rank to a small adapter pays, at the bytes of ranks 16 to 2?
 
-Arms: fixed ranks; cuts from rank 16, uniform, or one budget by weight or by gates, early or late, with and without a
-higher rate of the adapter afterwards; fixed ranks whose rate rises at the same time; allocations from the start, found
-by gates or by the gradients before the first step (GoRA); PEFT's AdaLoRA; some of them with Muon. Batches, dropout,
-head and scaling are the same in all arms of a seed, and arms that start alike go on from one model up to their cut. On
-the first two seeds every arm is trained at each learning rate, and at a neighbour where it is best at the edge; on the
-others at the rate whose validation loss is best over these two.
+An arm is one way to train. Arms are: fixed ranks; cuts from rank 16, of every layer alike or as one budget by weight or
+by gates, early or late, with and without a higher rate of the adapter afterwards; fixed ranks whose rate rises at the
+same time; allocations from the start, found by gates or by the gradients before the first step (GoRA); PEFT's AdaLoRA;
+some of them with Muon. All arms of a seed have the same batches, dropout, head and scaling. Arms that start alike go on
+from one model, which is trained up to their cut. On the first two seeds every arm is trained at each learning rate, and
+at a neighbour if the best rate is at the edge. On the other seeds it is trained at the rate with the best validation
+loss over these two.
 
-Adds to study.csv (a row per run, as soon as it is made), draws study_TASK.png into scripts/results/, and prints the
-table. It may be interrupted: runs that the file holds already are not made again. Several at once, of other seeds,
+The program adds a row to study.csv as soon as a run ends, draws study_TASK.png into scripts/results/, and prints the
+table. It may be interrupted: it makes no run again that the file holds. Several programs at once, for other seeds,
 tasks or arms, may write to one file.
 Run: .venv/bin/python scripts/study.py [TASK] [--seeds N ...] [--rates R ...] [--only PATTERN] [--minutes M]
 """
@@ -115,9 +116,9 @@ class Arm:
         return {"name": "dynrank.Muon"} if self.optimizer == "Muon" else {}
 
 
-# Cuts step by step while AdaLoRA's ranks fall, see adalora.py.
+# Eight cuts over the time in which AdaLoRA's ranks fall, see adalora.py.
 GRADUAL: dict[str, Any] = {"steps": 8, "start": 0.15, "end": 0.65}
-# A rate multiplied by this keeps the size of a step of the update.
+# A rate multiplied by this keeps the size of a step of the update, if the rank falls to 2.
 ROOT = (HIGH / 2) ** 0.5
 _RANKS = [Arm(rank) for rank in (HIGH, 2, 4)]
 _RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
@@ -399,7 +400,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     styles = {"": "ko", "uniform": "vm", "weight": ">c", "gates": "^g", "found": "<c"}
     styles |= {"GoRA": "Db", "AdaLoRA": "sr", "anneal": "Pb", "auto": "*y"}
     labelled: set[str] = set()
-    # Arms of about one size are drawn beside each other.
+    # Arms of nearly the same size are drawn side by side.
     drawn: Counter[float] = Counter()
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}") and row["parameters"]]

@@ -1,4 +1,4 @@
-"""What the studies share: tasks, a training loop that any adapter can go through, their results."""
+"""What the arms of the study share: tasks, a training loop for any adapter, and the table of results."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ _HEADERS += ("model.dtype=bfloat16", "model.attention=eager")
 _LM = ("optimizer.warmup_steps=8", "model.dtype=bfloat16")
 TASKS = {
     "medical_terms": Work(240, (5e-4, 1e-3, 2e-3), ("task=medical_terms", "task.batch_size=32")),
-    # six times the steps on 600 terms (and as many of validation and test): a high rank overfits
+    # Six times the steps on 600 terms, with 600 for validation and for test, so that a high rank overfits.
     "few_medical_terms": Work(1440, (5e-4, 1e-3), ("task=medical_terms", "task.batch_size=32", "task.limit=600")),
     "financial_terms": Work(96, (1e-3, 2e-3, 4e-3), ("task=financial_terms", "task.batch_size=16", *_LM)),
-    # the model of pretrain_small.py, which has read English and Python, learns C++
+    # The model of pretrain_small.py, which has read English and Python, learns C++.
     "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), _HEADERS, window=40),
     "code_completion": Work(96, (1e-3, 2e-3, 4e-3), ("task=code_completion", "task.batch_size=4", *_LM)),
 }

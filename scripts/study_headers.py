@@ -1,4 +1,4 @@
-"""C++ as a language model meets it that has read English and Python alone: the headers that torch is installed with."""
+"""The C++ headers that torch is installed with, as a task for a model that has read English and Python alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a schedule of ranks: learns completions of prompts, and halves the adapter on the way.
+"""TRL's SFTTrainer with a schedule of ranks: learns completions of prompts, and halves the adapter during training.
 
 ``pip install trl 'dynrank[hf]' peft``, then ``python scripts/trl_sft.py MODEL FILE OUT``; in two processes
 ``accelerate launch --num_processes 2 scripts/trl_sft.py MODEL FILE OUT``.

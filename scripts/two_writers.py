@@ -1,8 +1,8 @@
-"""Two adapters of one causal language model for unlike tasks, trained briefly: a medical one and a code one.
+"""Two adapters of one causal language model for different tasks, trained briefly: a medical one and a code one.
 
-The medical one is of rank 16 on attention, 4 in every second of its layers, and writes the official description of an
-ICD-10-CM code behind one of its inclusion terms. The code one is of rank 32 on all linear layers, 8 on down
-projections, and writes the body of a function behind signature and docstring.
+The medical adapter has rank 16 on attention, 4 in every second of its layers. It writes the official description of an
+ICD-10-CM code after one of its inclusion terms. The code adapter has rank 32 on all linear layers, 8 on down
+projections. It writes the body of a function after its signature and docstring.
 """
 
 from __future__ import annotations
