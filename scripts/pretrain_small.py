@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def docstrings(characters: int) -> list[str]:
-    """Docstrings of 200 characters or more, each once, in an order that is drawn, up to so many ``characters``."""
+    """Docstrings of 200 characters or more, each once, in a random order, up to so many ``characters``."""
     folders = [sysconfig.get_path("stdlib")]
     for package in PACKAGES:
         spec = find_spec(package)

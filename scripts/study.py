@@ -118,7 +118,7 @@ class Arm:
 
 # Eight cuts over the time in which AdaLoRA's ranks fall, see adalora.py.
 GRADUAL: dict[str, Any] = {"steps": 8, "start": 0.15, "end": 0.65}
-# A rate multiplied by this keeps the size of a step of the update, if the rank falls to 2.
+# A rate multiplied by this keeps the size of a step of the update, if the rank falls to an eighth.
 ROOT = (HIGH / 2) ** 0.5
 _RANKS = [Arm(rank) for rank in (HIGH, 2, 4)]
 _RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
