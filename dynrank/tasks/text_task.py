@@ -152,11 +152,6 @@ class TextTask(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         examples: Any = self.examples["train"]
-        if len(examples) < self.batch_size * self.share[1]:
-            raise ConfigurationError(
-                f"task.batch_size must be at most the {len(examples)} training examples, got {self.batch_size} in each "
-                f"of {self.share[1]} processes"
-            )
         lengths = _lengths(examples)
         return ResumableLoader(examples, lengths, self.batch_size, self.seed, self.collate, share=self.share)
 

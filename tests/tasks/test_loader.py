@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import TensorDataset, default_collate
 
+from dynrank.errors import ConfigurationError
 from dynrank.tasks.loader import CHUNK, ResumableLoader, evaluation_batches, spread
 
 LENGTHS = [1 + i % 7 for i in range(50)]
@@ -63,7 +64,7 @@ def test_loader_uses_every_example_in_time():
 
 
 def test_loader_refuses_fewer_examples_than_a_batch():
-    with pytest.raises(ValueError, match="at most the number of examples, 2, got 8"):
+    with pytest.raises(ConfigurationError, match="at most the 2 training examples, got 8"):
         ResumableLoader(TensorDataset(torch.arange(2)), [1, 1], 8, 0, default_collate)
 
 
