@@ -1,7 +1,5 @@
 """Recording the texts that a model writes in validations and the test: in a CSV file, and in the loggers."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 from typing import Any

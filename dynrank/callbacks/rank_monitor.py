@@ -1,7 +1,5 @@
 """Showing and recording changes of rank: a printed table, CSV files, numbers and spectra for the loggers."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from dataclasses import replace

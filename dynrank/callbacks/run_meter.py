@@ -1,7 +1,5 @@
 """Measuring a run: tokens and seconds of training between changes of rank, and the peak memory."""
 
-from __future__ import annotations
-
 import re
 import resource
 import sys

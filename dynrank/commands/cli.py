@@ -1,7 +1,5 @@
 """``dynrank``: the commands for runs and adapters, except training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

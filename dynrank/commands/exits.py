@@ -3,8 +3,6 @@
 A failure is shown with a traceback, except for a full disk and a run that diverged.
 """
 
-from __future__ import annotations
-
 import errno
 import re
 import sys

@@ -1,7 +1,5 @@
 """The output of ``dynrank export``: what was written, its memory in the server, and the command that serves it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Gates of a stored adapter from examples in a file, for the option --gates of ``dynrank squeeze`` and ``inspect``."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any

@@ -1,7 +1,5 @@
 """The output of ``dynrank inspect``: a table of an adapter's layers, and a picture of their singular values."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The input and output of ``dynrank predict``: texts, and one line for each."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The output of ``dynrank ranks``: the layers of a composed run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from omegaconf import DictConfig

@@ -1,7 +1,5 @@
 """The output of ``dynrank squeeze``, and the squeeze by gates."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path

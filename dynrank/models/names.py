@@ -1,7 +1,5 @@
 """The names of models: where transformers finds a model that a user names."""
 
-from __future__ import annotations
-
 import socket
 from difflib import get_close_matches
 from functools import cache

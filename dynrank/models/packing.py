@@ -1,7 +1,5 @@
 """Packing a frozen base's linear layers by bitsandbytes, in a model with weights and in one on the meta device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib.util import find_spec
 

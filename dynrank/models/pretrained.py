@@ -1,7 +1,5 @@
 """Tokenizers, configs and models by the name that a user gives, loaded with the settings of the group ``model``."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Sequence
 from importlib.util import find_spec

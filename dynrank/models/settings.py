@@ -1,7 +1,5 @@
 """The settings of loading a model: the group ``model`` of a configuration, and its only defaults."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from dynrank.errors import Name, validated

@@ -1,7 +1,5 @@
 """The tensors of a model, and their bytes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from typing import Any
 

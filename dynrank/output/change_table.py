@@ -1,7 +1,5 @@
 """A table of a change of rank, with a line for each kind of layer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from rich.table import Table

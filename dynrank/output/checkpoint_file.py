@@ -3,8 +3,6 @@
 The format is that of ``torch.save``: a zip file with checksums.
 """
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Output of the commands: tables, facts and ranges of numbers, and silence of libraries."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Mapping
 

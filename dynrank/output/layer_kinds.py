@@ -1,7 +1,5 @@
 """The kind of a layer: one name for the layers at the same position of each block."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

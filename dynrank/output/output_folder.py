@@ -1,7 +1,5 @@
 """The folder or file of a command's --out, which is written completely or not at all."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Pictures: the metrics and ranks of a run, the spectra of layers, and the arms of a sweep."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from statistics import fmean, median, stdev

@@ -1,7 +1,5 @@
 """The cost of different ranks in a server, whose slot for an adapter has the highest rank in every layer."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 # The values that vLLM accepts for --max-lora-rank.

@@ -1,7 +1,5 @@
 """Files that are complete or absent: they are written under another name and then renamed."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """The trained parameters and the bytes of a run by rank, from its configuration only."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ torch.distributed._tools.mem_tracker cannot be used: it hooks the gradient of ev
 (torch 2.13).
 """
 
-from __future__ import annotations
-
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping

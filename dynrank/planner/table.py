@@ -1,7 +1,5 @@
 """The output of ``dynrank plan``."""
 
-from __future__ import annotations
-
 import torch
 from omegaconf import DictConfig
 from rich.table import Table

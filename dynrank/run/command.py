@@ -1,7 +1,5 @@
 """The command that started a run, from .hydra/ in its folder, and commands that change it."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Collection

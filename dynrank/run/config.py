@@ -1,7 +1,5 @@
 """Names and types of a run's configuration, whose values stand in ``conf/``; and the objects that it names."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The files of a finished run: the adapter, its ranks as a rank map, summary.json and the report."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict

@@ -4,8 +4,6 @@ While a resumed run trains, its earlier ``metrics.csv`` is renamed to ``metrics.
 that file anew.
 """
 
-from __future__ import annotations
-
 import csv
 import fcntl
 import os

@@ -1,7 +1,5 @@
 """One run from its composed configuration: build, train, test, export."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Errors in a user's overrides, in one line: Hydra's errors in our words, and keys that nothing reads."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager

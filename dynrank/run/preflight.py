@@ -1,7 +1,5 @@
 """Checks before a run starts, for faults that would otherwise appear late or with an unclear message."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature

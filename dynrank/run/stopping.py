@@ -1,7 +1,5 @@
 """The end of a run that SIGTERM or Ctrl-C stops: a checkpoint, and a line that says how to resume it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

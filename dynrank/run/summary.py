@@ -1,7 +1,5 @@
 """summary.json: the results of a finished run."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, field
 from pathlib import Path

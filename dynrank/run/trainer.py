@@ -1,7 +1,5 @@
 """The lightning.Trainer of a run: its callbacks and loggers, and silence of libraries."""
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Counts of a run's data by split, for the table before training and for summary.json."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import field
 

@@ -1,7 +1,5 @@
 """A transformers model with LoRA as a LightningModule: its optimizer, its loss and its metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Metrics of a language model's answers, by the names under which they are logged."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Finding the assistant's tokens in a chat, by the marks of the tokenizer's template or by prefixes of its text."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Making a language model's training examples from rows: prompts with answers, chats or texts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 

@@ -1,7 +1,5 @@
 """A data loader that can be resumed at any batch, and the division of examples among processes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any

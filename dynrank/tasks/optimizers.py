@@ -1,7 +1,5 @@
 """The optimizer and learning-rate schedule of a run, from plain configuration values."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Annotated, Any, Literal

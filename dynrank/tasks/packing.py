@@ -1,7 +1,5 @@
 """Several examples in one row, without attention between them: their positions, and a check of the model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Whether a text is Python."""
 
-from __future__ import annotations
-
 import ast
 import warnings
 

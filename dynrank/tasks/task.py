@@ -1,7 +1,5 @@
 """The interface between a run and its task; classification.py and language_modeling.py implement it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 

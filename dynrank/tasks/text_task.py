@@ -1,7 +1,5 @@
 """Batches of tokenised texts, the common part of dynrank's own tasks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property

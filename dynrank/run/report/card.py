@@ -1,7 +1,5 @@
 """README.md of an adapter: its base, its training, its results, and how to use it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The templates of a run's report and card, and their filters."""
 
-from __future__ import annotations
-
 import re
 from base64 import b64encode
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The results of a finished run in sentences: quality around each change, bytes, gap, other runs, next commands."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass

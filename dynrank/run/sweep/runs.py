@@ -1,7 +1,5 @@
 """The runs of a sweep: each is started, resumed, or skipped because it has ended; the table comes at the end."""
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """The table and the picture of a sweep, from the files in its runs' folders."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The disk cache of ``datasets``: filling it quietly, by several processes, and the error if it cannot be written."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

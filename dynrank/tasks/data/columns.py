@@ -1,7 +1,5 @@
 """Finding the columns of a form in users' data, by the names that they usually have."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The splits of users' own data: files, folders, or names on the hub. The rows stay on disk."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Terms of ICD-10-CM with their blocks of codes; no term is in two splits."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Annotated

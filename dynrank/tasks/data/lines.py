@@ -1,7 +1,5 @@
 """Reading the rows of a file, each with its line: csv, tsv, json, jsonl, parquet and txt."""
 
-from __future__ import annotations
-
 import codecs
 import csv
 import json

@@ -1,7 +1,5 @@
 """Rows of users' data in the columns of a form, checked in the same pass; all faults are listed at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any

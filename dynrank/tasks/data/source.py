@@ -1,7 +1,5 @@
 """Reading the rows of a source that a user names: a file, a folder, or a data set on the hub."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The rows of a task's data by split, from what users may give."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Functions of Python's standard library as signature, docstring and body; no module is in two splits."""
 
-from __future__ import annotations
-
 import ast
 import sys
 import sysconfig

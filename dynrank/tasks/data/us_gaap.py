@@ -5,8 +5,6 @@ and their section of the statement. Only this file is read. The package itself, 
 imported.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re
