@@ -31,13 +31,14 @@ def _harmless(init: Any) -> Any:
     return init
 
 
-def _expressions(pattern: dict[str, Any] | None) -> dict[str, Any] | None:
-    for key in pattern or ():
+def _expressions(found: Any) -> Any:
+    """A pattern, or targets, after a check of its expressions; a list of targets has names."""
+    for text in [found] if isinstance(found, str) else [*found] if isinstance(found, dict) else []:
         try:
-            whole_parts(key)
+            whole_parts(text)
         except EXPRESSION_ERRORS as error:
-            raise ValueError(f"has a key {key!r:.100} that is not a regular expression: {error}") from None
-    return pattern
+            raise ValueError(f"has {text!r:.100}, which is not a regular expression: {error}") from None
+    return found
 
 
 Unset = Annotated[Any, AfterValidator(_unset)]
@@ -54,7 +55,7 @@ class AdapterConfig(BaseModel):
     peft_type: Literal["LORA"]
     base_model_name_or_path: Any = None
     auto_mapping: Any = None
-    target_modules: Any = None
+    target_modules: Annotated[str | list[str] | None, AfterValidator(_expressions)] = None
     r: Count
     lora_alpha: Number
     rank_pattern: Annotated[dict[str, Count] | None, AfterValidator(_expressions)] = None
