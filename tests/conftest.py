@@ -1,5 +1,6 @@
 """What several test files share: a small LightningModule of a user's, small models, one whole run, the commands."""
 
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -165,6 +166,16 @@ def tiny_moe():
         return model
 
     return build
+
+
+@pytest.fixture
+def full_disk():
+    """No file can become larger than a page, as on a disk that is full."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
 
 
 # All layers go to one rank, by their singular values.

@@ -1,24 +1,17 @@
 """Models of four kinds, the same on every call, and adapters for them by dynrank and by PEFT."""
 
 import json
-import resource
-import signal
+from functools import partial
 
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
 
 import dynrank
+from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -41,9 +34,9 @@ class Zoo:
     """Functions for the tests; a kind is one of ``models``."""
 
     models = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**TINY, **SIZES)),
-        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**TINY, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
-        "bert": lambda: BertForSequenceClassification(BertConfig(**TINY, **SIZES, num_labels=3)),
+        "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**TINY, **SIZES)),
+        "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**TINY, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
+        "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**TINY, **SIZES, num_labels=3)),
         "conv": ConvNet,
     }
     targets = {
@@ -134,41 +127,6 @@ def zoo():
 
 
 @pytest.fixture
-def full_disk():
-    """No file can become larger than a page, as on a disk that is full."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.fixture
-def launch(monkeypatch, capsys):
+def launch(launch):
     """Run ``dynrank`` with these arguments in this process: (exit code, what it printed, what it said of errors)."""
-    from dynrank.commands import cli
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["dynrank", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        printed = capsys.readouterr()
-        assert "Traceback" not in printed.err
-        return caught.value.code or 0, printed.out, printed.err
-
-    return call
-
-
-def pytest_collection_modifyitems(items):
-    known = [
-        # PEFT warns so of every Conv1D, and of a Linear beside one.
-        "ignore:fan_in_fan_out is set to (True|False):UserWarning",
-        # PEFT warns so of an adapted lm_head that is tied.
-        "ignore:Model has `tie_word_embeddings=True`:UserWarning",
-        # PEFT warns so of an adapted embedding.
-        "ignore:Setting `save_embedding_layers` to `True`:UserWarning",
-    ]
-    for item in items:
-        if item.path.parent.name == "adapters":
-            for warning in known:
-                item.add_marker(pytest.mark.filterwarnings(warning))
+    return partial(launch, cli.main)

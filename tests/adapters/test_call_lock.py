@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import count
 
@@ -121,31 +122,30 @@ def used(request, tmp_path):
 
 @contextmanager
 def halfway(used):
-    """The block runs while another thread is in the midst of a use; yields what will come of it."""
-    inside, go_on, results = threading.Event(), threading.Event(), []
+    """The block runs while another thread is in the midst of a use; yields the future of what comes of it."""
+    inside, go_on = threading.Event(), threading.Event()
 
     def pause():
         inside.set()
         assert go_on.wait(LONG)
 
-    thread = threading.Thread(target=lambda: results.append(used.interrupted(pause)))
-    thread.start()
-    assert inside.wait(LONG)
-    try:
-        yield results
-    finally:
-        go_on.set()
-        thread.join(LONG)
+    with ThreadPoolExecutor() as pool:
+        use = pool.submit(used.interrupted, pause)
+        try:
+            assert inside.wait(LONG)
+            yield use
+        finally:
+            go_on.set()
 
 
 def test_swap_waits_for_the_use_under_way(used):
     swap = threading.Thread(target=dynrank.swap_adapter, args=(used.model, used.adapters[1]))
-    with halfway(used) as results:
+    with halfway(used) as use:
         swap.start()
         swap.join(0.3)
         assert swap.is_alive()
     swap.join(LONG)
-    assert results == [used.expected[0]]
+    assert use.result() == used.expected[0]
     assert used.use(used.model) == used.expected[1]
 
 
@@ -164,25 +164,13 @@ def test_swap_that_is_interrupted_while_it_waits_lets_all_go_on(used, monkeypatc
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_swap_does_not_wait_for_a_use_that_an_exception_ended(used, error):
-    ended, leave = threading.Event(), threading.Event()
-
     def interrupt():
         raise error
 
-    def work():
-        with pytest.raises(error):
-            used.interrupted(interrupt)
-        ended.set()
-        # The thread has to live on.
-        leave.wait(LONG)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    assert ended.wait(LONG)
+    with pytest.raises(error):
+        used.interrupted(interrupt)
     dynrank.swap_adapter(used.model, used.adapters[1])
     assert used.use(used.model) == used.expected[1]
-    leave.set()
-    thread.join(LONG)
 
 
 def test_swap_within_the_models_own_use_is_refused(used):
@@ -193,30 +181,24 @@ def test_swap_within_the_models_own_use_is_refused(used):
 
 def use_and_swap(use, used, swapped, swaps):
     """Three threads use a model without a pause, whose adapters are swapped meanwhile."""
-    stop, results, failures = threading.Event(), [], []
+    stop, results = threading.Event(), []
 
     def work():
-        try:
-            while not stop.is_set():
-                results.append(use())
-        except Exception as error:
-            failures.append(error)
+        while not stop.is_set():
+            results.append(use())
 
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    try:
-        for index in range(swaps):
-            before = len(results)
-            dynrank.swap_adapter(swapped, used.adapters[1 - index % 2])
-            # A swap does not wait for ever, on a busy machine either.
-            assert len(results) - before <= 120
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join(LONG)
-    assert not failures
-    assert not any(thread.is_alive() for thread in threads)
+    with ThreadPoolExecutor() as pool:
+        users = [pool.submit(work) for _ in range(3)]
+        try:
+            for index in range(swaps):
+                before = len(results)
+                dynrank.swap_adapter(swapped, used.adapters[1 - index % 2])
+                # A swap does not wait for ever, on a busy machine either.
+                assert len(results) - before <= 120
+        finally:
+            stop.set()
+    for user in users:
+        user.result()
     assert all(result in used.expected for result in results)
     assert all(result in results for result in used.expected)
 
@@ -281,13 +263,10 @@ def test_a_call_that_has_waited_comes_before_the_next_change():
         with lock.closed():
             order.append("second change")
 
-    with lock.closed():
-        threads = [threading.Thread(target=target) for target in (call, change)]
-        threads[0].start()
+    with ThreadPoolExecutor() as pool, lock.closed():
+        pool.submit(call)
         while not lock._waiting:
             time.sleep(0.001)
-        threads[1].start()
+        pool.submit(change)
         order.append("first change")
-    for thread in threads:
-        thread.join(LONG)
     assert order == ["first change", "call", "second change"]

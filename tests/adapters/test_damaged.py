@@ -72,27 +72,8 @@ def in_tensors(draw, folder):
 
 
 KEYS = [*AdapterConfig.model_fields, "fan_in_fan_out", "exclude_modules", "base_model_name_or_path"]
-VALUES = [
-    None,
-    True,
-    False,
-    0,
-    -1,
-    1.5,
-    1e308,
-    -1e308,
-    10**400,
-    "",
-    "(",
-    "no",
-    "LORA",
-    "all",
-    "pissa",
-    [],
-    [1],
-    ["lm_head"],
-]
-VALUES += [["("], {}, {"(": 2}, {"q_proj": "x"}, {"q_proj": 10**400}, {"q_proj": {}}, [[]], {"": 3}, "\ud800"]
+VALUES = [None, True, False, 0, -1, 1.5, 1e308, -1e308, 10**400, "", "no", "LORA", "all", "pissa", [], [1], ["lm_head"]]
+VALUES += ["(", ["("], {}, {"(": 2}, {"q_proj": "x"}, {"q_proj": 10**400}, {"q_proj": {}}, [[]], {"": 3}, "\ud800"]
 VALUES += [float("nan"), float("inf")]
 
 

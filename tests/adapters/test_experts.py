@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import dynrank
@@ -121,38 +121,37 @@ def test_a_merged_folder_holds_the_updates_of_all_experts(tiny_moe, tmp_path):
     assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def swapped(tensors, config):
+def swapped(tensors):
     """As PEFT wrote before 0.19: A reads what comes out, and B writes what goes in."""
     for name in [name for name in tensors if "experts" in name and "lora_A" in name]:
         other = name.replace("lora_A", "lora_B")
         tensors[name], tensors[other] = tensors[other].mT.contiguous(), tensors[name].mT.contiguous()
 
 
-def without_gate_up(tensors, config):
+def without_gate_up(tensors):
     for name in [name for name in tensors if "experts.base_layer" in name]:
         del tensors[name]
 
 
-def other_number(tensors, config):
-    config["rank_pattern"] = {r".*\.experts\.\w+": 6, **(config["rank_pattern"] or {})}
+def other_number(zoo, folder):
+    zoo.edit_config(folder, rank_pattern={r".*\.experts\.\w+": 6})
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (swapped, r"experts.down_proj' must have 4 experts and d_out"),
-        (without_gate_up, r"experts' must have factors for .*'gate_up_proj'.*got 1 pairs"),
+        (lambda zoo, folder: zoo.edit_tensors(folder, swapped), r"experts.down_proj' must have 4 experts and d_out"),
+        (
+            lambda zoo, folder: zoo.edit_tensors(folder, without_gate_up),
+            r"experts' must have factors for .*'gate_up_proj'.*got 1 pairs",
+        ),
         (other_number, r"experts.gate_up_proj' is 4 x 24 x 16 in the model and 2 x 24 x 16 in the adapter"),
     ],
 )
-def test_files_that_do_not_fit_are_refused_by_name(damage, message, tiny_moe, tmp_path):
+def test_files_that_do_not_fit_are_refused_by_name(damage, message, zoo, tiny_moe, tmp_path):
     config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
     get_peft_model(tiny_moe("Qwen3Moe"), config).save_pretrained(tmp_path)
-    settings, file = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
-    tensors, values = load_file(file), json.loads(settings.read_text())
-    damage(tensors, values)
-    save_file(tensors, file)
-    settings.write_text(json.dumps(values))
+    damage(zoo, tmp_path)
     with pytest.raises(ConfigurationError, match=message):
         dynrank.load_adapter(tiny_moe("Qwen3Moe"), tmp_path)
 

@@ -72,30 +72,17 @@ def save_llama(folder, base=None, targets=("q_proj",), heads=(), cls=hf.LlamaFor
     dynrank.save_adapter(model, folder / "adapter")
 
 
+CLASSIFIER = {"cls": hf.LlamaForSequenceClassification}
+OPT = {"base": hf.OPTConfig, "cls": hf.OPTForCausalLM, "ffn_dim": 12, "word_embed_proj_dim": 8}
+TIED = {"tie_word_embeddings": True}
 REFUSED = {
     "gguf, a norm": ("gguf", {"heads": ["model.norm"]}, r"'model\.norm' is stored whole.*dynrank merge"),
-    "gguf, tied head": ("gguf", {"targets": ["lm_head"], "tie_word_embeddings": True}, r"'lm_head' is tied"),
-    "gguf, tied embedding": (
-        "gguf",
-        {"targets": ["embed_tokens"], "tie_word_embeddings": True},
-        r"'model\.embed_tokens' is tied",
-    ),
-    "gguf, no name": (
-        "gguf",
-        {"cls": hf.LlamaForSequenceClassification, "targets": ["score"]},
-        r"'score' has no name in llama.cpp",
-    ),
-    "gguf, another architecture": (
-        "gguf",
-        {"base": hf.OPTConfig, "cls": hf.OPTForCausalLM, "ffn_dim": 12, "word_embed_proj_dim": 8},
-        r"must be one of .*'llama'.*got 'opt'.*dynrank merge",
-    ),
+    "gguf, tied head": ("gguf", TIED | {"targets": ["lm_head"]}, r"'lm_head' is tied"),
+    "gguf, tied embedding": ("gguf", TIED | {"targets": ["embed_tokens"]}, r"'model\.embed_tokens' is tied"),
+    "gguf, no name": ("gguf", CLASSIFIER | {"targets": ["score"]}, r"'score' has no name in llama.cpp"),
+    "gguf, another architecture": ("gguf", OPT, r"must be one of .*'llama'.*got 'opt'.*dynrank merge"),
     "vllm, a norm": ("vllm", {"heads": ["model.norm"]}, r"vLLM.*'model\.norm' is stored whole.*dynrank merge"),
-    "padded, a head": (
-        "padded",
-        {"cls": hf.LlamaForSequenceClassification, "heads": ["score"]},
-        r"one rank.*'score' is stored whole",
-    ),
+    "padded, a head": ("padded", CLASSIFIER | {"heads": ["score"]}, r"one rank.*'score' is stored whole"),
 }
 
 
@@ -109,7 +96,7 @@ def test_what_a_server_would_drop_or_misread_is_refused_and_nothing_written(case
 
 
 def test_vllm_takes_the_head_of_a_classifier(tmp_path):
-    save_llama(tmp_path, cls=hf.LlamaForSequenceClassification, heads=["score"])
+    save_llama(tmp_path, **CLASSIFIER, heads=["score"])
     dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm")
     name = "base_model.model.score.weight"
     assert torch.equal(load_file(tmp_path / "out" / WEIGHTS)[name], load_file(tmp_path / "adapter" / WEIGHTS)[name])

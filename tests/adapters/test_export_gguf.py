@@ -36,52 +36,37 @@ def moved(config, name, values):
     return values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
 
 
-def names_of(config):
-    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}[config.model_type]
-    return gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-
-
-def write(file, config, tensors, metadata):
-    """A GGUF file of {name: values}, after ``metadata(writer)``."""
+def write_base(file, model):
+    """``model`` in float32 with a vocabulary of nonsense: what is asked are numbers of tokens."""
+    config = model.config
     writer = gguf.GGUFWriter(file, config.model_type)
-    metadata(writer)
-    for name, values in tensors.items():
-        writer.add_tensor(name, np.ascontiguousarray(values))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
+    writer.add_token_merges(["t 1"])
+    writer.add_eos_token_id(0)
+    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}[config.model_type]
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    for key, value in model.state_dict().items():
+        values = moved(config, key.removesuffix(".weight"), value.numpy())
+        writer.add_tensor(names.get_name(key, (".weight",)), np.ascontiguousarray(values))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def write_base(file, model):
-    """``model`` in float32 with a vocabulary of nonsense: what is asked are numbers of tokens."""
-    config = model.config
-
-    def metadata(writer):
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_rope_dimension_count(config.head_dim)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("default")
-        writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
-        writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-        writer.add_token_merges(["t 1"])
-        writer.add_eos_token_id(0)
-
-    names, tensors = names_of(config), {}
-    for key, value in model.state_dict().items():
-        values = value.numpy()
-        tensors[names.get_name(key, (".weight",))] = moved(config, key.removesuffix(".weight"), values)
-    write(file, config, tensors, metadata)
 
 
 def answers(base, adapter=None):
@@ -107,62 +92,31 @@ def by_torch(model):
     return torch.stack([model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in IDS])
 
 
-def plain(kind, **changes):
+def plain(kind):
     torch.manual_seed(0)
     config, cls = KINDS[kind]
-    return cls(config(**SIZES | changes)).eval()
+    return cls(config(**SIZES)).eval()
 
 
-def adapted(zoo, model, targets="all-linear", **options):
+def adapted(zoo, model, targets):
     """Ranks 1 to 5 and alphas 3 to 7, other ones in every layer."""
     rules = {
         rf"layers\.{layer}\..*{name}": {"rank": 1 + (layer + place) % 5, "alpha": 3 + (2 * layer + place) % 5}
         for layer in range(2)
         for place, name in enumerate(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     }
-    return zoo.trained(dynrank.add_lora(model, rank=2, alpha=8, target_modules=targets, rank_map=rules, **options))
+    return zoo.trained(dynrank.add_lora(model, rank=2, alpha=8, target_modules=targets, rank_map=rules))
 
 
-@pytest.fixture(scope="module", params=KINDS)
-def served(request, zoo, tmp_path_factory):
-    """(folder with a base as HF folder and as F32 GGUF and an adapter of unlike ranks, and what PEFT answers)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model = plain(request.param)
-    model.save_pretrained(folder / "base")
-    write_base(folder / "base.gguf", model)
-    targets = [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)
-    ]
-    dynrank.save_adapter(adapted(zoo, plain(request.param), targets), folder / "adapter")
-    theirs = PeftModel.from_pretrained(plain(request.param), folder / "adapter").eval()
-    return folder, model, by_torch(theirs)
-
-
-def test_llama_cpp_computes_with_an_exported_adapter_what_peft_does(served):
-    folder, model, expected = served
-    assert (answers(folder / "base.gguf") - by_torch(model)).abs().max() < 1e-4
+@pytest.mark.parametrize("kind", KINDS)
+def test_llama_cpp_computes_with_an_exported_adapter_what_peft_does(kind, zoo, tmp_path):
+    model, base = plain(kind), tmp_path / "base.gguf"
+    model.save_pretrained(tmp_path / "base")
+    write_base(base, model)
+    assert (answers(base) - by_torch(model)).abs().max() < 1e-4
+    layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
+    dynrank.save_adapter(adapted(zoo, plain(kind), layers), tmp_path / "adapter")
+    expected = by_torch(PeftModel.from_pretrained(plain(kind), tmp_path / "adapter").eval())
     assert (by_torch(model) - expected).abs().max() > 1
-    dynrank.export_adapter(folder / "adapter", folder / "ours.gguf", to="gguf", model=str(folder / "base"))
-    assert (answers(folder / "base.gguf", folder / "ours.gguf") - expected).abs().max() < 1e-4
-
-
-def test_llama_cpp_misreads_by_one_alpha_what_is_not_padded(served):
-    """Its own converter writes each factor as it is, and one alpha for all."""
-    folder, model, expected = served
-    dynrank.export_adapter(folder / "adapter", folder / "padded", to="padded")
-    for name in ("adapter", "padded"):
-        adapter, tensors = dynrank.read_adapter(folder / name), {}
-        for layer in adapter.layers:
-            lora_A, lora_B = (adapter.tensor(key).numpy() for key in adapter.layers[layer].keys)
-            key = names_of(model.config).get_name(layer)
-            tensors[f"{key}.weight.lora_a"] = lora_A.T if "embed" in layer else lora_A
-            tensors[f"{key}.weight.lora_b"] = moved(model.config, layer, lora_B)
-
-        def metadata(writer, alpha=adapter.config.lora_alpha):
-            writer.add_type(gguf.GGUFType.ADAPTER)
-            writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-            writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-
-        write(folder / f"{name}.gguf", model.config, tensors, metadata)
-    assert (answers(folder / "base.gguf", folder / "adapter.gguf") - expected).abs().max() > 0.1
-    assert (answers(folder / "base.gguf", folder / "padded.gguf") - expected).abs().max() < 1e-4
+    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "ours.gguf", to="gguf", model=str(tmp_path / "base"))
+    assert (answers(base, tmp_path / "ours.gguf") - expected).abs().max() < 1e-4

@@ -117,9 +117,8 @@ def test_merge_adapter_refuses_a_head_that_no_file_holds(zoo, tmp_path):
 
 
 @pytest.fixture
-def refused(launch, tmp_path, monkeypatch):
+def refused(launch, tmp_path):
     """Runs the command; what it says, after a check of the exit code and that nothing was written."""
-    monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
         before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -9,7 +9,6 @@ import transformers as hf
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from torch import nn
 from torch.testing import assert_close
 
 import dynrank
@@ -115,27 +114,22 @@ def mixed(zoo, tmp_path):
     return model, tmp_path / "mixed"
 
 
-@pytest.fixture
-def judge(zoo):
+def judge(zoo, folder, **options):
     """What PEFT makes of an adapter's folder."""
-
-    def load(folder, **options):
-        return PeftModel.from_pretrained(zoo.plain("llama"), folder, **options).eval()
-
-    return load
+    return PeftModel.from_pretrained(zoo.plain("llama"), folder, **options).eval()
 
 
 def close(got, expected):
     assert_close(got, expected, rtol=0, atol=1e-5)
 
 
-def test_save_pretrained_of_what_was_loaded_round_trips(mixed, zoo, judge, tmp_path):
+def test_save_pretrained_of_what_was_loaded_round_trips(mixed, zoo, tmp_path):
     ours, folder = mixed
-    judge(folder).save_pretrained(tmp_path / "again")
+    judge(zoo, folder).save_pretrained(tmp_path / "again")
     tensors, again = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "again"))
     assert set(tensors) == set(again)
     assert all(torch.equal(again[key], value) for key, value in tensors.items())
-    close(zoo.outputs(judge(tmp_path / "again", low_cpu_mem_usage=True)), zoo.outputs(ours))
+    close(zoo.outputs(judge(zoo, tmp_path / "again", low_cpu_mem_usage=True)), zoo.outputs(ours))
     back = dynrank.load_adapter(zoo.plain("llama"), tmp_path / "again")
     assert torch.equal(zoo.outputs(back), zoo.outputs(ours))
 
@@ -148,50 +142,14 @@ def test_auto_class_finds_the_base_by_the_name_in_our_config(zoo, tmp_path):
     close(zoo.outputs(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()), zoo.outputs(ours))
 
 
-def test_add_weighted_adapter_of_ours_comes_back(zoo, judge, tmp_path):
-    """Concatenated factors: the weighted sum of the updates, exactly."""
-    updates = []
-    for name, rank in (("first", 2), ("second", 3)):
-        model = zoo.adapted("llama", rank, rank=rank, alpha=4)
-        dynrank.save_adapter(model, tmp_path / name)
-        updates.append({name: layer.delta_weight().detach() for name, layer in dynrank.lora_layers(model)})
-    theirs = judge(tmp_path / "first", adapter_name="first")
-    theirs.load_adapter(tmp_path / "second", adapter_name="second")
-    theirs.add_weighted_adapter(["first", "second"], [0.75, 0.5], "both", combination_type="cat")
-    theirs.set_adapter("both")
-    theirs.save_pretrained(tmp_path, selected_adapters=["both"])
-    ours = dynrank.load_adapter(zoo.plain("llama"), tmp_path / "both")
-    for name, layer in dynrank.lora_layers(ours):
-        assert layer.rank == 5
-        close(layer.delta_weight(), 0.75 * updates[0][name] + 0.5 * updates[1][name])
-    close(zoo.outputs(theirs.eval()), zoo.outputs(ours))
-
-
-def test_hotswap_between_adapters_of_unlike_ranks(mixed, zoo, judge, tmp_path):
+def test_hotswap_between_adapters_of_unlike_ranks(mixed, zoo, tmp_path):
     """Padded, where ranks are mixed: PEFT's hot swap finds no layer in the patterns, and scales by the global alpha."""
     dynrank.export_adapter(mixed[1], tmp_path / "padded", to="padded")
     wide, narrow = zoo.adapted("llama", 3, rank=7), zoo.adapted("llama", 4, rank=1, alpha=6)
     dynrank.save_adapter(wide, tmp_path / "wide")
     dynrank.save_adapter(narrow, tmp_path / "narrow")
-    theirs = judge(tmp_path / "wide")
+    theirs = judge(zoo, tmp_path / "wide")
     for folder, ours in (("narrow", narrow), ("padded", mixed[0]), ("wide", wide), ("padded", mixed[0])):
         hotswap_adapter(theirs, str(tmp_path / folder), adapter_name="default", torch_device="cpu")
         close(zoo.outputs(theirs), zoo.outputs(ours))
         close(zoo.outputs(dynrank.swap_adapter(zoo.plain("llama"), tmp_path / folder)), zoo.outputs(ours))
-
-
-def test_a_head_trained_whole_belongs_to_the_adapter(zoo, tmp_path):
-    two = [zoo.adapted("bert", seed, rank=2 + seed, target_modules=["query"]) for seed in (1, 2)]
-    for name, model in zip("12", two, strict=True):
-        dynrank.save_adapter(model, tmp_path / name)
-    theirs = PeftModel.from_pretrained(zoo.plain("bert"), tmp_path / "1", adapter_name="1").eval()
-    theirs.load_adapter(tmp_path / "2", adapter_name="2")
-    for name, ours in (("2", two[1]), ("1", two[0])):
-        theirs.set_adapter(name)
-        close(zoo.outputs(theirs), zoo.outputs(ours))
-        head = theirs.base_model.model.classifier.modules_to_save[name]
-        assert isinstance(head, nn.Linear)
-        assert torch.equal(head.weight, ours.classifier.weight)
-    with theirs.disable_adapter():
-        close(zoo.outputs(theirs), zoo.outputs(zoo.plain("bert")))
-    close(zoo.outputs(theirs.merge_and_unload()), zoo.outputs(two[0]))

@@ -87,8 +87,7 @@ def job(request, tiny_bert, tiny_llama, tmp_path):
     return tmp_path / "adapter", written(tmp_path, request.param, rows), losses
 
 
-def test_squeeze_by_gates_keeps_the_small_direction_that_the_loss_needs(job, launch, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_squeeze_by_gates_keeps_the_small_direction_that_the_loss_needs(job, launch, tmp_path):
     adapter, file, (needed, without) = job
     code, printed, said = launch("squeeze", adapter, "--budget", "50%", "--gates", "--data", file, "--out", "small")
     assert code == 0, said
@@ -112,8 +111,7 @@ def test_squeeze_by_gates_keeps_the_small_direction_that_the_loss_needs(job, lau
 
 
 @pytest.mark.parametrize("job", ["classification.csv"], indirect=True)
-def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, tiny_llama, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, tiny_llama):
     adapter, file, _ = job
     other = written(tmp_path, "other.csv", [{"review": "a film", "label": "fine"}] * 40)
     few, bare = written(tmp_path, "few.csv", REVIEWS[:31]), written(tmp_path, "bare.csv", [{"a": 1}])
@@ -121,11 +119,7 @@ def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, 
         ("--gates",): "--gates needs --data FILE",
         ("--data", file): "--data must go with --gates",
         ("--gates", "--data", "none.csv"): "--data must be a file of",
-        (
-            "--gates",
-            "--data",
-            bare,
-        ): "text and label, or messages, or prompt and answer, or text, with usual names; it has ['a']",
+        ("--gates", "--data", bare): "text and label, or messages, or prompt and answer, or text, with usual names;",
         # This is said before a model is loaded, which would fail too.
         ("--gates", "--data", file, "--columns", "text=body", "--model", "none"): "got text=body",
         ("--loss-terms", 7): "--loss-terms must go with --gates",
