@@ -54,17 +54,22 @@ def test_manual_run_with_a_step_each_batch_is_the_automatic_run(manual, fit, ass
     assert second.history == first.history
 
 
-def test_ranks_change_only_where_the_module_says_that_a_step_was_made(manual):
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_change_decided_between_the_two_batches_of_a_step_waits_for_its_end(manual, fit, automatic):
     batches = []
 
     class Spy(RankScheduler):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             before = len(self.history)
             super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            if len(self.history) > before:
-                batches.append(batch_idx)
+            batches.extend([batch_idx] * (len(self.history) - before))
 
-    manual(Spy([Stage(At(step=3), Rank(3))]), every=2, max_steps=5)
+    # The third validation, after the fifth batch of the second epoch, decides.
+    scheduler = Spy(Stage(Plateau(patience=2, min_delta=0.99, warmup_steps=0), Rank(3)))
+    if automatic:
+        fit(scheduler, accumulate_grad_batches=2, max_steps=10)
+    else:
+        manual(scheduler, every=2, max_steps=10)
     assert batches == [6]
 
 

@@ -60,20 +60,6 @@ def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_
             assert state["step"] == 24
 
 
-@pytest.mark.parametrize("accumulate", [2, 3])
-def test_scheduler_never_acts_within_accumulation(fit, accumulate):
-    batches = []
-
-    class Spy(RankScheduler):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            before = len(self.history)
-            super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-            batches.extend([batch_idx % accumulate] * (len(self.history) - before))
-
-    fit(Spy(at(7, Rank(3))), accumulate_grad_batches=accumulate, max_steps=20)
-    assert batches == [0]
-
-
 ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
 SCHEDULES = {
     "plateau": (lambda: plateau(rate_after=2.0), {}),
@@ -175,7 +161,9 @@ def test_run_goes_on_at_the_end_of_an_epoch_that_was_shorter(regression, tmp_pat
     assert run(17, 8, tmp_path / "step=10.ckpt") == (2, [*range(10, 17)])
 
 
-def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_or_stop(regression, fit, tmp_path):
+def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_stop_or_record(
+    regression, fit, tmp_path
+):
     observed, validated, saved = [], [], []
 
     class Seeing(Plateau):
@@ -186,6 +174,7 @@ def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_o
     class Module(regression[0]):
         def on_validation_epoch_start(self):
             validated.append(self.global_step)
+            self.generations = [("prompt", "wanted", "written")]
 
     class Saving(ModelCheckpoint):
         def on_validation_end(self, trainer, pl_module):
@@ -199,12 +188,13 @@ def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_o
         Stage(At(step=8), Rank(3), how=How(max_regression=99.0)),
         Stage(Seeing(patience=99), Rank(2), deadline=1.0),
     ]
-    stop, shown = EarlyStopping("val/loss", patience=1), {}
-    fit(RankScheduler(stages), Saving(tmp_path), stop, Reading(), module=Module(), max_steps=15)
+    stop, shown, written = EarlyStopping("val/loss", patience=1), {}, Generations(tmp_path / "generations.csv")
+    fit(RankScheduler(stages), Saving(tmp_path), stop, written, Reading(), module=Module(), max_steps=15)
     assert shown[9] == shown[8] > 0
     assert validated == [5, 8, 8, 10, 15]
     assert observed == [10, 15]
     assert saved == [5, 10, 15]
+    assert [line.split(",")[0] for line in written.file.read_text().splitlines()] == ["step", "5", "10", "15"]
     assert stop.stopped_epoch == 0
 
 
@@ -223,9 +213,8 @@ def test_validations_of_a_change_draw_alike_and_leave_training_as_it_would_be_wi
         torch.manual_seed(1)
         module, (train, val), scheduler = Module(), data(), RankScheduler(stages)
         val = DataLoader(val.dataset, batch_size=40, shuffle=True)
-        trainer(max_steps=12, val_check_interval=5, num_sanity_val_steps=0, callbacks=[scheduler]).fit(
-            module, train, val
-        )
+        made = trainer(max_steps=12, val_check_interval=5, num_sanity_val_steps=0, callbacks=[scheduler])
+        made.fit(module, train, val)
         assert all(event.undone for event in scheduler.history)
         return module
 
@@ -235,24 +224,6 @@ def test_validations_of_a_change_draw_alike_and_leave_training_as_it_would_be_wi
     assert_same(checked, plain)
     of_the_change = [numbers for step, *numbers in seen if step == 7]
     assert of_the_change == of_the_change[:2] * 2
-
-
-def test_what_is_written_in_the_validations_of_a_change_is_not_recorded(regression, fit, tmp_path):
-    class Writing(regression[0]):
-        def __init__(self):
-            super().__init__()
-            self.generations = []
-
-        def validation_step(self, batch, batch_idx):
-            super().validation_step(batch, batch_idx)
-            self.generations.append(("prompt", "wanted", f"rank {self.net[2].rank}"))
-
-    recorded = Generations(tmp_path / "generations.csv")
-    fit(RankScheduler(at(7, Rank(3), max_regression=1e9)), recorded, module=Writing(), max_steps=12)
-    with recorded.file.open() as file:
-        found = [(row["step"], row["written"]) for row in csv.DictReader(file)]
-    # Two batches each, after every fifth step.
-    assert found == [("5", "rank 6")] * 2 + [("10", "rank 3")] * 2
 
 
 class Stream(IterableDataset):
@@ -358,12 +329,7 @@ def test_check_without_validation_is_refused(fit):
 
 
 def test_share_of_a_run_of_unknown_length_is_refused(regression):
-    module_class, data, trainer = regression
-
-    class Endless(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(data()[0].dataset)
-
-    stream = torch.utils.data.DataLoader(Endless(), batch_size=8)
+    module_class, _, trainer = regression
+    stream = DataLoader(Stream(), batch_size=8)
     with pytest.raises(ConfigurationError, match=r"share of a run .*set trainer\.max_steps"):
         trainer(callbacks=[watching()], max_epochs=2).fit(module_class(), stream, stream)

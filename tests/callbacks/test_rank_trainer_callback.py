@@ -11,17 +11,9 @@ import datasets
 import forked
 import pytest
 import torch
+import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaForSequenceClassification,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
@@ -31,12 +23,12 @@ from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At, Plateau
 
 STEPS = 10
+SIZE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def base():
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=40, **size))
+    return hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=24, **SIZE))
 
 
 def own():
@@ -50,9 +42,8 @@ def wrapped():
 
 def experts():
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "moe_intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    size |= {"num_key_value_heads": 2, "head_dim": 8}
-    return Qwen3MoeForCausalLM(Qwen3MoeConfig(vocab_size=40, num_experts=3, num_experts_per_tok=2, **size))
+    size = {"moe_intermediate_size": 24, "num_key_value_heads": 2, "head_dim": 8}
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(num_experts=3, num_experts_per_tok=2, **SIZE, **size))
 
 
 def own_experts():
@@ -102,21 +93,6 @@ def callback(stages=SHRINK_AND_GROW, **how):
     return RankTrainerCallback([replace(stage, how=How(**how)) if how else stage for stage in stages])
 
 
-@MODELS
-def test_ranks_and_optimizer_follow_the_schedule(make, tmp_path):
-    schedule, model = callback(), make()
-    made = trainer(tmp_path, model, schedule)
-    made.train()
-    changes = [(event.step, event.layers[0].rank_before, event.layers[0].rank_after) for event in schedule.history]
-    assert changes == [(4, 4, 2), (7, 2, 3)]
-    assert ranks(model) == {3}
-    for _, layer in dynrank.lora_layers(model):
-        for parameter in (layer.lora_A, layer.lora_B):
-            assert made.optimizer.state[parameter]["exp_avg"].shape == parameter.shape
-            assert int(made.optimizer.state[parameter]["step"]) == STEPS
-    assert [(row["step"], row["rank/mean"]) for row in made.state.log_history if "rank/mean" in row] == [(4, 2), (7, 3)]
-
-
 def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
     """Two batches a step, clipped, a linear decay: as the Trainer documents it."""
     model = dynrank.add_lora(base(), rank=4, alpha=8)
@@ -147,10 +123,18 @@ def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
 
 @MODELS
 @pytest.mark.parametrize("how", [{}, {"metric": "gates", "window": 3, "rate_after": 2.0}], ids=["weight", "loss"])
-def test_resumed_run_ends_in_the_same_bits(make, how, tmp_path):
+def test_ranks_and_optimizer_follow_the_schedule_and_a_resumed_run_ends_in_the_same_bits(make, how, tmp_path):
     """From before the first change (while measuring for it, in the second case), at it, after it, between two."""
-    model = make()
-    trainer(tmp_path, model, callback(**how), **SAVING).train()
+    model, whole = make(), callback(**how)
+    made = trainer(tmp_path, model, whole, **SAVING)
+    made.train()
+    changes = [(event.step, event.layers[0].rank_before, event.layers[0].rank_after) for event in whole.history]
+    assert changes == [(4, 4, 2), (7, 2, 3)]
+    assert [(row["step"], row["rank/mean"]) for row in made.state.log_history if "rank/mean" in row] == [(4, 2), (7, 3)]
+    for _, layer in dynrank.lora_layers(model):
+        for parameter in (layer.lora_A, layer.lora_B):
+            assert made.optimizer.state[parameter]["exp_avg"].shape == parameter.shape
+            assert int(made.optimizer.state[parameter]["step"]) == STEPS
     expected = model.state_dict()
     for start in (2, 4, 8):
         again, schedule = make(), callback(**how)
@@ -177,29 +161,26 @@ def test_plateau_reads_the_evaluations_and_survives_a_resume(tmp_path):
         assert [event.step for event in second.history] == [6]
 
 
-@MODELS
-def test_best_model_comes_back_with_its_own_ranks(make, tmp_path):
-    model, scores = make(), iter(range(100, 0, -1))
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
-    made = trainer(tmp_path, model, callback([Stage(At(step=4), Rank(2))]), **best, **EVALUATING, **SAVING)
-    # The first score is the best one, and it comes before the drop.
+def trained_to_its_best(folder, model, schedule):
+    """It ends with its weights of step 2: the first score is the best one."""
+    scores, best = iter(range(9, 0, -1)), {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    made = trainer(folder, model, schedule, **best, **EVALUATING, **SAVING)
     made.compute_metrics = lambda _: {"score": next(scores)}
     made.train()
     assert made.state.best_model_checkpoint.endswith("checkpoint-2")
-    assert ranks(model) == {4}
+
+
+@MODELS
+def test_best_model_comes_back_with_its_own_ranks(make, tmp_path):
+    model, schedule = make(), callback([Stage(At(step=4), Rank(2))])
+    trained_to_its_best(tmp_path, model, schedule)
+    assert (len(schedule.history), ranks(model)) == (1, {4})
 
 
 def test_gates_do_not_judge_weights_that_were_loaded_after_they_were_watched(tmp_path):
     """The best checkpoint is of before; a cut after the last step is made of its weights, by weight."""
-    schedule, scores = (
-        callback([Stage(At(fraction=1.0), Rank(2), how=How(metric="gates", window=4))]),
-        iter(range(9, 0, -1)),
-    )
-    best = {"load_best_model_at_end": True, "metric_for_best_model": "score"}
-    made = trainer(tmp_path, own(), schedule, **best, **EVALUATING, **SAVING)
-    made.compute_metrics = lambda _: {"score": next(scores)}
-    made.train()
-    assert made.state.best_model_checkpoint.endswith("checkpoint-2")
+    schedule = callback([Stage(At(fraction=1.0), Rank(2), how=How(metric="gates", window=4))])
+    trained_to_its_best(tmp_path, own(), schedule)
     assert [event.reason.partition(",")[2][:10] for event in schedule.history] == [" by weight"]
 
 
@@ -264,22 +245,18 @@ def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
         trainer(tmp_path, own(), callback()).train(resume_from_checkpoint=str(file.parent))
 
 
+def checked_by_loss():
+    return RankTrainerCallback(Stage(At(step=4), Rank(3), how=How(**MISNAMED)), evaluate=dict)
+
+
 @pytest.mark.parametrize(
     ("options", "make", "message"),
     [
         ({}, lambda: callback(**TOO_COSTLY), r"evaluate=lambda: trainer.evaluate\(\)"),
         ({"optim": "rmsprop", "optim_args": "centered=True"}, callback, r"RMSprop\(centered\) cannot be carried"),
         ({"optim": "ademamix_8bit"}, callback, r"AdEMAMix cannot be carried .*transformers\.Adafactor"),
-        (
-            {},
-            lambda: callback([Stage(Plateau("val_loss"), Rank(2))]),
-            "monitor of Plateau .*begin with eval_, got 'val_loss'.*'eval_loss'",
-        ),
-        (
-            {},
-            lambda: RankTrainerCallback(Stage(At(step=4), Rank(3), how=How(**MISNAMED)), evaluate=dict),
-            "check_monitor of How .*begin with eval_, got 'loss'",
-        ),
+        ({}, lambda: callback([Stage(Plateau("val_loss"), Rank(2))]), "Plateau .*with eval_, got 'val_loss'.*'eval_loss'"),
+        ({}, checked_by_loss, "check_monitor of How .*begin with eval_, got 'loss'"),
     ],
 )
 def test_what_cannot_work_is_refused_before_the_first_step(options, make, message, tmp_path):
@@ -414,8 +391,8 @@ class Rates(TrainerCallback):
 def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(tmp_path):
     def run(folder, **options):
         torch.manual_seed(0)
-        size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = LlamaForSequenceClassification(LlamaConfig(vocab_size=40, pad_token_id=0, **size))
+        config = hf.LlamaConfig(intermediate_size=24, pad_token_id=0, **SIZE)
+        model = hf.LlamaForSequenceClassification(config)
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear"))
         rows = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(data())]
         made, rates = trainer(folder, model, RankTrainerCallback(2), rows, **SAVING), Rates()

@@ -30,6 +30,9 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
     assert set(summary["test"]) == {"test/loss", "test/accuracy", "test/macro_f1"}
     assert set(summary["final_ranks"].values()) == {16}
     assert min(summary[key] for key in ("seconds", "tokens_per_second", "peak_memory_bytes")) > 0
+    steps = [0, *(change["step"] for change in summary["changes"] if not change["undone"])]
+    assert [phase["first_step"] for phase in summary["phases"]] == steps
+    assert all(phase["tokens_per_second"] > 0 for phase in summary["phases"])
     assert summary["parameters"]["adapter"] < summary["parameters"]["trainable"] < summary["parameters"]["total"]
     with (smoke_run[0] / "rank_history.csv").open(newline="") as file:
         history = list(csv.DictReader(file))

@@ -1,7 +1,4 @@
-"""The private names of Lightning that dynrank needs, each in a function that says its purpose.
-
-``tests/callbacks/lightning/test_private.py`` fails when a release of Lightning removes one.
-"""
+"""The private names of Lightning that dynrank needs, each in a function that says its purpose."""
 
 from __future__ import annotations
 

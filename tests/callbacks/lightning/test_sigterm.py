@@ -68,19 +68,13 @@ def test_sigterm_ends_the_step_saves_and_exits_0(ends, index):
 
 # Lightning gives advice about small data.
 @pytest.mark.filterwarnings("ignore")
-def test_after_training_sigterm_is_what_it_was_before(regression, tmp_path):
-    make, data, trainer = regression
-    before = signal.getsignal(signal.SIGTERM)
-    trainer(max_steps=3, callbacks=[AdapterCheckpoint(tmp_path)], enable_checkpointing=True).fit(make(), *data())
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_sigterm_in_a_validation_ends_it_and_the_run_goes_on_with_it(fit, regression, assert_same, tmp_path):
     def schedule():
         return RankScheduler(Stage(Plateau("val/loss", patience=1, warmup_steps=0), Rank(3), deadline=0.9))
 
+    before = signal.getsignal(signal.SIGTERM)
     whole, _ = fit(schedule(), AdapterCheckpoint(tmp_path / "whole"))
+    assert signal.getsignal(signal.SIGTERM) is before
     stopped, seen = regression[0](), []
     step = stopped.validation_step
 
