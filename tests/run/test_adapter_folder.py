@@ -22,15 +22,8 @@ from dynrank.run.summary import read_summary
 from dynrank.tasks.classification import Classifier
 from dynrank.tasks.language_modeling import LanguageModel
 
-SMALL = [
-    "schedule.shared=false",
-    "schedule.how.metric=weight",
-    "debug=smoke",
-    "lora.rank=4",
-    "plots=false",
-    "trainer.max_steps=4",
-    "trainer.enable_progress_bar=false",
-]
+SMALL = ["debug=smoke", "lora.rank=4", "schedule.shared=false", "schedule.how.metric=weight", "plots=false"]
+SMALL += ["trainer.max_steps=4", "trainer.enable_progress_bar=false"]
 ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word, label in [("a", "bad"), ("b", "ok")])]
 ROWS += [f"c number {i},so-so" for i in range(30)]
 TEXTS = ["a number 3", "something else entirely, and longer", "c"]
@@ -95,14 +88,8 @@ def test_folder_of_a_classifier_has_all_that_is_needed_and_everybody_may_read_it
     page = (classifier / "README.md").read_text()
     # A folder is no name on the hub, which would refuse the card.
     assert "base_model:" not in page
-    for text in (
-        "4 steps",
-        "`bad`, `ok`, `so-so`",
-        "| test/accuracy |",
-        "| attention.self.query | 2 | 2 |",
-        "hf upload",
-    ):
-        assert text in page
+    said = ("4 steps", "`bad`, `ok`, `so-so`", "| test/accuracy |", "| attention.self.query | 2 | 2 |", "hf upload")
+    assert all(text in page for text in said), page
 
 
 def test_card_command_and_merged_model_answer_as_the_trained_model_and_by_name(classifier, launch, tmp_path):

@@ -17,8 +17,6 @@ from dynrank.commands import cli
 RULES = {"field.yaml": "rank_pattern: {query: {rnak: 8}}", "unmatched.yaml": "rank_pattern: {quary: 8}"}
 CASES = [
     # (overrides, what the message must name); one or two for each that refuses, whose own tests have the others
-    (["+rank=8"], ["rank is no key", "lora.rank"]),
-    (["lora.rank=abc"], ["abc", "lora.rank"]),
     (["+trainer.max_step=3"], ["trainer.max_step is no key", "nearest: trainer.max_steps"]),
     (["seed=-1", "checkpoint_every=0"], ["seed", "checkpoint_every"]),
     (["seed=99999999999", "trainer.val_check_interval=0"], ["seed", "val_check_interval"]),
@@ -30,6 +28,7 @@ CASES = [
     (["rank_map.file=field.yaml"], ["rnak", "field.yaml"]),
     (["rank_map.file=unmatched.yaml"], ["quary", "query"]),
     (["ckpt_path=missing.ckpt"], ["missing.ckpt", "ckpt_path"]),
+    (["ckpt_path=last"], ["holds no run", "hydra.run.dir"]),
     (["task.model=./missing"], ["./missing", "task.model"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),

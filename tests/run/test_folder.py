@@ -58,18 +58,6 @@ def test_table_gets_its_headings_again_where_no_row_was_made_before_the_checkpoi
     assert not (tmp_path / "generations.csv").exists()
 
 
-def test_what_ckpt_path_means(tmp_path):
-    assert run_folder.checkpoint_of(tmp_path, None) is None
-    assert run_folder.checkpoint_of(tmp_path, "a/b.ckpt") == Path("a/b.ckpt")
-    with pytest.raises(ConfigurationError, match=r"holds no run.*hydra\.run\.dir"):
-        run_folder.checkpoint_of(tmp_path, "last")
-    write(tmp_path / "checkpoints" / "last.ckpt", "")
-    assert run_folder.checkpoint_of(tmp_path, "last") == tmp_path / "checkpoints" / "last.ckpt"
-    write(tmp_path / "summary.json", "{}")
-    with pytest.raises(ConfigurationError, match="has ended"):
-        run_folder.checkpoint_of(tmp_path, "last")
-
-
 def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
     # A lock holds against the same process, too.
     mine = f"process {os.getpid()} on "

@@ -110,7 +110,6 @@ def test_stopped_run_goes_on_in_its_folder_to_the_same_bits(launch, settings, wh
     step, rank = re.search(r"goes on from +step (\d+) at rank (\S+), ", printed).groups()
     assert rank == ranks_at(whole, int(step))
     assert_same(Path("run"), whole)
-    assert Path("run/rank_history.csv").read_bytes() == (whole / "rank_history.csv").read_bytes()
     for metric in ("train/loss", "val/loss"):
         assert table(Path("run/metrics.csv"), metric) == table(whole / "metrics.csv", metric)
     code, _, message = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=last")

@@ -1,7 +1,6 @@
 """The benchmarks in miniature: that they run, and what they say of bytes; times of such sizes mean nothing."""
 
 import re
-import sys
 from typing import Any
 
 import pytest
@@ -14,17 +13,14 @@ SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num
 
 
 @pytest.fixture
-def bench(script, monkeypatch, capsys):
+def bench(script, main, monkeypatch):
     """Runs the named script with arguments; returns the rows of the tables that it has printed, as cells."""
     monkeypatch.setenv("COLUMNS", "220")
 
     def run(name, *arguments, **replacements):
-        module = script(name)
         for attribute, value in replacements.items():
-            monkeypatch.setattr(module, attribute, value)
-        monkeypatch.setattr(sys, "argv", [name, *arguments])
-        module.main()
-        lines = capsys.readouterr().out.splitlines()
+            monkeypatch.setattr(script(name), attribute, value)
+        lines = main(name, *arguments).splitlines()
         return [[cell.strip() for cell in re.split(r"[│|]", line)[1:-1]] for line in lines if line[:1] in ("│", "|")]
 
     return run

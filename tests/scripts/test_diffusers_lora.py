@@ -1,7 +1,6 @@
 """The LoRA on a UNet in miniature: it is cut, loads again as it was, and its file is squeezed by the command's way."""
 
 import re
-import sys
 
 import pytest
 
@@ -9,13 +8,10 @@ from dynrank.adapters.squeeze import squeeze_adapter
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_cut_unet_draws_the_same_once_it_is_loaded_again(script, tmp_path, monkeypatch, capsys):
+def test_a_cut_unet_draws_the_same_once_it_is_loaded_again(script, main, tmp_path, monkeypatch):
     module = script("diffusers_lora")
     monkeypatch.setattr(module, "HELD_BACK", 8)
-    arguments = ["--out", str(tmp_path), "--base-steps", "2", "--steps", "18"]
-    monkeypatch.setattr(sys, "argv", ["diffusers_lora", *arguments])
-    module.main()
-    printed = capsys.readouterr().out
+    printed = main("diffusers_lora", "--out", tmp_path, "--base-steps", "2", "--steps", "18")
     low, high = map(int, re.search(r"ranks +16 -> (\d+)-(\d+) in 48 layers", printed).groups())
     assert 1 <= low < high <= 16
     assert "differs by 0.0e+00" in printed

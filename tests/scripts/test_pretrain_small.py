@@ -1,7 +1,6 @@
 """Pre-training in miniature: the folder it leaves, and going on where it was interrupted."""
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
-SIZE = ["--batch", "4", "--length", "32", "--width", "64", "--layers", "2", "--vocabulary", "600"]
+SIZE = ["--steps", "6", "--characters", "40000", "--batch", "4", "--length", "32", "--width", "64"]
+SIZE += ["--layers", "2", "--vocabulary", "600"]
 # Each has a module of the last block, its class and the shapes of its weights.
 TELLING = {
     "gpt2": ("transformer.h.1.attn.c_attn", Conv1D, [(64, 192), (192,)]),
@@ -21,21 +21,17 @@ TELLING = {
 }
 
 
-def launch(pretraining, monkeypatch, architecture, folder):
-    options = ["--architecture", architecture, "--out", str(folder), "--steps", "6", "--characters", "40000", *SIZE]
-    monkeypatch.setattr(sys, "argv", ["pretrain_small.py", *options])
-    pretraining.main()
-
-
 @pytest.mark.parametrize("architecture", TELLING)
 def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
-    script, architecture, monkeypatch, tmp_path, capsys
+    script, main, architecture, monkeypatch, tmp_path
 ):
+    def launch(name):
+        return main("pretrain_small", "--architecture", architecture, "--out", tmp_path / name, *SIZE)
+
     pretraining = script("pretrain_small")
     monkeypatch.setattr(pretraining, "KEEP_EVERY", 2)
     monkeypatch.setattr(pretraining, "PACKAGES", ("torchmetrics",))
-    launch(pretraining, monkeypatch, architecture, tmp_path / "whole")
-    losses = re.findall(r"held out (.*?),", capsys.readouterr().out)
+    losses = re.findall(r"held out (.*?),", launch("whole"))
     assert float(losses[-1]) < float(losses[0])
 
     save = torch.save
@@ -48,10 +44,9 @@ def test_pretrained_folder_is_a_model_for_tasks_and_interrupted_it_is_the_same(
 
     monkeypatch.setattr(torch, "save", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        launch(pretraining, monkeypatch, architecture, tmp_path / "part")
+        launch("part")
     monkeypatch.setattr(torch, "save", save)
-    launch(pretraining, monkeypatch, architecture, tmp_path / "part")
-    assert "goes on at step 4" in capsys.readouterr().out
+    assert "goes on at step 4" in launch("part")
 
     whole, part = (load_causal_lm(str(tmp_path / name)) for name in ("whole", "part"))
     assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), part.parameters(), strict=True))

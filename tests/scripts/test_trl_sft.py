@@ -1,7 +1,6 @@
 """TRL's SFTTrainer with a schedule of ranks, as a user starts it: alone, and in two processes."""
 
 import json
-import sys
 from pathlib import Path
 
 import forked
@@ -35,12 +34,9 @@ def updates(factors):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends(
-    script, arguments, tiny_llama, tmp_path, monkeypatch
-):
+def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends(main, arguments, tiny_llama, tmp_path):
     started = forked.pair(SCRIPT, ROOT / "scripts" / "trl_sft.py", *arguments(tmp_path / "two", 2), cwd=tmp_path)
-    monkeypatch.setattr(sys, "argv", ["trl_sft.py", *arguments(tmp_path / "one", 4)])
-    script("trl_sft").main()
+    main("trl_sft", *arguments(tmp_path / "one", 4))
     assert forked.end(started) == [0, 0], forked.printed(tmp_path)
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     wanted = updates(one)

@@ -7,14 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    CanineTokenizer,
-    GPT2Config,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+import transformers as hf
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import dynrank
@@ -145,8 +138,8 @@ def test_examples_are_made_once_and_then_read_from_the_disk(form, task_of, monke
     def fail(*_, **__):
         raise AssertionError("made again")
 
-    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", fail)
-    monkeypatch.setattr(PreTrainedTokenizerFast, "apply_chat_template", fail)
+    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "__call__", fail)
+    monkeypatch.setattr(hf.PreTrainedTokenizerFast, "apply_chat_template", fail)
     again = task_of(form).examples
     assert all(again[split].to_list() == part.to_list() for split, part in first.items())
 
@@ -199,11 +192,11 @@ SIZE = {"vocab_size": 50, "n_layer": 1, "n_head": 2}
 
 
 def test_a_model_whose_examples_see_each_other_is_refused(tiny_llama):
-    check_packing(AutoModelForCausalLM.from_config(GPT2Config(n_embd=32, **SIZE)))
+    check_packing(hf.AutoModelForCausalLM.from_config(hf.GPT2Config(n_embd=32, **SIZE)))
     for kind in ("sdpa", "eager"):
-        check_packing(LlamaForCausalLM.from_pretrained(tiny_llama, attn_implementation=kind))
+        check_packing(hf.LlamaForCausalLM.from_pretrained(tiny_llama, attn_implementation=kind))
     with pytest.raises(ConfigurationError, match=r"BloomForCausalLM .* attends to the other .* set task\.packed=false"):
-        check_packing(AutoModelForCausalLM.from_config(BloomConfig(hidden_size=32, **SIZE)))
+        check_packing(hf.AutoModelForCausalLM.from_config(hf.BloomConfig(hidden_size=32, **SIZE)))
 
 
 def test_pairs_are_one_text_with_two_types_and_several_labels_are_ones(task_of):
@@ -249,7 +242,7 @@ def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_
 
     recipe, letters = task.recipe("train"), ["a" * 13, "a" * 14, "a" * 15]
     # Letters, between two tokens of its own, by a tokenizer that is written in Python.
-    made = recipe.make({"text": letters, "label": ["a"] * 3}, tokenizer=CanineTokenizer(), **recipe.options)
+    made = recipe.make({"text": letters, "label": ["a"] * 3}, tokenizer=hf.CanineTokenizer(), **recipe.options)
     assert (made["length"], made["cut"]) == ([15, 16, 16], [False, False, True])
 
 
