@@ -154,7 +154,7 @@ EXAMPLE = rb"""rank_pattern:
 """
 
 
-def test_load_rank_map_reads_the_example_of_the_contract(written):
+def test_load_rank_map_reads_rules_and_follows_aliases_and_merge_keys(written):
     file = written(EXAMPLE)
     assert load_rank_map(file) == {
         "lm_head": RankRule(rank=16),
@@ -162,6 +162,9 @@ def test_load_rank_map_reads_the_example_of_the_contract(written):
         r"layers\.11\..*": RankRule(rank=8, pinned=True),
     }
     assert load_rank_map(str(file)) == load_rank_map(file)
+    file = written("rank_pattern: {q: &q {rank: 8, alpha: 4}, k: *q, v: {<<: *q, rank: 2}}")
+    rule = RankRule(8, alpha=4.0)
+    assert load_rank_map(file) == {"q": rule, "k": rule, "v": RankRule(2, alpha=4.0)}
 
 
 @pytest.mark.parametrize(
@@ -198,15 +201,6 @@ def test_load_rank_map_reads_a_damaged_file_or_refuses_it(written, damage, lengt
     file = written(bytes(damage.get(place, byte) for place, byte in enumerate(EXAMPLE))[:length])
     with suppress(ConfigurationError):
         resolve_rank_map(SHAPES, load_rank_map(file), rank=2, alpha=4)
-
-
-def test_load_rank_map_follows_aliases_and_merge_keys(written):
-    file = written("rank_pattern: {q: &q {rank: 8, alpha: 4}, k: *q, v: {<<: *q, rank: 2}}")
-    assert load_rank_map(file) == {
-        "q": RankRule(8, alpha=4.0),
-        "k": RankRule(8, alpha=4.0),
-        "v": RankRule(2, alpha=4.0),
-    }
 
 
 def test_load_rank_map_stays_small_and_fast_for_a_hostile_file(written):

@@ -1,6 +1,8 @@
 """Of how many terms a loss is the mean, and which examples a batch has: against gates by autograd in float64."""
 
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -39,107 +41,87 @@ class Net(nn.Module):
         return self.heads[head](x.mean(self.pool))
 
 
+@dataclass
 class Case:
-    """A net, and the sum of the losses of some examples in one of its batches of 5."""
+    """A net, and a function of net, batch and examples: the sum of their losses, in batches of 5."""
 
-    batches, terms, source = 1, 5, "the model's output"
-
-    def __init__(self):
-        self.net = self.made()
-        self.labels = torch.randint(3, (5,))
-        self.x = torch.randn(self.batches, 5, 7, 6, dtype=torch.float64)
-
-    def loss(self, net, batch, which):
-        return F.cross_entropy(self.logits(net, batch, which), self.labels[which], reduction="sum")
+    net: nn.Module
+    loss: Callable[[nn.Module, int, torch.Tensor], torch.Tensor]
+    batches: int = 1
+    terms: int = 5
+    source: str = "the model's output"
 
 
-class MeanPoolingWithoutAnAdapterOnTheHead(Case):
-    reentrant, pool = False, 1
-
-    def made(self):
-        return adapted(Net(self.pool, self.reentrant), ["a", "b"])
-
-    def logits(self, net, batch, which):
-        return net(self.x[batch][which])
+def classified(net, logits, **options):
+    """A case with one label an example."""
+    return Case(net, lambda *given: F.cross_entropy(logits(*given), LABELS[given[-1]], reduction="sum"), **options)
 
 
-class SharedLayerUnderReentrantCheckpointing(MeanPoolingWithoutAnAdapterOnTheHead):
-    reentrant = True
+def body(pool=1, reentrant=False):
+    return adapted(Net(pool, reentrant), ["a", "b"])
 
 
-class SequenceFirst(MeanPoolingWithoutAnAdapterOnTheHead):
-    pool = 0
-
-    def logits(self, net, batch, which):
-        return net(self.x[batch][which].transpose(0, 1))
-
-
-class TwoHeadsWithAccumulation(MeanPoolingWithoutAnAdapterOnTheHead):
-    batches = 2
-
-    def logits(self, net, batch, which):
-        return net(self.x[batch][which], head=batch)
+def encoder_and_head():
+    holder = nn.Module()
+    holder.encoder, holder.head = body(), nn.Linear(3, 3).double()
+    return holder
 
 
-class EncoderAndHeadOfAModuleThatIsNotCalled(Case):
-    def made(self):
-        holder = nn.Module()
-        holder.encoder, holder.head = adapted(Net(1, False), ["a", "b"]), nn.Linear(3, 3).double()
-        return holder
-
-    def logits(self, net, batch, which):
-        return net.head(net.encoder(self.x[batch][which]))
+def bert():
+    config = BertConfig(num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **SIZES)
+    return adapted(BertForSequenceClassification(config), ["query", "value"])
 
 
-class ClassifierWithAdaptersOnQAndV(Case):
-    def made(self):
-        config = BertConfig(num_labels=3, hidden_dropout_prob=0, attention_probs_dropout_prob=0, **SIZES)
-        return adapted(BertForSequenceClassification(config), ["query", "value"])
-
-    def logits(self, net, batch, which):
-        ids = torch.arange(1, 28).view(1, 27).repeat(5, 1)[:, :9] + torch.arange(5)[:, None]
-        mask = (torch.arange(9) < torch.tensor([[4], [9], [7], [2], [9]])).long()
-        return net(input_ids=ids[which], attention_mask=mask[which]).logits
+def bert_logits(net, batch, which):
+    ids = torch.arange(1, 28).view(1, 27).repeat(5, 1)[:, :9] + torch.arange(5)[:, None]
+    mask = (torch.arange(9) < torch.tensor([[4], [9], [7], [2], [9]])).long()
+    return net(input_ids=ids[which], attention_mask=mask[which]).logits
 
 
-class LlamaWithAdaptersOnQAndV(Case):
-    def made(self):
-        self.ids = torch.randint(1, 30, (5, 8))
-        self.learned = torch.where(torch.rand(5, 8) < 0.5, -100, self.ids)
-        # Each example has a token that is learned.
-        self.learned[:, -1] = self.ids[:, -1]
-        self.terms = int((self.learned[:, 1:] != -100).sum())
-        model = LlamaForCausalLM(LlamaConfig(**SIZES)).double()
-        config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
-        return updated(get_peft_model(model, config, autocast_adapter_dtype=False), 0.3)
+class Fused(nn.Module):
+    """Shows no logits, as a kernel that makes the loss from hidden states."""
 
-    def loss(self, net, batch, which):
-        out = net(input_ids=self.ids[which], labels=self.learned[which])
-        return out["loss"] * (self.learned[which][:, 1:] != -100).sum()
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, **batch):
+        return {"loss": self.inside(**batch).loss}
 
 
-class LlamaWhoseLogitsNobodySees(LlamaWithAdaptersOnQAndV):
-    """As under a kernel that makes the loss from hidden states."""
+def llama(wrap=lambda model: model, **options):
+    ids = torch.randint(1, 30, (5, 8))
+    labels = torch.where(torch.rand(5, 8) < 0.5, -100, ids)
+    # Each example has a token that is learned.
+    labels[:, -1] = ids[:, -1]
+    learned = labels[:, 1:] != -100
+    config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)).double(), config, autocast_adapter_dtype=False)
 
-    source = "its labels"
+    def loss(net, batch, which):
+        return net(input_ids=ids[which], labels=labels[which])["loss"] * learned[which].sum()
 
-    def made(self):
-        class Fused(nn.Module):
-            def __init__(self, inside):
-                super().__init__()
-                self.inside = inside
-
-            def forward(self, **batch):
-                return {"loss": self.inside(**batch).loss}
-
-        return Fused(super().made())
+    return Case(wrap(updated(model, 0.3)), loss, terms=int(learned.sum()), **options)
 
 
-CASES = (
-    Case.__subclasses__()
-    + MeanPoolingWithoutAnAdapterOnTheHead.__subclasses__()
-    + [*LlamaWithAdaptersOnQAndV.__subclasses__()]
-)
+LABELS = torch.tensor([2, 0, 1, 1, 0])
+X = torch.randn(2, 5, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+CASES = {
+    "mean pooling, no adapter on the head": lambda: classified(body(), lambda net, batch, i: net(X[batch][i])),
+    "shared layer under reentrant checkpointing": lambda: classified(
+        body(reentrant=True), lambda net, batch, i: net(X[batch][i])
+    ),
+    "sequence first": lambda: classified(body(pool=0), lambda net, batch, i: net(X[batch][i].transpose(0, 1))),
+    "two heads, accumulation": lambda: classified(
+        body(), lambda net, batch, i: net(X[batch][i], head=batch), batches=2
+    ),
+    "encoder and head of a module that is not called": lambda: classified(
+        encoder_and_head(), lambda net, batch, i: net.head(net.encoder(X[batch][i]))
+    ),
+    "classifier": lambda: classified(bert(), bert_logits),
+    "llama": llama,
+    "llama whose logits nobody sees": lambda: llama(Fused, source="its labels"),
+}
 
 
 def by_autograd(case):
@@ -165,10 +147,10 @@ def watched(case, **options):
     return gates
 
 
-@pytest.mark.parametrize("kind", CASES, ids=lambda kind: kind.__name__)
-def test_terms_and_examples_are_those_of_the_loss(kind):
+@pytest.mark.parametrize("name", CASES)
+def test_terms_and_examples_are_those_of_the_loss(name):
     torch.manual_seed(0)
-    case = kind()
+    case = CASES[name]()
     gates, expected = watched(case), by_autograd(case)
     assert (gates.examples, gates.terms, gates.source) == (5 * case.batches, case.terms * case.batches, case.source)
     gradients, roots = (torch.cat([*part.values()], dim=-1) for part in gates._gradients())

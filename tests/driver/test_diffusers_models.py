@@ -5,7 +5,6 @@ import torch
 from diffusers import FluxTransformer2DModel, UNet2DConditionModel
 from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors.torch import load_file, save_file
 from trained import drive
 
 import dynrank
@@ -83,9 +82,3 @@ def test_what_diffusers_saves_of_unlike_ranks_it_loads_with_its_metadata(kind, s
         again.load_lora_adapter(tmp_path, prefix=name, weight_name=FILE)
         assert torch.equal(output(again, torch.Generator().manual_seed(2))[1], before)
         assert {layer: ranked.rank for layer, ranked in dynrank.lora_layers(again)} == ranks
-
-        # without metadata alpha is taken for the rank, which here is half of it
-        save_file(load_file(tmp_path / FILE), tmp_path / FILE)
-        other = make()
-        other.load_lora_adapter(tmp_path, prefix=name, weight_name=FILE)
-        assert (output(other, torch.Generator().manual_seed(2))[1] - before).abs().max() > 1e-3

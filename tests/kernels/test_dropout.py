@@ -32,12 +32,8 @@ def test_mask_is_15_bits_of_a_generator_that_starts_with_the_seed(seed):
 def test_mask_depends_on_the_row_major_index_alone(monkeypatch, small):
     monkeypatch.setattr(dropout, "SMALL", small)
     whole = kept(0.3, 5, 60, 101).flatten()
-    for shape, dtype in (
-        ((6060,), torch.bfloat16),
-        ((7, 3), torch.float64),
-        ((2, 3, 5), torch.float16),
-        ((0, 4), None),
-    ):
+    sizes = {(6060,): torch.bfloat16, (7, 3): torch.float64, (2, 3, 5): torch.float16, (0, 4): None}
+    for shape, dtype in sizes.items():
         some = kept(0.3, 5, *shape, dtype=dtype).flatten()
         assert torch.equal(some, whole[: len(some)])
     flipped = torch.ones(101, 60).mT
@@ -45,10 +41,7 @@ def test_mask_depends_on_the_row_major_index_alone(monkeypatch, small):
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
-# With 10**7 torch draws the mask, as it does on a GPU, where this test has not run.
-@pytest.mark.parametrize("small", [-1, 10**7])
-def test_share_kept_and_independence_of_seeds_and_neighbours(monkeypatch, small, p):
-    monkeypatch.setattr(dropout, "SMALL", small)
+def test_share_kept_and_independence_of_seeds_and_neighbours(p):
     one, other = (kept(p, seed, 1024, 1024).flatten() for seed in (7, 8))
     q, n = keep_rate(p), len(one)
     sigma = math.sqrt(q * (1 - q) / n)

@@ -28,16 +28,14 @@ IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
 
 
 class Attention(nn.Module):
-    """Reads x by three layers, k and v of fewer outputs; calls ``between`` after the first."""
+    """Reads x by three layers, k and v of fewer outputs."""
 
     def __init__(self, width=8):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, size) for size in (width, width // 2, width // 2))
-        self.between = nn.Identity()
 
     def forward(self, x):
-        q = self.between(self.q_proj(x))
-        return torch.cat([q.tanh(), self.k_proj(x) * self.v_proj(x)], dim=-1)
+        return torch.cat([self.q_proj(x).tanh(), self.k_proj(x) * self.v_proj(x)], dim=-1)
 
 
 def adapted(group=True, make=Attention, ranks=(4, 2, 3), dtype=torch.float64, **options):
@@ -142,30 +140,24 @@ def test_members_are_the_layers_that_have_an_adapter(passes):
     assert passes == [2] * 2
 
 
-class Between(nn.Module):
-    """Does something to its model after the first layer's call."""
+def after_q(model, action):
+    """Does something to the model after the first layer's call."""
 
-    def __init__(self, action):
-        super().__init__()
-        self.action = action
+    def hook(*_):
+        action()
 
-    def forward(self, q):
-        self.action()
-        return q
+    model.q_proj.register_forward_hook(hook)
 
 
 def test_a_layer_that_is_frozen_within_the_forward_gives_what_it_gives_alone():
-    def prepare(model):
-        model.between = Between(lambda: model.k_proj.requires_grad_(False))
-
-    assert_same(*both(x_of(5), prepare=prepare))
+    assert_same(*both(x_of(5), prepare=lambda model: after_q(model, lambda: model.k_proj.requires_grad_(False))))
 
 
 def test_x_that_is_changed_within_the_forward_is_another_x():
     results = []
     for group in (True, False):
         model, x = adapted(group), x_of(5)
-        model.between = Between(lambda x=x: x.mul_(2))
+        after_q(model, lambda x=x: x.mul_(2))
         # With gradients torch refuses the change of x, grouped or not.
         with torch.no_grad():
             results.append([model(x)])
@@ -191,7 +183,7 @@ def test_layers_are_alone_outside_of_their_parents_forward_even_after_one_that_f
         raise ZeroDivisionError
 
     model, alone, x = adapted(), adapted(False), x_of(5)
-    model.between = Between(fail)
+    after_q(model, fail)
     with pytest.raises(ZeroDivisionError):
         model(x)
     with torch.no_grad():
@@ -288,7 +280,7 @@ def test_neither_x_nor_layers_are_kept_after_the_forward():
 def test_threads_have_passes_of_their_own(passes):
     """Two threads run one model in turn, each on an x of its own, and on one x."""
     model, alone, turn = adapted(), adapted(False), threading.Barrier(2, timeout=20)
-    model.between = Between(turn.wait)
+    after_q(model, turn.wait)
     for inputs in ([x_of(5), x_of(5, seed=2)], [x_of(5)] * 2):
         got = [None, None]
 

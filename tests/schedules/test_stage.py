@@ -35,13 +35,6 @@ def test_stage_names_a_wrong_value(make, names):
     assert all(name in str(caught.value) for name in names), caught.value
 
 
-def test_planned_step_is_the_time_or_the_deadline():
-    assert Stage(At(step=7), Rank(8)).planned_step(RUN) == 7
-    assert Stage(At(epoch=2), Rank(8)).planned_step(RUN) == 40
-    assert Stage(Plateau(), Rank(8), deadline=0.255).planned_step(RUN) == 26
-    assert Stage(Plateau(), Rank(8)).planned_step(RUN) is None
-
-
 PLATEAU = Plateau(warmup_steps=30)
 FAULTS = {
     "target above the rank in a shrink": ([Stage(At(step=1), Rank(33), key="K")], ["stage 1", "32", "33", "K"]),
