@@ -1,4 +1,4 @@
-"""Names and types of a run's configuration, whose values stand in ``conf/``; and the objects that it names."""
+"""Names and types of a run's configuration, whose values are in ``conf/``; and the objects that it names."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,7 @@
 """The folder of a run: a new folder for each run, or the folder of an interrupted run that is resumed.
 
-While a resumed run trains, its earlier ``metrics.csv`` is renamed to ``metrics.earlier.csv``, because Lightning starts
-that file anew.
+While a resumed run trains, its earlier ``metrics.csv`` has the name ``metrics.earlier.csv``, because Lightning begins
+that file again.
 """
 
 import csv

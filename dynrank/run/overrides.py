@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from traceback import walk_tb
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -26,14 +27,14 @@ GONE = {
     "schedule/trigger/slope": "schedule/trigger=plateau",
     "schedule/trigger/subspace": "schedule/trigger=plateau",
     "schedule/trigger/tail_energy": "schedule/trigger=plateau",
-    "lora.capacity": "nothing: a compiled model is compiled anew for every rank",
+    "lora.capacity": "nothing: a compiled model is compiled again for every rank",
     "schedule.shape": "nothing: every cut of anneal is by the same factor",
     "schedule.how.rewarmup_steps": "nothing: the learning rate has no ramp after a change",
     "schedule.check_batches": "nothing: auto validates all validation data, after the last step alone",
 }
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _HYDRA = ("hydra", "hydra_plugins", "omegaconf", "antlr4", "yaml")
-_TYPES = {"int": "an int", "float": "a number", "bool": "true or false", "str": "a text", "None": "null"}
+_TYPES = {int: "an int", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
 
 
 @contextmanager
@@ -87,7 +88,8 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
         return unknown_key(key, parent._get_root()) + advice
     if isinstance(cause, ValidationError) and is_dataclass(cause.object_type):
         wanted = next(field.type for field in fields(cause.object_type) if field.name == cause.key)
-        words = " or ".join(_TYPES.get(word, word) for word in str(wanted).split(" | "))
+        kinds = get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+        words = " or ".join(_TYPES.get(kind, str(kind)) for kind in kinds)
         return f"{cause.full_key} must be {words}, got {cause.value!r}"
     name = str(error.missing_cfg_file) if isinstance(error, MissingConfigException) else ""
     if name in GONE:
@@ -110,11 +112,11 @@ def unknown_key(key: str, config: Any) -> str:
 
     known = {other for other in _keys(config) if not other.startswith("hydra")} - {key}
     near = sorted(known, key=likeness, reverse=True)[:3]
-    return f"{key} is no key of the configuration; nearest: {', '.join(near)}"
+    return f"{key} is not a configuration key; nearest: {', '.join(near)}"
 
 
 def _gone(name: str) -> str:
-    return f"{name} was taken out in version 0.3; write {GONE[name]}"
+    return f"{name} was removed in version 0.3; write {GONE[name]}"
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -44,10 +44,10 @@ def tokens_of_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> tup
 def _place(tokenizer: Any, turns: list[dict[str, str]], i: int, text: str) -> tuple[int, int]:
     """(start, end) of turn ``i`` in ``text``, the whole chat."""
     before = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
-    behind = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
-    if not (behind.startswith(before) and text.startswith(behind)):
+    after = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+    if not (after.startswith(before) and text.startswith(after)):
         raise ConfigurationError(
             f"the chat template changes turn {i + 1} of {shown(turns)} when later turns follow, so the turn's tokens "
             "are unknown; set task.model to one whose template has {% generation %}"
         )
-    return len(before), len(behind)
+    return len(before), len(after)

@@ -17,7 +17,7 @@ from dynrank.commands import cli
 RULES = {"field.yaml": "rank_pattern: {query: {rnak: 8}}", "unmatched.yaml": "rank_pattern: {quary: 8}"}
 CASES = [
     # (overrides, what the message must name); one or two for each that refuses, whose own tests have the others
-    (["+trainer.max_step=3"], ["trainer.max_step is no key", "nearest: trainer.max_steps"]),
+    (["+trainer.max_step=3"], ["trainer.max_step is not a configuration key", "nearest: trainer.max_steps"]),
     (["seed=-1", "checkpoint_every=0"], ["seed", "checkpoint_every"]),
     (["seed=99999999999", "trainer.val_check_interval=0"], ["seed", "val_check_interval"]),
     (["trainer.max_steps=1e400"], ["trainer.max_steps"]),
@@ -43,7 +43,7 @@ CASES = [
     (["schedule=milestones", "schedule.unit=step", "schedule.at=[1,2,30]"], ["stage 3", "30", "12"]),
     (["schedule=early_budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
     (["schedule=grow", "schedule.final_rank=400"], ["stage 1", "400", "384", "schedule.final_rank"]),
-    (["schedule=anneal", "schedule.shape=linear"], ["schedule.shape was taken out", "by the same factor"]),
+    (["schedule=anneal", "schedule.shape=linear"], ["schedule.shape was removed", "by the same factor"]),
 ]
 
 

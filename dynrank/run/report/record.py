@@ -151,7 +151,9 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
     except (yaml.YAMLError, AttributeError) as error:
-        raise ConfigurationError(f"{str(folder / '.hydra' / 'config.yaml')!r} is no configuration: {error}") from None
+        raise ConfigurationError(
+            f"{str(folder / '.hydra' / 'config.yaml')!r} is not a configuration: {error}"
+        ) from None
     layers = {layer.layer: layer for layer in inspect_adapter(folder / "adapter")}
     metrics = read_metrics(folder / METRICS)
     trained = [step + 1 for step in metrics.get("train/loss", ([], []))[0]]

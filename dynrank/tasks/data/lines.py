@@ -104,7 +104,7 @@ def _of_csv(rows: Any) -> Iterator[tuple[int, list[str] | str]]:
             return
         except csv.Error as error:
             until = "" if rows.line_num == line else f" up to line {rows.line_num}"
-            yield line, f"is no CSV{until}: {error}; a quote within quotes is written twice"
+            yield line, f"is not CSV{until}: {error}; a quote within quotes is written twice"
 
 
 def _tsv(part: Part) -> Rows:
@@ -170,7 +170,7 @@ def _json_array(part: Part) -> Rows:
     if not start:
         yield 1, "begins no list of rows: write [{...}, {...}], or each row in a line of its own"
         return
-    place, line, counted = _behind(text, start.end()), 1, 0
+    place, line, counted = _after_blanks(text, start.end()), 1, 0
     while not text.startswith("]", place):
         line, counted = line + text.count("\n", counted, place), place
         try:
@@ -179,24 +179,24 @@ def _json_array(part: Part) -> Rows:
             yield line, _not_json(error)
             return
         yield line, _object(found)
-        place = _behind(text, place)
+        place = _after_blanks(text, place)
         if text.startswith(",", place):
-            place = _behind(text, place + 1)
+            place = _after_blanks(text, place + 1)
         elif not text.startswith("]", place):
-            yield line + text.count("\n", counted, place), "is no JSON: ',' or ']' must follow a row"
+            yield line + text.count("\n", counted, place), "is not JSON: ',' or ']' must follow a row"
             return
     rest = text[place + 1 :].strip()
     if rest != ("}" if start["within"] else ""):
         yield line, f"ends the list, and more follows: {shown(rest)}; a file must hold one list of rows"
 
 
-def _behind(text: str, place: int) -> int:
+def _after_blanks(text: str, place: int) -> int:
     match = _BLANKS.match(text, place)
     return match.end() if match else place
 
 
 def _not_json(error: Exception) -> str:
-    return f"is {'not UTF-8' if isinstance(error, UnicodeDecodeError) else 'no JSON'}: {error}"
+    return f"is {'not UTF-8' if isinstance(error, UnicodeDecodeError) else 'not JSON'}: {error}"
 
 
 def _object(found: Any) -> dict[str, Any] | str:
