@@ -206,10 +206,10 @@ def _follow(model: Any) -> None:
         model.save_pretrained = partial(_save_with_adapter, model)
 
 
-def _save_with_adapter(model: Any, folder: str | Path, is_main_process: bool = True, **options: Any) -> None:
+def _save_with_adapter(model: Any, folder: str | Path, **options: Any) -> None:
     """Save the whole model, from which the Trainer can resume, and the adapter in PEFT's format."""
-    type(model).save_pretrained(model, folder, is_main_process=is_main_process, **options)
-    if is_main_process and own_layers(model):
+    type(model).save_pretrained(model, folder, **options)
+    if options.get("is_main_process", True) and own_layers(model):
         save_adapter(model, folder)
 
 

@@ -28,8 +28,12 @@ def _argument(trigger: Trigger, name: str) -> str:
 
 def checked(stages: Sequence[Stage]) -> dict[str, str]:
     """The same for the metrics that decide whether a change is undone; a validation must log them."""
-    names = {stage.how.check_monitor for stage in stages if stage.how.max_regression is not None}
-    return dict.fromkeys(names, CHECK_MONITOR)
+    hows = [stage.how for stage in stages if stage.how.max_regression is not None]
+    # Whoever writes another How leaves out what the schedule's own has.
+    return {
+        how.check_monitor: f"{CHECK_MONITOR}, beside metric={how.metric!r} and rate_after={how.rate_after!r},"
+        for how in hows
+    }
 
 
 def value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:

@@ -319,6 +319,20 @@ def test_model_of_add_lora_is_saved_for_peft_too(tmp_path):
     assert [ranks(found[step]) for step in (2, 6)] == [{4}, {2}]
 
 
+def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_path):
+    """As sentence-transformers' models do, whose Trainer passes nothing else."""
+
+    class Plain(torch.nn.Sequential):
+        def save_pretrained(self, folder):
+            (Path(folder) / "whole").write_text("")
+
+    model = dynrank.add_lora(Plain(torch.nn.Linear(4, 4)), rank=2)
+    args = SimpleNamespace(n_gpu=1, deepspeed=None, fsdp=None)
+    callback().on_init_end(args, None, None, model=model)
+    model.save_pretrained(str(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {"whole", "adapter_config.json", "adapter_model.safetensors"}
+
+
 TWO = """
 import os, sys
 import torch
