@@ -255,7 +255,7 @@ def checked_by_loss():
         ({}, lambda: callback(**TOO_COSTLY), r"evaluate=lambda: trainer.evaluate\(\)"),
         ({"optim": "rmsprop", "optim_args": "centered=True"}, callback, r"RMSprop\(centered\) cannot be carried"),
         ({"optim": "ademamix_8bit"}, callback, r"AdEMAMix cannot be carried .*transformers\.Adafactor"),
-        ({}, lambda: callback([Stage(Plateau("val_loss"), Rank(2))]), "Plateau .*with eval_, got 'val_loss'.*'eval_loss'"),
+        ({}, lambda: callback([Stage(Plateau("val_loss"), Rank(2))]), "Plateau .*eval_, got 'val_loss'.*'eval_loss'"),
         ({}, checked_by_loss, "check_monitor of How .*begin with eval_, got 'loss'"),
     ],
 )
