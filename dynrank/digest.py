@@ -1,7 +1,5 @@
 """A hash of nested state, which tells whether two checkpoints, or the states of two processes, are equal."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from typing import Any

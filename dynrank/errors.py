@@ -1,7 +1,5 @@
 """The one error for wrong user input, pydantic's errors translated into it, and types that many settings share."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -122,10 +120,8 @@ def validated_call(key: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
 def read_as(kind: type[T], data: Any, where: str) -> T:
     """An object of ``kind`` from plain data (of JSON or YAML), with every value checked.
 
-    Args:
-        kind: a class made by :func:`validated`, or any type that pydantic knows.
-        data: mappings, lists, texts and numbers.
-        where: the file or configuration key that the error names.
+    ``kind`` is a class made by :func:`validated`, or any type that pydantic knows. An error names ``where``, the file
+    or configuration key.
     """
     known = [f.name for part in (kind, *get_args(kind)) if is_dataclass(part) for f in fields(part)]
     # In JSON mode a mapping can become a dataclass and a list a tuple, but a text never becomes a number.

@@ -6,8 +6,6 @@ momentum, so that a factor learns in all its directions at one speed. The step's
 kernels for every matrix; here factors of one shape are one batch of F, with short side R (the rank) and long side N.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from math import sqrt

@@ -1,7 +1,5 @@
 """The rank map: ``rank_pattern`` rules that override rank, alpha and final rank of single LoRA layers."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -179,12 +177,8 @@ def resolve_rank_map(
     A key that is the layer's name is the most specific. Next is a plain key (without special characters) that matches
     this layer only, then any other pattern. Two equally specific rules with different values are an error.
 
-    Args:
-        shapes: {layer: (d_out, d_in)} of every layer that gets LoRA.
-        rules: {key: rule}.
-        rank: rank of layers that no rule sets; in layers of ``capped`` min(d_in, d_out) if that is less.
-        alpha: alpha of layers that no rule sets.
-        capped: names of layers.
+    ``shapes`` is {layer: (d_out, d_in)} of every layer that gets LoRA. A layer that no rule sets gets ``rank`` and
+    ``alpha``; a layer in ``capped`` gets min(d_in, d_out) if that is less than ``rank``.
     """
     matched = {key: {*filter(whole_parts(key).match, shapes)} for key in rules}
     faults = [_unmatched(key, shapes) for key in islice((key for key in rules if not matched[key]), _LISTED)]

@@ -1,7 +1,5 @@
 """The choice of the module that makes a LoRA layer's products with A and B: ATen, or Triton's kernels on a GPU."""
 
-from __future__ import annotations
-
 import csv
 from functools import cache
 from pathlib import Path

@@ -4,8 +4,6 @@ For large tensors on a CPU numpy's SFC64 draws 16 bits per element, in a tenth o
 small tensors and on other devices a torch generator with the same seed draws the mask.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -3,8 +3,6 @@
 Shape suffixes: M = tokens, I = d_in, O = d_out, R = rank (of one layer, or of all together).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -84,13 +82,8 @@ class SharedInput:
     The outputs share a node of the autograd graph, so a second backward through another output needs
     ``retain_graph=True``. The shapes must fit; unlike :func:`lora_linear`, this class does not check them.
 
-    Args:
-        x: (..., I).
-        layers: one or more. Their factors have one dtype, and all need gradients or none does; ranks and d_out may
-            differ.
-        dropout: as in :func:`lora_linear`; all layers share one mask.
-        seed: seed of the mask; None draws a new one.
-        backend: as in :func:`lora_linear`; it has to support the sum of the ranks.
+    The arguments are as in :func:`lora_linear`. The layers' factors have one dtype, and all need gradients or none
+    does; ranks and d_out may differ. All layers share one dropout mask. The backend must support the sum of the ranks.
     """
 
     def __init__(

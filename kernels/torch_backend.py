@@ -5,8 +5,6 @@ wider factors the products are made in their dtype on a CPU (a wider copy of x i
 made in the dtype of x by matrix instructions that sum in float32; the gradients of the factors are these sums.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -7,8 +7,6 @@ in the dtype of x, sums in float32. A long sum is divided among as many programs
 stage adds their partial sums in a fixed order, so every run gives the same bits. Triton is imported at the first call.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from functools import cache

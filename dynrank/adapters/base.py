@@ -1,7 +1,5 @@
 """Loading the base, the model on which a stored adapter was trained, with the adapter: for merge, predict, squeeze."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The other files in an adapter's folder that its use needs: the tokenizer, and the names of the labels."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator

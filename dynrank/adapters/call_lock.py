@@ -1,7 +1,5 @@
 """A lock that a model's calls share: a change of adapters waits for running calls, and later calls wait for it."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager

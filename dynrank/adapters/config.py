@@ -1,7 +1,5 @@
 """PEFT's ``adapter_config.json``, read with every value checked."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``dynrank export``: a stored adapter in a form for a server that may not read rank_pattern and alpha_pattern."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections import Counter
@@ -117,11 +115,8 @@ def export_adapter(
 def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: Iterable[str], config: Any) -> None:
     """Refuse an adapter that a server would read only in part or wrongly.
 
-    Args:
-        to: the server.
-        layers: {adapted layer: (is it a bare parameter, as of experts or a router; is it a convolution)}.
-        others: names of the parameters that the adapter stores whole.
-        config: config of the base; only "gguf" needs it.
+    ``layers`` is {adapted layer: (is it a bare parameter, as of experts or a router; is it a convolution)}. ``others``
+    are the names of the parameters that the adapter stores whole. Only "gguf" needs the config of the base.
     """
     server, whole = _READERS[to]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in others)

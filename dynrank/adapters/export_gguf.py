@@ -5,8 +5,6 @@ here, and each lora_B is multiplied by its layer's scaling. For some architectur
 and key differently from transformers; then the rows of lora_B are reordered like those of the base's weight.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path

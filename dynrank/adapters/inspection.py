@@ -1,7 +1,5 @@
 """The singular values of each layer of a stored adapter; neither a model nor PEFT is needed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """``dynrank merge``: a stored adapter and its base model become one plain model on disk."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

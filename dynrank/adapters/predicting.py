@@ -1,7 +1,5 @@
 """``dynrank predict``: answers to texts, by a stored adapter on its base model."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Reading a stored adapter with all checks, for loading, swapping, merging, squeezing and inspecting."""
 
-from __future__ import annotations
-
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping

@@ -4,8 +4,6 @@ Layer names are not interpreted, so files of all models are treated alike. Scali
 the layer (kohya), or a value in the metadata (diffusers), or, if there is neither, the rank.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

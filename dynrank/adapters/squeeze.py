@@ -1,7 +1,5 @@
 """Compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

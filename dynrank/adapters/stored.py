@@ -1,7 +1,5 @@
 """A stored LoRA in any format: layers, with the shapes of their factors, and other tensors."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -167,11 +165,8 @@ def checked_layer(
 ) -> StoredLayer:
     """A layer of a file from :func:`opened`, after a check that its factors fit together and fit its settings.
 
-    Args:
-        file: the opened file.
-        pair: {"A": key of lora_A, "B": key of lora_B}.
-        settings: (rank, alpha, scaling); None: the factors' rank, alpha equal to the rank, and 1.
-        of_parameter: whether the factors may stack several products of that rank.
+    ``pair`` is {"A": key of lora_A, "B": key of lora_B}. The settings are (rank, alpha, scaling); None: the factors'
+    rank, alpha equal to the rank, and 1. The factors of a parameter may stack several products of that rank.
     """
     if set(pair) != {"A", "B"}:
         raise ValueError("lacks one of its two factors")

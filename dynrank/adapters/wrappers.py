@@ -5,8 +5,6 @@ The wrapper of a module's first parameter is innermost: ``experts.base_layer.lor
 classes of transformers the down projection comes last.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 

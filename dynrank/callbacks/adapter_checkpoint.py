@@ -49,7 +49,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     Under FSDP2 it needs ``save_distributed_checkpoint=False``: each process has the whole adapter anyway.
     """
 
-    _sigterm: _SigtermNotice | None = None
+    _sigterm: _SigtermNotice
     _seen_step = 0
     # The state of the loops after the batch before a validation, and the state of the loops to save.
     _before_validation: dict[str, Any] | None = None
@@ -98,7 +98,7 @@ class AdapterCheckpoint(ModelCheckpoint):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         complete, self._seen_step = trainer.global_step > self._seen_step, trainer.global_step
-        if complete and self._sigterm is not None and self._sigterm.received(trainer):
+        if complete and self._sigterm.received(trainer):
             private.log_step(trainer)
             self._save_and_end(trainer)
         self._before_validation = private.loops_state(trainer) if is_due(trainer) else None
@@ -111,7 +111,7 @@ class AdapterCheckpoint(ModelCheckpoint):
                 self._before_validation = None
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._before_validation is not None and self._sigterm is not None and self._sigterm.received(trainer):
+        if self._before_validation is not None and self._sigterm.received(trainer):
             self._loops = self._before_validation
             self._save_and_end(trainer)
 

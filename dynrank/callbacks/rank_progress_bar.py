@@ -1,7 +1,5 @@
 """Lightning's rich progress bar, which also shows the ranks."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer

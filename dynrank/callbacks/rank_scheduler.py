@@ -1,7 +1,5 @@
 """The Lightning callback that changes ranks during a run by a schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Switching a schedule-free optimizer between the weights that it trains and their average, which is the result."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

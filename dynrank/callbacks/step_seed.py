@@ -1,7 +1,5 @@
 """Randomness that a resumed run repeats: each batch has its own seed, so no generator state has to be saved."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """A check that all processes hold the same adapters and the same optimizer state for them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import nn

@@ -3,8 +3,6 @@
 Every function is collective: all processes must call it, in the same order. In a single process nothing is sent.
 """
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar

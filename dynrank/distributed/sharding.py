@@ -1,7 +1,5 @@
 """FSDP2 with LoRA: the frozen base is sharded, and trained parameters stay whole, so that their rank can change."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Iterator
 from pathlib import Path

@@ -3,8 +3,6 @@
 DDP follows a change of its parameters' shapes, whichever library has wrapped the model.
 """
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """The LoRA layer: a frozen base, two factors, one scaling, and a rank that its checkpoint decides."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

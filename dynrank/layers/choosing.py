@@ -1,7 +1,5 @@
 """The choice of the modules that get LoRA: by name, by pattern, or by preset."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -135,16 +133,15 @@ def warn_of_pefts_frozen(model: nn.Module) -> None:
     """Warn about the share of a model wrapped by PEFT that is in experts without LoRA; PEFT's all-linear skips most."""
     layers = peft_layers(model).values()
     if layers:
-        warn_of_frozen(model, [layer.parameter for layer in layers if layer.of_parameter])
+        warn_of_frozen(
+            model, [getattr(layer.base, layer.module.parameter_name) for layer in layers if layer.of_parameter]
+        )
 
 
 def warn_of_frozen(model: nn.Module, adapted: Iterable[Tensor], skipped: Mapping[str, nn.Module] | None = None) -> None:
     """Warn about the share of the model in linear layers that have no LoRA and stay frozen.
 
-    Args:
-        model: any module.
-        adapted: the stacked weights (of experts) that have LoRA.
-        skipped: linear layers without LoRA, by name.
+    ``adapted`` are the stacked weights (of experts) that have LoRA. ``skipped`` are linear layers without it, by name.
     """
     trained = {id(weight) for weight in adapted}
     stacks = {

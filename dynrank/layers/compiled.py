@@ -1,7 +1,5 @@
 """Models under ``torch.compile``: the plain names of their modules, and new compilation after a change of rank."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar

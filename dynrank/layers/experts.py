@@ -1,7 +1,5 @@
 """LoRA in mixtures of experts that stack their weights in 3-D parameters, as transformers 5.0 and later do."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -90,20 +88,12 @@ class LoRAExpertStack(LoRAParameter):
 
 
 def experts_forward(
-    owner: Any,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    layers: nn.ModuleDict | None = None,
+    owner: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, layers: nn.ModuleDict | None = None
 ) -> Tensor:
     """The output of the experts of ``owner`` for each token, with LoRA in ``layers``.
 
-    Args:
-        owner: as in :func:`expert_stacks`.
-        hidden_states: (tokens, d).
-        top_k_index: (tokens, k), the experts of each token.
-        top_k_weights: (tokens, k), the weights of their outputs.
-        layers: LoRA layers by the name of their parameter.
+    ``hidden_states`` is (tokens, d). ``top_k_index`` and ``top_k_weights`` are (tokens, k): the experts of each token,
+    and the weights of their outputs. ``layers`` are by the name of their parameter.
     """
     experts, order = top_k_index.flatten().sort(stable=True)
     ends = torch.searchsorted(experts, torch.arange(len(owner.down_proj), device=experts.device), right=True).int()

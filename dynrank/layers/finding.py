@@ -1,7 +1,5 @@
 """The LoRA layers of a model, their parameters, and the plain modules around them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 

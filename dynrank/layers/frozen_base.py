@@ -5,8 +5,6 @@ a fingerprint of every parameter that was left out. Before anything changes, ``l
 fingerprints with the model that it loads into. Loading then leaves that model's base unchanged.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -60,7 +58,9 @@ def without_base(model: nn.Module, state_dict: Mapping[str, Any], trained: Colle
         # bitsandbytes stores further entries under the name of a weight.
         quantisation = tuple(f"{prefix}{name}." for name in mark)
         kept = {key: value for key, value in kept.items() if not key.startswith(quantisation)}
-        kept[prefix + MARK] = {"model": _title(root), "parameters": mark}
+        source = source_of(root)
+        title = f"{type(root).__name__} {source!r}" if source else type(root).__name__
+        kept[prefix + MARK] = {"model": title, "parameters": mark}
     return kept
 
 
@@ -144,9 +144,3 @@ def _marks(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             if not isinstance(mark, dict) or "model" not in mark or not isinstance(mark.get("parameters"), dict):
                 raise ConfigurationError(f"the checkpoint is broken: {key!r} is no mark of a base; set ckpt_path")
             yield key.removesuffix(MARK), mark
-
-
-def _title(model: nn.Module) -> str:
-    """The model's class, and the name or folder from which transformers loaded it."""
-    source = source_of(model)
-    return f"{type(model).__name__} {source!r}" if source else type(model).__name__

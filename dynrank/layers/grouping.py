@@ -1,7 +1,5 @@
 """Groups of LoRA layers that one module calls on the same x, such as q, k and v: they share one pass over x."""
 
-from __future__ import annotations
-
 import threading
 from functools import partial
 from typing import Any

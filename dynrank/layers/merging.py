@@ -1,7 +1,5 @@
 """Merging LoRA layers into their bases."""
 
-from __future__ import annotations
-
 from typing import Any, TypeVar
 
 from torch import nn

@@ -3,8 +3,6 @@
 This module does not import PEFT. A program with a model wrapped by PEFT has imported it already.
 """
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Callable, Mapping

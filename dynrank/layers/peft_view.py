@@ -75,12 +75,6 @@ class PeftLayer:
         return hasattr(self.module, "parameter_name")
 
     @property
-    def parameter(self) -> nn.Parameter:
-        """The bare parameter that PEFT adapts."""
-        parameter: nn.Parameter = getattr(self.base, self.module.parameter_name)
-        return parameter
-
-    @property
     def experts(self) -> int:
         return self.module.num_experts if self.of_parameter else 1
 

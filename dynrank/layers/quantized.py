@@ -3,8 +3,6 @@
 This module imports neither. A program with such a layer has imported its library already.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The interface of a LoRA layer for resizing and schedules, and the functions that give it another rank."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Protocol
 

@@ -1,7 +1,5 @@
 """LoRA in routers: modules that score the experts for each token with a weight of their own, each class differently."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -3,8 +3,6 @@
 Every call returns new stages, and every stage has its own trigger: a given trigger is copied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import replace

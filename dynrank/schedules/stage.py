@@ -1,7 +1,5 @@
 """A stage of a schedule: when ranks change, to what and how; and the check of all stages of a schedule."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -95,10 +93,8 @@ class Stage:
 def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None:
     """Refuse stages that contradict each other, the starting ranks or the length of the run.
 
-    Args:
-        schedule: the stages.
-        highest: highest starting rank of all layers that may change.
-        run: length of the run; if it is unknown, only ranks are checked.
+    ``highest`` is the highest starting rank of all layers that may change. If the length of the run is unknown, only
+    ranks are checked.
     """
     faults, before = [], -1
     for number, stage in enumerate(schedule, 1):

@@ -3,8 +3,6 @@
 A shrinking target never raises a rank and a growing one never lowers a rank; both respect the layer's bounds.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass

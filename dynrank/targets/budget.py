@@ -1,7 +1,5 @@
 """Targets that compare the directions of all layers, and keep those that are worth most per parameter."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import floor, fsum, inf

@@ -1,7 +1,5 @@
 """Targets that set the rank of each layer separately: to a number, or by its singular values."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from dynrank.errors import ConfigurationError, Count, Share, validated

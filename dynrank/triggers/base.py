@@ -1,7 +1,5 @@
 """The base class of triggers that observe training: warm-up, cooldown, and state that a change of rank resets."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import MISSING, Field, field, fields
 from typing import Any

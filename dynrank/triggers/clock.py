@@ -1,7 +1,5 @@
 """Times that are known before a run starts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import ceil
 from typing import Annotated

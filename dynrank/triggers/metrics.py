@@ -1,7 +1,5 @@
 """Triggers on logged metrics: a metric has stopped improving, or validation is worse than training."""
 
-from __future__ import annotations
-
 from dataclasses import field
 from math import isfinite
 from typing import Literal

@@ -1,7 +1,5 @@
 """Lightning's averages of weights (WeightAveraging, EMAWeightAveraging, StochasticWeightAveraging) in a run."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer

@@ -1,7 +1,5 @@
 """Resuming after the last step of a run, or after an epoch that was shorter than epochs are now."""
 
-from __future__ import annotations
-
 from math import inf
 
 from lightning.pytorch import Trainer

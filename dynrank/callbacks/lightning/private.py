@@ -1,7 +1,5 @@
 """The private names of Lightning that dynrank needs, each in a function that says its purpose."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

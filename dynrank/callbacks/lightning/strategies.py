@@ -1,7 +1,5 @@
 """What a change of rank requires under each of Lightning's strategies, and which strategies are refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ validation that is due after that batch; on resume Lightning 2.6 counts this val
 value of its metric.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
