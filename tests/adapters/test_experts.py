@@ -8,6 +8,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from trained import updated
 
 import dynrank
 from dynrank.adapters.inspection import inspect_adapter
@@ -28,19 +29,13 @@ def logits(model):
         return model.eval()(IDS).logits
 
 
-def randomize(model):
-    for _, layer in dynrank.lora_layers(model):
-        torch.nn.init.normal_(layer.lora_B, std=0.3)
-    return model
-
-
 def trained(model):
     """dynrank's layers at ranks that differ from layer to layer.
 
     Not in DeepSeek's dense and shared layers: PEFT 0.21 takes their names for those of its experts.
     """
     targets = r".*\.(self_attn\.\w+_proj\w*|experts\.\w+_proj)"
-    randomize(dynrank.add_lora(model, rank=4, alpha=6, dropout=0.1, target_modules=targets))
+    updated(dynrank.add_lora(model, rank=4, alpha=6, dropout=0.1, target_modules=targets), std=0.3)
     dynrank.resize(
         model, {name: min(1 + i % 3, layer.rank) for i, (name, layer) in enumerate(dynrank.lora_layers(model))}
     )
@@ -69,7 +64,7 @@ def test_peft_computes_with_our_files_what_we_do(kind, tiny_moe, tmp_path):
 @pytest.mark.parametrize("targets", [TENSORS, ["gate_up_proj", "down_proj"], ["down_proj"]])
 def test_we_compute_with_pefts_files_what_it_does(targets, tiny_moe, tmp_path):
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=targets)
-    theirs = randomize(get_peft_model(tiny_moe("Qwen3Moe"), config))
+    theirs = updated(get_peft_model(tiny_moe("Qwen3Moe"), config), std=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     dynrank.save_adapter(theirs, tmp_path / "again")
     for folder in (tmp_path / "theirs", tmp_path / "again"):
@@ -81,7 +76,7 @@ def test_we_compute_with_pefts_files_what_it_does(targets, tiny_moe, tmp_path):
 def test_an_adapter_of_pefts_all_linear_with_routers_goes_both_ways(kind, tiny_moe, tmp_path):
     """At rank 6, although a router has four outputs."""
     options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
-    theirs = randomize(get_peft_model(tiny_moe(kind), LoraConfig(r=6, lora_alpha=9, **options)))
+    theirs = updated(get_peft_model(tiny_moe(kind), LoraConfig(r=6, lora_alpha=9, **options)), std=0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = dynrank.load_adapter(tiny_moe(kind), tmp_path / "theirs")
     names = {name.removeprefix("base_model.model.") for name, _ in dynrank.lora_layers(theirs)}
@@ -99,7 +94,7 @@ def test_an_adapter_of_pefts_all_linear_with_routers_goes_both_ways(kind, tiny_m
 
 @pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss"])
 def test_squeezing_a_file_is_resizing_the_model(kind, tiny_moe, tmp_path):
-    model = randomize(dynrank.add_lora(tiny_moe(kind), rank=4))
+    model = updated(dynrank.add_lora(tiny_moe(kind), rank=4), std=0.3)
     dynrank.save_adapter(model, tmp_path / "full")
     reports = squeeze_adapter(tmp_path / "full", tmp_path / "small", rank=2)
     expected = {report.layer: report for report in dynrank.resize(model, 2)}

@@ -1,72 +1,19 @@
 """The real llama.cpp as a judge: it computes with an exported adapter what PEFT does."""
 
-import gguf
-import numpy as np
 import pytest
 import torch
 import transformers as hf
 import xllamacpp
+from gguf_files import write_gguf
 from peft import PeftModel
 
 import dynrank
 
 IDS = [[3, 17, 20, 41, 9], [5, 1, 33, 7, 30, 2]]
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": 0,
-}
+SIZES = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3}
+SIZES |= {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 0}
 KINDS = {"llama": (hf.LlamaConfig, hf.LlamaForCausalLM), "qwen3": (hf.Qwen3Config, hf.Qwen3ForCausalLM)}
-
-
-def moved(config, name, values):
-    """The rows of a weight, or of a lora_B, where llama.cpp wants them: it rotates neighbours in Llama's heads."""
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-1])
-    if config.model_type != "llama" or heads is None:
-        return values
-    return values.reshape(heads, 2, -1, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
-
-
-def write_base(file, model):
-    """``model`` in float32 with a vocabulary of nonsense: what is asked are numbers of tokens."""
-    config = model.config
-    writer = gguf.GGUFWriter(file, config.model_type)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"t{number}" for number in range(config.vocab_size)])
-    writer.add_token_types([gguf.TokenType.NORMAL] * config.vocab_size)
-    writer.add_token_merges(["t 1"])
-    writer.add_eos_token_id(0)
-    arch = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}[config.model_type]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for key, value in model.state_dict().items():
-        values = moved(config, key.removesuffix(".weight"), value.numpy())
-        writer.add_tensor(names.get_name(key, (".weight",)), np.ascontiguousarray(values))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def answers(base, adapter=None):
@@ -112,7 +59,8 @@ def adapted(zoo, model, targets):
 def test_llama_cpp_computes_with_an_exported_adapter_what_peft_does(kind, zoo, tmp_path):
     model, base = plain(kind), tmp_path / "base.gguf"
     model.save_pretrained(tmp_path / "base")
-    write_base(base, model)
+    # The vocabulary is nonsense: what is asked are numbers of tokens.
+    write_gguf(base, model, [f"t{number}" for number in range(48)], ["t 1"])
     assert (answers(base) - by_torch(model)).abs().max() < 1e-4
     layers = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)]
     dynrank.save_adapter(adapted(zoo, plain(kind), layers), tmp_path / "adapter")

@@ -53,32 +53,26 @@ def renamed(tensors):
         tensors[key.replace("layers.1", "layers.7")] = tensors.pop(key)
 
 
-def of_another_width(tensors):
-    key = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
-    tensors[key] = torch.ones(3, 9)
+Q = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+# Each has a model, what is changed in the tensors of its adapter, and what is said.
+MISFITS = {
+    "another width": ("llama", lambda t: t.update({Q: torch.ones(3, 9)}), "q_proj' is 8 x 8 in the model and 8 x 9 in"),
+    "other layers": ("llama", renamed, r"no module 'model\.layers\.7.*\n.*no module 'model\.layers\.7"),
+    "no number": ("bert", lambda t: t["base_model.model.classifier.weight"].fill_(torch.nan), "classifier.*NaN"),
+    "another base": (
+        "gpt2",
+        lambda t: t["base_model.model.transformer.wte.base_layer.weight"].add_(1),
+        "wte.*another base",
+    ),
+}
 
 
-def test_load_refuses_an_adapter_of_another_model_naming_all_faults(zoo, tmp_path):
-    zoo.by_peft("llama", tmp_path)
-    zoo.edit_tensors(tmp_path, of_another_width)
-    zoo.assert_refused(zoo.plain("llama"), tmp_path, r"q_proj' is 8 x 8 in the model and 8 x 9 in the adapter")
-    zoo.edit_tensors(tmp_path, renamed)
-    zoo.assert_refused(zoo.plain("llama"), tmp_path, r"no module 'model\.layers\.7.*\n.*no module 'model\.layers\.7")
-
-
-def test_load_refuses_a_head_that_is_not_finite(zoo, tmp_path):
-    zoo.by_peft("bert", tmp_path)
-    zoo.edit_tensors(tmp_path, lambda tensors: tensors["base_model.model.classifier.weight"].fill_(float("nan")))
-    zoo.assert_refused(zoo.plain("bert"), tmp_path, r"classifier.*NaN")
-
-
-def test_load_refuses_an_adapter_of_a_base_with_other_values(zoo, tmp_path):
-    zoo.by_peft("gpt2", tmp_path)
-    other = zoo.plain("gpt2")
-    with torch.no_grad():
-        other.transformer.wte.weight += 1
-    assert any("base_layer" in key for key in load_file(tmp_path / WEIGHTS))
-    zoo.assert_refused(other, tmp_path, "wte.*another base")
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_load_refuses_what_does_not_fit_the_model(misfit, zoo, tmp_path):
+    kind, change, message = MISFITS[misfit]
+    zoo.by_peft(kind, tmp_path)
+    zoo.edit_tensors(tmp_path, change)
+    zoo.assert_refused(zoo.plain(kind), tmp_path, message)
 
 
 def test_load_refuses_a_copy_of_a_tied_weight(zoo, tmp_path):

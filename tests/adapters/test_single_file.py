@@ -8,6 +8,7 @@ import struct
 import pytest
 import torch
 import torch.nn.functional as F
+from dense import truncation
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin as StableDiffusion
 from peft import LoraConfig, get_peft_model_state_dict
@@ -75,11 +76,6 @@ def update(tensors, name, rule, shape):
     found = {key: tensors.get(f"{name}.{key}") for key in keys}
     down, up, alpha, lora_A, lora_B = found.values()
     return rule(lora_B if up is None else up, lora_A if down is None else down, alpha, shape)
-
-
-def truncation(delta, rank):
-    u, s, vh = torch.linalg.svd(delta.flatten(1), full_matrices=False)
-    return ((u[:, :rank] * s[:rank]) @ vh[:rank]).reshape(delta.shape)
 
 
 def metadata_of(path):

@@ -1,6 +1,5 @@
 """What is told of a change of rank: files, a printed table, any logger, TensorBoard, the model's summary, bars."""
 
-import csv
 import logging
 
 import lightning
@@ -8,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from tables import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dynrank.callbacks import RankMonitor, RankProgressBar, RankScheduler
@@ -28,11 +28,6 @@ def changed(fit):
         return module, scheduler, trainer
 
     return run
-
-
-def rows_of(path):
-    with path.open(newline="") as opened:
-        return list(csv.DictReader(opened))
 
 
 class Keeping(Logger):
@@ -56,17 +51,17 @@ class Keeping(Logger):
 def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     monitor = RankMonitor(tmp_path / "rank_history.csv", model_name="net")
     _, scheduler, _ = changed(monitor, logger=CSVLogger(tmp_path, name="", version=""))
-    rows, (event,) = rows_of(monitor.history_file), scheduler.history
-    changes = [(row["step"], row["layer"], row["rank_before"], row["rank_after"]) for row in rows]
+    found, (event,) = rows(monitor.history_file), scheduler.history
+    changes = [(row["step"], row["layer"], row["rank_before"], row["rank_after"]) for row in found]
     assert changes == [("4", "0", "6", "3"), ("4", "2", "6", "3")]
     errors = [layer.predicted_error for layer in event.layers]
-    assert [float(row["predicted_error"]) for row in rows] == pytest.approx(errors, rel=1e-4)
-    assert {row["first_order"] for row in rows} == {""}
+    assert [float(row["predicted_error"]) for row in found] == pytest.approx(errors, rel=1e-4)
+    assert {row["first_order"] for row in found} == {""}
     assert "rank change at step 4" in capsys.readouterr().out
-    rows = rows_of(tmp_path / "metrics.csv")
-    assert [(row["step"], float(row["rank/mean"])) for row in rows if row["rank/mean"]] == [("0", 6.0), ("4", 3.0)]
+    found = rows(tmp_path / "metrics.csv", "rank/mean")
+    assert [(row["step"], float(row["rank/mean"])) for row in found] == [("0", 6.0), ("4", 3.0)]
     # A table of hundreds of columns helps nobody.
-    assert not [name for name in rows[0] if name.endswith(("/0", "/2")) and name != "lr/0"]
+    assert not [name for name in found[0] if name.endswith(("/0", "/2")) and name != "lr/0"]
 
 
 class Taken(lightning.Callback):
@@ -115,9 +110,9 @@ def test_change_taken_back_is_recorded_as_such(changed, tmp_path, capsys):
     monitor = RankMonitor(tmp_path / "history.csv")
     stage = Stage(At(step=15), Rank(1), how=How(max_regression=0.0))
     _, scheduler, _ = changed(monitor, stage=stage, max_steps=20)
-    rows = rows_of(monitor.history_file)
-    assert len(rows) == sum(len(event.layers) for event in scheduler.history)
-    assert all(row["reason"].startswith("undone: val/loss") for row in rows)
+    found = rows(monitor.history_file)
+    assert len(found) == sum(len(event.layers) for event in scheduler.history)
+    assert all(row["reason"].startswith("undone: val/loss") for row in found)
     assert "rank taken back at step 15" in capsys.readouterr().out
 
 
@@ -126,12 +121,12 @@ def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(changed
     *_, trainer = changed(first)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     changed(second, max_steps=12, ckpt_path=tmp_path / "last.ckpt")
-    assert rows_of(second.history_file) == rows_of(first.history_file) != []
+    assert rows(second.history_file) == rows(first.history_file) != []
 
 
 def test_monitor_without_a_scheduler_writes_an_empty_history(fit, tmp_path):
     fit(RankMonitor(tmp_path / "history.csv"), max_steps=2)
-    assert rows_of(tmp_path / "history.csv") == []
+    assert rows(tmp_path / "history.csv") == []
 
 
 def test_summary_of_the_model_comes_again_after_a_change(changed, caplog):

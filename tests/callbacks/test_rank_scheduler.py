@@ -3,13 +3,12 @@
 What does not depend on the trainer is tested in tests/driver.
 """
 
-import csv
-
 import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from tables import rows
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 import dynrank
@@ -154,8 +153,7 @@ def test_run_goes_on_at_the_end_of_an_epoch_that_was_shorter(regression, tmp_pat
         options |= {"val_check_interval": 5, "num_sanity_val_steps": 0}
         made = trainer(max_steps=steps, callbacks=[RankScheduler([]), saves], **options)
         made.fit(module, loader, data()[1], ckpt_path=checkpoint)
-        rows = (tmp_path / str(steps) / "metrics.csv").read_text().splitlines()
-        return module.epochs, [int(row["step"]) for row in csv.DictReader(rows) if row["train/loss"]]
+        return module.epochs, [int(row["step"]) for row in rows(tmp_path / str(steps) / "metrics.csv", "train/loss")]
 
     assert run(12, 16) == (3, [*range(12)])
     assert run(17, 8, tmp_path / "step=10.ckpt") == (2, [*range(10, 17)])

@@ -69,17 +69,8 @@ def data(count=16):
 
 
 def trainer(folder, model, callback, dataset=None, **options):
-    defaults = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "use_cpu": True,
-        "report_to": [],
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "logging_steps": 1,
-        "seed": 0,
-    }
+    defaults = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    defaults |= {"seed": 0, "use_cpu": True, "report_to": [], "disable_tqdm": True, "save_strategy": "no"}
     arguments = TrainingArguments(output_dir=str(folder), **{**defaults, **options})
     dataset = dataset or data()
     return Trainer(model, arguments, train_dataset=dataset, eval_dataset=dataset, callbacks=[callback])

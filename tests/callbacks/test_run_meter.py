@@ -1,10 +1,9 @@
 """Tokens and seconds of a run, in each phase between changes of rank."""
 
-import csv
-
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from tables import rows
 
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, RunMeter, peak_memory_bytes
 from dynrank.schedules import Stage
@@ -30,9 +29,8 @@ def test_phases_divide_the_run_at_each_change(fit, tmp_path):
         assert 0 < phase.step_seconds < phase.train_seconds
     assert meter.tokens_per_second == pytest.approx(128 / sum(phase.train_seconds for phase in meter.phases))
     logger.save()
-    with (tmp_path / "metrics.csv").open(newline="") as opened:
-        rows = [row for row in csv.DictReader(opened) if row.get("phase/mean_rank")]
-    assert [(row["step"], float(row["phase/mean_rank"])) for row in rows] == [("4", 6.0), ("8", 3.0)]
+    found = rows(tmp_path / "metrics.csv", "phase/mean_rank")
+    assert [(row["step"], float(row["phase/mean_rank"])) for row in found] == [("4", 6.0), ("8", 3.0)]
 
 
 def test_resumed_run_has_the_phases_of_the_whole_one(fit, tmp_path):

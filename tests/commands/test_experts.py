@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch.testing import assert_close
+from trained import updated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynrank
@@ -32,10 +33,8 @@ def adapter(base, tmp_path_factory):
     """The folder of an adapter of all linear layers, experts and routers that changes the base's answers."""
     targets = ["all-linear", "gate.weight"]
     model = dynrank.add_lora(AutoModelForCausalLM.from_pretrained(base), rank=4, target_modules=targets)
-    for _, layer in dynrank.lora_layers(model):
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
     folder = tmp_path_factory.mktemp("adapter")
-    dynrank.save_adapter(model, folder)
+    dynrank.save_adapter(updated(model, std=0.1), folder)
     return folder
 
 

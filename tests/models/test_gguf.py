@@ -2,22 +2,14 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
+from gguf_files import write_gguf
 from transformers import LlamaForCausalLM
 
 import dynrank
 from dynrank.adapters.merging import merge_adapter
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
-
-gguf = pytest.importorskip("gguf")
-
-# These are the sizes of `tiny_llama`.
-HEADS, WIDTH, LAYERS, VOCABULARY = 2, 32, 2, 600
-NAMES = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-NAMES |= {"self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up"}
-NAMES |= {"mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 
 
 @pytest.fixture(scope="module")
@@ -28,39 +20,10 @@ def llama(tiny_llama):
 @pytest.fixture(scope="module")
 def file(llama, tiny_llama, tmp_path_factory):
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    config, state = llama.config, {name: p.detach().numpy() for name, p in llama.named_parameters()}
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(WIDTH)
-    writer.add_block_count(LAYERS)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(WIDTH // HEADS)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(VOCABULARY)
     made = json.loads((tiny_llama / "tokenizer.json").read_text())["model"]
     tokens = sorted(made["vocab"], key=made["vocab"].get)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens + [f"<unused{i}>" for i in range(VOCABULARY - len(tokens))])
-    writer.add_token_merges([" ".join(pair) if isinstance(pair, list) else pair for pair in made["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_tensor("token_embd.weight", state["model.embed_tokens.weight"])
-    writer.add_tensor("output_norm.weight", state["model.norm.weight"])
-    writer.add_tensor("output.weight", state["lm_head.weight"])
-    for layer in range(LAYERS):
-        for theirs, ours in NAMES.items():
-            value = state[f"model.layers.{layer}.{theirs}.weight"]
-            # llama.cpp interleaves the halves that a rotation turns.
-            if ours in ("attn_q", "attn_k"):
-                value = value.reshape(HEADS, 2, WIDTH // HEADS // 2, WIDTH).swapaxes(1, 2).reshape(value.shape)
-            writer.add_tensor(f"blk.{layer}.{ours}.weight", np.ascontiguousarray(value))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    tokens += [f"<unused{i}>" for i in range(llama.config.vocab_size - len(tokens))]
+    write_gguf(path, llama, tokens, [" ".join(pair) if isinstance(pair, list) else pair for pair in made["merges"]])
     return str(path)
 
 

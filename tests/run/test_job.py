@@ -1,12 +1,14 @@
 """A whole run of the default task in miniature: the files it leaves, and that they say the same."""
 
-import csv
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from tables import rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import dynrank
 from dynrank import train
@@ -34,8 +36,7 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
     assert [phase["first_step"] for phase in summary["phases"]] == steps
     assert all(phase["tokens_per_second"] > 0 for phase in summary["phases"])
     assert summary["parameters"]["adapter"] < summary["parameters"]["trainable"] < summary["parameters"]["total"]
-    with (smoke_run[0] / "rank_history.csv").open(newline="") as file:
-        history = list(csv.DictReader(file))
+    history = rows(smoke_run[0] / "rank_history.csv")
     fields = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"]
     fields += ["first_order", "second_order", "between_layers"]
     assert list(history[0]) == fields
@@ -114,3 +115,45 @@ def test_own_task_and_data_run_from_a_users_config_and_paths_stay_where_the_user
     assert {rank for name, rank in ranks.items() if name.endswith("query")} == {3}
     assert json.loads((tmp_path / "run" / "adapter" / "labels.json").read_text())["labels"] == ["bad", "good"]
     assert "$ dynrank-train --config-dir mine task=own debug=smoke" in (tmp_path / "run/adapter/README.md").read_text()
+
+
+# Libraries are tried as they come, with their warnings.
+@pytest.mark.filterwarnings("ignore")
+def test_every_logger_gets_metrics_and_texts(launch, tiny_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    lines = [json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    small = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "hydra.run.dir=run"]
+    small += ["task.val_generate=2", "task.generate=1", "task.max_new_tokens=5"]
+    data = ["task=completion", f"task.model={tiny_llama}", "data.train=rows.jsonl"]
+    code, _, said = launch(train.main, *data, *small, "logger=[csv,tensorboard,wandb,mlflow]")
+    assert code == 0, said
+    folder = tmp_path / "run"
+
+    texts = rows(folder / "generations.csv")
+    assert [(row["step"], row["split"]) for row in texts] == [("4", "val")] * 2 + [("4", "test")]
+    assert all(row["wanted"].strip() == f"return {row['prompt'][5:-4]}" for row in texts)
+    columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"train/loss", "val/loss", "rank/mean"} < set(columns)
+    # Single layers have no columns.
+    assert not [name for name in columns if "proj" in name]
+
+    (event,) = EventAccumulator(str(folder / "tensorboard")).Reload().Tensors("val/written/text_summary")
+    page = event.tensor_proto.string_val[0].decode()
+    assert event.step == 4
+    assert all(f"    {row['prompt']}" in page for row in texts[:2])
+
+    (offline,) = (folder / "wandb").glob("offline-run-*")
+    table = json.loads(next(offline.rglob("val/written*.table.json")).read_text())
+    assert (table["columns"], len(table["data"])) == (["prompt", "wanted", "written"], 2)
+    # This run has ended for wandb, so the next one is another run.
+    assert sys.modules["wandb"].run is None
+
+    # mlflow loads slowly.
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([client.get_experiment_by_name("dynrank").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert {"train/loss", "val/loss", "rank/mean", "test/loss"} < set(run.data.metrics)
+    assert "**wanted**" in next(tmp_path.rglob("written_4.md")).read_text()

@@ -1,6 +1,5 @@
 """A run that is stopped, by whatever signal, and goes on ends bit-equal to one that was never stopped."""
 
-import csv
 import json
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 import forked
 import pytest
 import torch
+from tables import rows
 
 import dynrank
 from dynrank import train
@@ -56,20 +56,12 @@ def stopped(settings, number, after):
 def ranks_at(folder, step):
     """The lowest and the highest rank of a run's layers at ``step``, by its history; one number if they are equal."""
     ranks = dict.fromkeys(json.loads((folder / "summary.json").read_text())["final_ranks"], 6)
-    with (folder / "rank_history.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-    ranks |= {row["layer"]: int(row["rank_after"]) for row in rows}
+    ranks |= {r["layer"]: int(r["rank_after"]) for r in rows(folder / "rank_history.csv") if int(r["step"]) < step}
     return "-".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
 
 
 def saved_step(file):
     return torch.load(file, weights_only=True)["global_step"] if file.exists() else -1
-
-
-def table(path, metric=None):
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    return [(row["step"], row[metric]) for row in rows if row[metric]] if metric else rows
 
 
 def assert_same(folder, whole):
@@ -111,7 +103,8 @@ def test_stopped_run_goes_on_in_its_folder_to_the_same_bits(launch, settings, wh
     assert rank == ranks_at(whole, int(step))
     assert_same(Path("run"), whole)
     for metric in ("train/loss", "val/loss"):
-        assert table(Path("run/metrics.csv"), metric) == table(whole / "metrics.csv", metric)
+        one, two = (rows(folder / "metrics.csv", metric) for folder in (Path("run"), whole))
+        assert [(row["step"], row[metric]) for row in one] == [(row["step"], row[metric]) for row in two]
     code, _, message = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=last")
     assert (code, "has ended" in message) == (2, True)
 

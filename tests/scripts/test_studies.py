@@ -1,13 +1,14 @@
 """The studies in miniature, a tiny model and a few steps: the rows they write, and going on where one stopped."""
 
-import csv
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from peft.tuners.adalora.layer import SVDLinear
+from tables import rows
 
+import dynrank
 from dynrank.errors import ConfigurationError
 
 # This is the sum of d_in + d_out over the adapted layers of the tiny model.
@@ -25,11 +26,6 @@ def short(scripts, tiny_bert, monkeypatch):
     small, real = ["task.limit=80", f"task.model={tiny_bert}"], scripts.bench.compose
     monkeypatch.setattr(scripts.bench, "compose", lambda overrides: real([*overrides, *small]))
     return scripts
-
-
-def rows(file):
-    with file.open(newline="") as text:
-        return list(csv.DictReader(text))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -154,3 +150,14 @@ def test_headers_fall_into_splits_by_file(script):
     assert texts[0] != texts[1]
     assert 0 < len(one["val"]) < len(one["test"]) < len(one["train"])
     assert {len(text) for text in texts[0]} <= {*range(1, headers.CHARACTERS + 1)}
+
+
+def test_an_early_cut_leaves_the_raw_pooler_most_of_its_directions(scripts):
+    """As in the prototypes: medical_terms at step 80 of 240, from rank 16 to the parameters of rank 2, by 20 steps."""
+    study, bench = scripts.study, scripts.bench
+    trainee = bench.adapted(bench.Setting(0, 240, bench.TASKS["medical_terms"].overrides), 16, 1e-3)
+    gates = study.advance(trainee, 80, 20)
+    assert gates.examples == 640
+    ranks = bench.budget_ranks(dict(dynrank.lora_layers(trainee.model)), 2, gates=gates)
+    assert ranks.pop("bert.pooler.dense") >= 10
+    assert sum(ranks.values()) / len(ranks) < 3

@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 import transformers as hf
+from trained import updated
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import dynrank
@@ -171,8 +172,7 @@ def test_packed_rows_hold_every_text_once_and_no_text_sees_another(task_of, opti
         assert ids[split] == wanted
     assert len(task.examples["train"]) < len(task.rows["train"])
     module = task.module({"rank": 4, "alpha": 8}, optimizer).eval()
-    for _, layer in dynrank.lora_layers(module.model):
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    updated(module.model, std=0.1)
     batch = task.collate([row for row in task.examples["train"] if len(row["lengths"]) > 1][:4])
     logits, labels = module.predict(batch)
     losses = []

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from trained import updated
 
-import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.tasks.data.stdlib import stdlib_functions
 from dynrank.tasks.language_modeling import LanguageModeling
@@ -42,8 +42,7 @@ def task(make):
 @pytest.fixture
 def module(task, optimizer):
     made = task.module(LORA, optimizer)
-    for _, layer in dynrank.lora_layers(made.model):
-        torch.nn.init.normal_(layer.lora_B, std=0.1)
+    updated(made.model, std=0.1)
     return made.eval()
 
 

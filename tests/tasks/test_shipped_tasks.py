@@ -1,11 +1,11 @@
 """The experiments on code and on financial terms: their ranks, and the one that drops in miniature."""
 
-import csv
 import json
 import math
 
 import pytest
 import torch
+from tables import rows
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
 import dynrank
@@ -66,8 +66,8 @@ def test_code_experiment_measures_right_before_and_right_after_the_drop_and_at_t
     options = ["experiment=code_32_to_16", "debug=smoke", "plots=false", "hydra.run.dir=run"]
     code, _, said = launch(train.main, *task, *sizes, *options)
     assert code == 0, said
-    with (tmp_path / "run" / "rank_history.csv").open(newline="") as file:
-        ((drop, *ranks),) = {(row["step"], row["rank_before"], row["rank_after"]) for row in csv.DictReader(file)}
+    history = rows(tmp_path / "run" / "rank_history.csv")
+    ((drop, *ranks),) = {(row["step"], row["rank_before"], row["rank_after"]) for row in history}
     assert ranks == ["32", "16"]
     for name in ("val/bleu", "val/exact_match", "val/parses", "val/loss"):
         steps, values = read_metrics(tmp_path / "run" / "metrics.csv")[name]

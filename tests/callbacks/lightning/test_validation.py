@@ -1,11 +1,10 @@
 """Validations that a change asks for, in the middle of training: of a part of the data, and unseen by everyone else."""
 
-import csv
-
 import lightning
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from tables import rows
 from torch import nn
 
 from dynrank.callbacks.lightning.validation import validate_beside
@@ -45,5 +44,4 @@ def test_silent_validation_tells_batches_apart_and_is_heard_by_nobody(regression
     mean = sum(value * weight for value, weight in expected) / sum(weight for _, weight in expected)
     assert metrics["val/loss"] == pytest.approx(mean, rel=1e-5)
     assert asking.shown[0] == asking.shown[1]
-    with (tmp_path / "metrics.csv").open() as file:
-        assert [row["step"] for row in csv.DictReader(file) if row.get("val/loss")] == ["4", "9"]
+    assert [row["step"] for row in rows(tmp_path / "metrics.csv", "val/loss")] == ["4", "9"]

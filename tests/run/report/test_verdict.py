@@ -6,6 +6,7 @@ import shlex
 from types import SimpleNamespace
 
 import pytest
+from tables import rows
 
 import dynrank
 from dynrank.commands import cli
@@ -50,8 +51,7 @@ def test_first_lines_say_test_change_bytes_and_gap(run_folder, tmp_path, page_of
     folder = run_folder(tmp_path / "run", drops=[(10, 4)])
     final = {"val/loss": 0.9, "train/loss": 0.2}
     edited(folder, final=final, gap=0.7, bytes={"adapter": 2_500_000, "gradients": 1, "optimizer": 1})
-    with (folder / "metrics.csv").open(newline="") as file:
-        losses = {int(row["step"]): float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]}
+    losses = {int(row["step"]): float(row["val/loss"]) for row in rows(folder / "metrics.csv", "val/loss")}
     (before, after, end) = (losses[step] for step in (4, 10, 28))
     lines = page_of(write_report(folder)).texts("li")
     assert lines[0].startswith("test/loss 1.25, after 30 steps")
@@ -90,9 +90,9 @@ def test_page_says_why_the_two_losses_are_not_of_one_kind(smoke_run, page_of):
 
 
 def test_what_was_written_is_shown_first_and_last(run_folder, tmp_path, page_of):
-    rows = [[step, "val", f"p{i}", f"w{i}", f"<{step}>\n{i}"] for step in (4, 8, 12) for i in range(6)]
+    texts = [[step, "val", f"p{i}", f"w{i}", f"<{step}>\n{i}"] for step in (4, 8, 12) for i in range(6)]
     with (run_folder(tmp_path) / "generations.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["step", "split", "prompt", "wanted", "written"], *rows])
+        csv.writer(file).writerows([["step", "split", "prompt", "wanted", "written"], *texts])
     _, *shown = page_of(write_report(tmp_path)).table("For some prompts")
     assert shown[:2] == [["p0", "w0", "4", "<4>\n0"], ["p0", "w0", "12", "<12>\n0"]]
     assert len(shown) == 8

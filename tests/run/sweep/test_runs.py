@@ -1,6 +1,5 @@
 """Whole sweeps in miniature: the experiment and its table, one that is killed and goes on, and runs that fail."""
 
-import csv
 import json
 import signal
 import time
@@ -10,6 +9,7 @@ import forked
 import pytest
 import torch
 from safetensors.torch import load_file
+from tables import rows
 
 import dynrank
 from dynrank import train
@@ -28,13 +28,12 @@ def sweep(launch, tiny_bert):
 
 
 def table(folder):
-    with Path(folder, "sweep.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return rows(Path(folder, "sweep.csv"))
 
 
-def measured(rows):
-    """Rows without what depends on the clock."""
-    return [{name: value for name, value in row.items() if "seconds" not in name} for row in rows]
+def measured(folder):
+    """The table without what depends on the clock."""
+    return [{name: value for name, value in row.items() if "seconds" not in name} for row in table(folder)]
 
 
 def test_experiment_is_four_ranks_at_one_scaling():
@@ -99,7 +98,7 @@ def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(sweep, tiny_ber
 
     code, _, said = sweep(*settings, "lora.rank=4", "hydra.sweep.dir=whole")
     assert code == 0, said
-    assert measured(table("s"))[1] == {"lora.rank": "4", **measured(table("whole"))[0]}
+    assert measured("s")[1] == {"lora.rank": "4", **measured("whole")[0]}
     one, two = (Path(folder, "adapter/adapter_model.safetensors").read_bytes() for folder in ("s/1", "whole/0"))
     assert one == two
 

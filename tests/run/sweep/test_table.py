@@ -1,10 +1,10 @@
 """The table of a sweep, from folders as its runs leave them; numbers are checked against NumPy's."""
 
-import csv
 import json
 
 import numpy as np
 import pytest
+from tables import rows
 
 from dynrank.commands import cli
 from dynrank.output.plots import arms_figure
@@ -20,11 +20,6 @@ def write(folder, overrides, test=None, **fields):
         summary = {"test": test, "parameters": {"adapter": 100}, "final_ranks": {}, "phases": [], "seconds": 1.0}
         summary |= {"tokens_per_second": 1.0, "peak_memory_bytes": 1, **fields}
         (folder / "summary.json").write_text(json.dumps(summary))
-
-
-def table(folder):
-    with (folder / "sweep.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture
@@ -45,9 +40,9 @@ def sweep(tmp_path):
 def test_table_holds_mean_and_sample_deviation_over_seeds_by_rank(sweep, capsys):
     folder, accuracies = sweep
     show_sweep(folder)
-    rows = table(folder)
-    assert [row["lora.rank"] for row in rows] == ["4", "8", "16"]
-    for row in rows:
+    found = rows(folder / "sweep.csv")
+    assert [row["lora.rank"] for row in found] == ["4", "8", "16"]
+    for row in found:
         values = np.array(accuracies[int(row["lora.rank"])])
         expected = {"test/accuracy": values, "test/loss": 2 * values, "gap": -values, "step_seconds": values / 100}
         for name, numbers in expected.items():
@@ -75,9 +70,10 @@ def test_runs_without_a_result_are_named_and_counted_and_refused_ones_left_out(t
     # This run was refused before it began.
     (tmp_path / "4" / "rank_history.csv").unlink()
     show_sweep(tmp_path, plot=True)
-    counted = [(row["lora.rank"], row["runs"], row["without_result"]) for row in table(tmp_path)]
+    found = rows(tmp_path / "sweep.csv")
+    counted = [(row["lora.rank"], row["runs"], row["without_result"]) for row in found]
     assert counted == [("4", "1", "1"), ("8", "0", "2")]
-    assert table(tmp_path)[0]["test/loss_sd"] == table(tmp_path)[1]["test/loss"] == ""
+    assert found[0]["test/loss_sd"] == found[1]["test/loss"] == ""
     printed = capsys.readouterr().out
     for text in ("1 of 2", "0 of 2", "1 (lora.rank=4 seed=1): has not ended", "failed: RuntimeError: no more memory"):
         assert text in printed

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with a schedule of ranks, as a user starts it: alone, and in two processes."""
+"""TRL's trainers under schedules of ranks: SFT as a user starts it, alone and in two processes; all in miniature."""
 
 import json
 from pathlib import Path
@@ -47,3 +47,16 @@ def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends
     assert len({layer.rank for _, layer in dynrank.lora_layers(loaded)}) > 1
     # The adapter began at rank 8 and ends at rank 4 on average.
     assert 3 * SIZE < sum(value.numel() for value in one.values()) <= 4 * SIZE
+
+
+AUTO, EARLY = ("SFT", "KTO", "Reward", "GRPO"), ("SFT of add_lora", "DPO", "ORPO", "GRPO of equal rewards", "RLOO")
+RUNS = [*((trainer, "auto") for trainer in AUTO), *((trainer, "early_budget") for trainer in EARLY)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("trainer", "schedule"), RUNS)
+def test_trainer_ends_with_an_adapter_that_peft_loads(trainer, schedule, script, tiny_llama, tmp_path):
+    row = script("trl_zoo").train(trainer, schedule, str(tiny_llama), tmp_path, rank=8, steps=6)
+    assert row[:2] == [trainer, schedule]
+    assert float(row[2].rstrip("%")) <= 25
+    assert (tmp_path / f"{trainer} {schedule}".replace(" ", "_") / "adapter" / "adapter_config.json").exists()
