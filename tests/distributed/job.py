@@ -29,6 +29,7 @@ from distributed_runs import (
 )  # fmt: skip
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
+from wrapped_loops import WAYS, ended
 
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.distributed.processes import from_all, from_first
@@ -146,6 +147,8 @@ def main(place: str) -> None:
     process, results = int(os.environ["RANK"]), {}
     for dtype in DTYPES:
         checks[f"gates, {dtype}"] = partial(gates_of, dtype, shows=process == 0)
+    for way in WAYS:
+        checks[f"loop, {way}"] = partial(ended, way, process, 2)
     for name, check in checks.items():
         start = time.perf_counter()
         try:

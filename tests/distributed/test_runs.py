@@ -11,6 +11,7 @@ from distributed_runs import CROSSED, CROSSINGS, DTYPES, RESUMED, RUNS, fit, gat
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.testing import assert_close
+from wrapped_loops import WAYS, ended
 
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.errors import ConfigurationError
@@ -84,6 +85,15 @@ def test_one_process_may_save_the_state_by_itself_while_statistics_are_collected
     """What is collected is alike in all after every step, so nobody has to be asked, or waits."""
     for alone, other in zip(found(results, "saved alone"), found(results, "ddp, budget by gates"), strict=True):
         assert_same_bits(alone, other)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_wrapped_loop_ends_where_a_plain_one_does(results, way):
+    expected, (first, second) = ended("plain"), found(results, f"loop, {way}")
+    for name, value in ended(way).items():
+        assert torch.equal(value, expected[name]), name
+        assert torch.equal(first[name], second[name]), name
+        assert_close(first[name], value, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,9 +1,5 @@
-"""The driver in loops whose model and optimizer plain DDP, Lightning Fabric or accelerate has wrapped."""
+"""Loops whose model and optimizer plain DDP, Lightning Fabric or accelerate has wrapped, in one process or in two."""
 
-from pathlib import Path
-
-import forked
-import pytest
 import torch
 from accelerate import Accelerator
 from lightning.fabric import Fabric
@@ -58,33 +54,3 @@ def ended(way, process=0, processes=1):
     driver = drive(stages, Training(wrapped, [optimizer]), len(X), loss, backward)
     assert [(event.step, event.layers[0].layer) for event in driver.history] == [(4, "0"), (6, "0"), (8, "0")]
     return model.state_dict()
-
-
-PROGRAM = """
-import os, sys
-import torch
-sys.path.insert(0, sys.argv[1])
-from test_wrapped_loops import WAYS, ended
-
-torch.distributed.init_process_group("gloo")
-process = int(os.environ["RANK"])
-torch.save({way: ended(way, process, 2) for way in WAYS}, f"{process}.pt")
-"""
-
-
-@pytest.fixture(scope="module")
-def in_two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    started = forked.pair(PROGRAM, Path(__file__).parent, cwd=folder)
-    assert forked.end(started) == [0, 0], forked.printed(folder)
-    return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.distributed|.*CPU")
-@pytest.mark.parametrize("way", WAYS)
-def test_wrapped_loop_ends_where_a_plain_one_does(way, in_two):
-    expected, (first, second) = ended("plain"), (found[way] for found in in_two)
-    for name, value in ended(way).items():
-        assert torch.equal(value, expected[name]), name
-        assert torch.equal(first[name], second[name]), name
-        torch.testing.assert_close(first[name], value, rtol=1e-3, atol=1e-5)
