@@ -13,7 +13,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, configured
 
 # {choice or key of version 0.2 that was removed: what to write instead}.
 GONE = {
@@ -46,7 +46,8 @@ def overrides_explained() -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigurationError(_explanation(error)) from error
+        with configured():
+            raise ConfigurationError(_explanation(error)) from error
     except (ValueError, OSError) as error:
         if not _raised_by_hydra(error):
             raise
@@ -84,7 +85,8 @@ def _explanation(error: HydraException | OmegaConfBaseException) -> str:
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and isinstance(cause.parent_node, DictConfig):
         key, parent = str(cause.full_key), cause.parent_node
-        advice = "" if is_dataclass(OmegaConf.get_type(parent)) else f"; to pass a new one on, write +{key}=..."
+        is_final = key in GONE or is_dataclass(OmegaConf.get_type(parent))
+        advice = "" if is_final else f"; to pass a new one on, write +{key}=..."
         return unknown_key(key, parent._get_root()) + advice
     if isinstance(cause, ValidationError) and is_dataclass(cause.object_type):
         wanted = next(field.type for field in fields(cause.object_type) if field.name == cause.key)
