@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from dynrank.output.plots import ranks_figure
+from dynrank.output.plots import loss_figure, ranks_figure
 
 
 @pytest.mark.parametrize("levels", [1, 2, 5, 32])
@@ -17,3 +17,13 @@ def test_legend_of_ranks_lies_inside_and_has_the_lowest_and_the_highest(levels):
     assert 0 <= box.y0 < box.y1 <= figure.bbox.height
     named = [int(text.get_text()) for text in legend.get_texts()]
     assert named == sorted({*named, 33 - levels, 32})
+
+
+def test_loss_picture_has_a_thin_line_of_the_rate():
+    steps, rates = [0, 1, 2], [1.0, 0.5, 0.25]
+    figure = loss_figure({"train/loss": (steps, [3.0, 2.0, 1.0]), "lr/head": (steps, rates)}, {})
+    axes, beside = figure.axes
+    (line,) = beside.lines
+    assert [*line.get_ydata()] == rates
+    assert line.get_linewidth() < 1
+    assert "rate of head" in [text.get_text() for text in axes.get_legend().get_texts()]

@@ -63,7 +63,9 @@ class Source:
             if any(kind_of(file) not in READERS or not file.is_file() for file in paths):
                 kinds = f"a file of {[*READERS]}, a folder or ORG/NAME on the hub"
                 raise ConfigurationError(f"{key} must be {kinds}, got {name!r}; set {key}")
-            self.files = {file: survey(file) for file in paths}
+            for file in paths:
+                say({"reading": f"{file}, {file.stat().st_size / 1e6:,.1f} MB"})
+                self.files[file] = survey(file)
             rows = chain.from_iterable(part.rows() for _, parts in self.files.values() for part in parts)
             first = [*islice(rows, SNIFFED)]
             self.sample = [row for _, row in first if not isinstance(row, str)]
@@ -97,8 +99,6 @@ class Source:
         with filling():
             builder = _Rows(features=features_of(columns), hash=key, dataset_name="rows")
             builder.source = {"parts": parts, "columns": columns}
-            if not Path(builder.cache_dir).exists():
-                say({"reading": f"{file}, {file.stat().st_size / 1e6:,.1f} MB"})
             builder.download_and_prepare(num_proc=min(len(parts), processes(file.stat().st_size // _ROW) or 1))
             rows = builder.as_dataset(split="train")
         return check_rows(rows, where, "row" if kind_of(file) == ".parquet" else "line")

@@ -96,7 +96,7 @@ def test_columns_are_found_and_said(given, tmp_path, capsys):
     label = given.get("label", "Topic")
     renamed = [{"id": i, "review": row["text"], label: row["label"]} for i, row in enumerate(ROWS)]
     found = read(write(tmp_path / "renamed.csv", renamed), columns={"label": None, **given})
-    assert capsys.readouterr().out.splitlines()[0].split() == ["columns", "text", "<-", "review,", "label", "<-", label]
+    assert capsys.readouterr().out.splitlines()[1].split() == ["columns", "text", "<-", "review,", "label", "<-", label]
     assert found == read(write(tmp_path / "a.csv", ROWS))
 
 
