@@ -127,14 +127,6 @@ def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
             assert torch.equal(value, expected[key]), (step, key)
 
 
-def test_gates_are_watched_in_the_window_and_nowhere_else():
-    watched = []
-    driver = RankDriver(at(20, Rank(3), metric="gates", window=5))
-    drive(driver, batch_end=lambda loop: watched.append(loop.model[0]._tap is not None))
-    assert [step for step, on in enumerate(watched) if on] == [15, 16, 17, 18, 19]
-    assert trajectory(driver) == [(20, 6, 3)]
-
-
 def fires_at_10():
     return Plateau(patience=1, min_delta=0.99)
 
