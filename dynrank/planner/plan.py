@@ -179,7 +179,7 @@ def _need(
         inputs = token_batch(model, *batch)
     adapter = storage_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
     weights = storage_bytes(tensors_of(model)) - adapter
-    step = count_step(model, inputs, mode, autocast)
+    activations, gradients, peak = count_step(model, inputs, mode, autocast)
     return Need(
         rank=rank,
         ranks=(min(ranks), max(ranks)),
@@ -187,9 +187,9 @@ def _need(
         weights=weights,
         adapter=adapter,
         optimizer=optimizer,
-        gradients=step.gradients,
-        activations=step.activations,
-        step=step.peak,
+        gradients=gradients,
+        activations=activations,
+        step=peak,
     )
 
 

@@ -8,7 +8,6 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,21 +27,6 @@ _COUNTED_EXPERTS = "dynrank"
 ALL_EXPERTS_FUNCTIONS.register(_COUNTED_EXPERTS, experts_forward)
 
 _WITH_LOSS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")
-
-
-@dataclass(frozen=True)
-class StepMemory:
-    """The bytes that a forward and a backward allocate in addition to the model and its optimizer.
-
-    Attributes:
-        activations: bytes that the forward has saved for the backward at its end; a shared storage counts once.
-        gradients: bytes of the parameters' gradients at the end of the backward.
-        peak: largest number of bytes at any time, gradients included.
-    """
-
-    activations: int
-    gradients: int
-    peak: int
 
 
 class CountingMode(FakeTensorMode):
@@ -153,8 +137,11 @@ def _packed(module: Any) -> nn.Parameter:
 
 def count_step(
     model: nn.Module, batch: Mapping[str, Tensor], mode: CountingMode, autocast: torch.dtype | None
-) -> StepMemory:
+) -> tuple[int, int, int]:
     """Run one forward and one backward of ``model`` and count the bytes that they allocate.
+
+    Returns the bytes that the forward has saved for the backward (a shared storage counts once), the bytes of the
+    parameters' gradients, and the largest number of bytes at any time, gradients included.
 
     Ops behave as on a CPU. Memory that an op allocates and frees inside is not counted. ``model``, in training mode,
     and ``batch`` have fake tensors of ``mode``. ``autocast`` is the dtype of mixed precision, None for none.
@@ -187,7 +174,7 @@ def count_step(
         ) from error
     gradients = storage_bytes(parameter.grad for parameter in model.parameters())
     model.zero_grad(set_to_none=True)
-    return StepMemory(activations, gradients, mode.peak)
+    return activations, gradients, mode.peak
 
 
 @contextmanager

@@ -43,7 +43,6 @@ def show_plan(config: DictConfig) -> None:
 
 
 def _table(plan: Plan, libraries: int) -> Table:
-    """A table with a line for each rank."""
     more = (["process"] if libraries else []) + ([] if plan.budget is None else ["fits"])
     table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *PARTS, "total", *more)
     for need in plan.needs:

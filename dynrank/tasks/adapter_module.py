@@ -27,12 +27,9 @@ class AdapterModule(LightningModule):
     A test also evaluates the validation examples and as many training examples with the final weights, and logs the
     results as ``final/val/…`` and ``final/train/loss``.
 
-    Args:
-        model: a transformers model; a head with new random weights is trained whole.
-        lora: keyword arguments of :func:`dynrank.add_lora`.
-        optimizer: keyword arguments of :func:`dynrank.tasks.optimizers.make_optimizer`.
-        quality: {``val``, ``test`` or ``final/val``: metrics of logits and labels to log with the loss}.
-        label_smoothing: share of the target that is spread over all classes in training, in [0, 1).
+    A head of ``model`` with new random weights is trained whole. ``lora`` are arguments of :func:`dynrank.add_lora`,
+    ``optimizer`` those of :func:`dynrank.tasks.optimizers.make_optimizer`. ``quality`` is {``val``, ``test`` or
+    ``final/val``: metrics of logits and labels to log with the loss}.
     """
 
     def __init__(
