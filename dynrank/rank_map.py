@@ -150,6 +150,7 @@ def _rule(key: Any, value: Any) -> RankRule:
     if not isinstance(key, str):
         raise ConfigurationError(f"a key must be text, got {type(key).__name__}")
     try:
+        # "a)(b" compiles only inside PEFT's group, and "(?i)q" only outside of it.
         re.compile(key)
         whole_parts(key)
     except EXPRESSION_ERRORS as error:
@@ -195,18 +196,18 @@ def resolve_rank_map(
         rule = rules[key] if key is not None else RankRule()
         default = min(rank, d_out, d_in) if name in capped else rank
         layer = LayerRank(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.highest, rule.pinned, key)
-        faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, d_out, d_in)]
+        faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, rule, d_out, d_in)]
         layers[name] = layer
     if faults:
         raise ConfigurationError("ranks cannot be resolved:\n  " + "\n  ".join(faults[:_LISTED]))
     return layers
 
 
-def _layer_faults(layer: LayerRank, d_out: int, d_in: int) -> list[str]:
-    fix = "fix lora.rank" if layer.rule is None else f"fix the rule {layer.rule!r} (rank_map)"
-    faults = []
+def _layer_faults(layer: LayerRank, rule: RankRule, d_out: int, d_in: int) -> list[str]:
+    fix, faults = f"fix the rule {layer.rule!r} (rank_map)", []
     if not 1 <= layer.rank <= min(d_out, d_in):
-        faults.append(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}; {fix}")
+        said = f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}"
+        faults.append(f"{said}; {'fix lora.rank' if rule.rank is None else fix}")
     if layer.final_rank is not None and layer.final_rank > layer.rank:
         faults.append(f"final_rank must be at most rank = {layer.rank}, got {layer.final_rank}; {fix}")
     return faults
@@ -214,17 +215,21 @@ def _layer_faults(layer: LayerRank, d_out: int, d_in: int) -> list[str]:
 
 def _unmatched(key: str, names: Mapping[str, Any]) -> str:
     parts = {".".join(name.split(".")[-n:]) for name in names for n in range(1, len(name.split(".")) + 1)}
-    near = get_close_matches(re.sub(r"\\(?=\W)", "", key), sorted(parts), n=3, cutoff=0.5)
+    near = get_close_matches(_unescaped(key), sorted(parts), n=3, cutoff=0.5)
     return f"{key!r} matches no LoRA layer; nearest: {near or sorted(names)[:3]}"
 
 
 def _specificity(key: str, name: str, matched: set[str]) -> int:
     """2 for a key that is the layer's name, 1 for a plain one that matches this layer only, 0 for any other pattern."""
-    # Undo re.escape.
-    plain = re.sub(r"\\(?=\W)", "", key.removeprefix("^").removesuffix("$"))
+    plain = _unescaped(key.removeprefix("^").removesuffix("$"))
     if plain == name:
         return 2
     return 1 if matched == {name} and _PLAIN.fullmatch(plain) else 0
+
+
+def _unescaped(key: str) -> str:
+    """The inverse of re.escape."""
+    return re.sub(r"\\(?=\W)", "", key)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

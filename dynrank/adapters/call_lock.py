@@ -1,4 +1,7 @@
-"""A lock that a model's calls share: a change of adapters waits for running calls, and later calls wait for it."""
+"""A readers-writer lock: calls of a model are the readers, and a change of its adapter is the writer.
+
+A change waits for the calls that are running, and calls that begin later wait for the change.
+"""
 
 import threading
 from collections.abc import Iterator
@@ -22,7 +25,10 @@ class CallLock:
         self._changed = threading.Condition()
         # {thread: depth of its nested calls}.
         self._calls: dict[int, int] = {}
-        self._closed, self._waiting = False, 0
+        # Whether a change is running or waits for calls.
+        self._closed = False
+        # How many calls wait; they run before the next change.
+        self._waiting = 0
 
     def __enter__(self) -> None:
         thread = threading.get_ident()
@@ -67,8 +73,8 @@ def call_lock_of(model: nn.Module) -> CallLock:
 
     In a block ``with call_lock_of(model):``, several calls see the same adapter; a swap waits until the block ends.
 
-    The model's class is replaced by a subclass of the same name, whose two methods take the lock until a call ends,
-    also by an exception. These calls do not take the lock: calls that were running when it was added; calls of a
+    The model's class is replaced by a subclass of the same name. Its ``__call__`` and ``generate`` hold the lock until
+    they return or raise. These calls do not take the lock: calls that were running when it was added; calls of a
     submodule without the model; compiled code of a module that contains the model; and calls of a wrapper that
     ``torch.compile`` made before, unless the wrapper is passed here. Copies and pickles have no lock.
     """

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from dynrank.adapters.beside import new_adapter_folder
@@ -92,28 +93,23 @@ def _check_options(rank: int | None, energy: float | None, budget: int | float |
 
 
 def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
+    text, share = str(budget).strip(), 0.0
+    if re.fullmatch(r"\d+(_\d+)*", text):
+        target = Budget(int(text))
+    else:
+        with suppress(ValueError):
+            share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+        if not 0 < share <= 1:
+            raise ConfigurationError(
+                f"--budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}"
+            )
+        target = Budget(share=share)
     layers = adapter.layers.items()
     states = {name: LayerState(layer.rank, *layer.shape, experts=layer.experts) for name, layer in layers}
-    target = Budget(_parameters(budget, adapter))
     least = target.floor_parameters(states)
     if target.pool(states) < least:
         raise ConfigurationError(f"--budget must be at least {least:,} parameters (the lowest ranks), got {budget}")
     return target
-
-
-def _parameters(budget: int | float | str | None, adapter: StoredAdapter) -> int:
-    text = str(budget).strip()
-    if re.fullmatch(r"\d[\d_]*", text):
-        return int(text)
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = 0.0
-    if not 0 < share <= 1:
-        raise ConfigurationError(
-            f"--budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}"
-        )
-    return int(share * sum(layer.parameters for layer in adapter.layers.values()))
 
 
 @one_thread()

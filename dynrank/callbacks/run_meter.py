@@ -56,26 +56,29 @@ class RunMeter(Callback):
         self.phases = [Phase()]
         # Phases of the checkpoint from which the run is resumed.
         self._before: list[Phase] = []
-        self._processes = 1
+        # Tokens of the open phase from before a resume, of all processes.
+        self._earlier_tokens = 0
+        # Over how many processes the other tokens of the last phase are still to be summed up; 0: it is over.
+        self._processes = 0
         # Time at which the batch began, and seconds of batches since the last optimizer step.
-        self._start = self._batches = 0.0
+        self._start = self._seconds_since_step = 0.0
         # Seconds of each optimizer step of the open phase, since the start or the resume.
-        self._steps: list[float] = []
-        # Optimizer steps made so far.
-        self._step = 0
+        self._step_seconds: list[float] = []
+        self._steps_made = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phases, self._before = self._before or [_phase(trainer, pl_module)], []
         self._processes = trainer.world_size
-        # _close() adds up the tokens of all processes, so only process 0 keeps the tokens from before a resume.
-        self.phases[-1].tokens *= trainer.is_global_zero
-        self._steps, self._batches, self._step = [], 0.0, trainer.global_step
+        self._earlier_tokens, self.phases[-1].tokens = self.phases[-1].tokens, 0
+        self._step_seconds, self._seconds_since_step, self._steps_made = [], 0.0, trainer.global_step
         if torch.cuda.is_available():
             # A sweep makes several runs in one process.
             torch.cuda.reset_peak_memory_stats()
 
     def state_dict(self) -> dict[str, Any]:
-        phase = replace(self._open_phase(), tokens=self.phases[-1].tokens * self._processes)
+        phase = self._open_phase()
+        if self._processes:
+            phase = replace(phase, tokens=self._earlier_tokens + phase.tokens * self._processes)
         return {"phases": [asdict(phase) for phase in (*self.phases[:-1], phase)]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -92,16 +95,17 @@ class RunMeter(Callback):
         phase.tokens += int(batch["attention_mask"].sum())
         seconds = time.perf_counter() - self._start
         phase.train_seconds += seconds
-        self._batches += seconds
+        self._seconds_since_step += seconds
         # With gradient accumulation several batches make one step.
-        if trainer.global_step > self._step:
-            self._steps.append(self._batches)
-            self._batches, self._step = 0.0, trainer.global_step
+        if trainer.global_step > self._steps_made:
+            self._step_seconds.append(self._seconds_since_step)
+            self._seconds_since_step, self._steps_made = 0.0, trainer.global_step
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
             self._close(trainer)
             self.phases.append(_phase(trainer, pl_module))
+            self._processes, self._earlier_tokens = trainer.world_size, 0
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close(trainer)
@@ -115,15 +119,19 @@ class RunMeter(Callback):
     def _open_phase(self) -> Phase:
         """The open phase with the median seconds of its steps so far."""
         phase = self.phases[-1]
-        return replace(phase, step_seconds=median(self._steps)) if self._steps else phase
+        return replace(phase, step_seconds=median(self._step_seconds)) if self._step_seconds else phase
 
     def _close(self, trainer: Trainer) -> None:
+        # A change after the last step may come after on_train_end, which has closed the phase.
+        if not self._processes:
+            return
         phase = self.phases[-1] = self._open_phase()
-        phase.tokens = sum(from_all(phase.tokens))
-        self._steps = []
+        phase.tokens = self._earlier_tokens + sum(from_all(phase.tokens))
+        self._step_seconds, self._processes = [], 0
         values = {"phase/tokens_per_second": phase.tokens_per_second, "phase/mean_rank": phase.mean_rank}
-        for logger in trainer.loggers if phase.train_seconds else ():
-            logger.log_metrics(values, step=trainer.global_step)
+        if phase.train_seconds:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)
 
 
 def _phase(trainer: Trainer, pl_module: LightningModule) -> Phase:
@@ -139,5 +147,5 @@ def peak_memory_bytes() -> int:
     peak = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
     if peak is not None:
         return 1024 * int(peak[1])
-    # This number also counts the program that became this one by exec.
+    # ru_maxrss survives exec, so it may be the peak of the program that ran before in this process.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -119,20 +119,20 @@ class RankDriver:
         """Names of the metrics that the schedule reads."""
         return sorted(watched(self.stages).keys() | checked(self.stages))
 
-    def check_model(self, model: nn.Module, run: Run | None = None) -> None:
+    def check_model(self, model: nn.Module, run: Run) -> None:
         """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.check.check_model`."""
-        check_model(model, self.stages, run or Run(None))
+        check_model(model, self.stages, run)
 
     def start(self, training: Training, run: Run) -> None:
         """Begin a run of length ``run``, or continue it if a state has been loaded."""
-        if self._ended_step > training.step == 0:
+        if training.step == 0 and self._ended_step > 0:
             raise ConfigurationError(
                 f"this schedule is at step {self._ended_step} of another run; make a new schedule with new stages for "
                 "each run, or resume that run (ckpt_path)"
             )
         self._run, self._ended_step = run, training.step
         self._clock, self._window = Clock(self.stages, run), Window(self.stages)
-        # After a change the ranks differ from those at the start, where the check was made.
+        # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             self.check_model(training.model, run)
             warn_of_pefts_frozen(training.model)
@@ -174,8 +174,8 @@ class RankDriver:
         seen = training.step == self.progress.observed_step
         self.progress.observed_step = training.step
         self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
-        trigger = self._waiting
-        if trigger is not None and trigger.monitors and not seen:
+        trigger = self._next_trigger
+        if trigger is not None and not seen:
             logged, names = {**training.logged(), **self.progress.metrics}, watched(self.stages)
             self._decide(trigger.observe(training.step, *(value(logged, name, names) for name in trigger.monitors)))
 
@@ -183,7 +183,7 @@ class RankDriver:
         """Make the change that is due after the last step, and warn if stages were not reached."""
         self._follow_clock(training, ended=True)
         pending = self.progress.pending
-        if pending is not None and self._is_ready(training, pending.stage, ended=True):
+        if pending is not None:
             self._change(training, pending)
         self._window.end()
         if not self.finished:
@@ -197,7 +197,7 @@ class RankDriver:
         self._window.end()
 
     def abort(self) -> None:
-        """Remove all hooks, so that the model can be trained again; a checkpoint written now still has the gates."""
+        """Remove the hooks from the layers and restore the rates, after an error; a checkpoint still gets the gates."""
         if self._window.gates is not None:
             self._window.gates.close()
         for rates in self._rates:
@@ -207,7 +207,7 @@ class RankDriver:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
         return {
             **asdict(self.progress),
-            "stages": _written(self.stages),
+            "stages": _as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "gates": self._window.state_dict(),
             "rate_factor": self.rate_factor,
@@ -218,7 +218,7 @@ class RankDriver:
 
         Stages that are not over may differ from the checkpoint's; those of this schedule apply.
         """
-        mine, theirs = _written(self.stages), [tuple(stage) for stage in state["stages"]]
+        mine, theirs = _as_texts(self.stages), [tuple(stage) for stage in state["stages"]]
         over, self._other = state["stage"], theirs != mine
         # Stages that are over must have the same target; their times no longer matter.
         done, wanted = ([to for _, to, _ in stages[:over]] for stages in (theirs, mine))
@@ -232,17 +232,19 @@ class RankDriver:
                 stage.when.load_state_dict(saved)
         self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
         pending, gates = self.progress.pending, state["gates"]
-        if pending is not None and theirs[pending.stage][0] not in [when for when, *_ in mine[pending.stage :][:1]]:
+        # A decision stays if its stage has the same time or trigger, gates if theirs is the same stage.
+        now = dict(enumerate(mine))
+        if pending is not None and now.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
-        if gates is not None and theirs[gates["stage"]] not in mine[gates["stage"] :][:1]:
+        if gates is not None and now.get(gates["stage"]) != theirs[gates["stage"]]:
             gates = None
         self._remove_rates()
-        self._loaded, self._ended_step = {**state, "gates": gates}, 0
+        self._loaded, self._ended_step = {"rate_factor": state["rate_factor"], "gates": gates}, 0
 
     # Deciding
 
     @property
-    def _waiting(self) -> Trigger | None:
+    def _next_trigger(self) -> Trigger | None:
         """The trigger of the next stage, if no change is pending."""
         when = None if self.finished or self.progress.pending else self.stages[self.progress.stage].when
         return when if isinstance(when, Trigger) else None
@@ -258,26 +260,25 @@ class RankDriver:
         due = self._clock.due(self.progress.stage, training.step, ended=ended)
         if due is not None and (self.progress.pending is None or self.progress.pending.stage < due):
             when, deadline = self.stages[due].when, self.stages[due].deadline
-            reason = when.reason if isinstance(when, At) else f"deadline of {deadline:g} of the run"
+            reason = when.reason if isinstance(when, At) else f"deadline at {deadline:.3g} of the run"
             self.progress.pending = Decision(due, reason)
         if self.progress.pending is None and not ended:
             for index, planned in self._clock.coming(self.progress.stage, training.step):
                 if self._window.gates is None and planned - self.stages[index].how.window <= training.step:
                     self._window.begin(training.model, index)
 
-    def _is_ready(self, training: Training, index: int, *, ended: bool = False) -> bool:
+    def _is_ready(self, training: Training, index: int) -> bool:
         """Whether the gates for a change of stage ``index`` are complete; begin to measure them if needed."""
         if not self._window.needed(training.model, index):
             return True
-        if self._window.gates is None and not ended:
+        if self._window.gates is None:
             self._window.begin(training.model, index)
         # The gates may have been begun for another stage, so the steps are counted against this stage's window.
         gates, window = self._window.gates, self.stages[index].how.window
-        if ended or self._clock.is_last_moment(index, training.step, window):
+        assert gates is not None
+        if self._clock.is_last_moment(index, training.step, window):
             return True
-        if gates is None or (gates.steps < window and not self._clock.has_come(index, training.step)):
-            return False
-        return gates.enough
+        return (gates.steps >= window or self._clock.has_come(index, training.step)) and gates.enough
 
     # Acting
 
@@ -295,7 +296,7 @@ class RankDriver:
             with uninterrupted():
                 trial.keep()
                 self.progress.pending, self.progress.stage = None, index + 1
-                for later in self.stages[index:]:
+                for later in self.stages[index + 1 :]:
                     if isinstance(later.when, Trigger):
                         later.when.reset(training.step)
                 if event is not None:
@@ -354,7 +355,7 @@ class RankDriver:
         self._rates = []
 
 
-def _written(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
+def _as_texts(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
     """For each stage, as text: (when, to what, the whole stage with the user's values)."""
 
     def words(value: object) -> str:

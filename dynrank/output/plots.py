@@ -34,7 +34,7 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
     """
     figure, (axes,) = _panels("optimizer step", ["loss (cross-entropy)"])
     steps, losses = metrics.get("train/loss", ([], []))
-    drawn = slice(None, None, 1 + len(steps) // _POINTS)
+    drawn = slice(None, None, max(1, -(-len(steps) // _POINTS)))
     means = [fmean(losses[max(0, end - 20) : end]) for end in range(1, len(losses) + 1)]
     axes.plot(steps[drawn], losses[drawn], color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps[drawn], means[drawn], color="tab:blue", label="training, mean of 20")
@@ -68,13 +68,15 @@ def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int)
     figure, (axes,) = _panels("optimizer step", [""], height=1.5 + 0.17 * len(ranks))
     levels = sorted({rank for changes in ranks.values() for _, rank in changes})
     shades = {rank: colormaps["viridis"](0.12 + 0.85 * i / max(1, len(levels) - 1)) for i, rank in enumerate(levels)}
+    # Ranks after a change at the last step get a bar, too.
+    end = last_step + last_step / 40 * any(changes[-1][0] == last_step for changes in ranks.values())
     for row, changes in enumerate(ranks.values()):
-        ends = [step for step, _ in changes[1:]] + [last_step]
+        ends = [step for step, _ in changes[1:]] + [end]
         bars = [(step, end - step) for (step, _), end in zip(changes, ends, strict=True)]
         axes.broken_barh(bars, (row - 0.45, 0.9), facecolors=[shades[rank] for _, rank in changes])
     names = [name if len(name) <= _NAME else "…" + name[1 - _NAME :] for name in ranks]
     axes.set_yticks(range(len(ranks)), names, fontsize=8)
-    axes.set_xlim(0, last_step)
+    axes.set_xlim(0, end)
     axes.set_ylim(len(ranks) - 0.5, -0.5)
     axes.grid(visible=False)
     named = {levels[round(i * (len(levels) - 1) / (_NAMED_RANKS - 1))] for i in range(_NAMED_RANKS)}

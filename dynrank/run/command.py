@@ -18,7 +18,8 @@ def read_overrides(folder: Path) -> list[str] | None:
 def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str | None:
     """The command of the run in ``folder``, with ``changes`` instead of the overrides they replace; None: not recorded.
 
-    The keys and groups ``without`` are left out, a group with all of its keys.
+    The keys and groups ``without`` are left out, a group with all of its keys; so is ``ckpt_path=last``, which is for
+    one folder only.
     """
     overrides = read_overrides(folder)
     if overrides is None:
@@ -36,7 +37,8 @@ def command(folder: Path, *changes: str, without: Collection[str] = ()) -> str |
 def override(key: str, value: object) -> str:
     """``key=value`` in Hydra's syntax."""
     text = str(value)
-    return f"{key}={text}" if re.fullmatch(r"[\w./-]+", text) else f"{key}='" + text.replace("'", r"\'") + "'"
+    # Hydra takes only these characters without quotes.
+    return f"{key}={text}" if re.fullmatch(r"[a-zA-Z0-9_./-]+", text) else f"{key}='" + text.replace("'", r"\'") + "'"
 
 
 def _options(folder: Path) -> list[str]:

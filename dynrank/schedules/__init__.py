@@ -1,8 +1,6 @@
-"""Rank schedules: lists of stages, which can be added. A stage says when ranks change, to what, and how."""
+"""Rank schedules: lists of stages, which can be joined with +. A stage says when ranks change, to what, and how."""
 
 from dynrank.schedules.presets import (
-    EARLY,
-    GATES,
     after_convergence,
     anneal,
     auto,
@@ -16,8 +14,6 @@ from dynrank.schedules.presets import (
 from dynrank.schedules.stage import How, Stage, check_schedule
 
 __all__ = [
-    "EARLY",
-    "GATES",
     "How",
     "Stage",
     "after_convergence",

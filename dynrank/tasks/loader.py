@@ -62,7 +62,7 @@ class _SeededBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         end = (self.given // len(self) + 1) * len(self)
-        chunk, batches = -1, [[0]]
+        chunk, batches = -1, list[list[int]]()
         while self.given < end:
             if self.given // CHUNK != chunk:
                 chunk = self.given // CHUNK
@@ -87,7 +87,7 @@ def evaluation_batches(count: int, batch_size: int, share: tuple[int, int]) -> l
     """
     process, processes = share
     if count < processes:
-        raise ValueError(f"{count} examples cannot be divided among {processes} processes")
+        raise ConfigurationError(f"{count} examples cannot be divided among {processes} processes; set data")
     batches = -(-count // (batch_size * processes))
     mine = range(process, count, processes)
     cuts = [len(mine) * i // batches for i in range(batches + 1)]

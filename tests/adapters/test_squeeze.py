@@ -117,6 +117,15 @@ def test_budget_is_a_count_or_a_share_of_parameters(budget, by_peft, zoo, tmp_pa
     assert min(q_proj) > max(down_proj)
 
 
+def test_share_keeps_the_direction_that_rounding_would_lose(tmp_path):
+    """29 of 100 directions are a share of 0.29, although 0.29 * 100 is below 29 in floats."""
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(200, 200)), rank=100, target_modules=["0"])
+    nn.init.normal_(model[0].lora_B)
+    dynrank.save_adapter(model, tmp_path / "source")
+    (report,) = squeeze_adapter(tmp_path / "source", tmp_path / "out", budget=0.29)
+    assert report.rank_after == 29
+
+
 def test_squeeze_of_a_fresh_adapter_can_still_learn(zoo, tmp_path):
     get_peft_model(zoo.plain("llama"), LoraConfig(r=6, target_modules=["q_proj"])).save_pretrained(tmp_path / "source")
     for number, target in enumerate(({"rank": 2}, {"energy": 0.9}, {"budget": 10**6})):

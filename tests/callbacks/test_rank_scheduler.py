@@ -317,7 +317,7 @@ def test_trigger_may_watch_what_only_training_logs(regression, fit):
     scheduler = watching(monitor="train/loss", patience=1, min_delta=0.99)
     fit(scheduler, module=Logging(), limit_val_batches=0, max_steps=24, max_epochs=-1)
     # The second epoch ends at step 20.
-    assert scheduler.history[0].reason.startswith("deadline of 0.5 of the run")
+    assert scheduler.history[0].reason.startswith("deadline at 0.5 of the run")
 
 
 def test_check_without_validation_is_refused(fit):

@@ -1,11 +1,14 @@
 """Tokens and seconds of a run, in each phase between changes of rank."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from tables import rows
+from torch import nn
 
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler, RunMeter, peak_memory_bytes
+from dynrank.callbacks import AdapterCheckpoint, RankEvent, RankScheduler, RunMeter, peak_memory_bytes, run_meter
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At
@@ -45,6 +48,28 @@ def test_resumed_run_has_the_phases_of_the_whole_one(fit, tmp_path):
     # The steps are before the change, at it, after it, and the last one.
     for step in (2, 4, 6, 8):
         assert phases(ckpt_path=tmp_path / f"step={step}.ckpt") == whole, step
+
+
+def test_tokens_of_two_processes_count_once_however_often_the_run_is_resumed(monkeypatch):
+    """The second process has as many tokens as this one."""
+    monkeypatch.setattr(run_meter, "from_all", lambda tokens: [tokens, tokens])
+    trainer, model = SimpleNamespace(world_size=2, global_step=0, loggers=[]), nn.Linear(2, 2)
+    meter = RunMeter()
+    for part in (1, 2, 3):
+        again = RunMeter()
+        if part > 1:
+            again.load_state_dict(meter.state_dict())
+        meter = again
+        meter.on_train_start(trainer, model)
+        for _ in range(3):
+            meter.on_train_batch_start(trainer, model, None, 0)
+            meter.on_train_batch_end(trainer, model, None, {"attention_mask": torch.ones(1, 10)}, 0)
+        assert meter.state_dict()["phases"][-1]["tokens"] == 60 * part
+    meter.on_train_end(trainer, model)
+    # A change after the last step closes no phase twice.
+    meter.on_rank_change(trainer, model, RankEvent(0, "", ()))
+    assert [phase.tokens for phase in meter.phases] == [180, 0]
+    assert [phase["tokens"] for phase in meter.state_dict()["phases"]] == [180, 0]
 
 
 def test_peak_memory_is_at_least_a_block_of_this_process():

@@ -19,6 +19,14 @@ def test_legend_of_ranks_lies_inside_and_has_the_lowest_and_the_highest(levels):
     assert named == sorted({*named, 33 - levels, 32})
 
 
+def test_rank_after_the_last_step_is_seen():
+    axes = ranks_figure({"layer": [(0, 8), (100, 2)]}, 100).axes[0]
+    (bars,) = axes.collections
+    widths = [path.vertices[:, 0].max() - path.vertices[:, 0].min() for path in bars.get_paths()]
+    assert min(widths) > 0
+    assert max(path.vertices[:, 0].max() for path in bars.get_paths()) <= axes.get_xlim()[1]
+
+
 def test_loss_picture_has_a_thin_line_of_the_rate():
     steps, rates = [0, 1, 2], [1.0, 0.5, 0.25]
     figure = loss_figure({"train/loss": (steps, [3.0, 2.0, 1.0]), "lr/head": (steps, rates)}, {})

@@ -4,11 +4,13 @@ import os
 import signal
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint
 from dynrank.run import job
+from dynrank.run.command import override
 from dynrank.run.stopping import CtrlC, stoppable
 
 
@@ -66,3 +68,9 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_p
     # The first Ctrl-C let the step go on, and the second did not return.
     assert pressed == [0]
     assert "Ctrl-C: stopped after step 1; go on with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["plain/2026-11-28_run.1", "josé/run", "two words", "o'clock"])
+def test_override_is_what_hydra_reads(folder):
+    (parsed,) = OverridesParser.create().parse_overrides([override("hydra.run.dir", folder)])
+    assert parsed.value() == folder

@@ -1,6 +1,6 @@
 """Running Lightning's validation loop at any moment inside ``fit``.
 
-Lightning itself skips one validation: a checkpoint after every n batches is written when the batch ends, before the
+Lightning itself skips one validation: a ModelCheckpoint of every n steps is written when the batch ends, before the
 validation that is due after that batch; on resume Lightning 2.6 counts this validation as done. A trigger would miss a
 value of its metric.
 """
@@ -18,8 +18,11 @@ from dynrank.private import tree_leaves
 class _Metrics(Callback):
     """Keeps the metrics of a validation; if ``monitor`` is a mean over batches, also each batch's part of it."""
 
-    def __init__(self, monitor: str = "") -> None:
+    def __init__(self, monitor: str) -> None:
         self.monitor = monitor
+        # Without any batch, Lightning calls no hook of a validation.
+        self.logged: dict[str, float] = {}
+        # As in dynrank.driver.training.Batches.
         self.batches: list[tuple[float, float, float]] = []
         # The metric's sum over the batches so far, and their weight.
         self._before = 0.0, 0.0
@@ -41,7 +44,7 @@ class _Metrics(Callback):
         self.logged = validation_metrics(trainer)
 
 
-def validate_beside(trainer: Trainer, *uncalled: type[Callback], monitor: str = "") -> tuple[dict[str, float], Batches]:
+def validate_beside(trainer: Trainer, *uncalled: type[Callback], monitor: str) -> tuple[dict[str, float], Batches]:
     """Validate now, in addition to the run's own validations; return the metrics, and batches' parts in ``monitor``.
 
     Call this between two batches of ``fit``. Callbacks of the classes ``uncalled`` are not called, loggers get nothing,
@@ -64,7 +67,7 @@ def validation_metrics(trainer: Trainer) -> dict[str, float]:
     loader, found = results.dataloader_idx, dict[str, float]()
     try:
         for index in dict.fromkeys([loader, *(result.meta.dataloader_idx for result in results.values())]):
-            # Lightning returns only the metrics of the selected data loader, and those of no loader.
+            # Lightning returns only metrics of the selected data loader, and those that were logged without an index.
             results.dataloader_idx = index
             found |= {name: float(value) for name, value in private.metrics_of_callbacks(trainer).items()}
     finally:

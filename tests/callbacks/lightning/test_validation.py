@@ -7,7 +7,12 @@ from lightning.pytorch.loggers import CSVLogger
 from tables import rows
 from torch import nn
 
+from dynrank.callbacks import RankScheduler
 from dynrank.callbacks.lightning.validation import validate_beside
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage
+from dynrank.targets import Rank
+from dynrank.triggers import At
 
 
 class Asking(lightning.Callback):
@@ -45,3 +50,13 @@ def test_silent_validation_tells_batches_apart_and_is_heard_by_nobody(regression
     assert metrics["val/loss"] == pytest.approx(mean, rel=1e-5)
     assert asking.shown[0] == asking.shown[1]
     assert [row["step"] for row in rows(tmp_path / "metrics.csv", "val/loss")] == ["4", "9"]
+
+
+def test_check_without_any_validation_batch_names_the_metric(regression):
+    module_class, data, trainer = regression
+    train, _ = data()
+    nothing = torch.utils.data.DataLoader(torch.utils.data.Subset(train.dataset, []), batch_size=4)
+    scheduler = RankScheduler(Stage(At(step=4), Rank(2), how=How(max_regression=0.1)))
+    made = trainer(callbacks=[scheduler], max_steps=6, num_sanity_val_steps=0)
+    with pytest.raises(ConfigurationError, match="check_monitor .* must name a metric that is logged, got 'val/loss'"):
+        made.fit(module_class(), train, nothing)
