@@ -233,10 +233,10 @@ class RankDriver:
         self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
         pending, gates = self.progress.pending, state["gates"]
         # A decision stays if its stage has the same time or trigger, gates if theirs is the same stage.
-        now = dict(enumerate(mine))
-        if pending is not None and now.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
+        present = dict(enumerate(mine))
+        if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
-        if gates is not None and now.get(gates["stage"]) != theirs[gates["stage"]]:
+        if gates is not None and present.get(gates["stage"]) != theirs[gates["stage"]]:
             gates = None
         self._remove_rates()
         self._loaded, self._ended_step = {"rate_factor": state["rate_factor"], "gates": gates}, 0
