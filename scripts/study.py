@@ -161,6 +161,9 @@ ARMS = {
         Arm(HIGH, rate=2.0),
         *_WAYS,
         *(Arm(low, "gates", rate=rate, highest=2 * low) for low, rate in ((2, ROOT), (4, 2.0))),
+        *(Arm(low, "gates", rate=rate) for rate in (1.0, 2**0.5) for low in (4, 2)),
+        # About as many bytes as AdaLoRA keeps.
+        Arm(5, "gates", rate=2**0.5),
         Arm(HIGH, "auto"),
         *(Arm(low, by) for by in ("AdaLoRA", "anneal") for low in (4, 2)),
         Arm(HIGH, optimizer="Muon"),

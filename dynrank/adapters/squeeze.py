@@ -29,9 +29,9 @@ def squeeze_adapter(
     budget: int | float | str | None = None,
     way: Callable[[Adapter, Target], Squeezed] | None = None,
 ) -> list[LayerReport]:
-    """Write the adapter in ``source`` to ``out`` with lower ranks: each layer's best approximation in the weight norm.
+    """Write the adapter in ``source`` to ``out`` with lower ranks.
 
-    Scaling is kept, so alpha changes with the rank, and rsLoRA becomes plain LoRA with the same scaling. Layers whose
+    Each layer gets its best approximation in the Frobenius norm. Scaling is kept, so alpha changes with the rank, and rsLoRA becomes plain LoRA with the same scaling. Layers whose
     rank does not change keep their factors bit for bit, and so do all other tensors (modules_to_save). Dtypes and all
     other settings are kept; tokenizer files and label names are copied. Memory use is the new adapter and one pair of
     old factors. ``out`` is written whole or not at all.
@@ -48,7 +48,7 @@ def squeeze_adapter(
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of the present ones ("0.5", "50%", 0.5); the
             directions with the largest squared singular values of the update (scaling included) are kept.
-        way: chooses ranks and directions in another way than by the weight norm.
+        way: chooses ranks and directions in another way than by the Frobenius norm.
 
     Returns:
         A report for each layer, unchanged ones included.

@@ -22,7 +22,7 @@ _NAMED_CHANGES = 8
 _NAMED_RANKS = 12
 # The most points of a curve, more than a picture's width in pixels.
 _POINTS = 4000
-# The most letters of a layer's name beside a picture.
+# The most characters of a layer's name beside a picture.
 _NAME = 28
 
 
@@ -30,7 +30,7 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
     """Training loss (each step and a running mean of 20), validation loss, learning rates; a line per change of rank.
 
     Of a run of more than 4,000 steps only every second, third ... step is drawn. ``changes`` are {optimizer step: text
-    of the change}; few texts are drawn above their lines.
+    of the change}; the texts are drawn if there are at most 8.
     """
     figure, (axes,) = _panels("optimizer step", ["loss (cross-entropy)"])
     steps, losses = metrics.get("train/loss", ([], []))
@@ -38,14 +38,15 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
     means = [fmean(losses[max(0, end - 20) : end]) for end in range(1, len(losses) + 1)]
     axes.plot(steps[drawn], losses[drawn], color="tab:blue", alpha=0.25, linewidth=0.8)
     axes.plot(steps[drawn], means[drawn], color="tab:blue", label="training, mean of 20")
-    axes.plot(*metrics.get("val/loss", ([], [])), color="tab:orange", marker="o", markersize=4, label="validation")
+    if "val/loss" in metrics:
+        axes.plot(*metrics["val/loss"], color="tab:orange", marker="o", markersize=4, label="validation")
     _mark(axes, changes)
     rates = {name: series for name, series in metrics.items() if name.startswith("lr/")}
     if rates:
-        beside = axes.twinx()
-        beside.set_ylabel("learning rate", color="0.4")
+        rate_axes = axes.twinx()
+        rate_axes.set_ylabel("learning rate", color="0.4")
         for (name, (at, values)), style in zip(rates.items(), cycle(("-", ":", "--")), strict=False):
-            beside.plot(at[drawn], values[drawn], color="0.4", linewidth=0.7, linestyle=style)
+            rate_axes.plot(at[drawn], values[drawn], color="0.4", linewidth=0.7, linestyle=style)
             axes.plot([], [], color="0.4", linewidth=0.7, linestyle=style, label=f"rate of {name.removeprefix('lr/')}")
     axes.legend()
     return figure

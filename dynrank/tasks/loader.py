@@ -15,7 +15,7 @@ CHUNK = 10
 
 
 class ResumableLoader(DataLoader[Any]):
-    """An endless stream of random batches of similar length; the number of batches so far is its whole state.
+    """A stream of random batches of similar length, cut into epochs; the number of batches so far is its whole state.
 
     Examples are drawn with replacement, because with epochs the training loss falls at the start of each pass over the
     data and rises during it, which hides the effect of a change of rank. An "epoch" is as many batches as the data set
@@ -54,8 +54,9 @@ class ResumableLoader(DataLoader[Any]):
 
 class _SeededBatches(Sampler[list[int]]):
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: tuple[int, int]) -> None:
+        # batch_size is that of all processes together; one process takes every share[1]th example of a batch.
         self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.share, self.given = slice(share[0], None, share[1]), 0
+        self.own, self.given = slice(share[0], None, share[1]), 0
 
     def __len__(self) -> int:
         return len(self.lengths) // self.batch_size
@@ -68,7 +69,7 @@ class _SeededBatches(Sampler[list[int]]):
                 chunk = self.given // CHUNK
                 batches = self._draw(chunk)
             self.given += 1
-            yield batches[(self.given - 1) % CHUNK][self.share]
+            yield batches[(self.given - 1) % CHUNK][self.own]
 
     def _draw(self, chunk: int) -> list[list[int]]:
         generator = torch.Generator().manual_seed(hash((self.seed, chunk)) % 2**63)
