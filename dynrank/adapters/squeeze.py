@@ -31,10 +31,10 @@ def squeeze_adapter(
 ) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks.
 
-    Each layer gets its best approximation in the Frobenius norm. Scaling is kept, so alpha changes with the rank, and rsLoRA becomes plain LoRA with the same scaling. Layers whose
-    rank does not change keep their factors bit for bit, and so do all other tensors (modules_to_save). Dtypes and all
-    other settings are kept; tokenizer files and label names are copied. Memory use is the new adapter and one pair of
-    old factors. ``out`` is written whole or not at all.
+    Each layer gets its best approximation in the Frobenius norm. Scaling is kept, so alpha changes with the rank, and
+    rsLoRA becomes plain LoRA with the same scaling. Layers whose rank does not change keep their factors bit for bit,
+    and so do all other tensors (modules_to_save). Dtypes and all other settings are kept; tokenizer files and label
+    names are copied. Memory use is the new adapter and one pair of old factors. ``out`` is written whole or not at all.
 
     A file of diffusers, kohya or ComfyUI is computed in float32 and stored in its own dtypes. Its other layers (LoHa,
     LoKr, DoRA) are copied. All layers get the same alpha, see :func:`rewrite_file`.
