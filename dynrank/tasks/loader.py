@@ -83,13 +83,14 @@ def evaluation_batches(count: int, batch_size: int, share: tuple[int, int]) -> l
     """Indices of the batches in which one process evaluates its share of ``count`` examples.
 
     Each example is used once, by one process. All processes get the same number of batches, because a batch may need
-    communication between them. The sizes of batches differ by at most one, and are at most ``batch_size``. ``share`` is
-    (number of this process, number of processes).
+    communication between them. The sizes of batches differ by at most one, and are at most ``batch_size``, or 2 where it
+    is 1 and some processes have one example more. ``share`` is (number of this process, number of processes).
     """
     process, processes = share
     if count < processes:
         raise ConfigurationError(f"{count} examples cannot be divided among {processes} processes; set data")
-    batches = -(-count // (batch_size * processes))
+    # The process with the fewest examples has no empty batch.
+    batches = min(-(-count // (batch_size * processes)), count // processes)
     mine = range(process, count, processes)
     cuts = [len(mine) * i // batches for i in range(batches + 1)]
     return [list(mine[start:end]) for start, end in pairwise(cuts)]

@@ -68,13 +68,17 @@ def test_loader_refuses_fewer_examples_than_a_batch():
         ResumableLoader(TensorDataset(torch.arange(2)), [1, 1], 8, 0, default_collate)
 
 
-@pytest.mark.parametrize(("count", "processes"), [(50, 1), (50, 2), (7, 3), (3, 3), (33, 4)])
-def test_evaluation_takes_each_example_once_in_equally_many_batches(count, processes):
-    shares = [evaluation_batches(count, 4, (process, processes)) for process in range(processes)]
+@pytest.mark.parametrize(
+    ("count", "processes", "batch_size"),
+    [(50, 1, 4), (50, 2, 4), (7, 3, 4), (3, 3, 4), (33, 4, 4), (5, 2, 1), (4, 2, 1)],
+)
+def test_evaluation_takes_each_example_once_in_equally_many_batches(count, processes, batch_size):
+    shares = [evaluation_batches(count, batch_size, (process, processes)) for process in range(processes)]
     assert sorted(i for share in shares for batch in share for i in batch) == list(range(count))
     assert len({len(share) for share in shares}) == 1
     sizes = {len(batch) for share in shares for batch in share}
-    assert max(sizes) <= 4
+    assert min(sizes) > 0
+    assert max(sizes) <= max(batch_size, 1 + (count % processes > 0))
     assert all(max(map(len, share)) - min(map(len, share)) <= 1 for share in shares)
 
 
