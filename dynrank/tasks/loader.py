@@ -83,8 +83,8 @@ def evaluation_batches(count: int, batch_size: int, share: tuple[int, int]) -> l
     """Indices of the batches in which one process evaluates its share of ``count`` examples.
 
     Each example is used once, by one process. All processes get the same number of batches, because a batch may need
-    communication between them. The sizes of batches differ by at most one, and are at most ``batch_size``, or 2 where it
-    is 1 and some processes have one example more. ``share`` is (number of this process, number of processes).
+    communication between them. The sizes of batches differ by at most one, and are at most ``batch_size``, or 2 where
+    it is 1 and some processes have one example more. ``share`` is (number of this process, number of processes).
     """
     process, processes = share
     if count < processes:
