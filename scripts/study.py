@@ -400,7 +400,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     """Test loss, less rank 16's, against the bytes of the adapter; mean and standard error over seeds."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    styles = {"": "ko", "uniform": "vm", "weight": ">c", "gates": "^g", "found": "<c"}
+    styles = {"": "ko", "uniform": "vm", "weight": ">c", "gates": "^g", "found": "Xk"}
     styles |= {"GoRA": "Db", "AdaLoRA": "sr", "anneal": "Pb", "auto": "*y"}
     labelled: set[str] = set()
     # Arms of nearly the same size are drawn side by side.
@@ -416,7 +416,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
             drawn[round(size, 1)] += 1
             labelled.add(arm.by)
             axes.errorbar([place], [mean(less)], [error], fmt=styles[arm.by], label=label, alpha=0.7)
-            notes = [part for part in str(arm).split(", ") if part.startswith(("rate", "Muon"))]
+            notes = [part for part in str(arm).split(", ") if part.startswith(("pooler", "rate", "Muon"))]
             note = ", ".join([*notes, *(["late"] if arm.is_cut and arm.at > EARLY else [])])
             axes.annotate(note, (place, mean(less)), xytext=(6, -3), textcoords="offset points", fontsize=7)
     axes.set(xscale="log", xlabel="adapter, MB in float32; arms of one size side by side")
