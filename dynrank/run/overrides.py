@@ -60,11 +60,13 @@ def overrides_explained() -> Iterator[None]:
 
 
 def check_keys(config: DictConfig) -> None:
-    """Refuse keys from ``+key=value`` that nothing reads.
+    """Refuse keys from ``+key=value`` or a user's own file that nothing reads.
 
-    A group whose ``_target_`` names a class may have any key here, because the class itself refuses unknown ones.
+    A group whose ``_target_`` names a class may have any other key here, because the class itself refuses unknown ones.
     """
-    for key in _unread(config):
+    own_schedule = not str(config.schedule.get("_target_")).startswith("dynrank.")
+    removed = (key for key in _keys(config) if key in GONE and not (own_schedule and key.startswith("schedule.")))
+    for key in (*removed, *_unread(config)):
         raise ConfigurationError(unknown_key(key, config))
 
 

@@ -63,9 +63,10 @@ def test_train_refuses_before_weights_load(launch, monkeypatch, overrides, named
     assert not Path("run").exists()
 
 
-def test_a_removed_key_is_named_with_its_group_and_what_to_write_instead(launch):
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_a_removed_key_is_named_with_its_group_and_what_to_write_instead(launch, plus):
     # In a new context errors name arguments and not keys, as they do until a command line is read.
-    code, _, message = Context().run(launch, train.main, "schedule=anneal", "schedule.shape=linear")
+    code, _, message = Context().run(launch, train.main, "schedule=anneal", f"{plus}schedule.shape=linear")
     assert code == 2
     assert message.endswith(
         "schedule.shape was removed in version 0.3; write nothing: every cut of anneal is by the same factor\n"
