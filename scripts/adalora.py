@@ -39,6 +39,15 @@ def allocation_of(trainee: Trainee) -> Callable[[int], None]:
     return allocate
 
 
+def kept_ranks(model: nn.Module) -> dict[str, int]:
+    """How many triplets of each layer AdaLoRA has not masked, at least 1; names are those of the plain model."""
+    return {
+        name.removeprefix("base_model.model.").partition(".lora_E.")[0]: max(1, int((p != 0).sum()))
+        for name, p in model.named_parameters()
+        if ".lora_E." in name
+    }
+
+
 def kept_parameters(model: nn.Module) -> int:
     """Numbers in the triplets that AdaLoRA has not masked."""
     rows = {name: p for name, p in model.named_parameters() if ".lora_" in name}

@@ -31,7 +31,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from adalora import adalora, allocation_of, kept_parameters
+from adalora import adalora, allocation_of, kept_parameters, kept_ranks
 from matplotlib.figure import Figure
 from study_bench import (
     RESULTS,
@@ -67,7 +67,8 @@ class Arm:
         rank: whose bytes it ends with.
         by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "gates" share its bytes
             out; "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is
-            PEFT's; "anneal" is cut by gates step by step; "auto" is cut from the rank to what validation then allows.
+            PEFT's, and "AdaLoRA's ranks" is a cut to the ranks that it ends with; "anneal" is cut by gates step by
+            step; "auto" is cut from the rank to what validation then allows.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
         optimizer: AdamW or Muon.
@@ -102,7 +103,7 @@ class Arm:
 
     @property
     def is_cut(self) -> bool:
-        return self.by in ("uniform", "weight", "gates")
+        return self.by in ("uniform", "weight", "gates", "AdaLoRA's ranks")
 
     @property
     def trunk(self) -> tuple[int, str] | None:
@@ -116,6 +117,8 @@ class Arm:
         return {"name": "dynrank.Muon"} if self.optimizer == "Muon" else {}
 
 
+# The rate at which AdaLoRA is best on cpp_headers.
+ADALORA = 8e-3
 # Eight cuts over the time in which AdaLoRA's ranks fall, see adalora.py.
 GRADUAL: dict[str, Any] = {"steps": 8, "start": 0.15, "end": 0.65}
 # A rate multiplied by this keeps the size of a step of the update, if the rank falls to an eighth.
@@ -164,11 +167,12 @@ ARMS = {
         *(Arm(low, "gates", rate=rate) for rate in (1.0, 2**0.5) for low in (4, 2)),
         # About as many bytes as AdaLoRA keeps.
         Arm(5, "gates", rate=2**0.5),
+        Arm(4, "AdaLoRA's ranks", rate=2**0.5),
         Arm(HIGH, "auto"),
         *(Arm(low, by) for by in ("AdaLoRA", "anneal") for low in (4, 2)),
         Arm(HIGH, optimizer="Muon"),
         *(Arm(4, by, rate=2.0, optimizer="Muon") for by in ("uniform", "gates")),
-        Arm(4, "uniform", rate=ROOT, start=32),
+        *(Arm(4, by, rate=ROOT, start=32) for by in ("uniform", "gates")),
     ],
 }
 # Number of seeds on which an arm's rate is chosen.
@@ -274,11 +278,15 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
     """The arm trained to the end from where ``trunk`` stands, and the rise of the validation loss by its cut."""
     trainee, rise = deepcopy(trunk), ""
     layers = {name: layer for name, layer in lora_layers(trainee.model) if not (arm.but and arm.but in name)}
-    watched = gates if arm.by in ("gates", "found") else None
+    watched = None if arm.by in ("uniform", "weight") else gates
     ranks = dict.fromkeys(layers, arm.rank)
     if arm.by in ("weight", "gates", "found"):
         ranks = budget_ranks(layers, arm.rank, arm.highest, watched)
     try:
+        if arm.by == "AdaLoRA's ranks":
+            guide = adalora(trunk.setting, arm.start, arm.rank, ADALORA)
+            guide.train(guide.setting.steps, allocation_of(guide))
+            ranks = kept_ranks(guide.model)
         if arm.is_cut:
             before = trainee.evaluate(trainee.setting.val)[0]
             resize(trainee.model, ranks, optimizers=[trainee.optimizer], gates=watched)
@@ -401,7 +409,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     styles = {"": "ko", "uniform": "vm", "weight": ">c", "gates": "^g", "found": "Xk"}
-    styles |= {"GoRA": "Db", "AdaLoRA": "sr", "anneal": "Pb", "auto": "*y"}
+    styles |= {"GoRA": "Db", "AdaLoRA": "sr", "AdaLoRA's ranks": "^r", "anneal": "Pb", "auto": "*y"}
     labelled: set[str] = set()
     # Arms of nearly the same size are drawn side by side.
     drawn: Counter[float] = Counter()

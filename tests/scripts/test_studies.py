@@ -41,6 +41,8 @@ def test_kept_parameters_are_those_of_the_layers_that_peft_would_build(short):
     assert adalora.kept_parameters(trainee.model) == expected
     pattern = trainee.model.peft_config["default"].rank_pattern
     assert sum(map(sum, pattern.values())) == 4 * len(pattern)
+    layers = {name.partition(".lora_E")[0]: max(1, sum(kept)) for name, kept in pattern.items()}
+    assert adalora.kept_ranks(trainee.model) == layers
 
 
 def test_copy_of_a_trainee_goes_on_as_the_trainee_does(short):
@@ -77,6 +79,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(2, optimizer="Muon"),
         study.Arm(16, "auto"),
         study.Arm(2, "weight", highest=3, but="pooler"),
+        study.Arm(4, "AdaLoRA's ranks", rate=2.0),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
     small = ["task.limit=80", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
@@ -99,7 +102,7 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
         ("0", a, "inf") for a in arms
     )
     size = {arm: int(at_best["0", arm]["parameters"]) for arm in arms}
-    fixed, doubled, uniform, gates, found, theirs, gora, muon, auto, but = arms
+    fixed, doubled, uniform, gates, found, theirs, gora, muon, auto, but, guided = arms
     assert size[fixed] == size[uniform] == size[muon] == 2 * WIDTHS
     assert at_best["0", muon]["test_loss"] != at_best["0", fixed]["test_loss"]
     assert size[auto] < size[doubled] == 16 * WIDTHS
@@ -109,7 +112,8 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     assert 1.5 * WIDTHS < size[gora] <= 2.1 * WIDTHS
     # The pooler has 32 inputs and 32 outputs.
     assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)
-    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates, auto, but]
+    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates, auto, but, guided]
+    assert 0 < size[guided] < 16 * WIDTHS
     assert f"| {gates} | 2 |" in capsys.readouterr().out
     assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
 
