@@ -425,8 +425,10 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
             labelled.add(arm.by)
             axes.errorbar([place], [mean(less)], [error], fmt=styles[arm.by], label=label, alpha=0.7)
             notes = [part for part in str(arm).split(", ") if part.startswith(("pooler", "rate", "Muon"))]
-            note = ", ".join([*notes, *(["late"] if arm.is_cut and arm.at > EARLY else [])])
+            notes += ["late"] if arm.is_cut and arm.at > EARLY else []
+            note = ", ".join([*([f"from {arm.start}"] if arm.start != HIGH else []), *notes])
             axes.annotate(note, (place, mean(less)), xytext=(6, -3), textcoords="offset points", fontsize=7)
+    axes.margins(x=0.1)
     axes.set(xscale="log", xlabel="adapter, MB in float32; arms of one size side by side")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
