@@ -18,8 +18,8 @@ from pretrain_small import MODELS
 from torch import Tensor, nn
 
 from dynrank import RankDriver, Training, add_lora, compose, lora_layers
-from dynrank.change.choice import Choice
 from dynrank.change.gates import Gates
+from dynrank.change.greedy import ByWeight
 from dynrank.errors import ConfigurationError
 from dynrank.layers.ranked import RankedLayer
 from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
@@ -209,7 +209,7 @@ def budget_ranks(
     layers: Mapping[str, RankedLayer], rank: int, highest: int | None = None, gates: Gates | None = None
 ) -> dict[str, int]:
     """Ranks by layer that share out the parameters of ``rank`` by what the gates say, or by weight."""
-    found = (gates or Choice(layers)).values()
+    found = (gates or ByWeight(layers)).values()
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
     states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
     return Budget(final_rank=rank, highest=highest).ranks(states)

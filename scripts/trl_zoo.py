@@ -21,8 +21,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
-from dynrank.distributed.agreement import check_processes
-from dynrank.distributed.processes import process_index
+from dynrank.distributed.processes import check_processes, process_index
 from dynrank.schedules import How, auto, early_budget
 
 SUMS = [(f"{i} and {i % 7} is", f" {i + i % 7}", f" {i - 1}") for i in range(48)]

@@ -10,7 +10,7 @@ from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
 from dynrank.adapters.stored import Factors, StoredAdapter, one_thread
-from dynrank.change.report import LayerReport, report_of
+from dynrank.change.resize import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import stacked, truncate_product
 from dynrank.output.output_folder import new_file

@@ -13,12 +13,13 @@ from dynrank.callbacks.lightning.averages import act_after_averages, averages_of
 from dynrank.callbacks.lightning.ending import end_in_full
 from dynrank.callbacks.lightning.strategies import average_whole_gradients, check_strategy, follow_sharded_checkpoint
 from dynrank.callbacks.lightning.validation import run_missed_validation, validate_beside, validation_metrics
-from dynrank.driver.driver import RankDriver, Schedule
+from dynrank.driver.check import check_validation
+from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.metrics import check_validation
 from dynrank.driver.training import Batches, Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
+from dynrank.schedules import Schedule
 from dynrank.triggers import Run
 
 

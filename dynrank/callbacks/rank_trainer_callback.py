@@ -18,14 +18,15 @@ from transformers.trainer_utils import has_length
 from dynrank.adapters.save import save_adapter
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.wrappers import ddp_modules
-from dynrank.driver.driver import RankDriver, Schedule
+from dynrank.driver.check import checked_metrics, observed_metrics
+from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.metrics import checked, watched
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers, own_layers
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.output.checkpoint_file import load_undamaged
+from dynrank.schedules import Schedule
 from dynrank.triggers import Run
 
 
@@ -238,8 +239,8 @@ def _check_devices(args: Any) -> None:
 def _check_names(callback: RankTrainerCallback) -> None:
     """Refuse names of metrics that the Trainer does not use."""
     stages = callback.driver.stages
-    wrong = {name: what for name, what in watched(stages).items() if name.startswith("val_")}
-    wrong |= {name: what for name, what in checked(stages).items() if not name.startswith(("eval_", "val/"))}
+    wrong = {name: what for name, what in observed_metrics(stages).items() if name.startswith("val_")}
+    wrong |= {name: what for name, what in checked_metrics(stages).items() if not name.startswith(("eval_", "val/"))}
     for name, argument in wrong.items():
         raise ConfigurationError(
             f"{argument} must name a metric of the Trainer's evaluations, which begin with eval_, got {name!r}; "

@@ -24,12 +24,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
-from dynrank.change.choice import Choice
-from dynrank.change.greedy import LossChange, Quadratic
+from dynrank.change.greedy import ByWeight, LossChange, Quadratic
 from dynrank.change.passes import Passes, joined
-from dynrank.distributed.processes import from_all, from_first, process_count
+from dynrank.distributed.processes import from_all, process_count
 from dynrank.errors import ConfigurationError, DivergedError
-from dynrank.layers.ranked import RankedLayer, width_of
+from dynrank.layers.ranked import RankedLayer, params_per_rank
 
 # The most examples that are kept of a window. They are enough, and the cores of a 7B model at rank 32 take 587 MB.
 EXAMPLES = 640
@@ -61,11 +60,11 @@ class _Step:
         return torch.bincount(self.passes, self.weights)[self.passes] ** -0.5
 
 
-class Gates(Choice):
+class Gates(ByWeight):
     """Measures the gates of ``layers`` in every backward pass until :meth:`close`, while training goes on as usual.
 
-    :meth:`end_step`, :meth:`kept` and :meth:`change` are collective: all processes call them. After ``end_step`` all
-    processes hold the same numbers, so each can save them, and a resumed run may have another number of processes.
+    :meth:`end_step` is collective: all processes call it. Then all hold the same numbers, so each can save them, and a
+    resumed run may have another number of processes.
 
     Args:
         model: the model with the layers.
@@ -189,7 +188,7 @@ class Gates(Choice):
         return [name for name, la in layers if name not in self._reached and la.scaling and la.lora_B.any()]
 
     def values(self) -> dict[str, Tensor]:
-        """{layer: (rank,) descending}: the worth of each direction to the loss; not collective."""
+        """{layer: (rank,) descending}: the worth of each direction to the loss."""
         return self._estimate().values()
 
     def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
@@ -198,13 +197,13 @@ class Gates(Choice):
         if strange:
             raise ConfigurationError(f"the gates of {strange[:3]} were not measured; do not change these layers")
         whole = {name: layer.rank for name, layer in self._layers.items()} | dict(ranks)
-        kept = from_first(lambda: self._estimate().kept(whole))
+        kept = self._estimate().kept(whole)
         return {name: kept[name] for name in ranks}
 
-    def change(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
+    def estimated_loss(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
         """{layer: its part of the estimated change of the loss} if each layer keeps these directions."""
         whole = {name: torch.arange(layer.rank) for name, layer in self._layers.items()} | dict(kept)
-        parts = from_first(lambda: self._estimate().change(whole))
+        parts = self._estimate().estimated_loss(whole)
         return {name: parts[name] for name in kept}
 
     def _estimate(self) -> Quadratic:
@@ -213,13 +212,13 @@ class Gates(Choice):
             parts = self._gradients()
             # The cores are freed first, because those of a 7B model and its Hessian take much memory.
             self._cores = {}
-            widths = {name: width_of(layer) for name, layer in self._layers.items()}
+            sizes = {name: params_per_rank(layer) for name, layer in self._layers.items()}
             # For each sample, the ratio of a gradient's squared standard error to the curvature.
             ratios = torch.cat(
                 [torch.zeros(0, 1), *(s.weights[:, None] / s.terms / len(self._seen) for s in self._seen)]
             )
             errors = {name: (ratios * root.square()).sum(0).sqrt() for name, root in parts[1].items()}
-            self._quadratic = Quadratic(*parts, widths, {name: self._caution * e for name, e in errors.items()})
+            self._quadratic = Quadratic(*parts, sizes, {name: self._caution * e for name, e in errors.items()})
         return self._quadratic
 
     @torch.no_grad()

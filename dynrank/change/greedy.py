@@ -1,8 +1,9 @@
-"""A greedy choice of the directions that the loss needs least, by a quadratic estimate with all interactions.
+"""Which directions of each layer a cut keeps: the largest (:class:`ByWeight`), or those that the loss needs most.
 
-Every direction has a gate, a factor of 1 before it. With ``g`` the gradient of the loss by the gates and ``H`` an
-estimate of its Hessian, dropping the set S changes the loss by about ``-sum_S g + 1/2 sum_{S x S} H``. The greedy
-repeatedly drops the direction that adds least to this per parameter.
+The latter is a greedy choice by a quadratic estimate with all interactions (:class:`Quadratic`). Every direction has a
+gate, a factor of 1 before it. With ``g`` the gradient of the loss by the gates and ``H`` an estimate of its Hessian,
+dropping the set S changes the loss by about ``-sum_S g + 1/2 sum_{S x S} H``. The greedy repeatedly drops the direction
+that adds least to this per parameter.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+
+from dynrank.errors import diverged
+from dynrank.layers.ranked import RankedLayer
+from dynrank.linalg import Directions, directions_of, pooled
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,56 @@ class LossChange:
         return self.first_order + self.second_order + self.between_layers
 
 
+class ByWeight:
+    """Keeps the largest directions; :class:`dynrank.change.gates.Gates` keeps those that the loss needs most.
+
+    Args:
+        layers: name -> layer.
+    """
+
+    def __init__(self, layers: Mapping[str, RankedLayer]) -> None:
+        self._layers = dict(layers)
+        # By layer: the versions of its factors, and their directions.
+        self._known: dict[str, tuple[tuple[int, int], list[Directions]]] = {}
+
+    @torch.no_grad()
+    def directions(self, name: str) -> list[Directions]:
+        """The present directions of each product of a layer; not computed again until its factors change."""
+        layer = self._layers[name]
+        versions = layer.lora_A._version, layer.lora_B._version
+        if name not in self._known or self._known[name][0] != versions:
+            try:
+                self._known[name] = versions, [directions_of(b, a) for b, a in layer.products()]
+            except ValueError as error:
+                raise diverged(name, error) from error
+        return self._known[name][1]
+
+    def values(self) -> dict[str, Tensor]:
+        """{layer: (rank,) float64, descending}: what its directions are worth; by weight, the update's singular values.
+
+        The scaling is included.
+        """
+        return {
+            name: pooled([each.singular_values for each in self.directions(name)]) * layer.scaling
+            for name, layer in self._layers.items()
+        }
+
+    def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
+        """{layer: the directions to keep, ascending} for the layers in ``ranks``."""
+        return {name: torch.arange(rank) for name, rank in ranks.items()}
+
+    def estimated_loss(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
+        """{layer: its part of the estimated change of the loss} if each layer keeps these directions; {} if unknown."""
+        return {}
+
+
 class Quadratic:
     """The quadratic estimate of the loss in all gates.
 
     Args:
         gradients: {layer: (R,) gradient of the loss by its gates}.
         roots: {layer: (S, R)}, its columns in a root of the Hessian: ``H = roots^T roots`` with those of all layers.
-        widths: {layer: parameters of one of its directions}.
+        params_per_rank: {layer: parameters of one of its directions}.
         margins: {layer: (R,) amount by which the choice lowers each gradient}; None means 0.
 
     Everything is float64 on the CPU. Layers are sorted by name, so their given order does not change the choice. Of
@@ -51,7 +99,7 @@ class Quadratic:
         self,
         gradients: Mapping[str, Tensor],
         roots: Mapping[str, Tensor],
-        widths: Mapping[str, int],
+        params_per_rank: Mapping[str, int],
         margins: Mapping[str, Tensor] | None = None,
     ) -> None:
         names, counts = sorted(gradients), [len(gradients[name]) for name in sorted(gradients)]
@@ -62,7 +110,7 @@ class Quadratic:
         self._owners = np.repeat(np.arange(len(names)), counts)
         self._gradient = torch.cat([gradients[name] for name in names]).numpy()
         self._roots = torch.cat([roots[name] for name in names], dim=1).numpy()
-        self._widths = np.repeat([float(widths[name]) for name in names], counts)
+        self._sizes = np.repeat([float(params_per_rank[name]) for name in names], counts)
         self._margin = torch.cat([margins[name] for name in names]).numpy() if margins else 0.0
         self._hessian = self._roots.T @ self._roots
 
@@ -75,9 +123,9 @@ class Quadratic:
         cost, order, prices = 0.5 * np.diag(self._hessian) - self._gradient + self._margin, [], []
         cost[left[self._owners] <= 0] = np.inf
         for _ in range(int(left.clip(min=0).sum())):
-            gone = len(cost) - 1 - int(np.argmin((cost / self._widths)[::-1]))
+            gone = len(cost) - 1 - int(np.argmin((cost / self._sizes)[::-1]))
             order.append(gone)
-            prices.append(float(cost[gone] / self._widths[gone]))
+            prices.append(float(cost[gone] / self._sizes[gone]))
             cost += self._hessian[gone]
             cost[gone] = np.inf
             owner = self._owners[gone]
@@ -101,7 +149,7 @@ class Quadratic:
         levels = levels + top * 1e-9 * np.arange(1, len(levels) + 1) / len(levels)
         worth = np.empty(len(levels))
         worth[[*order, *rest]] = levels
-        roots = np.sqrt(worth * self._widths)
+        roots = np.sqrt(worth * self._sizes)
         return {name: torch.from_numpy(np.sort(roots[part])[::-1].copy()) for name, part in self._slices.items()}
 
     def kept(self, ranks: Mapping[str, int]) -> dict[str, Tensor]:
@@ -110,7 +158,7 @@ class Quadratic:
         gone[self.dropped(ranks)[0]] = True
         return {name: torch.from_numpy(np.flatnonzero(~gone[part])) for name, part in self._slices.items()}
 
-    def change(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
+    def estimated_loss(self, kept: Mapping[str, Tensor]) -> dict[str, LossChange]:
         """{layer: its part of the estimated change of the loss} if each layer keeps these directions."""
         first, moved = {}, {}
         for name, part in self._slices.items():

@@ -1,38 +1,43 @@
-"""The one place where the rank of a layer changes: check all, compute all, then replace all."""
+"""The one place where the rank of a layer changes: check all, compute all, then put all in place at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from functools import partial
-from typing import Literal
+import copy
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from dynrank.change.averages import averaged_layers, moved_average
-from dynrank.change.choice import Choice
-from dynrank.change.optimizer_rules import check_optimizer
-from dynrank.change.optimizer_state import moved_states
-from dynrank.change.replacement import Replacement
-from dynrank.change.report import LayerReport, report_of
-from dynrank.distributed.processes import copy_from_first, from_first
+from dynrank.change.greedy import ByWeight, LossChange
+from dynrank.change.optimizer_state import check_optimizer, moved_states
+from dynrank.distributed.processes import from_first
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
+from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import RankedLayer, max_rank, width_of
-from dynrank.linalg import RankChange, grow_product, keep_directions, stacked
+from dynrank.layers.peft_layers import config_changes
+from dynrank.layers.peft_view import PeftLayer
+from dynrank.layers.ranked import RankedLayer, max_rank, params_per_rank
+from dynrank.linalg import RankChange, energy_kept, grow_product, joined, keep_directions, split, stacked
+
+Ranks: TypeAlias = int | Mapping[str, int]
 
 
 @torch.no_grad()
 def resize(
     model: nn.Module,
-    target: int | Mapping[str, int],
+    target: Ranks,
     *,
     optimizers: Iterable[Optimizer] = (),
     optimizer_state: Literal["transport", "reset"] = "transport",
-    gates: Choice | None = None,
+    gates: ByWeight | None = None,
     averages: Iterable[nn.Module] = (),
     generator: torch.Generator | None = None,
     collective: bool = False,
@@ -53,10 +58,10 @@ def resize(
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         gates: measured gates of every direction, from steps since the last change; None chooses by weight.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); the same maps
-            change them, see :mod:`dynrank.change.averages`.
+            change them.
         generator: generator of the random rows of a growth; torch's default generator when None.
         collective: whether every process of torch's default group makes this call. Process 0 computes, and all
-            processes get the bits of its factors, maps and optimizer state. Wrap the model in DDP again afterwards.
+            processes get the bits of its factors and optimizer state. Wrap the model in DDP again afterwards.
         dry_run: check and compute everything, but change nothing.
 
     Returns:
@@ -67,44 +72,209 @@ def resize(
             names the layer), an optimizer's state cannot be carried, or an average has other layers.
         RuntimeError: if one of PEFT's layers is merged.
     """
-    optimizers = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
-    layers, targets = _changing(model, target)
-    followers = averaged_layers(averages, layers)
-    for optimizer in optimizers:
-        factors = [factor for name in targets for factor in (layers[name].lora_A, layers[name].lora_B)]
-        check_optimizer(optimizer, factors, optimizer_state)
-
-    choice = gates if gates is not None else Choice(layers)
-    shrunk = {name: rank for name, rank in targets.items() if rank < layers[name].rank}
-    kept = {name: torch.arange(layers[name].rank) for name in targets} | (choice.kept(shrunk) if shrunk else {})
-
-    def computed() -> dict[str, RankChange]:
-        return {n: _change(n, layers[n], rank, kept[n], choice, generator) for n, rank in targets.items()}
-
-    changes = _from_first(computed, layers) if collective else computed()
-    new = _replacement(model, layers, changes, optimizer_state, optimizers, followers)
-    if collective:
-        # All processes have the same maps, but different machines may compute products with different bits.
-        copy_from_first(new.made())
-    loss = choice.change(kept)
-    reports = []
-    for name, change in changes.items():
-        values = change.singular_values * layers[name].scaling
-        width = width_of(layers[name])
-        reports.append(report_of(name, targets[name], values, width, kept[name], loss.get(name)))
-
+    adapters = Adapters(model, optimizers, averages)
+    directions = gates if gates is not None else ByWeight(adapters.layers)
+    change = compute(adapters, lambda: target, directions, optimizer_state, generator, collective=collective)
     if not dry_run:
-        new.put()
-    return reports
+        change.put()
+    return change.reports
 
 
-# The name before version 0.3.
-predict = partial(resize, dry_run=True)
+@dataclass(frozen=True)
+class LayerReport:
+    """The effect of a change of rank on one layer.
+
+    Attributes:
+        layer: its name in the model.
+        rank_before: rank before the change.
+        rank_after: rank after the change.
+        energy_kept: share of the energy (sum of squared singular values) that is kept, in [0, 1].
+        predicted_error: norm of the dropped singular values, the Frobenius norm of the update's change.
+        singular_values: singular values of the update before the change (scaling included), descending.
+        params_per_rank: d_out + d_in (times the experts), the parameters of one direction.
+        loss: the layer's part of the estimated change of the loss; None without gates.
+    """
+
+    layer: str
+    rank_before: int
+    rank_after: int
+    energy_kept: float
+    predicted_error: float
+    singular_values: tuple[float, ...]
+    params_per_rank: int
+    loss: LossChange | None = None
+
+    @property
+    def parameters_saved(self) -> int:
+        """How many trainable parameters the change removes (negative for growth)."""
+        return (self.rank_before - self.rank_after) * self.params_per_rank
 
 
-def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[str, RankedLayer], dict[str, int]]:
-    """(all LoRA layers by name, {name: new rank} for the layers whose rank changes), both in model order."""
-    layers = dict(lora_layers(model))
+def report_of(
+    name: str,
+    rank: int,
+    values: Tensor,
+    params_per_rank: int,
+    kept: Tensor | None = None,
+    loss: LossChange | None = None,
+) -> LayerReport:
+    """The report of a change to ``rank`` of a layer with these singular values (scaling included).
+
+    ``kept`` are the kept directions, the first ones when None; the others are as in :class:`LayerReport`.
+    """
+    stays = (torch.arange(min(rank, len(values))) if kept is None else kept).to(values.device)
+    dropped = values.index_fill(0, stays, 0.0)
+    return LayerReport(
+        layer=name,
+        rank_before=len(values),
+        rank_after=rank,
+        energy_kept=energy_kept(torch.cat([values[stays], dropped]), len(stays)),
+        predicted_error=float(dropped.norm()),
+        singular_values=tuple(values.tolist()),
+        params_per_rank=params_per_rank,
+        loss=loss,
+    )
+
+
+@dataclass(frozen=True)
+class Values:
+    """Factors and optimizer state by name, so that one process can send them to the others.
+
+    Attributes:
+        factors: for the model and then for each average, {layer: (lora_A, lora_B)}.
+        states: for each optimizer, {layer: {"lora_A": its state, "lora_B": its state}}; an empty state deletes the
+            present one.
+    """
+
+    factors: list[dict[str, tuple[Tensor, Tensor]]]
+    states: list[dict[str, dict[str, dict[str, Any]]]]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of ranks that is computed but not yet made."""
+
+    adapters: Adapters
+    values: Values
+    reports: list[LayerReport]
+
+    def put(self) -> None:
+        """Make the change; Ctrl-C takes effect after it."""
+        self.adapters.put(self.values)
+
+
+class Adapters:
+    """What changes together: the LoRA layers of a model and of its averages, and the optimizers of the model's layers.
+
+    Attributes:
+        layers: the layers of the model by name.
+        models: (model, its layers) for the model and then for each average.
+        optimizers: the optimizers, without wrappers.
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], averages: Iterable[nn.Module]) -> None:
+        self.layers = dict(lora_layers(model))
+        self.models = [(model, self.layers), *_averaged_layers(averages, self.layers)]
+        self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
+
+    def put(self, new: Values) -> None:
+        """Replace factors and optimizer state by assignments alone; Ctrl-C takes effect after the last one."""
+        peft_ranks = {}
+        for (_, layers), factors in zip(self.models, new.factors, strict=True):
+            for name, (lora_A, _) in factors.items():
+                layer = layers[name]
+                if isinstance(layer, PeftLayer):
+                    peft_ranks[layer.module, layer.adapter] = len(lora_A) // layer.experts
+        configs = [change for model, _ in self.models for change in config_changes(model, peft_ranks)]
+        with uninterrupted():
+            for (_, layers), factors in zip(self.models, new.factors, strict=True):
+                for name, pair in factors.items():
+                    layers[name].set_factors(*pair)
+            for optimizer, states in zip(self.optimizers, new.states, strict=True):
+                for name, of_layer in states.items():
+                    for factor, state in of_layer.items():
+                        parameter = getattr(self.layers[name], factor)
+                        if state:
+                            optimizer.state[parameter] = state
+                        else:
+                            optimizer.state.pop(parameter, None)
+            for change in configs:
+                change()
+            forget_compiled()
+
+
+class Snapshot:
+    """A copy of everything that :func:`resize` may change in a model, its optimizers and its averages."""
+
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], averages: Iterable[nn.Module] = ()) -> None:
+        self._adapters = Adapters(model, optimizers, averages)
+        factors = [
+            {name: (layer.lora_A.detach(), layer.lora_B.detach()) for name, layer in layers.items()}
+            for _, layers in self._adapters.models
+        ]
+        states = [
+            {
+                name: {factor: optimizer.state.get(getattr(layer, factor), {}) for factor in ("lora_A", "lora_B")}
+                for name, layer in self._adapters.layers.items()
+            }
+            for optimizer in self._adapters.optimizers
+        ]
+        self._saved = copy.deepcopy(Values(factors, states))
+
+    def restore(self) -> None:
+        """Restore factors, ranks and optimizer state bit for bit; may be called repeatedly."""
+        self._adapters.put(copy.deepcopy(self._saved))
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Delay Ctrl-C until the end of the block; blocks may be nested.
+
+    Ctrl-C interrupts the main thread alone, and a handler that was not set by Python cannot be put back.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is None:
+        yield
+        return
+    pressed: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
+@torch.no_grad()
+def compute(
+    adapters: Adapters,
+    plan: Callable[[], Ranks],
+    directions: ByWeight,
+    optimizer_state: Literal["transport", "reset"],
+    generator: torch.Generator | None,
+    *,
+    collective: bool,
+) -> Change:
+    """Check and compute a change of ranks, and change nothing; the arguments are those of :func:`resize`.
+
+    If the call is ``collective``, process 0 alone calls ``plan``, which returns the new ranks, and computes. All
+    processes get the result in one exchange.
+    """
+
+    def of_first() -> tuple[Values, list[LayerReport]]:
+        ranks = _checked_ranks(adapters.layers, plan())
+        for optimizer in adapters.optimizers:
+            factors = [f for name in ranks for f in (adapters.layers[name].lora_A, adapters.layers[name].lora_B)]
+            check_optimizer(optimizer, factors, optimizer_state)
+        return _computed(adapters, ranks, directions, optimizer_state, generator)
+
+    devices = [layer.lora_A.device for layer in adapters.layers.values()]
+    values, reports = from_first(of_first, device=next(iter(devices), None)) if collective else of_first()
+    return Change(adapters, values, reports)
+
+
+def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks) -> dict[str, int]:
+    """{name: new rank} for the layers whose rank changes, in model order."""
     if not layers:
         raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
     targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
@@ -122,48 +292,87 @@ def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[s
             raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before changing its rank")
     if faults:
         raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
-    return layers, {name: targets[name] for name in layers if name in targets and targets[name] != layers[name].rank}
+    return {name: targets[name] for name in layers if name in targets and targets[name] != layers[name].rank}
 
 
-def _change(
-    name: str, layer: RankedLayer, rank: int, kept: Tensor, choice: Choice, generator: torch.Generator | None
+def _computed(
+    adapters: Adapters,
+    ranks: Mapping[str, int],
+    directions: ByWeight,
+    optimizer_state: Literal["transport", "reset"],
+    generator: torch.Generator | None,
+) -> tuple[Values, list[LayerReport]]:
+    """The new values of the layers in ``ranks``, and their reports."""
+    layers = adapters.layers
+    cuts = {name: rank for name, rank in ranks.items() if rank < layers[name].rank}
+    kept = {name: torch.arange(layers[name].rank) for name in ranks} | (directions.kept(cuts) if cuts else {})
+    loss = directions.estimated_loss(kept)
+    values = Values([{} for _ in adapters.models], [{} for _ in adapters.optimizers])
+    of_model, *of_averages = values.factors
+    reports = []
+    for name, rank in ranks.items():
+        layer = layers[name]
+        change = _rank_change(name, layer, rank, kept[name], directions, generator)
+        of_model[name] = change.lora_A, change.lora_B
+        for (_, own), of_average in zip(adapters.models[1:], of_averages, strict=True):
+            of_average[name] = _moved_average(own[name], change)
+        for optimizer, states in zip(adapters.optimizers, values.states, strict=True):
+            states[name] = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
+        spectrum = change.singular_values * layer.scaling
+        reports.append(report_of(name, rank, spectrum, params_per_rank(layer), kept[name], loss.get(name)))
+    return values, reports
+
+
+def _rank_change(
+    name: str,
+    layer: RankedLayer,
+    rank: int,
+    kept: Tensor,
+    directions: ByWeight,
+    generator: torch.Generator | None,
 ) -> RankChange:
-    """New factors and maps of a layer."""
+    """New factors of a layer, and the maps to them."""
     products = layer.products()
     if rank < layer.rank:
-        pairs = zip(products, choice.directions(name), strict=True)
-        return stacked([keep_directions(b, a, directions, kept) for (b, a), directions in pairs])
+        pairs = zip(products, directions.directions(name), strict=True)
+        return stacked([keep_directions(b, a, known, kept) for (b, a), known in pairs])
     try:
         return stacked([grow_product(b, a, rank, generator=generator) for b, a in products])
     except ValueError as error:
         raise diverged(name, error) from error
 
 
-def _from_first(make: Callable[[], dict[str, RankChange]], layers: Mapping[str, RankedLayer]) -> dict[str, RankChange]:
-    """What ``make`` returns in process 0, on the devices of the layers."""
-    changes = from_first(lambda: {name: _to(change, torch.device("cpu")) for name, change in make().items()})
-    return {name: _to(change, layers[name].lora_A.device) for name, change in changes.items()}
+def _averaged_layers(
+    averages: Iterable[nn.Module], layers: Mapping[str, RankedLayer]
+) -> list[tuple[nn.Module, dict[str, RankedLayer]]]:
+    """(model, its LoRA layers by name) of each average; an average is a model, or torch's AveragedModel of one."""
+    found = []
+    for average in averages:
+        module: nn.Module = average.module if isinstance(average, AveragedModel) else average
+        own = dict(lora_layers(module))
+        wrong = sorted(own.keys() ^ layers.keys())
+        wrong += [name for name in own.keys() & layers.keys() if own[name].rank != layers[name].rank]
+        if wrong:
+            raise ConfigurationError(
+                f"an average must have the model's LoRA layers at the same ranks, {wrong[:3]} differ; make the average "
+                "from the model as it is now, and pass it to every dynrank.resize (averages)"
+            )
+        found.append((module, own))
+    return found
 
 
-def _to(change: RankChange, device: torch.device) -> RankChange:
-    return replace(change, **{key: value.to(device) for key, value in vars(change).items()})
+def _moved_average(layer: RankedLayer, change: RankChange) -> tuple[Tensor, Tensor]:
+    """lora_A and lora_B of the averaged ``layer`` after ``change``, in their own dtypes and on their own device.
 
-
-def _replacement(
-    model: nn.Module,
-    layers: Mapping[str, RankedLayer],
-    changes: Mapping[str, RankChange],
-    optimizer_state: Literal["transport", "reset"],
-    optimizers: Iterable[Optimizer],
-    followers: Iterable[tuple[nn.Module, Mapping[str, RankedLayer]]],
-) -> Replacement:
-    """The new factors of the model and its averages, and the new optimizer state."""
-    new = Replacement(modules=[model, *(average for average, _ in followers)])
-    for name, change in changes.items():
-        layer = layers[name]
-        new.factors.append((layer, change.lora_A, change.lora_B))
-        new.factors += [(own[name], *moved_average(own[name], change)) for _, own in followers]
-        for optimizer in optimizers:
-            moved = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
-            new.states += [(optimizer, parameter, state) for parameter, state in moved.items()]
-    return new
+    A change is linear in each factor, ``A' = T_a A`` and ``B' = B T_b``, and so is an average. So the same maps turn
+    the average of the old factors into the one that the run would have had in the new coordinates. A truncation of the
+    average by itself would keep more of its function now, but in other coordinates than the model's, so that the next
+    update would average numbers that do not belong together. In a new direction the row of lora_A is the model's.
+    """
+    device, count = layer.lora_A.device, layer.experts
+    from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))
+    is_new = from_A.eq(0).all(dim=-1, keepdim=True)
+    old_A, old_B = split(layer.lora_A.double(), count, 0), split(layer.lora_B.double(), count, 1)
+    lora_A = joined(torch.where(is_new, split(rows.double(), count, 0), from_A @ old_A), 0)
+    lora_B = joined(from_B.mT @ old_B, 1)
+    return lora_A.to(layer.lora_A.dtype), lora_B.to(layer.lora_B.dtype)

@@ -12,7 +12,7 @@ from dynrank.adapters.beside import label_names
 from dynrank.adapters.predicting import answering
 from dynrank.adapters.read import Adapter
 from dynrank.change.gates import EXAMPLES, FEW, Gates
-from dynrank.driver.bounds import layer_states
+from dynrank.driver.check import layer_states
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers
 from dynrank.output.console import quiet_loading
@@ -71,7 +71,7 @@ class WatchedAdapter:
 
     def ranks(self, target: Target) -> dict[str, int]:
         """{layer: the rank that ``target`` gives it by the gates}."""
-        return target.ranks(layer_states(self._layers, last=True, target=target, choice=self.gates))
+        return target.ranks(layer_states(self._layers, last=True, target=target, directions=self.gates))
 
     @torch.no_grad()
     def loss(self) -> float:

@@ -4,10 +4,10 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dynrank.driver.bounds import final_parameters, final_ranks
+from dynrank.driver.check import depends_on_data, final_ranks
 from dynrank.layers.finding import own_layers
-from dynrank.layers.ranked import width_of
-from dynrank.output.console import empty_table, print_table, shape_of_update, span
+from dynrank.layers.ranked import params_per_rank
+from dynrank.output.console import empty_table, print_table, shape_of_update
 from dynrank.output.slots import slot_line
 from dynrank.run.job import build
 
@@ -16,29 +16,28 @@ def print_ranks(config: DictConfig) -> None:
     """Print the LoRA layers of a run with ``config``; the model is built without weights."""
     job = build(config, on_meta=True)
     model: Any = job.module.model
-    layers, final = own_layers(model), final_ranks(model, job.scheduler.driver.stages)
+    stages = job.scheduler.driver.stages
+    layers, final = own_layers(model), final_ranks(model, stages)
+    about = "about " if depends_on_data(stages) else ""
     headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters")
     table = empty_table("LoRA layers of the composed run", *headings, "rule", texts=["rule"])
-    start = 0
+    start = end = 0
     for name, layer in layers.items():
-        width = width_of(layer)
+        width = params_per_rank(layer)
         start += layer.rank * width
+        end += final[name] * width
         table.add_row(
             name,
             shape_of_update(layer.experts, len(layer.lora_B), layer.lora_A.shape[1]),
             str(layer.rank),
-            span(final[name]) + (" (pinned)" if layer.pinned else ""),
+            f"{final[name]} (pinned)" if layer.pinned else f"{about}{final[name]}",
             f"{layer.alpha:g}",
             f"{layer.scaling:g}",
             f"{layer.rank * width:,}",
-            span([rank * width for rank in final[name]]),
+            f"{final[name] * width:,}",
             layer.rule or "lora.rank",
         )
     table.add_section()
-    end = span(final_parameters(model, job.scheduler.driver.stages))
-    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{start:,}", end, "")
-    highest = {name: max(ends) for name, ends in final.items()}
-    table.caption = (
-        f"at the end{' at most' if any(low < high for low, high in final.values()) else ''}: {slot_line(highest)}"
-    )
+    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{start:,}", f"{end:,}", "")
+    table.caption = f"at the end, {about}{slot_line(final)}"
     print_table(table)

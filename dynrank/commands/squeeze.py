@@ -7,12 +7,11 @@ from typing import Any
 
 from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
-from dynrank.change.choice import Choice
-from dynrank.change.report import report_of
-from dynrank.change.resize import resize
+from dynrank.change.greedy import ByWeight
+from dynrank.change.resize import report_of, resize
 from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import width_of
+from dynrank.layers.ranked import params_per_rank
 from dynrank.output.change_table import change_table
 from dynrank.output.console import print_facts, print_table
 from dynrank.targets import Target
@@ -28,7 +27,7 @@ def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, *
     way = partial(_by_gates, examples=examples, facts=loss) if examples is not None else None
     layers = squeeze_adapter(source, out, **options, way=way)
     print_table(change_table("squeezed adapter", layers, RankEvent(0, "squeeze", tuple(layers)).loss))
-    before = sum(layer.rank_before * layer.width for layer in layers)
+    before = sum(layer.rank_before * layer.params_per_rank for layer in layers)
     after = before - sum(layer.parameters_saved for layer in layers)
     facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss}
     print_facts(facts | (_of_file(source, out) if source.is_file() else {"files": out}))
@@ -52,7 +51,7 @@ def _by_gates(adapter: Adapter, target: Target, *, examples: Mapping[str, Any], 
 
     watched = WatchedAdapter(adapter, **examples)
     layers, before = dict(lora_layers(watched.model)), watched.loss()
-    values = Choice(layers).values()
+    values = ByWeight(layers).values()
     ranks = watched.ranks(target)
     changed = {report.layer: report for report in resize(watched.model, ranks, gates=watched.gates)}
     facts["chosen by"] = watched.gates.seen
@@ -63,5 +62,5 @@ def _by_gates(adapter: Adapter, target: Target, *, examples: Mapping[str, Any], 
         if name in changed:
             lora_A, lora_B = layer.lora_A.detach().to(lora_A), layer.lora_B.detach().to(lora_B)
         factors[name] = lora_A, lora_B, layer.scaling
-        reports.append(changed.get(name) or report_of(name, layer.rank, values[name], width_of(layer)))
+        reports.append(changed.get(name) or report_of(name, layer.rank, values[name], params_per_rank(layer)))
     return factors, reports

@@ -40,23 +40,23 @@ def ddp_modules(model: nn.Module) -> list[Any]:
     return [module for module in found if any(part is model for part in module.modules())]
 
 
-def take_reducers(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
+def pause_ddp(model: nn.Module) -> list[tuple[Any, dict[str, Any]]]:
     """Remove the reducers, whose buckets fit the old shapes, from the DDP modules around ``model``.
 
     Training loops keep references to their DDP module, so it cannot be replaced by a new one. The result is the
-    argument of :func:`give_back_reducers`, to call when parameters have their new shapes.
+    argument of :func:`resume_ddp`, to call when parameters have their new shapes.
     """
-    torn = [(module, module.__getstate__()) for module in ddp_modules(model)]
-    for _, state in torn:
+    paused = [(module, module.__getstate__()) for module in ddp_modules(model)]
+    for _, state in paused:
         check_hooks(of_hook for _, of_hook in state["_comm_hooks"])
-    for module, _ in torn:
+    for module, _ in paused:
         del module.reducer, module.logger
-    return torn
+    return paused
 
 
-def give_back_reducers(torn: list[tuple[Any, dict[str, Any]]]) -> None:
+def resume_ddp(paused: list[tuple[Any, dict[str, Any]]]) -> None:
     """Give the DDP modules new reducers, by the code for unpickling, and register their communication hooks again."""
-    for module, state in torn:
+    for module, state in paused:
         module.__setstate__(state)
         # Unpickling does not reset this flag. A static graph would then not average the first backward's gradients.
         module._static_graph_delay_allreduce_enqueued = False

@@ -1,65 +1,137 @@
-"""Refusing a model or a run in which a schedule cannot be carried out, before the first step."""
+"""Refusing, before the first step, a model, a run or metrics with which a schedule cannot be carried out."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dynrank.change.optimizer_rules import check_optimizer
+from dynrank.change.greedy import ByWeight
+from dynrank.change.optimizer_state import check_optimizer
+from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import sharded_error, sharded_layers
-from dynrank.driver.bounds import bounded, path
 from dynrank.driver.rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.layers.ranked import max_rank
+from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import Stage, check_schedule
-from dynrank.targets import Budget, LayerState
-from dynrank.triggers import Run
+from dynrank.targets import UNBOUNDED, Budget, LayerState, Target
+from dynrank.triggers import Run, Trigger
+
+CHECK_MONITOR = "check_monitor of How (schedule.how.check_monitor)"
+
+
+# Layers, and where a schedule leads
+
+
+def layer_states(
+    layers: Mapping[str, RankedLayer], *, last: bool, target: Target, directions: ByWeight
+) -> dict[str, LayerState]:
+    """The state of each layer that ``target`` reads; ``last``: whether the target's stage is the last."""
+    values = directions.values() if "values" in target.needs else {}
+    states = {}
+    for name, layer in layers.items():
+        # A pinned layer keeps its rank, so no target reads its values.
+        nothing = torch.zeros(layer.rank, dtype=torch.float64) if target.needs else None
+        states[name] = _state(layer, layer.rank, last, values.get(name, nothing))
+    return states
+
+
+def expected_states(
+    layers: Mapping[str, RankedLayer], ranks: Mapping[str, int], *, last: bool
+) -> dict[str, LayerState]:
+    """The states at these ranks if all layers' values fall alike: 1, 1/2, 1/3, ..."""
+    falling = {name: 1 / torch.arange(1, rank + 1, dtype=torch.float64) for name, rank in ranks.items()}
+    return {name: _state(layer, ranks[name], last, falling[name]) for name, layer in layers.items()}
+
+
+def _state(layer: RankedLayer, rank: int, last: bool, values: Tensor | None) -> LayerState:
+    """No stage shrinks a layer below its own final rank, and the ``last`` stage brings it to that rank."""
+    lowest, highest = layer.final_rank or 1, max_rank(layer)
+    if layer.pinned:
+        lowest = highest = rank
+    elif layer.final_rank is not None and last:
+        highest = layer.final_rank
+    d_out, d_in = len(layer.lora_B), layer.lora_A[0].numel()
+    own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "experts": layer.experts}
+    return LayerState(rank, d_out, d_in, lowest, highest, values=values, **own)
+
+
+def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, int]:
+    """{layer: its rank after the last stage}; only expected if the schedule :func:`depends_on_data`."""
+    layers = dict(lora_layers(model))
+    ranks = {name: layer.rank for name, layer in layers.items()}
+    for number, stage in enumerate(schedule, 1):
+        ranks = stage.to.ranks(expected_states(layers, ranks, last=number == len(schedule)))
+    return ranks
+
+
+def depends_on_data(schedule: Sequence[Stage]) -> bool:
+    """Whether a stage reads values, so that the ranks after it are known only in the run."""
+    return any(stage.to.needs for stage in schedule)
+
+
+# What is refused
 
 
 def check_model(model: nn.Module, schedule: Sequence[Stage], run: Run) -> None:
     """Refuse a model that the schedule does not fit; the values of the weights do not matter."""
+    check_schedule(schedule, run)
     layers = dict(lora_layers(model))
     if not layers:
         raise ConfigurationError(
             "a rank schedule needs a model with LoRA layers; call dynrank.add_lora on it (lora.target_modules)"
         )
-    free = {name: layer for name, layer in layers.items() if not layer.pinned and layer.final_rank is None}
+    free = [name for name, layer in layers.items() if not layer.pinned and layer.final_rank is None]
     if not free:
         return
-    check_schedule(schedule, highest=max(layer.rank for layer in free.values()), run=run)
-    paths = {name: path(layer, schedule) for name, layer in layers.items()}
+    ranks = {name: layer.rank for name, layer in layers.items()}
     faults = []
     for index, stage in enumerate(schedule):
-        before = {name: ranges[index] for name, ranges in paths.items()}
-        after = {name: ranges[index + 1] for name, ranges in paths.items()}
-        for name, layer in free.items():
-            most, (_, _, wanted) = max_rank(layer), after[name]
-            # PEFT allows a rank above min(d_in, d_out); a target below such a rank is a cut.
-            if wanted > max(most, before[name][1]):
-                faults.append(
-                    f"stage {index + 1}: rank {wanted} is above min(d_in, d_out) = {most} of {name!r}; set {stage.key}"
-                )
-        known = all(low == high for low, high, _ in before.values())
-        if isinstance(stage.to, Budget) and (known or not stage.to.is_relative):
-            last = index == len(schedule) - 1
-            states = {name: replace(bounded(layer, last), rank=before[name][0]) for name, layer in layers.items()}
-            faults += [f"stage {index + 1}: {fault}" for fault in _budget_faults(stage.to, states)]
+        states_at = partial(expected_states, layers, last=index == len(schedule) - 1)
+        # After a stage that reads values, ranks are only expected, so nothing that follows from them is refused.
+        is_known = not depends_on_data(schedule[:index])
+        found = _faults(stage, states_at, ranks, free, is_known)
+        faults += [f"stage {index + 1}: {fault}; set {stage.key}" for fault in found]
+        if not found:
+            ranks = stage.to.ranks(states_at(ranks))
     if faults:
         raise ConfigurationError("the schedule does not fit the model:\n  " + "\n  ".join(faults[:20]))
 
 
-def _budget_faults(budget: Budget, states: Mapping[str, LayerState]) -> Iterator[str]:
-    given, least = budget.pool(states), budget.floor_parameters(states)
-    if given < least:
-        yield (
-            f"the budget must be at least {least:,} parameters, the size of {len(states)} layers at the lowest ranks, "
-            f"got {given:,}; set {budget.key} or schedule.lowest"
-        )
+def _faults(
+    stage: Stage,
+    states_at: Callable[[Mapping[str, int]], dict[str, LayerState]],
+    ranks: Mapping[str, int],
+    free: Sequence[str],
+    is_known: bool,
+) -> list[str]:
+    """Why ``stage`` does not fit layers of these ranks; ``free`` are the layers without a rank of their own."""
+    states = states_at(ranks)
+    if isinstance(stage.to, Budget) and (is_known or not stage.to.is_relative):
+        given, least = stage.to.pool(states), stage.to.floor_parameters(states)
+        if given < least:
+            layers, keys = f"the size of {len(states)} layers at the lowest ranks", f"{stage.to.key}, schedule.lowest"
+            return [f"the budget must be at least {least:,} parameters, {layers}, got {given:,} ({keys})"]
+    # PEFT allows a rank above min(d_in, d_out); a target below such a rank is a cut.
+    most = {name: max(states[name].highest, ranks[name]) for name in free}
+    if not stage.to.needs:
+        wanted = stage.to.ranks(states | {name: replace(states[name], highest=UNBOUNDED) for name in free})
+        above = [name for name in free if wanted[name] > most[name]]
+        if above:
+            return [f"rank {wanted[name]} is above min(d_in, d_out) = {most[name]} of {name!r}" for name in above]
+    # A target may name the ranks that layers have already. It must change them if they are higher or lower by one.
+    for shift in (0, 1, -1):
+        shifted = dict(ranks) | {name: min(max(1, ranks[name] + shift), most[name]) for name in free}
+        after = stage.to.ranks(states_at(shifted))
+        if not is_known or stage.search or any(after[name] != shifted[name] for name in free):
+            return []
+    return [f"{stage.to} changes none of the ranks {sorted({ranks[name] for name in free})} (lora.rank)"]
 
 
 def check_training(training: Training, stages: Collection[Stage]) -> None:
@@ -81,3 +153,56 @@ def check_training(training: Training, stages: Collection[Stage]) -> None:
                 f"max_regression={how.max_regression:g} (or tolerance) needs validations around a change; this run has "
                 f"none: {training.validate_by}, or set max_regression=None (schedule.how.max_regression=null)"
             )
+
+
+# The metrics that a schedule reads, by the names that the user gives
+
+
+def observed_metrics(stages: Sequence[Stage]) -> dict[str, str]:
+    """{metric that a trigger reads: the argument that names it, for error messages}."""
+    triggers = [stage.when for stage in stages if isinstance(stage.when, Trigger)]
+    return {name: _argument(trigger, name) for trigger in triggers for name in trigger.monitors}
+
+
+def _argument(trigger: Trigger, name: str) -> str:
+    values = {field.name: getattr(trigger, field.name) for field in fields(trigger)}
+    named = [argument for argument, value in values.items() if isinstance(value, str) and value == name]
+    argument = named[0] if named else "monitors"
+    return f"{argument} of {type(trigger).__name__} (schedule.trigger.{argument})"
+
+
+def checked_metrics(stages: Sequence[Stage]) -> dict[str, str]:
+    """The same for the metrics that decide whether a change is undone; a validation must log them."""
+    hows = [stage.how for stage in stages if stage.how.max_regression is not None]
+    # Whoever writes another How leaves out what the schedule's own has.
+    return {
+        how.check_monitor: f"{CHECK_MONITOR}, beside metric={how.metric!r} and rate_after={how.rate_after!r},"
+        for how in hows
+    }
+
+
+def metric_value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:
+    """The metric, as the mean over all processes."""
+    if name not in metrics:
+        raise _not_logged(name, arguments, metrics)
+    return mean_over_processes(float(metrics[name]))
+
+
+def check_validation(logged: Collection[str], stages: Sequence[Stage]) -> None:
+    """Refuse a schedule that reads a metric of validations which the first validation has not logged.
+
+    A trigger may also read a metric that only training logs. So a trigger's metric counts as one of validations only
+    if its prefix (such as ``val/``) is that of a logged one.
+    """
+    groups = {name.partition("/")[0] for name in logged if "/" in name}
+    names = {name: said for name, said in observed_metrics(stages).items() if name.partition("/")[0] in groups}
+    names |= checked_metrics(stages)
+    for name in names.keys() - set(logged):
+        raise ConfigurationError(
+            f"{_not_logged(name, names, logged)}; if later validations log it, set trainer.num_sanity_val_steps=0"
+        )
+
+
+def _not_logged(name: str, arguments: Mapping[str, str], logged: Collection[str]) -> ConfigurationError:
+    found = ", ".join(map(repr, sorted(logged)))
+    return ConfigurationError(f"{arguments[name]} must name a metric that is logged, got {name!r}; logged: {found}")

@@ -2,36 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from torch import nn
 
-from dynrank.change.choice import Choice
-from dynrank.change.replacement import uninterrupted
-from dynrank.distributed.agreement import check_processes
-from dynrank.distributed.processes import from_first
-from dynrank.driver.attempt import Check, Trial, attempt
-from dynrank.driver.bisection import cut_to_smallest
-from dynrank.driver.bounds import layer_states
-from dynrank.driver.check import check_model, check_training
-from dynrank.driver.clock import Clock
+from dynrank.change.greedy import ByWeight
+from dynrank.change.resize import Change, uninterrupted
+from dynrank.distributed.processes import check_processes, from_first
+from dynrank.driver.check import (
+    check_model,
+    check_training,
+    checked_metrics,
+    layer_states,
+    metric_value,
+    observed_metrics,
+)
 from dynrank.driver.event import RankEvent
-from dynrank.driver.metrics import checked, value, watched
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
+from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
+from dynrank.driver.undo import RegressionTest, Undo
 from dynrank.driver.window import Window
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.layers.ranked import RankedLayer, width_of
-from dynrank.schedules import Stage, early_budget
-from dynrank.targets import Smallest
+from dynrank.layers.ranked import params_per_rank
+from dynrank.schedules import Schedule, Stage, as_texts, stages_of
 from dynrank.triggers import At, Run, Trigger
-
-# A function that returns stages, such as a preset, is a schedule too: LightningCLI builds these from YAML.
-Schedule: TypeAlias = int | Stage | Sequence[Stage] | Callable[[], Sequence[Stage]]
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class RankDriver:
     def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
         if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
             raise ConfigurationError(f"check_every must be None or at least 1 step, got {check_every!r}")
-        self.stages, self.check_every = _stages_of(schedule), check_every
+        self.stages, self.check_every = stages_of(schedule), check_every
         self.progress = Progress()
         self._run = Run(None)
         self._clock, self._window = Clock([], self._run), Window([])
@@ -117,7 +116,7 @@ class RankDriver:
     @property
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""
-        return sorted(watched(self.stages).keys() | checked(self.stages))
+        return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages))
 
     def check_model(self, model: nn.Module, run: Run) -> None:
         """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.check.check_model`."""
@@ -171,13 +170,14 @@ class RankDriver:
         In a run without validation, call it with no metrics after each epoch: triggers then read training's metrics.
         """
         # A resumed loop may report the same validation twice.
-        seen = training.step == self.progress.observed_step
+        is_known = training.step == self.progress.observed_step
         self.progress.observed_step = training.step
         self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
         trigger = self._next_trigger
-        if trigger is not None and not seen:
-            logged, names = {**training.logged(), **self.progress.metrics}, watched(self.stages)
-            self._decide(trigger.observe(training.step, *(value(logged, name, names) for name in trigger.monitors)))
+        if trigger is not None and not is_known:
+            logged, names = {**training.logged(), **self.progress.metrics}, observed_metrics(self.stages)
+            values = [metric_value(logged, name, names) for name in trigger.monitors]
+            self._decide(trigger.observe(training.step, *values))
 
     def finish(self, training: Training) -> None:
         """Make the change that is due after the last step, and warn if stages were not reached."""
@@ -207,7 +207,7 @@ class RankDriver:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
         return {
             **asdict(self.progress),
-            "stages": _as_texts(self.stages),
+            "stages": as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "gates": self._window.state_dict(),
             "rate_factor": self.rate_factor,
@@ -218,7 +218,7 @@ class RankDriver:
 
         Stages that are not over may differ from the checkpoint's; those of this schedule apply.
         """
-        mine, theirs = _as_texts(self.stages), [tuple(stage) for stage in state["stages"]]
+        mine, theirs = as_texts(self.stages), [tuple(stage) for stage in state["stages"]]
         over, self._other = state["stage"], theirs != mine
         # Stages that are over must have the same target; their times no longer matter.
         done, wanted = ([to for _, to, _ in stages[:over]] for stages in (theirs, mine))
@@ -283,71 +283,91 @@ class RankDriver:
     # Acting
 
     def _change(self, training: Training, decided: Decision) -> None:
-        """Make the decided change, or as much of it as the check allows, and go to the next stage."""
-        index, how = decided.stage, self.stages[decided.stage].how
+        """Make the decided change, unless its check undoes it, and go to the next stage."""
+        index, stage = decided.stage, self.stages[decided.stage]
         gates, reason = self._window.result(training, index, decided.reason)
-        layers = dict(lora_layers(training.model))
-        ranks = {name: layer.rank for name, layer in layers.items()}
-        choice = gates or Choice({name: layer for name, layer in layers.items() if not layer.pinned})
-        trial = Trial(training)
-        with trial, trial:
-            event = self._attempt(training, trial, layers, index, reason, choice)
+        free = {name: layer for name, layer in lora_layers(training.model) if not layer.pinned}
+        directions = gates or ByWeight(free)
+        # Process 0 computes the change, so afterwards nobody could see that processes had differed.
+        check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
+        if stage.how.max_regression is None:
+            change = self._computed(training, index, directions)
+            event = RankEvent(training.step, reason, tuple(change.reports)) if change.reports else None
             # No interrupt may separate the change from the updates that belong to it.
             with uninterrupted():
-                trial.keep()
-                self.progress.pending, self.progress.stage = None, index + 1
-                for later in self.stages[index + 1 :]:
-                    if isinstance(later.when, Trigger):
-                        later.when.reset(training.step)
                 if event is not None:
-                    self.history.append(event)
-                made = event is not None and not event.undone
-                if made:
-                    # These metrics belong to the weights before the change.
-                    self.progress.metrics = {}
-                    self._multiply_rates(training, rate_factor(how, ranks, {n: la.rank for n, la in layers.items()}))
+                    training.put(change.put)
+                self._end_stage(training, index, event)
+        else:
+            undo = Undo(training)
+            with undo, undo:
+                if stage.search:
+                    began_with = self._parameters_at_start(training)
+                    event = cut_to_smallest(training, undo, stage, reason, directions, began_with)
+                else:
+                    event = self._try(training, undo, index, reason, directions)
+                with uninterrupted():
+                    undo.keep()
+                    self._end_stage(training, index, event)
         if event is not None:
             training.tell(event)
-        if made and training.step < (self._run.total_steps or float("inf")):
-            warn_of_low_rate(training)
+            if not event.undone and training.step < (self._run.total_steps or float("inf")):
+                warn_of_low_rate(training)
 
-    def _attempt(
-        self,
-        training: Training,
-        trial: Trial,
-        layers: Mapping[str, RankedLayer],
-        index: int,
-        reason: str,
-        choice: Choice,
-    ) -> RankEvent | None:
-        """Make the change of stage ``index``, as far as its check allows; None if no rank would change."""
+    def _computed(self, training: Training, index: int, directions: ByWeight) -> Change:
+        """The change of stage ``index``, which is not yet made."""
         stage, last = self.stages[index], index == len(self.stages) - 1
-        target, how = stage.to, stage.how
+        layers = dict(lora_layers(training.model))
 
-        def plan() -> tuple[dict[str, int], list[tuple[str, int]]]:
-            states = layer_states(layers, last=last, target=target, choice=choice)
-            return target.ranks(states), target.order(states) if isinstance(target, Smallest) else []
+        def plan() -> dict[str, int]:
+            return stage.to.ranks(layer_states(layers, last=last, target=stage.to, directions=directions))
 
-        wanted, order = from_first(plan)
-        targets = {name: rank for name, rank in wanted.items() if rank != layers[name].rank}
-        if not targets:
+        return training.compute(plan, directions, stage.how)
+
+    def _try(self, training: Training, undo: Undo, index: int, reason: str, directions: ByWeight) -> RankEvent | None:
+        """Make the change of stage ``index``, and undo it if it costs too much; None if no rank would change."""
+        change = self._computed(training, index, directions)
+        if not change.reports:
             return None
-        if isinstance(target, Smallest):
-            saved = sum(layer.parameters_saved for e in self.history if not e.undone for layer in e.layers)
-            began_with = saved + sum(layer.rank * width_of(layer) for layer in layers.values())
-            return cut_to_smallest(training, trial, order, targets, reason, how, choice, began_with)
-        check = None
-        if how.max_regression is not None:
-            known = self.progress.metrics if self.progress.observed_step == training.step else {}
-            check = Check(training, how, known or None)
-        return attempt(training, trial, targets, reason, how, choice, check)
+        metrics = self.progress.metrics if self.progress.observed_step == training.step else {}
+        test = RegressionTest(training, self.stages[index].how, metrics or None)
+        training.put(change.put)
+        failure = test.failure()
+        if failure is not None:
+            undo.restore()
+            return RankEvent(training.step, f"{failure} ({reason})", tuple(change.reports), undone=True)
+        for observed in test.observed:
+            training.record(observed)
+        return RankEvent(training.step, reason, tuple(change.reports))
+
+    def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:
+        """Go to the stage after ``index``, whose change was made, undone, or (None) changes no rank."""
+        self.progress.pending = None
+        self.progress.stage = index + 1
+        for later in self.stages[index + 1 :]:
+            if isinstance(later.when, Trigger):
+                later.when.reset(training.step)
+        if event is not None:
+            self.history.append(event)
+        if event is not None and not event.undone:
+            # These metrics belong to the weights before the change.
+            self.progress.metrics = {}
+            after = {name: layer.rank for name, layer in lora_layers(training.model)}
+            before = after | {report.layer: report.rank_before for report in event.layers}
+            self._multiply_rates(training, rate_factor(self.stages[index].how, before, after))
+
+    def _parameters_at_start(self, training: Training) -> int:
+        """How many parameters the adapters had when the run began."""
+        saved = sum(layer.parameters_saved for event in self.history if not event.undone for layer in event.layers)
+        return saved + sum(layer.rank * params_per_rank(layer) for _, layer in lora_layers(training.model))
 
     def _multiply_rates(self, training: Training, factor: float) -> None:
         """Multiply the adapters' rates by ``factor`` from now on."""
         factor *= self.rate_factor
         self._remove_rates()
-        adapters = adapter_parameters(training.model)
-        self._rates = [Rates(optimizer, adapters, factor) for optimizer in training.optimizers]
+        if factor != 1.0:
+            adapters = adapter_parameters(training.model)
+            self._rates = [Rates(optimizer, adapters, factor) for optimizer in training.optimizers]
 
     def _remove_rates(self) -> None:
         for rates in self._rates:
@@ -355,26 +375,39 @@ class RankDriver:
         self._rates = []
 
 
-def _as_texts(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
-    """For each stage, as text: (when, to what, the whole stage with the user's values)."""
+class Clock:
+    """The step by which each stage acts at the latest."""
 
-    def words(value: object) -> str:
-        if not is_dataclass(value):
-            return repr(value)
-        return f"{type(value).__name__}({', '.join(words(getattr(value, f.name)) for f in fields(value) if f.init)})"
+    def __init__(self, stages: Sequence[Stage], run: Run) -> None:
+        self._stages, self._planned = stages, [stage.planned_step(run) for stage in stages]
 
-    return [(words(stage.when), words(stage.to), words(stage)) for stage in stages]
+    def has_come(self, index: int, step: int) -> bool:
+        """Whether the latest time of stage ``index`` is ``step`` or earlier."""
+        planned = self._planned[index]
+        return planned is not None and planned <= step
 
+    def is_last_moment(self, index: int, step: int, patience: int) -> bool:
+        """Whether stage ``index`` may wait no longer, because of its own time or because a later stage is due.
 
-def _stages_of(schedule: object) -> list[Stage]:
-    """The stages of any value that type ``Schedule`` allows."""
-    if callable(schedule):
-        schedule = schedule()
-    if isinstance(schedule, int) and not isinstance(schedule, bool):
-        return early_budget(schedule)
-    if isinstance(schedule, Stage):
-        return [schedule]
-    if isinstance(schedule, list | tuple) and all(isinstance(stage, Stage) for stage in schedule):
-        return list(schedule)
-    made = "a rank, a stage or a list of stages, which early_budget(4) or auto() of dynrank.schedules make"
-    raise ConfigurationError(f"a schedule must be {made}, got {schedule!r}; set schedule")
+        A stage with a fixed time may wait up to ``patience`` more steps, but no more steps than came before that time.
+        """
+        planned, later = self._planned[index], self._planned[index + 1 :]
+        if any(at is not None and at <= step + 1 for at in later):
+            return True
+        waits = min(patience, planned or 0) if isinstance(self._stages[index].when, At) else 0
+        return planned is not None and planned + waits <= step
+
+    def due(self, first: int, step: int, *, ended: bool) -> int | None:
+        """Index of the last due stage, from ``first`` on; it replaces the stages before it. None if no stage is due.
+
+        ``ended``: training is over, perhaps before its planned end.
+        """
+        for index in reversed(range(first, len(self._stages))):
+            if self.has_come(index, step) or (ended and self._stages[index].when == At(fraction=1.0)):
+                return index
+        return None
+
+    def coming(self, first: int, step: int) -> Iterator[tuple[int, int]]:
+        """(index, planned step) of the stages after ``step``; if several share a step, only the last one."""
+        planned = {self._planned[index]: index for index in range(first, len(self._stages))}
+        yield from ((index, at) for at, index in planned.items() if at is not None and at > step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from dynrank.change.greedy import LossChange
-from dynrank.change.report import LayerReport
+from dynrank.change.resize import LayerReport
 from dynrank.errors import read_as
 
 LOSS_FIELDS = tuple(field.name for field in fields(LossChange))

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynrank.distributed.wrappers import give_back_reducers, take_reducers, unwrapped_model, unwrapped_optimizer
+from dynrank.change.greedy import ByWeight
+from dynrank.change.resize import Adapters, Change, compute, uninterrupted
+from dynrank.distributed.wrappers import pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.private import scaler_of_fabric
+from dynrank.schedules import How
 
 # For each batch: the mean of a metric, its weight in the mean over all batches, and a checksum of the batch's data.
 Batches = Sequence[tuple[float, float, float]]
@@ -43,7 +47,7 @@ class Training:
         self._scalers = [scaler for scaler in map(_scaler, self.optimizers) if scaler is not None]
         self.model = unwrapped_model(self.model)
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in self.optimizers]
-        self._torn: list[tuple[Any, dict[str, Any]]] = []
+        self._paused_ddp: list[tuple[Any, dict[str, Any]]] = []
 
     @property
     def validates(self) -> bool:
@@ -72,14 +76,27 @@ class Training:
         """Return the last value of every metric that a trigger may read in addition to those of the validation."""
         return {}
 
+    def compute(self, plan: Callable[[], Mapping[str, int]], directions: ByWeight, how: How) -> Change:
+        """A change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet."""
+        adapters = Adapters(self.model, self.optimizers, self.averages)
+        generator = torch.Generator().manual_seed(self.step)
+        return compute(adapters, plan, directions, how.optimizer_state, generator, collective=True)
+
+    def put(self, assign: Callable[[], None]) -> None:
+        """Call ``assign``, which replaces factors, and rebuild what depends on their shapes; Ctrl-C waits."""
+        with uninterrupted():
+            self.before_resize()
+            assign()
+            self.after_resize()
+
     def before_resize(self) -> None:
         """Remove objects that depend on the factors' shapes; called before every change and before one is undone."""
-        self._torn = self._torn or take_reducers(self.model)
+        self._paused_ddp = self._paused_ddp or pause_ddp(self.model)
 
     def after_resize(self) -> None:
         """Rebuild these objects for the new shapes; called after every change and after one is undone."""
-        give_back_reducers(self._torn)
-        self._torn = []
+        resume_ddp(self._paused_ddp)
+        self._paused_ddp = []
 
     def tell(self, event: RankEvent) -> None:
         """Pass ``event`` to whatever reports changes, such as callbacks."""

@@ -8,25 +8,27 @@ from typing import Any
 from torch import nn
 
 from dynrank.change.gates import FEW, Gates
-from dynrank.driver.bounds import bounded
+from dynrank.driver.check import expected_states
 from dynrank.driver.training import Training
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import RankedLayer
 from dynrank.schedules import Stage
-from dynrank.targets import Smallest
 
-# For schedule=auto, in standard errors: one wrongly dropped direction early in the order would stop the bisection.
+# For a search, in standard errors: one wrongly dropped direction early in the order would stop the bisection.
 CAUTION = 2.0
 
 _UNSEEN = "by weight: no gradient was seen while gates were measured"
 
 
-def needs_gates(stage: Stage, layers: Mapping[str, RankedLayer]) -> bool:
-    """Whether ``stage`` needs gates before it may change ``layers``, as the last stage or as an earlier one."""
+def needs_gates(stage: Stage, layers: Mapping[str, RankedLayer], *, last: bool) -> bool:
+    """Whether ``stage`` needs gates before it may change ``layers``; ``last``: whether it is the last stage."""
     if stage.how.metric == "weight":
         return False
-    lowest = {name: [stage.to.reach(bounded(la, last))[0] for last in (False, True)] for name, la in layers.items()}
-    return bool(stage.to.needs) or any(min(lowest[name]) < layer.rank for name, layer in layers.items())
+    if stage.to.needs:
+        return True
+    now = {name: layer.rank for name, layer in layers.items()}
+    after = stage.to.ranks(expected_states(layers, now, last=last))
+    return any(after[name] < rank for name, rank in now.items())
 
 
 class Window:
@@ -47,16 +49,18 @@ class Window:
 
     def needed(self, model: nn.Module, index: int) -> bool:
         """Whether stage ``index`` needs gates."""
-        return needs_gates(self._stages[index], dict(lora_layers(model)))
+        stage, last = self._stages[index], index == len(self._stages) - 1
+        return needs_gates(stage, dict(lora_layers(model)), last=last)
 
     def begin(self, model: nn.Module, index: int) -> None:
         """Begin to measure the gates that stage ``index`` needs, if any; drop what was measured before."""
         self.end()
         if self.needed(model, index):
-            how, target = self._stages[index].how, self._stages[index].to
+            stage = self._stages[index]
             layers = {name: layer for name, layer in lora_layers(model) if not layer.pinned}
-            caution = CAUTION if isinstance(target, Smallest) else 0.0
-            self.gates, self._index = Gates(model, layers, how.window, how.loss_terms, caution), index
+            caution = CAUTION if stage.search else 0.0
+            self.gates = Gates(model, layers, stage.how.window, stage.how.loss_terms, caution)
+            self._index = index
 
     def end(self) -> Gates | None:
         """Remove the hooks from the layers; return the measured gates."""

@@ -72,7 +72,7 @@ def max_rank(layer: RankedLayer) -> int:
     return min(len(layer.lora_B), layer.lora_A[0].numel())
 
 
-def width_of(layer: RankedLayer) -> int:
+def params_per_rank(layer: RankedLayer) -> int:
     """(d_out + d_in) * experts: the parameters of one direction."""
     return (layer.lora_B.shape[0] + layer.lora_A[0].numel()) * layer.experts
 

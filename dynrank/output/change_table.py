@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from dynrank.change.greedy import LossChange
-from dynrank.change.report import LayerReport
+from dynrank.change.resize import LayerReport
 from dynrank.output.console import empty_table, span
 from dynrank.output.layer_kinds import layer_kinds
 from dynrank.output.slots import slot_line

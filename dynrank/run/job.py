@@ -89,8 +89,7 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     steps = config.trainer.get("max_steps", -1)
     run = Run(steps if steps > 0 else None)
     scheduler = make_scheduler(config.schedule)
-    ranks = [config.lora.rank, *(rule["rank"] for rule in pattern.values() if rule.get("rank") and not rule["pinned"])]
-    check_schedule(scheduler.driver.stages, highest=max(ranks), run=run)
+    check_schedule(scheduler.driver.stages, run)
     if config.plots and find_spec("matplotlib") is None:
         raise ConfigurationError("plots need matplotlib: pip install 'dynrank[plots]', or set plots=false")
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None

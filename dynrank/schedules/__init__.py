@@ -1,6 +1,7 @@
 """Rank schedules: lists of stages, which can be joined with +. A stage says when ranks change, to what, and how."""
 
 from dynrank.schedules.presets import (
+    Schedule,
     after_convergence,
     anneal,
     auto,
@@ -10,14 +11,17 @@ from dynrank.schedules.presets import (
     grow,
     milestones,
     stages,
+    stages_of,
 )
-from dynrank.schedules.stage import How, Stage, check_schedule
+from dynrank.schedules.stage import How, Stage, as_texts, check_schedule
 
 __all__ = [
     "How",
+    "Schedule",
     "Stage",
     "after_convergence",
     "anneal",
+    "as_texts",
     "auto",
     "check_schedule",
     "early_budget",
@@ -26,4 +30,5 @@ __all__ = [
     "grow",
     "milestones",
     "stages",
+    "stages_of",
 ]

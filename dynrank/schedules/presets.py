@@ -3,17 +3,20 @@
 Every call returns new stages, and every stage has its own trigger: a given trigger is copied.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import replace
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, NotNegative, Share, validated_call
 from dynrank.schedules.stage import How, Stage
-from dynrank.targets import Budget, Energy, GrowTo, Rank, Smallest, Target, Towards
+from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards
 from dynrank.triggers import At, Plateau, Trigger
+
+# A function that returns stages, such as a preset, is a schedule too: LightningCLI builds these from YAML.
+Schedule: TypeAlias = int | Stage | Sequence[Stage] | Callable[[], Sequence[Stage]]
 
 # Each change is a stage. No adapter has as many as 1000 ranks to pass through.
 Changes = Annotated[int, Field(ge=1, le=1000)]
@@ -109,9 +112,9 @@ def auto(
         how: how both changes are made.
     """
     first = early_budget(share=share, at=at, lowest=lowest, highest=highest, multiple=multiple, how=how)
-    smallest = Smallest(lowest=lowest, highest=highest, multiple=multiple)
-    last = Stage(At(fraction=1.0), smallest, how=replace(how, max_regression=tolerance), key="schedule.lowest")
-    return [*first, last]
+    largest = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple)
+    how = replace(how, max_regression=tolerance)
+    return [*first, Stage(At(fraction=1.0), largest, how=how, key="schedule.lowest", search=True)]
 
 
 @validated_call("schedule")
@@ -238,3 +241,17 @@ def grow(
 ) -> list[Stage]:
     """Growth to ``final_rank`` when training at the starting rank has converged; the function does not change."""
     return [_once(trigger, GrowTo(final_rank), deadline, how, "schedule.final_rank")]
+
+
+def stages_of(schedule: object) -> list[Stage]:
+    """The stages of any value that type ``Schedule`` allows."""
+    if callable(schedule):
+        schedule = schedule()
+    if isinstance(schedule, int) and not isinstance(schedule, bool):
+        return early_budget(schedule)
+    if isinstance(schedule, Stage):
+        return [schedule]
+    if isinstance(schedule, list | tuple) and all(isinstance(stage, Stage) for stage in schedule):
+        return list(schedule)
+    made = "a rank, a stage or a list of stages, which early_budget(4) or auto() of dynrank.schedules make"
+    raise ConfigurationError(f"a schedule must be {made}, got {schedule!r}; set schedule")

@@ -1,12 +1,13 @@
-"""A stage of a schedule: when ranks change, to what and how; and the check of all stages of a schedule."""
+"""A stage of a schedule: when ranks change, to what and how; and the check of the stages' times."""
 
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, Count, Name, NotNegative, Share, validated
-from dynrank.targets import LayerState, Smallest, Target
+from dynrank.targets import Budget, Target
 from dynrank.triggers import At, Run, Trigger
 
 
@@ -57,10 +58,12 @@ class Stage:
         deadline: share of the run's optimizer steps, in (0, 1], at which the change comes in any case; None: never.
         how: how the change is made.
         key: configuration key of the target, for error messages.
+        search: whether to search, by a validation for each trial, for the smallest adapter that costs no more than
+            ``how.max_regression``. ``to`` is then a budget, the largest adapter that may remain.
 
     Raises:
-        ConfigurationError: if a value cannot be used, a fixed time has a deadline, or a search for the smallest adapter
-            comes before the last step.
+        ConfigurationError: if a value cannot be used, a fixed time has a deadline, or a search comes before the last
+            step.
     """
 
     when: Trigger | At
@@ -68,6 +71,7 @@ class Stage:
     deadline: Share | None = None
     how: How = How()
     key: str = "schedule.stages"
+    search: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.when, At) and self.deadline is not None:
@@ -75,13 +79,18 @@ class Stage:
                 f"deadline must be null for a change at a fixed time, got {self.deadline:g} and {self.when.reason}; "
                 "set schedule.deadline"
             )
-        if isinstance(self.to, Smallest) and self.when != At(fraction=1.0):
+        if not self.search:
+            return
+        if self.when != At(fraction=1.0):
             raise ConfigurationError(
                 f"a search for the smallest adapter must come after the last step, At(fraction=1.0), got {self.when}: "
                 "further training would break the tolerance; set when"
             )
-        if isinstance(self.to, Smallest) and self.how.max_regression is None:
-            raise ConfigurationError("a search for the smallest adapter needs a tolerance; set how.max_regression")
+        if self.how.max_regression is None or not isinstance(self.to, Budget):
+            raise ConfigurationError(
+                "a search for the smallest adapter needs a tolerance, and a Budget that orders the directions; set "
+                "how.max_regression and to"
+            )
 
     def planned_step(self, run: Run) -> int | None:
         """The latest optimizer step of the change; None if it has no deadline."""
@@ -90,24 +99,12 @@ class Stage:
         return None if self.deadline is None else At(fraction=self.deadline).in_steps(run)
 
 
-def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None:
-    """Refuse stages that contradict each other, the starting ranks or the length of the run.
-
-    ``highest`` is the highest starting rank of all layers that may change. If the length of the run is unknown, only
-    ranks are checked.
-    """
+def check_schedule(schedule: Sequence[Stage], run: Run) -> None:
+    """Refuse times that contradict each other, or the length of the run if it is known."""
+    if run.total_steps is None:
+        return
     faults, before = [], -1
     for number, stage in enumerate(schedule, 1):
-        least, most = stage.to.starts()
-        if not least <= highest <= most:
-            bound = f"at least {least}" if highest < least else f"at most {most}"
-            faults.append(
-                f"stage {number}: the highest rank before {stage.to} must be {bound}, got {highest}; "
-                f"set {stage.key} or lora.rank"
-            )
-        _, highest = stage.to.reach(LayerState(rank=highest))
-        if run.total_steps is None:
-            continue
         in_epochs = isinstance(stage.when, At) and stage.when.epoch is not None
         planned = None if in_epochs and run.steps_per_epoch is None else stage.planned_step(run)
         if planned is None:
@@ -124,3 +121,14 @@ def check_schedule(schedule: Sequence[Stage], *, highest: int, run: Run) -> None
         before = max(before, planned)
     if faults:
         raise ConfigurationError("the schedule contradicts itself:\n  " + "\n  ".join(faults))
+
+
+def as_texts(stages: Sequence[Stage]) -> list[tuple[str, str, str]]:
+    """For each stage, as text: (when, to what, the whole stage with the user's values)."""
+
+    def words(value: object) -> str:
+        if not is_dataclass(value):
+            return repr(value)
+        return f"{type(value).__name__}({', '.join(words(getattr(value, f.name)) for f in fields(value) if f.init)})"
+
+    return [(words(stage.when), words(stage.to), words(stage)) for stage in stages]

@@ -42,8 +42,8 @@ class LayerState:
     experts: int = 1
 
     @property
-    def cost(self) -> int:
-        """Parameters per rank."""
+    def params_per_rank(self) -> int:
+        """The parameters of one direction."""
         return self.experts * (self.d_out + self.d_in)
 
     def shrunk(self, rank: int) -> int:
@@ -65,8 +65,8 @@ class Target(ABC):
     >>> class Half(Target):
     ...     def ranks(self, layers):
     ...         return {name: layer.shrunk(layer.rank // 2) for name, layer in layers.items()}
-    >>> Half().ranks({"q_proj": LayerState(rank=16)}), Half().reach(LayerState(rank=16))
-    ({'q_proj': 8}, (8, 8))
+    >>> Half().ranks({"q_proj": LayerState(rank=16)})
+    {'q_proj': 8}
     """
 
     multiple: int = 1
@@ -79,21 +79,6 @@ class Target(ABC):
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         """The next rank of every layer."""
 
-    def reach(self, layer: LayerState) -> tuple[int, int]:
-        """The lowest and highest rank that the target may give the layer, known before values are measured.
-
-        Both bounds are monotone in the layer's rank. Override this if ``needs`` is set and the target cannot reach
-        every rank within the layer's bounds.
-        """
-        if self.needs:
-            return min(layer.rank, layer.lowest), max(layer.rank, layer.highest)
-        (rank,) = self.ranks({"layer": layer}).values()
-        return rank, rank
-
-    def starts(self) -> tuple[int, int]:
-        """Bounds of the highest rank before the change; outside them the target would change nothing."""
-        return 1, UNBOUNDED
-
 
 @validated("schedule.target", kw_only=True)
 class Stepped(Target):
@@ -105,9 +90,6 @@ class Stepped(Target):
     def least(self) -> int:
         """The lowest rank that the target gives to a layer of a higher rank."""
         return up_to_multiple(self.lowest, self.multiple)
-
-    def starts(self) -> tuple[int, int]:
-        return self.least(), UNBOUNDED
 
 
 def up_to_multiple(rank: float, multiple: int) -> int:

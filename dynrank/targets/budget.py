@@ -1,4 +1,4 @@
-"""Targets that compare the directions of all layers, and keep those that are worth most per parameter."""
+"""The target that compares the directions of all layers, and keeps those that are worth most per parameter."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -8,84 +8,23 @@ from typing import Annotated
 from pydantic import ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
-from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, up_to_multiple
+from dynrank.targets.base import LayerState, Stepped, up_to_multiple
 
 # A budget has exactly one of these sizes; each is also a key under schedule.
 _SIZES = ("parameters", "share", "final_rank", "bytes")
 
 
-@validated("schedule.target", kw_only=True)
-class Shared(Stepped):
-    """Ranks by the worth per parameter of all layers' directions, not above ``highest`` or a layer's own cap.
-
-    With gates, the worth of a direction is the rise of the loss without it. Otherwise it is the squared singular value,
-    and to compare layers by it is a heuristic.
-    """
-
-    highest: Count | None = None
-
-    needs = ("values",)
-
-    def __post_init__(self) -> None:
-        if self.highest is not None and self.least() > self.highest:
-            raise ConfigurationError(
-                f"highest must be at least {self.least()}, which is lowest = {self.lowest} as a multiple of "
-                f"{self.multiple}, got {self.highest}; set schedule.highest, schedule.lowest or schedule.multiple"
-            )
-
-    def lowest_ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        """The lowest rank that each layer may get."""
-        return {name: self._choices(layer)[0] for name, layer in layers.items()}
-
-    def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
-        """(layer, its next rank) of every step up from the lowest ranks; the step worth most per parameter is first.
-
-        Steps that are worth nothing are left out. But where no layer has an update yet, ranks rise alike.
-        """
-        nothing_known = not any(layer.values.any() for layer in layers.values() if layer.values is not None)
-        steps = sorted(step for item in layers.items() for step in self._steps(*item))
-        return [(name, rank) for value, rank, name in steps if value < 0 or nothing_known]
-
-    def reach(self, layer: LayerState) -> tuple[int, int]:
-        choices = self._choices(layer)
-        # A layer of lower rank may stay at `highest` even if that is no multiple, and the bound must be monotone.
-        return choices[0], max(choices[-1], layer.shrunk(self._cap(layer)))
-
-    def _choices(self, layer: LayerState) -> list[int]:
-        """The ranks that a layer may get, ascending: multiples below its rank, and its rank."""
-        low = max(self.lowest, layer.lowest)
-        top = min(layer.highest, self._cap(layer))
-        # A layer at or below the lowest rank keeps its rank.
-        if layer.rank <= low or layer.lowest == layer.highest:
-            return [layer.shrunk(layer.rank)]
-        below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
-        choices = [*below, layer.rank] if layer.rank <= top else below
-        # If no multiple lies within the bounds, the bounds count and not the multiple.
-        return choices or [max(low, top)]
-
-    def _cap(self, layer: LayerState) -> int:
-        return layer.cap or self.highest or layer.rank
-
-    def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, int, str]]:
-        """(minus its worth per parameter, next rank, name) of each step up; the most valuable step sorts first."""
-        assert layer.values is not None
-        worth = layer.values.double().square()
-        density = inf
-        for below, above in pairwise(self._choices(layer)):
-            size = (above - below) * layer.cost
-            # The minimum keeps a layer's steps in order although rounding may let the worth per parameter rise.
-            density = min(density, fsum(worth[below:above].tolist()) / size)
-            yield -density, above, name
-
-
 @validated("schedule.target")
-class Budget(Shared):
+class Budget(Stepped):
     """One pool of adapter parameters for all layers, spent on the directions that are worth most.
 
     Every layer starts at its lowest rank. Then the budget repeatedly takes the step to a layer's next rank that is
     worth most per parameter, while it fits the pool. The result is less than one step worse than the best choice,
     and is the best choice if all steps cost the same. Give exactly one size: ``parameters``, ``share``, ``final_rank``
     or ``bytes``.
+
+    With gates, the worth of a direction is the rise of the loss without it. Otherwise it is the squared singular value,
+    and to compare layers by it is a heuristic.
 
     Args:
         parameters: parameters of all layers together after the change, pinned layers included.
@@ -112,9 +51,16 @@ class Budget(Shared):
     final_rank: Count | None = Field(default=None, kw_only=True)
     left: Annotated[int, Field(ge=0)] = Field(default=0, kw_only=True)
     bytes: ByteSize | None = Field(default=None, kw_only=True)
+    highest: Count | None = Field(default=None, kw_only=True)
+
+    needs = ("values",)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        if self.highest is not None and self.least() > self.highest:
+            raise ConfigurationError(
+                f"highest must be at least {self.least()}, which is lowest = {self.lowest} as a multiple of "
+                f"{self.multiple}, got {self.highest}; set schedule.highest, schedule.lowest or schedule.multiple"
+            )
         given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         if len(given) != 1:
             raise ConfigurationError(
@@ -130,7 +76,7 @@ class Budget(Shared):
         left -= least
         ended = set()
         for name, rank in self.order(layers):
-            size = (rank - ranks[name]) * layers[name].cost
+            size = (rank - ranks[name]) * layers[name].params_per_rank
             if size > left:
                 ended.add(name)
             elif name not in ended:
@@ -150,34 +96,58 @@ class Budget(Shared):
 
     def pool(self, layers: Mapping[str, LayerState]) -> int:
         """How many parameters ``layers`` may have together after the change."""
-        now = sum(layer.rank * layer.cost for layer in layers.values())
+        now = sum(layer.rank * layer.params_per_rank for layer in layers.values())
         if self.parameters is not None:
             end = self.parameters
         elif self.bytes is not None:
             end = self.bytes // 4
         elif self.final_rank is not None:
-            ends = (max(layer.lowest, min(layer.highest, self.final_rank)) * layer.cost for layer in layers.values())
-            end = min(now, sum(ends))
+            ends = {name: max(layer.lowest, min(layer.highest, self.final_rank)) for name, layer in layers.items()}
+            end = min(now, sum(rank * layers[name].params_per_rank for name, rank in ends.items()))
         else:
             # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
             end = floor((self.share or 0.0) * now + 1e-9)
         return floor(now * (end / now) ** (1 / (self.left + 1)) + 1e-6) if self.left and now else end
 
-    def starts(self) -> tuple[int, int]:
-        return max(self.least(), self.final_rank or 1), UNBOUNDED
-
     def floor_parameters(self, layers: Mapping[str, LayerState]) -> int:
         """Parameters of all layers at their lowest ranks."""
-        return sum(rank * layers[name].cost for name, rank in self.lowest_ranks(layers).items())
+        return sum(rank * layers[name].params_per_rank for name, rank in self.lowest_ranks(layers).items())
 
+    def lowest_ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
+        """The lowest rank that each layer may get."""
+        return {name: self._choices(layer)[0] for name, layer in layers.items()}
 
-@validated("schedule.target")
-class Smallest(Shared):
-    """The smallest adapter that costs no more than ``How.max_regression`` allows.
+    def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
+        """(layer, its next rank) of every step up from the lowest ranks; the step worth most per parameter is first.
 
-    :meth:`ranks` are the lowest ranks. The driver finds by bisection how many steps of :meth:`order` are needed: each
-    trial is a validation. The arguments are those of :class:`Budget`.
-    """
+        Steps that are worth nothing are left out. But where no layer has an update yet, ranks rise alike.
+        """
+        nothing_known = not any(layer.values.any() for layer in layers.values() if layer.values is not None)
+        steps = sorted(step for item in layers.items() for step in self._steps(*item))
+        return [(name, rank) for value, rank, name in steps if value < 0 or nothing_known]
 
-    def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        return self.lowest_ranks(layers)
+    def _choices(self, layer: LayerState) -> list[int]:
+        """The ranks that a layer may get, ascending: multiples below its rank, and its rank."""
+        low = max(self.lowest, layer.lowest)
+        top = min(layer.highest, self._cap(layer))
+        # A layer at or below the lowest rank keeps its rank.
+        if layer.rank <= low or layer.lowest == layer.highest:
+            return [layer.shrunk(layer.rank)]
+        below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
+        choices = [*below, layer.rank] if layer.rank <= top else below
+        # If no multiple lies within the bounds, the bounds count and not the multiple.
+        return choices or [max(low, top)]
+
+    def _cap(self, layer: LayerState) -> int:
+        return layer.cap or self.highest or layer.rank
+
+    def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, int, str]]:
+        """(minus its worth per parameter, next rank, name) of each step up; the most valuable step sorts first."""
+        assert layer.values is not None
+        worth = layer.values.double().square()
+        density = inf
+        for below, above in pairwise(self._choices(layer)):
+            size = (above - below) * layer.params_per_rank
+            # The minimum keeps a layer's steps in order although rounding may let the worth per parameter rise.
+            density = min(density, fsum(worth[below:above].tolist()) / size)
+            yield -density, above, name

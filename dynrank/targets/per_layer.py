@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.linalg import energy_rank
-from dynrank.targets.base import UNBOUNDED, LayerState, Stepped, Target, up_to_multiple
+from dynrank.targets.base import LayerState, Stepped, Target, up_to_multiple
 
 
 @validated("schedule.target")
@@ -16,9 +16,6 @@ class Rank(Target):
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: layer.shrunk(self.rank) for name, layer in layers.items()}
 
-    def starts(self) -> tuple[int, int]:
-        return self.rank, UNBOUNDED
-
 
 @validated("schedule.target")
 class GrowTo(Target):
@@ -28,9 +25,6 @@ class GrowTo(Target):
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: layer.grown(self.rank) for name, layer in layers.items()}
-
-    def starts(self) -> tuple[int, int]:
-        return 1, self.rank
 
 
 @validated("schedule.target")
@@ -62,10 +56,6 @@ class Towards(Target):
         }
         return {name: layer.shrunk(round(layer.rank * factors[name])) for name, layer in layers.items()}
 
-    def starts(self) -> tuple[int, int]:
-        # Earlier steps may have reached the final rank already.
-        return (self.rank if self.step == 1 else 1), UNBOUNDED
-
 
 @validated("schedule.target")
 class Energy(Stepped):
@@ -80,9 +70,6 @@ class Energy(Stepped):
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         return {name: layer.shrunk(self._next(layer)) for name, layer in layers.items()}
-
-    def reach(self, layer: LayerState) -> tuple[int, int]:
-        return layer.shrunk(self.least()), layer.shrunk(layer.rank)
 
     def _next(self, layer: LayerState) -> int:
         assert layer.values is not None

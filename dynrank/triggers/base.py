@@ -30,7 +30,7 @@ class Trigger(ABC):
     warmup_steps: Steps = 0
     cooldown_steps: Steps = 0
     # Observations before this step are ignored. Saved checkpoints hold the name.
-    _deaf_until: int = field(default=0, init=False, repr=False)
+    _ignore_until: int = field(default=0, init=False, repr=False)
 
     @property
     def monitors(self) -> tuple[str, ...]:
@@ -43,19 +43,19 @@ class Trigger(ABC):
         return type(self).__name__
 
     @abstractmethod
-    def fires(self, *seen: Any) -> bool:
+    def fires(self, *values: Any) -> bool:
         """Record one observation, the values of :attr:`monitors`, and say whether ranks should change now."""
 
-    def observe(self, step: int, *seen: Any) -> bool:
+    def observe(self, step: int, *values: Any) -> bool:
         """The result of :meth:`fires` after optimizer step ``step``; False in the warm-up and the cooldown."""
-        return step >= max(self.warmup_steps, self._deaf_until) and self.fires(*seen)
+        return step >= max(self.warmup_steps, self._ignore_until) and self.fires(*values)
 
     def reset(self, step: int) -> None:
         """Reset the state after a change of rank at ``step``, and start the cooldown."""
         for part in self._state_fields():
             default = part.default if part.default_factory is MISSING else part.default_factory()
             setattr(self, part.name, default)
-        self._deaf_until = step + self.cooldown_steps
+        self._ignore_until = step + self.cooldown_steps
 
     def state_dict(self) -> dict[str, Any]:
         """The state, in values that ``torch.load(weights_only=True)`` can load."""

@@ -15,7 +15,7 @@ from dynrank.adapters.inspection import inspect_adapter
 from dynrank.adapters.merging import merge_adapter
 from dynrank.adapters.squeeze import squeeze_adapter
 from dynrank.errors import ConfigurationError
-from dynrank.layers.ranked import width_of
+from dynrank.layers.ranked import params_per_rank
 from dynrank.output.console import span
 from dynrank.run.job import run
 
@@ -100,7 +100,7 @@ def test_squeezing_a_file_is_resizing_the_model(kind, tiny_moe, tmp_path):
     expected = {report.layer: report for report in dynrank.resize(model, 2)}
     assert_close(logits(dynrank.load_adapter(tiny_moe(kind), tmp_path / "small")), logits(model), rtol=1e-5, atol=1e-5)
     for report in reports:
-        assert report.width == expected[report.layer].width
+        assert report.params_per_rank == expected[report.layer].width
         assert_close(report.predicted_error, expected[report.layer].predicted_error)
     full, small = spectra(tmp_path / "full"), spectra(tmp_path / "small")
     for name, values in small.items():
@@ -185,9 +185,8 @@ def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tin
     options = ["debug=smoke", "task=text", f"task.model={base}", f"data.train={tmp_path / 'rows.jsonl'}", "lora.rank=4"]
     options += ["schedule.how.metric=weight", "schedule.final_rank=2", "lora.dropout=0.0", "plots=false"]
     run(dynrank.compose(options), tmp_path / "run")
-    full = sum(
-        layer.rank * width_of(layer) for _, layer in dynrank.lora_layers(dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=2))
-    )
+    before = dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=2)
+    full = sum(layer.rank * params_per_rank(layer) for _, layer in dynrank.lora_layers(before))
     spectra = inspect_adapter(tmp_path / "run" / "adapter")
     assert {"gate_up_proj", "down_proj", "q_proj"} <= {layer.layer.rpartition(".")[2] for layer in spectra}
     assert sum(layer.parameters for layer in spectra) <= full

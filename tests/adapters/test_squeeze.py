@@ -110,7 +110,7 @@ def test_budget_is_a_count_or_a_share_of_parameters(budget, by_peft, zoo, tmp_pa
     zoo.edit_config(source, alpha_pattern={"q_proj": 40})
     reports = squeeze_adapter(source, tmp_path / "out", budget=budget)
     total = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
-    assert sum(r.rank_after * r.width for r in reports) == total
+    assert sum(r.rank_after * r.params_per_rank for r in reports) == total
     assert 312 - 20 < total <= 312
     q_proj, down_proj = ([r.rank_after for r in reports if r.layer.endswith(kind)] for kind in ("q_proj", "down_proj"))
     # A direction is worth more where the scaling is large.

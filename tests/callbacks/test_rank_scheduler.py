@@ -15,7 +15,7 @@ import dynrank
 from dynrank.callbacks import AdapterCheckpoint, Generations, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
-from dynrank.targets import Rank, Smallest
+from dynrank.targets import Budget, Rank
 from dynrank.tasks.loader import ResumableLoader
 from dynrank.triggers import At, Plateau
 
@@ -238,7 +238,7 @@ class Stream(IterableDataset):
 
 def test_search_by_validations_of_other_data_each_time_is_warned_of(regression):
     module_class, data, trainer = regression
-    search = Stage(At(fraction=1.0), Smallest(), how=How(max_regression=0.001))
+    search = Stage(At(fraction=1.0), Budget(share=1.0), how=How(max_regression=0.001), search=True)
     fitted = trainer(max_steps=5, limit_val_batches=2, num_sanity_val_steps=0, callbacks=[RankScheduler(search)])
     with pytest.warns(UserWarning, match="did not use the same batches"):
         fitted.fit(module_class(), data()[0], DataLoader(Stream(), batch_size=40))

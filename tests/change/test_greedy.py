@@ -40,7 +40,7 @@ def test_estimate_is_the_quadratic_whatever_is_kept(seed, ranks, data):
         kept[f"l{i}"] = torch.tensor(stays, dtype=torch.int64)
         gone += [start + j for j in range(rank) if j not in stays]
         start += rank
-    parts = found.change(kept)
+    parts = found.estimated_loss(kept)
     assert sum(part.total for part in parts.values()) == pytest.approx(cost(gradient, hessian, gone), abs=1e-10)
     assert all(part.second_order >= 0 for part in parts.values())
     if len(ranks) == 1:

@@ -17,8 +17,7 @@ from torch.optim import Optimizer
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.change.optimizer_rules import check_optimizer
-from dynrank.change.optimizer_state import Move, moved_state
+from dynrank.change.optimizer_state import Move, check_optimizer, moved_state
 from dynrank.errors import ConfigurationError
 from dynrank.muon import Muon
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import dynrank
-from dynrank.change.replacement import Snapshot
+from dynrank.change.resize import Snapshot
 
 
 def made(cls=torch.optim.AdamW, **options):

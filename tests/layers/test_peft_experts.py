@@ -10,10 +10,10 @@ from torch import nn
 from torch.testing import assert_close
 
 import dynrank
-from dynrank.change.replacement import Snapshot
+from dynrank.change.resize import Snapshot
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.layers.ranked import max_rank, width_of
+from dynrank.layers.ranked import max_rank, params_per_rank
 
 # For these models PEFT's all-linear means experts and routers, too.
 REWRITTEN = ("Mixtral", "Qwen3Moe", "DeepseekV3")
@@ -73,7 +73,7 @@ def test_each_expert_becomes_the_best_approximation_of_its_dense_update(kind, wr
             torch.tensor(reports[name].singular_values),
             s[:, : len(reports[name].singular_values)].square().sum(0).sqrt().float(),
         )
-        assert reports[name].width == 4 * sum(before[name].shape[1:])
+        assert reports[name].params_per_rank == 4 * sum(before[name].shape[1:])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,4 +173,4 @@ def test_a_rank_above_the_layers_shape_shrinks_exactly():
     (report,) = dynrank.resize(model, 3)
     assert_close(layer.scaling * layer.lora_B @ layer.lora_A, (u[:, :3] * s[:3]) @ vh[:3], rtol=0, atol=1e-12)
     assert len(report.singular_values) == 8
-    assert width_of(layer) == 20
+    assert params_per_rank(layer) == 20

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from dynrank.change.report import LayerReport
+from dynrank.change.resize import LayerReport
 from dynrank.output.change_table import change_table, layer_kinds
 
 
@@ -15,9 +15,9 @@ def test_kind_is_what_follows_the_last_number_or_the_whole_name_where_that_would
 
 
 def test_table_has_a_line_for_each_kind_and_one_for_all():
-    layers = [LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), width=5) for name in ("h.0.q", "h.1.q", "head")]
+    layers = [LayerReport(name, 8, 4, 0.9, 0.1, (1.0,), params_per_rank=5) for name in ("h.0.q", "h.1.q", "head")]
     assert change_table("change", layers).caption is None
-    wide = [*layers, LayerReport("pooler", 16, 13, 0.9, 0.1, (1.0,), width=5)]
+    wide = [*layers, LayerReport("pooler", 16, 13, 0.9, 0.1, (1.0,), params_per_rank=5)]
     assert change_table("change", wide).caption == (
         "highest rank 13, average 6.2: a server's slot has 16 in every layer, because of 1 of 4 layers: pooler (13)"
     )

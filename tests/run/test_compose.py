@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from torch import nn
 
 import dynrank
+from dynrank.driver.check import check_model
 from dynrank.errors import ConfigurationError
 from dynrank.run.config import make, rank_pattern
 from dynrank.run.job import make_scheduler
-from dynrank.schedules import check_schedule
 from dynrank.triggers import Run
 
 CONF = Path(dynrank.__file__).parent / "conf"
@@ -30,8 +31,8 @@ def test_alpha_and_the_final_rank_follow_the_starting_rank(rank, final):
     for name, end in zip(("after_convergence", "anneal"), final, strict=True):
         config = dynrank.compose([f"lora.rank={rank}", f"schedule={name}"])
         assert (config.lora.alpha, config.schedule.final_rank) == (2 * rank, end)
-        stages = make_scheduler(config.schedule).driver.stages
-        check_schedule(stages, highest=rank, run=Run(total_steps=None))
+        model = dynrank.add_lora(nn.Sequential(nn.Linear(32, 32)), rank=rank)
+        check_model(model, make_scheduler(config.schedule).driver.stages, Run(total_steps=None))
 
 
 def test_debug_wins_over_the_groups_it_changes_and_a_key_over_what_follows_from_others():

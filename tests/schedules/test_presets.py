@@ -23,7 +23,7 @@ from dynrank.schedules import (
     milestones,
     stages,
 )
-from dynrank.targets import Budget, Energy, LayerState, Rank, Smallest
+from dynrank.targets import Budget, Energy, LayerState, Rank
 from dynrank.triggers import At, Gap, Plateau, Run
 
 RUN = Run(total_steps=100, steps_per_epoch=20)
@@ -47,7 +47,7 @@ TIMELINES = [
 
 @pytest.mark.parametrize(("schedule", "rank", "changes"), TIMELINES)
 def test_preset_takes_a_layer_along_its_timeline(schedule, rank, changes):
-    check_schedule(schedule, highest=rank, run=RUN)
+    check_schedule(schedule, RUN)
     timeline = []
     for stage in schedule:
         rank = stage.to.ranks({"layer": LayerState(rank)})["layer"]
@@ -63,7 +63,7 @@ def test_presets_hand_their_values_to_the_stage():
     assert (stage.when, stage.to, stage.how) == (At(fraction=0.25), Budget(final_rank=4, **options), early)
     first, last = auto(0.1, share=0.5, at=0.25, **options)
     assert (first.when, first.to, first.how) == (At(fraction=0.25), Budget(share=0.5, **options), early)
-    assert (last.when, last.to) == (At(fraction=1.0), Smallest(**options))
+    assert (last.when, last.to, last.search) == (At(fraction=1.0), Budget(share=1.0, **options), True)
     assert last.how == How("gates", rate_after="sqrt", max_regression=0.1)
     # A final rank is only the default of the other sizes.
     assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)

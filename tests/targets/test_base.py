@@ -1,10 +1,10 @@
-"""What holds for every target: bounds, reach, wrong values, and a target of a user's own."""
+"""What holds for every target: bounds, wrong values, and a target of a user's own."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynrank.errors import ConfigurationError
@@ -81,20 +81,6 @@ def test_a_growth_never_lowers_and_stays_within_the_bounds(target, model):
         assert grown[name] == max(state.rank, min(target.rank, state.highest))
 
 
-@settings(max_examples=400, deadline=None)
-@given(st.one_of(SHRINKING, GROWING), MODELS)
-@example(Budget(share=1.0, highest=7, multiple=2), {"layer": LayerState(8, 8, 8, values=torch.zeros(8))})
-def test_reach_bounds_the_ranks_and_rises_with_the_rank_now(target, model):
-    for name, rank in target.ranks(model).items():
-        unmeasured = replace(model[name], values=None)
-        low, high = target.reach(unmeasured)
-        assert low <= rank <= high, (name, unmeasured)
-        if unmeasured.lowest < unmeasured.rank:
-            below, most = target.reach(replace(unmeasured, rank=unmeasured.rank - 1))
-            assert below <= low
-            assert most <= high
-
-
 class Third(Target):
     def ranks(self, layers):
         return {name: layer.shrunk(layer.rank // 3) for name, layer in layers.items()}
@@ -113,14 +99,10 @@ class GrowWhereFull(Target):
 
 
 def test_a_target_of_ones_own_needs_ranks_alone():
-    assert Third().reach(LayerState(12)) == (4, 4)
-    assert Third().reach(LayerState(12, lowest=12, highest=12)) == (12, 12)
+    assert Third().ranks({"layer": LayerState(12)}) == {"layer": 4}
     assert (Third().needs, Third().multiple) == ((), 1)
     full = LayerState(4, highest=16, values=torch.ones(4))
     assert GrowWhereFull().ranks({"layer": full}) == {"layer": 8}
-    assert GrowWhereFull().reach(replace(full, values=None)) == (1, 16)
-    # A layer may keep its rank, even above its highest one.
-    assert GrowWhereFull().reach(LayerState(4, lowest=2, highest=2)) == (2, 4)
 
 
 @pytest.mark.parametrize(

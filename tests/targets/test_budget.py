@@ -30,7 +30,7 @@ def allowed(target, state):
 
 
 def cost(model, ranks):
-    return sum(model[name].cost * rank for name, rank in ranks.items())
+    return sum(model[name].params_per_rank * rank for name, rank in ranks.items())
 
 
 def worth(state, below, above):
@@ -61,7 +61,9 @@ def problems(draw, sizes=((5, 5), (5, 8), (20, 9), (7, 6)), multiples=(1, 2, 3))
     highest = draw(st.one_of(st.none(), st.integers(0, 3).map(lambda more: -(-lowest // multiple) * multiple + more)))
     target = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple)
     ends = [allowed(target, state) for state in model.values()]
-    least, most = (sum(s.cost * pick(e) for s, e in zip(model.values(), ends, strict=True)) for pick in (min, max))
+    least, most = (
+        sum(s.params_per_rank * pick(e) for s, e in zip(model.values(), ends, strict=True)) for pick in (min, max)
+    )
     return replace(target, share=None, parameters=draw(st.integers(least, most + 3))), model
 
 
@@ -85,7 +87,7 @@ def test_budget_is_never_exceeded_and_falls_short_of_the_best_by_less_than_one_s
         above = [other for other in allowed(target, model[name]) if other > rank]
         if above and (gain := worth(model[name], rank, above[0])):
             # What is left pays for no further step.
-            assert (above[0] - rank) * model[name].cost > left
+            assert (above[0] - rank) * model[name].params_per_rank > left
             missed.append(gain)
     assert best(target, model) - kept(target, model, ranks) <= max(missed) + 1e-9
 
@@ -113,8 +115,8 @@ def test_a_larger_budget_keeps_no_less_and_the_order_of_layers_does_not_matter(p
 @given(problems(), st.floats(0.01, 1.0))
 def test_a_share_is_of_the_parameters_now_and_keeps_the_lowest_ranks_in_any_case(problem, share):
     target, model = problem
-    pool = int(share * sum(state.rank * state.cost for state in model.values()) + 1e-9)
-    least = sum(min(allowed(target, state)) * state.cost for state in model.values())
+    pool = int(share * sum(state.rank * state.params_per_rank for state in model.values()) + 1e-9)
+    least = sum(min(allowed(target, state)) * state.params_per_rank for state in model.values())
     by_share = replace(target, parameters=None, share=share)
     assert by_share.ranks(model) == replace(target, parameters=max(pool, least)).ranks(model)
 

@@ -9,10 +9,10 @@ from torch import nn
 from trained import drive
 
 import dynrank
-from dynrank.driver.bisection import standard_error
+from dynrank.driver.search import standard_error
 from dynrank.driver.training import Training
 from dynrank.schedules import How, Stage, auto
-from dynrank.targets import Smallest
+from dynrank.targets import Budget
 from dynrank.triggers import At
 
 FULL = 8
@@ -23,7 +23,7 @@ STILL = How(metric="gates", window=2, loss_terms=1000)
 
 def smallest(tolerance, how=STILL):
     """The search alone, without the cut before it."""
-    return Stage(At(fraction=1.0), Smallest(), how=replace(how, max_regression=tolerance))
+    return Stage(At(fraction=1.0), Budget(share=1.0), how=replace(how, max_regression=tolerance), search=True)
 
 
 class Planted(Training):

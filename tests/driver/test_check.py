@@ -6,14 +6,13 @@ from torch import nn
 from trained import updated
 
 import dynrank
-from dynrank.change.choice import Choice
 from dynrank.change.gates import Gates
-from dynrank.driver.bounds import final_ranks, layer_states
-from dynrank.driver.check import check_model
+from dynrank.change.greedy import ByWeight
+from dynrank.driver.check import check_model, depends_on_data, final_ranks, layer_states
 from dynrank.driver.window import needs_gates
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow
-from dynrank.targets import Budget, Energy, GrowTo, Rank, Target
+from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards
 from dynrank.triggers import At, Plateau, Run
 
 RUN = Run(total_steps=100)
@@ -46,7 +45,7 @@ def test_layer_states_bound_each_layer():
     net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
     bounds = {}
     for last in (False, True):
-        states = layer_states(layers_of(net), last=last, target=Rank(4), choice=Choice(layers_of(net)))
+        states = layer_states(layers_of(net), last=last, target=Rank(4), directions=ByWeight(layers_of(net)))
         assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
         # The target does not ask for singular values.
         assert {s.values for s in states.values()} == {None}
@@ -59,25 +58,25 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     net = updated(model())
     for layer in layers_of(net).values():
         layer.scaling = 3.0
-    states = layer_states(layers_of(net), last=True, target=Energy(0.9), choice=Choice(layers_of(net)))
+    states = layer_states(layers_of(net), last=True, target=Energy(0.9), directions=ByWeight(layers_of(net)))
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
         torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("target", [Budget(share=0.5), Energy(0.9)])
-def test_pinned_layers_are_neither_watched_nor_missed(target):
+def test_pinned_layers_are_neither_observed_nor_missed(target):
     net = updated(model(layer_1={"rank": 5, "pinned": True}))
-    assert needs_gates(Stage(NOW, target, how=GATES), layers_of(net))
+    assert needs_gates(Stage(NOW, target, how=GATES), layers_of(net), last=True)
     gates = Gates(net, {name: layer for name, layer in layers_of(net).items() if not layer.pinned}, 4)
     net(torch.randn(50, 16)).square().mean().backward()
     gates.end_step()
-    states = layer_states(layers_of(net), last=True, target=target, choice=gates)
+    states = layer_states(layers_of(net), last=True, target=target, directions=gates)
     assert target.ranks(states)["1"] == 5
 
 
 @pytest.mark.parametrize(
-    ("target", "metric", "net", "watched"),
+    ("target", "metric", "net", "observed"),
     [
         (Rank(4), "weight", {}, False),
         (Rank(4), "gates", {}, True),
@@ -89,8 +88,8 @@ def test_pinned_layers_are_neither_watched_nor_missed(target):
         (Budget(share=0.5), "gates", {}, True),
     ],
 )
-def test_what_must_be_watched(target, metric, net, watched):
-    assert needs_gates(Stage(NOW, target, how=How(metric=metric)), layers_of(model(**net))) is watched
+def test_what_must_be_observed(target, metric, net, observed):
+    assert needs_gates(Stage(NOW, target, how=How(metric=metric)), layers_of(model(**net)), last=True) is observed
 
 
 # Where ranks may end
@@ -99,20 +98,30 @@ def test_what_must_be_watched(target, metric, net, watched):
 @pytest.mark.parametrize(
     ("schedule", "ends"),
     [
-        ([], [(8, 8), (5, 5), (6, 6)]),
-        (after_convergence(4, shared=False), [(4, 4), (5, 5), (3, 3)]),
-        (anneal(2, shared=False), [(2, 2), (5, 5), (3, 3)]),
-        (energy(0.9, lowest=2), [(2, 8), (5, 5), (3, 3)]),
-        (early_budget(share=0.5, highest=6), [(1, 6), (5, 5), (3, 3)]),
+        ([], [8, 5, 6]),
+        (after_convergence(4, shared=False), [4, 5, 3]),
+        (anneal(2, shared=False), [2, 5, 3]),
+        # 0.9 of the sum of 1/i^2 up to 8 is in the first 4.
+        (energy(0.9, lowest=2), [4, 5, 3]),
+        (energy(0.9, lowest=7), [7, 5, 3]),
         # The last layer's own final rank would be a shrink.
-        (grow(10), [(10, 10), (5, 5), (6, 6)]),
-        ([Stage(NOW, GrowTo(10)), Stage(NOW, Rank(4))], [(4, 4), (5, 5), (3, 3)]),
-        ([Stage(NOW, Double())], [(16, 16), (5, 5), (6, 6)]),
+        (grow(10), [10, 5, 6]),
+        ([Stage(NOW, GrowTo(10)), Stage(NOW, Rank(4))], [4, 5, 3]),
+        ([Stage(NOW, Double())], [16, 5, 6]),
     ],
 )
 def test_final_ranks_of_free_pinned_and_bound_layers(schedule, ends):
     net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
     assert list(final_ranks(net, schedule).values()) == ends
+
+
+def test_expected_ranks_of_a_budget_spend_its_pool_and_are_only_expected():
+    schedule = early_budget(share=0.5, highest=6)
+    ranks = final_ranks(model(), schedule)
+    spent = sum(ranks[name] * size for name, size in zip("012", (40, 36, 52), strict=True))
+    assert COST / 2 - 52 < spent <= COST / 2
+    assert depends_on_data(schedule)
+    assert not depends_on_data(anneal(2, shared=False))
 
 
 # What does not fit
@@ -146,12 +155,12 @@ def test_shrink_to_a_rank_above_a_small_layers_shape_is_none():
     net = model(rank=12, layer_0={"rank": 16}, layer_1={"rank": 4})
     check_model(net, after_convergence(14, shared=False), RUN)
     check_model(net, energy(0.9), RUN)
-    assert final_ranks(net, after_convergence(14, shared=False)) == {"0": (14, 14), "1": (4, 4), "2": (12, 12)}
+    assert final_ranks(net, after_convergence(14, shared=False)) == {"0": 14, "1": 4, "2": 12}
 
 
 def test_contradictions_of_the_schedule_come_first_at_the_highest_rank_of_a_free_layer():
     net = model(rank=4, layer_0={"rank": 16, "pinned": True}, layer_1={"rank": 12, "final_rank": 6})
-    assert "must be at least 8, got 4" in refusal(net, after_convergence(8))
+    assert "changes none of the ranks [4]" in refusal(net, after_convergence(8))
     check_model(net, after_convergence(4), RUN)
 
 
@@ -188,6 +197,30 @@ def test_budget_counts_pinned_layers_and_final_ranks_of_their_own():
     least = 2 * 40 + 6 * 36 + 5 * 52
     check_model(net, early_budget(parameters=least, lowest=2), RUN)
     assert f"at least {least:,}" in refusal(net, early_budget(parameters=least - 1, lowest=2))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        [Stage(NOW, Rank(9), key="K")],
+        [Stage(NOW, GrowTo(7), key="K")],
+        [Stage(NOW, Energy(0.9, lowest=9), key="K")],
+        [Stage(NOW, Rank(4)), Stage(NOW, Rank(8), key="K")],
+        [Stage(NOW, Rank(6)), Stage(NOW, Budget(share=1.0, lowest=5, multiple=4), key="K")],
+    ],
+    ids=["shrink to a higher rank", "growth to a lower rank", "lowest above the rank", "after a stage", "no multiple"],
+)
+def test_stage_that_could_change_no_rank_is_refused_with_its_key(schedule):
+    message = refusal(model(), schedule)
+    assert f"stage {len(schedule)}: {schedule[-1].to} changes none of the ranks" in message
+    assert message.endswith("set K")
+
+
+@pytest.mark.parametrize(
+    "target", [Rank(8), Towards(8), Energy(0.5, lowest=5, multiple=4), GrowTo(8), Budget(final_rank=8)]
+)
+def test_target_that_names_the_present_ranks_is_no_contradiction(target):
+    check_model(model(), [Stage(NOW, target)], RUN)
 
 
 def test_every_fault_is_listed():

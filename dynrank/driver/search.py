@@ -1,0 +1,204 @@
+"""The search for the smallest adapter within a tolerance: a bisection, in which each trial is a validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf, sqrt
+
+import torch
+
+from dynrank.change.greedy import ByWeight
+from dynrank.change.resize import LayerReport
+from dynrank.distributed.processes import from_all, from_first
+from dynrank.driver.check import layer_states
+from dynrank.driver.event import RankEvent
+from dynrank.driver.training import Batches, Training
+from dynrank.driver.undo import RegressionTest, Undo, validate
+from dynrank.layers.finding import lora_layers
+from dynrank.layers.ranked import params_per_rank
+from dynrank.schedules import How, Stage
+from dynrank.targets import Budget
+
+
+def cut_to_smallest(
+    training: Training, undo: Undo, stage: Stage, reason: str, directions: ByWeight, parameters_before: int
+) -> RankEvent | None:
+    """Cut to the fewest directions that are enough; the event says "undone" if all are needed. None: nothing to cut.
+
+    The cut is within the tolerance; with one step less it was not. A still smaller number of steps could pass by
+    chance; it is not tried.
+
+    Args:
+        training: after the last optimizer step.
+        undo: the cuts are made inside it.
+        stage: a stage with ``search``, which is the last one; its ``max_regression`` is the tolerance.
+        reason: why the ranks change, for the event.
+        directions: which directions each number of steps keeps.
+        parameters_before: parameters of the adapters when the run began.
+    """
+    layers, target = dict(lora_layers(training.model)), stage.to
+    assert isinstance(target, Budget)
+
+    def plan() -> tuple[dict[str, int], list[tuple[str, int]]]:
+        states = layer_states(layers, last=True, target=target, directions=directions)
+        largest = target.ranks(states)
+        return target.lowest_ranks(states), [step for step in target.order(states) if step[1] <= largest[step[0]]]
+
+    lowest, order = from_first(plan)
+    if all(rank == layers[name].rank for name, rank in lowest.items()):
+        return None
+    search = Search(training, undo, stage.how, directions, lowest, order)
+    steps = search.fewest_steps()
+    if steps == 0 and (refusal := search.refusal_without_adapter()) is not None:
+        return RankEvent(training.step, f"undone: {refusal} ({reason})", tuple(search.trials[0].reports), undone=True)
+    search.warn_of_chance(steps)
+    found = search.result(steps, parameters_before)
+    if not search.passes(steps):
+        return RankEvent(training.step, f"undone: {found} ({reason})", tuple(search.trials[steps].reports), undone=True)
+    change = training.compute(lambda: search.ranks(steps), directions, stage.how)
+    training.put(change.put)
+    return RankEvent(training.step, f"{reason}: {found}", tuple(change.reports))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cut that was made, validated, and undone bit for bit.
+
+    Attributes:
+        value: the validated metric.
+        noise: standard error of its difference to the metric before; inf if other batches were validated, None if it
+            is unknown.
+        reports: what the cut did to the layers.
+    """
+
+    value: float
+    noise: float | None
+    reports: list[LayerReport]
+
+
+class Search:
+    """Trials of cuts that take different numbers of steps up from the lowest ranks.
+
+    Args:
+        training: after the last optimizer step.
+        undo: the cuts are made inside it.
+        how: how changes are made; its ``max_regression`` is the tolerance.
+        directions: which directions each number of steps keeps.
+        lowest: {layer: rank} if no step is taken.
+        order: (layer, its next rank) for each step up; the step that the loss needs most is first.
+
+    Attributes:
+        trials: the trials so far, by their number of steps.
+    """
+
+    def __init__(
+        self,
+        training: Training,
+        undo: Undo,
+        how: How,
+        directions: ByWeight,
+        lowest: Mapping[str, int],
+        order: Sequence[tuple[str, int]],
+    ) -> None:
+        self._training, self._undo = training, undo
+        self._how, self._directions = how, directions
+        self._lowest, self._order = lowest, order
+        self._layers = dict(lora_layers(training.model))
+        self._now = {name: layer.rank for name, layer in self._layers.items()}
+        metrics, self._batches = validate(training, how.check_monitor)
+        self._test = RegressionTest(training, how, metrics)
+        self.trials: dict[int, Trial] = {}
+
+    def ranks(self, steps: int) -> dict[str, int]:
+        """The rank of every layer after so many steps."""
+        return self._now | dict(self._lowest) | dict(self._order[:steps])
+
+    def passes(self, steps: int) -> bool:
+        """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""
+        all_are_kept = steps == len(self._order)
+        return all_are_kept or self._test.allows(self._tried(steps).value)
+
+    def fewest_steps(self) -> int:
+        """The fewest steps that pass and cut at all, or the most steps that cut and do not pass; it has been tried."""
+        # Invariant: `high` steps pass.
+        low, high = 0, len(self._order)
+        while low < high:
+            steps = (low + high) // 2
+            if self.passes(steps):
+                high = steps
+            else:
+                low = steps + 1
+        steps = high if self.ranks(high) != self._now else high - 1
+        self._tried(steps)
+        return steps
+
+    def _tried(self, steps: int) -> Trial:
+        if steps not in self.trials:
+            change = self._training.compute(lambda: self.ranks(steps), self._directions, self._how)
+            self._training.put(change.put)
+            metrics, batches = validate(self._training, self._how.check_monitor)
+            self._undo.restore()
+            is_same = [content for *_, content in batches] == [content for *_, content in self._batches]
+            noise = standard_error(self._batches, batches) if is_same else inf
+            self.trials[steps] = Trial(self._test.value(metrics), noise, change.reports)
+        return self.trials[steps]
+
+    def refusal_without_adapter(self) -> str | None:
+        """Why the lowest ranks do not count as enough: without any adapter the metric is within the tolerance, too."""
+        with torch.no_grad():
+            for layer in self._layers.values():
+                layer.lora_B.zero_()
+        metrics, _ = validate(self._training, self._how.check_monitor)
+        self._undo.restore()
+        value, before, monitor = self._test.value(metrics), self._test.before, self._how.check_monitor
+        if not self._test.allows(value):
+            return None
+        self._training.warn(
+            f"{monitor} is {before:.4g}, and {value:.4g} without any adapter: a tolerance of "
+            f"{self._how.max_regression:g} is more than the adapter has learned, so the ranks stay as they are; train "
+            "longer, or set schedule.tolerance lower"
+        )
+        return f"{monitor} {before:.4g} → {value:.4g} without any adapter is within the tolerance, too"
+
+    def warn_of_chance(self, steps: int) -> None:
+        """Warn if chance has decided that so many steps are enough."""
+        noise = self.trials[steps].noise
+        if any(trial.noise == inf for trial in self.trials.values()):
+            self._training.warn(
+                "the validations of schedule=auto did not use the same batches, so chance has decided how far ranks "
+                "were cut; let every validation use the same data in the same order"
+            )
+        elif noise is not None and noise > self._test.most:
+            self._training.warn(
+                f"a tolerance of {self._how.max_regression:g} lets {self._how.check_monitor} get worse by "
+                f"{self._test.most:.2g}, less than the standard error {noise:.2g} of that difference over the "
+                "validated batches, so chance has decided how far ranks were cut; set schedule.tolerance higher, or "
+                "validate more data"
+            )
+
+    def result(self, steps: int, parameters_before: int) -> str:
+        """The text about a cut to so many steps for a run's history."""
+        ranks, value, before = self.ranks(steps), self.trials[steps].value, self._test.before
+        left = sum(ranks[name] * params_per_rank(layer) for name, layer in self._layers.items())
+        return (
+            f"{sum(ranks.values()):,} of {sum(self._now.values()):,} directions, {left / parameters_before:.3f} of the "
+            f"bytes at the start, {self._how.check_monitor} {before:.4g} → {value:.4g} "
+            f"({(value - before) / abs(before):+.2%}, {self._how.max_regression:.2%} allowed), measured against this "
+            "run before this cut"
+        )
+
+
+def standard_error(before: Batches, after: Batches) -> float | None:
+    """Standard error, over all processes, of the mean difference between two validations of the same batches.
+
+    None if fewer than two batches are known.
+    """
+    pairs = [pair for own in from_all([*zip(before, after, strict=True)]) for pair in own]
+    if len(pairs) < 2:
+        return None
+    differences = [(new - old, weight) for (old, weight, _), (new, *_) in pairs]
+    total = sum(weight for _, weight in differences)
+    mean = sum(difference * weight for difference, weight in differences) / total
+    spread = sum((weight / total * (difference - mean)) ** 2 for difference, weight in differences)
+    return sqrt(spread * len(pairs) / (len(pairs) - 1))
