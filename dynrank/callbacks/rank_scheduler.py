@@ -43,7 +43,7 @@ class RankScheduler(Callback):
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
         check_every: optimizer steps between checks that all processes have the same adapters and optimizer state; None:
-            checks only at the start, and before and after each change.
+            checks only at the start, and before each change.
 
     Attributes:
         driver: carries out the schedule in the run.

@@ -36,7 +36,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Pass the callback to the Trainer's
     constructor (``callbacks=[...]``); otherwise a checkpoint from after a change does not fit a PEFT model. Changes are
     made before the first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
-    Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss``, which schedules watch by default, is
+    Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss``, which schedules observe by default, is
     ``eval_loss``; triggers can also read what training logs (``loss``, every ``logging_steps``).
 
     Its state is in each checkpoint's ``trainer_state.json``, the file that the Trainer writes last: without that file a
@@ -181,14 +181,15 @@ class HFTraining(Training):
         # The driver checks `validates` first.
         assert self.callback.evaluate is not None
         handlers = [o for o in gc.get_objects() if type(o) is CallbackHandler and self.callback in o.callbacks]
-        heard, logged = [handler.callbacks for handler in handlers], len(self.state.log_history)
+        present = [handler.callbacks for handler in handlers]
+        logged = len(self.state.log_history)
         control = dict(vars(self.control))
         for handler in handlers:
             handler.callbacks = []
         try:
             return _numbers(self.callback.evaluate())
         finally:
-            for handler, callbacks in zip(handlers, heard, strict=True):
+            for handler, callbacks in zip(handlers, present, strict=True):
                 handler.callbacks = callbacks
             del self.state.log_history[logged:]
             vars(self.control).update(control)

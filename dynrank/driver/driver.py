@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from dynrank.driver.check import (
     metric_value,
     observed_metrics,
 )
-from dynrank.driver.event import RankEvent
+from dynrank.driver.event import Decision, Progress, RankEvent
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
@@ -31,33 +31,6 @@ from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.layers.ranked import params_per_rank
 from dynrank.schedules import Schedule, Stage, as_texts, stages_of
 from dynrank.triggers import At, Run, Trigger
-
-
-@dataclass(frozen=True)
-class Decision:
-    """A change that is decided but not yet made."""
-
-    stage: int
-    reason: str
-
-
-@dataclass
-class Progress:
-    """The progress of a schedule in a run, as a checkpoint stores it.
-
-    Attributes:
-        stage: index of the first stage that is not over.
-        pending: the decided change that is not yet made; None if nothing is decided.
-        history: every change, and every attempt that was undone.
-        observed_step: step of the last validation.
-        metrics: metrics of that validation; empty after a change, because they describe the weights before it.
-    """
-
-    stage: int = 0
-    pending: Decision | None = None
-    history: list[RankEvent] = field(default_factory=list)
-    observed_step: int | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class RankDriver:

@@ -150,10 +150,10 @@ WINDOW_OF_8 = {"metric": "gates", "window": 8}
         ([Stage(At(fraction=1.0), Rank(3), how=How("gates"))], 99, [(24, f"fraction 1, {UNSEEN}")]),
         ([Stage(fires_at_10(), Rank(3), 0.9, how=How("gates"))], 99, [(22, f"plateau of val/loss, {UNSEEN}")]),
     ],
-    ids=["watched on", "few", "long past", "another comes", "ended", "deadline"],
+    ids=["observed on", "few", "long past", "another comes", "ended", "deadline"],
 )
 @pytest.mark.filterwarnings("ignore:the directions to keep were chosen by gates of 16 examples")
-def test_gates_are_watched_until_enough_was_seen_and_stop_no_run(stages, silent, expected):
+def test_gates_are_observed_until_enough_was_seen_and_stop_no_run(stages, silent, expected):
     """The first step with a gradient moves B alone, so gates have one from the next on."""
     driver = RankDriver(stages)
     drive(driver, lost=silent_until(silent))
@@ -214,11 +214,12 @@ def test_stages_act_in_their_time(stages, changes):
     assert driver.finished
 
 
-def test_interrupt_at_any_line_of_a_change_leaves_all_of_it_or_nothing():
+@pytest.mark.parametrize("check", [{"max_regression": 9.0}, {}], ids=["checked", "unchecked"])
+def test_interrupt_at_any_line_of_a_change_leaves_all_of_it_or_nothing(check):
     """Ranks and weights, history, stage and learning rate, with one point of no return."""
 
     def changed(line):
-        driver = RankDriver(at(5, Rank(3), max_regression=9.0, rate_after=2.0))
+        driver = RankDriver(at(5, Rank(3), rate_after=2.0, **check))
         loop = Loop(6, torch.optim.SGD)
         driver.start(loop, Run(9))
         loop.step = 5
@@ -359,7 +360,7 @@ def test_driver_and_checkpoint_of_another_run_are_refused(tmp_path):
 
 
 def test_stages_to_come_may_be_others_than_in_the_checkpoint(tmp_path):
-    """A checkpoint in a window: what was watched is dropped where the stage is another one now, what is over stays."""
+    """A checkpoint in a window: what was observed is dropped where the stage is another one now, what is over stays."""
     drive(RankDriver([at(3, Rank(5)), at(14, Rank(3), **WINDOW_OF_8)]), folder=tmp_path)
     driver = RankDriver([at(3, Rank(5)), at(14, Rank(3), metric="gates", window=2), at(20, Rank(1))])
     with pytest.warns(UserWarning, match="not the checkpoint's: it applies from step 10 on"):

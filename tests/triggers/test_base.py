@@ -14,32 +14,32 @@ from dynrank.triggers import Gap, Plateau, Trigger
 class WhenTold(Trigger):
     """A trigger of a user's own: fires whenever it is shown True."""
 
-    _heard: int = field(default=0, init=False)
+    _observed: int = field(default=0, init=False)
 
     def fires(self, told):
-        self._heard += 1
+        self._observed += 1
         return told
 
 
-def heard(trigger, first, last):
+def fired(trigger, first, last):
     return [step for step in range(first, last) if trigger.observe(step, True)]
 
 
 def test_warmup_hides_what_lies_before_it():
     trigger = WhenTold(warmup_steps=3)
-    assert heard(trigger, 0, 6) == [3, 4, 5]
+    assert fired(trigger, 0, 6) == [3, 4, 5]
     # The steps of the warm-up do not enter the history either.
-    assert trigger._heard == 3
+    assert trigger._observed == 3
     assert (trigger.reason, trigger.monitors) == ("WhenTold", ())
 
 
 @pytest.mark.parametrize(("step", "warmup", "cooldown", "first"), [(4, 0, 3, 7), (1, 8, 2, 8), (4, 0, 0, 4)])
 def test_reset_forgets_and_starts_a_cooldown_that_never_shortens_the_warmup(step, warmup, cooldown, first):
     trigger = WhenTold(warmup_steps=warmup, cooldown_steps=cooldown)
-    trigger._heard = 5
+    trigger._observed = 5
     trigger.reset(step)
-    assert trigger._heard == 0
-    assert heard(trigger, step, 12)[0] == first
+    assert trigger._observed == 0
+    assert fired(trigger, step, 12)[0] == first
 
 
 LOSSES = [9.0, 8.0, 7.0, 7.0, 7.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0, 6.0]

@@ -8,11 +8,11 @@ from dynrank.callbacks.lightning import private
 
 
 def end_in_full(trainer: Trainer) -> None:
-    """Let a run that is resumed after its last step call all hooks of a start and an end; call this in ``setup``.
+    """Call on_train_start and on_train_end also when a run is resumed after its last step; Lightning skips them.
 
-    Lightning calls none of them. So if a run was killed between its last checkpoint and its end, the work after the
-    last step (a change of rank, putting an average into the model) would never be done. If the checkpoint ends an epoch
-    that was shorter than now, as with more processes, Lightning would count empty epochs with a step each.
+    Without them the work after the last step (a change of rank, putting an average into the model) would never be done
+    in a run that was killed between its last checkpoint and its end. If the checkpoint ends an epoch that was shorter
+    than now, as with more processes, Lightning would count empty epochs with a step each. Call this in ``setup``.
     """
     loop = trainer.fit_loop
     if "run" in vars(loop):

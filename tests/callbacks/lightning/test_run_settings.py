@@ -101,7 +101,7 @@ def test_compiled_model_uses_the_new_factors(regression, fit, backend, how):
 
 
 def test_compiled_model_is_compiled_for_every_rank_that_it_gets():
-    """torch keeps 8 versions of a function; after that it would run eagerly without a word."""
+    """torch keeps 8 versions of a function; after that it would silently run eagerly."""
     ranks_compiled = []
 
     def backend(graph, inputs):
