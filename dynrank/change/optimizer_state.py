@@ -100,7 +100,8 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
         parameters: the parameters whose shape will change.
         optimizer_state: "transport" or "reset".
     """
-    name, rules = rule_name(optimizer).removeprefix("torch."), RULES.get(rule_name(optimizer))
+    name = rule_name(optimizer).removeprefix("torch.")
+    rules = RULES.get(rule_name(optimizer))
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigurationError(
             f"optimizer {name} keeps all parameters in one vector, whose length cannot change; set optimizer.name"
@@ -210,7 +211,9 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
     Schedule-free may be in either mode: the same map transforms its two points, and it commutes with the switch between
     them.
     """
-    state, rules, along = optimizer.state[parameter], RULES[rule_name(optimizer)], (ROW, COLUMN)[move.dim]
+    state = optimizer.state[parameter]
+    rules = RULES[rule_name(optimizer)]
+    along = (ROW, COLUMN)[move.dim]
 
     def by_product(tensor: Tensor) -> Tensor:
         return split(tensor, len(move.map_EKR), move.dim)

@@ -268,8 +268,9 @@ def compute(
             check_optimizer(optimizer, factors, optimizer_state)
         return _computed(adapters, ranks, directions, optimizer_state, generator)
 
-    devices = [layer.lora_A.device for layer in adapters.layers.values()]
-    values, reports = from_first(of_first, device=next(iter(devices), None)) if collective else of_first()
+    # DDP keeps a whole model on one device.
+    device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
+    values, reports = from_first(of_first, device=device) if collective else of_first()
     return Change(adapters, values, reports)
 
 

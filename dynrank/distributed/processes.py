@@ -40,7 +40,7 @@ def from_first(make: Callable[[], T], *, device: torch.device | None = None) -> 
     """
     if process_count() == 1:
         return make()
-    result, failure = None, None
+    result = failure = None
     outcome = [b""]
     tensors: list[Tensor] = []
     if process_index() == 0:

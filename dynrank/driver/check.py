@@ -116,8 +116,10 @@ def _faults(
     if isinstance(stage.to, Budget) and (is_known or not stage.to.is_relative):
         given, least = stage.to.pool(states), stage.to.floor_parameters(states)
         if given < least:
-            layers, keys = f"the size of {len(states)} layers at the lowest ranks", f"{stage.to.key}, schedule.lowest"
-            return [f"the budget must be at least {least:,} parameters, {layers}, got {given:,} ({keys})"]
+            return [
+                f"the budget must be at least {least:,} parameters, the size of {len(states)} layers at the lowest "
+                f"ranks, got {given:,} ({stage.to.key}, schedule.lowest)"
+            ]
     # PEFT allows a rank above min(d_in, d_out); a target below such a rank is a cut.
     most = {name: max(states[name].highest, ranks[name]) for name in free}
     if not stage.to.needs:
@@ -136,7 +138,8 @@ def _faults(
 
 def check_training(training: Training, stages: Collection[Stage]) -> None:
     """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations."""
-    factors, sharded = adapter_parameters(training.model), sharded_layers(training.model)
+    factors = adapter_parameters(training.model)
+    sharded = sharded_layers(training.model)
     if stages and sharded:
         raise sharded_error(sharded)
     if stages and any(factor.dtype == torch.float16 for factor in factors):

@@ -52,10 +52,12 @@ class RankDriver:
     def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
         if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
             raise ConfigurationError(f"check_every must be None or at least 1 step, got {check_every!r}")
-        self.stages, self.check_every = stages_of(schedule), check_every
+        self.stages = stages_of(schedule)
+        self.check_every = check_every
         self.progress = Progress()
         self._run = Run(None)
-        self._clock, self._window = Clock([], self._run), Window([])
+        self._clock = Clock([], self._run)
+        self._window = Window([])
         # One for each optimizer, made at the last change.
         self._rates: list[Rates] = []
         # The last step for which end_step() was called.
@@ -102,8 +104,10 @@ class RankDriver:
                 f"this schedule is at step {self._ended_step} of another run; make a new schedule with new stages for "
                 "each run, or resume that run (ckpt_path)"
             )
-        self._run, self._ended_step = run, training.step
-        self._clock, self._window = Clock(self.stages, run), Window(self.stages)
+        self._run = run
+        self._ended_step = training.step
+        self._clock = Clock(self.stages, run)
+        self._window = Window(self.stages)
         # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             self.check_model(training.model, run)
@@ -148,8 +152,8 @@ class RankDriver:
         self.progress.metrics = {name: float(metric) for name, metric in metrics.items()}
         trigger = self._next_trigger
         if trigger is not None and not is_known:
-            logged, names = {**training.logged(), **self.progress.metrics}, observed_metrics(self.stages)
-            values = [metric_value(logged, name, names) for name in trigger.monitors]
+            logged = {**training.logged(), **self.progress.metrics}
+            values = [metric_value(logged, name, observed_metrics(self.stages)) for name in trigger.monitors]
             self._decide(trigger.observe(training.step, *values))
 
     def finish(self, training: Training) -> None:
@@ -191,10 +195,11 @@ class RankDriver:
 
         Stages that are not over may differ from the checkpoint's; those of this schedule apply.
         """
-        mine, theirs = as_texts(self.stages), [tuple(stage) for stage in state["stages"]]
-        over, self._other = state["stage"], theirs != mine
+        mine = as_texts(self.stages)
+        theirs = [tuple(stage) for stage in state["stages"]]
+        self._other = theirs != mine
         # Stages that are over must have the same target; their times no longer matter.
-        done, wanted = ([to for _, to, _ in stages[:over]] for stages in (theirs, mine))
+        done, wanted = ([to for _, to, _ in stages[: state["stage"]]] for stages in (theirs, mine))
         if done != wanted:
             raise ConfigurationError(
                 f"the checkpoint was made under another schedule: its first stages went to {', '.join(done)}, here "
@@ -204,15 +209,17 @@ class RankDriver:
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
                 stage.when.load_state_dict(saved)
         self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
-        pending, gates = self.progress.pending, state["gates"]
         # A decision stays if its stage has the same time or trigger, gates if theirs is the same stage.
         present = dict(enumerate(mine))
+        pending = self.progress.pending
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
+        gates = state["gates"]
         if gates is not None and present.get(gates["stage"]) != theirs[gates["stage"]]:
             gates = None
         self._remove_rates()
-        self._loaded, self._ended_step = {"rate_factor": state["rate_factor"], "gates": gates}, 0
+        self._loaded = {"rate_factor": state["rate_factor"], "gates": gates}
+        self._ended_step = 0
 
     # Deciding
 
@@ -247,7 +254,8 @@ class RankDriver:
         if self._window.gates is None:
             self._window.begin(training.model, index)
         # The gates may have been begun for another stage, so the steps are counted against this stage's window.
-        gates, window = self._window.gates, self.stages[index].how.window
+        gates = self._window.gates
+        window = self.stages[index].how.window
         assert gates is not None
         if self._clock.is_last_moment(index, training.step, window):
             return True
@@ -257,7 +265,8 @@ class RankDriver:
 
     def _change(self, training: Training, decided: Decision) -> None:
         """Make the decided change, unless its check undoes it, and go to the next stage."""
-        index, stage = decided.stage, self.stages[decided.stage]
+        index = decided.stage
+        stage = self.stages[index]
         gates, reason = self._window.result(training, index, decided.reason)
         free = {name: layer for name, layer in lora_layers(training.model) if not layer.pinned}
         directions = gates or ByWeight(free)
@@ -289,7 +298,8 @@ class RankDriver:
 
     def _computed(self, training: Training, index: int, directions: ByWeight) -> Change:
         """The change of stage ``index``, which is not yet made."""
-        stage, last = self.stages[index], index == len(self.stages) - 1
+        stage = self.stages[index]
+        last = index == len(self.stages) - 1
         layers = dict(lora_layers(training.model))
 
         def plan() -> dict[str, int]:
@@ -352,7 +362,8 @@ class Clock:
     """The step by which each stage acts at the latest."""
 
     def __init__(self, stages: Sequence[Stage], run: Run) -> None:
-        self._stages, self._planned = stages, [stage.planned_step(run) for stage in stages]
+        self._stages = stages
+        self._planned = [stage.planned_step(run) for stage in stages]
 
     def has_come(self, index: int, step: int) -> bool:
         """Whether the latest time of stage ``index`` is ``step`` or earlier."""

@@ -37,7 +37,8 @@ def cut_to_smallest(
         directions: which directions each number of steps keeps.
         parameters_before: parameters of the adapters when the run began.
     """
-    layers, target = dict(lora_layers(training.model)), stage.to
+    layers = dict(lora_layers(training.model))
+    target = stage.to
     assert isinstance(target, Budget)
 
     def plan() -> tuple[dict[str, int], list[tuple[str, int]]]:
@@ -101,9 +102,12 @@ class Search:
         lowest: Mapping[str, int],
         order: Sequence[tuple[str, int]],
     ) -> None:
-        self._training, self._undo = training, undo
-        self._how, self._directions = how, directions
-        self._lowest, self._order = lowest, order
+        self._training = training
+        self._undo = undo
+        self._how = how
+        self._directions = directions
+        self._lowest = lowest
+        self._order = order
         self._layers = dict(lora_layers(training.model))
         self._now = {name: layer.rank for name, layer in self._layers.items()}
         metrics, self._batches = validate(training, how.check_monitor)
@@ -151,9 +155,11 @@ class Search:
                 layer.lora_B.zero_()
         metrics, _ = validate(self._training, self._how.check_monitor)
         self._undo.restore()
-        value, before, monitor = self._test.value(metrics), self._test.before, self._how.check_monitor
+        value = self._test.value(metrics)
         if not self._test.allows(value):
             return None
+        monitor = self._how.check_monitor
+        before = self._test.before
         self._training.warn(
             f"{monitor} is {before:.4g}, and {value:.4g} without any adapter: a tolerance of "
             f"{self._how.max_regression:g} is more than the adapter has learned, so the ranks stay as they are; train "
@@ -179,7 +185,9 @@ class Search:
 
     def result(self, steps: int, parameters_before: int) -> str:
         """The text about a cut to so many steps for a run's history."""
-        ranks, value, before = self.ranks(steps), self.trials[steps].value, self._test.before
+        ranks = self.ranks(steps)
+        value = self.trials[steps].value
+        before = self._test.before
         left = sum(ranks[name] * params_per_rank(layer) for name, layer in self._layers.items())
         return (
             f"{sum(ranks.values()):,} of {sum(self._now.values()):,} directions, {left / parameters_before:.3f} of the "

@@ -60,7 +60,8 @@ class RegressionTest:
     """
 
     def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
-        self._training, self._how = training, how
+        self._training = training
+        self._how = how
         before = validate(training, how.check_monitor)[0] if validated is None else validated
         self.observed = [before] if validated is None else []
         self.before = self.value(before)

@@ -49,8 +49,8 @@ class Window:
 
     def needed(self, model: nn.Module, index: int) -> bool:
         """Whether stage ``index`` needs gates."""
-        stage, last = self._stages[index], index == len(self._stages) - 1
-        return needs_gates(stage, dict(lora_layers(model)), last=last)
+        last = index == len(self._stages) - 1
+        return needs_gates(self._stages[index], dict(lora_layers(model)), last=last)
 
     def begin(self, model: nn.Module, index: int) -> None:
         """Begin to measure the gates that stage ``index`` needs, if any; drop what was measured before."""
