@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.quantized import plain_values
-from dynrank.private import source_of
+from dynrank.private import imported, source_of
 
 MARK = "_frozen_base"
 # How many values of each parameter a fingerprint covers.
@@ -72,7 +71,8 @@ def fingerprint(parameter: Tensor) -> str:
     if parameter.is_meta:
         raise ConfigurationError("a base on the meta device has no values to compare; load its weights first")
     values = plain_values(parameter)
-    values = values.full_tensor() if isinstance(values, DTensor) else values
+    if isinstance(values, imported("torch.distributed.tensor.DTensor")):
+        values = values.full_tensor()
     indices = torch.arange(min(values.numel(), SAMPLES))
     if values.numel() > SAMPLES:
         indices = ((indices * _GOLDEN) % 1 * values.numel()).long()

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Operands, SharedInput
@@ -16,6 +15,7 @@ from dynrank.layers.base import LoRALayer
 from dynrank.layers.experts import LoRAExpertStack
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
 from dynrank.layers.routers import LoRARouterWeight
+from dynrank.private import imported
 
 
 class LoRALinear(LoRALayer):
@@ -59,8 +59,6 @@ class LoRALinear(LoRALayer):
 
 class LoRAConv1D(LoRALinear):
     """LoRALinear for transformers' Conv1D (GPT-2), which stores its weight as (d_in, d_out)."""
-
-    supported = Conv1D
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -161,9 +159,9 @@ class LoRAConv2d(LoRALayer):
         return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
 
 
+# LoRAConv1D is not one of them, because its class is in transformers, which need not be imported.
 LAYERS: tuple[type[LoRALayer], ...] = (
     LoRALinear,
-    LoRAConv1D,
     LoRAEmbedding,
     LoRAConv2d,
     LoRAExpertStack,
@@ -179,6 +177,9 @@ def layer_class(base: nn.Module) -> type[LoRALayer] | None:
     """
     if is_quantized(base):
         return LoRAQuantizedLinear
+    conv1d = imported("transformers.pytorch_utils.Conv1D")
+    if isinstance(base, conv1d):
+        return LoRAConv1D if type(base).forward is conv1d.forward else None
     for cls in LAYERS:
         if isinstance(base, cls.supported):
             plain = type(base).forward is cls.supported.forward or (cls is LoRALinear and _computes_linear(base))

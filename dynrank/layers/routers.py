@@ -4,10 +4,10 @@ import copy
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.bare import BareParameter, LoRAOwner, LoRAParameter
+from dynrank.private import imported
 
 
 class RouterWeight(BareParameter):
@@ -17,7 +17,8 @@ class RouterWeight(BareParameter):
 def router_weight(owner: nn.Module) -> dict[str, RouterWeight]:
     """{"weight": the weight of ``owner``} if it is a matrix and owner no layer of torch: most likely a router."""
     weight = owner._parameters.get("weight")
-    layer = isinstance(owner, nn.Linear | nn.Embedding | Conv1D) or type(owner).__module__.startswith("torch.nn.")
+    layers = (nn.Linear, nn.Embedding, imported("transformers.pytorch_utils.Conv1D"))
+    layer = isinstance(owner, layers) or type(owner).__module__.startswith("torch.nn.")
     if layer or weight is None or weight.ndim != 2 or not weight.is_floating_point():
         return {}
     return {"weight": RouterWeight(owner, "weight")}
