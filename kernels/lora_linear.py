@@ -102,9 +102,7 @@ class SharedInput:
         elif seed is None:
             seed = draw_seed(products.seed_place(x))
         self._x, self._layers, self._how = x, layers, ProductOptions(dropout, seed, products)
-        if torch.compiler.is_compiling():
-            self._ys = _compiled(x, layers[0], self._how, backend)
-        elif torch.is_grad_enabled():
+        if torch.is_grad_enabled():
             factors = [factor for layer in layers for factor in (layer.lora_A, layer.lora_B)]
             self._ys = _Node.apply(self, x, *factors)  # type: ignore[no-untyped-call]
         else:
@@ -210,80 +208,6 @@ class _Node(torch.autograd.Function):
         given = iter(pairs)
         factors = [grad for dy in dys for grad in ((None, None) if dy is None else next(given))]
         return None, None if dx is None else dx.view(x.shape), *factors
-
-
-def _compiled(x: Tensor, layer: Operands, how: ProductOptions, backend: str) -> tuple[Tensor, ...]:
-    """The output by the torch.library op, which torch.compile does not trace into; eager mode uses :class:`_Node`."""
-    weight, bias, lora_A, lora_B, scaling, tap = layer
-    weight = weight if isinstance(weight, Tensor) else weight()
-    results: tuple[Tensor, Tensor] = _op(x, lora_A, lora_B, weight, bias, scaling, float(how.p), how.seed, backend)
-    y, s_MR = results
-    if tap is not None and y.requires_grad:
-        s_MR, lora_B = s_MR.detach(), lora_B.detach()
-        y.register_hook(lambda dy: tap(s_MR, scaling * (_rows(dy).to(lora_B.dtype) @ lora_B)))  # type: ignore[no-untyped-call]
-    return (y,)
-
-
-def _forward(
-    x: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    layer = Operands(weight, bias, lora_A, lora_B, scaling)
-    how = ProductOptions(p, seed, products_of(backend, x, lora_A.shape[0]))
-    s_MR, (y,) = _open(x, (layer,), how)
-    # Triton's rows are wider than R, but register_fake below promises contiguous ones.
-    return y, s_MR.contiguous()
-
-
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    s_MR: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    weight: Tensor,
-    scaling: float,
-    p: float,
-    seed: Tensor | None,
-    backend: str,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    layer = Operands(weight, None, lora_A, lora_B, scaling)
-    how = ProductOptions(p, seed, products_of(backend, x, lora_A.shape[0]))
-    need_x, need_A, need_B = needs
-    dx, [(d_A, d_B)] = _gradients(_rows(x), [(_rows(dy), s_MR, layer)], how, (need_x, need_A, need_B))
-    dx = None if dx is None else dx.view(x.shape)
-    # An op of torch.library cannot return None.
-    dx, d_A, d_B = (dy.new_empty(0) if grad is None else grad for grad in (dx, d_A, d_B))
-    return dx, d_A, d_B
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, lora_A, lora_B, weight, _, ctx.scaling, ctx.p, seed, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, output[1], lora_A, lora_B, weight, seed)
-
-
-def _differentiate(ctx: Any, dy: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *operands, seed = ctx.saved_tensors
-    needs = [*ctx.needs_input_grad[:3]]
-    grads = _backward_op(dy, *operands, ctx.scaling, ctx.p, seed, ctx.backend, needs)
-    return *(grad if need else None for grad, need in zip(grads, needs, strict=True)), *[None] * 6
-
-
-# ATen without dropout gives results of the same shapes, dtypes and strides.
-_op = torch.library.custom_op("dynrank::lora_linear", _forward, mutates_args=())
-_op.register_fake(lambda *given: _forward(*given[:6], 0.0, None, "torch"))  # type: ignore[call-arg]
-_op.register_autograd(_differentiate, setup_context=_setup_context)
-_backward_op = torch.library.custom_op("dynrank::lora_linear_backward", _backward, mutates_args=())
-_backward_op.register_fake(lambda *given: _backward(*given[:7], 0.0, None, "torch", given[-1]))  # type: ignore[call-arg]
 
 
 def _check(x: Tensor, layer: Operands, p: float) -> None:

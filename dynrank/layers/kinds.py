@@ -42,14 +42,16 @@ class LoRALinear(LoRALayer):
     def reference(self, x: Tensor) -> Tensor:
         """The output by an operation of torch for each part of the formula, in the dtype of x.
 
-        The fused op in :meth:`forward` computes the same, and saves fewer bytes for the backward.
+        The fused op in :meth:`forward` computes the same, and saves fewer bytes for the backward. The two draw different
+        masks of dropout.
         """
         z = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
         y: Tensor = self.base(x)
         return y + self.scaling * F.linear(z, self.lora_B.to(z.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.backend == "reference":
+        # torch.compile fuses plain operations, and cannot look into the op.
+        if self.backend == "reference" or torch.compiler.is_compiling():
             return self.reference(x)
         shared = None if self.shared_output is None else self.shared_output(self, x)
         if shared is not None:

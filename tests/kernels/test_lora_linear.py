@@ -193,21 +193,6 @@ def test_what_changes_between_forward_and_backward_is_an_error(changed):
         y.sum().backward()
 
 
-@pytest.mark.parametrize(("bias", "p"), [(True, 0.3), (False, 0.0)])
-def test_the_op_of_torch_compile_keeps_the_rules_of_custom_ops(bias, p):
-    made = operands((2, 3, D_IN), torch.float32, bias)
-    seed = torch.tensor(5) if p else None
-    arguments = (*(made[name] for name in (*FACTORS, "weight", "bias")), SCALING, p, seed, "torch")
-    torch.library.opcheck(torch.ops.dynrank.lora_linear.default, arguments)
-    x, lora_A, lora_B, weight, _, *rest = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    for needs in ([True, True, True], [False, False, True]):
-        backward = (torch.randn(2, 3, D_OUT), x, torch.randn(6, RANK), lora_A, lora_B, weight, *rest, needs)
-        torch.library.opcheck(torch.ops.dynrank.lora_linear_backward.default, backward)
-    eager = run(made, dropout=p, seed=seed)
-    compiled = run(made, torch.compile(lora_linear, backend="aot_eager", fullgraph=True), dropout=p, seed=seed)
-    assert all(map(torch.equal, eager, compiled))
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_autocast_makes_it_what_the_narrow_operands_give(p, packed):
