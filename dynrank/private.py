@@ -42,11 +42,6 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-def saved_tensor_hooks() -> Any:
-    """The innermost pair of saved-tensor hooks that is active now (checkpointing sets one); None if there is none."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
 def pass_over_in_compile(code: CodeType) -> None:
     """Let ``torch.compile`` skip ``code`` itself and compile the functions that it calls."""
     # This import takes a second, and commands such as help and plan do not need it.

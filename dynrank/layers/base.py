@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
-from dynrank.kernels.lora_linear import Tap
+from dynrank.kernels.lora_linear import Observer
 from dynrank.layers.ranked import max_rank, put_factors, take_rank
 from dynrank.linalg import products
 
@@ -65,7 +65,7 @@ class LoRALayer(nn.Module):
         self.highest: int | None = None
         self.pinned = False
         self.rule: str | None = None
-        self._tap: Tap | None = None
+        self._observer: Observer | None = None
         place: dict[str, Any] = {"device": base.get_parameter("weight").device, "dtype": dtype}
         if factors is None:
             self.lora_A = nn.Parameter(torch.empty(rank * self.experts, d_in, **place))
@@ -92,7 +92,7 @@ class LoRALayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do not carry the observer."""
-        return {**vars(self), "_tap": None}
+        return {**vars(self), "_observer": None}
 
     @property
     def rank(self) -> int:
@@ -143,24 +143,24 @@ class LoRALayer(nn.Module):
         """
         put_factors(self, lora_A, lora_B)
 
-    def observe(self, tap: Tap) -> Callable[[], None]:
-        """Call ``tap(z, dz)`` once in each backward, until the returned function is called.
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Call ``observer(z, dz)`` once in each backward, until the returned function is called.
 
         z is A applied to the layer's input (after dropout). dz is the gradient of the loss at z, ``scaling * B^T g``
         for the gradient g at the output. Both are (examples, positions..., rank) as the input is, without a graph.
         """
-        if self._tap is not None:
+        if self._observer is not None:
             raise RuntimeError("the layer is being observed already")
-        self._tap = tap
-        return lambda: setattr(self, "_tap", None)
+        self._observer = observer
+        return lambda: setattr(self, "_observer", None)
 
-    def _watched(self, z: Tensor, channels: int = -1) -> Tensor:
-        """``z``, with a hook that calls the tap, if there is one, when the gradient of ``z`` is known."""
-        tap, values = self._tap, z.detach()
-        if tap is not None and z.requires_grad:
+    def _observed(self, z: Tensor, channels: int = -1) -> Tensor:
+        """``z``, with a hook that calls the observer, if there is one, when the gradient of ``z`` is known."""
+        observer, values = self._observer, z.detach()
+        if observer is not None and z.requires_grad:
 
             def report(dz: Tensor) -> None:
-                tap(*(t.movedim(channels, -1) for t in (values, dz)))
+                observer(values.movedim(channels, -1), dz.movedim(channels, -1))
 
             z.register_hook(report)  # type: ignore[no-untyped-call]
         return z

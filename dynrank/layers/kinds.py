@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels.lora_linear import Operands, SharedInput
+from dynrank.kernels.lora_linear import lora_linear
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.experts import LoRAExpertStack
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
@@ -22,8 +22,6 @@ class LoRALinear(LoRALayer):
     """``y = x W^T + b + scaling * (drop(x) A^T) B^T``; x is (..., d_in)."""
 
     supported = nn.Linear
-    # A function that returns the output from a pass over x shared with other layers, or None; see grouping.py.
-    shared_output: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -34,29 +32,31 @@ class LoRALinear(LoRALayer):
         weight: Any = self.base.weight
         return weight  # type: ignore[no-any-return]
 
-    def operands(self) -> Operands:
-        """The layer's operands for the fused op."""
-        bias: Any = self.base.bias
-        return Operands(self._weight_OI(), bias, self.lora_A, self.lora_B, self.scaling, self._tap)
-
     def reference(self, x: Tensor) -> Tensor:
         """The output by an operation of torch for each part of the formula, in the dtype of x.
 
-        The fused op in :meth:`forward` computes the same, and saves fewer bytes for the backward. The two draw different
-        masks of dropout.
+        The fused op in :meth:`forward` computes the same, draws another mask of dropout, and saves fewer bytes for
+        the backward. Under ``torch.compile`` this formula runs, because the compiler can fuse plain operations.
         """
-        z = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
+        z = self._observed(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
         y: Tensor = self.base(x)
         return y + self.scaling * F.linear(z, self.lora_B.to(z.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        # torch.compile fuses plain operations, and cannot look into the op.
         if self.backend == "reference" or torch.compiler.is_compiling():
             return self.reference(x)
-        shared = None if self.shared_output is None else self.shared_output(self, x)
-        if shared is not None:
-            return shared
-        return SharedInput(x, (self.operands(),), self.drop_rate, backend=self.backend).output(0)
+        bias: Any = self.base.bias
+        return lora_linear(
+            x,
+            self._weight_OI(),
+            bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.drop_rate,
+            backend=self.backend,
+            observer=self._observer,
+        )
 
 
 class LoRAConv1D(LoRALinear):
@@ -127,7 +127,7 @@ class LoRAEmbedding(LoRALayer):
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base(ids)
         rows = F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx)
-        rows = self._watched(self.dropout(rows))
+        rows = self._observed(self.dropout(rows))
         update: Tensor = self.scaling * (rows @ self.lora_B.mT)
         return y + update.to(y.dtype)
 
@@ -157,7 +157,7 @@ class LoRAConv2d(LoRALayer):
         y: Tensor = self.base(x)
         filters = self.lora_A.view(self.rank, *self.weight.shape[1:]).to(x.dtype)
         down = F.conv2d(self.dropout(x), filters, stride=self.base.stride, padding=self.base.padding)
-        down = self._watched(down, channels=1)
+        down = self._observed(down, channels=1)
         return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
 
 

@@ -14,7 +14,6 @@ from dynrank.layers.choosing import target_names
 from dynrank.layers.compiled import named_modules
 from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
 from dynrank.layers.frozen_base import follow_base
-from dynrank.layers.grouping import group_layers
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
@@ -35,7 +34,6 @@ def add_lora(
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-    group: bool | None = None,
 ) -> M:
     """Freeze ``model`` and replace ``target_modules`` by LoRA layers, in place, after all arguments are checked.
 
@@ -51,8 +49,6 @@ def add_lora(
         modules_to_save: names of modules that are trained without LoRA and saved with the adapter (a new head).
         dtype: dtype of the factors.
         backend: which backend makes the products with the factors, see :func:`dynrank.kernels.backends.products_of`.
-        group: whether layers that read the same x (q, k, v; gate, up) share one pass over it and one dropout mask, see
-            :func:`dynrank.layers.grouping.group_layers`. None: where it is faster, on a GPU and where there is dropout.
 
     Returns:
         ``model`` itself.
@@ -86,7 +82,7 @@ def add_lora(
         layers[name] = make_layer(modules[name], rank=at.rank, scaling=scaling, **options)
         layers[name].final_rank, layers[name].highest = at.final_rank, at.highest
         layers[name].pinned, layers[name].rule = at.pinned, at.rule
-    place_layers(model, layers, modules_to_save, group=group)
+    place_layers(model, layers, modules_to_save)
     return model
 
 
@@ -120,13 +116,10 @@ def _class_for(base: nn.Module) -> type[LoRALayer]:
     return cls
 
 
-def place_layers(
-    model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = (), *, group: bool | None = None
-) -> None:
+def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = ()) -> None:
     """Freeze ``model``, replace each base by its layer (everywhere, if it is shared), unfreeze ``modules_to_save``.
 
-    Existing LoRA layers are replaced by the new layer of their base, or by the base itself. ``group`` is as in
-    :func:`add_lora`.
+    Existing LoRA layers are replaced by the new layer of their base, or by the base itself.
     """
     model.requires_grad_(False)
     new = {id(module.base): module for module in stand_ins(layers.values())}
@@ -136,9 +129,6 @@ def place_layers(
     replace_modules(model, replacements | {base: module for base, module in new.items() if base not in adapted})
     for placed in new.values():
         placed.train(placed.base.training)
-    vars(model)["_groups_layers"] = group
-    if group is not False:
-        group_layers(model, always=group is True)
     for name in modules_to_save:
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:

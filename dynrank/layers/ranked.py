@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels.lora_linear import Tap
+from dynrank.kernels.lora_linear import Observer
 
 
 class RankedLayer(Protocol):
@@ -62,7 +62,7 @@ class RankedLayer(Protocol):
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
 
     @property
-    def observe(self) -> Callable[[Tap], Callable[[], None]] | None:
+    def observe(self) -> Callable[[Observer], Callable[[], None]] | None:
         """As :meth:`dynrank.layers.base.LoRALayer.observe`; None if the layer does not compute z = A x per example."""
         ...
 
