@@ -23,9 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 Place = tuple[nn.Module, str]
 
 
-def load_adapter(
-    model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32
-) -> M:
+def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32) -> M:
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
     Ranks and scaling come from the settings by PEFT's rules. Everything is checked before the model changes.

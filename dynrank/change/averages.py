@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import RankedLayer
 from dynrank.linalg import RankChange, joined, split
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dynrank.change.greedy import LossChange
 from dynrank.errors import diverged
-from dynrank.layers.ranked import RankedLayer
+from dynrank.layers.base import RankedLayer
 from dynrank.linalg import Directions, directions_of, pooled
 
 

@@ -29,7 +29,7 @@ from dynrank.change.greedy import LossChange, Quadratic
 from dynrank.change.passes import Passes, joined
 from dynrank.distributed.processes import from_all, from_first, process_count
 from dynrank.errors import ConfigurationError, DivergedError
-from dynrank.layers.ranked import RankedLayer, width_of
+from dynrank.layers.base import RankedLayer, width_of
 
 # The most examples that are kept of a window. They are enough, and the cores of a 7B model at rank 32 take 587 MB.
 EXAMPLES = 640

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dynrank.change.calls import Call, Calls, counted
-from dynrank.layers.ranked import RankedLayer
+from dynrank.layers.base import RankedLayer
 from dynrank.linalg import split
 from dynrank.private import backward_number
 

@@ -15,11 +15,11 @@ from torch.optim import Optimizer
 
 from dynrank.change.averages import averaged_layers
 from dynrank.distributed.wrappers import unwrapped_optimizer
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import config_changes
 from dynrank.layers.peft_view import PeftLayer
-from dynrank.layers.ranked import RankedLayer
 
 # The state of one parameter in an optimizer.
 State = dict[str, Any]

@@ -20,8 +20,8 @@ from dynrank.change.report import LayerReport, report_of
 from dynrank.distributed.processes import copy_from_first, from_first
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
+from dynrank.layers.base import RankedLayer, max_rank, width_of
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import RankedLayer, max_rank, width_of
 from dynrank.linalg import RankChange, grow_product, keep_directions, stacked
 
 

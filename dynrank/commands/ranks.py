@@ -5,8 +5,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dynrank.driver.bounds import final_parameters, final_ranks
+from dynrank.layers.base import width_of
 from dynrank.layers.finding import own_layers
-from dynrank.layers.ranked import width_of
 from dynrank.output.console import empty_table, print_table, shape_of_update, span
 from dynrank.output.slots import slot_line
 from dynrank.run.job import build

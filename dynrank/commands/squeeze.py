@@ -11,8 +11,8 @@ from dynrank.change.choice import Choice
 from dynrank.change.report import report_of
 from dynrank.change.resize import resize
 from dynrank.driver.event import RankEvent
+from dynrank.layers.base import width_of
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import width_of
 from dynrank.output.change_table import change_table
 from dynrank.output.console import print_facts, print_table
 from dynrank.targets import Target

@@ -13,8 +13,8 @@ from dynrank.distributed.processes import from_all
 from dynrank.driver.attempt import Check, Trial, attempt, change, validate
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Batches, Training
+from dynrank.layers.base import width_of
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import width_of
 from dynrank.schedules import How
 
 

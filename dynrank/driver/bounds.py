@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dynrank.change.choice import Choice
+from dynrank.layers.base import RankedLayer, max_rank
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import Stage
 from dynrank.targets import UNBOUNDED, Budget, LayerState, Target
 

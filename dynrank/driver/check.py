@@ -14,8 +14,8 @@ from dynrank.driver.bounds import bounded, path
 from dynrank.driver.rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import max_rank
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.layers.ranked import max_rank
 from dynrank.schedules import Stage, check_schedule
 from dynrank.targets import Budget, LayerState
 from dynrank.triggers import Run

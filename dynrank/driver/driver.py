@@ -23,9 +23,9 @@ from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.training import Training
 from dynrank.driver.window import Window
 from dynrank.errors import ConfigurationError, read_as
+from dynrank.layers.base import RankedLayer, width_of
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.layers.ranked import RankedLayer, width_of
 from dynrank.schedules import Stage, early_budget
 from dynrank.targets import Smallest
 from dynrank.triggers import At, Run, Trigger

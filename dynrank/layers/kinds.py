@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import lora_linear
 from dynrank.layers.base import LoRALayer
-from dynrank.layers.experts import LoRAExpertStack
+from dynrank.layers.experts import LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
-from dynrank.layers.routers import LoRARouterWeight
 from dynrank.private import imported
 
 

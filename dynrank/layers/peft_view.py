@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.kernels.lora_linear import Observer
-from dynrank.layers.ranked import put_factors
+from dynrank.layers.base import put_factors
 from dynrank.linalg import products
 
 V = TypeVar("V")
@@ -33,7 +33,7 @@ class _Note(Generic[V]):
 
 
 class PeftLayer:
-    """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.ranked.RankedLayer`.
+    """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.base.RankedLayer`.
 
     ``module`` is a peft.tuners.lora.LoraLayer, ``adapter`` the name of one of its adapters. All data is stored on the
     module, so two views of one adapter are equivalent.

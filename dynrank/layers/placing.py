@@ -1,4 +1,4 @@
-"""Putting LoRA layers into a model."""
+"""Putting LoRA layers into a model, and merging them into their bases."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
-from dynrank.layers.bare import LoRAOwner, stand_ins
 from dynrank.layers.base import LoRALayer, initial_scaling
 from dynrank.layers.choosing import target_names
 from dynrank.layers.compiled import named_modules
+from dynrank.layers.experts import LoRAOwner, stand_ins
 from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
+from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 
 M = TypeVar("M", bound=nn.Module)
@@ -156,3 +157,35 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
         for attribute, child in list(parent._modules.items()):
             if id(child) in replacements:
                 setattr(parent, attribute, replacements[id(child)])
+
+
+def merge(model: M) -> M:
+    """Add the update of every LoRA layer to its base and replace the layer by the base, in place.
+
+    If a head is tied to an embedding, the head gets its own weight, because the update belongs to the head only; the
+    model's config then says that the two are not tied. A base that bitsandbytes has packed into 4 bits is unpacked.
+    Weights keep their dtype; the sum is computed in float32 or wider.
+
+    Raises:
+        ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is packed into 8 bits.
+    """
+    refuse_peft(model, "merge", "call its merge_and_unload()")
+    layers = own_layers(model)
+    if not layers:
+        raise ConfigurationError("the model has no LoRA layers to merge")
+    packed = {name: layer.base for name, layer in layers.items() if is_quantized(layer.base)}
+    faults = [f"{name!r}: {fault}" for name, base in packed.items() if (fault := unpack_fault(base))]
+    if faults:
+        raise ConfigurationError("the model cannot be merged:\n  " + "\n  ".join(faults[:20]))
+    tied = tied_weights(model)
+    if any(id(layer.weight) in tied for layer in layers.values()):
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+    # Layer by layer, so that an interrupted merge counts no update twice.
+    for layer in layers.values():
+        replace_modules(model, {id(layer): layer.merge()})
+    replace_modules(model, {id(module): module.base for module in model.modules() if isinstance(module, LoRAOwner)})
+    mark_unpacked(model)
+    return model

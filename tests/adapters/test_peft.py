@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 import dynrank
-from dynrank.layers.bare import LoRAParameter
+from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.kinds import LAYERS, layer_class
 
 TOKENS = {"vocab_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

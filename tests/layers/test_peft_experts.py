@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 import dynrank
 from dynrank.change.replacement import Snapshot
+from dynrank.layers.base import max_rank, width_of
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.layers.ranked import max_rank, width_of
 
 # For these models PEFT's all-linear means experts and routers, too.
 REWRITTEN = ("Mixtral", "Qwen3Moe", "DeepseekV3")
