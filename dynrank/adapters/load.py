@@ -148,7 +148,7 @@ class _Change:
                 faults.append(f"the model has no module {name!r}")
             elif kind is None:
                 faults.append(f"{name!r} is a {type(base).__name__}, which cannot have LoRA")
-            elif (ours := (kind.experts_of(base), *kind.shape_of(base))) != (stored.experts, *stored.shape):
+            elif (ours := (kind.num_products_of(base), *kind.shape_of(base))) != (stored.experts, *stored.shape):
                 theirs = shape_of_update(stored.experts, *stored.shape)
                 faults.append(f"{name!r} is {shape_of_update(*ours)} in the model and {theirs} in the adapter")
             else:

@@ -45,7 +45,7 @@ def moved_average(layer: RankedLayer, change: RankChange) -> tuple[Tensor, Tenso
 
     In a new direction the row of lora_A is that of the model.
     """
-    device, count = layer.lora_A.device, layer.experts
+    device, count = layer.lora_A.device, layer.num_products
     from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))
     is_new = from_A.eq(0).all(dim=-1, keepdim=True)
     old_A, old_B = split(layer.lora_A.double(), count, 0), split(layer.lora_B.double(), count, 1)

@@ -61,7 +61,7 @@ class Replacement:
     def put(self) -> None:
         """Replace everything by assignments; Ctrl-C takes effect after the last one."""
         peft = [(layer, len(lora_A)) for layer, lora_A, _ in self.factors if isinstance(layer, PeftLayer)]
-        ranks = {(layer.module, layer.adapter): rows // layer.experts for layer, rows in peft}
+        ranks = {(layer.module, layer.adapter): rows // layer.num_products for layer, rows in peft}
         configs = [change for module in self.modules for change in config_changes(module, ranks)]
         with uninterrupted():
             for layer, lora_A, lora_B in self.factors:

@@ -25,7 +25,7 @@ def print_ranks(config: DictConfig) -> None:
         start += layer.rank * width
         table.add_row(
             name,
-            shape_of_update(layer.experts, len(layer.lora_B), layer.lora_A.shape[1]),
+            shape_of_update(layer.num_products, len(layer.lora_B), layer.lora_A.shape[1]),
             str(layer.rank),
             span(final[name]) + (" (pinned)" if layer.pinned else ""),
             f"{layer.alpha:g}",

@@ -26,7 +26,9 @@ def bounded(layer: RankedLayer, last: bool) -> LayerState:
         lowest = highest = rank
     elif layer.final_rank is not None and last:
         highest = layer.final_rank
-    return LayerState(rank, d_out, d_in, lowest, highest, layer.final_rank, cap=layer.highest, experts=layer.experts)
+    return LayerState(
+        rank, d_out, d_in, lowest, highest, layer.final_rank, cap=layer.highest, experts=layer.num_products
+    )
 
 
 def layer_states(

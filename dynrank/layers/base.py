@@ -12,6 +12,16 @@ from dynrank.kernels.lora_linear import Observer
 from dynrank.linalg import products
 
 
+def note(module: nn.Module, key: Any, value: Any) -> None:
+    """Keep a value on a module of the user's, in dynrank's one record there, so that copies of the module have it."""
+    vars(module).setdefault("dynrank", {})[key] = value
+
+
+def noted(module: nn.Module, key: Any, default: Any = None) -> Any:
+    """The value that :func:`note` has kept on ``module``."""
+    return vars(module).get("dynrank", {}).get(key, default)
+
+
 class RankedLayer(Protocol):
     """A LoRA layer whose rank can change: dynrank's own, or a view of another library's.
 
@@ -34,7 +44,7 @@ class RankedLayer(Protocol):
     def lora_B(self) -> nn.Parameter: ...
 
     @property
-    def experts(self) -> int:
+    def num_products(self) -> int:
         """How many products the factors stack; 1 in a plain layer."""
         ...
 
@@ -109,14 +119,16 @@ class LoRALayer(nn.Module):
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        (d_out, d_in), self.experts = self.shape_of(base), self.experts_of(base)
+        d_out, d_in = self.shape_of(base)
+        self.num_products = self.num_products_of(base)
         if not 1 <= rank <= min(d_out, d_in):
             raise ConfigurationError(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {rank}")
         if not 0 <= dropout < 1:
             raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}; set lora.dropout")
         self.backend = check_backend(backend)
         self.base = base.requires_grad_(False)
-        self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
+        self.scaling = float(scaling)
+        self.dropout = nn.Dropout(dropout)
         self.final_rank: int | None = None
         self.highest: int | None = None
         self.pinned = False
@@ -124,8 +136,8 @@ class LoRALayer(nn.Module):
         self._observer: Observer | None = None
         place: dict[str, Any] = {"device": base.get_parameter("weight").device, "dtype": dtype}
         if factors is None:
-            self.lora_A = nn.Parameter(torch.empty(rank * self.experts, d_in, **place))
-            self.lora_B = nn.Parameter(torch.zeros(d_out, rank * self.experts, **place))
+            self.lora_A = nn.Parameter(torch.empty(rank * self.num_products, d_in, **place))
+            self.lora_B = nn.Parameter(torch.zeros(d_out, rank * self.num_products, **place))
             self.init_A()
         else:
             lora_A, lora_B = (factor.detach().to(**place, copy=True).contiguous() for factor in factors)
@@ -138,7 +150,7 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def experts_of(cls, base: nn.Module) -> int:
+    def num_products_of(cls, base: nn.Module) -> int:
         """How many products the factors stack: one, except in a layer of experts."""
         return 1
 
@@ -152,11 +164,11 @@ class LoRALayer(nn.Module):
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0] // self.experts
+        return self.lora_A.shape[0] // self.num_products
 
     def products(self) -> list[tuple[Tensor, Tensor]]:
         """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product that the factors stack, as views."""
-        return products(self.lora_B, self.lora_A, self.experts)
+        return products(self.lora_B, self.lora_A, self.num_products)
 
     @property
     def alpha(self) -> float:
@@ -264,7 +276,7 @@ def max_rank(layer: RankedLayer) -> int:
 
 def width_of(layer: RankedLayer) -> int:
     """(d_out + d_in) * experts: the parameters of one direction."""
-    return (layer.lora_B.shape[0] + layer.lora_A[0].numel()) * layer.experts
+    return (layer.lora_B.shape[0] + layer.lora_A[0].numel()) * layer.num_products
 
 
 @torch.no_grad()
@@ -287,8 +299,8 @@ def take_rank(
         raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before loading into it")
     if lora_A is None or lora_B is None:
         return
-    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A[0].numel(), lora_A.shape[0] // layer.experts
-    rows = rank * layer.experts
+    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A[0].numel(), lora_A.shape[0] // layer.num_products
+    rows = rank * layer.num_products
     sizes = [(*factor.flatten(1).shape,) for factor in (lora_A, lora_B)]
     alike = lora_A.ndim == layer.lora_A.ndim and lora_B.ndim == layer.lora_B.ndim
     if sizes != [(rows, d_in), (d_out, rows)] or not alike or not 1 <= rank <= (most or rank):

@@ -127,7 +127,7 @@ class LoRAExpertStack(LoRAParameter):
         return d_out, d_in
 
     @classmethod
-    def experts_of(cls, base: nn.Module) -> int:
+    def num_products_of(cls, base: nn.Module) -> int:
         assert isinstance(base, ExpertStack)
         return len(base.weight)
 
@@ -145,8 +145,8 @@ class LoRAExpertStack(LoRAParameter):
         x_SI = x_SI.to(weight_EIO.dtype)
         # grouped_mm needs rows of a multiple of 16 bytes, so zeros pad the rank.
         missing = -self.rank % 8
-        a_ERI = F.pad(split(self.lora_A, self.experts, 0), (0, 0, 0, missing)).to(x_SI.dtype)
-        b_ERO = F.pad(split(self.lora_B, self.experts, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
+        a_ERI = F.pad(split(self.lora_A, self.num_products, 0), (0, 0, 0, missing)).to(x_SI.dtype)
+        b_ERO = F.pad(split(self.lora_B, self.num_products, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
         z_SR = grouped_product(self.dropout(x_SI), a_ERI.mT, ends)
         return grouped_product(x_SI, weight_EIO, ends) + self.scaling * grouped_product(z_SR, b_ERO, ends)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import LoRALayer, note, noted
 from dynrank.layers.quantized import plain_values
 from dynrank.private import imported, source_of
 
@@ -31,9 +31,9 @@ def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
     """{prefix of its names in ``model``: a model that :func:`dynrank.add_lora`, ``load_adapter`` or PEFT adapted}."""
     found: dict[str, nn.Module] = {}
     for name, root in model.named_modules():
-        prefix, own = f"{name}." if name else "", vars(root).get("_has_lora")
-        # The flag stays set after a merge.
-        adapted = own and any(isinstance(module, LoRALayer) for module in root.modules())
+        prefix = f"{name}." if name else ""
+        # The note stays after a merge.
+        adapted = noted(root, "adapted") and any(isinstance(module, LoRALayer) for module in root.modules())
         adapted = adapted or isinstance(vars(root).get("peft_config"), dict)
         if adapted and not any(prefix.startswith(outer) for outer in found):
             found[prefix] = root
@@ -85,8 +85,8 @@ def follow_base(model: nn.Module) -> None:
 
     :func:`dynrank.add_lora` calls this.
     """
-    if not getattr(model, "_follows_base", False):
-        model._follows_base = True  # type: ignore[assignment]
+    if not noted(model, "follows_base"):
+        note(model, "follows_base", True)
         model.register_load_state_dict_pre_hook(_fill_in_base)  # type: ignore[no-untyped-call]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import take_rank
+from dynrank.layers.base import note, noted, take_rank
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.peft_view import PeftLayer
@@ -102,8 +102,8 @@ def follow_checkpoint_ranks(model: nn.Module) -> None:
     callbacks; for it, call this function at the end of the module's ``__init__``. The layers may be created later (in
     ``configure_model``), because only loading looks them up. A second call does nothing.
     """
-    if not getattr(model, "_follows_checkpoint_ranks", False):
-        model._follows_checkpoint_ranks = True  # type: ignore[assignment]
+    if not noted(model, "follows_ranks"):
+        note(model, "follows_ranks", True)
         model.register_load_state_dict_pre_hook(take_peft_ranks)  # type: ignore[no-untyped-call]
         follow_base(model)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.kernels.lora_linear import Observer
-from dynrank.layers.base import put_factors
+from dynrank.layers.base import note, noted, put_factors
 from dynrank.linalg import products
 
 V = TypeVar("V")
@@ -25,11 +25,11 @@ class _Note(Generic[V]):
         self.name = name
 
     def __get__(self, layer: PeftLayer, owner: type) -> V:
-        notes: dict[tuple[str, str], V] = vars(layer.module).get("dynrank_notes", {})
-        return notes.get((layer.adapter, self.name), self.default)
+        value: V = noted(layer.module, (layer.adapter, self.name), self.default)
+        return value
 
     def __set__(self, layer: PeftLayer, value: V) -> None:
-        vars(layer.module).setdefault("dynrank_notes", {})[layer.adapter, self.name] = value
+        note(layer.module, (layer.adapter, self.name), value)
 
 
 class PeftLayer:
@@ -75,16 +75,16 @@ class PeftLayer:
         return hasattr(self.module, "parameter_name")
 
     @property
-    def experts(self) -> int:
+    def num_products(self) -> int:
         return self.module.num_experts if self.of_parameter else 1
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0] // self.experts
+        return self.lora_A.shape[0] // self.num_products
 
     def products(self) -> list[tuple[Tensor, Tensor]]:
         """As :meth:`dynrank.layers.base.LoRALayer.products`."""
-        return products(self.lora_B, self.lora_A, self.experts)
+        return products(self.lora_B, self.lora_A, self.num_products)
 
     @property
     def scaling(self) -> float:

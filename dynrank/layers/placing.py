@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
-from dynrank.layers.base import LoRALayer, initial_scaling
+from dynrank.layers.base import LoRALayer, initial_scaling, note, noted
 from dynrank.layers.choosing import target_names
 from dynrank.layers.compiled import named_modules
 from dynrank.layers.experts import LoRAOwner, stand_ins
@@ -134,7 +134,7 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:
                 base_values(module).setdefault(leaf, None)
-    model._has_lora = True  # type: ignore[assignment]
+    note(model, "adapted", True)
     follow_base(model)
 
 
@@ -143,7 +143,9 @@ def base_values(module: nn.Module) -> dict[str, Tensor | None]:
 
     None means that the value was not kept.
     """
-    values: dict[str, Tensor | None] = vars(module).setdefault("_base_values", {})
+    if noted(module, "base_values") is None:
+        note(module, "base_values", {})
+    values: dict[str, Tensor | None] = noted(module, "base_values")
     return values
 
 
