@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dynrank.errors import ConfigurationError as ConfigurationError
     from dynrank.layers.finding import adapter_parameters as adapter_parameters
     from dynrank.layers.finding import lora_layers as lora_layers
-    from dynrank.layers.merging import merge as merge
     from dynrank.layers.placing import add_lora as add_lora
+    from dynrank.layers.placing import merge as merge
     from dynrank.run.config import compose as compose
 
 __version__ = "0.3.0"
@@ -32,7 +32,7 @@ _HOMES = {
     "export_adapter": "dynrank.adapters.export",
     "load_adapter": "dynrank.adapters.load",
     "lora_layers": "dynrank.layers.finding",
-    "merge": "dynrank.layers.merging",
+    "merge": "dynrank.layers.placing",
     "read_adapter": "dynrank.adapters.read",
     "resize": "dynrank.change.resize",
     "save_adapter": "dynrank.adapters.save",

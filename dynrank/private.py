@@ -1,11 +1,14 @@
 """The private names of torch, transformers and Lightning Fabric that dynrank uses where no public name serves.
 
+And the classes of libraries that dynrank knows but does not import.
+
 Tests fail when a release removes one, and ``tests/test_private.py`` when another module uses one. The private names of
 Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in ``distributed/wrappers.py``.
 """
 
 from __future__ import annotations
 
+import sys
 from types import CodeType
 from typing import Any
 
@@ -25,14 +28,18 @@ foreach_add_, foreach_mul_ = torch._foreach_add_, torch._foreach_mul_
 foreach_lerp, foreach_lerp_ = torch._foreach_lerp, torch._foreach_lerp_
 
 
+def imported(path: str) -> Any:
+    """The class at ``path``, such as ``peft.LoraModel``; ``()`` if its module is not imported.
+
+    Without the import there are no objects of the class, and no object is an instance of ``()``.
+    """
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, ())
+
+
 def backward_number() -> int:
     """The id of the running backward pass, -1 outside; a reentrant checkpoint's inner backward has its own id."""
     return torch._C._current_graph_task_id()
-
-
-def saved_tensor_hooks() -> Any:
-    """The innermost pair of saved-tensor hooks that is active now (checkpointing sets one); None if there is none."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def pass_over_in_compile(code: CodeType) -> None:

@@ -51,14 +51,13 @@ def expand(
     bias_N: Tensor | None,
     dropout: Dropout,
     dtype: torch.dtype,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``; written into ``out`` if it is given."""
+    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``, contiguous."""
     s_MR, factor_RN, scale = _in(dtype, s_MR), _in(dtype, factor_RN), scale * dropout.rescale
     if bias_N is None:
-        out = _product(s_MR, factor_RN, scale, dtype, out)
+        out = _product(s_MR, factor_RN, scale, dtype)
     else:
-        out = torch.addmm(bias_N, s_MR, factor_RN, alpha=scale, out=out)
+        out = torch.addmm(bias_N, s_MR, factor_RN, alpha=scale)
     return out if dropout.mask is None else masked(out, dropout.mask, in_place=True)
 
 
@@ -81,14 +80,14 @@ def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout) ->
     return _product(ds_MR.mT, _in(ds_MR.dtype, x_MI), dropout.rescale, dtype)
 
 
-def _product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def _product(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """``scale * left right``, summed and stored in ``dtype``; on a CPU this must be the inputs' dtype."""
     dtypes = () if left.dtype == dtype else (dtype,)
     if scale == 1:
-        return torch.mm(left, right, *dtypes, out=out)
+        return torch.mm(left, right, *dtypes)
     # With beta = 0 torch never reads this tensor, so one call multiplies and scales without an empty result.
     unread = left.new_empty(1, dtype=dtype)
-    return torch.addmm(unread, left, right, *dtypes, beta=0, alpha=scale, out=out)
+    return torch.addmm(unread, left, right, *dtypes, beta=0, alpha=scale)
 
 
 def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:

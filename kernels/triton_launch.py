@@ -111,11 +111,10 @@ def expand(
     bias_N: Tensor | None,
     dropout: Dropout,
     dtype: torch.dtype,
-    out: Tensor | None = None,
 ) -> Tensor:
-    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``; written into ``out``, contiguous, if it is given."""
+    """``drop(scale * s factor + bias)``, (M, N) in ``dtype``, contiguous."""
     (rows, rank), width = s_MR.shape, factor_RN.shape[1]
-    out_MN = s_MR.new_empty(rows, width, dtype=dtype) if out is None else out
+    out_MN = s_MR.new_empty(rows, width, dtype=dtype)
     if out_MN.numel() == 0:
         return out_MN
     options = _options("expand", rank, dropout)

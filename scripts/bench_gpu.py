@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench_group import Readers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -49,7 +48,7 @@ class Times(NamedTuple):
 class Row(NamedTuple):
     """What was measured for one size; ``times`` by the name of the layer."""
 
-    # One layer, or the layers that read one x.
+    # One layer, or one compiled layer.
     what: str
     d_in: int
     d_out: int
@@ -77,9 +76,8 @@ def main() -> None:
         rows.append(_row("one layer", layers, d_in, d_out, tokens, rank, p, options))
         print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     (d_in, d_out), tokens, rank = shapes[0], max(options.tokens), options.ranks[0]
-    for p in (0.0, 0.1):
-        rows.append(_row("q, k, v", group(d_in, rank, p, options.device), d_in, d_in, tokens, rank, p, options))
-        if options.device == "cuda":
+    if options.device == "cuda":
+        for p in (0.0, 0.1):
             compiled = {name: torch.compile(f) for name, f in one_layer(d_in, d_out, rank, p, "cuda").items()}
             rows.append(_row("one layer, compiled", compiled, d_in, d_out, tokens, rank, p, options))
     card = torch.cuda.get_device_name() if options.device == "cuda" else "CPU (small sizes)"
@@ -152,36 +150,18 @@ def one_layer(d_in: int, d_out: int, rank: int, p: float, device: str) -> dict[s
     return layers  # type: ignore[return-value]
 
 
-def group(width: int, rank: int, p: float, device: str) -> dict[str, Callable[[Tensor], Any]]:
-    """Three layers that read one x, by name."""
-    names = ["q_proj", "k_proj", "v_proj"]
-
-    def base() -> nn.Module:
-        return Readers(width, dict.fromkeys(names, width)).to(device, torch.bfloat16).requires_grad_(False)
-
-    size = {"rank": rank, "target_modules": names, "dropout": p, "dtype": torch.bfloat16}
-    config = LoraConfig(r=rank, target_modules=names, lora_dropout=p)
-    models = {"frozen": base(), "PEFT": _trained(get_peft_model(base(), config).base_model.model).bfloat16()}
-    for name, backend in OURS.items() if device == "cuda" else [("ATen", "torch")]:
-        for suffix, together in (("", False), (", grouped", True)):
-            models[name + suffix] = _trained(add_lora(base(), **size, backend=backend, group=together))
-    return models  # type: ignore[return-value]
-
-
 def _row(
-    what: str, layers: Mapping[str, Callable[[Tensor], Any]], d_in: int, d_out: int, tokens: int, rank: int, p: float,
-    options: argparse.Namespace,
+    what: str, layers: Mapping[str, Callable[[Tensor], Tensor]], d_in: int, d_out: int, tokens: int, rank: int,
+    p: float, options: argparse.Namespace,
 ) -> Row:  # fmt: skip
     x = torch.randn(tokens, d_in, dtype=torch.bfloat16, device=options.device, requires_grad=True)
     dy = torch.randn(tokens, d_out, dtype=torch.bfloat16, device=options.device)
 
-    def step(layer: Callable[[Tensor], Any]) -> Function:
+    def step(layer: Callable[[Tensor], Tensor]) -> Function:
         leaves = [x, *(each for each in getattr(layer, "parameters", list)() if each.requires_grad)]
 
         def forward_and_backward() -> object:
-            ys = layer(x)
-            ys = ys if isinstance(ys, list) else [ys]
-            return torch.autograd.grad(ys, leaves, [dy] * len(ys))
+            return torch.autograd.grad(layer(x), leaves, dy)
 
         return forward_and_backward
 

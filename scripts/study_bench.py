@@ -21,7 +21,7 @@ from dynrank import RankDriver, Training, add_lora, compose, lora_layers
 from dynrank.change.gates import Gates
 from dynrank.change.greedy import ByWeight
 from dynrank.errors import ConfigurationError
-from dynrank.layers.ranked import RankedLayer
+from dynrank.layers.base import RankedLayer
 from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
 from dynrank.run.config import plain
 from dynrank.schedules import Stage

@@ -23,9 +23,7 @@ M = TypeVar("M", bound=nn.Module)
 Place = tuple[nn.Module, str]
 
 
-def load_adapter(
-    model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32, group: bool | None = None
-) -> M:
+def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = torch.float32) -> M:
     """Put the LoRA layers of a PEFT adapter (ours or PEFT's) into a plain model, in place, and load them.
 
     Ranks and scaling come from the settings by PEFT's rules. Everything is checked before the model changes.
@@ -34,7 +32,6 @@ def load_adapter(
         model: the model that the adapter was trained on, without LoRA layers.
         path: folder with adapter_config.json and adapter_model.safetensors, or what :func:`read_adapter` returned.
         dtype: dtype of the factors.
-        group: as for :func:`dynrank.add_lora`.
 
     Returns:
         ``model`` itself; adapters and saved heads are trainable, all else is frozen.
@@ -51,7 +48,7 @@ def load_adapter(
         )
     change = _Change(model, path, dtype)
     with call_lock_of(model).closed():
-        change.put(keep_base=False, group=group)
+        change.put(keep_base=False)
     return model
 
 
@@ -87,7 +84,7 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     refuse_peft(model, "swap_adapter", "call its load_adapter() and set_adapter()")
     change = _Change(model, adapter, dtype)
     with call_lock_of(model).closed():
-        change.put(keep_base=True, group=vars(model).get("_groups_layers"))
+        change.put(keep_base=True)
     return model
 
 
@@ -123,12 +120,12 @@ class _Change:
             options = {"scaling": stored.scaling, "dropout": adapter.config.lora_dropout or 0.0, "dtype": dtype}
             self._layers[name] = make_layer(base, rank=stored.rank, factors=(lora_A, lora_B), **options)
 
-    def put(self, *, keep_base: bool, group: bool | None) -> None:
+    def put(self, *, keep_base: bool) -> None:
         """Put the layers and heads into the model, and remove those of the previous adapter.
 
         With ``keep_base`` the base's own values of overwritten heads are kept, so that a later swap can restore them.
         """
-        place_layers(self._model, self._layers, group=group)
+        place_layers(self._model, self._layers)
         for module, leaf in self._not_overwritten().values():
             if leaf in base_values(module):
                 value = base_values(module).pop(leaf)
@@ -151,7 +148,7 @@ class _Change:
                 faults.append(f"the model has no module {name!r}")
             elif kind is None:
                 faults.append(f"{name!r} is a {type(base).__name__}, which cannot have LoRA")
-            elif (ours := (kind.experts_of(base), *kind.shape_of(base))) != (stored.experts, *stored.shape):
+            elif (ours := (kind.num_products_of(base), *kind.shape_of(base))) != (stored.experts, *stored.shape):
                 theirs = shape_of_update(stored.experts, *stored.shape)
                 faults.append(f"{name!r} is {shape_of_update(*ours)} in the model and {theirs} in the adapter")
             else:

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from dynrank.adapters.base import base_source, on_base
 from dynrank.adapters.beside import input_files
 from dynrank.adapters.read import read_adapter
-from dynrank.layers.merging import merge
+from dynrank.layers.placing import merge
 from dynrank.models.pretrained import load_by_name
 from dynrank.output.output_folder import check_free, whole_or_nothing
 

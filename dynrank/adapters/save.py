@@ -16,9 +16,9 @@ from dynrank.adapters.stored import Factors, write_tensors
 from dynrank.adapters.wrappers import wrapper_names
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, DivergedError
-from dynrank.layers.bare import LoRAParameter
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
+from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers

@@ -28,7 +28,7 @@ from dynrank.change.greedy import ByWeight, LossChange, Quadratic
 from dynrank.change.passes import Passes, joined
 from dynrank.distributed.processes import from_all, process_count
 from dynrank.errors import ConfigurationError, DivergedError
-from dynrank.layers.ranked import RankedLayer, params_per_rank
+from dynrank.layers.base import RankedLayer, params_per_rank
 
 # The most examples that are kept of a window. They are enough, and the cores of a 7B model at rank 32 take 587 MB.
 EXAMPLES = 640

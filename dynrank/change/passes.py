@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from dynrank.change.calls import Call, Calls, counted
-from dynrank.layers.ranked import RankedLayer
+from dynrank.layers.base import RankedLayer
 from dynrank.linalg import split
 from dynrank.private import backward_number
 
@@ -163,7 +163,7 @@ class Passes:
         current.whole.add(name)
         wide = torch.promote_types(layer.lora_A.dtype, torch.float32)
         d_ERI, a_ERI = (
-            split(factor.to(wide), layer.experts, 0) for factor in (gradient.flatten(1), layer.lora_A.flatten(1))
+            split(factor.to(wide), layer.num_products, 0) for factor in (gradient.flatten(1), layer.lora_A.flatten(1))
         )
         core = (d_ERI @ a_ERI.mT)[None]
         seen = current.cores.get(name)
@@ -172,7 +172,7 @@ class Passes:
 
 def joined(passes: list[Pass], name: str, layer: RankedLayer, whole: bool) -> Tensor:
     """The cores of a step, (examples, E, R, R), or (passes, E, R, R) if ``whole``; zeros if a pass lacks the layer."""
-    wide, shape = torch.promote_types(layer.lora_A.dtype, torch.float32), (layer.experts, layer.rank, layer.rank)
+    wide, shape = torch.promote_types(layer.lora_A.dtype, torch.float32), (layer.num_products, layer.rank, layer.rank)
     parts = []
     for seen in passes:
         core = seen.cores.get(name)

@@ -20,11 +20,11 @@ from dynrank.change.optimizer_state import check_optimizer, moved_states
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
+from dynrank.layers.base import RankedLayer, max_rank, params_per_rank
 from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import config_changes
 from dynrank.layers.peft_view import PeftLayer
-from dynrank.layers.ranked import RankedLayer, max_rank, params_per_rank
 from dynrank.linalg import RankChange, energy_kept, grow_product, joined, keep_directions, split, stacked
 
 Ranks: TypeAlias = int | Mapping[str, int]
@@ -184,7 +184,7 @@ class Adapters:
             for name, (lora_A, _) in factors.items():
                 layer = layers[name]
                 if isinstance(layer, PeftLayer):
-                    peft_ranks[layer.module, layer.adapter] = len(lora_A) // layer.experts
+                    peft_ranks[layer.module, layer.adapter] = len(lora_A) // layer.num_products
         configs = [change for model, _ in self.models for change in config_changes(model, peft_ranks)]
         with uninterrupted():
             for (_, layers), factors in zip(self.models, new.factors, strict=True):
@@ -370,7 +370,7 @@ def _moved_average(layer: RankedLayer, change: RankChange) -> tuple[Tensor, Tens
     average by itself would keep more of its function now, but in other coordinates than the model's, so that the next
     update would average numbers that do not belong together. In a new direction the row of lora_A is the model's.
     """
-    device, count = layer.lora_A.device, layer.experts
+    device, count = layer.lora_A.device, layer.num_products
     from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))
     is_new = from_A.eq(0).all(dim=-1, keepdim=True)
     old_A, old_B = split(layer.lora_A.double(), count, 0), split(layer.lora_B.double(), count, 1)

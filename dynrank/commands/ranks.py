@@ -5,8 +5,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from dynrank.driver.check import depends_on_data, final_ranks
+from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import own_layers
-from dynrank.layers.ranked import params_per_rank
 from dynrank.output.console import empty_table, print_table, shape_of_update
 from dynrank.output.slots import slot_line
 from dynrank.run.job import build
@@ -28,7 +28,7 @@ def print_ranks(config: DictConfig) -> None:
         end += final[name] * width
         table.add_row(
             name,
-            shape_of_update(layer.experts, len(layer.lora_B), layer.lora_A.shape[1]),
+            shape_of_update(layer.num_products, len(layer.lora_B), layer.lora_A.shape[1]),
             str(layer.rank),
             f"{final[name]} (pinned)" if layer.pinned else f"{about}{final[name]}",
             f"{layer.alpha:g}",

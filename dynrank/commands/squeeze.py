@@ -10,8 +10,8 @@ from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
 from dynrank.change.greedy import ByWeight
 from dynrank.change.resize import report_of, resize
 from dynrank.driver.event import RankEvent
+from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import params_per_rank
 from dynrank.output.change_table import change_table
 from dynrank.output.console import print_facts, print_table
 from dynrank.targets import Target

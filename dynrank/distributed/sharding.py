@@ -14,11 +14,10 @@ from torch.optim import Optimizer
 
 from dynrank.distributed.processes import average_over_processes, copy_from_first, from_first
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import LoRALayer, max_rank, take_rank
 from dynrank.layers.compiled import named_modules, plain_name
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import take_peft_ranks
-from dynrank.layers.ranked import max_rank, take_rank
 
 
 def shard_frozen(

@@ -17,8 +17,8 @@ from dynrank.distributed.sharding import sharded_error, sharded_layers
 from dynrank.driver.rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import RankedLayer, max_rank
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.layers.ranked import RankedLayer, max_rank
 from dynrank.schedules import Stage, check_schedule
 from dynrank.targets import UNBOUNDED, Budget, LayerState, Target
 from dynrank.triggers import Run, Trigger
@@ -58,7 +58,7 @@ def _state(layer: RankedLayer, rank: int, last: bool, values: Tensor | None) -> 
     elif layer.final_rank is not None and last:
         highest = layer.final_rank
     d_out, d_in = len(layer.lora_B), layer.lora_A[0].numel()
-    own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "experts": layer.experts}
+    own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "experts": layer.num_products}
     return LayerState(rank, d_out, d_in, lowest, highest, values=values, **own)
 
 

@@ -26,9 +26,9 @@ from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo
 from dynrank.driver.window import Window
 from dynrank.errors import ConfigurationError, read_as
+from dynrank.layers.base import params_per_rank
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.layers.ranked import params_per_rank
 from dynrank.schedules import Schedule, Stage, as_texts, stages_of
 from dynrank.triggers import At, Run, Trigger
 

@@ -15,8 +15,8 @@ from dynrank.driver.check import layer_states
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Batches, Training
 from dynrank.driver.undo import RegressionTest, Undo, validate
+from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import params_per_rank
 from dynrank.schedules import How, Stage
 from dynrank.targets import Budget
 

@@ -10,8 +10,8 @@ from torch import nn
 from dynrank.change.gates import FEW, Gates
 from dynrank.driver.check import expected_states
 from dynrank.driver.training import Training
+from dynrank.layers.base import RankedLayer
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.ranked import RankedLayer
 from dynrank.schedules import Stage
 
 # For a search, in standard errors: one wrongly dropped direction early in the order would stop the bisection.

@@ -1,16 +1,82 @@
 """The LoRA layer: a frozen base, two factors, one scaling, and a rank that its checkpoint decides."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
-from dynrank.kernels.lora_linear import Tap
-from dynrank.layers.ranked import max_rank, put_factors, take_rank
+from dynrank.kernels.lora_linear import Observer
 from dynrank.linalg import products
+
+
+def note(module: nn.Module, key: Any, value: Any) -> None:
+    """Keep a value on a module of the user's, in dynrank's one record there, so that copies of the module have it."""
+    vars(module).setdefault("dynrank", {})[key] = value
+
+
+def noted(module: nn.Module, key: Any, default: Any = None) -> Any:
+    """The value that :func:`note` has kept on ``module``."""
+    return vars(module).get("dynrank", {}).get(key, default)
+
+
+class RankedLayer(Protocol):
+    """A LoRA layer whose rank can change: dynrank's own, or a view of another library's.
+
+    Its update is ``scaling * lora_B @ lora_A``; lora_A is (rank, d_in), lora_B (d_out, rank). The factors of PEFT's
+    convolutions are filters, which :meth:`products` and :meth:`set_factors` treat as matrices. A layer of experts has
+    one product per expert, all of the same rank, and its factors stack them (:func:`dynrank.linalg.split`).
+    """
+
+    # Its rank at the end of a schedule; None for the schedule's own target.
+    final_rank: int | None
+    # The highest rank that a budget may give it; None for the budget's own bound.
+    highest: int | None
+    # Whether schedules leave its rank unchanged.
+    pinned: bool
+
+    @property
+    def lora_A(self) -> nn.Parameter: ...
+
+    @property
+    def lora_B(self) -> nn.Parameter: ...
+
+    @property
+    def num_products(self) -> int:
+        """How many products the factors stack; 1 in a plain layer."""
+        ...
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def scaling(self) -> float: ...
+
+    @property
+    def base(self) -> nn.Module:
+        """The frozen layer."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose input and output are those of the layer."""
+        ...
+
+    @property
+    def merged(self) -> bool: ...
+
+    def products(self) -> list[tuple[Tensor, Tensor]]:
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product."""
+        ...
+
+    def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
+
+    @property
+    def observe(self) -> Callable[[Observer], Callable[[], None]] | None:
+        """As :meth:`dynrank.layers.base.LoRALayer.observe`; None if the layer does not compute z = A x per example."""
+        ...
 
 
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
@@ -53,23 +119,25 @@ class LoRALayer(nn.Module):
         factors: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        (d_out, d_in), self.experts = self.shape_of(base), self.experts_of(base)
+        d_out, d_in = self.shape_of(base)
+        self.num_products = self.num_products_of(base)
         if not 1 <= rank <= min(d_out, d_in):
             raise ConfigurationError(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {rank}")
         if not 0 <= dropout < 1:
             raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}; set lora.dropout")
         self.backend = check_backend(backend)
         self.base = base.requires_grad_(False)
-        self.scaling, self.dropout = float(scaling), nn.Dropout(dropout)
+        self.scaling = float(scaling)
+        self.dropout = nn.Dropout(dropout)
         self.final_rank: int | None = None
         self.highest: int | None = None
         self.pinned = False
         self.rule: str | None = None
-        self._tap: Tap | None = None
+        self._observer: Observer | None = None
         place: dict[str, Any] = {"device": base.get_parameter("weight").device, "dtype": dtype}
         if factors is None:
-            self.lora_A = nn.Parameter(torch.empty(rank * self.experts, d_in, **place))
-            self.lora_B = nn.Parameter(torch.zeros(d_out, rank * self.experts, **place))
+            self.lora_A = nn.Parameter(torch.empty(rank * self.num_products, d_in, **place))
+            self.lora_B = nn.Parameter(torch.zeros(d_out, rank * self.num_products, **place))
             self.init_A()
         else:
             lora_A, lora_B = (factor.detach().to(**place, copy=True).contiguous() for factor in factors)
@@ -82,7 +150,7 @@ class LoRALayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def experts_of(cls, base: nn.Module) -> int:
+    def num_products_of(cls, base: nn.Module) -> int:
         """How many products the factors stack: one, except in a layer of experts."""
         return 1
 
@@ -92,15 +160,15 @@ class LoRALayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do not carry the observer."""
-        return {**vars(self), "_tap": None}
+        return {**vars(self), "_observer": None}
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0] // self.experts
+        return self.lora_A.shape[0] // self.num_products
 
     def products(self) -> list[tuple[Tensor, Tensor]]:
         """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product that the factors stack, as views."""
-        return products(self.lora_B, self.lora_A, self.experts)
+        return products(self.lora_B, self.lora_A, self.num_products)
 
     @property
     def alpha(self) -> float:
@@ -143,24 +211,24 @@ class LoRALayer(nn.Module):
         """
         put_factors(self, lora_A, lora_B)
 
-    def observe(self, tap: Tap) -> Callable[[], None]:
-        """Call ``tap(z, dz)`` once in each backward, until the returned function is called.
+    def observe(self, observer: Observer) -> Callable[[], None]:
+        """Call ``observer(z, dz)`` once in each backward, until the returned function is called.
 
         z is A applied to the layer's input (after dropout). dz is the gradient of the loss at z, ``scaling * B^T g``
         for the gradient g at the output. Both are (examples, positions..., rank) as the input is, without a graph.
         """
-        if self._tap is not None:
+        if self._observer is not None:
             raise RuntimeError("the layer is being observed already")
-        self._tap = tap
-        return lambda: setattr(self, "_tap", None)
+        self._observer = observer
+        return lambda: setattr(self, "_observer", None)
 
-    def _watched(self, z: Tensor, channels: int = -1) -> Tensor:
-        """``z``, with a hook that calls the tap, if there is one, when the gradient of ``z`` is known."""
-        tap, values = self._tap, z.detach()
-        if tap is not None and z.requires_grad:
+    def _observed(self, z: Tensor, channels: int = -1) -> Tensor:
+        """``z``, with a hook that calls the observer, if there is one, when the gradient of ``z`` is known."""
+        observer, values = self._observer, z.detach()
+        if observer is not None and z.requires_grad:
 
             def report(dz: Tensor) -> None:
-                tap(*(t.movedim(channels, -1) for t in (values, dz)))
+                observer(values.movedim(channels, -1), dz.movedim(channels, -1))
 
             z.register_hook(report)  # type: ignore[no-untyped-call]
         return z
@@ -199,6 +267,49 @@ class LoRALayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}, scaling={self.scaling:g}"
+
+
+def max_rank(layer: RankedLayer) -> int:
+    """The highest possible rank of ``layer``, min(d_in, d_out)."""
+    return min(len(layer.lora_B), layer.lora_A[0].numel())
+
+
+def params_per_rank(layer: RankedLayer) -> int:
+    """(d_out + d_in) * experts: the parameters of one direction."""
+    return (layer.lora_B.shape[0] + layer.lora_A[0].numel()) * layer.num_products
+
+
+@torch.no_grad()
+def put_factors(layer: RankedLayer, lora_A: Tensor, lora_B: Tensor) -> None:
+    """Put new factors, of any rank, into the same two Parameter objects of ``layer``, and delete their gradients."""
+    for parameter, value in ((layer.lora_A, lora_A), (layer.lora_B, lora_B)):
+        parameter.grad = None
+        parameter.set_(value)  # type: ignore[call-overload]
+
+
+def take_rank(
+    layer: RankedLayer, name: str, lora_A: Tensor | None, lora_B: Tensor | None, *, most: int | None = None
+) -> None:
+    """Give the layer the rank of the factors that are about to be loaded.
+
+    A factor that the state dict lacks is None; torch reports it later. ``most`` is the highest rank that is accepted;
+    PEFT's layers may have any rank.
+    """
+    if layer.merged:
+        raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before loading into it")
+    if lora_A is None or lora_B is None:
+        return
+    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A[0].numel(), lora_A.shape[0] // layer.num_products
+    rows = rank * layer.num_products
+    sizes = [(*factor.flatten(1).shape,) for factor in (lora_A, lora_B)]
+    alike = lora_A.ndim == layer.lora_A.ndim and lora_B.ndim == layer.lora_B.ndim
+    if sizes != [(rows, d_in), (d_out, rows)] or not alike or not 1 <= rank <= (most or rank):
+        raise ConfigurationError(
+            f"the checkpoint's factors of {name!r} are {[*lora_A.shape]} and {[*lora_B.shape]}, "
+            f"no LoRA update of a ({d_out}, {d_in}) layer; load it into the model that it was saved from (ckpt_path)"
+        )
+    if rank != layer.rank:
+        layer.set_factors(layer.lora_A.new_empty(rows, d_in), layer.lora_B.new_empty(d_out, rows))
 
 
 def _take_rank_of_checkpoint(layer: LoRALayer, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -7,7 +7,6 @@ from difflib import get_close_matches
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
-from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import compiled_alone, named_modules
@@ -15,6 +14,7 @@ from dynrank.layers.experts import ExpertStack
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import peft_layers
+from dynrank.private import imported
 from dynrank.rank_map import EXPRESSION_ERRORS
 
 PRESETS = ("attention", "all-linear")
@@ -98,7 +98,7 @@ def _past_forward(module: nn.Module) -> list[str]:
 def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[str, list[str]], dict[str, nn.Module]]:
     """({preset: names}, {name: linear layer that presets skip because it computes something else than a plain one})."""
     heads = set(_output_heads(model))
-    kinds = (nn.Linear, Conv1D, ExpertStack)
+    kinds = (nn.Linear, imported("transformers.pytorch_utils.Conv1D"), ExpertStack)
     found = {name: module for name, module in modules.items() if isinstance(module, kinds) and id(module) not in heads}
     linear = [name for name, module in found.items() if layer_class(module) is not None]
     attention = [name for name in linear if _ATTENTION.search(name.rpartition(".")[0])]

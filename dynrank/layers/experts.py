@@ -1,14 +1,78 @@
-"""LoRA in mixtures of experts that stack their weights in 3-D parameters, as transformers 5.0 and later do."""
+"""LoRA in bare parameters, which no linear layer holds (PEFT's ``target_parameters``): stacks of experts, and routers.
 
+Transformers 5.0 and later stack the weights of a mixture of experts in 3-D parameters.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrank.layers.bare import BareParameter, LoRAOwner, LoRAParameter
+from dynrank.errors import ConfigurationError
+from dynrank.layers.base import LoRALayer
 from dynrank.linalg import split
-from dynrank.private import FakeTensor, gated, is_expert_parallel
+from dynrank.private import FakeTensor, gated, imported, is_expert_parallel
+
+
+class BareParameter(nn.Module):
+    """A module whose weight is the parameter ``leaf`` of another module, ``owner``; it registers nothing itself."""
+
+    def __init__(self, owner: nn.Module, leaf: str) -> None:
+        super().__init__()
+        # The list keeps torch from registering the owner as a child of this module.
+        self._owner, self.leaf = [owner], leaf
+
+    @property
+    def owner(self) -> Any:
+        return self._owner[0]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight: nn.Parameter = getattr(self.owner, self.leaf)
+        return weight
+
+
+class LoRAOwner(nn.Module):
+    """A module with LoRA in some of its own parameters; a subclass computes what the module does.
+
+    ``base`` is the plain module, ``lora`` has the layers by the name of their parameter. The prefix ``lora.`` keeps
+    transformers from taking the factors for the parameters themselves and splitting them when it saves the model.
+    """
+
+    def __init__(self, base: nn.Module, layers: Mapping[str, LoRAParameter]) -> None:
+        super().__init__()
+        self.base, self.lora = base, nn.ModuleDict(layers)
+
+
+class LoRAParameter(LoRALayer):
+    """The update of a bare parameter, which only the :class:`LoRAOwner` around it calls."""
+
+    base: BareParameter
+    # The class that replaces the parameter's owner.
+    around: type[LoRAOwner]
+    # z = A x is not computed separately for each example.
+    observe = None  # type: ignore[assignment]
+
+    def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
+        assert isinstance(base, BareParameter)
+        setattr(base.owner, base.leaf, weight)
+
+
+def stand_ins(layers: Iterable[LoRALayer]) -> list[LoRALayer | LoRAOwner]:
+    """The modules that replace the layers' bases: each layer itself, or for bare parameters a module around them."""
+    found: list[LoRALayer | LoRAOwner] = []
+    by_owner: dict[nn.Module, dict[str, LoRAParameter]] = {}
+    for layer in layers:
+        if isinstance(layer, LoRAParameter):
+            by_owner.setdefault(layer.base.owner, {})[layer.base.leaf] = layer
+        else:
+            found.append(layer)
+    return found + [next(iter(own.values())).around(owner, own) for owner, own in by_owner.items()]
 
 
 class ExpertStack(BareParameter):
@@ -63,7 +127,7 @@ class LoRAExpertStack(LoRAParameter):
         return d_out, d_in
 
     @classmethod
-    def experts_of(cls, base: nn.Module) -> int:
+    def num_products_of(cls, base: nn.Module) -> int:
         assert isinstance(base, ExpertStack)
         return len(base.weight)
 
@@ -81,8 +145,8 @@ class LoRAExpertStack(LoRAParameter):
         x_SI = x_SI.to(weight_EIO.dtype)
         # grouped_mm needs rows of a multiple of 16 bytes, so zeros pad the rank.
         missing = -self.rank % 8
-        a_ERI = F.pad(split(self.lora_A, self.experts, 0), (0, 0, 0, missing)).to(x_SI.dtype)
-        b_ERO = F.pad(split(self.lora_B, self.experts, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
+        a_ERI = F.pad(split(self.lora_A, self.num_products, 0), (0, 0, 0, missing)).to(x_SI.dtype)
+        b_ERO = F.pad(split(self.lora_B, self.num_products, 1), (0, 0, 0, missing)).to(x_SI.dtype).contiguous()
         z_SR = grouped_product(self.dropout(x_SI), a_ERI.mT, ends)
         return grouped_product(x_SI, weight_EIO, ends) + self.scaling * grouped_product(z_SR, b_ERO, ends)
 
@@ -142,3 +206,52 @@ def _up(owner: Any) -> str:
 def _has_gate(owner: Any) -> bool:
     # In transformers 5.0 all experts have a gate, and the attribute does not exist yet.
     return bool(getattr(owner, "has_gate", True))
+
+
+class RouterWeight(BareParameter):
+    """The (experts, d) weight of a router."""
+
+
+def router_weight(owner: nn.Module) -> dict[str, RouterWeight]:
+    """{"weight": the weight of ``owner``} if it is a matrix and owner no layer of torch: most likely a router."""
+    weight = owner._parameters.get("weight")
+    layers = (nn.Linear, nn.Embedding, imported("transformers.pytorch_utils.Conv1D"))
+    layer = isinstance(owner, layers) or type(owner).__module__.startswith("torch.nn.")
+    if layer or weight is None or weight.ndim != 2 or not weight.is_floating_point():
+        return {}
+    return {"weight": RouterWeight(owner, "weight")}
+
+
+class LoRARouter(LoRAOwner):
+    """A router that computes with the sum of its weight and the update, as PEFT's does."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # Another thread may use the router at the same time, so only a copy gets the sum; it shares everything else.
+        router = copy.copy(self.base)
+        vars(router)["_parameters"] = {**self.base._parameters, "weight": self.lora["weight"]()}
+        return router(*args, **kwargs)
+
+
+class LoRARouterWeight(LoRAParameter):
+    """The update of a router's weight. The matrix is small, so each forward adds the two."""
+
+    supported = RouterWeight
+    around = LoRARouter
+
+    def __init__(self, base: nn.Module, *, dropout: float = 0.0, **options: Any) -> None:
+        if dropout:
+            raise ConfigurationError(
+                f"dropout must be 0 for LoRA in a router, got {dropout}; set lora.dropout=0, or leave routers out of "
+                "lora.target_modules"
+            )
+        super().__init__(base, **options)
+
+    @classmethod
+    def shape_of(cls, base: nn.Module) -> tuple[int, int]:
+        assert isinstance(base, RouterWeight)
+        d_out, d_in = base.weight.shape
+        return d_out, d_in
+
+    def forward(self) -> Tensor:
+        """``W + scaling * B A``, (d_out, d_in) in the dtype of W."""
+        return self.merged_weight(self.base)

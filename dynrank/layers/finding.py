@@ -6,13 +6,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.bare import LoRAOwner, LoRAParameter
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import LoRALayer, RankedLayer
 from dynrank.layers.compiled import named_modules, uncompiled
-from dynrank.layers.experts import expert_stacks
+from dynrank.layers.experts import LoRAOwner, LoRAParameter, expert_stacks, router_weight
 from dynrank.layers.peft_layers import peft_layers
-from dynrank.layers.ranked import RankedLayer
-from dynrank.layers.routers import router_weight
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:

@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import LoRALayer, note, noted
 from dynrank.layers.quantized import plain_values
-from dynrank.private import source_of
+from dynrank.private import imported, source_of
 
 MARK = "_frozen_base"
 # How many values of each parameter a fingerprint covers.
@@ -32,9 +31,9 @@ def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
     """{prefix of its names in ``model``: a model that :func:`dynrank.add_lora`, ``load_adapter`` or PEFT adapted}."""
     found: dict[str, nn.Module] = {}
     for name, root in model.named_modules():
-        prefix, own = f"{name}." if name else "", vars(root).get("_has_lora")
-        # The flag stays set after a merge.
-        adapted = own and any(isinstance(module, LoRALayer) for module in root.modules())
+        prefix = f"{name}." if name else ""
+        # The note stays after a merge.
+        adapted = noted(root, "adapted") and any(isinstance(module, LoRALayer) for module in root.modules())
         adapted = adapted or isinstance(vars(root).get("peft_config"), dict)
         if adapted and not any(prefix.startswith(outer) for outer in found):
             found[prefix] = root
@@ -72,7 +71,8 @@ def fingerprint(parameter: Tensor) -> str:
     if parameter.is_meta:
         raise ConfigurationError("a base on the meta device has no values to compare; load its weights first")
     values = plain_values(parameter)
-    values = values.full_tensor() if isinstance(values, DTensor) else values
+    if isinstance(values, imported("torch.distributed.tensor.DTensor")):
+        values = values.full_tensor()
     indices = torch.arange(min(values.numel(), SAMPLES))
     if values.numel() > SAMPLES:
         indices = ((indices * _GOLDEN) % 1 * values.numel()).long()
@@ -85,8 +85,8 @@ def follow_base(model: nn.Module) -> None:
 
     :func:`dynrank.add_lora` calls this.
     """
-    if not getattr(model, "_follows_base", False):
-        model._follows_base = True  # type: ignore[assignment]
+    if not noted(model, "follows_base"):
+        note(model, "follows_base", True)
         model.register_load_state_dict_pre_hook(_fill_in_base)  # type: ignore[no-untyped-call]
 
 

@@ -8,22 +8,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels.lora_linear import Operands, SharedInput
+from dynrank.kernels.lora_linear import lora_linear
 from dynrank.layers.base import LoRALayer
-from dynrank.layers.experts import LoRAExpertStack
+from dynrank.layers.experts import LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
-from dynrank.layers.routers import LoRARouterWeight
+from dynrank.private import imported
 
 
 class LoRALinear(LoRALayer):
     """``y = x W^T + b + scaling * (drop(x) A^T) B^T``; x is (..., d_in)."""
 
     supported = nn.Linear
-    # A function that returns the output from a pass over x shared with other layers, or None; see grouping.py.
-    shared_output: Callable[[LoRALinear, Tensor], Tensor | None] | None = None
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -34,33 +31,35 @@ class LoRALinear(LoRALayer):
         weight: Any = self.base.weight
         return weight  # type: ignore[no-any-return]
 
-    def operands(self) -> Operands:
-        """The layer's operands for the fused op."""
-        bias: Any = self.base.bias
-        return Operands(self._weight_OI(), bias, self.lora_A, self.lora_B, self.scaling, self._tap)
-
     def reference(self, x: Tensor) -> Tensor:
         """The output by an operation of torch for each part of the formula, in the dtype of x.
 
-        The fused op in :meth:`forward` computes the same, and saves fewer bytes for the backward.
+        The fused op in :meth:`forward` computes the same, draws another mask of dropout, and saves fewer bytes for
+        the backward. Under ``torch.compile`` this formula runs, because the compiler can fuse plain operations.
         """
-        z = self._watched(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
+        z = self._observed(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
         y: Tensor = self.base(x)
         return y + self.scaling * F.linear(z, self.lora_B.to(z.dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.backend == "reference":
+        if self.backend == "reference" or torch.compiler.is_compiling():
             return self.reference(x)
-        shared = None if self.shared_output is None else self.shared_output(self, x)
-        if shared is not None:
-            return shared
-        return SharedInput(x, (self.operands(),), self.drop_rate, backend=self.backend).output(0)
+        bias: Any = self.base.bias
+        return lora_linear(
+            x,
+            self._weight_OI(),
+            bias,
+            self.lora_A,
+            self.lora_B,
+            self.scaling,
+            self.drop_rate,
+            backend=self.backend,
+            observer=self._observer,
+        )
 
 
 class LoRAConv1D(LoRALinear):
     """LoRALinear for transformers' Conv1D (GPT-2), which stores its weight as (d_in, d_out)."""
-
-    supported = Conv1D
 
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
@@ -127,7 +126,7 @@ class LoRAEmbedding(LoRALayer):
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base(ids)
         rows = F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx)
-        rows = self._watched(self.dropout(rows))
+        rows = self._observed(self.dropout(rows))
         update: Tensor = self.scaling * (rows @ self.lora_B.mT)
         return y + update.to(y.dtype)
 
@@ -157,13 +156,13 @@ class LoRAConv2d(LoRALayer):
         y: Tensor = self.base(x)
         filters = self.lora_A.view(self.rank, *self.weight.shape[1:]).to(x.dtype)
         down = F.conv2d(self.dropout(x), filters, stride=self.base.stride, padding=self.base.padding)
-        down = self._watched(down, channels=1)
+        down = self._observed(down, channels=1)
         return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
 
 
+# LoRAConv1D is not one of them, because its class is in transformers, which need not be imported.
 LAYERS: tuple[type[LoRALayer], ...] = (
     LoRALinear,
-    LoRAConv1D,
     LoRAEmbedding,
     LoRAConv2d,
     LoRAExpertStack,
@@ -179,6 +178,9 @@ def layer_class(base: nn.Module) -> type[LoRALayer] | None:
     """
     if is_quantized(base):
         return LoRAQuantizedLinear
+    conv1d = imported("transformers.pytorch_utils.Conv1D")
+    if isinstance(base, conv1d):
+        return LoRAConv1D if type(base).forward is conv1d.forward else None
     for cls in LAYERS:
         if isinstance(base, cls.supported):
             plain = type(base).forward is cls.supported.forward or (cls is LoRALinear and _computes_linear(base))

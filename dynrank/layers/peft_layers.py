@@ -4,7 +4,6 @@ This module does not import PEFT. A program with a model wrapped by PEFT has imp
 """
 
 import copy
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -12,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import note, noted, take_rank
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.peft_view import PeftLayer
-from dynrank.layers.ranked import take_rank
+from dynrank.private import imported
 from dynrank.rank_map import first_matches, peft_ranks
 
 _FACTORS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}
@@ -55,7 +55,7 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
 
 
 def refuse_peft(model: nn.Module, action: str, instead: str) -> None:
-    for name, _ in _peft_modules(model, "tuners.tuners_utils", "BaseTunerLayer"):
+    for name, _ in _peft_modules(model, "tuners_utils.BaseTunerLayer"):
         raise ConfigurationError(f"{action} cannot work on a model wrapped by PEFT ({name!r} is PEFT's): {instead}")
 
 
@@ -102,8 +102,8 @@ def follow_checkpoint_ranks(model: nn.Module) -> None:
     callbacks; for it, call this function at the end of the module's ``__init__``. The layers may be created later (in
     ``configure_model``), because only loading looks them up. A second call does nothing.
     """
-    if not getattr(model, "_follows_checkpoint_ranks", False):
-        model._follows_checkpoint_ranks = True  # type: ignore[assignment]
+    if not noted(model, "follows_ranks"):
+        note(model, "follows_ranks", True)
         model.register_load_state_dict_pre_hook(take_peft_ranks)  # type: ignore[no-untyped-call]
         follow_base(model)
 
@@ -180,10 +180,10 @@ def _adapters(module: Any) -> list[str]:
 
 
 def _lora_modules(model: nn.Module) -> list[tuple[str, Any]]:
-    return _peft_modules(model, "tuners.lora", "LoraLayer")
+    return _peft_modules(model, "lora.LoraLayer")
 
 
-def _peft_modules(model: nn.Module, home: str, kind: str) -> list[tuple[str, Any]]:
-    """Modules of a class of PEFT; empty if PEFT is not imported."""
-    cls = getattr(sys.modules.get(f"peft.{home}"), kind, None)
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, cls)] if cls else []
+def _peft_modules(model: nn.Module, path: str) -> list[tuple[str, Any]]:
+    """Modules of the class ``path`` of PEFT; empty if PEFT is not imported."""
+    cls = imported(f"peft.tuners.{path}")
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, cls)]

@@ -8,8 +8,8 @@ from typing import Any, Generic, TypeVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrank.kernels.lora_linear import Tap
-from dynrank.layers.ranked import put_factors
+from dynrank.kernels.lora_linear import Observer
+from dynrank.layers.base import note, noted, put_factors
 from dynrank.linalg import products
 
 V = TypeVar("V")
@@ -25,15 +25,15 @@ class _Note(Generic[V]):
         self.name = name
 
     def __get__(self, layer: PeftLayer, owner: type) -> V:
-        notes: dict[tuple[str, str], V] = vars(layer.module).get("dynrank_notes", {})
-        return notes.get((layer.adapter, self.name), self.default)
+        value: V = noted(layer.module, (layer.adapter, self.name), self.default)
+        return value
 
     def __set__(self, layer: PeftLayer, value: V) -> None:
-        vars(layer.module).setdefault("dynrank_notes", {})[layer.adapter, self.name] = value
+        note(layer.module, (layer.adapter, self.name), value)
 
 
 class PeftLayer:
-    """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.ranked.RankedLayer`.
+    """One adapter of a PEFT LoRA layer as a :class:`dynrank.layers.base.RankedLayer`.
 
     ``module`` is a peft.tuners.lora.LoraLayer, ``adapter`` the name of one of its adapters. All data is stored on the
     module, so two views of one adapter are equivalent.
@@ -75,16 +75,16 @@ class PeftLayer:
         return hasattr(self.module, "parameter_name")
 
     @property
-    def experts(self) -> int:
+    def num_products(self) -> int:
         return self.module.num_experts if self.of_parameter else 1
 
     @property
     def rank(self) -> int:
-        return self.lora_A.shape[0] // self.experts
+        return self.lora_A.shape[0] // self.num_products
 
     def products(self) -> list[tuple[Tensor, Tensor]]:
         """As :meth:`dynrank.layers.base.LoRALayer.products`."""
-        return products(self.lora_B, self.lora_A, self.experts)
+        return products(self.lora_B, self.lora_A, self.num_products)
 
     @property
     def scaling(self) -> float:
@@ -122,14 +122,17 @@ class PeftLayer:
         self.module.lora_alpha[self.adapter], self.module.use_rslora[self.adapter] = self.alpha, False
 
     @property
-    def observe(self) -> Callable[[Tap], Callable[[], None]] | None:
-        """:meth:`watch`; None if PEFT adds the update to a parameter, because z is never computed then."""
-        return None if self.of_parameter else self.watch
-
-    def watch(self, tap: Tap) -> Callable[[], None]:
+    def observe(self) -> Callable[[Observer], Callable[[], None]] | None:
         """As :meth:`dynrank.layers.base.LoRALayer.observe`.
 
-        A layer that runs twice in a forward pass calls ``tap`` twice. z is kept from forward to backward, even under
+        None if PEFT adds the update to a parameter, because z is never computed then.
+        """
+        return None if self.of_parameter else self._observe
+
+    def _observe(self, observer: Observer) -> Callable[[], None]:
+        """Call ``observer(z, dz)`` in each backward; see :attr:`observe`.
+
+        A layer that runs twice in a forward pass calls it twice. z is kept from forward to backward, even under
         gradient checkpointing.
         """
         if self._observed:
@@ -138,9 +141,9 @@ class PeftLayer:
 
         def report(z: Tensor, dz: Tensor) -> None:
             if on:
-                tap(z, dz)
+                observer(z, dz)
 
-        handle = (self._watch_embedding if self.of_embedding else self._watch_linear)(report)
+        handle = (self._observe_embedding if self.of_embedding else self._observe_linear)(report)
 
         def stop() -> None:
             nonlocal on
@@ -149,19 +152,19 @@ class PeftLayer:
 
         return stop
 
-    def _watch_linear(self, report: Tap) -> Any:
-        def watch(_: nn.Module, __: Any, z: Tensor) -> None:
+    def _observe_linear(self, report: Observer) -> Any:
+        def hook(_: nn.Module, __: Any, z: Tensor) -> None:
             if z.requires_grad:
                 # The channels of a convolution are in dimension 1.
                 last = 1 if self.lora_B.ndim > 2 else -1
                 values = z.detach().movedim(last, -1)
                 z.register_hook(lambda dz: report(values, dz.movedim(last, -1)))  # type: ignore[no-untyped-call]
 
-        return self.module.lora_A[self.adapter].register_forward_hook(watch)
+        return self.module.lora_A[self.adapter].register_forward_hook(hook)
 
-    def _watch_embedding(self, report: Tap) -> Any:
+    def _observe_embedding(self, report: Observer) -> Any:
         # No module outputs z here, so z and dz are computed from the layer's own input and output.
-        def watch(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
+        def hook(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
             if y.requires_grad and not module.merged and not module.disable_adapters:
                 values = F.embedding(inputs[0], self.lora_A.detach().mT)
                 # Gemma 3 scales its embedding.
@@ -172,4 +175,4 @@ class PeftLayer:
 
                 y.register_hook(report_at_z)  # type: ignore[no-untyped-call]
 
-        return self.module.register_forward_hook(watch)
+        return self.module.register_forward_hook(hook)

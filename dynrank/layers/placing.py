@@ -1,4 +1,4 @@
-"""Putting LoRA layers into a model."""
+"""Putting LoRA layers into a model, and merging them into their bases."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
-from dynrank.layers.bare import LoRAOwner, stand_ins
-from dynrank.layers.base import LoRALayer, initial_scaling
+from dynrank.layers.base import LoRALayer, initial_scaling, note, noted
 from dynrank.layers.choosing import target_names
 from dynrank.layers.compiled import named_modules
+from dynrank.layers.experts import LoRAOwner, stand_ins
 from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
 from dynrank.layers.frozen_base import follow_base
-from dynrank.layers.grouping import group_layers
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import refuse_peft
+from dynrank.layers.quantized import is_quantized, mark_unpacked, unpack_fault
 from dynrank.rank_map import load_rank_map, parse_rank_map, resolve_rank_map
 
 M = TypeVar("M", bound=nn.Module)
@@ -35,7 +35,6 @@ def add_lora(
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,
     backend: str = "auto",
-    group: bool | None = None,
 ) -> M:
     """Freeze ``model`` and replace ``target_modules`` by LoRA layers, in place, after all arguments are checked.
 
@@ -51,8 +50,6 @@ def add_lora(
         modules_to_save: names of modules that are trained without LoRA and saved with the adapter (a new head).
         dtype: dtype of the factors.
         backend: which backend makes the products with the factors, see :func:`dynrank.kernels.backends.products_of`.
-        group: whether layers that read the same x (q, k, v; gate, up) share one pass over it and one dropout mask, see
-            :func:`dynrank.layers.grouping.group_layers`. None: where it is faster, on a GPU and where there is dropout.
 
     Returns:
         ``model`` itself.
@@ -86,7 +83,7 @@ def add_lora(
         layers[name] = make_layer(modules[name], rank=at.rank, scaling=scaling, **options)
         layers[name].final_rank, layers[name].highest = at.final_rank, at.highest
         layers[name].pinned, layers[name].rule = at.pinned, at.rule
-    place_layers(model, layers, modules_to_save, group=group)
+    place_layers(model, layers, modules_to_save)
     return model
 
 
@@ -120,13 +117,10 @@ def _class_for(base: nn.Module) -> type[LoRALayer]:
     return cls
 
 
-def place_layers(
-    model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = (), *, group: bool | None = None
-) -> None:
+def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_save: Sequence[str] = ()) -> None:
     """Freeze ``model``, replace each base by its layer (everywhere, if it is shared), unfreeze ``modules_to_save``.
 
-    Existing LoRA layers are replaced by the new layer of their base, or by the base itself. ``group`` is as in
-    :func:`add_lora`.
+    Existing LoRA layers are replaced by the new layer of their base, or by the base itself.
     """
     model.requires_grad_(False)
     new = {id(module.base): module for module in stand_ins(layers.values())}
@@ -136,14 +130,11 @@ def place_layers(
     replace_modules(model, replacements | {base: module for base, module in new.items() if base not in adapted})
     for placed in new.values():
         placed.train(placed.base.training)
-    vars(model)["_groups_layers"] = group
-    if group is not False:
-        group_layers(model, always=group is True)
     for name in modules_to_save:
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:
                 base_values(module).setdefault(leaf, None)
-    model._has_lora = True  # type: ignore[assignment]
+    note(model, "adapted", True)
     follow_base(model)
 
 
@@ -152,7 +143,9 @@ def base_values(module: nn.Module) -> dict[str, Tensor | None]:
 
     None means that the value was not kept.
     """
-    values: dict[str, Tensor | None] = vars(module).setdefault("_base_values", {})
+    if noted(module, "base_values") is None:
+        note(module, "base_values", {})
+    values: dict[str, Tensor | None] = noted(module, "base_values")
     return values
 
 
@@ -166,3 +159,35 @@ def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> 
         for attribute, child in list(parent._modules.items()):
             if id(child) in replacements:
                 setattr(parent, attribute, replacements[id(child)])
+
+
+def merge(model: M) -> M:
+    """Add the update of every LoRA layer to its base and replace the layer by the base, in place.
+
+    If a head is tied to an embedding, the head gets its own weight, because the update belongs to the head only; the
+    model's config then says that the two are not tied. A base that bitsandbytes has packed into 4 bits is unpacked.
+    Weights keep their dtype; the sum is computed in float32 or wider.
+
+    Raises:
+        ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is packed into 8 bits.
+    """
+    refuse_peft(model, "merge", "call its merge_and_unload()")
+    layers = own_layers(model)
+    if not layers:
+        raise ConfigurationError("the model has no LoRA layers to merge")
+    packed = {name: layer.base for name, layer in layers.items() if is_quantized(layer.base)}
+    faults = [f"{name!r}: {fault}" for name, base in packed.items() if (fault := unpack_fault(base))]
+    if faults:
+        raise ConfigurationError("the model cannot be merged:\n  " + "\n  ".join(faults[:20]))
+    tied = tied_weights(model)
+    if any(id(layer.weight) in tied for layer in layers.values()):
+        for module in model.modules():
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
+    # Layer by layer, so that an interrupted merge counts no update twice.
+    for layer in layers.values():
+        replace_modules(model, {id(layer): layer.merge()})
+    replace_modules(model, {id(module): module.base for module in model.modules() if isinstance(module, LoRAOwner)})
+    mark_unpacked(model)
+    return model

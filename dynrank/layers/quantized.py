@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.layers.compiled import named_modules
+from dynrank.private import imported
 
 
 def is_quantized(module: nn.Module) -> bool:
@@ -108,8 +109,7 @@ def plain_values(weight: Tensor) -> Tensor:
 
 
 def _is_of_torchao(weight: Any) -> bool:
-    cls = getattr(sys.modules.get("torchao.utils"), "TorchAOBaseTensor", None)
-    return cls is not None and isinstance(weight, cls)
+    return isinstance(weight, imported("torchao.utils.TorchAOBaseTensor"))
 
 
 def _has_torchao_weight(module: nn.Module) -> bool:
@@ -125,5 +125,5 @@ def _rounds_inputs(module: nn.Module) -> bool:
 
 def _computes_as(module: nn.Module, name: str) -> bool:
     """Whether the forward of ``module`` is that of the class ``name`` of bitsandbytes."""
-    cls = getattr(sys.modules.get("bitsandbytes.nn"), name, None)
-    return cls is not None and isinstance(module, cls) and type(module).forward is cls.forward
+    cls = imported(f"bitsandbytes.nn.{name}")
+    return isinstance(module, cls) and type(module).forward is cls.forward

@@ -135,7 +135,7 @@ def make_plan(config: DictConfig) -> Plan:
         head_parameters=sum(parameter.numel() for parameter in head),
         weights=kind if settings.quantization == "none" else settings.quantization,
         layers=tuple(own_layers(model)),
-        folded=storage_bytes(layer.weight for layer in own_layers(model).values() if layer.experts > 1),
+        folded=storage_bytes(layer.weight for layer in own_layers(model).values() if layer.num_products > 1),
         batch=batch,
         optimizer=config.optimizer.name,
         budget=asked.budget,

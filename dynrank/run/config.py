@@ -30,7 +30,6 @@ class LoraConfig:
     dropout: float = MISSING
     rslora: bool = MISSING
     backend: str = MISSING
-    group: bool | None = MISSING
 
 
 @dataclass

@@ -128,7 +128,7 @@ def make_scheduler(node: DictConfig) -> RankScheduler:
 
 def _reached(checkpoint: Path, module: nn.Module) -> tuple[int, str]:
     """The step of a checkpoint of ``module``, and the lowest and the highest rank of its LoRA layers."""
-    saved, experts = read_checkpoint(checkpoint), {layer.lora_A: layer.experts for _, layer in lora_layers(module)}
+    saved, experts = read_checkpoint(checkpoint), {layer.lora_A: layer.num_products for _, layer in lora_layers(module)}
     state = saved["state_dict"]
     ranks = [len(state[name]) // experts[p] for name, p in module.named_parameters() if p in experts and name in state]
     return saved["global_step"], span(ranks)

@@ -15,7 +15,7 @@ from torch import Tensor
 from dynrank.adapters.export import Server, check_served
 from dynrank.adapters.save import trained_heads
 from dynrank.errors import ConfigurationError, Count, Positive, read_as
-from dynrank.layers.bare import LoRAParameter
+from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.layers.kinds import LoRAConv2d

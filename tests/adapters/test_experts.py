@@ -15,7 +15,7 @@ from dynrank.adapters.inspection import inspect_adapter
 from dynrank.adapters.merging import merge_adapter
 from dynrank.adapters.squeeze import squeeze_adapter
 from dynrank.errors import ConfigurationError
-from dynrank.layers.ranked import params_per_rank
+from dynrank.layers.base import params_per_rank
 from dynrank.output.console import span
 from dynrank.run.job import run
 

@@ -281,7 +281,7 @@ def test_layers_are_free_again_after_a_run_that_failed_while_they_were_measured(
     module = Failing()
     with pytest.raises(ZeroDivisionError):
         fit(RankScheduler(at(10, Rank(4), "gates", window=4)), module=module, max_steps=12)
-    assert [layer._tap for _, layer in dynrank.lora_layers(module)] == [None, None]
+    assert [layer._observer for _, layer in dynrank.lora_layers(module)] == [None, None]
 
 
 def watching(**options):

@@ -15,7 +15,7 @@ class Gate(nn.Module):
 
     def __init__(self, layer):
         super().__init__()
-        self.gates, self.experts = torch.ones(layer.rank, dtype=torch.float64, requires_grad=True), layer.experts
+        self.gates, self.experts = torch.ones(layer.rank, dtype=torch.float64, requires_grad=True), layer.num_products
 
     def forward(self, lora_B):
         return lora_B * self.gates.repeat_interleave(self.experts).view(-1, *[1] * (lora_B.ndim - 2))

@@ -144,7 +144,7 @@ class Written(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
         large = isinstance(result, torch.Tensor) and result.numel() >= 64 * 48 and not func.is_view
-        if large and name not in ("new_empty", "detach"):
+        if large and name not in ("new_empty", "detach", "resize_"):
             self.found.append((name, result.shape[1]))
         return result
 
@@ -193,21 +193,6 @@ def test_what_changes_between_forward_and_backward_is_an_error(changed):
         y.sum().backward()
 
 
-@pytest.mark.parametrize(("bias", "p"), [(True, 0.3), (False, 0.0)])
-def test_the_op_of_torch_compile_keeps_the_rules_of_custom_ops(bias, p):
-    made = operands((2, 3, D_IN), torch.float32, bias)
-    seed = torch.tensor(5) if p else None
-    arguments = (*(made[name] for name in (*FACTORS, "weight", "bias")), SCALING, p, seed, "torch")
-    torch.library.opcheck(torch.ops.dynrank.lora_linear.default, arguments)
-    x, lora_A, lora_B, weight, _, *rest = (a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
-    for needs in ([True, True, True], [False, False, True]):
-        backward = (torch.randn(2, 3, D_OUT), x, torch.randn(6, RANK), lora_A, lora_B, weight, *rest, needs)
-        torch.library.opcheck(torch.ops.dynrank.lora_linear_backward.default, backward)
-    eager = run(made, dropout=p, seed=seed)
-    compiled = run(made, torch.compile(lora_linear, backend="aot_eager", fullgraph=True), dropout=p, seed=seed)
-    assert all(map(torch.equal, eager, compiled))
-
-
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_autocast_makes_it_what_the_narrow_operands_give(p, packed):
@@ -220,14 +205,14 @@ def test_autocast_makes_it_what_the_narrow_operands_give(p, packed):
     assert all(torch.equal(one, other.to(one.dtype)) for one, other in zip(got, expected, strict=True))
 
 
-def test_a_tap_sees_once_in_each_backward_what_passes_between_the_factors():
-    made, seen = operands((7, D_IN), requires_grad=("lora_B",)), []
-    y = lora_linear(**made, scaling=SCALING, tap=lambda z, dz: seen.append((z, dz)))
+def test_an_observer_gets_once_in_each_backward_what_passes_between_the_factors():
+    made, observed = operands((7, D_IN), requires_grad=("lora_B",)), []
+    y = lora_linear(**made, scaling=SCALING, observer=lambda z, dz: observed.append((z, dz)))
     dy = torch.randn_like(y)
     for _ in range(2):
         y.backward(dy, retain_graph=True)
-    assert len(seen) == 2
-    for z, dz in seen:
+    assert len(observed) == 2
+    for z, dz in observed:
         assert_close(z, made["x"] @ made["lora_A"].T)
         assert_close(dz, (SCALING * dy @ made["lora_B"]).detach())
         assert not z.requires_grad

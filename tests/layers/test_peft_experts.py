@@ -11,9 +11,9 @@ from torch.testing import assert_close
 
 import dynrank
 from dynrank.change.resize import Snapshot
+from dynrank.layers.base import max_rank, params_per_rank
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
-from dynrank.layers.ranked import max_rank, params_per_rank
 
 # For these models PEFT's all-linear means experts and routers, too.
 REWRITTEN = ("Mixtral", "Qwen3Moe", "DeepseekV3")
@@ -47,7 +47,7 @@ def logits(model):
 
 def updates(model):
     """{tensor: (experts, ., .)} what PEFT adds to it."""
-    tensors = {name: layer for name, layer in dynrank.lora_layers(model) if layer.experts > 1}
+    tensors = {name: layer for name, layer in dynrank.lora_layers(model) if layer.num_products > 1}
     return {name: layer.module.get_delta_weight("default").detach() for name, layer in tensors.items()}
 
 
@@ -134,7 +134,7 @@ def test_averages_move_by_the_same_maps_and_a_snapshot_gives_all_of_it_back(wrap
 
 def test_an_expert_that_no_token_has_reached_can_still_learn_after_the_cut(wrapped):
     model = wrapped("Mixtral")
-    name, layer = next((name, layer) for name, layer in dynrank.lora_layers(model) if layer.experts > 1)
+    name, layer = next((name, layer) for name, layer in dynrank.lora_layers(model) if layer.num_products > 1)
     with torch.no_grad():
         layer.products()[2][0].zero_()
     rows = layer.products()[2][1].clone()

@@ -64,17 +64,6 @@ def test_bench_single_file(bench, script):
     assert all(abs(float(row[-1])) < 1e-3 for row in files[2:])
 
 
-def test_bench_group(bench):
-    readers = {"q, k": (64, {"q_proj": 64, "k_proj": 64})}
-    models = {"tiny": lambda: llama(vocab_size=3000, use_cache=False)}
-    arguments = ("--rounds", "2", "--tokens", "64", "--ranks", "8")
-    rows = bench("bench_group", *arguments, READERS=readers, MODELS=models)
-    combinations = [(kind, p) for kind in ("fp32", "bf16") for p in ("0.0", "0.1")]
-    assert [tuple(row[:4]) for row in rows[:4]] == [("q, k", kind, "8", p) for kind, p in combinations]
-    assert [tuple(row[:4]) for row in rows[4:]] == [("tiny", kind, "32", p) for kind, p in combinations]
-    assert all(float(row[4]) > 0 for row in rows)
-
-
 def test_bench_host(bench):
     rows = bench("bench_host", "--rounds", "2")
     assert [row[:2] for row in rows] == [[what, p] for what in ("one layer", "q, k, v") for p in ("0.0", "0.1")]
@@ -84,8 +73,7 @@ def test_bench_host(bench):
 def test_bench_gpu_on_a_cpu(bench):
     sizes = ("--shapes", "64x96", "--tokens", "32", "--ranks", "8", "--rounds", "2")
     rows = [row for row in bench("bench_gpu", "--device", "cpu", *sizes) if "→" in row[1]]
-    assert [row[:5] for row in rows[:2]] == [["one layer", "64 → 96", "32", "8", p] for p in ("0.0", "0.1")]
-    assert [row[:2] for row in rows[2:]] == [["q, k, v", "64 → 64"]] * 2
+    assert [row[:5] for row in rows] == [["one layer", "64 → 96", "32", "8", p] for p in ("0.0", "0.1")]
     assert all(float(row[-1]) > 0 for row in rows)
 
 
