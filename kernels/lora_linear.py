@@ -92,8 +92,10 @@ def _forward(x: Tensor, lora_A: Tensor, lora_B: Tensor, given: _Constants) -> tu
     s_MR = products.shrink(x_MI, lora_A, products.dropout(x_MI, given.p, given.seed))
     y_MO = products.expand(s_MR, lora_B.mT, given.scaling, given.bias, products.NO_DROPOUT, x.dtype)
     y_MO.addmm_(x_MI, _unpacked(given.weight, x.dtype).mT)
-    # torch forbids in-place changes of a view that a Function returns, and a resized tensor is no view.
-    return y_MO.resize_(*x.shape[:-1], lora_B.shape[0]), s_MR
+    if x.ndim != 2:
+        # Of a view that a Function returns, torch forbids in-place changes.
+        y_MO.resize_(*x.shape[:-1], lora_B.shape[0])
+    return y_MO, s_MR
 
 
 class _Node(torch.autograd.Function):

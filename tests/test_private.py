@@ -32,9 +32,9 @@ def private_names(path):
             yield from (name for name in names if name.startswith("_") and not name.startswith("__"))
 
 
-@pytest.mark.parametrize("room", [path.name for path in ROOT.iterdir() if path.name not in ("conf", "__pycache__")])
-def test_private_names_are_used_by_their_modules_alone(room):
-    files = [ROOT / room] if room.endswith(".py") else [*(ROOT / room).rglob("*.py")]
+@pytest.mark.parametrize("part", [path.name for path in ROOT.iterdir() if path.name not in ("conf", "__pycache__")])
+def test_private_names_are_used_by_their_modules_alone(part):
+    files = [ROOT / part] if part.endswith(".py") else [*(ROOT / part).rglob("*.py")]
     others = [file for file in files if str(file.relative_to(ROOT)) not in OWNERS]
     assert not [(file.name, name) for file in others for name in private_names(file)]
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.kernels.lora_linear import lora_linear
+from dynrank.kernels.lora_linear import Weight, lora_linear
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.experts import LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
@@ -27,7 +27,7 @@ class LoRALinear(LoRALayer):
         d_out, d_in = base.get_parameter("weight").shape
         return d_out, d_in
 
-    def _weight_OI(self) -> Tensor | Callable[[], Tensor]:
+    def _weight_OI(self) -> Weight:
         weight: Any = self.base.weight
         return weight  # type: ignore[no-any-return]
 

@@ -1,11 +1,13 @@
 """Each kind of layer against the dense layer that it stands for, and float64 autograd of the formula."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from trained import updated
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -76,6 +78,20 @@ def test_fused_op_is_the_reference(base):
     # Only the plain operations have second derivatives.
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     gradient.sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_computes_the_same_with_the_same_mask(reentrant):
+    layer, x = adapt(nn.Linear(7, 6), dropout=0.5), torch.randn(4, 7, requires_grad=True)
+    leaves, results = (x, layer.lora_A, layer.lora_B), []
+    for forward in (layer, partial(checkpoint, layer, use_reentrant=reentrant)):
+        torch.manual_seed(7)
+        y = forward(x)
+        y.square().sum().backward()
+        results.append([y, *(leaf.grad for leaf in leaves)])
+        for leaf in leaves:
+            leaf.grad = None
+    assert all(map(torch.equal, *results))
 
 
 def test_what_a_layer_is_merged_into_gives_its_output(kind):
