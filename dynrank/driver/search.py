@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from math import inf, sqrt
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +16,8 @@ from dynrank.driver.training import Batches, Training
 from dynrank.driver.undo import RegressionTest, Undo, validate
 from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import lora_layers
-from dynrank.schedules import How, Stage
-from dynrank.targets import Budget
+from dynrank.schedules import Stage
+from dynrank.targets import Budget, Target
 
 
 def cut_to_smallest(
@@ -37,86 +36,58 @@ def cut_to_smallest(
         directions: which directions each number of steps keeps.
         parameters_before: parameters of the adapters when the run began.
     """
-    layers = dict(lora_layers(training.model))
-    target = stage.to
-    assert isinstance(target, Budget)
-
-    def plan() -> tuple[dict[str, int], list[tuple[str, int]]]:
-        states = layer_states(layers, last=True, target=target, directions=directions)
-        largest = target.ranks(states)
-        return target.lowest_ranks(states), [step for step in target.order(states) if step[1] <= largest[step[0]]]
-
-    lowest, order = from_first(plan)
-    if all(rank == layers[name].rank for name, rank in lowest.items()):
+    search = Search(training, undo, stage, directions)
+    if search.ranks(0) == search.now:
         return None
-    search = Search(training, undo, stage.how, directions, lowest, order)
     steps = search.fewest_steps()
-    if steps == 0 and (refusal := search.refusal_without_adapter()) is not None:
-        return RankEvent(training.step, f"undone: {refusal} ({reason})", tuple(search.trials[0].reports), undone=True)
-    search.warn_of_chance(steps)
-    found = search.result(steps, parameters_before)
-    if not search.passes(steps):
-        return RankEvent(training.step, f"undone: {found} ({reason})", tuple(search.trials[steps].reports), undone=True)
-    change = training.compute(lambda: search.ranks(steps), directions, stage.how)
-    training.put(change.put)
-    return RankEvent(training.step, f"{reason}: {found}", tuple(change.reports))
+    found = search.refusal_without_adapter() if steps == 0 else None
+    if found is None:
+        search.warn_of_chance(steps)
+        found = search.result(steps, parameters_before)
+        if search.passes(steps):
+            change = training.compute(lambda: search.ranks(steps), directions, stage.how)
+            training.put(change.put)
+            return RankEvent(training.step, f"{reason}: {found}", tuple(change.reports))
+    return RankEvent(training.step, f"undone: {found} ({reason})", tuple(search.trials[steps].reports), undone=True)
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A cut that was made, validated, and undone bit for bit.
-
-    Attributes:
-        value: the validated metric.
-        noise: standard error of its difference to the metric before; inf if other batches were validated, None if it
-            is unknown.
-        reports: what the cut did to the layers.
-    """
+class Trial(NamedTuple):
+    """A cut that was made, validated, and undone bit for bit."""
 
     value: float
+    # Standard error of the difference to the metric before; inf if other batches were validated, None if unknown.
     noise: float | None
     reports: list[LayerReport]
 
 
 class Search:
-    """Trials of cuts that take different numbers of steps up from the lowest ranks.
-
-    Args:
-        training: after the last optimizer step.
-        undo: the cuts are made inside it.
-        how: how changes are made; its ``max_regression`` is the tolerance.
-        directions: which directions each number of steps keeps.
-        lowest: {layer: rank} if no step is taken.
-        order: (layer, its next rank) for each step up; the step that the loss needs most is first.
+    """Trials of cuts that take different numbers of steps up from the lowest ranks; the arguments are as above.
 
     Attributes:
+        now: {layer: its rank now}.
         trials: the trials so far, by their number of steps.
     """
 
-    def __init__(
-        self,
-        training: Training,
-        undo: Undo,
-        how: How,
-        directions: ByWeight,
-        lowest: Mapping[str, int],
-        order: Sequence[tuple[str, int]],
-    ) -> None:
+    def __init__(self, training: Training, undo: Undo, stage: Stage, directions: ByWeight) -> None:
         self._training = training
         self._undo = undo
-        self._how = how
+        self._how = stage.how
         self._directions = directions
-        self._lowest = lowest
-        self._order = order
         self._layers = dict(lora_layers(training.model))
-        self._now = {name: layer.rank for name, layer in self._layers.items()}
-        metrics, self._batches = validate(training, how.check_monitor)
-        self._test = RegressionTest(training, how, metrics)
+        self.now = {name: layer.rank for name, layer in self._layers.items()}
         self.trials: dict[int, Trial] = {}
+        # The order has (layer, its next rank) for each step; the step that the loss needs most is first.
+        self._lowest, self._order = from_first(lambda: self._plan(stage.to))
+
+    def _plan(self, target: Target) -> tuple[dict[str, int], list[tuple[str, int]]]:
+        assert isinstance(target, Budget)
+        states = layer_states(self._layers, last=True, target=target, directions=self._directions)
+        largest = target.ranks(states)
+        return target.lowest_ranks(states), [step for step in target.order(states) if step[1] <= largest[step[0]]]
 
     def ranks(self, steps: int) -> dict[str, int]:
         """The rank of every layer after so many steps."""
-        return self._now | dict(self._lowest) | dict(self._order[:steps])
+        return self.now | self._lowest | dict(self._order[:steps])
 
     def passes(self, steps: int) -> bool:
         """Whether a cut to so many steps is allowed; a cut to all of them keeps all directions that may be kept."""
@@ -125,6 +96,8 @@ class Search:
 
     def fewest_steps(self) -> int:
         """The fewest steps that pass and cut at all, or the most steps that cut and do not pass; it has been tried."""
+        metrics, self._batches = validate(self._training, self._how.check_monitor)
+        self._test = RegressionTest(self._training, self._how, metrics)
         # Invariant: `high` steps pass.
         low, high = 0, len(self._order)
         while low < high:
@@ -133,7 +106,7 @@ class Search:
                 high = steps
             else:
                 low = steps + 1
-        steps = high if self.ranks(high) != self._now else high - 1
+        steps = high if self.ranks(high) != self.now else high - 1
         self._tried(steps)
         return steps
 
@@ -190,7 +163,7 @@ class Search:
         before = self._test.before
         left = sum(ranks[name] * params_per_rank(layer) for name, layer in self._layers.items())
         return (
-            f"{sum(ranks.values()):,} of {sum(self._now.values()):,} directions, {left / parameters_before:.3f} of the "
+            f"{sum(ranks.values()):,} of {sum(self.now.values()):,} directions, {left / parameters_before:.3f} of the "
             f"bytes at the start, {self._how.check_monitor} {before:.4g} → {value:.4g} "
             f"({(value - before) / abs(before):+.2%}, {self._how.max_regression:.2%} allowed), measured against this "
             "run before this cut"

@@ -1,17 +1,19 @@
-"""A change copies adapter and optimizer only where a check may undo it, counted in bytes that torch allocates."""
+"""What a change costs: bytes that torch allocates, and exchanges between processes."""
 
 import torch
 from torch import nn
 
 import dynrank
+from dynrank.distributed import processes
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.schedules import How, Stage
 from dynrank.targets import Budget
 from dynrank.triggers import At, Run
 
-# Of 4 layers, in MiB: adapters of 4 with Adam's moments of 8.
-SIZE, RANK, STATE = 1024, 128, 12 * 2**20
+SIZE, RANK = 1024, 128
+# Bytes of four adapters, 4 MiB, and of Adam's moments, 8 MiB.
+STATE = 12 * 2**20
 
 
 class Loop(Training):
@@ -40,10 +42,16 @@ def peak(call):
     return most
 
 
-def peak_of_change(**how):
+def due(**how):
+    """(a driver whose change is due, its loop)."""
     loop, driver = Loop(), RankDriver(Stage(At(step=1), Budget(share=0.5), how=How(**how)))
     driver.start(loop, Run(9))
     loop.step = 1
+    return driver, loop
+
+
+def peak_of_change(**how):
+    driver, loop = due(**how)
     most = peak(lambda: driver.advance(loop))
     assert len(driver.history) == 1
     return most
@@ -57,4 +65,23 @@ def test_change_without_a_check_needs_no_more_memory_than_resize():
     assert changed <= 1.1 * alone
     # A check needs the copy from which the change is undone.
     assert peak_of_change(max_regression=1.0) > changed + 0.9 * STATE
-    print({"resize": alone / 2**20, "change": changed / 2**20})
+
+
+def test_change_in_several_processes_is_one_exchange_after_their_comparison(monkeypatch):
+    driver, loop = due()
+    sent = []
+
+    def gather(values, value):
+        sent.append("digests")
+        values[:] = [value] * len(values)
+
+    monkeypatch.setattr(processes, "process_count", lambda: 2)
+    monkeypatch.setattr(processes, "process_index", lambda: 0)
+    monkeypatch.setattr(processes.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(processes.distributed, "broadcast_object_list", lambda *_, src: sent.append("the change"))
+    monkeypatch.setattr(processes.distributed, "broadcast", lambda tensor, src: sent.append(tensor.shape))
+    driver.advance(loop)
+    assert len(driver.history) == 1
+    assert sent[:2] == ["digests", "the change"]
+    # Its tensors follow: the factors, and Adam's two moments and count of each.
+    assert len(sent[2:]) == 4 * 2 * (1 + 3)
