@@ -146,6 +146,8 @@ class TextTask(LightningDataModule):
         if not self.examples:
             self.examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
             self.account["train"].dropped = self.rows.dropped
+            for split, count in self.rows.unusable.items():
+                self.account[split].unusable = count
             rank_zero_only(print_account)(self.account)
 
     def train_dataloader(self) -> ResumableLoader:

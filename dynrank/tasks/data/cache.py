@@ -11,7 +11,7 @@ from datasets.exceptions import DatasetGenerationError
 from dynrank.errors import ConfigurationError
 
 # Increase this number when rows are read differently, so that old rows in a cache are not used.
-READ = 2
+READ = 3
 # The fewest rows for which one more process is worth its start.
 _ENOUGH = 20_000
 
@@ -44,7 +44,8 @@ def filling() -> Iterator[None]:
             yield
     except (OSError, DatasetGenerationError) as error:
         cause = error.__cause__ if isinstance(error, DatasetGenerationError) else error
-        if not isinstance(cause, OSError):
+        # Only errors of the system have a number; pyarrow's OSErrors about the content of a file have none.
+        if not isinstance(cause, OSError) or cause.errno is None:
             raise
         raise ConfigurationError(
             f"the cache {str(datasets.config.HF_DATASETS_CACHE)!r} cannot be written to: {cause}; set the environment "

@@ -1,20 +1,28 @@
 """Rows of users' data in the columns of a form, checked in the same pass; all faults are listed at once."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from dynrank.errors import ConfigurationError, shown
 from dynrank.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns
 
-# The most faults that one message lists.
+# Columns that dynrank.tasks.data.source adds: a row's number and its fault where a file has other rows than the data
+# set, and rows that are still texts: a line of JSON, or a paragraph.
+ROW, FAULT, LINE, PARAGRAPH = "dynrank.row", "dynrank.fault", "dynrank.line", "dynrank.paragraph"
+# The most faults that one message lists, and the most rows of one fault.
 SHOWN = 20
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _TEXT = datasets.Value("string")
+# A row with its number, from 1 on, or with a text that says what is wrong.
+Numbered = tuple[int, Mapping[str, Any] | str]
 
 
 def features_of(columns: Columns) -> datasets.Features:
@@ -31,58 +39,90 @@ def features_of(columns: Columns) -> datasets.Features:
     )
 
 
-def read_rows(places: Iterable[int], rows: Iterable[Mapping[str, Any] | str], columns: Columns) -> dict[str, list[Any]]:
-    """Our columns of the rows; also the digest of each row's text, its place (a line or a row) and its fault, or null.
+def numbered(batch: Mapping[str, Sequence[Any]], indices: Iterable[int]) -> Iterator[Numbered]:
+    """The rows of a batch of columns; blank lines and paragraphs are none."""
+    for name, made_of in ((LINE, _row_in), (PARAGRAPH, lambda text: {"text": text.strip("\n")})):
+        if name in batch:
+            yield from ((i + 1, made_of(text)) for i, text in zip(indices, batch[name], strict=True) if text.strip())
+            return
+    for i, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
+        row = dict(zip(batch, values, strict=True))
+        number, fault = row.pop(ROW, i + 1), row.pop(FAULT, None)
+        yield number, fault or row
 
-    An element of ``rows`` that is a text says why there is no row.
-    """
+
+def read_rows(rows: Iterable[Numbered], columns: Columns) -> dict[str, list[Any]]:
+    """Our columns of the rows; also the digest of each row's text, its place (the number) and its fault, or null."""
     made: dict[str, list[Any]] = {name: [] for name in features_of(columns)}
-    for place, row in zip(places, rows, strict=True):
+    for number, row in rows:
         found = row if isinstance(row, str) else _READ[columns.form](_renamed(row, columns), columns)
         values: Mapping[str, Any] = {"fault": found} if isinstance(found, str) else found
         text = str(values.get(COLUMNS[columns.form][0]))
         digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
-        values = {**values, "digest": digest, "place": place}
+        values = {**values, "digest": digest, "place": number}
         for name, column in made.items():
             column.append(values.get(name))
     return made
 
 
-def check_rows(rows: datasets.Dataset, where: str, unit: str) -> datasets.Dataset:
-    """The result of :func:`read_rows` without the column of faults, all of which one error lists.
+def usable_rows(rows: datasets.Dataset, where: str, *, skip: bool = False) -> datasets.Dataset:
+    """The result of :func:`read_rows` without the column of faults, and with ``skip`` without the rows that have one.
 
-    The error names the data as ``where``; ``unit`` is what places count, line or row.
+    Otherwise one error lists all faults; it names the data as ``where``.
     """
     if not len(rows):
         raise ConfigurationError(f"{where} has 0 rows; correct it")
     faults = column_of(rows, "fault")
     wrong = pc.indices_nonzero(pc.is_valid(faults))
-    if len(wrong):
-        places = column_of(rows, "place").take(wrong[:SHOWN]).to_pylist()
-        pairs = zip(places, faults.take(wrong[:SHOWN]).to_pylist(), strict=True)
-        refuse(where, [f"{unit} {place} {fault}" for place, fault in pairs], len(wrong), "correct")
-    return rows.remove_columns("fault")
+    if len(wrong) and not (skip and len(wrong) < len(rows)):
+        places = column_of(rows, "place").take(wrong).to_pylist()
+        refuse(where, zip(places, faults.take(wrong).to_pylist(), strict=True), "correct")
+    kept = rows.select(np.flatnonzero(pc.is_null(faults))) if len(wrong) else rows
+    return kept.remove_columns("fault")
 
 
-def check_labels(rows: datasets.Dataset, where: str, unit: str) -> None:
-    """Refuse labels that only one row has: such a label is either not learned or not tested."""
+def rows_of_shared_labels(rows: datasets.Dataset, where: str, *, skip: bool) -> datasets.Dataset:
+    """The rows whose labels other rows have, too: a label of one row is either not learned or not tested.
+
+    With ``skip`` other rows are left out; otherwise one error lists them.
+    """
     single = [label for label, count in counted(rows).items() if count == 1]
-    if single:
-        batch = rows.select_columns(["label", "place"]).with_format("arrow")[:]
-        is_list = pa.types.is_list(batch["label"].type)
-        labels = pc.list_flatten(batch["label"]) if is_list else batch["label"]
-        places = batch["place"].take(pc.list_parent_indices(batch["label"])) if is_list else batch["place"]
-        first = {label: places[pc.index(labels, label).as_py()].as_py() for label in single[:SHOWN]}
-        said = [f"{unit} {place} alone has the label {label!r}" for label, place in first.items()]
-        refuse(where, said, len(single), "add rows to, or remove,")
+    if not single:
+        return rows
+    labels = column_of(rows, "label").combine_chunks()
+    row_of_label = np.arange(len(rows))
+    if pa.types.is_list(labels.type):
+        row_of_label = pc.list_parent_indices(labels).to_numpy()
+        labels = pc.list_flatten(labels)
+    alone = np.flatnonzero(pc.is_in(labels, pa.array(single)))
+    if not skip:
+        places = column_of(rows, "place").take(row_of_label[alone]).to_pylist()
+        said = [f"alone has the label {label!r}" for label in labels.take(alone).to_pylist()]
+        refuse(where, zip(places, said, strict=True), "add rows to, or remove,")
+    return rows.select(np.setdiff1d(np.arange(len(rows)), row_of_label[alone]))
 
 
-def refuse(where: str, said: Sequence[str], count: int, advice: str) -> None:
-    """Raise one error about ``count`` faults of the data; ``said`` describes the first ones."""
-    if count == 1:
-        raise ConfigurationError(f"{where}: {said[0]}; {advice} it")
-    more = [f"and {count - len(said):,} more"] if count > len(said) else []
-    raise ConfigurationError("\n  ".join([f"{where}:", *said, *more]) + f"\n{advice} these {count:,}")
+def refuse(where: str, faults: Iterable[tuple[int, str]], advice: str) -> None:
+    """Raise one error that lists all faults, each with the numbers of its rows."""
+    places: dict[str, list[int]] = {}
+    for place, fault in sorted(faults):
+        places.setdefault(fault, []).append(place)
+    said = [_said(fault, rows) for fault, rows in islice(places.items(), SHOWN)]
+    said += [f"and {len(places) - SHOWN:,} other faults"] if len(places) > SHOWN else []
+    count = sum(map(len, places.values()))
+    advice = f"{advice} {'it' if count == 1 else f'these {count:,}'}"
+    # Only these keys have the other.
+    advice += ", or set data.skip_unusable=true" if where.startswith("data.") else ""
+    if len(said) == 1:
+        raise ConfigurationError(f"{where}: {said[0]}; {advice}")
+    raise ConfigurationError("\n  ".join([f"{where}:", *said]) + f"\n{advice}")
+
+
+def _said(fault: str, rows: Sequence[int]) -> str:
+    if len(rows) == 1:
+        return f"row {rows[0]} {fault}"
+    more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
+    return f"rows {', '.join(map(str, rows[:SHOWN]))}{more}: each {fault}"
 
 
 def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
@@ -98,6 +138,15 @@ def counted(rows: datasets.Dataset) -> dict[str, int]:
         labels = pc.list_flatten(labels)
     counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(labels).to_pylist()}
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def _row_in(line: str) -> Mapping[str, Any] | str:
+    try:
+        found = json.loads(line)
+    # The second means that lists are nested too deeply for the parser.
+    except (ValueError, RecursionError) as error:
+        return f"is not JSON: {error}"
+    return found if isinstance(found, dict) else f"must be a row {{column: value}}, got {shown(found)}"
 
 
 def _renamed(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
@@ -164,6 +213,8 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
         pairs = [pair for pair in KEYS_OF_A_TURN if isinstance(turn, Mapping) and isinstance(turn.get(pair[0]), str)]
         if not pairs:
             return f"must have messages with a role and a content, or from and value, got {shown(turn)}"
+        if turn.get("tool_calls") and not turn.get(pairs[0][1]):
+            return "has tool calls, which are not learned"
         role = turn[pairs[0][0]].lower()
         messages.append(_turn(_ROLES.get(role, role), turn.get(pairs[0][1])))
     for message in messages:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import datasets
@@ -10,7 +11,17 @@ from datasets.fingerprint import Hasher
 from dynrank.errors import ConfigurationError, shown
 from dynrank.tasks.data.cache import READ, filling, processes
 from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Columns, find_columns
-from dynrank.tasks.data.rows import check_rows, features_of, read_rows
+from dynrank.tasks.data.rows import (
+    FAULT,
+    LINE,
+    PARAGRAPH,
+    ROW,
+    Numbered,
+    features_of,
+    numbered,
+    read_rows,
+    usable_rows,
+)
 
 SPLITS = ("train", "val", "test")
 Pairs = dict[str, list[tuple[str, str]]]
@@ -21,9 +32,11 @@ class Checked(dict[str, datasets.Dataset]):
 
     Attributes:
         dropped: number of training rows that were left out, because their text is also in another split's file.
+        unusable: {split: number of rows of its file that were left out, because they cannot be used}.
     """
 
     dropped: int = 0
+    unusable: Mapping[str, int] = MappingProxyType({})
 
 
 def number_of(key: str, seed: int) -> int:
@@ -61,12 +74,13 @@ def _rows(part: Any, form: str, where: str) -> datasets.Dataset:
     if not len(part):
         raise ConfigurationError(f"{where} has 0 rows; set data")
     if isinstance(part, datasets.Dataset):
-        columns = find_columns(sample_of(part), {}, form, where, part.features)
-        return read_dataset(part, columns, where).remove_columns(["digest", "place"])
-    rows = [_named(row, form) for row in part]
-    columns = find_columns([row for row in rows if isinstance(row, Mapping)], {}, form, where)
-    made = datasets.Dataset.from_dict(read_rows(range(1, len(rows) + 1), rows, columns), features_of(columns))
-    return check_rows(made, where, "row").remove_columns(["digest", "place"])
+        columns = find_columns([row for _, row in first_rows(part)], {}, form, where, part.features)
+        made = read_dataset(part, columns)
+    else:
+        rows = [*enumerate((_named(row, form) for row in part), start=1)]
+        columns = find_columns([row for _, row in rows if isinstance(row, Mapping)], {}, form, where)
+        made = datasets.Dataset.from_dict(read_rows(rows, columns), features_of(columns))
+    return usable_rows(made, where).remove_columns(["digest", "place"])
 
 
 def _named(row: Any, form: str) -> Mapping[str, Any] | str:
@@ -76,17 +90,18 @@ def _named(row: Any, form: str) -> Mapping[str, Any] | str:
     return row if isinstance(row, Mapping) else f"must be {' and '.join(names)}, got {shown(row)}"
 
 
-def sample_of(rows: datasets.Dataset) -> list[dict[str, Any]]:
-    """The first rows; pictures and sounds in them are not decoded."""
-    found: list[dict[str, Any]] = rows.with_format("arrow")[:SNIFFED].to_pylist()
-    return found
+def first_rows(rows: datasets.Dataset) -> list[Numbered]:
+    """The first rows with their numbers; pictures and sounds in them are not decoded."""
+    first = rows.with_format("arrow")[:SNIFFED]
+    return [*numbered(first.to_pydict(), range(len(first)))]
 
 
-def read_dataset(rows: datasets.Dataset, columns: Columns, where: str) -> datasets.Dataset:
-    """The rows of a data set, as :func:`dynrank.tasks.data.rows.read_rows` makes them, without faults."""
-    names = [*columns.names.values()]
+def read_dataset(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
+    """The rows of a data set, as :func:`dynrank.tasks.data.rows.read_rows` makes them, with their faults."""
+    wanted = {*columns.names.values(), ROW, FAULT, LINE, PARAGRAPH}
+    names = [name for name in rows.column_names if name in wanted]
     with filling():
-        made = rows.select_columns(names).map(
+        return rows.select_columns(names).map(
             _read_batch,
             batched=True,
             with_indices=True,
@@ -98,9 +113,7 @@ def read_dataset(rows: datasets.Dataset, columns: Columns, where: str) -> datase
             num_proc=processes(len(rows)),
             desc="checking",
         )
-    return check_rows(made, where, "row")
 
 
 def _read_batch(batch: Mapping[str, list[Any]], indices: list[int], columns: Columns) -> dict[str, list[Any]]:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    return read_rows([index + 1 for index in indices], rows, columns)
+    return read_rows(numbered(batch, indices), columns)
