@@ -9,9 +9,9 @@ from pydantic import Field
 
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.tasks.data.columns import Form, find_columns, form_of
-from dynrank.tasks.data.rows import column_of, rows_of_shared_labels
 from dynrank.tasks.data.source import Source, say
 from dynrank.tasks.data.splits import SPLITS, Checked, number_of
+from dynrank.tasks.data.stored import column_of, rows_of_shared_labels
 
 
 @validated_call("data")

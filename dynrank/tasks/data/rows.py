@@ -1,32 +1,22 @@
-"""Rows of users' data in the columns of a form, checked in the same pass; all faults are listed at once."""
+"""One row of users' data in the columns of a form, and what is wrong with it."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
-from itertools import islice
 from typing import Any
 
 import datasets
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from dynrank.errors import ConfigurationError, shown
+from dynrank.errors import shown
 from dynrank.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns
 
-# Columns that dynrank.tasks.data.source adds: a row's number and its fault where a file has other rows than the data
-# set, and rows that are still texts: a line of JSON, or a paragraph.
-ROW, FAULT, LINE, PARAGRAPH = "dynrank.row", "dynrank.fault", "dynrank.line", "dynrank.paragraph"
-# The most faults that one message lists, and the most rows of one fault.
-SHOWN = 20
+# A row with its number, from 1 on, or the number with a text that says why there is no row.
+Numbered = tuple[int, Mapping[str, Any] | str]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _TEXT = datasets.Value("string")
-# A row with its number, from 1 on, or with a text that says what is wrong.
-Numbered = tuple[int, Mapping[str, Any] | str]
 
 
 def features_of(columns: Columns) -> datasets.Features:
-    """The types of the columns that :func:`read_rows` makes."""
+    """The types of the columns that :func:`checked_rows` makes."""
     made: dict[str, Any] = dict.fromkeys(COLUMNS[columns.form], _TEXT)
     if columns.form == "chat":
         made["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
@@ -39,114 +29,15 @@ def features_of(columns: Columns) -> datasets.Features:
     )
 
 
-def numbered(batch: Mapping[str, Sequence[Any]], indices: Iterable[int]) -> Iterator[Numbered]:
-    """The rows of a batch of columns; blank lines and paragraphs are none."""
-    for name, made_of in ((LINE, _row_in), (PARAGRAPH, lambda text: {"text": text.strip("\n")})):
-        if name in batch:
-            yield from ((i + 1, made_of(text)) for i, text in zip(indices, batch[name], strict=True) if text.strip())
-            return
-    for i, values in zip(indices, zip(*batch.values(), strict=True), strict=True):
-        row = dict(zip(batch, values, strict=True))
-        number, fault = row.pop(ROW, i + 1), row.pop(FAULT, None)
-        yield number, fault or row
-
-
-def read_rows(rows: Iterable[Numbered], columns: Columns) -> dict[str, list[Any]]:
-    """Our columns of the rows; also the digest of each row's text, its place (the number) and its fault, or null."""
-    made: dict[str, list[Any]] = {name: [] for name in features_of(columns)}
+def checked_rows(rows: Iterable[Numbered], columns: Columns) -> Iterator[dict[str, Any]]:
+    """Our columns of each row; also the digest of its text, its place (the number) and its fault, or None."""
+    names = [*features_of(columns)]
     for number, row in rows:
         found = row if isinstance(row, str) else _READ[columns.form](_renamed(row, columns), columns)
         values: Mapping[str, Any] = {"fault": found} if isinstance(found, str) else found
         text = str(values.get(COLUMNS[columns.form][0]))
         digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
-        values = {**values, "digest": digest, "place": number}
-        for name, column in made.items():
-            column.append(values.get(name))
-    return made
-
-
-def usable_rows(rows: datasets.Dataset, where: str, *, skip: bool = False) -> datasets.Dataset:
-    """The result of :func:`read_rows` without the column of faults, and with ``skip`` without the rows that have one.
-
-    Otherwise one error lists all faults; it names the data as ``where``.
-    """
-    if not len(rows):
-        raise ConfigurationError(f"{where} has 0 rows; correct it")
-    faults = column_of(rows, "fault")
-    wrong = pc.indices_nonzero(pc.is_valid(faults))
-    if len(wrong) and not (skip and len(wrong) < len(rows)):
-        places = column_of(rows, "place").take(wrong).to_pylist()
-        refuse(where, zip(places, faults.take(wrong).to_pylist(), strict=True), "correct")
-    kept = rows.select(np.flatnonzero(pc.is_null(faults))) if len(wrong) else rows
-    return kept.remove_columns("fault")
-
-
-def rows_of_shared_labels(rows: datasets.Dataset, where: str, *, skip: bool) -> datasets.Dataset:
-    """The rows whose labels other rows have, too: a label of one row is either not learned or not tested.
-
-    With ``skip`` other rows are left out; otherwise one error lists them.
-    """
-    single = [label for label, count in counted(rows).items() if count == 1]
-    if not single:
-        return rows
-    labels = column_of(rows, "label").combine_chunks()
-    row_of_label = np.arange(len(rows))
-    if pa.types.is_list(labels.type):
-        row_of_label = pc.list_parent_indices(labels).to_numpy()
-        labels = pc.list_flatten(labels)
-    alone = np.flatnonzero(pc.is_in(labels, pa.array(single)))
-    if not skip:
-        places = column_of(rows, "place").take(row_of_label[alone]).to_pylist()
-        said = [f"alone has the label {label!r}" for label in labels.take(alone).to_pylist()]
-        refuse(where, zip(places, said, strict=True), "add rows to, or remove,")
-    return rows.select(np.setdiff1d(np.arange(len(rows)), row_of_label[alone]))
-
-
-def refuse(where: str, faults: Iterable[tuple[int, str]], advice: str) -> None:
-    """Raise one error that lists all faults, each with the numbers of its rows."""
-    places: dict[str, list[int]] = {}
-    for place, fault in sorted(faults):
-        places.setdefault(fault, []).append(place)
-    said = [_said(fault, rows) for fault, rows in islice(places.items(), SHOWN)]
-    said += [f"and {len(places) - SHOWN:,} other faults"] if len(places) > SHOWN else []
-    count = sum(map(len, places.values()))
-    advice = f"{advice} {'it' if count == 1 else f'these {count:,}'}"
-    # Only these keys have the other.
-    advice += ", or set data.skip_unusable=true" if where.startswith("data.") else ""
-    if len(said) == 1:
-        raise ConfigurationError(f"{where}: {said[0]}; {advice}")
-    raise ConfigurationError("\n  ".join([f"{where}:", *said]) + f"\n{advice}")
-
-
-def _said(fault: str, rows: Sequence[int]) -> str:
-    if len(rows) == 1:
-        return f"row {rows[0]} {fault}"
-    more = f" and {len(rows) - SHOWN:,} more" if len(rows) > SHOWN else ""
-    return f"rows {', '.join(map(str, rows[:SHOWN]))}{more}: each {fault}"
-
-
-def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """A column of the rows as an Arrow array."""
-    found: pa.ChunkedArray = rows.select_columns(name).with_format("arrow")[:][name]
-    return found
-
-
-def counted(rows: datasets.Dataset) -> dict[str, int]:
-    """{label: number of its rows}, the most frequent first."""
-    labels = column_of(rows, "label")
-    if pa.types.is_list(labels.type):
-        labels = pc.list_flatten(labels)
-    counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(labels).to_pylist()}
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
-
-
-def _row_in(line: str) -> Mapping[str, Any] | str:
-    try:
-        found = json.loads(line)
-    # The second means that lists are nested too deeply for the parser.
-    except (ValueError, RecursionError) as error:
-        return f"is not JSON: {error}"
-    return found if isinstance(found, dict) else f"must be a row {{column: value}}, got {shown(found)}"
+        yield {name: values.get(name) for name in names} | {"digest": digest, "place": number}
 
 
 def _renamed(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:

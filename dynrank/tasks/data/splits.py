@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -9,19 +10,8 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from dynrank.errors import ConfigurationError, shown
-from dynrank.tasks.data.cache import READ, filling, processes
-from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Columns, find_columns
-from dynrank.tasks.data.rows import (
-    FAULT,
-    LINE,
-    PARAGRAPH,
-    ROW,
-    Numbered,
-    features_of,
-    numbered,
-    read_rows,
-    usable_rows,
-)
+from dynrank.tasks.data.columns import COLUMNS, SNIFFED, find_columns
+from dynrank.tasks.data.stored import Rows, of_dataset, usable_rows
 
 SPLITS = ("train", "val", "test")
 Pairs = dict[str, list[tuple[str, str]]]
@@ -74,13 +64,14 @@ def _rows(part: Any, form: str, where: str) -> datasets.Dataset:
     if not len(part):
         raise ConfigurationError(f"{where} has 0 rows; set data")
     if isinstance(part, datasets.Dataset):
-        columns = find_columns([row for _, row in first_rows(part)], {}, form, where, part.features)
-        made = read_dataset(part, columns)
+        rows = of_dataset(part, where)
     else:
-        rows = [*enumerate((_named(row, form) for row in part), start=1)]
-        columns = find_columns([row for _, row in rows if isinstance(row, Mapping)], {}, form, where)
-        made = datasets.Dataset.from_dict(read_rows(rows, columns), features_of(columns))
-    return usable_rows(made, where).remove_columns(["digest", "place"])
+        named = [*enumerate((_named(row, form) for row in part), start=1)]
+        rows = Rows(where, Hasher.hash(str(named)), lambda: iter(named))
+    first = islice(rows.read(), SNIFFED)
+    columns = find_columns([row for _, row in first if isinstance(row, Mapping)], {}, form, where, rows.types)
+    made, _ = usable_rows(rows, columns)
+    return made.remove_columns(["digest", "place"])
 
 
 def _named(row: Any, form: str) -> Mapping[str, Any] | str:
@@ -88,32 +79,3 @@ def _named(row: Any, form: str) -> Mapping[str, Any] | str:
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
         return dict(zip(names, row, strict=True))
     return row if isinstance(row, Mapping) else f"must be {' and '.join(names)}, got {shown(row)}"
-
-
-def first_rows(rows: datasets.Dataset) -> list[Numbered]:
-    """The first rows with their numbers; pictures and sounds in them are not decoded."""
-    first = rows.with_format("arrow")[:SNIFFED]
-    return [*numbered(first.to_pydict(), range(len(first)))]
-
-
-def read_dataset(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
-    """The rows of a data set, as :func:`dynrank.tasks.data.rows.read_rows` makes them, with their faults."""
-    wanted = {*columns.names.values(), ROW, FAULT, LINE, PARAGRAPH}
-    names = [name for name in rows.column_names if name in wanted]
-    with filling():
-        return rows.select_columns(names).map(
-            _read_batch,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={"columns": columns},
-            remove_columns=names,
-            features=features_of(columns),
-            keep_in_memory=not rows.cache_files,
-            new_fingerprint=Hasher.hash(str((READ, rows._fingerprint, columns))),
-            num_proc=processes(len(rows)),
-            desc="checking",
-        )
-
-
-def _read_batch(batch: Mapping[str, list[Any]], indices: list[int], columns: Columns) -> dict[str, list[Any]]:
-    return read_rows(numbered(batch, indices), columns)

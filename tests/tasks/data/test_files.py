@@ -9,7 +9,7 @@ import pytest
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import build
-from dynrank.tasks.data import cache
+from dynrank.tasks.data import stored
 from dynrank.tasks.data.columns import form_of
 from dynrank.tasks.data.files import from_files
 
@@ -211,7 +211,7 @@ def test_rows_with_tool_calls_are_one_fault(tmp_path):
 
 
 def test_processes_share_a_file_out_and_keep_its_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "_ENOUGH", 10)
+    monkeypatch.setattr(stored, "_ENOUGH", 10)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     file = tmp_path / "a.jsonl"
     write(file, ROWS)
