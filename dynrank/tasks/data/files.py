@@ -59,7 +59,7 @@ def from_files(
     for i, split in enumerate(SPLITS[1:], start=1):
         if split in parts:
             drawn[drawn == i] = 0
-            drawn[_among(digests["train"], digests[split])] = -1
+            drawn[np.isin(digests["train"], digests[split])] = -1
     rows = parts["train"]
     found = Checked()
     found.dropped = int((drawn == -1).sum())
@@ -92,9 +92,3 @@ def _read(
         if columns.unused:
             say({"not used": ", ".join(columns.unused)})
     return source.read(columns, skip=skip)
-
-
-def _among(values: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Whether each of ``values`` is in ``others``; a part at a time, because numpy needs several times its memory."""
-    parts = np.array_split(values, 1 + len(values) // 2**20)
-    return np.concatenate([np.isin(part, others) for part in parts])
