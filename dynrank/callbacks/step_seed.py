@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -16,4 +17,7 @@ class StepSeed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        torch.manual_seed(hash((self.seed, trainer.current_epoch, batch_idx, trainer.global_rank)) % 2**63)
+        # The same number with every interpreter, which hash() is not.
+        place = (self.seed % 2**64, trainer.current_epoch, batch_idx, trainer.global_rank)
+        (seed,) = np.random.SeedSequence(place).generate_state(1, np.uint64)
+        torch.manual_seed(int(seed))

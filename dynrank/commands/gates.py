@@ -20,9 +20,9 @@ from dynrank.targets import Target
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.data.columns import Form, form_of
 from dynrank.tasks.data.files import from_source
-from dynrank.tasks.data.rows import counted
 from dynrank.tasks.data.source import Source
 from dynrank.tasks.data.splits import Checked
+from dynrank.tasks.data.stored import counted
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread
 from dynrank.tasks.text_task import TextTask

@@ -22,6 +22,7 @@ class SplitAccount:
         examples: examples made from the rows and used; several texts may share one.
         tokens: tokens in the examples.
         max_length: largest number of tokens of an example.
+        unusable: rows that were left out because they cannot be used (``data.skip_unusable``).
         dropped: rows that were left out because their text is also in another split's file.
         left_out: rows that were left out because they have more than ``max_length`` tokens.
         cut: texts that were cut because they have more than ``max_length`` tokens.
@@ -32,6 +33,7 @@ class SplitAccount:
     examples: int
     tokens: int
     max_length: int
+    unusable: int = 0
     dropped: int = 0
     left_out: int = 0
     cut: int = 0
@@ -43,6 +45,7 @@ def print_account(splits: Mapping[str, SplitAccount]) -> None:
     length = max(split.max_length for split in splits.values())
     columns = {
         "rows": "rows",
+        "unusable": "unusable",
         "in another split": "dropped",
         f"longer than {length}, left out": "left_out",
         f"longer than {length}, cut": "cut",

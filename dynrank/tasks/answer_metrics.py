@@ -10,7 +10,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.text import Perplexity, SacreBLEUScore
 
 from dynrank.tasks.adapter_module import IGNORED
-from dynrank.tasks.python_source import parsed
+from dynrank.tasks.data.stdlib import parsed
 
 
 class Share(MeanMetric):

@@ -21,7 +21,7 @@ from dynrank.errors import ConfigurationError, validated_call
 from dynrank.models.pretrained import load_classifier
 from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import AdapterModule
-from dynrank.tasks.data.rows import counted
+from dynrank.tasks.data.stored import counted
 from dynrank.tasks.text_task import Recipe, TextTask
 
 _WHOLE = re.compile("0|-?[1-9][0-9]*")

@@ -17,10 +17,8 @@ from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import IGNORED, AdapterModule
 from dynrank.tasks.answer_metrics import OF_LOGITS, OF_TEXTS, chosen
-from dynrank.tasks.chats import check_template
-from dynrank.tasks.examples import FEATURES, make_examples
+from dynrank.tasks.examples import FEATURES, check_packing, check_template, make_examples, positions
 from dynrank.tasks.loader import spread
-from dynrank.tasks.packing import check_packing, positions
 from dynrank.tasks.text_task import Recipe, TextTask
 
 

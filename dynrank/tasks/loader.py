@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -72,7 +73,9 @@ class _SeededBatches(Sampler[list[int]]):
             yield batches[(self.given - 1) % CHUNK][self.own]
 
     def _draw(self, chunk: int) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(hash((self.seed, chunk)) % 2**63)
+        # The same number with every interpreter, which hash() is not.
+        (seed,) = np.random.SeedSequence((self.seed % 2**64, chunk)).generate_state(1, np.uint64)
+        generator = torch.Generator().manual_seed(int(seed))
         picks = torch.randint(len(self.lengths), (CHUNK * self.batch_size,), generator=generator).tolist()
         picks.sort(key=lambda i: self.lengths[i])
         batches = [picks[i : i + self.batch_size] for i in range(0, len(picks), self.batch_size)]

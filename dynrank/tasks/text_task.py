@@ -17,10 +17,9 @@ from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.models.settings import ModelSettings
 from dynrank.tasks.account import SplitAccount, print_account
-from dynrank.tasks.data.cache import filling, processes
 from dynrank.tasks.data.columns import Form
-from dynrank.tasks.data.rows import column_of, counted
 from dynrank.tasks.data.splits import Checked, rows_by_split
+from dynrank.tasks.data.stored import column_of, counted, filling, processes
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
@@ -146,6 +145,8 @@ class TextTask(LightningDataModule):
         if not self.examples:
             self.examples = {split: self.examples_of(rows, split) for split, rows in self.rows.items()}
             self.account["train"].dropped = self.rows.dropped
+            for split, count in self.rows.unusable.items():
+                self.account[split].unusable = count
             rank_zero_only(print_account)(self.account)
 
     def train_dataloader(self) -> ResumableLoader:

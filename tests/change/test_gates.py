@@ -21,7 +21,7 @@ import dynrank
 from dynrank.change.gates import EXAMPLES, Gates
 from dynrank.change.resize import resize
 from dynrank.models.pretrained import enable_checkpointing
-from dynrank.tasks.packing import positions
+from dynrank.tasks.examples import positions
 
 LAYERS = {
     "linear": (lambda: nn.Linear(10, 8), lambda g: torch.randn(5, 7, 10, generator=g)),

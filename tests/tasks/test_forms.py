@@ -15,10 +15,9 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.run import job
-from dynrank.tasks.chats import tokens_of_chat
 from dynrank.tasks.classification import Classification
+from dynrank.tasks.examples import check_packing, tokens_of_chat
 from dynrank.tasks.language_modeling import LanguageModeling
-from dynrank.tasks.packing import check_packing
 
 PLAIN = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"

@@ -9,9 +9,9 @@ from pydantic import Field
 
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.tasks.data.columns import Form, find_columns, form_of
-from dynrank.tasks.data.rows import check_labels, column_of
 from dynrank.tasks.data.source import Source, say
 from dynrank.tasks.data.splits import SPLITS, Checked, number_of
+from dynrank.tasks.data.stored import column_of, rows_of_shared_labels
 
 
 @validated_call("data")
@@ -24,6 +24,7 @@ def from_files(
     columns: Mapping[str, str | None],
     share: Annotated[float, Field(gt=0, lt=0.5)],
     seed: int,
+    skip_unusable: bool = False,
 ) -> Checked:
     """Train, val and test with the columns of ``form``; no text is in two of them. Prints the columns that it found.
 
@@ -37,11 +38,17 @@ def from_files(
         columns: {our name of a column: its name in the files}; None: a usual name.
         share: share of the texts; whether a text is among them depends only on (``seed``, text).
         seed: seed of the splits.
+        skip_unusable: leave out the rows that cannot be used, and count them; otherwise they are an error.
     """
     names = {"train": train, "val": val, "test": test}
-    parts = {split: _read(name, split, columns, form) for split, name in names.items() if split == "train" or name}
+    parts, unusable = dict[str, datasets.Dataset](), dict[str, int]()
+    for split, name in names.items():
+        if split == "train" or name:
+            parts[split], unusable[split] = _read(name, split, columns, form, skip_unusable)
     if form == "classification":
-        check_labels(parts["train"], f"data.train={train}", "line")
+        shared = rows_of_shared_labels(parts["train"], f"data.train={train}", skip=skip_unusable)
+        unusable["train"] += len(parts["train"]) - len(shared)
+        parts["train"] = shared
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
     parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}
     # An odd factor permutes the numbers below 2**64, so equal texts stay together and each seed draws other splits.
@@ -52,9 +59,11 @@ def from_files(
     for i, split in enumerate(SPLITS[1:], start=1):
         if split in parts:
             drawn[drawn == i] = 0
-            drawn[_among(digests["train"], digests[split])] = -1
-    found, rows = Checked(), parts["train"]
+            drawn[np.isin(digests["train"], digests[split])] = -1
+    rows = parts["train"]
+    found = Checked()
     found.dropped = int((drawn == -1).sum())
+    found.unusable = unusable
     for i, split in enumerate(SPLITS):
         found[split] = rows.select(np.flatnonzero(drawn == i)) if i == 0 or split not in parts else parts[split]
         if not len(found[split]):
@@ -69,21 +78,17 @@ def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, str
     ``columns`` are {our name of a column: its name in the source} where a name is unusual.
     """
     form = form_of(source.sample, forms, columns, source.where)
-    rows = source.read(find_columns(source.sample, columns, form, source.where, source.types))
+    rows, _ = source.read(find_columns(source.sample, columns, form, source.where, source.types))
     return rows.remove_columns(["digest", "place"]), form
 
 
-def _read(name: str | None, split: str, given: Mapping[str, str | None], form: str) -> datasets.Dataset:
+def _read(
+    name: str | None, split: str, given: Mapping[str, str | None], form: str, skip: bool
+) -> tuple[datasets.Dataset, int]:
     source = Source(name, f"data.{split}", split)
     columns = find_columns(source.sample, given, form, source.where, source.types)
     if split == "train":
         say({"columns": ", ".join(f"{ours} <- {theirs}" for ours, theirs in columns.names.items())})
         if columns.unused:
             say({"not used": ", ".join(columns.unused)})
-    return source.read(columns)
-
-
-def _among(values: np.ndarray[Any, Any], others: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Whether each of ``values`` is in ``others``; a part at a time, because numpy needs several times its memory."""
-    parts = np.array_split(values, 1 + len(values) // 2**20)
-    return np.concatenate([np.isin(part, others) for part in parts])
+    return source.read(columns, skip=skip)

@@ -1,24 +1,22 @@
-"""Rows of users' data in the columns of a form, checked in the same pass; all faults are listed at once."""
+"""One row of users' data in the columns of a form, and what is wrong with it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from hashlib import blake2b
 from typing import Any
 
 import datasets
-import pyarrow as pa
-import pyarrow.compute as pc
 
-from dynrank.errors import ConfigurationError, shown
+from dynrank.errors import shown
 from dynrank.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns
 
-# The most faults that one message lists.
-SHOWN = 20
+# A row with its number, from 1 on, or the number with a text that says why there is no row.
+Numbered = tuple[int, Mapping[str, Any] | str]
 _ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
 _TEXT = datasets.Value("string")
 
 
 def features_of(columns: Columns) -> datasets.Features:
-    """The types of the columns that :func:`read_rows` makes."""
+    """The types of the columns that :func:`checked_rows` makes."""
     made: dict[str, Any] = dict.fromkeys(COLUMNS[columns.form], _TEXT)
     if columns.form == "chat":
         made["messages"] = datasets.List({"role": _TEXT, "content": _TEXT})
@@ -31,73 +29,15 @@ def features_of(columns: Columns) -> datasets.Features:
     )
 
 
-def read_rows(places: Iterable[int], rows: Iterable[Mapping[str, Any] | str], columns: Columns) -> dict[str, list[Any]]:
-    """Our columns of the rows; also the digest of each row's text, its place (a line or a row) and its fault, or null.
-
-    An element of ``rows`` that is a text says why there is no row.
-    """
-    made: dict[str, list[Any]] = {name: [] for name in features_of(columns)}
-    for place, row in zip(places, rows, strict=True):
+def checked_rows(rows: Iterable[Numbered], columns: Columns) -> Iterator[dict[str, Any]]:
+    """Our columns of each row; also the digest of its text, its place (the number) and its fault, or None."""
+    names = [*features_of(columns)]
+    for number, row in rows:
         found = row if isinstance(row, str) else _READ[columns.form](_renamed(row, columns), columns)
         values: Mapping[str, Any] = {"fault": found} if isinstance(found, str) else found
         text = str(values.get(COLUMNS[columns.form][0]))
         digest = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), signed=True)
-        values = {**values, "digest": digest, "place": place}
-        for name, column in made.items():
-            column.append(values.get(name))
-    return made
-
-
-def check_rows(rows: datasets.Dataset, where: str, unit: str) -> datasets.Dataset:
-    """The result of :func:`read_rows` without the column of faults, all of which one error lists.
-
-    The error names the data as ``where``; ``unit`` is what places count, line or row.
-    """
-    if not len(rows):
-        raise ConfigurationError(f"{where} has 0 rows; correct it")
-    faults = column_of(rows, "fault")
-    wrong = pc.indices_nonzero(pc.is_valid(faults))
-    if len(wrong):
-        places = column_of(rows, "place").take(wrong[:SHOWN]).to_pylist()
-        pairs = zip(places, faults.take(wrong[:SHOWN]).to_pylist(), strict=True)
-        refuse(where, [f"{unit} {place} {fault}" for place, fault in pairs], len(wrong), "correct")
-    return rows.remove_columns("fault")
-
-
-def check_labels(rows: datasets.Dataset, where: str, unit: str) -> None:
-    """Refuse labels that only one row has: such a label is either not learned or not tested."""
-    single = [label for label, count in counted(rows).items() if count == 1]
-    if single:
-        batch = rows.select_columns(["label", "place"]).with_format("arrow")[:]
-        is_list = pa.types.is_list(batch["label"].type)
-        labels = pc.list_flatten(batch["label"]) if is_list else batch["label"]
-        places = batch["place"].take(pc.list_parent_indices(batch["label"])) if is_list else batch["place"]
-        first = {label: places[pc.index(labels, label).as_py()].as_py() for label in single[:SHOWN]}
-        said = [f"{unit} {place} alone has the label {label!r}" for label, place in first.items()]
-        refuse(where, said, len(single), "add rows to, or remove,")
-
-
-def refuse(where: str, said: Sequence[str], count: int, advice: str) -> None:
-    """Raise one error about ``count`` faults of the data; ``said`` describes the first ones."""
-    if count == 1:
-        raise ConfigurationError(f"{where}: {said[0]}; {advice} it")
-    more = [f"and {count - len(said):,} more"] if count > len(said) else []
-    raise ConfigurationError("\n  ".join([f"{where}:", *said, *more]) + f"\n{advice} these {count:,}")
-
-
-def column_of(rows: datasets.Dataset, name: str) -> pa.ChunkedArray:
-    """A column of the rows as an Arrow array."""
-    found: pa.ChunkedArray = rows.select_columns(name).with_format("arrow")[:][name]
-    return found
-
-
-def counted(rows: datasets.Dataset) -> dict[str, int]:
-    """{label: number of its rows}, the most frequent first."""
-    labels = column_of(rows, "label")
-    if pa.types.is_list(labels.type):
-        labels = pc.list_flatten(labels)
-    counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(labels).to_pylist()}
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+        yield {name: values.get(name) for name in names} | {"digest": digest, "place": number}
 
 
 def _renamed(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
@@ -164,6 +104,8 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
         pairs = [pair for pair in KEYS_OF_A_TURN if isinstance(turn, Mapping) and isinstance(turn.get(pair[0]), str)]
         if not pairs:
             return f"must have messages with a role and a content, or from and value, got {shown(turn)}"
+        if turn.get("tool_calls") and not turn.get(pairs[0][1]):
+            return "has tool calls, which are not learned"
         role = turn[pairs[0][0]].lower()
         messages.append(_turn(_ROLES.get(role, role), turn.get(pairs[0][1])))
     for message in messages:

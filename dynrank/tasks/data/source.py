@@ -1,35 +1,35 @@
 """Reading the rows of a source that a user names: a file, a folder, or a data set on the hub."""
 
-from collections.abc import Iterator
-from itertools import chain, islice
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import count, groupby, islice
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow as pa
-from datasets.builder import Key
+import pyarrow.parquet as pq
 from datasets.data_files import DataFilesDict, get_data_patterns
 from datasets.fingerprint import Hasher
 from datasets.packaged_modules.cache.cache import Cache
 from lightning.pytorch.utilities import rank_zero_only
+from pyarrow.csv import ConvertOptions, InvalidRow, ParseOptions, ReadOptions, open_csv
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, shown
 from dynrank.models.names import hub_is_known
 from dynrank.output.console import print_facts
-from dynrank.tasks.data.cache import READ, filling, processes, quiet
-from dynrank.tasks.data.columns import SNIFFED, Columns, Sample
-from dynrank.tasks.data.lines import READERS, Part, kind_of, survey, types_in
-from dynrank.tasks.data.rows import SHOWN, check_rows, features_of, read_rows, refuse
-from dynrank.tasks.data.splits import read_dataset, sample_of
+from dynrank.tasks.data.columns import SNIFFED, Columns
+from dynrank.tasks.data.rows import Numbered
+from dynrank.tasks.data.stored import Rows, of_dataset, quiet, reading, refuse, usable_rows
 
 # Only process 0 prints.
 say = rank_zero_only(print_facts)
 # The names of splits in folders and on the hub.
 _THEIR_SPLITS = {"train": "train", "val": "validation", "test": "test"}
-# Rows that are written at once.
-_BATCH = 1000
-# A rough size of a row in bytes.
-_ROW = 200
+# Bytes of a csv file that are parsed at once; a row must fit.
+_BLOCK = 2**22
 
 
 class Source:
@@ -42,94 +42,169 @@ class Source:
 
     Attributes:
         where: the name of the source in errors.
+        parts: the rows of each file.
         sample: the first rows.
         types: the types of the columns, if known.
     """
 
     def __init__(self, name: str | None, key: str, split: str) -> None:
+        kinds = f"a file ({', '.join(READERS)}), a folder, or ORG/NAME on the hub"
         if not name:
-            kinds = f"a file ({', '.join(READERS)}), a folder, or ORG/NAME on the hub"
             raise ConfigurationError(f"{key} is not set; set {key} to your rows: {kinds}")
-        self.where, self.files = f"{key}={name}", dict[Path, tuple[str, list[Part]]]()
+        self.where = f"{key}={name}"
         path = Path(name).expanduser()
-        try:
-            on_hub = name.count("/") == 1 and not path.exists() and not path.suffix
-            if on_hub or any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
-                self.rows = (_from_hub if on_hub else _from_disk)(name, _THEIR_SPLITS[split])
-                self.sample: Sample = sample_of(self.rows)
-                self.types = self.rows.features
-                return
-            paths = _files_in(path, _THEIR_SPLITS[split]) if path.is_dir() else [path]
-            if any(kind_of(file) not in READERS or not file.is_file() for file in paths):
-                kinds = f"a file of {[*READERS]}, a folder or ORG/NAME on the hub"
-                raise ConfigurationError(f"{key} must be {kinds}, got {name!r}; set {key}")
-            for file in paths:
-                say({"reading": f"{file}, {file.stat().st_size / 1e6:,.1f} MB"})
-                self.files[file] = survey(file)
-            rows = chain.from_iterable(part.rows() for _, parts in self.files.values() for part in parts)
-            first = [*islice(rows, SNIFFED)]
-            self.sample = [row for _, row in first if not isinstance(row, str)]
-            self.types = types_in(paths[0])
-        except ConfigurationError:
-            raise
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            said = " ".join(str(error.__cause__ or error).split())
-            raise ConfigurationError(f"{self.where} cannot be read: {said}; set {key}") from error
+        on_hub = name.count("/") == 1 and not path.exists() and not path.suffix
+        if not on_hub and not path.exists():
+            raise ConfigurationError(f"{self.where} does not exist; set {key} to {kinds}")
+        if path.is_file() and _kind(path) not in READERS:
+            raise ConfigurationError(f"{key} must be {kinds}, got {name!r}; set {key}")
+        with reading(self.where):
+            if on_hub:
+                self.parts = [of_dataset(_from_hub(name, _THEIR_SPLITS[split]), self.where)]
+            elif any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+                self.parts = [of_dataset(_from_disk(path, _THEIR_SPLITS[split]), self.where)]
+            elif path.is_file():
+                self.parts = [_from_file(path, self.where)]
+            else:
+                files = _files_in(path, _THEIR_SPLITS[split])
+                self.parts = [_from_file(file, f"{self.where}, {file}") for file in files]
+            first = [*islice(self.parts[0].read(), SNIFFED)]
+        if not first:
+            raise ConfigurationError(f"{self.parts[0].where} has 0 rows; correct it")
+        self.sample = [row for _, row in first if not isinstance(row, str)]
+        self.types = self.parts[0].types
         if not self.sample:
-            faults = [f"line {place} {row}" for place, row in first] or ["it has 0 rows"]
-            refuse(self.where, faults[:SHOWN], len(faults), "correct")
+            # Without a row, no column is known.
+            refuse(self.parts[0].where, [(number, str(fault)) for number, fault in first], "correct")
 
-    def read(self, columns: Columns) -> datasets.Dataset:
-        """All rows, as :func:`dynrank.tasks.data.rows.read_rows` makes them, without faults."""
-        if not self.files:
-            return read_dataset(self.rows, columns, self.where)
-        rows = [self._read(file, columns) for file in self.files]
-        if len(rows) == 1:
-            return rows[0]
-        together = datasets.concatenate_datasets(rows)
+    def read(self, columns: Columns, *, skip: bool = False) -> tuple[datasets.Dataset, int]:
+        """All rows and the number of those left out, as :func:`dynrank.tasks.data.stored.usable_rows` makes them."""
+        made = [usable_rows(part, columns, skip=skip) for part in self.parts]
+        unusable = sum(count for _, count in made)
+        if len(made) == 1:
+            return made[0][0], unusable
+        together = datasets.concatenate_datasets([rows for rows, _ in made])
         # Without this line, datasets would draw a random fingerprint each time.
-        together._fingerprint = Hasher.hash(str([part._fingerprint for part in rows]))
-        return together
-
-    def _read(self, file: Path, columns: Columns) -> datasets.Dataset:
-        content, parts = self.files[file]
-        where = self.where if len(self.files) == 1 else f"{self.where}, {file}"
-        # This is the hash of a text, because a pickle depends on which equal texts are the same object.
-        key = Hasher.hash(str((READ, content, kind_of(file), columns)))
-        with filling():
-            builder = _Rows(features=features_of(columns), hash=key, dataset_name="rows")
-            builder.source = {"parts": parts, "columns": columns}
-            builder.download_and_prepare(num_proc=min(len(parts), processes(file.stat().st_size // _ROW) or 1))
-            rows = builder.as_dataset(split="train")
-        return check_rows(rows, where, "row" if kind_of(file) == ".parquet" else "line")
+        together._fingerprint = Hasher.hash(str([rows._fingerprint for rows, _ in made]))
+        return together, unusable
 
 
-class _Rows(datasets.ArrowBasedBuilder):  # type: ignore[misc]
-    """Reads a file once, and stores its checked rows in the cache under a hash of the file's content."""
+def _kind(path: Path) -> str:
+    return path.suffix.lower()
 
-    source: dict[str, Any]
 
-    def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo()
+def _from_file(path: Path, where: str) -> Rows:
+    state = path.stat()
+    say({"reading": f"{path}, {state.st_size / 1e6:,.1f} MB"})
+    types = datasets.Features.from_arrow_schema(pq.read_schema(path)) if _kind(path) == ".parquet" else {}
+    key = str((path.resolve(), state.st_mtime_ns, state.st_size))
+    return Rows(where, key, partial(READERS[_kind(path)], path), types)
 
-    def _split_generators(self, dl_manager: Any) -> list[datasets.SplitGenerator]:
-        return [datasets.SplitGenerator(name="train", gen_kwargs=self.source)]
 
-    def _generate_tables(self, parts: list[Part], columns: Columns) -> Iterator[tuple[Key, pa.Table]]:
-        schema = features_of(columns).arrow_schema
-        for number, part in enumerate(parts):
-            rows, index = part.rows(), 0
-            while batch := [*islice(rows, _BATCH)]:
-                places, found = zip(*batch, strict=True)
-                yield Key(number, index), pa.Table.from_pydict(read_rows(places, found, columns), schema)
-                index += 1
+def _csv(path: Path) -> Iterator[Numbered]:
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        heading = next(filter(str.strip, file), "")
+    delimiter = max(",;\t|", key=heading.count)
+    advice = f"a text that holds {delimiter!r} belongs in quotes"
+    return _table(path, advice, delimiter=delimiter, newlines_in_values=True)
+
+
+def _tsv(path: Path) -> Iterator[Numbered]:
+    """Each line is a row, whatever quotes are in it; a cell that is quoted as a whole loses its quotes."""
+    advice = "each line is a row: write others as csv or jsonl"
+    for number, row in _table(path, advice, delimiter="\t", quote_char=False):
+        yield number, row if isinstance(row, str) else {name: _unquoted(cell) for name, cell in row.items()}
+
+
+def _unquoted(cell: str) -> str:
+    whole = re.fullmatch(r'"((?:[^"]|"")*)"', cell)
+    return whole[1].replace('""', '"') if whole else cell
+
+
+def _table(path: Path, advice: str, **options: Any) -> Iterator[Numbered]:
+    """Rows of cells, which are all texts; the heading is row 1."""
+    faults: dict[int, str] = {}
+
+    def leave_out(row: InvalidRow) -> str:
+        faults[row.number] = f"has {row.actual_columns} cells, and the heading {row.expected_columns}: {advice}"
+        return "skip"
+
+    # Only one thread counts the rows.
+    blocks = ReadOptions(use_threads=False, block_size=_BLOCK)
+    parsing = ParseOptions(invalid_row_handler=leave_out, **options)
+    names = open_csv(path, blocks, parsing).schema.names
+    ours = [name.strip() for name in names]
+    if twice := next((name for name in ours if name and ours.count(name) > 1), None):
+        raise ValueError(f"it has two columns {twice!r}")
+    texts = ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+    # pyarrow gives rows without their numbers, and has told of all others before them.
+    numbers = (number for number in count(2) if number not in faults)
+    for batch in open_csv(path, blocks, parsing, texts):
+        cells = batch.rename_columns(ours).to_pylist()
+        yield from zip(islice(numbers, len(cells)), cells, strict=True)
+    yield from faults.items()
+
+
+def _json(path: Path) -> Iterator[Numbered]:
+    """Rows of a document, which is a list or an object with one, or of its lines."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        # What follows a first document is another: each line is a row.
+        if error.msg != "Extra data":
+            raise
+        return _lines(path)
+    lists = [value for value in found.values() if isinstance(value, list)] if isinstance(found, dict) else [found]
+    if len(lists) != 1 or not isinstance(lists[0], list):
+        raise ValueError("it has no list of rows, or several: write [{...}, {...}], or each row in a line of its own")
+    return enumerate(map(_row_in, lists[0]), start=1)
+
+
+def _lines(path: Path) -> Iterator[Numbered]:
+    """Each line is a row of JSON, read alone, so that each has its own fault."""
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield number, _row_in(json.loads(line))
+            # The second means that lists are nested too deeply for the parser.
+            except (ValueError, RecursionError) as error:
+                yield number, f"is not JSON: {error}"
+
+
+def _row_in(found: Any) -> Mapping[str, Any] | str:
+    return found if isinstance(found, dict) else f"must be a row {{column: value}}, got {shown(found)}"
+
+
+def _paragraphs(path: Path) -> Iterator[Numbered]:
+    """Each paragraph, the lines between blank lines, is a text."""
+    with path.open(encoding="utf-8-sig") as file:
+        groups = groupby(file, key=lambda line: bool(line.strip()))
+        texts = ("".join(lines).rstrip("\n") for filled, lines in groups if filled)
+        yield from enumerate(({"text": text} for text in texts), start=1)
+
+
+def _parquet(path: Path) -> Iterator[Numbered]:
+    batches = pq.ParquetFile(path).iter_batches(1000)
+    return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+
+
+READERS: dict[str, Callable[[Path], Iterator[Numbered]]] = {
+    ".csv": _csv,
+    ".tsv": _tsv,
+    **dict.fromkeys((".jsonl", ".ndjson"), _lines),
+    ".json": _json,
+    ".parquet": _parquet,
+    ".txt": _paragraphs,
+}
 
 
 def _files_in(folder: Path, split: str) -> list[Path]:
     """The files of a split in a folder, by the rules of ``datasets``."""
     base = str(folder.resolve())
     found = DataFilesDict.from_patterns(get_data_patterns(base), base_path=base)
-    files = [Path(name) for name in found.get(split, ()) if kind_of(Path(name)) in READERS]
+    files = [Path(name) for name in found.get(split, ()) if Path(name).suffix.lower() in READERS]
     if not files:
         raise ValueError(f"the folder has no files of {[*READERS]} for {split}, such as {split}.csv")
     return files
@@ -144,9 +219,9 @@ def _from_hub(name: str, split: str) -> datasets.Dataset:
         return kept.as_dataset(split=split)
 
 
-def _from_disk(folder: str, split: str) -> datasets.Dataset:
+def _from_disk(folder: Path, split: str) -> datasets.Dataset:
     """The rows that ``save_to_disk`` wrote; the split, if there are several."""
-    found = datasets.load_from_disk(Path(folder).expanduser())
+    found = datasets.load_from_disk(folder)
     if isinstance(found, datasets.DatasetDict) and split not in found:
         raise ValueError(f"it has the splits {[*found]}, not {split}")
     return found[split] if isinstance(found, datasets.DatasetDict) else found

@@ -2,15 +2,16 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import datasets
 from datasets.fingerprint import Hasher
 
 from dynrank.errors import ConfigurationError, shown
-from dynrank.tasks.data.cache import READ, filling, processes
-from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Columns, find_columns
-from dynrank.tasks.data.rows import check_rows, features_of, read_rows
+from dynrank.tasks.data.columns import COLUMNS, SNIFFED, find_columns
+from dynrank.tasks.data.stored import Rows, of_dataset, usable_rows
 
 SPLITS = ("train", "val", "test")
 Pairs = dict[str, list[tuple[str, str]]]
@@ -21,9 +22,11 @@ class Checked(dict[str, datasets.Dataset]):
 
     Attributes:
         dropped: number of training rows that were left out, because their text is also in another split's file.
+        unusable: {split: number of rows of its file that were left out, because they cannot be used}.
     """
 
     dropped: int = 0
+    unusable: Mapping[str, int] = MappingProxyType({})
 
 
 def number_of(key: str, seed: int) -> int:
@@ -61,12 +64,14 @@ def _rows(part: Any, form: str, where: str) -> datasets.Dataset:
     if not len(part):
         raise ConfigurationError(f"{where} has 0 rows; set data")
     if isinstance(part, datasets.Dataset):
-        columns = find_columns(sample_of(part), {}, form, where, part.features)
-        return read_dataset(part, columns, where).remove_columns(["digest", "place"])
-    rows = [_named(row, form) for row in part]
-    columns = find_columns([row for row in rows if isinstance(row, Mapping)], {}, form, where)
-    made = datasets.Dataset.from_dict(read_rows(range(1, len(rows) + 1), rows, columns), features_of(columns))
-    return check_rows(made, where, "row").remove_columns(["digest", "place"])
+        rows = of_dataset(part, where)
+    else:
+        named = [*enumerate((_named(row, form) for row in part), start=1)]
+        rows = Rows(where, Hasher.hash(str(named)), lambda: iter(named))
+    first = islice(rows.read(), SNIFFED)
+    columns = find_columns([row for _, row in first if isinstance(row, Mapping)], {}, form, where, rows.types)
+    made, _ = usable_rows(rows, columns)
+    return made.remove_columns(["digest", "place"])
 
 
 def _named(row: Any, form: str) -> Mapping[str, Any] | str:
@@ -74,33 +79,3 @@ def _named(row: Any, form: str) -> Mapping[str, Any] | str:
     if isinstance(row, Sequence) and not isinstance(row, str) and len(row) == len(names):
         return dict(zip(names, row, strict=True))
     return row if isinstance(row, Mapping) else f"must be {' and '.join(names)}, got {shown(row)}"
-
-
-def sample_of(rows: datasets.Dataset) -> list[dict[str, Any]]:
-    """The first rows; pictures and sounds in them are not decoded."""
-    found: list[dict[str, Any]] = rows.with_format("arrow")[:SNIFFED].to_pylist()
-    return found
-
-
-def read_dataset(rows: datasets.Dataset, columns: Columns, where: str) -> datasets.Dataset:
-    """The rows of a data set, as :func:`dynrank.tasks.data.rows.read_rows` makes them, without faults."""
-    names = [*columns.names.values()]
-    with filling():
-        made = rows.select_columns(names).map(
-            _read_batch,
-            batched=True,
-            with_indices=True,
-            fn_kwargs={"columns": columns},
-            remove_columns=names,
-            features=features_of(columns),
-            keep_in_memory=not rows.cache_files,
-            new_fingerprint=Hasher.hash(str((READ, rows._fingerprint, columns))),
-            num_proc=processes(len(rows)),
-            desc="checking",
-        )
-    return check_rows(made, where, "row")
-
-
-def _read_batch(batch: Mapping[str, list[Any]], indices: list[int], columns: Columns) -> dict[str, list[Any]]:
-    rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-    return read_rows([index + 1 for index in indices], rows, columns)

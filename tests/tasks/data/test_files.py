@@ -9,7 +9,7 @@ import pytest
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import build
-from dynrank.tasks.data import cache, lines
+from dynrank.tasks.data import stored
 from dynrank.tasks.data.columns import form_of
 from dynrank.tasks.data.files import from_files
 
@@ -130,39 +130,38 @@ TALKS = CHAT["messages"]
 LABELLED = b"text,label\nx,a\ny,a\n"
 # Each has a form, the name of the file, what is in it, and what the error says beside the file.
 BAD = {
-    "not UTF-8": ("classification", "a.csv", LABELLED + b"caf\xe9,a\n", "line 4 is not UTF-8"),
-    "no UTF-8 in JSON": ("classification", "a.jsonl", jsonl() + b'\n{"text": "\xff"}', "line 31 is not UTF-8"),
-    "half a letter": ("classification", "a.jsonl", jsonl(r'{"text": "\ud800", "label": "a"}'), "line 31 is not UTF-8"),
-    "broken JSON": ("classification", "a.jsonl", jsonl('{"text": ', count=16), "line 17 is not JSON"),
-    "deep JSON": ("classification", "a.jsonl", jsonl("[" * 100_000), "line 31 is not JSON"),
-    "UTF-16": ("classification", "a.csv", LABELLED.decode().encode("utf-16"), "it is UTF-16"),
-    "one name twice": ("classification", "a.csv", b"text,text,label\nx,y,a\n", "line 1 has two columns 'text'"),
+    "not UTF-8": ("classification", "a.csv", LABELLED + b"caf\xe9,a\n", "Row #4.*invalid UTF8.*save it as UTF-8"),
+    "no UTF-8 in JSON": ("classification", "a.jsonl", jsonl() + b'\n{"text": "\xff"}', "0xff.*save it as UTF-8"),
+    "half a letter": ("classification", "a.jsonl", jsonl(r'{"text": "\ud800", "label": "a"}'), "row 31 is not UTF-8"),
+    "broken JSON": ("classification", "a.jsonl", jsonl('{"text": ', count=16), "row 17 is not JSON"),
+    "deep JSON": ("classification", "a.jsonl", jsonl("[" * 100_000), "row 31 is not JSON"),
+    "UTF-16": ("classification", "a.csv", LABELLED.decode().encode("utf-16"), "save it as UTF-8"),
+    "one name twice": ("classification", "a.csv", b"text,text,label\nx,y,a\n", "has two columns 'text'"),
     "no name": ("classification", "a.csv", b",note,label\n0,x,a\n", "no text .* or write a first line"),
     "turns as a prompt": ("completion", "a.jsonl", jsonl(prompt=TALKS, answer=TALKS), "set task=chat"),
-    "no list": ("text", "a.json", b'{"columns": ["text"], "data": [["x"]]}', "line 1 begins no list of rows"),
-    "bad array": ("classification", "a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "line 3 is not JSON"),
-    "two arrays": ("text", "a.json", b'{"train": [{"text": "x"}],\n"val": []}', "line 1 ends .* and more follows"),
-    "a row without a label": ("classification", "a.csv", b"text,label\n\nx,1\ny,1\nz,\n", "line 5 has no label"),
-    "a null label": ("classification", "a.jsonl", b"\n" + jsonl({"text": "x", "label": None}), "line 32 has no label"),
-    "a label seen once": ("classification", "a.jsonl", jsonl({"text": "x", "label": "b"}), "line 31 alone .* 'b'"),
-    "an empty text": ("classification", "a.jsonl", jsonl({"text": " ", "label": "a"}), "line 31 has an empty text"),
-    "an empty answer": ("completion", "a.jsonl", jsonl({"prompt": "x", "answer": ""}, **PROMPTED), "line 31 has an em"),
-    "0 rows": ("classification", "a.csv", b"text,label\n", "it has 0 rows"),
-    "0 bytes": ("classification", "a.csv", b"", "it has 0 rows"),
+    "no list": ("text", "a.json", b'{"columns": ["text"], "data": [["x"]]}', "no list of rows"),
+    "bad array": ("classification", "a.json", b'[{"text": "x", "label": "a"},\n\n{"text": ]', "line 3 column 10"),
+    "two arrays": ("text", "a.json", b'{"train": [{"text": "x"}],\n"val": []}', "no list of rows, or several"),
+    "a row without a label": ("classification", "a.csv", b"text,label\n\nx,1\ny,1\nz,\n", "row 4 has no label"),
+    "a null label": ("classification", "a.jsonl", b"\n" + jsonl({"text": "x", "label": None}), "row 32 has no label"),
+    "a label seen once": ("classification", "a.jsonl", jsonl({"text": "x", "label": "b"}), "row 31 alone .* 'b'"),
+    "an empty text": ("classification", "a.jsonl", jsonl({"text": " ", "label": "a"}), "row 31 has an empty text"),
+    "an empty answer": ("completion", "a.jsonl", jsonl({"prompt": "x", "answer": ""}, **PROMPTED), "row 31 has an em"),
+    "0 rows": ("classification", "a.csv", b"text,label\n", "has 0 rows"),
+    "0 bytes": ("classification", "a.csv", b"", "Empty CSV"),
     "no column": ("completion", "a.jsonl", jsonl(), r"no prompt column .*\['text', 'label'\]; set data.columns.prompt"),
     "another task's": ("completion", "a.jsonl", jsonl(**CHAT), "set task=chat, which takes them"),
-    "a cell too many": ("classification", "a.csv", LABELLED + b"c,d,a\n", "line 4 has 3 cells, and the heading 2"),
-    "a comma everywhere": ("classification", "a.csv", b"text,label\ndear sir, text 1,a\n", "line 2 has 3 cells"),
-    "a cell too few": ("classification", "a.tsv", b"text\tlabel\nx\ta\ny\n", "line 3 has 1 cells.*each line is a row"),
-    "a quote within quotes": ("classification", "a.csv", LABELLED + b'"so "called"",a\n', "line 4 is not CSV"),
-    "the assistant first": ("chat", "a.jsonl", jsonl({"messages": TALKS[1:]}, **CHAT), "line 31 .*starts with the ass"),
-    "nobody answers": ("chat", "a.jsonl", jsonl({"messages": TALKS[:1]}, **CHAT), "line 31 .*without a turn"),
-    "a silent user": ("chat", "a.jsonl", jsonl({"messages": [{**TALKS[0], "content": ""}]}, **CHAT), "line 31 .*user"),
+    "a cell too many": ("classification", "a.csv", LABELLED + b"c,d,a\n", "row 4 has 3 cells, and the heading 2"),
+    "a comma everywhere": ("classification", "a.csv", b"text,label\ndear sir, text 1,a\n", "row 2 has 3 cells"),
+    "a cell too few": ("classification", "a.tsv", b"text\tlabel\nx\ta\ny\n", "row 3 has 1 cells.*each line is a row"),
+    "the assistant first": ("chat", "a.jsonl", jsonl({"messages": TALKS[1:]}, **CHAT), "row 31 .*starts with the ass"),
+    "nobody answers": ("chat", "a.jsonl", jsonl({"messages": TALKS[:1]}, **CHAT), "row 31 .*without a turn"),
+    "a silent user": ("chat", "a.jsonl", jsonl({"messages": [{**TALKS[0], "content": ""}]}, **CHAT), "row 31 .*user"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_file_is_one_message_with_file_line_and_key(case, tmp_path, caplog):
+def test_bad_file_is_one_message_with_file_row_and_key(case, tmp_path, caplog):
     form, name, content, said = BAD[case]
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigurationError, match=rf"data\.train=.*{name}.*({said})") as caught:
@@ -171,25 +170,54 @@ def test_bad_file_is_one_message_with_file_line_and_key(case, tmp_path, caplog):
     assert not caplog.records
 
 
-def test_all_faults_of_a_file_are_listed_at_once_with_their_lines(tmp_path):
+def test_all_faults_of_a_file_are_listed_at_once_with_their_rows(tmp_path):
     rows = [{"text": f"x\n{i}", "label": "" if i % 3 == 0 else "a"} for i in range(90)]
+    file = write(tmp_path / "a.csv", rows)
+    with open(file, "a") as more:
+        more.write("one cell\n,a\n")
     with pytest.raises(ConfigurationError) as caught:
-        read(write(tmp_path / "a.csv", rows))
-    _, *said, last = str(caught.value).splitlines()
-    # a row takes two lines, since its text does
-    assert said == [*(f"  line {2 + 2 * i} has no label" for i in range(0, 60, 3)), "  and 10 more"]
-    assert last == "correct these 30"
+        read(file)
+    # The heading is row 1, and a row may take two lines.
+    unlabelled = ", ".join(str(2 + i) for i in range(0, 60, 3))
+    assert str(caught.value).splitlines() == [
+        f"data.train={file}:",
+        f"  rows {unlabelled} and 10 more: each has no label",
+        "  row 92 has 1 cells, and the heading 2: a text that holds ',' belongs in quotes",
+        "  row 93 has an empty text",
+        "correct these 32, or set data.skip_unusable=true",
+    ]
 
 
-def test_processes_share_a_file_out_and_keep_its_lines(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "_BLOCK", 1000)
-    monkeypatch.setattr(cache, "_ENOUGH", 10)
+def test_unusable_rows_are_left_out_and_counted_on_request(tmp_path):
+    file = write(tmp_path / "a.csv", [*ROWS, {"text": "x", "label": ""}, {"text": "", "label": "odd"}])
+    with open(file, "a") as more:
+        more.write("a,b,c\nalone,once\n")
+    found = from_files(file, None, None, form="classification", columns={}, share=0.2, seed=0, skip_unusable=True)
+    assert sorted(row for part in found.values() for row in zip(part["text"], part["label"], strict=True)) == pairs(
+        ROWS
+    )
+    assert found.unusable == {"train": 4}
+    with pytest.raises(ConfigurationError, match="rows 2, 3: each has no label"):
+        read(write(tmp_path / "b.csv", [{"text": "x", "label": ""}] * 2), skip_unusable=True)
+
+
+def test_rows_with_tool_calls_are_one_fault(tmp_path):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    file = write(tmp_path / "a.jsonl", [{"messages": [TALKS[0], call]}] * 2 + [CHAT] * 9)
+    with pytest.raises(
+        ConfigurationError, match="rows 1, 2: each has tool calls, which are not learned; correct these 2"
+    ):
+        from_files(file, None, None, form="chat", columns={}, share=0.2, seed=0)
+
+
+def test_processes_share_a_file_out_and_keep_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored, "_ENOUGH", 10)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     file = tmp_path / "a.jsonl"
     write(file, ROWS)
     assert sorted(sum(read(str(file)).values(), [])) == pairs(ROWS)
     file.write_text(file.read_text().replace('"text, number 150"', "null").replace('"text, number 7"', "3"))
-    with pytest.raises(ConfigurationError, match=r"line 8 must have a text.*\n.*line 151 has no text"):
+    with pytest.raises(ConfigurationError, match=r"row 8 must have a text.*\n.*row 151 has no text"):
         read(str(file))
 
 
@@ -211,11 +239,12 @@ def test_cells_are_texts_as_they_stand_there(tmp_path):
     assert sorted(row["answer"] for part in parts.values() for row in part) == [row["answer"] for row in dated]
 
 
-def test_another_content_of_the_same_size_and_time_is_read_anew(tmp_path):
-    file = tmp_path / "a.csv"
-    for old, new in (("even", "even"), ("even", "eVen")):
+@pytest.mark.parametrize("kind", ["csv", "json", "jsonl"])
+def test_a_file_that_has_changed_is_read_anew(kind, tmp_path):
+    file = tmp_path / f"a.{kind}"
+    for time, (old, new) in enumerate((("even", "even"), ("even", "eVen"))):
         write(file, [{**row, "label": row["label"].replace(old, new)} for row in ROWS])
-        os.utime(file, (1, 1))
+        os.utime(file, (time, time))
         assert {label for _, label in sum(read(str(file)).values(), [])} == {new, "odd"}
 
 
@@ -305,12 +334,21 @@ def test_a_column_that_is_not_there_is_named(tmp_path):
         read(file, columns={"text": "body"})
 
 
-@pytest.mark.parametrize("name", ["", "none.csv", "rows.doc", "broken.json", "broken.parquet"])
+UNREADABLE = {
+    "": "is not set; set data.train to your rows: a file",
+    "none.csv": "none.csv does not exist; set data.train to a file",
+    "rows.doc": r"must be a file \(.csv, .*, or ORG/NAME on the hub, got 'rows.doc'",
+    "broken.json": "broken.json cannot be read: Expecting value",
+    "broken.parquet": "broken.parquet cannot be read: Parquet magic bytes",
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
 def test_file_that_cannot_be_read_is_named(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for file in ("rows.doc", "broken.json", "broken.parquet"):
-        (tmp_path / file).write_text("broken")
-    with pytest.raises(ConfigurationError, match=rf"data\.train.*{name}"):
+        (tmp_path / file).write_text("broken: no file of its kind")
+    with pytest.raises(ConfigurationError, match=rf"^data\.train.*{UNREADABLE[name]}"):
         read(name)
 
 

@@ -9,8 +9,7 @@ from importlib import import_module
 import pytest
 
 from dynrank.errors import ConfigurationError
-from dynrank.tasks.data.stdlib import stdlib_functions
-from dynrank.tasks.python_source import parsed
+from dynrank.tasks.data.stdlib import parsed, stdlib_functions
 
 MODULES = ["base64", "csv", "fractions", "gzip", "heapq", "json", "pprint", "queue", "random", "shutil", "textwrap"]
 
