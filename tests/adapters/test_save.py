@@ -3,7 +3,6 @@
 import errno
 import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -61,15 +60,6 @@ def test_save_to_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path):
     with pytest.raises(OSError, match=r"too large.*new") as caught:
         dynrank.save_adapter(model, tmp_path / "new")
     assert (caught.value.errno, [*tmp_path.iterdir()]) == (errno.EFBIG, [])
-
-
-def test_two_writers_at_once_leave_one_whole_adapter(zoo, tmp_path):
-    models = [zoo.adapted("llama", rank=rank) for rank in (2, 3)]
-    with ThreadPoolExecutor() as pool:
-        for saved in [pool.submit(dynrank.save_adapter, model, tmp_path) for model in models * 10]:
-            saved.result()
-    assert set(content(tmp_path)) == {CONFIG, WEIGHTS}
-    assert len({layer.rank for layer in dynrank.read_adapter(tmp_path).layers.values()}) == 1
 
 
 @pytest.mark.parametrize("place", ["layer", "head"])
