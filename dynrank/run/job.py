@@ -65,7 +65,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
                 # In metrics.csv the n-th step has number n - 1. Texts after n steps have number n and are made again.
                 drop_rows_after(folder / METRICS, step)
                 drop_rows_after(folder / GENERATIONS, step)
-                add_to_metrics(folder, trainer.loggers[0])
+                csv_logger: Any = trainer.loggers[0]
+                add_to_metrics(folder, csv_logger)
         with restoring(checkpoint):
             trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model
