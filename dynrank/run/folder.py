@@ -73,7 +73,8 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
 
 def _make_ready(folder: Path, resumed: bool) -> None:
     """Remove what a killed process left behind; refuse to begin a new run in the folder of another."""
-    for part in folder.rglob(f"*{PART}"):
+    last = last_checkpoint(folder)
+    for part in last.parent.glob(f"{last.name}.*{PART}"):
         part.unlink()
     if resumed:
         return
