@@ -1,15 +1,14 @@
-"""Stops small runs at many moments in many ways, resumes them, and compares their ends with runs that never stopped.
+"""Stops small runs at random moments in many ways, resumes them, and compares their ends with runs that never stopped.
 
 ::
 
     python scripts/crash_matrix.py --tries 40 --seed 0    # prints what was lost, and a table: tried, equal, lost
     python scripts/crash_matrix.py --schedules auto "early budget"
 
-A try draws at random a run (``crash_runs.py`` has the tables), and how, when and in which process it is stopped. It
-survives if, resumed from its last checkpoint, it ends with the bits of a run that saved nothing and was never stopped:
-weights, optimizer state, history. A run that was stopped before its first checkpoint starts again. SIGTERM and SIGINT
-have to leave, with AdapterCheckpoint, a checkpoint of the step under way and the exit codes 0 and 130. The full disk is
-a tmpfs of 8 MB that is filled at the moment. To mount it takes root; without root only the other ways are drawn.
+A try draws at random a run from the tables below, and how, when and in which process it is stopped. It survives if,
+resumed from its last checkpoint, it ends with the bits of a run that saved nothing and was never stopped: weights,
+optimizer state, history. A run that was stopped before its first checkpoint starts again. In training, SIGTERM and
+SIGINT have to leave a checkpoint of the step under way and the exit codes 0 and 130.
 """
 
 from __future__ import annotations
@@ -19,35 +18,82 @@ import logging
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import lightning
+import schedulefree
 import torch
-from crash_runs import CALLBACKS, OPTIMIZERS, SCHEDULES, STEPS, Case, train
-from fsspec.implementations.local import LocalFileOpener
+from lightning.pytorch.strategies import DDPStrategy
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from dynrank.callbacks import RankScheduler
+import dynrank
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler, ScheduleFreeMode, StepSeed
+from dynrank.commands.exits import usage_errors
 from dynrank.layers.base import LoRALayer
 from dynrank.output.whole_file import PART
+from dynrank.run.stopping import STOP_SIGNALS, stoppable
+from dynrank.schedules import How, Stage, anneal, auto, early_budget
+from dynrank.targets import GrowTo, Rank
+from dynrank.tasks.loader import ResumableLoader, evaluation_batches
+from dynrank.triggers import At, Plateau
 
-FULL = "8 MB disk, full"
-WAYS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, FULL: None}
+# An epoch has 10 batches, and a validation comes every 4 steps.
+STEPS = 30
+# Validated before and after.
+CHECKED = How(metric="gates", window=3, rate_after=2.0, max_regression=10.0)
+WATCHED = How(metric="gates", window=4, rate_after="sqrt")
+# Decided at step 8.
+LEVEL = Plateau(patience=1, min_delta=0.9)
+SCHEDULES: dict[str, list[Stage]] = {
+    "plateau and cut, checked": [Stage(LEVEL, Rank(4), how=CHECKED), Stage(At(step=19), Rank(2), how=CHECKED)],
+    "undone twice": [
+        Stage(At(step=step), Rank(rank), how=How(max_regression=0.01)) for step, rank in ((9, 2), (20, 1))
+    ],
+    "grown at random, then cut": [
+        Stage(At(step=6), GrowTo(9), how=How(rate_after=2.0)),
+        Stage(At(step=17), Rank(2), how=How(rate_after=2.0)),
+    ],
+    "early budget": early_budget(3, how=WATCHED),
+    "anneal": anneal(2, shared=False, how=How(rate_after=2.0)),
+    "auto": auto(0.5, share=0.5, at=0.4, how=WATCHED),
+    "cut at the end, checked": [Stage(At(fraction=1.0), Rank(2), how=How(max_regression=10.0))],
+}
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "AdamW": partial(torch.optim.AdamW, lr=1e-2),
+    "SGD": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
+    "Adafactor": partial(torch.optim.Adafactor, lr=0.1),
+    "schedule-free AdamW": partial(schedulefree.AdamWScheduleFree, lr=1e-2),
+    "8-bit AdamW": partial(bitsandbytes.optim.AdamW8bit, lr=1e-2, min_8bit_size=1),
+}
+WAYS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 ANY, CUT, MOVE = "any time", "checkpoint half written", "checkpoint not moved"
 MOMENTS = (ANY, "inside a step", "resize", "decided, not made", "validation", "after the last step", CUT, MOVE)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run: names of the tables above, and optimizer steps between checkpoints; None saves nothing."""
+
+    schedule: str
+    optimizer: str
+    processes: int
+    every: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,36 +105,83 @@ class Stop:
     number: int
     delay: float
     process: int
-    # Bytes that are left on a full disk.
-    room: int
+
+
+class Regression(lightning.LightningModule):
+    """Learns a linear map; two layers with LoRA, dropout in between, a norm whose statistics move (in one process)."""
+
+    def __init__(self, case: Case, process: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.case, self.share = case, (process, case.processes)
+        x = torch.randn(80, 12)
+        self.pairs = TensorDataset(x, x @ torch.randn(12, 12))
+        norm = nn.BatchNorm1d(24) if case.processes == 1 else nn.Identity()
+        net = nn.Sequential(nn.Linear(12, 24), norm, nn.Dropout(0.2), nn.Linear(24, 12))
+        self.net = dynrank.add_lora(net, rank=6, alpha=12)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = OPTIMIZERS[self.case.optimizer]([p for p in self.parameters() if p.requires_grad])
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * STEPS)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def train_dataloader(self) -> ResumableLoader:
+        return ResumableLoader(self.pairs, [1] * 80, 8 // self.share[1], 3, default_collate, share=self.share)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return DataLoader(self.pairs, batch_sampler=evaluation_batches(80, 40 // self.share[1], self.share))
+
+
+def train(case: Case, folder: Path, process: int, watches: list[lightning.Callback]) -> dict[str, Any]:
+    """Make the run whose checkpoints are in ``folder``, or go on with it; what it comes to in this ``process``."""
+    scheduler = RankScheduler(deepcopy(SCHEDULES[case.schedule]))
+    callbacks = [ScheduleFreeMode(), scheduler, StepSeed(0), *watches]
+    saver = AdapterCheckpoint(
+        folder, filename="last", every_n_train_steps=case.every, save_top_k=1, enable_version_counter=False
+    )
+    saver.stop_signals = STOP_SIGNALS
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_steps=STEPS, logger=False, val_check_interval=4, check_val_every_n_epoch=None,
+        callbacks=[*callbacks, saver] if case.every else callbacks, enable_checkpointing=case.every is not None,
+        num_sanity_val_steps=0, enable_progress_bar=False, enable_model_summary=False,
+        devices=case.processes, use_distributed_sampler=False,
+        strategy="auto" if case.processes == 1 else DDPStrategy(timeout=timedelta(seconds=60)),
+    )  # fmt: skip
+    checkpoint = folder / "last.ckpt" if (folder / "last.ckpt").exists() else None
+    module = Regression(case, process)
+    with usage_errors(), stoppable(trainer, checkpoint):
+        trainer.fit(module, ckpt_path=checkpoint)
+    history = [(event.step, event.reason, repr(event.layers)) for event in scheduler.history]
+    return {"weights": module.state_dict(), "optimizer": trainer.optimizers[0].state_dict(), "history": history}
 
 
 def act(stop: Stop, folder: Path, process: int, step: int = -1, written: str | None = None) -> None:
-    """Stop the process of this number, or fill the disk; what a killed one was writing is cut."""
+    """Stop the process of this number; what a killed one was writing is cut."""
     (folder / "step").write_text(str(step))
-    if stop.way == FULL:
-        # The run may be writing at the same time.
-        with suppress(OSError):
-            (folder / "disk" / "filler").write_bytes(bytes(max(0, shutil.disk_usage(folder / "disk").free - stop.room)))
-        return
     if written is not None and stop.way == "SIGKILL":
         os.truncate(written, os.stat(written).st_size // 3)
-    os.kill(process, WAYS[stop.way])  # type: ignore[arg-type]
+    os.kill(process, WAYS[stop.way])
 
 
 class Watch(lightning.Callback):
     """Counts the moments of a kind, and calls ``act`` at one of them."""
 
     def __init__(self, moment: str, number: int = -1, act: Callable[[int, str | None], None] | None = None) -> None:
-        self.moment, self.number, self.act, self.passed, self.step = moment, number, act, 0, 0
+        self.moment, self.number, self.act = moment, number, act
+        self.passed = 0
+        self.step = 0
         if moment == "resize":
             _put_before(LoRALayer, "set_factors", lambda *_: self._pass("resize"))
         elif moment == CUT:
             _put_before(os, "fsync", lambda handle: self._write(os.readlink(f"/proc/self/fd/{handle}")))
-            _put_before(LocalFileOpener, "commit", lambda file: self._pass(CUT, file.temp))
         elif moment == MOVE:
             _put_before(os, "replace", lambda *_: self._pass(MOVE))
-            _put_before(shutil, "move", lambda *_: self._pass(MOVE))
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.step = trainer.global_step
@@ -105,7 +198,6 @@ class Watch(lightning.Callback):
         self._pass("after the last step")
 
     def _write(self, name: str) -> None:
-        # Folders are synced, too, and are no partial files.
         if name.endswith(PART):
             self._pass(CUT, name)
 
@@ -140,7 +232,7 @@ def one_process(case: Case, folder: Path, process: int, port: int, stop: Stop | 
     if stop is not None and stop.process == process:
         here = os.getpid()
         watches = [Watch(stop.moment, stop.number, lambda step, written: act(stop, folder, here, step, written))]
-    end = train(case, folder / "disk", process, [*watches])
+    end = train(case, folder / "saved", process, [*watches])
     torch.save((end, {watch.moment: watch.passed for watch in watches}), folder / f"end{process}.pt")
 
 
@@ -184,12 +276,10 @@ def equal(one: Any, other: Any) -> bool:
 
 
 def broken_promise(case: Case, stop: Stop, codes: list[int], folder: Path) -> str | None:
-    """What is wrong with how AdapterCheckpoint let a run end before its time; None: nothing."""
-    if case.callback != "AdapterCheckpoint" or stop.moment == ANY or stop.way == "SIGKILL":
+    """What is wrong with how a run ended before its time; None: nothing."""
+    if stop.moment == ANY or stop.way == "SIGKILL":
         return None
-    if stop.way == FULL:
-        return None if codes[0] == 1 else "a full disk was not the exit code 1"
-    file, step = folder / "disk" / "last.ckpt", int((folder / "step").read_text())
+    file, step = folder / "saved" / "last.ckpt", int((folder / "step").read_text())
     saved = torch.load(file)["global_step"] if file.exists() else None
     expected = [130 if stop.way == "SIGINT" and process == stop.process else 0 for process in range(case.processes)]
     return None if codes == expected and saved in (step, step + 1) else f"at step {step} it saved {saved}"
@@ -200,7 +290,6 @@ def outcome(case: Case, stop: Stop, folder: Path, expected: list[Any]) -> tuple[
     codes = run(case, folder, stop)
     stopped = not (folder / "end0.pt").exists()
     fault = broken_promise(case, stop, codes, folder) if stopped else None
-    (folder / "disk" / "filler").unlink(missing_ok=True)
     again = run(case, folder) if any(codes) or stopped else codes
     if fault is None and any(again):
         fault = "the resume failed"
@@ -209,27 +298,26 @@ def outcome(case: Case, stop: Stop, folder: Path, expected: list[Any]) -> tuple[
     return stopped, fault and f"{fault}; exit codes {codes}, then {again}"
 
 
-def draw(chance: random.Random, ways: list[str], schedules: list[str]) -> tuple[Case, Stop]:
+def draw(chance: random.Random, schedules: list[str]) -> tuple[Case, Stop]:
     """A case, and a stop whose number and delay are not limited to the run yet."""
-    names = [chance.choice([*table]) for table in (schedules, OPTIMIZERS, CALLBACKS)]
-    case = Case(names[0], names[1], chance.choice([1, 2]), names[2], chance.choice([1, 3, 7]))
-    way, moment, number, delay = chance.choice(ways), chance.choice(MOMENTS), chance.randrange(10**6), chance.random()
-    return case, Stop(way, moment, number, delay, chance.randrange(case.processes), chance.randrange(16_000))
+    case = Case(chance.choice(schedules), chance.choice([*OPTIMIZERS]), chance.choice([1, 2]), chance.choice([1, 3, 7]))
+    way, moment = chance.choice([*WAYS]), chance.choice(MOMENTS)
+    return case, Stop(way, moment, chance.randrange(10**6), chance.random(), chance.randrange(case.processes))
 
 
 class Matrix:
-    """Tries on a small disk, and what has come of them."""
+    """Tries, and what has come of them."""
 
-    def __init__(self, top: Path, small: Path) -> None:
-        self.top, self.small = top, small
-        self.tried, self.lost = Counter[str](), Counter[str]()
+    def __init__(self, top: Path) -> None:
+        self.top = top
+        self.tried = Counter[str]()
+        self.lost = Counter[str]()
         self.wholes: dict[Case, tuple[float, list[Any]]] = {}
 
     def whole(self, case: Case) -> tuple[float, list[Any]]:
         """Seconds and ends of the run without stops and checkpoints."""
         if case not in self.wholes:
             folder, start = self._folder(), time.perf_counter()
-            (folder / "disk").mkdir()
             codes = run(case, folder)
             assert not any(codes), (folder / "printed0").read_text()
             self.wholes[case] = time.perf_counter() - start, ends(case, folder)
@@ -237,28 +325,24 @@ class Matrix:
 
     def one_try(self, case: Case, stop: Stop) -> None:
         """Stop and resume a run; it counts if it was stopped, or is lost."""
-        seconds, expected = self.whole(replace(case, callback=None, every=1))
-        counts = expected[0][1] | dict.fromkeys((CUT, MOVE), STEPS // case.every)
+        seconds, expected = self.whole(replace(case, every=None))
+        counts = expected[0][1] | dict.fromkeys((CUT, MOVE), STEPS // (case.every or STEPS))
         moment = stop.moment if counts[stop.moment] else ANY
         stop = replace(stop, moment=moment, number=stop.number % max(1, counts[moment]), delay=stop.delay * seconds)
         folder = self._folder()
-        if stop.way == FULL:
-            (folder / "disk").symlink_to(self.small)
-        else:
-            (folder / "disk").mkdir()
         stopped, fault = outcome(case, stop, folder, expected)
         processes, saved = f"processes: {case.processes}", f"steps between checkpoints: {case.every}"
-        keys = (stop.way, stop.moment, case.schedule, case.optimizer, case.callback or "", processes, saved, "all")
+        keys = (stop.way, stop.moment, case.schedule, case.optimizer, processes, saved, "all")
         self.tried.update(keys if stopped or fault else ())
         self.lost.update(keys if fault else ())
         if fault:
             printed = [(folder / f"printed{process}").read_text()[-3000:] for process in range(case.processes)]
             print(f"lost: {fault}\n  {case}\n  {stop}", *printed, sep="\n", flush=True)
-        for file in self.small.iterdir():
-            file.unlink()
 
     def _folder(self) -> Path:
-        return Path(tempfile.mkdtemp(dir=self.top))
+        folder = Path(tempfile.mkdtemp(dir=self.top))
+        (folder / "saved").mkdir()
+        return folder
 
 
 def main() -> int:
@@ -272,16 +356,9 @@ def main() -> int:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as top:
-        small = Path(tempfile.mkdtemp(dir=top))
-        mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", small], check=False)
-        ways = [way for way in WAYS if way != FULL or mount.returncode == 0]
-        matrix = Matrix(Path(top), small)
-        try:
-            while matrix.tried["all"] < arguments.tries:
-                matrix.one_try(*draw(chance, ways, arguments.schedules))
-        finally:
-            if mount.returncode == 0:
-                subprocess.run(["umount", small], check=True)
+        matrix = Matrix(Path(top))
+        while matrix.tried["all"] < arguments.tries:
+            matrix.one_try(*draw(chance, arguments.schedules))
     print(f"{'':<32}{'tried':>7}{'equal':>7}{'lost':>6}")
     rows = sorted(matrix.tried.items(), key=lambda row: (row[0] == "all", row[0]))
     for key, tried in rows:

@@ -24,7 +24,7 @@ from dynrank.layers.kinds import LoRAConv2d, LoRAEmbedding
 from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
 from dynrank.models.names import public_name
-from dynrank.output.whole_file import os_errors, whole_files
+from dynrank.output.whole_file import os_errors, whole_file
 from dynrank.private import source_of
 from dynrank.rank_map import peft_ranks
 
@@ -94,7 +94,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     metadata = {SETTINGS_DIGEST: digest(settings), "format": "pt"}
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with whole_files(folder / WEIGHTS_FILE, folder / CONFIG_FILE) as (weights_part, config_part), os_errors(folder):
+        weights, settings_file = whole_file(folder / WEIGHTS_FILE), whole_file(folder / CONFIG_FILE)
+        with weights as weights_part, settings_file as config_part, os_errors(folder):
             config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             write_tensors(weights_part, tensors, metadata)
             # By default only the owner can read a file of safetensors.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from math import isfinite
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.tensor import DTensor
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.validation import is_due
 from dynrank.distributed.processes import from_all
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.frozen_base import adapted_models, follow_base, without_base
@@ -30,11 +28,11 @@ class AdapterCheckpoint(ModelCheckpoint):
 
     A file contains every parameter that is trained (adapters, heads) or was trained (it has optimizer state), frozen
     adapters, all buffers, all that is outside the adapted model, and the usual state of optimizers, loops, callbacks
-    and data. For each parameter of the base it contains a hash. The base must be in the model when the file is loaded;
-    a different base is refused before anything changes. (If your own code changes a frozen parameter during training,
-    the base is a different one.) ``Trainer.fit``, ``validate``, ``test(ckpt_path=...)`` and ``load_from_checkpoint``
-    load these files like others, and accept no other missing parameter. (For ``load_from_checkpoint`` of a model that
-    PEFT has wrapped, see :func:`dynrank.layers.peft_layers.follow_checkpoint_ranks`.)
+    and data. For each parameter of the base it contains a hash, which is computed once per run, so the base must not
+    change during training. The base must be in the model when the file is loaded; a different base is refused before
+    anything changes. ``Trainer.fit``, ``validate``, ``test(ckpt_path=...)`` and ``load_from_checkpoint`` load these
+    files like others, and accept no other missing parameter. (For ``load_from_checkpoint`` of a model that PEFT has
+    wrapped, see :func:`dynrank.layers.peft_layers.follow_checkpoint_ranks`.)
 
     If a run is killed at any moment, or the disk is full, the previous local checkpoint stays whole. A damaged file is
     not loaded. All checkpoints of the trainer leave out the base, also those of ``trainer.save_checkpoint``. Only files
@@ -42,18 +40,18 @@ class AdapterCheckpoint(ModelCheckpoint):
     trained parameters is not saved.
 
     After SIGTERM (a job is preempted) the step ends, ``last.ckpt`` is saved in the callback's folder, and Lightning's
-    SIGTERMException ends the program with exit code 0. In a validation this happens after the batch, and the resumed
-    run repeats the whole validation. Two validations are completed first: one that checks a change of rank, and one in
-    which processes have different or unknown numbers of batches.
+    SIGTERMException ends the program with exit code 0. In a validation this happens after the next step.
 
     Under FSDP2 it needs ``save_distributed_checkpoint=False``: each process has the whole adapter anyway.
+
+    Attributes:
+        stop_signals: the signals that end training in this way.
+        stopped_by: the signal that this process has received; None: none.
     """
 
-    _sigterm: _SigtermNotice
+    stop_signals: tuple[int, ...] = (signal.SIGTERM,)
+    stopped_by: int | None = None
     _seen_step = 0
-    # The state of the loops after the batch before a validation, and the state of the loops to save.
-    _before_validation: dict[str, Any] | None = None
-    _loops: dict[str, Any] | None = None
 
     @property
     def last_saved(self) -> str:
@@ -81,39 +79,47 @@ class AdapterCheckpoint(ModelCheckpoint):
         for model in [pl_module, *map(private.average_model, trainer.callbacks)]:  # type: ignore[attr-defined]
             if model is not None:
                 follow_base(model)
+        self._fingerprints: dict[str, str] = {}
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Watch for SIGTERM from now on."""
+        """Watch for signals from now until the trainer's teardown, which restores the handlers from before training.
+
+        Lightning's own handler of SIGTERM would end the run at the next batch, even in the middle of an accumulated
+        step; and with several processes the one that got the signal would wait for the others forever.
+        """
         if not adapted_models(pl_module):
             raise ConfigurationError(
                 "AdapterCheckpoint needs a model with LoRA layers (dynrank.add_lora or PEFT); use ModelCheckpoint"
             )
-        self._seen_step, self._sigterm = trainer.global_step, _SigtermNotice()
-        self._before_validation = self._loops = None
+        self._seen_step, self.stopped_by = trainer.global_step, None
+        if threading.current_thread() is threading.main_thread():
+            for number in self.stop_signals:
+                signal.signal(number, self._note)
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        complete, self._seen_step = trainer.global_step > self._seen_step, trainer.global_step
-        if complete and self._sigterm.received(trainer):
+        complete = trainer.global_step > self._seen_step
+        self._seen_step = trainer.global_step
+        if complete and self._any_stopped(trainer):
             private.log_step(trainer)
             self._save_and_end(trainer)
-        self._before_validation = private.loops_state(trainer) if is_due(trainer) else None
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._before_validation is not None:
-            own, *others = from_all(trainer.num_val_batches)
-            # Processes can stop together after a batch only if all have the same, known number of batches.
-            if others and not (all(counts == own for counts in others) and isfinite(sum(own))):
-                self._before_validation = None
+    def _note(self, number: int, frame: object) -> None:
+        self.stopped_by = number
+        if number == signal.SIGINT:
+            # A second Ctrl-C ends the run at once.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._before_validation is not None and self._sigterm.received(trainer):
-            self._loops = self._before_validation
-            self._save_and_end(trainer)
+    def _any_stopped(self, trainer: Trainer) -> bool:
+        """Whether any process has received a signal; a collective call."""
+        stopped = self.stopped_by is not None
+        if trainer.world_size == 1:
+            return stopped
+        return trainer.strategy.reduce_boolean_decision(stopped, all=False)
 
     def _save_and_end(self, trainer: Trainer) -> None:
         self._save_checkpoint(trainer, f"{self.dirpath}/{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
@@ -122,18 +128,20 @@ class AdapterCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take the base out of ``checkpoint``."""
         _check_finite(pl_module)
-        checkpoint["loops"] = self._loops or checkpoint["loops"]
         trained = [
             parameter for optimizer in trainer.optimizers for parameter, state in optimizer.state.items() if state
         ]
         for key in _STATES:
             if key in checkpoint:
-                checkpoint[key] = without_base(pl_module, checkpoint[key], trained)
+                checkpoint[key] = without_base(pl_module, checkpoint[key], trained, self._fingerprints)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Raise DivergedError if the run has diverged since its last checkpoint."""
+        """Raise DivergedError if the run has diverged since its last checkpoint, and end after a late signal."""
         _check_finite(pl_module)
         super().on_train_end(trainer, pl_module)
+        # No step follows the last validation.
+        if self._any_stopped(trainer):
+            self._save_and_end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Add the step and the last good checkpoint to the error of a diverged run."""
@@ -143,29 +151,6 @@ class AdapterCheckpoint(ModelCheckpoint):
                 f"found after step {trainer.global_step}; the last good checkpoint (ckpt_path) is {good}"
             )
         super().on_exception(trainer, pl_module, exception)
-
-
-class _SigtermNotice:
-    """Records SIGTERM from now until the trainer's teardown, which restores the handler from before training.
-
-    It replaces Lightning's handler, which must be installed already, as it is once training has started. That handler
-    would end the run at the next batch, even in the middle of an accumulated step; and with several processes the one
-    that got the signal would wait in a broadcast that the others do not make.
-    """
-
-    def __init__(self) -> None:
-        self._received = False
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._note)
-
-    def received(self, trainer: Trainer) -> bool:
-        """Whether any process has received SIGTERM; a collective call."""
-        if trainer.world_size == 1:
-            return self._received
-        return trainer.strategy.reduce_boolean_decision(self._received, all=False)
-
-    def _note(self, number: int, frame: object) -> None:
-        self._received = True
 
 
 def _check_finite(module: LightningModule) -> None:

@@ -2,7 +2,7 @@
 
 import csv
 from pathlib import Path
-from typing import Any
+from textwrap import indent
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
@@ -27,37 +27,37 @@ class Generations(Callback):
     on_test_start = on_validation_start
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer, pl_module, "val")
+        self._record(trainer, _texts(pl_module), "val")
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._record(trainer, pl_module, "test")
+        self._record(trainer, _texts(pl_module), "test")
 
-    def _record(self, trainer: Trainer, module: LightningModule, split: str) -> None:
-        texts = [tuple(text) for text in _texts(module)]
-        if texts and trainer.is_global_zero and not trainer.sanity_checking:
-            step, new = trainer.global_step, not self.file.exists()
-            with self.file.open("a", newline="", encoding="utf-8") as opened:
-                csv.writer(opened).writerows([*([COLUMNS] if new else []), *((step, split, *text) for text in texts)])
-            for logger in trainer.loggers:
-                _show(logger, f"{split}/written", texts, step)
+    def _record(self, trainer: Trainer, texts: list[tuple[str, ...]], split: str) -> None:
+        if not texts or not trainer.is_global_zero or trainer.sanity_checking:
+            return
+        new, step = not self.file.exists(), trainer.global_step
+        with self.file.open("a", newline="", encoding="utf-8") as opened:
+            writer = csv.writer(opened)
+            if new:
+                writer.writerow(COLUMNS)
+            writer.writerows((step, split, *text) for text in texts)
+        for logger in trainer.loggers:
+            _show(logger, f"{split}/written", texts, step)
 
 
-def _texts(module: LightningModule) -> list[Any]:
-    texts: list[Any] = getattr(module, "generations", [])
+def _texts(module: LightningModule) -> list[tuple[str, ...]]:
+    texts: list[tuple[str, ...]] = getattr(module, "generations", [])
     return texts
 
 
 def _show(logger: Logger, name: str, texts: list[tuple[str, ...]], step: int) -> None:
+    titles = COLUMNS[2:]
+    parts = [
+        f"**{title}**\n\n{indent(part, '    ')}" for text in texts for title, part in zip(titles, text, strict=True)
+    ]
     if isinstance(logger, WandbLogger):
-        logger.log_text(name, columns=[*COLUMNS[2:]], data=[[*text] for text in texts], step=step)
-        return
-    page = "\n\n---\n\n".join("\n\n".join(map(_part, COLUMNS[2:], text)) for text in texts)
-    if isinstance(logger, TensorBoardLogger):
-        logger.experiment.add_text(name, page, step)
+        logger.log_text(name, columns=[*titles], data=[[*text] for text in texts], step=step)
+    elif isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_text(name, "\n\n".join(parts), step)
     elif isinstance(logger, MLFlowLogger):
-        logger.experiment.log_text(str(logger.run_id), page, f"{name}_{step}.md")
-
-
-def _part(title: str, text: str) -> str:
-    indented = "\n".join(f"    {line}" for line in text.split("\n"))
-    return f"**{title}**\n\n{indented}"
+        logger.experiment.log_text(str(logger.run_id), "\n\n".join(parts), f"{name}_{step}.md")

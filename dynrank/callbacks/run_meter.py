@@ -4,7 +4,7 @@ import re
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -14,7 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from dynrank.distributed.processes import from_all
 from dynrank.driver.event import RankEvent
-from dynrank.errors import NotNegative, Steps, read_as
 from dynrank.layers.finding import lora_layers
 
 
@@ -30,11 +29,11 @@ class Phase:
         step_seconds: median seconds of an optimizer step with all of its batches; 0 until the phase is over.
     """
 
-    first_step: Steps = 0
-    mean_rank: NotNegative = 0.0
-    tokens: Steps = 0
-    train_seconds: NotNegative = 0.0
-    step_seconds: NotNegative = 0.0
+    first_step: int = 0
+    mean_rank: float = 0.0
+    tokens: int = 0
+    train_seconds: float = 0.0
+    step_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -45,44 +44,27 @@ class RunMeter(Callback):
     """Measures the tokens and the seconds of training, in each phase between changes of rank.
 
     When a phase is over, loggers get its ``phase/tokens_per_second`` and ``phase/mean_rank``. Batches are mappings with
-    an ``attention_mask``. A resumed run continues the phases of its checkpoint. A checkpoint counts the tokens of the
-    open phase as those of process 0 times the number of processes.
+    an ``attention_mask``. A resumed run measures only what it trains itself.
 
     Attributes:
         phases: the phases of this run; the last one is open until training ends.
     """
 
     def __init__(self) -> None:
-        self.phases = [Phase()]
-        # Phases of the checkpoint from which the run is resumed.
-        self._before: list[Phase] = []
-        # Tokens of the open phase from before a resume, of all processes.
-        self._earlier_tokens = 0
-        # Over how many processes the other tokens of the last phase are still to be summed up; 0: it is over.
-        self._processes = 0
+        self.phases: list[Phase] = []
         # Time at which the batch began, and seconds of batches since the last optimizer step.
-        self._start = self._seconds_since_step = 0.0
-        # Seconds of each optimizer step of the open phase, since the start or the resume.
+        self._start = 0.0
+        self._seconds_since_step = 0.0
+        # Seconds of each optimizer step of the open phase.
         self._step_seconds: list[float] = []
         self._steps_made = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.phases, self._before = self._before or [_phase(trainer, pl_module)], []
-        self._processes = trainer.world_size
-        self._earlier_tokens, self.phases[-1].tokens = self.phases[-1].tokens, 0
-        self._step_seconds, self._seconds_since_step, self._steps_made = [], 0.0, trainer.global_step
+        self._steps_made = trainer.global_step
+        self._begin(trainer, pl_module)
         if torch.cuda.is_available():
             # A sweep makes several runs in one process.
             torch.cuda.reset_peak_memory_stats()
-
-    def state_dict(self) -> dict[str, Any]:
-        phase = self._open_phase()
-        if self._processes:
-            phase = replace(phase, tokens=self._earlier_tokens + phase.tokens * self._processes)
-        return {"phases": [asdict(phase) for phase in (*self.phases[:-1], phase)]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._before = read_as(list[Phase], state_dict["phases"], "ckpt_path")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._start = time.perf_counter()
@@ -99,16 +81,16 @@ class RunMeter(Callback):
         # With gradient accumulation several batches make one step.
         if trainer.global_step > self._steps_made:
             self._step_seconds.append(self._seconds_since_step)
-            self._seconds_since_step, self._steps_made = 0.0, trainer.global_step
+            self._seconds_since_step = 0.0
+            self._steps_made = trainer.global_step
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
-            self._close(trainer)
-            self.phases.append(_phase(trainer, pl_module))
-            self._processes, self._earlier_tokens = trainer.world_size, 0
+            self._end(trainer)
+            self._begin(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close(trainer)
+        self._end(trainer)
 
     @property
     def tokens_per_second(self) -> float:
@@ -116,27 +98,21 @@ class RunMeter(Callback):
         seconds = sum(phase.train_seconds for phase in self.phases)
         return sum(phase.tokens for phase in self.phases) / seconds if seconds else 0.0
 
-    def _open_phase(self) -> Phase:
-        """The open phase with the median seconds of its steps so far."""
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        ranks = [layer.rank for _, layer in lora_layers(pl_module)]
+        self.phases.append(Phase(trainer.global_step, float(mean(ranks)) if ranks else 0.0))
+
+    def _end(self, trainer: Trainer) -> None:
         phase = self.phases[-1]
-        return replace(phase, step_seconds=median(self._step_seconds)) if self._step_seconds else phase
-
-    def _close(self, trainer: Trainer) -> None:
-        # A change after the last step may come after on_train_end, which has closed the phase.
-        if not self._processes:
+        # A phase without steps (a change after the last one, a second change at once) has nothing to add up.
+        if not self._step_seconds:
             return
-        phase = self.phases[-1] = self._open_phase()
-        phase.tokens = self._earlier_tokens + sum(from_all(phase.tokens))
-        self._step_seconds, self._processes = [], 0
+        phase.step_seconds = median(self._step_seconds)
+        self._step_seconds = []
+        phase.tokens = sum(from_all(phase.tokens))
         values = {"phase/tokens_per_second": phase.tokens_per_second, "phase/mean_rank": phase.mean_rank}
-        if phase.train_seconds:
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=trainer.global_step)
-
-
-def _phase(trainer: Trainer, pl_module: LightningModule) -> Phase:
-    ranks = [layer.rank for _, layer in lora_layers(pl_module)]
-    return Phase(trainer.global_step, float(mean(ranks)) if ranks else 0.0)
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=trainer.global_step)
 
 
 def peak_memory_bytes() -> int:

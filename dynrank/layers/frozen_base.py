@@ -40,12 +40,15 @@ def adapted_models(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def without_base(model: nn.Module, state_dict: Mapping[str, Any], trained: Collection[Tensor]) -> dict[str, Any]:
+def without_base(
+    model: nn.Module, state_dict: Mapping[str, Any], trained: Collection[Tensor], known: dict[str, str] | None = None
+) -> dict[str, Any]:
     """``state_dict`` with marks instead of the frozen parameters of the adapted models in ``model``.
 
     The result keeps adapters and the heads that PEFT stores per adapter, even if they are frozen, the parameters in
-    ``trained``, and everything outside of adapted models.
+    ``trained``, and everything outside of adapted models. Fingerprints are taken from ``known``; new ones are added.
     """
+    known = {} if known is None else known
     kept, spared = dict(state_dict), {id(parameter) for parameter in trained}
     for prefix, root in adapted_models(model).items():
         mark = {}
@@ -53,7 +56,10 @@ def without_base(model: nn.Module, state_dict: Mapping[str, Any], trained: Colle
             key = prefix + name
             frozen = not (parameter.requires_grad or id(parameter) in spared or _ADAPTER.search(name))
             if frozen and key in kept:
-                mark[name] = fingerprint(kept.pop(key))
+                value = kept.pop(key)
+                if key not in known:
+                    known[key] = fingerprint(value)
+                mark[name] = known[key]
         # bitsandbytes stores further entries under the name of a weight.
         quantisation = tuple(f"{prefix}{name}." for name in mark)
         kept = {key: value for key, value in kept.items() if not key.startswith(quantisation)}

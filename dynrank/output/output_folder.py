@@ -1,10 +1,9 @@
 """The folder or file of a command's --out, which is written completely or not at all."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from os.path import realpath
 from pathlib import Path
 
@@ -25,30 +24,29 @@ def check_free(out: Path, *sources: Path) -> None:
 def whole_or_nothing(out: Path) -> Iterator[Path]:
     """A folder to write to, which is renamed to ``out`` at the end of the block, or deleted after an error.
 
-    A killed process leaves a hidden folder next to ``out``, which the next call deletes.
+    A killed process leaves the folder ``out`` + ".part" behind; until it is deleted, writers of ``out`` are refused.
     """
-    with _naming(out), ExitStack() as stack:
+    with _naming(out):
         # Unlike realpath, Path.resolve raises no OSError for a link to itself.
         out = Path(realpath(out))
         if not os.path.lexists(out.parent):
             out.parent.mkdir(parents=True, exist_ok=True)
-        beside = out.parent / f".{out.name}{PART}"
-        beside.mkdir(exist_ok=True)
-        handle = os.open(beside, os.O_RDONLY)
-        stack.callback(os.close, handle)
+        part = out.with_name(out.name + PART)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigurationError(f"another process is writing --out {str(out)!r}") from None
-        stack.callback(shutil.rmtree, beside)
-        part = beside / out.name
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        yield part
-        for file in part.iterdir():
-            # safetensors makes files that only their owner can read.
-            file.chmod(part.stat().st_mode & 0o666)
-        os.rename(part, out)
+            part.mkdir()
+        except FileExistsError:
+            raise ConfigurationError(
+                f"{str(part)!r} exists: another process is writing --out, or was killed while it did; wait for its "
+                "end, or delete that folder"
+            ) from None
+        try:
+            yield part
+            for file in part.iterdir():
+                # safetensors makes files that only their owner can read.
+                file.chmod(part.stat().st_mode & 0o666)
+            os.rename(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager

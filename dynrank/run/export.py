@@ -23,7 +23,7 @@ from dynrank.private import tree_leaves
 from dynrank.rank_map import RankRule, dump_rank_map
 from dynrank.run.command import command
 from dynrank.run.config import plain
-from dynrank.run.folder import join
+from dynrank.run.folder import drop_repeated_rows
 from dynrank.run.report.card import write_card
 from dynrank.run.report.page import write_report
 from dynrank.run.summary import Summary, print_summary, write_summary
@@ -79,7 +79,7 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
 
 def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
     """Write the files of a finished run into ``folder``; summary.json, the mark of a finished run, after others."""
-    join(folder)
+    drop_repeated_rows(folder)
     adapter, rslora = folder / "adapter", config.lora.rslora
     save_adapter(model, adapter)
     write_beside(adapter, model, tokenizer)

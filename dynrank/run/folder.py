@@ -1,8 +1,4 @@
-"""The folder of a run: a new folder for each run, or the folder of an interrupted run that is resumed.
-
-While a resumed run trains, its earlier ``metrics.csv`` has the name ``metrics.earlier.csv``, because Lightning begins
-that file again.
-"""
+"""The folder of a run: a new folder for each run, or the folder of an interrupted run that is resumed."""
 
 import csv
 import fcntl
@@ -13,12 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightning.pytorch.loggers import CSVLogger
+
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
 
-METRICS, EARLIER = "metrics.csv", "metrics.earlier.csv"
-HISTORY, GENERATIONS, LOCK = "rank_history.csv", "generations.csv", ".lock"
+METRICS, HISTORY, GENERATIONS, LOCK = "metrics.csv", "rank_history.csv", "generations.csv", ".lock"
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -45,60 +42,11 @@ def checkpoint_of(folder: Path, ckpt_path: str | None) -> Path | None:
 
 
 @contextmanager
-def held(folder: Path, goes_on_from: int | None = None) -> Iterator[None]:
-    """Lock ``folder`` against other processes during a run.
+def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
+    """Lock ``folder`` against other processes during a run; the lock is released however this process ends.
 
-    A new run replaces one that was killed before its first checkpoint. If a run is resumed after ``goes_on_from``
-    optimizer steps, rows of later steps are removed from the tables.
+    A new run replaces one that was killed before its first checkpoint.
     """
-    with _locked(folder):
-        checkpoints = [file for file in folder.glob("checkpoints/*") if file.suffix != PART]
-        if goes_on_from is not None:
-            take_up(folder, goes_on_from)
-        elif checkpoints or (folder / SUMMARY).exists():
-            raise ConfigurationError(
-                f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, "
-                "or ckpt_path=last to resume that run"
-            )
-        else:
-            _empty(folder)
-        try:
-            yield
-        # Some values are refused only when training starts.
-        except ConfigurationError:
-            if goes_on_from is None and not (folder / METRICS).exists():
-                _empty(folder)
-            raise
-
-
-def take_up(folder: Path, step: int) -> None:
-    """Remove from the tables of ``folder`` the rows of ``step`` and later, before its run is resumed there."""
-    metrics = _joined(_read(folder / EARLIER), _read(folder / METRICS))
-    tables = {EARLIER: metrics, GENERATIONS: _read(folder / GENERATIONS)}
-    for name, rows in tables.items():
-        # A text that was generated after n steps has step n in its row, but a metric has step n - 1.
-        end = step + (name == GENERATIONS)
-        _write(folder / name, [row for row in rows if int(row["step"]) < end])
-    (folder / METRICS).unlink(missing_ok=True)
-
-
-def join(folder: Path) -> None:
-    """Put the rows that :func:`take_up` has set aside before the rows recorded since."""
-    if (folder / EARLIER).exists():
-        _write(folder / METRICS, _joined(_read(folder / EARLIER), _read(folder / METRICS)))
-        (folder / EARLIER).unlink()
-
-
-def _empty(folder: Path) -> None:
-    """Remove the files that a run may have written before its first checkpoint."""
-    for name in (METRICS, EARLIER, GENERATIONS, HISTORY):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock in ``folder``; it is released however this process ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / LOCK).open("a+", encoding="utf-8")
@@ -119,34 +67,56 @@ def _locked(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        _make_ready(folder, resumed)
         yield
 
 
-def _joined(before: list[dict[str, str]], after: list[dict[str, str]]) -> list[dict[str, str]]:
-    """Rows of both, without rows of ``before`` that ``after`` repeats, as after a repeated validation."""
-
-    def subject(row: dict[str, str]) -> tuple[str, ...]:
-        return (row["step"], *sorted(name for name, value in row.items() if value))
-
-    again = {subject(row) for row in after}
-    return [row for row in before if subject(row) not in again] + after
-
-
-def _read(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        # A line that was cut short by a kill is left out.
-        return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
-
-
-def _write(path: Path, rows: list[dict[str, str]]) -> None:
-    """Write a table. Delete the file if there are no rows; the next writer then creates it with a header."""
-    if not rows:
-        path.unlink(missing_ok=True)
+def _make_ready(folder: Path, resumed: bool) -> None:
+    """Remove what a killed process left behind; refuse to begin a new run in the folder of another."""
+    last = last_checkpoint(folder)
+    for part in last.parent.glob(f"{last.name}.*{PART}"):
+        part.unlink()
+    if resumed:
         return
-    names = list(dict.fromkeys(name for row in rows for name in row if name))
-    with whole_file(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, restval="", extrasaction="ignore")
+    if (folder / SUMMARY).exists() or any(folder.glob("checkpoints/*")):
+        raise ConfigurationError(
+            f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, "
+            "or ckpt_path=last to resume that run"
+        )
+    for name in (METRICS, GENERATIONS, HISTORY):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def drop_rows_after(file: Path, step: int) -> None:
+    """Remove the rows of ``step`` and later from a table, before its run is resumed there."""
+    if not file.exists():
+        return
+    with file.open(newline="", encoding="utf-8") as opened:
+        reader = csv.DictReader(opened)
+        # A row that was cut short by a kill may have no step.
+        rows = [row for row in reader if (row.get("step") or "").isdigit() and int(row["step"]) < step]
+    with whole_file(file) as part, part.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, reader.fieldnames or ["step"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def add_to_metrics(folder: Path, logger: CSVLogger) -> None:
+    """Let the ``logger`` of a resumed run add rows to its metrics.csv, which Lightning would begin again."""
+    file = folder / METRICS
+    if not file.exists():
+        return
+    with whole_file(file) as part:
+        shutil.copyfile(file, part)
+        # Lightning deletes the file here; the copy then replaces it.
+        writer = logger.experiment
+    with file.open(newline="", encoding="utf-8") as opened:
+        writer.metrics_keys = next(csv.reader(opened))
+
+
+def drop_repeated_rows(folder: Path) -> None:
+    """Remove the second of equal rows from metrics.csv: a resumed run repeats the validation after its checkpoint."""
+    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines(keepends=True)
+    with whole_file(folder / METRICS) as part:
+        part.write_text("".join(dict.fromkeys(lines)), encoding="utf-8")

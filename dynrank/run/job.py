@@ -19,7 +19,7 @@ from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
 from dynrank.run.config import make, plain, rank_pattern
 from dynrank.run.export import export, held_bytes, servers, summarise
-from dynrank.run.folder import checkpoint_of, held
+from dynrank.run.folder import GENERATIONS, METRICS, add_to_metrics, checkpoint_of, drop_rows_after, locked
 from dynrank.run.overrides import check_keys
 from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run, restoring
 from dynrank.run.stopping import stoppable
@@ -48,19 +48,25 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     """
     start = time.perf_counter()
     quiet_training()
-    checkpoint, goes_on = checkpoint_of(folder, config.ckpt_path), config.ckpt_path == "last"
+    resumed = config.ckpt_path == "last"
+    checkpoint = checkpoint_of(folder, config.ckpt_path)
     config.ckpt_path = str(checkpoint) if checkpoint is not None else None
-    with stoppable(None, checkpoint, folder):
-        job, meter = build(config), RunMeter()
-        trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
-    step, ranks = _reached(checkpoint, job.module) if checkpoint is not None else (0, "")
+    job, meter = build(config), RunMeter()
+    trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
     first = trainer.is_global_zero
-    holding = held(folder, step if goes_on else None) if first else nullcontext()
-    with finished(), holding, stoppable(trainer, checkpoint, folder):
+    lock = locked(folder, resumed=resumed) if first else nullcontext()
+    with finished(), lock, stoppable(trainer, checkpoint, folder):
         if first and record is not None:
             record()
         if first and checkpoint is not None:
+            step, ranks = _reached(checkpoint, job.module)
             print(f"goes on from     step {step} at rank {ranks}, {checkpoint}")
+            if resumed:
+                # In metrics.csv the n-th step has number n - 1. Texts after n steps have number n and are made again.
+                drop_rows_after(folder / METRICS, step)
+                drop_rows_after(folder / GENERATIONS, step)
+                csv_logger: Any = trainer.loggers[0]
+                add_to_metrics(folder, csv_logger)
         with restoring(checkpoint):
             trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model

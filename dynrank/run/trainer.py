@@ -29,7 +29,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_loading
 from dynrank.run.config import make, plain
 from dynrank.run.folder import GENERATIONS, HISTORY, last_checkpoint
-from dynrank.run.stopping import CtrlC
+from dynrank.run.stopping import STOP_SIGNALS
 
 # The choices of the group ``logger`` are also the names of the extras that install them.
 _PACKAGES = ("tensorboard", "wandb", "mlflow")
@@ -54,8 +54,9 @@ def make_trainer(
         save_top_k=1,
         enable_version_counter=False,
     )
+    checkpoint.stop_signals = STOP_SIGNALS
     callbacks: list[Any] = [ScheduleFreeMode(), scheduler, StepSeed(config.seed), meter]
-    callbacks += [RankMonitor(folder / HISTORY, model_name="model"), CtrlC(), Generations(folder / GENERATIONS)]
+    callbacks += [RankMonitor(folder / HISTORY, model_name="model"), Generations(folder / GENERATIONS)]
     callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []
     loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
     options = plain(config.trainer)

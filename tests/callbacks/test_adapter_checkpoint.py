@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError, DivergedError
+from dynrank.layers import frozen_base
 from dynrank.layers.frozen_base import MARK
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
@@ -58,12 +59,12 @@ def test_it_holds_what_is_trained_and_what_lightning_needs(run, whole, tmp_path)
 
 
 @pytest.mark.parametrize("step", [CHANGE - 6, CHANGE - 1, CHANGE, CHANGE + 1])
-def test_a_run_goes_on_to_the_same_bits(run, whole, tmp_path, step):
+def test_a_resumed_run_ends_with_the_weights_of_the_whole_one(run, whole, tmp_path, step):
     assert_same(run(tmp_path, ckpt_path=whole[0] / f"step={step}.ckpt"), whole[1])
 
 
 @pytest.mark.parametrize("kinds", [(AdapterCheckpoint, ModelCheckpoint), (ModelCheckpoint, AdapterCheckpoint)])
-def test_a_run_goes_on_with_another_kind_of_checkpoint(run, whole, tmp_path, kinds):
+def test_a_run_is_resumed_with_another_kind_of_checkpoint(run, whole, tmp_path, kinds):
     run(tmp_path, kinds[0], max_steps=CHANGE)
     assert_same(run(tmp_path, kinds[1], ckpt_path=tmp_path / f"step={CHANGE}.ckpt"), whole[1])
     assert (f"net.{MARK}" in stored(tmp_path, STEPS)["state_dict"]) == (kinds[1] is AdapterCheckpoint)
@@ -85,6 +86,13 @@ def test_another_base_is_refused_before_anything_changes(regression, run, whole,
     nn.init.normal_(module.net[2].base.weight)
     with pytest.raises(ConfigurationError, match=r"'net\.2\.base\.weight' had another shape or other values than here"):
         run(tmp_path, module=module, ckpt_path=whole[0] / "step=5.ckpt")
+
+
+def test_the_base_is_hashed_once_in_a_run(run, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(frozen_base, "fingerprint", lambda value: hashed.append(value) or "hash")
+    run(tmp_path, max_steps=CHANGE)
+    assert len(hashed) == 4
 
 
 def test_a_damaged_file_is_refused(run, whole, tmp_path):

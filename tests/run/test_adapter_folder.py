@@ -75,7 +75,7 @@ def card(folder):
     return names
 
 
-def test_folder_of_a_classifier_has_all_that_is_needed_and_everybody_may_read_it(classifier, tiny_bert):
+def test_folder_of_a_classifier_is_complete_and_everybody_may_read_it(classifier, tiny_bert):
     names = {"README.md", "labels.json", "tokenizer.json", "tokenizer_config.json"}
     names |= {"adapter_config.json", "adapter_model.safetensors"}
     assert {file.name for file in classifier.iterdir()} == names
@@ -129,7 +129,7 @@ def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch
             assert line == text.strip().replace("\n", "\\n")
 
 
-def test_a_run_writes_what_servers_read_and_refuses_before_it_trains_what_they_could_not(writer, tiny_bert, tmp_path):
+def test_a_run_exports_for_servers_and_refuses_at_once_what_they_cannot_read(writer, tiny_bert, tmp_path):
     served = writer.parent / "served"
     assert {file.name for file in served.iterdir()} == {"adapter.gguf", "adapter.vllm"}
     own, theirs = dynrank.read_adapter(writer), dynrank.read_adapter(served / "adapter.vllm")

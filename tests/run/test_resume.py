@@ -1,4 +1,4 @@
-"""A run that is stopped, by whatever signal, and goes on ends bit-equal to one that was never stopped."""
+"""A run that is stopped by a signal and resumed ends with exactly the weights of an uninterrupted one."""
 
 import json
 import os
@@ -82,7 +82,7 @@ def assert_same(folder, whole):
     [(signal.SIGKILL, DROP + 4, -9), (signal.SIGTERM, 4, 0), (signal.SIGINT, 4, 130)],
     ids=["killed after the drop", "SIGTERM before it", "Ctrl-C before it"],
 )
-def test_stopped_run_goes_on_in_its_folder_to_the_same_bits(launch, settings, whole, number, after, code):
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(launch, settings, whole, number, after, code):
     returned, said = stopped(settings, number, after)
     assert returned == code, said
     again = [*settings, "hydra.run.dir=run", "ckpt_path=last"]

@@ -46,11 +46,6 @@ def log_step(trainer: Trainer) -> None:
     trainer._logger_connector.update_train_step_metrics()
 
 
-def loops_state(trainer: Trainer) -> dict[str, Any]:
-    """The state of the loops, as in a checkpoint."""
-    return trainer._checkpoint_connector._get_loops_state_dict()
-
-
 def last_saved(callback: Any) -> str:
     """Path of the last checkpoint that a checkpoint callback has written; "" if there is none."""
     return str(callback._last_checkpoint_saved)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import forked
 import pytest
+import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
@@ -20,32 +21,32 @@ CASES = [
     (1, "inside a step", 5, 6),
     # This is the last batch of an epoch, between the decision and the change.
     (1, "decided, not made", 1, 10),
-    # This validation checks the change made after step 11, and the change and a step end first.
+    # This validation checks the change made after step 11.
     (1, "validation", 6, 12),
-    # The run ends at once, although one of the two has heard nothing.
-    (2, "validation", 0, 4),
+    # Both end after the next step, although one of the two has heard nothing.
+    (2, "validation", 0, 5),
+    (1, "after the last step", 0, 30),
 ]
 PROGRAM = """
 import json, logging, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, sys.argv[2])
-from crash_matrix import Stop, ends, equal, run
-from crash_runs import Case
+from crash_matrix import Case, Stop, ends, equal, run
 
 def folder(name):
-    Path(name, "disk").mkdir(parents=True)
+    Path(name, "saved").mkdir(parents=True)
     return Path(name)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 for index, (processes, moment, number, _) in enumerate(json.loads(sys.argv[1])):
-    case, here = Case("plateau and cut, checked", "AdamW", processes, "AdapterCheckpoint", 1), folder(str(index))
+    case, here = Case("plateau and cut, checked", "AdamW", processes, 1), folder(str(index))
     whole = Path(f"whole{processes}")
     if not whole.exists():
         assert not any(run(case, folder(whole)))
-    code = run(case, here, Stop("SIGTERM", moment, number, 0.0, processes - 1, 0))
-    files = sorted(path.name for path in (here / "disk").iterdir())
-    step = torch.load(here / "disk" / "last.ckpt")["global_step"]
+    code = run(case, here, Stop("SIGTERM", moment, number, 0.0, processes - 1))
+    files = sorted(path.name for path in (here / "saved").iterdir())
+    step = torch.load(here / "saved" / "last.ckpt")["global_step"]
     resumed = run(case, here)
     same = equal([end for end, _ in ends(case, here)], [end for end, _ in ends(case, whole)])
     print(json.dumps({"code": code, "files": files, "step": step, "resumed": resumed, "same": same}), flush=True)
@@ -68,7 +69,7 @@ def test_sigterm_ends_the_step_saves_and_exits_0(ends, index):
 
 # Lightning gives advice about small data.
 @pytest.mark.filterwarnings("ignore")
-def test_sigterm_in_a_validation_ends_it_and_the_run_goes_on_with_it(fit, regression, assert_same, tmp_path):
+def test_sigterm_in_a_validation_ends_the_run_after_the_next_step(fit, regression, assert_same, tmp_path):
     def schedule():
         return RankScheduler(Stage(Plateau("val/loss", patience=1, warmup_steps=0), Rank(3), deadline=0.9))
 
@@ -87,8 +88,8 @@ def test_sigterm_in_a_validation_ends_it_and_the_run_goes_on_with_it(fit, regres
     stopped.validation_step = told_to_end
     with pytest.raises(SIGTERMException):
         fit(schedule(), AdapterCheckpoint(tmp_path), module=stopped)
-    assert len(seen) == 5
-    scheduler = schedule()
-    resumed, _ = fit(scheduler, AdapterCheckpoint(tmp_path), ckpt_path=tmp_path / "last.ckpt")
+    # The third validation, after step 15, is complete.
+    assert len(seen) == 6
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 16
+    resumed, _ = fit(schedule(), AdapterCheckpoint(tmp_path), ckpt_path=tmp_path / "last.ckpt")
     assert_same(resumed, whole)
-    assert scheduler.driver.progress.observed_step > 5
