@@ -6,7 +6,6 @@ Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in `
 
 from __future__ import annotations
 
-from types import CodeType
 from typing import Any
 
 import torch
@@ -33,14 +32,6 @@ def backward_number() -> int:
 def saved_tensor_hooks() -> Any:
     """The innermost pair of saved-tensor hooks that is active now (checkpointing sets one); None if there is none."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
-
-
-def pass_over_in_compile(code: CodeType) -> None:
-    """Let ``torch.compile`` skip ``code`` itself and compile the functions that it calls."""
-    # This import takes a second, and commands such as help and plan do not need it.
-    from torch._dynamo.eval_frame import skip_code
-
-    skip_code(code)
 
 
 def source_of(model: Any) -> str:

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynrank.adapters.base import base_source
-from dynrank.adapters.beside import new_adapter_folder
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
 from dynrank.adapters.read import Adapter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
+from dynrank.adapters.sidecar_files import new_adapter_folder
 from dynrank.adapters.stored import Factors, StoredLayer
 from dynrank.adapters.wrappers import is_parameter
 from dynrank.errors import ConfigurationError, Count, validated_call

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from dynrank.adapters.base import base_source, on_base
-from dynrank.adapters.beside import tokenizer_source
 from dynrank.adapters.read import Adapter, read_adapter
+from dynrank.adapters.sidecar_files import tokenizer_source
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.output.console import one_line

@@ -1,6 +1,5 @@
 """A stored LoRA in any format: layers, with the shapes of their factors, and other tensors."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
@@ -116,35 +114,27 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turn an error of reading ``what`` within the block, a file or a text in one, into a ConfigurationError."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ConfigurationError(f"{what} cannot be read: {error}") from None
+
+
+@contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file, from which a tensor is read when it is used."""
     with ExitStack() as stack:
-        try:
-            opened_once = stack.enter_context(path.open("rb"))
-            # safetensors opens a path twice, and another process may replace the file in between.
-            file = stack.enter_context(safe_open(f"/dev/fd/{opened_once.fileno()}", framework="pt"))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ConfigurationError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+        with readable(repr(str(path))):
+            file = stack.enter_context(safe_open(path, framework="pt"))
         yield file
 
 
 def stored_tensor(file: Any, key: str, path: Path) -> Tensor:
-    try:
+    with readable(f"{key!r} in {str(path)!r}"):
         tensor: Tensor = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"cannot read {key!r} in {str(path)!r}: {error}") from None
     return tensor
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with sorted metadata, so that equal content gives equal bytes."""
-    save_file(dict(tensors), path, metadata=dict(metadata) or None)
-    with path.open("r+b") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-        header |= {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-        opened.seek(8)
-        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def refuse_faults(faults: list[str], source: str) -> None:

@@ -201,7 +201,7 @@ def merge(
     model: Base = None,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
-    from dynrank.adapters.merging import merge_adapter
+    from dynrank.adapters.base import merge_adapter
     from dynrank.output.console import print_facts, quiet_loading
 
     quiet_loading()
