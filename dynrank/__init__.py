@@ -10,7 +10,6 @@ if TYPE_CHECKING:
     from dynrank.adapters.load import swap_adapter as swap_adapter
     from dynrank.adapters.read import read_adapter as read_adapter
     from dynrank.adapters.save import save_adapter as save_adapter
-    from dynrank.change.resize import predict as predict
     from dynrank.change.resize import resize as resize
     from dynrank.driver.driver import RankDriver as RankDriver
     from dynrank.driver.training import Training as Training
@@ -34,7 +33,6 @@ _HOMES = {
     "load_adapter": "dynrank.adapters.load",
     "lora_layers": "dynrank.layers.finding",
     "merge": "dynrank.layers.merging",
-    "predict": "dynrank.change.resize",
     "read_adapter": "dynrank.adapters.read",
     "resize": "dynrank.change.resize",
     "save_adapter": "dynrank.adapters.save",

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, ScheduleFreeMode, StepSeed
-from dynrank.commands.exits import usage_errors
+from dynrank.commands.cli import usage_errors
 from dynrank.run.stopping import CtrlC, stoppable
 from dynrank.schedules import How, Stage, anneal, auto, early_budget
 from dynrank.targets import GrowTo, Rank

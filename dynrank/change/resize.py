@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Literal
 
 import torch
@@ -96,10 +95,6 @@ def resize(
     if not dry_run:
         new.put()
     return reports
-
-
-# The name before version 0.3.
-predict = partial(resize, dry_run=True)
 
 
 def _changing(model: nn.Module, target: int | Mapping[str, int]) -> tuple[dict[str, RankedLayer], dict[str, int]]:

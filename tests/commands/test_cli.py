@@ -1,5 +1,6 @@
 """``dynrank ranks``: the table says what the run would do; commands have help and a version without importing torch."""
 
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,7 @@ from rich.console import Console
 import dynrank
 from dynrank import train
 from dynrank.commands import cli
-from dynrank.commands.exits import usage_errors
-from dynrank.commands.ranks import print_ranks
+from dynrank.commands.cli import print_ranks, usage_errors
 from dynrank.output import console
 
 
@@ -68,7 +68,7 @@ def test_ranks_shows_a_range_where_the_data_decide_and_the_budget_where_there_is
 def test_ranks_names_the_layers_that_a_rank_map_exempts_from_the_cap(monkeypatch):
     """A server's slot has the highest rank in every layer, so one exception is worth its line."""
     said = []
-    monkeypatch.setattr("dynrank.commands.ranks.print_table", said.append)
+    monkeypatch.setattr("dynrank.output.console.print_table", said.append)
     budget = ["schedule=early_budget", "schedule.final_rank=4", "schedule.highest=8"]
     print_ranks(dynrank.compose([*budget, "+rank_map.rank_pattern={pooler.dense: {highest: 13}}"]))
     print_ranks(dynrank.compose(budget))
@@ -117,6 +117,17 @@ def test_import_and_help_of_every_command_load_no_torch(tmp_path):
 @pytest.mark.parametrize("main", [cli.main, train.main], ids=["dynrank", "dynrank-train"])
 def test_version(main, launch):
     assert launch(main, "--version") == (0, f"dynrank {dynrank.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["ranks", "RUN"], "'RUN' is a folder; .*: dynrank inspect RUN"), (["train", "lora.rank=8"], "dynrank-train")],
+)
+def test_a_command_for_something_else_names_the_right_one(arguments, said, launch, tmp_path):
+    (tmp_path / "RUN").mkdir()
+    code, _, message = launch(cli.main, *arguments)
+    assert code == 2
+    assert re.search(said, message)
 
 
 def test_ctrl_c_exits_with_130_and_advises_nothing(launch, monkeypatch):
