@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from math import floor
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def _check_options(rank: int | None, energy: float | None, budget: int | float |
 def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
     text, share = str(budget).strip(), 0.0
     if re.fullmatch(r"\d+(_\d+)*", text):
-        target = Budget(int(text))
+        parameters = int(text)
     else:
         with suppress(ValueError):
             share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -138,11 +139,13 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
             raise ConfigurationError(
                 f"--budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}"
             )
-        target = Budget(share=share)
+        # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
+        parameters = floor(share * sum(layer.parameters for layer in adapter.layers.values()) + 1e-9)
+    target = Budget(parameters)
     layers = adapter.layers.items()
     states = {name: LayerState(layer.rank, *layer.shape, experts=layer.experts) for name, layer in layers}
     least = target.floor_parameters(states)
-    if target.pool(states) < least:
+    if parameters < least:
         raise ConfigurationError(f"--budget must be at least {least:,} parameters (the lowest ranks), got {budget}")
     return target
 

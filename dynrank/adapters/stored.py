@@ -33,6 +33,7 @@ class StoredLayer:
         alpha: alpha by the settings.
         scaling: factor of ``lora_B @ lora_A`` in the update.
         experts: how many products of this rank and shape the factors stack, see :func:`dynrank.linalg.split`.
+        stored_rank: rank of the stored factors, which may be above ``rank``.
     """
 
     keys: tuple[str, str]
@@ -42,6 +43,7 @@ class StoredLayer:
     alpha: float
     scaling: float
     experts: int = field(default=1, kw_only=True)
+    stored_rank: int = field(kw_only=True)
 
     @property
     def width(self) -> int:
@@ -50,7 +52,8 @@ class StoredLayer:
 
     @property
     def parameters(self) -> int:
-        return self.rank * self.width
+        """Parameters of the stored factors."""
+        return self.stored_rank * self.width
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,7 @@ def checked_layer(
     if shape_A[0] != rank * experts or not experts:
         raise ValueError(f"must have the rank of the settings (r, rank_pattern), {rank}, got factors of {shape_A[0]}")
     d_out, d_in = shape_B[0], torch.Size(shape_A[1:]).numel()
+    sizes = {"experts": experts, "stored_rank": rank}
     return StoredLayer(
-        (pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling, experts=experts
+        (pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling, **sizes
     )

@@ -252,7 +252,7 @@ def export(
     if done.rank is not None:
         # A server reserves a slot of one rank for the adapter; a number in bfloat16 has 2 bytes.
         slot = 2 * done.rank * sum(layer.width for layer in done.layers.values()) / 2**20
-        own = 2 * sum(layer.parameters for layer in done.layers.values()) / 2**20
+        own = 2 * sum(layer.rank * layer.width for layer in done.layers.values()) / 2**20
         facts["ranks"] = slot_line(ranks) if to == "vllm" else f"{done.rank} in every layer"
         facts["a slot"] = f"{slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB"
     print_facts({**facts, "files": f"{done.out}, {done.bytes / 1e6:.2f} MB", "serve": done.line})
