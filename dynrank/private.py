@@ -9,7 +9,6 @@ Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in `
 from __future__ import annotations
 
 import sys
-from types import CodeType
 from typing import Any
 
 import torch
@@ -42,12 +41,6 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-def pass_over_in_compile(code: CodeType) -> None:
-    """Let ``torch.compile`` skip ``code`` itself and compile the functions that it calls."""
-    # This import takes a second, and commands such as help and plan do not need it.
-    from torch._dynamo.eval_frame import skip_code
-
-    skip_code(code)
 
 
 def source_of(model: Any) -> str:

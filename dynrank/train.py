@@ -16,7 +16,7 @@ from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank import __version__
-from dynrank.commands.exits import usage_errors
+from dynrank.commands.cli import usage_errors
 from dynrank.output.console import quiet_imports
 from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
@@ -81,7 +81,7 @@ def _is_another_process() -> bool:
 
 
 def main() -> None:
-    """Entry point; :func:`dynrank.commands.exits.usage_errors` has the exit codes."""
+    """Entry point; :func:`dynrank.commands.cli.usage_errors` has the exit codes."""
     # Without this line Hydra would print its own version.
     if "--version" in sys.argv[1:]:
         print(f"dynrank {__version__}")

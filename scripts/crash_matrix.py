@@ -44,7 +44,7 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, ScheduleFreeMode, StepSeed
-from dynrank.commands.exits import usage_errors
+from dynrank.commands.cli import usage_errors
 from dynrank.layers.base import LoRALayer
 from dynrank.output.whole_file import PART
 from dynrank.run.stopping import STOP_SIGNALS, stoppable

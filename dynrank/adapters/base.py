@@ -1,5 +1,6 @@
-"""Loading the base, the model on which a stored adapter was trained, with the adapter: for merge, predict, squeeze."""
+"""The base, the model on which a stored adapter was trained: loading it with the adapter, and merging the two."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -8,15 +9,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
-from dynrank.adapters.beside import with_labels
 from dynrank.adapters.load import load_adapter
-from dynrank.adapters.read import Adapter
+from dynrank.adapters.read import Adapter, read_adapter
+from dynrank.adapters.sidecar_files import input_files, with_labels
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
+from dynrank.layers.merging import merge
 from dynrank.models.names import model_source, stored_source
-from dynrank.models.pretrained import load_weights, read_config
+from dynrank.models.pretrained import load_by_name, load_weights, read_config
+from dynrank.output.output_folder import check_free, whole_or_nothing
 
 # Classes to try if the class in the base's config.json does not have the adapter's layers, for example if a model was
 # stored as an encoder and trained with a head.
@@ -43,6 +46,39 @@ def base_source(adapter: Adapter, given: str | None) -> str:
 def on_base(adapter: Adapter, origin: str) -> Any:
     """The model at ``origin`` with ``adapter``, and with the label names in the adapter's folder."""
     return with_labels(load_adapter(_base_model(origin, adapter), adapter), Path(adapter.source))
+
+
+def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> PreTrainedModel:
+    """Merge the adapter in ``source`` into its base model, write the result to ``out``, and return it.
+
+    Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
+    one that has all layers of the adapter: the class that the adapter names, the class in the model's config.json, or a
+    common one. Heads stored in the adapter (modules_to_save), tokenizer files and label names are included; the
+    adapter's folder has precedence. ``out`` is written whole or not at all. No code from the model's folder is run.
+
+    Args:
+        source: folder of a PEFT LoRA adapter.
+        model: folder or hub name of the base model; None: as the adapter names it.
+        out: new or empty folder.
+
+    Raises:
+        ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link out
+            of its folder, or ``out`` is not free or cannot be written.
+    """
+    source, out = Path(source), Path(out)
+    adapter = read_adapter(source)
+    origin = base_source(adapter, model)
+    check_free(out, source, Path(origin))
+    own, of_base = input_files(source), input_files(Path(origin))
+    merged: PreTrainedModel = merge(on_base(adapter, origin))
+    with whole_or_nothing(out) as folder:
+        merged.save_pretrained(folder)
+        if not own and not Path(origin).is_dir():
+            load_by_name(AutoTokenizer.from_pretrained, origin, "--model").save_pretrained(folder)
+        for file in own + of_base:
+            if not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+    return merged
 
 
 def _base_model(origin: str, adapter: Adapter) -> Any:

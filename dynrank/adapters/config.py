@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from dynrank.errors import ConfigurationError, Count, read_as
+from dynrank.adapters.stored import readable
+from dynrank.errors import Count, read_as
 from dynrank.layers.base import initial_scaling
 from dynrank.layers.peft_layers import HARMLESS_INIT
 from dynrank.rank_map import EXPRESSION_ERRORS, first_matches, whole_parts
@@ -95,11 +96,7 @@ def adapter_folder(place: Path) -> Path:
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    file = folder / CONFIG_FILE
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigurationError(f"cannot read the adapter {str(file)!r}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{str(file)!r} is not JSON: {error}") from None
-    return read_as(AdapterConfig, found, str(file))
+    file = str(folder / CONFIG_FILE)
+    with readable(f"the adapter {file!r}"):
+        found = json.loads(Path(file).read_text(encoding="utf-8"))
+    return read_as(AdapterConfig, found, file)

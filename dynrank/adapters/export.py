@@ -12,14 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dynrank.adapters.base import base_source
-from dynrank.adapters.beside import new_adapter_folder
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
 from dynrank.adapters.read import Adapter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
+from dynrank.adapters.sidecar_files import new_adapter_folder
 from dynrank.adapters.stored import Factors, StoredLayer
 from dynrank.adapters.wrappers import is_parameter
 from dynrank.errors import ConfigurationError, Count, validated_call
+from dynrank.linalg import finite
 from dynrank.models.names import model_source, public_name
 from dynrank.models.pretrained import read_config
 from dynrank.output.output_folder import new_file
@@ -86,7 +87,13 @@ def export_adapter(
         }
         origin = base_source(adapter, model) if to == "gguf" else ""
         config = read_config(origin, "--model") if origin else None
-        check_served(to, kinds, adapter.others, config)
+        # PEFT also stores the unchanged base weight of an embedding that has LoRA; a server has it already.
+        others = {
+            name: key
+            for name, key in adapter.others.items()
+            if name.rpartition(".")[0].removesuffix(".base_layer") not in adapter.layers
+        }
+        check_served(to, kinds, others, config)
         if to == "gguf":
             return _to_gguf(adapter, out, origin, config)
         rank, factors = max(layer.rank for layer in adapter.layers.values()), _one_scaling(adapter.all_factors())
@@ -107,7 +114,7 @@ def export_adapter(
         targets = [name for name in adapter.layers if not is_parameter(name, adapter.config)]
         listed = adapter.config.model_copy(update={"target_modules": targets})
         with new_adapter_folder(out, source) as folder:
-            rewrite_adapter(folder, replace(adapter, config=listed), factors)
+            rewrite_adapter(folder, replace(adapter, config=listed, others=others), factors)
         size = sum(file.stat().st_size for file in out.iterdir())
         return Exported(out, dict(adapter.layers), rank, size, line)
 
@@ -137,12 +144,18 @@ def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: It
 
 
 def _one_scaling(layers: Mapping[str, Factors]) -> dict[str, Factors]:
-    """The same updates, all with the largest scaling, so that no factor grows.
+    """The same updates, all with the smallest scaling, so that no number of lora_B underflows in half precision.
 
     A program that reads only the global ``lora_alpha / r`` gets this scaling, and so does one that reads patterns.
     """
-    scaling = max((own for *_, own in layers.values()), key=abs) or 1.0
-    return {name: (lora_A, lora_B * (own / scaling), scaling) for name, (lora_A, lora_B, own) in layers.items()}
+    scaling = min((own for *_, own in layers.values() if own), key=abs, default=1.0)
+    found = {name: (lora_A, lora_B * (own / scaling), scaling) for name, (lora_A, lora_B, own) in layers.items()}
+    for name, (_, lora_B, _) in found.items():
+        if not finite(lora_B):
+            raise ConfigurationError(
+                f"{name!r} is too large for {lora_B.dtype} with the scaling of all layers, {scaling}"
+            )
+    return found
 
 
 def _padded(lora_A: Tensor, lora_B: Tensor, scaling: float, rank: int) -> Factors:

@@ -7,14 +7,38 @@ from typing import Any
 import torch
 
 from dynrank.adapters.base import base_source, on_base
-from dynrank.adapters.beside import tokenizer_source
 from dynrank.adapters.read import Adapter, read_adapter
+from dynrank.adapters.sidecar_files import tokenizer_source
+from dynrank.adapters.stored import readable
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.output.console import one_line
 
 # How many labels are shown for each text.
 SHOWN = 3
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+
+
+def texts_of(arguments: Sequence[str]) -> Sequence[str]:
+    """The texts of a command line: its arguments, or the lines of the file that is the only argument."""
+    texts = arguments
+    if len(arguments) == 1 and _is_file(arguments[0]):
+        file = Path(arguments[0])
+        if file.suffix in _TABLES:
+            raise ConfigurationError(f"FILE must be plain text with a text in each line, got {str(file)!r}")
+        with readable(f"FILE {str(file)!r}"):
+            texts = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
+    if empty:
+        raise ConfigurationError(f"TEXT must not be empty, number {empty[0]} is")
+    return texts
+
+
+def _is_file(text: str) -> bool:
+    """Whether a text is a file, or a misspelt name of one."""
+    named = len(text.split()) == 1 and Path(text).suffix in (".txt", *_TABLES)
+    # The system refuses to look up longer names.
+    return named or (len(text) < 1000 and Path(text).is_file())
 
 
 def answers(

@@ -1,7 +1,6 @@
 """Reading a stored adapter with all checks, for loading, swapping, merging, squeezing and inspecting."""
 
 import re
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.config import AdapterConfig, LayerSettings, read_config
+from dynrank.adapters.config import AdapterConfig, read_config
 from dynrank.adapters.single_file import SUFFIX, SingleFile, open_file
 from dynrank.adapters.stored import (
     StoredAdapter,
@@ -20,17 +19,12 @@ from dynrank.adapters.stored import (
     refuse_faults,
     stored_tensor,
 )
-from dynrank.adapters.wrappers import is_parameter, misfits, parameter_names
-from dynrank.digest import digest
+from dynrank.adapters.wrappers import is_parameter, parameter_names
 from dynrank.errors import ConfigurationError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# The tensors' metadata have, under this key, a digest of the settings with which they were written.
-SETTINGS_DIGEST = "dynrank_settings"
 _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_embedding_(?P<embedding>[AB]))")
-# Seconds to wait for a writer that has moved only one of the two files into place.
-_PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -57,33 +51,17 @@ def read_adapter(path: str | Path) -> Adapter:
 
 @contextmanager
 def open_adapter(path: str | Path) -> Iterator[Adapter]:
-    """The PEFT adapter in a folder; each tensor is read from the file when it is used.
-
-    Both files belong to one adapter, even while another process writes to the folder: dynrank stores with the tensors
-    a digest of the settings with which they were written. PEFT's own files have no digest and are not checked for it.
-    """
-    folder, until = Path(path), time.monotonic() + _PATIENCE
-    weights = folder / WEIGHTS_FILE
-    while True:
-        config = read_config(folder)
-        if not weights.is_file():
-            raise ConfigurationError(
-                f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to "
-                "safetensors"
-            )
-        with opened(weights) as file:
-            factors, others = sort_keys(file.keys(), config, folder)
-            settings = config.of_layers(factors)
-            if (file.metadata() or {}).get(SETTINGS_DIGEST) in (None, digest(settings)):
-                layers = _checked_layers(file, factors, others, settings, config, folder)
-                yield Adapter(str(folder), layers, others, partial(stored_tensor, file, path=weights), config)
-                return
-        if time.monotonic() > until:
-            raise ConfigurationError(
-                f"the two files in {str(folder)!r} belong to two adapters, or one is being written: the ranks and "
-                "alphas in adapter_config.json are not those of the tensors; save the adapter again"
-            )
-        time.sleep(0.02)
+    """The PEFT adapter in a folder; each tensor is read from the file when it is used."""
+    folder = Path(path)
+    weights, config = folder / WEIGHTS_FILE, read_config(folder)
+    if not weights.is_file():
+        raise ConfigurationError(
+            f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
+        )
+    with opened(weights) as file:
+        factors, others = _sorted_keys(file.keys(), config, folder)
+        layers = _checked_layers(file, factors, others, config, folder)
+        yield Adapter(str(folder), layers, others, partial(stored_tensor, file, path=weights), config)
 
 
 def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile]:
@@ -92,7 +70,7 @@ def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile
     return open_file(path) if path.is_file() or path.suffix == SUFFIX else open_adapter(path)
 
 
-def sort_keys(
+def _sorted_keys(
     keys: Iterable[str], config: AdapterConfig, folder: Path
 ) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """({layer: {"A": key, "B": key}}, {name in the model: key of any other tensor}) of a PEFT file.
@@ -126,16 +104,15 @@ def _checked_layers(
     file: Any,
     factors: Mapping[str, Mapping[str, str]],
     others: Iterable[str],
-    settings: Mapping[str, LayerSettings],
     config: AdapterConfig,
     folder: Path,
 ) -> dict[str, StoredLayer]:
-    layers, faults = {}, [f"{name!r} is a LoRA tensor of an unknown kind" for name in others if ".lora_" in name]
+    settings, layers = config.of_layers(factors), {}
+    faults = [f"{name!r} is a LoRA tensor of an unknown kind" for name in others if ".lora_" in name]
     for name, pair in factors.items():
         try:
             layers[name] = checked_layer(file, pair, settings[name], is_parameter(name, config))
         except ValueError as fault:
             faults.append(f"{name!r} {fault}")
-    faults += misfits(layers)
     refuse_faults(faults, str(folder))
     return layers

@@ -1,20 +1,20 @@
 """Saving adapters in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dynrank.adapters.config import CONFIG_FILE, AdapterConfig
-from dynrank.adapters.read import PREFIX, SETTINGS_DIGEST, WEIGHTS_FILE, Adapter, read_adapter, sort_keys
-from dynrank.adapters.stored import Factors, write_tensors
+from dynrank.adapters.config import CONFIG_FILE
+from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, Adapter
+from dynrank.adapters.stored import Factors
 from dynrank.adapters.wrappers import wrapper_names
-from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
@@ -33,7 +33,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Write the LoRA layers of ``model``, and its other trainable parts (a head), as a PEFT adapter.
 
     Each layer keeps its own rank. For a server that reads only one rank for all, see :func:`dynrank.export_adapter`.
-    Each file is complete or absent. The tensors' digest tells a reader if only one of two new files is in place.
+    Each file is complete or absent, even after a crash. Only one process may write to a folder at a time.
 
     Args:
         model: a model with LoRA layers, compiled or not. Modules outside them that have parameters with requires_grad
@@ -89,15 +89,12 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write the two files of an adapter, and replace earlier ones; ``tensors`` are contiguous and on the CPU."""
-    read = AdapterConfig.model_validate(config)
-    settings = read.of_layers(sort_keys(tensors, read, folder)[0])
-    metadata = {SETTINGS_DIGEST: digest(settings), "format": "pt"}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         weights, settings_file = whole_file(folder / WEIGHTS_FILE), whole_file(folder / CONFIG_FILE)
         with weights as weights_part, settings_file as config_part, os_errors(folder):
             config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            write_tensors(weights_part, tensors, metadata)
+            save_file(dict(tensors), weights_part, metadata={"format": "pt"})
             # By default only the owner can read a file of safetensors.
             weights_part.chmod(config_part.stat().st_mode)
     except OSError:
@@ -129,10 +126,13 @@ def _save_wrapped(model: nn.Module, folder: Path) -> None:
             "pass the PeftModel to save_adapter"
         )
     _check_finite({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
-    with TemporaryDirectory() as place:
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder) as place:
         model.save_pretrained(place, selected_adapters=[model.active_adapter])
-        adapter = read_adapter(next(Path(place).rglob(CONFIG_FILE)).parent)
-    rewrite_adapter(folder, adapter, adapter.all_factors())
+        # PEFT writes an adapter that is not named "default" to a folder of its name.
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            (written,) = Path(place).rglob(name)
+            os.replace(written, folder / name)
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ Layer names are not interpreted, so files of all models are treated alike. Scali
 the layer (kohya), or a value in the metadata (diffusers), or, if there is neither, the rank.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, LayerSettings
@@ -25,9 +25,9 @@ from dynrank.adapters.stored import (
     checked_layer,
     numbers_as_such,
     opened,
+    readable,
     refuse_faults,
     stored_tensor,
-    write_tensors,
 )
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.linalg import finite
@@ -101,7 +101,7 @@ def open_file(path: Path) -> Iterator[SingleFile]:
 
 
 def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -> None:
-    """Write ``file`` with other factors; keys, dtypes, other tensors and metadata are kept, except what names ranks.
+    """Write ``file`` with other factors; keys, dtypes, other tensors and metadata are kept, except ranks and hashes.
 
     All layers get the same alpha, because diffusers 0.42 uses the most common alpha for all. If no layer has an alpha,
     it equals the rank, as ComfyUI assumes. lora_B is multiplied by what the scaling then lacks. The common alpha is the
@@ -127,15 +127,12 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
             tensors[key] = factor.to(old.dtype).reshape(sizes).contiguous()
             if not finite(tensors[key]):
                 raise ConfigurationError(f"{name!r} is too large for {old.dtype} with its scaling in {key!r}")
-    metadata = dict(file.metadata)
+    # Tools compute these hashes of the content where a file has none.
+    metadata = {key: text for key, text in file.metadata.items() if key not in _HASHES}
     new = _kohya_metadata(file, ranks, alpha) | _diffusers_metadata(file, ranks)
     metadata |= {key: text for key, text in new.items() if key in metadata}
     with os_errors(path):
-        if not metadata.keys().isdisjoint(_HASHES):
-            # kohya hashes the file with the "ss_" metadata only.
-            write_tensors(path, tensors, {key: text for key, text in metadata.items() if key.startswith("ss_")})
-            metadata |= {key: text for key, text in _hashes(path).items() if key in metadata}
-        write_tensors(path, tensors, metadata)
+        save_file(tensors, path, metadata=metadata or None)
 
 
 def _sorted_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
@@ -162,10 +159,8 @@ def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig
     if DIFFUSERS not in metadata:
         return {}
     where = f"{DIFFUSERS} in the metadata of {str(path)!r}"
-    try:
+    with readable(where):
         values = json.loads(metadata[DIFFUSERS])
-    except (ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{where} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise ConfigurationError(f"{where} must be a mapping, got a {type(values).__name__}")
     by_prefix: dict[str, dict[str, Any]] = {}
@@ -217,13 +212,3 @@ def _kohya_metadata(file: SingleFile, ranks: Mapping[str, int], alpha: float) ->
         arguments |= {"conv_dim": conv_dim, "conv_alpha": text if file.alphas else conv_dim}
         values["ss_network_args"] = json.dumps(arguments)
     return values
-
-
-def _hashes(path: Path) -> dict[str, str]:
-    """Hashes by kohya and the model spec: of all bytes after the header, and of 64 KiB after the first MiB."""
-    with path.open("rb") as file:
-        file.seek(8 + int.from_bytes(file.read(8), "little"))
-        whole = hashlib.file_digest(file, "sha256").hexdigest()
-        file.seek(0x100000)
-        legacy = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-    return dict(zip(_HASHES, (whole, legacy, f"0x{whole}"), strict=True))

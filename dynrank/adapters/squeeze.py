@@ -1,23 +1,59 @@
-"""Compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
+"""Inspecting and compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
+from math import floor
 from pathlib import Path
 
-from dynrank.adapters.beside import new_adapter_folder
+import torch
+
 from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
+from dynrank.adapters.sidecar_files import new_adapter_folder
 from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
-from dynrank.adapters.stored import Factors, StoredAdapter, one_thread
+from dynrank.adapters.stored import Factors, StoredAdapter, StoredLayer, one_thread
 from dynrank.change.resize import LayerReport, report_of
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import stacked, truncate_product
+from dynrank.linalg import effective_rank, energy_rank, stacked, truncate_product
 from dynrank.output.output_folder import new_file
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
 
 # ({layer: new factors}, a report for each layer).
 Squeezed = tuple[dict[str, Factors], list[LayerReport]]
+
+
+@dataclass(frozen=True)
+class LayerSpectrum(StoredLayer):
+    """A layer of a stored adapter and the singular values of its update.
+
+    Attributes:
+        layer: name of the layer in the model.
+        singular_values: singular values of the update (scaling included), descending, one for each direction.
+    """
+
+    layer: str
+    singular_values: tuple[float, ...]
+
+    def energy_rank(self, share: float) -> int:
+        """How many directions keep ``share`` of the energy (sum of squared singular values); 0 for a zero update."""
+        return energy_rank(torch.tensor(self.singular_values), share) if any(self.singular_values) else 0
+
+    @property
+    def effective_rank(self) -> float:
+        """Effective rank of the singular values (Roy and Vetterli, 2007); 0 for a zero update."""
+        return effective_rank(torch.tensor(self.singular_values)) if any(self.singular_values) else 0.0
+
+
+def inspect_adapter(path: str | Path) -> list[LayerSpectrum]:
+    """The layers of a LoRA, ordered by name, from a PEFT adapter's folder or a file; one is in memory at a time."""
+    with open_stored(path) as adapter, one_thread():
+        spectra = []
+        for name, stored in adapter.layers.items():
+            values = tuple(adapter.singular_values(name).tolist())
+            spectra.append(LayerSpectrum(**vars(stored), layer=name, singular_values=values))
+        return spectra
 
 
 def squeeze_adapter(
@@ -95,7 +131,7 @@ def _check_options(rank: int | None, energy: float | None, budget: int | float |
 def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
     text, share = str(budget).strip(), 0.0
     if re.fullmatch(r"\d+(_\d+)*", text):
-        target = Budget(int(text))
+        parameters = int(text)
     else:
         with suppress(ValueError):
             share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -103,11 +139,13 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
             raise ConfigurationError(
                 f"--budget must be a number of parameters, or a share in (0, 1] such as 0.5 or 50%, got {budget!r}"
             )
-        target = Budget(share=share)
+        # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
+        parameters = floor(share * sum(layer.parameters for layer in adapter.layers.values()) + 1e-9)
+    target = Budget(parameters)
     layers = adapter.layers.items()
     states = {name: LayerState(layer.rank, *layer.shape, experts=layer.experts) for name, layer in layers}
     least = target.floor_parameters(states)
-    if target.pool(states) < least:
+    if parameters < least:
         raise ConfigurationError(f"--budget must be at least {least:,} parameters (the lowest ranks), got {budget}")
     return target
 
@@ -127,5 +165,5 @@ def _by_norm(adapter: StoredAdapter, target: Target) -> Squeezed:
         else:
             (lora_B, lora_A), values = adapter.factors(name), adapter.singular_values(name)
         factors[name] = lora_A, lora_B, layer.scaling
-        reports.append(report_of(name, rank, values, layer.width))
+        reports.append(report_of(name, rank, values, layer.params_per_rank))
     return factors, reports

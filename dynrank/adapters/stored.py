@@ -1,6 +1,5 @@
 """A stored LoRA in any format: layers, with the shapes of their factors, and other tensors."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
@@ -35,6 +33,7 @@ class StoredLayer:
         alpha: alpha by the settings.
         scaling: factor of ``lora_B @ lora_A`` in the update.
         experts: how many products of this rank and shape the factors stack, see :func:`dynrank.linalg.split`.
+        stored_rank: rank of the stored factors, which may be above ``rank``.
     """
 
     keys: tuple[str, str]
@@ -44,6 +43,7 @@ class StoredLayer:
     alpha: float
     scaling: float
     experts: int = field(default=1, kw_only=True)
+    stored_rank: int = field(kw_only=True)
 
     @property
     def width(self) -> int:
@@ -52,7 +52,8 @@ class StoredLayer:
 
     @property
     def parameters(self) -> int:
-        return self.rank * self.width
+        """Parameters of the stored factors."""
+        return self.stored_rank * self.width
 
 
 @dataclass(frozen=True)
@@ -116,35 +117,27 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
+def readable(what: str) -> Iterator[None]:
+    """Turn an error of reading ``what`` within the block, a file or a text in one, into a ConfigurationError."""
+    try:
+        yield
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise ConfigurationError(f"{what} cannot be read: {error}") from None
+
+
+@contextmanager
 def opened(path: Path) -> Iterator[Any]:
     """An open safetensors file, from which a tensor is read when it is used."""
     with ExitStack() as stack:
-        try:
-            opened_once = stack.enter_context(path.open("rb"))
-            # safetensors opens a path twice, and another process may replace the file in between.
-            file = stack.enter_context(safe_open(f"/dev/fd/{opened_once.fileno()}", framework="pt"))
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ConfigurationError(f"{str(path)!r} is not a whole safetensors file: {error}") from None
+        with readable(repr(str(path))):
+            file = stack.enter_context(safe_open(path, framework="pt"))
         yield file
 
 
 def stored_tensor(file: Any, key: str, path: Path) -> Tensor:
-    try:
+    with readable(f"{key!r} in {str(path)!r}"):
         tensor: Tensor = file.get_tensor(key)
-    except (SafetensorError, OSError) as error:
-        raise ConfigurationError(f"cannot read {key!r} in {str(path)!r}: {error}") from None
     return tensor
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file with sorted metadata, so that equal content gives equal bytes."""
-    save_file(dict(tensors), path, metadata=dict(metadata) or None)
-    with path.open("r+b") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-        header |= {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-        opened.seek(8)
-        opened.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def refuse_faults(faults: list[str], source: str) -> None:
@@ -182,6 +175,7 @@ def checked_layer(
     if shape_A[0] != rank * experts or not experts:
         raise ValueError(f"must have the rank of the settings (r, rank_pattern), {rank}, got factors of {shape_A[0]}")
     d_out, d_in = shape_B[0], torch.Size(shape_A[1:]).numel()
+    sizes = {"experts": experts, "stored_rank": rank}
     return StoredLayer(
-        (pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling, experts=experts
+        (pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling, **sizes
     )

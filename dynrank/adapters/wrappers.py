@@ -6,13 +6,11 @@ classes of transformers the down projection comes last.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from dynrank.adapters.config import AdapterConfig
-from dynrank.adapters.stored import StoredLayer
 
 _INSIDE = ".base_layer"
-_UPS = ("gate_up_proj", "up_proj")
 
 
 def wrapper_names(parameters: Iterable[str]) -> dict[str, str]:
@@ -61,17 +59,3 @@ def is_parameter(name: str, config: AdapterConfig) -> bool:
     """Whether the layer is a parameter, whose factors may stack several products, and not a module."""
     module, _, leaf = name.rpartition(".")
     return leaf in _leaves(module, config)
-
-
-def misfits(layers: Mapping[str, StoredLayer]) -> list[str]:
-    """Faults of down projections that do not fit their up projection: PEFT before 0.19 swapped some shapes."""
-    faults = []
-    for name, down in layers.items():
-        module, _, leaf = name.rpartition(".")
-        for up in (layers.get(f"{module}.{other}") for other in _UPS if leaf == "down_proj" and down.experts > 1):
-            if up is not None and (up.experts, up.shape[1]) != (down.experts, down.shape[0]):
-                faults.append(
-                    f"{name!r} must have {up.experts} experts and d_out {up.shape[1]}, got {down.experts} and "
-                    f"{down.shape[0]}; save the adapter again with PEFT 0.21"
-                )
-    return faults

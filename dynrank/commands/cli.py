@@ -1,14 +1,20 @@
-"""``dynrank``: the commands for runs and adapters, except training."""
+"""``dynrank``: the commands for runs and adapters, except training; and the exit codes of all commands."""
 
+import errno
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from omegaconf import DictConfig
 
 from dynrank import __version__
-from dynrank.commands.exits import usage_errors
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.output.console import quiet_imports
+from dynrank.run.overrides import overrides_explained
 
 # Each command imports its modules when it is called, so that --help does not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -117,10 +123,57 @@ def dynrank(
 @app.command()
 def ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
-    from dynrank.commands.ranks import print_ranks
     from dynrank.run.config import compose
 
+    for text in overrides or ():
+        if Path(text).is_dir():
+            raise ConfigurationError(f"{text!r} is a folder; the ranks of its adapter: dynrank inspect {text}")
     print_ranks(compose(overrides or (), folder=config_dir))
+
+
+def print_ranks(config: DictConfig) -> None:
+    """Print the LoRA layers of a run with ``config``; the model is built without weights."""
+    from dynrank.driver.check import depends_on_data, final_ranks
+    from dynrank.layers.base import params_per_rank
+    from dynrank.layers.finding import own_layers
+    from dynrank.output.console import empty_table, print_table, shape_of_update
+    from dynrank.output.slots import slot_line
+    from dynrank.run.job import build
+
+    job = build(config, on_meta=True)
+    model: Any = job.module.model
+    stages = job.scheduler.driver.stages
+    layers = own_layers(model)
+    final = final_ranks(model, stages)
+    about = "about " if depends_on_data(stages) else ""
+    headings = ("layer", "d_out x d_in", "rank", "final rank", "alpha", "scaling", "parameters", "final parameters")
+    table = empty_table("LoRA layers of the composed run", *headings, "rule", texts=["rule"])
+    start = end = 0
+    for name, layer in layers.items():
+        width = params_per_rank(layer)
+        start += layer.rank * width
+        end += final[name] * width
+        table.add_row(
+            name,
+            shape_of_update(layer.num_products, len(layer.lora_B), layer.lora_A.shape[1]),
+            str(layer.rank),
+            f"{final[name]} (pinned)" if layer.pinned else f"{about}{final[name]}",
+            f"{layer.alpha:g}",
+            f"{layer.scaling:g}",
+            f"{layer.rank * width:,}",
+            f"{final[name] * width:,}",
+            layer.rule or "lora.rank",
+        )
+    table.add_section()
+    table.add_row(f"{len(layers)} layers", *[""] * 5, f"{start:,}", f"{end:,}", "")
+    table.caption = f"at the end, {about}{slot_line(final)}"
+    print_table(table)
+
+
+@app.command(hidden=True)
+def train(overrides: Overrides = None) -> None:
+    """Say what the command for training is."""
+    raise ConfigurationError("the command for training is dynrank-train, with the same overrides")
 
 
 @app.command()
@@ -189,9 +242,20 @@ def export(
     Not every server supports ranks and alphas that differ between layers. An adapter that the server would read only in
     part or wrongly is refused.
     """
-    from dynrank.commands.export import print_export
+    from dynrank.adapters.export import export_adapter
+    from dynrank.output.console import print_facts
+    from dynrank.output.slots import slot_line
 
-    print_export(adapter, out, to=to, model=model, multiple=multiple)
+    done = export_adapter(adapter, out, to=to, model=model, multiple=multiple)
+    ranks = {name: layer.rank for name, layer in done.layers.items()}
+    facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}
+    if done.rank is not None:
+        # A server reserves a slot of one rank for the adapter; a number in bfloat16 has 2 bytes.
+        slot = 2 * done.rank * sum(layer.width for layer in done.layers.values()) / 2**20
+        own = 2 * sum(layer.rank * layer.width for layer in done.layers.values()) / 2**20
+        facts["ranks"] = slot_line(ranks) if to == "vllm" else f"{done.rank} in every layer"
+        facts["a slot"] = f"{slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB"
+    print_facts({**facts, "files": f"{done.out}, {done.bytes / 1e6:.2f} MB", "serve": done.line})
 
 
 @app.command()
@@ -201,7 +265,7 @@ def merge(
     model: Base = None,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
-    from dynrank.adapters.merging import merge_adapter
+    from dynrank.adapters.base import merge_adapter
     from dynrank.output.console import print_facts, quiet_loading
 
     quiet_loading()
@@ -230,9 +294,13 @@ def predict(
 
     For a server such as vLLM or llama.cpp, see dynrank export.
     """
-    from dynrank.commands.predict import print_answers
+    from dynrank.adapters.predicting import answers, texts_of
+    from dynrank.output.console import quiet_loading
 
-    print_answers(adapter, texts, model, batch_size=batch_size, max_new_tokens=max_new_tokens, chat=chat)
+    quiet_loading()
+    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "chat": chat}
+    for line in answers(adapter, texts_of(texts), model, **options):
+        print(line, flush=True)
 
 
 @app.command()
@@ -280,6 +348,32 @@ def sweep(
     from dynrank.run.sweep.table import show_sweep
 
     show_sweep(folder, plot=plot)
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Print configuration errors and exit with code 2; 1 for a full disk and a run that diverged, 130 after Ctrl-C.
+
+    Any other failure keeps its traceback, and Python exits with 1.
+    """
+    try:
+        with overrides_explained():
+            yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        # Lightning's error for wrong arguments is found by its name, because importing Lightning takes seconds.
+        theirs = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
+        # Our own errors have the system's error as context or cause.
+        numbers = {getattr(each, "errno", None) for each in (error, error.__context__, error.__cause__)}
+        # The package tokenizers, written in Rust, reports errors in this form.
+        numbers |= {int(number) for number in re.findall(r"os error (\d+)", str(error))}
+        full = not numbers.isdisjoint((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+        if not theirs and not full and not isinstance(error, ConfigurationError):
+            raise
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
+        sys.exit(1 if full or isinstance(error, DivergedError) else 2)
 
 
 def main() -> None:

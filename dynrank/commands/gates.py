@@ -8,9 +8,9 @@ import datasets
 import torch
 from torch import Tensor
 
-from dynrank.adapters.beside import label_names
 from dynrank.adapters.predicting import answering
 from dynrank.adapters.read import Adapter
+from dynrank.adapters.sidecar_files import label_names
 from dynrank.change.gates import EXAMPLES, FEW, Gates
 from dynrank.driver.check import layer_states
 from dynrank.errors import ConfigurationError

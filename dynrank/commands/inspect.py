@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
 from dynrank.adapters.read import read_adapter
+from dynrank.adapters.squeeze import LayerSpectrum, inspect_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_facts, print_table, shape_of_update
 from dynrank.targets import Budget

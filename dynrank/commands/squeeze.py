@@ -1,6 +1,6 @@
 """The output of ``dynrank squeeze``, and the squeeze by gates."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,15 @@ def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, *
     way = partial(_by_gates, examples=examples, facts=loss) if examples is not None else None
     layers = squeeze_adapter(source, out, **options, way=way)
     print_table(change_table("squeezed adapter", layers, RankEvent(0, "squeeze", tuple(layers)).loss))
-    before = sum(layer.rank_before * layer.params_per_rank for layer in layers)
-    after = before - sum(layer.parameters_saved for layer in layers)
-    facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss}
-    print_facts(facts | (_of_file(source, out) if source.is_file() else {"files": out}))
-
-
-def _of_file(source: Path, out: Path) -> dict[str, object]:
-    sizes = " → ".join(f"{file.stat().st_size / 1e6:.1f} MB" for file in (source, out))
     with open_stored(source) as adapter:
-        others = adapter.others
+        before, others = sum(layer.parameters for layer in adapter.layers.values()), adapter.others
+    after = sum(layer.rank_after * layer.params_per_rank for layer in layers)
+    facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss}
+    print_facts(facts | (_of_file(source, out, others) if source.is_file() else {"files": out}))
+
+
+def _of_file(source: Path, out: Path, others: Collection[str]) -> dict[str, object]:
+    sizes = " → ".join(f"{file.stat().st_size / 1e6:.1f} MB" for file in (source, out))
     if not others:
         return {"file": f"{out}, {sizes}"}
     kinds = sorted({key.removesuffix(".weight").rpartition(".")[2] for key in others})

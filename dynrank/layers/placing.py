@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
 from dynrank.layers.base import LoRALayer, initial_scaling, note, noted
@@ -133,20 +133,17 @@ def place_layers(model: nn.Module, layers: Mapping[str, LoRALayer], modules_to_s
     for name in modules_to_save:
         for module in model.get_submodule(name).requires_grad_(True).modules():
             for leaf in [*module._parameters, *module._buffers]:
-                base_values(module).setdefault(leaf, None)
+                trained_whole(module).add(leaf)
     note(model, "adapted", True)
     follow_base(model)
 
 
-def base_values(module: nn.Module) -> dict[str, Tensor | None]:
-    """The values of a module of ``modules_to_save`` before training, by parameter or buffer; callers may change it.
-
-    None means that the value was not kept.
-    """
-    if noted(module, "base_values") is None:
-        note(module, "base_values", {})
-    values: dict[str, Tensor | None] = noted(module, "base_values")
-    return values
+def trained_whole(module: nn.Module) -> set[str]:
+    """The parameters and buffers of a module that train without LoRA (``modules_to_save``); callers may add some."""
+    if noted(module, "trained_whole") is None:
+        note(module, "trained_whole", set())
+    names: set[str] = noted(module, "trained_whole")
+    return names
 
 
 def replace_modules(model: nn.Module, replacements: Mapping[int, nn.Module]) -> None:

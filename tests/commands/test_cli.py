@@ -1,5 +1,6 @@
 """``dynrank ranks``: the table says what the run would do; commands have help and a version without importing torch."""
 
+import re
 import subprocess
 import sys
 
@@ -9,8 +10,7 @@ from rich.console import Console
 import dynrank
 from dynrank import train
 from dynrank.commands import cli
-from dynrank.commands.exits import usage_errors
-from dynrank.commands.ranks import print_ranks
+from dynrank.commands.cli import print_ranks, usage_errors
 from dynrank.output import console
 
 
@@ -103,6 +103,17 @@ def test_import_and_help_of_every_command_load_no_torch(tmp_path):
 @pytest.mark.parametrize("main", [cli.main, train.main], ids=["dynrank", "dynrank-train"])
 def test_version(main, launch):
     assert launch(main, "--version") == (0, f"dynrank {dynrank.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["ranks", "RUN"], "'RUN' is a folder; .*: dynrank inspect RUN"), (["train", "lora.rank=8"], "dynrank-train")],
+)
+def test_a_command_for_something_else_names_the_right_one(arguments, said, launch, tmp_path):
+    (tmp_path / "RUN").mkdir()
+    code, _, message = launch(cli.main, *arguments)
+    assert code == 2
+    assert re.search(said, message)
 
 
 def test_ctrl_c_exits_with_130_and_advises_nothing(launch, monkeypatch):

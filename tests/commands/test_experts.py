@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dynrank
 from dynrank.commands import cli
-from dynrank.commands.ranks import print_ranks
+from dynrank.commands.cli import print_ranks
 from dynrank.output import console
 from dynrank.output.console import one_line
 

@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from transformers import AutoTokenizer, pipeline
 
 import dynrank
-from dynrank.adapters.merging import merge_adapter
+from dynrank.adapters.base import merge_adapter
 from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import run

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrank import __version__
-from dynrank.adapters.beside import label_names
+from dynrank.adapters.sidecar_files import label_names
 from dynrank.layers.finding import lora_layers
 from dynrank.models.names import public_name
 from dynrank.output.layer_kinds import layer_kinds

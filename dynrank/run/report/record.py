@@ -12,7 +12,7 @@ import yaml
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from dynrank.adapters.inspection import LayerSpectrum, inspect_adapter
+from dynrank.adapters.squeeze import LayerSpectrum, inspect_adapter
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import span
 from dynrank.run.command import read_overrides

@@ -12,7 +12,7 @@ from hydra.errors import MissingConfigException
 import dynrank
 from dynrank import train
 from dynrank.callbacks import RunMeter
-from dynrank.commands import exits
+from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run import job
 from dynrank.run.trainer import make_trainer
@@ -71,7 +71,7 @@ def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch,
 
 
 def test_missing_plugin_says_what_to_install(capsys):
-    with pytest.raises(SystemExit) as caught, exits.usage_errors():
+    with pytest.raises(SystemExit) as caught, cli.usage_errors():
         raise MissingConfigException("Could not find 'hydra/sweeper/optuna'", "hydra/sweeper/optuna")
     assert caught.value.code == 2
     assert "pip install 'dynrank[sweep]'" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
+from dynrank.adapters.stored import readable
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.output_folder import check_free, whole_or_nothing
 from dynrank.output.whole_file import whole_file
@@ -27,7 +28,7 @@ class _Labels:
     problem_type: str | None = None
 
 
-def write_beside(folder: Path, model: Any, tokenizer: Any) -> None:
+def write_sidecar_files(folder: Path, model: Any, tokenizer: Any) -> None:
     """Write the tokenizer's files, if there is one, and the labels of a classifier that has names for them."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -49,11 +50,8 @@ def with_labels(model: Any, folder: Path) -> Any:
     file = folder / LABELS_FILE
     if not file.exists():
         return model
-    try:
-        # Reading a named pipe would block.
-        content = json.loads(file.read_text(encoding="utf-8") if file.is_file() else "no file")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{str(file)!r} cannot be read: {error}") from None
+    with readable(repr(str(file))):
+        content = json.loads(file.read_text(encoding="utf-8"))
     found = read_as(_Labels, content, str(file))
     if len(found.labels) != model.config.num_labels:
         raise ConfigurationError(f"{str(file)!r} must name {model.config.num_labels} labels, got {len(found.labels)}")
@@ -75,9 +73,9 @@ def new_adapter_folder(out: Path, source: Path) -> Iterator[Path]:
     It becomes ``out`` at the end of the block, or is deleted after an error.
     """
     check_free(out, source)
-    beside = [*input_files(source), *source.glob(LABELS_FILE)]
+    sidecars = [*input_files(source), *source.glob(LABELS_FILE)]
     with whole_or_nothing(out) as folder:
-        for file in beside:
+        for file in sidecars:
             shutil.copyfile(file, folder / file.name)
         yield folder
 
