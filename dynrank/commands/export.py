@@ -5,7 +5,7 @@ from typing import Any
 
 from dynrank.adapters.export import export_adapter
 from dynrank.output.console import print_facts
-from dynrank.output.slots import slot_line
+from dynrank.output.ranks import slot_line
 
 # Bytes of a number in a slot, the memory that a server reserves for an adapter, in bfloat16.
 BYTES = 2

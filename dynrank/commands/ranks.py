@@ -8,7 +8,7 @@ from dynrank.driver.bounds import final_parameters, final_ranks
 from dynrank.layers.finding import own_layers
 from dynrank.layers.ranked import width_of
 from dynrank.output.console import empty_table, print_table, shape_of_update, span
-from dynrank.output.slots import slot_line
+from dynrank.output.ranks import slot_line
 from dynrank.run.job import build
 
 

@@ -10,11 +10,10 @@ from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
 from dynrank.change.choice import Choice
 from dynrank.change.report import report_of
 from dynrank.change.resize import resize
-from dynrank.driver.event import RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.ranked import width_of
-from dynrank.output.change_table import change_table
 from dynrank.output.console import print_facts, print_table
+from dynrank.output.ranks import change_table
 from dynrank.targets import Target
 
 
@@ -27,7 +26,7 @@ def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, *
     loss: dict[str, object] = {}
     way = partial(_by_gates, examples=examples, facts=loss) if examples is not None else None
     layers = squeeze_adapter(source, out, **options, way=way)
-    print_table(change_table("squeezed adapter", layers, RankEvent(0, "squeeze", tuple(layers)).loss))
+    print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
     before = sum(layer.rank_before * layer.width for layer in layers)
     after = before - sum(layer.parameters_saved for layer in layers)
     facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss}

@@ -1,11 +1,8 @@
-"""What is told of a change of rank: files, a printed table, any logger, TensorBoard, the model's summary, bars."""
-
-import logging
+"""What is told of a change of rank: files, a printed table, any logger, TensorBoard, bars."""
 
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tables import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -127,14 +124,6 @@ def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(changed
 def test_monitor_without_a_scheduler_writes_an_empty_history(fit, tmp_path):
     fit(RankMonitor(tmp_path / "history.csv"), max_steps=2)
     assert rows(tmp_path / "history.csv") == []
-
-
-def test_summary_of_the_model_comes_again_after_a_change(changed, caplog):
-    with caplog.at_level(logging.INFO, "lightning.pytorch.callbacks.model_summary"):
-        module, _, _ = changed(RankMonitor(), ModelSummary())
-    trainable = [line for line in caplog.text.splitlines() if "Trainable params" in line]
-    after = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert [int(line.split()[0]) for line in trainable] == [2 * after, after]
 
 
 def test_progress_bar_shows_the_ranks_and_no_total_of_epochs_that_there_is_not(changed):

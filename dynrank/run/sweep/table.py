@@ -18,20 +18,17 @@ from dynrank.run.command import read_overrides
 from dynrank.run.folder import HISTORY
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 
-# File in the folder of a failed run: the error in one line, then its traceback.
-FAULT = "error.txt"
 TABLE, PICTURE = "sweep.csv", "sweep.png"
 # Runs that differ only in these overrides have the same setting.
 _REPEATED = ("seed", "ckpt_path")
-# {result: (heading, unit, format)}, shown in addition to the test metrics.
+# {result: (heading, unit, format)} of the table, in addition to the test metrics.
 _SHOWN = {
     "gap": ("gap", 1.0, ".4f"),
     "adapter_parameters": ("adapter parameters", 1.0, ",.0f"),
-    "adapter_bytes": ("adapter: MiB", 2**20, ",.2f"),
-    "gradient_bytes": ("gradients: MiB", 2**20, ",.2f"),
-    "optimizer_bytes": ("optimizer: MiB", 2**20, ",.2f"),
     "step_seconds": ("step: ms", 1e-3, ",.1f"),
 }
+# Results that follow from the ranks, which a picture need not show.
+_OF_RANKS = ("adapter_parameters",)
 
 
 @dataclass(frozen=True)
@@ -40,8 +37,8 @@ class SweepRun:
 
     Attributes:
         overrides: {key: value as text} of the overrides that started the run.
-        results: metrics of the test and of other data (``final/…``), and the keys of ``_SHOWN``, as far as summary.json
-            has them; empty if the run has not ended.
+        results: metrics of the test and of other data (``final/…``), the gap, the adapter's size, bytes and the seconds
+            of a step, as far as summary.json has them; empty if the run has not ended.
         fault: why the run has no results.
     """
 
@@ -81,7 +78,7 @@ class Arm:
 def read_sweep(folder: Path) -> list[SweepRun]:
     """The runs of the sweep in ``folder``, in the order of their numbers, without those that were refused."""
     folders = [file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")]
-    found = [run for run in folders if any((run / name).exists() for name in (SUMMARY, FAULT, HISTORY))]
+    found = [run for run in folders if any((run / name).exists() for name in (SUMMARY, HISTORY))]
     if not found:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a sweep (hydra.sweep.dir); it holds no run")
     return [_read_run(run) for run in sorted(found, key=_order)]
@@ -101,7 +98,7 @@ def arms(runs: Sequence[SweepRun]) -> list[Arm]:
     return [Arm(dict(zip(varied, setting, strict=True)), members[setting]) for setting in settings]
 
 
-def show_sweep(folder: Path, *, plot: bool = True) -> None:
+def show_sweep(folder: Path, plot: bool = True) -> None:
     """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result."""
     runs = read_sweep(folder)
     if plot and find_spec("matplotlib") is None:
@@ -127,9 +124,7 @@ def _read_run(folder: Path) -> SweepRun:
     try:
         return SweepRun(folder, overrides, _results(read_summary(folder)))
     except FileNotFoundError:
-        fault = folder / FAULT
-        said = f"failed: {fault.read_text(encoding='utf-8').splitlines()[0]}" if fault.exists() else "has not ended"
-        return SweepRun(folder, overrides, {}, said)
+        return SweepRun(folder, overrides, {}, "has not ended")
     # One broken file must not hide the other runs.
     except ConfigurationError as error:
         return SweepRun(folder, overrides, {}, " ".join(str(error).split()))
@@ -193,6 +188,7 @@ def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
     panels = {
         heading: [[value / unit for value in arm.values(name)] for arm in made]
         for name, (heading, unit, _) in _shown(names).items()
+        if name not in _OF_RANKS
     }
     settings = [list(arm.setting.values()) for arm in made]
     arms_figure(settings, ", ".join(made[0].setting), panels).savefig(file)

@@ -86,10 +86,3 @@ def test_page_is_laid_out_and_legible(report, tmp_path, width, scheme):
         low, high = sorted((luminance(ink), luminance(page["paper"])))
         assert (high + 0.05) / (low + 0.05) > 4.5
     assert "CONSOLE" not in log
-
-
-def test_page_prints(report, tmp_path):
-    browse(report, tmp_path, f"--print-to-pdf={tmp_path / 'page.pdf'}", "--no-pdf-header-footer")
-    content = (tmp_path / "page.pdf").read_bytes()
-    assert content.startswith(b"%PDF")
-    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", content)) <= 8
