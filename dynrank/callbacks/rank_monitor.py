@@ -3,7 +3,6 @@
 import csv
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -28,9 +27,8 @@ class RankMonitor(Callback):
     ``rank/predicted_error`` and ``rank/predicted_error_max``, with gates also ``rank/predicted_loss_change``. For each
     layer, all loggers except the CSVLogger, where each name would be a column, get ``rank/layer/NAME``,
     ``energy_kept/NAME`` and ``effective_rank/NAME``. TensorBoard also gets ``spectrum/NAME``, a histogram of the
-    singular values before a change, and, if matplotlib is installed, ``spectra``, a picture of all of them. Each step
-    logs its learning rates as ``lr/NAME``; NAME is a param group's ``name``, or its number. (RankProgressBar shows the
-    ranks in every step.)
+    singular values before a change. Each step logs its learning rates as ``lr/NAME``; NAME is a param group's ``name``,
+    or its number. (RankProgressBar shows the ranks in every step.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with each layer's part in the
@@ -81,7 +79,9 @@ class RankMonitor(Callback):
         _log(trainer, totals, by_layer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                _log_spectra(logger, event)
+                for layer in event.layers:
+                    spectrum = torch.tensor(layer.singular_values)
+                    logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = self._ranks(pl_module)
@@ -115,18 +115,3 @@ def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(totals if isinstance(logger, CSVLogger) else totals | by_layer, step=trainer.global_step)
-
-
-def _log_spectra(logger: TensorBoardLogger, event: RankEvent) -> None:
-    for layer in event.layers:
-        spectrum = torch.tensor(layer.singular_values)
-        logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
-    # matplotlib is an optional dependency.
-    if find_spec("matplotlib") is not None:
-        from dynrank.output.plots import spectra_figure
-
-        spectra = {layer.layer: layer.singular_values for layer in event.layers}
-        kept = {layer.layer: layer.rank_after for layer in event.layers}
-        figure = spectra_figure(spectra, kept, f"before the change at step {event.step}")
-        # With close=True the logger calls pyplot, which does not manage this figure.
-        logger.experiment.add_figure("spectra", figure, event.step, close=False)

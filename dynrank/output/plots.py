@@ -108,11 +108,10 @@ def _draw_cells(
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
 
 
-def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int], title: str) -> Figure:
+def spectra_figure(spectra: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Singular values of each layer's update, largest first, relative to the largest.
 
-    Each kind of layer has its own colour, and a thick line for its median. ``kept`` are {layer: how many of its values
-    are kept}.
+    Each kind of layer has its own colour, and a thick line for its median.
     """
     shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
     kinds = layer_kinds(spectra)
@@ -127,19 +126,12 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, in
         members = [values for name, values in shares.items() if kinds[name] == kind]
         # zip ends the median at the shortest spectrum.
         typical = [median(column) for column in zip(*members, strict=False)]
-        style, label = ("-", "--", ":")[index // 10 % 3], f"{kind} ({len(members)})"
+        numbers = range(1, len(typical) + 1)
+        style = ("-", "--", ":")[index // 10 % 3]
+        (line,) = axes.plot(numbers, typical, style, color=colours[kind], linewidth=2, label=f"{kind} ({len(members)})")
         # A line through a single point is invisible.
-        marker = "o" if len(typical) == 1 else None
-        axes.plot(
-            range(1, len(typical) + 1), typical, style, color=colours[kind], linewidth=2, marker=marker, label=label
-        )
-    ranks = sorted(set(kept.values()))
-    if len(ranks) > 3:
-        label = f"kept: {ranks[0]} to {ranks[-1]}"
-        axes.axvspan(ranks[0] + 0.5, ranks[-1] + 0.5, color="tab:red", alpha=0.1, label=label)
-    else:
-        for rank in ranks:
-            axes.axvline(rank + 0.5, color="tab:red", linestyle="--", label=f"kept: {rank}")
+        if len(typical) == 1:
+            line.set_marker("o")
     axes.set_yscale("log")
     # A share below a millionth is a rounding error of float32 factors, and would flatten the rest of the picture.
     if shares:

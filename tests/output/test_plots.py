@@ -48,7 +48,7 @@ def test_layers_without_blocks_are_a_list():
 
 
 def test_median_of_a_single_direction_is_a_visible_point():
-    figure = spectra_figure({"h.0.q": [2.0, 1.0], "h.1.q": [3.0, 1.0], "pooler": [0.7]}, {}, "at the end")
+    figure = spectra_figure({"h.0.q": [2.0, 1.0], "h.1.q": [3.0, 1.0], "pooler": [0.7]}, "at the end")
     markers = {line.get_label(): line.get_marker() for line in figure.axes[0].lines}
     assert (markers["pooler (1)"], markers["q (2)"]) == ("o", "None")
 

@@ -187,4 +187,4 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     yield "ranks", caption, ranks_figure(ranks)
     spectra = {name: layer.singular_values for name, layer in run.layers.items()}
     caption = f"Singular values of {len(spectra)} updates at the end, relative to the largest of each."
-    yield "spectra", caption, spectra_figure(spectra, {}, "at the end")
+    yield "spectra", caption, spectra_figure(spectra, "at the end")

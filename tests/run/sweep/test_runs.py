@@ -135,7 +135,7 @@ def test_run_that_is_refused_stops_no_other_and_decides_the_exit_code(sweep, fai
     fail(ConfigurationError("no rank of 4"))
     code, _, said = sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
     assert (code, said.rpartition("error: ")[2]) == (2, "no rank of 4\n")
-    assert "no result        s/0: ConfigurationError: no rank of 4\n" in said
+    assert "s/0: ConfigurationError: no rank of 4\n" in said
     assert Path("s/sweep.png").exists()
     assert [(row["runs"], row["without_result"]) for row in table("s")] == [("1", "0")]
 
