@@ -53,13 +53,13 @@ def span(numbers: Collection[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
-def shape_of_update(experts: int, *shape: int) -> str:
+def shape_of_update(num_products: int, *shape: int) -> str:
     """The sizes of a layer's update, and in front of them how many such updates a stack of experts has.
 
     >>> shape_of_update(1, 768, 384), shape_of_update(8, 768, 384)
     ('768 x 384', '8 x 768 x 384')
     """
-    return " x ".join(str(size) for size in (experts, *shape)[experts == 1 :])
+    return " x ".join(str(size) for size in (num_products, *shape)[num_products == 1 :])
 
 
 def quiet_imports() -> None:

@@ -21,14 +21,8 @@ from dynrank.run.summary import SUMMARY, Summary, read_summary
 TABLE, PICTURE = "sweep.csv", "sweep.png"
 # Runs that differ only in these overrides have the same setting.
 _REPEATED = ("seed", "ckpt_path")
-# {result: (heading, unit, format)} of the table, in addition to the test metrics.
-_SHOWN = {
-    "gap": ("gap", 1.0, ".4f"),
-    "adapter_parameters": ("adapter parameters", 1.0, ",.0f"),
-    "step_seconds": ("step: ms", 1e-3, ",.1f"),
-}
-# Results that follow from the ranks, which a picture need not show.
-_OF_RANKS = ("adapter_parameters",)
+# {result: its format} in the table, beside the test metrics.
+_FORMATS = {"gap": ".4f", "adapter_parameters": ",.0f", "step_seconds": ".4f"}
 
 
 @dataclass(frozen=True)
@@ -144,31 +138,30 @@ def _order(folder: Path) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
-def _shown(names: Sequence[str]) -> dict[str, tuple[str, float, str]]:
-    """{name: (heading, unit, format)} for the results of ``names`` in the table and the picture."""
-    return {name: _SHOWN.get(name, (name, 1.0, ".4f")) for name in names if name in _SHOWN or name.startswith("test/")}
+def _shown(names: Sequence[str]) -> dict[str, str]:
+    """{name: heading} of the results of ``names`` in the table."""
+    shown = {name: name.replace("_", " ") for name in names if name in _FORMATS}
+    return {name: name for name in names if name.startswith("test/")} | shown
 
 
 def _table(made: Sequence[Arm], names: Sequence[str]) -> Table:
     shown = _shown(names)
     several = any(arm.ended > 1 for arm in made)
     title = "mean ± standard deviation over seeds" if several else "runs of the sweep"
-    table = empty_table(title, *made[0].setting, "runs", *(heading for heading, _, _ in shown.values()))
+    table = empty_table(title, *made[0].setting, "runs", *shown.values())
     for arm in made:
         count = f"{arm.ended}" if arm.ended == len(arm.runs) else f"{arm.ended} of {len(arm.runs)}"
-        cells = [_cell(arm, name, unit, digits) for name, (_, unit, digits) in shown.items()]
         # A value such as [query,value] must not be read as markup.
-        table.add_row(*map(escape, arm.setting.values()), count, *cells)
+        table.add_row(*map(escape, arm.setting.values()), count, *(_cell(arm, name) for name in shown))
     return table
 
 
-def _cell(arm: Arm, name: str, unit: float, digits: str) -> str:
-    mean, deviation = arm.mean(name), arm.deviation(name)
+def _cell(arm: Arm, name: str) -> str:
+    mean, deviation, digits = arm.mean(name), arm.deviation(name), _FORMATS.get(name, ".4f")
     if mean is None:
         return "-"
     # Parameters are the same for every seed, so they have no spread.
-    spread = f" ± {deviation / unit:{digits}}" if deviation else ""
-    return f"{mean / unit:{digits}}{spread}"
+    return f"{mean:{digits}}" + (f" ± {deviation:{digits}}" if deviation else "")
 
 
 def _write(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
@@ -185,10 +178,9 @@ def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
     # matplotlib is an optional dependency.
     from dynrank.output.plots import arms_figure
 
-    panels = {
-        heading: [[value / unit for value in arm.values(name)] for arm in made]
-        for name, (heading, unit, _) in _shown(names).items()
-        if name not in _OF_RANKS
-    }
+    shown = _shown(names)
+    # The ranks decide it, so a panel of it would say nothing of the runs.
+    shown.pop("adapter_parameters", None)
+    panels = {heading: [arm.values(name) for arm in made] for name, heading in shown.items()}
     settings = [list(arm.setting.values()) for arm in made]
     arms_figure(settings, ", ".join(made[0].setting), panels).savefig(file)
