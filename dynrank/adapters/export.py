@@ -24,7 +24,7 @@ from dynrank.linalg import finite
 from dynrank.models.names import model_source, public_name
 from dynrank.models.pretrained import read_config
 from dynrank.output.output_folder import new_file
-from dynrank.output.slots import slot_rank
+from dynrank.output.ranks import slot_rank
 
 Server = Literal["vllm", "gguf", "padded"]
 # For each server: its name, and the heads that it reads from modules_to_save.

@@ -46,14 +46,14 @@ class StoredLayer:
     stored_rank: int = field(kw_only=True)
 
     @property
-    def width(self) -> int:
+    def params_per_rank(self) -> int:
         """Parameters of one direction."""
         return self.experts * sum(self.shape)
 
     @property
     def parameters(self) -> int:
         """Parameters of the stored factors."""
-        return self.stored_rank * self.width
+        return self.stored_rank * self.params_per_rank
 
 
 @dataclass(frozen=True)

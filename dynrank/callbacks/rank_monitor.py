@@ -1,24 +1,22 @@
-"""Showing and recording changes of rank: a printed table, CSV files, numbers and spectra for the loggers."""
+"""Changes of rank: a printed table, rank_history.csv, numbers and spectra for the loggers."""
 
 import csv
 from collections.abc import Iterable
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from rich.console import Console
 
 from dynrank.callbacks.rank_scheduler import LightningTraining, RankScheduler
 from dynrank.driver.event import FIELDS, LOSS_FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.linalg import effective_rank
-from dynrank.output.change_table import change_table
+from dynrank.output.console import print_table
+from dynrank.output.ranks import change_table
 from dynrank.output.whole_file import whole_file
 
 
@@ -29,9 +27,8 @@ class RankMonitor(Callback):
     ``rank/predicted_error`` and ``rank/predicted_error_max``, with gates also ``rank/predicted_loss_change``. For each
     layer, all loggers except the CSVLogger, where each name would be a column, get ``rank/layer/NAME``,
     ``energy_kept/NAME`` and ``effective_rank/NAME``. TensorBoard also gets ``spectrum/NAME``, a histogram of the
-    singular values before a change, and, if matplotlib is installed, ``spectra``, a picture of all of them. A
-    ModelSummary of the trainer is printed again after each change. Each step logs its learning rates as ``lr/NAME``;
-    NAME is a param group's ``name``, or its number. (RankProgressBar shows the ranks in every step.)
+    singular values before a change. Each step logs its learning rates as ``lr/NAME``; NAME is a param group's ``name``,
+    or its number. (RankProgressBar shows the ranks in every step.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with each layer's part in the
@@ -69,11 +66,7 @@ class RankMonitor(Callback):
         if trainer.is_global_zero:
             verb = "taken back" if event.undone else "change"
             title = f"rank {verb} at step {event.step}: {event.reason}"
-            Console().print(change_table(title, event.layers, event.loss))
-        for callback in trainer.callbacks if not event.undone else ():  # type: ignore[attr-defined]
-            # This includes RichModelSummary, a subclass.
-            if isinstance(callback, ModelSummary):
-                callback.on_fit_start(trainer, pl_module)
+            print_table(change_table(title, event.layers, self._ranks(pl_module)))
 
     def _log_change(self, trainer: Trainer, event: RankEvent) -> None:
         errors = torch.tensor([layer.predicted_error for layer in event.layers])
@@ -86,13 +79,18 @@ class RankMonitor(Callback):
         _log(trainer, totals, by_layer)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                _log_spectra(logger, event)
+                for layer in event.layers:
+                    spectrum = torch.tensor(layer.singular_values)
+                    logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        ranks = {name.removeprefix(self.prefix): float(layer.rank) for name, layer in lora_layers(pl_module)}
+        ranks = self._ranks(pl_module)
         if ranks:
-            totals = {"rank/mean": mean(ranks.values()), "rank/max": max(ranks.values())}
-            _log(trainer, totals, {f"rank/layer/{name}": rank for name, rank in ranks.items()})
+            totals = {"rank/mean": mean(ranks.values()), "rank/max": float(max(ranks.values()))}
+            _log(trainer, totals, {f"rank/layer/{name}": float(rank) for name, rank in ranks.items()})
+
+    def _ranks(self, pl_module: LightningModule) -> dict[str, int]:
+        return {name.removeprefix(self.prefix): layer.rank for name, layer in lora_layers(pl_module)}
 
     def _write_history(self, trainer: Trainer) -> None:
         if self.history_file is None or not trainer.is_global_zero:
@@ -117,18 +115,3 @@ def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(totals if isinstance(logger, CSVLogger) else totals | by_layer, step=trainer.global_step)
-
-
-def _log_spectra(logger: TensorBoardLogger, event: RankEvent) -> None:
-    for layer in event.layers:
-        spectrum = torch.tensor(layer.singular_values)
-        logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
-    # matplotlib is an optional dependency.
-    if find_spec("matplotlib") is not None:
-        from dynrank.output.plots import spectra_figure
-
-        spectra = {layer.layer: layer.singular_values for layer in event.layers}
-        kept = {layer.layer: layer.rank_after for layer in event.layers}
-        figure = spectra_figure(spectra, kept, f"before the change at step {event.step}")
-        # With close=True the logger calls pyplot, which does not manage this figure.
-        logger.experiment.add_figure("spectra", figure, event.step, close=False)

@@ -137,7 +137,7 @@ def print_ranks(config: DictConfig) -> None:
     from dynrank.layers.base import params_per_rank
     from dynrank.layers.finding import own_layers
     from dynrank.output.console import empty_table, print_table, shape_of_update
-    from dynrank.output.slots import slot_line
+    from dynrank.output.ranks import slot_line
     from dynrank.run.job import build
 
     job = build(config, on_meta=True)
@@ -244,15 +244,15 @@ def export(
     """
     from dynrank.adapters.export import export_adapter
     from dynrank.output.console import print_facts
-    from dynrank.output.slots import slot_line
+    from dynrank.output.ranks import slot_line
 
     done = export_adapter(adapter, out, to=to, model=model, multiple=multiple)
     ranks = {name: layer.rank for name, layer in done.layers.items()}
     facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}
     if done.rank is not None:
         # A server reserves a slot of one rank for the adapter; a number in bfloat16 has 2 bytes.
-        slot = 2 * done.rank * sum(layer.width for layer in done.layers.values()) / 2**20
-        own = 2 * sum(layer.rank * layer.width for layer in done.layers.values()) / 2**20
+        slot = 2 * done.rank * sum(layer.params_per_rank for layer in done.layers.values()) / 2**20
+        own = 2 * sum(layer.rank * layer.params_per_rank for layer in done.layers.values()) / 2**20
         facts["ranks"] = slot_line(ranks) if to == "vllm" else f"{done.rank} in every layer"
         facts["a slot"] = f"{slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB"
     print_facts({**facts, "files": f"{done.out}, {done.bytes / 1e6:.2f} MB", "serve": done.line})

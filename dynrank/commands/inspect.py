@@ -41,7 +41,7 @@ def show_adapter(folder: Path, plot: Path | None, examples: Mapping[str, Any] | 
         from dynrank.output.plots import spectra_figure
 
         spectra = {layer.layer: layer.singular_values for layer in layers}
-        figure = spectra_figure(spectra, {}, "singular values of the updates")
+        figure = spectra_figure(spectra, "singular values of the updates")
         try:
             figure.savefig(plot)
         # matplotlib raises a ValueError for an unknown format.

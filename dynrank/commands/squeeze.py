@@ -9,11 +9,10 @@ from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
 from dynrank.change.greedy import ByWeight
 from dynrank.change.resize import report_of, resize
-from dynrank.driver.event import RankEvent
 from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import lora_layers
-from dynrank.output.change_table import change_table
 from dynrank.output.console import print_facts, print_table
+from dynrank.output.ranks import change_table
 from dynrank.targets import Target
 
 
@@ -26,7 +25,7 @@ def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, *
     loss: dict[str, object] = {}
     way = partial(_by_gates, examples=examples, facts=loss) if examples is not None else None
     layers = squeeze_adapter(source, out, **options, way=way)
-    print_table(change_table("squeezed adapter", layers, RankEvent(0, "squeeze", tuple(layers)).loss))
+    print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
     with open_stored(source) as adapter:
         before, others = sum(layer.parameters for layer in adapter.layers.values()), adapter.others
     after = sum(layer.rank_after * layer.params_per_rank for layer in layers)

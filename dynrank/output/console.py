@@ -6,9 +6,6 @@ from collections.abc import Collection, Mapping
 from rich.console import Console
 from rich.table import Table
 
-# rich takes most of a millisecond for each row.
-_LONG = 1000
-
 
 def table_console() -> Console:
     """A console as wide as the terminal, or 180 columns for a file or a pipe."""
@@ -27,16 +24,8 @@ def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Tabl
 
 
 def print_table(table: Table) -> None:
-    """Print ``table`` in the width of :func:`table_console`; a very long one as plain lines without a width limit."""
-    if table.row_count <= _LONG:
-        table_console().print(table)
-        return
-    columns = [[str(column.header), *map(str, column.cells)] for column in table.columns]
-    widths = [max(map(len, cells)) for cells in columns]
-    print(table.title)
-    for row in zip(*columns, strict=True):
-        first, *others = map(str.rjust, row, widths)
-        print(row[0].ljust(len(first)), *others, sep="  ")
+    """Print ``table`` in the width of :func:`table_console`."""
+    table_console().print(table)
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
@@ -64,13 +53,13 @@ def span(numbers: Collection[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 
-def shape_of_update(experts: int, *shape: int) -> str:
+def shape_of_update(num_products: int, *shape: int) -> str:
     """The sizes of a layer's update, and in front of them how many such updates a stack of experts has.
 
     >>> shape_of_update(1, 768, 384), shape_of_update(8, 768, 384)
     ('768 x 384', '8 x 768 x 384')
     """
-    return " x ".join(str(size) for size in (experts, *shape)[experts == 1 :])
+    return " x ".join(str(size) for size in (num_products, *shape)[num_products == 1 :])
 
 
 def quiet_imports() -> None:

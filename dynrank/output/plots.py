@@ -1,15 +1,16 @@
 """Pictures: the metrics and ranks of a run, the spectra of layers, and the arms of a sweep."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from statistics import fmean, median, stdev
 
-from matplotlib import colormaps
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
-from dynrank.output.layer_kinds import layer_kinds
+from dynrank.output.ranks import block_of, layer_kinds
 
 Series = tuple[list[int], list[float]]
 """Optimizer steps, and the value of a metric at each step."""
@@ -18,12 +19,8 @@ Series = tuple[list[int], list[float]]
 _WIDTH = 4.6
 # The most texts that do not overlap.
 _NAMED_CHANGES = 8
-# The most ranks in a legend; the lowest and the highest are always among them.
-_NAMED_RANKS = 12
 # The most points of a curve, more than a picture's width in pixels.
 _POINTS = 4000
-# The most characters of a layer's name beside a picture.
-_NAME = 28
 
 
 def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
@@ -48,7 +45,8 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
         for (name, (at, values)), style in zip(rates.items(), cycle(("-", ":", "--")), strict=False):
             rate_axes.plot(at[drawn], values[drawn], color="0.4", linewidth=0.7, linestyle=style)
             axes.plot([], [], color="0.4", linewidth=0.7, linestyle=style, label=f"rate of {name.removeprefix('lr/')}")
-    axes.legend()
+    # Below the picture the legend covers no curve.
+    figure.legend(loc="outside lower center", fontsize=9, ncols=2)
     return figure
 
 
@@ -61,36 +59,59 @@ def quality_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) ->
     return figure
 
 
-def ranks_figure(ranks: Mapping[str, Sequence[tuple[int, int]]], last_step: int) -> Figure:
-    """The rank of every layer over the run: steps on x, layers on y, one colour per rank.
+def ranks_figure(ranks: Mapping[str, Sequence[int]]) -> Figure:
+    """The rank of every layer as a number and a colour: blocks below each other, kinds of layers side by side.
 
-    ``ranks`` are {layer: [(optimizer step, rank from this step on), ...]}, with ascending steps.
+    ``ranks`` are {layer: its successive ranks}; of a layer that changed, the cell has the first and the last. Layers
+    that are the only ones of their kind stand below the blocks, with their names.
     """
-    figure, (axes,) = _panels("optimizer step", [""], height=1.5 + 0.17 * len(ranks))
-    levels = sorted({rank for changes in ranks.values() for _, rank in changes})
-    shades = {rank: colormaps["viridis"](0.12 + 0.85 * i / max(1, len(levels) - 1)) for i, rank in enumerate(levels)}
-    # Ranks after a change at the last step get a bar, too.
-    end = last_step + last_step / 40 * any(changes[-1][0] == last_step for changes in ranks.values())
-    for row, changes in enumerate(ranks.values()):
-        ends = [step for step, _ in changes[1:]] + [end]
-        bars = [(step, end - step) for (step, _), end in zip(changes, ends, strict=True)]
-        axes.broken_barh(bars, (row - 0.45, 0.9), facecolors=[shades[rank] for _, rank in changes])
-    names = [name if len(name) <= _NAME else "…" + name[1 - _NAME :] for name in ranks]
-    axes.set_yticks(range(len(ranks)), names, fontsize=8)
-    axes.set_xlim(0, end)
-    axes.set_ylim(len(ranks) - 0.5, -0.5)
-    axes.grid(visible=False)
-    named = {levels[round(i * (len(levels) - 1) / (_NAMED_RANKS - 1))] for i in range(_NAMED_RANKS)}
-    legend = [Patch(color=shades[rank], label=str(rank)) for rank in sorted(named)]
-    figure.legend(handles=legend, loc="outside upper center", title="rank", ncols=4)
+    kinds = layer_kinds(ranks)
+    counts = Counter(kinds.values())
+    rows = sorted({block_of(name) for name, kind in kinds.items() if counts[kind] > 1})
+    columns = [kind for kind, count in counts.items() if count > 1]
+    single = [name for name, kind in kinds.items() if counts[kind] == 1]
+    cells: dict[tuple[int, int], Sequence[int]] = {}
+    for name, kind in kinds.items():
+        if counts[kind] > 1:
+            cells[rows.index(block_of(name)), columns.index(kind)] = ranks[name]
+    below = {(row, 0): ranks[name] for row, name in enumerate(single)}
+    tables = [(cells, [".".join(map(str, row)) for row in rows], columns), (below, single, [""])]
+    parts = [table for table in tables if table[0]]
+    cell = 0.15 + 0.08 * max(len(_first_and_last(own)) for own in ranks.values())
+    width = max(_WIDTH, 1.3 + cell * len(columns))
+    heights = [len(names) for _, names, _ in parts]
+    above = 0.6 + 0.04 * max(map(len, columns), default=0)
+    figure = Figure(figsize=(width, above + 0.2 * sum(heights)), dpi=210, layout="constrained")
+    panels = figure.subplots(len(parts), squeeze=False, height_ratios=heights)[:, 0]
+    scale = Normalize(vmin=0, vmax=max(own[-1] for own in ranks.values()))
+    for axes, part in zip(panels, parts, strict=True):
+        _draw_cells(axes, *part, scale)
     return figure
 
 
-def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, int], title: str) -> Figure:
+def _first_and_last(ranks: Sequence[int]) -> str:
+    return f"{ranks[0]}→{ranks[-1]}" if len(ranks) > 1 else str(ranks[-1])
+
+
+def _draw_cells(
+    axes: Axes, cells: Mapping[tuple[int, int], Sequence[int]], rows: list[str], columns: list[str], scale: Normalize
+) -> None:
+    """A table of coloured cells; ``cells`` are {(row, column): successive ranks of a layer}."""
+    last = np.full((len(rows), len(columns)), np.nan)
+    for (row, column), own in cells.items():
+        last[row, column] = own[-1]
+        ink = "white" if scale(own[-1]) < 0.6 else "black"
+        axes.text(column, row, _first_and_last(own), ha="center", va="center", fontsize=7, color=ink)
+    axes.imshow(last, cmap="viridis", norm=scale, aspect="auto")
+    axes.set_yticks(range(len(rows)), rows, fontsize=7)
+    axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=35, rotation_mode="anchor", ha="left")
+    axes.tick_params(length=0, labeltop=True, labelbottom=False)
+
+
+def spectra_figure(spectra: Mapping[str, Sequence[float]], title: str) -> Figure:
     """Singular values of each layer's update, largest first, relative to the largest.
 
-    Each kind of layer has its own colour, and a thick line for its median. ``kept`` are {layer: how many of its values
-    are kept}.
+    Each kind of layer has its own colour, and a thick line for its median.
     """
     shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
     kinds = layer_kinds(spectra)
@@ -105,15 +126,12 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], kept: Mapping[str, in
         members = [values for name, values in shares.items() if kinds[name] == kind]
         # zip ends the median at the shortest spectrum.
         typical = [median(column) for column in zip(*members, strict=False)]
-        style, label = ("-", "--", ":")[index // 10 % 3], f"{kind} ({len(members)})"
-        axes.plot(range(1, len(typical) + 1), typical, color=colours[kind], linewidth=2, linestyle=style, label=label)
-    ranks = sorted(set(kept.values()))
-    if len(ranks) > 3:
-        label = f"kept: {ranks[0]} to {ranks[-1]}"
-        axes.axvspan(ranks[0] + 0.5, ranks[-1] + 0.5, color="tab:red", alpha=0.1, label=label)
-    else:
-        for rank in ranks:
-            axes.axvline(rank + 0.5, color="tab:red", linestyle="--", label=f"kept: {rank}")
+        numbers = range(1, len(typical) + 1)
+        style = ("-", "--", ":")[index // 10 % 3]
+        (line,) = axes.plot(numbers, typical, style, color=colours[kind], linewidth=2, label=f"{kind} ({len(members)})")
+        # A line through a single point is invisible.
+        if len(typical) == 1:
+            line.set_marker("o")
     axes.set_yscale("log")
     # A share below a millionth is a rounding error of float32 factors, and would flatten the rest of the picture.
     if shares:

@@ -6,7 +6,7 @@ from rich.table import Table
 
 from dynrank.callbacks import peak_memory_bytes
 from dynrank.output.console import empty_table, print_table, span
-from dynrank.output.layer_kinds import layer_kinds
+from dynrank.output.ranks import layer_kinds
 from dynrank.planner.plan import Plan, make_plan
 from dynrank.run.job import lacks_data
 

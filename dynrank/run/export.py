@@ -24,8 +24,7 @@ from dynrank.rank_map import RankRule, dump_rank_map
 from dynrank.run.command import command
 from dynrank.run.config import plain
 from dynrank.run.folder import drop_repeated_rows
-from dynrank.run.report.card import write_card
-from dynrank.run.report.page import write_report
+from dynrank.run.report.page import write_card, write_report
 from dynrank.run.summary import Summary, print_summary, write_summary
 from dynrank.tasks.account import SplitAccount
 

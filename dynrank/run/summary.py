@@ -8,7 +8,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from dynrank.errors import ConfigurationError, read_as
-from dynrank.output.console import print_facts
+from dynrank.output.console import print_facts, span
 from dynrank.output.whole_file import whole_file
 from dynrank.tasks.account import SplitAccount
 
@@ -75,7 +75,7 @@ def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
     if summary.gap is not None:
         validation, training = summary.final["val/loss"], summary.final["train/loss"]
         facts["gap"] = f"{summary.gap:.4f} = validation {validation:.4f} - training {training:.4f} at the end"
-    facts["final rank"] = ", ".join(str(rank) for rank in sorted(set(summary.final_ranks.values())))
+    facts["final rank"] = span(summary.final_ranks.values())
     facts["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary.parameters)
     facts["time"] = f"{summary.seconds:.0f} s, {summary.tokens_per_second:.0f} tokens/s in training"
     facts["peak memory"] = f"{summary.peak_memory_bytes / 2**20:.0f} MiB"

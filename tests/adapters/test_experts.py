@@ -99,7 +99,7 @@ def test_squeezing_a_file_is_resizing_the_model(kind, tiny_moe, tmp_path):
     expected = {report.layer: report for report in dynrank.resize(model, 2)}
     assert_close(logits(dynrank.load_adapter(tiny_moe(kind), tmp_path / "small")), logits(model), rtol=1e-5, atol=1e-5)
     for report in reports:
-        assert report.params_per_rank == expected[report.layer].width
+        assert report.params_per_rank == expected[report.layer].params_per_rank
         assert_close(report.predicted_error, expected[report.layer].predicted_error)
     full, small = spectra(tmp_path / "full"), spectra(tmp_path / "small")
     for name, values in small.items():

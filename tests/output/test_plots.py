@@ -3,35 +3,63 @@
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from dynrank.output.plots import loss_figure, ranks_figure
+from dynrank.output.plots import loss_figure, ranks_figure, spectra_figure
+
+KINDS = [f"self_attn.{kind}_proj" for kind in "qkvo"] + [f"mlp.{kind}_proj" for kind in ("gate", "up", "down")]
 
 
-@pytest.mark.parametrize("levels", [1, 2, 5, 32])
-def test_legend_of_ranks_lies_inside_and_has_the_lowest_and_the_highest(levels):
-    ranks = {f"layer{rank}": [(0, rank)] for rank in range(33 - levels, 33)}
-    figure = ranks_figure(ranks, 100)
+def drawn(figure):
     FigureCanvasAgg(figure).draw()
-    (legend,) = figure.legends
-    box = legend.get_window_extent()
-    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
-    assert 0 <= box.y0 < box.y1 <= figure.bbox.height
-    named = [int(text.get_text()) for text in legend.get_texts()]
-    assert named == sorted({*named, 33 - levels, 32})
+    return figure
 
 
-def test_rank_after_the_last_step_is_seen():
-    axes = ranks_figure({"layer": [(0, 8), (100, 2)]}, 100).axes[0]
-    (bars,) = axes.collections
-    widths = [path.vertices[:, 0].max() - path.vertices[:, 0].min() for path in bars.get_paths()]
-    assert min(widths) > 0
-    assert max(path.vertices[:, 0].max() for path in bars.get_paths()) <= axes.get_xlim()[1]
+def written(axes):
+    """{(row's name, column's name): text} of the cells of a table."""
+    rows, columns = ([tick.get_text() for tick in ticks] for ticks in (axes.get_yticklabels(), axes.get_xticklabels()))
+    return {(rows[text.get_position()[1]], columns[text.get_position()[0]]): text.get_text() for text in axes.texts}
 
 
-def test_loss_picture_has_a_thin_line_of_the_rate():
+def test_ranks_are_written_in_a_table_of_blocks_and_kinds_and_other_layers_below():
+    names = [f"bert.encoder.layer.{block}.attention.self.{kind}" for block in (0, 1, 10) for kind in ("query", "key")]
+    ranks = {name: [32, 4 + number] for number, name in enumerate(names)} | {"bert.pooler.dense": [16]}
+    ranks[names[0]] = [32]
+    blocks, others = ranks_figure(ranks).axes
+    found = written(blocks)
+    assert list(found) == [(block, f"attention.self.{kind}") for block in ("0", "1", "10") for kind in ("query", "key")]
+    assert list(found.values()) == ["32", "32→5", "32→6", "32→7", "32→8", "32→9"]
+    assert written(others) == {("bert.pooler.dense", ""): "16"}
+
+
+@pytest.mark.parametrize("most", [9, 64, 1024])
+def test_thirty_blocks_fit_in_one_picture_whose_texts_stay_in_their_cells(most):
+    ranks = {f"model.layers.{block}.{kind}": [most, most - block % 8] for block in range(30) for kind in KINDS}
+    figure = drawn(ranks_figure(ranks))
+    assert figure.bbox.height < 2000
+    (axes,) = figure.axes
+    cell = axes.get_window_extent().width / len(KINDS)
+    assert max(text.get_window_extent().width for text in axes.texts) < cell
+    for text in axes.get_xticklabels():
+        assert text.get_window_extent().x1 <= figure.bbox.width
+
+
+def test_layers_without_blocks_are_a_list():
+    (axes,) = drawn(ranks_figure({"0": [8], "2": [8, 6, 4]})).axes
+    assert written(axes) == {("0", ""): "8", ("2", ""): "8→4"}
+
+
+def test_median_of_a_single_direction_is_a_visible_point():
+    figure = spectra_figure({"h.0.q": [2.0, 1.0], "h.1.q": [3.0, 1.0], "pooler": [0.7]}, "at the end")
+    markers = {line.get_label(): line.get_marker() for line in figure.axes[0].lines}
+    assert (markers["pooler (1)"], markers["q (2)"]) == ("o", "None")
+
+
+def test_loss_picture_has_a_thin_line_of_the_rate_that_the_legend_does_not_cover():
     steps, rates = [0, 1, 2], [1.0, 0.5, 0.25]
-    figure = loss_figure({"train/loss": (steps, [3.0, 2.0, 1.0]), "lr/head": (steps, rates)}, {})
+    figure = drawn(loss_figure({"train/loss": (steps, [3.0, 2.0, 1.0]), "lr/head": (steps, rates)}, {}))
     axes, beside = figure.axes
     (line,) = beside.lines
     assert [*line.get_ydata()] == rates
     assert line.get_linewidth() < 1
-    assert "rate of head" in [text.get_text() for text in axes.get_legend().get_texts()]
+    (legend,) = figure.legends
+    assert "rate of head" in [text.get_text() for text in legend.get_texts()]
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())

@@ -17,7 +17,7 @@ from dynrank.adapters.base import merge_adapter
 from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import run
-from dynrank.run.report.templates import template
+from dynrank.run.report.page import template
 from dynrank.run.summary import read_summary
 from dynrank.tasks.classification import Classifier
 from dynrank.tasks.language_modeling import LanguageModel

@@ -1,27 +1,28 @@
-"""A finished run as one page that needs no other file, no script and no network."""
+"""The page of a finished run, which needs no other file, no script and no network, and the README.md of its adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+import re
+from base64 import b64encode
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from dynrank import __version__
+from dynrank.adapters.sidecar_files import label_names
 from dynrank.errors import ConfigurationError
+from dynrank.layers.finding import lora_layers
+from dynrank.models.names import public_name
+from dynrank.output.console import one_line, span
+from dynrank.output.ranks import layer_kinds, slot_rank
 from dynrank.output.whole_file import whole_file
+from dynrank.private import source_of
+from dynrank.run.report.next_commands import next_commands
 from dynrank.run.report.record import RunRecord, read_run
-from dynrank.run.report.templates import template
-from dynrank.run.report.verdict import (
-    around,
-    compared,
-    conclusions,
-    kinds_of_loss,
-    next_commands,
-    read_rival,
-    run_name,
-)
+from dynrank.run.summary import Summary, read_summary
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,17 +35,16 @@ def write_report(folder: Path, config: str | None = None, against: Sequence[Path
     For ``config`` see :func:`dynrank.run.report.record.read_run`.
     """
     run = read_run(folder, config)
-    rivals = {run_name(other): read_rival(other) for other in against}
+    results = _results(run.summary)
+    rivals = {_run_name(other): _results(_read_rival(other)) for other in against}
     file = folder / "report.html"
     try:
         page = template("page.html.jinja").render(
             run=run,
-            rivals=rivals,
-            compared=compared([run.summary, *rivals.values()]),
-            title=f"dynrank run {run_name(folder)}",
-            conclusions=conclusions(run, rivals),
-            kinds_of_loss=kinds_of_loss(run),
-            around=partial(around, run),
+            title=f"dynrank run {_run_name(folder)}",
+            results={"steps": f"{run.last_step:,}"} | results | _from_start_to_end(run),
+            compared=_compared([results, *rivals.values()]),
+            rivals=list(rivals),
             pictures=_draw(run),
             ranks=run.ranks(),
             next_commands=next_commands(run),
@@ -57,6 +57,98 @@ def write_report(folder: Path, config: str | None = None, against: Sequence[Path
     return file
 
 
+def write_card(folder: Path, model: Any, summary: Summary, steps: int, command: str | None) -> None:
+    """Write README.md into the adapter's ``folder``; ``command`` trains such an adapter, None if it is not known."""
+    base = public_name(source_of(model))
+    ranks: dict[str, list[int]] = {}
+    layers = {name: layer.rank for name, layer in lora_layers(model)}
+    for name, kind in layer_kinds(layers).items():
+        ranks.setdefault(kind, []).append(layers[name])
+    page = template("card.md.jinja").render(
+        base=base,
+        on_hub=bool(re.fullmatch(r"[\w.-]+/[\w.-]+", base)) and not Path(base).exists(),
+        kind=type(model).__name__,
+        labels=label_names(model),
+        ranks=ranks,
+        slot=slot_rank(max(layers.values())),
+        summary=summary,
+        steps=steps,
+        command=command,
+        version=__version__,
+    )
+    with whole_file(folder / "README.md") as part:
+        part.write_text(page, encoding="utf-8")
+
+
+def template(name: str) -> Template:
+    """The template in the file ``name``; in HTML, inserted values are escaped."""
+    found = Environment(
+        loader=PackageLoader("dynrank.run.report", ""),
+        autoescape=".html" in name,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    found.filters |= {"as": format, "span": span, "data_uri": _data_uri, "code": _code}
+    return found.get_template(name)
+
+
+def _code(text: str) -> str:
+    """``text`` as code in one line of Markdown, so that it makes no links and no HTML."""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {one_line(text)} {fence}" if len(fence) > 1 else f"`{one_line(text)}`"
+
+
+def _data_uri(picture: Path) -> str:
+    return f"data:image/png;base64,{b64encode(picture.read_bytes()).decode()}"
+
+
+def _run_name(folder: Path) -> str:
+    """The last two parts of the path: the date and the time for a run without a name."""
+    return "/".join(folder.resolve().parts[-2:])
+
+
+def _read_rival(folder: Path) -> Summary:
+    try:
+        return read_summary(folder)
+    except OSError as error:
+        raise ConfigurationError(
+            f"--against must be the folder of a finished run, got {str(folder)!r}: {error}"
+        ) from None
+
+
+def _results(summary: Summary) -> dict[str, str]:
+    """{name: value} of what a run ended with; metrics of training and validation data are of the final weights."""
+    metrics = summary.test | {f"{name} at the end": value for name, value in summary.final.items()}
+    if summary.gap is not None:
+        metrics["gap: val/loss - train/loss"] = summary.gap
+    return {name: f"{value:.4g}" for name, value in metrics.items()} | {
+        "rank": span(summary.final_ranks.values()),
+        **{f"{name} parameters": f"{count:,}" for name, count in summary.parameters.items()},
+        "seconds": f"{summary.seconds:,.0f}",
+        "tokens per second in training": f"{summary.tokens_per_second:,.0f}",
+        "peak memory": f"{summary.peak_memory_bytes / 2**20:,.0f} MiB",
+    }
+
+
+def _from_start_to_end(run: RunRecord) -> dict[str, str]:
+    """Ranks and parameters of the adapter before the first change and after the last; empty if no rank changed."""
+    if not run.made:
+        return {}
+    first, last = ({ranks[index] for ranks in run.ranks().values()} for index in (0, -1))
+    return {
+        "rank": f"{span(first)} → {span(last)}",
+        "adapter parameters": f"{run.parameters_at_start:,} → {run.summary.parameters['adapter']:,}",
+    }
+
+
+def _compared(runs: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """{name: its value in each of ``runs``}; "–" means not measured."""
+    names = dict.fromkeys(name for results in runs for name in results)
+    return {name: [results.get(name, "–") for results in runs] for name in names}
+
+
 def _draw(run: RunRecord) -> dict[str, Path]:
     """Write the pictures of ``run``; returns {caption: PNG file} for the page, empty without matplotlib."""
     if find_spec("matplotlib") is None:
@@ -66,9 +158,7 @@ def _draw(run: RunRecord) -> dict[str, Path]:
     pictures = {}
     for name, caption, figure in _figures(run):
         figure.savefig(folder / f"{name}.png")
-        # If all layers have the same rank, a line of text says more than bars of one colour.
-        if name != "ranks" or run.layers_differ:
-            pictures[caption] = folder / f"{name}.png"
+        pictures[caption] = folder / f"{name}.png"
     return pictures
 
 
@@ -81,13 +171,20 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     over = f"over {run.last_step:,} optimizer steps"
     # A run that was resumed at its last step has no losses.
     if run.metrics.keys() & {"train/loss", "val/loss"}:
-        end = "dashed: ranks change" if changes else "no rank changes"
-        yield "loss", f"Training and validation loss {over}; {end}.", loss_figure(run.metrics, changes)
+        caption = (
+            f"Training and validation loss {over}; dashed: ranks change. Training loss is of one batch before its "
+            "step, with the dropout and label smoothing that are set; validation has neither. The losses at the end "
+            "are measured alike."
+        )
+        yield "loss", caption, loss_figure(run.metrics, changes)
     quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}
     if quality:
         yield "quality", f"In validation {over}: {', '.join(quality)}.", quality_figure(quality, changes)
     ranks = run.ranks()
-    yield "ranks", f"Rank of {len(ranks)} layers {over}.", ranks_figure(ranks, run.last_step)
+    caption = (
+        f"Ranks of {len(ranks)} layers, the first → the last: a row for each block, a column for each kind of layer."
+    )
+    yield "ranks", caption, ranks_figure(ranks)
     spectra = {name: layer.singular_values for name, layer in run.layers.items()}
     caption = f"Singular values of {len(spectra)} updates at the end, relative to the largest of each."
-    yield "spectra", caption, spectra_figure(spectra, {}, "at the end")
+    yield "spectra", caption, spectra_figure(spectra, "at the end")

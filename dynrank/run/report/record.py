@@ -1,9 +1,9 @@
-"""Reading the files of a finished run, with checks that they fit together."""
+"""The files of a finished run, read for its report."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -69,9 +69,10 @@ class Change:
         return f"{span(before)} → {span(after)}"
 
     @property
-    def energy_kept(self) -> list[float]:
-        """The share of the energy that the change kept in each layer."""
-        return [layer.energy_kept for layer in self.layers.values()]
+    def energy_kept(self) -> str:
+        """The mean share of the energy that the change kept in its layers, and the smallest."""
+        shares = [layer.energy_kept for layer in self.layers.values()]
+        return f"{sum(shares) / len(shares):.3f} ({min(shares):.3f})"
 
     @property
     def predicted_error(self) -> float:
@@ -108,18 +109,21 @@ class RunRecord:
         """The changes that were not undone."""
         return [change for change in self.changes if not change.undone]
 
-    def ranks(self) -> dict[str, list[tuple[int, int]]]:
-        """{layer: [(optimizer step, rank from that step on), ...]}, from step 0."""
-        ranks: dict[str, list[tuple[int, int]]] = {}
+    def ranks(self) -> dict[str, list[int]]:
+        """{layer: its successive ranks}, with the one at the start."""
+        ranks = {}
         for name, last in self.summary.final_ranks.items():
             own = [change.layers[name] for change in self.made if name in change.layers]
-            ranks[name] = [(0, own[0].rank_before if own else last), *((la.step, la.rank_after) for la in own)]
+            ranks[name] = [own[0].rank_before if own else last, *(change.rank_after for change in own)]
         return ranks
 
     @property
-    def layers_differ(self) -> bool:
-        """Whether the ranks of any two layers differ at any time."""
-        return len(set(map(tuple, self.ranks().values()))) > 1
+    def parameters_at_start(self) -> int:
+        """Parameters of the adapter before the first change."""
+        return sum(
+            layer.parameters // layer.rank * ranks[0]
+            for layer, ranks in zip(self.layers.values(), self.ranks().values(), strict=True)
+        )
 
     def answers(self, count: int) -> list[dict[int, Generation]]:
         """The first and last texts for ``count`` prompts, from validations if there are any."""
@@ -129,9 +133,35 @@ class RunRecord:
             found.setdefault(line.prompt, {})[line.step] = line
         return [{step: lines[step] for step in (min(lines), max(lines))} for lines in found.values()][:count]
 
-    def energy_kept(self, layer: str) -> list[float]:
-        """Share of the energy that each change of ``layer`` kept; undone changes are left out."""
-        return [change.layers[layer].energy_kept for change in self.made if layer in change.layers]
+    def around(self, change: Change, metric: str) -> str:
+        """``metric`` in the validations next to ``change``: ``1.2 (2 steps before) → 1.5 (8 steps after)``.
+
+        A validation after n steps is in row n - 1. Validations that check a change have its step: of several, the first
+        was directly before the change and the last directly after it.
+        """
+        rows = list(zip(*self.metrics[metric], strict=True))
+        at = [value for step, value in rows if step == change.step]
+        before = [(change.step - 1 - step, value) for step, value in rows if step < change.step][-1:]
+        after = [(step + 1 - change.step, value) for step, value in rows if step >= change.step][:1]
+        if len(at) > 1:
+            before = [(0, at[0])]
+        if len(at) > 1 or (at and _checks_changes(self.settings)):
+            after = [(0, at[-1])]
+        return f"{_measured(before, 'before')} → {_measured(after, 'after')}"
+
+
+def _measured(found: list[tuple[int, float]], where: str) -> str:
+    if not found:
+        return "–"
+    ((steps, value),) = found
+    return f"{value:.4g} ({steps:,} step{'s' if steps > 1 else ''} {where})" if steps else f"{value:.4g}"
+
+
+def _checks_changes(settings: object) -> bool:
+    """Whether ``max_regression`` is set anywhere in a configuration."""
+    if isinstance(settings, Mapping):
+        return settings.get("max_regression") is not None or any(map(_checks_changes, settings.values()))
+    return isinstance(settings, list) and any(map(_checks_changes, settings))
 
 
 def read_run(folder: Path, config: str | None = None) -> RunRecord:
@@ -141,21 +171,20 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         folder: folder with summary.json, metrics.csv, rank_history.csv and adapter/, and optionally .hydra/.
         config: the run's configuration as YAML, for a run that Hydra did not start; None: .hydra/config.yaml.
     """
+    recorded = folder / ".hydra" / "config.yaml"
     try:
         summary = read_summary(folder)
-        if config is None or (folder / ".hydra" / "config.yaml").exists():
-            config = (folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")
+        if config is None or recorded.exists():
+            config = recorded.read_text(encoding="utf-8")
         groups = {name: values for name, values in yaml.safe_load(config).items() if isinstance(values, dict)}
         changes, written = _changes(folder / HISTORY), folder / GENERATIONS
         generations = list(_rows(written, Generation)) if written.exists() else []
+        metrics = read_metrics(folder / METRICS)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ConfigurationError(
-            f"{str(folder / '.hydra' / 'config.yaml')!r} is not a configuration: {error}"
-        ) from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{str(recorded)!r} is not a configuration: {error}") from None
     layers = {layer.layer: layer for layer in inspect_adapter(folder / "adapter")}
-    metrics = read_metrics(folder / METRICS)
     trained = [step + 1 for step in metrics.get("train/loss", ([], []))[0]]
     return RunRecord(
         folder=folder,
@@ -174,19 +203,18 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
 def read_metrics(file: Path) -> dict[str, Series]:
     """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out."""
     metrics: dict[str, Series] = {}
-    try:
-        with file.open(newline="", encoding="utf-8") as opened:
-            rows = csv.DictReader(opened)
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = csv.DictReader(opened)
+        try:
             for row in rows:
                 step = int(row.pop("step"))
-                for name, number in [(name, float(cell)) for name, cell in row.items() if cell]:
-                    steps, values = metrics.setdefault(name, ([], []))
-                    steps.append(step)
-                    values.append(number)
-    except OSError as error:
-        raise ConfigurationError(f"cannot read {str(file)!r}: {error.strerror or error}") from None
-    except (KeyError, TypeError, ValueError):
-        raise ConfigurationError(f"{str(file)!r} must hold numbers, line {rows.line_num} does not") from None
+                for name, cell in row.items():
+                    if cell:
+                        steps, values = metrics.setdefault(name, ([], []))
+                        steps.append(step)
+                        values.append(float(cell))
+        except (KeyError, TypeError, ValueError):
+            raise ConfigurationError(f"{str(file)!r} must hold numbers, line {rows.line_num} does not") from None
     return metrics
 
 

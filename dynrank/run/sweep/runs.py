@@ -3,7 +3,7 @@
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,36 +14,23 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.console import print_facts, quiet_imports
 from dynrank.run.folder import last_checkpoint
 from dynrank.run.summary import SUMMARY, Summary, read_summary
-from dynrank.run.sweep.table import FAULT, show_sweep
+from dynrank.run.sweep.table import show_sweep
 
 
 def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -> float | None:
     """Make the run that ``config`` describes in ``folder``; returns its ``objective`` at the final weights.
 
     With ``ckpt_path=last`` a finished run is skipped, an interrupted run is resumed from its checkpoint, and a run
-    without a checkpoint is started. If a run fails, its folder gets a file with the error. ``record`` writes the
-    configuration into the folder.
+    without a checkpoint is started. ``record`` writes the configuration into the folder.
     """
-    # If the folder has .hydra/, it may be the folder of another run.
-    own = not (folder / ".hydra").exists()
-
-    def begin() -> None:
-        nonlocal own
-        own = True
-        # Remove the error of an earlier attempt.
-        (folder / FAULT).unlink(missing_ok=True)
-        record()
-
     try:
-        summary = _summary(config, folder, begin)
+        summary = _summary(config, folder, record)
         return None if config.objective is None else summary.final[config.objective]
     except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        print(f"no result        {folder}: {said}", file=sys.stderr)
-        if own:
-            if not (folder / ".hydra").exists():
-                record()
-            (folder / FAULT).write_text("\n".join([said, "", *traceback.format_exception(error)]), encoding="utf-8")
+        # Hydra raises only the first error of a sweep, after all runs.
+        print(f"no result        {folder}: {type(error).__name__}: {error}", file=sys.stderr)
+        if not isinstance(error, ConfigurationError):
+            traceback.print_exception(error)
         raise
 
 
@@ -109,8 +96,10 @@ def table_at_end() -> Iterator[None]:
     try:
         yield
     except Exception:
-        if SweepFolder.begun is not None:
-            _show_beside_error(*SweepFolder.begun)
+        # A sweep that was refused as a whole has no folder.
+        if SweepFolder.begun is not None and SweepFolder.begun[0].is_dir():
+            with suppress(ConfigurationError):
+                show_sweep(*SweepFolder.begun)
         raise
     except (KeyboardInterrupt, SystemExit):
         if SweepFolder.begun is not None:
@@ -118,15 +107,4 @@ def table_at_end() -> Iterator[None]:
             print(f"go on with the same arguments and hydra.sweep.dir={where} ckpt_path=last", file=sys.stderr)
         raise
     if SweepFolder.begun is not None:
-        folder, plot = SweepFolder.begun
-        show_sweep(folder, plot=plot)
-
-
-def _show_beside_error(folder: Path, plot: bool) -> None:
-    """Show the table of the runs so far; nothing if the whole sweep was refused."""
-    try:
-        if folder.is_dir():
-            show_sweep(folder, plot=plot)
-    # An error here must not replace the one that ended the sweep, which is raised next.
-    except Exception as error:
-        print(f"no table of the sweep: {type(error).__name__}: {error}", file=sys.stderr)
+        show_sweep(*SweepFolder.begun)

@@ -18,20 +18,11 @@ from dynrank.run.command import read_overrides
 from dynrank.run.folder import HISTORY
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 
-# File in the folder of a failed run: the error in one line, then its traceback.
-FAULT = "error.txt"
 TABLE, PICTURE = "sweep.csv", "sweep.png"
 # Runs that differ only in these overrides have the same setting.
 _REPEATED = ("seed", "ckpt_path")
-# {result: (heading, unit, format)}, shown in addition to the test metrics.
-_SHOWN = {
-    "gap": ("gap", 1.0, ".4f"),
-    "adapter_parameters": ("adapter parameters", 1.0, ",.0f"),
-    "adapter_bytes": ("adapter: MiB", 2**20, ",.2f"),
-    "gradient_bytes": ("gradients: MiB", 2**20, ",.2f"),
-    "optimizer_bytes": ("optimizer: MiB", 2**20, ",.2f"),
-    "step_seconds": ("step: ms", 1e-3, ",.1f"),
-}
+# {result: its format} in the table, beside the test metrics.
+_FORMATS = {"gap": ".4f", "adapter_parameters": ",.0f", "step_seconds": ".4f"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +31,8 @@ class SweepRun:
 
     Attributes:
         overrides: {key: value as text} of the overrides that started the run.
-        results: metrics of the test and of other data (``final/…``), and the keys of ``_SHOWN``, as far as summary.json
-            has them; empty if the run has not ended.
+        results: metrics of the test and of other data (``final/…``), the gap, the adapter's size, bytes and the seconds
+            of a step, as far as summary.json has them; empty if the run has not ended.
         fault: why the run has no results.
     """
 
@@ -81,7 +72,7 @@ class Arm:
 def read_sweep(folder: Path) -> list[SweepRun]:
     """The runs of the sweep in ``folder``, in the order of their numbers, without those that were refused."""
     folders = [file.parents[1] for file in folder.rglob(".hydra/overrides.yaml")]
-    found = [run for run in folders if any((run / name).exists() for name in (SUMMARY, FAULT, HISTORY))]
+    found = [run for run in folders if any((run / name).exists() for name in (SUMMARY, HISTORY))]
     if not found:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a sweep (hydra.sweep.dir); it holds no run")
     return [_read_run(run) for run in sorted(found, key=_order)]
@@ -101,7 +92,7 @@ def arms(runs: Sequence[SweepRun]) -> list[Arm]:
     return [Arm(dict(zip(varied, setting, strict=True)), members[setting]) for setting in settings]
 
 
-def show_sweep(folder: Path, *, plot: bool = True) -> None:
+def show_sweep(folder: Path, plot: bool = True) -> None:
     """Print the table of the sweep in ``folder``, and write sweep.csv and sweep.png there; name runs without result."""
     runs = read_sweep(folder)
     if plot and find_spec("matplotlib") is None:
@@ -127,9 +118,7 @@ def _read_run(folder: Path) -> SweepRun:
     try:
         return SweepRun(folder, overrides, _results(read_summary(folder)))
     except FileNotFoundError:
-        fault = folder / FAULT
-        said = f"failed: {fault.read_text(encoding='utf-8').splitlines()[0]}" if fault.exists() else "has not ended"
-        return SweepRun(folder, overrides, {}, said)
+        return SweepRun(folder, overrides, {}, "has not ended")
     # One broken file must not hide the other runs.
     except ConfigurationError as error:
         return SweepRun(folder, overrides, {}, " ".join(str(error).split()))
@@ -149,31 +138,30 @@ def _order(folder: Path) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 
 
-def _shown(names: Sequence[str]) -> dict[str, tuple[str, float, str]]:
-    """{name: (heading, unit, format)} for the results of ``names`` in the table and the picture."""
-    return {name: _SHOWN.get(name, (name, 1.0, ".4f")) for name in names if name in _SHOWN or name.startswith("test/")}
+def _shown(names: Sequence[str]) -> dict[str, str]:
+    """{name: heading} of the results of ``names`` in the table."""
+    shown = {name: name.replace("_", " ") for name in names if name in _FORMATS}
+    return {name: name for name in names if name.startswith("test/")} | shown
 
 
 def _table(made: Sequence[Arm], names: Sequence[str]) -> Table:
     shown = _shown(names)
     several = any(arm.ended > 1 for arm in made)
     title = "mean ± standard deviation over seeds" if several else "runs of the sweep"
-    table = empty_table(title, *made[0].setting, "runs", *(heading for heading, _, _ in shown.values()))
+    table = empty_table(title, *made[0].setting, "runs", *shown.values())
     for arm in made:
         count = f"{arm.ended}" if arm.ended == len(arm.runs) else f"{arm.ended} of {len(arm.runs)}"
-        cells = [_cell(arm, name, unit, digits) for name, (_, unit, digits) in shown.items()]
         # A value such as [query,value] must not be read as markup.
-        table.add_row(*map(escape, arm.setting.values()), count, *cells)
+        table.add_row(*map(escape, arm.setting.values()), count, *(_cell(arm, name) for name in shown))
     return table
 
 
-def _cell(arm: Arm, name: str, unit: float, digits: str) -> str:
-    mean, deviation = arm.mean(name), arm.deviation(name)
+def _cell(arm: Arm, name: str) -> str:
+    mean, deviation, digits = arm.mean(name), arm.deviation(name), _FORMATS.get(name, ".4f")
     if mean is None:
         return "-"
     # Parameters are the same for every seed, so they have no spread.
-    spread = f" ± {deviation / unit:{digits}}" if deviation else ""
-    return f"{mean / unit:{digits}}{spread}"
+    return f"{mean:{digits}}" + (f" ± {deviation:{digits}}" if deviation else "")
 
 
 def _write(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
@@ -190,9 +178,9 @@ def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
     # matplotlib is an optional dependency.
     from dynrank.output.plots import arms_figure
 
-    panels = {
-        heading: [[value / unit for value in arm.values(name)] for arm in made]
-        for name, (heading, unit, _) in _shown(names).items()
-    }
+    shown = _shown(names)
+    # The ranks decide it, so a panel of it would say nothing of the runs.
+    shown.pop("adapter_parameters", None)
+    panels = {heading: [arm.values(name) for arm in made] for name, heading in shown.items()}
     settings = [list(arm.setting.values()) for arm in made]
     arms_figure(settings, ", ".join(made[0].setting), panels).savefig(file)

@@ -95,6 +95,10 @@ class Page(HTMLParser):
         found = [("".join(table.find("caption").itertext()), table.iter("tr")) for table in self.root.iter("table")]
         return {caption: [["".join(cell.itertext()) for cell in row] for row in rows] for caption, rows in found}
 
+    def facts(self):
+        """Name -> value of what stands at the top."""
+        return dict(zip(self.texts("dt"), self.texts("dd"), strict=True))
+
     def table(self, start):
         return next(rows for caption, rows in self.tables().items() if caption.startswith(start))
 

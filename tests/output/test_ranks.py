@@ -1,0 +1,60 @@
+"""Layers are grouped by their kind, their name without its numbers; a table of a change knows all layers."""
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from dynrank.change.greedy import LossChange
+from dynrank.change.resize import LayerReport
+from dynrank.output.ranks import change_table, layer_kinds
+
+
+def test_kind_is_what_follows_the_last_number_or_the_whole_name_where_that_would_collide():
+    names = ["m.h.0.attn.q", "m.h.11.attn.q", "m.h.0.mlp", "m.head"]
+    assert list(layer_kinds(names).values()) == ["attn.q", "attn.q", "mlp", "m.head"]
+    assert list(layer_kinds(["encoder.0.q", "decoder.0.q"]).values()) == ["encoder.*.q", "decoder.*.q"]
+
+
+def change(*names, before=8, after=4):
+    return [LayerReport(name, before, after, 0.9, 0.1, (1.0,), params_per_rank=5) for name in names]
+
+
+def cells(table):
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table)
+    lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
+    return [[cell.strip() for cell in line] for line in lines]
+
+
+def test_table_has_a_line_for_each_kind_and_one_for_all():
+    layers = change("h.0.q", "h.1.q", "head")
+    table = change_table("change", layers, dict.fromkeys(["h.0.q", "h.1.q", "head"], 4))
+    assert table.caption is None
+    assert cells(table) == [
+        ["q", "2", "8 → 4", "0.900 (0.900)", "40"],
+        ["head", "1", "8 → 4", "0.900 (0.900)", "20"],
+        ["all", "3", "8 → 4", "0.900 (0.900)", "60"],
+    ]
+
+
+def test_table_counts_layers_that_did_not_change_and_the_slot_is_as_high_as_theirs():
+    ranks = {"h.0.q": 4, "h.1.q": 8, "head": 4, "pooler": 13}
+    table = change_table("change", change("h.0.q", "head"), ranks)
+    assert [row[:2] for row in cells(table)] == [["q", "1 of 2"], ["head", "1"], ["all", "2 of 4"]]
+    assert table.caption == (
+        "highest rank 13, average 7.2: a server's slot has 16 in every layer, because of 1 of 4 layers: pooler (13)"
+    )
+
+
+def test_caption_has_the_estimate_of_the_gates_where_they_chose():
+    layers = [replace(layer, loss=LossChange(0.5, 0.25, -0.125)) for layer in change("h.0.q", "h.1.q")]
+    caption = change_table("change", layers, {"h.0.q": 4, "h.1.q": 4}).caption
+    assert caption == "chosen by gates: estimated change of the loss +1.2500, which is no forecast"
+
+
+def test_names_of_kinds_stay_in_one_line_of_a_narrow_terminal():
+    names = [f"bert.encoder.layer.{block}.attention.output.dense" for block in range(2)] + ["bert.pooler.dense"]
+    console = Console(width=70, record=True, file=io.StringIO())
+    console.print(change_table("change", change(*names), dict.fromkeys(names, 4)))
+    assert "attention.output.dense" in console.export_text()
