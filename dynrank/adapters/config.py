@@ -96,7 +96,7 @@ def adapter_folder(place: Path) -> Path:
 
 
 def read_config(folder: Path) -> AdapterConfig:
-    file = str(folder / CONFIG_FILE)
-    with readable(f"the adapter {file!r}"):
-        found = json.loads(Path(file).read_text(encoding="utf-8"))
-    return read_as(AdapterConfig, found, file)
+    file = folder / CONFIG_FILE
+    with readable(f"the adapter {str(file)!r}"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+    return read_as(AdapterConfig, found, str(file))

@@ -246,7 +246,9 @@ def export(
     from dynrank.output.console import print_facts
     from dynrank.output.ranks import slot_line
 
-    done = export_adapter(adapter, out, to=to, model=model, multiple=multiple)
+    # export_adapter checks that it knows the server.
+    server: Any = to
+    done = export_adapter(adapter, out, to=server, model=model, multiple=multiple)
     ranks = {name: layer.rank for name, layer in done.layers.items()}
     facts: dict[str, object] = {"layers": f"{len(ranks)}, {sum(ranks.values()) / len(ranks):.1f} ranks on average"}
     if done.rank is not None:
@@ -298,8 +300,8 @@ def predict(
     from dynrank.output.console import quiet_loading
 
     quiet_loading()
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "chat": chat}
-    for line in answers(adapter, texts_of(texts), model, **options):
+    found = texts_of(texts)
+    for line in answers(adapter, found, model, batch_size=batch_size, max_new_tokens=max_new_tokens, chat=chat):
         print(line, flush=True)
 
 
