@@ -16,7 +16,7 @@ from dynrank.adapters.read import Adapter, read_adapter
 from dynrank.adapters.sidecar_files import input_files, with_labels
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
-from dynrank.layers.merging import merge
+from dynrank.layers.placing import merge
 from dynrank.models.names import model_source, stored_source
 from dynrank.models.pretrained import load_by_name, load_weights, read_config
 from dynrank.output.output_folder import check_free, whole_or_nothing
