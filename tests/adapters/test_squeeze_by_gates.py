@@ -118,7 +118,7 @@ def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, 
     for options, said in {
         ("--gates",): "--gates needs --data FILE",
         ("--data", file): "--data must go with --gates",
-        ("--gates", "--data", "none.csv"): "--data must be a file of",
+        ("--gates", "--data", "none.csv"): "--data=none.csv does not exist",
         ("--gates", "--data", bare): "text and label, or messages, or prompt and answer, or text, with usual names;",
         # This is said before a model is loaded, which would fail too.
         ("--gates", "--data", file, "--columns", "text=body", "--model", "none"): "got text=body",
