@@ -68,7 +68,13 @@ def locked(folder: Path, *, resumed: bool) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         _make_ready(folder, resumed)
-        yield
+        try:
+            yield
+        except ConfigurationError:
+            # Some values are refused only when training starts.
+            if not resumed and not (folder / METRICS).exists():
+                _empty(folder)
+            raise
 
 
 def _make_ready(folder: Path, resumed: bool) -> None:
@@ -83,6 +89,11 @@ def _make_ready(folder: Path, resumed: bool) -> None:
             f"{str(folder)!r} holds a run already; set hydra.run.dir (of a sweep hydra.sweep.dir) to a new folder, "
             "or ckpt_path=last to resume that run"
         )
+    _empty(folder)
+
+
+def _empty(folder: Path) -> None:
+    """Remove the files that a run may have written before its first checkpoint."""
     for name in (METRICS, GENERATIONS, HISTORY):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
