@@ -154,9 +154,9 @@ class Case:
 
 def expanded(name, options, total):
     """The stages of one preset: its arguments are those of the function of that name in dynrank.schedules."""
-    how = {"metric": "weight" if name in ("milestones", "energy", "grow") else "gates"}
+    how = {} if name in ("milestones", "energy", "grow") else {"metric": "gates"}
     how |= {"rate_after": "sqrt"} if name == "early_budget" else {}
-    how |= options.pop("how", {})
+    how = {"metric": "weight"} | options.pop("how", how)
     common = {"by_gates": how["metric"] == "gates", "window": how.get("window", 20), "rate": how.get("rate_after", 1.0)}
     common |= {"reset": how.get("optimizer_state") == "reset", "max_regression": how.get("max_regression")}
 
@@ -227,8 +227,10 @@ def make_case(seed):
 
 def draw_presets(draw, case):
     """One to three presets whose times and ranks do not contradict each other."""
-    low = draw.randint(1, 2)
-    gates = {"metric": "gates", "window": draw.randint(1, 6)}
+    # No gradient reaches A before the first step of a new adapter, and gates are not to wait for one.
+    first = 0.2 if case.started else 0.55
+    longest = 6 if case.started else min(6, math.ceil(first * case.total) - 1)
+    low, gates = draw.randint(1, 2), {"metric": "gates", "window": draw.randint(1, longest)}
 
     def how(early=False):
         """How a change is made, or nothing for the defaults."""
@@ -240,13 +242,11 @@ def draw_presets(draw, case):
         made |= {"max_regression": draw.choice([0.0, 0.1, 0.5])} if draw.random() < 0.15 else {}
         return {"how": made}
 
-    # No gradient reaches A before the first step of a new adapter.
-    first = 0.2 if case.started else 0.55
     plateau = {"patience": draw.randint(1, 2), "min_delta": draw.choice([0.01, 0.1, 0.9])}
     by_time = {"fraction": draw.uniform(first, 0.8)}
     trigger = draw.choice([plateau, plateau, by_time]) if case.started else by_time
     kind = draw.choice(["early", "early", "converged", "milestones", "anneal", "energy", "grow", "three"])
-    size = draw.choice([{"final_rank": low}, {"share": draw.uniform(0.3, 0.7)}])
+    size = draw.choice([{"final_rank": low}, {"share": draw.uniform(0.6, 0.9)}])
     size |= {"highest": draw.randint(3, 4)} if draw.random() < 0.3 else {}
     early = ("early_budget", {"at": draw.uniform(first, 0.7), **size, **how()})
     if kind == "early":
@@ -263,6 +263,6 @@ def draw_presets(draw, case):
         return [("anneal", options | how())]
     grown = ("grow", {"final_rank": 7, "trigger": {"fraction": first}})
     if kind == "energy":
-        return [("energy", {"share": draw.uniform(0.5, 0.95), "lowest": low, "trigger": trigger, **how()})]
+        return [("energy", {"share": draw.uniform(0.5, 0.95), "lowest": low, "trigger": trigger})]
     later = ("milestones", {"ranks": [low], "at": [draw.choice([0.9, 1.0])], **how()})
     return [grown, later] if kind == "grow" else [early, later]

@@ -56,7 +56,7 @@ def judged(case):
             chaos, _ = reference_run(case, lambda name, step: trace.factors[step][name], noise)
         apart, spread = difference(chaos[step], other) if step < len(chaos) else (True, float("inf"))
         if apart or found <= 1000 * spread:
-            return "", f"chaotic from step {step}"
+            return "", "rounding grows to as much"
         if other_ranks:
             return f"step {step}: ranks {trace.steps[step][0]}, expected {other[0]}", ended
         return f"step {step}: off by {found:.2g}, where noise makes {spread:.2g}", ended

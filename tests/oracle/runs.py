@@ -122,6 +122,8 @@ def plain(case, trace, folder):
         parts = {"net": net, "optimizer": optimizer, "decay": decay, "driver": driver}
         if saved is not None:
             states = torch.load(saved, weights_only=True)
+            # PEFT's layers take a checkpoint of their own ranks only, dynrank's take any.
+            dynrank.resize(net, states.pop("ranks"))
             for name, part in parts.items():
                 part.load_state_dict(states[name])
             loop.step = case.resume
@@ -146,7 +148,8 @@ def plain(case, trace, folder):
                 driver.validated(loop, loop.validate())
             if saved is None and loop.step == case.resume:
                 file = io.BytesIO()
-                torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+                ranks = {name: layer.rank for name, layer in dynrank.lora_layers(net)}
+                torch.save({name: part.state_dict() for name, part in parts.items()} | {"ranks": ranks}, file)
                 file.seek(0)
                 return file
         driver.finish(loop)
@@ -263,6 +266,7 @@ def in_trainer(case, trace, folder):
             optimizers=optimizers,
             callbacks=[RankTrainerCallback(schedule_of(case), evaluate=lambda: trainer.evaluate()), Watch()],
         )
+        trainer.remove_callback(transformers.PrinterCallback)
         trainer.train(**options)
         trace.see(case.total, model.net)
 
