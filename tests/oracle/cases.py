@@ -25,7 +25,7 @@ class Stage:
 
     kind: str
     to: float
-    planned: int | None
+    planned: float
     plateau: dict | None = None
     size: str = "final_rank"
     changes_left: int = 1
@@ -168,9 +168,11 @@ def expanded(name, options, total):
     if "fraction" in when or "step" in when:
         common |= {"planned": when["step"] if "step" in when else at(when["fraction"])}
     else:
-        common |= {"planned": None if deadline is None else at(deadline), "plateau": when}
+        common |= {"planned": math.inf if deadline is None else at(deadline), "plateau": when}
     if name == "early_budget":
-        size = next(key for key in ("parameters", "share", "bytes", "final_rank") if options.get(key))
+        if "bytes" in options:
+            options["parameters"] = options["bytes"] // 4
+        size = next(key for key in ("parameters", "share", "final_rank") if options.get(key))
         bounds = {"lowest": options.get("lowest", 1), "highest": options.get("highest")}
         common |= {"planned": at(options.get("at", 0.3333)), "plateau": None} | bounds
         return [Stage("budget", options[size], size=size, **common)]
