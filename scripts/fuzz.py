@@ -1,7 +1,7 @@
 """Does any random run differ from the oracle of tests/oracle, which computes it densely and without dynrank?
 
-Each case is a small model with an optimizer, a schedule and a driver, resumed at a random step. A line tells of each case
-that differs, with the seed that repeats it; the last line counts the cases. The exit code is 1 if one differs.
+Each case is a small model with an optimizer, a schedule and a trainer, resumed at a random step. A line tells of each
+case that differs, with the seed that repeats it; the last lines count the cases. The exit code is 1 if one differs.
 Run: .venv/bin/python scripts/fuzz.py [--minutes 5] [--first SEED], or --seed SEED for one case alone
 """
 
@@ -33,7 +33,7 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     alone = args.seed is not None
     seed = args.seed if alone else random.randrange(10**6) if args.first is None else args.first
-    counts, faults, end = Counter[str](), 0, time.monotonic() + 60 * args.minutes
+    drivers, parts, faults, end = Counter[str](), Counter[str](), 0, time.monotonic() + 60 * args.minutes
     while time.monotonic() < end:
         case = make_case(seed)
         try:
@@ -42,19 +42,17 @@ def main() -> None:
             if alone:
                 raise
             fault, left_out = f"{type(error).__name__}: {error}", ""
-        counts[case.driver] += 1
-        counts[left_out] += 1
+        drivers[case.driver] += 1
+        parts[fault and "differs" or left_out] += 1
         if fault:
             faults += 1
             print(f"--seed {seed}: {fault}\n    {case}", flush=True)
-        if alone:
-            print(left_out or "compared to its end")
-            break
         seed += 1
-    drivers = ", ".join(f"{name} {counts.pop(name, 0)}" for name in ("plain", "lightning", "trainer"))
-    print(f"{sum(counts.values())} cases up to seed {seed}: {drivers}; {faults} differ; {counts.pop('', 0)} compared whole")
-    for reason, count in counts.items():
-        print(f"    {count} compared in part: {reason}")
+        if alone:
+            break
+    print(f"{sum(drivers.values())} cases before seed {seed}: {dict(drivers)}; {faults} differ")
+    for reason, count in parts.items():
+        print(f"    {count} compared {'in part: ' + reason if reason else 'whole'}")
     sys.exit(faults > 0)
 
 

@@ -33,6 +33,7 @@ class Stage:
     highest: int | None = None
     by_gates: bool = False
     window: int = 20
+    loss_terms: int | None = None
     rate: float | str = 1.0
     reset: bool = False
     max_regression: float | None = None
@@ -158,7 +159,8 @@ def expanded(name, options, total):
     how |= {"rate_after": "sqrt"} if name == "early_budget" else {}
     how = {"metric": "weight"} | options.pop("how", how)
     common = {"by_gates": how["metric"] == "gates", "window": how.get("window", 20), "rate": how.get("rate_after", 1.0)}
-    common |= {"reset": how.get("optimizer_state") == "reset", "max_regression": how.get("max_regression")}
+    common |= {"reset": how.get("optimizer_state") == "reset"}
+    common |= {"loss_terms": how.get("loss_terms"), "max_regression": how.get("max_regression")}
 
     def at(fraction):
         return math.ceil(fraction * total - 1e-9)
@@ -203,7 +205,7 @@ def make_case(seed):
     """A random case; the same seed makes the same one."""
     draw = random.Random(seed)
     driver = draw.choice(["plain"] * 6 + ["lightning"] * 3 + ["trainer"])
-    case = Case(seed, driver, total=draw.randint(10, 20), every=draw.randint(2, 5), started=draw.random() < 0.7)
+    case = Case(seed, driver, total=draw.randint(8, 16), every=draw.randint(2, 5), started=draw.random() < 0.7)
     case.peft = draw.random() < 0.3
     case.wide = draw.random() < 0.85
     case.shape = draw.choice(["chain", "branches", "shared"])
@@ -233,6 +235,7 @@ def draw_presets(draw, case):
     first = 0.2 if case.started else 0.55
     longest = 6 if case.started else min(6, math.ceil(first * case.total) - 1)
     low, gates = draw.randint(1, 2), {"metric": "gates", "window": draw.randint(1, longest)}
+    gates |= {"loss_terms": draw.randint(1, 9)} if draw.random() < 0.2 else {}
 
     def how(early=False):
         """How a change is made, or nothing for the defaults."""

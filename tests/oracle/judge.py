@@ -55,7 +55,7 @@ def judged(case):
             noise = 1e-13 if case.wide else 1e-7
             chaos, _ = reference_run(case, lambda name, step: trace.factors[step][name], noise)
         apart, spread = difference(chaos[step], other) if step < len(chaos) else (True, float("inf"))
-        if apart or found <= 1000 * spread:
+        if apart or found <= 100 * spread:
             return "", "rounding grows to as much"
         if other_ranks:
             return f"step {step}: ranks {trace.steps[step][0]}, expected {other[0]}", ended

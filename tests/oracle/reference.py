@@ -57,10 +57,13 @@ class Layer:
 
 
 class Rule:
-    """By weight: the smallest direction goes first, per parameter where layers share a pool."""
+    """By weight: the smallest direction goes first, per parameter where layers share a pool.
 
-    def __init__(self):
-        self.steps = 0
+    A rule that measures anything overrides ``observe`` and ``drops``; one that finds ranks otherwise, ``share_out``.
+    """
+
+    def __init__(self, stage):
+        self.steps, self.stage = 0, stage
 
     def observe(self, run, batches):
         """Called in every step of the window after backward, before the optimizer's step."""
@@ -87,7 +90,7 @@ class Rule:
 
 
 class Run:
-    """``stages`` is the schedule; ``grown(layer, step)`` is A of the judged run; ``window_rule()`` makes a Rule."""
+    """``stages`` is the schedule; ``grown(layer, step)`` is A of the judged run; ``window_rule`` makes a Rule."""
 
     def __init__(self, case, stages, layers, head, grown, window_rule, epsilon):
         self.case, self.stages, self.layers, self.head, self.grown = case, stages, layers, head, grown
@@ -161,7 +164,7 @@ class Run:
             return
         stage, later = self.stages[self.pending], self.stages[self.pending + 1 :]
         if self.measures(self.pending) and not ended:
-            self.window = self.window or self.window_rule()
+            self.window = self.window or self.window_rule(stage)
             soon = stage.planned <= step or any(s.planned <= step + 1 for s in later)
             if not soon and self.window.steps < stage.window:
                 return
@@ -172,12 +175,12 @@ class Run:
         for i, stage in enumerate(self.stages):
             open_now = i >= self.next and stage.planned - stage.window <= step < stage.planned
             if open_now and self.pending is None and self.window is None and self.measures(i):
-                self.window = self.window_rule()
+                self.window = self.window_rule(stage)
 
     def measures(self, i):
         """Whether gates decide anything in the stage."""
-        stage, now = self.stages[i], self.state()[0]
-        return stage.by_gates and (stage.kind == "budget" or any(r < now[n] for n, r in self.ranks(i, Rule()).items()))
+        stage, ranks = self.stages[i], self.ranks(i, Rule(self.stages[i]))
+        return stage.by_gates and (stage.kind == "budget" or any(r < self.layers[n].rank for n, r in ranks.items()))
 
     def ranks(self, i, rule):
         stage, wanted = self.stages[i], {}
@@ -208,7 +211,7 @@ class Run:
 
     def change(self, step):
         index, stage, old, new = self.pending, self.stages[self.pending], {}, {}
-        rule = self.window if self.measures(index) and self.window and self.window.steps else Rule()
+        rule = self.window if self.measures(index) and self.window and self.window.steps else Rule(stage)
         before, after = self.state()[0], self.ranks(index, rule)
         self.next, self.pending, self.window, self.best, self.stale = index + 1, None, None, None, 0
         if after == before:

@@ -5,14 +5,14 @@ from reference import Rule
 
 
 class Gates(Rule):
-    """A direction's price: what the loss rises without it, by gradient and curvature, with those that went before it."""
+    """A direction's price is what the loss rises without it, by gradient and curvature, after those that went before."""
 
-    def __init__(self, terms=None):
-        super().__init__()
-        self.terms, self.seen = terms, []
+    def __init__(self, stage):
+        super().__init__(stage)
+        self.seen = []
 
     def observe(self, run, batches):
-        """The core of each example: the gradient of the step's loss by a matrix between A and B that is the identity."""
+        """The core of each example: the gradient of the step's loss by an identity matrix between A and B."""
         self.steps += 1
         cores, terms = [], 0
         for x, y in batches:
@@ -22,7 +22,7 @@ class Gates(Rule):
             cores.append(torch.autograd.grad(loss, [*eyes.values()]))
             terms += run.case.terms(y)
         joined = [torch.cat(parts) for parts in zip(*cores, strict=True)]
-        self.seen.append((dict(zip(run.pool(), joined, strict=True)), self.terms or terms))
+        self.seen.append((dict(zip(run.pool(), joined, strict=True)), self.stage.loss_terms or terms))
 
     def drops(self, run, least):
         pool, rows = run.pool(), []

@@ -1,4 +1,4 @@
-"""The runs of dynrank that the reference judges: a plain loop, Lightning and transformers' Trainer, killed and resumed."""
+"""The runs of dynrank that the reference judges: a plain loop, Lightning, transformers' Trainer; killed and resumed."""
 
 import io
 import tempfile
@@ -46,8 +46,8 @@ def adapted(case):
         options = {"target_modules": names, "modules_to_save": saved or None, "rank_pattern": case.ranks()}
         net = get_peft_model(net, LoraConfig(r=case.rank, lora_alpha=case.alpha, use_rslora=case.rslora, **options))
     else:
-        options = {"target_modules": names, "modules_to_save": saved, "dtype": dtype}
-        net = dynrank.add_lora(net, rank=case.rank, alpha=case.alpha, rslora=case.rslora, rank_map=case.rules, **options)
+        options = {"target_modules": names, "modules_to_save": saved, "rank_map": case.rules, "dtype": dtype}
+        net = dynrank.add_lora(net, rank=case.rank, alpha=case.alpha, rslora=case.rslora, **options)
     net.to(dtype)
     for name, layer in layers(net).items():
         *_, a, b = case.tensors()[name]
@@ -93,7 +93,7 @@ class Trace:
         found = layers(net)
         ranks = {name: layer.rank for name, layer in found.items()}
         with torch.no_grad():
-            products = {n: layer.scaling * (layer.lora_B.double() @ layer.lora_A.double()) for n, layer in found.items()}
+            products = {n: la.scaling * (la.lora_B.double() @ la.lora_A.double()) for n, la in found.items()}
         earlier = self.steps[step][2] if step in self.steps else 0.0
         self.steps[step] = ranks, products, earlier + loss
         self.factors[step] = {name: layer.lora_A.detach().clone() for name, layer in found.items()}

@@ -1,4 +1,4 @@
-"""Whole runs against the naive reference, a hundred at random; and faults planted into dynrank, which it has to find."""
+"""A hundred whole runs at random against the naive reference, and faults planted into dynrank, which it has to find."""
 
 import sys
 from functools import partial
