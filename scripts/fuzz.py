@@ -53,7 +53,7 @@ def main() -> None:
     print(f"{sum(drivers.values())} cases before seed {seed}: {dict(drivers)}; {faults} differ")
     for reason, count in parts.items():
         print(f"    {count} compared {'in part: ' + reason if reason else 'whole'}")
-    sys.exit(faults > 0)
+    sys.exit(int(faults > 0))
 
 
 if __name__ == "__main__":

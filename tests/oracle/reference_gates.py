@@ -5,7 +5,7 @@ from reference import Rule
 
 
 class Gates(Rule):
-    """A direction's price is what the loss rises without it, by gradient and curvature, after those that went before."""
+    """A direction's price is what the loss rises without it, by gradient and curvature, after earlier drops."""
 
     def __init__(self, stage):
         super().__init__(stage)
