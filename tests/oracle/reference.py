@@ -220,7 +220,7 @@ class Run:
         dropped = rule.drops(self, {name: min(after[name], before[name]) for name in before})
         for name, layer in self.pool().items():
             if after[name] > before[name]:
-                new[name] = self.grow(layer, self.grown(name, step)[layer.rank :].double())
+                new[name] = self.grow(layer, self.grown(name, step).double())
             elif after[name] < before[name] or (BALANCE_ALL and stage.kind != "grow"):
                 new[name] = self.cut(layer, [i for i in range(layer.rank) if (name, i) not in dropped])
         for name, (a, b, *_) in new.items():
@@ -242,20 +242,22 @@ class Run:
             raise Undetermined("a direction beyond the numerical rank is kept")
         return from_A[kept] @ layer.A.data, layer.B.data @ from_B[:, kept], from_A[kept], from_B[:, kept]
 
-    def grow(self, layer, rows):
-        """Rows outside of row(A), of the median norm, and columns of zeros."""
-        a, norms, more = layer.A.data, layer.A.data.norm(dim=1).sort().values, len(rows)
-        low, high = norms[(len(a) - 1) // 2] * (1 - 1e-5), norms[len(a) // 2] * (1 + 1e-5)
+    def grow(self, layer, grown):
+        """Columns of zeros, and the new rows of ``grown``: outside of the old rows, and of their median norm."""
+        count, old, norms = layer.rank, layer.A.data, grown[: layer.rank].norm(dim=1).sort().values
+        rows, low, high = grown[count:], norms[(count - 1) // 2] * (1 - 1e-5), norms[count // 2] * (1 + 1e-5)
         assert ((rows.norm(dim=1) >= low) & (rows.norm(dim=1) <= high)).all(), "new rows have another norm"
-        overlap = F.normalize(rows) @ F.normalize(torch.cat([a, rows])).T
-        assert (overlap - torch.eye(len(a) + more)[len(a) :]).abs().max() < 1e-5, "new rows are not orthogonal"
-        identity = torch.eye(len(a) + more, len(a)).double()
-        return torch.cat([a, rows]), F.pad(layer.B.data, (0, more)), identity, identity.T
+        overlap = F.normalize(rows) @ F.normalize(grown).T - torch.eye(len(grown))[count:]
+        assert overlap.abs().max() < 1e-5, "new rows are not orthogonal"
+        identity = torch.eye(len(grown), count).double()
+        return torch.cat([old, rows]), F.pad(layer.B.data, (0, len(rows))), identity, identity.T
 
     def move(self, parameter, reset, by, gradient_by, other, new_other, rows):
         """Moments by the maps of the parameter and of its gradient; ``rows`` makes the rank the first dimension."""
         state = self.optimizer.state.get(parameter, {})
-        for key, value in [] if reset else state.items():
+        if reset:
+            state.clear()
+        for key, value in state.items():
             kind = KINDS.get(f"{type(self.optimizer).__name__}.{key}", KINDS.get(key))
             if kind == "square":
                 moved, new = gradient_by.square() @ rows(value), gradient_by.abs().sum(1) == 0
@@ -264,5 +266,3 @@ class Run:
                 state[key] = rows(moved.clamp_max(value.max() * (max(1.0, (new_b / b).item() ** 2) if b > 0 else 1.0)))
             elif kind is not None and value is not None:
                 state[key] = rows((gradient_by if kind == "gradient" else by) @ rows(value))
-        if reset:
-            state.clear()
