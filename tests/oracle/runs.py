@@ -1,0 +1,287 @@
+"""The runs of dynrank that the reference judges: a plain loop, Lightning, transformers' Trainer; killed and resumed."""
+
+import io
+import tempfile
+import warnings
+
+import lightning
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.data import IterableDataset
+
+import dynrank
+from dynrank import schedules
+from dynrank.callbacks import RankScheduler, RankTrainerCallback
+from dynrank.triggers import At, Plateau, Run
+
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+QUIET |= {"enable_checkpointing": False, "num_sanity_val_steps": 0, "check_val_every_n_epoch": None}
+
+
+class Killed(Exception):
+    """The run ends here, as by a signal, after its checkpoint."""
+
+
+class Net(nn.Module):
+    """The case's network of plain layers."""
+
+    def __init__(self, case):
+        super().__init__()
+        self.case = case
+        for name, (w, b, *_) in case.tensors().items():
+            linear = nn.Linear(*w.T.shape)
+            linear.weight.data, linear.bias.data = w.clone(), b.clone()
+            setattr(self, name, linear)
+
+    def forward(self, x):
+        return self.case.network(lambda name, x: getattr(self, name)(x), x)
+
+
+def adapted(case):
+    """The network with LoRA by dynrank or by PEFT, and the factors of the case."""
+    net, dtype = Net(case), torch.float64 if case.wide else torch.float32
+    names, saved = [*case.ranks()], ["head"] if case.head else []
+    if case.peft:
+        options = {"target_modules": names, "modules_to_save": saved or None, "rank_pattern": case.ranks()}
+        net = get_peft_model(net, LoraConfig(r=case.rank, lora_alpha=case.alpha, use_rslora=case.rslora, **options))
+    else:
+        options = {"target_modules": names, "modules_to_save": saved, "rank_map": case.rules, "dtype": dtype}
+        net = dynrank.add_lora(net, rank=case.rank, alpha=case.alpha, rslora=case.rslora, **options)
+    net.to(dtype)
+    for name, layer in layers(net).items():
+        *_, a, b = case.tensors()[name]
+        with torch.no_grad():
+            layer.lora_A.copy_(a)
+            layer.lora_B.copy_(b)
+    return net
+
+
+def layers(net):
+    return {name.rpartition(".")[2]: layer for name, layer in dynrank.lora_layers(net)}
+
+
+def optimizer_of(case, net):
+    """The case's optimizer and its schedule: one param group, or another one for the head."""
+    own = [*dynrank.adapter_parameters(net)]
+    others = [p for p in net.parameters() if p.requires_grad and not any(p is q for q in own)]
+    groups = [own + others] if case.one_group or not others else [own, others]
+    optimizer = case.make_optimizer([{"params": group} for group in groups])
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, case.decay)
+
+
+def schedule_of(case):
+    stages = []
+    for name, given in case.presets:
+        options = dict(given)
+        if "how" in options:
+            options["how"] = schedules.How(**options["how"])
+        if "trigger" in options:
+            trigger = options["trigger"]
+            options["trigger"] = Plateau(**trigger) if "patience" in trigger else At(**trigger)
+        stages += getattr(schedules, name)(**options)
+    return stages
+
+
+class Trace:
+    """What a run shows in each step's forward, and after its end: (ranks, products, loss); A where a rank has grown."""
+
+    def __init__(self, case):
+        self.case, self.steps, self.factors = case, {}, {}
+
+    def see(self, step, net, loss=0.0):
+        found = layers(net)
+        ranks = {name: layer.rank for name, layer in found.items()}
+        with torch.no_grad():
+            products = {n: la.scaling * (la.lora_B.double() @ la.lora_A.double()) for n, la in found.items()}
+        earlier = self.steps[step][2] if step in self.steps else 0.0
+        self.steps[step] = ranks, products, earlier + loss
+        self.factors[step] = {name: layer.lora_A.detach().clone() for name, layer in found.items()}
+
+
+def cast(case, *tensors):
+    dtype = torch.float64 if case.wide else torch.float32
+    return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
+
+
+def validation_loss(case, net):
+    with torch.no_grad():
+        x, y = cast(case, *case.validation())
+        return case.loss(net(x), y)
+
+
+def plain(case, trace, folder):
+    class Loop(dynrank.Training):
+        def validate(self):
+            return {"val/loss": validation_loss(case, self.model).item()}
+
+    def go(saved=None):
+        net = adapted(case)
+        optimizer, decay = optimizer_of(case, net)
+        driver, loop = dynrank.RankDriver(schedule_of(case)), Loop(net, [optimizer])
+        parts = {"net": net, "optimizer": optimizer, "decay": decay, "driver": driver}
+        if saved is not None:
+            states = torch.load(saved, weights_only=True)
+            # PEFT's layers take a checkpoint of their own ranks only, dynrank's take any.
+            dynrank.resize(net, states.pop("ranks"))
+            for name, part in parts.items():
+                part.load_state_dict(states[name])
+            loop.step = case.resume
+        driver.start(loop, Run(case.total))
+        while loop.step < case.total:
+            driver.advance(loop)
+            batches = case.batches(loop.step)
+            trace.steps.pop(loop.step, None)
+            for x, y in batches:
+                x, y = cast(case, x, y)
+                loss = case.loss(net(x), y) / len(batches)
+                loss.backward()
+                trace.see(loop.step, net, loss.item())
+            if case.clip:
+                nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], case.clip)
+            optimizer.step()
+            decay.step()
+            loop.step += 1
+            driver.end_step(loop)
+            optimizer.zero_grad()
+            if loop.step % case.every == 0:
+                driver.validated(loop, loop.validate())
+            if saved is None and loop.step == case.resume:
+                file = io.BytesIO()
+                ranks = {name: layer.rank for name, layer in dynrank.lora_layers(net)}
+                torch.save({name: part.state_dict() for name, part in parts.items()} | {"ranks": ranks}, file)
+                file.seek(0)
+                return file
+        driver.finish(loop)
+        trace.see(case.total, net)
+        return None
+
+    saved = go()
+    if saved is not None:
+        go(saved)
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, case, trace):
+        super().__init__()
+        self.case, self.trace, self.net = case, trace, adapted(case)
+
+    def training_step(self, batch, index):
+        # Data are found by the step: Lightning starts its loader anew when a run is resumed.
+        step, micro = self.trainer.global_step, index % self.case.accumulate
+        x, y = cast(self.case, *self.case.batches(step)[micro])
+        loss = self.case.loss(self.net(x), y)
+        if micro == 0:
+            self.trace.steps.pop(step, None)
+        self.trace.see(step, self.net, loss.item() / self.case.accumulate)
+        return loss
+
+    def validation_step(self, batch, index):
+        self.log("val/loss", validation_loss(self.case, self.net))
+
+    def configure_optimizers(self):
+        optimizer, decay = optimizer_of(self.case, self.net)
+        return [optimizer], [{"scheduler": decay, "interval": "step"}]
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(range(self.case.total * self.case.accumulate), batch_size=1)
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader([0], batch_size=1)
+
+
+class Killer(lightning.Callback):
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise Killed
+
+
+def in_lightning(case, trace, folder):
+    path = f"{folder}/at.ckpt"
+
+    def go(*callbacks, **options):
+        module = Module(case, trace)
+        settings = {"max_steps": case.total, "val_check_interval": case.every * case.accumulate}
+        settings |= {"accumulate_grad_batches": case.accumulate, "gradient_clip_val": case.clip or None}
+        trainer = lightning.Trainer(callbacks=[RankScheduler(schedule_of(case)), *callbacks], **QUIET, **settings)
+        trainer.fit(module, **options)
+        trace.see(case.total, module.net)
+
+    if case.resume is None:
+        return go()
+    try:
+        go(Killer(case.resume, path))
+    except Killed:
+        go(ckpt_path=path, weights_only=True)
+
+
+class Stream(IterableDataset):
+    def __init__(self, case, batches):
+        self.rows = [{"x": x, "labels": y} for pair in batches for x, y in zip(*cast(case, *pair), strict=True)]
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def in_trainer(case, trace, folder):
+    import transformers
+
+    class WithLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net, self.step, self.calls = adapted(case), 0, 0
+
+        def forward(self, x, labels):
+            output = self.net(x)
+            loss = case.loss(output, labels)
+            if self.training:
+                trace.see(self.step, self.net, loss.item() / case.accumulate)
+            return {"loss": loss, "logits": output}
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model, **_):
+            model.step = state.global_step
+            trace.steps.pop(state.global_step, None)
+
+        def on_save(self, args, state, control, **_):
+            raise Killed
+
+    def go(saves, **options):
+        model = WithLoss()
+        optimizers = optimizer_of(case, model.net)
+        settings = {"max_steps": case.total, "eval_strategy": "steps", "eval_steps": case.every, "use_cpu": True}
+        settings |= {"per_device_train_batch_size": case.batch, "per_device_eval_batch_size": 8, "report_to": []}
+        settings |= {"gradient_accumulation_steps": case.accumulate, "max_grad_norm": case.clip, "disable_tqdm": True}
+        settings |= {"save_strategy": "steps" if saves else "no", "save_steps": case.resume or 1}
+        settings |= {"logging_strategy": "no", "remove_unused_columns": False}
+        trainer = transformers.Trainer(
+            model,
+            transformers.TrainingArguments(folder, **settings),
+            train_dataset=Stream(case, [pair for step in range(case.total) for pair in case.batches(step)]),
+            eval_dataset=Stream(case, [case.validation()]),
+            optimizers=optimizers,
+            callbacks=[RankTrainerCallback(schedule_of(case), evaluate=lambda: trainer.evaluate()), Watch()],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train(**options)
+        trace.see(case.total, model.net)
+
+    if case.resume is None:
+        return go(saves=False)
+    try:
+        go(saves=True)
+    except Killed:
+        go(saves=False, resume_from_checkpoint=f"{folder}/checkpoint-{case.resume}")
+
+
+def traced(case):
+    """The trace of the whole run, resumed where the case says so."""
+    trace = Trace(case)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        {"plain": plain, "lightning": in_lightning, "trainer": in_trainer}[case.driver](case, trace, folder)
+    return trace
