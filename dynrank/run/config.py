@@ -135,13 +135,13 @@ def make(node: Any, key: str) -> Any:
 
 @configured()
 def rank_pattern(config: DictConfig) -> dict[str, Any]:
-    """The rules of ``rank_map.file`` and ``rank_map.rank_pattern`` as one plain mapping, checked."""
+    """The rules of ``rank_map.rank_pattern`` and, after them, of ``rank_map.file`` as one plain mapping, checked."""
     in_file = load_rank_map(Path(config.file)) if config.file is not None else {}
     here = parse_rank_map(plain(config.rank_pattern), source="rank_map.rank_pattern")
     both = sorted(in_file.keys() & here.keys())
     if both:
         raise ConfigurationError(f"keys {both} are in rank_map.file and in rank_map.rank_pattern; remove them from one")
-    return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (in_file | here).items()}
+    return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (here | in_file).items()}
 
 
 def plain(config: Any) -> Any:
