@@ -143,7 +143,7 @@ def test_resolve_refuses_ranks_that_do_not_fit(rule, message):
         (True, "got True"),
         ("8", "got '8'"),
         ({}, "got {}"),
-        ({"rnak": 8}, "'rnak' is unknown; nearest: rank"),
+        ({"rnak": 8}, "rnak is unknown; nearest: rank"),
         ({"alpha": float("inf")}, "alpha must .* got inf"),
         ({"pinned": True, "final_rank": 2}, "pinned layer has no final_rank"),
         ({"pinned": True, "highest": 2}, "pinned layer has .* no highest"),
@@ -221,7 +221,7 @@ def test_load_rank_map_reads_rules_and_follows_aliases_and_merge_keys(written):
         ("rank_pattern: {[q]: 2}", "must be YAML"),
         ("rank_pattern: " + "[" * 5000, "must be YAML"),
         ("rank_pattern: &a [*a]", "one key rank_pattern"),
-        ("rank_pattern: {q: &a {rank: *a}}", "rank must be an int"),
+        ("rank_pattern: {q: &a {rank: *a}}", "rank must be a valid integer"),
         ("", "one key rank_pattern"),
         ("rank_pattern: {q: 2}\nalpha: 3\n", "one key rank_pattern"),
         ("rank_pattern: {q: 0}", "'q': rank must be"),
@@ -238,6 +238,8 @@ def test_load_rank_map_refuses_a_file_and_names_it(written, text, message):
 PLACES, BYTES = st.integers(0, len(EXAMPLE) - 1), st.integers(0, 255) | st.sampled_from(b"{}[]:'\"&*!|>%@ \n-#0")
 
 
+# Python warns of a set in a regular expression that may change its meaning.
+@pytest.mark.filterwarnings("ignore:Possible:FutureWarning")
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(PLACES, BYTES, max_size=3), PLACES | st.none())
 def test_load_rank_map_reads_a_damaged_file_or_refuses_it(written, damage, length):
