@@ -17,10 +17,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynrank import __version__
 from dynrank.commands.exits import usage_errors
-from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
 from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys
-from dynrank.run.overrides import HYDRAS, not_composed
+from dynrank.run.overrides import EXPLAINED, HYDRAS, not_composed
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
 # torchrun, srun and Lightning set these.
@@ -118,9 +117,11 @@ def _start() -> None:
         # The reader of the output has gone, as in `--help | head`; Python would try to write the rest when it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except EXPLAINED:
+        raise
     except HYDRAS as error:
         # Later the error is one of the run itself.
-        if _began or isinstance(error, ConfigurationError):
+        if _began:
             raise
         raise not_composed(error) from error
 

@@ -2,7 +2,7 @@
 
 import ast
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, field, fields
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, ByteSize, Field
 from dynrank.errors import ConfigurationError, Count, Name, configured, validated
 from dynrank.models.settings import ModelSettings
 from dynrank.rank_map import load_rank_map, parse_rank_map
-from dynrank.run.overrides import HYDRAS, check_keys, not_composed, overrides_explained
+from dynrank.run.overrides import EXPLAINED, HYDRAS, check_keys, not_composed, overrides_explained
 
 CONFIG_MODULE, CONFIG_NAME = "dynrank.conf", "train"
 
@@ -47,6 +47,14 @@ class RunKeys:
     objective: str | None = "val/loss"
     export: Any = None
     plots: bool = True
+
+
+@validated("rank_map")
+class RankMapKeys:
+    """Rules for single layers: in an override file, and what such a file would hold."""
+
+    file: Name | None = None
+    rank_pattern: Mapping[Any, Any] = field(default_factory=dict)
 
 
 def _with_unit(size: object) -> object:
@@ -95,7 +103,7 @@ _RUN: dict[str, Any] = {
     **asdict(RunKeys()),
     "lora": _arguments("dynrank.layers.placing.add_lora"),
     "optimizer": _arguments("dynrank.tasks.optimizers.make_optimizer"),
-    "rank_map": {"file": None, "rank_pattern": {}},
+    "rank_map": asdict(RankMapKeys()),
     "model": asdict(ModelSettings()),
     **dict.fromkeys(("data", "task", "schedule", "trainer", "logger")),
 }
@@ -139,6 +147,8 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
         beside = [f"hydra.searchpath=['file://{folder.resolve()}']"] if folder is not None else []
         try:
             config = hydra_compose(name, overrides=[*beside, *overrides])
+        except EXPLAINED:
+            raise
         except HYDRAS as error:
             raise not_composed(error) from error
     check_run_keys(config, name)
@@ -147,8 +157,9 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
 
 @configured()
 def check_run_keys(config: DictConfig, name: str = CONFIG_NAME) -> None:
-    """Refuse keys that nothing reads in a configuration composed from ``conf/NAME.yaml``."""
+    """Refuse unknown keys, and values of keys outside of groups, of what was composed from ``conf/NAME.yaml``."""
     check_keys(config, _SCHEMAS[name])
+    RunKeys(**{field.name: plain(config.get(field.name, field.default)) for field in fields(RunKeys)})
 
 
 @configured()
@@ -172,8 +183,9 @@ def make(node: Any, key: str) -> Any:
 @configured()
 def rank_pattern(config: DictConfig) -> dict[str, Any]:
     """The rules of ``rank_map.rank_pattern`` and, after them, of ``rank_map.file`` as one plain mapping, checked."""
-    in_file = load_rank_map(Path(config.file)) if config.file is not None else {}
-    here = parse_rank_map(plain(config.rank_pattern), source="rank_map.rank_pattern")
+    keys = RankMapKeys(**plain(config))
+    in_file = load_rank_map(Path(keys.file)) if keys.file is not None else {}
+    here = parse_rank_map(keys.rank_pattern, source="rank_map.rank_pattern")
     both = sorted(in_file.keys() & here.keys())
     if both:
         raise ConfigurationError(f"keys {both} are in rank_map.file and in rank_map.rank_pattern; remove them from one")

@@ -11,7 +11,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dynrank.errors import ConfigurationError, configured
 
-# Errors of built-in types that Hydra raises, as for schedule=null.
+# Errors that have a message already, or get one from overrides_explained.
+EXPLAINED = (ConfigurationError, HydraException, OmegaConfBaseException)
+# Errors of built-in types that Hydra raises, as for schedule=null; some classes of EXPLAINED derive from them.
 HYDRAS = (OSError, TypeError, ValueError)
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"

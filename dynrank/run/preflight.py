@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from inspect import signature
 from pathlib import Path
 from traceback import walk_tb
@@ -20,7 +19,7 @@ from dynrank.layers.bare import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.layers.kinds import LoRAConv2d
-from dynrank.run.config import RunKeys, plain
+from dynrank.run.config import plain
 from dynrank.run.overrides import unknown_key
 
 # Parts that a checkpoint must have to resume from it.
@@ -35,11 +34,10 @@ _PARTS = {
 
 
 def check_run(config: DictConfig) -> None:
-    """Refuse values of the run and the trainer."""
+    """Refuse values of the trainer."""
     trainer = plain(config.trainer)
     for name in sorted(trainer.keys() - signature(Trainer).parameters.keys()):
         raise ConfigurationError(unknown_key(f"trainer.{name}", config))
-    RunKeys(**{field.name: plain(config.get(field.name, field.default)) for field in fields(RunKeys)})
     _check_trainer(**trainer)
 
 
