@@ -99,8 +99,11 @@ def make_plan(config: DictConfig) -> Plan:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
     dtype, autocast = precision
     settings = ModelSettings(**plain(config.model))
-    batch, needs = (asked.batch_size, asked.sequence_length), []
-    for rank in sorted(set(asked.ranks)):
+    size, length, ranks = asked.batch_size, asked.sequence_length, asked.ranks
+    if size is None or length is None or ranks is None:
+        raise ConfigurationError("the task has no batch_size or no max_length; set batch_size and sequence_length")
+    batch, needs = (size, length), []
+    for rank in sorted(set(ranks)):
         model = _model(config, asked.base, settings, rank)
         for parameter in model.parameters() if dtype is not None else ():
             parameter.data = parameter.data.to(dtype)
