@@ -1,17 +1,21 @@
 """The one error for wrong user input, pydantic's errors translated into it, and types that many settings share."""
 
+import collections.abc
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import field, fields, is_dataclass
 from difflib import get_close_matches
-from functools import wraps
-from inspect import signature
+from functools import reduce, wraps
+from inspect import Parameter, Signature, signature
+from operator import or_
 from reprlib import Repr
-from typing import Annotated, Any, ParamSpec, TypeVar, dataclass_transform, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, dataclass_transform, get_args, get_origin
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, validate_call
+from pydantic import ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, validate_call
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticSerializationError, to_json
 
@@ -29,20 +33,8 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 
-# Phrases of pydantic's messages, and the words of ours.
-_WORDS = {
-    "Input should": "must",
-    "String should": "must",
-    "Field required": "is missing",
-    "Missing required argument": "is missing",
-    "a valid integer": "an int",
-    "a valid number": "a number",
-    "a valid boolean": "true or false",
-    "greater than or equal to": "at least",
-    "less than or equal to": "at most",
-    "greater than": "above",
-    "less than": "below",
-}
+# How pydantic's messages begin.
+_PYDANTIC = re.compile(r"^\w+ should")
 
 _configured: ContextVar[bool] = ContextVar("configured", default=False)
 # A configuration key in a message, and the value that the message advises; no key inside a path, quotes or a value.
@@ -101,7 +93,11 @@ def validated(key: str = "", *, frozen: bool = True, kw_only: bool = False) -> C
 
     def decorate(cls: C) -> C:
         made: Any = dataclass(frozen=frozen, kw_only=kw_only, config=STRICT)(cls)
-        made.__init__ = _explained(made.__init__, key, [*signature(made).parameters])
+        shape = _plain_signature(made)
+        made.__init__ = _explained(made.__init__, key, [*shape.parameters])
+        itself = Parameter("self", Parameter.POSITIONAL_OR_KEYWORD)
+        made.__init__.__signature__ = shape.replace(parameters=[itself, *shape.parameters.values()])
+        made.__signature__ = shape
         return made  # type: ignore[no-any-return]
 
     return decorate
@@ -111,10 +107,32 @@ def validated_call(key: str = "") -> Callable[[Callable[P, T]], Callable[P, T]]:
     """Check the arguments of a function against its annotations, as :func:`validated` checks fields."""
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        known = [*signature(function).parameters]
-        return _explained(validate_call(config=STRICT)(function), key, known)
+        shape = _plain_signature(function)
+        checked: Any = _explained(validate_call(config=STRICT)(function), key, [*shape.parameters])
+        checked.__signature__ = shape
+        return checked  # type: ignore[no-any-return]
 
     return decorate
+
+
+def _plain_signature(call: Callable[..., Any]) -> Signature:
+    """The signature as people read it, with types and without constraints: ``final_rank: int | None = None``."""
+    shape = signature(call, eval_str=True)
+    plain = [parameter.replace(annotation=_plain(parameter.annotation)) for parameter in shape.parameters.values()]
+    return shape.replace(parameters=plain)
+
+
+def _plain(annotation: Any) -> Any:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation is ByteSize:
+        return int | str
+    if origin is Annotated:
+        return _plain(inner[0])
+    if origin in (Union, UnionType):
+        return reduce(or_, map(_plain, inner))
+    if origin in (None, Literal, collections.abc.Callable):
+        return annotation
+    return origin[tuple(map(_plain, inner))]
 
 
 def read_as(kind: type[T], data: Any, where: str) -> T:
@@ -128,7 +146,7 @@ def read_as(kind: type[T], data: Any, where: str) -> T:
     try:
         return TypeAdapter(kind).validate_json(to_json(data, inf_nan_mode="constants"))
     except ValidationError as error:
-        raise ConfigurationError(_listed(_faults(error, known, nested=True), f"fix {where}")) from None
+        raise ConfigurationError(_listed(_faults(error, known, whole=True), f"fix {where}")) from None
     except PydanticSerializationError as error:
         raise ConfigurationError(f"{where} must hold plain data, got a value that JSON cannot hold: {error}") from None
 
@@ -146,7 +164,7 @@ def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable
         try:
             return call(*args, **kwargs)
         except ValidationError as error:
-            faults = _faults(error, known, nested=False)
+            faults = _faults(error, known, whole=False)
             # In Python the fault names the argument already, and the key would repeat it.
             keys = [f"{key}.{name}" for name in faults if name] if key and _configured.get() else []
             raise ConfigurationError(_listed(faults, f"set {', '.join(keys)}" if keys else "")) from None
@@ -154,32 +172,32 @@ def _explained(call: Callable[P, T], key: str, known: Sequence[str]) -> Callable
     return explained
 
 
-def _faults(error: ValidationError, known: Sequence[str], *, nested: bool) -> dict[str, str]:
+def _faults(error: ValidationError, known: Sequence[str], *, whole: bool) -> dict[str, str]:
     """{path of a value: the message about it}; ``known`` are the names of the fields or arguments, in their order.
 
-    With ``nested`` a text in a location is a key of a mapping; below an argument it names a type of a union.
+    With ``whole`` a text in a location is a key of a mapping; below an argument it names a type of a union.
     """
-    faults: dict[str, str] = {}
+    said = defaultdict[str, list[str]](list)
+    got = {}
     for fault in error.errors(include_url=False):
         first, *rest = fault["loc"] or ("",)
         path = str(known[first] if isinstance(first, int) and first < len(known) else first)
         for part in rest:
-            path += f"[{part}]" if isinstance(part, int) else f".{part}" if nested else ""
-        if fault["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            near = get_close_matches(path.rpartition(".")[2], known, n=3) or sorted(known)
-            faults[path] = f"{path!r} is unknown; nearest: {', '.join(near)}"
-            continue
-        said = fault["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        for theirs, ours in _WORDS.items():
-            said = said.replace(theirs, ours)
-        got = "" if fault["type"].startswith(("missing", "value_error")) else f", got {shown(fault['input'])}"
-        # A union reports one fault per type; this joins them: "must be ... or ...".
-        if path in faults and not nested:
-            said, got = f"{said.removeprefix('must ')}{got}", ""
-            faults[path] = f"{faults[path].partition(', got ')[0]}, or {said}"
+            path += f"[{part}]" if isinstance(part, int) else f".{part}" if whole else ""
+        kind = fault["type"]
+        if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+            near = get_close_matches(path.rpartition(".")[2], known, n=3) or sorted({*known} - {"self"})
+            said[path].append(f"is unknown; nearest: {', '.join(near)}")
+        elif kind.startswith("missing"):
+            said[path].append("is missing")
+        elif kind == "value_error":
+            # A sentence of our own, from a validator.
+            said[path].append(str(fault["ctx"]["error"]))
         else:
-            faults[path] = f"{path} {said}{got}".strip()
-    return faults
+            said[path].append(_PYDANTIC.sub("must", fault["msg"]))
+            got[path] = f", got {shown(fault['input'])}"
+    # A union has one fault for each of its types.
+    return {path: f"{path} {' or '.join(faults)}{got.get(path, '')}".strip() for path, faults in said.items()}
 
 
 def _listed(faults: dict[str, str], advice: str) -> str:

@@ -17,8 +17,6 @@ T = TypeVar("T")
 
 # Errors of re.compile.
 EXPRESSION_ERRORS = (re.error, RecursionError, OverflowError)
-# A name, or its trailing parts, without special characters of regular expressions.
-_PLAIN = re.compile(r"[\w.-]+")
 # The largest number of faults in one error: the search for the nearest names takes time.
 _LISTED = 20
 
@@ -57,9 +55,14 @@ def first_matches(pattern: Mapping[str, T], names: Iterable[str]) -> dict[str, T
     >>> first_matches({"q_proj": 1, r"layers\.[01]\..*": 2}, ["layers.1.q_proj", "layers.0.eq_proj"])
     {'layers.1.q_proj': 1, 'layers.0.eq_proj': 2}
     """
-    expressions = {whole_parts(key): value for key, value in pattern.items()}
-    matches = {name: [value for expression, value in expressions.items() if expression.match(name)] for name in names}
-    return {name: values[0] for name, values in matches.items() if values}
+    expressions = [(whole_parts(key), value) for key, value in pattern.items()]
+    matches = {}
+    for name in names:
+        for expression, value in expressions:
+            if expression.match(name):
+                matches[name] = value
+                break
+    return matches
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,13 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
 
 
 def dump_rank_map(rules: Mapping[str, RankRule]) -> str:
-    """The text of an override file with these rules, which :func:`load_rank_map` can read."""
+    """The text of an override file that gives each layer its rule; the keys are names of layers."""
+    # A name also matches a longer one that ends with it, so the longer one comes first.
     pattern = {
-        key: {f.name: getattr(rule, f.name) for f in fields(rule) if getattr(rule, f.name) != f.default}
-        for key, rule in rules.items()
+        name: {
+            f.name: getattr(rules[name], f.name) for f in fields(RankRule) if getattr(rules[name], f.name) != f.default
+        }
+        for name in sorted(rules, key=len, reverse=True)
     }
     return yaml.safe_dump({"rank_pattern": pattern}, sort_keys=False)
 
@@ -173,26 +179,20 @@ def resolve_rank_map(
     alpha: float,
     capped: Collection[str] = (),
 ) -> dict[str, LayerRank]:
-    """The values of each LoRA layer by the most specific rule that matches it; the order of the rules does not count.
-
-    A key that is the layer's name is the most specific. Next is a plain key (without special characters) that matches
-    this layer only, then any other pattern. Two equally specific rules with different values are an error.
+    """The values of each LoRA layer by the first rule that matches it, as in PEFT; later rules change nothing there.
 
     ``shapes`` is {layer: (d_out, d_in)} of every layer that gets LoRA. A layer that no rule sets gets ``rank`` and
     ``alpha``; a layer in ``capped`` gets min(d_in, d_out) if that is less than ``rank``.
+
+    Raises:
+        ConfigurationError: if a rule matches no layer or only layers of earlier rules, or a rank does not fit a layer.
     """
-    matched = {key: {*filter(whole_parts(key).match, shapes)} for key in rules}
-    faults = [_unmatched(key, shapes) for key in islice((key for key in rules if not matched[key]), _LISTED)]
+    winners = first_matches({key: key for key in rules}, shapes)
+    unused = (key for key in rules if key not in winners.values())
+    faults = [_unused(key, shapes, winners) for key in islice(unused, _LISTED)]
     layers = {}
     for name, (d_out, d_in) in shapes.items():
-        specific = {key: _specificity(key, name, matched[key]) for key in rules if name in matched[key]}
-        best = [key for key, value in specific.items() if value == max(specific.values())]
-        if len({rules[key] for key in best}) > 1:
-            faults.append(
-                f"{name!r} is set by {' and by '.join(map(repr, best))}, which differ; make one an exact name"
-            )
-            continue
-        key = best[0] if best else None
+        key = winners.get(name)
         rule = rules[key] if key is not None else RankRule()
         default = min(rank, d_out, d_in) if name in capped else rank
         layer = LayerRank(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.highest, rule.pinned, key)
@@ -213,23 +213,19 @@ def _layer_faults(layer: LayerRank, rule: RankRule, d_out: int, d_in: int) -> li
     return faults
 
 
-def _unmatched(key: str, names: Mapping[str, Any]) -> str:
+def _unused(key: str, names: Collection[str], winners: Mapping[str, str]) -> str:
+    """Why no layer takes its values from the rule ``key``; ``winners`` is {layer: the first key that matches it}."""
+    hiding = dict.fromkeys(winners[name] for name in first_matches({key: key}, names))
+    if hiding:
+        by = " and ".join(map(repr, islice(hiding, 3)))
+        return (
+            f"{key!r} is hidden by {by}: the first pattern that matches a layer wins; move {key!r} before, or remove it"
+        )
     parts = {".".join(name.split(".")[-n:]) for name in names for n in range(1, len(name.split(".")) + 1)}
-    near = get_close_matches(_unescaped(key), sorted(parts), n=3, cutoff=0.5)
+    # The inverse of re.escape.
+    plain = re.sub(r"\\(?=\W)", "", key)
+    near = get_close_matches(plain, sorted(parts), n=3, cutoff=0.5)
     return f"{key!r} matches no LoRA layer; nearest: {near or sorted(names)[:3]}"
-
-
-def _specificity(key: str, name: str, matched: set[str]) -> int:
-    """2 for a key that is the layer's name, 1 for a plain one that matches this layer only, 0 for any other pattern."""
-    plain = _unescaped(key.removeprefix("^").removesuffix("$"))
-    if plain == name:
-        return 2
-    return 1 if matched == {name} and _PLAIN.fullmatch(plain) else 0
-
-
-def _unescaped(key: str) -> str:
-    """The inverse of re.escape."""
-    return re.sub(r"\\(?=\W)", "", key)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -18,7 +18,8 @@ from omegaconf import DictConfig, OmegaConf
 from dynrank import __version__
 from dynrank.commands.cli import usage_errors
 from dynrank.output.console import quiet_imports
-from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME
+from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys
+from dynrank.run.overrides import EXPLAINED, HYDRAS, not_composed
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
 # torchrun, srun and Lightning set these.
@@ -27,9 +28,15 @@ PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 PATHS = ("rank_map.file", "ckpt_path", "task.model", "data.train", "data.val", "data.test")
 
 
+# Whether Hydra has composed the configuration of a run and made its folder.
+_began = False
+
+
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
 def _train(config: DictConfig) -> float | None:
     """Make a run; in a sweep, return the objective for the sweeper."""
+    global _began
+    _began = True
     quiet_imports()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
@@ -39,9 +46,11 @@ def _train(config: DictConfig) -> float | None:
         return run_in_sweep(config, folder, record)
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
     with usage_errors():
-        if not _is_another_process():
-            print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
         try:
+            # The run does this, too, but after the imports.
+            check_run_keys(config)
+            if not _is_another_process():
+                print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
             # torch and transformers are loaded here, so that --help does not wait for them.
             from dynrank.run.job import run
 
@@ -95,7 +104,26 @@ def main() -> None:
         if "ckpt_path=last" not in sys.argv:
             sys.argv.append("hydra.run.dir=.")
     with usage_errors(), table_at_end():
+        _start()
+
+
+def _start() -> None:
+    global _began
+    _began = False
+    try:
         _train()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output has gone, as in `--help | head`; Python would try to write the rest when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except EXPLAINED:
+        raise
+    except HYDRAS as error:
+        # Later the error is one of the run itself.
+        if _began:
+            raise
+        raise not_composed(error) from error
 
 
 if __name__ == "__main__":

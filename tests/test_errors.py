@@ -1,13 +1,20 @@
 """What a user wrote, checked by annotations: every fault in one message, with its value and the key that fixes it."""
 
+import re
 from collections.abc import Sequence
 from contextvars import Context
 from dataclasses import dataclass, replace
+from inspect import signature
+from pydoc import render_doc
 from typing import Literal
 
 import pytest
 
+from dynrank import add_lora
 from dynrank.errors import ConfigurationError, Count, Name, Share, read_as, shown, validated, validated_call
+from dynrank.schedules import How, Stage, early_budget
+from dynrank.targets import Budget
+from dynrank.triggers import Plateau
 
 
 @validated("where")
@@ -41,19 +48,19 @@ def refusal(call, *args, **kwargs):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Options(0), "size must be at least 1, got 0; set where.size"),
-        (lambda: Options(True), "size must be an int, got True; set where.size"),
-        (lambda: Options("1"), "size must be an int, got '1'; set where.size"),
-        (lambda: Options(1, 1.5), "share must be at most 1, got 1.5; set where.share"),
+        (lambda: Options(0), "size must be greater than or equal to 1, got 0; set where.size"),
+        (lambda: Options(True), "size must be a valid integer, got True; set where.size"),
+        (lambda: Options("1"), "size must be a valid integer, got '1'; set where.size"),
+        (lambda: Options(1, 1.5), "share must be less than or equal to 1, got 1.5; set where.share"),
         (lambda: Options(1, mode="three"), "mode must be 'one' or 'two', got 'three'; set where.mode"),
-        (lambda: Options(1, others=[2, "x"]), "others[1] must be an int, got 'x'; set where.others[1]"),
+        (lambda: Options(1, others=[2, "x"]), "others[1] must be a valid integer, got 'x'; set where.others[1]"),
         (lambda: Options(), "size is missing; set where.size"),
-        (lambda: Options(1, shar=1), "'shar' is unknown; nearest: share; set where.shar"),
+        (lambda: Options(1, shar=1), "shar is unknown; nearest: share; set where.shar"),
         (lambda: Options(13), "size must not be 13; set where.size"),
         (lambda: More(1, name=""), "name must have at least 1 character, got ''; set where.name"),
-        (lambda: replace(Options(1), size=0), "size must be at least 1, got 0; set where.size"),
-        (lambda: area(0), "width must be at least 1, got 0; set call.width"),
-        (lambda: area(1, 2.5), "height must be an int, or be 'auto', got 2.5; set call.height"),
+        (lambda: replace(Options(1), size=0), "size must be greater than or equal to 1, got 0; set where.size"),
+        (lambda: area(0), "width must be greater than or equal to 1, got 0; set call.width"),
+        (lambda: area(1, 2.5), "height must be a valid integer or must be 'auto', got 2.5; set call.height"),
         (lambda: validated_call()(lambda n: n)(1, 2), "unexpected"),
     ],
 )
@@ -83,8 +90,8 @@ def test_plain_data_becomes_objects_or_one_message():
         "a": Options(1, others=[1, 2])
     }
     message = refusal(read_as, dict[str, Options], {"a": {"size": 0}, "b": {"size": 1, "moed": "one"}}, "the file")
-    assert "a.size must be at least 1, got 0" in message
-    assert "'b.moed' is unknown; nearest: mode" in message
+    assert "a.size must be greater than or equal to 1, got 0" in message
+    assert "b.moed is unknown; nearest: mode" in message
     assert message.endswith("fix the file")
 
 
@@ -113,4 +120,20 @@ def test_errors_name_keys_to_who_gave_a_configuration_and_arguments_to_who_calls
 
 
 def test_a_fault_of_a_call_names_its_argument_alone():
-    assert Context().run(refusal, Options, 0) == "size must be at least 1, got 0"
+    assert Context().run(refusal, Options, 0) == "size must be greater than or equal to 1, got 0"
+
+
+def test_signatures_are_plain_for_people_and_their_tools():
+    assert str(signature(area)) == (
+        f"(width: int, height: Union[int, Literal['auto']] = 'auto', *, "
+        f"options: {__name__}.Options | {__name__}.More | None = None) -> int"
+    )
+    assert str(signature(early_budget)).startswith("(final_rank: int | None = None, *, share: float | None = None, ")
+    assert "bytes: int | str | None = None" in str(signature(early_budget))
+    assert str(signature(Options)) == str(signature(Options.__init__)).replace("(self, ", "(")
+
+
+@pytest.mark.parametrize("named", [early_budget, add_lora, Stage, How, Plateau, Budget])
+def test_help_shows_no_private_name_and_no_constraint(named):
+    said = render_doc(named).partition("Data and other attributes")[0]
+    assert not re.search(r"FieldInfo|Annotated|__dataclass_self__|\(.*\b_[a-z]\w*: ", said)

@@ -108,9 +108,9 @@ def test_it_goes_on_from_its_state_to_the_same_bits():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"momentum": 1.0}, "momentum must be below 1, got 1.0"),
-        ({"lr": -1.0}, "lr must be at least 0"),
-        ({"nesterov": True}, "'nesterov' is unknown"),
+        ({"momentum": 1.0}, "momentum must be less than 1, got 1.0"),
+        ({"lr": -1.0}, "lr must be greater than or equal to 0"),
+        ({"nesterov": True}, "nesterov is unknown"),
     ],
 )
 def test_unusable_values_are_refused(values, message):

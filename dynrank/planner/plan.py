@@ -2,23 +2,22 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pydantic import BeforeValidator, ByteSize, Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynrank.errors import ConfigurationError, Count, Name, configured, read_as, validated
+from dynrank.errors import ConfigurationError, configured
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.layers.placing import add_lora
 from dynrank.models.pretrained import meta_model, read_config
 from dynrank.models.settings import ModelSettings
 from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
 from dynrank.planner.step import CountingMode, count_step, token_batch, without_values
-from dynrank.run.config import plain, rank_pattern
+from dynrank.run.config import PlanKeys, plain, rank_pattern
 from dynrank.run.job import make_task
 from dynrank.tasks.optimizers import make_optimizer
 
@@ -31,23 +30,6 @@ _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "bf16-mixed": (None, torch.bfloat16),
     "16-mixed": (None, torch.float16),
 }
-
-
-def _with_unit(size: object) -> object:
-    if not str(size).strip().lower().endswith("b"):
-        raise ValueError(f"must be a size with its unit, such as 24GiB or 500 MB, got {size!r}")
-    return size
-
-
-@validated("plan")
-class Question:
-    """The keys of ``dynrank plan`` in addition to a run's configuration; null means the run's own value."""
-
-    base: Name | None
-    batch_size: Count
-    sequence_length: Count
-    ranks: Annotated[list[Count], Field(min_length=1)]
-    budget: Annotated[ByteSize, Field(ge=1), BeforeValidator(_with_unit)] | None
 
 
 @dataclass(frozen=True)
@@ -117,8 +99,11 @@ def make_plan(config: DictConfig) -> Plan:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
     dtype, autocast = precision
     settings = ModelSettings(**plain(config.model))
-    batch, needs = (asked.batch_size, asked.sequence_length), []
-    for rank in sorted(set(asked.ranks)):
+    size, length, ranks = asked.batch_size, asked.sequence_length, asked.ranks
+    if size is None or length is None or ranks is None:
+        raise ConfigurationError("the task has no batch_size or no max_length; set batch_size and sequence_length")
+    batch, needs = (size, length), []
+    for rank in sorted(set(ranks)):
         model = _model(config, asked.base, settings, rank)
         for parameter in model.parameters() if dtype is not None else ():
             parameter.data = parameter.data.to(dtype)
@@ -143,14 +128,14 @@ def make_plan(config: DictConfig) -> Plan:
     )
 
 
-def _asked(config: DictConfig) -> Question:
-    values = {name: plain(config[name]) for name in Question.__annotations__}
+def _asked(config: DictConfig) -> PlanKeys:
+    values = {field.name: plain(config[field.name]) for field in fields(PlanKeys)}
     for name, of_task in (("batch_size", "batch_size"), ("sequence_length", "max_length")):
         if values[name] is None:
             values[name] = OmegaConf.select(config.task, of_task)
     ranks = values["ranks"] if values["ranks"] is not None else config.lora.rank
     values["ranks"] = ranks if isinstance(ranks, list) else [ranks]
-    return read_as(Question, values, "the keys of dynrank plan")
+    return PlanKeys(**values)
 
 
 def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: int) -> PreTrainedModel:

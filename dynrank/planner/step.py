@@ -24,7 +24,6 @@ from dynrank.private import DataDependentOutputException, DynamicOutputShapeExce
 
 # The name in transformers' registry of experts_forward, which can run without values.
 _COUNTED_EXPERTS = "dynrank"
-ALL_EXPERTS_FUNCTIONS.register(_COUNTED_EXPERTS, experts_forward)
 
 _WITH_LOSS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")
 
@@ -97,6 +96,7 @@ def without_values(model: nn.Module, mode: FakeTensorMode) -> None:
         functional.quantize_blockwise(torch.zeros(1))
     # {id: (old, new)}. The old tensors are kept so that Python does not reuse their ids.
     known: dict[int, tuple[Tensor, Tensor]] = {}
+    ALL_EXPERTS_FUNCTIONS.register(_COUNTED_EXPERTS, experts_forward)
     with mode:
         for module in model.modules():
             if expert_stacks(module):

@@ -1,9 +1,11 @@
-"""Names and types of a run's configuration, whose values are in ``conf/``; and the objects that it names."""
+"""The keys of a run with their defaults, of which ``conf/`` changes some; and the objects that they name."""
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, field, fields
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -11,87 +13,121 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
+from pydantic import BeforeValidator, ByteSize, Field
 
-from dynrank.errors import ConfigurationError, configured
+from dynrank.errors import ConfigurationError, Count, Name, configured, validated
 from dynrank.models.settings import ModelSettings
 from dynrank.rank_map import load_rank_map, parse_rank_map
-from dynrank.run.overrides import check_keys, overrides_explained
+from dynrank.run.overrides import EXPLAINED, HYDRAS, check_keys, not_composed, overrides_explained
 
 CONFIG_MODULE, CONFIG_NAME = "dynrank.conf", "train"
 
 
-@dataclass
-class LoraConfig:
-    """Arguments of :func:`dynrank.add_lora`."""
-
-    rank: int = MISSING
-    alpha: float | None = MISSING
-    target_modules: Any = MISSING
-    dropout: float = MISSING
-    rslora: bool = MISSING
-    backend: str = MISSING
+# Arguments of add_lora that are no keys: the task, or another group, gives them.
+_NOT_KEYS = ("rank_map", "modules_to_save", "dtype")
 
 
-@dataclass
-class RankMapConfig:
-    """Per-layer rules: in a file, in the configuration, or in both."""
+@validated()
+class RunKeys:
+    """The keys of a run outside of groups.
 
-    file: str | None = MISSING
-    rank_pattern: dict[str, Any] = MISSING
+    Attributes:
+        seed: seed of everything random; NumPy's generator allows none from 2**32 on.
+        ckpt_path: resume from this checkpoint, in a new folder; ``last``: the run in ``hydra.run.dir``, or the sweep in
+            ``hydra.sweep.dir``, goes on there.
+        checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt).
+        objective: a sweeper that looks for the best run is told this of the final weights.
+        export: vllm, gguf, padded or a list of them: written into served/ at the end, as by ``dynrank export``.
+        plots: whether to draw pictures and write report.html; needs the extra ``dynrank[plots]``.
+    """
 
-
-@dataclass
-class OptimizerConfig:
-    """Arguments of :func:`dynrank.tasks.optimizers.make_optimizer`."""
-
-    name: str = MISSING
-    lr: float = MISSING
-    head_lr: float = MISSING
-    weight_decay: float = MISSING
-    warmup_steps: int = MISSING
-    decay: str = MISSING
-    decay_share: float = MISSING
-    options: dict[str, Any] = MISSING
-
-
-@dataclass
-class RunConfig:
-    """A whole run; groups without a type here are arguments of the class that their ``_target_`` names."""
-
-    lora: LoraConfig = MISSING
-    rank_map: RankMapConfig = MISSING
-    optimizer: OptimizerConfig = MISSING
-    data: Any = MISSING
-    model: Any = MISSING
-    task: Any = MISSING
-    schedule: Any = MISSING
-    trainer: Any = MISSING
-    logger: Any = MISSING
-    seed: int = MISSING
-    ckpt_path: str | None = MISSING
-    checkpoint_every: int = MISSING
-    objective: str | None = MISSING
-    export: Any = MISSING
-    plots: bool = MISSING
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    ckpt_path: str | None = None
+    checkpoint_every: Count = 50
+    objective: str | None = "val/loss"
+    export: Any = None
+    plots: bool = True
 
 
-@dataclass
-class PlanConfig(RunConfig):
-    """A run, and the questions of ``dynrank plan`` about it."""
+@validated("rank_map")
+class RankMapKeys:
+    """Rules for single layers: in an override file, and what such a file would hold."""
 
-    base: str | None = MISSING
-    batch_size: int | None = MISSING
-    sequence_length: int | None = MISSING
-    ranks: Any = MISSING
-    budget: Any = MISSING
+    file: Name | None = None
+    rank_pattern: Mapping[Any, Any] = field(default_factory=dict)
 
 
-# In a file: ${times:2,${lora.rank}}.
-OmegaConf.register_new_resolver("times", lambda first, second: first * second, replace=True)
-# In a file: ${half:${lora.rank}}.
-OmegaConf.register_new_resolver("half", lambda rank: max(1, rank // 2), replace=True)
-ConfigStore.instance().store(name="schema", node=RunConfig)
-ConfigStore.instance().store(name="plan_schema", node=PlanConfig)
+def _with_unit(size: object) -> object:
+    if not str(size).strip().lower().endswith("b"):
+        raise ValueError(f"must be a size with its unit, such as 24GiB or 500 MB, got {size!r}")
+    return size
+
+
+@validated("plan")
+class PlanKeys:
+    """The keys of ``dynrank plan`` in addition to a run's; None: the run's own value.
+
+    Attributes:
+        base: a model other than the task's: llama-2-7b, ... (dynrank/models), a folder, a config.json, ORG/NAME.
+        batch_size: sequences.
+        sequence_length: tokens of each.
+        ranks: ranks of layers that no rule of rank_map sets.
+        budget: memory to fit into, such as 24GiB.
+    """
+
+    base: Name | None = None
+    batch_size: Count | None = None
+    sequence_length: Count | None = None
+    ranks: Annotated[list[Count], Field(min_length=1)] | None = field(default_factory=lambda: [4, 8, 16, 32, 64])
+    budget: Annotated[ByteSize, Field(ge=1), BeforeValidator(_with_unit)] | None = None
+
+
+def _arguments(target: str) -> dict[str, Any]:
+    """{keyword-only argument: its default} of a function, read from its source.
+
+    An import would load torch, and ``--help`` must not wait for that.
+    """
+    module, _, name = target.rpartition(".")
+    tree = ast.parse(files(module.rpartition(".")[0]).joinpath(f"{module.rpartition('.')[2]}.py").read_bytes())
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    return {
+        argument.arg: ast.literal_eval(default) if default is not None else MISSING
+        for argument, default in pairs
+        if argument.arg not in _NOT_KEYS
+    }
+
+
+# Every key of a run with its default. Groups of None have the arguments of what their _target_ names.
+_RUN: dict[str, Any] = {
+    **asdict(RunKeys()),
+    "lora": _arguments("dynrank.layers.placing.add_lora"),
+    "optimizer": _arguments("dynrank.tasks.optimizers.make_optimizer"),
+    "rank_map": asdict(RankMapKeys()),
+    "model": asdict(ModelSettings()),
+    **dict.fromkeys(("data", "task", "schedule", "trainer", "logger")),
+}
+_SCHEMAS = {"train": _RUN, "plan": {**_RUN, **asdict(PlanKeys())}}
+
+
+def _open(keys: Mapping[str, Any]) -> DictConfig:
+    """A node with these keys whose groups take new keys, which are checked when all keys are there."""
+    node = OmegaConf.create(dict(keys))
+    for name in ("lora", "optimizer", "rank_map", "model", "data", "task", "schedule", "trainer", "logger"):
+        node[name] = DictConfig(keys[name] or {}, flags={"struct": False})
+    return node
+
+
+def _half(rank: Any) -> Any:
+    # What is no number is refused by what reads the rank.
+    return max(1, rank // 2) if isinstance(rank, int) else rank
+
+
+# In a file: ${dynrank.times:2,${lora.rank}} and ${dynrank.half:${lora.rank}}.
+OmegaConf.register_new_resolver("dynrank.times", lambda first, second: first * second, replace=True)
+OmegaConf.register_new_resolver("dynrank.half", _half, replace=True)
+ConfigStore.instance().store(name="schema", node=_open(_RUN))
+ConfigStore.instance().store(name="plan_schema", node=asdict(PlanKeys()))
 ConfigStore.instance().store(group="model", name="default", node=asdict(ModelSettings()))
 
 
@@ -109,9 +145,21 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
     """
     with overrides_explained(), initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         beside = [f"hydra.searchpath=['file://{folder.resolve()}']"] if folder is not None else []
-        config = hydra_compose(name, overrides=[*beside, *overrides])
-    check_keys(config)
+        try:
+            config = hydra_compose(name, overrides=[*beside, *overrides])
+        except EXPLAINED:
+            raise
+        except HYDRAS as error:
+            raise not_composed(error) from error
+    check_run_keys(config, name)
     return config
+
+
+@configured()
+def check_run_keys(config: DictConfig, name: str = CONFIG_NAME) -> None:
+    """Refuse unknown keys, and values of keys outside of groups, of what was composed from ``conf/NAME.yaml``."""
+    check_keys(config, _SCHEMAS[name])
+    RunKeys(**{field.name: plain(config.get(field.name, field.default)) for field in fields(RunKeys)})
 
 
 @configured()
@@ -134,13 +182,14 @@ def make(node: Any, key: str) -> Any:
 
 @configured()
 def rank_pattern(config: DictConfig) -> dict[str, Any]:
-    """The rules of ``rank_map.file`` and ``rank_map.rank_pattern`` as one plain mapping, checked."""
-    in_file = load_rank_map(Path(config.file)) if config.file is not None else {}
-    here = parse_rank_map(plain(config.rank_pattern), source="rank_map.rank_pattern")
+    """The rules of ``rank_map.rank_pattern`` and, after them, of ``rank_map.file`` as one plain mapping, checked."""
+    keys = RankMapKeys(**plain(config))
+    in_file = load_rank_map(Path(keys.file)) if keys.file is not None else {}
+    here = parse_rank_map(keys.rank_pattern, source="rank_map.rank_pattern")
     both = sorted(in_file.keys() & here.keys())
     if both:
         raise ConfigurationError(f"keys {both} are in rank_map.file and in rank_map.rank_pattern; remove them from one")
-    return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (in_file | here).items()}
+    return {key: {k: v for k, v in vars(rule).items() if v is not None} for key, rule in (here | in_file).items()}
 
 
 def plain(config: Any) -> Any:

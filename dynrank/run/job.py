@@ -17,15 +17,13 @@ from dynrank.errors import ConfigurationError, configured
 from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
-from dynrank.run.config import make, plain, rank_pattern
+from dynrank.run.config import check_run_keys, make, plain, rank_pattern
 from dynrank.run.export import export, held_bytes, servers, summarise
 from dynrank.run.folder import GENERATIONS, METRICS, add_to_metrics, checkpoint_of, drop_rows_after, locked
-from dynrank.run.overrides import check_keys
 from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run, restoring
 from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
 from dynrank.run.trainer import check_loggers, finished, make_trainer, quiet_training
-from dynrank.schedules import check_schedule
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run
 
@@ -88,7 +86,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
 @configured()
 def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
-    check_keys(config)
+    check_run_keys(config)
     pattern = rank_pattern(config.rank_map)
     check_run(config)
     check_loggers(config)
@@ -103,14 +101,11 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     task = make_task(config, on_meta=on_meta)
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     lora, optimizer = {**plain(config.lora), "rank_map": pattern}, plain(config.optimizer)
-    # A module without weights is built first, so that faults are found before the weights are loaded.
-    module = task.module(lora, optimizer, on_meta=True)
+    module = task.module(lora, optimizer, on_meta=on_meta)
     scheduler.driver.check_model(module.model, run)
     check_export(servers(config.export), module.model)
-    if not on_meta:
-        module = task.module(lora, optimizer)
-        if checkpoint is not None:
-            check_checkpoint(config, checkpoint, module)
+    if checkpoint is not None and not on_meta:
+        check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)
 
 

@@ -8,13 +8,13 @@ from traceback import walk_tb
 from typing import Annotated, Any
 
 from lightning.pytorch import LightningModule, Trainer
-from omegaconf import DictConfig, OmegaConf
-from pydantic import ConfigDict, Field, create_model
+from omegaconf import DictConfig
+from pydantic import Field
 from torch import Tensor
 
 from dynrank.adapters.export import Server, check_served
 from dynrank.adapters.save import trained_heads
-from dynrank.errors import ConfigurationError, Count, Positive, read_as
+from dynrank.errors import ConfigurationError, Count, Positive, validated_call
 from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import check_base, left_out
@@ -22,16 +22,6 @@ from dynrank.layers.kinds import LoRAConv2d
 from dynrank.run.config import plain
 from dynrank.run.overrides import unknown_key
 
-# Nothing else checks these keys before training.
-_LIMITS = {
-    "lora.rank": Count,
-    # NumPy's generator allows no larger seed.
-    "seed": Annotated[int, Field(ge=0, lt=2**32)],
-    "checkpoint_every": Count,
-    "trainer.max_steps": Annotated[int, Field(ge=-1)],
-    "trainer.accumulate_grad_batches": Count,
-    "trainer.val_check_interval": Positive,
-}
 # Parts that a checkpoint must have to resume from it.
 _PARTS = {
     "state_dict": dict,
@@ -44,20 +34,29 @@ _PARTS = {
 
 
 def check_run(config: DictConfig) -> None:
-    """Refuse values of the run and the trainer."""
+    """Refuse values of the trainer."""
     trainer = plain(config.trainer)
     for name in sorted(trainer.keys() - signature(Trainer).parameters.keys()):
         raise ConfigurationError(unknown_key(f"trainer.{name}", config))
-    given = {key: OmegaConf.select(config, key, default=...) for key in _LIMITS}
-    given = {key: value for key, value in given.items() if value is not ...}
-    limits: dict[str, Any] = {key: (_LIMITS[key], ...) for key in given}
-    read_as(create_model("Limits", __config__=ConfigDict(strict=True), **limits), given, "the configuration")
-    if trainer.get("devices", 1) is None:
+    _check_trainer(**trainer)
+
+
+@validated_call("trainer")
+def _check_trainer(
+    *,
+    max_steps: Annotated[int, Field(ge=-1)] = -1,
+    accumulate_grad_batches: Count = 1,
+    val_check_interval: Positive | None = None,
+    devices: Any = 1,
+    strategy: Any = "auto",
+    **_: Any,
+) -> None:
+    """Refuse values that Lightning does not refuse before training."""
+    if devices is None:
         raise ConfigurationError(
             "trainer.devices is null: trainer=slurm takes it from SLURM_NTASKS_PER_NODE, which is set in a job with "
             "--ntasks-per-node only; start dynrank-train by srun in such a job, or set trainer=ddp"
         )
-    strategy = trainer.get("strategy", "auto")
     if isinstance(strategy, str) and any(way in strategy for way in ("spawn", "fork", "notebook")):
         raise ConfigurationError(
             f"trainer.strategy={strategy} does not return all results of its processes; set it to ddp"

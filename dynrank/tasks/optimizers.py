@@ -27,14 +27,14 @@ def make_optimizer(
     head: Sequence[nn.Parameter],
     total_steps: int,
     *,
-    name: str,
-    lr: float,
-    head_lr: float,
-    weight_decay: float,
-    warmup_steps: Annotated[int, Field(ge=0)],
-    decay: Literal["constant_with_warmup", "linear", "cosine", "warmup_stable_decay"],
-    decay_share: Annotated[float, Field(ge=0, le=1)],
-    options: Mapping[str, Any],
+    name: str = "AdamW",
+    lr: float = 1e-3,
+    head_lr: float = 4e-3,
+    weight_decay: float = 0.0,
+    warmup_steps: Annotated[int, Field(ge=0)] = 40,
+    decay: Literal["constant_with_warmup", "linear", "cosine", "warmup_stable_decay"] = "warmup_stable_decay",
+    decay_share: Annotated[float, Field(ge=0, le=1)] = 0.2,
+    options: Mapping[str, Any] = {},
 ) -> OptimizerLRScheduler:
     """The value for ``LightningModule.configure_optimizers`` to return; the rate changes after every optimizer step.
 

@@ -38,7 +38,7 @@ def table(monkeypatch, capsys):
 
 
 def test_ranks_lists_every_layer_with_its_totals(table):
-    *layers, total = table("schedule.shared=false")
+    *layers, total = table("schedule=after_convergence", "schedule.shared=false")
     assert len(layers) == 37
     assert total[0] == "37 layers"
     # by hand: 6 encoder layers of d = 384, mlp 1536, and the pooler, at r = 32 and 16
@@ -50,7 +50,9 @@ def test_ranks_lists_every_layer_with_its_totals(table):
 def test_ranks_shows_rules_pins_and_scaling(table, tmp_path):
     file = tmp_path / "ranks.yaml"
     file.write_text("rank_pattern:\n  query: {rank: 8, alpha: 32, pinned: true}\n  value: {rank: 64, final_rank: 4}\n")
-    *layers, _ = table(f"rank_map.file={file}", "lora.target_modules=attention", "schedule.shared=false")
+    *layers, _ = table(
+        f"rank_map.file={file}", "lora.target_modules=attention", "schedule=after_convergence", "schedule.shared=false"
+    )
     by_kind = {row[0].rpartition(".")[2]: row for row in layers}
     assert by_kind["query"][2:6] == ["8", "8 (pinned)", "32", "4"]
     assert by_kind["value"][2:6] == ["64", "4", "64", "1"]

@@ -28,7 +28,8 @@ pytestmark = [
     pytest.mark.xdist_group("distributed"),
 ]
 SAVED, CHANGE, STEPS = 7, 9, 12
-LONG = ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
+LONG = ["schedule=after_convergence"]
+LONG += ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
 FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md", "adapter/labels.json",
@@ -49,7 +50,8 @@ def cwd(tmp_path):
 def overrides(tiny_bert):
     """A run of 16 examples a step over all processes, whose last checkpoint was made before its ranks change."""
     return [
-        "debug=smoke", f"task.model={tiny_bert}", "task.batch_size=8", f"trainer.max_steps={STEPS}", "lora.rank=6",
+        "debug=smoke", "schedule=after_convergence", f"task.model={tiny_bert}",
+        "task.batch_size=8", f"trainer.max_steps={STEPS}", "lora.rank=6",
         "lora.alpha=6", "schedule.final_rank=2", f"schedule.deadline={CHANGE / STEPS}", f"checkpoint_every={SAVED}",
         "schedule.shared=false", "optimizer=sgd", "optimizer.lr=0.5", "plots=false", "trainer.accelerator=cpu",
     ]  # fmt: skip

@@ -70,10 +70,10 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1, got 0; set lora.rank"),
+        ({"rank": 0}, "rank must be greater than or equal to 1, got 0; set lora.rank"),
         ({"rank": 5, "target_modules": ["head"]}, r"'head': rank must be .* = 4, got 5"),
         ({"rank_map": {"head": 5}}, r"'head': rank must be .* = 4, got 5"),
-        ({"alpha": 0.0}, "alpha must be above 0, got 0.0; set lora.alpha"),
+        ({"alpha": 0.0}, "alpha must be greater than 0, got 0.0; set lora.alpha"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"target_modules": ["0", "tail"]}, "'tail'"),
         ({"target_modules": ["body"]}, "cannot have LoRA"),
@@ -82,7 +82,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"rank_map": {"tail": 2}}, "'tail' matches no LoRA layer"),
         ({"dtype": torch.int32}, "dtype"),
         ({"alpha": float("nan")}, "alpha"),
-        ({"rank": 2.5}, "rank must be an int"),
+        ({"rank": 2.5}, "rank must be a valid integer"),
         ({"target_modules": [3]}, "set lora.target_modules"),
         ({"backend": "cuda"}, "backend must be one of auto, torch, triton, reference, got 'cuda'"),
     ],

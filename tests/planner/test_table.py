@@ -73,7 +73,7 @@ def test_the_budget_names_the_highest_rank_that_fits_or_says_how_much_is_lacking
         (["ranks=[4.5]"], ["ranks", "4.5"]),
         (["ranks=[4,64]", "lora.target_modules=[q_proj]"], ["min(d_in, d_out) = 32", "got 64"]),
         (["model.quantization=int3"], ["model.quantization", "'int3'", "nf4"]),
-        (["+model.weights=nf4"], ["'weights' is unknown", "dtype"]),
+        (["+model.dtyp=auto"], ["model.dtyp is not a configuration key", "model.dtype"]),
         (["batch_size=0"], ["batch_size", "0"]),
         (["base=lama-2-7b"], ["base", "'lama-2-7b'", "llama-2-7b"]),
         (["base=./nowhere"], ["base", "'./nowhere'"]),

@@ -22,7 +22,14 @@ from dynrank.run.summary import read_summary
 from dynrank.tasks.classification import Classifier
 from dynrank.tasks.language_modeling import LanguageModel
 
-SMALL = ["debug=smoke", "lora.rank=4", "schedule.shared=false", "schedule.how.metric=weight", "plots=false"]
+SMALL = [
+    "debug=smoke",
+    "schedule=after_convergence",
+    "lora.rank=4",
+    "schedule.shared=false",
+    "schedule.how.metric=weight",
+    "plots=false",
+]
 SMALL += ["trainer.max_steps=4", "trainer.enable_progress_bar=false"]
 ROWS = ["text,label", *(f"{word} number {i},{label}" for i in range(30) for word, label in [("a", "bad"), ("b", "ok")])]
 ROWS += [f"c number {i},so-so" for i in range(30)]

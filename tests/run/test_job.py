@@ -69,7 +69,13 @@ def test_missing_package_says_which_extra_brings_it(override, extra, monkeypatch
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
 @pytest.mark.parametrize(
-    "found_by", [["schedule=fixed", "checkpoint_every=1"], ["schedule.deadline=0.75"], ["schedule=fixed"]], ids=str
+    "found_by",
+    [
+        ["schedule=fixed", "checkpoint_every=1"],
+        ["schedule=after_convergence", "schedule.deadline=0.75"],
+        ["schedule=fixed"],
+    ],
+    ids=str,
 )
 def test_a_run_that_diverges_fails_and_leaves_nothing_that_is_not_finite(launch, tiny_bert, found_by):
     """By a checkpoint, by a change of rank, or at the end of training."""

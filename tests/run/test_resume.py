@@ -26,7 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignor
 @pytest.fixture(scope="module")
 def settings(tiny_bert):
     settings = ["debug=smoke", f"task.model={tiny_bert}", f"trainer.max_steps={STEPS}", "checkpoint_every=4"]
-    settings += ["lora.rank=6", "schedule.final_rank=2", f"schedule.deadline={DROP / STEPS}", "plots=false"]
+    settings += [
+        "schedule=after_convergence",
+        "lora.rank=6",
+        "schedule.final_rank=2",
+        f"schedule.deadline={DROP / STEPS}",
+        "plots=false",
+    ]
     return [*settings, "trainer.enable_progress_bar=false"]
 
 

@@ -50,7 +50,7 @@ def test_settings_reach_the_model(tiny_llama):
         ({"quantization": "int3"}, "'int3'.*set model.quantization"),
         ({"dtype": "fp16"}, "'fp16'.*set model.dtype"),
         ({"attention": "flash_attention_2"}, "(FlashAttention2|flash_attn).*set model.attention"),
-        ({"quantisation": "nf4"}, "'quantisation' is unknown; nearest: quantization"),
+        ({"quantisation": "nf4"}, "quantisation is unknown; nearest: quantization"),
     ],
 )
 def test_what_cannot_be_used_is_named(values, named, tiny_llama):
