@@ -24,6 +24,7 @@ from dynrank.run.preflight import check_checkpoint, check_export, check_metrics,
 from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
 from dynrank.run.trainer import check_loggers, finished, make_trainer, quiet_training
+from dynrank.schedules import check_schedule
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run
 
