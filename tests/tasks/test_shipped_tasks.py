@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from dynrank.driver.bounds import final_ranks
+from dynrank.driver.check import final_ranks
 from tables import rows
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
