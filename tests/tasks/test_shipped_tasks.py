@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from dynrank.driver.check import final_ranks
 from tables import rows
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config
 
 import dynrank
 from dynrank import train
+from dynrank.driver.check import final_ranks
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.run.job import build
 from dynrank.run.report.record import read_metrics
