@@ -48,6 +48,12 @@ def source_of(model: Any) -> str:
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
+def stacked_as(model: Any) -> str:
+    """The family by whose example transformers stacks the experts in checkpoints of ``model``; empty if none."""
+    examples = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    return str(examples.get(getattr(getattr(model, "config", None), "model_type", None), ""))
+
+
 def is_expert_parallel(experts: Any) -> bool:
     """Whether transformers has distributed the experts of this module over processes."""
     return bool(getattr(experts, "_is_expert_parallel", False))
