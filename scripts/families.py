@@ -129,7 +129,9 @@ def example_for(model: Any) -> dict[str, Tensor]:
             with torch.no_grad():
                 output_of(model, {key: value[None] for key, value in example.items()})
         except Exception as fault:
-            faults.append(f"{[*example]}: {type(fault).__name__}: {str(fault).splitlines()[0][:80] if str(fault) else ''}")
+            faults.append(
+                f"{[*example]}: {type(fault).__name__}: {str(fault).splitlines()[0][:80] if str(fault) else ''}"
+            )
         else:
             return example
     main = [fault for fault in faults if f"['{model.main_input_name}'" in fault]
@@ -274,7 +276,7 @@ def verdict(comparison: Callable[[], str]) -> str:
 
 
 def compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """"equal", or the greatest difference."""
+    """Whether they are "equal", or the greatest difference."""
     if found.keys() != expected.keys() or any(found[name].shape != expected[name].shape for name in found):
         return "other shapes"
     differences = {name: float((found[name] - value).abs().max()) for name, value in expected.items()}
