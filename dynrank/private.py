@@ -41,11 +41,15 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-
-
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def stacked_as(model: Any) -> str:
+    """The family by whose example transformers stacks the experts in checkpoints of ``model``; empty if none."""
+    examples = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    return str(examples.get(getattr(getattr(model, "config", None), "model_type", None), ""))
 
 
 def is_expert_parallel(experts: Any) -> bool:

@@ -90,6 +90,7 @@ class RankScheduler(Callback):
             follow_checkpoint_ranks(module)
         follow_sharded_checkpoint(trainer)
         if stage == "fit":
+            _check_alone(self, trainer)
             check_strategy(trainer)
             end_in_full(trainer)
 
@@ -143,6 +144,16 @@ class RankScheduler(Callback):
                 f"RankScheduler.step was not called in {steps} optimizer steps of manual optimization, so no rank "
                 "could change: call scheduler.step(self) in training_step, after the optimizer's step"
             )
+
+
+def _check_alone(scheduler: RankScheduler, trainer: Trainer) -> None:
+    """Refuse a second scheduler of a derived class; Lightning itself refuses two of the same class."""
+    others = [c for c in trainer.callbacks if isinstance(c, RankScheduler) and c is not scheduler]  # type: ignore[attr-defined]
+    if others:
+        raise ConfigurationError(
+            f"one scheduler changes the ranks of a run, got {type(scheduler).__name__} and {type(others[0]).__name__} "
+            "in callbacks; join their stages in one list, RankScheduler([*first, *second])"
+        )
 
 
 # These callbacks are not called in validations that check a change.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
 from transformers.trainer_utils import has_length
 
@@ -24,6 +25,7 @@ from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import lora_layers, own_layers
+from dynrank.layers.frozen_base import with_marks_as_tensors, without_base
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.output.checkpoint_file import load_undamaged
 from dynrank.schedules import Schedule
@@ -41,8 +43,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     Its state is in each checkpoint's ``trainer_state.json``, the file that the Trainer writes last: without that file a
     checkpoint is incomplete. ``train(resume_from_checkpoint=...)`` can resume before, at or after a change.
-    ``load_best_model_at_end`` restores the ranks of the best checkpoint, too. If the Trainer saves a model of
-    ``add_lora``, the same folder also gets the adapter in PEFT's format.
+    ``load_best_model_at_end`` restores the ranks of the best checkpoint, too. Of a model of transformers that went
+    through ``add_lora``, ``model.safetensors`` in a checkpoint leaves out the frozen base, as PEFT's checkpoints do;
+    resuming on another base is an error. The same folder gets the adapter in PEFT's format.
 
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
@@ -202,16 +205,21 @@ class HFTraining(Training):
 
 
 def _follow(model: Any) -> None:
-    """Let ``model`` load checkpoints of other ranks; a model of :func:`dynrank.add_lora` also saves PEFT's format."""
+    """Let ``model`` load checkpoints of other ranks; one of :func:`dynrank.add_lora` saves itself so that they fit."""
     follow_checkpoint_ranks(model)
     if own_layers(model) and hasattr(model, "save_pretrained"):
         model.save_pretrained = partial(_save_with_adapter, model)
 
 
 def _save_with_adapter(model: Any, folder: str | Path, **options: Any) -> None:
-    """Save the whole model, from which the Trainer can resume, and the adapter in PEFT's format."""
+    """Save what the Trainer resumes from, and the adapter in PEFT's format."""
+    adapted = bool(own_layers(model))
+    if adapted and isinstance(model, PreTrainedModel):
+        state = without_base(model, options.get("state_dict") or model.state_dict(), trained=())
+        # The Trainer loads by the model's own names, to which it does not translate those of transformers' files.
+        options |= {"state_dict": with_marks_as_tensors(state), "save_original_format": False}
     type(model).save_pretrained(model, folder, **options)
-    if options.get("is_main_process", True) and own_layers(model):
+    if adapted and options.get("is_main_process", True):
         save_adapter(model, folder)
 
 

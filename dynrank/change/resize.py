@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -54,7 +55,7 @@ def resize(
     Args:
         model: a model with LoRA layers, dynrank's or PEFT's.
         target: the new rank of every layer, or {layer name: new rank} for some.
-        optimizers: all optimizers of the layers' parameters; the state of any other would keep the old shapes.
+        optimizers: all optimizers of the layers' parameters; any other with state of theirs refuses its next step.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         gates: measured gates of every direction, from steps since the last change; None chooses by weight.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); the same maps
@@ -77,7 +78,35 @@ def resize(
     change = compute(adapters, lambda: target, directions, optimizer_state, generator, collective=collective)
     if not dry_run:
         change.put()
+        _watch_others(adapters)
     return change.reports
+
+
+def _watch_others(adapters: Adapters) -> None:
+    """Let optimizers whose state has not followed the layers refuse their next step by name.
+
+    After training there is no next step, so the change itself cannot be refused.
+    """
+    factors = [factor for layer in adapters.layers.values() for factor in (layer.lora_A, layer.lora_B)]
+    followed = {id(optimizer) for optimizer in adapters.optimizers}
+    if all(any(factor in optimizer.state for optimizer in adapters.optimizers) for factor in factors):
+        return
+    # isinstance() would ask proxies for the class of what they stand for.
+    alive = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
+    for optimizer in {id(inner): inner for inner in map(unwrapped_optimizer, alive)}.values():
+        if id(optimizer) not in followed and any(factor in optimizer.state for factor in factors):
+            optimizer.register_step_pre_hook(_refuse_old_shapes)
+
+
+def _refuse_old_shapes(optimizer: Optimizer, *_: Any) -> None:
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.ndim == parameter.ndim and value.shape != parameter.shape:
+                raise ConfigurationError(
+                    f"dynrank.resize has changed a parameter to {[*parameter.shape]}, and {key!r} of this "
+                    f"{type(optimizer).__name__} still has shape {[*value.shape]}: pass the optimizer to resize "
+                    "(optimizers=[...]), or clear its state"
+                )
 
 
 @dataclass(frozen=True)

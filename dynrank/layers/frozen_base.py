@@ -2,9 +2,11 @@
 
 Instead of the base a state dict holds a mark for each adapted model, under ``NAME.`` + ``MARK``: the model's title, and
 a fingerprint of every parameter that was left out. Before anything changes, ``load_state_dict`` compares the
-fingerprints with the model that it loads into. Loading then leaves that model's base unchanged.
+fingerprints with the model that it loads into. Loading then leaves that model's base unchanged. In a file that holds
+nothing but tensors (safetensors) a mark is the bytes of its JSON.
 """
 
+import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -67,6 +69,12 @@ def without_base(
         title = f"{type(root).__name__} {source!r}" if source else type(root).__name__
         kept[prefix + MARK] = {"model": title, "parameters": mark}
     return kept
+
+
+def with_marks_as_tensors(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """``state_dict`` for a file that holds nothing but tensors; ``load_state_dict`` takes both forms."""
+    marks = {start + MARK: json.dumps(mark).encode() for start, mark in _marks(state_dict)}
+    return {**state_dict, **{key: torch.tensor([*mark], dtype=torch.uint8) for key, mark in marks.items()}}
 
 
 def fingerprint(parameter: Tensor) -> str:
@@ -147,6 +155,8 @@ def _marks(state_dict: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
     """(prefix of an adapted model's names, its mark) for those whose names start with ``prefix``."""
     for key, mark in state_dict.items():
         if key.startswith(prefix) and f".{key}".endswith(f".{MARK}"):
+            if isinstance(mark, Tensor):
+                mark = json.loads(bytes(mark.tolist()))
             if not isinstance(mark, dict) or "model" not in mark or not isinstance(mark.get("parameters"), dict):
                 raise ConfigurationError(f"the checkpoint is broken: {key!r} is no mark of a base; set ckpt_path")
             yield key.removesuffix(MARK), mark

@@ -28,7 +28,8 @@ class Budget(Stepped):
 
     Args:
         parameters: parameters of all layers together after the change, pinned layers included.
-        share: the size as a share of the present parameters, in (0, 1]; every layer keeps its lowest rank in any case.
+        share: the size as a share of the present parameters, in (0, 1]. A schedule's first stage needs a share that
+            suffices for the lowest ranks; later, and in :meth:`ranks`, every layer keeps its lowest rank in any case.
         final_rank: the number of parameters that all layers have at this rank.
         left: how many further changes to the same size follow; each of them shrinks the pool by the same factor.
         bytes: bytes of all layers together in float32, as a number or a text: "8MiB".

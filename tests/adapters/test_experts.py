@@ -41,6 +41,18 @@ def trained(model):
     return model
 
 
+def test_layers_that_peft_takes_for_experts_are_named(tiny_moe, tmp_path):
+    """Its dense layers have the names that its experts had in transformers 4, and PEFT computes something else."""
+    model = updated(
+        dynrank.add_lora(tiny_moe("DeepseekV3"), rank=2, target_modules=["gate_proj", "up_proj", "q_b_proj"])
+    )
+    with pytest.warns(UserWarning, match=r"DeepseekV3ForCausalLM it takes 'model.layers.*gate_proj' .*target_modules"):
+        dynrank.save_adapter(model, tmp_path)
+    theirs = PeftModel.from_pretrained(tiny_moe("DeepseekV3"), tmp_path)
+    assert not torch.allclose(logits(theirs), logits(model))
+    assert torch.equal(logits(dynrank.load_adapter(tiny_moe("DeepseekV3"), tmp_path)), logits(model))
+
+
 def ranks(model):
     return {name: layer.rank for name, layer in dynrank.lora_layers(model)}
 

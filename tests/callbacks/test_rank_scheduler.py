@@ -39,6 +39,14 @@ def ranks(module):
     return {layer.rank for _, layer in dynrank.lora_layers(module)}
 
 
+def test_second_scheduler_of_a_derived_class_is_refused(fit):
+    class Another(RankScheduler):
+        pass
+
+    with pytest.raises(ConfigurationError, match=r"got RankScheduler and Another .*join their stages"):
+        fit(plateau(), Another(at(3, Rank(2))))
+
+
 def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_other_callbacks(fit):
     told = []
 

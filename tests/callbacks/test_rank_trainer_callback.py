@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dynrank
@@ -308,6 +309,52 @@ def test_model_of_add_lora_is_saved_for_peft_too(tmp_path):
         torch.testing.assert_close(loaded.eval()(inputs).logits, expected)
     found = {step: PeftModel.from_pretrained(base(), tmp_path / f"checkpoint-{step}") for step in (2, 6)}
     assert [ranks(found[step]) for step in (2, 6)] == [{4}, {2}]
+
+
+def tied():
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(intermediate_size=24, tie_word_embeddings=True, **SIZE))
+    return dynrank.add_lora(model, rank=4, target_modules=["q_proj", "lm_head"])
+
+
+def test_head_tied_to_the_embedding_is_saved_and_resumed(tmp_path):
+    model = tied()
+    trainer(tmp_path, model, callback(), **SAVING).train()
+    again = tied()
+    trainer(tmp_path / "again", again, callback()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+def test_checkpoint_lacks_the_frozen_base_and_refuses_another(tmp_path):
+    trainer(tmp_path, own(), callback(), **SAVING).train()
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    assert not [name for name in load_file(file) if name.endswith("base.weight")]
+    other = own()
+    other.model.norm.weight.data.mul_(2)
+    with pytest.raises(ConfigurationError, match=r"another base: 'model\.norm\.weight'"):
+        trainer(tmp_path / "again", other, callback()).train(resume_from_checkpoint=str(file.parent))
+
+
+def test_trained_head_and_statistics_of_batches_come_back(tmp_path):
+    """Those of a ResNet's norms change in training although the base is frozen."""
+
+    def model():
+        torch.manual_seed(0)
+        sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+        plain = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
+        return dynrank.add_lora(plain, rank=2, target_modules=["convolution"], modules_to_save=["classifier"])
+
+    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(8)]
+    whole, again = model(), model()
+    stages = [Stage(At(step=2), Rank(1))]
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, whole, callback(stages), rows, **options).train()
+    resumed = trainer(tmp_path / "again", again, callback(stages), rows, max_steps=4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert not torch.equal(whole.classifier[1].weight, model().classifier[1].weight)
 
 
 def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_path):

@@ -138,3 +138,18 @@ def test_resize_optimizer_state_of_each_factor_moves_by_the_map_of_the_other(tra
         assert_close(new[0][key], from_B.mT @ old[0][key])
         assert_close(new[1][key], old[1][key] @ from_A.mT)
     assert new[0]["step"] == new[1]["step"] == 5
+
+
+def test_optimizer_that_was_not_passed_refuses_its_next_step(trained):
+    net, optimizer = trained
+    bare = torch.optim.SGD(net.parameters(), lr=0.1)
+    resize(net, 3, optimizers=[bare])
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(ConfigurationError, match=r"resize has changed .* \[3, 10\].* AdamW still has .*optimizers="):
+        train(net, optimizer, 1)
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    train(net, bare, 1)
+    optimizer.state.clear()
+    train(net, optimizer, 1)
+    resize(net, 2, optimizers=[optimizer])
+    train(net, optimizer, 1)

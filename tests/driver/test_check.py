@@ -12,7 +12,7 @@ from dynrank.driver.check import check_model, depends_on_data, final_ranks, laye
 from dynrank.driver.window import needs_gates
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow
-from dynrank.targets import Budget, Energy, GrowTo, Rank, Target, Towards
+from dynrank.targets import Budget, Energy, GrowTo, LayerState, Rank, Target, Towards
 from dynrank.triggers import At, Plateau, Run
 
 RUN = Run(total_steps=100)
@@ -230,3 +230,13 @@ def test_every_fault_is_listed():
 
 def test_trigger_without_a_time_fits_any_run():
     check_model(model(), [Stage(Plateau(), Rank(4))], Run(None))
+
+
+def test_share_below_the_lowest_ranks_is_refused_where_it_is_known():
+    """As Budget's documentation says."""
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=4)
+    first, second = Stage(At(step=2), Budget(share=0.1)), Stage(At(step=4), Budget(share=0.1))
+    with pytest.raises(ConfigurationError, match=r"stage 1: the budget must be at least 32 parameters"):
+        check_model(model, [first], Run(10, 5))
+    check_model(model, [Stage(At(step=2), Budget(share=0.5)), second], Run(10, 5))
+    assert Budget(share=0.1).ranks({"0": LayerState(4, 8, 8, values=torch.ones(4))}) == {"0": 1}
