@@ -62,7 +62,6 @@ def test_debug_wins_over_the_groups_it_changes_and_a_key_over_what_follows_from_
         ("+model.dtyp=auto", ["model.dtyp", "model.dtype"]),
         ("shedule=fixed", ["shedule", "schedule"]),
         ("schedule=never", ["never", "after_convergence"]),
-        ("schedule=null", ["NoneType", "schedule=fixed"]),
         ("budget=24GiB", ["budget is not a configuration key"]),
     ],
 )
