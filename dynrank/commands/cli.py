@@ -186,7 +186,7 @@ def plan(
     config_dir: ConfigDir = None,
 ) -> None:
     """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
-    from dynrank.planner.table import show_plan
+    from dynrank.planner.plan import show_plan
     from dynrank.run.config import compose
 
     show_plan(compose(overrides or (), "plan", config_dir))

@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, Name, configured, validated
-from dynrank.models.settings import ModelSettings
+from dynrank.models.names import ModelSettings
 from dynrank.rank_map import load_rank_map, parse_rank_map
 from dynrank.run.overrides import check_keys, overrides_explained
 
