@@ -142,7 +142,7 @@ def test_squeeze_takes_layers_at_the_ranks_that_they_can_have(zoo, tmp_path):
     assert (zoo.outputs(back) - zoo.outputs(model)).abs().max() <= 1e-5
 
 
-def test_a_share_is_of_the_stored_numbers_where_ranks_are_above_what_layers_can_have(zoo, launch, tmp_path):
+def test_share_is_of_the_stored_numbers_also_with_ranks_too_high(zoo, launch, tmp_path):
     zoo.by_peft("conv", tmp_path / "source", r=12)
     code, printed, _ = launch("squeeze", tmp_path / "source", "--budget", "50%", "--out", tmp_path / "small")
     assert code == 0

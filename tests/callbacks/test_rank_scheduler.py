@@ -39,7 +39,7 @@ def ranks(module):
     return {layer.rank for _, layer in dynrank.lora_layers(module)}
 
 
-def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_other_callbacks(fit):
+def test_scheduler_drops_once_after_the_plateau_and_tells_other_callbacks(fit):
     told = []
 
     class Listener(lightning.Callback):
@@ -91,7 +91,7 @@ def test_resume_from_any_checkpoint_is_bit_equal(fit, assert_same, tmp_path, nam
 
 
 @pytest.mark.parametrize("end", ["squeeze", "plateau", "average"])
-def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint(fit, assert_same, tmp_path, end):
+def test_stage_due_after_the_last_step_is_done_by_a_resume(fit, assert_same, tmp_path, end):
     """At a set time, decided by the last validation, which comes after a checkpoint, and beside Lightning's average."""
 
     def run(*callbacks, **options):
@@ -159,9 +159,7 @@ def test_run_goes_on_at_the_end_of_an_epoch_that_was_shorter(regression, tmp_pat
     assert run(17, 8, tmp_path / "step=10.ckpt") == (2, [*range(10, 17)])
 
 
-def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_stop_or_record(
-    regression, fit, tmp_path
-):
+def test_validations_of_a_check_reach_no_trigger_and_no_other_callback(regression, fit, tmp_path):
     observed, validated, saved = [], [], []
 
     class Seeing(Plateau):
@@ -196,7 +194,7 @@ def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_s
     assert stop.stopped_epoch == 0
 
 
-def test_validations_of_a_change_draw_alike_and_leave_training_as_it_would_be_without_them(regression, assert_same):
+def test_validations_of_a_change_leave_training_as_without_them(regression, assert_same):
     """Dropout, shuffled validation data and validations that draw: all from torch's one generator."""
     module_class, data, trainer = regression
     seen = []
@@ -295,7 +293,7 @@ def watching(**options):
         (RankScheduler(at(9, Rank(3), max_regression=0.1, check_monitor="train/loss")), "check_monitor of How"),
     ],
 )
-def test_monitor_that_the_sanity_validation_does_not_log_is_refused_before_the_first_step(fit, scheduler, message):
+def test_monitor_that_is_not_logged_is_refused_before_the_first_step(fit, scheduler, message):
     class Starting(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
             pytest.fail("training has begun")

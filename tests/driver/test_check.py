@@ -158,7 +158,7 @@ def test_shrink_to_a_rank_above_a_small_layers_shape_is_none():
     assert final_ranks(net, after_convergence(14, shared=False)) == {"0": 14, "1": 4, "2": 12}
 
 
-def test_contradictions_of_the_schedule_come_first_at_the_highest_rank_of_a_free_layer():
+def test_contradictions_of_the_schedule_come_first():
     net = model(rank=4, layer_0={"rank": 16, "pinned": True}, layer_1={"rank": 12, "final_rank": 6})
     assert "changes none of the ranks [4]" in refusal(net, after_convergence(8))
     check_model(net, after_convergence(4), RUN)

@@ -19,7 +19,7 @@ def test_auto_is_torch_whatever_the_device(backend, device):
     assert products_of(backend, torch.ones(2, 3, device=device), 8) is torch_backend
 
 
-def test_auto_is_triton_from_the_size_on_from_which_this_card_was_always_faster_with_it(tmp_path):
+def test_auto_is_triton_from_the_size_at_which_it_was_always_faster(tmp_path):
     rows = [("A", 100, 5, 4), ("A", 200, 4, 5), ("A", 300, 5, 4), ("A", 400, 5, 4), ("B", 100, 4, 5)]
     lines = [f"{gpu},2,9,{tokens},8,0.1,1,9,{torch_us},{triton_us}" for gpu, tokens, torch_us, triton_us in rows]
     measured = tmp_path / "measured.csv"

@@ -43,7 +43,7 @@ def test_add_lora_freezes_all_but_the_adapters_and_modules_to_save(net):
 
 
 @pytest.mark.parametrize(("alpha", "rslora", "scaling"), [(None, False, 1), (9, False, 9 / 6), (9, True, 9 / 6**0.5)])
-def test_add_lora_scaling_starts_at_alpha_over_rank_also_where_a_preset_takes_a_lower_rank(net, alpha, rslora, scaling):
+def test_scaling_starts_at_alpha_over_rank_also_at_a_lower_rank(net, alpha, rslora, scaling):
     dynrank.add_lora(net, rank=6, alpha=alpha, rslora=rslora)
     layers = dict(dynrank.lora_layers(net))
     assert {name: layer.rank for name, layer in layers.items()} == {"body.0": 6, "body.1": 6, "head": 4}

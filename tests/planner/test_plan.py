@@ -322,7 +322,7 @@ def test_a_plan_needs_no_data_and_takes_groups_of_ones_own(tiny_bert, tmp_path, 
     assert (code, printed.count("│ bert."), "13 layers" in printed) == (0, 13, True), said
 
 
-def test_the_budget_names_the_highest_rank_that_fits_or_says_how_much_is_lacking(tiny, capsys):
+def test_budget_names_the_highest_rank_that_fits_or_the_lacking_bytes(tiny, capsys):
     options = [tiny, "ranks=[16,4,8]", "batch_size=2", "sequence_length=8"]
     totals = {need.rank: need.total for need in make_plan(dynrank.compose(options, "plan")).needs}
     for budget, said in (

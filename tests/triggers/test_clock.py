@@ -27,7 +27,7 @@ def test_at_in_steps(time, steps, reason):
 
 
 @given(st.integers(0, 100), st.integers(1, 10**6))
-def test_at_fraction_is_the_first_step_at_or_after_the_share_whatever_floats_say(percent, total):
+def test_at_fraction_is_the_first_step_at_or_after_the_exact_share(percent, total):
     exact = Fraction(percent, 100) * total
     assert At(fraction=percent / 100).in_steps(Run(total)) == -(-exact.numerator // exact.denominator)
 
