@@ -289,7 +289,7 @@ def watching(**options):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (watching(monitor="val/los"), r"monitor of Plateau \(schedule\.trigger\.monitor\).*'val/los'; .*'val/loss'"),
+        (watching(monitor="val/los"), r"monitor of Plateau \(monitor\).*'val/los'; .*'val/loss'"),
         (RankScheduler(at(9, Rank(3), max_regression=0.1, check_monitor="train/loss")), "check_monitor of How"),
     ],
 )
@@ -327,5 +327,5 @@ def test_check_without_validation_is_refused(fit):
 def test_share_of_a_run_of_unknown_length_is_refused(regression):
     module_class, _, trainer = regression
     stream = DataLoader(Stream(), batch_size=8)
-    with pytest.raises(ConfigurationError, match=r"share of a run .*set trainer\.max_steps"):
+    with pytest.raises(ConfigurationError, match=r"share of a run .*set max_steps"):
         trainer(callbacks=[watching()], max_epochs=2).fit(module_class(), stream, stream)

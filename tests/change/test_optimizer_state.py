@@ -465,7 +465,7 @@ def test_factors_of_extreme_scales_change_rank_or_say_what_to_do(scale):
         net[0].lora_A.mul_(scale)
         net[0].lora_B.div_(scale)
     old = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-    with pytest.raises(ConfigurationError, match="exp_avg.* would not be finite .*schedule.how.optimizer_state=reset"):
+    with pytest.raises(ConfigurationError, match="exp_avg.* would not be finite .*optimizer_state=reset"):
         dynrank.resize(net, 5, optimizers=[optimizer])
     assert_close((net.state_dict(), optimizer.state_dict()), old, rtol=0, atol=0)
     for rank in (8, 6):

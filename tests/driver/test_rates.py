@@ -97,6 +97,6 @@ def test_optimizer_that_counts_in_its_groups_needs_one_of_adapters_alone(pair):
     check_groups(mixed, [adapter], How())
     parted, how = schedulefree.SGDScheduleFree([{"params": [adapter]}, {"params": [head]}]), How(rate_after=2.0)
     check_groups(parted, [adapter], how)
-    words = r"rate_after=2.*group 0, which also has 1 other.*schedule\.how\.rate_after"
+    words = r"rate_after=2.*group 0, which also has 1 other.*rate_after"
     with pytest.raises(ConfigurationError, match=words):
         check_groups(mixed, [adapter], how)

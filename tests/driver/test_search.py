@@ -176,7 +176,7 @@ class InBatches(Planted):
 
 
 def test_tolerance_below_the_noise_is_warned_of():
-    words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*schedule\.tolerance higher"
+    words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*tolerance higher"
     with pytest.warns(UserWarning, match=words):
         searched(smallest(1e-6), InBatches({"0": [9.0] * 8, "1": [2.0] * 8}))
     # A warning would be an error here.

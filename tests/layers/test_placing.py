@@ -70,10 +70,10 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank must be greater than or equal to 1, got 0; set lora.rank"),
+        ({"rank": 0}, "rank must be greater than or equal to 1, got 0"),
         ({"rank": 5, "target_modules": ["head"]}, r"'head': rank must be .* = 4, got 5"),
         ({"rank_map": {"head": 5}}, r"'head': rank must be .* = 4, got 5"),
-        ({"alpha": 0.0}, "alpha must be greater than 0, got 0.0; set lora.alpha"),
+        ({"alpha": 0.0}, "alpha must be greater than 0, got 0.0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"target_modules": ["0", "tail"]}, "'tail'"),
         ({"target_modules": ["body"]}, "cannot have LoRA"),
@@ -83,7 +83,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"dtype": torch.int32}, "dtype"),
         ({"alpha": float("nan")}, "alpha"),
         ({"rank": 2.5}, "rank must be a valid integer"),
-        ({"target_modules": [3]}, "set lora.target_modules"),
+        ({"target_modules": [3]}, r"target_modules\[0\] must be a valid string, got 3"),
         ({"backend": "cuda"}, "backend must be one of auto, torch, triton, reference, got 'cuda'"),
     ],
 )
