@@ -54,7 +54,12 @@ class ConfigurationError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message if _configured.get() else _KEY.sub(_as_argument, message))
+        super().__init__(for_its_reader(message))
+
+
+def for_its_reader(message: str) -> str:
+    """A message that names configuration keys, with these inside :func:`configured`, else with arguments instead."""
+    return message if _configured.get() else _KEY.sub(_as_argument, message)
 
 
 def _as_argument(key: re.Match[str]) -> str:

@@ -12,36 +12,25 @@ from typing import Any
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from hydra.utils import get_original_cwd
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank import __version__
 from dynrank.commands.cli import usage_errors
 from dynrank.output.console import quiet_imports
 from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys
-from dynrank.run.overrides import EXPLAINED, HYDRAS, not_composed
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
 # torchrun, srun and Lightning set these.
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
-# Keys whose paths are relative to the user's current directory.
-PATHS = ("rank_map.file", "ckpt_path", "task.model", "data.train", "data.val", "data.test")
-
-
-# Whether Hydra has composed the configuration of a run and made its folder.
-_began = False
 
 
 @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
 def _train(config: DictConfig) -> float | None:
     """Make a run; in a sweep, return the objective for the sweeper."""
-    global _began
-    _began = True
     quiet_imports()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     record = partial(_record, OmegaConf.create(OmegaConf.to_container(config)), folder)
-    _find_paths(config)
     if hydra_config.mode == RunMode.MULTIRUN:
         return run_in_sweep(config, folder, record)
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
@@ -56,22 +45,11 @@ def _train(config: DictConfig) -> float | None:
 
             run(config, folder, record=record)
         finally:
-            if folder != Path.cwd():
-                remove = os.removedirs if folder.is_relative_to(Path.cwd()) else os.rmdir
-                # A folder that is not empty belongs to a run that was not refused, so it is kept.
-                with suppress(OSError):
-                    # Hydra has also made outputs/DATE. No folder outside the current directory is removed.
-                    remove(os.path.relpath(folder))
+            # Remove the empty folders that Hydra has made for a run that was refused. A relative path never removes the
+            # current directory.
+            with suppress(OSError):
+                os.removedirs(os.path.relpath(folder))
     return None
-
-
-def _find_paths(config: DictConfig) -> None:
-    """Make paths absolute if hydra.job.chdir has changed this process's directory."""
-    for key in PATHS:
-        value = OmegaConf.select(config, key)
-        path = Path(get_original_cwd(), str(value))
-        if value is not None and Path.cwd() != Path(get_original_cwd()) and path.exists():
-            OmegaConf.update(config, key, str(path))
 
 
 def _record(config: Any, folder: Path) -> None:
@@ -104,26 +82,7 @@ def main() -> None:
         if "ckpt_path=last" not in sys.argv:
             sys.argv.append("hydra.run.dir=.")
     with usage_errors(), table_at_end():
-        _start()
-
-
-def _start() -> None:
-    global _began
-    _began = False
-    try:
         _train()
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The reader of the output has gone, as in `--help | head`; Python would try to write the rest when it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except EXPLAINED:
-        raise
-    except HYDRAS as error:
-        # Later the error is one of the run itself.
-        if _began:
-            raise
-        raise not_composed(error) from error
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("said", SAID)
-def test_errors_name_keys_to_who_gave_a_configuration_and_arguments_to_who_calls(said):
+def test_errors_name_keys_on_the_command_line_and_arguments_in_python(said):
     assert str(ConfigurationError(said)) == said
     assert str(Context().run(ConfigurationError, said)) == SAID[said]
 

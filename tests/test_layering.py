@@ -1,4 +1,4 @@
-"""The house keeps its plan: rooms import downward only, each through one door, and few files lie outside of rooms."""
+"""Packages import only from lower layers, through the __init__ that offers names; few modules are in no package."""
 
 import ast
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 import dynrank
 
 ROOT = Path(dynrank.__file__).parent
-# A module imports from the floors below its own and from its own room.
-FLOORS = (
+# A module imports from the layers below its own and from its own package.
+LAYERS = (
     ("errors", "private"),
     ("linalg", "kernels", "digest", "muon"),
     ("rank_map", "triggers"),
@@ -26,7 +26,7 @@ FLOORS = (
     ("commands",),
     ("train", "__init__"),
 )
-FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+LAYER_OF = {package: layer for layer, packages in enumerate(LAYERS) for package in packages}
 
 
 def modules():
@@ -40,7 +40,7 @@ def modules():
 MODULES = dict(modules())
 
 
-def room_of(relative: Path) -> str:
+def package_of(relative: Path) -> str:
     return relative.parts[0].removesuffix(".py")
 
 
@@ -64,16 +64,16 @@ def imported(tree: ast.AST) -> set[str]:
     return {name for name in found if name.startswith("dynrank.")}
 
 
-def test_at_most_eight_modules_lie_outside_of_rooms():
+def test_at_most_eight_modules_are_in_no_package():
     assert len([relative for relative in MODULES if len(relative.parts) == 1]) <= 8
-    assert {room_of(relative) for relative in MODULES} == set(FLOOR_OF)
+    assert {package_of(relative) for relative in MODULES} == set(LAYER_OF)
 
 
 @pytest.mark.parametrize("relative", MODULES, ids=str)
 def test_imports_go_downward(relative):
-    own = room_of(relative)
+    own = package_of(relative)
     others = {name.split(".")[1] for name in imported(MODULES[relative])} - {own}
-    assert not [other for other in others if FLOOR_OF[other] >= FLOOR_OF[own]]
+    assert not [other for other in others if LAYER_OF[other] >= LAYER_OF[own]]
 
 
 def test_no_module_imports_itself_through_others():
@@ -85,16 +85,18 @@ def test_no_module_imports_itself_through_others():
             del above[name]
 
 
-def test_a_room_has_one_door():
-    """Where a room's ``__init__`` offers names, others take them from there and from no module inside."""
-    rooms = {relative: tree for relative, tree in MODULES.items() if len(relative.parts) > 1}
-    doors = {name_of(relative) for relative, tree in rooms.items() if relative.name == "__init__.py" and imported(tree)}
+def test_names_that_a_package_offers_are_imported_from_it():
+    """Where a package's ``__init__`` offers names, others take them from there and from no module inside."""
+    packages = {relative: tree for relative, tree in MODULES.items() if len(relative.parts) > 1}
+    offering = {
+        name_of(relative) for relative, tree in packages.items() if relative.name == "__init__.py" and imported(tree)
+    }
     wrong = [
-        f"{relative} imports {name} past {door}"
+        f"{relative} imports {name} past {package}"
         for relative, tree in MODULES.items()
         for name in imported(tree)
-        for door in doors
-        if name.startswith(f"{door}.") and not f"{name_of(relative)}.".startswith(f"{door}.")
+        for package in offering
+        if name.startswith(f"{package}.") and not f"{name_of(relative)}.".startswith(f"{package}.")
     ]
     assert not wrong
 
@@ -102,6 +104,6 @@ def test_a_room_has_one_door():
 def test_mathematics_and_schedules_know_no_framework():
     foreign = ("lightning", "hydra", "transformers", "torch.nn")
     for relative, tree in MODULES.items():
-        if FLOOR_OF[room_of(relative)] <= FLOOR_OF["schedules"]:
+        if LAYER_OF[package_of(relative)] <= LAYER_OF["schedules"]:
             lines = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
             assert not [line for line in lines if line.startswith(foreign)], relative

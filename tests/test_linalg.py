@@ -131,7 +131,7 @@ def _deficient(kind):
 
 
 @pytest.mark.parametrize("kind", ["B", "A", "A, B orthonormal", "both", "A is zero"])
-def test_truncation_keeps_the_function_and_no_dead_direction_when_the_product_is_deficient(kind):
+def test_truncation_of_a_deficient_product_keeps_no_dead_direction(kind):
     lora_B, lora_A = _deficient(kind)
     change = truncate_product(lora_B, lora_A, 3)
     assert_close(product(change), lora_B @ lora_A)
@@ -171,7 +171,7 @@ def test_truncation_computes_in_double_whatever_the_dtype(dtype):
 
 @settings(max_examples=40, deadline=None)
 @given(problems(), st.data())
-def test_growth_adds_rows_that_are_orthogonal_to_the_old_ones_and_columns_of_zeros(problem, data):
+def test_growth_adds_rows_orthogonal_to_the_old_and_columns_of_zeros(problem, data):
     lora_B, lora_A, _ = problem
     rank, generator = lora_A.shape[0], torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     to = data.draw(st.integers(rank, min(lora_B.shape[0], lora_A.shape[1])))

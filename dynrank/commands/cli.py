@@ -1,7 +1,5 @@
 """``dynrank``: the commands for runs and adapters, except training; and the exit codes of all commands."""
 
-import errno
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -188,7 +186,7 @@ def plan(
     config_dir: ConfigDir = None,
 ) -> None:
     """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
-    from dynrank.planner.table import show_plan
+    from dynrank.planner.plan import show_plan
     from dynrank.run.config import compose
 
     show_plan(compose(overrides or (), "plan", config_dir))
@@ -354,7 +352,7 @@ def sweep(
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Print configuration errors and exit with code 2; 1 for a full disk and a run that diverged, 130 after Ctrl-C.
+    """Print a configuration error and exit with code 2, after a run that diverged with 1, after Ctrl-C with 130.
 
     Any other failure keeps its traceback, and Python exits with 1.
     """
@@ -364,18 +362,9 @@ def usage_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-    except Exception as error:
-        # Lightning's error for wrong arguments is found by its name, because importing Lightning takes seconds.
-        theirs = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
-        # Our own errors have the system's error as context or cause.
-        numbers = {getattr(each, "errno", None) for each in (error, error.__context__, error.__cause__)}
-        # The package tokenizers, written in Rust, reports errors in this form.
-        numbers |= {int(number) for number in re.findall(r"os error (\d+)", str(error))}
-        full = not numbers.isdisjoint((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
-        if not theirs and not full and not isinstance(error, ConfigurationError):
-            raise
+    except ConfigurationError as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
-        sys.exit(1 if full or isinstance(error, DivergedError) else 2)
+        sys.exit(1 if isinstance(error, DivergedError) else 2)
 
 
 def main() -> None:

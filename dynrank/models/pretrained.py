@@ -1,7 +1,7 @@
-"""Tokenizers, configs and models by the name that a user gives, loaded with the settings of the group ``model``."""
+"""Tokenizers, configs and models by the name that a user gives, loaded by the keys of ``model``; and their bytes."""
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,14 +19,14 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
 )
 
 from dynrank.errors import ConfigurationError
-from dynrank.models.names import hub_is_known, model_source
-from dynrank.models.packing import keep_packing, pack, packing_of
-from dynrank.models.settings import ModelSettings
+from dynrank.layers.quantized import is_quantized
+from dynrank.models.names import ModelSettings, hub_is_known, model_source
 
 # The errors of transformers and the libraries below it for files that they cannot use.
 _FAULTS: tuple[type[Exception], ...] = (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError)
@@ -171,9 +171,9 @@ def _load(
 ) -> tuple[Any, Any]:
     options |= _options(config, settings)
     if settings.quantization != "none":
-        options["quantization_config"] = packing_of(settings, options["dtype"], kept)
+        options["quantization_config"] = _packing_of(settings, options["dtype"], kept)
     model, info = load_weights(cls.from_pretrained, name, key, settings, **options)
-    keep_packing(model)
+    _keep_packing(model)
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
     return model, info
@@ -191,7 +191,7 @@ def _on_meta(cls: Any, config: Any, key: str, settings: ModelSettings, kept: Seq
         fix = _fix(error, key, settings)
         raise ConfigurationError(f"transformers cannot build the model of this config ({error}); set {fix}") from error
     if settings.quantization != "none":
-        pack(model, packing_of(settings, options["dtype"], kept), options["dtype"])
+        _pack(model, _packing_of(settings, options["dtype"], kept), options["dtype"])
     if settings.gradient_checkpointing:
         enable_checkpointing(model)
     return model
@@ -213,3 +213,64 @@ def _options(config: PretrainedConfig, settings: ModelSettings) -> dict[str, Any
 def _in_dtype_of_weight(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     dtype = next(module.parameters()).dtype
     return tuple(value.to(dtype) for value in args)
+
+
+def _packing_of(settings: ModelSettings, dtype: torch.dtype, kept: Sequence[str]) -> BitsAndBytesConfig:
+    """The config for ``from_pretrained`` that packs all linear layers except ``kept`` (if empty, the output head)."""
+    for package in ("bitsandbytes", "accelerate"):
+        if find_spec(package) is None:
+            needed = f"model.quantization={settings.quantization} needs {package}"
+            raise ConfigurationError(f"{needed}: pip install 'dynrank[hf,optimizers]'")
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    options = {"load_in_4bit": True, **nf4} if settings.quantization == "nf4" else {"load_in_8bit": True}
+    return BitsAndBytesConfig(**options, llm_int8_skip_modules=[*kept] or None)
+
+
+def _pack(model: PreTrainedModel, packing: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+    """Put bitsandbytes' layers into a model on the meta device, in place, as ``from_pretrained`` does."""
+    # At the head of the file, this import would load every installed library of quantisation.
+    from transformers.quantizers import AutoHfQuantizer
+
+    before = torch.get_default_dtype()
+    # New layers create their biases in the default dtype.
+    torch.set_default_dtype(dtype)
+    try:
+        AutoHfQuantizer.from_config(packing, pre_quantized=False).preprocess_model(model, device_map={"": "cpu"})
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _keep_packing(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing NF4 weights again in every evaluation on CPUs with AVX512-BF16.
+
+    It does so for its own product. That product does not support every shape, and undoing the packing is not exact.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010, for mypy
+
+
+def tensors_of(model: nn.Module) -> Iterator[Tensor]:
+    """Every parameter and buffer, and the scales and tables of weights that bitsandbytes has packed."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            yield from (tensor for tensor in tensors.values() if tensor is not None)
+        if is_quantized(module):
+            weight: Any = module.weight
+            state = getattr(weight, "quant_state", None)
+            kept = [getattr(weight, "CB", None), getattr(weight, "SCB", None)]
+            for level in (state, getattr(state, "state2", None)):
+                kept += [getattr(level, name, None) for name in ("absmax", "code", "offset")]
+            yield from (tensor for tensor in kept if tensor is not None)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """A number that is the same for all tensors with the same storage, while one of them exists."""
+    key: int = tensor.untyped_storage()._cdata
+    return key
+
+
+def storage_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """The bytes of the storages of ``tensors``; a shared storage counts once."""
+    held = [tensor for tensor in tensors if tensor is not None]
+    return sum({storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in held}.values())

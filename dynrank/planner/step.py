@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from dynrank.errors import ConfigurationError
 from dynrank.layers.experts import expert_stacks, experts_forward
 from dynrank.layers.quantized import is_quantized
-from dynrank.models.sizes import storage_bytes, storage_key, tensors_of
+from dynrank.models.pretrained import storage_bytes, storage_key, tensors_of
 from dynrank.private import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode, tree_leaves
 
 # The name in transformers' registry of experts_forward, which can run without values.
@@ -154,10 +155,12 @@ def count_step(
             saved[storage_key(tensor)] = tensor.untyped_storage()
         return tensor
 
+    # transformers would read from the values of position_ids whether a row holds several sequences.
+    one_sequence = patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
     precision = torch.autocast("cpu", autocast) if autocast is not None else nullcontext()
     try:
         with mode.follow(own):
-            with saved_tensors_hooks(save, lambda tensor: tensor), _one_sequence_per_row(), precision:
+            with saved_tensors_hooks(save, lambda tensor: tensor), one_sequence, precision:
                 loss = _loss_of(model, batch)
             activations = sum(storage.nbytes() for storage in saved.values())
             saved.clear()
@@ -175,17 +178,6 @@ def count_step(
     gradients = storage_bytes(parameter.grad for parameter in model.parameters())
     model.zero_grad(set_to_none=True)
     return activations, gradients, mode.peak
-
-
-@contextmanager
-def _one_sequence_per_row() -> Iterator[None]:
-    """Make transformers assume one sequence per row; it would read this from the values of position_ids."""
-    found = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = lambda *_, **__: None
-    try:
-        yield
-    finally:
-        masking_utils.find_packed_sequence_indices = found
 
 
 def token_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:

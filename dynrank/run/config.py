@@ -16,9 +16,9 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, Name, configured, validated
-from dynrank.models.settings import ModelSettings
+from dynrank.models.names import ModelSettings
 from dynrank.rank_map import load_rank_map, parse_rank_map
-from dynrank.run.overrides import EXPLAINED, HYDRAS, check_keys, not_composed, overrides_explained
+from dynrank.run.overrides import check_keys, overrides_explained
 
 CONFIG_MODULE, CONFIG_NAME = "dynrank.conf", "train"
 
@@ -145,12 +145,7 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
     """
     with overrides_explained(), initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         beside = [f"hydra.searchpath=['file://{folder.resolve()}']"] if folder is not None else []
-        try:
-            config = hydra_compose(name, overrides=[*beside, *overrides])
-        except EXPLAINED:
-            raise
-        except HYDRAS as error:
-            raise not_composed(error) from error
+        config = hydra_compose(name, overrides=[*beside, *overrides])
     check_run_keys(config, name)
     return config
 

@@ -16,7 +16,7 @@ from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.callbacks import RankEvent, RunMeter, peak_memory_bytes
 from dynrank.errors import read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.models.sizes import storage_bytes
+from dynrank.models.pretrained import storage_bytes
 from dynrank.output.console import print_facts
 from dynrank.output.whole_file import whole_file
 from dynrank.private import tree_leaves

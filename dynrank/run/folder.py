@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lightning.pytorch.loggers import CSVLogger
-
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
@@ -111,19 +109,6 @@ def drop_rows_after(file: Path, step: int) -> None:
         writer = csv.DictWriter(opened, reader.fieldnames or ["step"], extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def add_to_metrics(folder: Path, logger: CSVLogger) -> None:
-    """Let the ``logger`` of a resumed run add rows to its metrics.csv, which Lightning would begin again."""
-    file = folder / METRICS
-    if not file.exists():
-        return
-    with whole_file(file) as part:
-        shutil.copyfile(file, part)
-        # Lightning deletes the file here; the copy then replaces it.
-        writer = logger.experiment
-    with file.open(newline="", encoding="utf-8") as opened:
-        writer.metrics_keys = next(csv.reader(opened))
 
 
 def drop_repeated_rows(folder: Path) -> None:

@@ -19,11 +19,11 @@ from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
 from dynrank.run.config import check_run_keys, make, plain, rank_pattern
 from dynrank.run.export import export, held_bytes, servers, summarise
-from dynrank.run.folder import GENERATIONS, METRICS, add_to_metrics, checkpoint_of, drop_rows_after, locked
-from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run, restoring
+from dynrank.run.folder import GENERATIONS, METRICS, checkpoint_of, drop_rows_after, locked
+from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run
 from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
-from dynrank.run.trainer import check_loggers, finished, make_trainer, quiet_training
+from dynrank.run.trainer import add_to_metrics, check_loggers, finished, make_trainer, quiet_training
 from dynrank.schedules import check_schedule
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run
@@ -66,8 +66,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
                 drop_rows_after(folder / GENERATIONS, step)
                 csv_logger: Any = trainer.loggers[0]
                 add_to_metrics(folder, csv_logger)
-        with restoring(checkpoint):
-            trainer.fit(job.module, job.task, ckpt_path=checkpoint)
+        trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
         # The trainer returns one mapping for each data loader.

@@ -11,10 +11,6 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from dynrank.errors import ConfigurationError, configured
 
-# Errors that have a message already, or get one from overrides_explained.
-EXPLAINED = (ConfigurationError, HydraException, OmegaConfBaseException)
-# Errors of built-in types that Hydra raises, as for schedule=null; some classes of EXPLAINED derive from them.
-HYDRAS = (OSError, TypeError, ValueError)
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
 
@@ -27,14 +23,6 @@ def overrides_explained() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         with configured():
             raise ConfigurationError(_explanation(error)) from error
-
-
-def not_composed(error: Exception) -> ConfigurationError:
-    """Our error for one of ``HYDRAS`` that Hydra raised when it composed a configuration, or made a folder for it."""
-    if isinstance(error, OSError):
-        where = "set hydra.run.dir (of a sweep hydra.sweep.dir) to another one"
-        return ConfigurationError(f"the folder {error.filename!r} cannot be made: {error.strerror}; {where}")
-    return ConfigurationError(f"{error}; a group takes a name, such as schedule=fixed (--help lists them)")
 
 
 def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:

@@ -1,10 +1,7 @@
 """Checks before a run starts, for faults that would otherwise appear late or with an unclear message."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from inspect import signature
-from pathlib import Path
-from traceback import walk_tb
 from typing import Annotated, Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -115,19 +112,3 @@ def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: 
             "set ckpt_path, task or lora.target_modules"
         )
     check_base(module, stored)
-
-
-@contextmanager
-def restoring(checkpoint: Path | None) -> Iterator[None]:
-    """Name the checkpoint if Lightning cannot restore a run from its contents."""
-    try:
-        yield
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        calls = [frame.f_code for frame, _ in walk_tb(error.__traceback__)]
-        places = [c.co_name for c in calls if c.co_filename.endswith("checkpoint_connector.py")]
-        if isinstance(error, ConfigurationError) or not any("restore" in place for place in places):
-            raise
-        said = f"{type(error).__name__}: {error}"
-        raise ConfigurationError(
-            f"the checkpoint {str(checkpoint)!r} holds something else than a run writes: {said}; set ckpt_path"
-        ) from error

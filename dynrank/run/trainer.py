@@ -1,7 +1,9 @@
 """The lightning.Trainer of a run: its callbacks and loggers, and silence of libraries."""
 
+import csv
 import logging
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 
 from dynrank.callbacks import (
@@ -27,8 +30,9 @@ from dynrank.callbacks import (
 )
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_loading
+from dynrank.output.whole_file import whole_file
 from dynrank.run.config import make, plain
-from dynrank.run.folder import GENERATIONS, HISTORY, last_checkpoint
+from dynrank.run.folder import GENERATIONS, HISTORY, METRICS, last_checkpoint
 from dynrank.run.stopping import STOP_SIGNALS
 
 # The choices of the group ``logger`` are also the names of the extras that install them.
@@ -70,7 +74,7 @@ def make_trainer(
             logger=[CSVLogger(str(folder), name="", version=""), *loggers],
             enable_model_summary=False,
         )
-    except (TypeError, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise ConfigurationError(f"lightning.Trainer does not take these values: {error}; set trainer") from error
     # Under SLURM each run of a sweep is a job of its own.
     if sweep and trainer.world_size > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
@@ -81,6 +85,19 @@ def make_trainer(
     # The scheduler checks this, too, but only when the other processes have been started.
     check_strategy(trainer)
     return trainer
+
+
+def add_to_metrics(folder: Path, logger: CSVLogger) -> None:
+    """Let the ``logger`` of a resumed run add rows to its metrics.csv, which Lightning would begin again."""
+    file = folder / METRICS
+    if not file.exists():
+        return
+    with whole_file(file) as part:
+        shutil.copyfile(file, part)
+        # Lightning deletes the file here; the copy then replaces it.
+        writer = logger.experiment
+    with file.open(newline="", encoding="utf-8") as opened:
+        writer.metrics_keys = next(csv.reader(opened))
 
 
 @contextmanager

@@ -65,8 +65,7 @@ class Budget(Stepped):
         given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         if len(given) != 1:
             raise ConfigurationError(
-                f"a budget has one size, got {given or 'none'}; set one of schedule.{', schedule.'.join(_SIZES)}, and "
-                "the others to null"
+                f"a budget has one size, got {given or 'none'}; set only one of schedule.{', schedule.'.join(_SIZES)}"
             )
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:

@@ -18,8 +18,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MultilabelAccuracy, MultilabelF1Score
 
 from dynrank.errors import ConfigurationError, validated_call
+from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_classifier
-from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import AdapterModule
 from dynrank.tasks.data.stored import counted
 from dynrank.tasks.text_task import Recipe, TextTask
@@ -42,7 +42,7 @@ class Classification(TextTask):
         label_smoothing: share of the target that is spread over all classes in training.
         seed: seed of the order of the training batches.
         limit: keep only this many texts of each split, for short tests; None keeps all.
-        settings: how the model is loaded: fields of :class:`dynrank.models.settings.ModelSettings`.
+        settings: how the model is loaded: fields of :class:`dynrank.models.names.ModelSettings`.
     """
 
     metrics = final = ("train/loss", "val/loss", "val/accuracy", "val/macro_f1")

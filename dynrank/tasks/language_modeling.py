@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader
 
 from dynrank.errors import ConfigurationError, Count, Steps, validated_call
+from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
-from dynrank.models.settings import ModelSettings
 from dynrank.tasks.adapter_module import IGNORED, AdapterModule
 from dynrank.tasks.answer_metrics import OF_LOGITS, OF_TEXTS, chosen
 from dynrank.tasks.examples import FEATURES, check_packing, check_template, make_examples, positions
@@ -47,7 +47,7 @@ class LanguageModeling(TextTask):
         indented: whether only the indented lines after the first line of a generated text are its answer.
         seed: seed of the order of the training batches.
         limit: keep only this many examples of each split, for short tests; None keeps all.
-        settings: how the model is loaded: fields of :class:`dynrank.models.settings.ModelSettings`.
+        settings: how the model is loaded: fields of :class:`dynrank.models.names.ModelSettings`.
     """
 
     final = ("train/loss", "val/loss")

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dynrank.errors import ConfigurationError
+from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_tokenizer
-from dynrank.models.settings import ModelSettings
 from dynrank.tasks.account import SplitAccount, print_account
 from dynrank.tasks.data.columns import Form
 from dynrank.tasks.data.splits import Checked, rows_by_split

@@ -50,7 +50,7 @@ def fused(base, monkeypatch):
     return {n: m for n, m in base.named_modules() if isinstance(m, nn.Linear) and id(m.weight) in weights}
 
 
-def test_what_the_kernel_reads_is_refused_by_name_and_all_linear_without_it_loads_in_peft(base, fused, zoo, tmp_path):
+def test_mamba_layers_that_the_kernel_reads_are_refused_by_name(base, fused, zoo, tmp_path):
     for name in fused:
         with pytest.raises(ConfigurationError, match=f"{name}' cannot have LoRA: its parent reads the weight .*Mixer"):
             dynrank.add_lora(base, rank=2, target_modules=[name])

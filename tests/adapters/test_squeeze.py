@@ -142,7 +142,7 @@ def test_squeeze_takes_layers_at_the_ranks_that_they_can_have(zoo, tmp_path):
     assert (zoo.outputs(back) - zoo.outputs(model)).abs().max() <= 1e-5
 
 
-def test_a_share_is_of_the_stored_numbers_where_ranks_are_above_what_layers_can_have(zoo, launch, tmp_path):
+def test_share_is_of_the_stored_numbers_also_with_ranks_too_high(zoo, launch, tmp_path):
     zoo.by_peft("conv", tmp_path / "source", r=12)
     code, printed, _ = launch("squeeze", tmp_path / "source", "--budget", "50%", "--out", tmp_path / "small")
     assert code == 0
@@ -160,12 +160,12 @@ def test_a_bool_is_no_rank(by_peft, tmp_path):
         squeeze_adapter(by_peft("llama"), tmp_path / "out", rank=True)
 
 
-def test_command_that_fills_the_disk_fails_in_one_line_and_leaves_nothing(launch, tmp_path, request):
+def test_command_that_fills_the_disk_leaves_nothing(launch, tmp_path, request):
     model = dynrank.add_lora(nn.Sequential(nn.Linear(600, 600)), rank=4, target_modules=["0"])
     dynrank.save_adapter(model, tmp_path / "adapter")
     request.getfixturevalue("full_disk")
     code, _, said = launch("squeeze", tmp_path / "adapter", "--rank", "2", "--out", tmp_path / "small")
-    assert (code, said.count("\n"), [*tmp_path.iterdir()]) == (1, 1, [tmp_path / "adapter"])
+    assert (code, said.count("\n"), [*tmp_path.iterdir()]) == (2, 1, [tmp_path / "adapter"])
     assert "cannot write to --out" in said
 
 

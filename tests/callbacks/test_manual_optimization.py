@@ -111,7 +111,7 @@ def test_module_that_never_says_so_is_refused(manual):
 
 
 def test_share_of_a_run_without_max_steps_is_refused(manual):
-    with pytest.raises(ConfigurationError, match=r"known length; set trainer\.max_steps"):
+    with pytest.raises(ConfigurationError, match=r"known length; set max_steps"):
         manual(RankScheduler([Stage(At(fraction=0.5), Rank(3))]), max_steps=-1, max_epochs=2)
 
 

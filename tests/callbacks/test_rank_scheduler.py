@@ -47,7 +47,7 @@ def test_second_scheduler_of_a_derived_class_is_refused(fit):
         fit(plateau(), Another(at(3, Rank(2))))
 
 
-def test_scheduler_drops_once_after_the_plateau_carries_the_optimizer_and_tells_other_callbacks(fit):
+def test_scheduler_drops_once_after_the_plateau_and_tells_other_callbacks(fit):
     told = []
 
     class Listener(lightning.Callback):
@@ -99,7 +99,7 @@ def test_resume_from_any_checkpoint_is_bit_equal(fit, assert_same, tmp_path, nam
 
 
 @pytest.mark.parametrize("end", ["squeeze", "plateau", "average"])
-def test_what_is_due_after_the_last_step_is_done_by_a_resume_from_its_checkpoint(fit, assert_same, tmp_path, end):
+def test_stage_due_after_the_last_step_is_done_by_a_resume(fit, assert_same, tmp_path, end):
     """At a set time, decided by the last validation, which comes after a checkpoint, and beside Lightning's average."""
 
     def run(*callbacks, **options):
@@ -167,9 +167,7 @@ def test_run_goes_on_at_the_end_of_an_epoch_that_was_shorter(regression, tmp_pat
     assert run(17, 8, tmp_path / "step=10.ckpt") == (2, [*range(10, 17)])
 
 
-def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_stop_or_record(
-    regression, fit, tmp_path
-):
+def test_validations_of_a_check_reach_no_trigger_and_no_other_callback(regression, fit, tmp_path):
     observed, validated, saved = [], [], []
 
     class Seeing(Plateau):
@@ -204,7 +202,7 @@ def test_validations_of_a_check_reach_neither_triggers_nor_callbacks_that_save_s
     assert stop.stopped_epoch == 0
 
 
-def test_validations_of_a_change_draw_alike_and_leave_training_as_it_would_be_without_them(regression, assert_same):
+def test_validations_of_a_change_leave_training_as_without_them(regression, assert_same):
     """Dropout, shuffled validation data and validations that draw: all from torch's one generator."""
     module_class, data, trainer = regression
     seen = []
@@ -299,11 +297,11 @@ def watching(**options):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (watching(monitor="val/los"), r"monitor of Plateau \(schedule\.trigger\.monitor\).*'val/los'; .*'val/loss'"),
+        (watching(monitor="val/los"), r"monitor of Plateau \(monitor\).*'val/los'; .*'val/loss'"),
         (RankScheduler(at(9, Rank(3), max_regression=0.1, check_monitor="train/loss")), "check_monitor of How"),
     ],
 )
-def test_monitor_that_the_sanity_validation_does_not_log_is_refused_before_the_first_step(fit, scheduler, message):
+def test_monitor_that_is_not_logged_is_refused_before_the_first_step(fit, scheduler, message):
     class Starting(lightning.Callback):
         def on_train_start(self, trainer, pl_module):
             pytest.fail("training has begun")
@@ -337,5 +335,5 @@ def test_check_without_validation_is_refused(fit):
 def test_share_of_a_run_of_unknown_length_is_refused(regression):
     module_class, _, trainer = regression
     stream = DataLoader(Stream(), batch_size=8)
-    with pytest.raises(ConfigurationError, match=r"share of a run .*set trainer\.max_steps"):
+    with pytest.raises(ConfigurationError, match=r"share of a run .*set max_steps"):
         trainer(callbacks=[watching()], max_epochs=2).fit(module_class(), stream, stream)

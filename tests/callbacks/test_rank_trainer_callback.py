@@ -115,7 +115,7 @@ def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
 
 @MODELS
 @pytest.mark.parametrize("how", [{}, {"metric": "gates", "window": 3, "rate_after": 2.0}], ids=["weight", "loss"])
-def test_ranks_and_optimizer_follow_the_schedule_and_a_resumed_run_ends_in_the_same_bits(make, how, tmp_path):
+def test_ranks_follow_the_schedule_and_a_resumed_run_has_the_same_weights(make, how, tmp_path):
     """From before the first change (while measuring for it, in the second case), at it, after it, between two."""
     model, whole = make(), callback(**how)
     made = trainer(tmp_path, model, whole, **SAVING)

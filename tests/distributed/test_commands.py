@@ -155,7 +155,7 @@ def test_slurm_runs_what_srun_would_start(overrides, alone, cwd):
     assert_same_run(one_run(cwd, forked.end(tasks)), alone)
 
 
-def test_run_goes_on_in_its_folder_after_one_process_got_sigterm_and_after_one_was_killed(overrides, cwd, tmp_path):
+def test_run_resumes_after_one_process_got_sigterm_or_was_killed(overrides, cwd, tmp_path):
     """Two go on after each; the end knows no step twice."""
     folder = tmp_path / "run"
     checkpoint, command = folder / "checkpoints" / "last.ckpt", [*overrides, *LONG, f"hydra.run.dir={folder}"]

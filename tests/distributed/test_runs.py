@@ -81,7 +81,7 @@ def test_resumed_processes_come_to_the_same_bits(results, name):
             assert_same_bits(end, ends["whole"])
 
 
-def test_one_process_may_save_the_state_by_itself_while_statistics_are_collected(results):
+def test_one_process_may_save_the_state_while_statistics_are_collected(results):
     """What is collected is alike in all after every step, so nobody has to be asked, or waits."""
     for alone, other in zip(found(results, "saved alone"), found(results, "ddp, budget by gates"), strict=True):
         assert_same_bits(alone, other)
@@ -177,7 +177,7 @@ SPLIT = {"data_parallel_size": 2, "tensor_parallel_size": 1}
         (ModelParallelStrategy(**SPLIT), "EMAWeightAveraging copies the whole model, which ModelParallelStrategy"),
     ],
 )
-def test_strategy_whose_results_do_not_come_back_or_that_shards_what_is_averaged_is_refused(strategy, message):
+def test_strategies_that_lose_results_or_shard_averages_are_refused(strategy, message):
     average = EMAWeightAveraging()
     trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, callbacks=[average], logger=False)
     with pytest.raises(ConfigurationError, match=message):

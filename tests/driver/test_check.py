@@ -134,7 +134,7 @@ def refusal(net, schedule):
 
 
 def test_model_without_lora_layers_is_refused():
-    assert "lora.target_modules" in refusal(nn.Linear(2, 2), [])
+    assert "target_modules" in refusal(nn.Linear(2, 2), [])
 
 
 def test_growth_beyond_the_shape_of_a_layer_is_refused_with_stage_layer_and_key():
@@ -158,7 +158,7 @@ def test_shrink_to_a_rank_above_a_small_layers_shape_is_none():
     assert final_ranks(net, after_convergence(14, shared=False)) == {"0": 14, "1": 4, "2": 12}
 
 
-def test_contradictions_of_the_schedule_come_first_at_the_highest_rank_of_a_free_layer():
+def test_contradictions_of_the_schedule_come_first():
     net = model(rank=4, layer_0={"rank": 16, "pinned": True}, layer_1={"rank": 12, "final_rank": 6})
     assert "changes none of the ranks [4]" in refusal(net, after_convergence(8))
     check_model(net, after_convergence(4), RUN)
@@ -170,12 +170,12 @@ COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)
 @pytest.mark.parametrize(
     ("before", "enough", "short", "words"),
     [
-        ([], {"parameters": 256, "lowest": 2}, {"parameters": 255}, "stage 1 255 256 3 layers schedule.parameters"),
-        ([], {"share": 0.25, "lowest": 2}, {"share": 0.249}, "stage 1 254 256 schedule.share schedule.lowest"),
-        ([], {"share": 0.5, "lowest": 2, "multiple": 4}, {"share": 0.3}, "stage 1 307 512 schedule.share"),
+        ([], {"parameters": 256, "lowest": 2}, {"parameters": 255}, "stage 1 255 256 3 layers parameters"),
+        ([], {"share": 0.25, "lowest": 2}, {"share": 0.249}, "stage 1 254 256 share lowest"),
+        ([], {"share": 0.5, "lowest": 2, "multiple": 4}, {"share": 0.3}, "stage 1 307 512 share"),
         # The lowest ranks cost 10/8 of COST.
         ([GrowTo(12)], {"parameters": 1280, "lowest": 10}, {"parameters": COST}, "stage 2 1,024 1,280"),
-        ([Rank(4)], {"share": 0.75, "lowest": 3}, {"share": 0.5}, "stage 2 256 384 schedule.share"),
+        ([Rank(4)], {"share": 0.75, "lowest": 3}, {"share": 0.5}, "stage 2 256 384 share"),
         # wherever the first ends
         ([Energy(0.9, lowest=4)], {"parameters": 512, "lowest": 4}, {"parameters": 400}, "stage 2 400 512"),
     ],

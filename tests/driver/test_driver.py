@@ -306,7 +306,7 @@ def decayed(loop):
 @pytest.mark.parametrize(
     ("stage", "options", "message"),
     [
-        (Stage(Plateau(patience=99), Rank(3)), {}, "before stage 1 .*plateau of val/loss; set schedule.deadline"),
+        (Stage(Plateau(patience=99), Rank(3)), {}, "before stage 1 .*plateau of val/loss; set deadline"),
         (at(10, Rank(3)), {"batch_end": decayed}, "5.0% of its start, too low to recover"),
         # After the last step nothing is left to recover in.
         (Stage(At(fraction=1.0), Rank(3)), {"batch_end": decayed}, None),
@@ -327,11 +327,11 @@ def test_what_is_no_schedule_is_refused(schedule):
 @pytest.mark.parametrize(
     ("stage", "how", "message"),
     [
-        (Stage(Plateau("val/los"), Rank(3)), {}, r"monitor of Plateau \(schedule\.trigger\.monitor\).*'val/los'"),
+        (Stage(Plateau("val/los"), Rank(3)), {}, r"monitor of Plateau \(monitor\).*'val/los'"),
         (at(5, Rank(3), max_regression=1.0, check_monitor="loss"), {}, r"check_monitor of How .*; logged: 'val/loss'"),
-        (at(5, Rank(7)), {}, r"stage 1: Rank\(rank=7\) changes none of the ranks \[6\] .*; set schedule\.stages"),
+        (at(5, Rank(7)), {}, r"stage 1: Rank\(rank=7\) changes none of the ranks \[6\] .*; set stages"),
         (at(5, Rank(3)), {"optimizer": torch.optim.Adamax}, "Adamax.*optimizer_state=reset"),
-        (Stage(At(fraction=0.5), Rank(3)), {"run": Run(None)}, r"share of a run .*set trainer\.max_steps"),
+        (Stage(At(fraction=0.5), Rank(3)), {"run": Run(None)}, r"share of a run .*set max_steps"),
     ],
     ids=["monitor", "check_monitor", "rank", "optimizer", "share"],
 )  # fmt: skip

@@ -28,7 +28,7 @@ def pair():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_factor_is_of_adapters_alone_and_survives_any_schedule_until_it_is_removed(pair, apart):
+def test_rate_factor_is_of_adapters_alone_and_survives_any_lr_schedule(pair, apart):
     adapter, head = pair
     groups = [{"params": [head]}, {"params": [adapter]}] if apart else [{"params": [head, adapter]}]
     optimizer = torch.optim.SGD(groups, lr=0.5)
@@ -73,7 +73,7 @@ def test_one_group_ends_in_the_bits_of_a_group_for_each(name):
         assert torch.equal(value, expected)
 
 
-def test_checkpoint_of_a_group_with_others_is_that_of_an_optimizer_without_a_factor(pair):
+def test_checkpoint_of_a_mixed_group_has_no_rate_factor(pair):
     runs = []
     for factor in (3.0, 1.0):
         adapter, head = copy.deepcopy(pair)
@@ -97,6 +97,6 @@ def test_optimizer_that_counts_in_its_groups_needs_one_of_adapters_alone(pair):
     check_groups(mixed, [adapter], How())
     parted, how = schedulefree.SGDScheduleFree([{"params": [adapter]}, {"params": [head]}]), How(rate_after=2.0)
     check_groups(parted, [adapter], how)
-    words = r"rate_after=2.*group 0, which also has 1 other.*schedule\.how\.rate_after"
+    words = r"rate_after=2.*group 0, which also has 1 other.*rate_after"
     with pytest.raises(ConfigurationError, match=words):
         check_groups(mixed, [adapter], how)

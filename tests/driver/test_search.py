@@ -111,7 +111,7 @@ def test_gates_keep_the_directions_that_are_planted_in_few_trials():
     assert training.validations <= 1 + 4 + 1
 
 
-def test_auto_cuts_to_a_share_without_a_trial_and_after_the_last_step_within_its_tolerance():
+def test_auto_cuts_to_a_share_without_a_trial_then_within_its_tolerance():
     training, (first, last) = searched(auto(0.005, share=0.5, at=0.5, how=STILL))
     assert (first.step, last.step) == (2, 4)
     assert first.reason == "fraction 0.5, gates of 400 examples, 1000 loss terms by loss_terms"
@@ -153,7 +153,7 @@ def test_tolerance_above_what_was_learned_leaves_the_ranks_and_says_so():
         assert refused.undone
 
 
-def test_interrupt_within_the_search_leaves_the_uncut_model_from_which_it_is_made_again():
+def test_interrupted_search_leaves_the_uncut_model_and_starts_again():
     def interrupt(number, loss):
         if number == 4:
             raise KeyboardInterrupt
@@ -176,7 +176,7 @@ class InBatches(Planted):
 
 
 def test_tolerance_below_the_noise_is_warned_of():
-    words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*schedule\.tolerance higher"
+    words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*tolerance higher"
     with pytest.warns(UserWarning, match=words):
         searched(smallest(1e-6), InBatches({"0": [9.0] * 8, "1": [2.0] * 8}))
     # A warning would be an error here.

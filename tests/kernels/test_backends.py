@@ -19,7 +19,7 @@ def test_auto_is_torch_whatever_the_device(backend, device):
     assert products_of(backend, torch.ones(2, 3, device=device), 8) is torch_backend
 
 
-def test_auto_is_triton_from_the_size_on_from_which_this_card_was_always_faster_with_it(tmp_path):
+def test_auto_is_triton_from_the_size_at_which_it_was_always_faster(tmp_path):
     rows = [("A", 100, 5, 4), ("A", 200, 4, 5), ("A", 300, 5, 4), ("A", 400, 5, 4), ("B", 100, 4, 5)]
     lines = [f"{gpu},2,9,{tokens},8,0.1,1,9,{torch_us},{triton_us}" for gpu, tokens, torch_us, triton_us in rows]
     measured = tmp_path / "measured.csv"
@@ -31,12 +31,12 @@ def test_auto_is_triton_from_the_size_on_from_which_this_card_was_always_faster_
 def test_what_triton_cannot_serve_is_an_error(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = dynrank.add_lora(nn.Sequential(nn.Linear(130, 130)), rank=129, target_modules=["0"], backend="triton")
-    with pytest.raises(ConfigurationError, match=r"the rank must be at most 128 .* got 129; set lora.backend=torch"):
+    with pytest.raises(ConfigurationError, match=r"the rank must be at most 128 .* got 129; set backend=torch"):
         model(torch.ones(1, 130))
     dynrank.resize(model, 128)
-    with pytest.raises(ConfigurationError, match=r"x must be bfloat16 or float16 .* got float32; set lora.backend=tor"):
+    with pytest.raises(ConfigurationError, match=r"x must be bfloat16 or float16 .* got float32; set backend=tor"):
         model(torch.ones(1, 130))
-    with pytest.raises(ConfigurationError, match=r"(NVIDIA GPU .* got cpu|not installed); set lora.backend=torch"):
+    with pytest.raises(ConfigurationError, match=r"(NVIDIA GPU .* got cpu|not installed); set backend=torch"):
         model.bfloat16()(torch.ones(1, 130).bfloat16())
 
 

@@ -103,7 +103,7 @@ def test_second_gradients_are_refused(packed):
 
 
 @pytest.mark.parametrize("shape", [(4, D_IN), (2, 3, D_IN)])
-def test_the_output_may_be_changed_in_place_and_its_gradient_need_not_be_contiguous(formula, shape):
+def test_output_may_change_in_place_and_its_gradient_be_not_contiguous(formula, shape):
     results = []
     for function in (lora_linear, formula):
         made = operands(shape)
@@ -166,7 +166,7 @@ class Written(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_each_large_tensor_is_written_twice_once_by_the_update_and_once_by_the_frozen_product(bias):
+def test_each_large_tensor_is_written_once_by_update_and_once_by_base(bias):
     x, lora_A, lora_B = (torch.randn(s, requires_grad=True) for s in ((64, 48), (4, 48), (80, 4)))
     weight, bias_O = torch.randn(80, 48), torch.randn(80) if bias else None
     with Written() as forward:

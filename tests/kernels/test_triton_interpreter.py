@@ -190,7 +190,7 @@ def test_the_reference_is_philox(counter, key, answer):
 
 
 @pytest.mark.parametrize("shape", [None, (32, 1), (256, 1)])
-def test_every_kernel_draws_the_same_mask_whatever_the_tile_and_the_number_of_tokens(monkeypatch, shape):
+def test_every_kernel_draws_the_same_mask_for_any_tile_and_number_of_tokens(monkeypatch, shape):
     dropout, eye = drop(0.4, 6), torch.eye(100, dtype=torch.bfloat16)
     mask = drawn_mask(150, 300, dropout)
     if shape is not None:

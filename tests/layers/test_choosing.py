@@ -61,7 +61,7 @@ def test_target_names_attention_looks_at_the_modules_above_and_not_at_the_layer(
     assert target_names(model, "attention") == ["cross_attn.mix"]
 
 
-def test_target_names_takes_a_preset_within_a_list_and_says_what_it_alone_has_chosen(llama):
+def test_target_names_takes_a_preset_within_a_list(llama):
     linear = target_names(llama, "all-linear")
     chosen = choosing.target_names(llama, ["all-linear", "lm_head", "q_proj"])
     assert list(chosen) == [*linear, "lm_head"]
@@ -107,7 +107,7 @@ def test_target_names_refuses_what_matches_nothing_or_cannot_have_lora(llama, ta
 FUSED = {"attention": nn.MultiheadAttention(8, 2), "layer": nn.TransformerEncoderLayer(8, 2, 16)}
 
 
-def test_children_whose_forward_is_bypassed_are_skipped_by_presets_and_refused_by_name():
+def test_children_with_bypassed_forward_are_skipped_or_refused_by_name():
     model = nn.ModuleDict({**FUSED, "plain": nn.Linear(8, 8)})
     assert target_names(model, "all-linear") == ["plain"]
     for name in ("attention.out_proj", "layer.linear1", "layer.self_attn.out_proj"):

@@ -194,7 +194,7 @@ def own_linear(forward):
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_layer_class_takes_the_subclasses_of_linear_that_compute_the_plain_layer(device):
+def test_layer_class_takes_subclasses_that_compute_the_plain_linear_layer(device):
     forward = nn.Linear.forward
     with torch.device(device):
         plain = [cls(30, 20, bias=bias).bfloat16() for cls in (NamedLinear, FalconLinear) for bias in (True, False)]

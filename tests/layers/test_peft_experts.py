@@ -95,7 +95,7 @@ def test_a_checkpoint_brings_its_ranks_into_tensors_of_experts(wrapped):
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
-def test_growth_leaves_every_expert_as_it_is_with_new_rows_orthogonal_to_its_own(kind, wrapped):
+def test_growth_keeps_every_expert_and_adds_rows_orthogonal_to_its_own(kind, wrapped):
     model = wrapped(kind).double()
     before = updates(model)
     layers = {name: layer for name, layer in dynrank.lora_layers(model) if name in before}

@@ -279,7 +279,7 @@ def test_functions_for_dynranks_own_layers_refuse_a_wrapped_model(call, instead,
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("ranks", [(3,), (1, 5, 2, 7, 3)])
-def test_what_either_library_saves_of_a_wrapped_model_after_a_resize_loads_in_both(kind, ranks, tmp_path):
+def test_after_a_resize_what_either_library_saves_loads_in_both(kind, ranks, tmp_path):
     model = wrapped(kind)
     dynrank.resize(model, dict(zip(ranks_of(model), itertools.cycle(ranks), strict=False)))
     expected = logits(model)
@@ -297,12 +297,12 @@ def test_what_either_library_saves_of_a_wrapped_model_after_a_resize_loads_in_bo
         assert (logits(model.merge_and_unload()) - expected).abs().max() <= 1e-10
 
 
-def test_save_refuses_a_wrapped_model_in_another_and_numbers_that_are_not_finite(tmp_path):
+def test_save_refuses_nested_wrapped_models_and_numbers_not_finite(tmp_path):
     with pytest.raises(ConfigurationError, match="what PEFT's get_peft_model returned, got a ModuleDict"):
         dynrank.save_adapter(nn.ModuleDict({"lm": wrapped()}), tmp_path / "out")
     model = wrapped("bert")
     model.base_model.model.classifier.modules_to_save["default"].bias.data[0] = torch.nan
-    with pytest.raises(ConfigurationError, match=r"classifier.*NaN.*optimizer\.lr"):
+    with pytest.raises(ConfigurationError, match=r"classifier.*NaN.*lr"):
         dynrank.save_adapter(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

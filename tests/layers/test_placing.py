@@ -43,7 +43,7 @@ def test_add_lora_freezes_all_but_the_adapters_and_modules_to_save(net):
 
 
 @pytest.mark.parametrize(("alpha", "rslora", "scaling"), [(None, False, 1), (9, False, 9 / 6), (9, True, 9 / 6**0.5)])
-def test_add_lora_scaling_starts_at_alpha_over_rank_also_where_a_preset_takes_a_lower_rank(net, alpha, rslora, scaling):
+def test_scaling_starts_at_alpha_over_rank_also_at_a_lower_rank(net, alpha, rslora, scaling):
     dynrank.add_lora(net, rank=6, alpha=alpha, rslora=rslora)
     layers = dict(dynrank.lora_layers(net))
     assert {name: layer.rank for name, layer in layers.items()} == {"body.0": 6, "body.1": 6, "head": 4}
@@ -70,10 +70,10 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank must be greater than or equal to 1, got 0; set lora.rank"),
+        ({"rank": 0}, "rank must be greater than or equal to 1, got 0"),
         ({"rank": 5, "target_modules": ["head"]}, r"'head': rank must be .* = 4, got 5"),
         ({"rank_map": {"head": 5}}, r"'head': rank must be .* = 4, got 5"),
-        ({"alpha": 0.0}, "alpha must be greater than 0, got 0.0; set lora.alpha"),
+        ({"alpha": 0.0}, "alpha must be greater than 0, got 0.0"),
         ({"dropout": 1.0}, "dropout must be in"),
         ({"target_modules": ["0", "tail"]}, "'tail'"),
         ({"target_modules": ["body"]}, "cannot have LoRA"),
@@ -83,7 +83,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"dtype": torch.int32}, "dtype"),
         ({"alpha": float("nan")}, "alpha"),
         ({"rank": 2.5}, "rank must be a valid integer"),
-        ({"target_modules": [3]}, "set lora.target_modules"),
+        ({"target_modules": [3]}, r"target_modules\[0\] must be a valid string, got 3"),
         ({"backend": "cuda"}, "backend must be one of auto, torch, triton, reference, got 'cuda'"),
     ],
 )

@@ -175,7 +175,7 @@ def test_merge_unpacks(base, tmp_path):
 
 
 @only("int8", "torchao")
-def test_layers_that_round_their_inputs_keep_their_own_forward_and_are_not_merged(base):
+def test_layers_that_round_inputs_keep_their_forward_and_are_not_merged(base):
     model = adapted(base(torchao.quantization.Int8DynamicActivationInt8WeightConfig())).train()
     layer, kinds = up_proj(model), [type(m) for m in model.modules()]
     x = torch.randn(2, 3, 64)

@@ -47,7 +47,6 @@ class Case:
     every: int = 4
     resume: int | None = None
     peft: bool = False
-    wide: bool = True
     shape: str = "chain"
     widths: tuple = (8, 10, 8)
     rank: int = 4
@@ -172,9 +171,7 @@ def expanded(name, options, total):
     else:
         common |= {"planned": math.inf if deadline is None else at(deadline), "plateau": when}
     if name == "early_budget":
-        if "bytes" in options:
-            options["parameters"] = options["bytes"] // 4
-        size = next(key for key in ("parameters", "share", "final_rank") if options.get(key))
+        size = "share" if "share" in options else "final_rank"
         bounds = {"lowest": options.get("lowest", 1), "highest": options.get("highest")}
         common |= {"planned": at(options.get("at", 0.3333)), "plateau": None} | bounds
         return [Stage("budget", options[size], size=size, **common)]
@@ -204,10 +201,9 @@ def expanded(name, options, total):
 def make_case(seed):
     """A random case; the same seed makes the same one."""
     draw = random.Random(seed)
-    driver = draw.choice(["plain"] * 6 + ["lightning"] * 3 + ["trainer"])
+    driver = draw.choice(["plain", "plain", "lightning"])
     case = Case(seed, driver, total=draw.randint(8, 16), every=draw.randint(2, 5), started=draw.random() < 0.7)
     case.peft = draw.random() < 0.3
-    case.wide = draw.random() < 0.85
     case.shape = draw.choice(["chain", "branches", "shared"])
     case.widths = tuple(draw.randint(7, 12) for _ in range(3))
     case.rank, case.alpha, case.rslora = draw.randint(3, 6), draw.choice([2.0, 4.0, 7.5]), draw.random() < 0.2

@@ -7,23 +7,20 @@ from runs import traced
 from torch import nn
 
 # Largest difference of a loss, or of a product relative to its largest element, that rounding explains in a stable run.
-WIDE, NARROW = 1e-8, 1e-3
+TOLERANCE = 1e-8
 
 
 def reference_run(case, grown, noise=0.0):
     """(the trace of the reference, why it ended early); ``noise`` is relative, in all factors at the start."""
     draw, layers, head = torch.Generator().manual_seed(0), {}, ()
     for name, (weight, bias, *factors) in case.tensors().items():
-        if not case.wide:
-            weight, bias, *factors = (t.float().double() for t in (weight, bias, *factors))
         if name == "head":
             head = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())
             continue
         factors = [f * (1 + noise * torch.randn(f.shape, generator=draw).double()) for f in factors]
         rule = {key: value for key, value in case.rules.get(name, {}).items() if key != "rank"}
         layers[name] = Layer(weight, bias, *map(nn.Parameter, factors), case.scaling(name), **rule)
-    epsilon = torch.finfo(torch.float64 if case.wide else torch.float32).eps
-    run = Run(case, case.stages(), layers, head, grown, Gates, epsilon)
+    run = Run(case, case.stages(), layers, head, grown, Gates, torch.finfo(torch.float64).eps)
     try:
         run.go()
     except Undetermined as reason:
@@ -45,15 +42,14 @@ def judged(case):
     """(fault or "", what could not be compared and why)"""
     trace = traced(case)
     expected, ended = reference_run(case, lambda name, step: trace.factors[step][name])
-    tolerance, chaos = WIDE if case.wide else NARROW, None
+    chaos = None
     assert [*trace.steps] == [*range(case.total + 1)], [*trace.steps]
     for step, other in enumerate(expected):
         other_ranks, found = difference(trace.steps[step], other)
-        if found <= tolerance:
+        if found <= TOLERANCE:
             continue
         if chaos is None:
-            noise = 1e-13 if case.wide else 1e-7
-            chaos, _ = reference_run(case, lambda name, step: trace.factors[step][name], noise)
+            chaos, _ = reference_run(case, lambda name, step: trace.factors[step][name], noise=1e-13)
         apart, spread = difference(chaos[step], other) if step < len(chaos) else (True, float("inf"))
         if apart or found <= 100 * spread:
             return "", "rounding grows to as much"

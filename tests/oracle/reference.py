@@ -201,8 +201,8 @@ class Run:
         width = {name: layer.width for name, layer in self.layers.items()}
         size, low, top = sum(layer.rank * layer.width for layer in self.layers.values()), {}, {}
         alike = sum(max(least, min(most, stage.to)) * width[name] for name, (least, most) in bounds.items())
-        ends = {"final_rank": min(size, alike), "share": math.floor(stage.to * size + 1e-9), "parameters": stage.to}
-        end = math.floor(size * (ends[stage.size] / size) ** (1 / stage.changes_left) + 1e-6)
+        end = math.floor(stage.to * size + 1e-9) if stage.size == "share" else min(size, alike)
+        end = math.floor(size * (end / size) ** (1 / stage.changes_left) + 1e-6)
         for name, layer in self.layers.items():
             least, most = bounds[name]
             low[name] = min(max(stage.lowest, least), most, layer.rank)

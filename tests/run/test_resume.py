@@ -139,12 +139,9 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(other, named, lau
     [
         ("loops", None, r"lacks \['loops'\]"),
         ("optimizer_states", {}, r"lacks \['optimizer_states'\]"),
-        ("optimizer_states", [{"state": {}}], "something else than a run writes: KeyError"),
     ],
 )
-def test_a_checkpoint_that_lacks_a_part_or_holds_something_else_is_refused(
-    part, content, named, launch, settings, whole
-):
+def test_a_checkpoint_that_lacks_a_part_is_refused(part, content, named, launch, settings, whole):
     content = {**torch.load(whole / "checkpoints" / "last.ckpt"), part: content}
     torch.save(content, "other.ckpt")
     code, _, said = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=other.ckpt")

@@ -34,7 +34,7 @@ def updates(factors):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_of_sft_trainer_end_where_one_with_both_their_batches_ends(main, arguments, tiny_llama, tmp_path):
+def test_two_processes_of_sft_trainer_end_where_one_with_both_batches_ends(main, arguments, tiny_llama, tmp_path):
     started = forked.pair(SCRIPT, ROOT / "scripts" / "trl_sft.py", *arguments(tmp_path / "two", 2), cwd=tmp_path)
     main("trl_sft", *arguments(tmp_path / "one", 4))
     assert forked.end(started) == [0, 0], forked.printed(tmp_path)

@@ -113,8 +113,8 @@ def test_a_target_of_ones_own_needs_ranks_alone():
         (lambda: Energy(float("nan")), ["share", "nan"]),
         (lambda: Energy(0.5, lowest=0, multiple=-1), ["lowest", "0", "multiple", "-1"]),
         (lambda: Budget(parameters=-1), ["parameters", "-1"]),
-        (lambda: Budget(parameters=100, share=0.5), ["100", "0.5", "schedule.parameters", "schedule.share"]),
-        (lambda: Budget(share=0.5, lowest=5, highest=7, multiple=4), ["multiple", "5", "7", "schedule.multiple"]),
+        (lambda: Budget(parameters=100, share=0.5), ["100", "0.5", "parameters", "share"]),
+        (lambda: Budget(share=0.5, lowest=5, highest=7, multiple=4), ["multiple", "5", "7", "multiple"]),
         (lambda: Towards(4, 3, 2), ["step", "3", "2"]),
     ],
 )

@@ -76,7 +76,7 @@ def best(target, model):
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_budget_is_never_exceeded_and_falls_short_of_the_best_by_less_than_one_step(problem):
+def test_budget_is_never_exceeded_and_less_than_one_step_below_the_best(problem):
     target, model = problem
     ranks = target.ranks(model)
     assert all(rank in allowed(target, model[name]) for name, rank in ranks.items())
@@ -113,7 +113,7 @@ def test_a_larger_budget_keeps_no_less_and_the_order_of_layers_does_not_matter(p
 
 @settings(deadline=None)
 @given(problems(), st.floats(0.01, 1.0))
-def test_a_share_is_of_the_parameters_now_and_keeps_the_lowest_ranks_in_any_case(problem, share):
+def test_share_is_of_the_present_parameters_and_keeps_the_lowest_ranks(problem, share):
     target, model = problem
     pool = int(share * sum(state.rank * state.params_per_rank for state in model.values()) + 1e-9)
     least = sum(min(allowed(target, state)) * state.params_per_rank for state in model.values())

@@ -8,8 +8,8 @@ import torch
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.layers.quantized import is_quantized
+from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_causal_lm
-from dynrank.models.settings import ModelSettings
 from dynrank.tasks.language_modeling import LanguageModel
 
 ROWS = [{"prompt": f"item {i}:", "answer": f" {('class', 'import', 'return x')[i % 3]}"} for i in range(60)]

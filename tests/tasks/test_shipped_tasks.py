@@ -59,7 +59,7 @@ def test_experiments_have_the_ranks_of_head_and_rest_at_one_scaling(name, head, 
 
 # Libraries may warn, as on the command line.
 @pytest.mark.filterwarnings("ignore")
-def test_code_experiment_measures_right_before_and_right_after_the_drop_and_at_the_end(launch, tiny_llama, tmp_path):
+def test_code_experiment_measures_before_and_after_the_drop_and_at_the_end(launch, tiny_llama, tmp_path):
     """The drop by deadline, at a step where no validation is due."""
     task = ["task=code_completion", f"task.model={tiny_llama}", f"data.modules={MODULES}", "task.val_generate=3"]
     sizes = ["task.generate=4", "task.max_new_tokens=48", "task.limit=8", "task.batch_size=2"]

@@ -27,27 +27,27 @@ def test_at_in_steps(time, steps, reason):
 
 
 @given(st.integers(0, 100), st.integers(1, 10**6))
-def test_at_fraction_is_the_first_step_at_or_after_the_share_whatever_floats_say(percent, total):
+def test_at_fraction_is_the_first_step_at_or_after_the_exact_share(percent, total):
     exact = Fraction(percent, 100) * total
     assert At(fraction=percent / 100).in_steps(Run(total)) == -(-exact.numerator // exact.denominator)
 
 
 @pytest.mark.parametrize("options", [{}, {"step": 1, "epoch": 1}, {"step": 0, "fraction": 0.0}])
 def test_at_is_one_of_three(options):
-    with pytest.raises(ConfigurationError, match=r"one of step, epoch and fraction.*; set schedule\.trigger$"):
+    with pytest.raises(ConfigurationError, match=r"one of step, epoch and fraction.*; set trigger$"):
         At(**options)
 
 
 @pytest.mark.parametrize(("name", "value"), [("step", 1.5), ("epoch", -1), ("fraction", 1.5)])
-def test_at_refuses_a_value_out_of_range_with_its_key(name, value):
-    with pytest.raises(ConfigurationError, match=rf"{name} must .*schedule\.trigger\.{name}"):
+def test_at_refuses_a_value_out_of_range(name, value):
+    with pytest.raises(ConfigurationError, match=f"^{name} must .*got {value}$"):
         At(**{name: value})
 
 
 def test_at_needs_a_length_only_where_it_counts_in_it():
     unknown = Run(total_steps=None)
     assert At(step=7).in_steps(unknown) == 7
-    with pytest.raises(ConfigurationError, match=r"schedule\.trigger\.step"):
+    with pytest.raises(ConfigurationError, match="set step instead$"):
         At(epoch=1).in_steps(unknown)
-    with pytest.raises(ConfigurationError, match=r"trainer\.max_steps"):
+    with pytest.raises(ConfigurationError, match="set max_steps"):
         At(fraction=0.5).in_steps(unknown)

@@ -84,7 +84,7 @@ def test_mode_max_mirrors_mode_min():
 
 
 @pytest.mark.parametrize("name", ["drop_at_700", "fixed_16", "fixed_32"])
-def test_plateau_of_a_recorded_run_is_at_its_flat_end_and_not_on_the_steep_start(name):
+def test_plateau_of_a_recorded_run_is_at_its_flat_end(name):
     with open(Path(__file__).parent.parent / "data" / f"medical_terms_{name}.csv", encoding="utf-8") as file:
         rows = csv.DictReader(line for line in file if not line.startswith("#"))
         losses = [float(row["val/loss"]) for row in rows]

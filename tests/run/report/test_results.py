@@ -40,7 +40,7 @@ def test_training_between_validations_is_not_credited_to_the_change(rows, settin
     assert RunRecord.around(run, SimpleNamespace(step=10), "val/loss") == said
 
 
-def test_page_begins_with_the_test_the_final_weights_and_the_adapter_from_start_to_end(run_folder, tmp_path, page_of):
+def test_page_begins_with_results_final_weights_and_adapter(run_folder, tmp_path, page_of):
     folder = run_folder(tmp_path / "run", drops=[(10, 4)])
     # Another step than the last validation in metrics.csv, as after the last cut of schedule=auto.
     edited(folder, final={"val/loss": 0.9, "train/loss": 0.2}, gap=0.7)
