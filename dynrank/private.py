@@ -41,8 +41,6 @@ def backward_number() -> int:
     return torch._C._current_graph_task_id()
 
 
-
-
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")

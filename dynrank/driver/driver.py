@@ -82,14 +82,16 @@ class RankDriver:
         """Factor of the adapters' learning rates since the last change."""
         return self._rates[0].factor if self._rates else 1.0
 
-    def rates(self, training: Training) -> list[list[float]]:
-        """The adapters' rate in the next step, for each optimizer of ``training`` and each of its param groups.
+    def hidden_rates(self, training: Training) -> dict[str, float]:
+        """{``lr/adapter``: the adapters' rate in the next step}, if it is not the rate of their param group.
 
-        It is higher than the group's ``lr`` if the group also has other parameters and a change has raised it.
+        So it is after a change that has raised their rate, if the group also has other parameters or an unknown
+        scheduler. Of several such groups each has a name with its number.
         """
-        if self._rates:
-            return [rates.of_next_step() for rates in self._rates]
-        return [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in training.optimizers]
+        shown = [group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups]
+        used = [rate for rates in self._rates for rate in rates.of_next_step()]
+        hidden = {number: rate for number, rate in enumerate(used) if rate != shown[number]}
+        return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
 
     @property
     def monitors(self) -> list[str]:

@@ -74,10 +74,11 @@ class Rates:
                 _multiply(group, index, factor / group.get(CARRIED, 1.0), of_torch or [])
                 group[CARRIED] = factor
 
-    def of_next_step(self) -> list[float]:
+    def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
-        groups = self._optimizer.param_groups
-        return [float(g["lr"]) * (self._missing(g) if self._parted(g["params"])[0] else 1.0) for g in groups]
+        raised = [bool(self._parted(g["params"])[0]) and self._missing(g) != 1.0 for g in self._optimizer.param_groups]
+        groups = zip(self._optimizer.param_groups, raised, strict=True)
+        return [group["lr"] * self._missing(group) if up else group["lr"] for group, up in groups]
 
     def remove(self) -> None:
         """Remove the hooks; what the groups contain of the factor stays there."""
