@@ -68,10 +68,11 @@ class Rates:
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
         self._handles = [before(self._change), after(lambda *_: self.restore()), saved]
         of_torch = None if schedulers is None else _of_torch(schedulers, optimizer)
+        mark(optimizer)
         for index, group in enumerate(optimizer.param_groups if of_torch is not None else ()):
             own, others = self._parted(group["params"])
             if own and not others:
-                _multiply(group, index, factor / group.get(CARRIED, 1.0), of_torch or [])
+                _multiply(group, index, factor / group[CARRIED], of_torch or [])
                 group[CARRIED] = factor
 
     def of_next_step(self) -> list[Any]:
@@ -88,7 +89,7 @@ class Rates:
 
     def _missing(self, group: Mapping[str, Any]) -> float:
         """The part of the factor that the group's rate does not contain."""
-        return self.factor / float(group.get(CARRIED, 1.0))
+        return self.factor / float(group[CARRIED])
 
     def _change(self, optimizer: Optimizer, *_: Any) -> None:
         if all(self._missing(group) == 1.0 for group in optimizer.param_groups):
@@ -115,6 +116,12 @@ class Rates:
         """(adapters, others) among ``parameters``."""
         own = [parameter for parameter in parameters if id(parameter) in self._adapters]
         return own, [parameter for parameter in parameters if id(parameter) not in self._adapters]
+
+
+def mark(optimizer: Optimizer) -> None:
+    """Let every param group say which factor its rate contains; a new one contains none."""
+    for group in optimizer.param_groups:
+        group.setdefault(CARRIED, 1.0)
 
 
 def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
