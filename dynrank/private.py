@@ -70,3 +70,8 @@ def is_fabrics(module: Any) -> bool:
 def scaler_of_fabric(optimizer: Any) -> Any:
     """The GradScaler of an optimizer that Fabric has wrapped; None if there is none."""
     return getattr(getattr(getattr(optimizer, "_strategy", None), "precision", None), "scaler", None)
+
+
+def schedulers_in(scheduler: Any) -> list[Any]:
+    """The schedulers that torch's SequentialLR or ChainedScheduler holds; none for others."""
+    return list(getattr(scheduler, "_schedulers", ()))

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from dynrank.callbacks.rank_scheduler import LightningTraining, RankScheduler
+from dynrank.callbacks.rank_scheduler import RankScheduler
+from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, LOSS_FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.linalg import effective_rank
 from dynrank.output.console import print_table
-from dynrank.output.ranks import change_table
 from dynrank.output.whole_file import whole_file
 
 
@@ -28,7 +28,7 @@ class RankMonitor(Callback):
     layer, all loggers except the CSVLogger, where each name would be a column, get ``rank/layer/NAME``,
     ``energy_kept/NAME`` and ``effective_rank/NAME``. TensorBoard also gets ``spectrum/NAME``, a histogram of the
     singular values before a change. Each step logs its learning rates as ``lr/NAME``; NAME is a param group's ``name``,
-    or its number. (RankProgressBar shows the ranks in every step.)
+    or its number. (RankScheduler logs ``lr/adapter`` where it differs; RankProgressBar shows the ranks in every step.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with each layer's part in the
@@ -51,12 +51,10 @@ class RankMonitor(Callback):
         self._log_ranks(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        training = LightningTraining(trainer, pl_module)
-        for scheduler in [c for c in trainer.callbacks if isinstance(c, RankScheduler)]:  # type: ignore[attr-defined]
-            groups = [group for optimizer in training.optimizers for group in optimizer.param_groups]
-            rates = [rate for of_optimizer in scheduler.driver.rates(training) for rate in of_optimizer]
-            names = [f"lr/{group.get('name', number)}" for number, group in enumerate(groups)]
-            pl_module.log_dict(dict(zip(names, rates, strict=True)))
+        groups = [group for optimizer in trainer.optimizers for group in unwrapped_optimizer(optimizer).param_groups]
+        # An optimizer that computes its own rate may have None.
+        rates = {group.get("name", number): group["lr"] for number, group in enumerate(groups)}
+        pl_module.log_dict({f"lr/{name}": float(rate) for name, rate in rates.items() if rate is not None})
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         event = self._named(event)
@@ -64,9 +62,7 @@ class RankMonitor(Callback):
         self._log_change(trainer, event)
         self._log_ranks(trainer, pl_module)
         if trainer.is_global_zero:
-            verb = "taken back" if event.undone else "change"
-            title = f"rank {verb} at step {event.step}: {event.reason}"
-            print_table(change_table(title, event.layers, self._ranks(pl_module)))
+            print_table(event.table(self._ranks(pl_module)))
 
     def _log_change(self, trainer: Trainer, event: RankEvent) -> None:
         errors = torch.tensor([layer.predicted_error for layer in event.layers])

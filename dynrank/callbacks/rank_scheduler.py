@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.averages import act_after_averages, averages_of
+from dynrank.callbacks.lightning.best import forget_best, save_after_end, warn_of_other_ranks
 from dynrank.callbacks.lightning.ending import end_in_full
 from dynrank.callbacks.lightning.strategies import average_whole_gradients, check_strategy, follow_sharded_checkpoint
 from dynrank.callbacks.lightning.validation import run_missed_validation, validate_beside, validation_metrics
@@ -40,8 +41,18 @@ class RankScheduler(Callback):
     If a callback of the trainer defines ``on_rank_change(trainer, pl_module, event)``, this is called after each change
     was made or undone.
 
+    After a change that lowers ranks, the best so far no longer counts: for a ModelCheckpoint with a monitor everything
+    later is better, and its files of before are the first to be replaced; EarlyStopping starts anew. After a change
+    behind the last step, ModelCheckpoints save the changed model as their best and last. At the end a warning names a
+    best or last checkpoint whose ranks are not the model's.
+
+    If an adapter shares its param group with other parameters and a change raises its rate, the rate is logged as
+    ``lr/adapter``; elsewhere the group and its scheduler have the rate that is used.
+
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
+        keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks; nothing is
+            saved after the end then.
         check_every: optimizer steps between checks that all processes have the same adapters and optimizer state; None:
             checks only at the start, and before each change.
 
@@ -52,8 +63,9 @@ class RankScheduler(Callback):
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
+    def __init__(self, schedule: Schedule, *, check_every: int | None = None, keep_best_before: bool = False) -> None:
         self.driver = RankDriver(schedule, check_every=check_every)
+        self.keep_best_before = keep_best_before
         # Whether step() was called since the last batch began, and whether it was ever called.
         self._stepped = self._ever_stepped = False
 
@@ -117,8 +129,10 @@ class RankScheduler(Callback):
             between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         else:
             between_steps, self._stepped = self._stepped, False
+        training = LightningTraining(trainer, pl_module)
         if between_steps:
-            self.driver.advance(LightningTraining(trainer, pl_module))
+            self.driver.advance(training)
+        pl_module.log_dict(self.driver.hidden_rates(training))
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         average_whole_gradients(trainer, optimizer)
@@ -131,7 +145,16 @@ class RankScheduler(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_stepped(pl_module)
+        before = len(self.history)
         self.driver.finish(LightningTraining(trainer, pl_module))
+        if not self.keep_best_before and any(not event.undone for event in self.history[before:]):
+            save_after_end(trainer, self)
+        if self.history:
+            warn_of_other_ranks(trainer, pl_module)
+
+    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        if event.lowers and not self.keep_best_before:
+            forget_best(trainer, pl_module, event)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.driver.abort()
@@ -156,17 +179,16 @@ def _check_alone(scheduler: RankScheduler, trainer: Trainer) -> None:
         )
 
 
-# These callbacks are not called in validations that check a change.
-_UNCALLED = Checkpoint, EarlyStopping, Generations, RankScheduler
-
-
 class LightningTraining(Training):
     """The present state of a run of Lightning's Trainer; made anew in each hook."""
 
     validate_by = "give fit() validation data"
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().__init__(pl_module, trainer.optimizers, trainer.global_step, averages_of(trainer))
+        # An own optimizer_step may set rates, as Lightning's manual shows it.
+        sets_rates = is_overridden("optimizer_step", pl_module)
+        schedulers = None if sets_rates else [config.scheduler for config in trainer.lr_scheduler_configs]
+        super().__init__(pl_module, trainer.optimizers, trainer.global_step, averages_of(trainer), schedulers)
         self.trainer, self.pl_module = trainer, pl_module
 
     @property
@@ -181,8 +203,8 @@ class LightningTraining(Training):
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
     def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
-        """Validate for the metrics only; callbacks that save, stop or change ranks are not called."""
-        return validate_beside(self.trainer, *_UNCALLED, monitor=monitor)
+        """Validate for the metrics only."""
+        return validate_beside(self.trainer, monitor=monitor)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:
@@ -204,7 +226,16 @@ def _run(trainer: Trainer, pl_module: LightningModule) -> Run:
     # Under manual optimization only the module knows how many steps an epoch has.
     if not pl_module.automatic_optimization:
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
-    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
-    per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
-    # Lightning returns -1 if an epoch has unknown length.
-    return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)
+    total, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or 0
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    factors = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
+    if not factors or batches == float("inf"):
+        per_epoch = None if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
+        # Lightning returns -1 if an epoch has unknown length.
+        return Run(int(total) if 0 <= total < float("inf") else None, per_epoch and max(1, per_epoch))
+    # Lightning's own estimate takes the number of batches in a step for constant.
+    steps = [-(-int(batches) // factors[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs)]
+    most = trainer.max_steps if trainer.max_steps > 0 else None
+    if epochs > 0:
+        most = min(sum(steps), most or sum(steps))
+    return Run(most, steps[0] if len({*steps}) == 1 else None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-import gc
+import inspect
 import io
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -13,21 +13,29 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerCallback
+from transformers.trainer_callback import (
+    CallbackHandler,
+    EarlyStoppingCallback,
+    ExportableState,
+    TrainerCallback,
+)
 from transformers.trainer_utils import has_length
 
 from dynrank.adapters.save import save_adapter
 from dynrank.distributed.processes import process_count
 from dynrank.distributed.wrappers import ddp_modules
-from dynrank.driver.check import checked_metrics, observed_metrics
+from dynrank.driver.check import checked_metrics, metric_value, observed_metrics
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Training
+from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
-from dynrank.layers.finding import lora_layers, own_layers
+from dynrank.layers.finding import adapter_parameters, lora_layers, own_layers
 from dynrank.layers.frozen_base import with_marks_as_tensors, without_base
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.output.checkpoint_file import load_undamaged
+from dynrank.output.console import print_table
+from dynrank.output.ranks import ranks_in_words
 from dynrank.schedules import Schedule
 from dynrank.triggers import Run
 
@@ -47,10 +55,22 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     through ``add_lora``, ``model.safetensors`` in a checkpoint leaves out the frozen base, as PEFT's checkpoints do;
     resuming on another base is an error. The same folder gets the adapter in PEFT's format.
 
+    After a change that lowers ranks, the best so far no longer counts: ``state.best_metric`` and
+    ``best_model_checkpoint`` are empty until the next evaluation, and EarlyStoppingCallback starts anew. A change
+    behind the last step is made in the model that the Trainer has loaded, so ``trainer.save_model()`` saves the changed
+    one; a warning names the checkpoints on disk that have other ranks.
+
+    Each change is printed as a table. ``rank/mean``, ``rank/max`` and ``rank/parameters`` go to everything that hears
+    the Trainer's log (TensorBoard, W&B, the progress bar, ``state.log_history``). So does ``lr/adapter``, if an adapter
+    shares its param group with other parameters and a change has raised its rate; elsewhere the group and its scheduler
+    have the rate that is used. If another callback defines ``on_rank_change(args, state, control, event, **kwargs)``,
+    it is called after each change was made or undone.
+
     Args:
         schedule: as in :class:`dynrank.callbacks.RankScheduler`.
         evaluate: evaluates the present model and returns the metrics, for stages with ``max_regression``:
             ``lambda: trainer.evaluate()``.
+        keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
 
     Attributes:
         driver: carries out the schedule in the run.
@@ -59,15 +79,28 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(self, schedule: Schedule, *, evaluate: Callable[[], Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        evaluate: Callable[[], Mapping[str, Any]] | None = None,
+        keep_best_before: bool = False,
+    ) -> None:
         self.driver = RankDriver(schedule)
         self.evaluate = evaluate
+        self.keep_best_before = keep_best_before
+        # The Trainer's list of callbacks.
+        self.handler: CallbackHandler | None = None
         # The last value of every metric.
         self.logged: dict[str, float] = {}
         # Whether training is running; metrics from other times are ignored.
         self.listening = False
         # Metrics of evaluations that triggers have not read yet, of all data sets.
         self._evaluated: dict[str, float] = {}
+        # Whether an evaluation has shown that the metric of a check exists.
+        self._checked = False
+        # {step of a checkpoint: its ranks}
+        self._saved: dict[int, list[int]] = {}
 
     @property
     def history(self) -> list[RankEvent]:
@@ -82,36 +115,49 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             _follow(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        training = HFTraining(self, state, control, kwargs)
+        training = HFTraining(self, args, state, control, kwargs)
         _check_devices(args)
         _check_names(self)
+        self.handler = _calling_handler()
+        # So a change behind the last step is told before TensorBoard and others close their files.
+        self.handler.callbacks = [self, *(c for c in self.handler.callbacks if c is not self)]
         if process_count() > 1 and not ddp_modules(training.model):
             raise ConfigurationError("in several processes ranks change under plain DDP only; no DDP wraps the model")
         _follow(training.model)
         if state.global_step:
             self._load(state)
         self.driver.start(training, _run(args, state, kwargs["train_dataloader"]))
+        if state.global_step:
+            self._saved[state.global_step] = training.ranks
         self.listening = True
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        training = HFTraining(self, state, control, kwargs)
+        training = HFTraining(self, args, state, control, kwargs)
         self._show_evaluated(training)
         self.driver.advance(training)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # The Trainer increments its step count after this event.
-        self.driver.end_step(HFTraining(self, state, control, kwargs, steps_uncounted=1))
+        self.driver.end_step(HFTraining(self, args, state, control, kwargs, steps_uncounted=1))
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._saved[state.global_step] = HFTraining(self, args, state, control, kwargs).ranks
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
         if self.listening:
             self.logged |= _numbers(logs or {})
+            if logs and "learning_rate" in logs:
+                training = HFTraining(self, args, state, control, kwargs)
+                hidden = self.driver.hidden_rates(training)
+                if hidden:
+                    training.log(hidden)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any], **_: Any) -> None:
         if self.listening and state.global_step:
             self._evaluated |= _numbers(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        training = HFTraining(self, state, control, kwargs)
+        training = HFTraining(self, args, state, control, kwargs)
         if args.load_best_model_at_end:
             # The optimizer and the gates belong to the last weights; the loaded ones may have other ranks.
             training.optimizers = []
@@ -119,12 +165,36 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self._show_evaluated(training)
         self.driver.finish(training)
         self.listening = False
+        if self.history:
+            self._warn_of_other_ranks(training)
 
     def _show_evaluated(self, training: HFTraining) -> None:
         """Pass the evaluations since the last step to the driver together: each event had one data set."""
         if self._evaluated:
             metrics, self._evaluated = self._evaluated, {}
+            checked = checked_metrics(self.driver.stages)
+            if not self._checked and checked.keys() - metrics.keys():
+                # The user's function may return more, so only that decides.
+                metrics_of_check, _ = validate(training, "")
+                for name in checked:
+                    metric_value(metrics_of_check, name, checked)
+            self._checked = True
             self.driver.validated(training, metrics)
+
+    def _warn_of_other_ranks(self, training: HFTraining) -> None:
+        """Warn if the best or the last checkpoint has other ranks than the model, whose training has ended."""
+        state = training.state
+        steps = {max(self._saved, default=0): "last"}
+        if state.best_model_checkpoint is not None:
+            steps[state.best_global_step] = "best"
+        for step, kind in steps.items():
+            folder = Path(training.args.output_dir) / f"checkpoint-{step}"
+            if folder.is_dir() and self._saved.get(step, training.ranks) != training.ranks:
+                training.warn(
+                    f"the {kind} checkpoint, {str(folder)!r}, has {ranks_in_words(self._saved[step])}, but the trained "
+                    f"model has {ranks_in_words(training.ranks)}: no checkpoint was written after the last change of "
+                    "rank; save the model by trainer.save_model, or change ranks earlier"
+                )
 
     # The state in a checkpoint
 
@@ -132,6 +202,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         """The state for ``trainer_state.json``: the bytes of :func:`torch.save`, in base64 because the file is JSON."""
         buffer = io.BytesIO()
         state = {"driver": self.driver.state_dict(), "logged": self.logged, "evaluated": self._evaluated}
+        state["saved"] = self._saved
         torch.save(state, buffer)
         return {"args": {}, "attributes": {"saved": base64.b64encode(buffer.getvalue()).decode("ascii")}}
 
@@ -154,6 +225,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         saved = load_undamaged(io.BytesIO(content))
         self.driver.load_state_dict(saved["driver"])
         self.logged, self._evaluated = dict(saved["logged"]), dict(saved["evaluated"])
+        self._saved = dict(saved["saved"])
 
 
 class HFTraining(Training):
@@ -164,13 +236,22 @@ class HFTraining(Training):
     def __init__(
         self,
         callback: RankTrainerCallback,
+        args: Any,
         state: Any,
         control: Any,
         kwargs: Mapping[str, Any],
         steps_uncounted: int = 0,
     ) -> None:
-        super().__init__(kwargs["model"], [kwargs["optimizer"]], int(state.global_step) + steps_uncounted)
-        self.callback, self.state, self.control = callback, state, control
+        scheduler = kwargs.get("lr_scheduler")
+        step = int(state.global_step) + steps_uncounted
+        schedulers = None if scheduler is None else [scheduler]
+        super().__init__(kwargs["model"], [kwargs["optimizer"]], step, schedulers=schedulers)
+        self.callback, self.args, self.state, self.control, self.kwargs = callback, args, state, control, kwargs
+
+    @property
+    def ranks(self) -> list[int]:
+        """The rank of each layer."""
+        return [layer.rank for _, layer in lora_layers(self.model)]
 
     def logged(self) -> Mapping[str, float]:
         return self.callback.logged
@@ -183,25 +264,68 @@ class HFTraining(Training):
         """Evaluate in addition to the run's own evaluations; no callback is called, and nothing is logged."""
         # The driver checks `validates` first.
         assert self.callback.evaluate is not None
-        handlers = [o for o in gc.get_objects() if type(o) is CallbackHandler and self.callback in o.callbacks]
-        present = [handler.callbacks for handler in handlers]
+        handler = self.callback.handler
+        assert handler is not None
+        present, handler.callbacks = handler.callbacks, []
         logged = len(self.state.log_history)
         control = dict(vars(self.control))
-        for handler in handlers:
-            handler.callbacks = []
         try:
             return _numbers(self.callback.evaluate())
         finally:
-            for handler, callbacks in zip(handlers, present, strict=True):
-                handler.callbacks = callbacks
+            handler.callbacks = present
             del self.state.log_history[logged:]
             vars(self.control).update(control)
 
+    def log(self, values: Mapping[str, float]) -> None:
+        """Log ``values`` as the Trainer logs its own."""
+        logs = {**values} if self.state.epoch is None else {**values, "epoch": self.state.epoch}
+        self.state.log_history.append({**logs, "step": self.step})
+        if self.callback.handler is not None:
+            self.callback.handler.on_log(self.args, self.state, self.control, logs)
+
     def tell(self, event: RankEvent) -> None:
-        """Add the ranks after a change to the Trainer's log."""
-        ranks = [layer.rank for _, layer in lora_layers(self.model)]
-        values = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks)), "step": self.step}
-        self.state.log_history.append(values)
+        """Log the ranks, print the change, and call ``on_rank_change`` of every callback that defines it."""
+        ranks = self.ranks
+        parameters = sum(factor.numel() for factor in adapter_parameters(self.model))
+        means = {"rank/mean": sum(ranks) / len(ranks), "rank/max": float(max(ranks))}
+        self.log({**means, "rank/parameters": float(parameters)})
+        if self.state.is_world_process_zero:
+            print_table(event.table({name: layer.rank for name, layer in lora_layers(self.model)}))
+        if event.lowers and not self.callback.keep_best_before:
+            self._forget_best(event)
+        for callback in self.callback.handler.callbacks if self.callback.handler else ():
+            hook = getattr(callback, "on_rank_change", None)
+            if hook is not None:
+                hook(self.args, self.state, self.control, event=event, **self.kwargs)
+
+    def _forget_best(self, event: RankEvent) -> None:
+        """Let everything after ``event``, which has lowered ranks, count as better than everything before it."""
+        state = self.state
+        if state.best_metric is None:
+            return
+        if state.is_world_process_zero:
+            step = state.best_global_step
+            ranks = self.callback._saved.get(step, event.ranks_before)
+            at = f"{self.args.metric_for_best_model} {state.best_metric:.4g}" if step is None else f"step {step}"
+            print(
+                f"best so far: {at} at {ranks_in_words(ranks)}; from here on the best of {ranks_in_words(self.ranks)} "
+                "counts (RankTrainerCallback's keep_best_before)"
+            )
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        for callback in self.callback.handler.callbacks if self.callback.handler else ():
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = 0
+
+
+def _calling_handler() -> CallbackHandler:
+    """The Trainer's list of callbacks, from a method of which an event is being called: no event passes it on."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        handler = frame.f_locals.get("self")
+        if isinstance(handler, CallbackHandler):
+            return handler
+        frame = frame.f_back
+    raise RuntimeError("on_train_begin has to be called by transformers' Trainer")
 
 
 def _follow(model: Any) -> None:

@@ -121,6 +121,11 @@ def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], op
             "schedule.how.optimizer_state=reset"
         )
     for parameter in parameters:
+        if parameter.ndim > 2 and ROW in rules.values():
+            raise ConfigurationError(
+                f"optimizer {name} keeps means of a convolution's factor (shape {[*parameter.shape]}) that cannot be "
+                "carried; set schedule.how.optimizer_state=reset, or take another optimizer"
+            )
         for key, value in optimizer.state.get(parameter, {}).items():
             if key not in rules:
                 raise ConfigurationError(

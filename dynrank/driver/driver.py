@@ -82,11 +82,16 @@ class RankDriver:
         """Factor of the adapters' learning rates since the last change."""
         return self._rates[0].factor if self._rates else 1.0
 
-    def rates(self, training: Training) -> list[list[float]]:
-        """The learning rate of the next step, for each optimizer of ``training`` and each of its param groups."""
-        if self._rates:
-            return [rates.of_next_step() for rates in self._rates]
-        return [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in training.optimizers]
+    def hidden_rates(self, training: Training) -> dict[str, float]:
+        """{``lr/adapter``: the adapters' rate in the next step}, if it is not the rate of their param group.
+
+        So it is after a change that has raised their rate, if the group also has other parameters or an unknown
+        scheduler. Of several such groups each has a name with its number.
+        """
+        shown = [group["lr"] for optimizer in training.optimizers for group in optimizer.param_groups]
+        used = [rate for rates in self._rates for rate in rates.of_next_step()]
+        hidden = {number: rate for number, rate in enumerate(used) if rate != shown[number]}
+        return {"lr/adapter" if len(hidden) == 1 else f"lr/adapter/{n}": float(rate) for n, rate in hidden.items()}
 
     @property
     def monitors(self) -> list[str]:
@@ -116,8 +121,9 @@ class RankDriver:
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._other:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
+        # Also without a checkpoint: a second run of the same schedule has new optimizers.
+        self._multiply_rates(training, self._loaded.get("rate_factor", 1.0))
         if self._loaded:
-            self._multiply_rates(training, self._loaded["rate_factor"])
             self._window.load_state_dict(self._loaded["gates"], training.model)
             self._loaded = {}
 
@@ -348,9 +354,8 @@ class RankDriver:
         """Multiply the adapters' rates by ``factor`` from now on."""
         factor *= self.rate_factor
         self._remove_rates()
-        if factor != 1.0:
-            adapters = adapter_parameters(training.model)
-            self._rates = [Rates(optimizer, adapters, factor) for optimizer in training.optimizers]
+        adapters = adapter_parameters(training.model)
+        self._rates = [Rates(optimizer, adapters, factor, training.schedulers) for optimizer in training.optimizers]
 
     def _remove_rates(self) -> None:
         for rates in self._rates:

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from rich.table import Table
+
 from dynrank.change.greedy import LossChange
 from dynrank.change.resize import LayerReport
 from dynrank.errors import read_as
+from dynrank.output.ranks import change_table, ranks_in_words
 
 LOSS_FIELDS = tuple(part.name for part in fields(LossChange))
 # Columns of rank_history.csv. The columns of the estimated change of the loss are empty without gates.
@@ -30,6 +33,34 @@ class RankEvent:
     reason: str
     layers: tuple[LayerReport, ...]
     undone: bool = False
+
+    def __str__(self) -> str:
+        """One line: the step, the ranks, and the reason."""
+        ranks = f"{ranks_in_words(self.ranks_before)} → {ranks_in_words(la.rank_after for la in self.layers)}"
+        return f"{self.title} ({ranks} in {len(self.layers)} layers)"
+
+    @property
+    def title(self) -> str:
+        """The step and the reason, as the heading of the table."""
+        return f"rank {'taken back' if self.undone else 'change'} at step {self.step}: {self.reason}"
+
+    def table(self, ranks: Mapping[str, int] | None = None) -> Table:
+        """A table of rich, with a line for each kind of layer.
+
+        ``ranks`` are those of all layers after the change, and give the table the layers that did not change.
+        """
+        changed = {la.layer: la.rank_before if self.undone else la.rank_after for la in self.layers}
+        return change_table(self.title, self.layers, ranks or changed)
+
+    @property
+    def ranks_before(self) -> list[int]:
+        """The ranks of the changed layers before the change."""
+        return [layer.rank_before for layer in self.layers]
+
+    @property
+    def lowers(self) -> bool:
+        """Whether the change was made and has lowered a rank."""
+        return not self.undone and any(layer.rank_after < layer.rank_before for layer in self.layers)
 
     @property
     def loss(self) -> LossChange | None:

@@ -7,11 +7,13 @@ from math import sqrt
 from statistics import mean
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
+from torch.optim import Adafactor, Optimizer
 
+from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
+from dynrank.private import schedulers_in
 from dynrank.schedules import How
 
 # Below this share of the starting learning rate a model cannot recover from a cut.
@@ -25,20 +27,38 @@ def rate_factor(how: How, before: Mapping[str, int], after: Mapping[str, int]) -
     return how.rate_after
 
 
+# The factor that the rate of a param group contains. It stands in the group, so a checkpoint stores it with that rate.
+CARRIED = "rank_rate"
+# The rates in a param group: the present one, and those by which torch's schedulers compute it.
+_RATES = ("lr", "initial_lr", "max_lr", "min_lr")
+
+
 class Rates:
     """Multiplies the learning rates of adapters by a factor.
 
-    Rates are changed just before a step of the optimizer and restored just after it, so schedulers never see the
-    changed values. Adapters that share a param group with other parameters get their own group during the step. So the
-    factor applies to no other parameter, and schedulers and checkpoints see the groups that the user has made.
+    Where a param group has adapters alone and its schedulers are torch's, the factor is multiplied into the group's
+    rate and the schedulers' base rates. So everybody who reads them sees the rate that is used, and schedulers go on
+    as if they had been made with the multiplied rate. (Limits such as ``eta_min`` stay.) A group without a scheduler
+    has its rate multiplied, too.
+
+    In other groups rates are changed just before a step of the optimizer and restored just after it: adapters get their
+    own group during the step, and the factor applies to no other parameter. So it is for all groups if the schedulers
+    are unknown: they, or the loop itself, may set absolute rates.
 
     Args:
         optimizer: the optimizer to hook.
         adapters: the factors of all LoRA layers.
-        factor: factor of the adapters' rates.
+        factor: factor of the adapters' rates, in total; a group may contain a part of it already.
+        schedulers: all schedulers of the run; None: unknown.
     """
 
-    def __init__(self, optimizer: Optimizer, adapters: Collection[nn.Parameter], factor: float) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        adapters: Collection[nn.Parameter],
+        factor: float,
+        schedulers: Sequence[Any] | None = None,
+    ) -> None:
         self.factor = factor
         self._optimizer, self._adapters = optimizer, {id(parameter) for parameter in adapters}
         # The original rate and parameters of each group, during a step.
@@ -47,20 +67,32 @@ class Rates:
         # After an exception in a step's closure the rates are still changed, and a checkpoint may be written then.
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
         self._handles = [before(self._change), after(lambda *_: self.restore()), saved]
+        of_torch = None if schedulers is None else _of_torch(schedulers, optimizer)
+        mark(optimizer)
+        for index, group in enumerate(optimizer.param_groups if of_torch is not None else ()):
+            own, others = self._parted(group["params"])
+            if own and not others:
+                _multiply(group, index, factor / group[CARRIED], of_torch or [])
+                group[CARRIED] = factor
 
-    def of_next_step(self) -> list[float]:
+    def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""
-        groups = self._optimizer.param_groups
-        return [float(g["lr"]) * (self.factor if self._parted(g["params"])[0] else 1.0) for g in groups]
+        raised = [bool(self._parted(g["params"])[0]) and self._missing(g) != 1.0 for g in self._optimizer.param_groups]
+        groups = zip(self._optimizer.param_groups, raised, strict=True)
+        return [group["lr"] * self._missing(group) if up else group["lr"] for group, up in groups]
 
     def remove(self) -> None:
-        """Remove the hooks; the rates are no longer changed."""
+        """Remove the hooks; what the groups contain of the factor stays there."""
         self.restore()
         for handle in self._handles:
             handle.remove()
 
+    def _missing(self, group: Mapping[str, Any]) -> float:
+        """The part of the factor that the group's rate does not contain."""
+        return self.factor / float(group[CARRIED])
+
     def _change(self, optimizer: Optimizer, *_: Any) -> None:
-        if self.factor == 1.0:
+        if all(self._missing(group) == 1.0 for group in optimizer.param_groups):
             return
         self.restore()
         self._groups = [(group["lr"], group["params"]) for group in optimizer.param_groups]
@@ -68,9 +100,9 @@ class Rates:
             own, others = self._parted(group["params"])
             if own and others:
                 group["params"] = others
-                optimizer.param_groups.append({**group, "params": own, "lr": group["lr"] * self.factor})
+                optimizer.param_groups.append({**group, "params": own, "lr": group["lr"] * self._missing(group)})
             elif own:
-                group["lr"] = group["lr"] * self.factor
+                group["lr"] = group["lr"] * self._missing(group)
 
     def restore(self) -> None:
         """Restore the groups to their state before the present step, if a step is running."""
@@ -86,17 +118,76 @@ class Rates:
         return own, [parameter for parameter in parameters if id(parameter) not in self._adapters]
 
 
+def mark(optimizer: Optimizer) -> None:
+    """Let every param group say which factor its rate contains; a new one contains none."""
+    for group in optimizer.param_groups:
+        group.setdefault(CARRIED, 1.0)
+
+
+def _of_torch(schedulers: Sequence[Any], optimizer: Optimizer) -> list[Any] | None:
+    """The schedulers of ``optimizer``, with those inside them; None if one of them is not a class of torch's.
+
+    Another class may compute rates from values that are not known here.
+    """
+    found: list[Any] = []
+    # accelerate wraps schedulers.
+    waiting = [getattr(scheduler, "scheduler", scheduler) for scheduler in schedulers]
+    while waiting:
+        scheduler = waiting.pop()
+        if unwrapped_optimizer(scheduler.optimizer) is optimizer:
+            found.append(scheduler)
+            waiting += schedulers_in(scheduler)
+    return found if all(type(s).__module__ == "torch.optim.lr_scheduler" for s in found) else None
+
+
+def _multiply(group: dict[str, Any], index: int, ratio: float, schedulers: Sequence[Any]) -> None:
+    """Multiply the rate of ``group``, which is number ``index``, and its schedulers' base rates by ``ratio``."""
+    if ratio == 1.0:
+        return
+    now = float(group["lr"])
+    # These schedulers go from a base rate down to eta_min, and only the part above eta_min falls.
+    floors = [s.eta_min for s in schedulers if hasattr(s, "eta_min") and float(s.get_last_lr()[index]) == now]
+    floor, base = (floors or [0.0])[0], float(group.get("initial_lr", now))
+    above = (base * ratio - floor) / (base - floor) if base != floor else ratio
+    for name in _RATES:
+        if name in group:
+            scaled = floor + (now - floor) * above if name == "lr" else group[name] * ratio
+            if isinstance(group[name], Tensor):
+                # Captured steps of an optimizer read this tensor.
+                group[name].fill_(scaled)
+            else:
+                group[name] = scaled
+    for scheduler in schedulers:
+        for rates in (getattr(scheduler, "base_lrs", None), getattr(scheduler, "max_lrs", None)):
+            if rates is not None:
+                rates[index] = rates[index] * ratio
+        # Nested schedulers may share this list.
+        shown = scheduler.get_last_lr()
+        if float(shown[index]) == now:
+            shown[index] = group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"]
+
+
 # Keys under which some optimizers keep state in the param group instead of in each parameter's state.
 _GROUP_STATE = {"k", "weight_sum", "d"}
 
 
 def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: How) -> None:
-    """Refuse a factor for adapters that share a param group whose own state forbids splitting it for a step."""
+    """Refuse a factor for adapters whose optimizer computes its rates, or whose param group cannot be split for a step.
+
+    A group with other parameters is split for the step, which state in the group forbids.
+    """
     known = {id(parameter) for parameter in adapters}
+    name = type(optimizer).__name__
     for number, group in enumerate(optimizer.param_groups if how.rate_after != 1.0 else ()):
         others = sum(id(parameter) not in known for parameter in group["params"])
-        if 0 < others < len(group["params"]) and _GROUP_STATE & group.keys():
-            name = type(optimizer).__name__
+        if others < len(group["params"]) and group.get("relative_step", False):
+            raise ConfigurationError(
+                f"rate_after={how.rate_after} multiplies the adapters' learning rates, but {name} computes its own; "
+                f"set rate_after=1 (schedule.how.rate_after), or {name}(..., lr=1e-3, relative_step=False)"
+            )
+        # The d of torch's Adafactor is a setting.
+        state = _GROUP_STATE & group.keys() if not isinstance(optimizer, Adafactor) else ()
+        if 0 < others < len(group["params"]) and state:
             raise ConfigurationError(
                 f"rate_after={how.rate_after} multiplies the adapters' learning rates alone, but {name} keeps state in "
                 f"param group {number}, which also has {others} other parameters. Set rate_after=1 "

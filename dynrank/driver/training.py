@@ -34,12 +34,16 @@ class Training:
         optimizers: all optimizers of the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
         averages: moving averages of the model's weights; their ranks change with the model's.
+        schedulers: all learning-rate schedulers; [] if there are none. Their rates, which logs show, are then
+            multiplied when a change raises the adapters' rate (``rate_after``). None: unknown, so the rate is raised
+            inside each step of the optimizer, and schedulers and logs show it without that factor.
     """
 
     model: nn.Module
     optimizers: Sequence[Optimizer]
     step: int = 0
     averages: Sequence[nn.Module] = ()
+    schedulers: Sequence[Any] | None = None
 
     # Advice in error messages: how the user makes a run validate.
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"

@@ -51,6 +51,16 @@ def block_of(name: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(_NUMBER, name)))
 
 
+def ranks_in_words(ranks: Iterable[int]) -> str:
+    """The lowest and the highest of ``ranks``.
+
+    >>> ranks_in_words([16, 16]), ranks_in_words([1, 3, 8])
+    ('rank 16', 'ranks 1 to 8')
+    """
+    low, *_, high = sorted({*ranks}) * 2
+    return f"rank {low}" if low == high else f"ranks {low} to {high}"
+
+
 def slot_rank(highest: int) -> int:
     """The lowest --max-lora-rank of vLLM for adapters of this highest rank, or the rank itself if it is too high.
 

@@ -136,7 +136,7 @@ class Budget(Stepped):
         below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
         choices = [*below, layer.rank] if layer.rank <= top else below
         # If no multiple lies within the bounds, the bounds count and not the multiple.
-        return choices or [max(low, top)]
+        return choices or [layer.shrunk(max(low, top))]
 
     def _cap(self, layer: LayerState) -> int:
         return layer.cap or self.highest or layer.rank

@@ -58,7 +58,10 @@ class At:
             return self.step
         if self.epoch is not None:
             if run.steps_per_epoch is None:
-                raise ConfigurationError("an epoch needs data of known length; set schedule.trigger.step instead")
+                raise ConfigurationError(
+                    "an epoch needs data of known length, and steps of equally many batches; set "
+                    "schedule.trigger.step instead"
+                )
             return self.epoch * run.steps_per_epoch
         if run.total_steps is None:
             raise ConfigurationError("a share of a run needs a run of known length; set trainer.max_steps")

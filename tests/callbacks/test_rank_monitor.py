@@ -1,8 +1,11 @@
 """What is told of a change of rank: files, a printed table, any logger, TensorBoard, bars."""
 
+import math
+
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tables import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -91,6 +94,54 @@ def test_rate_that_is_logged_is_the_one_that_the_step_takes(changed):
     changed(taken, RankMonitor(), logger=logger, stage=stage, accumulate_grad_batches=2)
     assert logger.column("lr/0") == list(enumerate(pytest.approx(rate) for rate in taken.rates))
     assert taken.rates[4] > 1.5 * taken.rates[0]
+
+
+RAISED = Stage(At(step=4), Rank(3), how=How(rate_after=2.0))
+
+
+def test_learning_rate_monitor_shows_the_rate_that_the_step_takes(changed, tmp_path):
+    """Lightning's own callback, read back from TensorBoard's file."""
+    taken, logger = Taken(), TensorBoardLogger(tmp_path, name="", version="")
+    _, scheduler, _ = changed(taken, LearningRateMonitor("step"), logger=logger, stage=RAISED)
+    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("lr-AdamW")
+    assert [point.value for point in shown[-3:]] == pytest.approx(taken.rates[-3:])
+    assert taken.rates[4] == pytest.approx(2 * 0.5e-2 * (1 + math.cos(math.pi * 4 / 60)))
+    assert scheduler.driver.rate_factor == 2
+
+
+def test_second_fit_of_a_trainer_keeps_the_raised_rate(changed, regression, tmp_path):
+    """Its optimizer and scheduler are new ones."""
+    taken, logger = Taken(), Keeping()
+    module, scheduler, trainer = changed(taken, RankMonitor(), LearningRateMonitor("step"), logger=logger, stage=RAISED)
+    trainer.fit_loop.epoch_loop.max_steps, before = 12, len(taken.rates)
+    trainer.fit(module, *regression[1]())
+    assert (before, len(taken.rates)) == (8, 4)
+    assert taken.rates[0] == pytest.approx(2e-2)
+    for name in ("lr/0", "lr-AdamW"):
+        assert [rate for step, rate in logger.column(name)][-3:] == pytest.approx(taken.rates[-3:]), name
+
+
+@pytest.mark.parametrize("own_step", [False, True])
+def test_rate_of_an_adapter_is_logged_beside_that_of_a_head_in_its_group(fit, regression, own_step):
+    """So it is of an adapter alone, if the module has an own optimizer_step, which may set rates."""
+
+    class Sharing(regression[0]):
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Parameter(torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) + self.head.square().sum()
+
+    class Warming(regression[0]):
+        def optimizer_step(self, *args):
+            super().optimizer_step(*args)
+
+    logger, taken = Keeping(), Taken()
+    module = Warming() if own_step else Sharing()
+    _, trainer = fit(RankScheduler(RAISED), RankMonitor(), taken, module=module, logger=logger, log_every_n_steps=1)
+    assert logger.column("lr/adapter") == [(step, pytest.approx(taken.rates[step])) for step in range(4, 24)]
+    assert [rate for _, rate in logger.column("lr/0")][4:] == pytest.approx([r / 2 for r in taken.rates[4:]])
 
 
 def test_loggers_get_rank_energy_and_effective_rank_of_each_layer(changed):

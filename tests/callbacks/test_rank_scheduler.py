@@ -6,7 +6,12 @@ What does not depend on the trainer is tested in tests/driver.
 import lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from tables import rows
 from torch.utils.data import DataLoader, IterableDataset, default_collate
@@ -104,11 +109,13 @@ def test_stage_due_after_the_last_step_is_done_by_a_resume(fit, assert_same, tmp
 
     def run(*callbacks, **options):
         when = Plateau(patience=1, min_delta=0.99) if end == "plateau" else At(fraction=1.0)
-        scheduler = RankScheduler(Stage(when, Rank(3), how=How(max_regression=1e9)))
+        # So the files of the last step stay as they are before the change.
+        scheduler = RankScheduler(Stage(when, Rank(3), how=How(max_regression=1e9)), keep_best_before=True)
         average = [EMAWeightAveraging(decay=0.8)] if end == "average" else []
         return *fit(scheduler, *average, *callbacks, max_steps=10, **options), scheduler.history
 
-    module, trainer, history = run(validations(tmp_path), saved=tmp_path)
+    with pytest.warns(UserWarning, match=r"the (best|last) checkpoint.*step 10, has rank 6.*model has rank 3"):
+        module, trainer, history = run(validations(tmp_path), saved=tmp_path)
     assert ranks(module) == {3}
     files = sorted(tmp_path.glob("*step=10*"))
     # One file is from before the validation, and one from after it.
@@ -259,13 +266,40 @@ def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regressi
             self.log("test/loss", torch.nn.functional.mse_loss(self.net(batch[0]), batch[1]))
 
     before = kind(tmp_path, filename="before", every_n_train_steps=9, save_on_train_epoch_end=False)
-    module, fitted = fit(RankScheduler(at(11, Rank(3))), before, module=Tested(), max_steps=12)
+    words = r"the last checkpoint, .*before.ckpt' of step 9, has rank 6, but the trained model has rank 3"
+    with pytest.warns(UserWarning, match=words):
+        module, fitted = fit(RankScheduler(at(11, Rank(3))), before, module=Tested(), max_steps=12)
     assert ranks(module) == {3}
     reloaded = Tested.load_from_checkpoint(before.best_model_path)
     assert ranks(reloaded) == {6}
     expected = trainer().test(reloaded, val, verbose=False)
     assert fitted.test(module, val, ckpt_path="best", verbose=False) == expected
     assert ranks(module) == {6}
+
+
+class Lengthening(GradientAccumulationScheduler):
+    """One batch in a step, from the third epoch on four."""
+
+    def __init__(self):
+        super().__init__({0: 1, 2: 4})
+
+
+def test_run_whose_steps_become_longer_has_its_number_of_steps(regression):
+    """Of 10 batches: two epochs of 10 steps, and two of 3."""
+    module_class, data, trainer = regression
+    scheduler = RankScheduler([Stage(Plateau(patience=99), Rank(3), deadline=0.75)])
+    made = trainer(callbacks=[scheduler, Lengthening()], max_epochs=4, num_sanity_val_steps=0)
+    made.fit(module_class(), *data())
+    assert made.global_step == 26
+    assert [event.step for event in scheduler.history] == [20]
+
+
+def test_epochs_are_no_time_where_they_have_unlike_numbers_of_steps(regression):
+    module_class, data, trainer = regression
+    scheduler = RankScheduler(Stage(At(epoch=1), Rank(3)))
+    made = trainer(callbacks=[scheduler, Lengthening()], max_epochs=4, num_sanity_val_steps=0)
+    with pytest.raises(ConfigurationError, match="steps of equally many batches; set schedule.trigger.step"):
+        made.fit(module_class(), *data())
 
 
 def test_same_trainer_goes_on_with_its_scheduler(regression, fit):

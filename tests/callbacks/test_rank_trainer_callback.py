@@ -14,12 +14,13 @@ import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dynrank
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage
+from dynrank.schedules import How, Stage, auto
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At, Plateau
 
@@ -153,27 +154,114 @@ def test_plateau_reads_the_evaluations_and_survives_a_resume(tmp_path):
         assert [event.step for event in second.history] == [6]
 
 
-def trained_to_its_best(folder, model, schedule):
-    """It ends with its weights of step 2: the first score is the best one."""
-    scores, best = iter(range(9, 0, -1)), {"load_best_model_at_end": True, "metric_for_best_model": "score"}
-    made = trainer(folder, model, schedule, **best, **EVALUATING, **SAVING)
-    made.compute_metrics = lambda _: {"score": next(scores)}
+SCORING = {"metric_for_best_model": "score", "greater_is_better": True, "load_best_model_at_end": True}
+
+
+def scored(folder, model, schedule, first=9, **options):
+    """A Trainer of which each evaluation has a worse score than the one before; it saves after each."""
+    scores = itertools.count(first, -1)
+    made = trainer(folder, model, schedule, **SCORING, **EVALUATING, **SAVING, **options)
+    made.compute_metrics = lambda _: {"score": float(next(scores))}
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:the (best|last) checkpoint")
+@MODELS
+def test_best_model_of_before_a_cut_comes_back_with_its_own_ranks_if_asked(make, tmp_path):
+    model, schedule = make(), RankTrainerCallback(Stage(At(step=4), Rank(2)), keep_best_before=True)
+    made = scored(tmp_path, model, schedule)
     made.train()
     assert made.state.best_model_checkpoint.endswith("checkpoint-2")
-
-
-@MODELS
-def test_best_model_comes_back_with_its_own_ranks(make, tmp_path):
-    model, schedule = make(), callback([Stage(At(step=4), Rank(2))])
-    trained_to_its_best(tmp_path, model, schedule)
     assert (len(schedule.history), ranks(model)) == (1, {4})
 
 
+def test_best_model_is_the_best_of_after_the_cut_also_after_a_resume(tmp_path, capsys):
+    for start in (None, 2, 4, 6):
+        model, schedule = wrapped(), callback([Stage(At(step=4), Rank(2))])
+        made = scored(tmp_path / f"from {start}", model, schedule, first=9 - (start or 0) // 2)
+        source = tmp_path / "from None" / f"checkpoint-{start}"
+        made.train(resume_from_checkpoint=str(source) if start else None)
+        if start != 6:
+            words = "best so far: step 2 at rank 4; from here on the best of rank 2 counts"
+            assert words in " ".join(capsys.readouterr().out.split())
+        assert made.state.best_global_step == 6
+        assert ranks(model) == {2}
+        made.save_model(str(tmp_path / "end"))
+        assert ranks(PeftModel.from_pretrained(base(), tmp_path / "end")) == {2}
+
+
+def test_early_stopping_begins_anew_after_the_cut(tmp_path):
+    """With a patience of 2 and the best score in the first evaluation, training stops at the third one."""
+    ends = []
+    for stages in ([], [Stage(At(step=4), Rank(2))]):
+        made = scored(tmp_path, own(), callback(stages), max_steps=20)
+        made.add_callback(hf.EarlyStoppingCallback(early_stopping_patience=2))
+        made.train()
+        ends.append(made.state.global_step)
+    assert ends == [6, 10]
+
+
+def test_cut_behind_the_last_step_is_what_the_trainer_saves_and_the_other_files_are_named(tmp_path):
+    """The best one is loaded first."""
+    model, schedule = wrapped(), callback([Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2))])
+    made = scored(tmp_path, model, schedule)
+    words = r"the last checkpoint, '.*checkpoint-10', has rank 3, but the trained model has rank 2:.*save_model"
+    with pytest.warns(UserWarning, match=words):
+        made.train()
+    assert made.state.best_model_checkpoint is None
+    made.save_model(str(tmp_path / "end"))
+    assert ranks(PeftModel.from_pretrained(base(), tmp_path / "end")) == {2}
+
+
+@pytest.mark.filterwarnings("ignore:the (best|last) checkpoint")
 def test_gates_do_not_judge_weights_that_were_loaded_after_they_were_watched(tmp_path):
     """The best checkpoint is of before; a cut after the last step is made of its weights, by weight."""
     schedule = callback([Stage(At(fraction=1.0), Rank(2), how=How(metric="gates", window=4))])
-    trained_to_its_best(tmp_path, own(), schedule)
+    scored(tmp_path, own(), schedule).train()
     assert [event.reason.partition(",")[2][:10] for event in schedule.history] == [" by weight"]
+
+
+class Hearing(TrainerCallback):
+    def __init__(self):
+        self.heard = []
+
+    def on_rank_change(self, args, state, control, event, model, **_):
+        self.heard.append((state.global_step, event, ranks(model)))
+
+
+def test_changes_are_logged_printed_and_told_to_other_callbacks(tmp_path, capsys, monkeypatch):
+    """Also the one behind the last step, after which TensorBoard's file is closed."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    schedule, hearing, model = (
+        callback([Stage(At(step=4), Rank(2)), Stage(At(fraction=1.0), Rank(1))]),
+        Hearing(),
+        own(),
+    )
+    made = trainer(tmp_path, model, schedule, report_to=["tensorboard"])
+    made.add_callback(hearing)
+    made.train()
+    assert hearing.heard == [(4, schedule.history[0], {2}), (STEPS, schedule.history[1], {1})]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "rank change at step 4: step 4" in printed
+    assert "│ all │ 7 │ 4 → 2 │" in printed
+    parameters = sum(factor.numel() for factor in dynrank.adapter_parameters(model))
+    files = [*(tmp_path / "board").rglob("*tfevents*")]
+    assert len(files) == 1
+    shown = EventAccumulator(str(files[0])).Reload()
+    expected = {"rank/mean": (2, 1), "rank/max": (2, 1), "rank/parameters": (2 * parameters, parameters)}
+    for name, (first, last) in expected.items():
+        points = [(point.step, point.value) for point in shown.Scalars(f"train/{name}")]
+        assert points == [(4, first), (STEPS, last)], name
+        rows = [(row["step"], row[name]) for row in made.state.log_history if name in row]
+        assert rows == points
+
+
+def test_event_is_one_line_and_its_table_names_the_kinds_of_layers(tmp_path):
+    schedule = callback([Stage(At(step=4), Rank(2))])
+    trainer(tmp_path, own(), schedule, max_steps=5).train()
+    (event,) = schedule.history
+    assert str(event) == "rank change at step 4: step 4 (rank 4 → rank 2 in 7 layers)"
+    assert "self_attn.q_proj" in list(event.table().columns[0].cells)
 
 
 class Stopping(TrainerCallback):
@@ -440,6 +528,46 @@ class Rates(TrainerCallback):
         return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
 
+def test_rate_that_the_trainer_logs_is_the_one_that_the_steps_take(tmp_path):
+    """Of a PEFT model, with a linear decay; and after a resume behind the change."""
+
+    class Taking(TrainerCallback):
+        def on_train_begin(self, args, state, control, optimizer, **_):
+            self.taken, inner = [], optimizer.optimizer
+            inner.register_step_post_hook(lambda *_: self.taken.append(inner.param_groups[0]["lr"]))
+
+    def run(folder, **options):
+        schedule = callback([Stage(At(step=4), Rank(2))], rate_after=2.0)
+        made, taking = trainer(folder, wrapped(), schedule, **SAVING), Taking()
+        made.add_callback(taking)
+        made.train(**options)
+        logged = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+        assert not any("lr/adapter" in row for row in made.state.log_history)
+        return logged, taking.taken
+
+    logged, taken = run(tmp_path)
+    assert taken == pytest.approx([1e-2 * (1 - step / STEPS) * (2 if step >= 4 else 1) for step in range(STEPS)])
+    # The Trainer logs the rate of the step that comes next or of the one that was made, by version.
+    assert logged[5:9] in (pytest.approx(taken[5:9]), pytest.approx(taken[6:10]))
+    assert run(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-6"))[1] == taken[6:]
+
+
+def test_metric_of_a_search_is_missed_at_the_first_evaluation(tmp_path):
+    """Two data sets have two losses, of which none is eval_loss; a user's function may return one all the same."""
+
+    def run(**more):
+        schedule = RankTrainerCallback(auto(0.3, at=0.5), evaluate=lambda: made.evaluate() | more)
+        made = trainer(tmp_path, own(), schedule, eval_strategy="steps", eval_steps=4)
+        made.eval_dataset = {"a": data(4), "b": data(8)}
+        made.train()
+        return schedule
+
+    with pytest.raises(ConfigurationError, match="check_monitor .*got 'val/loss'; logged: .*'eval_a_loss'") as raised:
+        run()
+    assert "eval_b_loss" in str(raised.value)
+    assert run(eval_loss=1.0).history
+
+
 def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(tmp_path):
     def run(folder, **options):
         torch.manual_seed(0)
@@ -461,6 +589,10 @@ def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(tmp
     for parameter, rate in seen.items():
         expected = planned[0] * (factor if parameter in adapters else 1.0)
         assert rate == pytest.approx(expected), parameter in adapters
+    logged = [row["lr/adapter"] for row in made.state.log_history if "lr/adapter" in row]
+    shown = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    assert logged == pytest.approx([factor * rate for rate in shown[-len(logged) :]])
+    assert 0 < len(logged) < len(shown) == STEPS
     saved = torch.load(tmp_path / f"checkpoint-{STEPS}" / "optimizer.pt")
     # One group has weight decay, and the other has none.
     assert len(saved["param_groups"]) == len(made.optimizer.param_groups) == 2

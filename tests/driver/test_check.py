@@ -1,14 +1,19 @@
 """What a schedule means for a model: bounds, needs, where ranks may end, and what does not fit."""
 
+from functools import partial
+
+import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from trained import updated
 
 import dynrank
 from dynrank.change.gates import Gates
 from dynrank.change.greedy import ByWeight
-from dynrank.driver.check import check_model, depends_on_data, final_ranks, layer_states
+from dynrank.driver.check import check_model, check_training, depends_on_data, final_ranks, layer_states
+from dynrank.driver.training import Training
 from dynrank.driver.window import needs_gates
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow
@@ -240,3 +245,17 @@ def test_share_below_the_lowest_ranks_is_refused_where_it_is_known():
         check_model(model, [first], Run(10, 5))
     check_model(model, [Stage(At(step=2), Budget(share=0.5)), second], Run(10, 5))
     assert Budget(share=0.1).ranks({"0": LayerState(4, 8, 8, values=torch.ones(4))}) == {"0": 1}
+
+
+FACTORED = [torch.optim.Adafactor, partial(transformers.Adafactor, lr=1e-3, relative_step=False)]
+
+
+@pytest.mark.parametrize("make", FACTORED, ids=["torch", "transformers"])
+def test_convolution_of_peft_is_refused_to_adafactor_before_the_first_step(make):
+    """Its factor has four dimensions, of which the optimizer keeps rows of the last."""
+    net = peft.get_peft_model(nn.Sequential(nn.Conv2d(3, 8, 3)), peft.LoraConfig(r=4, target_modules=["0"]))
+    training = Training(net, [make(dynrank.adapter_parameters(net))])
+    stages = early_budget(2, how=How(metric="weight"))
+    with pytest.raises(ConfigurationError, match=r"Adafactor keeps means .*\[4, 3, 3, 3\].*optimizer_state=reset"):
+        check_training(training, stages)
+    check_training(training, early_budget(2, how=How(metric="weight", optimizer_state="reset")))

@@ -8,6 +8,8 @@ import pytest
 import schedulefree
 import torch
 from torch import nn
+from torch.optim import lr_scheduler as lr
+from transformers import Adafactor
 
 from dynrank.driver.rates import Rates, check_groups, rate_factor
 from dynrank.errors import ConfigurationError
@@ -32,7 +34,7 @@ def test_rate_factor_is_of_adapters_alone_and_survives_any_lr_schedule(pair, apa
     adapter, head = pair
     groups = [{"params": [head]}, {"params": [adapter]}] if apart else [{"params": [head, adapter]}]
     optimizer = torch.optim.SGD(groups, lr=0.5)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    schedule = lr.LambdaLR(optimizer, lambda step: 0.5**step)
     rates, lengths = Rates(optimizer, [adapter], 3.0), []
     for step in range(3):
         if step == 2:
@@ -44,6 +46,116 @@ def test_rate_factor_is_of_adapters_alone_and_survives_any_lr_schedule(pair, apa
     assert lengths == pytest.approx([1.5, 0.5, 0.75, 0.25, 0.125, 0.125], rel=1e-5)
     assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(head), id(adapter)]
     assert len(optimizer.param_groups) == 1 + apart
+
+
+def plateau(optimizer):
+    """It falls after every third step, whatever the metric."""
+    scheduler = lr.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, min_lr=1e-3)
+    step, scheduler.step = scheduler.step, lambda: step(1.0)
+    return scheduler
+
+
+def in_turn(optimizer, **options):
+    parts = lr.LinearLR(optimizer, 0.1, total_iters=4), lr.CosineAnnealingLR(optimizer, 14, **options)
+    return lr.SequentialLR(optimizer, [*parts], [4])
+
+
+def cyclic(optimizer, lowest, highest):
+    return lr.CyclicLR(optimizer, lowest, highest, 4, mode="triangular2", cycle_momentum=False)
+
+
+# From an optimizer and, for schedulers that are given rates, a factor for each of its groups.
+SCHEDULERS = {
+    "Lambda": lambda o, f: lr.LambdaLR(o, lambda step: 0.9**step),
+    "Multiplicative": lambda o, f: lr.MultiplicativeLR(o, lambda step: 0.9),
+    "Step": lambda o, f: lr.StepLR(o, 3, 0.5),
+    "MultiStep": lambda o, f: lr.MultiStepLR(o, [3, 9], 0.5),
+    "Constant": lambda o, f: lr.ConstantLR(o, 0.3, total_iters=9),
+    "Linear": lambda o, f: lr.LinearLR(o, 0.1, total_iters=9),
+    "Exponential": lambda o, f: lr.ExponentialLR(o, 0.9),
+    "Polynomial": lambda o, f: lr.PolynomialLR(o, 18, power=2.0),
+    "Cosine": lambda o, f: lr.CosineAnnealingLR(o, 8),
+    "Cosine to a floor": lambda o, f: lr.CosineAnnealingLR(o, 18, eta_min=0.1),
+    "Restarts": lambda o, f: lr.CosineAnnealingWarmRestarts(o, 4, eta_min=0.1),
+    "OneCycle": lambda o, f: lr.OneCycleLR(o, [0.5 * x for x in f], total_steps=20, cycle_momentum=False),
+    "Cyclic": lambda o, f: cyclic(o, [0.1 * x for x in f], [0.5 * x for x in f]),
+    "Plateau": lambda o, f: plateau(o),
+    "Sequential": lambda o, f: in_turn(o),
+    "Sequential to a floor": lambda o, f: in_turn(o, eta_min=0.1),
+    "Chained": lambda o, f: lr.ChainedScheduler([lr.LinearLR(o, 0.1, total_iters=9), lr.ExponentialLR(o, 0.9)]),
+}
+
+
+@pytest.mark.parametrize("changed_at", [2, 7])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_scheduler_goes_on_as_one_made_with_the_multiplied_rate(pair, name, changed_at):
+    """The adapter's group does, and the head's is left alone; step 2 lies within warm-ups."""
+    adapter, head = pair
+
+    def run(times):
+        optimizer = torch.optim.SGD([{"params": [head]}, {"params": [adapter], "lr": 0.5 * times}], lr=0.5)
+        return optimizer, SCHEDULERS[name](optimizer, [1.0, times])
+
+    (optimizer, scheduler), (fresh, expected) = run(1.0), run(3.0)
+    for step in range(18):
+        if step == changed_at:
+            # The second one finds the factor in the group.
+            Rates(optimizer, [adapter], 3.0, [scheduler]).remove()
+            Rates(optimizer, [adapter], 3.0, [scheduler])
+        before = adapter.item()
+        optimizer.step()
+        fresh_rates = [group["lr"] for group in fresh.param_groups]
+        if step >= changed_at:
+            assert adapter.item() - before == pytest.approx(fresh_rates[1], rel=1e-4, abs=1e-5)
+            assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(fresh_rates)
+            assert scheduler.get_last_lr() == pytest.approx(expected.get_last_lr())
+        scheduler.step()
+        fresh.step()
+        expected.step()
+
+
+def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
+    """It may set absolute rates, and so may a loop of which no scheduler is known."""
+
+    class Own(lr.LRScheduler):
+        def get_lr(self):
+            return [0.5 / (1 + self.last_epoch) for _ in self.optimizer.param_groups]
+
+    adapter, _ = pair
+    for make in (lambda optimizer: [Own(optimizer)], lambda _: None):
+        optimizer = torch.optim.SGD([adapter], lr=0.5)
+        schedulers, before = make(optimizer), adapter.item()
+        Rates(optimizer, [adapter], 3.0, schedulers)
+        optimizer.step()
+        assert (optimizer.param_groups[0]["lr"], adapter.item() - before) == pytest.approx((0.5, 1.5))
+        for scheduler in schedulers or ():
+            scheduler.step()
+            before = adapter.item()
+            optimizer.step()
+            assert adapter.item() - before == pytest.approx(0.75)
+
+
+def test_rate_that_a_checkpoint_contains_is_not_raised_again(pair):
+    """Of optimizer and scheduler; a new optimizer, as in a second run, contains nothing of the factor."""
+    adapter, _ = pair
+
+    def run(*saved):
+        optimizer = torch.optim.SGD([adapter], lr=0.5)
+        parts = optimizer, lr.LambdaLR(optimizer, lambda step: 0.5**step)
+        for part, state in zip(parts, saved, strict=False):
+            part.load_state_dict(state)
+        Rates(optimizer, [adapter], 3.0, [parts[1]])
+        return parts
+
+    first = run()
+    first[0].step()
+    first[1].step()
+    again = run(*(copy.deepcopy(part.state_dict()) for part in first))
+    for optimizer, scheduler in (first, again):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.75)
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.get_last_lr() == pytest.approx([0.375])
 
 
 OPTIMIZERS = {
@@ -100,3 +212,16 @@ def test_optimizer_that_counts_in_its_groups_needs_one_of_adapters_alone(pair):
     words = r"rate_after=2.*group 0, which also has 1 other.*rate_after"
     with pytest.raises(ConfigurationError, match=words):
         check_groups(mixed, [adapter], how)
+
+
+def test_d_of_torchs_adafactor_is_a_setting_and_no_state(pair):
+    check_groups(torch.optim.Adafactor([*pair]), pair[:1], How(rate_after=2.0))
+
+
+def test_optimizer_that_computes_its_own_rate_is_refused_a_factor(pair):
+    adapter, head = pair
+    check_groups(Adafactor([adapter]), [adapter], How())
+    check_groups(Adafactor([adapter], lr=1e-3, relative_step=False), [adapter], How(rate_after=2.0))
+    check_groups(Adafactor([{"params": [head]}]), [adapter], How(rate_after=2.0))
+    with pytest.raises(ConfigurationError, match=r"Adafactor computes its own; set rate_after=1.*relative_step=False"):
+        check_groups(Adafactor([adapter, head]), [adapter], How(rate_after="sqrt"))

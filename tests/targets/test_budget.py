@@ -169,3 +169,12 @@ def test_a_layer_that_no_multiple_fits_stays_and_its_own_bounds_come_first():
     assert Budget(parameters=(6 + 12) * 200, lowest=5, multiple=4).ranks(model) == {"a": 6, "b": 12}
     model = {"own": layer([1.0] * 8, lowest=5), "above": layer([1.0] * 16, lowest=8)}
     assert Budget(share=1.0, highest=6, multiple=4).ranks(model) == {"own": 6, "above": 8}
+
+
+def test_lowest_rank_above_what_a_layer_can_have_is_its_highest_rank():
+    """PEFT allows a rank of 12 where min(d_in, d_out) is 6; such a layer cannot have the lowest rank, 8."""
+    values = torch.ones(12)
+    layers = {"wide": LayerState(12, 32, 6, highest=6, values=values), "other": LayerState(12, 32, 32, values=values)}
+    ranks = Budget(parameters=2000, lowest=8).ranks(layers)
+    assert ranks["wide"] == 6
+    assert 8 <= ranks["other"] <= 12

@@ -51,6 +51,13 @@ def last_saved(callback: Any) -> str:
     return str(callback._last_checkpoint_saved)
 
 
+def save_now(callback: Any, trainer: Trainer) -> None:
+    """Let a ModelCheckpoint save with the trainer's present metrics, if they are among its best, and its ``last``."""
+    metrics = callback._monitor_candidates(trainer)
+    callback._save_topk_checkpoint(trainer, metrics)
+    callback._save_last_checkpoint(trainer, metrics)
+
+
 def load_place_in_data(trainer: Trainer) -> None:
     """Restore the data loaders' positions; Lightning does not if the length of the run was asked for before."""
     trainer.fit_loop._load_combined_loader_states()

@@ -8,9 +8,11 @@ value of its metric.
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
 from dynrank.callbacks.lightning import private
+from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.driver.training import Batches
 from dynrank.private import tree_leaves
 
@@ -44,15 +46,19 @@ class _Metrics(Callback):
         self.logged = validation_metrics(trainer)
 
 
-def validate_beside(trainer: Trainer, *uncalled: type[Callback], monitor: str) -> tuple[dict[str, float], Batches]:
+# These callbacks put other weights into the model for a validation.
+_CALLED = WeightAveraging, StochasticWeightAveraging, ScheduleFreeMode
+
+
+def validate_beside(trainer: Trainer, *, monitor: str) -> tuple[dict[str, float], Batches]:
     """Validate now, in addition to the run's own validations; return the metrics, and batches' parts in ``monitor``.
 
-    Call this between two batches of ``fit``. Callbacks of the classes ``uncalled`` are not called, loggers get nothing,
-    and the trainer's metrics do not change. The parts are empty if ``monitor`` is not a mean over batches.
+    Call this between two batches of ``fit``. No callback hears of it except those that average weights, loggers get
+    nothing, and the trainer's metrics do not change. The parts are empty if ``monitor`` is not a mean over batches.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     metrics = _Metrics(monitor)
-    trainer.callbacks = [*(c for c in callbacks if not isinstance(c, uncalled)), metrics]  # type: ignore[attr-defined]
+    trainer.callbacks = [*(c for c in callbacks if isinstance(c, _CALLED)), metrics]  # type: ignore[attr-defined]
     try:
         with private.nothing_logged(trainer):
             run_validation(trainer)

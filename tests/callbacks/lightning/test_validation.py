@@ -3,6 +3,7 @@
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from tables import rows
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from dynrank.callbacks import RankScheduler
 from dynrank.callbacks.lightning.validation import validate_beside
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage
+from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Rank
 from dynrank.triggers import At
 
@@ -50,6 +51,28 @@ def test_silent_validation_tells_batches_apart_and_is_heard_by_nobody(regression
     assert metrics["val/loss"] == pytest.approx(mean, rel=1e-5)
     assert asking.shown[0] == asking.shown[1]
     assert [row["step"] for row in rows(tmp_path / "metrics.csv", "val/loss")] == ["4", "9"]
+
+
+class Hearing(RichProgressBar):
+    """A progress bar, which hears of validations as any callback does."""
+
+    def __init__(self):
+        super().__init__()
+        self.heard = []
+
+    def on_validation_end(self, trainer, pl_module):
+        super().on_validation_end(trainer, pl_module)
+        self.heard.append(trainer.global_step)
+
+
+def test_trials_of_a_search_are_heard_by_no_callback_and_by_no_bar(regression):
+    module_class, data, trainer = regression
+    hearing, scheduler = Hearing(), RankScheduler(auto(0.3, at=0.5))
+    options = {"val_check_interval": 6, "num_sanity_val_steps": 0, "enable_progress_bar": True}
+    made = trainer(callbacks=[scheduler, hearing], max_steps=12, **options)
+    made.fit(module_class(), *data())
+    assert len(scheduler.history) == 2
+    assert hearing.heard == [6]
 
 
 def test_check_without_any_validation_batch_names_the_metric(regression):

@@ -1,0 +1,115 @@
+"""What Lightning's callbacks call the best so far, in a run whose ranks fall: only what comes after the last cut."""
+
+import pickle
+from math import inf
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from dynrank.callbacks.lightning import private
+from dynrank.callbacks.lightning.validation import run_validation
+from dynrank.driver.event import RankEvent
+from dynrank.layers.finding import lora_layers
+from dynrank.output.ranks import ranks_in_words
+
+
+def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+    """Let everything after ``event``, which has lowered ranks, count as better than everything before it.
+
+    ModelCheckpoint keeps its files, and replaces them by the next ones that it writes, as it always does with the worst
+    of its top k. EarlyStopping starts anew.
+    """
+    said = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        worst = torch.tensor(inf if getattr(callback, "mode", "min") == "min" else -inf)
+        if isinstance(callback, ModelCheckpoint) and callback.best_k_models:
+            file = saved_file(callback.best_model_path, pl_module)
+            said += [f"step {file.step} at {ranks_in_words(file.ranks)}" if file else callback.best_model_path]
+            callback.best_k_models = dict.fromkeys(callback.best_k_models, worst)
+            callback.best_model_score = callback.kth_value = worst
+        elif isinstance(callback, EarlyStopping):
+            said += [f"{callback.monitor} {float(callback.best_score):.4g} at {ranks_in_words(event.ranks_before)}"]
+            callback.best_score, callback.wait_count = worst, 0
+    if said:
+        rank_zero_info(
+            f"best so far: {'; '.join(dict.fromkeys(said))}; from here on the best of "
+            f"{ranks_in_words(_ranks(pl_module).values())} counts (RankScheduler's keep_best_before)"
+        )
+
+
+def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
+    """Validate and save once more, after ranks have changed behind the last step.
+
+    Every ModelCheckpoint saves that has a best or a last file; one that keeps a file of every step, without a monitor,
+    does not. ``scheduler`` does not hear of the validation: its schedule has ended.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    savers = [c for c in _savers(trainer) if c.save_last or c.save_top_k > 0 or (c.save_top_k and c.monitor)]
+    if trainer.fast_dev_run or not savers:
+        return
+    if trainer.enable_validation and any(saver.monitor is not None for saver in savers):
+        # They would save at the end of this validation, if at all, and then once more.
+        trainer.callbacks = [c for c in callbacks if c not in [*savers, scheduler]]  # type: ignore[attr-defined]
+        try:
+            run_validation(trainer)
+        finally:
+            trainer.callbacks = callbacks  # type: ignore[attr-defined]
+    for saver in savers:
+        private.save_now(saver, trainer)
+
+
+def warn_of_other_ranks(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Warn if the best or the last checkpoint has other ranks than ``pl_module``, whose training has ended."""
+    now = ranks_in_words(_ranks(pl_module).values())
+    paths = {path: kind for c in _savers(trainer) for kind, path in (("last", c.last_model_path), _best(c)) if path}
+    for path, kind in paths.items():
+        file = saved_file(path, pl_module)
+        if file is not None and file.ranks != [*_ranks(pl_module).values()]:
+            rank_zero_warn(
+                f"the {kind} checkpoint, {path!r} of step {file.step}, has {ranks_in_words(file.ranks)}, but the "
+                f"trained model has {now}: no checkpoint was written after the last change of rank; change ranks "
+                "earlier, validate and save more often, or call trainer.save_checkpoint now"
+            )
+
+
+class SavedFile(NamedTuple):
+    """The step of a checkpoint, and the rank of each layer in it, in the order of the model's layers."""
+
+    step: int
+    ranks: list[int]
+
+
+def saved_file(path: str, pl_module: LightningModule) -> SavedFile | None:
+    """The step and the ranks of a local checkpoint of ``pl_module``; None for others, and for a folder of shards."""
+    if not Path(path).is_file():
+        return None
+    try:
+        # Without the values of tensors.
+        checkpoint = torch.load(path, map_location="meta", weights_only=True)
+    except pickle.UnpicklingError:
+        # The user's hyperparameters may be of classes that torch does not load.
+        return None
+    names = {id(parameter): name for name, parameter in pl_module.named_parameters()}
+    found = []
+    for _, layer in lora_layers(pl_module):
+        factor = checkpoint["state_dict"].get(names.get(id(layer.lora_A)))
+        # A stack of experts has the rank in its second dimension, or several times in its first.
+        found.append(layer.rank if factor is None else layer.rank * factor.numel() // layer.lora_A.numel())
+    return SavedFile(int(checkpoint["global_step"]), found)
+
+
+def _best(callback: ModelCheckpoint) -> tuple[str, str]:
+    """(what the callback's "best" is, its path)."""
+    return "best" if callback.monitor is not None else "last", callback.best_model_path
+
+
+def _savers(trainer: Trainer) -> list[ModelCheckpoint]:
+    return [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+
+
+def _ranks(pl_module: LightningModule) -> dict[str, int]:
+    return {name: layer.rank for name, layer in lora_layers(pl_module)}

@@ -1,0 +1,107 @@
+"""What Lightning's ModelCheckpoint and EarlyStopping take for the best, beside changes of rank."""
+
+import logging
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+import dynrank
+from dynrank.callbacks import RankScheduler
+from dynrank.schedules import Stage
+from dynrank.targets import GrowTo, Rank
+from dynrank.triggers import At
+
+
+def ranks(module):
+    return {layer.rank for _, layer in dynrank.lora_layers(module)}
+
+
+@pytest.fixture
+def worsening(regression):
+    """A module whose metric ``score`` is worse in each validation, so the first one is the best."""
+
+    class Worsening(regression[0]):
+        scores = 0
+
+        def on_validation_epoch_end(self):
+            self.scores += 1
+            self.log("score", float(self.scores))
+
+    return Worsening
+
+
+def best(folder, **options):
+    return ModelCheckpoint(folder, filename="{step}", monitor="score", **{"save_top_k": 1, **options})
+
+
+def ranks_in(module_class, file):
+    return ranks(module_class.load_from_checkpoint(file))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_best_and_last_checkpoints_are_of_after_the_cut(fit, worsening, tmp_path, caplog, top_k):
+    """And those of before are replaced first."""
+    saver = best(tmp_path, save_top_k=top_k, save_last=True)
+    with caplog.at_level(logging.INFO):
+        fit(RankScheduler(Stage(At(step=12), Rank(2))), saver, module=worsening())
+    assert "best so far: step 5 at rank 6; from here on the best of rank 2 counts" in caplog.text
+    assert saver.best_model_path == str(tmp_path / "step=15.ckpt")
+    assert float(saver.best_model_score) == 3
+    assert {file.name for file in tmp_path.glob("step*")} == {f"step={step}.ckpt" for step in (15, 20)[:top_k]}
+    for file in tmp_path.glob("*.ckpt"):
+        assert ranks_in(worsening, file) == {2}, file.name
+
+
+CUT, GROWTH = Stage(At(step=12), Rank(2)), [Stage(At(step=2), Rank(2)), Stage(At(step=12), GrowTo(6))]
+
+
+@pytest.mark.parametrize(("stages", "options"), [(CUT, {"keep_best_before": True}), (GROWTH, {})])
+def test_best_of_before_stays_where_ranks_grew_or_the_user_says_so(fit, worsening, tmp_path, stages, options):
+    saver = best(tmp_path)
+    scheduler = RankScheduler(stages, **options)
+    with pytest.warns(UserWarning, match=r"the best checkpoint, .*step=5.ckpt' of step 5, has rank [26], but"):
+        fit(scheduler, saver, module=worsening())
+    assert saver.best_model_path == str(tmp_path / "step=5.ckpt")
+
+
+def test_file_of_before_the_cut_is_named_at_the_end_if_nothing_was_saved_since(fit, worsening, tmp_path):
+    saver = best(tmp_path)
+    words = r"the best checkpoint, .*step=5.ckpt' of step 5, has rank 6, but the trained model has rank 2"
+    with pytest.warns(UserWarning, match=words):
+        fit(RankScheduler(Stage(At(step=22), Rank(2))), saver, module=worsening())
+
+
+def test_cut_behind_the_last_step_is_validated_and_saved(fit, worsening, tmp_path):
+    """So that ``ckpt_path="best"``, ``last.ckpt`` and the default checkpoint of the last epoch hold it."""
+    saver, plain = best(tmp_path / "best", save_last=True), ModelCheckpoint(tmp_path / "plain")
+    module, trainer = fit(RankScheduler(Stage(At(fraction=1.0), Rank(2))), saver, plain, module=worsening())
+    assert ranks(module) == {2}
+    # The validations at 5, 10, 15 and 20, and one of the cut model.
+    assert float(saver.best_model_score) == float(trainer.callback_metrics["score"]) == 5
+    for file in (saver.best_model_path, saver.last_model_path, plain.best_model_path):
+        saved = torch.load(file, weights_only=True)["state_dict"]
+        assert all(torch.equal(saved[name], value) for name, value in module.state_dict().items()), file
+
+
+def test_patience_begins_anew_after_a_cut_and_a_resumed_run_goes_on_so(fit, worsening, tmp_path):
+    """With a patience of 2 and the best score in the first validation, a run stops in the third one."""
+
+    class Judging(lightning.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            self.last = trainer.global_step
+
+    def run(module, *stages, **options):
+        judging = Judging()
+        fit(RankScheduler([*stages]), EarlyStopping("score", patience=2), judging, module=module, **options)
+        return judging.last
+
+    cut = Stage(At(step=12), Rank(2))
+    assert run(worsening(), max_steps=50) == 15
+    # The one at 15 is the new best, and those at 20 and 25 are worse.
+    assert run(worsening(), cut, max_steps=50, saved=tmp_path) == 25
+    for step in (11, 14, 16, 21):
+        again = worsening()
+        again.scores = (step - 1) // 5
+        assert run(again, cut, max_steps=50, ckpt_path=tmp_path / f"step={step}.ckpt") == 25, step
