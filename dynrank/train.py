@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynrank import __version__
 from dynrank.commands.cli import usage_errors
 from dynrank.output.console import quiet_imports
-from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys
+from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_length
 from dynrank.run.overrides import EXPLAINED, HYDRAS, not_composed
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
@@ -38,6 +38,7 @@ def _train(config: DictConfig) -> float | None:
     global _began
     _began = True
     quiet_imports()
+    fill_length(config)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     record = partial(_record, OmegaConf.create(OmegaConf.to_container(config)), folder)

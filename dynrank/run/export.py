@@ -40,6 +40,7 @@ def summarise(
     held: dict[str, int],
     seconds: float,
     data: dict[str, SplitAccount],
+    weights: str,
 ) -> Summary:
     """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""
     final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
@@ -63,6 +64,7 @@ def summarise(
         peak_memory_bytes=peak_memory_bytes(),
         phases=[asdict(phase) | {"tokens_per_second": phase.tokens_per_second} for phase in phases],
         data=data,
+        weights=weights,
     )
 
 
