@@ -65,7 +65,7 @@ class RankMonitor(Callback):
         self._log_ranks(trainer, pl_module)
         if trainer.is_global_zero:
             verb = "taken back" if event.undone else "change"
-            title = f"rank {verb} at step {event.step}: {event.reason}"
+            title = f"rank {verb} at step {event.step}: {event.account}"
             print_table(change_table(title, event.layers, self._ranks(pl_module)))
 
     def _log_change(self, trainer: Trainer, event: RankEvent) -> None:
@@ -109,7 +109,7 @@ def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
         costs = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
         loss = (f"{getattr(la.loss, name):.6g}" if la.loss else "" for name in LOSS_FIELDS)
-        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.reason, *loss
+        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.account, *loss
 
 
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:

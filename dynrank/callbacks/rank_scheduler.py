@@ -13,6 +13,7 @@ from dynrank.callbacks.lightning.averages import act_after_averages, averages_of
 from dynrank.callbacks.lightning.ending import end_in_full
 from dynrank.callbacks.lightning.strategies import average_whole_gradients, check_strategy, follow_sharded_checkpoint
 from dynrank.callbacks.lightning.validation import run_missed_validation, validate_beside, validation_metrics
+from dynrank.callbacks.progress_lines import ProgressLines
 from dynrank.driver.check import check_validation
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
@@ -44,6 +45,8 @@ class RankScheduler(Callback):
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
         check_every: optimizer steps between checks that all processes have the same adapters and optimizer state; None:
             checks only at the start, and before each change.
+        measure: validate directly before and after each change, on a share of the data that costs under 2% of the run,
+            and put the ``check_monitor`` of the stage's How into the event.
 
     Attributes:
         driver: carries out the schedule in the run.
@@ -52,8 +55,8 @@ class RankScheduler(Callback):
         ConfigurationError: if a value cannot be used.
     """
 
-    def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
-        self.driver = RankDriver(schedule, check_every=check_every)
+    def __init__(self, schedule: Schedule, *, check_every: int | None = None, measure: bool = False) -> None:
+        self.driver = RankDriver(schedule, check_every=check_every, measure=measure)
         # Whether step() was called since the last batch began, and whether it was ever called.
         self._stepped = self._ever_stepped = False
 
@@ -102,7 +105,7 @@ class RankScheduler(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
-            check_validation(validation_metrics(trainer), self.driver.stages)
+            check_validation(validation_metrics(trainer), self.driver.stages, measure=self.driver.measure)
         elif trainer.state.fn == "fit":
             self.driver.validated(LightningTraining(trainer, pl_module), validation_metrics(trainer))
 
@@ -146,7 +149,7 @@ class RankScheduler(Callback):
 
 
 # These callbacks are not called in validations that check a change.
-_UNCALLED = Checkpoint, EarlyStopping, Generations, RankScheduler
+_UNCALLED = Checkpoint, EarlyStopping, Generations, ProgressLines, RankScheduler
 
 
 class LightningTraining(Training):
@@ -169,9 +172,14 @@ class LightningTraining(Training):
     def logged(self) -> Mapping[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
-    def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
+    @property
+    def validation_batches(self) -> int | None:
+        batches = sum(self.trainer.num_val_batches)
+        return int(batches) if 0 < batches < float("inf") else None
+
+    def validate_batches(self, monitor: str, most: int | None = None) -> tuple[Mapping[str, float], Batches]:
         """Validate for the metrics only; callbacks that save, stop or change ranks are not called."""
-        return validate_beside(self.trainer, *_UNCALLED, monitor=monitor)
+        return validate_beside(self.trainer, *_UNCALLED, monitor=monitor, most=most)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dynrank.callbacks import BestWeights, RankScheduler, RunMeter
+from dynrank.driver.check import checked_metrics
 from dynrank.errors import ConfigurationError, configured
 from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import read_checkpoint
@@ -104,6 +105,9 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
     seed_everything(config.seed, verbose=False)
     task = make_task(config, on_meta=on_meta)
+    # A task of your own need not log what is measured.
+    measured = checked_metrics(scheduler.driver.stages, measure=True)
+    scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     lora, optimizer = {**plain(config.lora), "rank_map": pattern}, plain(config.optimizer)
     module = task.module(lora, optimizer, on_meta=on_meta)

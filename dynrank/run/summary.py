@@ -37,6 +37,7 @@ class Summary:
         step_seconds: median of the optimizer steps of the last phase; None where there was none.
         data: split -> its counts, if the task counts its data.
         weights: which step's weights are tested and exported, and why.
+        cost: what the last change of ranks cost when it was made; empty if it was not measured.
     """
 
     test: dict[str, float]
@@ -53,6 +54,7 @@ class Summary:
     step_seconds: float | None = None
     data: dict[str, SplitAccount] = field(default_factory=dict)
     weights: str = ""
+    cost: str = ""
 
 
 def read_summary(folder: Path) -> Summary:
@@ -77,6 +79,8 @@ def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
     if summary.gap is not None:
         validation, training = summary.final["val/loss"], summary.final["train/loss"]
         facts["gap"] = f"{summary.gap:.4f} = validation {validation:.4f} - training {training:.4f} at the end"
+    if summary.cost:
+        facts["cost"] = summary.cost
     facts["weights"] = summary.weights
     facts["final rank"] = span(summary.final_ranks.values())
     facts["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary.parameters)

@@ -69,7 +69,7 @@ def make_trainer(
         trainer = Trainer(
             **options,
             default_root_dir=folder,
-            callbacks=[*callbacks, checkpoint, best],
+            callbacks=[*callbacks, checkpoint, *([best] if config.export_weights == "best" else [])],
             logger=[CSVLogger(str(folder), name="", version=""), *loggers],
             enable_model_summary=False,
         )

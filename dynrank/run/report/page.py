@@ -125,7 +125,6 @@ def _results(summary: Summary) -> dict[str, str]:
         metrics["gap: val/loss - train/loss"] = summary.gap
     return {name: f"{value:.4g}" for name, value in metrics.items()} | {
         "rank": span(summary.final_ranks.values()),
-        **({"weights": summary.weights} if summary.weights else {}),
         **{f"{name} parameters": f"{count:,}" for name, count in summary.parameters.items()},
         "seconds": f"{summary.seconds:,.0f}",
         "tokens per second in training": f"{summary.tokens_per_second:,.0f}",
