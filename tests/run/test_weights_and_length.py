@@ -78,19 +78,13 @@ def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(l
     assert torch.equal(exported[name], stored)
 
 
-def test_the_last_cut_of_auto_is_what_is_exported(launch, own):
-    auto = [
-        "schedule=auto",
-        "schedule.tolerance=100",
-        "schedule.share=0.9",
-        "optimizer.lr=1e-3",
-        "schedule.how.window=2",
-    ]
-    code, printed, said = launch(train.main, *own, *auto, "hydra.run.dir=run")
+def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
+    late = ["schedule.at=1.0", "schedule.final_rank=2", "schedule.how.window=2"]
+    code, printed, said = launch(train.main, *own, *late, "hydra.run.dir=run")
     assert code == 0, said
     found, history = summary("run"), rows(Path("run/rank_history.csv"))
     last = max(int(row["step"]) for row in history)
-    assert last == 32
+    assert last == 32, printed
     cut = {row["layer"]: int(row["rank_after"]) for row in history if int(row["step"]) == last}
     assert {name: rank for name, rank in found["final_ranks"].items() if name in cut} == cut
     exported = load_file("run/adapter/adapter_model.safetensors")
