@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynrank import __version__
 from dynrank.commands.cli import usage_errors
 from dynrank.output.console import quiet_imports
-from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys
+from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_length
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
 # torchrun, srun and Lightning set these.
@@ -28,6 +28,7 @@ PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 def _train(config: DictConfig) -> float | None:
     """Make a run; in a sweep, return the objective for the sweeper."""
     quiet_imports()
+    fill_length(config)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     record = partial(_record, OmegaConf.create(OmegaConf.to_container(config)), folder)

@@ -3,8 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint
+from dynrank.callbacks.best_weights import BestWeights
 from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.lightning.strategies import check_strategy
+from dynrank.callbacks.progress_lines import ProgressLines
 from dynrank.callbacks.rank_monitor import RankMonitor
 from dynrank.callbacks.rank_progress_bar import RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
@@ -18,7 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterCheckpoint",
+    "BestWeights",
     "Generations",
+    "ProgressLines",
     "RankEvent",
     "RankMonitor",
     "RankProgressBar",

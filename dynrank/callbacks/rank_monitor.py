@@ -105,7 +105,7 @@ def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
         costs = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
         loss = (f"{getattr(la.loss, name):.6g}" if la.loss else "" for name in LOSS_FIELDS)
-        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.reason, *loss
+        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.account, *loss
 
 
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:

@@ -71,6 +71,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         evaluate: evaluates the present model and returns the metrics, for stages with ``max_regression``:
             ``lambda: trainer.evaluate()``.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
+        measure: also evaluate directly before and after each change, and put eval_loss (the ``check_monitor`` of the
+            stage's How) into the event.
 
     Attributes:
         driver: carries out the schedule in the run.
@@ -85,8 +87,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         *,
         evaluate: Callable[[], Mapping[str, Any]] | None = None,
         keep_best_before: bool = False,
+        measure: bool = False,
     ) -> None:
-        self.driver = RankDriver(schedule)
+        self.driver = RankDriver(schedule, measure=measure)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
         # The Trainer's list of callbacks.
@@ -372,8 +375,9 @@ def _check_devices(args: Any) -> None:
 def _check_names(callback: RankTrainerCallback) -> None:
     """Refuse names of metrics that the Trainer does not use."""
     stages = callback.driver.stages
+    checked = checked_metrics(stages, measure=callback.driver.measure)
     wrong = {name: what for name, what in observed_metrics(stages).items() if name.startswith("val_")}
-    wrong |= {name: what for name, what in checked_metrics(stages).items() if not name.startswith(("eval_", "val/"))}
+    wrong |= {name: what for name, what in checked.items() if not name.startswith(("eval_", "val/"))}
     for name, argument in wrong.items():
         raise ConfigurationError(
             f"{argument} must name a metric of the Trainer's evaluations, which begin with eval_, got {name!r}; "

@@ -345,6 +345,11 @@ def sweep(
     plot: Annotated[bool, typer.Option(help="Also draw sweep.png")] = True,
 ) -> None:
     """Print the results of a sweep, mean and deviation over seeds; write them to sweep.csv and sweep.png."""
+    if "=" in folder.name:
+        raise ConfigurationError(
+            f"dynrank sweep takes the FOLDER of a sweep that was made, got {str(folder)!r}; dynrank-train --multirun makes "
+            "one, with the same overrides"
+        )
     from dynrank.run.sweep.table import show_sweep
 
     show_sweep(folder, plot=plot)

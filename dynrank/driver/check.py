@@ -174,9 +174,9 @@ def _argument(trigger: Trigger, name: str) -> str:
     return f"{argument} of {type(trigger).__name__} (schedule.trigger.{argument})"
 
 
-def checked_metrics(stages: Sequence[Stage]) -> dict[str, str]:
-    """The same for the metrics that decide whether a change is undone; a validation must log them."""
-    hows = [stage.how for stage in stages if stage.how.max_regression is not None]
+def checked_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[str, str]:
+    """The same for the metrics that check or ``measure`` a change; a validation must log them."""
+    hows = [stage.how for stage in stages if measure or stage.how.max_regression is not None]
     # Whoever writes another How leaves out what the schedule's own has.
     return {
         how.check_monitor: f"{CHECK_MONITOR}, beside metric={how.metric!r} and rate_after={how.rate_after!r},"
@@ -191,7 +191,7 @@ def metric_value(metrics: Mapping[str, float], name: str, arguments: Mapping[str
     return mean_over_processes(float(metrics[name]))
 
 
-def check_validation(logged: Collection[str], stages: Sequence[Stage]) -> None:
+def check_validation(logged: Collection[str], stages: Sequence[Stage], *, measure: bool = False) -> None:
     """Refuse a schedule that reads a metric of validations which the first validation has not logged.
 
     A trigger may also read a metric that only training logs. So a trigger's metric counts as one of validations only
@@ -199,7 +199,7 @@ def check_validation(logged: Collection[str], stages: Sequence[Stage]) -> None:
     """
     groups = {name.partition("/")[0] for name in logged if "/" in name}
     names = {name: said for name, said in observed_metrics(stages).items() if name.partition("/")[0] in groups}
-    names |= checked_metrics(stages)
+    names |= checked_metrics(stages, measure=measure)
     for name in names.keys() - set(logged):
         raise ConfigurationError(
             f"{_not_logged(name, names, logged)}; if later validations log it, set trainer.num_sanity_val_steps=0"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from dynrank.driver.check import (
     observed_metrics,
 )
 from dynrank.driver.event import Decision, Progress, RankEvent
+from dynrank.driver.measure import Measurement, batches_to_measure, check_measured
 from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
@@ -49,11 +50,11 @@ class RankDriver:
         progress: which stages are over, and what is pending.
     """
 
-    def __init__(self, schedule: Schedule, *, check_every: int | None = None) -> None:
+    def __init__(self, schedule: Schedule, *, check_every: int | None = None, measure: bool = False) -> None:
         if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
             raise ConfigurationError(f"check_every must be None or at least 1 step, got {check_every!r}")
         self.stages = stages_of(schedule)
-        self.check_every = check_every
+        self.check_every, self.measure = check_every, measure
         self.progress = Progress()
         self._run = Run(None)
         self._clock = Clock([], self._run)
@@ -118,6 +119,8 @@ class RankDriver:
             self.check_model(training.model, run)
             warn_of_pefts_frozen(training.model)
         check_training(training, self.stages)
+        if self.measure:
+            check_measured(training)
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._other:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
@@ -281,11 +284,14 @@ class RankDriver:
         if stage.how.max_regression is None:
             change = self._computed(training, index, directions)
             event = RankEvent(training.step, reason, tuple(change.reports)) if change.reports else None
+            measurement = self._measurement(training, stage) if event is not None else None
             # No interrupt may separate the change from the updates that belong to it.
             with uninterrupted():
                 if event is not None:
                     training.put(change.put)
                 self._end_stage(training, index, event)
+            if event is not None and measurement is not None:
+                self.history[-1] = event = replace(event, measured=measurement.end())
         else:
             undo = Undo(training)
             with undo, undo:
@@ -327,7 +333,12 @@ class RankDriver:
             return RankEvent(training.step, f"{failure} ({reason})", tuple(change.reports), undone=True)
         for observed in test.observed:
             training.record(observed)
-        return RankEvent(training.step, reason, tuple(change.reports))
+        return RankEvent(training.step, reason, tuple(change.reports), measured=test.measured)
+
+    def _measurement(self, training: Training, stage: Stage) -> Measurement | None:
+        """The measurement of a change that is about to be made; None: none is wanted, or it would take too long."""
+        batches = batches_to_measure(training, self.stages, self._run) if self.measure else 0
+        return None if batches == 0 else Measurement(training, stage.how.check_monitor, batches)
 
     def _end_stage(self, training: Training, index: int, event: RankEvent | None) -> None:
         """Go to the stage after ``index``, whose change was made, undone, or (None) changes no rank."""

@@ -19,6 +19,20 @@ FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicte
 
 
 @dataclass(frozen=True)
+class Measured:
+    """A metric directly before and directly after a change; ``whole``: of all validation data, not of a share."""
+
+    metric: str
+    before: float
+    after: float
+    whole: bool = True
+
+    def __str__(self) -> str:
+        share = "" if self.whole else " on a share of the data"
+        return f"{self.metric} {self.before:.4g} → {self.after:.4g}{share}"
+
+
+@dataclass(frozen=True)
 class RankEvent:
     """One change of ranks.
 
@@ -27,12 +41,25 @@ class RankEvent:
         reason: why the change was made, or why it was undone.
         layers: a report for each changed layer.
         undone: whether the change cost too much and was undone; then the ranks are as before.
+        measured: what the change cost; None: no validations were made directly before and after it.
     """
 
     step: int
     reason: str
     layers: tuple[LayerReport, ...]
     undone: bool = False
+    measured: Measured | None = None
+
+    @property
+    def account(self) -> str:
+        """The reason, and what the change cost."""
+        return self.reason if self.cost is None else f"{self.reason}; {self.cost}"
+
+    @property
+    def cost(self) -> str | None:
+        """``val/loss 1.489 → 1.512 by the cut``; None if it was not measured."""
+        kind = "cut" if any(layer.rank_after < layer.rank_before for layer in self.layers) else "change"
+        return None if self.measured is None else f"{self.measured} by the {kind}"
 
     def __str__(self) -> str:
         """One line: the step, the ranks, and the reason."""
@@ -41,8 +68,8 @@ class RankEvent:
 
     @property
     def title(self) -> str:
-        """The step and the reason, as the heading of the table."""
-        return f"rank {'taken back' if self.undone else 'change'} at step {self.step}: {self.reason}"
+        """The step, the reason and the cost, as the heading of the table."""
+        return f"rank {'taken back' if self.undone else 'change'} at step {self.step}: {self.account}"
 
     def table(self, ranks: Mapping[str, int] | None = None) -> Table:
         """A table of rich, with a line for each kind of layer.

@@ -63,9 +63,16 @@ class Training:
         """Validate the present weights and return the metrics; called before and after changes that are checked."""
         raise NotImplementedError(self.validate_by)
 
-    def validate_batches(self, monitor: str) -> tuple[Mapping[str, float], Batches]:
+    @property
+    def validation_batches(self) -> int | None:
+        """How many batches a validation has, if it can also take fewer."""
+        return None
+
+    def validate_batches(self, monitor: str, most: int | None = None) -> tuple[Mapping[str, float], Batches]:
         """Validate before or after a change, with the same data every time.
 
+        ``most`` is about how many batches are taken, at equal distances; None: all. It is None without
+        validation_batches.
         Return the metrics, and each batch's part in ``monitor``, from which the noise is computed; [] if unknown.
         """
         return self.validate(), []

@@ -11,6 +11,7 @@ import torch
 
 from dynrank.change.resize import Snapshot
 from dynrank.driver.check import CHECK_MONITOR, metric_value
+from dynrank.driver.event import Measured
 from dynrank.driver.training import Batches, Training
 from dynrank.schedules import How
 
@@ -57,6 +58,7 @@ class RegressionTest:
         before: the metric before the change.
         most: largest worsening that is allowed.
         observed: metrics of the validations made for this test: before the change, and after it.
+        measured: what the change cost, once it is made.
     """
 
     def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
@@ -67,14 +69,14 @@ class RegressionTest:
         self.before = self.value(before)
         self.most = (how.max_regression or 0.0) * abs(self.before)
 
+    measured: Measured | None = None
+
     def failure(self) -> str | None:
         """Validate the changed weights; return why the change has to be undone, or None."""
         metrics, _ = validate(self._training, self._how.check_monitor)
         self.observed.append(metrics)
-        after = self.value(metrics)
-        if self.allows(after):
-            return None
-        return f"undone: {self._how.check_monitor} {self.before:.4g} → {after:.4g}"
+        self.measured = Measured(self._how.check_monitor, self.before, self.value(metrics))
+        return None if self.allows(self.measured.after) else f"undone: {self.measured}"
 
     def allows(self, after: float) -> bool:
         """Whether the metric may change from ``before`` to ``after``; never if one of the two is not finite."""
@@ -86,7 +88,7 @@ class RegressionTest:
         return metric_value(metrics, self._how.check_monitor, {self._how.check_monitor: CHECK_MONITOR})
 
 
-def validate(training: Training, monitor: str) -> tuple[Mapping[str, float], Batches]:
+def validate(training: Training, monitor: str, most: int | None = None) -> tuple[Mapping[str, float], Batches]:
     """Validate for a change, and restore the random generators and the model's buffers afterwards.
 
     So all validations for one change draw the same random numbers, and shuffled data come in the same order.
@@ -95,7 +97,8 @@ def validate(training: Training, monitor: str) -> tuple[Mapping[str, float], Bat
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers() if buffer.device.type != "meta"]
     try:
-        return training.validate_batches(monitor)
+        # A training that cannot take fewer batches need not know `most`.
+        return training.validate_batches(monitor, *([] if most is None else [most]))
     finally:
         torch.set_rng_state(of_torch)
         random.setstate(of_python)

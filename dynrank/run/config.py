@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_module
@@ -36,7 +36,9 @@ class RunKeys:
         ckpt_path: resume from this checkpoint, in a new folder; ``last``: the run in ``hydra.run.dir``, or the sweep in
             ``hydra.sweep.dir``, goes on there.
         checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt).
-        objective: a sweeper that looks for the best run is told this of the final weights.
+        objective: a sweeper that looks for the best run is told this of the exported weights.
+        export_weights: ``best``: the weights of the best validation since the last change of ranks, by ``objective``
+            if validations log it, otherwise by val/loss; ``last``: those of the last step.
         export: vllm, gguf, padded or a list of them: written into served/ at the end, as by ``dynrank export``.
         plots: whether to draw pictures and write report.html; needs the extra ``dynrank[plots]``.
     """
@@ -45,6 +47,7 @@ class RunKeys:
     ckpt_path: str | None = None
     checkpoint_every: Count = 50
     objective: str | None = "val/loss"
+    export_weights: Literal["best", "last"] = "best"
     export: Any = None
     plots: bool = True
 
@@ -147,6 +150,7 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
         beside = [f"hydra.searchpath=['file://{folder.resolve()}']"] if folder is not None else []
         config = hydra_compose(name, overrides=[*beside, *overrides])
     check_run_keys(config, name)
+    fill_length(config)
     return config
 
 
@@ -155,6 +159,25 @@ def check_run_keys(config: DictConfig, name: str = CONFIG_NAME) -> None:
     """Refuse unknown keys, and values of keys outside of groups, of what was composed from ``conf/NAME.yaml``."""
     check_keys(config, _SCHEMAS[name])
     RunKeys(**{field.name: plain(config.get(field.name, field.default)) for field in fields(RunKeys)})
+
+
+def fill_length(config: DictConfig) -> None:
+    """Set the length of training and the validations where nothing says them: your own files take 3 epochs.
+
+    Other data take 560 steps. A run whose length is in epochs validates four times in each, another every 30 batches.
+    """
+    trainer = config.trainer
+    if trainer is None:
+        return
+    steps = trainer.get("max_steps")
+    if steps is None and trainer.get("max_epochs") is None:
+        own = OmegaConf.select(config, "data.train", default=None) is not None
+        trainer.max_epochs, steps = (3, None) if own else (None, 560)
+    trainer.max_steps = -1 if steps is None else steps
+    if trainer.get("val_check_interval") is None:
+        trainer.val_check_interval = 30 if trainer.max_steps != -1 else 0.25
+        if trainer.max_steps == -1 and trainer.get("check_val_every_n_epoch") is None:
+            trainer.check_val_every_n_epoch = 1
 
 
 @configured()

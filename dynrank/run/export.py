@@ -40,6 +40,7 @@ def summarise(
     held: dict[str, int],
     seconds: float,
     data: dict[str, SplitAccount],
+    weights: str,
 ) -> Summary:
     """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""
     final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
@@ -50,7 +51,7 @@ def summarise(
         final=final,
         gap=final["val/loss"] - final["train/loss"] if both else None,
         final_ranks={name: layer.rank for name, layer in lora_layers(model)},
-        changes=[{"step": event.step, "reason": event.reason, "undone": event.undone} for event in history],
+        changes=[{"step": event.step, "reason": event.account, "undone": event.undone} for event in history],
         parameters={
             "adapter": sum(factor.numel() for factor in adapter_parameters(model)),
             "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -63,7 +64,20 @@ def summarise(
         peak_memory_bytes=peak_memory_bytes(),
         phases=[asdict(phase) | {"tokens_per_second": phase.tokens_per_second} for phase in phases],
         data=data,
+        weights=weights,
+        cost=_cost(history, final),
     )
+
+
+def _cost(history: Iterable[RankEvent], final: Mapping[str, float]) -> str:
+    """What the last change cost when it was made, and the metric at the end; empty if nothing was measured."""
+    for event in reversed([event for event in history if not event.undone]):
+        if event.measured is not None:
+            # The end is measured on all validation data.
+            known = event.measured.whole and event.measured.metric in final
+            now = f", {final[event.measured.metric]:.4g} now" if known else ""
+            return f"{event.cost} at step {event.step:,}{now}"
+    return ""
 
 
 def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, int]:

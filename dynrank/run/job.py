@@ -1,18 +1,19 @@
 """One run from its composed configuration: build, train, test, export."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from dynrank.callbacks import RankScheduler, RunMeter
+from dynrank.callbacks import BestWeights, RankScheduler, RunMeter
+from dynrank.driver.check import checked_metrics
 from dynrank.errors import ConfigurationError, configured
 from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import read_checkpoint
@@ -27,6 +28,8 @@ from dynrank.run.trainer import add_to_metrics, check_loggers, finished, make_tr
 from dynrank.schedules import check_schedule
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run
+
+VAL_LOSS = "val/loss"
 
 
 @dataclass
@@ -51,7 +54,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     checkpoint = checkpoint_of(folder, config.ckpt_path)
     config.ckpt_path = str(checkpoint) if checkpoint is not None else None
     job, meter = build(config), RunMeter()
-    trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
+    best = BestWeights(*_judged_by(config.objective, job.task.metrics))
+    trainer = make_trainer(config, folder, job.scheduler, meter, best, sweep=sweep)
     first = trainer.is_global_zero
     lock = locked(folder, resumed=resumed) if first else nullcontext()
     with finished(), lock, stoppable(trainer, checkpoint, folder):
@@ -69,13 +73,14 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         trainer.fit(job.module, job.task, ckpt_path=checkpoint)
         model: Any = job.module.model
         bytes_held = held_bytes(model, trainer.optimizers)
+        weights = _choose_weights(job.module, best, config.export_weights, trainer.global_step)
         # The trainer returns one mapping for each data loader.
         tested = trainer.test(job.module, job.task, verbose=False)
         metrics = {name: value for of_loader in tested for name, value in of_loader.items()}
         seconds = time.perf_counter() - start
         # Only some tasks count their data.
         data = dict(getattr(job.task, "account", {}))
-        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data)
+        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights)
         if first:
             # Not every task has a tokenizer.
             tokenizer = getattr(job.task, "tokenizer", None)
@@ -99,6 +104,9 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     checkpoint = read_checkpoint(config.ckpt_path) if config.ckpt_path is not None else None
     seed_everything(config.seed, verbose=False)
     task = make_task(config, on_meta=on_meta)
+    # A task of your own need not log what is measured.
+    measured = checked_metrics(scheduler.driver.stages, measure=True)
+    scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
     lora, optimizer = {**plain(config.lora), "rank_map": pattern}, plain(config.optimizer)
     module = task.module(lora, optimizer, on_meta=on_meta)
@@ -125,6 +133,22 @@ def lacks_data(config: DictConfig) -> bool:
 def make_scheduler(node: DictConfig) -> RankScheduler:
     """The scheduler of a ``schedule`` node."""
     return RankScheduler(make(node, "schedule"))
+
+
+def _judged_by(objective: str | None, logged: Sequence[str]) -> tuple[str, Literal["min", "max"]]:
+    """The metric that says which validation was the best, and whether a smaller value is better."""
+    monitor = objective if objective is not None and objective in logged and objective.startswith("val/") else VAL_LOSS
+    return monitor, "min" if monitor.endswith(("loss", "perplexity")) else "max"
+
+
+def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step: int) -> str:
+    """Put the weights that ``export_weights`` chooses into ``module``; returns which they are."""
+    if choice == "last":
+        return f"of the last step, {last_step:,} (export_weights=last)"
+    if best.step is None:
+        return f"of the last step, {last_step:,}: no validation after the last change of ranks logged {best.monitor}"
+    best.restore(module)
+    return f"of step {best.step:,} of {last_step:,}: the best {best.monitor} since the last change, {best.value:.4g}"
 
 
 def _reached(checkpoint: Path, module: nn.Module) -> tuple[int, str]:

@@ -36,6 +36,8 @@ class Summary:
         bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
         step_seconds: median of the optimizer steps of the last phase; None where there was none.
         data: split -> its counts, if the task counts its data.
+        weights: which step's weights are tested and exported, and why.
+        cost: what the last change of ranks cost when it was made; empty if it was not measured.
     """
 
     test: dict[str, float]
@@ -51,6 +53,8 @@ class Summary:
     bytes: dict[str, int] = field(default_factory=dict)
     step_seconds: float | None = None
     data: dict[str, SplitAccount] = field(default_factory=dict)
+    weights: str = ""
+    cost: str = ""
 
 
 def read_summary(folder: Path) -> Summary:
@@ -75,6 +79,9 @@ def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
     if summary.gap is not None:
         validation, training = summary.final["val/loss"], summary.final["train/loss"]
         facts["gap"] = f"{summary.gap:.4f} = validation {validation:.4f} - training {training:.4f} at the end"
+    if summary.cost:
+        facts["cost"] = summary.cost
+    facts["weights"] = summary.weights
     facts["final rank"] = span(summary.final_ranks.values())
     facts["parameters"] = "{adapter:,} in the adapter, {trainable:,} trained".format(**summary.parameters)
     facts["time"] = f"{summary.seconds:.0f} s, {summary.tokens_per_second:.0f} tokens/s in training"

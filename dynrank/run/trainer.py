@@ -19,7 +19,9 @@ from omegaconf import DictConfig
 
 from dynrank.callbacks import (
     AdapterCheckpoint,
+    BestWeights,
     Generations,
+    ProgressLines,
     RankMonitor,
     RankProgressBar,
     RankScheduler,
@@ -29,7 +31,7 @@ from dynrank.callbacks import (
     check_strategy,
 )
 from dynrank.errors import ConfigurationError
-from dynrank.output.console import quiet_loading
+from dynrank.output.console import quiet_loading, table_console
 from dynrank.output.whole_file import whole_file
 from dynrank.run.config import make, plain
 from dynrank.run.folder import GENERATIONS, HISTORY, METRICS, last_checkpoint
@@ -48,7 +50,7 @@ def check_loggers(config: DictConfig) -> None:
 
 
 def make_trainer(
-    config: DictConfig, folder: Path, scheduler: RankScheduler, meter: RunMeter, *, sweep: bool
+    config: DictConfig, folder: Path, scheduler: RankScheduler, meter: RunMeter, best: BestWeights, *, sweep: bool
 ) -> Trainer:
     """The trainer of the run that ``config`` describes, which writes into ``folder``."""
     checkpoint = AdapterCheckpoint(
@@ -62,6 +64,7 @@ def make_trainer(
     callbacks: list[Any] = [ScheduleFreeMode(), scheduler, StepSeed(config.seed), meter]
     callbacks += [RankMonitor(folder / HISTORY, model_name="model"), Generations(folder / GENERATIONS)]
     callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []
+    callbacks += [ProgressLines(follow=not (config.trainer.enable_progress_bar and table_console().is_terminal))]
     loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
     options = plain(config.trainer)
     if isinstance(config.trainer.strategy, DictConfig):
@@ -70,7 +73,7 @@ def make_trainer(
         trainer = Trainer(
             **options,
             default_root_dir=folder,
-            callbacks=[*callbacks, checkpoint],
+            callbacks=[*callbacks, checkpoint, *([best] if config.export_weights == "best" else [])],
             logger=[CSVLogger(str(folder), name="", version=""), *loggers],
             enable_model_summary=False,
         )

@@ -47,7 +47,7 @@ def make_optimizer(
         lr: peak learning rate.
         head_lr: peak learning rate of the head.
         weight_decay: weight decay of the optimizer.
-        warmup_steps: optimizer steps of linear warm-up.
+        warmup_steps: optimizer steps of linear warm-up, at most a quarter of ``total_steps``.
         decay: decay of the rate; warmup_stable_decay keeps the peak rate and decays linearly at the end.
         decay_share: share of ``total_steps`` in which warmup_stable_decay decays.
         options: further keyword arguments of the optimizer.
@@ -67,6 +67,7 @@ def make_optimizer(
     extra = {}
     if decay == "warmup_stable_decay":
         extra = {"num_decay_steps": round(decay_share * total_steps), "decay_type": "linear"}
+    warmup_steps = min(warmup_steps, total_steps // 4)
     scheduler = get_scheduler(decay, optimizer, warmup_steps, total_steps, scheduler_specific_kwargs=extra)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

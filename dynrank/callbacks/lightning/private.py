@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import CombinedLoader
 
 
 def results(trainer: Trainer) -> Any:
@@ -38,6 +40,35 @@ def first_batch_kept(trainer: Trainer) -> Iterator[None]:
     first_batch = connector._first_loop_iter
     yield
     connector._first_loop_iter = first_batch
+
+
+@contextmanager
+def fewer_batches(trainer: Trainer, most: int | None) -> Iterator[None]:
+    """Let validations inside the block take about ``most`` batches, at equal distances; None: all."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loaders, counts = loop._combined_loader, loop._max_batches
+    if most is not None and loaders is not None:
+        every = -(-int(sum(counts)) // most)
+        few = [_Every(loader, every, int(count)) for loader, count in zip(loaders.flattened, counts, strict=True)]
+        loop._combined_loader, loop._max_batches = CombinedLoader(few, "sequential"), [len(loader) for loader in few]
+    try:
+        yield
+    finally:
+        loop._combined_loader, loop._max_batches = loaders, counts
+
+
+class _Every:
+    """Every n-th batch of a data loader, from the middle of the first n on."""
+
+    def __init__(self, loader: Any, every: int, count: int) -> None:
+        self._loader = loader
+        self._chosen = range(min(every // 2, count - 1), count, every)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self._loader, self._chosen.start, self._chosen.stop, self._chosen.step)
 
 
 def log_step(trainer: Trainer) -> None:

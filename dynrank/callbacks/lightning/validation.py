@@ -50,17 +50,19 @@ class _Metrics(Callback):
 _CALLED = WeightAveraging, StochasticWeightAveraging, ScheduleFreeMode
 
 
-def validate_beside(trainer: Trainer, *, monitor: str) -> tuple[dict[str, float], Batches]:
+def validate_beside(trainer: Trainer, *, monitor: str, most: int | None = None) -> tuple[dict[str, float], Batches]:
     """Validate now, in addition to the run's own validations; return the metrics, and batches' parts in ``monitor``.
 
     Call this between two batches of ``fit``. No callback hears of it except those that average weights, loggers get
     nothing, and the trainer's metrics do not change. The parts are empty if ``monitor`` is not a mean over batches.
+
+    About ``most`` batches are taken, at equal distances; None: all.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     metrics = _Metrics(monitor)
     trainer.callbacks = [*(c for c in callbacks if isinstance(c, _CALLED)), metrics]  # type: ignore[attr-defined]
     try:
-        with private.nothing_logged(trainer):
+        with private.nothing_logged(trainer), private.fewer_batches(trainer, most):
             run_validation(trainer)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]

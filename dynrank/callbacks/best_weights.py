@@ -1,0 +1,88 @@
+"""The trained weights of the best validation since the last change of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from torch import Tensor, nn
+
+from dynrank.callbacks.rank_scheduler import LightningTraining
+from dynrank.driver.event import RankEvent
+from dynrank.driver.undo import validate
+
+
+class BestWeights(Checkpoint):
+    """Keeps the trained weights of the best validation since the last change of ranks.
+
+    A change that is kept forgets them, because they have other ranks. They are part of each checkpoint, so a resumed
+    run ends with the same ones. Validations that check or measure a change do not count. If no validation came after
+    the last step, one is made, which nothing logs.
+
+    Args:
+        monitor: a metric that validations log.
+        mode: ``min`` if a smaller value is better.
+
+    Attributes:
+        step: optimizer steps made before the best validation; None: there was none since the last change.
+        value: the metric in that validation.
+    """
+
+    def __init__(self, monitor: str, mode: Literal["min", "max"] = "min") -> None:
+        self.monitor, self.mode = monitor, mode
+        self.step: int | None = None
+        self.value = 0.0
+        self._weights: dict[str, Tensor] = {}
+        # Those that are being validated.
+        self._validated: dict[str, Tensor] = {}
+        self._last_validated = 0
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # They are copied now, because ScheduleFreeMode puts others in their place when the validation ends.
+        self._validated = {name: weight.detach().cpu().clone() for name, weight in _trained(pl_module).items()}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._take(trainer, trainer.callback_metrics)
+        self._validated = {}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Without an earlier validation the weights of the last step are the only ones.
+        if self.step is not None and self._last_validated < trainer.global_step:
+            self.on_validation_start(trainer, pl_module)
+            self._take(trainer, validate(LightningTraining(trainer, pl_module), self.monitor)[0])
+
+    def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
+        """Keep the validated weights if they are better."""
+        self._last_validated = trainer.global_step
+        if self.monitor in metrics:
+            value = float(metrics[self.monitor])
+            gain = self.value - value if self.mode == "min" else value - self.value
+            if self.step is None or gain > 0:
+                self.step, self.value, self._weights = trainer.global_step, value, self._validated
+
+    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        if not event.undone:
+            self.step, self._weights = None, {}
+
+    def restore(self, module: nn.Module) -> None:
+        """Put the best weights into ``module``, if there are any."""
+        trained = _trained(module)
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                trained[name].copy_(weight)
+
+    def state_dict(self) -> dict[str, Any]:
+        best = {"step": self.step, "value": self.value, "weights": self._weights}
+        return {**best, "last_validated": self._last_validated}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        self.step, self.value, self._weights = (state_dict[name] for name in ("step", "value", "weights"))
+        self._last_validated = state_dict["last_validated"]
+
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

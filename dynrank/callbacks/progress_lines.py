@@ -1,0 +1,79 @@
+"""Lines that say how long a run is, how it goes and how much time is left."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+# Steps after which the time that is left is said.
+_FIRST = 10
+# The most seconds between two lines.
+_PAUSE = 60.0
+
+
+class ProgressLines(Callback):
+    """Prints the length of training at its start, and after ten steps the time that is left.
+
+    Args:
+        follow: also print a line after each validation, and at least one a minute: step, losses, and the time left.
+            Output that goes to a file shows no progress bar.
+    """
+
+    def __init__(self, *, follow: bool) -> None:
+        self.follow = follow
+        # When training began, when the last line was printed, and the steps made before, in this process.
+        self._begun = self._last = 0.0
+        self._first_step = self._seen_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begun = self._last = time.monotonic()
+        self._first_step = self._seen_step = trainer.global_step
+        steps = trainer.estimated_stepping_batches
+        of_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
+        epochs = f"{steps / of_epoch:.3g} epoch{'s' if steps != of_epoch else ''} of {of_epoch:,} steps"
+        _say(trainer, "length", f"{steps:,} steps, {epochs} (trainer.max_epochs, trainer.max_steps)")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        # With gradient accumulation several batches make one step.
+        if step == self._seen_step:
+            return
+        self._seen_step = step
+        if step - self._first_step == _FIRST:
+            _say(trainer, "time left", f"{self._left(trainer)}, by the first {_FIRST} steps")
+        elif self.follow and time.monotonic() - self._last >= _PAUSE:
+            self._follow(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.follow and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._follow(trainer)
+
+    def _follow(self, trainer: Trainer) -> None:
+        self._last = time.monotonic()
+        names = [name for name in ("train/loss", "val/loss") if name in trainer.callback_metrics]
+        losses = ", ".join(f"{name} {float(trainer.callback_metrics[name]):.4g}" for name in names)
+        _say(trainer, f"step {trainer.global_step:,}", f"{losses}; {self._left(trainer)} left")
+
+    def _left(self, trainer: Trainer) -> str:
+        made = trainer.global_step - self._first_step
+        left = trainer.estimated_stepping_batches - trainer.global_step
+        return duration((time.monotonic() - self._begun) / made * left) if made else "all"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that is read at a glance.
+
+    >>> duration(42.4), duration(150), duration(5000)
+    ('42 s', '3 min', '1 h 23 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = int(seconds / 60 + 0.5)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _say(trainer: Trainer, name: str, fact: str) -> None:
+    if trainer.is_global_zero:
+        print(f"{name:<16} {fact}", flush=True)

@@ -1,0 +1,115 @@
+"""What a change costs is measured directly before and after it, on few data, and the run does not notice."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
+
+import dynrank
+from dynrank.callbacks import RankScheduler
+from dynrank.driver.driver import RankDriver
+from dynrank.driver.measure import batches_to_measure
+from dynrank.driver.training import Training
+from dynrank.errors import ConfigurationError
+from dynrank.schedules import How, Stage
+from dynrank.targets import Rank
+from dynrank.triggers import At, Run
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def loss_of(module, batches):
+    """The mean over all examples, computed by hand without dropout."""
+    module.eval()
+    with torch.no_grad():
+        parts = [(mse_loss(module.net(x), y).item(), len(x)) for x, y in batches]
+    module.train()
+    return sum(loss * count for loss, count in parts) / sum(count for _, count in parts)
+
+
+class Watching(Callback):
+    """Validates by hand directly before and directly after the change, which comes at step 6."""
+
+    def __init__(self, batches):
+        self.batches, self.before, self.event = batches, None, None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 6:
+            self.before = loss_of(pl_module, self.batches)
+
+    def on_rank_change(self, trainer, pl_module, event):
+        self.event, self.after = event, loss_of(pl_module, self.batches)
+
+
+def fitted(regression, loader, scheduler, watching, **options):
+    make, data, trainer = regression
+    module = make()
+    torch.manual_seed(3)
+    options = {"max_steps": 20, "num_sanity_val_steps": 0, **options}
+    trainer(callbacks=[watching, scheduler], **options).fit(module, data()[0], loader)
+    return module
+
+
+@pytest.mark.parametrize("batch_size", [20, 4], ids=["whole data", "a share"])
+def test_measured_cost_is_that_of_validations_by_hand(regression, batch_size):
+    data = regression[1]()[1].dataset
+    loader = DataLoader(data, batch_size=batch_size)
+    # Of 20 batches, a change in a run of 20 steps takes four at equal distances.
+    batches = [batch for i, batch in enumerate(loader) if batch_size == 20 or i % 5 == 2]
+    watching = Watching(batches)
+    scheduler = RankScheduler([Stage(At(step=6), Rank(1))], measure=True)
+    module = fitted(regression, loader, scheduler, watching)
+    measured = watching.event.measured
+    assert scheduler.history[0].measured == measured
+    assert (measured.metric, measured.whole) == ("val/loss", batch_size == 20)
+    assert (measured.before, measured.after) == pytest.approx((watching.before, watching.after), rel=1e-5)
+    assert measured.before != measured.after
+    assert watching.event.cost in watching.event.account
+    assert f"{measured.before:.4g} → {measured.after:.4g}" in watching.event.cost
+    # Nothing else differs from a run without.
+    other = fitted(regression, loader, RankScheduler([Stage(At(step=6), Rank(1))]), Watching(batches))
+    assert all(torch.equal(one, two) for one, two in zip(module.parameters(), other.parameters(), strict=True))
+
+
+def test_a_change_that_is_checked_has_its_cost_without_more_validations(regression):
+    loader = regression[1]()[1]
+    watching = Watching(list(loader))
+    stage = Stage(At(step=6), Rank(1), how=How(max_regression=1e3))
+    fitted(regression, loader, RankScheduler([stage]), watching)
+    measured = watching.event.measured
+    assert (measured.before, measured.after) == pytest.approx((watching.before, watching.after), rel=1e-5)
+
+
+class Counted(Training):
+    """A run whose validation has so many batches."""
+
+    validation_batches = 100
+
+    def validate(self):
+        return {}
+
+
+@pytest.mark.parametrize("steps", [3, 100, 1000, 100_000])
+@pytest.mark.parametrize("changes", [1, 2, 3, 16])
+def test_measurements_take_under_two_percent_of_a_run_or_four_batches(steps, changes):
+    training = Counted(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=1), [])
+    stages = [Stage(At(step=n), Rank(1)) for n in range(changes)]
+    most = batches_to_measure(training, stages, Run(steps))
+    taken = Counted.validation_batches if most is None else most
+    assert 2 * changes * taken * 4 / 3 <= 0.02 * steps or (changes <= 2 and taken * changes <= 4)
+    if steps == 100_000:
+        assert taken > 30
+
+
+def test_measuring_without_validation_is_refused_at_the_start():
+    model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(3, 3)), rank=2)
+    training = Training(model, [torch.optim.SGD(model.parameters())])
+    with pytest.raises(ConfigurationError, match=r"measure=True .* no validation: .*measure=False"):
+        RankDriver([Stage(At(step=1), Rank(1))], measure=True).start(training, Run(5))
+
+
+def test_a_metric_that_no_validation_logs_is_refused_before_training(regression):
+    scheduler = RankScheduler([Stage(At(step=6), Rank(1), how=How(check_monitor="val/los"))], measure=True)
+    with pytest.raises(ConfigurationError, match=r"check_monitor.*'val/los'; logged: 'val/loss'"):
+        fitted(regression, regression[1]()[1], scheduler, Watching([]), num_sanity_val_steps=1)
