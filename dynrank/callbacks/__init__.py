@@ -5,8 +5,7 @@ from typing import TYPE_CHECKING, Any
 from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint
 from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.lightning.strategies import check_strategy
-from dynrank.callbacks.rank_monitor import RankMonitor
-from dynrank.callbacks.rank_progress_bar import RankProgressBar
+from dynrank.callbacks.rank_monitor import RankMonitor, RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
 from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode

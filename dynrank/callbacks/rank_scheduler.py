@@ -193,7 +193,8 @@ def _run(trainer: Trainer, pl_module: LightningModule) -> Run:
     # Under manual optimization only the module knows how many steps an epoch has.
     if not pl_module.automatic_optimization:
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
-    total, batches = trainer.estimated_stepping_batches, trainer.num_training_batches
+    total = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
     per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
     # Lightning returns -1 if an epoch has unknown length.
     return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)

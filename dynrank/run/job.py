@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from dynrank.callbacks import RankScheduler, RunMeter
-from dynrank.errors import ConfigurationError, configured
+from dynrank.errors import ConfigurationError, Count, configured, read_as
 from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
@@ -50,7 +50,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     resumed = config.ckpt_path == "last"
     checkpoint = checkpoint_of(folder, config.ckpt_path)
     config.ckpt_path = str(checkpoint) if checkpoint is not None else None
-    job, meter = build(config), RunMeter()
+    job = build(config)
+    meter = RunMeter()
     trainer = make_trainer(config, folder, job.scheduler, meter, sweep=sweep)
     first = trainer.is_global_zero
     lock = locked(folder, resumed=resumed) if first else nullcontext()
@@ -88,6 +89,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
     check_run_keys(config)
     pattern = rank_pattern(config.rank_map)
+    # add_lora checks it, too, but only when the model is loaded.
+    read_as(Count, plain(config.lora.rank), "lora.rank")
     check_run(config)
     check_loggers(config)
     steps = config.trainer.get("max_steps", -1)
@@ -100,8 +103,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     seed_everything(config.seed, verbose=False)
     task = make_task(config, on_meta=on_meta)
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
-    lora, optimizer = {**plain(config.lora), "rank_map": pattern}, plain(config.optimizer)
-    module = task.module(lora, optimizer, on_meta=on_meta)
+    lora = {**plain(config.lora), "rank_map": pattern}
+    module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     scheduler.driver.check_model(module.model, run)
     check_export(servers(config.export), module.model)
     if checkpoint is not None and not on_meta:
@@ -129,7 +132,8 @@ def make_scheduler(node: DictConfig) -> RankScheduler:
 
 def _reached(checkpoint: Path, module: nn.Module) -> tuple[int, str]:
     """The step of a checkpoint of ``module``, and the lowest and the highest rank of its LoRA layers."""
-    saved, experts = read_checkpoint(checkpoint), {layer.lora_A: layer.num_products for _, layer in lora_layers(module)}
+    saved = read_checkpoint(checkpoint)
+    experts = {layer.lora_A: layer.num_products for _, layer in lora_layers(module)}
     state = saved["state_dict"]
     ranks = [len(state[name]) // experts[p] for name, p in module.named_parameters() if p in experts and name in state]
     return saved["global_step"], span(ranks)
