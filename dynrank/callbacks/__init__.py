@@ -7,8 +7,7 @@ from dynrank.callbacks.best_weights import BestWeights
 from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.callbacks.progress_lines import ProgressLines
-from dynrank.callbacks.rank_monitor import RankMonitor
-from dynrank.callbacks.rank_progress_bar import RankProgressBar
+from dynrank.callbacks.rank_monitor import RankMonitor, RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
 from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode

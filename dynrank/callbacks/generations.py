@@ -35,7 +35,8 @@ class Generations(Callback):
     def _record(self, trainer: Trainer, texts: list[tuple[str, ...]], split: str) -> None:
         if not texts or not trainer.is_global_zero or trainer.sanity_checking:
             return
-        new, step = not self.file.exists(), trainer.global_step
+        new = not self.file.exists()
+        step = trainer.global_step
         with self.file.open("a", newline="", encoding="utf-8") as opened:
             writer = csv.writer(opened)
             if new:

@@ -1,4 +1,4 @@
-"""Changes of rank: a printed table, rank_history.csv, numbers and spectra for the loggers."""
+"""Changes of rank: a table, rank_history.csv, numbers and spectra for the loggers, ranks in the progress bar."""
 
 import csv
 from collections.abc import Iterable
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dynrank.callbacks.rank_scheduler import RankScheduler
@@ -16,7 +17,7 @@ from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, LOSS_FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.linalg import effective_rank
-from dynrank.output.console import print_table
+from dynrank.output.console import print_table, span
 from dynrank.output.whole_file import whole_file
 
 
@@ -99,6 +100,32 @@ class RankMonitor(Callback):
         """The event with the layers' names relative to the model."""
         layers = tuple(replace(layer, layer=layer.layer.removeprefix(self.prefix)) for layer in event.layers)
         return replace(event, layers=layers)
+
+
+class RankProgressBar(RichProgressBar):
+    """Shows ``rank: 16``, or ``rank: 4-32`` if layers differ; without max_epochs it shows no total of epochs."""
+
+    _ranks: str | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._find_ranks(pl_module)
+        super().on_train_start(trainer, pl_module)
+
+    def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
+        self._find_ranks(pl_module)
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        metrics: dict[str, Any] = super().get_metrics(trainer, pl_module)
+        return {"rank": self._ranks, **metrics} if self._ranks is not None else metrics
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if trainer.max_epochs == -1 and self.progress is not None and self.train_progress_bar_id is not None:
+            self.progress.update(self.train_progress_bar_id, description=f"Epoch {trainer.current_epoch}")
+
+    def _find_ranks(self, pl_module: LightningModule) -> None:
+        ranks = {layer.rank for _, layer in lora_layers(pl_module)}
+        self._ranks = span(ranks) if ranks else None
 
 
 def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:

@@ -240,14 +240,16 @@ def _run(trainer: Trainer, pl_module: LightningModule) -> Run:
     # Under manual optimization only the module knows how many steps an epoch has.
     if not pl_module.automatic_optimization:
         return Run(trainer.max_steps if trainer.max_steps > 0 else None)
-    total, batches, epochs = trainer.estimated_stepping_batches, trainer.num_training_batches, trainer.max_epochs or 0
+    total = trainer.estimated_stepping_batches
+    batches = trainer.num_training_batches
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     factors = [c for c in callbacks if isinstance(c, GradientAccumulationScheduler)]
     if not factors or batches == float("inf"):
-        per_epoch = None if batches == float("inf") else -(-int(batches) // trainer.accumulate_grad_batches)
+        per_epoch = None if batches == float("inf") else max(1, -(-int(batches) // trainer.accumulate_grad_batches))
         # Lightning returns -1 if an epoch has unknown length.
-        return Run(int(total) if 0 <= total < float("inf") else None, per_epoch and max(1, per_epoch))
+        return Run(int(total) if 0 <= total < float("inf") else None, per_epoch)
     # Lightning's own estimate takes the number of batches in a step for constant.
+    epochs = trainer.max_epochs or 0
     steps = [-(-int(batches) // factors[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs)]
     most = trainer.max_steps if trainer.max_steps > 0 else None
     if epochs > 0:

@@ -111,7 +111,7 @@ def from_all(value: T) -> list[T]:
 
 
 def mean_over_processes(value: float) -> float:
-    """The mean of every process's ``value``, with the same bits in all processes."""
+    """The mean of every process's ``value``, exactly equal in all processes."""
     values = from_all(value)
     return sum(values) / len(values)
 

@@ -47,7 +47,8 @@ def load_by_name(loader: Any, name: str, key: str, settings: ModelSettings = _PL
     if source.endswith(".gguf"):
         if find_spec("gguf") is None:
             raise ConfigurationError(f"{key}={name} needs the package gguf: pip install gguf, or 'dynrank[code]'")
-        source, options = str(Path(source).parent), {**options, "gguf_file": Path(source).name}
+        options = {**options, "gguf_file": Path(source).name}
+        source = str(Path(source).parent)
     options |= {"revision": settings.revision} if settings.revision is not None else {}
     if not Path(source).exists() and not hub_is_known():
         options["local_files_only"] = True
@@ -92,7 +93,8 @@ def load_classifier(
 
     ``on_meta`` builds it from its config only, without memory for weights.
     """
-    config, cls = read_config(name, key, settings, num_labels=num_labels), AutoModelForSequenceClassification
+    config = read_config(name, key, settings, num_labels=num_labels)
+    cls = AutoModelForSequenceClassification
     if on_meta:
         model = _on_meta(cls, config, key, settings, kept=_HEADS)
     else:
@@ -132,7 +134,8 @@ def load_causal_lm(
 
 def load_weights(loader: Any, name: str, key: str, settings: ModelSettings = _PLAIN, **options: Any) -> tuple[Any, Any]:
     """(model, transformers' loading info); the weights of a GGUF file are unpacked into plain layers."""
-    gguf, packing = model_source(name, key).endswith(".gguf"), options.get("quantization_config")
+    gguf = model_source(name, key).endswith(".gguf")
+    packing = options.get("quantization_config")
     # Without this config, newer versions of transformers may keep layers packed.
     if gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)

@@ -155,7 +155,8 @@ def make_plan(config: DictConfig) -> Plan:
     size, length, ranks = asked.batch_size, asked.sequence_length, asked.ranks
     if size is None or length is None or ranks is None:
         raise ConfigurationError("the task has no batch_size or no max_length; set batch_size and sequence_length")
-    batch, needs = (size, length), []
+    batch = size, length
+    needs = []
     for rank in sorted(set(ranks)):
         model = _model(config, asked.base, settings, rank)
         for parameter in model.parameters() if dtype is not None else ():

@@ -148,7 +148,8 @@ def count_step(
     and ``batch`` have fake tensors of ``mode``. ``autocast`` is the dtype of mixed precision, None for none.
     """
     own = [*tensors_of(model), *batch.values()]
-    own_keys, saved = {storage_key(tensor) for tensor in own}, dict[int, Any]()
+    own_keys = {storage_key(tensor) for tensor in own}
+    saved: dict[int, Any] = {}
 
     def save(tensor: Tensor) -> Tensor:
         if storage_key(tensor) not in own_keys:
@@ -182,7 +183,8 @@ def count_step(
 
 def token_batch(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
     """A batch of full sequences: int64 ``input_ids`` and, if the model computes a loss, ``labels``."""
-    name, config = type(model).__name__, model.config
+    name = type(model).__name__
+    config = model.config
     if getattr(model, "main_input_name", None) != "input_ids":
         raise ConfigurationError(f"{name} does not read tokens (input_ids); set base or task.model")
     batch = {"input_ids": torch.zeros(batch_size, length, dtype=torch.long)}

@@ -47,7 +47,8 @@ def _options(folder: Path) -> list[str]:
     if not file.exists():
         return []
     hydra: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))["hydra"]
-    start, options = Path(hydra["runtime"]["cwd"]), []
+    start = Path(hydra["runtime"]["cwd"])
+    options = []
     for source in hydra["runtime"]["config_sources"]:
         if source["provider"] == "command-line":
             path = Path(source["path"])

@@ -93,7 +93,8 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
 def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
     """Write the files of a finished run into ``folder``; summary.json, the mark of a finished run, after others."""
     drop_repeated_rows(folder)
-    adapter, rslora = folder / "adapter", config.lora.rslora
+    adapter = folder / "adapter"
+    rslora = config.lora.rslora
     save_adapter(model, adapter)
     write_sidecar_files(adapter, model, tokenizer)
     write_card(adapter, model, summary, steps, command(folder))

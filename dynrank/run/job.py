@@ -14,7 +14,7 @@ from torch import nn
 
 from dynrank.callbacks import BestWeights, RankScheduler, RunMeter
 from dynrank.driver.check import checked_metrics
-from dynrank.errors import ConfigurationError, configured
+from dynrank.errors import ConfigurationError, Count, configured, read_as
 from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
@@ -53,7 +53,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     resumed = config.ckpt_path == "last"
     checkpoint = checkpoint_of(folder, config.ckpt_path)
     config.ckpt_path = str(checkpoint) if checkpoint is not None else None
-    job, meter = build(config), RunMeter()
+    job = build(config)
+    meter = RunMeter()
     best = BestWeights(*_judged_by(config.objective, job.task.metrics))
     trainer = make_trainer(config, folder, job.scheduler, meter, best, sweep=sweep)
     first = trainer.is_global_zero
@@ -93,6 +94,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
     check_run_keys(config)
     pattern = rank_pattern(config.rank_map)
+    # add_lora checks it, too, but only when the model is loaded.
+    read_as(Count, plain(config.lora.rank), "lora.rank")
     check_run(config)
     check_loggers(config)
     steps = config.trainer.get("max_steps", -1)
@@ -108,8 +111,8 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     measured = checked_metrics(scheduler.driver.stages, measure=True)
     scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
-    lora, optimizer = {**plain(config.lora), "rank_map": pattern}, plain(config.optimizer)
-    module = task.module(lora, optimizer, on_meta=on_meta)
+    lora = {**plain(config.lora), "rank_map": pattern}
+    module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     scheduler.driver.check_model(module.model, run)
     check_export(servers(config.export), module.model)
     if checkpoint is not None and not on_meta:
@@ -153,7 +156,8 @@ def _choose_weights(module: nn.Module, best: BestWeights, choice: str, last_step
 
 def _reached(checkpoint: Path, module: nn.Module) -> tuple[int, str]:
     """The step of a checkpoint of ``module``, and the lowest and the highest rank of its LoRA layers."""
-    saved, experts = read_checkpoint(checkpoint), {layer.lora_A: layer.num_products for _, layer in lora_layers(module)}
+    saved = read_checkpoint(checkpoint)
+    experts = {layer.lora_A: layer.num_products for _, layer in lora_layers(module)}
     state = saved["state_dict"]
     ranks = [len(state[name]) // experts[p] for name, p in module.named_parameters() if p in experts and name in state]
     return saved["global_step"], span(ranks)

@@ -100,7 +100,8 @@ def check_checkpoint(config: DictConfig, checkpoint: Mapping[str, Any], module: 
             f"the checkpoint {path!r} was made with optimizer.name={optimizer}, the run has {config.optimizer.name}; "
             "set ckpt_path or optimizer"
         )
-    mine, absent = module.state_dict(), left_out(stored)
+    mine = module.state_dict()
+    absent = left_out(stored)
     shapes = {name: value.shape for name, value in stored.items() if isinstance(value, Tensor)}
     # bitsandbytes stores a packed weight under keys of its own beside the weight's.
     beside = tuple(f"{name}." for name in absent)

@@ -31,7 +31,7 @@ def fit(regression):
 
 @pytest.fixture(scope="session")
 def assert_same():
-    """Checks that two modules hold the same, bit by bit."""
+    """Checks that two modules hold exactly the same values."""
 
     def check(module, other, said=""):
         expected = other.state_dict()

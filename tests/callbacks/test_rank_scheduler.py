@@ -1,4 +1,4 @@
-"""The callback in Lightning's trainer: when it acts, which validations it runs, and resume to the same bits.
+"""The callback in Lightning's trainer: when it acts, which validations it runs, and equal weights after a resume.
 
 What does not depend on the trainer is tested in tests/driver.
 """
@@ -362,7 +362,7 @@ def test_trigger_may_watch_what_only_training_logs(regression, fit):
 
 def test_check_without_validation_is_refused(fit):
     scheduler = RankScheduler(at(5, Rank(3), max_regression=0.1))
-    with pytest.raises(ConfigurationError, match=r"give fit\(\) validation data.*max_regression=null"):
+    with pytest.raises(ConfigurationError, match=r"give fit\(\) validation data, or set max_regression=None$"):
         fit(scheduler, limit_val_batches=0, max_steps=10)
 
 

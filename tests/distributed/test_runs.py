@@ -1,4 +1,4 @@
-"""Two real processes on gloo: they come to the same bits, and to what one process comes to with both their batches."""
+"""Two real processes on gloo: they end with exactly the same weights, those of one process with both batches."""
 
 import functools
 import itertools

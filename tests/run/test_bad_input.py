@@ -21,7 +21,8 @@ CASES = [
     (["seed=99999999999"], ["seed"]),
     (["trainer.val_check_interval=0"], ["trainer.val_check_interval"]),
     (["trainer.max_steps=1e400"], ["trainer.max_steps"]),
-    (["lora.rank=0"], ["0", "lora.rank"]),
+    # The rank is refused before the model is loaded.
+    (["lora.rank=0", "task.model=./missing"], ["0", "lora.rank"]),
     (["lora.dropout=1.0"], ["1.0", "lora.dropout"]),
     (["lora.target_modules=[qurey]"], ["qurey", "query", "lora.target_modules"]),
     (["rank_map.file=absent.yaml"], ["absent.yaml", "rank_map.file"]),

@@ -71,7 +71,7 @@ def saved_step(file):
 
 
 def assert_same(folder, whole):
-    """Weights, optimizer and files of two runs are equal bit by bit."""
+    """Weights, optimizer and files of two runs are exactly equal."""
     one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (folder, whole))
     assert one["global_step"] == two["global_step"] == STEPS
     tensors = {name: value for name, value in two["state_dict"].items() if isinstance(value, torch.Tensor)}

@@ -24,7 +24,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def whole_and_resumed(tmp_path):
-    """Makes a run of 8 steps, one of ``steps``, and one that goes on from the first to these, to the same bits.
+    """Makes a run of 8 steps, one of ``steps``, and one that resumes the first up to ``steps``, with the same weights.
 
     Returns the summaries of the first two; the folders are tmp_path / first, whole and resumed.
     """

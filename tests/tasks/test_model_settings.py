@@ -1,4 +1,4 @@
-"""The keys of ``model``: a packed base is trained for real, a run of it goes on to the same bits."""
+"""The keys of ``model``: a packed base is trained, and a resumed run of it has the weights of an uninterrupted one."""
 
 import json
 
