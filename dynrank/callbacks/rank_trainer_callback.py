@@ -204,8 +204,12 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def state(self) -> dict[str, Any]:
         """The state for ``trainer_state.json``: the bytes of :func:`torch.save`, in base64 because the file is JSON."""
         buffer = io.BytesIO()
-        state = {"driver": self.driver.state_dict(), "logged": self.logged, "evaluated": self._evaluated}
-        state["saved"] = self._saved
+        state: dict[str, Any] = {
+            "driver": self.driver.state_dict(),
+            "logged": self.logged,
+            "evaluated": self._evaluated,
+            "saved": self._saved,
+        }
         torch.save(state, buffer)
         return {"args": {}, "attributes": {"saved": base64.b64encode(buffer.getvalue()).decode("ascii")}}
 
