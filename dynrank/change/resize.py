@@ -98,6 +98,8 @@ class LayerReport:
         singular_values: singular values of the update before the change (scaling included), descending.
         params_per_rank: d_out + d_in (times the experts), the parameters of one direction.
         loss: the layer's part of the estimated change of the loss; None without gates.
+        brought: what the layer had brought before: the decrease of the loss by its updates in this run (see
+            :mod:`dynrank.driver.brought`), the reason for its rank; None if unknown.
     """
 
     layer: str
@@ -108,6 +110,7 @@ class LayerReport:
     singular_values: tuple[float, ...]
     params_per_rank: int
     loss: LossChange | None = None
+    brought: float | None = None
 
     @property
     def parameters_saved(self) -> int:
