@@ -32,8 +32,9 @@ class RankMonitor(Callback):
     or its number. (RankScheduler logs ``lr/adapter`` where it differs; RankProgressBar shows the ranks in every step.)
 
     Args:
-        history_file: CSV file of all changes of the run, also those before a resume, with each layer's part in the
-            estimated change of the loss if gates were measured. If a change was undone, its reason begins with
+        history_file: CSV file of all changes of the run, also those before a resume, with what each layer had brought
+            before (the loss's decrease by its updates), and its part in the estimated change of the loss if gates were
+            measured. If a change was undone, its reason begins with
             "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
     """
@@ -132,7 +133,8 @@ def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
         costs = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
         loss = (f"{getattr(la.loss, name):.6g}" if la.loss else "" for name in LOSS_FIELDS)
-        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.account, *loss
+        brought = "" if la.brought is None else f"{la.brought:.6g}"
+        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.account, brought, *loss
 
 
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:

@@ -42,6 +42,7 @@ def resize(
     averages: Iterable[nn.Module] = (),
     generator: torch.Generator | None = None,
     collective: bool = False,
+    balance: bool = False,
     dry_run: bool = False,
 ) -> list[LayerReport]:
     """Change the rank of LoRA layers in place, down or up, and carry the optimizers' state through the change.
@@ -63,6 +64,8 @@ def resize(
         generator: generator of the random rows of a growth; torch's default generator when None.
         collective: whether every process of torch's default group makes this call. Process 0 computes, and all
             processes get the bits of its factors and optimizer state. Wrap the model in DDP again afterwards.
+        balance: whether layers in ``target`` that keep their rank get balanced factors, too, if another layer is cut;
+            their update stays the same up to rounding. Pinned layers are left alone.
         dry_run: check and compute everything, but change nothing.
 
     Returns:
@@ -75,7 +78,9 @@ def resize(
     """
     adapters = Adapters(model, optimizers, averages)
     directions = gates if gates is not None else ByWeight(adapters.layers)
-    change = compute(adapters, lambda: target, directions, optimizer_state, generator, collective=collective)
+    change = compute(
+        adapters, lambda: target, directions, optimizer_state, generator, collective=collective, balance=balance
+    )
     if not dry_run:
         change.put()
         _watch_others(adapters)
@@ -122,6 +127,8 @@ class LayerReport:
         singular_values: singular values of the update before the change (scaling included), descending.
         params_per_rank: d_out + d_in (times the experts), the parameters of one direction.
         loss: the layer's part of the estimated change of the loss; None without gates.
+        brought: what the layer had brought before: the decrease of the loss by its updates in this run (see
+            :mod:`dynrank.driver.brought`), the reason for its rank; None if unknown.
     """
 
     layer: str
@@ -132,6 +139,7 @@ class LayerReport:
     singular_values: tuple[float, ...]
     params_per_rank: int
     loss: LossChange | None = None
+    brought: float | None = None
 
     @property
     def parameters_saved(self) -> int:
@@ -283,6 +291,7 @@ def compute(
     generator: torch.Generator | None,
     *,
     collective: bool,
+    balance: bool,
 ) -> Change:
     """Check and compute a change of ranks, and change nothing; the arguments are those of :func:`resize`.
 
@@ -291,7 +300,7 @@ def compute(
     """
 
     def of_first() -> tuple[Values, list[LayerReport]]:
-        ranks = _checked_ranks(adapters.layers, plan())
+        ranks = _checked_ranks(adapters.layers, plan(), balance)
         for optimizer in adapters.optimizers:
             factors = [f for name in ranks for f in (adapters.layers[name].lora_A, adapters.layers[name].lora_B)]
             check_optimizer(optimizer, factors, optimizer_state)
@@ -303,8 +312,8 @@ def compute(
     return Change(adapters, values, reports)
 
 
-def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks) -> dict[str, int]:
-    """{name: new rank} for the layers whose rank changes, in model order."""
+def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bool) -> dict[str, int]:
+    """{name: new rank} for the layers that get new factors, in model order; see :func:`resize` for ``balance``."""
     if not layers:
         raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
     targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
@@ -322,7 +331,12 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks) -> dict[str
             raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before changing its rank")
     if faults:
         raise ConfigurationError("ranks cannot be changed (schedule.final_rank or rank_map):\n  " + "\n  ".join(faults))
-    return {name: targets[name] for name in layers if name in targets and targets[name] != layers[name].rank}
+    balance = balance and any(rank < layers[name].rank for name, rank in targets.items())
+    return {
+        name: targets[name]
+        for name, layer in layers.items()
+        if name in targets and (targets[name] != layer.rank or (balance and not layer.pinned))
+    }
 
 
 def _computed(
@@ -332,7 +346,7 @@ def _computed(
     optimizer_state: Literal["transport", "reset"],
     generator: torch.Generator | None,
 ) -> tuple[Values, list[LayerReport]]:
-    """The new values of the layers in ``ranks``, and their reports."""
+    """The new values of the layers in ``ranks``, and reports of those whose rank changes."""
     layers = adapters.layers
     cuts = {name: rank for name, rank in ranks.items() if rank < layers[name].rank}
     kept = {name: torch.arange(layers[name].rank) for name in ranks} | (directions.kept(cuts) if cuts else {})
@@ -348,8 +362,9 @@ def _computed(
             of_average[name] = _moved_average(own[name], change)
         for optimizer, states in zip(adapters.optimizers, values.states, strict=True):
             states[name] = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
-        spectrum = change.singular_values * layer.scaling
-        reports.append(report_of(name, rank, spectrum, params_per_rank(layer), kept[name], loss.get(name)))
+        if rank != layer.rank:
+            spectrum = change.singular_values * layer.scaling
+            reports.append(report_of(name, rank, spectrum, params_per_rank(layer), kept[name], loss.get(name)))
     return values, reports
 
 
@@ -363,7 +378,8 @@ def _rank_change(
 ) -> RankChange:
     """New factors of a layer, and the maps to them."""
     products = layer.products()
-    if rank < layer.rank:
+    # A layer that keeps its rank is here to be balanced.
+    if rank <= layer.rank:
         pairs = zip(products, directions.directions(name), strict=True)
         return stacked([keep_directions(b, a, known, kept) for (b, a), known in pairs])
     try:

@@ -14,6 +14,7 @@ from dynrank.change.greedy import ByWeight
 from dynrank.change.optimizer_state import check_optimizer
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import sharded_error, sharded_layers
+from dynrank.driver.brought import Share
 from dynrank.driver.rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -30,15 +31,21 @@ CHECK_MONITOR = "check_monitor of How (schedule.how.check_monitor)"
 
 
 def layer_states(
-    layers: Mapping[str, RankedLayer], *, last: bool, target: Target, directions: ByWeight
+    layers: Mapping[str, RankedLayer],
+    *,
+    last: bool,
+    target: Target,
+    directions: ByWeight,
+    brought: Mapping[str, Share] | None = None,
 ) -> dict[str, LayerState]:
     """The state of each layer that ``target`` reads; ``last``: whether the target's stage is the last."""
+    worth = {name: share.worth for name, share in (brought or {}).items()} if "brought" in target.needs else {}
     values = directions.values() if "values" in target.needs else {}
     states = {}
     for name, layer in layers.items():
         # A pinned layer keeps its rank, so no target reads its values.
-        nothing = torch.zeros(layer.rank, dtype=torch.float64) if target.needs else None
-        states[name] = _state(layer, layer.rank, last, values.get(name, nothing))
+        nothing = torch.zeros(layer.rank, dtype=torch.float64) if "values" in target.needs else None
+        states[name] = _state(layer, layer.rank, last, values.get(name, nothing), worth.get(name))
     return states
 
 
@@ -50,7 +57,9 @@ def expected_states(
     return {name: _state(layer, ranks[name], last, falling[name]) for name, layer in layers.items()}
 
 
-def _state(layer: RankedLayer, rank: int, last: bool, values: Tensor | None) -> LayerState:
+def _state(
+    layer: RankedLayer, rank: int, last: bool, values: Tensor | None, brought: float | None = None
+) -> LayerState:
     """No stage shrinks a layer below its own final rank, and the ``last`` stage brings it to that rank."""
     lowest, highest = layer.final_rank or 1, max_rank(layer)
     if layer.pinned:
@@ -59,7 +68,7 @@ def _state(layer: RankedLayer, rank: int, last: bool, values: Tensor | None) -> 
         highest = layer.final_rank
     d_out, d_in = len(layer.lora_B), layer.lora_A[0].numel()
     own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "experts": layer.num_products}
-    return LayerState(rank, d_out, d_in, lowest, highest, values=values, **own)
+    return LayerState(rank, d_out, d_in, lowest, highest, values=values, brought=brought, **own)
 
 
 def final_ranks(model: nn.Module, schedule: Sequence[Stage]) -> dict[str, int]:

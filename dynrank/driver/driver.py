@@ -11,6 +11,7 @@ from torch import nn
 from dynrank.change.greedy import ByWeight
 from dynrank.change.resize import Change, uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
+from dynrank.driver.brought import Brought, Share
 from dynrank.driver.check import (
     check_model,
     check_training,
@@ -59,6 +60,8 @@ class RankDriver:
         self._run = Run(None)
         self._clock = Clock([], self._run)
         self._window = Window([])
+        # Until the last stage is over.
+        self._brought: Brought | None = None
         # One for each optimizer, made at the last change.
         self._rates: list[Rates] = []
         # The last step for which end_step() was called.
@@ -128,7 +131,10 @@ class RankDriver:
         self._multiply_rates(training, self._loaded.get("rate_factor", 1.0))
         if self._loaded:
             self._window.load_state_dict(self._loaded["gates"], training.model)
-            self._loaded = {}
+        self._brought = None if self.finished else Brought(dict(lora_layers(training.model)))
+        if self._brought is not None and self._loaded.get("brought") is not None:
+            self._brought.load_state_dict(self._loaded["brought"])
+        self._loaded = {}
 
     def advance(self, training: Training) -> None:
         """Decide which stage is due, begin to measure gates for the next one, and change ranks if all is ready."""
@@ -147,6 +153,8 @@ class RankDriver:
             self._ended_step = training.step
             if self._window.gates is not None:
                 self._window.gates.end_step()
+            if self._brought is not None:
+                self._brought.end_step()
             if self.check_every and training.step % self.check_every == 0:
                 check_processes(training.model, training.optimizers, f"after step {training.step}")
 
@@ -196,6 +204,7 @@ class RankDriver:
             "stages": as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "gates": self._window.state_dict(),
+            "brought": self._brought.state_dict() if self._brought is not None else None,
             "rate_factor": self.rate_factor,
         }
 
@@ -227,7 +236,7 @@ class RankDriver:
         if gates is not None and present.get(gates["stage"]) != theirs[gates["stage"]]:
             gates = None
         self._remove_rates()
-        self._loaded = {"rate_factor": state["rate_factor"], "gates": gates}
+        self._loaded = {"rate_factor": state["rate_factor"], "gates": gates, "brought": state["brought"]}
         self._ended_step = 0
 
     # Deciding
@@ -281,9 +290,12 @@ class RankDriver:
         directions = gates or ByWeight(free)
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
+        # The same in all processes, because gradients are; process 0 decides all the same.
+        brought = self._brought.shares() if self._brought is not None else {}
         if stage.how.max_regression is None:
-            change = self._computed(training, index, directions)
+            change = self._computed(training, index, directions, brought)
             event = RankEvent(training.step, reason, tuple(change.reports)) if change.reports else None
+            event = _with_shares(event, brought)
             measurement = self._measurement(training, stage) if event is not None else None
             # No interrupt may separate the change from the updates that belong to it.
             with uninterrupted():
@@ -297,9 +309,10 @@ class RankDriver:
             with undo, undo:
                 if stage.search:
                     began_with = self._parameters_at_start(training)
-                    event = cut_to_smallest(training, undo, stage, reason, directions, began_with)
+                    event = cut_to_smallest(training, undo, stage, reason, directions, brought, began_with)
                 else:
-                    event = self._try(training, undo, index, reason, directions)
+                    event = self._try(training, undo, index, reason, directions, brought)
+                event = _with_shares(event, brought)
                 with uninterrupted():
                     undo.keep()
                     self._end_stage(training, index, event)
@@ -308,20 +321,29 @@ class RankDriver:
             if not event.undone and training.step < (self._run.total_steps or float("inf")):
                 warn_of_low_rate(training)
 
-    def _computed(self, training: Training, index: int, directions: ByWeight) -> Change:
+    def _computed(self, training: Training, index: int, directions: ByWeight, brought: Mapping[str, Share]) -> Change:
         """The change of stage ``index``, which is not yet made."""
         stage = self.stages[index]
         last = index == len(self.stages) - 1
         layers = dict(lora_layers(training.model))
 
         def plan() -> dict[str, int]:
-            return stage.to.ranks(layer_states(layers, last=last, target=stage.to, directions=directions))
+            states = layer_states(layers, last=last, target=stage.to, directions=directions, brought=brought)
+            return stage.to.ranks(states)
 
         return training.compute(plan, directions, stage.how)
 
-    def _try(self, training: Training, undo: Undo, index: int, reason: str, directions: ByWeight) -> RankEvent | None:
+    def _try(
+        self,
+        training: Training,
+        undo: Undo,
+        index: int,
+        reason: str,
+        directions: ByWeight,
+        brought: Mapping[str, Share],
+    ) -> RankEvent | None:
         """Make the change of stage ``index``, and undo it if it costs too much; None if no rank would change."""
-        change = self._computed(training, index, directions)
+        change = self._computed(training, index, directions, brought)
         if not change.reports:
             return None
         metrics = self.progress.metrics if self.progress.observed_step == training.step else {}
@@ -349,7 +371,11 @@ class RankDriver:
                 later.when.reset(training.step)
         if event is not None:
             self.history.append(event)
+        if self.finished:
+            self._brought = None
         if event is not None and not event.undone:
+            if self._brought is not None:
+                self._brought.restart()
             # These metrics belong to the weights before the change.
             self.progress.metrics = {}
             after = {name: layer.rank for name, layer in lora_layers(training.model)}
@@ -372,6 +398,13 @@ class RankDriver:
         for rates in self._rates:
             rates.remove()
         self._rates = []
+
+
+def _with_shares(event: RankEvent | None, brought: Mapping[str, Share]) -> RankEvent | None:
+    """The event with what each of its layers has brought, where that is known."""
+    if event is None or not brought:
+        return event
+    return replace(event, layers=tuple(replace(each, brought=brought[each.layer].value) for each in event.layers))
 
 
 class Clock:

@@ -15,7 +15,10 @@ from dynrank.output.ranks import change_table, ranks_in_words
 
 LOSS_FIELDS = tuple(part.name for part in fields(LossChange))
 # Columns of rank_history.csv. The columns of the estimated change of the loss are empty without gates.
-FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", *LOSS_FIELDS)
+FIELDS = (
+    *("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought"),
+    *LOSS_FIELDS,
+)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import inf, sqrt
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from dynrank.change.greedy import ByWeight
 from dynrank.change.resize import LayerReport
 from dynrank.distributed.processes import from_all, from_first
+from dynrank.driver.brought import Share
 from dynrank.driver.check import layer_states
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Batches, Training
@@ -21,7 +23,13 @@ from dynrank.targets import Budget, Target
 
 
 def cut_to_smallest(
-    training: Training, undo: Undo, stage: Stage, reason: str, directions: ByWeight, parameters_before: int
+    training: Training,
+    undo: Undo,
+    stage: Stage,
+    reason: str,
+    directions: ByWeight,
+    brought: Mapping[str, Share],
+    parameters_before: int,
 ) -> RankEvent | None:
     """Cut to the fewest directions that are enough; the event says "undone" if all are needed. None: nothing to cut.
 
@@ -34,9 +42,10 @@ def cut_to_smallest(
         stage: a stage with ``search``, which is the last one; its ``max_regression`` is the tolerance.
         reason: why the ranks change, for the event.
         directions: which directions each number of steps keeps.
+        brought: what each layer has brought.
         parameters_before: parameters of the adapters when the run began.
     """
-    search = Search(training, undo, stage, directions)
+    search = Search(training, undo, stage, directions, brought)
     if search.ranks(0) == search.now:
         return None
     steps = search.fewest_steps()
@@ -68,11 +77,14 @@ class Search:
         trials: the trials so far, by their number of steps.
     """
 
-    def __init__(self, training: Training, undo: Undo, stage: Stage, directions: ByWeight) -> None:
+    def __init__(
+        self, training: Training, undo: Undo, stage: Stage, directions: ByWeight, brought: Mapping[str, Share]
+    ) -> None:
         self._training = training
         self._undo = undo
         self._how = stage.how
         self._directions = directions
+        self._brought = brought
         self._layers = dict(lora_layers(training.model))
         self.now = {name: layer.rank for name, layer in self._layers.items()}
         self.trials: dict[int, Trial] = {}
@@ -81,7 +93,9 @@ class Search:
 
     def _plan(self, target: Target) -> tuple[dict[str, int], list[tuple[str, int]]]:
         assert isinstance(target, Budget)
-        states = layer_states(self._layers, last=True, target=target, directions=self._directions)
+        states = layer_states(
+            self._layers, last=True, target=target, directions=self._directions, brought=self._brought
+        )
         largest = target.ranks(states)
         return target.lowest_ranks(states), [step for step in target.order(states) if step[1] <= largest[step[0]]]
 

@@ -89,10 +89,13 @@ class Training:
         return {}
 
     def compute(self, plan: Callable[[], Mapping[str, int]], directions: ByWeight, how: How) -> Change:
-        """A change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet."""
+        """A change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet.
+
+        In a cut, unpinned layers that keep their rank are balanced, too: steps then have the same size in all layers.
+        """
         adapters = Adapters(self.model, self.optimizers, self.averages)
         generator = torch.Generator().manual_seed(self.step)
-        return compute(adapters, plan, directions, how.optimizer_state, generator, collective=True)
+        return compute(adapters, plan, directions, how.optimizer_state, generator, collective=True, balance=True)
 
     def put(self, assign: Callable[[], None]) -> None:
         """Call ``assign``, which replaces factors, and rebuild what depends on their shapes; Ctrl-C waits."""

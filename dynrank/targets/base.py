@@ -27,6 +27,8 @@ class LayerState:
         final_rank: the final rank in the rank map; None if it has none.
         values: (rank,) descending, what each direction is worth in the metric of the change: singular values of the
             update (scaling included), or values from gates; None unless the target ``needs`` them.
+        brought: what the layer has brought: the decrease of the loss by its updates, at least 0, plus its standard
+            error; None if unknown, or unless the target ``needs`` it.
         cap: the layer's own ``highest`` in the rank map, which replaces a budget's; None if it has none.
         experts: how many products of this shape and rank the layer stacks; 1 in a plain layer.
     """
@@ -40,6 +42,7 @@ class LayerState:
     values: Tensor | None = None
     cap: int | None = None
     experts: int = 1
+    brought: float | None = None
 
     @property
     def params_per_rank(self) -> int:
@@ -56,10 +59,10 @@ class LayerState:
 
 
 class Target(ABC):
-    """The rank that each layer should change to. Subclasses write :meth:`ranks`, and ``needs`` if they read values.
+    """The rank that each layer should change to. Subclasses write :meth:`ranks`, and ``needs`` if they read more.
 
     Attributes:
-        needs: ("values",) if the target reads ``LayerState.values``.
+        needs: "values" if the target reads ``LayerState.values``, "brought" if it reads ``LayerState.brought``.
         multiple: new ranks are multiples of this, where the bounds allow it.
 
     >>> class Half(Target):

@@ -1,9 +1,9 @@
-"""The target that compares the directions of all layers, and keeps those that are worth most per parameter."""
+"""The target that gives all layers one pool of parameters: by what directions are worth, or by what layers brought."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from math import floor, fsum, inf
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field
 
@@ -26,6 +26,10 @@ class Budget(Stepped):
     With gates, the worth of a direction is the rise of the loss without it. Otherwise it is the squared singular value,
     and to compare layers by it is a heuristic.
 
+    ``by="brought"`` instead makes ranks proportional to what each layer has brought: the decrease of the loss by its
+    updates, plus a standard error. One factor for all layers grows until the pool is spent, and each rank is rounded.
+    What is then left goes on in the same order to the layers that still fit.
+
     Args:
         parameters: parameters of all layers together after the change, pinned layers included.
         share: the size as a share of the present parameters, in (0, 1]. A schedule's first stage needs a share that
@@ -36,6 +40,7 @@ class Budget(Stepped):
         lowest: lowest rank of every layer (a layer below it keeps its rank).
         highest: highest rank of every layer without a ``highest`` of its own in the rank map; None: its rank now.
         multiple: new ranks are multiples of this; a layer may also keep its rank.
+        by: "worth" of the directions, or what layers have "brought".
 
     Raises:
         ConfigurationError: if a value is out of range; from :meth:`ranks` if the pool is below the lowest ranks.
@@ -53,8 +58,11 @@ class Budget(Stepped):
     left: Annotated[int, Field(ge=0)] = Field(default=0, kw_only=True)
     bytes: ByteSize | None = Field(default=None, kw_only=True)
     highest: Count | None = Field(default=None, kw_only=True)
+    by: Literal["worth", "brought"] = Field(default="worth", kw_only=True)
 
-    needs = ("values",)
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("brought",) if self.by == "brought" else ("values",)
 
     def __post_init__(self) -> None:
         if self.highest is not None and self.least() > self.highest:
@@ -122,7 +130,10 @@ class Budget(Stepped):
 
         Steps that are worth nothing are left out. But where no layer has an update yet, ranks rise alike.
         """
-        nothing_known = not any(layer.values.any() for layer in layers.values() if layer.values is not None)
+        if self.by == "brought":
+            nothing_known = not any(layer.brought for layer in layers.values())
+        else:
+            nothing_known = not any(layer.values.any() for layer in layers.values() if layer.values is not None)
         steps = sorted(step for item in layers.items() for step in self._steps(*item))
         return [(name, rank) for value, rank, name in steps if value < 0 or nothing_known]
 
@@ -143,6 +154,13 @@ class Budget(Stepped):
 
     def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, int, str]]:
         """(minus its worth per parameter, next rank, name) of each step up; the most valuable step sorts first."""
+        if self.by == "brought":
+            # A rank is rounded up from the factor c on at which c * brought is halfway between two choices.
+            yield from (
+                (-2 * (layer.brought or 0.0) / (below + above), above, name)
+                for below, above in pairwise(self._choices(layer))
+            )
+            return
         assert layer.values is not None
         worth = layer.values.double().square()
         density = inf

@@ -3,9 +3,13 @@
 What does not depend on the trainer is tested in tests/driver.
 """
 
+import copy
+import itertools
+
 import lightning
 import pytest
 import torch
+from by_hand import ByHand
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     EMAWeightAveraging,
@@ -70,6 +74,29 @@ def test_scheduler_drops_once_after_the_plateau_and_tells_other_callbacks(fit):
             state = trainer.optimizers[0].state[parameter]
             assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
             assert state["step"] == 24
+
+
+def test_history_has_what_layers_have_brought_in_a_loop_by_hand(fit, regression):
+    """Two batches a step, clipped: as Lightning documents it."""
+    make, data, _ = regression
+    scheduler, module = RankScheduler(at(8, Budget(share=0.5, by="brought"))), make()
+    module.net[1].p = 0.0
+    other = copy.deepcopy(module)
+    fit(scheduler, module=module, accumulate_grad_batches=2, gradient_clip_val=0.5, max_steps=9, val_check_interval=1.0)
+    ((optimizer,), (schedule,)), hand = other.configure_optimizers(), ByHand(other.net)
+    batches = itertools.chain.from_iterable(itertools.repeat(data()[0]))
+    for _ in range(8):
+        for batch in itertools.islice(batches, 2):
+            (other.training_step(batch, 0) / 2).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in other.parameters() if p.requires_grad], 0.5)
+        optimizer.step()
+        schedule["scheduler"].step()
+        hand.end_step()
+        optimizer.zero_grad()
+    reports = scheduler.history[0].layers
+    assert reports
+    for report in reports:
+        assert report.brought == pytest.approx(sum(hand.terms(report.layer.removeprefix("net."))), rel=1e-3)
 
 
 ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}

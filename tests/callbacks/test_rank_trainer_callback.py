@@ -12,6 +12,7 @@ import forked
 import pytest
 import torch
 import transformers as hf
+from by_hand import ByHand
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -91,7 +92,8 @@ def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
     model = dynrank.add_lora(base(), rank=4, alpha=8)
     stages = [Stage(At(step=3), Rank(2))]
     options = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "optim": "adamw_torch", "weight_decay": 0.0}
-    trainer(tmp_path, model, callback(stages), max_steps=6, **options).train()
+    schedule = callback(stages)
+    trainer(tmp_path, model, schedule, max_steps=6, **options).train()
     other = dynrank.add_lora(base(), rank=4, alpha=8)
     same_order, batches = trainer(tmp_path, other, callback([]), max_steps=6, **options), []
     for epoch in range(3):
@@ -99,9 +101,11 @@ def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
         loader.set_epoch(epoch)
         batches += list(loader)
     trained = [p for p in other.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    optimizer, hand = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0), ByHand(other)
     for step in range(6):
         if step == 3:
+            sums = [sum(hand.terms(report.layer)) for report in schedule.history[0].layers]
+            assert [report.brought for report in schedule.history[0].layers] == pytest.approx(sums, rel=1e-3)
             dynrank.resize(other, 2, optimizers=[optimizer], generator=torch.Generator().manual_seed(3))
         for group in optimizer.param_groups:
             group["lr"] = 1e-2 * (1 - step / 6)
@@ -109,6 +113,7 @@ def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
             (other(**batch).loss / 2).backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
+        hand.end_step()
         optimizer.zero_grad()
     for (name, value), (_, expected) in zip(model.named_parameters(), other.named_parameters(), strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=name)

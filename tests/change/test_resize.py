@@ -153,3 +153,30 @@ def test_optimizer_that_was_not_passed_refuses_its_next_step(trained):
     train(net, optimizer, 1)
     resize(net, 2, optimizers=[optimizer])
     train(net, optimizer, 1)
+
+
+def test_balance_equalises_factors_in_a_cut_and_moves_their_moments(trained):
+    net, optimizer = trained
+    layers = dict(dynrank.lora_layers(net))
+    layers["0"].pinned = True
+    update = layers["2"].delta_weight().detach().clone()
+    pair = [(p, optimizer.state[p]["exp_avg"]) for p in (layers["2"].lora_A, layers["2"].lora_B)]
+    old = [(parameter * moment).sum().item() for parameter, moment in pair]
+    untouched = copy.deepcopy(net[0].state_dict())
+    reports = resize(net, {"0": 6, "2": 6, "4": 2}, optimizers=[optimizer], balance=True)
+    assert [report.layer for report in reports] == ["4"]
+    lora_A, lora_B = layers["2"].lora_A, layers["2"].lora_B
+    assert_close(lora_A @ lora_A.mT, lora_B.mT @ lora_B, rtol=1e-4, atol=1e-6)
+    assert_close(layers["2"].delta_weight(), update, rtol=1e-5, atol=1e-6)
+    # A gradient times the parameter does not depend on the coordinates, because all directions stay.
+    new = [(p * optimizer.state[p]["exp_avg"]).sum().item() for p in (lora_A, lora_B)]
+    assert new == pytest.approx(old, rel=1e-3)
+    assert all(torch.equal(value, untouched[key]) for key, value in net[0].state_dict().items())
+
+
+@pytest.mark.parametrize("target", [{"0": 8, "2": 6}, {"2": 6}])
+def test_balance_without_a_cut_changes_no_other_layer(trained, target):
+    net, _ = trained
+    before = copy.deepcopy(net[2].state_dict())
+    resize(net, target, balance=True)
+    assert all(torch.equal(value, before[key]) for key, value in net[2].state_dict().items())

@@ -131,6 +131,7 @@ LOSS = How(metric="gates", window=4)
 HALF = Stage(At(step=CHANGE), Budget(share=0.5), how=LOSS)
 # A pass is a sample of their gates, so that two processes would have more of them than one.
 EXPERTS = Stage(At(step=CHANGE), Budget(share=0.5))
+BROUGHT = Stage(At(step=CHANGE), Budget(share=0.5, by="brought"))
 UNDONE = Stage(At(step=CHANGE), Rank(1), how=How(max_regression=0.01))
 RUNS = {
     "ddp": Run(),
@@ -140,6 +141,7 @@ RUNS = {
         trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
     ),
     "ddp, budget by gates": Run(HALF),
+    "ddp, budget by what layers have brought": Run(BROUGHT, trainer={"gradient_clip_val": 0.3}),
     "ddp, auto": Run(auto(0.05, at=0.5, how=LOSS)),
     "ddp, growth at random, then shrink": Run([Stage(At(step=6), GrowTo(9)), Stage(At(step=CHANGE), Rank(2))]),
     "ddp, undone": Run(UNDONE, ddp={"static_graph": True}),
@@ -150,6 +152,9 @@ RUNS = {
     "ddp, peft, experts": Run(EXPERTS, model={"experts": True, "peft": True}),
     "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
     "fsdp2, budget by gates": Run(HALF, ddp=None),
+    "fsdp2, budget by what layers have brought": Run(
+        BROUGHT, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None
+    ),
     "fsdp2, auto": Run(auto(0.05, at=0.5, how=LOSS), ddp=None),
     "fsdp2, undone": Run(UNDONE, ddp=None),
     "fsdp2, experts": Run(EXPERTS, model={"experts": True}, ddp=None),
@@ -160,6 +165,7 @@ RESUMED = {
     "resume ddp": (RUNS["ddp, budget by gates"], {}),
     "resume ddp, peft": (RUNS["ddp, peft"], {}),
     "resume ddp, plateau": (RUNS["ddp, plateau"], {"kind": AdapterCheckpoint}),
+    "resume ddp, budget by what layers have brought": (RUNS["ddp, budget by what layers have brought"], {}),
     "resume fsdp2, one file": (RUNS["fsdp2, budget by gates"], {"save_distributed_checkpoint": False}),
     "resume fsdp2, a folder": (RUNS["fsdp2, budget by gates"], {"save_distributed_checkpoint": True}),
     "resume fsdp2, without the base": (
@@ -243,4 +249,5 @@ def outcome(model: Model, trainer: lightning.Trainer, scheduler: RankScheduler) 
         ],
         "shards": [name for name, p in model.named_parameters() if isinstance(p, DTensor)],
         "predicted": [la.predicted_error for event in scheduler.history for la in event.layers],
+        "brought": [la.brought for event in scheduler.history for la in event.layers],
     }

@@ -56,6 +56,7 @@ def found(results, name):
 
 def assert_same_bits(one, other):
     assert one["events"] == other["events"]
+    assert one["brought"] == other["brought"]
     for kind in ("weights", "state"):
         assert_close(one[kind], other[kind], rtol=0, atol=0)
 
@@ -71,6 +72,8 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, name):
     # PEFT adds a batch's updates up in the weights of all experts, which rounds more.
     assert_close(first["weights"], expected["weights"], rtol=0, atol=2e-5 if name == "ddp, peft, experts" else 1e-6)
     assert_close(first["predicted"], expected["predicted"], rtol=1e-4, atol=1e-6)
+    assert first["brought"] == second["brought"]
+    assert_close(first["brought"], expected["brought"], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", RESUMED)

@@ -104,6 +104,7 @@ SCHEDULES = {
     "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5, how=How(**GATES))],
     "grown, dropped": lambda: [at(4, Rank(3)), at(10, GrowTo(6)), at(15, Rank(2))],
     "auto": lambda: auto(0.05, at=0.5, how=How(**GATES)),
+    "by what layers have brought": lambda: [at(s, Budget(final_rank=r, by="brought")) for s, r in ((7, 4), (15, 2))],
     "undone": lambda: [at(9, Rank(1), max_regression=0.02)],
     "each in the window of the next": lambda: [at(4 + 2 * i, Rank(5 - i), **GATES) for i in range(4)],
 }

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 # Whether a cut also balances the layers of the pool that keep their rank, and moves their moments.
-BALANCE_ALL = False
+BALANCE_ALL = True
 # How an entry of an optimizer's state transforms: as the gradient, as its square, or as the parameter.
 KINDS = {"exp_avg": "gradient", "exp_avg_sq": "square", "max_exp_avg_sq": "square", "square_avg": "square"}
 KINDS |= {"sum": "square", "momentum_buffer": "gradient", "RMSprop.momentum_buffer": "parameter"}

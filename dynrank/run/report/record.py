@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 from pydantic import ConfigDict
@@ -37,6 +37,7 @@ class LayerChange:
     energy_kept: float
     predicted_error: float
     reason: str
+    brought: float | Literal[""] = ""
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -116,6 +117,15 @@ class RunRecord:
             own = [change.layers[name] for change in self.made if name in change.layers]
             ranks[name] = [own[0].rank_before if own else last, *(change.rank_after for change in own)]
         return ranks
+
+    def brought(self) -> dict[str, float]:
+        """{layer: what it had brought before its last change}, the reason for its rank, where that is known."""
+        return {
+            layer.layer: layer.brought
+            for change in self.changes
+            for layer in change.layers.values()
+            if layer.brought != ""
+        }
 
     @property
     def parameters_at_start(self) -> int:

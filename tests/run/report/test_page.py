@@ -29,7 +29,9 @@ def captions(report):
 
 def test_every_layer_has_a_row_with_its_ranks(report, folder, nasty):
     headings, *rows = report.table("The adapter's layers")
-    assert headings[:3] == ["layer", "d_out × d_in", "rank"]
+    assert headings[:4] == ["layer", "d_out × d_in", "rank", "brought"]
+    # A layer that never changed has no row in the history.
+    assert {row[0].split(".")[-1]: row[3] for row in rows} == {"up": "0.2", nasty.split(".")[-1]: "–", "head": "–"}
     ranks = {row[0]: row[2] for row in rows}
     assert list(ranks) == list(json.loads((folder / "summary.json").read_text())["final_ranks"])
     assert ranks[f"layers.1.{nasty}"] == "8 → 4 → 2"

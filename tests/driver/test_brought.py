@@ -1,0 +1,264 @@
+"""What layers have brought, against a loop by hand in float64; and ranks in proportion to it, against a bisection."""
+
+from statistics import stdev
+
+import pytest
+import torch
+from by_hand import ByHand
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import dynrank
+from dynrank.driver.brought import Brought
+from dynrank.driver.driver import RankDriver
+from dynrank.driver.training import Training
+from dynrank.muon import Muon
+from dynrank.schedules import Stage
+from dynrank.targets import Budget, LayerState
+from dynrank.triggers import At, Run
+
+X = torch.randn(20, 8, 6, generator=torch.Generator().manual_seed(1))
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=1e-2),
+    "Muon": lambda p: Muon(p, lr=1e-2),
+}
+
+
+class Shared(nn.Module):
+    """A layer that runs twice, an embedding, and a layer that no loss reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.twice, self.idle = nn.Embedding(5, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.twice(torch.tanh(self.twice(x + self.words.weight[0] + self.words(x[:, 0].abs().long()))))
+
+
+def trained(model, steps, *observers, optimizer=OPTIMIZERS["AdamW"], dtype=torch.float32, backward=None):
+    made = optimizer([p for p in model.parameters() if p.requires_grad])
+    for step in range(steps):
+        loss = (model(X[step].to(dtype)) - X[step, :, :6].roll(1, -1)).square().mean()
+        if backward is None:
+            loss.backward()
+            made.step()
+        else:
+            backward(loss, made, step)
+        for observer in observers:
+            observer.end_step()
+        made.zero_grad()
+
+
+def model_of(dtype=torch.float32):
+    torch.manual_seed(0)
+    return dynrank.add_lora(Shared(), rank=3, target_modules=["words", "twice", "idle"], dtype=dtype)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shares_are_the_sums_of_a_loop_by_hand(name, dtype):
+    model = model_of(dtype).to(dtype)
+    measured, hand = Brought(dict(dynrank.lora_layers(model))), ByHand(model)
+    trained(model, 12, measured, hand, optimizer=OPTIMIZERS[name], dtype=dtype)
+    for factor, factors in (("lora_A", [0]), ("lora_B", [1]), ("both", [0, 1])):
+        for layer, share in measured.shares(factor).items():
+            terms = hand.terms(layer, factors)
+            assert len(terms) == 11
+            assert share.value == pytest.approx(sum(terms), rel=1e-4, abs=1e-7)
+            assert share.error == pytest.approx(stdev(terms) * 11**0.5, rel=1e-4, abs=1e-7)
+    assert measured.shares()["idle"] == (0.0, 0.0)
+    assert measured.shares()["twice"].value > 0
+
+
+def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
+    """With one batch and small steps, up to the second order."""
+    model = model_of()
+    before, losses = Brought(dict(dynrank.lora_layers(model))), []
+
+    def step(_, made, __):
+        loss = (model(X[0]) - X[0].roll(1, -1)).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        made.step()
+
+    trained(model, 20, before, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), backward=step)
+    brought = sum(share.value for share in before.shares().values())
+    assert brought == pytest.approx(losses[0] - losses[-1], rel=0.02)
+
+
+def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
+    """The first scale overflows float32, so GradScaler skips steps, and in these the factors do not move."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-60, growth_interval=1000)
+
+    def step(loss, made, number):
+        scaler.scale(1024 * loss).backward()
+        scaler.step(made)
+        scaler.update()
+
+    plain, scaled = model_of(), model_of()
+    seen = [Brought(dict(dynrank.lora_layers(model))) for model in (plain, scaled)]
+    trained(plain, 10, seen[0], backward=lambda loss, made, step: ((1024 * loss).backward(), step > 0 and made.step()))
+    trained(scaled, 10, seen[1], backward=step)
+    assert scaler.get_scale() < 2.0**127
+    for name, share in seen[0].shares().items():
+        assert seen[1].shares()[name].value == pytest.approx(share.value, rel=1e-4, abs=1e-8)
+
+
+def test_step_without_finite_gradients_is_left_out():
+    model = model_of()
+    measured, hand = Brought(dict(dynrank.lora_layers(model))), ByHand(model)
+
+    def step(loss, made, number):
+        loss.backward()
+        if number == 5:
+            model.twice.lora_A.grad[0, 0] = float("nan")
+        else:
+            made.step()
+
+    trained(model, 10, measured, hand, backward=step)
+    terms = hand.terms("twice")
+    assert measured.shares()["twice"].value == pytest.approx(sum(t for t in terms if t == t), rel=1e-5)
+    assert measured.shares()["words"].value == pytest.approx(
+        sum(hand.terms("words")) - hand.terms("words")[4], rel=1e-5
+    )
+
+
+def test_ranks_that_somebody_else_has_changed_start_the_updates_anew():
+    model = model_of()
+    measured = Brought(dict(dynrank.lora_layers(model)))
+    trained(model, 5, measured)
+    dynrank.resize(model, 2)
+    trained(model, 1, measured)
+    before = measured.shares()
+    trained(model, 1, measured)
+    assert measured.shares() == before
+    trained(model, 1, measured)
+    assert measured.shares() != before
+
+
+def test_changes_of_a_run_follow_what_layers_have_brought():
+    """The history has the sums by hand, and ranks are in proportion; the sums go on after the first cut."""
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)), rank=6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    loop, driver = (
+        Training(model, [optimizer]),
+        RankDriver([Stage(At(step=step), Budget(final_rank=rank, by="brought")) for step, rank in ((8, 4), (14, 2))]),
+    )
+    terms, hand = {"0": [], "2": []}, ByHand(model)
+    driver.start(loop, Run(20))
+    for step in range(20):
+        ranks = [layer.rank for layer in hand.layers.values()]
+        driver.advance(loop)
+        if ranks != [layer.rank for layer in hand.layers.values()]:
+            terms = {name: known + hand.terms(name) for name, known in terms.items()}
+            values = {n: max(sum(known), 0) + stdev(known) * len(known) ** 0.5 for n, known in terms.items()}
+            event = driver.history[-1]
+            sums = {name: sum(known) for name, known in terms.items()}
+            for report in event.layers:
+                assert report.brought == pytest.approx(sums[report.layer], rel=1e-4)
+            now = {name: layer.rank for name, layer in hand.layers.items()}
+            pool = 18 * 2 * (4 if step == 8 else 2)
+            assert now == bisected(values, dict.fromkeys(now, 18), dict(zip(now, ranks, strict=True)), pool)
+            hand = ByHand(model)
+        (model(X[step]) - X[step].roll(1, -1)).square().mean().backward()
+        optimizer.step()
+        loop.step += 1
+        hand.end_step()
+        driver.end_step(loop)
+        optimizer.zero_grad()
+        if step == 14:
+            # Nothing is kept once the last stage is over.
+            assert driver.state_dict()["brought"] is None
+    assert [event.step for event in driver.history] == [8, 14]
+
+
+# Ranks
+
+
+def bisected(values, sizes, highest, pool, lowest=1):
+    """The largest factor of all values whose rounded ranks fit the pool, by a bisection; nothing is filled up."""
+
+    def at(factor):
+        return {name: min(max(round(factor * v), lowest), highest[name]) for name, v in values.items()}
+
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        middle = (low + high) / 2
+        fits = sum(rank * sizes[name] for name, rank in at(middle).items()) <= pool
+        low, high = (middle, high) if fits else (low, middle)
+    return at(low)
+
+
+@st.composite
+def problems(draw):
+    count = draw(st.integers(1, 6))
+    values = draw(st.lists(st.floats(0.01, 10.0), min_size=count, max_size=count, unique=True))
+    ranks = draw(st.lists(st.integers(1, 12), min_size=count, max_size=count))
+    sizes = draw(st.sampled_from([[10], [10, 25]]))
+    widths = [sizes[index % len(sizes)] for index in range(count)]
+    layers = {
+        f"{index}": LayerState(rank, size, size, brought=value)
+        for index, (value, rank, size) in enumerate(zip(values, ranks, widths, strict=True))
+    }
+    least, most = (sum(layers[n].params_per_rank * r for n, r in of.items()) for of in (
+        dict.fromkeys(layers, 1), {n: la.rank for n, la in layers.items()}
+    ))  # fmt: skip
+    return layers, draw(st.integers(least, most))
+
+
+@settings(max_examples=300, deadline=None)
+@given(problems())
+def test_ranks_are_in_proportion_to_what_layers_have_brought(problem):
+    layers, pool = problem
+    ranks = Budget(parameters=pool, by="brought").ranks(layers)
+    sizes = {name: layer.params_per_rank for name, layer in layers.items()}
+    expected = bisected(
+        {name: layer.brought for name, layer in layers.items()},
+        sizes,
+        {name: layer.rank for name, layer in layers.items()},
+        pool,
+    )
+    left = pool - sum(rank * sizes[name] for name, rank in expected.items())
+    if len({*sizes.values()}) == 1:
+        assert ranks == expected
+    else:
+        # The rest goes to layers that are narrower than the one that does not fit.
+        extra = {name: ranks[name] - rank for name, rank in expected.items()}
+        assert min(extra.values()) >= 0
+        assert sum(count * sizes[name] for name, count in extra.items()) <= left < max(sizes.values())
+
+
+def state(brought, rank=8, **options):
+    return LayerState(rank, 10, 10, brought=brought, **options)
+
+
+@pytest.mark.parametrize(
+    ("budget", "layers", "expected"),
+    [
+        ({"final_rank": 4}, [None, None, None], [4, 4, 4]),
+        ({"final_rank": 4}, [0.0, 0.0, 0.0], [4, 4, 4]),
+        ({"final_rank": 4}, [3.0, 1.0, 0.0], [8, 3, 1]),
+        ({"final_rank": 4, "highest": 6}, [9.0, 1.0, 1.0], [6, 3, 3]),
+        ({"final_rank": 4, "lowest": 2}, [9.0, 1.0, 0.0], [8, 2, 2]),
+        ({"final_rank": 4, "multiple": 4}, [3.0, 2.0, 0.1], [4, 4, 4]),
+        ({"final_rank": 4, "multiple": 2, "lowest": 2}, [3.0, 2.0, 0.1], [6, 4, 2]),
+        # Two layers share what the loss needs; a third has needed nothing.
+        ({"final_rank": 6}, [1.0, 1.0, 0.0], [8, 8, 1]),
+    ],
+)
+def test_bounds_of_ranks_by_what_layers_have_brought(budget, layers, expected):
+    states = {f"{index}": state(value) for index, value in enumerate(layers)}
+    assert [*Budget(**budget, by="brought").ranks(states).values()] == expected
+
+
+def test_pinned_layers_and_own_bounds_stay_out_of_the_proportion():
+    layers = {
+        "pinned": state(99.0, lowest=8, highest=8),
+        "own": state(0.1, lowest=5, highest=5),
+        "capped": state(9.0, cap=3),
+        "free": state(9.0),
+    }
+    ranks = Budget(parameters=20 * 24, by="brought").ranks(layers)
+    assert ranks == {"pinned": 8, "own": 5, "capped": 3, "free": 8}
