@@ -204,13 +204,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def state(self) -> dict[str, Any]:
         """The state for ``trainer_state.json``: the bytes of :func:`torch.save`, in base64 because the file is JSON."""
         buffer = io.BytesIO()
-        state: dict[str, Any] = {
-            "driver": self.driver.state_dict(),
-            "logged": self.logged,
-            "evaluated": self._evaluated,
-            "saved": self._saved,
-        }
-        torch.save(state, buffer)
+        state = {"driver": self.driver.state_dict(), "logged": self.logged, "evaluated": self._evaluated}
+        torch.save(state | {"saved": self._saved}, buffer)
         return {"args": {}, "attributes": {"saved": base64.b64encode(buffer.getvalue()).decode("ascii")}}
 
     @classmethod

@@ -325,7 +325,7 @@ def test_epochs_are_no_time_where_they_have_unlike_numbers_of_steps(regression):
     module_class, data, trainer = regression
     scheduler = RankScheduler(Stage(At(epoch=1), Rank(3)))
     made = trainer(callbacks=[scheduler, Lengthening()], max_epochs=4, num_sanity_val_steps=0)
-    with pytest.raises(ConfigurationError, match="steps of equally many batches; set schedule.trigger.step"):
+    with pytest.raises(ConfigurationError, match="steps of equally many batches; set step"):
         made.fit(module_class(), *data())
 
 

@@ -49,8 +49,7 @@ def save_after_end(trainer: Trainer, scheduler: Callback) -> None:
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     savers = [c for c in _savers(trainer) if c.save_last or c.save_top_k > 0 or (c.save_top_k and c.monitor)]
-    # fast_dev_run keeps no checkpoint: Lightning then sets up no savers' folder.
-    if getattr(trainer, "fast_dev_run", False) or not savers:
+    if trainer.fast_dev_run or not savers:  # type: ignore[attr-defined]
         return
     if trainer.enable_validation and any(saver.monitor is not None for saver in savers):
         # They would save at the end of this validation, if at all, and then once more.

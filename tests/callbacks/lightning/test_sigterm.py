@@ -21,8 +21,8 @@ CASES = [
     (1, "inside a step", 5, 6),
     # This is the last batch of an epoch, between the decision and the change.
     (1, "decided, not made", 1, 10),
-    # This validation checks the change made after step 11.
-    (1, "validation", 6, 12),
+    # A validation has two batches and comes every 4 steps, so this one follows step 16.
+    (1, "validation", 6, 17),
     # Both end after the next step, although one of the two has heard nothing.
     (2, "validation", 0, 5),
     (1, "after the last step", 0, 30),
