@@ -347,8 +347,8 @@ def sweep(
     """Print the results of a sweep, mean and deviation over seeds; write them to sweep.csv and sweep.png."""
     if "=" in folder.name:
         raise ConfigurationError(
-            f"dynrank sweep takes the FOLDER of a sweep that was made, got {str(folder)!r}; to make one, write "
-            "dynrank-train --multirun, with the same overrides"
+            f"dynrank sweep takes the FOLDER of a sweep that was made, got {str(folder)!r}; the command that makes one "
+            "is dynrank-train --multirun, with the same overrides"
         )
     from dynrank.run.sweep.table import show_sweep
 

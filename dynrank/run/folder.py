@@ -1,5 +1,7 @@
 """The folder of a run: a new folder for each run, or the folder of an interrupted run that is resumed."""
 
+from __future__ import annotations
+
 import csv
 import fcntl
 import os
@@ -8,10 +10,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
+
+if TYPE_CHECKING:
+    # Lightning loads slowly, and --help must not wait for it.
+    pass
 
 METRICS, HISTORY, GENERATIONS, LOCK = "metrics.csv", "rank_history.csv", "generations.csv", ".lock"
 

@@ -604,3 +604,19 @@ def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(tmp
     again, *_ = run(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
     for name, value in again.state_dict().items():
         assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_cost_of_a_change_is_that_of_evaluations_directly_before_and_after_it(tmp_path):
+    losses = []
+
+    def evaluate():
+        losses.append(made.evaluate()["eval_loss"])
+        return {"eval_loss": losses[-1]}
+
+    schedule = RankTrainerCallback([Stage(At(step=4), Rank(1))], evaluate=evaluate, measure=True)
+    made = trainer(tmp_path, own(), schedule, max_steps=6)
+    made.train()
+    (event,) = schedule.history
+    assert len(losses) == 2
+    assert (event.measured.metric, event.measured.before, event.measured.after) == ("val/loss", *losses)
+    assert losses[0] != losses[1]

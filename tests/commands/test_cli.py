@@ -104,7 +104,11 @@ def test_version(main, launch):
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["ranks", "RUN"], "'RUN' is a folder; .*: dynrank inspect RUN"), (["train", "lora.rank=8"], "dynrank-train")],
+    [
+        (["ranks", "RUN"], "'RUN' is a folder; .*: dynrank inspect RUN"),
+        (["train", "lora.rank=8"], "dynrank-train"),
+        (["sweep", "lora.rank=4,8"], r"FOLDER of a sweep .*'lora\.rank=4,8'.*dynrank-train --multirun"),
+    ],
 )
 def test_a_command_for_something_else_names_the_right_one(arguments, said, launch, tmp_path):
     (tmp_path / "RUN").mkdir()

@@ -47,6 +47,28 @@ def test_changes_stand_in_order_and_one_taken_back_says_so(report):
     assert len(report.root.findall(".//tr[@class='undone']")) == 1
 
 
+def test_weights_cost_and_the_rows_that_were_left_out_are_said(run_folder, tmp_path, page_of):
+    folder = run_folder(tmp_path / "run")
+    file = folder / "summary.json"
+    said = {"weights": "of step 20 of 30: the best val/loss", "cost": "val/loss 1 → 2 by the cut at step 10, 1.5 now"}
+    split = {"rows": 1234, "examples": 1200, "tokens": 9, "max_length": 8, "unusable": 31, "dropped": 3}
+    file.write_text(json.dumps(json.loads(file.read_text()) | said | {"data": {"train": split}}))
+    report = page_of(write_report(folder))
+    paragraphs = " ".join(report.texts("p"))
+    assert all(words in paragraphs for words in said.values())
+    headings, row = report.table("The data")
+    assert dict(zip(headings, row, strict=True)) == {
+        "split": "train",
+        "rows": "1,234",
+        "unusable, left out": "31",
+        "in another split, left out": "3",
+        "too long, left out": "0",
+        "too long, cut": "0",
+        "examples": "1,200",
+        "tokens": "9",
+    }
+
+
 def test_configuration_and_what_was_given_are_there_word_for_word(report, folder, nasty):
     assert report.texts("pre") == [(folder / ".hydra" / "config.yaml").read_text()]
     assert report.texts("code")[:2] == ["lora.rank=8", f"note={nasty!r}"]
