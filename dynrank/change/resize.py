@@ -99,7 +99,7 @@ def _watch_others(adapters: Adapters) -> None:
     # isinstance() would ask proxies for the class of what they stand for.
     alive = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
     for optimizer in {id(inner): inner for inner in map(unwrapped_optimizer, alive)}.values():
-        if id(optimizer) not in followed and any(factor in optimizer.state for factor in factors):
+        if id(optimizer) not in followed and any(factor in getattr(optimizer, "state", ()) for factor in factors):
             optimizer.register_step_pre_hook(_refuse_old_shapes)
 
 
