@@ -37,10 +37,11 @@ Name = Annotated[str, Field(min_length=1)]
 _PYDANTIC = re.compile(r"^\w+ should")
 
 _configured: ContextVar[bool] = ContextVar("configured", default=False)
-# A configuration key in a message, and the value that the message advises; no key inside a path, quotes or a value.
+# A configuration key in a message, and the value that the message advises; not inside a path, quotes or a value, and
+# not a call.
 _KEY = re.compile(
     r"(?<![\w./='\"-])(?:schedule\.(?:how|target|trigger)|data|lora|model|optimizer|rank_map|schedule|task|trainer)\."
-    r"(?P<argument>[a-z_]+)\b(?:=(?P<word>null|true|false)\b)?"
+    r"(?P<argument>[a-z_]+)\b(?!\()(?:=(?P<word>null|true|false)\b)?"
 )
 _IN_PYTHON = {"null": "None", "true": "True", "false": "False"}
 
