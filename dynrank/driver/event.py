@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
-from dynrank.change.greedy import LossChange
 from dynrank.change.resize import LayerReport
 from dynrank.errors import read_as
 
-LOSS_FIELDS = tuple(part.name for part in fields(LossChange))
-# Columns of rank_history.csv. The columns of the estimated change of the loss are empty without gates.
-FIELDS = (
-    *("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought"),
-    *LOSS_FIELDS,
-)
+# Columns of rank_history.csv.
+FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought")
 
 
 @dataclass(frozen=True)
@@ -33,12 +28,6 @@ class RankEvent:
     reason: str
     layers: tuple[LayerReport, ...]
     undone: bool = False
-
-    @property
-    def loss(self) -> LossChange | None:
-        """The estimated change of the loss, summed over all layers; None without gates."""
-        parts = [layer.loss for layer in self.layers if layer.loss is not None]
-        return LossChange(*(sum(getattr(part, name) for part in parts) for name in LOSS_FIELDS)) if parts else None
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RankEvent:

@@ -2,7 +2,6 @@
 
 import torch
 from reference import Layer, Run, Undetermined
-from reference_gates import Gates
 from runs import traced
 from torch import nn
 
@@ -23,7 +22,7 @@ def reference_run(case, grown, noise=0.0):
         rule = {key: value for key, value in case.rules.get(name, {}).items() if key != "rank"}
         layers[name] = Layer(weight, bias, *map(nn.Parameter, factors), case.scaling(name), **rule)
     epsilon = torch.finfo(torch.float64 if case.wide else torch.float32).eps
-    run = Run(case, case.stages(), layers, head, grown, Gates, epsilon)
+    run = Run(case, case.stages(), layers, head, grown, epsilon)
     try:
         run.go()
     except Undetermined as reason:

@@ -19,10 +19,8 @@ SCRIPTS = Path(__file__).parents[3] / "scripts"
 # Each is (processes, moment, how many pass before, step that is saved).
 CASES = [
     (1, "inside a step", 5, 6),
-    # This is the last batch of an epoch, between the decision and the change.
-    (1, "decided, not made", 1, 10),
-    # This validation checks the change made after step 11.
-    (1, "validation", 6, 12),
+    # This validation checks the change made after step 8.
+    (1, "validation", 4, 9),
     # Both end after the next step, although one of the two has heard nothing.
     (2, "validation", 0, 5),
     (1, "after the last step", 0, 30),
