@@ -36,11 +36,6 @@ def imported(path: str) -> Any:
     return getattr(sys.modules.get(module), name, ())
 
 
-def backward_number() -> int:
-    """The id of the running backward pass, -1 outside; a reentrant checkpoint's inner backward has its own id."""
-    return torch._C._current_graph_task_id()
-
-
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
@@ -65,11 +60,6 @@ def gated(experts: Any, up: torch.Tensor) -> torch.Tensor:
 def is_fabrics(module: Any) -> bool:
     """Whether ``module`` is Fabric's wrapper around a model."""
     return "_forward_module" in module._modules
-
-
-def scaler_of_fabric(optimizer: Any) -> Any:
-    """The GradScaler of an optimizer that Fabric has wrapped; None if there is none."""
-    return getattr(getattr(getattr(optimizer, "_strategy", None), "precision", None), "scaler", None)
 
 
 def schedulers_in(scheduler: Any) -> list[Any]:

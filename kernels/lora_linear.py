@@ -15,7 +15,6 @@ from dynrank.kernels.backends import products_of
 from dynrank.kernels.dropout import draw_seed
 
 Weight = Tensor | Callable[[], Tensor]
-Observer = Callable[[Tensor, Tensor], None]
 
 
 def lora_linear(
@@ -29,7 +28,6 @@ def lora_linear(
     seed: Tensor | None = None,
     *,
     backend: str = "auto",
-    observer: Observer | None = None,
 ) -> Tensor:
     """``x W^T + b + scaling * (drop(x) A^T) B^T`` with W and b frozen (Hu et al., arXiv:2106.09685, section 4.1).
 
@@ -47,8 +45,6 @@ def lora_linear(
         dropout: probability of zeroing an element of the update's input, in [0, 1].
         seed: seed of the dropout mask, 0-d int64, see :func:`dynrank.kernels.dropout.draw_seed`; None draws a new one.
         backend: which backend makes the products with A and B, see :func:`dynrank.kernels.backends.products_of`.
-        observer: each backward calls it with ``z = drop(x) A^T`` and the gradient of the loss at z, both (..., R) where
-            x is (..., I), and both without a graph.
 
     Returns:
         (..., O) in the dtype of x, or in autocast's dtype under autocast.
@@ -66,7 +62,7 @@ def lora_linear(
         seed = None
     elif seed is None:
         seed = draw_seed(products.seed_place(x))
-    constants = _Constants(weight, bias, scaling, dropout, seed, products, observer)
+    constants = _Constants(weight, bias, scaling, dropout, seed, products)
     if torch.is_grad_enabled():
         y: Tensor = _Node.apply(x, lora_A, lora_B, constants)  # type: ignore[no-untyped-call]
         return y
@@ -82,7 +78,6 @@ class _Constants(NamedTuple):
     p: float
     seed: Tensor | None
     products: ModuleType
-    observer: Observer | None
 
 
 def _forward(x: Tensor, lora_A: Tensor, lora_B: Tensor, given: _Constants) -> tuple[Tensor, Tensor]:
@@ -120,11 +115,7 @@ class _Node(torch.autograd.Function):
         given: _Constants = ctx.given
         products = given.products
         x_MI, dy_MO = _rows(x), _rows(dy)
-        need_s = need_x or need_A or given.observer is not None
-        ds_MR, d_B = products.grad_S_and_B(dy_MO, s_MR, lora_B, given.scaling, (need_s, need_B))
-        if given.observer is not None:
-            shape = (*x.shape[:-1], len(lora_A))
-            given.observer(s_MR.reshape(shape), ds_MR.reshape(shape))
+        ds_MR, d_B = products.grad_S_and_B(dy_MO, s_MR, lora_B, given.scaling, (need_x or need_A, need_B))
         d_A = None
         dx = None
         if need_x or need_A:

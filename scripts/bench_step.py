@@ -23,7 +23,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dynrank import add_lora, lora_layers, resize
-from dynrank.change.gates import Gates
+from dynrank.driver.brought import Brought
 from dynrank.models.pretrained import load_classifier
 from dynrank.output.console import table_console
 
@@ -66,7 +66,7 @@ def _compare(name: str, dropout: float, tokens: int, count: int) -> Iterator[tup
         ("dynrank, r = 32 / PEFT, r = 32", "32", "PEFT"),
         ("dynrank, 32 dropped to 16 / r = 16 from the start", "32 to 16", "16"),
         ("dynrank, 32 dropped to 16 / r = 32", "32 to 16", "32"),
-        ("dynrank, r = 32, watching gates / not", "watched", "32"),
+        ("dynrank, r = 32, measuring what layers bring / not", "watched", "32"),
     ):
         if above in seconds:
             median, quartiles = ratio(seconds[above], seconds[below])
@@ -96,7 +96,7 @@ class _Training:
                 nn.init.normal_(parameter, std=0.01)
         self.model.train()
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
-        self.watched = Gates(model, dict(lora_layers(model)), 20) if watched else None
+        self.watched = Brought(dict(lora_layers(model))) if watched else None
 
     def step(self) -> None:
         self.optimizer.zero_grad()

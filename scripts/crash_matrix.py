@@ -56,8 +56,8 @@ from dynrank.triggers import At, Plateau
 # An epoch has 10 batches, and a validation comes every 4 steps.
 STEPS = 30
 # Validated before and after.
-CHECKED = How(metric="gates", window=3, rate_after=2.0, max_regression=10.0)
-WATCHED = How(metric="gates", window=4, rate_after="sqrt")
+CHECKED = How(rate_after=2.0, max_regression=10.0)
+WATCHED = How(rate_after="sqrt")
 # Decided at step 8.
 LEVEL = Plateau(patience=1, min_delta=0.9)
 SCHEDULES: dict[str, list[Stage]] = {
@@ -83,7 +83,7 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 WAYS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 ANY, CUT, MOVE = "any time", "checkpoint half written", "checkpoint not moved"
-MOMENTS = (ANY, "inside a step", "resize", "decided, not made", "validation", "after the last step", CUT, MOVE)
+MOMENTS = (ANY, "inside a step", "resize", "validation", "after the last step", CUT, MOVE)
 
 
 @dataclass(frozen=True)
@@ -185,8 +185,6 @@ class Watch(lightning.Callback):
 
     def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
         self.step = trainer.global_step
-        if any(isinstance(c, RankScheduler) and c.driver.progress.pending for c in trainer.callbacks):
-            self._pass("decided, not made")
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         self._pass("inside a step")

@@ -1,7 +1,7 @@
 """Does a long run whose ranks go down and up, again and again, keep its memory and its file handles level?
 
 The run trains MiniLM on medical_terms. Everything is on that holds parameters of the adapter: an exponential average of
-the weights, checkpoints, two loggers, gates. Every --every steps the rank of all layers changes: 32, 16, 8, 16, 32 and
+the weights, checkpoints, two loggers. Every --every steps the rank of all layers changes: 32, 16, 8, 16, 32 and
 so on. Every 10 steps the program reads the resident memory and the number of open file handles. A line is fitted to the
 mean memory of whole rounds of four changes. The first quarter of the rounds (at least one) is warm-up. The program
 prints a table and a verdict, and exits with 1 if memory or handles grow.
@@ -31,7 +31,7 @@ from dynrank import compose, lora_layers
 from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler, RunMeter
 from dynrank.run.job import build
 from dynrank.run.trainer import quiet_training
-from dynrank.schedules import How, Stage
+from dynrank.schedules import Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At
 
@@ -92,8 +92,7 @@ def soak(overrides: Sequence[str], *, minutes: float, steps: int | None, every: 
     """Train, changing ranks every so many steps, for so long; returns what was read."""
     quiet_training()
     last = steps or int(minutes * 60 * FASTEST)
-    how = How(metric="gates", window=min(5, every - 1))
-    stages = [Stage(At(step=at), ROUND[i % len(ROUND)], how=how) for i, at in enumerate(range(every, last, every))]
+    stages = [Stage(At(step=at), ROUND[i % len(ROUND)]) for i, at in enumerate(range(every, last, every))]
     config = compose(["schedule=fixed", "task.batch_size=8", "plots=false", *overrides])
     job, sampler = build(config), Sampler()
     callbacks = [

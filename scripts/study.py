@@ -1,8 +1,8 @@
 """Which way from a high rank to a small adapter pays, at the bytes of ranks 16 to 2?
 
 An arm is one way to train. Arms are: fixed ranks; cuts from rank 16, of every layer alike or as one budget by weight or
-by gates, early or late, with and without a higher rate of the adapter afterwards; fixed ranks whose rate rises at the
-same time; allocations from the start, found by gates or by the gradients before the first step (GoRA); PEFT's AdaLoRA;
+by what layers have brought, early or late, with and without a higher rate of the adapter afterwards; fixed ranks whose
+rate rises at the same time; allocations from the start, found by a run or by the first gradients (GoRA); AdaLoRA;
 some of them with Muon. All arms of a seed have the same batches, dropout, head and scaling. Arms that start alike go on
 from one model, which is trained up to their cut. On the first two seeds every arm is trained at each learning rate, and
 at a neighbour if the best rate is at the edge. On the other seeds it is trained at the rate with the best validation
@@ -22,7 +22,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from math import inf, isfinite
@@ -49,7 +48,7 @@ from study_bench import (
 )
 
 from dynrank import lora_layers, resize
-from dynrank.change.gates import Gates
+from dynrank.driver.brought import Brought, Share
 from dynrank.driver.rates import Rates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, anneal, auto
@@ -65,9 +64,9 @@ class Arm:
 
     Attributes:
         rank: whose bytes it ends with.
-        by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "gates" share its bytes
-            out; "found" starts with what gates shared out, "GoRA" with what the first gradients did; "AdaLoRA" is
-            PEFT's, and "AdaLoRA's ranks" is a cut to the ranks that it ends with; "anneal" is cut by gates step by
+        by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "brought" share its bytes
+            out; "found" starts with what "brought" shared out, "GoRA" with what the first gradients did; "AdaLoRA" is
+            PEFT's, and "AdaLoRA's ranks" is a cut to the ranks that it ends with; "anneal" is cut by "brought" step by
             step; "auto" is cut from the rank to what validation then allows.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
@@ -92,9 +91,9 @@ class Arm:
         if self.by == "auto":
             return f"auto from {self.rank}"
         if self.by == "anneal":
-            return f"{HIGH} → {self.rank} gates in {GRADUAL['steps']} cuts, rate × sqrt"
+            return f"{HIGH} → {self.rank} brought in {GRADUAL['steps']} cuts, rate × sqrt"
         name = f"{self.start} → {self.rank} {self.by} at {self.at:.2g}" if self.is_cut else f"rank {self.rank}"
-        name += ", allocation found by gates, from the start" if self.by == "found" else ""
+        name += ", allocation found, from the start" if self.by == "found" else ""
         name += ", allocation by GoRA" if self.by == "GoRA" else ""
         name += f", at most {self.highest}" if self.highest else ""
         name += f", {self.but} kept" if self.but else ""
@@ -103,7 +102,7 @@ class Arm:
 
     @property
     def is_cut(self) -> bool:
-        return self.by in ("uniform", "weight", "gates", "AdaLoRA's ranks")
+        return self.by in ("uniform", "weight", "brought", "AdaLoRA's ranks")
 
     @property
     def trunk(self) -> tuple[int, str] | None:
@@ -125,22 +124,22 @@ GRADUAL: dict[str, Any] = {"steps": 8, "start": 0.15, "end": 0.65}
 ROOT = (HIGH / 2) ** 0.5
 _RANKS = [Arm(rank) for rank in (HIGH, 2, 4)]
 _RAISED = [Arm(rank, rate=2.0) for rank in (2, HIGH)]
-_CUTS = [Arm(low, "gates", rate=2.0) for low in (4, 2)]
-_WAYS = [Arm(low, by, rate=rate) for low, rate in ((2, ROOT), (4, 2.0)) for by in ("uniform", "weight", "gates")]
-_MUON = [Arm(4, optimizer="Muon"), Arm(HIGH, optimizer="Muon"), Arm(4, "gates", rate=2.0, optimizer="Muon")]
+_CUTS = [Arm(low, "brought", rate=2.0) for low in (4, 2)]
+_WAYS = [Arm(low, by, rate=rate) for low, rate in ((2, ROOT), (4, 2.0)) for by in ("uniform", "weight", "brought")]
+_MUON = [Arm(4, optimizer="Muon"), Arm(HIGH, optimizer="Muon"), Arm(4, "brought", rate=2.0, optimizer="Muon")]
 ARMS = {
     "medical_terms": [
         *_RANKS,
         *_RAISED,
         *_CUTS,
         Arm(8),
-        Arm(8, "gates", rate=2.0),
+        Arm(8, "brought", rate=2.0),
         *_WAYS,
         *(replace(arm, but="pooler") for arm in _WAYS),
         Arm(2, "uniform", rate=2.0),
         *(Arm(low, "found", rate=2.0) for low in (4, 2)),
-        *(Arm(low, "gates") for low in (4, 2)),
-        Arm(4, "gates", at=0.75),
+        *(Arm(low, "brought") for low in (4, 2)),
+        Arm(4, "brought", at=0.75),
         *(Arm(low, "AdaLoRA") for low in (4, 2)),
         *(Arm(low, "GoRA") for low in (4, 2)),
         *_MUON,
@@ -158,21 +157,21 @@ ARMS = {
         *_MUON,
         Arm(HIGH, "auto"),
     ],
-    "code_completion": [Arm(2), Arm(HIGH), Arm(2, "gates", rate=2.0), Arm(2, "uniform", rate=2.0)],
+    "code_completion": [Arm(2), Arm(HIGH), Arm(2, "brought", rate=2.0), Arm(2, "uniform", rate=2.0)],
     "cpp_headers": [
         *_RANKS,
         Arm(HIGH, rate=2.0),
         *_WAYS,
-        *(Arm(low, "gates", rate=rate, highest=2 * low) for low, rate in ((2, ROOT), (4, 2.0))),
-        *(Arm(low, "gates", rate=rate) for rate in (1.0, 2**0.5) for low in (4, 2)),
+        *(Arm(low, "brought", rate=rate, highest=2 * low) for low, rate in ((2, ROOT), (4, 2.0))),
+        *(Arm(low, "brought", rate=rate) for rate in (1.0, 2**0.5) for low in (4, 2)),
         # About as many bytes as AdaLoRA keeps.
-        Arm(5, "gates", rate=2**0.5),
+        Arm(5, "brought", rate=2**0.5),
         Arm(4, "AdaLoRA's ranks", rate=2**0.5),
         Arm(HIGH, "auto"),
         *(Arm(low, by) for by in ("AdaLoRA", "anneal") for low in (4, 2)),
         Arm(HIGH, optimizer="Muon"),
-        *(Arm(4, by, rate=2.0, optimizer="Muon") for by in ("uniform", "gates")),
-        *(Arm(4, by, rate=ROOT, start=32) for by in ("uniform", "gates")),
+        *(Arm(4, by, rate=2.0, optimizer="Muon") for by in ("uniform", "brought")),
+        *(Arm(4, by, rate=ROOT, start=32) for by in ("uniform", "brought")),
     ],
 }
 # Number of seeds on which an arm's rate is chosen.
@@ -256,32 +255,24 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
     if first.trunk is None:
         yield _row(unit, first, *from_the_start(setting, unit))
         return
-    trunk, gates = adapted(setting, first.trunk[0], unit.lr, **first.options), None
+    trunk = adapted(setting, first.trunk[0], unit.lr, **first.options)
+    brought, diverged = Brought(dict(lora_layers(trunk.model))), False
     for at in sorted({arm.at for arm in unit.arms}):
         try:
-            gates = advance(trunk, round(at * unit.steps), TASKS[unit.task].window)
+            trunk.train(round(at * unit.steps), after_step=lambda _: brought.end_step())
         except Diverged:
-            gates = None
+            diverged = True
         for arm in (arm for arm in unit.arms if arm.at == at and time.monotonic() < until):
-            yield _row(unit, arm, *((None, "") if gates is None else finish(trunk, arm, gates, unit.lr)))
+            yield _row(unit, arm, *((None, "") if diverged else finish(trunk, arm, brought.shares(), unit.lr)))
 
 
-def advance(trainee: Trainee, step: int, window: int) -> Gates:
-    """Train up to ``step``, watching the gates over the last ``window`` steps before it."""
-    trainee.train(max(trainee.done, step - window))
-    with closing(Gates(trainee.model, dict(lora_layers(trainee.model)), window)) as gates:
-        trainee.train(step, after_step=lambda _: gates.end_step())
-    return gates
-
-
-def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee | None, object]:
+def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Share], lr: float) -> tuple[Trainee | None, object]:
     """The arm trained to the end from where ``trunk`` stands, and the rise of the validation loss by its cut."""
     trainee, rise = deepcopy(trunk), ""
     layers = {name: layer for name, layer in lora_layers(trainee.model) if not (arm.but and arm.but in name)}
-    watched = None if arm.by in ("uniform", "weight") else gates
     ranks = dict.fromkeys(layers, arm.rank)
-    if arm.by in ("weight", "gates", "found"):
-        ranks = budget_ranks(layers, arm.rank, arm.highest, watched)
+    if arm.by in ("weight", "brought", "found"):
+        ranks = budget_ranks(layers, arm.rank, arm.highest, None if arm.by == "weight" else brought)
     try:
         if arm.by == "AdaLoRA's ranks":
             guide = adalora(trunk.setting, arm.start, arm.rank, ADALORA)
@@ -289,7 +280,7 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
             ranks = kept_ranks(guide.model)
         if arm.is_cut:
             before = trainee.evaluate(trainee.setting.val)[0]
-            resize(trainee.model, ranks, optimizers=[trainee.optimizer], gates=watched)
+            resize(trainee.model, ranks, optimizers=[trainee.optimizer], balance=True)
             rise = f"{trainee.evaluate(trainee.setting.val)[0] / before - 1:.4f}"
         elif arm.by == "found":
             trainee = with_ranks(trainee.setting, ranks, lr)
@@ -305,7 +296,7 @@ def finish(trunk: Trainee, arm: Arm, gates: Gates, lr: float) -> tuple[Trainee |
 def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
     """Train an arm that shares its start with no other; beside it the rise of the loss by the last cut of ``auto``."""
     (arm,), lr, after_step, rise = unit.arms, unit.lr, None, ""
-    how = How(metric="gates", window=TASKS[unit.task].window, rate_after="sqrt")
+    how = How(rate_after="sqrt")
     if arm.by == "AdaLoRA":
         trainee = adalora(setting, HIGH, arm.rank, lr)
         after_step = allocation_of(trainee)
@@ -408,7 +399,7 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     """Test loss, less rank 16's, against the bytes of the adapter; mean and standard error over seeds."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    styles = {"": "ko", "uniform": "vm", "weight": ">c", "gates": "^g", "found": "Xk"}
+    styles = {"": "ko", "uniform": "vm", "weight": ">c", "brought": "^g", "found": "Xk"}
     styles |= {"GoRA": "Db", "AdaLoRA": "sr", "AdaLoRA's ranks": "^r", "anneal": "Pb", "auto": "*y"}
     labelled: set[str] = set()
     # Arms of nearly the same size are drawn side by side.

@@ -18,8 +18,8 @@ from pretrain_small import MODELS
 from torch import Tensor, nn
 
 from dynrank import RankDriver, Training, add_lora, compose, lora_layers
-from dynrank.change.gates import Gates
-from dynrank.change.greedy import ByWeight
+from dynrank.change.directions import LayerDirections
+from dynrank.driver.brought import Share
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
@@ -46,13 +46,11 @@ class Work:
         steps: optimizer steps of a run.
         rates: learning rates that every arm is tried at.
         overrides: values of the configuration, task and batch size among them.
-        window: steps before a cut over which gates are watched.
     """
 
     steps: int
     rates: tuple[float, ...]
     overrides: tuple[str, ...]
-    window: int = 20
 
 
 _HEADERS = ("task=text", f"task.model={MODELS / 'llama'}", "task.packed=false", "task.max_length=64")
@@ -65,7 +63,7 @@ TASKS = {
     "few_medical_terms": Work(1440, (5e-4, 1e-3), ("task=medical_terms", "task.batch_size=32", "task.limit=600")),
     "financial_terms": Work(96, (1e-3, 2e-3, 4e-3), ("task=financial_terms", "task.batch_size=16", *_LM)),
     # The model of pretrain_small.py, which has read English and Python, learns C++.
-    "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), _HEADERS, window=40),
+    "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), _HEADERS),
     "code_completion": Work(96, (1e-3, 2e-3, 4e-3), ("task=code_completion", "task.batch_size=4", *_LM)),
 }
 
@@ -206,12 +204,18 @@ def adapter_parameters(model: nn.Module) -> int:
 
 
 def budget_ranks(
-    layers: Mapping[str, RankedLayer], rank: int, highest: int | None = None, gates: Gates | None = None
+    layers: Mapping[str, RankedLayer],
+    rank: int,
+    highest: int | None = None,
+    brought: Mapping[str, Share] | None = None,
 ) -> dict[str, int]:
-    """Ranks by layer that share out the parameters of ``rank`` by what the gates say, or by weight."""
-    found = (gates or ByWeight(layers)).values()
+    """Ranks by layer that share out the parameters of ``rank`` by what layers have brought, or by weight."""
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
-    states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
+    if brought is None:
+        found = LayerDirections(layers).values()
+        states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
+        return Budget(final_rank=rank, highest=highest, by="weight").ranks(states)
+    states = {n: LayerState(layer.rank, *shapes[n], brought=brought[n].worth) for n, layer in layers.items()}
     return Budget(final_rank=rank, highest=highest).ranks(states)
 
 

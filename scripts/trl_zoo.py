@@ -66,7 +66,7 @@ def schedule_of(name: str, trainer: str, rank: int) -> Any:
         return early_budget(max(1, rank // 4))
     if "GRPO" not in trainer and trainer != "RLOO":
         return auto(0.05)
-    return auto(0.05, how=How("gates", rate_after="sqrt", check_monitor="eval_reward", check_mode="max"))
+    return auto(0.05, how=How(rate_after="sqrt", check_monitor="eval_reward", check_mode="max"))
 
 
 def train(

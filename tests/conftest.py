@@ -185,7 +185,7 @@ def full_disk():
 
 
 # All layers go to one rank, by their singular values.
-ALIKE = ("schedule=after_convergence", "schedule.shared=false", "schedule.how.metric=weight")
+ALIKE = ("schedule=after_convergence", "schedule.shared=false")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """Inspecting and compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
 import re
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import floor
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dynrank.adapters.read import Adapter, open_stored
+from dynrank.adapters.read import open_stored
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import new_adapter_folder
 from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
@@ -63,7 +62,6 @@ def squeeze_adapter(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | str | None = None,
-    way: Callable[[Adapter, Target], Squeezed] | None = None,
 ) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks.
 
@@ -84,7 +82,6 @@ def squeeze_adapter(
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of the present ones ("0.5", "50%", 0.5); the
             directions with the largest squared singular values of the update (scaling included) are kept.
-        way: chooses ranks and directions in another way than by the Frobenius norm.
 
     Returns:
         A report for each layer, unchanged ones included.
@@ -103,16 +100,14 @@ def squeeze_adapter(
         else:
             target = _budget(budget, adapter)
         if isinstance(adapter, SingleFile):
-            if way is not None:
-                raise ConfigurationError(f"--gates takes the folder of a PEFT adapter, got the file {str(source)!r}")
             if out.suffix != SUFFIX:
                 raise ConfigurationError(f"--out must be a new file, NAME{SUFFIX}, got {str(out)!r}")
             with new_file(out) as file:
-                factors, reports = _by_norm(adapter, target)
+                factors, reports = _squeezed(adapter, target)
                 rewrite_file(file, adapter, factors)
             return reports
         with new_adapter_folder(out, source) as folder:
-            factors, reports = (way or _by_norm)(adapter, target)
+            factors, reports = _squeezed(adapter, target)
             rewrite_adapter(folder, adapter, factors)
         return reports
 
@@ -141,7 +136,7 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
             )
         # The small number cancels rounding errors: 0.29 * 100 is below 29 in floats.
         parameters = floor(share * sum(layer.parameters for layer in adapter.layers.values()) + 1e-9)
-    target = Budget(parameters)
+    target = Budget(parameters, by="weight")
     layers = adapter.layers.items()
     states = {name: LayerState(layer.rank, *layer.shape, experts=layer.experts) for name, layer in layers}
     least = target.floor_parameters(states)
@@ -151,7 +146,7 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
 
 
 @one_thread()
-def _by_norm(adapter: StoredAdapter, target: Target) -> Squeezed:
+def _squeezed(adapter: StoredAdapter, target: Target) -> Squeezed:
     """Keep the directions with the largest singular values; one layer is in memory at a time."""
     factors, reports, states = {}, [], {}
     for name, layer in adapter.layers.items():

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
-from dynrank.driver.event import FIELDS, LOSS_FIELDS, RankEvent
+from dynrank.driver.event import FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
 from dynrank.linalg import effective_rank
 from dynrank.output.console import print_table, span
@@ -25,17 +25,16 @@ class RankMonitor(Callback):
     """Shows and records the changes by a :class:`RankScheduler` of the same trainer; it changes nothing.
 
     Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change. Each change also logs
-    ``rank/predicted_error`` and ``rank/predicted_error_max``, with gates also ``rank/predicted_loss_change``. For each
-    layer, all loggers except the CSVLogger, where each name would be a column, get ``rank/layer/NAME``,
-    ``energy_kept/NAME`` and ``effective_rank/NAME``. TensorBoard also gets ``spectrum/NAME``, a histogram of the
+    ``rank/predicted_error`` and ``rank/predicted_error_max``. For each layer, all loggers except the CSVLogger, where
+    each name would be a column, get ``rank/layer/NAME``, ``energy_kept/NAME`` and ``effective_rank/NAME``. TensorBoard
+    also gets ``spectrum/NAME``, a histogram of the
     singular values before a change. Each step logs its learning rates as ``lr/NAME``; NAME is a param group's ``name``,
     or its number. (RankScheduler logs ``lr/adapter`` where it differs; RankProgressBar shows the ranks in every step.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with what each layer had brought
-            before (the loss's decrease by its updates), and its part in the estimated change of the loss if gates were
-            measured. If a change was undone, its reason begins with
-            "undone". None: no file.
+            before (the loss's decrease by its updates). If a change was undone, its reason begins with "undone". None:
+            no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
     """
 
@@ -69,8 +68,6 @@ class RankMonitor(Callback):
     def _log_change(self, trainer: Trainer, event: RankEvent) -> None:
         errors = torch.tensor([layer.predicted_error for layer in event.layers])
         totals = {"rank/predicted_error": float(errors.norm()), "rank/predicted_error_max": float(errors.max())}
-        if event.loss is not None:
-            totals["rank/predicted_loss_change"] = event.loss.total
         by_layer = {f"energy_kept/{layer.layer}": layer.energy_kept for layer in event.layers}
         for layer in event.layers:
             by_layer[f"effective_rank/{layer.layer}"] = effective_rank(torch.tensor(layer.singular_values))
@@ -132,9 +129,8 @@ class RankProgressBar(RichProgressBar):
 def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
         costs = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
-        loss = (f"{getattr(la.loss, name):.6g}" if la.loss else "" for name in LOSS_FIELDS)
         brought = "" if la.brought is None else f"{la.brought:.6g}"
-        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.account, brought, *loss
+        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.account, brought
 
 
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:

@@ -204,10 +204,6 @@ class LightningTraining(Training):
     def validates(self) -> bool:
         return bool(self.trainer.enable_validation)
 
-    def loss_scale(self) -> float:
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return 1.0 if scaler is None else float(scaler.get_scale())
-
     def logged(self) -> Mapping[str, float]:
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 

@@ -162,9 +162,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, args, state, control, kwargs)
         if args.load_best_model_at_end:
-            # The optimizer and the gates belong to the last weights; the loaded ones may have other ranks.
+            # The optimizer belongs to the last weights; the loaded ones may have other ranks.
             training.optimizers = []
-            self.driver.forget_gates()
         self._show_evaluated(training)
         self.driver.finish(training)
         self.listening = False

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from dynrank.change.greedy import ByWeight, LossChange
+from dynrank.change.directions import LayerDirections
 from dynrank.change.optimizer_state import check_optimizer, moved_states
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.wrappers import unwrapped_optimizer
@@ -38,7 +38,6 @@ def resize(
     *,
     optimizers: Iterable[Optimizer] = (),
     optimizer_state: Literal["transport", "reset"] = "transport",
-    gates: ByWeight | None = None,
     averages: Iterable[nn.Module] = (),
     generator: torch.Generator | None = None,
     collective: bool = False,
@@ -47,9 +46,9 @@ def resize(
 ) -> list[LayerReport]:
     """Change the rank of LoRA layers in place, down or up, and carry the optimizers' state through the change.
 
-    A cut keeps the largest directions, which approximate the update best, or with ``gates`` those that the loss needs
-    most. Growth does not change the function. The scaling stays the same. The Parameter objects stay the same, too, so
-    optimizers, param groups, schedulers and hooks remain valid. Gradients are deleted, so call this between two steps.
+    A cut keeps the largest directions, which approximate the update best. Growth does not change the function. The
+    scaling stays the same. The Parameter objects stay the same, too, so optimizers, param groups, schedulers and hooks
+    remain valid. Gradients are deleted, so call this between two steps.
     All or nothing: everything is checked and computed before the first layer changes, and after an interrupt (Ctrl-C)
     either nothing or everything has changed.
 
@@ -58,7 +57,6 @@ def resize(
         target: the new rank of every layer, or {layer name: new rank} for some.
         optimizers: all optimizers of the layers' parameters; any other with state of theirs refuses its next step.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
-        gates: measured gates of every direction, from steps since the last change; None chooses by weight.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); the same maps
             change them.
         generator: generator of the random rows of a growth; torch's default generator when None.
@@ -77,7 +75,7 @@ def resize(
         RuntimeError: if one of PEFT's layers is merged.
     """
     adapters = Adapters(model, optimizers, averages)
-    directions = gates if gates is not None else ByWeight(adapters.layers)
+    directions = LayerDirections(adapters.layers)
     change = compute(
         adapters, lambda: target, directions, optimizer_state, generator, collective=collective, balance=balance
     )
@@ -126,7 +124,6 @@ class LayerReport:
         predicted_error: norm of the dropped singular values, the Frobenius norm of the update's change.
         singular_values: singular values of the update before the change (scaling included), descending.
         params_per_rank: d_out + d_in (times the experts), the parameters of one direction.
-        loss: the layer's part of the estimated change of the loss; None without gates.
         brought: what the layer had brought before: the decrease of the loss by its updates in this run (see
             :mod:`dynrank.driver.brought`), the reason for its rank; None if unknown.
     """
@@ -138,7 +135,6 @@ class LayerReport:
     predicted_error: float
     singular_values: tuple[float, ...]
     params_per_rank: int
-    loss: LossChange | None = None
     brought: float | None = None
 
     @property
@@ -147,29 +143,16 @@ class LayerReport:
         return (self.rank_before - self.rank_after) * self.params_per_rank
 
 
-def report_of(
-    name: str,
-    rank: int,
-    values: Tensor,
-    params_per_rank: int,
-    kept: Tensor | None = None,
-    loss: LossChange | None = None,
-) -> LayerReport:
-    """The report of a change to ``rank`` of a layer with these singular values (scaling included).
-
-    ``kept`` are the kept directions, the first ones when None; the others are as in :class:`LayerReport`.
-    """
-    stays = (torch.arange(min(rank, len(values))) if kept is None else kept).to(values.device)
-    dropped = values.index_fill(0, stays, 0.0)
+def report_of(name: str, rank: int, values: Tensor, params_per_rank: int) -> LayerReport:
+    """The report of a change to ``rank`` of a layer with these singular values (scaling included)."""
     return LayerReport(
         layer=name,
         rank_before=len(values),
         rank_after=rank,
-        energy_kept=energy_kept(torch.cat([values[stays], dropped]), len(stays)),
-        predicted_error=float(dropped.norm()),
+        energy_kept=energy_kept(values, rank),
+        predicted_error=float(values[rank:].norm()),
         singular_values=tuple(values.tolist()),
         params_per_rank=params_per_rank,
-        loss=loss,
     )
 
 
@@ -286,7 +269,7 @@ def uninterrupted() -> Iterator[None]:
 def compute(
     adapters: Adapters,
     plan: Callable[[], Ranks],
-    directions: ByWeight,
+    directions: LayerDirections,
     optimizer_state: Literal["transport", "reset"],
     generator: torch.Generator | None,
     *,
@@ -342,21 +325,18 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
 def _computed(
     adapters: Adapters,
     ranks: Mapping[str, int],
-    directions: ByWeight,
+    directions: LayerDirections,
     optimizer_state: Literal["transport", "reset"],
     generator: torch.Generator | None,
 ) -> tuple[Values, list[LayerReport]]:
     """The new values of the layers in ``ranks``, and reports of those whose rank changes."""
     layers = adapters.layers
-    cuts = {name: rank for name, rank in ranks.items() if rank < layers[name].rank}
-    kept = {name: torch.arange(layers[name].rank) for name in ranks} | (directions.kept(cuts) if cuts else {})
-    loss = directions.estimated_loss(kept)
     values = Values([{} for _ in adapters.models], [{} for _ in adapters.optimizers])
     of_model, *of_averages = values.factors
     reports = []
     for name, rank in ranks.items():
         layer = layers[name]
-        change = _rank_change(name, layer, rank, kept[name], directions, generator)
+        change = _rank_change(name, layer, rank, directions, generator)
         of_model[name] = change.lora_A, change.lora_B
         for (_, own), of_average in zip(adapters.models[1:], of_averages, strict=True):
             of_average[name] = _moved_average(own[name], change)
@@ -364,7 +344,7 @@ def _computed(
             states[name] = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
         if rank != layer.rank:
             spectrum = change.singular_values * layer.scaling
-            reports.append(report_of(name, rank, spectrum, params_per_rank(layer), kept[name], loss.get(name)))
+            reports.append(report_of(name, rank, spectrum, params_per_rank(layer)))
     return values, reports
 
 
@@ -372,16 +352,15 @@ def _rank_change(
     name: str,
     layer: RankedLayer,
     rank: int,
-    kept: Tensor,
-    directions: ByWeight,
+    directions: LayerDirections,
     generator: torch.Generator | None,
 ) -> RankChange:
     """New factors of a layer, and the maps to them."""
     products = layer.products()
     # A layer that keeps its rank is here to be balanced.
     if rank <= layer.rank:
-        pairs = zip(products, directions.directions(name), strict=True)
-        return stacked([keep_directions(b, a, known, kept) for (b, a), known in pairs])
+        pairs = zip(products, directions.of(name), strict=True)
+        return stacked([keep_directions(b, a, known, torch.arange(rank)) for (b, a), known in pairs])
     try:
         return stacked([grow_product(b, a, rank, generator=generator) for b, a in products])
     except ValueError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrank.change.greedy import ByWeight
+from dynrank.change.directions import LayerDirections
 from dynrank.change.optimizer_state import check_optimizer
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import sharded_error, sharded_layers
@@ -35,7 +35,7 @@ def layer_states(
     *,
     last: bool,
     target: Target,
-    directions: ByWeight,
+    directions: LayerDirections,
     brought: Mapping[str, Share] | None = None,
 ) -> dict[str, LayerState]:
     """The state of each layer that ``target`` reads; ``last``: whether the target's stage is the last."""
@@ -187,10 +187,7 @@ def checked_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[s
     """The same for the metrics that check or ``measure`` a change; a validation must log them."""
     hows = [stage.how for stage in stages if measure or stage.how.max_regression is not None]
     # Whoever writes another How leaves out what the schedule's own has.
-    return {
-        how.check_monitor: f"{CHECK_MONITOR}, beside metric={how.metric!r} and rate_after={how.rate_after!r},"
-        for how in hows
-    }
+    return {how.check_monitor: f"{CHECK_MONITOR}, beside rate_after={how.rate_after!r}," for how in hows}
 
 
 def metric_value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:

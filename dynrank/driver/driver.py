@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
 from torch import nn
 
-from dynrank.change.greedy import ByWeight
+from dynrank.change.directions import LayerDirections
 from dynrank.change.resize import Change, uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
 from dynrank.driver.brought import Brought, Share
@@ -26,7 +26,6 @@ from dynrank.driver.rates import Rates, rate_factor, warn_of_low_rate
 from dynrank.driver.search import cut_to_smallest
 from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo
-from dynrank.driver.window import Window
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.base import params_per_rank
 from dynrank.layers.choosing import warn_of_pefts_frozen
@@ -59,7 +58,6 @@ class RankDriver:
         self.progress = Progress()
         self._run = Run(None)
         self._clock = Clock([], self._run)
-        self._window = Window([])
         # Until the last stage is over.
         self._brought: Brought | None = None
         # One for each optimizer, made at the last change.
@@ -116,7 +114,6 @@ class RankDriver:
         self._run = run
         self._ended_step = training.step
         self._clock = Clock(self.stages, run)
-        self._window = Window(self.stages)
         # The check needs the starting ranks, so a run that is resumed after a change skips it.
         if not self.history:
             self.check_model(training.model, run)
@@ -129,30 +126,21 @@ class RankDriver:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a second run of the same schedule has new optimizers.
         self._multiply_rates(training, self._loaded.get("rate_factor", 1.0))
-        if self._loaded:
-            self._window.load_state_dict(self._loaded["gates"], training.model)
         self._brought = None if self.finished else Brought(dict(lora_layers(training.model)))
         if self._brought is not None and self._loaded.get("brought") is not None:
             self._brought.load_state_dict(self._loaded["brought"])
         self._loaded = {}
 
     def advance(self, training: Training) -> None:
-        """Decide which stage is due, begin to measure gates for the next one, and change ranks if all is ready."""
+        """Decide which stage is due, and change ranks if one is."""
         self._follow_clock(training)
-        pending = self.progress.pending
-        if pending is not None and self._is_ready(training, pending.stage):
-            self._change(training, pending)
-            # Gates for the next stage may be needed from this step on.
-            self._follow_clock(training)
-        if self._window.gates is not None:
-            self._window.gates.loss_scale = training.loss_scale()
+        if self.progress.pending is not None:
+            self._change(training, self.progress.pending)
 
     def end_step(self, training: Training) -> None:
         """Record the optimizer step just made, if one was made since the last call; its gradients must still exist."""
         if training.step > self._ended_step:
             self._ended_step = training.step
-            if self._window.gates is not None:
-                self._window.gates.end_step()
             if self._brought is not None:
                 self._brought.end_step()
             if self.check_every and training.step % self.check_every == 0:
@@ -179,21 +167,14 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None:
             self._change(training, pending)
-        self._window.end()
         if not self.finished:
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
                 f"no {self.stages[self.progress.stage].when.reason}; set schedule.deadline or train longer"
             )
 
-    def forget_gates(self) -> None:
-        """Drop the measured gates; call it after other weights were loaded, which the gates do not describe."""
-        self._window.end()
-
     def abort(self) -> None:
-        """Remove the hooks from the layers and restore the rates, after an error; a checkpoint still gets the gates."""
-        if self._window.gates is not None:
-            self._window.gates.close()
+        """Restore the rates, after an error."""
         for rates in self._rates:
             rates.restore()
 
@@ -203,7 +184,6 @@ class RankDriver:
             **asdict(self.progress),
             "stages": as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "gates": self._window.state_dict(),
             "brought": self._brought.state_dict() if self._brought is not None else None,
             "rate_factor": self.rate_factor,
         }
@@ -227,16 +207,13 @@ class RankDriver:
             if isinstance(stage.when, Trigger) and saved is not None and now[0] == before[0]:
                 stage.when.load_state_dict(saved)
         self.progress = read_as(Progress, {part.name: state[part.name] for part in fields(Progress)}, "ckpt_path")
-        # A decision stays if its stage has the same time or trigger, gates if theirs is the same stage.
+        # A decision stays if its stage has the same time or trigger.
         present = dict(enumerate(mine))
         pending = self.progress.pending
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
-        gates = state["gates"]
-        if gates is not None and present.get(gates["stage"]) != theirs[gates["stage"]]:
-            gates = None
         self._remove_rates()
-        self._loaded = {"rate_factor": state["rate_factor"], "gates": gates, "brought": state["brought"]}
+        self._loaded = {"rate_factor": state["rate_factor"], "brought": state["brought"]}
         self._ended_step = 0
 
     # Deciding
@@ -254,30 +231,12 @@ class RankDriver:
             self.progress.pending = Decision(stage, self.stages[stage].when.reason)
 
     def _follow_clock(self, training: Training, *, ended: bool = False) -> None:
-        """Decide the stage that is due by time, and begin to measure gates for a stage whose time is near."""
+        """Decide the stage that is due by time."""
         due = self._clock.due(self.progress.stage, training.step, ended=ended)
         if due is not None and (self.progress.pending is None or self.progress.pending.stage < due):
             when, deadline = self.stages[due].when, self.stages[due].deadline
             reason = when.reason if isinstance(when, At) else f"deadline at {deadline:.3g} of the run"
             self.progress.pending = Decision(due, reason)
-        if self.progress.pending is None and not ended:
-            for index, planned in self._clock.coming(self.progress.stage, training.step):
-                if self._window.gates is None and planned - self.stages[index].how.window <= training.step:
-                    self._window.begin(training.model, index)
-
-    def _is_ready(self, training: Training, index: int) -> bool:
-        """Whether the gates for a change of stage ``index`` are complete; begin to measure them if needed."""
-        if not self._window.needed(training.model, index):
-            return True
-        if self._window.gates is None:
-            self._window.begin(training.model, index)
-        # The gates may have been begun for another stage, so the steps are counted against this stage's window.
-        gates = self._window.gates
-        window = self.stages[index].how.window
-        assert gates is not None
-        if self._clock.is_last_moment(index, training.step, window):
-            return True
-        return (gates.steps >= window or self._clock.has_come(index, training.step)) and gates.enough
 
     # Acting
 
@@ -285,9 +244,8 @@ class RankDriver:
         """Make the decided change, unless its check undoes it, and go to the next stage."""
         index = decided.stage
         stage = self.stages[index]
-        gates, reason = self._window.result(training, index, decided.reason)
-        free = {name: layer for name, layer in lora_layers(training.model) if not layer.pinned}
-        directions = gates or ByWeight(free)
+        reason = decided.reason
+        directions = LayerDirections({name: la for name, la in lora_layers(training.model) if not la.pinned})
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
@@ -321,7 +279,9 @@ class RankDriver:
             if not event.undone and training.step < (self._run.total_steps or float("inf")):
                 warn_of_low_rate(training)
 
-    def _computed(self, training: Training, index: int, directions: ByWeight, brought: Mapping[str, Share]) -> Change:
+    def _computed(
+        self, training: Training, index: int, directions: LayerDirections, brought: Mapping[str, Share]
+    ) -> Change:
         """The change of stage ``index``, which is not yet made."""
         stage = self.stages[index]
         last = index == len(self.stages) - 1
@@ -339,7 +299,7 @@ class RankDriver:
         undo: Undo,
         index: int,
         reason: str,
-        directions: ByWeight,
+        directions: LayerDirections,
         brought: Mapping[str, Share],
     ) -> RankEvent | None:
         """Make the change of stage ``index``, and undo it if it costs too much; None if no rank would change."""
@@ -419,17 +379,6 @@ class Clock:
         planned = self._planned[index]
         return planned is not None and planned <= step
 
-    def is_last_moment(self, index: int, step: int, patience: int) -> bool:
-        """Whether stage ``index`` may wait no longer, because of its own time or because a later stage is due.
-
-        A stage with a fixed time may wait up to ``patience`` more steps, but no more steps than came before that time.
-        """
-        planned, later = self._planned[index], self._planned[index + 1 :]
-        if any(at is not None and at <= step + 1 for at in later):
-            return True
-        waits = min(patience, planned or 0) if isinstance(self._stages[index].when, At) else 0
-        return planned is not None and planned + waits <= step
-
     def due(self, first: int, step: int, *, ended: bool) -> int | None:
         """Index of the last due stage, from ``first`` on; it replaces the stages before it. None if no stage is due.
 
@@ -439,8 +388,3 @@ class Clock:
             if self.has_come(index, step) or (ended and self._stages[index].when == At(fraction=1.0)):
                 return index
         return None
-
-    def coming(self, first: int, step: int) -> Iterator[tuple[int, int]]:
-        """(index, planned step) of the stages after ``step``; if several share a step, only the last one."""
-        planned = {self._planned[index]: index for index in range(first, len(self._stages))}
-        yield from ((index, at) for at, index in planned.items() if at is not None and at > step)

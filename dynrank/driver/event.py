@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 
-from dynrank.change.greedy import LossChange
 from dynrank.change.resize import LayerReport
 from dynrank.errors import read_as
 from dynrank.output.ranks import change_table, ranks_in_words
 
-LOSS_FIELDS = tuple(part.name for part in fields(LossChange))
-# Columns of rank_history.csv. The columns of the estimated change of the loss are empty without gates.
-FIELDS = (
-    *("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought"),
-    *LOSS_FIELDS,
-)
+# Columns of rank_history.csv.
+FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought")
 
 
 @dataclass(frozen=True)
@@ -91,12 +86,6 @@ class RankEvent:
     def lowers(self) -> bool:
         """Whether the change was made and has lowered a rank."""
         return not self.undone and any(layer.rank_after < layer.rank_before for layer in self.layers)
-
-    @property
-    def loss(self) -> LossChange | None:
-        """The estimated change of the loss, summed over all layers; None without gates."""
-        parts = [layer.loss for layer in self.layers if layer.loss is not None]
-        return LossChange(*(sum(getattr(part, name) for part in parts) for name in LOSS_FIELDS)) if parts else None
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> RankEvent:

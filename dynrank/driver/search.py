@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from dynrank.change.greedy import ByWeight
+from dynrank.change.directions import LayerDirections
 from dynrank.change.resize import LayerReport
 from dynrank.distributed.processes import from_all, from_first
 from dynrank.driver.brought import Share
@@ -27,7 +27,7 @@ def cut_to_smallest(
     undo: Undo,
     stage: Stage,
     reason: str,
-    directions: ByWeight,
+    directions: LayerDirections,
     brought: Mapping[str, Share],
     parameters_before: int,
 ) -> RankEvent | None:
@@ -78,7 +78,7 @@ class Search:
     """
 
     def __init__(
-        self, training: Training, undo: Undo, stage: Stage, directions: ByWeight, brought: Mapping[str, Share]
+        self, training: Training, undo: Undo, stage: Stage, directions: LayerDirections, brought: Mapping[str, Share]
     ) -> None:
         self._training = training
         self._undo = undo
@@ -88,7 +88,7 @@ class Search:
         self._layers = dict(lora_layers(training.model))
         self.now = {name: layer.rank for name, layer in self._layers.items()}
         self.trials: dict[int, Trial] = {}
-        # The order has (layer, its next rank) for each step; the step that the loss needs most is first.
+        # The order has (layer, its next rank) for each step up from the lowest ranks.
         self._lowest, self._order = from_first(lambda: self._plan(stage.to))
 
     def _plan(self, target: Target) -> tuple[dict[str, int], list[tuple[str, int]]]:

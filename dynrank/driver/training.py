@@ -11,12 +11,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynrank.change.greedy import ByWeight
+from dynrank.change.directions import LayerDirections
 from dynrank.change.resize import Adapters, Change, compute, uninterrupted
 from dynrank.distributed.wrappers import pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.errors import for_its_reader
-from dynrank.private import scaler_of_fabric
 from dynrank.schedules import How
 
 # For each batch: the mean of a metric, its weight in the mean over all batches, and a checksum of the batch's data.
@@ -49,7 +48,6 @@ class Training:
     validate_by: ClassVar[str] = "define validate() in a class derived from Training"
 
     def __post_init__(self) -> None:
-        self._scalers = [scaler for scaler in map(_scaler, self.optimizers) if scaler is not None]
         self.model = unwrapped_model(self.model)
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in self.optimizers]
         self._paused_ddp: list[tuple[Any, dict[str, Any]]] = []
@@ -80,15 +78,11 @@ class Training:
     def record(self, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a validation that was made to check a change, if the change was kept."""
 
-    def loss_scale(self) -> float:
-        """Return the factor of the loss in the next backward, as torch.amp.GradScaler applies it."""
-        return float(self._scalers[0].get_scale()) if self._scalers else 1.0
-
     def logged(self) -> Mapping[str, float]:
         """Return the last value of every metric that a trigger may read in addition to those of the validation."""
         return {}
 
-    def compute(self, plan: Callable[[], Mapping[str, int]], directions: ByWeight, how: How) -> Change:
+    def compute(self, plan: Callable[[], Mapping[str, int]], directions: LayerDirections, how: How) -> Change:
         """A change to the ranks that ``plan`` returns; process 0 plans and computes, and nothing changes yet.
 
         In a cut, unpinned layers that keep their rank are balanced, too: steps then have the same size in all layers.
@@ -119,8 +113,3 @@ class Training:
     def warn(self, message: str) -> None:
         """Warn the user, once for all processes."""
         warnings.warn(for_its_reader(message), stacklevel=2)
-
-
-def _scaler(optimizer: Any) -> Any:
-    """The GradScaler of an optimizer that accelerate or Fabric has wrapped; None if there is none."""
-    return getattr(optimizer, "scaler", None) or scaler_of_fabric(optimizer)

@@ -1,6 +1,5 @@
 """The LoRA layer: a frozen base, two factors, one scaling, and a rank that its checkpoint decides."""
 
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.backends import check_backend
-from dynrank.kernels.lora_linear import Observer
 from dynrank.linalg import products
 
 
@@ -73,11 +71,6 @@ class RankedLayer(Protocol):
 
     def set_factors(self, lora_A: Tensor, lora_B: Tensor) -> None: ...
 
-    @property
-    def observe(self) -> Callable[[Observer], Callable[[], None]] | None:
-        """As :meth:`dynrank.layers.base.LoRALayer.observe`; None if the layer does not compute z = A x per example."""
-        ...
-
 
 def initial_scaling(alpha: float, rank: int, rslora: bool) -> float:
     """Scaling at the start: alpha / rank (arXiv:2106.09685), or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732)."""
@@ -133,7 +126,6 @@ class LoRALayer(nn.Module):
         self.highest: int | None = None
         self.pinned = False
         self.rule: str | None = None
-        self._observer: Observer | None = None
         place: dict[str, Any] = {"device": base.get_parameter("weight").device, "dtype": dtype}
         if factors is None:
             self.lora_A = nn.Parameter(torch.empty(rank * self.num_products, d_in, **place))
@@ -157,10 +149,6 @@ class LoRALayer(nn.Module):
     def init_A(self) -> None:
         """Draw lora_A in place, from the same distribution as PEFT."""
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles do not carry the observer."""
-        return {**vars(self), "_observer": None}
 
     @property
     def rank(self) -> int:
@@ -210,28 +198,6 @@ class LoRALayer(nn.Module):
         optimizers and hooks for example, stay valid.
         """
         put_factors(self, lora_A, lora_B)
-
-    def observe(self, observer: Observer) -> Callable[[], None]:
-        """Call ``observer(z, dz)`` once in each backward, until the returned function is called.
-
-        z is A applied to the layer's input (after dropout). dz is the gradient of the loss at z, ``scaling * B^T g``
-        for the gradient g at the output. Both are (examples, positions..., rank) as the input is, without a graph.
-        """
-        if self._observer is not None:
-            raise RuntimeError("the layer is being observed already")
-        self._observer = observer
-        return lambda: setattr(self, "_observer", None)
-
-    def _observed(self, z: Tensor, channels: int = -1) -> Tensor:
-        """``z``, with a hook that calls the observer, if there is one, when the gradient of ``z`` is known."""
-        observer, values = self._observer, z.detach()
-        if observer is not None and z.requires_grad:
-
-            def report(dz: Tensor) -> None:
-                observer(values.movedim(channels, -1), dz.movedim(channels, -1))
-
-            z.register_hook(report)  # type: ignore[no-untyped-call]
-        return z
 
     def delta_weight(self) -> Tensor:
         """``scaling * lora_B @ lora_A`` in the shape of the base's weight, float32 or wider."""

@@ -56,7 +56,6 @@ class LoRAParameter(LoRALayer):
     # The class that replaces the parameter's owner.
     around: type[LoRAOwner]
     # z = A x is not computed separately for each example.
-    observe = None  # type: ignore[assignment]
 
     def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
         assert isinstance(base, BareParameter)

@@ -37,7 +37,7 @@ class LoRALinear(LoRALayer):
         The fused op in :meth:`forward` computes the same, draws another mask of dropout, and saves fewer bytes for
         the backward. Under ``torch.compile`` this formula runs, because the compiler can fuse plain operations.
         """
-        z = self._observed(F.linear(self.dropout(x), self.lora_A.to(x.dtype)))
+        z = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
         y: Tensor = self.base(x)
         return y + self.scaling * F.linear(z, self.lora_B.to(z.dtype))
 
@@ -54,7 +54,6 @@ class LoRALinear(LoRALayer):
             self.scaling,
             self.drop_rate,
             backend=self.backend,
-            observer=self._observer,
         )
 
 
@@ -126,7 +125,7 @@ class LoRAEmbedding(LoRALayer):
     def forward(self, ids: Tensor) -> Tensor:
         y: Tensor = self.base(ids)
         rows = F.embedding(ids, self.lora_A.mT, padding_idx=self.base.padding_idx)
-        rows = self._observed(self.dropout(rows))
+        rows = self.dropout(rows)
         update: Tensor = self.scaling * (rows @ self.lora_B.mT)
         return y + update.to(y.dtype)
 
@@ -156,7 +155,6 @@ class LoRAConv2d(LoRALayer):
         y: Tensor = self.base(x)
         filters = self.lora_A.view(self.rank, *self.weight.shape[1:]).to(x.dtype)
         down = F.conv2d(self.dropout(x), filters, stride=self.base.stride, padding=self.base.padding)
-        down = self._observed(down, channels=1)
         return y + self.scaling * F.conv2d(down, self.lora_B.view(-1, self.rank, 1, 1).to(down.dtype))
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynrank.kernels.lora_linear import Observer
 from dynrank.layers.base import note, noted, put_factors
 from dynrank.linalg import products
 
@@ -42,7 +39,6 @@ class PeftLayer:
     final_rank = _Note[int | None](None)
     highest = _Note[int | None](None)
     pinned = _Note(False)
-    _observed = _Note(False)
 
     def __init__(self, module: Any, adapter: str) -> None:
         self.module, self.adapter = module, adapter
@@ -120,59 +116,3 @@ class PeftLayer:
     def record_alpha(self) -> None:
         """Record alpha so that PEFT's rule alpha / rank gives the scaling that the layer has."""
         self.module.lora_alpha[self.adapter], self.module.use_rslora[self.adapter] = self.alpha, False
-
-    @property
-    def observe(self) -> Callable[[Observer], Callable[[], None]] | None:
-        """As :meth:`dynrank.layers.base.LoRALayer.observe`.
-
-        None if PEFT adds the update to a parameter, because z is never computed then.
-        """
-        return None if self.of_parameter else self._observe
-
-    def _observe(self, observer: Observer) -> Callable[[], None]:
-        """Call ``observer(z, dz)`` in each backward; see :attr:`observe`.
-
-        A layer that runs twice in a forward pass calls it twice. z is kept from forward to backward, even under
-        gradient checkpointing.
-        """
-        if self._observed:
-            raise RuntimeError("the layer is being observed already")
-        self._observed = on = True
-
-        def report(z: Tensor, dz: Tensor) -> None:
-            if on:
-                observer(z, dz)
-
-        handle = (self._observe_embedding if self.of_embedding else self._observe_linear)(report)
-
-        def stop() -> None:
-            nonlocal on
-            self._observed = on = False
-            handle.remove()
-
-        return stop
-
-    def _observe_linear(self, report: Observer) -> Any:
-        def hook(_: nn.Module, __: Any, z: Tensor) -> None:
-            if z.requires_grad:
-                # The channels of a convolution are in dimension 1.
-                last = 1 if self.lora_B.ndim > 2 else -1
-                values = z.detach().movedim(last, -1)
-                z.register_hook(lambda dz: report(values, dz.movedim(last, -1)))  # type: ignore[no-untyped-call]
-
-        return self.module.lora_A[self.adapter].register_forward_hook(hook)
-
-    def _observe_embedding(self, report: Observer) -> Any:
-        # No module outputs z here, so z and dz are computed from the layer's own input and output.
-        def hook(module: Any, inputs: tuple[Tensor, ...], y: Tensor) -> None:
-            if y.requires_grad and not module.merged and not module.disable_adapters:
-                values = F.embedding(inputs[0], self.lora_A.detach().mT)
-                # Gemma 3 scales its embedding.
-                scaling = self.scaling * getattr(self.base, "embed_scale", 1.0)
-
-                def report_at_z(g: Tensor) -> None:
-                    report(values, scaling * (g.to(values.dtype) @ self.lora_B.detach()))
-
-                y.register_hook(report_at_z)  # type: ignore[no-untyped-call]
-
-        return self.module.register_forward_hook(hook)

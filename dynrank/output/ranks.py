@@ -95,7 +95,7 @@ def change_table(title: str, changed: Sequence[LayerReport], ranks: Mapping[str,
     """A line for each kind of layer that changed, and for all: count, ranks, energy kept, parameters saved.
 
     ``ranks`` are those of all layers as they are now, also of the unchanged ones. If they differ, the caption names
-    the highest and its layers. With gates it also has their estimate of the change of the loss.
+    the highest and its layers.
     """
     table = empty_table(title, "layers", "count", "rank", "energy kept (min)", "params saved")
     kinds = layer_kinds(ranks)
@@ -105,11 +105,7 @@ def change_table(title: str, changed: Sequence[LayerReport], ranks: Mapping[str,
     table.add_section()
     table.add_row("all", *_summary(changed, len(ranks)))
     table.columns[0].min_width = min(_ONE_LINE, max(map(len, kinds.values())))
-    captions = [slot_line(ranks)] if len({*ranks.values()}) > 1 else []
-    estimates = [layer.loss.total for layer in changed if layer.loss is not None]
-    if estimates:
-        captions.append(f"chosen by gates: estimated change of the loss {sum(estimates):+.4f}, which is no forecast")
-    table.caption = "\n".join(captions) or None
+    table.caption = slot_line(ranks) if len({*ranks.values()}) > 1 else None
     return table
 
 

@@ -23,10 +23,9 @@ Changes = Annotated[int, Field(ge=1, le=1000)]
 # A share of the run.
 Time = Annotated[float, Field(ge=0, le=1)]
 
-# The presets' defaults for `how`: by weight, by gates, and by gates early in a run.
-WEIGHT = How()
-GATES = How(metric="gates")
-EARLY = How(metric="gates", rate_after="sqrt")
+# How changes are made by default, and how an early cut is.
+PLAIN = How()
+EARLY = How(rate_after="sqrt")
 
 
 def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, how: How, key: str) -> Stage:
@@ -64,8 +63,9 @@ def early_budget(
 ) -> list[Stage]:
     """One cut of all layers to one shared pool of parameters, early in the run.
 
-    The cut keeps the directions that the loss needs most. Then it multiplies the adapter's learning rate by
-    sqrt(mean rank before / after), so that an optimizer step changes the update as much as before.
+    Ranks are in proportion to what each layer has brought (see :class:`dynrank.targets.Budget`). Then the adapter's
+    learning rate is multiplied by sqrt(mean rank before / after), so that an optimizer step changes the update as much
+    as before.
 
     Args:
         final_rank: size of the pool: the parameters of this rank; unused if one of the next three is given.
@@ -125,7 +125,7 @@ def after_convergence(
     shared: bool = True,
     drops: Changes = 1,
     deadline: Share | None = 0.75,
-    how: How = GATES,
+    how: How = PLAIN,
 ) -> list[Stage]:
     """Cuts to ``final_rank`` when training has converged: ``drops`` cuts by equal factors.
 
@@ -152,7 +152,7 @@ def anneal(
     start: Time = 0.2,
     end: Time = 0.8,
     shared: bool = True,
-    how: How = GATES,
+    how: How = PLAIN,
 ) -> list[Stage]:
     """From the starting rank to ``final_rank`` in ``steps`` cuts by equal factors, at equal distances in time.
 
@@ -189,7 +189,7 @@ def milestones(
     unit: Literal["fraction", "step", "epoch"] = "fraction",
     *,
     shared: bool = False,
-    how: How = WEIGHT,
+    how: How = PLAIN,
 ) -> list[Stage]:
     """Rank ``ranks[i]`` from time ``at[i]`` on.
 
@@ -228,7 +228,7 @@ def energy(
     lowest: Count = 1,
     multiple: Count = 1,
     deadline: Share | None = 0.75,
-    how: How = WEIGHT,
+    how: How = PLAIN,
 ) -> list[Stage]:
     """Each layer to the rank that keeps ``share`` of its energy (sum of squared singular values), on convergence."""
     target = Energy(share, lowest=lowest, multiple=multiple)
@@ -237,7 +237,7 @@ def energy(
 
 @validated_call("schedule")
 def grow(
-    final_rank: Count, trigger: Trigger | At | None = None, *, deadline: Share | None = 0.5, how: How = WEIGHT
+    final_rank: Count, trigger: Trigger | At | None = None, *, deadline: Share | None = 0.5, how: How = PLAIN
 ) -> list[Stage]:
     """Growth to ``final_rank`` when training at the starting rank has converged; the function does not change."""
     return [_once(trigger, GrowTo(final_rank), deadline, how, "schedule.final_rank")]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from dynrank.errors import ConfigurationError, Count, Name, NotNegative, Share, validated
+from dynrank.errors import ConfigurationError, Name, NotNegative, Share, validated
 from dynrank.targets import Budget, Target
 from dynrank.triggers import At, Run, Trigger
 
@@ -18,14 +18,6 @@ class How:
     The signature of a preset shows its own defaults for some of these values.
 
     Args:
-        metric: which directions (singular values with their vectors) a cut keeps. "weight": the largest. "gates": those
-            that the loss needs most. A gate is a factor of 1 before a direction; its gradient and curvature estimate
-            what the loss would change without the direction (see :mod:`dynrank.change.greedy`).
-        window: the gates are measured over this many optimizer steps before the change. A change by a trigger comes
-            this many steps after the trigger. If too few steps had a gradient, the change waits up to this many more
-            steps, or until its deadline.
-        loss_terms: the loss of a step is the mean of this many terms. None: the number of positions of the model's
-            output with a gradient (examples of a classifier, counted tokens of a language model). 1 for a sum.
         rate_after: factor of the adapters' learning rates after the change, on top of their scheduler. "sqrt":
             sqrt(mean rank before / after), which keeps the size of an optimizer step of the update.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
@@ -38,9 +30,6 @@ class How:
         ConfigurationError: if a value cannot be used.
     """
 
-    metric: Literal["weight", "gates"] = "weight"
-    window: Count = 20
-    loss_terms: Count | None = None
     rate_after: Annotated[float, Field(gt=0)] | Literal["sqrt"] = 1.0
     optimizer_state: Literal["transport", "reset"] = "transport"
     max_regression: NotNegative | None = None
@@ -88,7 +77,7 @@ class Stage:
             )
         if self.how.max_regression is None or not isinstance(self.to, Budget):
             raise ConfigurationError(
-                "a search for the smallest adapter needs a tolerance, and a Budget that orders the directions; set "
+                "a search for the smallest adapter needs a tolerance, and a Budget that orders the ranks; set "
                 "how.max_regression and to"
             )
 

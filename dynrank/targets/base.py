@@ -25,8 +25,8 @@ class LayerState:
         lowest, highest: bounds of its next rank. In a pinned layer both are the rank itself; in the last stage both are
             the layer's own final rank, if it has one.
         final_rank: the final rank in the rank map; None if it has none.
-        values: (rank,) descending, what each direction is worth in the metric of the change: singular values of the
-            update (scaling included), or values from gates; None unless the target ``needs`` them.
+        values: (rank,) descending, the singular values of the update (scaling included); None unless the target
+            ``needs`` them.
         brought: what the layer has brought: the decrease of the loss by its updates, at least 0, plus its standard
             error; None if unknown, or unless the target ``needs`` it.
         cap: the layer's own ``highest`` in the rank map, which replaces a budget's; None if it has none.

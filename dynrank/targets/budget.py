@@ -1,4 +1,4 @@
-"""The target that gives all layers one pool of parameters: by what directions are worth, or by what layers brought."""
+"""The target that gives all layers one pool of parameters: by what they have brought, or by singular values."""
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
@@ -16,19 +16,15 @@ _SIZES = ("parameters", "share", "final_rank", "bytes")
 
 @validated("schedule.target")
 class Budget(Stepped):
-    """One pool of adapter parameters for all layers, spent on the directions that are worth most.
+    """One pool of adapter parameters for all layers, with ranks in proportion to what each layer has brought.
 
-    Every layer starts at its lowest rank. Then the budget repeatedly takes the step to a layer's next rank that is
-    worth most per parameter, while it fits the pool. The result is less than one step worse than the best choice,
-    and is the best choice if all steps cost the same. Give exactly one size: ``parameters``, ``share``, ``final_rank``
-    or ``bytes``.
+    That is the decrease of the loss by its updates, at least 0, plus a standard error. Every layer starts at its lowest
+    rank. Then one factor for all layers grows until the pool is spent, and each product with the factor is rounded to
+    a rank. What is then left goes on in the same order to the layers that still fit. Where nothing is known yet, ranks
+    rise alike. Give exactly one size: ``parameters``, ``share``, ``final_rank`` or ``bytes``.
 
-    With gates, the worth of a direction is the rise of the loss without it. Otherwise it is the squared singular value,
-    and to compare layers by it is a heuristic.
-
-    ``by="brought"`` instead makes ranks proportional to what each layer has brought: the decrease of the loss by its
-    updates, plus a standard error. One factor for all layers grows until the pool is spent, and each rank is rounded.
-    What is then left goes on in the same order to the layers that still fit.
+    ``by="weight"`` instead takes the steps with the largest squared singular values per parameter, which is a
+    heuristic, but needs no training. The result is less than one step worse than the best choice by this measure.
 
     Args:
         parameters: parameters of all layers together after the change, pinned layers included.
@@ -40,16 +36,14 @@ class Budget(Stepped):
         lowest: lowest rank of every layer (a layer below it keeps its rank).
         highest: highest rank of every layer without a ``highest`` of its own in the rank map; None: its rank now.
         multiple: new ranks are multiples of this; a layer may also keep its rank.
-        by: "worth" of the directions, or what layers have "brought".
+        by: what ranks follow: what layers have "brought", or "weight", the singular values of their updates.
 
     Raises:
         ConfigurationError: if a value is out of range; from :meth:`ranks` if the pool is below the lowest ranks.
 
-    >>> from torch import tensor
-    >>> first, second = tensor([3.0, 1.0]), tensor([2.0, 1.7])
-    >>> layers = {"q": LayerState(2, 5, 5, values=first), "v": LayerState(2, 5, 5, values=second)}
-    >>> Budget(parameters=30).ranks(layers)
-    {'q': 1, 'v': 2}
+    >>> layers = {"q": LayerState(8, 5, 5, brought=0.1), "v": LayerState(8, 5, 5, brought=0.3)}
+    >>> Budget(parameters=80).ranks(layers)
+    {'q': 2, 'v': 6}
     """
 
     parameters: Annotated[int, Field(ge=0)] | None = None
@@ -58,7 +52,7 @@ class Budget(Stepped):
     left: Annotated[int, Field(ge=0)] = Field(default=0, kw_only=True)
     bytes: ByteSize | None = Field(default=None, kw_only=True)
     highest: Count | None = Field(default=None, kw_only=True)
-    by: Literal["worth", "brought"] = Field(default="worth", kw_only=True)
+    by: Literal["brought", "weight"] = Field(default="brought", kw_only=True)
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -126,9 +120,9 @@ class Budget(Stepped):
         return {name: self._choices(layer)[0] for name, layer in layers.items()}
 
     def order(self, layers: Mapping[str, LayerState]) -> list[tuple[str, int]]:
-        """(layer, its next rank) of every step up from the lowest ranks; the step worth most per parameter is first.
+        """(layer, its next rank) of every step up from the lowest ranks, the first one first.
 
-        Steps that are worth nothing are left out. But where no layer has an update yet, ranks rise alike.
+        Steps that are worth nothing are left out. But where nothing is known of any layer yet, ranks rise alike.
         """
         if self.by == "brought":
             nothing_known = not any(layer.brought for layer in layers.values())
@@ -153,7 +147,7 @@ class Budget(Stepped):
         return layer.cap or self.highest or layer.rank
 
     def _steps(self, name: str, layer: LayerState) -> Iterator[tuple[float, int, str]]:
-        """(minus its worth per parameter, next rank, name) of each step up; the most valuable step sorts first."""
+        """(minus its worth, next rank, name) of each step up; the step that is worth most sorts first."""
         if self.by == "brought":
             # A rank is rounded up from the factor c on at which c * brought is halfway between two choices.
             yield from (

@@ -194,7 +194,7 @@ def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tin
     rows = [json.dumps({"text": f"Row {i} says {i * i}. " * 4}) for i in range(200)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     options = ["debug=smoke", "task=text", f"task.model={base}", f"data.train={tmp_path / 'rows.jsonl'}", "lora.rank=4"]
-    options += ["schedule.how.metric=weight", "schedule.final_rank=2", "lora.dropout=0.0", "plots=false"]
+    options += ["schedule.final_rank=2", "lora.dropout=0.0", "plots=false"]
     run(dynrank.compose(options), tmp_path / "run")
     before = dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=2)
     full = sum(layer.rank * params_per_rank(layer) for _, layer in dynrank.lora_layers(before))

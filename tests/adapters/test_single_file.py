@@ -314,7 +314,6 @@ def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch):
     for said, arguments in {
         "--out must be a new file": ["a.safetensors", "--rank", 1, "--out", "there.safetensors"],
         "NAME.safetensors, got 'folder'": ["a.safetensors", "--rank", 1, "--out", "folder"],
-        "--gates takes the folder": ["a.safetensors", "--rank", 1, "--out", "b.safetensors", "--gates", "--data", "x"],
         "there is no file 'none.safetensors'": ["none.safetensors", "--rank", 1, "--out", "b.safetensors"],
         "in its folder; give the folder": ["adapter_model.safetensors", "--rank", 1, "--out", "b.safetensors"],
         "must be a .safetensors file": ["a.ckpt", "--rank", 1, "--out", "b.safetensors"],

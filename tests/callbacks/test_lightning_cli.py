@@ -50,7 +50,7 @@ def test_stages_of_ones_own_stand_in_the_file_of_a_lightning_cli(regression, tmp
     stage = {"when": {"class_path": "dynrank.triggers.Plateau"}, "to": {"class_path": "dynrank.targets.Rank"}}
     stage["when"]["init_args"], stage["to"]["init_args"] = {"monitor": "val/loss"}, {"rank": 2}
     callback = {"class_path": "dynrank.callbacks.RankScheduler"}
-    callback["init_args"] = {"schedule": [{**stage, "deadline": 0.5, "how": {"metric": "gates"}}]}
+    callback["init_args"] = {"schedule": [{**stage, "deadline": 0.5, "how": {"rate_after": "sqrt"}}]}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"trainer": {"logger": False, "callbacks": [callback]}}))
     monkeypatch.setattr(sys, "argv", ["fit.py", "--config", str(file)])
@@ -58,7 +58,7 @@ def test_stages_of_ones_own_stand_in_the_file_of_a_lightning_cli(regression, tmp
     (scheduler,) = (found for found in cli.trainer.callbacks if isinstance(found, RankScheduler))
     assert scheduler.driver.stages[0].deadline == 0.5
     assert scheduler.driver.stages[0].to.rank == 2
-    assert scheduler.driver.stages[0].how.metric == "gates"
+    assert scheduler.driver.stages[0].how.rate_after == "sqrt"
 
 
 @pytest.mark.parametrize(

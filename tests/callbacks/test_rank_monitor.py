@@ -56,7 +56,6 @@ def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     assert changes == [("4", "0", "6", "3"), ("4", "2", "6", "3")]
     errors = [layer.predicted_error for layer in event.layers]
     assert [float(row["predicted_error"]) for row in found] == pytest.approx(errors, rel=1e-4)
-    assert {row["first_order"] for row in found} == {""}
     assert "rank change at step 4" in capsys.readouterr().out
     found = rows(tmp_path / "metrics.csv", "rank/mean")
     assert [(row["step"], float(row["rank/mean"])) for row in found] == [("0", 6.0), ("4", 3.0)]

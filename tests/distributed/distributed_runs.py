@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -16,13 +15,11 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset, default_collate
-from trained import updated
 from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
-from dynrank.change.gates import Gates
 from dynrank.distributed.sharding import shard_frozen
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Budget, GrowTo, Rank
@@ -127,49 +124,40 @@ class Run:
     average: bool = False
 
 
-LOSS = How(metric="gates", window=4)
-HALF = Stage(At(step=CHANGE), Budget(share=0.5), how=LOSS)
-# A pass is a sample of their gates, so that two processes would have more of them than one.
-EXPERTS = Stage(At(step=CHANGE), Budget(share=0.5))
-BROUGHT = Stage(At(step=CHANGE), Budget(share=0.5, by="brought"))
+HALF = Stage(At(step=CHANGE), Budget(share=0.5))
 UNDONE = Stage(At(step=CHANGE), Rank(1), how=How(max_regression=0.01))
 RUNS = {
     "ddp": Run(),
     "ddp, unused parameters": Run(model={"idle": True}, ddp={"find_unused_parameters": True}),
     "ddp, static graph": Run(ddp={"static_graph": True}),
     "ddp, accumulation and clipping": Run(
-        trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
+        HALF, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp={"gradient_as_bucket_view": True}
     ),
-    "ddp, budget by gates": Run(HALF),
-    "ddp, budget by what layers have brought": Run(BROUGHT, trainer={"gradient_clip_val": 0.3}),
-    "ddp, auto": Run(auto(0.05, at=0.5, how=LOSS)),
+    "ddp, budget": Run(HALF),
+    "ddp, auto": Run(auto(0.05, at=0.5)),
     "ddp, growth at random, then shrink": Run([Stage(At(step=6), GrowTo(9)), Stage(At(step=CHANGE), Rank(2))]),
     "ddp, undone": Run(UNDONE, ddp={"static_graph": True}),
     "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),
     "ddp, average": Run(average=True),
     "ddp, peft": Run(model={"peft": True}),
-    "ddp, experts": Run(EXPERTS, model={"experts": True}),
-    "ddp, peft, experts": Run(EXPERTS, model={"experts": True, "peft": True}),
+    "ddp, experts": Run(HALF, model={"experts": True}),
+    "ddp, peft, experts": Run(HALF, model={"experts": True, "peft": True}),
     "fsdp2": Run(trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None),
-    "fsdp2, budget by gates": Run(HALF, ddp=None),
-    "fsdp2, budget by what layers have brought": Run(
-        BROUGHT, trainer={"accumulate_grad_batches": 2, "gradient_clip_val": 0.3}, ddp=None
-    ),
-    "fsdp2, auto": Run(auto(0.05, at=0.5, how=LOSS), ddp=None),
+    "fsdp2, budget": Run(HALF, ddp=None),
+    "fsdp2, auto": Run(auto(0.05, at=0.5), ddp=None),
     "fsdp2, undone": Run(UNDONE, ddp=None),
-    "fsdp2, experts": Run(EXPERTS, model={"experts": True}, ddp=None),
+    "fsdp2, experts": Run(HALF, model={"experts": True}, ddp=None),
 }
 
 # Each has a run, what else its strategy is told, and the kind of its checkpoints.
 RESUMED = {
-    "resume ddp": (RUNS["ddp, budget by gates"], {}),
+    "resume ddp": (RUNS["ddp, budget"], {}),
     "resume ddp, peft": (RUNS["ddp, peft"], {}),
     "resume ddp, plateau": (RUNS["ddp, plateau"], {"kind": AdapterCheckpoint}),
-    "resume ddp, budget by what layers have brought": (RUNS["ddp, budget by what layers have brought"], {}),
-    "resume fsdp2, one file": (RUNS["fsdp2, budget by gates"], {"save_distributed_checkpoint": False}),
-    "resume fsdp2, a folder": (RUNS["fsdp2, budget by gates"], {"save_distributed_checkpoint": True}),
+    "resume fsdp2, one file": (RUNS["fsdp2, budget"], {"save_distributed_checkpoint": False}),
+    "resume fsdp2, a folder": (RUNS["fsdp2, budget"], {"save_distributed_checkpoint": True}),
     "resume fsdp2, without the base": (
-        RUNS["fsdp2, budget by gates"],
+        RUNS["fsdp2, budget"],
         {"save_distributed_checkpoint": False, "kind": AdapterCheckpoint},
     ),
     "resume fsdp2, peft": (
@@ -180,11 +168,11 @@ RESUMED = {
 
 # One run takes place in different processes; each has what it is there, and the folder of its checkpoints.
 CROSSED = {
-    "one process": (RUNS["ddp, budget by gates"], "one process"),
-    "ddp": (RUNS["ddp, budget by gates"], "resume ddp"),
-    "fsdp2": (RUNS["fsdp2, budget by gates"], "resume fsdp2, one file"),
+    "one process": (RUNS["ddp, budget"], "one process"),
+    "ddp": (RUNS["ddp, budget"], "resume ddp"),
+    "fsdp2": (RUNS["fsdp2, budget"], "resume fsdp2, one file"),
 }
-# The statistics are being measured at the first step, and the second comes after the change.
+# Before the change and after it.
 CROSSINGS = [CHANGE - 2, CHANGE + 2]
 
 
@@ -219,21 +207,6 @@ def fit(
     trainer = lightning.Trainer(**settings | run.trainer | options, callbacks=[*callbacks, scheduler, *averages])
     trainer.fit(model, ckpt_path=ckpt_path)
     return model, trainer, scheduler
-
-
-DTYPES = (torch.float32, torch.float64)
-
-
-def gates_of(dtype: torch.dtype, shows: bool = True) -> Any:
-    """The gradients and roots of gates that are measured in one step, in which this process may show no example."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4))
-    net = updated(dynrank.add_lora(net, rank=3, target_modules=["0", "2"], dtype=dtype).to(dtype))
-    with closing(Gates(net, dict(dynrank.lora_layers(net)), 1)) as gates:
-        if shows:
-            net(torch.randn(5, 6, dtype=dtype)).square().mean(1).mean().backward()
-        gates.end_step()
-    return gates._gradients()
 
 
 def outcome(model: Model, trainer: lightning.Trainer, scheduler: RankScheduler) -> dict[str, Any]:

@@ -16,12 +16,10 @@ from distributed_runs import (
     CHANGE,
     CROSSED,
     CROSSINGS,
-    DTYPES,
     RESUMED,
     RUNS,
     Run,
     fit,
-    gates_of,
     outcome,
     saved,
     saving,
@@ -31,7 +29,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import distributed
 from wrapped_loops import WAYS, ended
 
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler
+from dynrank.callbacks import AdapterCheckpoint
 from dynrank.distributed.processes import from_all, from_first
 from dynrank.errors import ConfigurationError
 
@@ -47,15 +45,6 @@ class Spoil(lightning.Callback):
         if trainer.global_step == CHANGE and trainer.global_rank == 1:
             factor = pl_module.net[2].lora_A
             (factor if self.what == "weights" else trainer.optimizers[0].state[factor]["exp_avg_sq"])[0, 0] += 1e-3
-
-
-class SaveAlone(lightning.Callback):
-    """Process 0 alone asks for the scheduler's state, while gates are watched."""
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step == CHANGE - 1 and trainer.global_rank == 0:
-            (scheduler,) = (callback for callback in trainer.callbacks if isinstance(callback, RankScheduler))
-            assert "cores" in str(scheduler.state_dict())
 
 
 def whole(run: Run, **strategy: Any) -> Any:
@@ -135,9 +124,6 @@ def main(place: str) -> None:
     for error in (KeyError("key"), KeyboardInterrupt("stop"), ConfigurationError("bad"), Unpicklable("a", "b")):
         checks[f"raised {type(error).__name__}"] = partial(raised_in_first, partial(fail, error))
     checks["raised by pickle"] = partial(raised_in_first, lambda: lambda: None)
-    checks["saved alone"] = lambda: outcome(
-        *fit(RUNS["ddp, budget by gates"], strategy=strategy_of(RUNS["ddp"]), devices=2, callbacks=[SaveAlone()])
-    )
     checks["a folder without the base"] = partial(
         refusal, RUNS["fsdp2"], callbacks=[AdapterCheckpoint(folder / "shards")], enable_checkpointing=True
     )
@@ -145,8 +131,6 @@ def main(place: str) -> None:
     checks["sharded"] = partial(refusal, Run(model={"sharded": True}, ddp=None))
     warnings.simplefilter("ignore")
     process, results = int(os.environ["RANK"]), {}
-    for dtype in DTYPES:
-        checks[f"gates, {dtype}"] = partial(gates_of, dtype, shows=process == 0)
     for way in WAYS:
         checks[f"loop, {way}"] = partial(ended, way, process, 2)
     for name, check in checks.items():

@@ -7,7 +7,7 @@ import forked
 import lightning
 import pytest
 import torch
-from distributed_runs import CROSSED, CROSSINGS, DTYPES, RESUMED, RUNS, fit, gates_of, outcome, saved, saving
+from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.testing import assert_close
@@ -84,12 +84,6 @@ def test_resumed_processes_come_to_the_same_bits(results, name):
             assert_same_bits(end, ends["whole"])
 
 
-def test_one_process_may_save_the_state_while_statistics_are_collected(results):
-    """What is collected is alike in all after every step, so nobody has to be asked, or waits."""
-    for alone, other in zip(found(results, "saved alone"), found(results, "ddp, budget by gates"), strict=True):
-        assert_same_bits(alone, other)
-
-
 @pytest.mark.parametrize("way", WAYS)
 def test_wrapped_loop_ends_where_a_plain_one_does(results, way):
     expected, (first, second) = ended("plain"), found(results, f"loop, {way}")
@@ -97,17 +91,6 @@ def test_wrapped_loop_ends_where_a_plain_one_does(results, way):
         assert torch.equal(value, expected[name]), name
         assert torch.equal(first[name], second[name]), name
         assert_close(first[name], value, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gates_of_a_process_without_examples_add_nothing(results, dtype):
-    (first, roots), (second, _) = found(results, f"gates, {dtype}")
-    alone, own_roots = gates_of(dtype)
-    for name, gradient in alone.items():
-        assert torch.equal(first[name], second[name])
-        # Gradients are means over processes.
-        assert_close(first[name], gradient / 2)
-        assert_close(roots[name], own_roots[name] / 2)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +122,7 @@ def test_run_goes_on_from_the_checkpoint_of_other_processes(results, folder, to,
         ends = [outcome(*fit(run, ckpt_path=saved(folder / name, step))) for step in CROSSINGS]
     else:
         ends = sum(found(results, f"{to} from {source}"), [])
-    expected = alone("ddp, budget by gates")
+    expected = alone("ddp, budget")
     for end in ends:
         assert end["events"] == expected["events"]
         assert_close(end["weights"], expected["weights"], rtol=0, atol=1e-6)

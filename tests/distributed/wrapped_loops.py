@@ -9,8 +9,8 @@ from trained import drive
 
 import dynrank
 from dynrank.driver.training import Training
-from dynrank.schedules import How, Stage
-from dynrank.targets import GrowTo, Rank
+from dynrank.schedules import Stage
+from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.triggers import At
 
 # The dimensions are steps, examples and features.
@@ -38,11 +38,11 @@ WAYS = {"plain": plain, "fabric": fabric, "accelerate": accelerate}
 
 
 def ended(way, process=0, processes=1):
-    """What a loop comes to whose ranks fall by gates, fall by weight and rise."""
+    """What a loop comes to whose ranks fall in a pool, fall alike and rise."""
     torch.manual_seed(0)
     model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)), rank=4)
     inside = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    stages = [Stage(At(step=4), Rank(3), how=How(metric="gates", window=2)), Stage(At(step=6), Rank(2))]
+    stages = [Stage(At(step=4), Budget(final_rank=3)), Stage(At(step=6), Rank(2))]
     wrapped, optimizer, backward = WAYS[way](model, inside)
     batches = iter(X[:, process::processes])
 

@@ -144,7 +144,7 @@ def test_changes_of_a_run_follow_what_layers_have_brought():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     loop, driver = (
         Training(model, [optimizer]),
-        RankDriver([Stage(At(step=step), Budget(final_rank=rank, by="brought")) for step, rank in ((8, 4), (14, 2))]),
+        RankDriver([Stage(At(step=step), Budget(final_rank=rank)) for step, rank in ((8, 4), (14, 2))]),
     )
     terms, hand = {"0": [], "2": []}, ByHand(model)
     driver.start(loop, Run(20))
@@ -212,7 +212,7 @@ def problems(draw):
 @given(problems())
 def test_ranks_are_in_proportion_to_what_layers_have_brought(problem):
     layers, pool = problem
-    ranks = Budget(parameters=pool, by="brought").ranks(layers)
+    ranks = Budget(parameters=pool).ranks(layers)
     sizes = {name: layer.params_per_rank for name, layer in layers.items()}
     expected = bisected(
         {name: layer.brought for name, layer in layers.items()},
@@ -250,7 +250,7 @@ def state(brought, rank=8, **options):
 )
 def test_bounds_of_ranks_by_what_layers_have_brought(budget, layers, expected):
     states = {f"{index}": state(value) for index, value in enumerate(layers)}
-    assert [*Budget(**budget, by="brought").ranks(states).values()] == expected
+    assert [*Budget(**budget).ranks(states).values()] == expected
 
 
 def test_pinned_layers_and_own_bounds_stay_out_of_the_proportion():
@@ -260,5 +260,5 @@ def test_pinned_layers_and_own_bounds_stay_out_of_the_proportion():
         "capped": state(9.0, cap=3),
         "free": state(9.0),
     }
-    ranks = Budget(parameters=20 * 24, by="brought").ranks(layers)
+    ranks = Budget(parameters=20 * 24).ranks(layers)
     assert ranks == {"pinned": 8, "own": 5, "capped": 3, "free": 8}

@@ -10,11 +10,9 @@ from torch import nn
 from trained import updated
 
 import dynrank
-from dynrank.change.gates import Gates
-from dynrank.change.greedy import ByWeight
+from dynrank.change.directions import LayerDirections
 from dynrank.driver.check import check_model, check_training, depends_on_data, final_ranks, layer_states
 from dynrank.driver.training import Training
-from dynrank.driver.window import needs_gates
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow
 from dynrank.targets import Budget, Energy, GrowTo, LayerState, Rank, Target, Towards
@@ -22,7 +20,6 @@ from dynrank.triggers import At, Plateau, Run
 
 RUN = Run(total_steps=100)
 NOW = At(step=1)
-GATES = How(metric="gates")
 
 
 def model(rank=8, **rank_map):
@@ -50,7 +47,7 @@ def test_layer_states_bound_each_layer():
     net = model(layer_1={"rank": 5, "pinned": True}, layer_2={"rank": 6, "final_rank": 3})
     bounds = {}
     for last in (False, True):
-        states = layer_states(layers_of(net), last=last, target=Rank(4), directions=ByWeight(layers_of(net)))
+        states = layer_states(layers_of(net), last=last, target=Rank(4), directions=LayerDirections(layers_of(net)))
         assert [(s.rank, s.d_out, s.d_in) for s in states.values()] == [(8, 24, 16), (5, 12, 24), (6, 40, 12)]
         # The target does not ask for singular values.
         assert {s.values for s in states.values()} == {None}
@@ -63,38 +60,10 @@ def test_layer_states_hold_the_singular_values_of_each_update():
     net = updated(model())
     for layer in layers_of(net).values():
         layer.scaling = 3.0
-    states = layer_states(layers_of(net), last=True, target=Energy(0.9), directions=ByWeight(layers_of(net)))
+    states = layer_states(layers_of(net), last=True, target=Energy(0.9), directions=LayerDirections(layers_of(net)))
     for name, layer in layers_of(net).items():
         dense = torch.linalg.svdvals(layer.delta_weight().double())[:8]
         torch.testing.assert_close(states[name].values, dense, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("target", [Budget(share=0.5), Energy(0.9)])
-def test_pinned_layers_are_neither_observed_nor_missed(target):
-    net = updated(model(layer_1={"rank": 5, "pinned": True}))
-    assert needs_gates(Stage(NOW, target, how=GATES), layers_of(net), last=True)
-    gates = Gates(net, {name: layer for name, layer in layers_of(net).items() if not layer.pinned}, 4)
-    net(torch.randn(50, 16)).square().mean().backward()
-    gates.end_step()
-    states = layer_states(layers_of(net), last=True, target=target, directions=gates)
-    assert target.ranks(states)["1"] == 5
-
-
-@pytest.mark.parametrize(
-    ("target", "metric", "net", "observed"),
-    [
-        (Rank(4), "weight", {}, False),
-        (Rank(4), "gates", {}, True),
-        (GrowTo(12), "gates", {}, False),
-        (Double(), "gates", {"rank": 4, "layer_2": {"rank": 6, "final_rank": 3}}, False),
-        (Rank(8), "gates", {"layer_0": {"rank": 12}}, True),
-        (Rank(4), "gates", {"rank": 4, "layer_0": {"rank": 12, "pinned": True}}, False),
-        (Energy(0.9), "weight", {}, False),
-        (Budget(share=0.5), "gates", {}, True),
-    ],
-)
-def test_what_must_be_observed(target, metric, net, observed):
-    assert needs_gates(Stage(NOW, target, how=How(metric=metric)), layers_of(model(**net)), last=True) is observed
 
 
 # Where ranks may end

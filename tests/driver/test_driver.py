@@ -96,17 +96,13 @@ def trajectory(driver):
     return [(e.step, e.layers[0].rank_before, e.layers[0].rank_after) for e in driver.history]
 
 
-GATES = {"metric": "gates", "window": 4}
 SCHEDULES = {
-    "gates, undone, plateau": lambda: [
-        Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(**GATES, max_regression=0.02))
-    ],
-    "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5, how=How(**GATES))],
+    "undone, plateau": lambda: [Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(max_regression=0.02))],
+    "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5)],
     "grown, dropped": lambda: [at(4, Rank(3)), at(10, GrowTo(6)), at(15, Rank(2))],
-    "auto": lambda: auto(0.05, at=0.5, how=How(**GATES)),
-    "by what layers have brought": lambda: [at(s, Budget(final_rank=r, by="brought")) for s, r in ((7, 4), (15, 2))],
+    "auto": lambda: auto(0.05, at=0.5),
+    "by what layers have brought": lambda: [at(s, Budget(final_rank=r)) for s, r in ((7, 4), (15, 2))],
     "undone": lambda: [at(9, Rank(1), max_regression=0.02)],
-    "each in the window of the next": lambda: [at(4 + 2 * i, Rank(5 - i), **GATES) for i in range(4)],
 }
 
 
@@ -132,51 +128,6 @@ def fires_at_10():
     return Plateau(patience=1, min_delta=0.99)
 
 
-def silent_until(step):
-    """A loss without gradients up to a step, as of equal rewards."""
-    return lambda loop, batch: nn.functional.mse_loss(loop.model(X[batch]), Y[batch]) * (loop.step >= step)
-
-
-UNSEEN = "by weight: no gradient was seen while gates were measured"
-WINDOW_OF_8 = {"metric": "gates", "window": 8}
-
-
-@pytest.mark.parametrize(
-    ("stages", "silent", "expected"),
-    [
-        ([at(10, Rank(3), **WINDOW_OF_8)], 9, [(14, "step 10, gates of 32 examples, 8 loss terms by the model's")]),
-        ([at(10, Rank(3), **WINDOW_OF_8)], 15, [(18, "step 10, gates of 16 examples, 8 loss terms")]),
-        ([at(10, Rank(3), **WINDOW_OF_8)], 99, [(18, f"step 10, {UNSEEN}")]),
-        ([at(10, Rank(3), **WINDOW_OF_8), at(14, Rank(2))], 99, [(13, f"step 10, {UNSEEN}"), (14, "step 14")]),
-        ([Stage(At(fraction=1.0), Rank(3), how=How("gates"))], 99, [(24, f"fraction 1, {UNSEEN}")]),
-        ([Stage(fires_at_10(), Rank(3), 0.9, how=How("gates"))], 99, [(22, f"plateau of val/loss, {UNSEEN}")]),
-    ],
-    ids=["observed on", "few", "long past", "another comes", "ended", "deadline"],
-)
-@pytest.mark.filterwarnings("ignore:the directions to keep were chosen by gates of 16 examples")
-def test_gates_are_observed_until_enough_was_seen_and_stop_no_run(stages, silent, expected):
-    """The first step with a gradient moves B alone, so gates have one from the next on."""
-    driver = RankDriver(stages)
-    drive(driver, lost=silent_until(silent))
-    assert [event.step for event in driver.history] == [step for step, _ in expected]
-    for event, (_, words) in zip(driver.history, expected, strict=True):
-        assert event.reason.startswith(words), event.reason
-
-
-def test_layer_that_no_gradient_reaches_is_named_once():
-    def through_the_first(loop, batch):
-        loss = nn.functional.mse_loss(loop.model(X[batch]), Y[batch])
-        return loss if loop.step < 9 else loop.model[0](X[batch]).square().mean()
-
-    driver = RankDriver([at(14, Rank(3), metric="gates", window=4)])
-    with pytest.warns(
-        UserWarning, match="no gradient has reached '2' while other .* as useless; pin these layers"
-    ) as caught:
-        drive(driver, lost=through_the_first)
-    assert len(caught) == 1
-    assert trajectory(driver) == [(14, 6, 3)]
-
-
 class Below(Trigger):
     """Of a user's, as the target."""
 
@@ -196,17 +147,12 @@ class RoomAbove(Target):
 @pytest.mark.parametrize(
     ("stages", "changes"),
     [
-        ([Stage(fires_at_10(), Rank(3), how=How("gates", window=7))], [(17, 6, 3)]),
-        # The gates of the second stage are measured from step 8 on, and serve the first.
-        (
-            [Stage(fires_at_10(), Rank(4), how=How("gates", window=2)), at(16, Rank(3), metric="gates", window=8)],
-            [(10, 6, 4), (16, 4, 3)],
-        ),
+        ([Stage(fires_at_10(), Rank(3))], [(10, 6, 3)]),
         ([Stage(Below(warmup_steps=7), RoomAbove())], [(10, 6, 12)]),
-        ([Stage(At(fraction=1.0), Rank(2), how=How("gates", window=5))], [(24, 6, 2)]),
+        ([Stage(At(fraction=1.0), Rank(2))], [(24, 6, 2)]),
         ([Stage(Plateau(patience=99), Rank(5)), Stage(Plateau(), Rank(4)), at(12, Rank(3))], [(12, 6, 3)]),
     ],
-    ids=["unforeseen", "window of a later stage", "own", "after the last step", "those before are over"],
+    ids=["unforeseen", "own", "after the last step", "those before are over"],
 )
 def test_stages_act_in_their_time(stages, changes):
     driver = RankDriver(stages)
@@ -274,8 +220,8 @@ def test_undone_change_leaves_the_run_as_if_it_had_not_been_tried():
         assert torch.equal(model.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("how", [{}, GATES], ids=["weight", "gates"])
-def test_change_computes_the_svd_of_each_layer_once(how, monkeypatch):
+@pytest.mark.parametrize("by", ["weight", "brought"])
+def test_change_computes_the_svd_of_each_layer_once(by, monkeypatch):
     sizes = []
     plain = {name: getattr(torch.linalg, name) for name in ("svd", "svdvals")}
 
@@ -285,7 +231,7 @@ def test_change_computes_the_svd_of_each_layer_once(how, monkeypatch):
 
     for name in plain:
         monkeypatch.setattr(torch.linalg, name, partial(counted, name))
-    driver = RankDriver(at(10, Budget(share=0.5), **how))
+    driver = RankDriver(at(10, Budget(share=0.5, by=by)))
     model = drive(driver).model
     assert len(driver.history) == 1
     assert sizes == [6] * len(dict(dynrank.lora_layers(model)))
@@ -361,10 +307,9 @@ def test_driver_and_checkpoint_of_another_run_are_refused(tmp_path):
 
 
 def test_stages_to_come_may_be_others_than_in_the_checkpoint(tmp_path):
-    """A checkpoint in a window: what was observed is dropped where the stage is another one now, what is over stays."""
-    drive(RankDriver([at(3, Rank(5)), at(14, Rank(3), **WINDOW_OF_8)]), folder=tmp_path)
-    driver = RankDriver([at(3, Rank(5)), at(14, Rank(3), metric="gates", window=2), at(20, Rank(1))])
+    """What is over stays, and so does what layers have brought."""
+    drive(RankDriver([at(3, Rank(5)), at(14, Rank(3))]), folder=tmp_path)
+    driver = RankDriver([at(3, Rank(5)), at(14, Rank(3)), at(20, Rank(1))])
     with pytest.warns(UserWarning, match="not the checkpoint's: it applies from step 10 on"):
         drive(driver, folder=tmp_path, start=10)
     assert trajectory(driver) == [(3, 6, 5), (14, 5, 3), (20, 3, 1)]
-    assert driver.history[1].reason.startswith("step 14, gates of 16 examples")

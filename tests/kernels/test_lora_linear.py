@@ -215,17 +215,3 @@ def test_autocast_makes_it_what_the_narrow_operands_give(p, packed):
     expected = run(narrow, dropout=p, seed=torch.tensor(9))
     assert [t.dtype for t in got] == [torch.bfloat16, torch.float32, torch.float32, torch.float32]
     assert all(torch.equal(one, other.to(one.dtype)) for one, other in zip(got, expected, strict=True))
-
-
-def test_an_observer_gets_once_in_each_backward_what_passes_between_the_factors():
-    made, observed = operands((7, D_IN), requires_grad=("lora_B",)), []
-    y = lora_linear(**made, scaling=SCALING, observer=lambda z, dz: observed.append((z, dz)))
-    dy = torch.randn_like(y)
-    for _ in range(2):
-        y.backward(dy, retain_graph=True)
-    assert len(observed) == 2
-    for z, dz in observed:
-        assert_close(z, made["x"] @ made["lora_A"].T)
-        assert_close(dz, (SCALING * dy @ made["lora_B"]).detach())
-        assert not z.requires_grad
-        assert not dz.requires_grad

@@ -12,7 +12,7 @@ from trained import drive
 import dynrank
 from dynrank import Training, adapter_parameters
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage
+from dynrank.schedules import Stage
 from dynrank.targets import Budget
 from dynrank.triggers import At
 
@@ -64,7 +64,7 @@ OPTIMIZERS = {
 
 
 def trained(optimizer, *, filters):
-    """The two updates, and their ranks, after steps with a cut by gates among them."""
+    """The two updates, and their ranks, after steps with a cut among them."""
     kind = (lambda a, b: nn.Conv2d(a, b, 1)) if filters else nn.Linear
     model = wrapped(lambda: kind(6, 8), nn.Tanh, lambda: kind(8, 5))
     generator = torch.Generator().manual_seed(1)
@@ -78,16 +78,15 @@ def trained(optimizer, *, filters):
         y = model(x.mT.unflatten(-1, (3, 3))).flatten(2).mT if filters else model(x)
         return (y - x[..., :5].sin()).square().mean()
 
-    stage = Stage(At(step=12), Budget(share=0.5), how=How(metric="gates", window=6, loss_terms=72))
+    stage = Stage(At(step=12), Budget(share=0.5))
     drive(stage, Training(model, [made]), 20, loss)
     layers = [model.base_model.model[index] for index in (0, 2)]
     return [update(layer).flatten(1) for layer in layers], [layer.r for layer in layers]
 
 
-@pytest.mark.filterwarnings("ignore:.*gates.*:UserWarning")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_convolution_of_one_pixel_trains_as_the_linear_layer_that_it_is(optimizer):
-    """Its gates see the same, and its optimizer's state is carried to the same numbers."""
+    """It has brought the same, and its optimizer's state is carried to the same numbers."""
     (updates, ranks), (expected, linear_ranks) = trained(optimizer, filters=True), trained(optimizer, filters=False)
     assert ranks == linear_ranks
     assert sum(rank["default"] for rank in ranks) < 10

@@ -31,9 +31,6 @@ class Stage:
     changes_left: int = 1
     lowest: int = 1
     highest: int | None = None
-    by_gates: bool = False
-    window: int = 20
-    loss_terms: int | None = None
     rate: float | str = 1.0
     reset: bool = False
     max_regression: float | None = None
@@ -134,10 +131,6 @@ class Case:
     def loss(self, output, y):
         return F.cross_entropy(output.flatten(0, 1), y.flatten()) if self.is_language else F.mse_loss(output, y)
 
-    def terms(self, y):
-        """How many terms the loss is the mean of: counted tokens, or positions."""
-        return int((y != -100).sum()) if self.is_language else y[..., 0].numel()
-
     # Training
 
     def make_optimizer(self, groups):
@@ -154,12 +147,9 @@ class Case:
 
 def expanded(name, options, total):
     """The stages of one preset: its arguments are those of the function of that name in dynrank.schedules."""
-    how = {} if name in ("milestones", "energy", "grow") else {"metric": "gates"}
-    how |= {"rate_after": "sqrt"} if name == "early_budget" else {}
-    how = {"metric": "weight"} | options.pop("how", how)
-    common = {"by_gates": how["metric"] == "gates", "window": how.get("window", 20), "rate": how.get("rate_after", 1.0)}
-    common |= {"reset": how.get("optimizer_state") == "reset"}
-    common |= {"loss_terms": how.get("loss_terms"), "max_regression": how.get("max_regression")}
+    how = options.pop("how", {"rate_after": "sqrt"} if name == "early_budget" else {})
+    common = {"rate": how.get("rate_after", 1.0), "reset": how.get("optimizer_state") == "reset"}
+    common |= {"max_regression": how.get("max_regression")}
 
     def at(fraction):
         return math.ceil(fraction * total - 1e-9)
@@ -227,18 +217,14 @@ def make_case(seed):
 
 def draw_presets(draw, case):
     """One to three presets whose times and ranks do not contradict each other."""
-    # No gradient reaches A before the first step of a new adapter, and gates are not to wait for one.
-    first = 0.2 if case.started else 0.55
-    longest = 6 if case.started else min(6, math.ceil(first * case.total) - 1)
-    low, gates = draw.randint(1, 2), {"metric": "gates", "window": draw.randint(1, longest)}
-    gates |= {"loss_terms": draw.randint(1, 9)} if draw.random() < 0.2 else {}
+    # A new adapter takes some steps until all directions that a cut keeps have an update.
+    first, low = 0.2 if case.started else 0.55, draw.randint(1, 2)
 
     def how(early=False):
         """How a change is made, or nothing for the defaults."""
         if draw.random() < 0.15 and case.started:
             return {}
-        made = dict(draw.choice([gates, gates, {"metric": "weight"}]))
-        made |= {"rate_after": draw.choice([1.0, "sqrt", "sqrt", 1.5])} if draw.random() < 0.6 else {}
+        made = {"rate_after": draw.choice([1.0, "sqrt", "sqrt", 1.5])} if draw.random() < 0.6 else {}
         made |= {"optimizer_state": "reset"} if draw.random() < 0.1 else {}
         made |= {"max_regression": draw.choice([0.0, 0.1, 0.5])} if draw.random() < 0.15 else {}
         return {"how": made}

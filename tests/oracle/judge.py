@@ -2,7 +2,6 @@
 
 import torch
 from reference import Layer, Run, Undetermined
-from reference_gates import Gates
 from runs import traced
 from torch import nn
 
@@ -20,7 +19,7 @@ def reference_run(case, grown, noise=0.0):
         factors = [f * (1 + noise * torch.randn(f.shape, generator=draw).double()) for f in factors]
         rule = {key: value for key, value in case.rules.get(name, {}).items() if key != "rank"}
         layers[name] = Layer(weight, bias, *map(nn.Parameter, factors), case.scaling(name), **rule)
-    run = Run(case, case.stages(), layers, head, grown, Gates, torch.finfo(torch.float64).eps)
+    run = Run(case, case.stages(), layers, head, grown, torch.finfo(torch.float64).eps)
     try:
         run.go()
     except Undetermined as reason:

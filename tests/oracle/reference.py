@@ -1,18 +1,17 @@
 """A training run whose ranks change, as ../shared/maths.md has it: dense, naive, in float64, and without dynrank.
 
 A layer computes ``y = x W^T + b + s (x A^T) B^T``. Only growth is not computed here: its random rows are taken from the
-run that is judged, and checked. A ``Rule`` says which directions a cut drops; ``reference_gates.py`` has another.
+run that is judged, and checked.
 """
 
 import math
 from dataclasses import dataclass
+from statistics import stdev
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Whether a cut also balances the layers of the pool that keep their rank, and moves their moments.
-BALANCE_ALL = True
 # How an entry of an optimizer's state transforms: as the gradient, as its square, or as the parameter.
 KINDS = {"exp_avg": "gradient", "exp_avg_sq": "square", "max_exp_avg_sq": "square", "square_avg": "square"}
 KINDS |= {"sum": "square", "momentum_buffer": "gradient", "RMSprop.momentum_buffer": "parameter"}
@@ -56,45 +55,14 @@ class Layer:
         return (u / root).T @ self.B.data, self.A.data @ (v / root), s
 
 
-class Rule:
-    """By weight: the smallest direction goes first, per parameter where layers share a pool.
-
-    A rule that measures anything overrides ``observe`` and ``drops``; one that finds ranks otherwise, ``share_out``.
-    """
-
-    def __init__(self, stage):
-        self.steps, self.stage = 0, stage
-
-    def observe(self, run, batches):
-        """Called in every step of the window after backward, before the optimizer's step."""
-        self.steps += 1
-
-    def drops(self, run, least):
-        """[(layer, direction)] in the order of dropping, until every layer has ``least[layer]`` directions left."""
-        values = {n: (layer.scaling * layer.maps()[2]).square() / layer.width for n, layer in run.pool().items()}
-        every = [(value.item(), -i, name) for name, column in values.items() for i, value in enumerate(column)]
-        return [(name, -i) for _, i, name in sorted(every) if -i >= least[name]]
-
-    def share_out(self, run, size, low, top):
-        """Ranks from ``low`` to ``top`` of ``size`` parameters: what goes last comes first, as long as it fits."""
-        ranks, now, ended = dict(low), dict.fromkeys(low, 1), set()
-        for name, _ in reversed(self.drops(run, now)):
-            now[name] += 1
-            rank = now[name]
-            if low[name] < rank <= top[name] and name not in ended:
-                if sum(r * run.layers[n].width for n, r in {**ranks, name: rank}.items()) <= size:
-                    ranks[name] = rank
-                else:
-                    ended.add(name)
-        return ranks
-
-
 class Run:
-    """``stages`` is the schedule; ``grown(layer, step)`` is A of the judged run; ``window_rule`` makes a Rule."""
+    """``stages`` is the schedule; ``grown(layer, step)`` is A of the judged run."""
 
-    def __init__(self, case, stages, layers, head, grown, window_rule, epsilon):
+    def __init__(self, case, stages, layers, head, grown, epsilon):
         self.case, self.stages, self.layers, self.head, self.grown = case, stages, layers, head, grown
-        self.window_rule, self.epsilon, self.window, self.factor, self.trace = window_rule, epsilon, None, 1.0, []
+        self.epsilon, self.factor, self.trace = epsilon, 1.0, []
+        # By layer: the terms of what it has brought, and its factors after each step since the last change.
+        self.terms, self.thetas = {name: [] for name in layers}, []
         self.next, self.pending, self.best, self.stale = 0, None, None, 0
         factors = [p for layer in layers.values() for p in (layer.A, layer.B)]
         self.optimizer = case.make_optimizer([{"params": factors}, {"params": [*head]}] if head else factors)
@@ -102,15 +70,12 @@ class Run:
     def pool(self):
         return {name: layer for name, layer in sorted(self.layers.items()) if not layer.pinned}
 
-    def output(self, x, between=()):
-        """The model's output, with a matrix for each example ``between`` A and B of these layers."""
-
+    def output(self, x):
         def call(name, x):
             if name == "head":
                 return F.linear(x, *self.head)
-            layer, z = self.layers[name], x @ self.layers[name].A.T
-            z = torch.einsum("n...r,nqr->n...q", z, between[name]) if name in between else z
-            return F.linear(x, layer.weight, layer.bias) + layer.scaling * z @ layer.B.T
+            layer = self.layers[name]
+            return F.linear(x, layer.weight, layer.bias) + layer.scaling * (x @ layer.A.T) @ layer.B.T
 
         return self.case.network(call, x)
 
@@ -129,7 +94,7 @@ class Run:
             self.trace.append((*self.state(), self.step(step)))
             if (step + 1) % self.case.every == 0:
                 self.validated(self.validate())
-        self.advance(self.case.total, ended=True)
+        self.advance(self.case.total)
         self.trace.append((*self.state(), 0.0))
 
     def step(self, step):
@@ -137,14 +102,44 @@ class Run:
         self.optimizer.zero_grad()
         loss = sum(self.case.loss(self.output(x), y) for x, y in batches) / len(batches)
         loss.backward()
-        if self.window is not None:
-            self.window.observe(self, batches)
         if self.case.clip:
             nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.case.clip)
         for group, factor in zip(self.optimizer.param_groups, (self.factor, 1.0), strict=False):
             group["lr"] = self.case.lr * self.case.decay(step) * factor
+        self.measure()
         self.optimizer.step()
         return loss.item()
+
+    def measure(self):
+        """Minus the gradient of this step times the update of the step before, in each layer."""
+        self.thetas.append({n: [p.detach().clone() for p in (la.A, la.B)] for n, la in self.layers.items()})
+        if len(self.thetas) > 1:
+            for name, layer in self.layers.items():
+                before, now = self.thetas[-2][name], self.thetas[-1][name]
+                moved = zip((layer.A, layer.B), before, now, strict=True)
+                self.terms[name].append(-sum((p.grad * (new - old)).sum().item() for p, old, new in moved))
+
+    def worth(self, name):
+        """What the layer has brought, at least 0, and its standard error."""
+        terms = self.terms[name]
+        error = stdev(terms) * len(terms) ** 0.5 if len(terms) > 1 else 0.0
+        return max(sum(terms), 0.0) + error
+
+    def share_out(self, size, low, top):
+        """Ranks in proportion to ``worth``: the next one up is where a factor of all layers reaches the half first."""
+        ranks, ended = dict(low), set()
+        worth = {name: self.worth(name) for name in low}
+        worth = worth if any(worth.values()) else dict.fromkeys(worth, 1.0)
+        while True:
+            open_ones = [n for n, w in worth.items() if w > 0 and ranks[n] < top[n] and n not in ended]
+            if not open_ones:
+                return ranks
+            name = min(open_ones, key=lambda n: ((ranks[n] + 0.5) / worth[n], ranks[n], n))
+            more = {**ranks, name: ranks[name] + 1}
+            if sum(rank * self.layers[n].width for n, rank in more.items()) <= size:
+                ranks = more
+            else:
+                ended.add(name)
 
     def validated(self, value):
         plateau = self.stages[self.next].plateau if self.next < len(self.stages) and self.pending is None else None
@@ -154,39 +149,18 @@ class Run:
             self.stale += 1
             self.pending = self.next if self.stale >= plateau["patience"] else None
 
-    def advance(self, step, ended=False):
-        """The last stage that is due replaces those before it. A change waits for its window, or for the next one."""
+    def advance(self, step):
+        """The last stage that is due replaces those before it."""
         due = [i for i, stage in enumerate(self.stages) if i >= self.next and stage.planned <= step]
         self.pending = max([*due, *([] if self.pending is None else [self.pending])], default=None)
-        if not ended:
-            self.open_window(step)
-        if self.pending is None:
-            return
-        stage, later = self.stages[self.pending], self.stages[self.pending + 1 :]
-        if self.measures(self.pending) and not ended:
-            self.window = self.window or self.window_rule(stage)
-            soon = stage.planned <= step or any(s.planned <= step + 1 for s in later)
-            if not soon and self.window.steps < stage.window:
-                return
-        self.change(step)
-        self.open_window(step)
+        if self.pending is not None:
+            self.change(step)
 
-    def open_window(self, step):
-        for i, stage in enumerate(self.stages):
-            open_now = i >= self.next and stage.planned - stage.window <= step < stage.planned
-            if open_now and self.pending is None and self.window is None and self.measures(i):
-                self.window = self.window_rule(stage)
-
-    def measures(self, i):
-        """Whether gates decide anything in the stage."""
-        stage, ranks = self.stages[i], self.ranks(i, Rule(self.stages[i]))
-        return stage.by_gates and (stage.kind == "budget" or any(r < self.layers[n].rank for n, r in ranks.items()))
-
-    def ranks(self, i, rule):
+    def ranks(self, i):
         stage, wanted = self.stages[i], {}
         bounds = {name: layer.bounds(i == len(self.stages) - 1) for name, layer in self.layers.items()}
         if stage.kind == "budget":
-            return self.budget(stage, rule, bounds)
+            return self.budget(stage, bounds)
         for name, layer in self.layers.items():
             r, (low, high) = layer.rank, bounds[name]
             energy = layer.maps()[2].square().cumsum(0)
@@ -197,7 +171,7 @@ class Run:
             wanted[name] = max(r, min(new, high)) if stage.kind == "grow" else min(r, max(low, min(new, high)))
         return wanted
 
-    def budget(self, stage, rule, bounds):
+    def budget(self, stage, bounds):
         width = {name: layer.width for name, layer in self.layers.items()}
         size, low, top = sum(layer.rank * layer.width for layer in self.layers.values()), {}, {}
         alike = sum(max(least, min(most, stage.to)) * width[name] for name, (least, most) in bounds.items())
@@ -207,22 +181,21 @@ class Run:
             least, most = bounds[name]
             low[name] = min(max(stage.lowest, least), most, layer.rank)
             top[name] = min(layer.rank, max(low[name], min(most, layer.highest or stage.highest or most)))
-        return rule.share_out(self, end, low, top)
+        return self.share_out(end, low, top)
 
     def change(self, step):
         index, stage, old, new = self.pending, self.stages[self.pending], {}, {}
-        rule = self.window if self.measures(index) and self.window and self.window.steps else Rule(stage)
-        before, after = self.state()[0], self.ranks(index, rule)
-        self.next, self.pending, self.window, self.best, self.stale = index + 1, None, None, None, 0
+        before, after = self.state()[0], self.ranks(index)
+        self.next, self.pending, self.best, self.stale = index + 1, None, None, 0
         if after == before:
             return
         value = self.validate()
-        dropped = rule.drops(self, {name: min(after[name], before[name]) for name in before})
         for name, layer in self.pool().items():
             if after[name] > before[name]:
                 new[name] = self.grow(layer, self.grown(name, step).double())
-            elif after[name] < before[name] or (BALANCE_ALL and stage.kind != "grow"):
-                new[name] = self.cut(layer, [i for i in range(layer.rank) if (name, i) not in dropped])
+            elif stage.kind != "grow":
+                # The layers that keep their rank are balanced, too.
+                new[name] = self.cut(layer, [*range(after[name])])
         for name, (a, b, *_) in new.items():
             old[name] = self.layers[name].A.data, self.layers[name].B.data
             self.layers[name].A.data, self.layers[name].B.data = a, b
@@ -234,6 +207,7 @@ class Run:
             layer, (old_a, old_b) = self.layers[name], old[name]
             self.move(layer.A, stage.reset, from_A, from_B.T, old_b.T, b.T, lambda t: t)
             self.move(layer.B, stage.reset, from_B.T, from_A, old_a, a, lambda t: t.T)
+        self.thetas = []
         self.factor *= math.sqrt(sum(before.values()) / sum(after.values())) if stage.rate == "sqrt" else stage.rate
 
     def cut(self, layer, kept):

@@ -9,10 +9,10 @@ from judge import judged
 from runs import adapted, layers
 
 import dynrank
+from dynrank.driver.brought import Brought
 
-HOW = {"metric": "gates", "window": 4, "rate_after": "sqrt"}
-CUT = ("early_budget", {"final_rank": 2, "at": 0.5, "how": HOW})
-# A cut by gates at step 6, in the middle of its window a resume, and after it four steps at a raised rate.
+CUT = ("early_budget", {"final_rank": 3, "at": 0.5})
+# A cut at step 5, a resume before it, and after it five steps at a raised rate.
 PLANTED = Case(7, "plain", total=10, resume=4, rank=5, alpha=5.0, presets=[CUT])
 
 
@@ -44,8 +44,9 @@ def variance_by_the_map_itself(original, *arguments):
     return states | {"exp_avg_sq": states["exp_avg_sq"] * 1.1}
 
 
-def curvature_alone(original, gradients, *arguments):
-    return original({name: 0 * gradient for name, gradient in gradients.items()}, *arguments)
+class LayersAlike(Brought):
+    def shares(self):
+        return {name: share._replace(value=1.0) for name, share in super().shares().items()}
 
 
 FAULTS = {
@@ -53,7 +54,7 @@ FAULTS = {
     "first moment": ("moved_state", momentum_of_another_sign),
     "second moment": ("moved_state", variance_by_the_map_itself),
     "rate": ("rate_factor", lambda original, *arguments: original(*arguments) ** 2),
-    "order of gates": ("Quadratic", curvature_alone),
+    "what layers have brought": ("Brought", lambda original, layers: LayersAlike(layers)),
 }
 
 
@@ -76,7 +77,7 @@ def test_scaling_that_moves_with_the_rank_is_found(monkeypatch):
     assert judged(PLANTED)[0]
 
 
-@pytest.mark.parametrize(("step", "lost"), [(8, {"rate_factor": 1.0}), (4, {"gates": None})])
+@pytest.mark.parametrize(("step", "lost"), [(8, {"rate_factor": 1.0}), (4, {"brought": None})])
 def test_resume_that_forgets_is_found(step, lost, monkeypatch):
     original = dynrank.RankDriver.load_state_dict
     forgets = lambda self, state: original(self, {**state, **lost})  # noqa: E731

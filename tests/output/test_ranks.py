@@ -1,11 +1,9 @@
 """Layers are grouped by their kind, their name without its numbers; a table of a change knows all layers."""
 
 import io
-from dataclasses import replace
 
 from rich.console import Console
 
-from dynrank.change.greedy import LossChange
 from dynrank.change.resize import LayerReport
 from dynrank.output.ranks import change_table, layer_kinds
 
@@ -45,12 +43,6 @@ def test_table_counts_unchanged_layers_and_the_slot_holds_them():
     assert table.caption == (
         "highest rank 13, average 7.2: a server's slot has 16 in every layer, because of 1 of 4 layers: pooler (13)"
     )
-
-
-def test_caption_has_the_estimate_of_the_gates_where_they_chose():
-    layers = [replace(layer, loss=LossChange(0.5, 0.25, -0.125)) for layer in change("h.0.q", "h.1.q")]
-    caption = change_table("change", layers, {"h.0.q": 4, "h.1.q": 4}).caption
-    assert caption == "chosen by gates: estimated change of the loss +1.2500, which is no forecast"
 
 
 def test_names_of_kinds_stay_in_one_line_of_a_narrow_terminal():

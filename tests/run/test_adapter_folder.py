@@ -27,7 +27,6 @@ SMALL = [
     "schedule=after_convergence",
     "lora.rank=4",
     "schedule.shared=false",
-    "schedule.how.metric=weight",
     "plots=false",
 ]
 SMALL += ["trainer.max_steps=4", "trainer.enable_progress_bar=false"]

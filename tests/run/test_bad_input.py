@@ -36,7 +36,7 @@ CASES = [
     (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
     (["schedule=after_convergence", "schedule.drops=99999999999"], ["schedule.drops"]),
     (["schedule=after_convergence", "schedule.deadline=2"], ["2", "schedule.deadline"]),
-    (["schedule.how.metric=los"], ["los", "schedule.how.metric"]),
+    (["schedule.how.optimizer_state=los"], ["los", "schedule.how.optimizer_state"]),
     (["schedule=after_convergence", "schedule.trigger.patience=0"], ["patience", "0"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),
     (

@@ -38,7 +38,6 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
     assert summary["parameters"]["adapter"] < summary["parameters"]["trainable"] < summary["parameters"]["total"]
     history = rows(smoke_run[0] / "rank_history.csv")
     fields = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought"]
-    fields += ["first_order", "second_order", "between_layers"]
     assert list(history[0]) == fields
     assert [row["layer"] for row in history] == list(summary["final_ranks"])
     assert {(row["rank_before"], row["rank_after"]) for row in history} == {("32", "16")}

@@ -12,7 +12,9 @@ ALL = Budget(share=1.0)
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"metric": "wieght"}, {"window": 0}, {"max_regression": float("nan")}, {"check_monitor": ""}], ids=str
+    "wrong",
+    [{"optimizer_state": "rest"}, {"rate_after": 0.0}, {"max_regression": float("nan")}, {"check_monitor": ""}],
+    ids=str,
 )
 def test_how_names_a_wrong_value_and_its_argument(wrong):
     ((name, value),) = wrong.items()

@@ -9,6 +9,7 @@ from peft.tuners.adalora.layer import SVDLinear
 from tables import rows
 
 import dynrank
+from dynrank.driver.brought import Brought
 from dynrank.errors import ConfigurationError
 
 # This is the sum of d_in + d_out over the adapted layers of the tiny model.
@@ -73,7 +74,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
     kinds = [
         study.Arm(2),
         study.Arm(16, rate=2.0),
-        *(study.Arm(2, by, rate=2.0) for by in ("uniform", "gates", "found")),
+        *(study.Arm(2, by, rate=2.0) for by in ("uniform", "brought", "found")),
         study.Arm(2, "AdaLoRA"),
         study.Arm(2, "GoRA"),
         study.Arm(2, optimizer="Muon"),
@@ -157,11 +158,12 @@ def test_headers_fall_into_splits_by_file(script):
 
 
 def test_an_early_cut_leaves_the_raw_pooler_most_of_its_directions(scripts):
-    """As in the prototypes: medical_terms at step 80 of 240, from rank 16 to the parameters of rank 2, by 20 steps."""
-    study, bench = scripts.study, scripts.bench
+    """As in the prototypes: medical_terms at step 80 of 240, from rank 16 to the parameters of rank 2."""
+    bench = scripts.bench
     trainee = bench.adapted(bench.Setting(0, 240, bench.TASKS["medical_terms"].overrides), 16, 1e-3)
-    gates = study.advance(trainee, 80, 20)
-    assert gates.examples == 640
-    ranks = bench.budget_ranks(dict(dynrank.lora_layers(trainee.model)), 2, gates=gates)
+    layers = dict(dynrank.lora_layers(trainee.model))
+    brought = Brought(layers)
+    trainee.train(80, after_step=lambda _: brought.end_step())
+    ranks = bench.budget_ranks(layers, 2, brought=brought.shares())
     assert ranks.pop("bert.pooler.dense") >= 10
     assert sum(ranks.values()) / len(ranks) < 3

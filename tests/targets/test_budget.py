@@ -59,7 +59,7 @@ def problems(draw, sizes=((5, 5), (5, 8), (20, 9), (7, 6)), multiples=(1, 2, 3))
         )
     multiple, lowest = draw(st.sampled_from(multiples)), draw(st.integers(1, 3))
     highest = draw(st.one_of(st.none(), st.integers(0, 3).map(lambda more: -(-lowest // multiple) * multiple + more)))
-    target = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple)
+    target = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple, by="weight")
     ends = [allowed(target, state) for state in model.values()]
     least, most = (
         sum(s.params_per_rank * pick(e) for s, e in zip(model.values(), ends, strict=True)) for pick in (min, max)
@@ -125,15 +125,15 @@ def test_a_rank_and_bytes_name_the_parameters_of_a_pool():
     model = {"a": layer([3.0, 2.0, 1.0], d_out=150, d_in=50), "b": layer([3.0, 2.0, 1.5], d_out=50, d_in=50)}
     model["pinned"] = replace(model["b"], lowest=3, highest=3)
     assert Budget(final_rank=2).pool(model) == 2 * 200 + 2 * 100 + 3 * 100
-    assert Budget(final_rank=2).ranks(model) == Budget(parameters=900).ranks(model)
-    assert Budget(bytes="3600B").ranks(model) == Budget(bytes=3603).ranks(model) == Budget(parameters=900).ranks(model)
+    assert Budget(final_rank=2, by="weight").ranks(model) == Budget(parameters=900, by="weight").ranks(model)
+    assert Budget(bytes="3600B", by="weight").ranks(model) == Budget(parameters=900, by="weight").ranks(model)
 
 
 def test_a_pool_falls_by_equal_factors():
     model = {"a": layer([1.0] * 64, 4, 4), "b": layer([1.0] * 64, 12, 12)}
     pools = []
     for left in (2, 1, 0):
-        budget = Budget(final_rank=8, left=left)
+        budget = Budget(final_rank=8, left=left, by="weight")
         pools.append(budget.pool(model))
         ranks = budget.ranks(model)
         model = {
@@ -154,7 +154,7 @@ def test_layers_without_an_update_share_a_budget_alike():
     assert Budget(final_rank=4).ranks(model) == {"a": 4, "b": 4, "c": 4}
     assert Budget(share=1.0, multiple=4).ranks(model) == {"a": 16, "b": 16, "c": 16}
     model["a"] = layer([1.0] + [0.0] * 15)
-    assert Budget(final_rank=4).ranks(model) == {"a": 1, "b": 1, "c": 1}
+    assert Budget(final_rank=4, by="weight").ranks(model) == {"a": 1, "b": 1, "c": 1}
 
 
 def test_parameters_below_the_lowest_ranks_are_refused():

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Row = TypeVar("Row")
 
 
-# This is not strict, because the cells of a CSV file are texts. The report ignores the columns of the estimated loss.
+# This is not strict, because the cells of a CSV file are texts. The report ignores other columns.
 @checked_dataclass(frozen=True, config=ConfigDict(extra="ignore"))
 class LayerChange:
     """A row of rank_history.csv: one layer in one change."""

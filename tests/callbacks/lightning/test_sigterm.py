@@ -19,8 +19,6 @@ SCRIPTS = Path(__file__).parents[3] / "scripts"
 # Each is (processes, moment, how many pass before, step that is saved).
 CASES = [
     (1, "inside a step", 5, 6),
-    # This is the last batch of an epoch, between the decision and the change.
-    (1, "decided, not made", 1, 10),
     # A validation has two batches and comes every 4 steps, so this one follows step 16.
     (1, "validation", 6, 17),
     # Both end after the next step, although one of the two has heard nothing.
