@@ -226,7 +226,8 @@ def check(plain: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:
             save_strategy="steps" if best else "no", eval_strategy="steps" if best else "no", seed=0, use_cpu=True,
             report_to=[], disable_tqdm=True, remove_unused_columns=False, logging_strategy="no", **options,
         )  # fmt: skip
-        ranks = RankTrainerCallback([Stage(At(step=2), Rank(2))])
+        # The best model is the first one, whose ranks come back with it.
+        ranks = RankTrainerCallback([Stage(At(step=2), Rank(2))], keep_best_before=True)
         data = [dict(example)] * 4
         trainer = Tried(model, arguments, train_dataset=data, eval_dataset=data, callbacks=[keeping, ranks])
         trainer.remove_callback(hf.PrinterCallback)

@@ -77,6 +77,8 @@ class RankScheduler(Callback):
         self.keep_best_before = keep_best_before
         # Whether step() was called since the last batch began, and whether it was ever called.
         self._stepped = self._ever_stepped = False
+        # The step at which this fit() began.
+        self._first_step = 0
 
     @property
     def history(self) -> list[RankEvent]:
@@ -116,6 +118,7 @@ class RankScheduler(Callback):
             end_in_full(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
         private.load_place_in_data(trainer)
         self.driver.start(LightningTraining(trainer, pl_module), _run(trainer, pl_module))
         act_after_averages(trainer, self)
@@ -170,7 +173,7 @@ class RankScheduler(Callback):
 
     def _check_stepped(self, pl_module: LightningModule) -> None:
         """Refuse manual optimization that makes optimizer steps and never calls :meth:`step`."""
-        steps = pl_module.trainer.global_step
+        steps = pl_module.trainer.global_step - self._first_step
         if self.driver.stages and steps and not pl_module.automatic_optimization and not self._ever_stepped:
             raise ConfigurationError(
                 f"RankScheduler.step was not called in {steps} optimizer steps of manual optimization, so no rank "

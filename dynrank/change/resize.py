@@ -205,7 +205,7 @@ class Adapters:
                 layer = layers[name]
                 if isinstance(layer, PeftLayer):
                     peft_ranks[layer.module, layer.adapter] = len(lora_A) // layer.num_products
-        configs = [change for model, _ in self.models for change in config_changes(model, peft_ranks)]
+        configs = [change for model, _ in self.models if peft_ranks for change in config_changes(model, peft_ranks)]
         with uninterrupted():
             for (_, layers), factors in zip(self.models, new.factors, strict=True):
                 for name, pair in factors.items():

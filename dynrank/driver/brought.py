@@ -54,6 +54,11 @@ class Brought:
     def _factors(self) -> list[nn.Parameter]:
         return [factor for la in self._layers.values() for factor in (la.lora_A, la.lora_B)]
 
+    def is_of(self, layers: Mapping[str, RankedLayer]) -> bool:
+        """Whether these are the layers that are measured."""
+        factors = [factor for la in layers.values() for factor in (la.lora_A, la.lora_B)]
+        return [*self._layers] == [*layers] and all(a is b for a, b in zip(factors, self._factors, strict=True))
+
     def restart(self) -> None:
         """Forget the last update; call it after a change of the factors that was not an optimizer step."""
         self._before = [factor.detach().clone() for factor in self._factors]

@@ -58,7 +58,7 @@ class RankDriver:
         self.progress = Progress()
         self._run = Run(None)
         self._clock = Clock([], self._run)
-        # Until the last stage is over.
+        # What layers have brought; None before start() and after the last stage.
         self._brought: Brought | None = None
         # One for each optimizer, made at the last change.
         self._rates: list[Rates] = []
@@ -98,7 +98,7 @@ class RankDriver:
     @property
     def monitors(self) -> list[str]:
         """Names of the metrics that the schedule reads."""
-        return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages))
+        return sorted(observed_metrics(self.stages).keys() | checked_metrics(self.stages, measure=self.measure))
 
     def check_model(self, model: nn.Module, run: Run) -> None:
         """Refuse a model that the schedule does not fit; see :func:`dynrank.driver.check.check_model`."""
@@ -124,9 +124,15 @@ class RankDriver:
         check_processes(training.model, training.optimizers, "at the start of training")
         if self._other:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
-        # Also without a checkpoint: a second run of the same schedule has new optimizers.
+        # Also without a checkpoint: a fit() that goes on has new optimizers.
         self._multiply_rates(training, self._loaded.get("rate_factor", 1.0))
-        self._brought = None if self.finished else Brought(dict(lora_layers(training.model)))
+        layers = dict(lora_layers(training.model))
+        if self.finished:
+            self._brought = None
+        elif self._brought is None or not self._brought.is_of(layers):
+            self._brought = Brought(layers)
+        else:
+            self._brought.restart()
         if self._brought is not None and self._loaded.get("brought") is not None:
             self._brought.load_state_dict(self._loaded["brought"])
         self._loaded = {}
@@ -180,12 +186,15 @@ class RankDriver:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
+        brought = self._brought.state_dict() if self._brought is not None else None
         return {
             **asdict(self.progress),
             "stages": as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
-            "brought": self._brought.state_dict() if self._brought is not None else None,
+            "brought": brought,
             "rate_factor": self.rate_factor,
+            # Before start() these two are those of the checkpoint.
+            **self._loaded,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -213,6 +222,7 @@ class RankDriver:
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
         self._remove_rates()
+        self._brought = None
         self._loaded = {"rate_factor": state["rate_factor"], "brought": state["brought"]}
         self._ended_step = 0
 
@@ -250,6 +260,7 @@ class RankDriver:
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
         brought = self._brought.shares() if self._brought is not None else {}
+        measurement = None
         if stage.how.max_regression is None:
             change = self._computed(training, index, directions, brought)
             event = RankEvent(training.step, reason, tuple(change.reports)) if change.reports else None
@@ -260,8 +271,6 @@ class RankDriver:
                 if event is not None:
                     training.put(change.put)
                 self._end_stage(training, index, event)
-            if event is not None and measurement is not None:
-                self.history[-1] = event = replace(event, measured=measurement.end())
         else:
             undo = Undo(training)
             with undo, undo:
@@ -274,10 +283,16 @@ class RankDriver:
                 with uninterrupted():
                     undo.keep()
                     self._end_stage(training, index, event)
-        if event is not None:
+        if event is None:
+            return
+        try:
+            if measurement is not None:
+                self.history[-1] = event = replace(event, measured=measurement.end())
+        finally:
+            # The change is made, also if this validation fails.
             training.tell(event)
-            if not event.undone and training.step < (self._run.total_steps or float("inf")):
-                warn_of_low_rate(training)
+        if not event.undone and training.step < (self._run.total_steps or float("inf")):
+            warn_of_low_rate(training)
 
     def _computed(
         self, training: Training, index: int, directions: LayerDirections, brought: Mapping[str, Share]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dynrank.driver.check import CHECK_MONITOR, metric_value
 from dynrank.driver.event import Measured
@@ -27,17 +27,19 @@ class Measurement:
 
     def __init__(self, training: Training, metric: str, batches: int | None) -> None:
         self._training, self._metric, self._batches = training, metric, batches
-        self._before = validate(training, metric, batches)[0]
+        self._metrics = validate(training, metric, batches)[0]
+        self._before = self._value(self._metrics)
 
     def end(self) -> Measured:
         """Validate the changed weights; the two validations are logged if they took all data."""
         after = validate(self._training, self._metric, self._batches)[0]
         if self._batches is None:
-            for metrics in (self._before, after):
+            for metrics in (self._metrics, after):
                 self._training.record(metrics)
-        arguments = {self._metric: CHECK_MONITOR}
-        before, now = (metric_value(metrics, self._metric, arguments) for metrics in (self._before, after))
-        return Measured(self._metric, before, now, whole=self._batches is None)
+        return Measured(self._metric, self._before, self._value(after), whole=self._batches is None)
+
+    def _value(self, metrics: Mapping[str, float]) -> float:
+        return metric_value(metrics, self._metric, {self._metric: CHECK_MONITOR})
 
 
 def batches_to_measure(training: Training, stages: Sequence[Stage], run: Run) -> int | None:

@@ -89,7 +89,8 @@ class Rates:
 
     def _missing(self, group: Mapping[str, Any]) -> float:
         """The part of the factor that the group's rate does not contain."""
-        return self.factor / float(group[CARRIED])
+        # A group that was added after the start contains none.
+        return self.factor / float(group.get(CARRIED, 1.0))
 
     def _change(self, optimizer: Optimizer, *_: Any) -> None:
         if all(self._missing(group) == 1.0 for group in optimizer.param_groups):

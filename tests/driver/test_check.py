@@ -224,7 +224,7 @@ def test_convolution_of_peft_is_refused_to_adafactor_before_the_first_step(make)
     """Its factor has four dimensions, of which the optimizer keeps rows of the last."""
     net = peft.get_peft_model(nn.Sequential(nn.Conv2d(3, 8, 3)), peft.LoraConfig(r=4, target_modules=["0"]))
     training = Training(net, [make(dynrank.adapter_parameters(net))])
-    stages = early_budget(2, how=How(metric="weight"))
+    stages = early_budget(2, how=How())
     with pytest.raises(ConfigurationError, match=r"Adafactor keeps means .*\[4, 3, 3, 3\].*optimizer_state=reset"):
         check_training(training, stages)
-    check_training(training, early_budget(2, how=How(metric="weight", optimizer_state="reset")))
+    check_training(training, early_budget(2, how=How(optimizer_state="reset")))

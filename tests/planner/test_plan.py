@@ -189,7 +189,8 @@ def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, task, 
     assert counted(need)[1:4] == real[1:4]
     # The loss is of 31 tokens here and of 32 in the plan.
     assert need.activations == pytest.approx(real[4], rel=0.04)
-    assert need.step == pytest.approx(peak, rel=0.1)
+    # On some processors bitsandbytes' kernels for nf4 take more for a moment.
+    assert need.step == pytest.approx(peak, rel=0.15 if "nf4" in mode else 0.1)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])

@@ -11,7 +11,7 @@ from hydra.errors import MissingConfigException
 
 import dynrank
 from dynrank import train
-from dynrank.callbacks import RunMeter
+from dynrank.callbacks import BestWeights, RunMeter
 from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run import job
@@ -62,7 +62,7 @@ def test_slurm_launcher_composes_with_the_trainer_of_its_jobs(monkeypatch):
 def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch, tmp_path):
     """Without any such job they are refused as well, see tests/run/test_bad_input.py."""
     config = dynrank.compose(["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"])
-    arguments = (config, tmp_path, job.make_scheduler(config.schedule), RunMeter())
+    arguments = (config, tmp_path, job.make_scheduler(config.schedule), RunMeter(), BestWeights("val/loss", "min"))
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     assert make_trainer(*arguments, sweep=True).world_size == 2
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
