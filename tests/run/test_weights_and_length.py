@@ -42,7 +42,7 @@ def validations(folder):
 
 
 def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(launch, own):
-    settings = [*own, "schedule.final_rank=2", "schedule.how.window=2", "checkpoint_every=20"]
+    settings = [*own, "schedule.final_rank=2", "checkpoint_every=20"]
     code, printed, said = launch(train.main, *settings, "hydra.run.dir=whole")
     assert code == 0, said
     found = summary("whole")
@@ -79,7 +79,7 @@ def test_best_weights_since_the_change_are_exported_and_a_resumed_run_has_them(l
 
 
 def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
-    late = ["schedule.at=1.0", "schedule.final_rank=2", "schedule.how.window=2"]
+    late = ["schedule.at=1.0", "schedule.final_rank=2"]
     code, printed, said = launch(train.main, *own, *late, "hydra.run.dir=run")
     assert code == 0, said
     found, history = summary("run"), rows(Path("run/rank_history.csv"))

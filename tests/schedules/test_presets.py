@@ -125,7 +125,7 @@ def test_stages_are_taken_as_they_are_and_named_by_their_place():
         (lambda: after_convergence(0), "final_rank"),
         (lambda: after_convergence(8, "plateau"), "trigger"),
         (lambda: grow(64, deadline=1.5), "deadline"),
-        (lambda: early_budget(4, how=How(rate_after=0.0)), "how.rate_after"),
+        (lambda: early_budget(4, how=How(rate_after=0.0)), "rate_after"),
         (lambda: milestones([8], [0.1, 0.2]), "ranks"),
         (lambda: milestones([16, 0], [0.1, 0.2]), "ranks[1]"),
         (lambda: milestones([16, 8], [0.5, 0.2]), "at"),
