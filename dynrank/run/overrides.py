@@ -23,6 +23,11 @@ def overrides_explained() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         with configured():
             raise ConfigurationError(_explanation(error)) from error
+    except ValueError as error:
+        # Hydra's only error of a plain class about an override: schedule=null.
+        if not str(error).startswith("Config group override"):
+            raise
+        raise ConfigurationError(f"{error}; name a choice of the group, such as schedule=fixed") from error
 
 
 def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:
