@@ -52,7 +52,7 @@ def greedy(
     """
     names = sorted(effects)
     counts = [effects[name].shape[1] for name in names]
-    slices = dict(zip(names, torch.arange(sum(counts)).split(counts), strict=True))
+    slices = dict(zip(names, torch.split_with_sizes(torch.arange(sum(counts)), counts), strict=True))
     owners = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
     gradients = torch.cat([effects[name] for name in names], dim=1)
     sizes = torch.tensor([widths[name] for name in owners], dtype=torch.float64)
