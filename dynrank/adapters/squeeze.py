@@ -1,6 +1,7 @@
 """Inspecting and compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import floor
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dynrank.adapters.read import open_stored
+from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import new_adapter_folder
 from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
@@ -62,6 +63,7 @@ def squeeze_adapter(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | str | None = None,
+    way: Callable[[Adapter, Target], Squeezed] | None = None,
 ) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks.
 
@@ -82,6 +84,7 @@ def squeeze_adapter(
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of the present ones ("0.5", "50%", 0.5); the
             directions with the largest squared singular values of the update (scaling included) are kept.
+        way: chooses directions in another way than by singular values, for a target of type Rank or Budget.
 
     Returns:
         A report for each layer, unchanged ones included.
@@ -91,6 +94,10 @@ def squeeze_adapter(
     """
     source, out = Path(source), Path(out)
     _check_options(rank, energy, budget)
+    if way is not None and energy is not None:
+        raise ConfigurationError(
+            f"--gates takes --rank or --budget, got --energy {energy}, a share of squared singular values"
+        )
     with open_stored(source) as adapter:
         target: Target
         if rank is not None:
@@ -100,6 +107,8 @@ def squeeze_adapter(
         else:
             target = _budget(budget, adapter)
         if isinstance(adapter, SingleFile):
+            if way is not None:
+                raise ConfigurationError(f"--gates takes the folder of a PEFT adapter, got the file {str(source)!r}")
             if out.suffix != SUFFIX:
                 raise ConfigurationError(f"--out must be a new file, NAME{SUFFIX}, got {str(out)!r}")
             with new_file(out) as file:
@@ -107,7 +116,7 @@ def squeeze_adapter(
                 rewrite_file(file, adapter, factors)
             return reports
         with new_adapter_folder(out, source) as folder:
-            factors, reports = _squeezed(adapter, target)
+            factors, reports = (way or _squeezed)(adapter, target)
             rewrite_adapter(folder, adapter, factors)
         return reports
 
