@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dynrank.layers.placing import merge as merge
     from dynrank.run.config import compose as compose
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
 
 _HOMES = {
     "ConfigurationError": "dynrank.errors",

@@ -174,6 +174,7 @@ ARMS = {
         *(Arm(4, by, rate=ROOT, start=32) for by in ("uniform", "brought")),
     ],
 }
+ARMS["python_code"] = ARMS["cpp_headers"]
 # Number of seeds on which an arm's rate is chosen.
 CHOOSING = 2
 

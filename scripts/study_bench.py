@@ -56,6 +56,7 @@ class Work:
 _HEADERS = ("task=text", f"task.model={MODELS / 'llama'}", "task.packed=false", "task.max_length=64")
 _HEADERS += ("task.data={_target_:study_headers.cpp_headers,_partial_:true,seed:${seed}}", "task.val_examples=400")
 _HEADERS += ("model.dtype=bfloat16", "model.attention=eager")
+_PYTHON = tuple(part.replace("cpp_headers", "python_code") for part in _HEADERS)
 _LM = ("optimizer.warmup_steps=8", "model.dtype=bfloat16")
 TASKS = {
     "medical_terms": Work(240, (5e-4, 1e-3, 2e-3), ("task=medical_terms", "task.batch_size=32")),
@@ -64,6 +65,10 @@ TASKS = {
     "financial_terms": Work(96, (1e-3, 2e-3, 4e-3), ("task=financial_terms", "task.batch_size=16", *_LM)),
     # The model of pretrain_small.py, which has read English and Python, learns C++.
     "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), _HEADERS),
+    # So does a task to which no rule was tuned.
+    "python_code": Work(
+        1000, (1e-3, 2e-3, 4e-3), _PYTHON
+    ),
     "code_completion": Work(96, (1e-3, 2e-3, 4e-3), ("task=code_completion", "task.batch_size=4", *_LM)),
 }
 

@@ -1,7 +1,9 @@
-"""The C++ headers that torch is installed with, as a task for a model that has read English and Python alone."""
+"""Source code as tasks for a model that has read docstrings alone: torch's C++ headers, and the standard library."""
 
 from __future__ import annotations
 
+import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -13,13 +15,26 @@ CHARACTERS = 1_200
 
 
 def cpp_headers(seed: int = 0) -> dict[str, list[dict[str, str]]]:
-    """A text of each header under torch/include but for generated ones; files fall into splits, 0.9 / 0.02 / 0.08."""
+    """A text of each header under torch/include but for generated ones."""
     root = Path(torch.__file__).parent / "include"
+    files = (file for file in root.rglob("*.h") if not file.relative_to(root).as_posix().startswith("ATen/ops/"))
+    return _texts(root, files, seed, shortest=1)
+
+
+def python_code(seed: int = 0) -> dict[str, list[dict[str, str]]]:
+    """A text of each file of the standard library of 600 characters or more."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (file for file in root.rglob("*.py") if "site-packages" not in file.parts)
+    return _texts(root, files, seed, shortest=601)
+
+
+def _texts(root: Path, files: Iterable[Path], seed: int, shortest: int) -> dict[str, list[dict[str, str]]]:
+    """A piece of each file; files, not pieces, fall into splits, 0.9 / 0.02 / 0.08."""
     splits: dict[str, list[dict[str, str]]] = {split: [] for split in SPLITS}
-    for file in sorted(root.rglob("*.h")):
+    for file in sorted(files):
         name = file.relative_to(root).as_posix()
         text = file.read_text(encoding="utf-8", errors="replace")
-        if not name.startswith("ATen/ops/") and text:
+        if len(text) >= shortest:
             start = number_of(name, seed) % max(1, len(text) - CHARACTERS)
             splits[place(name, seed, 0.9, 0.92)].append({"text": text[start : start + CHARACTERS]})
     return splits
