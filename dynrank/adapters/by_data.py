@@ -2,7 +2,8 @@
 
 Every direction has a gate, a factor of 1 before it. Let c be the gradient of an example's loss by all gates. Dropping
 the directions S changes the mean loss by about ``-sum_S g + 1/2 sum_{S x S} H``; g is the mean of c, and H that of
-``c c^T``.
+``n c c^T``, where the loss of an example is the mean of n terms (tokens): if the model's probabilities are right, this
+is the Hessian's expected value.
 """
 
 from collections.abc import Iterable, Mapping
@@ -43,27 +44,34 @@ def effects(layers: Mapping[str, RankedLayer], losses: Iterable[Tensor], scale: 
 
 
 def greedy(
-    effects: Mapping[str, Tensor], widths: Mapping[str, int], lowest: Mapping[str, int], pool: int
+    effects: Mapping[str, Tensor],
+    terms: Tensor,
+    widths: Mapping[str, int],
+    lowest: Mapping[str, int],
+    pool: int,
 ) -> dict[str, Tensor]:
     """{layer: the directions to keep, ascending} so that all layers have at most ``pool`` parameters together.
 
     The direction that adds least to the estimated loss per parameter (``widths``: those of a direction) is dropped
     again and again. A layer keeps ``lowest`` directions in any case. Of equal candidates the smallest is dropped.
+    ``terms`` are the numbers of terms in the examples' losses, (examples,).
     """
     names = sorted(effects)
     counts = [effects[name].shape[1] for name in names]
     slices = dict(zip(names, torch.split_with_sizes(torch.arange(sum(counts)), counts), strict=True))
     owners = [name for name, count in zip(names, counts, strict=True) for _ in range(count)]
     gradients = torch.cat([effects[name] for name in names], dim=1)
+    # The Hessian is the mean of the products of these.
+    roots = gradients * terms.double().sqrt()[:, None]
     sizes = torch.tensor([widths[name] for name in owners], dtype=torch.float64)
     left, total = dict(zip(names, counts, strict=True)), int(sizes.sum())
-    cost, kept = 0.5 * gradients.square().mean(0) - gradients.mean(0), torch.ones(len(owners), dtype=torch.bool)
+    cost, kept = 0.5 * roots.square().mean(0) - gradients.mean(0), torch.ones(len(owners), dtype=torch.bool)
     free = torch.tensor([left[name] > lowest[name] for name in owners])
     while total > pool and free.any():
         prices = torch.where(free, cost / sizes, torch.inf)
         gone = len(owners) - 1 - int(prices.flip(0).argmin())
         name = owners[gone]
-        cost += gradients.mT @ gradients[:, gone] / len(gradients)
+        cost += roots.mT @ roots[:, gone] / len(roots)
         kept[gone] = free[gone] = False
         left[name] -= 1
         total -= widths[name]

@@ -19,6 +19,7 @@ from dynrank.layers.finding import lora_layers
 from dynrank.linalg import pooled, stacked, truncate_product
 from dynrank.output.console import quiet_loading
 from dynrank.targets import Budget, Rank, Target
+from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.data.columns import Form, form_of
 from dynrank.tasks.data.files import from_source
@@ -52,14 +53,16 @@ class Gated:
         self.examples = _examples(self._model, tokenizer, source, columns)
         self._layers = dict(lora_layers(self._model))
         self._widths = {name: params_per_rank(layer) for name, layer in self._layers.items()}
+        # transformers' losses of language models count the labels after the first position.
+        terms = [int((e["labels"][:, 1:] != IGNORED).sum()) if self._model.can_generate() else 1 for e in self.examples]
+        self._terms = torch.tensor(terms)
         self._effects = effects(self._layers, self._losses(), scale=1024 if self._model.dtype == torch.float16 else 1)
 
     def kept(self, target: Target) -> dict[str, Tensor]:
         """{layer: the directions to keep, ascending} for a target of type Rank or Budget."""
         assert isinstance(target, Rank | Budget)
-        if isinstance(target, Budget):
-            return greedy(self._effects, self._widths, dict.fromkeys(self._layers, 1), target.parameters or 0)
-        return greedy(self._effects, self._widths, dict.fromkeys(self._layers, target.rank), 0)
+        lowest, pool = (1, target.parameters or 0) if isinstance(target, Budget) else (target.rank, 0)
+        return greedy(self._effects, self._terms, self._widths, dict.fromkeys(self._layers, lowest), pool)
 
     def squeeze(self, adapter: Adapter, target: Target) -> Squeezed:
         """The factors and reports of ``squeeze_adapter``, in the dtypes of ``adapter``; the model changes with them."""

@@ -89,10 +89,10 @@ def test_layer_outside_of_the_loss_is_an_error(zoo):
         effects(layers, [first.lora_B.new_ones((), requires_grad=True) * 2])
 
 
-def cost(rows, gone):
+def cost(rows, gone, terms=1):
     """The estimate by its definition."""
     gone = [*gone]
-    gradient, hessian = rows.mean(0), rows.mT @ rows / len(rows)
+    gradient, hessian = rows.mean(0), (terms * rows.mT) @ rows / len(rows)
     return float(-gradient[gone].sum() + 0.5 * hessian[gone][:, gone].sum())
 
 
@@ -103,6 +103,36 @@ def dropped(kept, ranks):
     return whole - {start + j for start, keep in zip(starts, kept.values(), strict=True) for j in keep.tolist()}
 
 
+def test_estimate_for_a_language_model_is_the_change_of_its_loss(zoo):
+    """The texts are the model's own, so its probabilities are right, and only the Hessian is left."""
+    length, count = 12, 600
+    model = zoo.adapted("gpt2", target_modules=["c_attn", "c_fc"])
+    zoo.trained(model, std=0.2)
+    torch.manual_seed(0)
+    ids = torch.ones(count, 1, dtype=torch.int64)
+
+    def mean_loss():
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[:, :-1]
+        return float(F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten()))
+
+    with torch.no_grad():
+        for _ in range(length):
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].softmax(-1).multinomial(1)], dim=1)
+    layers = dict(dynrank.lora_layers(model))
+    found = effects(layers, (F.cross_entropy(model(input_ids=own[None]).logits[0, :-1], own[1:]) for own in ids))
+    estimated, true, before = 0.0, 0.0, mean_loss()
+    for name, layer in layers.items():
+        lora_A, lora_B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        for i in range(layer.rank):
+            change = truncate_product(lora_B, lora_A, 2, keep=torch.tensor([j for j in range(3) if j != i]))
+            layer.set_factors(change.lora_A, change.lora_B)
+            true += mean_loss() - before
+            layer.set_factors(lora_A, lora_B)
+            estimated += cost(found[name], [i], length)
+    assert estimated == pytest.approx(true, rel=0.5)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_one_drop_is_the_best_of_all_and_many_are_close_to_the_best_subset(seed):
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +141,7 @@ def test_one_drop_is_the_best_of_all_and_many_are_close_to_the_best_subset(seed)
     for count in (1, 4):
         subsets = [s for s in combinations(range(8), count) if {0, 1, 2, 3} - set(s) and {4, 5, 6, 7} - set(s)]
         costs = sorted(cost(rows, subset) for subset in subsets)
-        kept = greedy(given, {"l0": 10, "l1": 10}, {"l0": 1, "l1": 1}, 10 * (8 - count))
+        kept = greedy(given, torch.ones(30), {"l0": 10, "l1": 10}, {"l0": 1, "l1": 1}, 10 * (8 - count))
         gone = dropped(kept, [4, 4])
         assert len(gone) == count
         assert cost(rows, gone) <= (costs[0] + 1e-12 if count == 1 else costs[len(costs) // 10])
@@ -120,19 +150,21 @@ def test_one_drop_is_the_best_of_all_and_many_are_close_to_the_best_subset(seed)
 @pytest.mark.parametrize("seed", range(5))
 def test_each_drop_is_the_cheapest_per_parameter_by_brute_force(seed):
     rows = torch.randn(20, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    given, widths = {"a": rows[:, :4], "b": rows[:, 4:]}, {"a": 5, "b": 9}
+    given, widths, terms = {"a": rows[:, :4], "b": rows[:, 4:]}, {"a": 5, "b": 9}, torch.arange(1, 21)
     owner, gone, total = "aaaabbbbb", [], 65
     while total > 14:
         allowed = [i for i in range(9) if i not in gone and sum(owner[j] == owner[i] for j in gone) + 1 < (4, 5)[i > 3]]
-        gone.append(min(allowed, key=lambda i: (cost(rows, [*gone, i]) - cost(rows, gone)) / widths[owner[i]]))
+        gone.append(
+            min(allowed, key=lambda i: (cost(rows, [*gone, i], terms) - cost(rows, gone, terms)) / widths[owner[i]])
+        )
         total -= widths[owner[gone[-1]]]
-        assert dropped(greedy(given, widths, {"a": 1, "b": 1}, total), [4, 5]) == set(gone)
+        assert dropped(greedy(given, terms, widths, {"a": 1, "b": 1}, total), [4, 5]) == set(gone)
 
 
 def test_ranks_end_at_the_lowest_and_layers_below_it_keep_theirs():
     rows = torch.randn(20, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     given = {"b": rows[:, :4], "a": rows[:, 4:6], "c": rows[:, 6:]}
-    kept = greedy(given, dict.fromkeys(given, 5), dict.fromkeys(given, 3), 0)
+    kept = greedy(given, torch.ones(20), dict.fromkeys(given, 5), dict.fromkeys(given, 3), 0)
     assert {name: len(keep) for name, keep in kept.items()} == {"b": 3, "a": 2, "c": 3}
 
 
@@ -140,7 +172,7 @@ def test_choice_does_not_depend_on_the_order_of_layers_also_with_ties():
     rows = torch.randn(6, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64).round()
     given = {name: rows[:, 3 * i : 3 * i + 3] for i, name in enumerate("abcd")}
     ways = [
-        greedy({n: given[n] for n in order}, dict.fromkeys(given, 7), dict.fromkeys(given, 1), 42)
+        greedy({n: given[n] for n in order}, torch.ones(6), dict.fromkeys(given, 7), dict.fromkeys(given, 1), 42)
         for order in ("abcd", "dbca")
     ]
     assert {n: k.tolist() for n, k in ways[0].items()} == {n: k.tolist() for n, k in ways[1].items()}
@@ -158,7 +190,7 @@ def test_budget_keeps_the_layer_that_the_loss_needs_where_weight_keeps_the_large
     small, large = layers["small"], layers["large"]
     losses = [large(0 * x).sum() - (small(x) - small.base(x)).square().sum() for x in torch.eye(6).double()]
     widths = dict.fromkeys(layers, 12)
-    by_data = greedy(effects(layers, losses), widths, dict.fromkeys(layers, 1), 60)
+    by_data = greedy(effects(layers, losses), torch.ones(6), widths, dict.fromkeys(layers, 1), 60)
     assert {name: len(keep) for name, keep in by_data.items()} == {"large": 1, "small": 4}
     dynrank.save_adapter(model, tmp_path / "adapter")
     by_weight = squeeze_adapter(tmp_path / "adapter", tmp_path / "small", budget=60)
