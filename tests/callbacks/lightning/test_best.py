@@ -41,10 +41,13 @@ def ranks_in(module_class, file):
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
-def test_best_and_last_checkpoints_are_of_after_the_cut(fit, worsening, tmp_path, caplog, top_k):
+def test_best_and_last_checkpoints_are_of_after_the_cut(fit, worsening, tmp_path, caplog, monkeypatch, top_k):
     """And those of before are replaced first."""
     saver = best(tmp_path, save_top_k=top_k, save_last=True)
-    with caplog.at_level(logging.INFO):
+    # A command that another test has run in this process makes Lightning's logger quieter.
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])
+    with caplog.at_level(logging.INFO, logger=logger.name):
         fit(RankScheduler(Stage(At(step=12), Rank(2))), saver, module=worsening())
     assert "best so far: step 5 at rank 6; from here on the best of rank 2 counts" in caplog.text
     assert saver.best_model_path == str(tmp_path / "step=15.ckpt")
