@@ -5,10 +5,11 @@ validation that is due after that batch; on resume Lightning 2.6 counts this val
 value of its metric.
 """
 
+import copy
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import ProgressBar, StochasticWeightAveraging, WeightAveraging
 from torch import Tensor
 
 from dynrank.callbacks.lightning import private
@@ -60,13 +61,23 @@ def validate_beside(trainer: Trainer, *, monitor: str, most: int | None = None) 
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     metrics = _Metrics(monitor)
-    trainer.callbacks = [*(c for c in callbacks if isinstance(c, _CALLED)), metrics]  # type: ignore[attr-defined]
+    called = [callback for callback in callbacks if isinstance(callback, _CALLED)]
+    bars = [_deaf(callback) for callback in callbacks if isinstance(callback, ProgressBar)]
+    trainer.callbacks = [*called, *bars, metrics]  # type: ignore[attr-defined]
     try:
         with private.nothing_logged(trainer), private.fewer_batches(trainer, most):
             run_validation(trainer)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
     return metrics.logged, metrics.batches
+
+
+def _deaf(bar: ProgressBar) -> ProgressBar:
+    """A copy that hears of nothing: the thread that draws a RichProgressBar asks the trainer for a bar of its class."""
+    hooks = {name: lambda *_, **__: None for name in vars(Callback) if name.startswith("on_")}
+    copied = copy.copy(bar)
+    copied.__class__ = type(type(bar).__name__, (type(bar),), hooks)
+    return copied
 
 
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
