@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dynrank import __version__
 from dynrank.commands.cli import usage_errors
+from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
 from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_length
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
@@ -24,7 +25,6 @@ from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
 
 
-@hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
 def _train(config: DictConfig) -> float | None:
     """Make a run; in a sweep, return the objective for the sweeper."""
     quiet_imports()
@@ -82,8 +82,29 @@ def main() -> None:
         # ckpt_path=last needs the folder of the run.
         if "ckpt_path=last" not in sys.argv:
             sys.argv.append("hydra.run.dir=.")
+    begun = []
+
+    @hydra.main(config_path=f"pkg://{CONFIG_MODULE}", config_name=CONFIG_NAME, version_base="1.3")
+    def train(config: DictConfig) -> float | None:
+        begun.append(config)
+        return _train(config)
+
     with usage_errors(), table_at_end():
-        _train()
+        try:
+            train()
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The reader has gone, as in `--help | head`; Python would try to write the rest when it exits.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            # Before the run begins, an error is about the folder that Hydra makes for it.
+            if begun:
+                raise
+            raise ConfigurationError(
+                f"the folder {error.filename!r} cannot be made: {error.strerror}; set hydra.run.dir (of a sweep "
+                "hydra.sweep.dir) to another one"
+            ) from error
 
 
 if __name__ == "__main__":

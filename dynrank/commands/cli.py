@@ -1,5 +1,6 @@
 """``dynrank``: the commands for runs and adapters, except training; and the exit codes of all commands."""
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -345,7 +346,7 @@ def sweep(
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """Print a configuration error and exit with code 2, after a run that diverged with 1, after Ctrl-C with 130.
+    """Print a configuration error and exit with code 2; 1 for a full disk and a run that diverged, 130 after Ctrl-C.
 
     Any other failure keeps its traceback, and Python exits with 1.
     """
@@ -357,7 +358,8 @@ def usage_errors() -> Iterator[None]:
         sys.exit(130)
     except ConfigurationError as error:
         print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
-        sys.exit(1 if isinstance(error, DivergedError) else 2)
+        is_full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        sys.exit(1 if is_full or isinstance(error, DivergedError) else 2)
 
 
 def main() -> None:

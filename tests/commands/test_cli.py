@@ -123,3 +123,14 @@ def test_ctrl_c_exits_with_130_and_advises_nothing(launch, monkeypatch):
 
     monkeypatch.setattr(cli, "app", interrupted)
     assert launch(cli.main) == (130, "", "interrupted\n")
+
+
+def test_help_ends_quietly_when_its_reader_has_gone():
+    """As in ``dynrank-train --help | head -1``."""
+    done = subprocess.run(
+        ["bash", "-c", f"'{sys.executable}' -m dynrank.train --help | head -1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout.count("\n"), done.stderr) == (1, "")

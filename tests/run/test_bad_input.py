@@ -113,6 +113,11 @@ def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, ti
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
+        (["hydra.run.dir=/proc/x"], ["'/proc/x' cannot be made", "hydra.run.dir"]),
+        (["hydra.run.dir=file"], ["'file' cannot be made: File exists"]),
+        (["hydra.run.dir=loop/x"], ["'loop/x' cannot be made: Too many levels"]),
+        (["hydra.sweep.dir=file/x", "lora.rank=2,4", "--multirun"], ["'file/x' cannot be made", "hydra.sweep.dir"]),
+        (["schedule=null"], ["schedule=fixed"]),
         (["rank_map.file=loop"], ["'loop'", "rank_map.file"]),
         (["ckpt_path=loop"], ["'loop'", "ckpt_path"]),
         (["task.model=loop"], ["'loop'", "task.model"]),
