@@ -71,4 +71,4 @@ def _naming(out: Path) -> Iterator[None]:
         with os_errors(out):
             yield
     except OSError as error:
-        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror or error}") from None
+        raise ConfigurationError(f"cannot write to --out {str(out)!r}: {error.strerror or error}") from error
