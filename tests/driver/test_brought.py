@@ -262,3 +262,36 @@ def test_pinned_layers_and_own_bounds_stay_out_of_the_proportion():
     }
     ranks = Budget(parameters=20 * 24).ranks(layers)
     assert ranks == {"pinned": 8, "own": 5, "capped": 3, "free": 8}
+
+
+def driven(driver, model, steps):
+    """``steps`` further steps of a plain loop, from where the driver's last loop ended."""
+    training = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)], step=steps[0])
+    driver.start(training, Run(total_steps=20))
+    for step in steps:
+        driver.advance(training)
+        model(X[step]).square().mean().backward()
+        training.optimizers[0].step()
+        training.step += 1
+        driver.end_step(training)
+        training.optimizers[0].zero_grad()
+
+
+def test_second_start_of_the_same_layers_goes_on_with_the_sums():
+    """It loses the term of the step between the two, whose update no gradient has followed."""
+    model, driver = model_of(), RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    driven(driver, model, range(5))
+    first = driver.state_dict()["brought"]
+    driven(driver, model, range(5, 10))
+    second = driver.state_dict()["brought"]
+    assert (float(first["steps"]), float(second["steps"])) == (4, 8)
+
+
+def test_state_between_a_load_and_the_start_is_that_of_the_checkpoint():
+    model, driver = model_of(), RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    driven(driver, model, range(5))
+    state = driver.state_dict()
+    other = RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    other.load_state_dict({**state, "rate_factor": 2.0})
+    assert other.state_dict()["rate_factor"] == 2.0
+    assert torch.equal(other.state_dict()["brought"]["sums"], state["brought"]["sums"])

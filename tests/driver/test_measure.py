@@ -113,3 +113,30 @@ def test_a_metric_that_no_validation_logs_is_refused_before_training(regression)
     scheduler = RankScheduler([Stage(At(step=6), Rank(1), how=How(check_monitor="val/los"))], measure=True)
     with pytest.raises(ConfigurationError, match=r"check_monitor.*'val/los'; logged: 'val/loss'"):
         fitted(regression, regression[1]()[1], scheduler, Watching([]), num_sanity_val_steps=1)
+
+
+class Failing(Training):
+    """Validations of which the second one, after the change, fails; the first one may lack the metric."""
+
+    def __init__(self, model, name):
+        super().__init__(model, [])
+        self.name, self.events, self.validations = name, [], 0
+
+    def validate(self):
+        self.validations += 1
+        if self.validations == 2:
+            raise RuntimeError("no more data")
+        return {self.name: 1.0}
+
+    def tell(self, event):
+        self.events.append(event)
+
+
+@pytest.mark.parametrize(("name", "error", "rank"), [("val/loss", RuntimeError, 2), ("other", ConfigurationError, 4)])
+def test_change_is_told_if_its_measurement_fails_and_not_made_without_a_metric(name, error, rank):
+    model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(6, 6)), rank=4)
+    driver, training = RankDriver(Stage(At(step=0), Rank(2)), measure=True), Failing(model, name)
+    driver.start(training, Run(total_steps=5))
+    with pytest.raises(error):
+        driver.advance(training)
+    assert (model[0].rank, len(training.events)) == (rank, int(rank == 2))

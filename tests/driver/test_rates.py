@@ -225,3 +225,12 @@ def test_optimizer_that_computes_its_own_rate_is_refused_a_factor(pair):
     check_groups(Adafactor([{"params": [head]}]), [adapter], How(rate_after=2.0))
     with pytest.raises(ConfigurationError, match=r"Adafactor computes its own; set rate_after=1.*relative_step=False"):
         check_groups(Adafactor([adapter, head]), [adapter], How(rate_after="sqrt"))
+
+
+def test_group_that_is_added_later_has_no_part_of_the_factor(pair):
+    adapter, head = pair
+    optimizer = torch.optim.SGD([adapter], lr=0.5)
+    Rates(optimizer, [adapter], 3.0)
+    optimizer.add_param_group({"params": [head]})
+    optimizer.step()
+    assert (adapter.item(), head.item()) == pytest.approx((1.5, 0.5))
