@@ -131,3 +131,13 @@ def test_manual_run_resumes_to_the_bit(manual, assert_same, tmp_path, step):
     expected = manual(whole, Save())
     assert_same(manual(rest, ckpt_path=tmp_path / "at.ckpt"), expected)
     assert rest.history == whole.history
+
+
+def test_manual_run_resumed_after_its_last_step_makes_the_change_at_its_end(manual, tmp_path):
+    """No step is made in the resumed run, so nobody can have reported one."""
+    schedule = [Stage(At(fraction=1.0), Rank(2))]
+    manual(RankScheduler(schedule), saved=tmp_path)
+    resumed = RankScheduler(schedule)
+    module = manual(resumed, ckpt_path=str(tmp_path / "step=20.ckpt"))
+    assert [event.step for event in resumed.history] == [20]
+    assert {layer.rank for _, layer in dynrank.lora_layers(module)} == {2}
