@@ -48,7 +48,7 @@ from study_bench import (
 )
 
 from dynrank import lora_layers, resize
-from dynrank.driver.brought import Brought, Share
+from dynrank.driver.brought import Brought, Contribution
 from dynrank.driver.rates import Rates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, anneal, auto
@@ -264,10 +264,10 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
         except Diverged:
             diverged = True
         for arm in (arm for arm in unit.arms if arm.at == at and time.monotonic() < until):
-            yield _row(unit, arm, *((None, "") if diverged else finish(trunk, arm, brought.shares(), unit.lr)))
+            yield _row(unit, arm, *((None, "") if diverged else finish(trunk, arm, brought.contributions(), unit.lr)))
 
 
-def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Share], lr: float) -> tuple[Trainee | None, object]:
+def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Contribution], lr: float) -> tuple[Trainee | None, object]:
     """The arm trained to the end from where ``trunk`` stands, and the rise of the validation loss by its cut."""
     trainee, rise = deepcopy(trunk), ""
     layers = {name: layer for name, layer in lora_layers(trainee.model) if not (arm.but and arm.but in name)}

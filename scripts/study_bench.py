@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dynrank import RankDriver, Training, add_lora, compose, lora_layers
 from dynrank.change.directions import LayerDirections
-from dynrank.driver.brought import Share
+from dynrank.driver.brought import Contribution
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
@@ -66,9 +66,7 @@ TASKS = {
     # The model of pretrain_small.py, which has read English and Python, learns C++.
     "cpp_headers": Work(1000, (1e-3, 2e-3, 4e-3), _HEADERS),
     # So does a task to which no rule was tuned.
-    "python_code": Work(
-        1000, (1e-3, 2e-3, 4e-3), _PYTHON
-    ),
+    "python_code": Work(1000, (1e-3, 2e-3, 4e-3), _PYTHON),
     "code_completion": Work(96, (1e-3, 2e-3, 4e-3), ("task=code_completion", "task.batch_size=4", *_LM)),
 }
 
@@ -212,7 +210,7 @@ def budget_ranks(
     layers: Mapping[str, RankedLayer],
     rank: int,
     highest: int | None = None,
-    brought: Mapping[str, Share] | None = None,
+    brought: Mapping[str, Contribution] | None = None,
 ) -> dict[str, int]:
     """Ranks by layer that share out the parameters of ``rank`` by what layers have brought, or by weight."""
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}

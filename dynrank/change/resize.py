@@ -287,7 +287,7 @@ def compute(
         for optimizer in adapters.optimizers:
             factors = [f for name in ranks for f in (adapters.layers[name].lora_A, adapters.layers[name].lora_B)]
             check_optimizer(optimizer, factors, optimizer_state)
-        return _computed(adapters, ranks, directions, optimizer_state, generator)
+        return _new_values(adapters, ranks, directions, optimizer_state, generator)
 
     # DDP keeps a whole model on one device.
     device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
@@ -322,7 +322,7 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
     }
 
 
-def _computed(
+def _new_values(
     adapters: Adapters,
     ranks: Mapping[str, int],
     directions: LayerDirections,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dynrank.layers.base import RankedLayer
 
 
-class Share(NamedTuple):
+class Contribution(NamedTuple):
     """A part of the loss's decrease.
 
     Attributes:
@@ -94,7 +94,7 @@ class Brought:
         for now, before in zip(factors, self._before, strict=True):
             before.copy_(now)
 
-    def shares(self, factor: str = "both") -> dict[str, Share]:
+    def contributions(self, factor: str = "both") -> dict[str, Contribution]:
         """{layer: its part of the decrease}, of ``lora_A``, ``lora_B`` or both; empty before the second step."""
         steps = int(self._steps)
         if steps == 0:
@@ -106,7 +106,7 @@ class Brought:
         ):
             # The standard deviation of a step's term, times the root of the number of steps.
             spread = max(square - value**2 / steps, 0.0)
-            found[name] = Share(value, sqrt(spread * steps / (steps - 1)) if steps > 1 else 0.0)
+            found[name] = Contribution(value, sqrt(spread * steps / (steps - 1)) if steps > 1 else 0.0)
         return found
 
     def state_dict(self) -> dict[str, Any]:

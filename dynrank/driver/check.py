@@ -14,7 +14,7 @@ from dynrank.change.directions import LayerDirections
 from dynrank.change.optimizer_state import check_optimizer
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import sharded_error, sharded_layers
-from dynrank.driver.brought import Share
+from dynrank.driver.brought import Contribution
 from dynrank.driver.rates import check_groups
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -36,7 +36,7 @@ def layer_states(
     last: bool,
     target: Target,
     directions: LayerDirections,
-    brought: Mapping[str, Share] | None = None,
+    brought: Mapping[str, Contribution] | None = None,
 ) -> dict[str, LayerState]:
     """The state of each layer that ``target`` reads; ``last``: whether the target's stage is the last."""
     worth = {name: share.worth for name, share in (brought or {}).items()} if "brought" in target.needs else {}

@@ -11,7 +11,7 @@ from torch import nn
 from dynrank.change.directions import LayerDirections
 from dynrank.change.resize import Change, uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
-from dynrank.driver.brought import Brought, Share
+from dynrank.driver.brought import Brought, Contribution
 from dynrank.driver.check import (
     check_model,
     check_training,
@@ -60,14 +60,14 @@ class RankDriver:
         self._clock = Clock([], self._run)
         # What layers have brought; None before start() and after the last stage.
         self._brought: Brought | None = None
-        # One for each optimizer, made at the last change.
+        # One for each optimizer, made in start() and at each change.
         self._rates: list[Rates] = []
         # The last step for which end_step() was called.
         self._ended_step = 0
         # The state of a checkpoint is kept here until start(), which brings the layers and optimizers.
         self._loaded: Mapping[str, Any] = {}
         # Whether the checkpoint was made under another schedule.
-        self._other = False
+        self._schedule_differs = False
 
     @property
     def history(self) -> list[RankEvent]:
@@ -122,7 +122,7 @@ class RankDriver:
         if self.measure:
             check_measured(training)
         check_processes(training.model, training.optimizers, "at the start of training")
-        if self._other:
+        if self._schedule_differs:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
         self._multiply_rates(training, self._loaded.get("rate_factor", 1.0))
@@ -204,7 +204,7 @@ class RankDriver:
         """
         mine = as_texts(self.stages)
         theirs = [tuple(stage) for stage in state["stages"]]
-        self._other = theirs != mine
+        self._schedule_differs = theirs != mine
         # Stages that are over must have the same target; their times no longer matter.
         done, wanted = ([to for _, to, _ in stages[: state["stage"]]] for stages in (theirs, mine))
         if done != wanted:
@@ -259,27 +259,28 @@ class RankDriver:
         # Process 0 computes the change, so afterwards nobody could see that processes had differed.
         check_processes(training.model, training.optimizers, f"before the change of rank at step {training.step}")
         # The same in all processes, because gradients are; process 0 decides all the same.
-        brought = self._brought.shares() if self._brought is not None else {}
+        brought = self._brought.contributions() if self._brought is not None else {}
         measurement = None
         if stage.how.max_regression is None:
-            change = self._computed(training, index, directions, brought)
+            change = self._planned_change(training, index, directions, brought)
             event = RankEvent(training.step, reason, tuple(change.reports)) if change.reports else None
-            event = _with_shares(event, brought)
+            event = _with_contributions(event, brought)
             measurement = self._measurement(training, stage) if event is not None else None
-            # No interrupt may separate the change from the updates that belong to it.
+            # So far nothing has changed. No interrupt may separate the change from the updates that belong to it.
             with uninterrupted():
                 if event is not None:
                     training.put(change.put)
                 self._end_stage(training, index, event)
         else:
             undo = Undo(training)
+            # Twice, because Ctrl-C may interrupt the first exit.
             with undo, undo:
                 if stage.search:
                     began_with = self._parameters_at_start(training)
                     event = cut_to_smallest(training, undo, stage, reason, directions, brought, began_with)
                 else:
                     event = self._try(training, undo, index, reason, directions, brought)
-                event = _with_shares(event, brought)
+                event = _with_contributions(event, brought)
                 with uninterrupted():
                     undo.keep()
                     self._end_stage(training, index, event)
@@ -294,8 +295,8 @@ class RankDriver:
         if not event.undone and training.step < (self._run.total_steps or float("inf")):
             warn_of_low_rate(training)
 
-    def _computed(
-        self, training: Training, index: int, directions: LayerDirections, brought: Mapping[str, Share]
+    def _planned_change(
+        self, training: Training, index: int, directions: LayerDirections, brought: Mapping[str, Contribution]
     ) -> Change:
         """The change of stage ``index``, which is not yet made."""
         stage = self.stages[index]
@@ -315,10 +316,10 @@ class RankDriver:
         index: int,
         reason: str,
         directions: LayerDirections,
-        brought: Mapping[str, Share],
+        brought: Mapping[str, Contribution],
     ) -> RankEvent | None:
         """Make the change of stage ``index``, and undo it if it costs too much; None if no rank would change."""
-        change = self._computed(training, index, directions, brought)
+        change = self._planned_change(training, index, directions, brought)
         if not change.reports:
             return None
         metrics = self.progress.metrics if self.progress.observed_step == training.step else {}
@@ -375,7 +376,7 @@ class RankDriver:
         self._rates = []
 
 
-def _with_shares(event: RankEvent | None, brought: Mapping[str, Share]) -> RankEvent | None:
+def _with_contributions(event: RankEvent | None, brought: Mapping[str, Contribution]) -> RankEvent | None:
     """The event with what each of its layers has brought, where that is known."""
     if event is None or not brought:
         return event

@@ -11,7 +11,7 @@ import torch
 from dynrank.change.directions import LayerDirections
 from dynrank.change.resize import LayerReport
 from dynrank.distributed.processes import from_all, from_first
-from dynrank.driver.brought import Share
+from dynrank.driver.brought import Contribution
 from dynrank.driver.check import layer_states
 from dynrank.driver.event import RankEvent
 from dynrank.driver.training import Batches, Training
@@ -28,7 +28,7 @@ def cut_to_smallest(
     stage: Stage,
     reason: str,
     directions: LayerDirections,
-    brought: Mapping[str, Share],
+    brought: Mapping[str, Contribution],
     parameters_before: int,
 ) -> RankEvent | None:
     """Cut to the fewest directions that are enough; the event says "undone" if all are needed. None: nothing to cut.
@@ -78,7 +78,12 @@ class Search:
     """
 
     def __init__(
-        self, training: Training, undo: Undo, stage: Stage, directions: LayerDirections, brought: Mapping[str, Share]
+        self,
+        training: Training,
+        undo: Undo,
+        stage: Stage,
+        directions: LayerDirections,
+        brought: Mapping[str, Contribution],
     ) -> None:
         self._training = training
         self._undo = undo

@@ -18,10 +18,10 @@ _SIZES = ("parameters", "share", "final_rank", "bytes")
 class Budget(Stepped):
     """One pool of adapter parameters for all layers, with ranks in proportion to what each layer has brought.
 
-    That is the decrease of the loss by its updates, at least 0, plus a standard error. Every layer starts at its lowest
-    rank. Then one factor for all layers grows until the pool is spent, and each product with the factor is rounded to
-    a rank. What is then left goes on in the same order to the layers that still fit. Where nothing is known yet, ranks
-    rise alike. Give exactly one size: ``parameters``, ``share``, ``final_rank`` or ``bytes``.
+    What a layer has brought is the decrease of the loss by its updates (at least 0), plus its standard error. Every
+    layer starts at its lowest rank. The next step up always goes to the layer with the largest quotient of what it has
+    brought and the mean of its two ranks, while it fits the pool. Where nothing is known yet, ranks rise alike.
+    Give exactly one size: ``parameters``, ``share``, ``final_rank`` or ``bytes``.
 
     ``by="weight"`` instead takes the steps with the largest squared singular values per parameter, which is a
     heuristic, but needs no training. The result is less than one step worse than the best choice by this measure.

@@ -63,13 +63,13 @@ def test_shares_are_the_sums_of_a_loop_by_hand(name, dtype):
     measured, hand = Brought(dict(dynrank.lora_layers(model))), ByHand(model)
     trained(model, 12, measured, hand, optimizer=OPTIMIZERS[name], dtype=dtype)
     for factor, factors in (("lora_A", [0]), ("lora_B", [1]), ("both", [0, 1])):
-        for layer, share in measured.shares(factor).items():
+        for layer, share in measured.contributions(factor).items():
             terms = hand.terms(layer, factors)
             assert len(terms) == 11
             assert share.value == pytest.approx(sum(terms), rel=1e-4, abs=1e-7)
             assert share.error == pytest.approx(stdev(terms) * 11**0.5, rel=1e-4, abs=1e-7)
-    assert measured.shares()["idle"] == (0.0, 0.0)
-    assert measured.shares()["twice"].value > 0
+    assert measured.contributions()["idle"] == (0.0, 0.0)
+    assert measured.contributions()["twice"].value > 0
 
 
 def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
@@ -84,7 +84,7 @@ def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
         made.step()
 
     trained(model, 20, before, optimizer=lambda p: torch.optim.SGD(p, lr=0.05), backward=step)
-    brought = sum(share.value for share in before.shares().values())
+    brought = sum(share.value for share in before.contributions().values())
     assert brought == pytest.approx(losses[0] - losses[-1], rel=0.02)
 
 
@@ -102,8 +102,8 @@ def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
     trained(plain, 10, seen[0], backward=lambda loss, made, step: ((1024 * loss).backward(), step > 0 and made.step()))
     trained(scaled, 10, seen[1], backward=step)
     assert scaler.get_scale() < 2.0**127
-    for name, share in seen[0].shares().items():
-        assert seen[1].shares()[name].value == pytest.approx(share.value, rel=1e-4, abs=1e-8)
+    for name, share in seen[0].contributions().items():
+        assert seen[1].contributions()[name].value == pytest.approx(share.value, rel=1e-4, abs=1e-8)
 
 
 def test_step_without_finite_gradients_is_left_out():
@@ -119,8 +119,8 @@ def test_step_without_finite_gradients_is_left_out():
 
     trained(model, 10, measured, hand, backward=step)
     terms = hand.terms("twice")
-    assert measured.shares()["twice"].value == pytest.approx(sum(t for t in terms if t == t), rel=1e-5)
-    assert measured.shares()["words"].value == pytest.approx(
+    assert measured.contributions()["twice"].value == pytest.approx(sum(t for t in terms if t == t), rel=1e-5)
+    assert measured.contributions()["words"].value == pytest.approx(
         sum(hand.terms("words")) - hand.terms("words")[4], rel=1e-5
     )
 
@@ -131,11 +131,11 @@ def test_ranks_that_somebody_else_has_changed_start_the_updates_anew():
     trained(model, 5, measured)
     dynrank.resize(model, 2)
     trained(model, 1, measured)
-    before = measured.shares()
+    before = measured.contributions()
     trained(model, 1, measured)
-    assert measured.shares() == before
+    assert measured.contributions() == before
     trained(model, 1, measured)
-    assert measured.shares() != before
+    assert measured.contributions() != before
 
 
 def test_changes_of_a_run_follow_what_layers_have_brought():

@@ -164,6 +164,6 @@ def test_an_early_cut_leaves_the_raw_pooler_most_of_its_directions(scripts):
     layers = dict(dynrank.lora_layers(trainee.model))
     brought = Brought(layers)
     trainee.train(80, after_step=lambda _: brought.end_step())
-    ranks = bench.budget_ranks(layers, 2, brought=brought.shares())
+    ranks = bench.budget_ranks(layers, 2, brought=brought.contributions())
     assert ranks.pop("bert.pooler.dense") >= 10
     assert sum(ranks.values()) / len(ranks) < 3
