@@ -374,7 +374,8 @@ from dynrank.commands.cli import main
 try:
     main()
 finally:
-    used = resource.getrusage(resource.RUSAGE_SELF)  # whose ru_maxrss may be that of the process that started this one
+    # Its ru_maxrss may be that of the process that started this one.
+    used = resource.getrusage(resource.RUSAGE_SELF)
     (peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
     print(peak, used.ru_utime + used.ru_stime)
 """
