@@ -15,10 +15,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank import __version__
-from dynrank.commands.cli import usage_errors
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
 from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_length
+from dynrank.run.overrides import usage_errors
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
 # torchrun, srun and Lightning set these.
@@ -69,7 +69,7 @@ def _is_another_process() -> bool:
 
 
 def main() -> None:
-    """Entry point; :func:`dynrank.commands.cli.usage_errors` has the exit codes."""
+    """Entry point; :func:`dynrank.run.overrides.usage_errors` has the exit codes."""
     # Without this line Hydra would print its own version.
     if "--version" in sys.argv[1:]:
         print(f"dynrank {__version__}")

@@ -44,9 +44,9 @@ from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, ScheduleFreeMode, StepSeed
-from dynrank.commands.cli import usage_errors
 from dynrank.layers.base import LoRALayer
 from dynrank.output.whole_file import PART
+from dynrank.run.overrides import usage_errors
 from dynrank.run.stopping import STOP_SIGNALS, stoppable
 from dynrank.schedules import How, Stage, anneal, auto, early_budget
 from dynrank.targets import GrowTo, Rank

@@ -1,9 +1,5 @@
 """``dynrank``: the commands for runs and adapters, except training; and the exit codes of all commands."""
 
-import errno
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,9 +7,9 @@ import typer
 from omegaconf import DictConfig
 
 from dynrank import __version__
-from dynrank.errors import ConfigurationError, DivergedError
+from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
-from dynrank.run.overrides import overrides_explained
+from dynrank.run.overrides import usage_errors
 
 # Each command imports its modules when it is called, so that --help does not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -342,24 +338,6 @@ def sweep(
     from dynrank.run.sweep.table import show_sweep
 
     show_sweep(folder, plot=plot)
-
-
-@contextmanager
-def usage_errors() -> Iterator[None]:
-    """Print a configuration error and exit with code 2; 1 for a full disk and a run that diverged, 130 after Ctrl-C.
-
-    Any other failure keeps its traceback, and Python exits with 1.
-    """
-    try:
-        with overrides_explained():
-            yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    except ConfigurationError as error:
-        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
-        is_full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        sys.exit(1 if is_full or isinstance(error, DivergedError) else 2)
 
 
 def main() -> None:

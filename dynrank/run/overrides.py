@@ -1,5 +1,7 @@
-"""Errors in a user's overrides, in one message: Hydra's own, and keys that nothing reads."""
+"""Errors of a command, in one message with an exit code: ours, Hydra's own, and keys that nothing reads."""
 
+import errno
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import SequenceMatcher
@@ -9,7 +11,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dynrank.errors import ConfigurationError, configured
+from dynrank.errors import ConfigurationError, DivergedError, configured
 
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
@@ -28,6 +30,24 @@ def overrides_explained() -> Iterator[None]:
         if not str(error).startswith("Config group override"):
             raise
         raise ConfigurationError(f"{error}; name a choice of the group, such as schedule=fixed") from error
+
+
+@contextmanager
+def usage_errors() -> Iterator[None]:
+    """Print a configuration error and exit with code 2; 1 for a full disk and a run that diverged, 130 after Ctrl-C.
+
+    Any other failure keeps its traceback, and Python exits with 1.
+    """
+    try:
+        with overrides_explained():
+            yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except ConfigurationError as error:
+        print(f"error: {error}", *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
+        is_full = getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        sys.exit(1 if is_full or isinstance(error, DivergedError) else 2)
 
 
 def check_keys(config: DictConfig, known: Mapping[str, Any]) -> None:

@@ -12,9 +12,9 @@ from hydra.errors import MissingConfigException
 import dynrank
 from dynrank import train
 from dynrank.callbacks import BestWeights, RunMeter
-from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run import job
+from dynrank.run.overrides import usage_errors
 from dynrank.run.trainer import make_trainer
 
 SWEEP = f"""{forked.TRAIN}
@@ -71,7 +71,7 @@ def test_runs_of_several_processes_are_taken_in_jobs_of_slurm_alone(monkeypatch,
 
 
 def test_missing_plugin_says_what_to_install(capsys):
-    with pytest.raises(SystemExit) as caught, cli.usage_errors():
+    with pytest.raises(SystemExit) as caught, usage_errors():
         raise MissingConfigException("Could not find 'hydra/sweeper/optuna'", "hydra/sweeper/optuna")
     assert caught.value.code == 2
     assert "pip install 'dynrank[sweep]'" in capsys.readouterr().err
