@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 
@@ -180,3 +181,16 @@ def test_balance_without_a_cut_changes_no_other_layer(trained, target):
     before = copy.deepcopy(net[2].state_dict())
     resize(net, target, balance=True)
     assert all(torch.equal(value, before[key]) for key, value in net[2].state_dict().items())
+
+
+def test_peft_layer_of_a_rank_above_its_shape_may_keep_it_beside_a_cut():
+    net = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 64)), LoraConfig(r=12, target_modules=["0", "1"]))
+    layers = dict(dynrank.lora_layers(net))
+    for layer in layers.values():
+        nn.init.normal_(layer.lora_B)
+    wide, other = layers
+    update = (layers[wide].lora_B @ layers[wide].lora_A).detach()
+    assert not resize(net, 12)
+    (report,) = resize(net, {wide: 12, other: 6}, balance=True)
+    assert (report.layer, report.rank_after) == (other, 6)
+    assert_close(layers[wide].lora_B @ layers[wide].lora_A, update, rtol=1e-4, atol=1e-5)
