@@ -1,5 +1,7 @@
 """What a change costs: bytes that torch allocates, and exchanges between processes."""
 
+import gc
+
 import torch
 from torch import nn
 
@@ -32,6 +34,8 @@ class Loop(Training):
 
 def peak(call):
     """The most bytes that ``call`` holds at once in addition to those before it."""
+    # What an earlier call left in a cycle may not be freed, and so subtracted, in this one.
+    gc.collect()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]

@@ -45,7 +45,7 @@ def variance_by_the_map_itself(original, *arguments):
 
 
 class LayersAlike(Brought):
-    def shares(self):
+    def contributions(self):
         return {name: share._replace(value=1.0) for name, share in super().contributions().items()}
 
 
