@@ -129,7 +129,8 @@ def _plain_signature(call: Callable[..., Any]) -> Signature:
 
 
 def _plain(annotation: Any) -> Any:
-    origin, inner = get_origin(annotation), get_args(annotation)
+    origin = get_origin(annotation)
+    inner = get_args(annotation)
     if annotation is ByteSize:
         return int | str
     if origin is Annotated:
@@ -160,7 +161,9 @@ def read_as(kind: type[T], data: Any, where: str) -> T:
 def shown(value: Any) -> str:
     """``repr(value)`` for a message, shortened; a large value is not formatted as a whole first."""
     short = Repr()
-    short.maxlevel, short.maxstring, short.maxother = 2, 200, 200
+    short.maxlevel = 2
+    short.maxstring = 200
+    short.maxother = 200
     return short.repr(value)
 
 

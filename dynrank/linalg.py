@@ -135,7 +135,8 @@ def directions_of(lora_B: Tensor, lora_A: Tensor) -> Directions:
     u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     # The SVD does not determine signs, so this rule does: the largest element of a left singular vector is positive.
     signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
-    u, vh = u * signs, vh * signs.mT
+    u = u * signs
+    vh = vh * signs.mT
     eps = torch.finfo(torch.promote_types(torch.promote_types(lora_A.dtype, lora_B.dtype), torch.float32)).eps
     live = numerical_rank(s, max(len(lora_B), lora_A.shape[1]), eps)
     root = s[:live].sqrt()
@@ -159,17 +160,22 @@ def keep_directions(lora_B: Tensor, lora_A: Tensor, directions: Directions, keep
     Raises:
         ValueError: if ``keep`` is not one or more different directions.
     """
-    old_rank, keep = len(lora_A), keep.cpu()
+    old_rank = len(lora_A)
+    keep = keep.cpu()
     if not len(keep) or keep[0] < 0 or keep[-1] >= old_rank or not (keep.diff() > 0).all():
         raise ValueError(f"keep must be {len(keep)} ascending directions out of {old_rank}, got {keep.tolist()}")
-    b_OR, a_RI = lora_B.double(), lora_A.double()
+    b_OR = lora_B.double()
+    a_RI = lora_A.double()
     chosen = keep[keep < len(directions.from_A)].to(lora_A.device)
-    from_A_KR, from_B_RK = directions.from_A[chosen], directions.from_B[:, chosen]
-    new_A, new_B = from_A_KR @ a_RI, b_OR @ from_B_RK
+    from_A_KR = directions.from_A[chosen]
+    from_B_RK = directions.from_B[:, chosen]
+    new_A = from_A_KR @ a_RI
+    new_B = b_OR @ from_B_RK
     if len(chosen) < len(keep):
         idle = _complement(directions.from_A)
         # In each of these directions the row or the column is zero, because their product is.
-        rows, columns = idle.mT @ a_RI, b_OR @ idle
+        rows = idle.mT @ a_RI
+        columns = b_OR @ idle
         in_A = rows.norm(dim=1) > _ROUNDING * a_RI.norm()
         in_B = ~in_A & (columns.norm(dim=0) > _ROUNDING * b_OR.norm())
         kept = torch.argsort((in_A | in_B).int(), descending=True, stable=True)[: len(keep) - len(chosen)]
@@ -228,10 +234,12 @@ def grow_product(
         ValueError: if ``rank`` is outside [R, min(O, I)], the shapes do not form a product, or a value is not finite.
     """
     _check_factors(lora_B, lora_A)
-    (d_out, old_rank), d_in = lora_B.shape, lora_A.shape[1]
+    d_out, old_rank = lora_B.shape
+    d_in = lora_A.shape[1]
     if not old_rank <= rank <= min(d_out, d_in):
         raise ValueError(f"rank must be between {old_rank} and min(d_out, d_in) = {min(d_out, d_in)}, got {rank}")
-    a_RI, count = lora_A.double(), rank - old_rank
+    a_RI = lora_A.double()
+    count = rank - old_rank
     norms = a_RI.norm(dim=1)
     size = norms[norms > 0].median() if norms.any() else 1.0
     old = torch.linalg.qr(a_RI.mT).Q

@@ -21,8 +21,11 @@ from dynrank.errors import ConfigurationError, NotNegative, validated_call
 from dynrank.private import foreach_add_, foreach_lerp, foreach_lerp_, foreach_mul_
 
 # The coefficients of torch.optim.Muon: steepest at zero, and not convergent to exactly one.
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-_ITERATIONS, _EPS = 5, 1e-7
+_A = 3.4445
+_B = -4.7750
+_C = 2.0315
+_ITERATIONS = 5
+_EPS = 1e-7
 # Root mean square of the elements of a step of AdamW at a rate of one.
 _RMS = 0.2
 
@@ -74,7 +77,8 @@ class Muon(Optimizer):
                 loss = closure()
         rest = []
         for group in self.param_groups:
-            batches, others = defaultdict(list), []
+            batches = defaultdict(list)
+            others = []
             for parameter in group["params"]:
                 if not _by_muon(parameter, group):
                     others.append(parameter)

@@ -23,8 +23,10 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException as Dynamic
 from torch.utils._pytree import tree_leaves as tree_leaves
 
 # Operations on a list of tensors in one launch, which torch's own optimizers use.
-foreach_add_, foreach_mul_ = torch._foreach_add_, torch._foreach_mul_
-foreach_lerp, foreach_lerp_ = torch._foreach_lerp, torch._foreach_lerp_
+foreach_add_ = torch._foreach_add_
+foreach_mul_ = torch._foreach_mul_
+foreach_lerp = torch._foreach_lerp
+foreach_lerp_ = torch._foreach_lerp_
 
 
 def imported(path: str) -> Any:

@@ -141,7 +141,8 @@ def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, Ra
 
     An error names ``source``, the file or key.
     """
-    rules, faults = {}, []
+    rules = {}
+    faults = []
     for key, value in rank_pattern.items():
         try:
             rules[key] = _rule(key, value)
@@ -204,7 +205,8 @@ def resolve_rank_map(
 
 
 def _layer_faults(layer: LayerRank, rule: RankRule, d_out: int, d_in: int) -> list[str]:
-    fix, faults = f"fix the rule {layer.rule!r} (rank_map)", []
+    fix = f"fix the rule {layer.rule!r} (rank_map)"
+    faults = []
     if not 1 <= layer.rank <= min(d_out, d_in):
         said = f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}"
         faults.append(f"{said}; {'fix lora.rank' if rule.rank is None else fix}")

@@ -38,7 +38,8 @@ def random_mask(x: Tensor, p: float, seed: Tensor) -> Tensor:
         A tensor in the shape of x. From numpy: int16, all bits set where an element is kept. From torch: bool, true
         where an element is dropped.
     """
-    rate, start = keep_rate(p), int(seed) & 0xFFFF_FFFF_FFFF_FFFF
+    rate = keep_rate(p)
+    start = int(seed) & 0xFFFF_FFFF_FFFF_FFFF
     if x.device.type != "cpu" or x.numel() <= SMALL:
         generator = torch.Generator(x.device).manual_seed(start)
         return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - rate, generator=generator)

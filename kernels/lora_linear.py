@@ -114,7 +114,8 @@ class _Node(torch.autograd.Function):
         need_x, need_A, need_B, _ = ctx.needs_input_grad
         given: _Constants = ctx.given
         products = given.products
-        x_MI, dy_MO = _rows(x), _rows(dy)
+        x_MI = _rows(x)
+        dy_MO = _rows(dy)
         ds_MR, d_B = products.grad_S_and_B(dy_MO, s_MR, lora_B, given.scaling, (need_x or need_A, need_B))
         d_A = None
         dx = None
@@ -155,7 +156,8 @@ def _in_working_dtypes(
     # A check takes less time than a call of torch that changes nothing.
     wide = x.dtype if autocast else torch.promote_types(x.dtype, lora_A.dtype)
     if lora_A.dtype != wide:
-        lora_A, lora_B = lora_A.to(wide), lora_B.to(wide)
+        lora_A = lora_A.to(wide)
+        lora_B = lora_B.to(wide)
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)
     return x, bias, lora_A, lora_B

@@ -53,7 +53,9 @@ def expand(
     dtype: torch.dtype,
 ) -> Tensor:
     """``drop(scale * s factor + bias)``, (M, N) in ``dtype``, contiguous."""
-    s_MR, factor_RN, scale = _in(dtype, s_MR), _in(dtype, factor_RN), scale * dropout.rescale
+    s_MR = _in(dtype, s_MR)
+    factor_RN = _in(dtype, factor_RN)
+    scale = scale * dropout.rescale
     if bias_N is None:
         out = _product(s_MR, factor_RN, scale, dtype)
     else:
@@ -66,7 +68,8 @@ def grad_S_and_B(
 ) -> tuple[Tensor | None, Tensor | None]:
     """``scaling * dy B`` in the shape of s, and ``scaling * dy^T s`` in that of B; None for what ``needs`` excludes."""
     need_S, need_B = needs
-    dy_MO, d_B = _in(s_MR.dtype, dy_MO), None
+    dy_MO = _in(s_MR.dtype, dy_MO)
+    d_B = None
     ds_MR = _product(dy_MO, _in(s_MR.dtype, lora_B), scaling, s_MR.dtype) if need_S else None
     # (s^T dy)^T reads the long dimension contiguously: on a CPU this is several times faster than dy^T s.
     if need_B:

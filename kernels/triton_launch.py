@@ -21,7 +21,9 @@ BUCKETS = (16, 32, 64, 128)
 # Tile sizes are constants and are not tuned at run time, so that two runs add in the same order. Compiled for compute
 # capability 8.0, 8.9, 9.0, 10.0 and 12.0, no tile spills a register, and a multiprocessor can hold PER_MULTIPROCESSOR
 # programs at once. Four warps share 64 rows: eight would compute the mask of a product's first operand twice.
-ROWS, WARPS, PER_MULTIPROCESSOR = 64, 4, 2
+ROWS = 64
+WARPS = 4
+PER_MULTIPROCESSOR = 2
 # For each bucket: the columns of a tile of ROWS tokens, and the stages of its loop (loads in flight).
 TILES = {
     "shrink": ((128, 2), (128, 2), (64, 3), (32, 3)),
@@ -86,12 +88,15 @@ def tile(kernel: str, rank: int) -> tuple[int, int]:
 def shrink(x_MI: Tensor, lora_A: Tensor, dropout: Dropout) -> Tensor:
     """``drop(x) A^T``, (M, R) in the dtype of x; a view of rows as wide as the rank's bucket."""
     x_MI, A_RI = _contiguous_rows(x_MI), _contiguous(lora_A, x_MI.dtype)
-    (rows, d_in), rank, bucket = x_MI.shape, lora_A.shape[0], rank_bucket(lora_A.shape[0])
+    rows, d_in = x_MI.shape
+    rank = lora_A.shape[0]
+    bucket = rank_bucket(lora_A.shape[0])
     s_MR = x_MI.new_empty(rows, bucket)[:, :rank]
     if s_MR.numel() == 0:
         return s_MR
     options = _options("shrink", rank, dropout)
-    row_blocks, width = _blocks(rows, ROWS), options["WIDTH"]
+    row_blocks = _blocks(rows, ROWS)
+    width = options["WIDTH"]
     steps, shares = _shares(x_MI, _blocks(d_in, width), row_blocks, least=8 * bucket // width)
     partial_PMR = s_MR if shares == 1 else x_MI.new_empty(shares, rows, bucket, dtype=torch.float32)
     with torch.cuda.device(x_MI.get_device()):
@@ -113,7 +118,8 @@ def expand(
     dtype: torch.dtype,
 ) -> Tensor:
     """``drop(scale * s factor + bias)``, (M, N) in ``dtype``, contiguous."""
-    (rows, rank), width = s_MR.shape, factor_RN.shape[1]
+    rows, rank = s_MR.shape
+    width = factor_RN.shape[1]
     out_MN = s_MR.new_empty(rows, width, dtype=dtype)
     if out_MN.numel() == 0:
         return out_MN
@@ -129,11 +135,14 @@ def expand(
 
 def grad_A(ds_MR: Tensor, x_MI: Tensor, dtype: torch.dtype, dropout: Dropout, *, transposed: bool = False) -> Tensor:
     """``ds^T drop(x)``, (R, I), or (I, R) if ``transposed``; summed in float32 and stored in ``dtype``."""
-    (rows, d_in), rank = x_MI.shape, ds_MR.shape[1]
+    rows, d_in = x_MI.shape
+    rank = ds_MR.shape[1]
     out = x_MI.new_empty((d_in, rank) if transposed else (rank, d_in), dtype=dtype)
     if x_MI.numel() == 0:
         return out.zero_()
-    x_MI, ds_MR, options = _contiguous_rows(x_MI), _bucket_wide(ds_MR), _options("grad_A", rank, dropout)
+    x_MI = _contiguous_rows(x_MI)
+    ds_MR = _bucket_wide(ds_MR)
+    options = _options("grad_A", rank, dropout)
     column_blocks = _blocks(d_in, options["WIDTH"])
     steps, shares = _shares(x_MI, _blocks(rows, ROWS), column_blocks, least=8 * options["BLOCK_R"] // ROWS)
     partial_PRI = x_MI.new_empty(shares, rank, d_in, dtype=torch.float32)

@@ -15,7 +15,8 @@ def adalora(setting: Setting, start: int, target: int, lr: float | None = None) 
 
     Its mean rank falls from ``start`` to ``target`` between 0.15 and 0.65 of the run, along a cubic.
     """
-    first, last = round(0.15 * setting.steps), round(0.65 * setting.steps)
+    first = round(0.15 * setting.steps)
+    last = round(0.65 * setting.steps)
     model = setting.model()
     config = AdaLoraConfig(
         init_r=start,

@@ -80,7 +80,8 @@ def _layers(options: argparse.Namespace) -> None:
     for heading in ("tokens", "ours / PEFT", "(quartiles)", "ours ms", "PEFT ms", "ours MiB kept", "PEFT MiB kept"):
         table.add_column(heading, justify="right")
     for tokens in options.tokens:
-        x, dy = torch.randn(tokens, options.width, requires_grad=True), torch.randn(tokens, options.width)
+        x = torch.randn(tokens, options.width, requires_grad=True)
+        dy = torch.randn(tokens, options.width)
         steps = {name: partial(_step, module, x, dy) for name, module in modules.items()}
         seconds = rounds(steps, options.rounds)
         median, quartiles = ratio(seconds["ours"], seconds["PEFT"])
@@ -95,7 +96,8 @@ def _step(module: nn.Module, x: Tensor, dy: Tensor) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    tokenizer, splits = AutoTokenizer.from_pretrained(options.folder), cpp_headers()
+    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    splits = cpp_headers()
     data = {name: _rows(tokenizer, [row["text"] for row in splits[name]]) for name in ("train", "test")}
     table = Table(title=f"experts on C++ headers, {options.steps} steps, seeds {options.seeds}")
     for heading in ("rank", "rate", "loss", "kB", "ranks at the end"):

@@ -43,7 +43,8 @@ def main() -> None:
     torch.manual_seed(0)
     base = MODEL().eval()
     ids = torch.randint(1, base.get_parameter("lm_head.weight").shape[0], (options.rows, options.prompt))
-    highest, first = max(options.ranks), options.ranks[0]
+    highest = max(options.ranks)
+    first = options.ranks[0]
     models = {"base": base, "merged": merge(_adapted(deepcopy(base), highest))}
     models |= {f"r = {rank}": _adapted(_sharing(base), rank) for rank in options.ranks}
     models[f"PEFT, r = {first}"] = _adapted_by_peft(_sharing(base), first)

@@ -75,7 +75,9 @@ def main() -> None:
         layers = one_layer(d_in, d_out, rank, p, options.device)
         rows.append(_row("one layer", layers, d_in, d_out, tokens, rank, p, options))
         print(markdown(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    (d_in, d_out), tokens, rank = shapes[0], max(options.tokens), options.ranks[0]
+    d_in, d_out = shapes[0]
+    tokens = max(options.tokens)
+    rank = options.ranks[0]
     if options.device == "cuda":
         for p in (0.0, 0.1):
             compiled = {name: torch.compile(f) for name, f in one_layer(d_in, d_out, rank, p, "cuda").items()}
@@ -93,7 +95,8 @@ def markdown(rows: Sequence[Row]) -> str:
     heading = ["layers", "d", "M", "r", "p", "frozen µs", *names, "target", "host / PEFT"]
     lines = [heading, ["---"] * len(heading)]
     for row in rows:
-        frozen, peft = row.times["frozen"], row.times["PEFT"]
+        frozen = row.times["frozen"]
+        peft = row.times["PEFT"]
         cells = [
             ""
             if name not in row.times
@@ -187,7 +190,8 @@ def measure(functions: Mapping[str, Function], rounds: int, device: str) -> dict
 
 def _captured(function: Function) -> Function | None:
     """The function as a CUDA graph; None where it reads a number of the GPU's or of a generator on the host."""
-    side, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
         for _ in range(3):
             function()
@@ -246,7 +250,8 @@ class _Autocast(nn.Module):
 
     def __init__(self, layer: nn.Module, device: str) -> None:
         super().__init__()
-        self.layer, self.device = layer, device
+        self.layer = layer
+        self.device = device
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(self.device, torch.bfloat16):

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from dynrank import add_lora
 from dynrank.output.console import table_console
 
-WIDTH, RANK = 16, 4
+WIDTH = 16
+RANK = 4
 READERS = {"one layer": ("q_proj",), "q, k, v": ("q_proj", "k_proj", "v_proj")}
 
 
@@ -60,7 +61,8 @@ def main() -> None:
 
 
 def _step(model: nn.Module, layers: int) -> Callable[[], object]:
-    x, dy = torch.randn(2, 4, WIDTH, requires_grad=True), torch.randn(2, 4, WIDTH)
+    x = torch.randn(2, 4, WIDTH, requires_grad=True)
+    dy = torch.randn(2, 4, WIDTH)
     return lambda: torch.autograd.backward(model(x), [dy] * layers)
 
 

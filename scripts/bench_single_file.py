@@ -145,7 +145,8 @@ def names_in(tensors: Mapping[str, Tensor]) -> list[str]:
 
 def product(tensors: Mapping[str, Tensor], name: str) -> Pair:
     """The factors of a layer's update, scaled."""
-    up, down = tensors[f"{name}.lora_up.weight"].double(), tensors[f"{name}.lora_down.weight"].double()
+    up = tensors[f"{name}.lora_up.weight"].double()
+    down = tensors[f"{name}.lora_down.weight"].double()
     return up * float(tensors[f"{name}.alpha"]) / len(down), down
 
 
@@ -204,7 +205,8 @@ def one_file(name: str, options: argparse.Namespace) -> None:
     few = {layer: shape for shape, layer in {shape: layer for layer, shape in layers.items()}.items()}
     runs: dict[str, list[dict[str, Any]]] = {method: [] for method in ("dynrank", *options.whole)}
     with tempfile.TemporaryDirectory() as folder:
-        source, out = Path(folder) / "source.safetensors", Path(folder) / "out.safetensors"
+        source = Path(folder) / "source.safetensors"
+        out = Path(folder) / "out.safetensors"
         write(source, layers, made, old)
         for number in range(options.turns):
             for method in sorted(runs, reverse=bool(number % 2)):
@@ -252,7 +254,8 @@ def resize(method: str, file: Path, out: Path, rank: int) -> dict[str, Any]:
     if method == "dynrank":
         squeeze_adapter(file, out, rank=rank)
     else:
-        tensors, new = load_file(file), dict[str, Tensor]()
+        tensors = load_file(file)
+        new = dict[str, Tensor]()
         for name in names_in(tensors):
             start = time.process_time()
             up, down = METHODS[method](tensors[f"{name}.lora_up.weight"], tensors[f"{name}.lora_down.weight"], rank)

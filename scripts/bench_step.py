@@ -42,7 +42,8 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.models:
         rows, length = BATCHES[name]
-        tokens, threads = rows * length, torch.get_num_threads()
+        tokens = rows * length
+        threads = torch.get_num_threads()
         table = Table(title=f"{name}: steps of {rows} x {length} tokens, float32, {threads} threads")
         for heading in ("dropout", "step", "time", "quartiles", "tokens/s", "peak of a step / PEFT's"):
             table.add_column(heading, justify="left" if heading == "step" else "right")

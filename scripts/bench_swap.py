@@ -69,7 +69,9 @@ def times(model: nn.Module, adapters: Sequence[object], swaps: int, warm_up: int
 def leak(model: nn.Module, adapters: Sequence[object], swaps: int) -> tuple[str, bool]:
     """What the process holds over so many swaps, read at every tenth, and whether that is level."""
     times(model, adapters, 10)
-    handles, marks, memory = open_handles(), list[float](), list[float]()
+    handles = open_handles()
+    marks = list[float]()
+    memory = list[float]()
     for mark in range(10, max(swaps, 60) + 1, 10):
         # Four more swaps warm up.
         times(model, adapters, 6)
@@ -98,8 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        disk, model = write_adapters(options.model, Path(folder)), load(options.model)
-        memory, sizes = [read_adapter(path) for path in disk], [*map(factor_bytes, disk)]
+        disk = write_adapters(options.model, Path(folder))
+        model = load(options.model)
+        memory = [read_adapter(path) for path in disk]
+        sizes = [*map(factor_bytes, disk)]
         layers = " and ".join(str(len(adapter.layers)) for adapter in memory)
         print(f"{options.model}: adapters of {layers} layers, {' and '.join(f'{size / 1e6:.2f}' for size in sizes)} MB")
         print("adapter from  ms a swap (quartiles)     a 7B's 33.6 MB at this rate (arithmetic)")

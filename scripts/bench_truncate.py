@@ -42,7 +42,8 @@ def main() -> None:
     seconds = time.perf_counter() - start
     extra = _peak_bytes() - before
     print(f"threads                    {torch.get_num_threads()}")
-    shape, ranks = f"{options.size} x {options.size}", f"{options.rank} -> {options.final_rank}"
+    shape = f"{options.size} x {options.size}"
+    ranks = f"{options.rank} -> {options.final_rank}"
     print(f"layers                     {len(reports)} of {shape}, {ranks}")
     print(f"truncation                 {seconds:.2f} s, {seconds / len(reports) * 1e3:.1f} ms a layer")
     print(f"peak extra memory          {extra / 2**20:.0f} MiB")

@@ -67,7 +67,8 @@ def check(kind: str, place: Path, converter: Converter) -> tuple[int, int, float
         if hasattr(config, name):
             setattr(config, name, value)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    plain, update = _answers_of(model), transformers.AutoModelForCausalLM.from_config(config)
+    plain = _answers_of(model)
+    update = transformers.AutoModelForCausalLM.from_config(config)
     _save(model, place / "base")
     converter(place / "base", place / "base.gguf")
     head = model.get_output_embeddings()
@@ -80,10 +81,12 @@ def check(kind: str, place: Path, converter: Converter) -> tuple[int, int, float
     dynrank.save_adapter(model, place / "adapter")
     _save(update, place / "update")
     dynrank.export_adapter(place / "adapter", place / "ours.gguf", to="gguf", model=str(place / "base"))
-    theirs, ours = converter(place / "update", place / "update.gguf"), _tensors(place / "ours.gguf")
+    theirs = converter(place / "update", place / "update.gguf")
+    ours = _tensors(place / "ours.gguf")
     adapter = read_adapter(place / "adapter")
     keys = [key.removesuffix(".lora_a") for key in ours if key.endswith(".lora_a")]
-    difference, moved = 0.0, 0
+    difference = 0.0
+    moved = 0
     for (name, stored), key in zip(adapter.layers.items(), keys, strict=True):
         product = ours[f"{key}.lora_b"] @ ours[f"{key}.lora_a"]
         difference = max(difference, _apart(product, theirs[key]))
@@ -119,7 +122,10 @@ def _answers_of(model: Any) -> Tensor:
 def _answers_of_llama_cpp(base: Path, adapter: Path | None) -> Tensor:
     params = xllamacpp.CommonParams()
     params.model.path = str(base)
-    params.verbosity, params.warmup, params.fit_params, params.n_parallel = -1, False, False, 1
+    params.verbosity = -1
+    params.warmup = False
+    params.fit_params = False
+    params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

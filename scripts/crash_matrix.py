@@ -56,8 +56,8 @@ from dynrank.triggers import At, Plateau
 # An epoch has 10 batches, and a validation comes every 4 steps.
 STEPS = 30
 # Validated before and after.
-CHECKED = How(rate_after=2.0, max_regression=10.0)
-WATCHED = How(rate_after="sqrt")
+CHECKED = How(lr_factor=2.0, max_regression=10.0)
+WATCHED = How(lr_factor="sqrt")
 # Decided at step 8.
 LEVEL = Plateau(patience=1, min_delta=0.9)
 SCHEDULES: dict[str, list[Stage]] = {
@@ -66,11 +66,11 @@ SCHEDULES: dict[str, list[Stage]] = {
         Stage(At(step=step), Rank(rank), how=How(max_regression=0.01)) for step, rank in ((9, 2), (20, 1))
     ],
     "grown at random, then cut": [
-        Stage(At(step=6), GrowTo(9), how=How(rate_after=2.0)),
-        Stage(At(step=17), Rank(2), how=How(rate_after=2.0)),
+        Stage(At(step=6), GrowTo(9), how=How(lr_factor=2.0)),
+        Stage(At(step=17), Rank(2), how=How(lr_factor=2.0)),
     ],
     "early budget": early_budget(3, how=WATCHED),
-    "anneal": anneal(2, shared=False, how=How(rate_after=2.0)),
+    "anneal": anneal(2, shared=False, how=How(lr_factor=2.0)),
     "auto": auto(0.5, share=0.5, at=0.4, how=WATCHED),
     "cut at the end, checked": [Stage(At(fraction=1.0), Rank(2), how=How(max_regression=10.0))],
 }
@@ -82,7 +82,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "8-bit AdamW": partial(bitsandbytes.optim.AdamW8bit, lr=1e-2, min_8bit_size=1),
 }
 WAYS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
-ANY, CUT, MOVE = "any time", "checkpoint half written", "checkpoint not moved"
+ANY = "any time"
+CUT = "checkpoint half written"
+MOVE = "checkpoint not moved"
 MOMENTS = (ANY, "inside a step", "resize", "validation", "after the last step", CUT, MOVE)
 
 
@@ -113,7 +115,8 @@ class Regression(lightning.LightningModule):
     def __init__(self, case: Case, process: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.case, self.share = case, (process, case.processes)
+        self.case = case
+        self.share = (process, case.processes)
         x = torch.randn(80, 12)
         self.pairs = TensorDataset(x, x @ torch.randn(12, 12))
         norm = nn.BatchNorm1d(24) if case.processes == 1 else nn.Identity()
@@ -173,7 +176,9 @@ class Watch(lightning.Callback):
     """Counts the moments of a kind, and calls ``act`` at one of them."""
 
     def __init__(self, moment: str, number: int = -1, act: Callable[[int, str | None], None] | None = None) -> None:
-        self.moment, self.number, self.act = moment, number, act
+        self.moment = moment
+        self.number = number
+        self.act = act
         self.passed = 0
         self.step = 0
         if moment == "resize":
@@ -223,7 +228,8 @@ def one_process(case: Case, folder: Path, process: int, port: int, stop: Stop | 
     warnings.simplefilter("ignore")
     # torchrun does the same.
     if case.processes > 1:
-        count, number = str(case.processes), str(process)
+        count = str(case.processes)
+        number = str(process)
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="1", GROUP_RANK="0")
         os.environ.update(WORLD_SIZE=count, LOCAL_WORLD_SIZE=count, RANK=number, LOCAL_RANK=number)
     watches = [Watch(moment) for moment in MOMENTS] if stop is None else []
@@ -239,7 +245,8 @@ def run(case: Case, folder: Path, stop: Stop | None = None) -> list[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    fork, numbers = multiprocessing.get_context("fork"), range(case.processes)
+    fork = multiprocessing.get_context("fork")
+    numbers = range(case.processes)
     children = [fork.Process(target=one_process, args=(case, folder, number, port, stop)) for number in numbers]
     for child in children:
         child.start()
@@ -277,7 +284,8 @@ def broken_promise(case: Case, stop: Stop, codes: list[int], folder: Path) -> st
     """What is wrong with how a run ended before its time; None: nothing."""
     if stop.moment == ANY or stop.way == "SIGKILL":
         return None
-    file, step = folder / "saved" / "last.ckpt", int((folder / "step").read_text())
+    file = folder / "saved" / "last.ckpt"
+    step = int((folder / "step").read_text())
     saved = torch.load(file)["global_step"] if file.exists() else None
     expected = [130 if stop.way == "SIGINT" and process == stop.process else 0 for process in range(case.processes)]
     return None if codes == expected and saved in (step, step + 1) else f"at step {step} it saved {saved}"
@@ -299,7 +307,8 @@ def outcome(case: Case, stop: Stop, folder: Path, expected: list[Any]) -> tuple[
 def draw(chance: random.Random, schedules: list[str]) -> tuple[Case, Stop]:
     """A case, and a stop whose number and delay are not limited to the run yet."""
     case = Case(chance.choice(schedules), chance.choice([*OPTIMIZERS]), chance.choice([1, 2]), chance.choice([1, 3, 7]))
-    way, moment = chance.choice([*WAYS]), chance.choice(MOMENTS)
+    way = chance.choice([*WAYS])
+    moment = chance.choice(MOMENTS)
     return case, Stop(way, moment, chance.randrange(10**6), chance.random(), chance.randrange(case.processes))
 
 
@@ -315,7 +324,8 @@ class Matrix:
     def whole(self, case: Case) -> tuple[float, list[Any]]:
         """Seconds and ends of the run without stops and checkpoints."""
         if case not in self.wholes:
-            folder, start = self._folder(), time.perf_counter()
+            folder = self._folder()
+            start = time.perf_counter()
             codes = run(case, folder)
             assert not any(codes), (folder / "printed0").read_text()
             self.wholes[case] = time.perf_counter() - start, ends(case, folder)
@@ -329,7 +339,8 @@ class Matrix:
         stop = replace(stop, moment=moment, number=stop.number % max(1, counts[moment]), delay=stop.delay * seconds)
         folder = self._folder()
         stopped, fault = outcome(case, stop, folder, expected)
-        processes, saved = f"processes: {case.processes}", f"steps between checkpoints: {case.every}"
+        processes = f"processes: {case.processes}"
+        saved = f"steps between checkpoints: {case.every}"
         keys = (stop.way, stop.moment, case.schedule, case.optimizer, processes, saved, "all")
         self.tried.update(keys if stopped or fault else ())
         self.lost.update(keys if fault else ())

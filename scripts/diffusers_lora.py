@@ -26,7 +26,10 @@ from dynrank.triggers import Run
 
 FILE = "pytorch_lora_weights.safetensors"
 NOISE = DDPMScheduler(num_train_timesteps=1000)
-RANK, FINAL_RANK, BATCH, HELD_BACK = 16, 4, 32, 197
+RANK = 16
+FINAL_RANK = 4
+BATCH = 32
+HELD_BACK = 197
 
 
 def main() -> None:
@@ -53,7 +56,8 @@ def main() -> None:
     layers = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2"]
     unet.add_adapter(LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=layers))
     optimizer = torch.optim.AdamW(adapter_parameters(unet), lr=2e-3)
-    driver, loop = RankDriver(early_budget(FINAL_RANK)), Training(unet, [optimizer])
+    driver = RankDriver(early_budget(FINAL_RANK))
+    loop = Training(unet, [optimizer])
     driver.start(loop, Run(total_steps=options.steps))
     start = time.perf_counter()
     while loop.step < options.steps:
@@ -63,7 +67,8 @@ def main() -> None:
         if before is not None:
             rows["before the cut"], losses["before the cut"] = before
         if len(driver.history) > changes:
-            rows["after the cut"], losses["after the cut"] = samples(unet), test_loss(unet, turned, numbers)
+            rows["after the cut"] = samples(unet)
+            losses["after the cut"] = test_loss(unet, turned, numbers)
         loss_of(unet, *batch(turned, numbers)).backward()
         optimizer.step()
         loop.step += 1
@@ -71,7 +76,8 @@ def main() -> None:
         optimizer.zero_grad()
     driver.finish(loop)
     seconds = time.perf_counter() - start
-    rows["at the end"], losses["at the end"] = samples(unet), test_loss(unet, turned, numbers)
+    rows["at the end"] = samples(unet)
+    losses["at the end"] = test_loss(unet, turned, numbers)
     for name, loss in losses.items():
         print(f"{name:<16} loss {loss:.4f} on {HELD_BACK} digits held back")
     ranks = [layer.rank for _, layer in lora_layers(unet)]
@@ -121,7 +127,8 @@ def batch(images: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 def loss_of(unet: UNet2DConditionModel, images: Tensor, numbers: Tensor) -> Tensor:
     """The mean squared error of the noise that the UNet finds in the images."""
-    noise, times = torch.randn(images.shape), torch.randint(1000, (len(images),))
+    noise = torch.randn(images.shape)
+    times = torch.randint(1000, (len(images),))
     noisy = NOISE.add_noise(images, noise, times)
     return F.mse_loss(unet(noisy, times, F.one_hot(numbers, 10).float()[:, None]).sample, noise)
 

@@ -83,7 +83,8 @@ def tiny_settings(config: Any) -> dict[str, Any]:
             continue
         elif isinstance(value, int) and key.endswith(("_token_id", "_token_index")):
             if value > 40:
-                small[key], token = token, token - 1
+                small[key] = token
+                token = token - 1
         elif isinstance(value, int) and value > 0:
             fitting = [size for name, size in SIZES.items() if key == name or key.endswith(f"_{name}")]
             if fitting:
@@ -149,10 +150,12 @@ def examples(config: Any) -> Iterator[dict[str, Tensor]]:
 
     drawn = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 30, (8,), generator=drawn)
-    side, channels = found("image_size", default=64), found("num_channels", "in_channels", "in_chans", default=3)
+    side = found("image_size", default=64)
+    channels = found("num_channels", "in_channels", "in_chans", default=3)
     pixels = torch.randn(channels, side, side, generator=drawn)
     video = torch.randn(found("num_frames", default=2), channels, side, side, generator=drawn)
-    sound, bins = torch.randn(4000, generator=drawn), found("num_mel_bins", "feature_size", default=16)
+    sound = torch.randn(4000, generator=drawn)
+    bins = found("num_mel_bins", "feature_size", default=16)
     length = found("max_length", default=32)
     yield {"input_ids": ids}
     yield {"input_ids": ids, "decoder_input_ids": ids}
@@ -264,7 +267,8 @@ def check(plain: nn.Module, example: Mapping[str, Tensor]) -> dict[str, Any]:
             theirs.save_pretrained(f"{folder}/theirs")
             return compare(outputs(dynrank.load_adapter(copy.deepcopy(plain), f"{folder}/theirs")), outputs(theirs))
 
-        row["to PEFT"], row["from PEFT"] = verdict(to_peft), verdict(from_peft)
+        row["to PEFT"] = verdict(to_peft)
+        row["from PEFT"] = verdict(from_peft)
     return row
 
 
@@ -318,7 +322,8 @@ def main() -> None:
     for name in ("transformers", "dynrank"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     hf.utils.logging.disable_progress_bar()
-    known, end = families(), time.monotonic() + 60 * arguments.minutes
+    known = families()
+    end = time.monotonic() + 60 * arguments.minutes
     rows = [*csv.DictReader(arguments.out.open())] if arguments.out.exists() else []
     rows = [row for row in rows if row["family"] not in arguments.families]
     done = {row["family"] for row in rows}

@@ -33,7 +33,10 @@ def main() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     alone = args.seed is not None
     seed = args.seed if alone else random.randrange(10**6) if args.first is None else args.first
-    drivers, parts, faults, end = Counter[str](), Counter[str](), 0, time.monotonic() + 60 * args.minutes
+    drivers = Counter[str]()
+    parts = Counter[str]()
+    faults = 0
+    end = time.monotonic() + 60 * args.minutes
     while time.monotonic() < end:
         case = make_case(seed)
         try:
@@ -41,7 +44,8 @@ def main() -> None:
         except Exception as error:
             if alone:
                 raise
-            fault, left_out = f"{type(error).__name__}: {error}", ""
+            fault = f"{type(error).__name__}: {error}"
+            left_out = ""
         drivers[case.driver] += 1
         parts[fault and "differs" or left_out] += 1
         if fault:

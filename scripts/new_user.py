@@ -53,7 +53,8 @@ def main(folder: Path) -> None:
             rows.writerow([number, draw.choice(SUPPORT[name][1]).format(*words), name])
     with (folder / "talks.jsonl").open("w", encoding="utf-8") as file:
         for number in range(500):
-            product, place = draw.choice(PRODUCTS), draw.choice(PLACES)
+            product = draw.choice(PRODUCTS)
+            place = draw.choice(PLACES)
             question = f"Who looks after the {product} in the {place}, room {number}?"
             answer = f"The {product} desk. Ask for the {place} team and name room {number}."
             turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -145,7 +145,8 @@ def token_rows(tokenizer: Any, texts: list[str], length: int) -> Tensor:
 
 def make_model(options: argparse.Namespace, vocabulary: int) -> Any:
     """The model with random weights; head and embedding are one tensor."""
-    heads, inner = max(1, options.width // 64), options.width * 8 // 3
+    heads = max(1, options.width // 64)
+    inner = options.width * 8 // 3
     size = {"hidden_size": options.width, "num_hidden_layers": options.layers, "num_attention_heads": heads}
     if options.architecture in ("llama", "qwen3_moe"):
         size |= {"num_key_value_heads": heads, "intermediate_size": inner, "moe_intermediate_size": options.width}
@@ -160,14 +161,16 @@ def train(model: Any, rows: Tensor, options: argparse.Namespace, state: Path) ->
     """AdamW with a cosine rate; goes on from ``state`` if it is there, and leaves it there when interrupted."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
     scheduler = get_cosine_schedule_with_warmup(optimizer, options.steps // 20, options.steps)
-    parts, first = {"model": model, "optimizer": optimizer, "scheduler": scheduler}, 0
+    parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    first = 0
     if state.exists():
         kept = torch.load(state, weights_only=True)
         first = kept.pop("step")
         for name, values in kept.items():
             parts[name].load_state_dict(values)
         print(f"goes on at step {first}", flush=True)
-    held_out, trained = rows[:HELD_OUT], rows[HELD_OUT:]
+    held_out = rows[:HELD_OUT]
+    trained = rows[HELD_OUT:]
     # Only the products are in bfloat16. Weights stay in float32.
     half = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
     start = time.perf_counter()

@@ -128,7 +128,8 @@ def compare(adapter: str, base: str, file: Path) -> None:
 
     import dynrank
 
-    held, worst = torch.load(file), defaultdict[str, list[float]](list)
+    held = torch.load(file)
+    worst = defaultdict[str, list[float]](list)
     model = dynrank.load_adapter(AutoModelForCausalLM.from_pretrained(base), adapter)
     for name, layer in dynrank.lora_layers(model):
         module, _, leaf = name.rpartition(".")

@@ -81,7 +81,9 @@ def open_handles() -> int:
 
 def slope(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     """Least-squares slope of y over x and its standard error, by independent residuals; needs three points."""
-    count, mean_x, mean_y = len(x), sum(x) / len(x), sum(y) / len(y)
+    count = len(x)
+    mean_x = sum(x) / len(x)
+    mean_y = sum(y) / len(y)
     spread = sum((v - mean_x) ** 2 for v in x)
     rate = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
     rest = sum((b - mean_y - rate * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
@@ -94,7 +96,8 @@ def soak(overrides: Sequence[str], *, minutes: float, steps: int | None, every: 
     last = steps or int(minutes * 60 * FASTEST)
     stages = [Stage(At(step=at), ROUND[i % len(ROUND)]) for i, at in enumerate(range(every, last, every))]
     config = compose(["schedule=fixed", "task.batch_size=8", "plots=false", *overrides])
-    job, sampler = build(config), Sampler()
+    job = build(config)
+    sampler = Sampler()
     callbacks = [
         RankScheduler(stages),
         EMAWeightAveraging(decay=0.99),

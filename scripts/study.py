@@ -53,7 +53,8 @@ from dynrank.driver.rates import Rates
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, anneal, auto
 
-HIGH, EARLY = 16, 1 / 3
+HIGH = 16
+EARLY = 1 / 3
 FIELDS = ("task", "seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy")
 Row = dict[str, object]
 
@@ -203,9 +204,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV file and the plot")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="configuration: task.model=FOLDER")
     options = parser.parse_args(arguments)
-    work, task = TASKS[options.task], options.task
+    work = TASKS[options.task]
+    task = options.task
     arms = [arm for arm in dict.fromkeys(ARMS[task]) if re.search(options.only, str(arm))]
-    rates, overrides = options.rates or work.rates, (*work.overrides, *options.set)
+    rates = options.rates or work.rates
+    overrides = (*work.overrides, *options.set)
     until = time.monotonic() + 60 * options.minutes
     table = Table(options.out / "study.csv", FIELDS, ("task", "seed", "arm", "lr"))
 
@@ -257,7 +260,8 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
         yield _row(unit, first, *from_the_start(setting, unit))
         return
     trunk = adapted(setting, first.trunk[0], unit.lr, **first.options)
-    brought, diverged = Brought(dict(lora_layers(trunk.model))), False
+    brought = Brought(dict(lora_layers(trunk.model)))
+    diverged = False
     for at in sorted({arm.at for arm in unit.arms}):
         try:
             trunk.train(round(at * unit.steps), after_step=lambda _: brought.end_step())
@@ -269,7 +273,8 @@ def rows_of(unit: Unit, until: float) -> Iterator[Row]:
 
 def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Contribution], lr: float) -> tuple[Trainee | None, object]:
     """The arm trained to the end from where ``trunk`` stands, and the rise of the validation loss by its cut."""
-    trainee, rise = deepcopy(trunk), ""
+    trainee = deepcopy(trunk)
+    rise = ""
     layers = {name: layer for name, layer in lora_layers(trainee.model) if not (arm.but and arm.but in name)}
     ranks = dict.fromkeys(layers, arm.rank)
     if arm.by in ("weight", "brought", "found"):
@@ -296,8 +301,11 @@ def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Contribution], lr: fl
 
 def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
     """Train an arm that shares its start with no other; beside it the rise of the loss by the last cut of ``auto``."""
-    (arm,), lr, after_step, rise = unit.arms, unit.lr, None, ""
-    how = How(rate_after="sqrt")
+    (arm,) = unit.arms
+    lr = unit.lr
+    after_step = None
+    rise = ""
+    how = How(lr_factor="sqrt")
     if arm.by == "AdaLoRA":
         trainee = adalora(setting, HIGH, arm.rank, lr)
         after_step = allocation_of(trainee)
@@ -351,7 +359,8 @@ def at_an_edge(table: Table, task: str, arms: Sequence[Arm]) -> list[tuple[Arm, 
     """Arms that are best at the lowest or highest rate tried, and the next rate to try."""
     edges = []
     for arm in arms:
-        best, tried = best_rate(table, task, arm), losses_by_rate(table, task, arm)
+        best = best_rate(table, task, arm)
+        tried = losses_by_rate(table, task, arm)
         if best is not None and best in (min(tried), max(tried)) and isfinite(tried[best]):
             edges.append((arm, best / 2 if best == min(tried) else best * 2))
     return edges
@@ -362,7 +371,8 @@ def show(rows: Sequence[Mapping[str, str]], best: dict[Arm, float]) -> None:
     print("| arm | seeds | bytes | rate | at the cut | test loss (sd) | minus rank 16 | accuracy |\n|" + "---|" * 8)
     for arm, lr in best.items():
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}")]
-        loss, less = values(mine, "test_loss"), beside_whole(rows, best, arm)
+        loss = values(mine, "test_loss")
+        less = beside_whole(rows, best, arm)
         rises = [float(row["rise"]) for row in mine if row["rise"]]
         sizes = [float(row["parameters"]) for row in mine if row["parameters"]]
         whole = values(rows, "parameters", arm=Arm(HIGH))
@@ -409,10 +419,12 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
         mine = [row for row in rows if (row["arm"], row["lr"]) == (str(arm), f"{lr:.6g}") and row["parameters"]]
         less = beside_whole(rows, best, arm)
         if mine and less:
-            size, error = mean(values(mine, "parameters")) * 4e-6, 0.0
+            size = mean(values(mine, "parameters")) * 4e-6
+            error = 0.0
             if len(less) > 1:
                 error = stdev(less) / len(less) ** 0.5
-            place, label = size * 1.03 ** drawn[round(size, 1)], None if arm.by in labelled else arm.by or "fixed"
+            place = size * 1.03 ** drawn[round(size, 1)]
+            label = None if arm.by in labelled else arm.by or "fixed"
             drawn[round(size, 1)] += 1
             labelled.add(arm.by)
             axes.errorbar([place], [mean(less)], [error], fmt=styles[arm.by], label=label, alpha=0.7)

@@ -81,7 +81,8 @@ class Setting:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         self.config = compose([f"seed={seed}", *overrides])
-        self.seed, self.steps = seed, steps
+        self.seed = seed
+        self.steps = steps
         # Names of the heads of the model that was made last.
         self.heads: set[str] = set()
         self.task = instantiate(self.config.task, _convert_="all")
@@ -94,7 +95,8 @@ class Setting:
     def model(self) -> nn.Module:
         """The pre-trained model in training mode, a classifier with a fresh head."""
         torch.manual_seed(self.seed)
-        name, settings = self.task.model, self.task.settings
+        name = self.task.model
+        settings = self.task.settings
         if isinstance(self.task, Classification):
             model = load_classifier(name, len(self.task.labels), settings=settings)
         else:
@@ -156,7 +158,8 @@ class Trainee:
             logits = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
             labels = batch["labels"]
             if logits.ndim == 3:
-                logits, labels = logits[:, :-1], labels[:, 1:]
+                logits = logits[:, :-1]
+                labels = labels[:, 1:]
             counted = labels != IGNORED
             loss += float(F.cross_entropy(logits[counted].float(), labels[counted], reduction="sum"))
             right += float((logits[counted].argmax(-1) == labels[counted]).sum())
@@ -177,7 +180,9 @@ class _Loop(Training):
 
 def follow(trainee: Trainee, schedule: Sequence[Stage]) -> float:
     """Train to the end under a schedule of ranks; the relative rise of the validation loss by a change after that."""
-    driver, loop, steps = RankDriver(schedule), _Loop(trainee), trainee.setting.steps
+    driver = RankDriver(schedule)
+    loop = _Loop(trainee)
+    steps = trainee.setting.steps
 
     def end_step(done: int) -> None:
         loop.step = done
@@ -239,9 +244,11 @@ def gora_ranks(setting: Setting, rank: int, batches: int = 8, highest: int = 16)
         model(**batch).loss.backward()
     importance = {name: float((w.detach() * w.grad).float().abs().mean()) for name, w in weights.items()}
     sizes = {name: sum(w.shape) for name, w in weights.items()}
-    pool, total = rank * sum(sizes.values()), sum(importance.values())
+    pool = rank * sum(sizes.values())
+    total = sum(importance.values())
     # Bisect a factor, since ranks that reach their bounds leave more to the others.
-    low, high = 0.0, 1e3
+    low = 0.0
+    high = 1e3
     for _ in range(60):
         factor = (low + high) / 2
         shares = {name: factor * pool * part / total / sizes[name] for name, part in importance.items()}
@@ -260,7 +267,9 @@ class Table:
     """
 
     def __init__(self, file: Path, fields: Sequence[str], keys: Sequence[str]) -> None:
-        self.file, self.fields, self.keys = file, list(fields), list(keys)
+        self.file = file
+        self.fields = list(fields)
+        self.keys = list(keys)
         self.rows: list[dict[str, str]] = []
         if file.exists():
             with file.open(newline="", encoding="utf-8") as text:

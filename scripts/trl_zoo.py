@@ -66,7 +66,7 @@ def schedule_of(name: str, trainer: str, rank: int) -> Any:
         return early_budget(max(1, rank // 4))
     if "GRPO" not in trainer and trainer != "RLOO":
         return auto(0.05)
-    return auto(0.05, how=How(rate_after="sqrt", check_monitor="eval_reward", check_mode="max"))
+    return auto(0.05, how=How(lr_factor="sqrt", check_monitor="eval_reward", check_mode="max"))
 
 
 def train(
@@ -110,7 +110,8 @@ def train(
     check_processes(trainer.model, [], "at the end")
     trainer.save_model(str(folder / "adapter"))
     trainer.accelerator.wait_for_everyone()
-    loaded, inputs = PeftModel.from_pretrained(base(), folder / "adapter"), tokenizer(SUMS[0][0], return_tensors="pt")
+    loaded = PeftModel.from_pretrained(base(), folder / "adapter")
+    inputs = tokenizer(SUMS[0][0], return_tensors="pt")
     with torch.no_grad():
         ids = inputs["input_ids"]
         difference = trainer.model.cpu().eval()(ids).logits - loaded.eval()(ids).logits

@@ -177,7 +177,8 @@ def tiny_moe():
 @pytest.fixture
 def full_disk():
     """No file can become larger than a page, as on a disk that is full."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -31,8 +31,10 @@ def factors(d_out, d_in, rank, decay=0.5, seed=0, dtype=torch.float64):
 def problems(draw):
     """(lora_B, lora_A, rank to keep), with condition numbers from a few to about 1e5."""
     rank = draw(st.integers(1, 6))
-    d_out, d_in = draw(st.integers(rank, 20)), draw(st.integers(rank, 20))
-    decay, seed = draw(st.sampled_from([1.0, 0.5, 0.1])), draw(st.integers(0, 2**31))
+    d_out = draw(st.integers(rank, 20))
+    d_in = draw(st.integers(rank, 20))
+    decay = draw(st.sampled_from([1.0, 0.5, 0.1]))
+    seed = draw(st.integers(0, 2**31))
     return *factors(d_out, d_in, rank, decay, seed), draw(st.integers(1, rank))
 
 
@@ -82,7 +84,8 @@ def test_truncation_keeps_terms_of_the_dense_svd(problem):
 def test_truncated_factors_are_balanced_and_follow_from_the_maps(problem):
     lora_B, lora_A, rank, keep = problem
     change = truncate_product(lora_B, lora_A, rank, keep=keep)
-    gram_B, gram_A = change.lora_B.mT @ change.lora_B, change.lora_A @ change.lora_A.mT
+    gram_B = change.lora_B.mT @ change.lora_B
+    gram_A = change.lora_A @ change.lora_A.mT
     largest = float(change.singular_values[0])
     kept = change.singular_values[:rank] if keep is None else change.singular_values[keep]
     assert_close(gram_B, gram_A, rtol=1e-8, atol=1e-8 * largest)
@@ -124,7 +127,8 @@ def _deficient(kind):
         lora_A[:] = lora_A[:1].clone()
         lora_B = torch.linalg.qr(lora_B).Q
     elif kind == "both":
-        lora_B[:, 2:], lora_A[1:2] = 0, 0
+        lora_B[:, 2:] = 0
+        lora_A[1:2] = 0
     else:
         lora_A[:] = 0
     return lora_B, lora_A
@@ -149,8 +153,10 @@ def test_directions_without_a_product_bring_back_none_that_is_dropped():
 def test_truncation_of_rounded_rank_deficient_factors_takes_no_noise_for_signal():
     """Directions that only float32's rounding holds up would be rows of about 1e-4: too small to learn."""
     generator = torch.Generator().manual_seed(0)
-    left, right = torch.randn(60, 4, generator=generator).double(), torch.randn(4, 12, generator=generator).double()
-    b, a = (left @ right).float(), torch.randn(12, 50, generator=generator)
+    left = torch.randn(60, 4, generator=generator).double()
+    right = torch.randn(4, 12, generator=generator).double()
+    b = (left @ right).float()
+    a = torch.randn(12, 50, generator=generator)
     change = truncate_product(b, a, 8)
     assert change.lora_A.norm(dim=1).min() > 0.1
     assert change.lora_B[:, 4:].abs().max() == 0
@@ -160,7 +166,8 @@ def test_truncation_of_rounded_rank_deficient_factors_takes_no_noise_for_signal(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_truncation_computes_in_double_whatever_the_dtype(dtype):
     lora_B, lora_A = factors(9, 7, 4, dtype=dtype)
-    change, reference = truncate_product(lora_B, lora_A, 2), truncate_product(lora_B.double(), lora_A.double(), 2)
+    change = truncate_product(lora_B, lora_A, 2)
+    reference = truncate_product(lora_B.double(), lora_A.double(), 2)
     assert {t.dtype for t in (change.from_A, change.from_B, change.singular_values)} == {torch.float64}
     assert torch.equal(change.lora_A, reference.lora_A.to(dtype))
     assert torch.equal(change.lora_B, reference.lora_B.to(dtype))
@@ -173,13 +180,15 @@ def test_truncation_computes_in_double_whatever_the_dtype(dtype):
 @given(problems(), st.data())
 def test_growth_adds_rows_orthogonal_to_the_old_and_columns_of_zeros(problem, data):
     lora_B, lora_A, _ = problem
-    rank, generator = lora_A.shape[0], torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    rank = lora_A.shape[0]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     to = data.draw(st.integers(rank, min(lora_B.shape[0], lora_A.shape[1])))
     grown = grow_product(lora_B, lora_A, to, generator=generator)
     assert torch.equal(grown.lora_B[:, :rank], lora_B)
     assert torch.equal(grown.lora_A[:rank], lora_A)
     assert not grown.lora_B[:, rank:].any()
-    rows, size = grown.lora_A[rank:], lora_A.norm(dim=1).median()
+    rows = grown.lora_A[rank:]
+    size = lora_A.norm(dim=1).median()
     assert_close(rows @ rows.mT, torch.eye(to - rank, dtype=torch.float64) * size**2)
     assert_close(rows @ lora_A.mT, torch.zeros(to - rank, rank).double(), rtol=0, atol=1e-9 * float(lora_A.norm()) ** 2)
 

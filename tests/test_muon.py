@@ -22,7 +22,8 @@ def parameters(*shapes):
 
 def steps(count, trained, *optimizers):
     """Steps with random gradients, alike at every call; returns how far they have moved the parameters."""
-    generator, start = torch.Generator().manual_seed(1), deepcopy(trained)
+    generator = torch.Generator().manual_seed(1)
+    start = deepcopy(trained)
     for _ in range(count):
         for parameter in trained:
             parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -40,7 +41,8 @@ def test_matrices_step_as_torchs_muon_and_all_else_as_its_adamw():
     twins = deepcopy(ours)
     muon = torch.optim.Muon(twins[:5], lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW([{"params": [twins[5]]}, {"params": twins[6:], "lr": 0.1}], lr=0.01, weight_decay=0.1)
-    moved, expected = steps(6, ours, made), steps(6, twins, muon, adamw)
+    moved = steps(6, ours, made)
+    expected = steps(6, twins, muon, adamw)
     for mine, other in zip(moved[:5], expected[:5], strict=True):
         assert (mine - other).norm() < 0.03 * other.norm()
     for mine, other in zip(moved[5:], expected[5:], strict=True):

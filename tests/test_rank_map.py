@@ -52,7 +52,9 @@ def test_fields_of_a_rule_reach_its_layers_and_leave_the_rest():
         assert values == ends.get(name.rpartition(".")[2], (2, 4, None, None, True, "lm_head"))
 
 
-EXACT, PATTERN, WIDE = "model.layers.0.q_proj", "q_proj", ".*_proj"
+EXACT = "model.layers.0.q_proj"
+PATTERN = "q_proj"
+WIDE = ".*_proj"
 
 
 @pytest.mark.parametrize(
@@ -235,7 +237,8 @@ def test_load_rank_map_refuses_a_file_and_names_it(written, text, message):
     assert "rank_map" in str(caught.value)
 
 
-PLACES, BYTES = st.integers(0, len(EXAMPLE) - 1), st.integers(0, 255) | st.sampled_from(b"{}[]:'\"&*!|>%@ \n-#0")
+PLACES = st.integers(0, len(EXAMPLE) - 1)
+BYTES = st.integers(0, 255) | st.sampled_from(b"{}[]:'\"&*!|>%@ \n-#0")
 
 
 # Python warns of a set in a regular expression that may change its meaning.

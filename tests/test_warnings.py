@@ -22,7 +22,8 @@ def test_what_we_say_under_lightning_is_an_error(regression):
 class Experts(nn.Module):
     def __init__(self):
         super().__init__()
-        self.router, self.stacked = nn.Linear(4, 2), nn.Parameter(torch.zeros(2, 4, 4))
+        self.router = nn.Linear(4, 2)
+        self.stacked = nn.Parameter(torch.zeros(2, 4, 4))
 
 
 def test_what_we_say_of_a_model_is_an_error():

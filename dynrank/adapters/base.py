@@ -65,11 +65,13 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
         ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link out
             of its folder, or ``out`` is not free or cannot be written.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     adapter = read_adapter(source)
     origin = base_source(adapter, model)
     check_free(out, source, Path(origin))
-    own, of_base = input_files(source), input_files(Path(origin))
+    own = input_files(source)
+    of_base = input_files(Path(origin))
     merged: PreTrainedModel = merge(on_base(adapter, origin))
     with whole_or_nothing(out) as folder:
         merged.save_pretrained(folder)
@@ -130,7 +132,8 @@ def _makers(config: Any, adapter: Adapter) -> Iterator[Callable[[Any], nn.Module
 
 
 def _misfits(model: nn.Module, adapter: Adapter, shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    modules, state = modules_by_name(model), model.state_dict()
+    modules = modules_by_name(model)
+    state = model.state_dict()
     faults = [f"has no module {name!r}" for name in adapter.layers if name not in modules]
     for name, shape in shapes.items():
         if ".base_layer." not in name and (name not in state or state[name].shape != shape):

@@ -64,8 +64,10 @@ def greedy(
     # The Hessian is the mean of the products of these.
     roots = gradients * terms.double().sqrt()[:, None]
     sizes = torch.tensor([widths[name] for name in owners], dtype=torch.float64)
-    left, total = dict(zip(names, counts, strict=True)), int(sizes.sum())
-    cost, kept = 0.5 * roots.square().mean(0) - gradients.mean(0), torch.ones(len(owners), dtype=torch.bool)
+    left = dict(zip(names, counts, strict=True))
+    total = int(sizes.sum())
+    cost = 0.5 * roots.square().mean(0) - gradients.mean(0)
+    kept = torch.ones(len(owners), dtype=torch.bool)
     free = torch.tensor([left[name] > lowest[name] for name in owners])
     while total > pool and free.any():
         prices = torch.where(free, cost / sizes, torch.inf)

@@ -81,10 +81,12 @@ class AdapterConfig(BaseModel):
     def of_layers(self, names: Iterable[str]) -> dict[str, LayerSettings]:
         """{layer: (rank, alpha, scaling)} by PEFT's rules: the first key that matches, otherwise r and lora_alpha."""
         names = [*names]
-        ranks, alphas = first_matches(self.rank_pattern or {}, names), first_matches(self.alpha_pattern or {}, names)
+        ranks = first_matches(self.rank_pattern or {}, names)
+        alphas = first_matches(self.alpha_pattern or {}, names)
         found = {}
         for name in names:
-            rank, alpha = ranks.get(name, self.r), alphas.get(name, self.lora_alpha)
+            rank = ranks.get(name, self.r)
+            alpha = alphas.get(name, self.lora_alpha)
             found[name] = rank, alpha, initial_scaling(alpha, rank, bool(self.use_rslora))
         return found
 

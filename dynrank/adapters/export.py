@@ -78,7 +78,8 @@ def export_adapter(
         ConfigurationError: if the adapter or an option cannot be used, the server cannot read such an adapter, or
             ``out`` is not free or cannot be written.
     """
-    source, out = adapter_folder(Path(source)), Path(out)
+    source = adapter_folder(Path(source))
+    out = Path(out)
     if multiple > 1 and to != "padded":
         raise ConfigurationError(f"--multiple goes with --to padded, got --multiple {multiple} with --to {to}")
     with open_adapter(source) as adapter:
@@ -96,12 +97,14 @@ def export_adapter(
         check_served(to, kinds, others, config)
         if to == "gguf":
             return _to_gguf(adapter, out, origin, config)
-        rank, factors = max(layer.rank for layer in adapter.layers.values()), _one_scaling(adapter.all_factors())
+        rank = max(layer.rank for layer in adapter.layers.values())
+        factors = _one_scaling(adapter.all_factors())
         stored = str(adapter.config.base_model_name_or_path or "BASE")
         base = public_name(model_source(model, "--model") if model else stored)
         name, place, base = (shlex.quote(text) for text in (out.name, str(out), base))
         if to == "vllm":
-            rank, modules = slot_rank(rank), f"{name}={place}"
+            rank = slot_rank(rank)
+            modules = f"{name}={place}"
             if any(layer.experts > 1 for layer in adapter.layers.values()):
                 request = {"name": out.name, "path": str(out), "is_3d_lora_weight": True}
                 modules = f"{shlex.quote(json.dumps(request))} --enable-mixed-moe-lora-format"

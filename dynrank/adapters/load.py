@@ -89,7 +89,8 @@ def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> 
         )
     layers = {}
     for name, base in bases.items():
-        stored, (lora_B, lora_A) = adapter.layers[name], adapter.factors(name)
+        stored = adapter.layers[name]
+        lora_B, lora_A = adapter.factors(name)
         options = {"scaling": stored.scaling, "dropout": adapter.config.lora_dropout or 0.0, "dtype": dtype}
         layers[name] = make_layer(base, rank=stored.rank, factors=(lora_A, lora_B), **options)
     place_layers(model, layers)
@@ -121,7 +122,9 @@ def _compiled_alone(model: nn.Module, adapter: Adapter) -> list[str]:
 
 def _fitting_bases(model: nn.Module, adapter: Adapter) -> tuple[dict[str, nn.Module], list[str]]:
     """({layer of the adapter: its module}, faults)."""
-    modules, bases, faults = modules_by_name(model), {}, []
+    modules = modules_by_name(model)
+    bases = {}
+    faults = []
     for name, stored in adapter.layers.items():
         base = modules.get(name)
         kind = layer_class(base) if base is not None else None
@@ -145,7 +148,8 @@ def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[
     If PEFT has also stored a weight of the base, it must equal the model's.
     """
     tied = tied_weights(model)
-    heads, faults = {}, []
+    heads = {}
+    faults = []
     for name, key in adapter.others.items():
         owner, _, leaf = name.rpartition(".")
         adapted = owner.removesuffix(".base_layer")
@@ -153,7 +157,8 @@ def _fitting_heads(model: nn.Module, adapter: Adapter, places: Places) -> tuple[
         if target not in places:
             faults.append(f"the model has no parameter {target!r}")
             continue
-        value, current = adapter.tensor(key), getattr(*places[target])
+        value = adapter.tensor(key)
+        current = getattr(*places[target])
         whole = any(f".{module}." in f".{owner}." for module in adapter.config.modules_to_save or ())
         if value.is_floating_point() != current.is_floating_point() or (
             value.is_floating_point() and value.dtype not in FLOATS.values()

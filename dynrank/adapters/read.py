@@ -53,7 +53,8 @@ def read_adapter(path: str | Path) -> Adapter:
 def open_adapter(path: str | Path) -> Iterator[Adapter]:
     """The PEFT adapter in a folder; each tensor is read from the file when it is used."""
     folder = Path(path)
-    weights, config = folder / WEIGHTS_FILE, read_config(folder)
+    weights = folder / WEIGHTS_FILE
+    config = read_config(folder)
     if not weights.is_file():
         raise ConfigurationError(
             f"no {WEIGHTS_FILE} in {str(folder)!r}; pickled adapters (.bin) are not read: convert them to safetensors"
@@ -107,7 +108,8 @@ def _checked_layers(
     config: AdapterConfig,
     folder: Path,
 ) -> dict[str, StoredLayer]:
-    settings, layers = config.of_layers(factors), {}
+    settings = config.of_layers(factors)
+    layers = {}
     faults = [f"{name!r} is a LoRA tensor of an unknown kind" for name in others if ".lora_" in name]
     for name, pair in factors.items():
         try:

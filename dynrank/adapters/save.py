@@ -58,7 +58,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     if not layers:
         raise ConfigurationError("the model has no LoRA layers to save; call dynrank.add_lora first")
     of_parameters = [name for name, layer in layers.items() if isinstance(layer, LoRAParameter)]
-    places, tensors = wrapper_names(of_parameters), dict[str, Tensor]()
+    places = wrapper_names(of_parameters)
+    tensors = dict[str, Tensor]()
     for name, layer in layers.items():
         place = places.get(name, name)
         tensors |= {f"{place}.{key}": value for key, value in _to_peft(layer).items()}
@@ -97,7 +98,8 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
     """Write the two files of an adapter, and replace earlier ones; ``tensors`` are contiguous and on the CPU."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        weights, settings_file = whole_file(folder / WEIGHTS_FILE), whole_file(folder / CONFIG_FILE)
+        weights = whole_file(folder / WEIGHTS_FILE)
+        settings_file = whole_file(folder / CONFIG_FILE)
         with weights as weights_part, settings_file as config_part, os_errors(folder):
             config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(dict(tensors), weights_part, metadata={"format": "pt"})
@@ -112,9 +114,11 @@ def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[s
 
 def rewrite_adapter(folder: Path, adapter: Adapter, factors: Mapping[str, Factors]) -> None:
     """Write ``adapter`` to ``folder`` with other factors; keys, dtypes, other tensors and other settings are kept."""
-    tensors, settings = {key: adapter.tensor(key) for key in adapter.others.values()}, {}
+    tensors = {key: adapter.tensor(key) for key in adapter.others.values()}
+    settings = {}
     for name, (lora_A, lora_B, scaling) in factors.items():
-        layer, rows = adapter.layers[name], len(lora_A)
+        layer = adapter.layers[name]
+        rows = len(lora_A)
         tensors[layer.keys[0]] = lora_A.reshape(rows, -1, *layer.kernel).contiguous()
         tensors[layer.keys[1]] = lora_B.reshape(-1, rows, *[1] * len(layer.kernel)).contiguous()
         settings[name] = rows // layer.experts, scaling * (rows // layer.experts)
@@ -172,7 +176,8 @@ def target_modules(model: nn.Module, layers: Collection[str]) -> list[str] | str
 
 
 def _to_peft(layer: LoRALayer) -> dict[str, Tensor]:
-    lora_A, lora_B = layer.lora_A, layer.lora_B
+    lora_A = layer.lora_A
+    lora_B = layer.lora_B
     if isinstance(layer, LoRAEmbedding):
         return {"lora_embedding_A": lora_A, "lora_embedding_B": lora_B}
     if isinstance(layer, LoRAConv2d):

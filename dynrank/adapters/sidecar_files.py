@@ -17,7 +17,8 @@ from dynrank.output.output_folder import check_free, whole_or_nothing
 from dynrank.output.whole_file import whole_file
 
 # The labels are not in a config.json, because transformers would then expect a whole model in the folder.
-LABELS_FILE, TOKENIZER_FILE = "labels.json", "tokenizer_config.json"
+LABELS_FILE = "labels.json"
+TOKENIZER_FILE = "tokenizer_config.json"
 # Patterns of the files in a model's folder that define how its inputs are made.
 _INPUT_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.spm", "chat_template*", "*processor_config.json")
 

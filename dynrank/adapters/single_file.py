@@ -80,7 +80,9 @@ def open_file(path: Path) -> Iterator[SingleFile]:
         configs = _configs(metadata, path)
         if configs and alphas:
             raise ConfigurationError(f"{str(path)!r} has alpha twice, in {DIFFUSERS} and for {next(iter(alphas))!r}")
-        settings, layers, faults = dict[str, LayerSettings](), dict[str, StoredLayer](), list[str]()
+        settings = dict[str, LayerSettings]()
+        layers = dict[str, StoredLayer]()
+        faults = list[str]()
         for prefix, config in configs.items():
             inner = _inside(prefix, pairs)
             settings |= {inner[name]: of_layer for name, of_layer in config.of_layers(inner).items()}
@@ -108,7 +110,8 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
     smallest of all layers, so that this factor is at least 1, which is safer in half precision.
     """
     ranks = {name: len(lora_A) for name, (lora_A, _, _) in factors.items()}
-    tensors, alpha = {key: file.tensor(key) for key in file.others.values()}, 0.0
+    tensors = {key: file.tensor(key) for key in file.others.values()}
+    alpha = 0.0
     if file.alphas:
         like = file.tensor(next(iter(file.alphas.values())))
         value = torch.full_like(like, 0, dtype=like.dtype if like.is_floating_point() else torch.float32)
@@ -137,7 +140,8 @@ def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -
 
 def _sorted_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
     """({layer: {"A": key, "B": key}}, {key: key} of other tensors, with layers that have more than two factors)."""
-    keys, pairs = [*keys], dict[str, dict[str, str]]()
+    keys = [*keys]
+    pairs = dict[str, dict[str, str]]()
     others = {key: key for key in keys}
     for key in keys:
         match = _FACTOR.fullmatch(key)

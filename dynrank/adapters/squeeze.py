@@ -92,7 +92,8 @@ def squeeze_adapter(
     Raises:
         ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free or cannot be written.
     """
-    source, out = Path(source), Path(out)
+    source = Path(source)
+    out = Path(out)
     _check_options(rank, energy, budget)
     if way is not None and energy is not None:
         raise ConfigurationError(
@@ -133,7 +134,8 @@ def _check_options(rank: int | None, energy: float | None, budget: int | float |
 
 
 def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
-    text, share = str(budget).strip(), 0.0
+    text = str(budget).strip()
+    share = 0.0
     if re.fullmatch(r"\d+(_\d+)*", text):
         parameters = int(text)
     else:
@@ -157,7 +159,9 @@ def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
 @one_thread()
 def _squeezed(adapter: StoredAdapter, target: Target) -> Squeezed:
     """Keep the directions with the largest singular values; one layer is in memory at a time."""
-    factors, reports, states = {}, [], {}
+    factors = {}
+    reports = []
+    states = {}
     for name, layer in adapter.layers.items():
         values = adapter.singular_values(name) if target.needs else None
         states[name] = LayerState(layer.rank, *layer.shape, values=values, experts=layer.experts)
@@ -165,9 +169,12 @@ def _squeezed(adapter: StoredAdapter, target: Target) -> Squeezed:
         layer = adapter.layers[name]
         if rank < layer.rank:
             change = stacked([truncate_product(b, a, rank) for b, a in adapter.products(name)])
-            lora_B, lora_A, values = change.lora_B, change.lora_A, change.singular_values * abs(layer.scaling)
+            lora_B = change.lora_B
+            lora_A = change.lora_A
+            values = change.singular_values * abs(layer.scaling)
         else:
-            (lora_B, lora_A), values = adapter.factors(name), adapter.singular_values(name)
+            lora_B, lora_A = adapter.factors(name)
+            values = adapter.singular_values(name)
         factors[name] = lora_A, lora_B, layer.scaling
         reports.append(report_of(name, rank, values, layer.params_per_rank))
     return factors, reports

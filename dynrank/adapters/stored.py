@@ -74,7 +74,8 @@ class StoredAdapter:
 
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
         """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer; the products of experts are stacked."""
-        layer, (lora_B, lora_A) = self.layers[name], self.matrices(name)
+        layer = self.layers[name]
+        lora_B, lora_A = self.matrices(name)
         if len(lora_A) == layer.rank * layer.experts:
             return lora_B, lora_A
         # PEFT allows a rank above min(d_in, d_out), but no product has such a rank.
@@ -163,8 +164,10 @@ def checked_layer(
     """
     if set(pair) != {"A", "B"}:
         raise ValueError("lacks one of its two factors")
-    of_A, of_B = file.get_slice(pair["A"]), file.get_slice(pair["B"])
-    shape_A, shape_B = of_A.get_shape(), of_B.get_shape()
+    of_A = file.get_slice(pair["A"])
+    of_B = file.get_slice(pair["B"])
+    shape_A = of_A.get_shape()
+    shape_B = of_B.get_shape()
     for dtype in (of_A.get_dtype(), of_B.get_dtype()):
         if dtype not in FLOATS:
             raise ValueError(f"must have factors of {[*FLOATS]}, got {dtype}")
@@ -174,7 +177,8 @@ def checked_layer(
     experts = shape_A[0] // rank if of_parameter else 1
     if shape_A[0] != rank * experts or not experts:
         raise ValueError(f"must have the rank of the settings (r, rank_pattern), {rank}, got factors of {shape_A[0]}")
-    d_out, d_in = shape_B[0], torch.Size(shape_A[1:]).numel()
+    d_out = shape_B[0]
+    d_in = torch.Size(shape_A[1:]).numel()
     sizes = {"experts": experts, "stored_rank": rank}
     return StoredLayer(
         (pair["A"], pair["B"]), min(rank, d_out, d_in), (d_out, d_in), (*shape_A[2:],), alpha, scaling, **sizes

@@ -92,7 +92,8 @@ class AdapterCheckpoint(ModelCheckpoint):
             raise ConfigurationError(
                 "AdapterCheckpoint needs a model with LoRA layers (dynrank.add_lora or PEFT); use ModelCheckpoint"
             )
-        self._seen_step, self.stopped_by = trainer.global_step, None
+        self._seen_step = trainer.global_step
+        self.stopped_by = None
         if threading.current_thread() is threading.main_thread():
             for number in self.stop_signals:
                 signal.signal(number, self._note)

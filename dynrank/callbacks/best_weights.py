@@ -32,7 +32,8 @@ class BestWeights(Checkpoint):
     """
 
     def __init__(self, monitor: str, mode: Literal["min", "max"] = "min") -> None:
-        self.monitor, self.mode = monitor, mode
+        self.monitor = monitor
+        self.mode = mode
         self.step: int | None = None
         self.value = 0.0
         self._weights: dict[str, Tensor] = {}
@@ -66,7 +67,8 @@ class BestWeights(Checkpoint):
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
-            self.step, self._weights = None, {}
+            self.step = None
+            self._weights = {}
 
     def restore(self, module: nn.Module) -> None:
         """Put the best weights into ``module``, if there are any."""

@@ -140,7 +140,8 @@ class RankScheduler(Callback):
         if pl_module.automatic_optimization:
             between_steps = batch_idx % trainer.accumulate_grad_batches == 0
         else:
-            between_steps, self._stepped = self._stepped, False
+            between_steps = self._stepped
+            self._stepped = False
         training = LightningTraining(trainer, pl_module)
         if between_steps:
             self.driver.advance(training)
@@ -201,7 +202,8 @@ class LightningTraining(Training):
         sets_rates = is_overridden("optimizer_step", pl_module)
         schedulers = None if sets_rates else [config.scheduler for config in trainer.lr_scheduler_configs]
         super().__init__(pl_module, trainer.optimizers, trainer.global_step, averages_of(trainer), schedulers)
-        self.trainer, self.pl_module = trainer, pl_module
+        self.trainer = trainer
+        self.pl_module = pl_module
 
     @property
     def validates(self) -> bool:

@@ -173,7 +173,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
     def _show_evaluated(self, training: HFTraining) -> None:
         """Pass the evaluations since the last step to the driver together: each event had one data set."""
         if self._evaluated:
-            metrics, self._evaluated = self._evaluated, {}
+            metrics = self._evaluated
+            self._evaluated = {}
             checked = checked_metrics(self.driver.stages)
             if not self._checked and checked.keys() - metrics.keys():
                 # The user's function may return more, so only that decides.
@@ -225,7 +226,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         content = base64.b64decode(stored["attributes"]["saved"])
         saved = load_undamaged(io.BytesIO(content))
         self.driver.load_state_dict(saved["driver"])
-        self.logged, self._evaluated = dict(saved["logged"]), dict(saved["evaluated"])
+        self.logged = dict(saved["logged"])
+        self._evaluated = dict(saved["evaluated"])
         self._saved = dict(saved["saved"])
 
 
@@ -247,7 +249,11 @@ class HFTraining(Training):
         step = int(state.global_step) + steps_uncounted
         schedulers = None if scheduler is None else [scheduler]
         super().__init__(kwargs["model"], [kwargs["optimizer"]], step, schedulers=schedulers)
-        self.callback, self.args, self.state, self.control, self.kwargs = callback, args, state, control, kwargs
+        self.callback = callback
+        self.args = args
+        self.state = state
+        self.control = control
+        self.kwargs = kwargs
 
     @property
     def ranks(self) -> list[int]:
@@ -267,7 +273,8 @@ class HFTraining(Training):
         assert self.callback.evaluate is not None
         handler = self.callback.handler
         assert handler is not None
-        present, handler.callbacks = handler.callbacks, []
+        present = handler.callbacks
+        handler.callbacks = []
         logged = len(self.state.log_history)
         control = dict(vars(self.control))
         try:

@@ -46,9 +46,14 @@ from dynrank.linalg import RankChange, joined, split
 
 # How many numbers share a scale in bitsandbytes' 8-bit state.
 BLOCK = 256
-KEPT, LINEAR, SQUARED, ROW, COLUMN, POSITION, STEP, SCALES = (
-    "kept", "linear", "squared", "row", "column", "position", "step", "scales",
-)  # fmt: skip
+KEPT = "kept"
+LINEAR = "linear"
+SQUARED = "squared"
+ROW = "row"
+COLUMN = "column"
+POSITION = "position"
+STEP = "step"
+SCALES = "scales"  # fmt: skip
 
 _ADAM = {"step": KEPT, "exp_avg": LINEAR, "exp_avg_sq": SQUARED, "max_exp_avg_sq": SQUARED}
 # Entries that only bitsandbytes has.
@@ -189,7 +194,9 @@ def moved_states(
 
     ``optimizer`` must have passed :func:`check_optimizer`. A parameter without state is left out.
     """
-    from_A, from_B, count = change.from_A, change.from_B, len(change.from_A)
+    from_A = change.from_A
+    from_B = change.from_B
+    count = len(change.from_A)
     gain_A = _gain(split(lora_B, count, 1), split(change.lora_B, count, 1))
     gain_B = _gain(split(lora_A, count, 0), split(change.lora_A, count, 0))
     both = {
@@ -250,7 +257,8 @@ def moved_state(optimizer: Optimizer, parameter: nn.Parameter, move: Move) -> di
         elif kind == STEP:
             moved = joined(move.map_EKR.to(old.device) @ by_product(old), move.dim)
         elif kind == POSITION:
-            map_EKR, own = move.map_EKR.to(old.device), by_product(move.value.to(old.device, old.dtype))
+            map_EKR = move.map_EKR.to(old.device)
+            own = by_product(move.value.to(old.device, old.dtype))
             moved = joined(torch.where(_empty(map_EKR), own, map_EKR @ by_product(old)), move.dim)
         elif kind in (SQUARED, along):
             moved = joined(squared(by_product(old)), move.dim)
@@ -278,7 +286,8 @@ def _empty(map_EKR: Tensor) -> Tensor:
 def _decoded(state: dict[str, Any], key: str) -> Tensor:
     value: Tensor = state[key]
     if value.dtype == torch.uint8:
-        scales, code = state[f"absmax{key[-1]}"], state[f"qmap{key[-1]}"]
+        scales = state[f"absmax{key[-1]}"]
+        code = state[f"qmap{key[-1]}"]
         value = _bitsandbytes().dequantize_blockwise(value, absmax=scales, code=code, blocksize=BLOCK)
     return value
 

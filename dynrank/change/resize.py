@@ -394,10 +394,12 @@ def _moved_average(layer: RankedLayer, change: RankChange) -> tuple[Tensor, Tens
     average by itself would keep more of its function now, but in other coordinates than the model's, so that the next
     update would average numbers that do not belong together. In a new direction the row of lora_A is the model's.
     """
-    device, count = layer.lora_A.device, layer.num_products
+    device = layer.lora_A.device
+    count = layer.num_products
     from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))
     is_new = from_A.eq(0).all(dim=-1, keepdim=True)
-    old_A, old_B = split(layer.lora_A.double(), count, 0), split(layer.lora_B.double(), count, 1)
+    old_A = split(layer.lora_A.double(), count, 0)
+    old_B = split(layer.lora_B.double(), count, 1)
     lora_A = joined(torch.where(is_new, split(rows.double(), count, 0), from_A @ old_A), 0)
     lora_B = joined(from_B.mT @ old_B, 1)
     return lora_A.to(layer.lora_A.dtype), lora_B.to(layer.lora_B.dtype)

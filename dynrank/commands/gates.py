@@ -33,7 +33,8 @@ from dynrank.tasks.text_task import TextTask
 # The forms of a language model's examples; the first form whose columns the file has is used.
 WRITTEN: tuple[Form, ...] = ("chat", "completion", "text")
 # Largest number of examples, and the smallest one that gates can be measured with.
-EXAMPLES, FEW = 640, 32
+EXAMPLES = 640
+FEW = 32
 # Largest number of tokens of an example: longer texts are cut, longer answers are left out.
 LENGTH = 512
 
@@ -66,18 +67,22 @@ class Gated:
 
     def squeeze(self, adapter: Adapter, target: Target) -> Squeezed:
         """The factors and reports of ``squeeze_adapter``, in the dtypes of ``adapter``; the model changes with them."""
-        factors, reports = {}, []
+        factors = {}
+        reports = []
         for name, keep in self.kept(target).items():
-            layer, (lora_B, lora_A) = self._layers[name], adapter.factors(name)
+            layer = self._layers[name]
+            lora_B, lora_A = adapter.factors(name)
             changes = [truncate_product(b, a, len(keep), keep=keep) for b, a in layer.products()]
             values = pooled([change.singular_values for change in changes]) * abs(layer.scaling)
             if len(keep) < layer.rank:
-                change, dropped = stacked(changes), torch.ones(layer.rank, dtype=torch.bool)
+                change = stacked(changes)
+                dropped = torch.ones(layer.rank, dtype=torch.bool)
                 dropped[keep] = False
                 # A report takes the first values as those that are kept.
                 values = torch.cat([values[~dropped], values[dropped]])
                 layer.set_factors(change.lora_A, change.lora_B)
-                lora_A, lora_B = change.lora_A.to(lora_A), change.lora_B.to(lora_B)
+                lora_A = change.lora_A.to(lora_A)
+                lora_B = change.lora_B.to(lora_B)
             factors[name] = lora_A, lora_B, layer.scaling
             reports.append(report_of(name, len(keep), values, self._widths[name]))
         return factors, reports
@@ -113,10 +118,12 @@ def _examples(model: Any, tokenizer: str, source: Source, columns: Mapping[str, 
 def _named(task: Classification, model: Any, where: str) -> Classification:
     """The task with the model's classes in the model's order."""
     names = label_names(model) or [str(index) for index in range(model.config.num_labels)]
-    rows, kind = task.rows["train"], datasets.Value("string")
+    rows = task.rows["train"]
+    kind = datasets.Value("string")
     rows = rows.cast_column("label", datasets.Sequence(kind) if task.several else kind)
     strange = sorted(counted(rows).keys() - set(names))
     if strange:
         raise ConfigurationError(f"labels in {where} must be the adapter's, {names[:9]}, got {strange[:9]}")
-    task.rows, task.labels = Checked({"train": rows}), names
+    task.rows = Checked({"train": rows})
+    task.labels = names
     return task

@@ -28,12 +28,14 @@ def show_adapter(folder: Path, plot: Path | None, examples: Mapping[str, Any] | 
     """
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
-    layers, kept = inspect_adapter(folder), dict[float, dict[str, int]]()
+    layers = inspect_adapter(folder)
+    kept = dict[float, dict[str, int]]()
     if examples is not None:
         # This slow import loads the training code, which is needed only with gates.
         from dynrank.commands.gates import Gated
 
-        gated, parameters = Gated(read_adapter(folder), **examples), sum(layer.parameters for layer in layers)
+        gated = Gated(read_adapter(folder), **examples)
+        parameters = sum(layer.parameters for layer in layers)
         for share in BUDGETS:
             directions = gated.kept(Budget(int(share * parameters), by="weight"))
             kept[share] = {name: len(keep) for name, keep in directions.items()}

@@ -24,14 +24,16 @@ def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, *
         from dynrank.commands.gates import Gated
 
         gated = Gated(adapter, **examples or {})
-        before, squeezed = gated.loss(), gated.squeeze(adapter, target)
+        before = gated.loss()
+        squeezed = gated.squeeze(adapter, target)
         loss["loss"] = f"{before:.4f} → {gated.loss():.4f}, on the {len(gated.examples)} examples that chose"
         return squeezed
 
     layers = squeeze_adapter(source, out, **options, way=None if examples is None else by_gates)
     print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
     with open_stored(source) as adapter:
-        before, others = sum(layer.parameters for layer in adapter.layers.values()), adapter.others
+        before = sum(layer.parameters for layer in adapter.layers.values())
+        others = adapter.others
     after = sum(layer.rank_after * layer.params_per_rank for layer in layers)
     facts = {"parameters": f"{before:,} → {after:,} ({after / before:.1%})", **loss}
     print_facts(facts | (_of_file(source, out, others) if source.is_file() else {"files": out}))

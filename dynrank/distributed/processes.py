@@ -69,7 +69,8 @@ def _pickled(result: object, device: torch.device | None, tensors: list[Tensor])
 class _Pickler(pickle.Pickler):
     def __init__(self, content: io.BytesIO, device: torch.device | None, tensors: list[Tensor]) -> None:
         super().__init__(content)
-        self._device, self._tensors = device, tensors
+        self._device = device
+        self._tensors = tensors
 
     def persistent_id(self, value: object) -> tuple[torch.Size, torch.dtype] | None:
         """What stands for a tensor that is sent by itself; None pickles the value."""
@@ -82,7 +83,8 @@ class _Pickler(pickle.Pickler):
 class _Unpickler(pickle.Unpickler):
     def __init__(self, content: bytes, device: torch.device | None, tensors: list[Tensor]) -> None:
         super().__init__(io.BytesIO(content))
-        self._device, self._tensors = device, tensors
+        self._device = device
+        self._tensors = tensors
 
     def persistent_load(self, like: tuple[torch.Size, torch.dtype]) -> Tensor:
         """An empty tensor that gets its values afterwards."""

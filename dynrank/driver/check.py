@@ -61,12 +61,14 @@ def _state(
     layer: RankedLayer, rank: int, last: bool, values: Tensor | None, brought: float | None = None
 ) -> LayerState:
     """No stage shrinks a layer below its own final rank, and the ``last`` stage brings it to that rank."""
-    lowest, highest = layer.final_rank or 1, max_rank(layer)
+    lowest = layer.final_rank or 1
+    highest = max_rank(layer)
     if layer.pinned:
         lowest = highest = rank
     elif layer.final_rank is not None and last:
         highest = layer.final_rank
-    d_out, d_in = len(layer.lora_B), layer.lora_A[0].numel()
+    d_out = len(layer.lora_B)
+    d_in = layer.lora_A[0].numel()
     own: dict[str, Any] = {"final_rank": layer.final_rank, "cap": layer.highest, "experts": layer.num_products}
     return LayerState(rank, d_out, d_in, lowest, highest, values=values, brought=brought, **own)
 
@@ -123,7 +125,8 @@ def _faults(
     """Why ``stage`` does not fit layers of these ranks; ``free`` are the layers without a rank of their own."""
     states = states_at(ranks)
     if isinstance(stage.to, Budget) and (is_known or not stage.to.is_relative):
-        given, least = stage.to.pool(states), stage.to.floor_parameters(states)
+        given = stage.to.pool(states)
+        least = stage.to.floor_parameters(states)
         if given < least:
             return [
                 f"the budget must be at least {least:,} parameters, the size of {len(states)} layers at the lowest "
@@ -187,7 +190,7 @@ def checked_metrics(stages: Sequence[Stage], *, measure: bool = False) -> dict[s
     """The same for the metrics that check or ``measure`` a change; a validation must log them."""
     hows = [stage.how for stage in stages if measure or stage.how.max_regression is not None]
     # Whoever writes another How leaves out what the schedule's own has.
-    return {how.check_monitor: f"{CHECK_MONITOR}, beside rate_after={how.rate_after!r}," for how in hows}
+    return {how.check_monitor: f"{CHECK_MONITOR}, beside lr_factor={how.lr_factor!r}," for how in hows}
 
 
 def metric_value(metrics: Mapping[str, float], name: str, arguments: Mapping[str, str]) -> float:

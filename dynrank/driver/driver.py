@@ -54,7 +54,8 @@ class RankDriver:
         if check_every is not None and (not isinstance(check_every, int) or check_every < 1):
             raise ConfigurationError(f"check_every must be None or at least 1 step, got {check_every!r}")
         self.stages = stages_of(schedule)
-        self.check_every, self.measure = check_every, measure
+        self.check_every = check_every
+        self.measure = measure
         self.progress = Progress()
         self._run = Run(None)
         self._clock = Clock([], self._run)
@@ -244,7 +245,8 @@ class RankDriver:
         """Decide the stage that is due by time."""
         due = self._clock.due(self.progress.stage, training.step, ended=ended)
         if due is not None and (self.progress.pending is None or self.progress.pending.stage < due):
-            when, deadline = self.stages[due].when, self.stages[due].deadline
+            when = self.stages[due].when
+            deadline = self.stages[due].deadline
             reason = when.reason if isinstance(when, At) else f"deadline at {deadline:.3g} of the run"
             self.progress.pending = Decision(due, reason)
 

@@ -13,7 +13,8 @@ from dynrank.schedules import Stage
 from dynrank.triggers import Run
 
 # How many changes may be measured however short the run is, and by how many batches in all.
-_FEW, _SMALL = 2, 4
+_FEW = 2
+_SMALL = 4
 
 
 class Measurement:
@@ -26,7 +27,9 @@ class Measurement:
     """
 
     def __init__(self, training: Training, metric: str, batches: int | None) -> None:
-        self._training, self._metric, self._batches = training, metric, batches
+        self._training = training
+        self._metric = metric
+        self._batches = batches
         self._metrics = validate(training, metric, batches)[0]
         self._before = self._value(self._metrics)
 
@@ -48,7 +51,8 @@ def batches_to_measure(training: Training, stages: Sequence[Stage], run: Run) ->
     A validation of a batch is counted as 4/3 of a training step: it is a third of the work, and batches of dynrank's
     tasks have four times as many texts. One or two changes get a few batches in any run. 0: there are too many changes.
     """
-    changes, there = len(stages), training.validation_batches
+    changes = len(stages)
+    there = training.validation_batches
     if there is None or run.total_steps is None:
         return None
     most = run.total_steps // (150 * changes)

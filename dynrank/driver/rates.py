@@ -22,9 +22,9 @@ LOW_RATE = 0.1
 
 def rate_factor(how: How, before: Mapping[str, int], after: Mapping[str, int]) -> float:
     """Factor of the adapters' learning rates for a change from the ranks ``before`` to the ranks ``after``."""
-    if how.rate_after == "sqrt":
+    if how.lr_factor == "sqrt":
         return sqrt(mean(before.values()) / mean(after.values()))
-    return how.rate_after
+    return how.lr_factor
 
 
 # The factor that the rate of a param group contains. It stands in the group, so a checkpoint stores it with that rate.
@@ -60,10 +60,12 @@ class Rates:
         schedulers: Sequence[Any] | None = None,
     ) -> None:
         self.factor = factor
-        self._optimizer, self._adapters = optimizer, {id(parameter) for parameter in adapters}
+        self._optimizer = optimizer
+        self._adapters = {id(parameter) for parameter in adapters}
         # The original rate and parameters of each group, during a step.
         self._groups: list[tuple[Any, list[nn.Parameter]]] = []
-        before, after = optimizer.register_step_pre_hook, optimizer.register_step_post_hook
+        before = optimizer.register_step_pre_hook
+        after = optimizer.register_step_post_hook
         # After an exception in a step's closure the rates are still changed, and a checkpoint may be written then.
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
         self._handles = [before(self._change), after(lambda *_: self.restore()), saved]
@@ -107,11 +109,13 @@ class Rates:
 
     def restore(self) -> None:
         """Restore the groups to their state before the present step, if a step is running."""
-        groups, self._groups = self._groups, []
+        groups = self._groups
+        self._groups = []
         if groups:
             del self._optimizer.param_groups[len(groups) :]
             for group, (rate, parameters) in zip(self._optimizer.param_groups, groups, strict=True):
-                group["lr"], group["params"] = rate, parameters
+                group["lr"] = rate
+                group["params"] = parameters
 
     def _parted(self, parameters: Sequence[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """(adapters, others) among ``parameters``."""
@@ -148,7 +152,8 @@ def _multiply(group: dict[str, Any], index: int, ratio: float, schedulers: Seque
     now = float(group["lr"])
     # These schedulers go from a base rate down to eta_min, and only the part above eta_min falls.
     floors = [s.eta_min for s in schedulers if hasattr(s, "eta_min") and float(s.get_last_lr()[index]) == now]
-    floor, base = (floors or [0.0])[0], float(group.get("initial_lr", now))
+    floor = (floors or [0.0])[0]
+    base = float(group.get("initial_lr", now))
     above = (base * ratio - floor) / (base - floor) if base != floor else ratio
     for name in _RATES:
         if name in group:
@@ -179,20 +184,20 @@ def check_groups(optimizer: Optimizer, adapters: Collection[nn.Parameter], how: 
     """
     known = {id(parameter) for parameter in adapters}
     name = type(optimizer).__name__
-    for number, group in enumerate(optimizer.param_groups if how.rate_after != 1.0 else ()):
+    for number, group in enumerate(optimizer.param_groups if how.lr_factor != 1.0 else ()):
         others = sum(id(parameter) not in known for parameter in group["params"])
         if others < len(group["params"]) and group.get("relative_step", False):
             raise ConfigurationError(
-                f"rate_after={how.rate_after} multiplies the adapters' learning rates, but {name} computes its own; "
-                f"set rate_after=1 (schedule.how.rate_after), or {name}(..., lr=1e-3, relative_step=False)"
+                f"lr_factor={how.lr_factor} multiplies the adapters' learning rates, but {name} computes its own; "
+                f"set lr_factor=1 (schedule.how.lr_factor), or {name}(..., lr=1e-3, relative_step=False)"
             )
         # The d of torch's Adafactor is a setting.
         state = _GROUP_STATE & group.keys() if not isinstance(optimizer, Adafactor) else ()
         if 0 < others < len(group["params"]) and state:
             raise ConfigurationError(
-                f"rate_after={how.rate_after} multiplies the adapters' learning rates alone, but {name} keeps state in "
-                f"param group {number}, which also has {others} other parameters. Set rate_after=1 "
-                "(schedule.how.rate_after), or give the optimizer two groups:\n"
+                f"lr_factor={how.lr_factor} multiplies the adapters' learning rates alone, but {name} keeps state in "
+                f"param group {number}, which also has {others} other parameters. Set lr_factor=1 "
+                "(schedule.how.lr_factor), or give the optimizer two groups:\n"
                 "  own = list(dynrank.adapter_parameters(model))\n"
                 "  ids = {id(p) for p in own}\n"
                 "  rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]\n"

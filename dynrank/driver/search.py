@@ -118,7 +118,8 @@ class Search:
         metrics, self._batches = validate(self._training, self._how.check_monitor)
         self._test = RegressionTest(self._training, self._how, metrics)
         # Invariant: `high` steps pass.
-        low, high = 0, len(self._order)
+        low = 0
+        high = len(self._order)
         while low < high:
             steps = (low + high) // 2
             if self.passes(steps):

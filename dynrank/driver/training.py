@@ -34,7 +34,7 @@ class Training:
         step: optimizer steps made so far; the loop counts them.
         averages: moving averages of the model's weights; their ranks change with the model's.
         schedulers: all learning-rate schedulers; [] if there are none. Their rates, which logs show, are then
-            multiplied when a change raises the adapters' rate (``rate_after``). None: unknown, so the rate is raised
+            multiplied when a change raises the adapters' rate (``lr_factor``). None: unknown, so the rate is raised
             inside each step of the optimizer, and schedulers and logs show it without that factor.
     """
 

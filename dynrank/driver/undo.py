@@ -93,7 +93,9 @@ def validate(training: Training, monitor: str, most: int | None = None) -> tuple
 
     So all validations for one change draw the same random numbers, and shuffled data come in the same order.
     """
-    of_torch, of_python, of_numpy = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    of_torch = torch.get_rng_state()
+    of_python = random.getstate()
+    of_numpy = np.random.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers() if buffer.device.type != "meta"]
     try:

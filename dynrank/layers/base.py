@@ -133,7 +133,8 @@ class LoRALayer(nn.Module):
             self.init_A()
         else:
             lora_A, lora_B = (factor.detach().to(**place, copy=True).contiguous() for factor in factors)
-            self.lora_A, self.lora_B = nn.Parameter(lora_A), nn.Parameter(lora_B)
+            self.lora_A = nn.Parameter(lora_A)
+            self.lora_B = nn.Parameter(lora_B)
         self.register_load_state_dict_pre_hook(_take_rank_of_checkpoint)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -224,7 +225,8 @@ class LoRALayer(nn.Module):
 
     def merged_weight(self, base: nn.Module) -> Tensor:
         """The weight of ``base`` plus the update, in the dtype of the weight."""
-        old, delta = base.get_parameter("weight"), self.delta_weight()
+        old = base.get_parameter("weight")
+        delta = self.delta_weight()
         wide = torch.promote_types(old.dtype, delta.dtype)
         return (old.to(wide) + delta.to(wide)).to(old.dtype)
 
@@ -265,7 +267,9 @@ def take_rank(
         raise RuntimeError(f"{name!r} is merged; call unmerge_adapter() before loading into it")
     if lora_A is None or lora_B is None:
         return
-    d_out, d_in, rank = layer.lora_B.shape[0], layer.lora_A[0].numel(), lora_A.shape[0] // layer.num_products
+    d_out = layer.lora_B.shape[0]
+    d_in = layer.lora_A[0].numel()
+    rank = lora_A.shape[0] // layer.num_products
     rows = rank * layer.num_products
     sizes = [(*factor.flatten(1).shape,) for factor in (lora_A, lora_B)]
     alike = lora_A.ndim == layer.lora_A.ndim and lora_B.ndim == layer.lora_B.ndim

@@ -25,7 +25,8 @@ class BareParameter(nn.Module):
     def __init__(self, owner: nn.Module, leaf: str) -> None:
         super().__init__()
         # The list keeps torch from registering the owner as a child of this module.
-        self._owner, self.leaf = [owner], leaf
+        self._owner = [owner]
+        self.leaf = leaf
 
     @property
     def owner(self) -> Any:
@@ -46,7 +47,8 @@ class LoRAOwner(nn.Module):
 
     def __init__(self, base: nn.Module, layers: Mapping[str, LoRAParameter]) -> None:
         super().__init__()
-        self.base, self.lora = base, nn.ModuleDict(layers)
+        self.base = base
+        self.lora = nn.ModuleDict(layers)
 
 
 class LoRAParameter(LoRALayer):

@@ -18,7 +18,8 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
     Names are those without the wrappers of ``torch.compile``. In a model wrapped by PEFT the layers are views of PEFT's
     layers, for the active adapter.
     """
-    own, theirs = own_layers(model), peft_layers(model)
+    own = own_layers(model)
+    theirs = peft_layers(model)
     if own and theirs:
         raise ConfigurationError(
             f"the model holds LoRA layers of dynrank ({next(iter(own))!r}) and of PEFT ({next(iter(theirs))!r}); "

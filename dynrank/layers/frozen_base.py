@@ -51,7 +51,8 @@ def without_base(
     ``trained``, and everything outside of adapted models. Fingerprints are taken from ``known``; new ones are added.
     """
     known = {} if known is None else known
-    kept, spared = dict(state_dict), {id(parameter) for parameter in trained}
+    kept = dict(state_dict)
+    spared = {id(parameter) for parameter in trained}
     for prefix, root in adapted_models(model).items():
         mark = {}
         for name, parameter in root.named_parameters(remove_duplicate=False):

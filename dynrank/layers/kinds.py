@@ -78,7 +78,8 @@ class LoRAQuantizedLinear(LoRALinear):
     @classmethod
     def shape_of(cls, base: nn.Module) -> tuple[int, int]:
         # The packed weight has another shape.
-        d_out, d_in = base.out_features, base.in_features
+        d_out = base.out_features
+        d_in = base.in_features
         assert isinstance(d_out, int)
         assert isinstance(d_in, int)
         return d_out, d_in
@@ -194,7 +195,9 @@ def _computes_linear(base: nn.Module) -> bool:
     random = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(size, dtype=torch.float64, generator=random) for size in ((2, 3, 5), (4, 5), (4,)))
     values = {"weight": weight, "bias": bias} if "bias" in tensors else {"weight": weight}
-    expected, was_training, found = F.linear(x, *values.values()), base.training, []
+    expected = F.linear(x, *values.values())
+    was_training = base.training
+    found = []
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             for base.training in (True, False):

@@ -32,7 +32,8 @@ def peft_layers(model: nn.Module) -> dict[str, PeftLayer]:
     """
     modules = _lora_modules(model)
     configs = _configs(model) if modules else {}
-    layers, faults = {}, dict[str, list[str]]()
+    layers = {}
+    faults = dict[str, list[str]]()
     for name, module in modules:
         active = list(module.active_adapters)
         present = [adapter for adapter in active if adapter in _adapters(module)]
@@ -66,7 +67,8 @@ def config_changes(model: nn.Module, ranks: Mapping[tuple[nn.Module, str], int])
     becomes false. A config with the right ranks does not change. The functions only make assignments. ``ranks`` are
     those that layers will have when the functions are called, by module and adapter.
     """
-    configs, changes = _configs(model), list[Callable[[], None]]()
+    configs = _configs(model)
+    changes = list[Callable[[], None]]()
     lost = [name for name, module in _lora_modules(model) if module not in configs]
     if lost:
         raise ConfigurationError(f"the config of PEFT's layer {lost[0]!r} is not in the model; pass the whole model")
@@ -110,10 +112,12 @@ def follow_checkpoint_ranks(model: nn.Module) -> None:
 
 def take_peft_ranks(model: nn.Module, state_dict: Mapping[str, Any], prefix: str = "", *_: Any) -> None:
     """Give PEFT's LoRA layers the ranks of the factors in ``state_dict``; see :func:`follow_checkpoint_ranks`."""
-    configs, changed = _configs(model), False
+    configs = _configs(model)
+    changed = False
     for name, module in _lora_modules(model):
         for adapter in _adapters(module):
-            layer, start = PeftLayer(module, adapter), f"{prefix}{name}." if name else prefix
+            layer = PeftLayer(module, adapter)
+            start = f"{prefix}{name}." if name else prefix
             key = "lora_embedding_{}." + adapter if layer.of_embedding else "lora_{}." + f"{adapter}.weight"
             lora_A, lora_B = (state_dict.get(start + key.format(factor)) for factor in "AB")
             if lora_A is None or lora_A.shape == layer.lora_A.shape:

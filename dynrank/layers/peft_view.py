@@ -41,7 +41,8 @@ class PeftLayer:
     pinned = _Note(False)
 
     def __init__(self, module: Any, adapter: str) -> None:
-        self.module, self.adapter = module, adapter
+        self.module = module
+        self.adapter = adapter
 
     @property
     def lora_A(self) -> nn.Parameter:
@@ -104,10 +105,12 @@ class PeftLayer:
 
         :func:`dynrank.layers.peft_layers.config_changes` updates PEFT's config, once for all layers.
         """
-        of_A, of_B = self.lora_A.shape[1:], self.lora_B.shape[2:]
+        of_A = self.lora_A.shape[1:]
+        of_B = self.lora_B.shape[2:]
         put_factors(self, lora_A.reshape(-1, *of_A), lora_B.reshape(len(lora_B), -1, *of_B))
         if not self.of_embedding:
-            kind, rows = "channels" if of_B else "features", len(self.lora_A)
+            kind = "channels" if of_B else "features"
+            rows = len(self.lora_A)
             setattr(self.module.lora_A[self.adapter], f"out_{kind}", rows)
             setattr(self.module.lora_B[self.adapter], f"in_{kind}", rows)
         self.module.r[self.adapter] = self.rank
@@ -115,4 +118,5 @@ class PeftLayer:
 
     def record_alpha(self) -> None:
         """Record alpha so that PEFT's rule alpha / rank gives the scaling that the layer has."""
-        self.module.lora_alpha[self.adapter], self.module.use_rslora[self.adapter] = self.alpha, False
+        self.module.lora_alpha[self.adapter] = self.alpha
+        self.module.use_rslora[self.adapter] = False

@@ -81,14 +81,17 @@ def add_lora(
         # A layer that is narrower than lora.rank gets the scaling of the other layers.
         scaling = initial_scaling(at.alpha, rank if at.rule is None else at.rank, rslora)
         layers[name] = make_layer(modules[name], rank=at.rank, scaling=scaling, **options)
-        layers[name].final_rank, layers[name].highest = at.final_rank, at.highest
-        layers[name].pinned, layers[name].rule = at.pinned, at.rule
+        layers[name].final_rank = at.final_rank
+        layers[name].highest = at.highest
+        layers[name].pinned = at.pinned
+        layers[name].rule = at.rule
     place_layers(model, layers, modules_to_save)
     return model
 
 
 def _check_modules_to_save(model: nn.Module, names: Sequence[str]) -> None:
-    modules, tied = dict(named_modules(model)), tied_weights(model)
+    modules = dict(named_modules(model))
+    tied = tied_weights(model)
     for name in names:
         if name not in modules:
             raise ConfigurationError(f"no module is named {name!r}; fix modules_to_save")

@@ -49,7 +49,8 @@ def span(numbers: Collection[int]) -> str:
     >>> span([16]), span([1, 4000, 2])
     ('16', '1-4,000')
     """
-    low, high = min(numbers), max(numbers)
+    low = min(numbers)
+    high = max(numbers)
     return f"{low:,}" if low == high else f"{low:,}-{high:,}"
 
 

@@ -153,10 +153,12 @@ def arms_figure(
     axis has the title ``name``. ``panels`` are {quantity: for each arm, the values of its runs}.
     """
     try:
-        places, line = [float(text) for (text,) in settings], "-"
+        places = [float(text) for (text,) in settings]
+        line = "-"
     except ValueError:
         # No value lies between two names, so no line connects the points.
-        places, line = [float(number) for number in range(len(settings))], "none"
+        places = [float(number) for number in range(len(settings))]
+        line = "none"
     texts = ["\n".join(setting) for setting in settings]
     crowded = max(map(len, texts)) * len(texts) > 40
     across = min(3, len(panels))

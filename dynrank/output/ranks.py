@@ -80,7 +80,8 @@ def slot_line(ranks: Mapping[str, int]) -> str:
     >>> slot_line({"q": 2, "v": 4})
     "highest rank 4, average 3.0: a server's slot has 8 in every layer"
     """
-    highest, average = max(ranks.values()), sum(ranks.values()) / len(ranks)
+    highest = max(ranks.values())
+    average = sum(ranks.values()) / len(ranks)
     slot = slot_rank(highest)
     line = f"highest rank {highest}, average {average:.1f}: a server's slot has {slot} in every layer"
     below = max((step for step in SLOTS if 1 < step < slot), default=highest)

@@ -152,7 +152,9 @@ def make_plan(config: DictConfig) -> Plan:
         raise ConfigurationError(f"trainer.precision must be one of {[*_PRECISIONS]}, got {config.trainer.precision!r}")
     dtype, autocast = precision
     settings = ModelSettings(**plain(config.model))
-    size, length, ranks = asked.batch_size, asked.sequence_length, asked.ranks
+    size = asked.batch_size
+    length = asked.sequence_length
+    ranks = asked.ranks
     if size is None or length is None or ranks is None:
         raise ConfigurationError("the task has no batch_size or no max_length; set batch_size and sequence_length")
     batch = size, length
@@ -241,7 +243,8 @@ def _optimizer_state_bytes(
     an 8-bit optimizer) counts once, all other state once for each parameter. The arguments are those of
     :func:`dynrank.tasks.optimizers.make_optimizer`.
     """
-    of_adapter, of_head = _stand_ins(adapter), _stand_ins(head)
+    of_adapter = _stand_ins(adapter)
+    of_head = _stand_ins(head)
     made: Any = make_optimizer([*of_adapter], [*of_head], 1000, **options)
     optimizer = made["optimizer"]
     # A schedule-free optimizer has modes for training and evaluation.

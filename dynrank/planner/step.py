@@ -49,7 +49,9 @@ class CountingMode(FakeTensorMode):
     @contextmanager
     def follow(self, own: Iterable[Tensor]) -> Iterator[None]:
         """Enter the mode and count from 0; storages of ``own`` do not count, and must exist until the block ends."""
-        self._sizes, self.held, self.peak = {storage_key(tensor): 0 for tensor in own}, 0, 0
+        self._sizes = {storage_key(tensor): 0 for tensor in own}
+        self.held = 0
+        self.peak = 0
         try:
             with self:
                 yield
@@ -60,7 +62,8 @@ class CountingMode(FakeTensorMode):
         # This op allocates nothing, and FakeTensorMode would decompose it at each call.
         if func is torch.ops.aten.addmm.out:
             return (kwargs or {})["out"]
-        outermost, self._within_op = not self._within_op, True
+        outermost = not self._within_op
+        self._within_op = True
         try:
             out = super().__torch_dispatch__(func, types, args, kwargs or {})
         finally:
@@ -132,7 +135,8 @@ def _packed(module: Any) -> nn.Parameter:
     else:
         rows, scales, _ = functional.int8_vectorwise_quant(torch.empty(weight.shape, dtype=torch.float16))
         packed = nn.Parameter(rows, requires_grad=False)
-        packed.CB, packed.SCB = rows, scales
+        packed.CB = rows
+        packed.SCB = scales
     return packed  # type: ignore[no-any-return]
 
 

@@ -20,7 +20,8 @@ from dynrank.models.names import ModelSettings
 from dynrank.rank_map import load_rank_map, parse_rank_map
 from dynrank.run.overrides import check_keys, overrides_explained
 
-CONFIG_MODULE, CONFIG_NAME = "dynrank.conf", "train"
+CONFIG_MODULE = "dynrank.conf"
+CONFIG_NAME = "train"
 
 
 # Arguments of add_lora that are no keys: the task, or another group, gives them.

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     # Lightning loads slowly, and --help must not wait for it.
     pass
 
-METRICS, HISTORY, GENERATIONS, LOCK = "metrics.csv", "rank_history.csv", "generations.csv", ".lock"
+METRICS = "metrics.csv"
+HISTORY = "rank_history.csv"
+GENERATIONS = "generations.csv"
+LOCK = ".lock"
 
 
 def last_checkpoint(folder: Path) -> Path:

@@ -77,7 +77,8 @@ def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
     """Print the results of the run in ``folder``; ``report`` is its page, if it has one."""
     facts = {name: f"{value:.4f}" for name, value in summary.test.items()}
     if summary.gap is not None:
-        validation, training = summary.final["val/loss"], summary.final["train/loss"]
+        validation = summary.final["val/loss"]
+        training = summary.final["train/loss"]
         facts["gap"] = f"{summary.gap:.4f} = validation {validation:.4f} - training {training:.4f} at the end"
     if summary.cost:
         facts["cost"] = summary.cost

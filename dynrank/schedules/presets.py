@@ -25,7 +25,7 @@ Time = Annotated[float, Field(ge=0, le=1)]
 
 # How changes are made by default, and how an early cut is.
 PLAIN = How()
-EARLY = How(rate_after="sqrt")
+EARLY = How(lr_factor="sqrt")
 
 
 def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, how: How, key: str) -> Stage:

@@ -18,7 +18,7 @@ class How:
     The signature of a preset shows its own defaults for some of these values.
 
     Args:
-        rate_after: factor of the adapters' learning rates after the change, on top of their scheduler. "sqrt":
+        lr_factor: factor of the adapters' learning rates after the change, on top of their scheduler. "sqrt":
             sqrt(mean rank before / after), which keeps the size of an optimizer step of the update.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         max_regression: largest relative worsening of ``check_monitor`` by a change, measured by validations right
@@ -30,7 +30,7 @@ class How:
         ConfigurationError: if a value cannot be used.
     """
 
-    rate_after: Annotated[float, Field(gt=0)] | Literal["sqrt"] = 1.0
+    lr_factor: Annotated[float, Field(gt=0)] | Literal["sqrt"] = 1.0
     optimizer_state: Literal["transport", "reset"] = "transport"
     max_regression: NotNegative | None = None
     check_monitor: Name = "val/loss"
@@ -92,7 +92,8 @@ def check_schedule(schedule: Sequence[Stage], run: Run) -> None:
     """Refuse times that contradict each other, or the length of the run if it is known."""
     if run.total_steps is None:
         return
-    faults, before = [], -1
+    faults = []
+    before = -1
     for number, stage in enumerate(schedule, 1):
         in_epochs = isinstance(stage.when, At) and stage.when.epoch is not None
         planned = None if in_epochs and run.steps_per_epoch is None else stage.planned_step(run)

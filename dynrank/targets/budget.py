@@ -72,7 +72,8 @@ class Budget(Stepped):
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         ranks = self.lowest_ranks(layers)
-        left, least = self.pool(layers), self.floor_parameters(layers)
+        left = self.pool(layers)
+        least = self.floor_parameters(layers)
         if self.share is None and left < least:
             raise ConfigurationError(f"a budget must be at least {least:,} parameters, the lowest ranks', got {left:,}")
         left -= least

@@ -41,7 +41,9 @@ class AdapterModule(LightningModule):
         label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
-        self.model, self.optimizer_options, self.label_smoothing = model, optimizer, label_smoothing
+        self.model = model
+        self.optimizer_options = optimizer
+        self.label_smoothing = label_smoothing
         add_lora(model.train(), modules_to_save=head_names(model), **lora)
         self.quality = nn.ModuleDict(quality)
 

@@ -62,7 +62,8 @@ class Classification(TextTask):
     ) -> None:
         sizes = {"batch_size": batch_size, "evaluation_size": 4 * batch_size}
         super().__init__(model, data, "classification", **sizes, seed=seed, limit=limit, settings=settings)
-        self.max_length, self.label_smoothing = max_length, label_smoothing
+        self.max_length = max_length
+        self.label_smoothing = label_smoothing
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
         rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
@@ -86,7 +87,8 @@ class Classification(TextTask):
 
     def recipe(self, split: str) -> Recipe:
         label = datasets.Sequence(datasets.Value("bool")) if self.several else datasets.Value("int32")
-        ids, kinds = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("int8"))
+        ids = datasets.Sequence(datasets.Value("int32"))
+        kinds = datasets.Sequence(datasets.Value("int8"))
         features = {"input_ids": ids, "label": label, "length": datasets.Value("int32"), "cut": datasets.Value("int32")}
         pairs = {"token_type_ids": kinds} if "text_pair" in self.rows["train"].column_names else {}
         options = {"max_length": self.max_length, "labels": self.labels}

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError, shown
 
-_IDS, _FLAGS = datasets.Sequence(datasets.Value("int32")), datasets.Sequence(datasets.Value("bool"))
-_NUMBER, _TEXT = datasets.Value("int32"), datasets.Value("string")
+_IDS = datasets.Sequence(datasets.Value("int32"))
+_FLAGS = datasets.Sequence(datasets.Value("bool"))
+_NUMBER = datasets.Value("int32")
+_TEXT = datasets.Value("string")
 # learned: a flag for each token. lengths: tokens of each example in a packed row. prompt_length: 0 without a prompt.
 FEATURES = datasets.Features(
     {"input_ids": _IDS, "learned": _FLAGS, "lengths": _IDS, "length": _NUMBER, "cut": _NUMBER}
@@ -48,7 +50,8 @@ def make_examples(
     fitting = [example for example in _OF[form](rows, tokenizer, max_length) if len(example.ids) <= max_length]
     for row in pack(fitting, max_length) if packed else [[example] for example in fitting]:
         lengths = [len(example.ids) for example in row]
-        ids, learned = [i for e in row for i in e.ids], [own for e in row for own in e.learned]
+        ids = [i for e in row for i in e.ids]
+        learned = [own for e in row for own in e.learned]
         kept = (row[0].prompt, row[0].answer) if texts else ("", "")
         cut = sum(example.cut for example in row)
         values = (ids, learned, lengths, sum(lengths), cut, *kept, row[0].prompt_length)
@@ -110,12 +113,14 @@ def check_packing(model: nn.Module) -> None:
     tokens = torch.arange(1, 9, device=next(model.parameters()).device)
     # The two rows have only their second example in common.
     rows = torch.stack([tokens, torch.cat([tokens[4:], tokens[4:]])])
-    training, places = model.training, positions([4, 4]).to(tokens.device).expand(2, 8)
+    training = model.training
+    places = positions([4, 4]).to(tokens.device).expand(2, 8)
     try:
         first, second = model.eval()(input_ids=rows, position_ids=places, use_cache=False).logits[:, 4:].float()
     # This error means that the model takes no position_ids.
     except TypeError:
-        first, second = tokens[:1], tokens[1:2]
+        first = tokens[:1]
+        second = tokens[1:2]
     finally:
         model.train(training)
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3 * float(first.abs().max())):

@@ -74,9 +74,13 @@ class LanguageModeling(TextTask):
     ) -> None:
         sizes: Any = {"batch_size": batch_size, "evaluation_size": 2 * batch_size, "val_examples": val_examples}
         super().__init__(model, data, form, **sizes, seed=seed, limit=limit, settings=settings)
-        self.packed, self.max_length = packed, max_length
-        self.measures, self.val_generate, self.generate = list(measures), val_generate, generate
-        self.max_new_tokens, self.indented = max_new_tokens, indented
+        self.packed = packed
+        self.max_length = max_length
+        self.measures = list(measures)
+        self.val_generate = val_generate
+        self.generate = generate
+        self.max_new_tokens = max_new_tokens
+        self.indented = indented
         written = [name for name in self.measures if name in OF_TEXTS or name == "accuracy"]
         if (packed or form == "text") and (written or val_generate or generate):
             raise ConfigurationError(
@@ -105,7 +109,8 @@ class LanguageModeling(TextTask):
 
     def collate(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         rows = [torch.tensor(example["input_ids"]) for example in examples]
-        batch, learned = self._padded(rows, "right"), [torch.tensor(example["learned"]) for example in examples]
+        batch = self._padded(rows, "right")
+        learned = [torch.tensor(example["learned"]) for example in examples]
         if self.packed:
             places = [positions(example["lengths"]) for example in examples]
             # No token comes before position 0, so the token at position 0 cannot be learned.
@@ -166,7 +171,9 @@ class LanguageModel(AdapterModule):
         packed: bool = False,
         on_meta: bool = False,
     ) -> None:
-        lora, optimizer, measures = dict(lora), dict(optimizer), list(measures)
+        lora = dict(lora)
+        optimizer = dict(optimizer)
+        measures = list(measures)
         quality = {split: chosen(measures, OF_LOGITS, f"{split}/") for split in ("val", "test")}
         self.settings = ModelSettings(**settings or {})
         super().__init__(load_causal_lm(model, settings=self.settings, on_meta=on_meta), lora, optimizer, quality)
@@ -176,7 +183,9 @@ class LanguageModel(AdapterModule):
         if packed and not on_meta:
             check_packing(self.model)
         self.written = nn.ModuleDict({split: chosen(measures, OF_TEXTS, f"{split}/") for split in ("val", "test")})
-        self.name, self.max_new_tokens, self.indented = model, max_new_tokens, indented
+        self.name = model
+        self.max_new_tokens = max_new_tokens
+        self.indented = indented
         # (prompt, wanted, written) of each text, for the callback Generations.
         self.generations: list[tuple[str, str, str]] = []
 

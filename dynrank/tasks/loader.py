@@ -56,15 +56,19 @@ class ResumableLoader(DataLoader[Any]):
 class _SeededBatches(Sampler[list[int]]):
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, share: tuple[int, int]) -> None:
         # batch_size is that of all processes together; one process takes every share[1]th example of a batch.
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.own, self.given = slice(share[0], None, share[1]), 0
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.seed = seed
+        self.own = slice(share[0], None, share[1])
+        self.given = 0
 
     def __len__(self) -> int:
         return len(self.lengths) // self.batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         end = (self.given // len(self) + 1) * len(self)
-        chunk, batches = -1, list[list[int]]()
+        chunk = -1
+        batches = list[list[int]]()
         while self.given < end:
             if self.given // CHUNK != chunk:
                 chunk = self.given // CHUNK

@@ -70,9 +70,14 @@ class TextTask(LightningDataModule):
     ) -> None:
         super().__init__()
         self.settings = ModelSettings(**settings or {})
-        self.model, self.data, self.form = model, data, form
-        self.batch_size, self.evaluation_size = batch_size, evaluation_size
-        self.seed, self.val_examples, self.limit = seed, val_examples, limit
+        self.model = model
+        self.data = data
+        self.form = form
+        self.batch_size = batch_size
+        self.evaluation_size = evaluation_size
+        self.seed = seed
+        self.val_examples = val_examples
+        self.limit = limit
         self.examples: Mapping[str, datasets.Dataset] = {}
         self.account: dict[str, SplitAccount] = {}
 
@@ -99,7 +104,8 @@ class TextTask(LightningDataModule):
     def examples_of(self, rows: datasets.Dataset, split: str) -> datasets.Dataset:
         """The examples of a split's rows, from the cache on disk if they were made before."""
         # Reading self.tokenizer sets its hash.
-        recipe, tokenizer = self.recipe(split), self.tokenizer
+        recipe = self.recipe(split)
+        tokenizer = self.tokenizer
         several = "lengths" in recipe.features
         rows = rows if several else spread(rows, self.limit)
         how = (recipe.make.__qualname__, recipe.options)
@@ -120,7 +126,8 @@ class TextTask(LightningDataModule):
             long = f"no example of {split} has at most {recipe.options['max_length']} tokens"
             raise ConfigurationError(f"{long}; set task.max_length")
         texts = len(column_of(made, "lengths").combine_chunks().flatten()) if several else len(made)
-        whole, made = made, spread(made, self.limit)
+        whole = made
+        made = spread(made, self.limit)
         self.account[split] = SplitAccount(
             rows=len(rows),
             examples=len(made),

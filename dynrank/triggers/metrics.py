@@ -42,7 +42,8 @@ class Plateau(Trigger):
 
     def fires(self, value: float) -> bool:
         if self._improves(value):
-            self._best, self._stale = value, 0
+            self._best = value
+            self._stale = 0
         else:
             self._stale += 1
         return self._stale >= self.patience

@@ -14,7 +14,8 @@ import dynrank
 from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 TINY = {"vocab_size": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SIZES = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2}
 IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
@@ -23,8 +24,10 @@ IDS = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9]])
 class ConvNet(nn.Module):
     def __init__(self):
         super().__init__()
-        self.stem, self.point = nn.Conv2d(3, 9, 3, stride=2, padding=1), nn.Conv2d(9, 8, 1, bias=False)
-        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.stem = nn.Conv2d(3, 9, 3, stride=2, padding=1)
+        self.point = nn.Conv2d(9, 8, 1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
 
     def forward(self, image):
         return self.head(self.norm(self.point(self.stem(image).relu())).mean((2, 3)))

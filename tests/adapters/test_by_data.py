@@ -92,7 +92,8 @@ def test_layer_outside_of_the_loss_is_an_error(zoo):
 def cost(rows, gone, terms=1):
     """The estimate by its definition."""
     gone = [*gone]
-    gradient, hessian = rows.mean(0), (terms * rows.mT) @ rows / len(rows)
+    gradient = rows.mean(0)
+    hessian = (terms * rows.mT) @ rows / len(rows)
     return float(-gradient[gone].sum() + 0.5 * hessian[gone][:, gone].sum())
 
 
@@ -105,7 +106,8 @@ def dropped(kept, ranks):
 
 def test_estimate_for_a_language_model_is_the_change_of_its_loss(zoo):
     """The texts are the model's own, so its probabilities are right, and only the Hessian is left."""
-    length, count = 12, 600
+    length = 12
+    count = 600
     model = zoo.adapted("gpt2", target_modules=["c_attn", "c_fc"])
     zoo.trained(model, std=0.2)
     torch.manual_seed(0)
@@ -121,9 +123,12 @@ def test_estimate_for_a_language_model_is_the_change_of_its_loss(zoo):
             ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].softmax(-1).multinomial(1)], dim=1)
     layers = dict(dynrank.lora_layers(model))
     found = effects(layers, (F.cross_entropy(model(input_ids=own[None]).logits[0, :-1], own[1:]) for own in ids))
-    estimated, true, before = 0.0, 0.0, mean_loss()
+    estimated = 0.0
+    true = 0.0
+    before = mean_loss()
     for name, layer in layers.items():
-        lora_A, lora_B = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+        lora_A = layer.lora_A.detach().clone()
+        lora_B = layer.lora_B.detach().clone()
         for i in range(layer.rank):
             change = truncate_product(lora_B, lora_A, 2, keep=torch.tensor([j for j in range(3) if j != i]))
             layer.set_factors(change.lora_A, change.lora_B)
@@ -150,8 +155,12 @@ def test_one_drop_is_the_best_of_all_and_many_are_close_to_the_best_subset(seed)
 @pytest.mark.parametrize("seed", range(5))
 def test_each_drop_is_the_cheapest_per_parameter_by_brute_force(seed):
     rows = torch.randn(20, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    given, widths, terms = {"a": rows[:, :4], "b": rows[:, 4:]}, {"a": 5, "b": 9}, torch.arange(1, 21)
-    owner, gone, total = "aaaabbbbb", [], 65
+    given = {"a": rows[:, :4], "b": rows[:, 4:]}
+    widths = {"a": 5, "b": 9}
+    terms = torch.arange(1, 21)
+    owner = "aaaabbbbb"
+    gone = []
+    total = 65
     while total > 14:
         allowed = [i for i in range(9) if i not in gone and sum(owner[j] == owner[i] for j in gone) + 1 < (4, 5)[i > 3]]
         gone.append(
@@ -187,7 +196,8 @@ def test_budget_keeps_the_layer_that_the_loss_needs_where_weight_keeps_the_large
     layers = dict(dynrank.lora_layers(model))
     with torch.no_grad():
         layers["large"].lora_B.mul_(100)
-    small, large = layers["small"], layers["large"]
+    small = layers["small"]
+    large = layers["large"]
     losses = [large(0 * x).sum() - (small(x) - small.base(x)).square().sum() for x in torch.eye(6).double()]
     widths = dict.fromkeys(layers, 12)
     by_data = greedy(effects(layers, losses), torch.ones(6), widths, dict.fromkeys(layers, 1), 60)

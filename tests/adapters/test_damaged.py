@@ -14,7 +14,8 @@ import dynrank
 from dynrank.adapters.config import AdapterConfig
 from dynrank.errors import ConfigurationError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,8 @@ def damaged(data, base):
 @given(data=st.data())
 def test_the_whole_is_loaded_with_an_output_or_nothing_changes(base, zoo, data):
     model = copy.deepcopy(base[0])
-    before, folder = zoo.state(model), damaged(data, base)
+    before = zoo.state(model)
+    folder = damaged(data, base)
     try:
         dynrank.load_adapter(model, folder)
     except ConfigurationError:

@@ -113,7 +113,8 @@ def test_squeezing_a_file_is_resizing_the_model(kind, tiny_moe, tmp_path):
     for report in reports:
         assert report.params_per_rank == expected[report.layer].params_per_rank
         assert_close(report.predicted_error, expected[report.layer].predicted_error)
-    full, small = spectra(tmp_path / "full"), spectra(tmp_path / "small")
+    full = spectra(tmp_path / "full")
+    small = spectra(tmp_path / "small")
     for name, values in small.items():
         assert_close(values, full[name][:2], rtol=1e-5, atol=1e-6)
 

@@ -11,18 +11,21 @@ from safetensors.torch import load_file
 import dynrank
 from dynrank.errors import ConfigurationError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 UNLIKE = {r"0\..*q_proj": {"rank": 1, "alpha": 7}, r"1\..*v_proj": {"rank": 5, "alpha": 1}, "down_proj": 2}
 
 
 def updates(folder, reader):
     """{layer: its update}, by a reader of patterns (P), of the global alpha / r (G), or of alpha / own rows (T)."""
-    config, tensors = json.loads((folder / CONFIG).read_text()), load_file(folder / WEIGHTS)
+    config = json.loads((folder / CONFIG).read_text())
+    tensors = load_file(folder / WEIGHTS)
     found = {}
     for key in tensors:
         if key.endswith("lora_A.weight"):
             name = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            lora_A, lora_B = tensors[key].double(), tensors[key.replace("lora_A", "lora_B")].double()
+            lora_A = tensors[key].double()
+            lora_B = tensors[key.replace("lora_A", "lora_B")].double()
             own = [value for pattern, value in config["alpha_pattern"].items() if re.match(pattern, name)]
             alpha = own[0] if own and reader == "P" else config["lora_alpha"]
             found[name] = alpha / (config["r"] if reader == "G" else len(lora_A)) * lora_B @ lora_A

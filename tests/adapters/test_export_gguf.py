@@ -20,13 +20,17 @@ def answers(base, adapter=None):
     """Logarithms of the probabilities of the next token after each of ``IDS``, in float32 throughout."""
     params = xllamacpp.CommonParams()
     params.model.path = str(base)
-    params.verbosity, params.warmup, params.fit_params, params.n_parallel = -1, False, False, 1
+    params.verbosity = -1
+    params.warmup = False
+    params.fit_params = False
+    params.n_parallel = 1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     if adapter is not None:
         params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(adapter), 1.0)]
-    server, rows = xllamacpp.Server(params), []
+    server = xllamacpp.Server(params)
+    rows = []
     for ids in IDS:
         said = server.handle_completions({"prompt": ids, "n_predict": 1, "n_probs": 1000, "temperature": 0.0})
         found = said["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
@@ -57,7 +61,8 @@ def adapted(zoo, model, targets):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_llama_cpp_computes_with_an_exported_adapter_what_peft_does(kind, zoo, tmp_path):
-    model, base = plain(kind), tmp_path / "base.gguf"
+    model = plain(kind)
+    base = tmp_path / "base.gguf"
     model.save_pretrained(tmp_path / "base")
     # The vocabulary is nonsense: what is asked are numbers of tokens.
     write_gguf(base, model, [f"t{number}" for number in range(48)], ["t 1"])

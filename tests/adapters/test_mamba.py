@@ -41,7 +41,8 @@ def base(request):
 @pytest.fixture
 def fused(base, monkeypatch):
     """{name: layer} of the linear layers whose weights ``base`` hands to its kernel in training."""
-    given, code = [], sys.modules[type(base).__module__]
+    given = []
+    code = sys.modules[type(base).__module__]
     kernel = MODELS[base.config.model_type][1]
     monkeypatch.setattr(code, kernel, lambda *args, **named: given.extend([*args, *named.values()]))
     base.train()(IDS, use_cache=False)

@@ -42,7 +42,8 @@ def test_merge_equals_the_adapted_model_and_the_merge_of_peft_in_float64(kind, z
     model = zoo.adapted(kind, base=copy.deepcopy(base), target_modules=everything(base, tied=False), **options)
     dynrank.save_adapter(model, tmp_path)
     theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, autocast_adapter_dtype=False)
-    theirs, ours = theirs.double().merge_and_unload().state_dict(), dynrank.merge(model).state_dict()
+    theirs = theirs.double().merge_and_unload().state_dict()
+    ours = dynrank.merge(model).state_dict()
     assert set(ours) == set(theirs)
     for name, value in ours.items():
         assert_close(value, theirs[name], **ROUNDING)
@@ -178,7 +179,8 @@ def test_command_follows_no_link_out_of_the_models_folder(stored, refused, tmp_p
 
 def test_files_of_a_hubs_cache_are_links_to_files_beside_the_snapshot(stored, tmp_path):
     model, adapter, _ = stored
-    blobs, snapshot = tmp_path / "models--mine" / "blobs", tmp_path / "models--mine" / "snapshots" / "abc"
+    blobs = tmp_path / "models--mine" / "blobs"
+    snapshot = tmp_path / "models--mine" / "snapshots" / "abc"
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for file in model.iterdir():

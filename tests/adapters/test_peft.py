@@ -76,7 +76,8 @@ def test_adapter_of_mixed_ranks_has_equal_logits_in_peft_and_comes_back(architec
     assert (logits(theirs) - expected).abs().max() <= 1e-5
     back = dynrank.load_adapter(copy.deepcopy(base), tmp_path)
     assert (logits(back) - expected).abs().max() <= 1e-5
-    found, layers = dict(dynrank.lora_layers(back)), dict(dynrank.lora_layers(ours))
+    found = dict(dynrank.lora_layers(back))
+    layers = dict(dynrank.lora_layers(ours))
     assert {n: x.rank for n, x in found.items()} == {n: x.rank for n, x in layers.items()}
     assert all(found[n].scaling == pytest.approx(x.scaling, rel=1e-15) for n, x in layers.items())
     assert all(torch.equal(found[n].lora_A, x.lora_A) for n, x in layers.items())
@@ -146,7 +147,8 @@ def test_auto_class_finds_the_base_by_the_name_in_our_config(zoo, tmp_path):
 def test_hotswap_between_adapters_of_unlike_ranks(mixed, zoo, tmp_path):
     """Padded, where ranks are mixed: PEFT's hot swap finds no layer in the patterns, and scales by the global alpha."""
     dynrank.export_adapter(mixed[1], tmp_path / "padded", to="padded")
-    wide, narrow = zoo.adapted("llama", 3, rank=7), zoo.adapted("llama", 4, rank=1, alpha=6)
+    wide = zoo.adapted("llama", 3, rank=7)
+    narrow = zoo.adapted("llama", 4, rank=1, alpha=6)
     dynrank.save_adapter(wide, tmp_path / "wide")
     dynrank.save_adapter(narrow, tmp_path / "narrow")
     theirs = judge(zoo, tmp_path / "wide")

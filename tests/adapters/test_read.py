@@ -14,7 +14,8 @@ from dynrank.adapters.config import AdapterConfig
 from dynrank.adapters.squeeze import inspect_adapter, squeeze_adapter
 from dynrank.errors import ConfigurationError, read_as
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 Q = "base_model.model.model.layers.1.self_attn.q_proj"
 
 

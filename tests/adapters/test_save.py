@@ -14,7 +14,8 @@ from torch.testing import assert_close
 import dynrank
 from dynrank.errors import ConfigurationError
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def content(folder):
@@ -77,7 +78,8 @@ def test_save_refuses_what_it_has_no_place_for(zoo, tmp_path):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.shift = nn.Linear(6, 6), nn.Parameter(torch.zeros(6))
+            self.a = nn.Linear(6, 6)
+            self.shift = nn.Parameter(torch.zeros(6))
 
     model = dynrank.add_lora(Net(), rank=2)
     model.shift.requires_grad_(True)
@@ -94,7 +96,8 @@ class Nested(nn.Module):
     def __init__(self, inner):
         super().__init__()
         torch.manual_seed(0)
-        self.a, self.body = nn.Linear(6, 6), nn.ModuleDict({"a": inner()})
+        self.a = nn.Linear(6, 6)
+        self.body = nn.ModuleDict({"a": inner()})
 
     def forward(self, x):
         return self.body["a"](self.a(x))

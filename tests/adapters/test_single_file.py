@@ -36,8 +36,10 @@ def kohya(path, dtype=torch.float32, alphas=(3, 2, 8), ranks=(6, 3, 4), metadata
     tensors = {}
     modules = [(n, m) for n, m in unet().named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     for index, (name, module) in enumerate(modules):
-        key, weight = f"lora_unet_{name.replace('.', '_')}", module.weight
-        rank, alpha = ranks[index % len(ranks)], alphas[index % len(alphas)]
+        key = f"lora_unet_{name.replace('.', '_')}"
+        weight = module.weight
+        rank = ranks[index % len(ranks)]
+        alpha = alphas[index % len(alphas)]
         tensors[f"{key}.lora_down.weight"] = torch.randn(rank, *weight.shape[1:]).to(dtype)
         tensors[f"{key}.lora_up.weight"] = torch.randn(len(weight), rank, *[1] * (weight.ndim - 2)).to(dtype)
         tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
@@ -85,14 +87,16 @@ def metadata_of(path):
 def test_every_tool_reads_the_dense_truncation_from_kohya_s_file(target, tmp_path):
     before = kohya(tmp_path / "a.safetensors")
     reports = {r.layer: r for r in squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **target)}
-    after, read = load_file(tmp_path / "b.safetensors"), by_diffusers(tmp_path / "b.safetensors")
+    after = load_file(tmp_path / "b.safetensors")
+    read = by_diffusers(tmp_path / "b.safetensors")
     assert before.keys() == after.keys()
     assert len({float(value) for key, value in after.items() if key.endswith(".alpha")}) == 1
     assert len(read) == len(reports) == len(before) // 3
     assert len({report.rank_after for report in reports.values()}) > 1 or "rank" in target
     for module, theirs in read.items():
         name = f"lora_unet_{module.replace('.', '_')}"
-        old, report = update(before, name, by_comfyui, theirs.shape), reports[name]
+        old = update(before, name, by_comfyui, theirs.shape)
+        report = reports[name]
         best = truncation(old, report.rank_after)
         for rule in (by_kohya, by_comfyui):
             assert (update(after, name, rule, theirs.shape) - best).norm() <= 1e-6 * old.norm()
@@ -108,9 +112,11 @@ def test_half_precision_is_computed_in_float32_and_stored_as_it_was(dtype, tmp_p
     after = load_file(tmp_path / "b.safetensors")
     assert {value.dtype for value in after.values()} == {dtype}
     for key in (key for key in before if key.endswith(".alpha")):
-        name, shape = key.removesuffix(".alpha"), before[key.replace("alpha", "lora_down.weight")].shape
+        name = key.removesuffix(".alpha")
+        shape = before[key.replace("alpha", "lora_down.weight")].shape
         shape = (len(before[f"{name}.lora_up.weight"]), *shape[1:])
-        old, rank = update(before, name, by_comfyui, shape), len(after[f"{name}.lora_down.weight"])
+        old = update(before, name, by_comfyui, shape)
+        rank = len(after[f"{name}.lora_down.weight"])
         error = (update(after, name, by_comfyui, shape) - truncation(old, rank)).norm()
         # Each factor is rounded once.
         assert error <= 1.5 * torch.finfo(dtype).eps * old.norm()
@@ -132,10 +138,12 @@ def diffusers_file(folder, *, metadata):
 @pytest.mark.parametrize("metadata", [True, False])
 def test_diffusers_file_is_right_with_its_metadata_and_without(metadata, target, tmp_path):
     """Without them, as for ComfyUI, alpha is the rank: so it is in the metadata, too."""
-    source, out = diffusers_file(tmp_path, metadata=metadata), tmp_path / "new" / "b.safetensors"
+    source = diffusers_file(tmp_path, metadata=metadata)
+    out = tmp_path / "new" / "b.safetensors"
     before = by_diffusers(source)
     reports = {report.layer: report for report in squeeze_adapter(source, out, **target)}
-    after, tensors = by_diffusers(out), load_file(out)
+    after = by_diffusers(out)
+    tensors = load_file(out)
     assert before.keys() == after.keys() == {name.removeprefix("unet.") for name in reports}
     assert (metadata_of(out) == {"format": "pt"}) == (not metadata)
     save_file(tensors, tmp_path / "bare.safetensors")
@@ -186,7 +194,8 @@ def test_a_layer_without_an_alpha_has_its_rank_for_one_and_gets_that_of_all(tmp_
     del before[f"{key}.alpha"]
     save_file(before, tmp_path / "a.safetensors")
     squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=1.0)
-    after, read = load_file(tmp_path / "b.safetensors"), by_diffusers(tmp_path / "b.safetensors")
+    after = load_file(tmp_path / "b.safetensors")
+    read = by_diffusers(tmp_path / "b.safetensors")
     for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
         old = update(before, f"lora_unet_{name.replace('.', '_')}", by_kohya, read[name].shape)
         for new in (read[name], update(after, f"lora_unet_{name.replace('.', '_')}", by_comfyui, old.shape)):

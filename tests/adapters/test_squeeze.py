@@ -14,7 +14,8 @@ import dynrank.adapters.squeeze
 from dynrank.adapters.squeeze import squeeze_adapter
 from dynrank.errors import ConfigurationError
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 SETTINGS = {
     "plain": {},
     "rslora": {"use_rslora": True, "rank_pattern": {r".*\.1\..*|point": 4}},
@@ -49,10 +50,12 @@ def deltas(folder):
 def test_squeeze_is_the_dense_truncation_and_loads_in_peft_and_here(kind, settings, target, by_peft, zoo, tmp_path):
     source = by_peft(kind, **SETTINGS[settings])
     reports = squeeze_adapter(source, tmp_path / "out", **target)
-    before, after = deltas(source), deltas(tmp_path / "out")
+    before = deltas(source)
+    after = deltas(tmp_path / "out")
     assert [report.layer for report in reports] == list(before)
     for report in reports:
-        (old, old_rank), (new, rank) = before[report.layer], after[report.layer]
+        old, old_rank = before[report.layer]
+        new, rank = after[report.layer]
         assert (report.rank_before, report.rank_after) == (old_rank, rank)
         assert (new - truncation(old, rank)).norm() <= 1e-6 * old.norm()
         assert report.predicted_error == pytest.approx(float((new - old).norm()), abs=1e-5)

@@ -58,9 +58,11 @@ def job(request, tiny_bert, tiny_llama, tmp_path):
     Of the two directions of the embeddings the large one moves a token that no row has, the small one goes downhill.
     """
     torch.manual_seed(0)
-    rows, classifies = ROWS[request.param], request.param.startswith("classification")
+    rows = ROWS[request.param]
+    classifies = request.param.startswith("classification")
     base = str(tiny_bert if classifies else tiny_llama)
-    model, tokenizer = load_classifier(base, 3) if classifies else load_causal_lm(base), load_tokenizer(base)
+    model = load_classifier(base, 3) if classifies else load_causal_lm(base)
+    tokenizer = load_tokenizer(base)
     name = "word_embeddings" if classifies else "embed_tokens"
     dynrank.add_lora(model, rank=2, alpha=2, target_modules=[name], modules_to_save=["classifier"] * classifies)
     if classifies:
@@ -97,7 +99,8 @@ def test_squeeze_by_gates_keeps_the_small_direction_that_the_loss_needs(job, lau
     assert (before, after) == pytest.approx((needed, needed), abs=2e-4)
     old, new = (dynrank.read_adapter(folder) for folder in (adapter, "small"))
     (name,) = old.layers
-    (lora_B, lora_A), (kept_B, kept_A) = old.factors(name), new.factors(name)
+    lora_B, lora_A = old.factors(name)
+    kept_B, kept_A = new.factors(name)
     torch.testing.assert_close(kept_B @ kept_A, lora_B[:, 1:] @ lora_A[1:], rtol=1e-4, atol=1e-6)
     assert {path.name for path in (tmp_path / "small").iterdir()} == {path.name for path in adapter.iterdir()}
 
@@ -115,7 +118,8 @@ def test_squeeze_by_gates_keeps_the_small_direction_that_the_loss_needs(job, lau
 def test_what_does_not_go_with_gates_is_said_in_one_line(job, launch, tmp_path, tiny_llama):
     adapter, file, _ = job
     other = written(tmp_path, "other.csv", [{"review": "a film", "label": "fine"}] * 40)
-    few, bare = written(tmp_path, "few.csv", REVIEWS[:31]), written(tmp_path, "bare.csv", [{"a": 1}])
+    few = written(tmp_path, "few.csv", REVIEWS[:31])
+    bare = written(tmp_path, "bare.csv", [{"a": 1}])
     for options, said in {
         ("--gates",): "--gates needs --data FILE",
         ("--data", file): "--data must go with --gates",

@@ -41,7 +41,8 @@ def adapters(saved):
 @pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_swap_equals_a_fresh_load_whatever_was_there_before(kind, saved, zoo, in_memory):
-    model, adapters = zoo.plain(kind), saved(kind)
+    model = zoo.plain(kind)
+    adapters = saved(kind)
     for index in (0, 1, 2, 0, 2, 1, 0):
         adapter = dynrank.read_adapter(adapters[index]) if in_memory else adapters[index]
         assert dynrank.swap_adapter(model, adapter) is model
@@ -99,7 +100,8 @@ def test_many_swaps_leak_nothing(adapters, zoo):
         return tensors, sum(issubclass(kind, LoRALayer) for kind in kinds), len(list(model.parameters()))
 
     swaps(6)
-    before, old = census(), weakref.ref(next(dynrank.lora_layers(model))[1].lora_A)
+    before = census()
+    old = weakref.ref(next(dynrank.lora_layers(model))[1].lora_A)
     swaps(48)
     # Objects that other tests left may go.
     assert all(now <= then for now, then in zip(census(), before, strict=True))

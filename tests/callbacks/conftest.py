@@ -16,7 +16,8 @@ def fit(regression):
     make, data, trainer = regression
 
     def run(*callbacks, module=None, saved=None, kind=ModelCheckpoint, ckpt_path=None, **options):
-        callbacks, module = [*callbacks, StepSeed(0)], module or make()
+        callbacks = [*callbacks, StepSeed(0)]
+        module = module or make()
         if saved is not None:
             every = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
             callbacks.append(kind(saved, filename="{step}", **every))

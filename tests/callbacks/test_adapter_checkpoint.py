@@ -18,7 +18,8 @@ from dynrank.targets import Rank
 from dynrank.triggers import At
 
 # An epoch has ten batches.
-STEPS, CHANGE = 24, 13
+STEPS = 24
+CHANGE = 13
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,8 @@ def stored(folder, step):
 
 def test_it_holds_what_is_trained_and_what_lightning_needs(run, whole, tmp_path):
     run(tmp_path, ModelCheckpoint, max_steps=CHANGE)
-    theirs, ours = stored(tmp_path, CHANGE), stored(whole[0], CHANGE)
+    theirs = stored(tmp_path, CHANGE)
+    ours = stored(whole[0], CHANGE)
     base = {f"net.{i}.base.{kind}" for i in (0, 2) for kind in ("weight", "bias")}
     assert set(theirs["state_dict"]) - set(ours["state_dict"]) == base
     assert set(ours["state_dict"]) - set(theirs["state_dict"]) == {f"net.{MARK}"}

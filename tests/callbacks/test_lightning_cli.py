@@ -48,9 +48,10 @@ def test_stages_of_ones_own_stand_in_the_file_of_a_lightning_cli(regression, tmp
 
     module_class, _, _ = regression
     stage = {"when": {"class_path": "dynrank.triggers.Plateau"}, "to": {"class_path": "dynrank.targets.Rank"}}
-    stage["when"]["init_args"], stage["to"]["init_args"] = {"monitor": "val/loss"}, {"rank": 2}
+    stage["when"]["init_args"] = {"monitor": "val/loss"}
+    stage["to"]["init_args"] = {"rank": 2}
     callback = {"class_path": "dynrank.callbacks.RankScheduler"}
-    callback["init_args"] = {"schedule": [{**stage, "deadline": 0.5, "how": {"rate_after": "sqrt"}}]}
+    callback["init_args"] = {"schedule": [{**stage, "deadline": 0.5, "how": {"lr_factor": "sqrt"}}]}
     file = tmp_path / "run.yaml"
     file.write_text(yaml.safe_dump({"trainer": {"logger": False, "callbacks": [callback]}}))
     monkeypatch.setattr(sys, "argv", ["fit.py", "--config", str(file)])
@@ -58,7 +59,7 @@ def test_stages_of_ones_own_stand_in_the_file_of_a_lightning_cli(regression, tmp
     (scheduler,) = (found for found in cli.trainer.callbacks if isinstance(found, RankScheduler))
     assert scheduler.driver.stages[0].deadline == 0.5
     assert scheduler.driver.stages[0].to.rank == 2
-    assert scheduler.driver.stages[0].how.rate_after == "sqrt"
+    assert scheduler.driver.stages[0].how.lr_factor == "sqrt"
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ def manual(regression, fit):
             automatic_optimization = False
 
             def training_step(self, batch, batch_idx):
-                optimizer, schedule = self.optimizers(), self.lr_schedulers()
+                optimizer = self.optimizers()
+                schedule = self.lr_schedulers()
                 if batch_idx % every == 0:
                     optimizer.zero_grad()
                 self.manual_backward(super().training_step(batch, batch_idx) / every)
@@ -38,7 +39,7 @@ def manual(regression, fit):
 
 SCHEDULES = {
     "weight": lambda: RankScheduler([Stage(At(step=8), Rank(3)), Stage(At(fraction=1.0), Rank(2))]),
-    "budget": lambda: RankScheduler(Stage(At(step=8), Budget(share=0.5), how=How(rate_after=2.0))),
+    "budget": lambda: RankScheduler(Stage(At(step=8), Budget(share=0.5), how=How(lr_factor=2.0))),
     "plateau": lambda: RankScheduler(Stage(Plateau(patience=1, min_delta=0.99), Rank(3))),
     "checked": lambda: RankScheduler(Stage(At(step=8), Rank(1), how=How(max_regression=0.0))),
 }
@@ -46,7 +47,8 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("kind", SCHEDULES)
 def test_manual_run_with_a_step_each_batch_is_the_automatic_run(manual, fit, assert_same, kind):
-    first, second = SCHEDULES[kind](), SCHEDULES[kind]()
+    first = SCHEDULES[kind]()
+    second = SCHEDULES[kind]()
     expected, _ = fit(first, max_steps=20)
     assert_same(manual(second), expected)
     assert first.history
@@ -73,7 +75,7 @@ def test_a_change_decided_between_the_two_batches_of_a_step_waits_for_its_end(ma
 
 
 def test_several_optimizers_hold_the_factors_together(regression, fit):
-    scheduler = RankScheduler(Stage(At(step=8), Rank(3), how=How(rate_after=2.0)))
+    scheduler = RankScheduler(Stage(At(step=8), Rank(3), how=How(lr_factor=2.0)))
 
     class Two(regression[0]):
         automatic_optimization = False
@@ -127,7 +129,8 @@ def test_manual_run_resumes_to_the_bit(manual, assert_same, tmp_path, step):
             if trainer.global_step == step:
                 trainer.save_checkpoint(tmp_path / "at.ckpt")
 
-    whole, rest = SCHEDULES["budget"](), SCHEDULES["budget"]()
+    whole = SCHEDULES["budget"]()
+    rest = SCHEDULES["budget"]()
     expected = manual(whole, Save())
     assert_same(manual(rest, ckpt_path=tmp_path / "at.ckpt"), expected)
     assert rest.history == whole.history

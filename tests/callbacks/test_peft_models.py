@@ -52,13 +52,13 @@ def module_class(request, regression):
 
 
 def test_lightning_run_resumes_bit_equal_from_before_and_after_the_drop(module_class, fit, assert_same, tmp_path):
-    scheduler = schedule(rate_after=2.0)
+    scheduler = schedule(lr_factor=2.0)
     reference, _ = fit(scheduler, module=module_class(), saved=tmp_path, max_steps=12)
     assert [event.step for event in scheduler.history] == [6]
     assert ranks_of(reference) == {3}
     # The steps are before the decision, between it and the change, and after both.
     for step in (3, 5, 6, 7, 11):
-        again = schedule(rate_after=2.0)
+        again = schedule(lr_factor=2.0)
         module, _ = fit(again, module=module_class(), ckpt_path=tmp_path / f"step={step}.ckpt", max_steps=12)
         assert again.history == scheduler.history, step
         assert again.state_dict() == scheduler.state_dict(), step
@@ -91,7 +91,8 @@ def test_layer_narrower_than_its_rank_is_cut_with_the_others(target, tmp_path):
 
     net = get_peft_model(base(), LoraConfig(r=6, target_modules=["0", "1"], init_lora_weights=False))
     optimizer = torch.optim.SGD(dynrank.adapter_parameters(net), lr=1e-2)
-    driver, loop = dynrank.RankDriver(Stage(At(step=1), target)), dynrank.Training(net, [optimizer])
+    driver = dynrank.RankDriver(Stage(At(step=1), target))
+    loop = dynrank.Training(net, [optimizer])
     driver.start(loop, Run(total_steps=2))
     loop.step = 1
     driver.advance(loop)

@@ -33,7 +33,8 @@ def changed(fit):
 class Keeping(Logger):
     """A logger of a user's."""
 
-    name, version = "keeping", ""
+    name = "keeping"
+    version = ""
 
     def __init__(self):
         self.rows = []
@@ -51,7 +52,8 @@ class Keeping(Logger):
 def test_files_table_and_metrics_of_a_change(changed, tmp_path, capsys):
     monitor = RankMonitor(tmp_path / "rank_history.csv", model_name="net")
     _, scheduler, _ = changed(monitor, logger=CSVLogger(tmp_path, name="", version=""))
-    found, (event,) = rows(monitor.history_file), scheduler.history
+    found = rows(monitor.history_file)
+    (event,) = scheduler.history
     changes = [(row["step"], row["layer"], row["rank_before"], row["rank_after"]) for row in found]
     assert changes == [("4", "0", "6", "3"), ("4", "2", "6", "3")]
     errors = [layer.predicted_error for layer in event.layers]
@@ -88,19 +90,21 @@ class Taken(lightning.Callback):
 
 def test_rate_that_is_logged_is_the_one_that_the_step_takes(changed):
     """Raised after the change; whatever schedulers and the group itself say."""
-    logger, taken = Keeping(), Taken()
-    stage = Stage(At(step=4), Rank(3), how=How(rate_after=2.0))
+    logger = Keeping()
+    taken = Taken()
+    stage = Stage(At(step=4), Rank(3), how=How(lr_factor=2.0))
     changed(taken, RankMonitor(), logger=logger, stage=stage, accumulate_grad_batches=2)
     assert logger.column("lr/0") == list(enumerate(pytest.approx(rate) for rate in taken.rates))
     assert taken.rates[4] > 1.5 * taken.rates[0]
 
 
-RAISED = Stage(At(step=4), Rank(3), how=How(rate_after=2.0))
+RAISED = Stage(At(step=4), Rank(3), how=How(lr_factor=2.0))
 
 
 def test_learning_rate_monitor_shows_the_rate_that_the_step_takes(changed, tmp_path):
     """Lightning's own callback, read back from TensorBoard's file."""
-    taken, logger = Taken(), TensorBoardLogger(tmp_path, name="", version="")
+    taken = Taken()
+    logger = TensorBoardLogger(tmp_path, name="", version="")
     _, scheduler, _ = changed(taken, LearningRateMonitor("step"), logger=logger, stage=RAISED)
     shown = EventAccumulator(str(tmp_path)).Reload().Scalars("lr-AdamW")
     assert [point.value for point in shown[-3:]] == pytest.approx(taken.rates[-3:])
@@ -110,9 +114,11 @@ def test_learning_rate_monitor_shows_the_rate_that_the_step_takes(changed, tmp_p
 
 def test_second_fit_of_a_trainer_keeps_the_raised_rate(changed, regression, tmp_path):
     """Its optimizer and scheduler are new ones."""
-    taken, logger = Taken(), Keeping()
+    taken = Taken()
+    logger = Keeping()
     module, scheduler, trainer = changed(taken, RankMonitor(), LearningRateMonitor("step"), logger=logger, stage=RAISED)
-    trainer.fit_loop.epoch_loop.max_steps, before = 12, len(taken.rates)
+    trainer.fit_loop.epoch_loop.max_steps = 12
+    before = len(taken.rates)
     trainer.fit(module, *regression[1]())
     assert (before, len(taken.rates)) == (8, 4)
     assert taken.rates[0] == pytest.approx(2e-2)
@@ -136,7 +142,8 @@ def test_rate_of_an_adapter_is_logged_beside_that_of_a_head_in_its_group(fit, re
         def optimizer_step(self, *args):
             super().optimizer_step(*args)
 
-    logger, taken = Keeping(), Taken()
+    logger = Keeping()
+    taken = Taken()
     module = Warming() if own_step else Sharing()
     _, trainer = fit(RankScheduler(RAISED), RankMonitor(), taken, module=module, logger=logger, log_every_n_steps=1)
     assert logger.column("lr/adapter") == [(step, pytest.approx(taken.rates[step])) for step in range(4, 24)]
@@ -177,7 +184,8 @@ def test_change_taken_back_is_recorded_as_such(changed, tmp_path, capsys):
 
 
 def test_history_of_a_resumed_run_holds_the_change_before_the_checkpoint(changed, tmp_path):
-    first, second = RankMonitor(tmp_path / "first.csv"), RankMonitor(tmp_path / "second.csv")
+    first = RankMonitor(tmp_path / "first.csv")
+    second = RankMonitor(tmp_path / "second.csv")
     *_, trainer = changed(first)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     changed(second, max_steps=12, ckpt_path=tmp_path / "last.ckpt")
@@ -190,7 +198,8 @@ def test_monitor_without_a_scheduler_writes_an_empty_history(fit, tmp_path):
 
 
 def test_progress_bar_shows_the_ranks_and_no_total_of_epochs_that_there_is_not(changed):
-    seen, epochs = [], set()
+    seen = []
+    epochs = set()
 
     class Bar(RankProgressBar):
         def get_metrics(self, trainer, pl_module):

@@ -79,11 +79,13 @@ def test_scheduler_drops_once_after_the_plateau_and_tells_other_callbacks(fit):
 def test_history_has_what_layers_have_brought_in_a_loop_by_hand(fit, regression):
     """Two batches a step, clipped: as Lightning documents it."""
     make, data, _ = regression
-    scheduler, module = RankScheduler(at(8, Budget(share=0.5))), make()
+    scheduler = RankScheduler(at(8, Budget(share=0.5)))
+    module = make()
     module.net[1].p = 0.0
     other = copy.deepcopy(module)
     fit(scheduler, module=module, accumulate_grad_batches=2, gradient_clip_val=0.5, max_steps=9, val_check_interval=1.0)
-    ((optimizer,), (schedule,)), hand = other.configure_optimizers(), ByHand(other.net)
+    ((optimizer,), (schedule,)) = other.configure_optimizers()
+    hand = ByHand(other.net)
     batches = itertools.chain.from_iterable(itertools.repeat(data()[0]))
     for _ in range(8):
         for batch in itertools.islice(batches, 2):
@@ -101,9 +103,9 @@ def test_history_has_what_layers_have_brought_in_a_loop_by_hand(fit, regression)
 
 ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
 SCHEDULES = {
-    "plateau": (lambda: plateau(rate_after=2.0), {}),
+    "plateau": (lambda: plateau(lr_factor=2.0), {}),
     # validations that fall into the middle of epochs
-    "accumulating": (lambda: plateau(rate_after=2.0), ACCUMULATING),
+    "accumulating": (lambda: plateau(lr_factor=2.0), ACCUMULATING),
     # checkpoints between the validation that decides and the change that it is compared with
     "checked at a plateau": (lambda: plateau(max_regression=0.05), {}),
     # a cut in the middle, and trials after the last step
@@ -166,7 +168,8 @@ def test_run_of_epochs_goes_on_in_the_middle_of_one(regression, fit, assert_same
             return super().configure_optimizers()
 
     options = {"max_epochs": 3, "max_steps": -1, "val_check_interval": None}
-    whole, again = RankScheduler(at(25, Rank(3))), RankScheduler(at(25, Rank(3)))
+    whole = RankScheduler(at(25, Rank(3)))
+    again = RankScheduler(at(25, Rank(3)))
     module, _ = fit(whole, module=Module(), saved=tmp_path, **options)
     resumed, _ = fit(again, module=Module(), ckpt_path=tmp_path / "step=23.ckpt", **options)
     assert_same(resumed, module)
@@ -188,7 +191,8 @@ def test_run_goes_on_at_the_end_of_an_epoch_that_was_shorter(regression, tmp_pat
             self.epochs += 1
 
     def run(steps, size, checkpoint=None):
-        module, loader = Module(), ResumableLoader(data()[1].dataset, [1] * 80, size, 3, default_collate)
+        module = Module()
+        loader = ResumableLoader(data()[1].dataset, [1] * 80, size, 3, default_collate)
         logger = CSVLogger(tmp_path, name="", version=str(steps))
         saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
         options = {"log_every_n_steps": 1, "logger": logger, "enable_checkpointing": True}
@@ -202,7 +206,9 @@ def test_run_goes_on_at_the_end_of_an_epoch_that_was_shorter(regression, tmp_pat
 
 
 def test_validations_of_a_check_reach_no_trigger_and_no_other_callback(regression, fit, tmp_path):
-    observed, validated, saved = [], [], []
+    observed = []
+    validated = []
+    saved = []
 
     class Seeing(Plateau):
         def observe(self, step, *values):
@@ -226,7 +232,9 @@ def test_validations_of_a_check_reach_no_trigger_and_no_other_callback(regressio
         Stage(At(step=8), Rank(3), how=How(max_regression=99.0)),
         Stage(Seeing(patience=99), Rank(2), deadline=1.0),
     ]
-    stop, shown, written = EarlyStopping("val/loss", patience=1), {}, Generations(tmp_path / "generations.csv")
+    stop = EarlyStopping("val/loss", patience=1)
+    shown = {}
+    written = Generations(tmp_path / "generations.csv")
     fit(RankScheduler(stages), Saving(tmp_path), stop, written, Reading(), module=Module(), max_steps=15)
     assert shown[9] == shown[8] > 0
     assert validated == [5, 8, 8, 10, 15]
@@ -249,7 +257,9 @@ def test_validations_of_a_change_leave_training_as_without_them(regression, asse
 
     def trained(stages):
         torch.manual_seed(1)
-        module, (train, val), scheduler = Module(), data(), RankScheduler(stages)
+        module = Module()
+        train, val = data()
+        scheduler = RankScheduler(stages)
         val = DataLoader(val.dataset, batch_size=40, shuffle=True)
         made = trainer(max_steps=12, val_check_interval=5, num_sanity_val_steps=0, callbacks=[scheduler])
         made.fit(module, train, val)
@@ -286,7 +296,9 @@ def test_search_by_validations_of_other_data_each_time_is_warned_of(regression):
 
 @pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
 def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regression, fit, tmp_path, kind):
-    module_class, (_, val), trainer = regression[0], regression[1](), regression[2]
+    module_class = regression[0]
+    _, val = regression[1]()
+    trainer = regression[2]
 
     class Tested(module_class):
         def test_step(self, batch, batch_idx):

@@ -95,13 +95,15 @@ def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
     schedule = callback(stages)
     trainer(tmp_path, model, schedule, max_steps=6, **options).train()
     other = dynrank.add_lora(base(), rank=4, alpha=8)
-    same_order, batches = trainer(tmp_path, other, callback([]), max_steps=6, **options), []
+    same_order = trainer(tmp_path, other, callback([]), max_steps=6, **options)
+    batches = []
     for epoch in range(3):
         loader = same_order.get_train_dataloader()
         loader.set_epoch(epoch)
         batches += list(loader)
     trained = [p for p in other.parameters() if p.requires_grad]
-    optimizer, hand = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0), ByHand(other)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
+    hand = ByHand(other)
     for step in range(6):
         if step == 3:
             sums = [sum(hand.terms(report.layer)) for report in schedule.history[0].layers]
@@ -120,10 +122,11 @@ def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
 
 
 @MODELS
-@pytest.mark.parametrize("how", [{}, {"rate_after": 2.0}], ids=["plain", "rate"])
+@pytest.mark.parametrize("how", [{}, {"lr_factor": 2.0}], ids=["plain", "rate"])
 def test_ranks_follow_the_schedule_and_a_resumed_run_has_the_same_weights(make, how, tmp_path):
     """From before the first change, at it, after it, between two."""
-    model, whole = make(), callback(**how)
+    model = make()
+    whole = callback(**how)
     made = trainer(tmp_path, model, whole, **SAVING)
     made.train()
     changes = [(event.step, event.layers[0].rank_before, event.layers[0].rank_after) for event in whole.history]
@@ -135,7 +138,8 @@ def test_ranks_follow_the_schedule_and_a_resumed_run_has_the_same_weights(make, 
             assert int(made.optimizer.state[parameter]["step"]) == STEPS
     expected = model.state_dict()
     for start in (2, 4, 8):
-        again, schedule = make(), callback(**how)
+        again = make()
+        schedule = callback(**how)
         made = trainer(tmp_path / "again", again, schedule)
         made.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{start}"))
         assert [event.step for event in schedule.history] == [4, 7]
@@ -173,7 +177,8 @@ def scored(folder, model, schedule, first=9, **options):
 @pytest.mark.filterwarnings("ignore:the (best|last) checkpoint")
 @MODELS
 def test_best_model_of_before_a_cut_comes_back_with_its_own_ranks_if_asked(make, tmp_path):
-    model, schedule = make(), RankTrainerCallback(Stage(At(step=4), Rank(2)), keep_best_before=True)
+    model = make()
+    schedule = RankTrainerCallback(Stage(At(step=4), Rank(2)), keep_best_before=True)
     made = scored(tmp_path, model, schedule)
     made.train()
     assert made.state.best_model_checkpoint.endswith("checkpoint-2")
@@ -182,7 +187,8 @@ def test_best_model_of_before_a_cut_comes_back_with_its_own_ranks_if_asked(make,
 
 def test_best_model_is_the_best_of_after_the_cut_also_after_a_resume(tmp_path, capsys):
     for start in (None, 2, 4, 6):
-        model, schedule = wrapped(), callback([Stage(At(step=4), Rank(2))])
+        model = wrapped()
+        schedule = callback([Stage(At(step=4), Rank(2))])
         made = scored(tmp_path / f"from {start}", model, schedule, first=9 - (start or 0) // 2)
         source = tmp_path / "from None" / f"checkpoint-{start}"
         made.train(resume_from_checkpoint=str(source) if start else None)
@@ -208,7 +214,8 @@ def test_early_stopping_begins_anew_after_the_cut(tmp_path):
 
 def test_cut_behind_the_last_step_is_what_the_trainer_saves_and_the_other_files_are_named(tmp_path):
     """The best one is loaded first."""
-    model, schedule = wrapped(), callback([Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2))])
+    model = wrapped()
+    schedule = callback([Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2))])
     made = scored(tmp_path, model, schedule)
     words = r"the last checkpoint, '.*checkpoint-10', has rank 3, but the trained model has rank 2:.*save_model"
     with pytest.warns(UserWarning, match=words):
@@ -229,11 +236,9 @@ class Hearing(TrainerCallback):
 def test_changes_are_logged_printed_and_told_to_other_callbacks(tmp_path, capsys, monkeypatch):
     """Also the one behind the last step, after which TensorBoard's file is closed."""
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    schedule, hearing, model = (
-        callback([Stage(At(step=4), Rank(2)), Stage(At(fraction=1.0), Rank(1))]),
-        Hearing(),
-        own(),
-    )
+    schedule = callback([Stage(At(step=4), Rank(2)), Stage(At(fraction=1.0), Rank(1))])
+    hearing = Hearing()
+    model = own()
     made = trainer(tmp_path, model, schedule, report_to=["tensorboard"])
     made.add_callback(hearing)
     made.train()
@@ -276,7 +281,9 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
     """Not even in the random numbers of the dropout to come."""
 
     def trained(stages):
-        worse, model, stopping = itertools.count(1), own(), Stopping()
+        worse = itertools.count(1)
+        model = own()
+        stopping = Stopping()
         schedule = RankTrainerCallback(stages, evaluate=lambda: made.evaluate() | {"eval_loss": float(next(worse))})
         made = trainer(tmp_path, model, schedule, eval_strategy="steps", eval_steps=4)
         made.add_callback(stopping)
@@ -295,14 +302,16 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
 
 def test_compiled_peft_model_has_brought_the_same(tmp_path):
     def change(**options):
-        model, schedule = wrapped(), callback([Stage(At(step=4), Rank(2))])
+        model = wrapped()
+        schedule = callback([Stage(At(step=4), Rank(2))])
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
         trainer(tmp_path, model, schedule, max_steps=5, **options).train()
         return [layer.brought for layer in schedule.history[0].layers]
 
-    plain, compiled = change(), change(torch_compile=True, torch_compile_backend="eager")
+    plain = change()
+    compiled = change(torch_compile=True, torch_compile_backend="eager")
     assert compiled == pytest.approx(plain, rel=1e-3)
 
 
@@ -351,7 +360,8 @@ def test_sharding_by_the_environment_is_refused_when_the_trainer_is_made(tmp_pat
 @pytest.mark.parametrize("setting", [{"n_gpu": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": True}])
 def test_sharding_and_copies_by_arguments_are_refused(setting, tmp_path):
     """As the Trainer would have it in several processes: before the first step, and nothing has changed."""
-    model, schedule = own(), callback()
+    model = own()
+    schedule = callback()
     made = trainer(tmp_path, model, schedule)
     args = SimpleNamespace(**{"n_gpu": 1, "deepspeed": None, "fsdp": None, **setting})
     events = {"model": model, "optimizer": made.create_optimizer(), "train_dataloader": made.get_train_dataloader()}
@@ -363,7 +373,9 @@ def test_sharding_and_copies_by_arguments_are_refused(setting, tmp_path):
 def test_streamed_data_train_as_the_same_rows_in_that_order_do(tmp_path):
     """By steps, and by a share of the run, which ``max_steps`` alone tells; and resumed."""
     stages = [Stage(At(fraction=0.3), Rank(3)), Stage(At(step=7), Rank(2))]
-    listed, streamed, resumed = own(), own(), own()
+    listed = own()
+    streamed = own()
+    resumed = own()
     whole = trainer(tmp_path, listed, callback(stages), train_sampling_strategy="sequential")
     whole.train()
     rows = datasets.IterableDataset.from_generator(lambda: iter(data()))
@@ -426,7 +438,8 @@ def test_trained_head_and_statistics_of_batches_come_back(tmp_path):
         return dynrank.add_lora(plain, rank=2, target_modules=["convolution"], modules_to_save=["classifier"])
 
     rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(8)]
-    whole, again = model(), model()
+    whole = model()
+    again = model()
     stages = [Stage(At(step=2), Rank(1))]
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
     trainer(tmp_path, whole, callback(stages), rows, **options).train()
@@ -513,7 +526,8 @@ class Rates(TrainerCallback):
     def on_step_begin(self, args, state, control, optimizer, lr_scheduler, **_):
         # This hook has to come after those of the schedule.
         if state.global_step == STEPS - 2:
-            inner, planned = optimizer.optimizer, lr_scheduler.get_last_lr()
+            inner = optimizer.optimizer
+            planned = lr_scheduler.get_last_lr()
             inner.register_step_pre_hook(lambda *_: self.seen.append((planned, self.of(inner))))
 
     def of(self, optimizer):
@@ -525,12 +539,14 @@ def test_rate_that_the_trainer_logs_is_the_one_that_the_steps_take(tmp_path):
 
     class Taking(TrainerCallback):
         def on_train_begin(self, args, state, control, optimizer, **_):
-            self.taken, inner = [], optimizer.optimizer
+            self.taken = []
+            inner = optimizer.optimizer
             inner.register_step_post_hook(lambda *_: self.taken.append(inner.param_groups[0]["lr"]))
 
     def run(folder, **options):
-        schedule = callback([Stage(At(step=4), Rank(2))], rate_after=2.0)
-        made, taking = trainer(folder, wrapped(), schedule, **SAVING), Taking()
+        schedule = callback([Stage(At(step=4), Rank(2))], lr_factor=2.0)
+        made = trainer(folder, wrapped(), schedule, **SAVING)
+        taking = Taking()
         made.add_callback(taking)
         made.train(**options)
         logged = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
@@ -567,7 +583,8 @@ def test_recommended_schedule_raises_the_adapter_s_rate_and_never_the_head_s(tmp
         model = hf.LlamaForSequenceClassification(config)
         model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", r=8, target_modules="all-linear"))
         rows = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(data())]
-        made, rates = trainer(folder, model, RankTrainerCallback(2), rows, **SAVING), Rates()
+        made = trainer(folder, model, RankTrainerCallback(2), rows, **SAVING)
+        rates = Rates()
         made.add_callback(rates)
         made.train(**options)
         return model, made, rates

@@ -23,7 +23,8 @@ class Tokens(RunMeter):
 
 
 def test_phases_divide_the_run_at_each_change(fit, tmp_path):
-    meter, logger = Tokens(), CSVLogger(tmp_path, name="", version="")
+    meter = Tokens()
+    logger = CSVLogger(tmp_path, name="", version="")
     options = {"max_steps": 8, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
     fit(RankScheduler([Stage(At(step=4), Rank(3))]), meter, logger=logger, **options)
     assert [(p.first_step, p.mean_rank, p.tokens) for p in meter.phases] == [(0, 6.0, 64), (4, 3.0, 64)]
@@ -51,7 +52,8 @@ def test_a_resumed_run_measures_what_it_trains_itself(fit, tmp_path):
 def test_tokens_of_two_processes_count_once(monkeypatch):
     """The second process has as many tokens as this one."""
     monkeypatch.setattr(run_meter, "from_all", lambda tokens: [tokens, tokens])
-    trainer, model = SimpleNamespace(world_size=2, global_step=0, loggers=[]), nn.Linear(2, 2)
+    trainer = SimpleNamespace(world_size=2, global_step=0, loggers=[])
+    model = nn.Linear(2, 2)
     meter = RunMeter()
     meter.on_train_start(trainer, model)
     for _ in range(3):

@@ -19,7 +19,9 @@ def module_class(regression):
 
         def __init__(self):
             super().__init__()
-            self.trained, self.validated, self.z = [], [], []
+            self.trained = []
+            self.validated = []
+            self.z = []
 
         def configure_optimizers(self):
             optimizer = schedulefree.AdamWScheduleFree([p for p in self.parameters() if p.requires_grad], lr=1e-2)

@@ -46,7 +46,8 @@ def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
     start = made()
     # The first change imports modules, and those lines may not count.
     resized(start)
-    before, (_, after, lines) = contents(*start), resized(start)
+    before = contents(*start)
+    _, after, lines = resized(start)
     assert not torch.equal(before, after)
     ends = []
     for at in range(1, lines + 1):
@@ -62,7 +63,8 @@ def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
 def test_snapshot_brings_back_every_bit_as_often_as_is_asked(cls):
     net, optimizer, average = made(cls)
-    before, snapshot = contents(net, optimizer, average), Snapshot(net, [optimizer], [average])
+    before = contents(net, optimizer, average)
+    snapshot = Snapshot(net, [optimizer], [average])
     for rank in (2, 6):
         dynrank.resize(net, rank, optimizers=[optimizer], averages=[average])
         net(torch.ones(2, 7)).square().mean().backward()

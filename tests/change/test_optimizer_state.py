@@ -22,7 +22,10 @@ from dynrank.errors import ConfigurationError
 from dynrank.muon import Muon
 
 # OLD and NEW are ranks, KEPT of the directions go on, and OTHER is the other dimension of a factor.
-OLD, KEPT, NEW, OTHER = 5, 3, 6, 4
+OLD = 5
+KEPT = 3
+NEW = 6
+OTHER = 4
 # bitsandbytes' state of 8 bits has blocks of this size.
 BLOCK = 256
 FIRST = ("exp_avg", "momentum_buffer", "state1")
@@ -122,7 +125,8 @@ def move(optimizer, parameter, map_KR, gradient_map_KR, dim, fresh=None):
         optimizer, parameter, Move(value, map_KR[None], gradient_map_KR[None], dim, torch.tensor([1e6]))
     )
     assert_close(optimizer.state[parameter], before, rtol=0, atol=0)
-    parameter.data, optimizer.state[parameter] = value, state
+    parameter.data = value
+    optimizer.state[parameter] = state
     return before
 
 
@@ -248,12 +252,14 @@ def test_takes_the_bits_of_the_new_size(dim, before, after):
     optimizer, parameter = lived(bitsandbytes.optim.AdamW8bit, {}, gradients)
     old = move(optimizer, parameter, map_KR, map_KR, dim)
     reference, other = lived(bitsandbytes.optim.AdamW8bit, {}, [along(map_KR, g, dim) for g in gradients])
-    state, fresh = optimizer.state[parameter], reference.state[other]
+    state = optimizer.state[parameter]
+    fresh = reference.state[other]
     assert kinds(old).keys() != kinds(state).keys()
     assert kinds(state) == kinds(fresh)
     kept = min(before, after)
     for number in (1, 2):
-        new, expected = decoded(state, number), decoded(fresh, number)
+        new = decoded(state, number)
+        expected = decoded(fresh, number)
         chosen = (slice(kept),) if dim == 0 else (slice(None), slice(kept))
         assert (new - expected)[chosen].norm() < 0.05 * expected[chosen].norm()
     parameter.grad = torch.ones_like(parameter)
@@ -362,7 +368,8 @@ OF_TORCH.remove(Optimizer)
 
 @pytest.mark.parametrize("cls", [*OF_TORCH, OwnAdam, bitsandbytes.optim.AdEMAMix8bit])
 def test_an_optimizer_is_carried_or_refused_by_name_and_then_only_reset(cls):
-    net, known = adapted(), {carried.values[0] for carried in CARRIED}
+    net = adapted()
+    known = {carried.values[0] for carried in CARRIED}
     optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=0.01)
     steps = 0 if cls is torch.optim.SparseAdam else 3
     train(net, optimizer, steps)
@@ -433,8 +440,10 @@ def moments_after(*ranks):
     """The largest second moments of A and of B ever seen in Adam's steps towards a matrix of rank 3, and the error."""
     torch.manual_seed(0)
     net = dynrank.add_lora(nn.Sequential(nn.Linear(12, 10, bias=False)), rank=8, alpha=8, target_modules=["0"])
-    factors, goal = [net[0].lora_A, net[0].lora_B], torch.randn(10, 3) @ torch.randn(3, 12) / 3
-    optimizer, highest = torch.optim.Adam(factors, lr=1e-2, foreach=False), torch.zeros(2)
+    factors = [net[0].lora_A, net[0].lora_B]
+    goal = torch.randn(10, 3) @ torch.randn(3, 12) / 3
+    optimizer = torch.optim.Adam(factors, lr=1e-2, foreach=False)
+    highest = torch.zeros(2)
     for rank in ranks:
         dynrank.resize(net, rank, optimizers=[optimizer])
         with torch.no_grad():
@@ -449,7 +458,8 @@ def moments_after(*ranks):
 @pytest.mark.parametrize("span", [(4, 8), (1, 10)])
 def test_thousands_of_changes_do_not_inflate_second_moments(span):
     """A change after every step, faster than Adam forgets; without the bound v overflows before 1,000 changes."""
-    ranks, count = random.Random(0), 1200
+    ranks = random.Random(0)
+    count = 1200
     fixed, _ = moments_after(*[8] * count)
     changing, error = moments_after(*(ranks.randint(*span) for _ in range(count)))
     assert (changing < 10 * fixed).all()
@@ -542,7 +552,8 @@ def test_8_bit_state_of_stacked_experts_moves_by_each_ones_maps(dim, experts):
     for key, moved in ((1, along), (2, seeded)):
         # The state is one block, so this is the widest gap between two codes.
         gap = float(state[f"qmap{key}"].diff().max() * state[f"absmax{key}"])
-        old, new = decoded(before, key), decoded(state, key)
+        old = decoded(before, key)
+        new = decoded(state, key)
         for number in range(3):
             expected = moved(maps[1, number], expert_of(old, number, dim), dim)
             assert_close(expert_of(new, number, dim), expected, rtol=0, atol=gap)

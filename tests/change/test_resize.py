@@ -115,7 +115,8 @@ def test_resize_update_is_the_best_of_its_rank_and_the_report_says_so(trained, t
 def test_resize_keeps_parameters_and_groups_which_go_on_learning(trained, rank):
     net, optimizer = trained
     ids = [id(parameter) for parameter in net.parameters()]
-    (group,), factors = optimizer.param_groups, [p for p in net.parameters() if p.requires_grad]
+    (group,) = optimizer.param_groups
+    factors = [p for p in net.parameters() if p.requires_grad]
     settings = {key: value for key, value in group.items() if key != "params"}
     resize(net, rank, optimizers=[optimizer])
     assert [id(parameter) for parameter in net.parameters()] == ids
@@ -135,7 +136,8 @@ def test_resize_optimizer_state_of_each_factor_moves_by_the_map_of_the_other(tra
     resize(net, 3, optimizers=iter([optimizer]))
     new = [optimizer.state[factor] for factor in pair]
     for key, power in (("exp_avg", 1), ("exp_avg_sq", 2)):
-        from_A, from_B = change.from_A.float() ** power, change.from_B.float() ** power
+        from_A = change.from_A.float() ** power
+        from_B = change.from_B.float() ** power
         assert_close(new[0][key], from_B.mT @ old[0][key])
         assert_close(new[1][key], old[1][key] @ from_A.mT)
     assert new[0]["step"] == new[1]["step"] == 5
@@ -166,7 +168,8 @@ def test_balance_equalises_factors_in_a_cut_and_moves_their_moments(trained):
     untouched = copy.deepcopy(net[0].state_dict())
     reports = resize(net, {"0": 6, "2": 6, "4": 2}, optimizers=[optimizer], balance=True)
     assert [report.layer for report in reports] == ["4"]
-    lora_A, lora_B = layers["2"].lora_A, layers["2"].lora_B
+    lora_A = layers["2"].lora_A
+    lora_B = layers["2"].lora_B
     assert_close(lora_A @ lora_A.mT, lora_B.mT @ lora_B, rtol=1e-4, atol=1e-6)
     assert_close(layers["2"].delta_weight(), update, rtol=1e-5, atol=1e-6)
     # A gradient times the parameter does not depend on the coordinates, because all directions stay.

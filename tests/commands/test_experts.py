@@ -58,7 +58,8 @@ def test_predict_writes_what_peft_writes(base, adapter, launch):
     options = ["--model", base, "--max-new-tokens", 8]
     code, printed, said = launch(cli.main, "predict", adapter, *TEXTS, *options)
     assert code == 0, said
-    theirs, tokenizer = by_peft(base, adapter), AutoTokenizer.from_pretrained(base)
+    theirs = by_peft(base, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(base)
     for text, line in zip(TEXTS, printed.splitlines(), strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         made = theirs.generate(input_ids=ids, max_new_tokens=8, do_sample=False, pad_token_id=0)

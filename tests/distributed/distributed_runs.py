@@ -26,7 +26,8 @@ from dynrank.targets import Budget, GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches
 from dynrank.triggers import At, Plateau
 
-STEPS, CHANGE = 22, 12
+STEPS = 22
+CHANGE = 12
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]
 PATIENCE = timedelta(seconds=60)
 
@@ -53,7 +54,8 @@ class Model(lightning.LightningModule):
         torch.manual_seed(0)
         middle = Experts() if experts else nn.Linear(24, 24)
         net = nn.Sequential(nn.Linear(12, 24), nn.Tanh(), middle, nn.Tanh(), nn.Linear(24, 6))
-        modules, parameters = ["0"] if experts else ["0", "2"], PARAMETERS if experts else []
+        modules = ["0"] if experts else ["0", "2"]
+        parameters = PARAMETERS if experts else []
         if peft:
             config = LoraConfig(
                 r=6, lora_alpha=12, target_modules=modules, target_parameters=parameters, modules_to_save=["4"]
@@ -196,7 +198,8 @@ def fit(
     run: Run, *, strategy: Any = "auto", devices: int = 1, callbacks: Any = (), ckpt_path: Any = None, **options: Any
 ) -> tuple[Model, lightning.Trainer, RankScheduler]:
     """One training of ``run``."""
-    model, scheduler = Model(**run.model), RankScheduler(run.stages, check_every=options.pop("check_every", 5))
+    model = Model(**run.model)
+    scheduler = RankScheduler(run.stages, check_every=options.pop("check_every", 5))
     settings: dict[str, Any] = {
         "accelerator": "cpu", "devices": devices, "strategy": strategy, "max_steps": STEPS, "logger": False,
         "val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0,

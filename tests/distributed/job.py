@@ -130,7 +130,8 @@ def main(place: str) -> None:
     checks["another base"] = partial(another_base, RUNS["fsdp2"], folder / "resume fsdp2, without the base")
     checks["sharded"] = partial(refusal, Run(model={"sharded": True}, ddp=None))
     warnings.simplefilter("ignore")
-    process, results = int(os.environ["RANK"]), {}
+    process = int(os.environ["RANK"])
+    results = {}
     for way in WAYS:
         checks[f"loop, {way}"] = partial(ended, way, process, 2)
     for name, check in checks.items():

@@ -27,7 +27,9 @@ pytestmark = [
     # No more than two processes may run at a time.
     pytest.mark.xdist_group("distributed"),
 ]
-SAVED, CHANGE, STEPS = 7, 9, 12
+SAVED = 7
+CHANGE = 9
+STEPS = 12
 LONG = ["schedule=after_convergence"]
 LONG += ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"schedule.deadline={CHANGE / 100000}"]
 FILES = {
@@ -158,14 +160,16 @@ def test_slurm_runs_what_srun_would_start(overrides, alone, cwd):
 def test_run_resumes_after_one_process_got_sigterm_or_was_killed(overrides, cwd, tmp_path):
     """Two go on after each; the end knows no step twice."""
     folder = tmp_path / "run"
-    checkpoint, command = folder / "checkpoints" / "last.ckpt", [*overrides, *LONG, f"hydra.run.dir={folder}"]
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    command = [*overrides, *LONG, f"hydra.run.dir={folder}"]
     first, second = pair(cwd, *command)
     try:
         wait_for(lambda: checkpoint.exists(), first)
         # A machine that is taken away ends its processes like this.
         second.terminate()
     finally:
-        codes, printed = forked.end([first, second]), forked.printed(cwd)
+        codes = forked.end([first, second])
+        printed = forked.printed(cwd)
     assert codes == [0, 0], printed
     assert "Traceback" not in printed
     stopped = step_of(checkpoint)
@@ -180,7 +184,8 @@ def test_run_resumes_after_one_process_got_sigterm_or_was_killed(overrides, cwd,
     finally:
         # Nobody watches over the processes, so process 0 has to notice by itself.
         second.kill()
-        codes, printed = forked.end([first, second]), forked.printed(cwd)
+        codes = forked.end([first, second])
+        printed = forked.printed(cwd)
     assert codes == [1, -signal.SIGKILL], printed
     assert "by peer" in printed
 

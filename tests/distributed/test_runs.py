@@ -86,7 +86,8 @@ def test_resumed_processes_come_to_the_same_bits(results, name):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_wrapped_loop_ends_where_a_plain_one_does(results, way):
-    expected, (first, second) = ended("plain"), found(results, f"loop, {way}")
+    expected = ended("plain")
+    first, second = found(results, f"loop, {way}")
     for name, value in ended(way).items():
         assert torch.equal(value, expected[name]), name
         assert torch.equal(first[name], second[name]), name
@@ -117,7 +118,8 @@ def test_result_that_cannot_be_pickled_is_an_error_in_all(results):
 
 @pytest.mark.parametrize(("to", "source"), [*itertools.permutations(CROSSED, 2)])
 def test_run_goes_on_from_the_checkpoint_of_other_processes(results, folder, to, source):
-    run, (_, name) = CROSSED["one process"][0], CROSSED[source]
+    run = CROSSED["one process"][0]
+    _, name = CROSSED[source]
     if to == "one process":
         ends = [outcome(*fit(run, ckpt_path=saved(folder / name, step))) for step in CROSSINGS]
     else:

@@ -31,7 +31,9 @@ class Shared(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.words, self.twice, self.idle = nn.Embedding(5, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.words = nn.Embedding(5, 6)
+        self.twice = nn.Linear(6, 6)
+        self.idle = nn.Linear(6, 6)
 
     def forward(self, x):
         return self.twice(torch.tanh(self.twice(x + self.words.weight[0] + self.words(x[:, 0].abs().long()))))
@@ -60,7 +62,8 @@ def model_of(dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_shares_are_the_sums_of_a_loop_by_hand(name, dtype):
     model = model_of(dtype).to(dtype)
-    measured, hand = Brought(dict(dynrank.lora_layers(model))), ByHand(model)
+    measured = Brought(dict(dynrank.lora_layers(model)))
+    hand = ByHand(model)
     trained(model, 12, measured, hand, optimizer=OPTIMIZERS[name], dtype=dtype)
     for factor, factors in (("lora_A", [0]), ("lora_B", [1]), ("both", [0, 1])):
         for layer, share in measured.contributions(factor).items():
@@ -75,7 +78,8 @@ def test_shares_are_the_sums_of_a_loop_by_hand(name, dtype):
 def test_shares_of_all_layers_add_up_to_the_decrease_of_the_loss():
     """With one batch and small steps, up to the second order."""
     model = model_of()
-    before, losses = Brought(dict(dynrank.lora_layers(model))), []
+    before = Brought(dict(dynrank.lora_layers(model)))
+    losses = []
 
     def step(_, made, __):
         loss = (model(X[0]) - X[0].roll(1, -1)).square().mean()
@@ -97,7 +101,8 @@ def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
         scaler.step(made)
         scaler.update()
 
-    plain, scaled = model_of(), model_of()
+    plain = model_of()
+    scaled = model_of()
     seen = [Brought(dict(dynrank.lora_layers(model))) for model in (plain, scaled)]
     trained(plain, 10, seen[0], backward=lambda loss, made, step: ((1024 * loss).backward(), step > 0 and made.step()))
     trained(scaled, 10, seen[1], backward=step)
@@ -108,7 +113,8 @@ def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
 
 def test_step_without_finite_gradients_is_left_out():
     model = model_of()
-    measured, hand = Brought(dict(dynrank.lora_layers(model))), ByHand(model)
+    measured = Brought(dict(dynrank.lora_layers(model)))
+    hand = ByHand(model)
 
     def step(loss, made, number):
         loss.backward()
@@ -142,11 +148,10 @@ def test_changes_of_a_run_follow_what_layers_have_brought():
     """The history has the sums by hand, and ranks are in proportion; the sums go on after the first cut."""
     model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 6)), rank=6)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
-    loop, driver = (
-        Training(model, [optimizer]),
-        RankDriver([Stage(At(step=step), Budget(final_rank=rank)) for step, rank in ((8, 4), (14, 2))]),
-    )
-    terms, hand = {"0": [], "2": []}, ByHand(model)
+    loop = Training(model, [optimizer])
+    driver = RankDriver([Stage(At(step=step), Budget(final_rank=rank)) for step, rank in ((8, 4), (14, 2))])
+    terms = {"0": [], "2": []}
+    hand = ByHand(model)
     driver.start(loop, Run(20))
     for step in range(20):
         ranks = [layer.rank for layer in hand.layers.values()]
@@ -183,7 +188,8 @@ def bisected(values, sizes, highest, pool, lowest=1):
     def at(factor):
         return {name: min(max(round(factor * v), lowest), highest[name]) for name, v in values.items()}
 
-    low, high = 0.0, 1e6
+    low = 0.0
+    high = 1e6
     for _ in range(200):
         middle = (low + high) / 2
         fits = sum(rank * sizes[name] for name, rank in at(middle).items()) <= pool
@@ -279,7 +285,8 @@ def driven(driver, model, steps):
 
 def test_second_start_of_the_same_layers_goes_on_with_the_sums():
     """It loses the term of the step between the two, whose update no gradient has followed."""
-    model, driver = model_of(), RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    model = model_of()
+    driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
     driven(driver, model, range(5))
     first = driver.state_dict()["brought"]
     driven(driver, model, range(5, 10))
@@ -288,7 +295,8 @@ def test_second_start_of_the_same_layers_goes_on_with_the_sums():
 
 
 def test_state_between_a_load_and_the_start_is_that_of_the_checkpoint():
-    model, driver = model_of(), RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    model = model_of()
+    driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
     driven(driver, model, range(5))
     state = driver.state_dict()
     other = RankDriver(Stage(At(step=15), Budget(share=0.5)))

@@ -209,7 +209,8 @@ def test_trigger_without_a_time_fits_any_run():
 def test_share_below_the_lowest_ranks_is_refused_where_it_is_known():
     """As Budget's documentation says."""
     model = dynrank.add_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=4)
-    first, second = Stage(At(step=2), Budget(share=0.1)), Stage(At(step=4), Budget(share=0.1))
+    first = Stage(At(step=2), Budget(share=0.1))
+    second = Stage(At(step=4), Budget(share=0.1))
     with pytest.raises(ConfigurationError, match=r"stage 1: the budget must be at least 32 parameters"):
         check_model(model, [first], Run(10, 5))
     check_model(model, [Stage(At(step=2), Budget(share=0.5)), second], Run(10, 5))

@@ -13,7 +13,8 @@ from dynrank.schedules import How, Stage
 from dynrank.targets import Budget
 from dynrank.triggers import At, Run
 
-SIZE, RANK = 1024, 128
+SIZE = 1024
+RANK = 128
 # Bytes of four adapters, 4 MiB, and of Adam's moments, 8 MiB.
 STATE = 12 * 2**20
 
@@ -48,7 +49,8 @@ def peak(call):
 
 def due(**how):
     """(a driver whose change is due, its loop)."""
-    loop, driver = Loop(), RankDriver(Stage(At(step=1), Budget(share=0.5), how=How(**how)))
+    loop = Loop()
+    driver = RankDriver(Stage(At(step=1), Budget(share=0.5), how=How(**how)))
     driver.start(loop, Run(9))
     loop.step = 1
     return driver, loop

@@ -34,7 +34,8 @@ def unet_output(model, generator):
 
 
 def flux_output(model, generator):
-    x, text = torch.randn(8, 9, 4, generator=generator), torch.ones(8, 2, 12)
+    x = torch.randn(8, 9, 4, generator=generator)
+    text = torch.ones(8, 2, 12)
     places = {"img_ids": torch.zeros(9, 3), "txt_ids": torch.zeros(2, 3)}
     time = torch.rand(8, generator=generator)
     return x, model(x, text, torch.ones(8, 12), time, **places).sample
@@ -50,7 +51,8 @@ SCHEDULES = {"anneal": lambda: anneal(2, steps=2), "early_budget": lambda: early
 
 def trained(kind, schedule):
     make, output, _, _, layers = KINDS[kind]
-    model, generator = make(), torch.Generator().manual_seed(1)
+    model = make()
+    generator = torch.Generator().manual_seed(1)
     model.requires_grad_(False).add_adapter(LoraConfig(r=6, lora_alpha=12, target_modules=layers))
     optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-2)
 

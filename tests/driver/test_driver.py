@@ -32,7 +32,9 @@ class Loop(Training):
         model = dynrank.add_lora(nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.Linear(24, 6)), rank=rank)
         made = optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         super().__init__(model, [made])
-        self.validations, self.told, self.rates = [], [], []
+        self.validations = []
+        self.told = []
+        self.rates = []
         # This hook notes the rate before a ramp's own hook changes it.
         made.register_step_post_hook(lambda *_: self.rates.append(made.param_groups[0]["lr"]))
 
@@ -166,7 +168,7 @@ def test_interrupt_at_any_line_of_a_change_leaves_all_of_it_or_nothing(check):
     """Ranks and weights, history, stage and learning rate, with one point of no return."""
 
     def changed(line):
-        driver = RankDriver(at(5, Rank(3), rate_after=2.0, **check))
+        driver = RankDriver(at(5, Rank(3), lr_factor=2.0, **check))
         loop = Loop(6, torch.optim.SGD)
         driver.start(loop, Run(9))
         loop.step = 5
@@ -184,7 +186,8 @@ def test_interrupt_at_any_line_of_a_change_leaves_all_of_it_or_nothing(check):
 
 
 def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():
-    loop, norm = Loop(6, torch.optim.AdamW), nn.BatchNorm1d(12)
+    loop = Loop(6, torch.optim.AdamW)
+    norm = nn.BatchNorm1d(12)
     loop.model.add_module("norm", norm)
 
     def validate():
@@ -198,8 +201,10 @@ def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
 
     seeded()
-    expected, buffers = drawn(), copy.deepcopy([*norm.buffers()])
-    loop.validate, driver = validate, RankDriver(at(5, Rank(1), max_regression=9.0))
+    expected = drawn()
+    buffers = copy.deepcopy([*norm.buffers()])
+    loop.validate = validate
+    driver = RankDriver(at(5, Rank(1), max_regression=9.0))
     driver.start(loop, Run(9))
     loop.step = 5
     seeded()
@@ -212,7 +217,8 @@ def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():
 def test_undone_change_leaves_the_run_as_if_it_had_not_been_tried():
     refusing = RankDriver(at(20, Rank(1), max_regression=0.0))
     loop = drive(refusing)
-    model, (event,) = loop.model, refusing.history
+    model = loop.model
+    (event,) = refusing.history
     assert event.undone
     assert event.reason.startswith("undone: val/loss")
     assert [told for told, _ in loop.told] == refusing.history
@@ -247,7 +253,8 @@ def test_check_validates_before_the_change_only_where_the_last_value_is_old(step
 
 def decayed(loop):
     for group in loop.optimizers[0].param_groups:
-        group["initial_lr"], group["lr"] = 1e-2, 5e-4
+        group["initial_lr"] = 1e-2
+        group["lr"] = 5e-4
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ class Watching(Callback):
     """Validates by hand directly before and directly after the change, which comes at step 6."""
 
     def __init__(self, batches):
-        self.batches, self.before, self.event = batches, None, None
+        self.batches = batches
+        self.before = None
+        self.event = None
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 6:
@@ -120,7 +122,9 @@ class Failing(Training):
 
     def __init__(self, model, name):
         super().__init__(model, [])
-        self.name, self.events, self.validations = name, [], 0
+        self.name = name
+        self.events = []
+        self.validations = 0
 
     def validate(self):
         self.validations += 1
@@ -135,7 +139,8 @@ class Failing(Training):
 @pytest.mark.parametrize(("name", "error", "rank"), [("val/loss", RuntimeError, 2), ("other", ConfigurationError, 4)])
 def test_change_is_told_if_its_measurement_fails_and_not_made_without_a_metric(name, error, rank):
     model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(6, 6)), rank=4)
-    driver, training = RankDriver(Stage(At(step=0), Rank(2)), measure=True), Failing(model, name)
+    driver = RankDriver(Stage(At(step=0), Rank(2)), measure=True)
+    training = Failing(model, name)
     driver.start(training, Run(total_steps=5))
     with pytest.raises(error):
         driver.advance(training)

@@ -17,15 +17,17 @@ from dynrank.schedules import How
 
 
 def test_factor_is_a_number_or_keeps_the_size_of_a_step():
-    assert rate_factor(How(rate_after=2.0), {"q": 16}, {"q": 4}) == 2.0
-    assert rate_factor(How(rate_after="sqrt"), {"q": 16, "v": 16}, {"q": 7, "v": 1}) == pytest.approx(2.0)
+    assert rate_factor(How(lr_factor=2.0), {"q": 16}, {"q": 4}) == 2.0
+    assert rate_factor(How(lr_factor="sqrt"), {"q": 16, "v": 16}, {"q": 7, "v": 1}) == pytest.approx(2.0)
 
 
 @pytest.fixture
 def pair():
     """(adapter, head), each with a gradient of -1."""
-    adapter, head = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    adapter.grad, head.grad = -torch.ones(1), -torch.ones(1)
+    adapter = nn.Parameter(torch.zeros(1))
+    head = nn.Parameter(torch.zeros(1))
+    adapter.grad = -torch.ones(1)
+    head.grad = -torch.ones(1)
     return adapter, head
 
 
@@ -35,7 +37,8 @@ def test_rate_factor_is_of_adapters_alone_and_survives_any_lr_schedule(pair, apa
     groups = [{"params": [head]}, {"params": [adapter]}] if apart else [{"params": [head, adapter]}]
     optimizer = torch.optim.SGD(groups, lr=0.5)
     schedule = lr.LambdaLR(optimizer, lambda step: 0.5**step)
-    rates, lengths = Rates(optimizer, [adapter], 3.0), []
+    rates = Rates(optimizer, [adapter], 3.0)
+    lengths = []
     for step in range(3):
         if step == 2:
             rates.remove()
@@ -96,7 +99,8 @@ def test_scheduler_goes_on_as_one_made_with_the_multiplied_rate(pair, name, chan
         optimizer = torch.optim.SGD([{"params": [head]}, {"params": [adapter], "lr": 0.5 * times}], lr=0.5)
         return optimizer, SCHEDULERS[name](optimizer, [1.0, times])
 
-    (optimizer, scheduler), (fresh, expected) = run(1.0), run(3.0)
+    optimizer, scheduler = run(1.0)
+    fresh, expected = run(3.0)
     for step in range(18):
         if step == changed_at:
             # The second one finds the factor in the group.
@@ -124,7 +128,8 @@ def test_rate_of_an_unknown_scheduler_is_raised_in_the_step_alone(pair):
     adapter, _ = pair
     for make in (lambda optimizer: [Own(optimizer)], lambda _: None):
         optimizer = torch.optim.SGD([adapter], lr=0.5)
-        schedulers, before = make(optimizer), adapter.item()
+        schedulers = make(optimizer)
+        before = adapter.item()
         Rates(optimizer, [adapter], 3.0, schedulers)
         optimizer.step()
         assert (optimizer.param_groups[0]["lr"], adapter.item() - before) == pytest.approx((0.5, 1.5))
@@ -207,24 +212,25 @@ def test_optimizer_that_counts_in_its_groups_needs_one_of_adapters_alone(pair):
     adapter, head = pair
     mixed = schedulefree.SGDScheduleFree([adapter, head], lr=0.1)
     check_groups(mixed, [adapter], How())
-    parted, how = schedulefree.SGDScheduleFree([{"params": [adapter]}, {"params": [head]}]), How(rate_after=2.0)
+    parted = schedulefree.SGDScheduleFree([{"params": [adapter]}, {"params": [head]}])
+    how = How(lr_factor=2.0)
     check_groups(parted, [adapter], how)
-    words = r"rate_after=2.*group 0, which also has 1 other.*rate_after"
+    words = r"lr_factor=2.*group 0, which also has 1 other.*lr_factor"
     with pytest.raises(ConfigurationError, match=words):
         check_groups(mixed, [adapter], how)
 
 
 def test_d_of_torchs_adafactor_is_a_setting_and_no_state(pair):
-    check_groups(torch.optim.Adafactor([*pair]), pair[:1], How(rate_after=2.0))
+    check_groups(torch.optim.Adafactor([*pair]), pair[:1], How(lr_factor=2.0))
 
 
 def test_optimizer_that_computes_its_own_rate_is_refused_a_factor(pair):
     adapter, head = pair
     check_groups(Adafactor([adapter]), [adapter], How())
-    check_groups(Adafactor([adapter], lr=1e-3, relative_step=False), [adapter], How(rate_after=2.0))
-    check_groups(Adafactor([{"params": [head]}]), [adapter], How(rate_after=2.0))
-    with pytest.raises(ConfigurationError, match=r"Adafactor computes its own; set rate_after=1.*relative_step=False"):
-        check_groups(Adafactor([adapter, head]), [adapter], How(rate_after="sqrt"))
+    check_groups(Adafactor([adapter], lr=1e-3, relative_step=False), [adapter], How(lr_factor=2.0))
+    check_groups(Adafactor([{"params": [head]}]), [adapter], How(lr_factor=2.0))
+    with pytest.raises(ConfigurationError, match=r"Adafactor computes its own; set lr_factor=1.*relative_step=False"):
+        check_groups(Adafactor([adapter, head]), [adapter], How(lr_factor="sqrt"))
 
 
 def test_group_that_is_added_later_has_no_part_of_the_factor(pair):

@@ -46,7 +46,8 @@ class Planted(Training):
         with torch.no_grad():
             self.y = model(self.x) + torch.randn(200, 10)
         super().__init__(model, [torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)])
-        self.metric, self.validations = metric, 0
+        self.metric = metric
+        self.validations = 0
 
     def loss(self):
         return nn.functional.mse_loss(self.model(self.x), self.y)
@@ -185,7 +186,8 @@ def test_tolerance_below_the_noise_is_warned_of():
 
 
 def test_standard_error_is_that_of_paired_differences():
-    before, after = [1.0, 2.0, 4.0, 8.0], [1.5, 2.1, 4.2, 8.0]
+    before = [1.0, 2.0, 4.0, 8.0]
+    after = [1.5, 2.1, 4.2, 8.0]
     differences = [b - a for a, b in zip(before, after, strict=True)]
     pairs = ([(value, 3.0, 0.0) for value in values] for values in (before, after))
     assert standard_error(*pairs) == pytest.approx(stdev(differences) / 2)

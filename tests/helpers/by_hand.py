@@ -9,7 +9,8 @@ class ByHand:
     """Gradients and factors of every step, and from them the sums as they are defined."""
 
     def __init__(self, model):
-        self.layers, self.steps = dict(dynrank.lora_layers(model)), []
+        self.layers = dict(dynrank.lora_layers(model))
+        self.steps = []
         self.thetas = [self._now()]
 
     def _pairs(self):

@@ -8,7 +8,8 @@ ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "qwen3": gguf.MODEL_ARCH.QWEN3}
 
 def write_gguf(path, model, tokens, merges):
     """Write ``model`` in float32, with a vocabulary whose first token ends a text."""
-    config, writer = model.config, gguf.GGUFWriter(path, model.config.model_type)
+    config = model.config
+    writer = gguf.GGUFWriter(path, model.config.model_type)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -31,7 +32,8 @@ def write_gguf(path, model, tokens, merges):
     names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for key, value in model.state_dict().items():
-        name, values = key.removesuffix(".weight"), value.numpy()
+        name = key.removesuffix(".weight")
+        values = value.numpy()
         rotated = heads.get(name.rpartition(".")[2])
         # llama.cpp rotates neighbours, and so the converter interleaves the two halves of Llama's heads.
         if rotated and config.model_type == "llama":

@@ -9,7 +9,9 @@ import dynrank
 
 def interrupted(call, at, below=""):
     """(whether Ctrl-C at line ``at`` has ended ``call``, how many lines ran), counted in this folder of dynrank."""
-    sources, outer, lines = str(Path(dynrank.__file__).parent / below), sys.gettrace(), 0
+    sources = str(Path(dynrank.__file__).parent / below)
+    outer = sys.gettrace()
+    lines = 0
 
     def trace(frame, event, _):
         nonlocal lines

@@ -51,8 +51,11 @@ def run_backend(rank, p, rows=200, scaling=2.0, d_in=2048, d_out=768):
     Yields what has been called after each.
     """
     x, dy, bias = (torch.zeros(*shape, dtype=torch.bfloat16) for shape in ((rows, d_in), (rows, d_out), (d_out,)))
-    a, b, seed = torch.zeros(rank, d_in), torch.zeros(d_out, rank), torch.zeros((), dtype=torch.int64)
-    drop, suffix = triton_launch.dropout(x, p, seed), "+drop" if p else ""
+    a = torch.zeros(rank, d_in)
+    b = torch.zeros(d_out, rank)
+    seed = torch.zeros((), dtype=torch.int64)
+    drop = triton_launch.dropout(x, p, seed)
+    suffix = "+drop" if p else ""
     for at_once in (1, 264):
         triton_launch._programs_at_once = lambda device, at_once=at_once: at_once
         s = triton_launch.shrink(x, a, drop)

@@ -46,7 +46,8 @@ def patch_bfloat16(patch):
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    interpreters_dot, interpreters_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    interpreters_dot = InterpreterBuilder.create_dot
+    interpreters_cast = InterpreterBuilder.cast_impl
 
     def wide(operand):
         if operand.dtype.scalar != tl.bfloat16:

@@ -10,7 +10,10 @@ from dynrank.kernels import torch_backend, triton_launch
 from dynrank.kernels.backends import MEASURED, paying_size, products_of
 from dynrank.kernels.lora_linear import lora_linear
 
-M, D_IN, D_OUT, SCALING = 37, 70, 50, 1.5
+M = 37
+D_IN = 70
+D_OUT = 50
+SCALING = 1.5
 
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
@@ -49,8 +52,10 @@ def test_the_op_by_triton_is_the_formula(formula, triton_interpreter, dtype, tol
     values = [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
     x, weight, bias, lora_A, lora_B = values
     # The factors are wider than x, and Triton's kernels round them to x's dtype.
-    lora_A, lora_B = lora_A.float(), lora_B.float()
-    seed, dy = torch.tensor(-5), torch.randn(2, M, D_OUT, generator=generator).to(dtype)
+    lora_A = lora_A.float()
+    lora_B = lora_B.float()
+    seed = torch.tensor(-5)
+    dy = torch.randn(2, M, D_OUT, generator=generator).to(dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_A, lora_B)]
     y = lora_linear(
         leaves[0], (lambda: weight) if packed else weight, bias, *leaves[1:], SCALING, p, seed, backend="triton"
@@ -58,7 +63,8 @@ def test_the_op_by_triton_is_the_formula(formula, triton_interpreter, dtype, tol
     got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     assert [t.dtype for t in got] == [dtype, dtype, torch.float32, torch.float32]
 
-    ones, dropout = torch.ones(2 * M, D_IN, dtype=dtype), triton_launch.dropout(x, p, seed)
+    ones = torch.ones(2 * M, D_IN, dtype=dtype)
+    dropout = triton_launch.dropout(x, p, seed)
     kept = triton_launch.expand(ones[:, :1], ones[:1], 1 / dropout.rescale, None, dropout, dtype).double()
     # The mask is scaled again in float64, because 16 bits cannot hold 1 / keep rate.
     keep = kept * dropout.rescale

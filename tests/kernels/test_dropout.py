@@ -19,7 +19,8 @@ def kept(p, seed, *shape, dtype=torch.float32):
 
 @pytest.mark.parametrize("seed", [0, 5, -1, 2**63 - 1, -(2**63)])
 def test_mask_is_15_bits_of_a_generator_that_starts_with_the_seed(seed):
-    generator, word = SFC64(0), np.uint64(seed % 2**64)
+    generator = SFC64(0)
+    word = np.uint64(seed % 2**64)
     state = generator.state
     state["state"]["state"] = np.array([word, word, word, 1], dtype=np.uint64)
     generator.state = state
@@ -43,7 +44,8 @@ def test_mask_depends_on_the_row_major_index_alone(monkeypatch, small):
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 def test_share_kept_and_independence_of_seeds_and_neighbours(p):
     one, other = (kept(p, seed, 1024, 1024).flatten() for seed in (7, 8))
-    q, n = keep_rate(p), len(one)
+    q = keep_rate(p)
+    n = len(one)
     sigma = math.sqrt(q * (1 - q) / n)
     assert abs(one.double().mean().item() - q) < 4 * sigma
     both = math.sqrt(q**2 * (1 - q**2) / n)

@@ -10,7 +10,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dynrank.kernels.dropout import keep_rate, masked, random_mask
 from dynrank.kernels.lora_linear import lora_linear
 
-D_IN, D_OUT, RANK, SCALING = 6, 5, 3, 1.5
+D_IN = 6
+D_OUT = 5
+RANK = 3
+SCALING = 1.5
 FACTORS = ("x", "lora_A", "lora_B")
 LAYOUTS = {
     "contiguous": lambda make, shape: make(shape),
@@ -24,7 +27,8 @@ class Packed:
     """A weight that is unpacked on demand, and counts how often."""
 
     def __init__(self, weight):
-        self.weight, self.calls = weight, 0
+        self.weight = weight
+        self.calls = 0
 
     def __call__(self):
         self.calls += 1
@@ -79,8 +83,10 @@ def test_the_op_is_the_formula_in_every_shape_and_layout(
 
     shapes = {"x": (*leading, d_in), "weight": (d_out, d_in), "lora_A": (rank, d_in), "lora_B": (d_out, rank)}
     made = {name: LAYOUTS[layout](make, shape) for name, shape in shapes.items()}
-    made["bias"], seed = make(d_out) if bias else None, torch.tensor(d_out)
-    keep, results = multiplied_by(made["x"], p, seed), []
+    made["bias"] = make(d_out) if bias else None
+    seed = torch.tensor(d_out)
+    keep = multiplied_by(made["x"], p, seed)
+    results = []
     for function, options in ((lora_linear, {"dropout": p, "seed": seed}), (formula, {"keep": keep})):
         for name in FACTORS:
             made[name] = made[name].detach().requires_grad_(name in needs)
@@ -115,7 +121,8 @@ def test_output_may_change_in_place_and_its_gradient_be_not_contiguous(formula, 
 
 @pytest.mark.parametrize("needs_x", [True, False])
 def test_a_packed_weight_is_unpacked_once_for_each_product_and_not_saved(needs_x):
-    made, saved = operands((7, D_IN), requires_grad=("x", "lora_A") if needs_x else ("lora_A",)), []
+    made = operands((7, D_IN), requires_grad=("x", "lora_A") if needs_x else ("lora_A",))
+    saved = []
     packed = Packed(made["weight"])
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         y = lora_linear(**{**made, "weight": packed}, scaling=SCALING)
@@ -127,7 +134,8 @@ def test_a_packed_weight_is_unpacked_once_for_each_product_and_not_saved(needs_x
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
 def test_x_and_the_ranks_are_saved_once_and_nothing_of_their_length_besides(p):
-    made, saved = operands((64, D_IN)), []
+    made = operands((64, D_IN))
+    saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         lora_linear(**made, scaling=SCALING, dropout=p)
     long = [tensor for tensor in saved if 64 in tensor.shape]
@@ -154,7 +162,8 @@ class Written(TorchDispatchMode):
     """(operation, columns) of every result as large as a tensor of all tokens."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result, name = func(*args, **(kwargs or {})), func.overloadpacket.__name__
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
         large = isinstance(result, torch.Tensor) and result.numel() >= 64 * 48 and not func.is_view
         if large and name not in ("new_empty", "detach"):
             self.found.append((name, result.shape[1]))
@@ -168,7 +177,8 @@ class Written(TorchDispatchMode):
 @pytest.mark.parametrize("bias", [True, False])
 def test_each_large_tensor_is_written_once_by_update_and_once_by_base(bias):
     x, lora_A, lora_B = (torch.randn(s, requires_grad=True) for s in ((64, 48), (4, 48), (80, 4)))
-    weight, bias_O = torch.randn(80, 48), torch.randn(80) if bias else None
+    weight = torch.randn(80, 48)
+    bias_O = torch.randn(80) if bias else None
     with Written() as forward:
         y = lora_linear(x, weight, bias_O, lora_A, lora_B, 1.5)
     assert forward.found == [("addmm", 80), ("addmm_", 80)]
@@ -197,7 +207,8 @@ def test_operands_that_do_not_fit_are_refused(changed, message):
 
 @pytest.mark.parametrize("changed", ["x", "seed", "lora_A", "lora_B", "weight"])
 def test_what_changes_between_forward_and_backward_is_an_error(changed):
-    made, seed = operands(), torch.tensor(1)
+    made = operands()
+    seed = torch.tensor(1)
     y = lora_linear(**made, scaling=SCALING, dropout=0.5, seed=seed)
     with torch.no_grad():
         {**made, "seed": seed}[changed].add_(1)

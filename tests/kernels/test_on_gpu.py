@@ -6,12 +6,16 @@ import torch
 from dynrank.kernels.lora_linear import lora_linear
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-M, D_IN, D_OUT, SCALING = 300, 512, 384, 1.5
+M = 300
+D_IN = 512
+D_OUT = 384
+SCALING = 1.5
 
 
 def multiplied_by(p, seed, backend, dtype):
     """What dropout multiplies x by, (M, D_IN), from the op itself: ones in, 64 of their columns out at a time."""
-    ones, eye = torch.ones(M, D_IN, device="cuda", dtype=dtype), torch.eye(D_IN, device="cuda", dtype=dtype)
+    ones = torch.ones(M, D_IN, device="cuda", dtype=dtype)
+    eye = torch.eye(D_IN, device="cuda", dtype=dtype)
     how = {"scaling": 1.0, "dropout": p, "seed": seed, "backend": backend}
     nothing = torch.zeros(64, D_IN, device="cuda", dtype=dtype)
     parts = [lora_linear(ones, nothing, None, some, eye[:64, :64], **how) for some in eye.split(64)]
@@ -35,7 +39,8 @@ def test_the_op_is_the_formula(formula, dtype, tolerance, backend, rank, p):
     generator = torch.Generator().manual_seed(0)
     shapes = ((M, D_IN), (D_OUT, D_IN), (D_OUT,), (rank, D_IN), (D_OUT, rank))
     x, weight, bias, lora_A, lora_B = (torch.randn(s, generator=generator).to("cuda", dtype) for s in shapes)
-    seed, dy = torch.tensor(-5, device="cuda"), torch.randn(M, D_OUT, generator=generator).to("cuda", dtype)
+    seed = torch.tensor(-5, device="cuda")
+    dy = torch.randn(M, D_OUT, generator=generator).to("cuda", dtype)
     leaves = [tensor.clone().requires_grad_() for tensor in (x, lora_A, lora_B)]
     y = lora_linear(leaves[0], weight, bias, *leaves[1:], SCALING, p, seed, backend=backend)
     got = [y.detach(), *torch.autograd.grad(y, leaves, dy)]

@@ -34,7 +34,10 @@ TENSOR_CORES = {80: "HMMA", 89: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"
 CASES = [(90, rank, p) for rank in (8, 24, 40, 100) for p in (0, 0.1)]
 CASES += [(architecture, 100, 0.1) for architecture in (80, 89, 100, 120)]
 # An H100: multiprocessors, cycles a second, bytes a second (of 3.35e12, what copies reach), instructions a cycle.
-MULTIPROCESSORS, CLOCK, BANDWIDTH, ISSUED = 132, 1.755e9, 3.0e12, 128
+MULTIPROCESSORS = 132
+CLOCK = 1.755e9
+BANDWIDTH = 3.0e12
+ISSUED = 128
 
 
 # A machine with ten other programs compiles slowly.

@@ -47,17 +47,21 @@ def matrix(draw_seed, shape, dtype, layout="contiguous"):
 
 def philox_4x32_10(counter, key):
     """Philox4x32-10 of four counter words and two key words (Salmon et al., 2011), by numpy in 64-bit integers."""
-    words, (k0, k1) = [np.asarray(word, dtype=np.uint64) for word in counter], key
+    words = [np.asarray(word, dtype=np.uint64) for word in counter]
+    k0, k1 = key
     for _ in range(10):
-        first, second = words[0] * np.uint64(0xD2511F53), words[2] * np.uint64(0xCD9E8D57)
-        low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
+        first = words[0] * np.uint64(0xD2511F53)
+        second = words[2] * np.uint64(0xCD9E8D57)
+        low = np.uint64(0xFFFFFFFF)
+        high = np.uint64(32)
         words = [
             (second >> high) ^ words[1] ^ np.uint64(k0),
             second & low,
             (first >> high) ^ words[3] ^ np.uint64(k1),
             first & low,
         ]
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+        k0 = (k0 + 0x9E3779B9) % 2**32
+        k1 = (k1 + 0xBB67AE85) % 2**32
     return words
 
 
@@ -134,7 +138,8 @@ problems = st.builds(
 @cases
 @given(problem=problems)
 def test_shrink_is_the_product_with_what_dropout_leaves(problem):
-    x, a = problem.matrix(0, problem.rows, problem.d_in), problem.matrix(1, problem.rank, problem.d_in)
+    x = problem.matrix(0, problem.rows, problem.d_in)
+    a = problem.matrix(1, problem.rank, problem.d_in)
     expected = product(x.double() * problem.mask(problem.d_in), a.mT)
     check(shrink(x, a, problem.drop()), *expected, problem.dtype)
 
@@ -142,22 +147,26 @@ def test_shrink_is_the_product_with_what_dropout_leaves(problem):
 @cases
 @given(problem=problems, scale=st.sampled_from([1.0, 0.37, -2.0]))
 def test_expand_is_the_masked_product_and_bias(problem, scale):
-    s, factor = problem.matrix(0, problem.rows, problem.rank), problem.matrix(1, problem.rank, problem.d_out)
+    s = problem.matrix(0, problem.rows, problem.rank)
+    factor = problem.matrix(1, problem.rank, problem.d_out)
     bias = problem.matrix(2, 1, problem.d_out)[0] if problem.bias else None
     kept = problem.mask(problem.d_out)
     expected, size = (kept * scale * each for each in product(s, factor))
     if bias is not None:
         # The op never has dropout and a bias together, so the kernel does not rescale the bias.
         kept = kept.bool()
-        expected, size = expected + kept * bias.double(), size.abs() + bias.double().abs()
+        expected = expected + kept * bias.double()
+        size = size.abs() + bias.double().abs()
     check(expand(s, factor, scale, bias, problem.drop(), s.dtype), expected, size, problem.dtype)
 
 
 @cases
 @given(problem=problems, stored=st.sampled_from([torch.float32, None]))
 def test_grad_A_is_the_product_with_what_dropout_leaves(problem, stored):
-    ds, x = problem.matrix(0, problem.rows, problem.rank), problem.matrix(1, problem.rows, problem.d_in)
-    expected, dtype = product(ds.mT, x.double() * problem.mask(problem.d_in)), stored or problem.dtype
+    ds = problem.matrix(0, problem.rows, problem.rank)
+    x = problem.matrix(1, problem.rows, problem.d_in)
+    expected = product(ds.mT, x.double() * problem.mask(problem.d_in))
+    dtype = stored or problem.dtype
     check(grad_A(ds, x, dtype, problem.drop()), *expected, dtype)
 
 
@@ -165,7 +174,8 @@ def test_grad_A_is_the_product_with_what_dropout_leaves(problem, stored):
 @given(problem=problems, scaling=st.sampled_from([2, 0.37, -1.5]), stored=st.sampled_from([torch.float32, None]))
 def test_grad_S_and_B_are_the_two_products(problem, scaling, stored):
     """A gradient of float32 factors is the float32 sum, not rounded to the dtype of dy."""
-    dy, s = problem.matrix(0, problem.rows, problem.d_out), problem.matrix(1, problem.rows, problem.rank)
+    dy = problem.matrix(0, problem.rows, problem.d_out)
+    s = problem.matrix(1, problem.rows, problem.rank)
     b = problem.matrix(2, problem.d_out, problem.rank)
     ds, db = grad_S_and_B(dy, s, b.to(stored or b.dtype), scaling, (True, True))
     check(ds, *product(scaling * dy.double(), b), problem.dtype)
@@ -191,7 +201,8 @@ def test_the_reference_is_philox(counter, key, answer):
 
 @pytest.mark.parametrize("shape", [None, (32, 1), (256, 1)])
 def test_every_kernel_draws_the_same_mask_for_any_tile_and_number_of_tokens(monkeypatch, shape):
-    dropout, eye = drop(0.4, 6), torch.eye(100, dtype=torch.bfloat16)
+    dropout = drop(0.4, 6)
+    eye = torch.eye(100, dtype=torch.bfloat16)
     mask = drawn_mask(150, 300, dropout)
     if shape is not None:
         monkeypatch.setattr(triton_launch, "tile", lambda *_: shape)
@@ -207,7 +218,8 @@ def test_every_kernel_draws_the_same_mask_for_any_tile_and_number_of_tokens(monk
 def test_sums_are_right_however_many_programs_share_them(monkeypatch, at_once, rank):
     """Of one program, and of as many as the sizes allow; and s is laid out in the width of the rank's bucket."""
     monkeypatch.setattr(triton_launch, "_programs_at_once", lambda device: at_once)
-    x, a = matrix(0, (700, 900), torch.bfloat16), matrix(1, (rank, 900), torch.bfloat16)
+    x = matrix(0, (700, 900), torch.bfloat16)
+    a = matrix(1, (rank, 900), torch.bfloat16)
     s = shrink(x, a, dropout(None, 0.0, None))
     check(s, *product(x, a.mT), x.dtype)
     assert s.stride() == (rank_bucket(rank), 1)
@@ -242,7 +254,9 @@ class Work(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.launched, self.touched, self.interpreting = [], [], False
+        self.launched = []
+        self.touched = []
+        self.interpreting = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
@@ -274,19 +288,26 @@ def test_a_layer_touches_x_and_dy_as_often_as_its_products_read_them(monkeypatch
     """
     # With one program at once, s has no partial sums.
     monkeypatch.setattr(triton_launch, "_programs_at_once", lambda device: 1)
-    rows, d_in, d_out, rank = 300, 256, 384, 5
-    work, kernels = Work(), triton_interpreter
+    rows = 300
+    d_in = 256
+    d_out = 384
+    rank = 5
+    work = Work()
+    kernels = triton_interpreter
     recorded = {name: work.kernel(name, getattr(kernels, name)) for name in dir(kernels) if name.endswith("_kernel")}
     monkeypatch.setattr(triton_launch, "_kernels", lambda: SimpleNamespace(**recorded))
     x, dy = (matrix(0, (rows, width), torch.bfloat16).requires_grad_() for width in (d_in, d_out))
-    a, b = torch.randn(rank, d_in, requires_grad=True), torch.randn(d_out, rank, requires_grad=True)
+    a = torch.randn(rank, d_in, requires_grad=True)
+    b = torch.randn(d_out, rank, requires_grad=True)
     weight = matrix(1, (d_out, d_in), torch.bfloat16)
     with work:
         y = lora_linear(x, weight, None, a, b, 2.0, p, torch.tensor(1), backend="triton")
         forward = (work.launched, work.touched)
-        work.launched, work.touched = [], []
+        work.launched = []
+        work.touched = []
         torch.autograd.grad(y, (x, a, b), dy.detach())
-    casts, wide = ["copy_"] * 2, ((rows, d_in), (rows, d_out))
+    casts = ["copy_"] * 2
+    wide = ((rows, d_in), (rows, d_out))
     assert sorted(forward[0]) == sorted([*casts, "shrink", "expand", "addmm_"])
     assert sorted(work.launched) == sorted([*casts, "shrink", *["grad_A", "sum_partials"] * 2, "expand", "addmm_"])
     assert [forward[1].count(shape) for shape in wide] == [1, 1]

@@ -10,7 +10,10 @@ from torch import nn
 import dynrank
 from dynrank.layers.kinds import LoRALinear
 
-D, RANK, ALPHA, TOKENS = 128, 8, 16, 256
+D = 128
+RANK = 8
+ALPHA = 16
+TOKENS = 256
 SETTINGS = {
     "float32": (torch.float32, torch.float32, False),
     "bfloat16 base, float32 adapters": (torch.bfloat16, torch.float32, False),
@@ -23,7 +26,8 @@ def layers(base_dtype, adapter_dtype, std):
     """One LoRA layer of PEFT, of dynrank, and the same values in float64."""
     torch.manual_seed(0)
     base = nn.Linear(D, D).to(base_dtype)
-    lora_A, lora_B = (torch.randn(RANK, D) / D**0.5).to(adapter_dtype), (torch.randn(D, RANK) * std).to(adapter_dtype)
+    lora_A = (torch.randn(RANK, D) / D**0.5).to(adapter_dtype)
+    lora_B = (torch.randn(D, RANK) * std).to(adapter_dtype)
     theirs = nn.Sequential(copy.deepcopy(base))
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["0"])
     theirs = get_peft_model(theirs, config, autocast_adapter_dtype=adapter_dtype == torch.float32)
@@ -45,7 +49,8 @@ def errors(setting, std):
             y = layer(leaf)
         return [y.detach(), *torch.autograd.grad(y, [leaf, *dynrank.adapter_parameters(layer)], dy.to(y.dtype))]
 
-    truth, found = results(exact, torch.float64), []
+    truth = results(exact, torch.float64)
+    found = []
     for layer in compared:
         pairs = zip(results(layer, base_dtype, autocast), truth, strict=True)
         found.append([float((value.double() - true).norm() / true.norm()) for value, true in pairs])

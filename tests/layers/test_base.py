@@ -18,7 +18,9 @@ def layer(rank=3, dtype=torch.float32):
 
 @pytest.mark.parametrize("rank", [1, 3, 6])
 def test_load_state_dict_takes_the_rank_of_the_checkpoint(rank):
-    source, target, x = layer(rank), layer(3), torch.randn(4, 7)
+    source = layer(rank)
+    target = layer(3)
+    x = torch.randn(4, 7)
     original = copy.deepcopy(target)
     target.scaling = 4.0
     ids = [id(target.lora_A), id(target.lora_B)]

@@ -29,7 +29,8 @@ def fresh_compiler():
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
-        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.up = nn.Linear(16, 24)
+        self.down = nn.Linear(24, 16)
 
     def forward(self, x):
         return x + self.down(nn.functional.gelu(self.up(x)))
@@ -38,7 +39,8 @@ class Block(nn.Module):
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(16, 12)
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(16, 12)
 
     def forward(self, x):
         for block in self.blocks:
@@ -90,7 +92,8 @@ def test_a_transformers_model_is_one_graph_and_one_more_after_a_change_of_rank()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = dynrank.add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=20, use_cache=False, **sizes)), rank=8)
     updated(model, 0.1)
-    counter, ids = CompileCounterWithBackend("eager"), torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    counter = CompileCounterWithBackend("eager")
+    ids = torch.tensor([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for rank, graphs in ((8, 1), (3, 2)):
         dynrank.resize(model, rank)
@@ -113,7 +116,8 @@ def test_inductor_computes_the_same_as_plain_operations():
 
 @pytest.mark.parametrize("wrap", [whole, blocks])
 def test_layers_are_named_and_resized_as_in_the_model_itself(wrap):
-    plain, model = adapted(), wrap(adapted())
+    plain = adapted()
+    model = wrap(adapted())
     assert [name for name, _ in dynrank.lora_layers(model)] == [name for name, _ in dynrank.lora_layers(plain)]
     for one in (plain, model):
         dynrank.resize(one, {"blocks.0.up": 1})

@@ -25,7 +25,8 @@ def both(model):
     names = ["experts.gate_up_proj", "experts.down_proj"]
     options = {"target_modules": [], "target_parameters": names}
     theirs = get_peft_model(copy.deepcopy(model), LoraConfig(r=3, lora_alpha=6, **options))
-    ours, theirs = updated(own(model), 0.3), theirs.eval()
+    ours = updated(own(model), 0.3)
+    theirs = theirs.eval()
     for mine, other in pairs(ours, theirs):
         other.set_factors(mine.lora_A.detach().clone(), mine.lora_B.detach().clone())
     return ours, theirs
@@ -97,5 +98,6 @@ def test_unregistered_experts_are_named_and_the_other_layers_train(tiny_moe):
 
 def test_experts_compile_in_float32(tiny_moe):
     """torch.compile knows grouped_mm in bfloat16 only."""
-    layer, x = updated(own(tiny_moe("Mixtral")), 0.3).model.layers[0].mlp, torch.randn(1, 7, 16)
+    layer = updated(own(tiny_moe("Mixtral")), 0.3).model.layers[0].mlp
+    x = torch.randn(1, 7, 16)
     assert_close(torch.compile(layer, backend="eager")(x), layer(x))

@@ -39,11 +39,13 @@ def test_what_is_left_out_is_the_frozen_parameters_alone():
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_it_loads_strictly_into_the_same_base_at_other_ranks(assign):
-    model, fresh = adapted(rank=3), adapted(rank=5)
+    model = adapted(rank=3)
+    fresh = adapted(rank=5)
     nn.init.normal_(model[0].lora_B)
     # This pass moves the statistics of the batch norm.
     model.train()(torch.randn(8, 40))
-    base, state = fresh[0].base.weight, stripped(model)
+    base = fresh[0].base.weight
+    state = stripped(model)
     keys = list(state)
     done = fresh.load_state_dict(state, assign=assign)
     assert not done.missing_keys
@@ -74,7 +76,8 @@ def test_nothing_else_may_be_missing(name):
     ],
 )
 def test_another_base_is_refused_by_name_before_anything_is_loaded(change, named):
-    state, other = stripped(adapted()), adapted(rank=4)
+    state = stripped(adapted())
+    other = adapted(rank=4)
     change(other)
     before = copy.deepcopy(other.state_dict())
     with pytest.raises(ConfigurationError, match=named):
@@ -99,7 +102,8 @@ def test_a_model_inside_another_is_known_by_its_own_names():
 
 
 def test_a_base_rounded_to_bfloat16_is_the_same_base():
-    whole, half = adapted(), adapted().bfloat16()
+    whole = adapted()
+    half = adapted().bfloat16()
     half.load_state_dict(stripped(whole))
     whole.load_state_dict(stripped(half))
     with pytest.raises(ConfigurationError, match="other values"):
@@ -151,7 +155,9 @@ def test_peft_model():
         follow_checkpoint_ranks(model)
         return model
 
-    model, fresh, x = updated(wrapped()), wrapped(rank=2), torch.randn(4, 40)
+    model = updated(wrapped())
+    fresh = wrapped(rank=2)
+    x = torch.randn(4, 40)
     state = stripped(model)
     assert all(".lora_" in key or ".modules_to_save." in key or key.endswith(MARK) for key in state)
     fresh.load_state_dict(state)

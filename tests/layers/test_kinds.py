@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from dynrank.errors import ConfigurationError
 from dynrank.layers.kinds import LoRALinear, layer_class
 
-RANK, SCALING = 3, 5 / 3
+RANK = 3
+SCALING = 5 / 3
 IDS = torch.tensor([[0, 3, 2], [1, 9, 2]])
 KINDS = {
     "linear": (lambda: nn.Linear(7, 6), lambda: torch.randn(4, 7)),
@@ -56,7 +57,8 @@ def in_float64(module, x):
 
 def test_forward_equals_the_layer_with_the_dense_update(kind):
     base, x = kind
-    layer, dense = adapt(base).double(), copy.deepcopy(base).double()
+    layer = adapt(base).double()
+    dense = copy.deepcopy(base).double()
     delta = dense_delta(base, layer.lora_A, layer.lora_B)
     with torch.no_grad():
         dense.weight += delta
@@ -66,7 +68,9 @@ def test_forward_equals_the_layer_with_the_dense_update(kind):
 
 @pytest.mark.parametrize("base", [nn.Linear(7, 6), Conv1D(6, 7)], ids=["linear", "conv1d"])
 def test_fused_op_is_the_reference(base):
-    layer, x, seen = adapt(base).double(), torch.randn(4, 7, dtype=torch.float64, requires_grad=True), []
+    layer = adapt(base).double()
+    x = torch.randn(4, 7, dtype=torch.float64, requires_grad=True)
+    seen = []
     layer.base.double()
     for layer.backend in ("auto", "reference"):
         y = layer(x)
@@ -79,8 +83,10 @@ def test_fused_op_is_the_reference(base):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_computes_the_same_with_the_same_mask(reentrant):
-    layer, x = adapt(nn.Linear(7, 6), dropout=0.5), torch.randn(4, 7, requires_grad=True)
-    leaves, results = (x, layer.lora_A, layer.lora_B), []
+    layer = adapt(nn.Linear(7, 6), dropout=0.5)
+    x = torch.randn(4, 7, requires_grad=True)
+    leaves = (x, layer.lora_A, layer.lora_B)
+    results = []
     for forward in (layer, partial(checkpoint, layer, use_reentrant=reentrant)):
         torch.manual_seed(7)
         y = forward(x)
@@ -124,7 +130,8 @@ def test_gradients_equal_float64_autograd_of_the_formula(kind):
 
 def test_dropout_acts_on_the_update_in_training_only(kind):
     base, x = kind
-    layer, plain = adapt(base, dropout=0.5), adapt(base)
+    layer = adapt(base, dropout=0.5)
+    plain = adapt(base)
     layer.load_state_dict(plain.state_dict())
     layer.eval()
     assert torch.equal(layer(x), plain(x))
@@ -157,7 +164,8 @@ def test_forward_under_autocast_has_the_dtype_of_the_base_under_autocast(kind, t
     base, x = kind
     layer = adapt(base, dropout=0.3).train(training)
     with torch.autocast("cpu", torch.bfloat16):
-        y, expected = layer(x), base(x)
+        y = layer(x)
+        expected = base(x)
     assert y.dtype == expected.dtype
     if not training:
         exact = in_float64(layer, x)

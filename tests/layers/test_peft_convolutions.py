@@ -35,7 +35,8 @@ def update(module):
 def test_a_cut_is_the_dense_truncation_and_loads_in_peft(dimensions, tmp_path):
     kind, convolve = CONVOLUTIONS[dimensions]
     layers = [lambda: kind(4, 6, 3, stride=2, padding=1), nn.Tanh, lambda: kind(6, 7, 1)]
-    model, x = wrapped(*layers), torch.randn(2, 4, *[7] * dimensions, dtype=torch.float64)
+    model = wrapped(*layers)
+    x = torch.randn(2, 4, *[7] * dimensions, dtype=torch.float64)
     modules = [model.base_model.model[index] for index in (0, 2)]
     deltas = [update(module) for module in modules]
     names = [name for name, _ in dynrank.lora_layers(model)]
@@ -87,7 +88,8 @@ def trained(optimizer, *, filters):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_convolution_of_one_pixel_trains_as_the_linear_layer_that_it_is(optimizer):
     """It has brought the same, and its optimizer's state is carried to the same numbers."""
-    (updates, ranks), (expected, linear_ranks) = trained(optimizer, filters=True), trained(optimizer, filters=False)
+    updates, ranks = trained(optimizer, filters=True)
+    expected, linear_ranks = trained(optimizer, filters=False)
     assert ranks == linear_ranks
     assert sum(rank["default"] for rank in ranks) < 10
     assert_close(updates, expected, rtol=1e-6, atol=1e-8)

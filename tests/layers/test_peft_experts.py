@@ -60,7 +60,8 @@ def unlike(model):
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_expert_becomes_the_best_approximation_of_its_dense_update(kind, wrapped):
     model = wrapped(kind).double()
-    before, ranks = updates(model), unlike(model)
+    before = updates(model)
+    ranks = unlike(model)
     reports = {report.layer: report for report in dynrank.resize(model, ranks)}
     assert {tuple(name.split(".")[-2:]) for name in before} == {tuple(name.split(".")) for name in TENSORS}
     assert reports.keys() == ranks.keys()
@@ -87,7 +88,8 @@ def test_what_peft_saves_at_unlike_ranks_peft_loads_to_the_bit(kind, wrapped, ti
 
 
 def test_a_checkpoint_brings_its_ranks_into_tensors_of_experts(wrapped):
-    model, fresh = wrapped("Qwen3Moe"), wrapped("Qwen3Moe")
+    model = wrapped("Qwen3Moe")
+    fresh = wrapped("Qwen3Moe")
     dynrank.resize(model, unlike(model))
     follow_checkpoint_ranks(fresh)
     fresh.load_state_dict(model.state_dict())
@@ -123,7 +125,8 @@ def test_averages_move_by_the_same_maps_and_a_snapshot_gives_all_of_it_back(wrap
     model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
     average = copy.deepcopy(model)
-    before, state = factors(model), copy.deepcopy(optimizer.state_dict())
+    before = factors(model)
+    state = copy.deepcopy(optimizer.state_dict())
     snapshot = Snapshot(model, [optimizer], [average])
     dynrank.resize(model, unlike(model), optimizers=[optimizer], averages=[average])
     assert_close(factors(average), factors(model), rtol=0, atol=0)

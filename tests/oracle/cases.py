@@ -85,7 +85,8 @@ class Case:
 
     def tensors(self):
         """{name: (weight, bias, A, B)} at the start."""
-        draw, made = self.generator(0), {}
+        draw = self.generator(0)
+        made = {}
         for name, (i, o) in self.linears().items():
             r = self.ranks()[name] if name != "head" else 1
             w, b, a = (torch.randn(*size, generator=draw).double() / i**0.5 for size in ((o, i), (o,), (r, i)))
@@ -147,8 +148,8 @@ class Case:
 
 def expanded(name, options, total):
     """The stages of one preset: its arguments are those of the function of that name in dynrank.schedules."""
-    how = options.pop("how", {"rate_after": "sqrt"} if name == "early_budget" else {})
-    common = {"rate": how.get("rate_after", 1.0), "reset": how.get("optimizer_state") == "reset"}
+    how = options.pop("how", {"lr_factor": "sqrt"} if name == "early_budget" else {})
+    common = {"rate": how.get("lr_factor", 1.0), "reset": how.get("optimizer_state") == "reset"}
     common |= {"max_regression": how.get("max_regression")}
 
     def at(fraction):
@@ -170,7 +171,8 @@ def expanded(name, options, total):
     if name == "grow":
         return [Stage("grow", options["final_rank"], **common)]
     if name == "milestones":
-        kind, stages = "budget" if options.get("shared") else "rank", []
+        kind = "budget" if options.get("shared") else "rank"
+        stages = []
         for rank, time in zip(options["ranks"], options["at"], strict=True):
             planned = time if options.get("unit") == "step" else at(time)
             stages.append(Stage(kind, rank, **common | {"planned": planned, "plateau": None}))
@@ -179,7 +181,9 @@ def expanded(name, options, total):
     if name == "after_convergence":
         drops = options.get("drops", 1)
         return [Stage(kind, options["final_rank"], changes_left=drops - i, **common) for i in range(drops)]
-    steps, start, end = options.get("steps", 3), options.get("start", 0.2), options.get("end", 0.8)
+    steps = options.get("steps", 3)
+    start = options.get("start", 0.2)
+    end = options.get("end", 0.8)
     times = [at(start + (end - start) * i / max(1, steps - 1)) for i in range(steps)]
     common |= {"plateau": None}
     return [
@@ -196,12 +200,16 @@ def make_case(seed):
     case.peft = draw.random() < 0.3
     case.shape = draw.choice(["chain", "branches", "shared"])
     case.widths = tuple(draw.randint(7, 12) for _ in range(3))
-    case.rank, case.alpha, case.rslora = draw.randint(3, 6), draw.choice([2.0, 4.0, 7.5]), draw.random() < 0.2
-    case.head, case.one_group = draw.random() < 0.4, draw.random() < 0.5
+    case.rank = draw.randint(3, 6)
+    case.alpha = draw.choice([2.0, 4.0, 7.5])
+    case.rslora = draw.random() < 0.2
+    case.head = draw.random() < 0.4
+    case.one_group = draw.random() < 0.5
     case.optimizer = draw.choice([*OPTIMIZERS])
     case.lr = OPTIMIZERS[case.optimizer][1] * draw.choice([0.3, 1.0])
     case.decaying = draw.choice(["none", "linear", "cosine"])
-    case.accumulate, case.batch = draw.choice([1, 1, 2]), draw.randint(1, 6)
+    case.accumulate = draw.choice([1, 1, 2])
+    case.batch = draw.randint(1, 6)
     case.clip = draw.choice([0.0, 0.0, 0.5])
     case.resume = draw.choice([None, draw.randint(1, case.total - 1)])
     case.presets = draw_presets(draw, case)
@@ -218,13 +226,14 @@ def make_case(seed):
 def draw_presets(draw, case):
     """One to three presets whose times and ranks do not contradict each other."""
     # A new adapter takes some steps until all directions that a cut keeps have an update.
-    first, low = 0.2 if case.started else 0.55, draw.randint(1, 2)
+    first = 0.2 if case.started else 0.55
+    low = draw.randint(1, 2)
 
     def how(early=False):
         """How a change is made, or nothing for the defaults."""
         if draw.random() < 0.15 and case.started:
             return {}
-        made = {"rate_after": draw.choice([1.0, "sqrt", "sqrt", 1.5])} if draw.random() < 0.6 else {}
+        made = {"lr_factor": draw.choice([1.0, "sqrt", "sqrt", 1.5])} if draw.random() < 0.6 else {}
         made |= {"optimizer_state": "reset"} if draw.random() < 0.1 else {}
         made |= {"max_regression": draw.choice([0.0, 0.1, 0.5])} if draw.random() < 0.15 else {}
         return {"how": made}

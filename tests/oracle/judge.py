@@ -11,7 +11,9 @@ TOLERANCE = 1e-8
 
 def reference_run(case, grown, noise=0.0):
     """(the trace of the reference, why it ended early); ``noise`` is relative, in all factors at the start."""
-    draw, layers, head = torch.Generator().manual_seed(0), {}, ()
+    draw = torch.Generator().manual_seed(0)
+    layers = {}
+    head = ()
     for name, (weight, bias, *factors) in case.tensors().items():
         if name == "head":
             head = nn.Parameter(weight.clone()), nn.Parameter(bias.clone())

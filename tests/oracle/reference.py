@@ -50,7 +50,9 @@ class Layer:
         u, s, vh = torch.linalg.svd(self.B.data @ self.A.data)
         if s[0] == 0:
             return torch.eye(self.rank).double(), torch.eye(self.rank).double(), s[: self.rank]
-        u, s, v = u[:, : self.rank], s[: self.rank], vh[: self.rank].T
+        u = u[:, : self.rank]
+        s = s[: self.rank]
+        v = vh[: self.rank].T
         root = s.clamp_min(1e-300).sqrt()
         return (u / root).T @ self.B.data, self.A.data @ (v / root), s
 
@@ -59,11 +61,21 @@ class Run:
     """``stages`` is the schedule; ``grown(layer, step)`` is A of the judged run."""
 
     def __init__(self, case, stages, layers, head, grown, epsilon):
-        self.case, self.stages, self.layers, self.head, self.grown = case, stages, layers, head, grown
-        self.epsilon, self.factor, self.trace = epsilon, 1.0, []
+        self.case = case
+        self.stages = stages
+        self.layers = layers
+        self.head = head
+        self.grown = grown
+        self.epsilon = epsilon
+        self.factor = 1.0
+        self.trace = []
         # By layer: the terms of what it has brought, and its factors after each step since the last change.
-        self.terms, self.thetas = {name: [] for name in layers}, []
-        self.next, self.pending, self.best, self.stale = 0, None, None, 0
+        self.terms = {name: [] for name in layers}
+        self.thetas = []
+        self.next = 0
+        self.pending = None
+        self.best = None
+        self.stale = 0
         factors = [p for layer in layers.values() for p in (layer.A, layer.B)]
         self.optimizer = case.make_optimizer([{"params": factors}, {"params": [*head]}] if head else factors)
 
@@ -115,7 +127,8 @@ class Run:
         self.thetas.append({n: [p.detach().clone() for p in (la.A, la.B)] for n, la in self.layers.items()})
         if len(self.thetas) > 1:
             for name, layer in self.layers.items():
-                before, now = self.thetas[-2][name], self.thetas[-1][name]
+                before = self.thetas[-2][name]
+                now = self.thetas[-1][name]
                 moved = zip((layer.A, layer.B), before, now, strict=True)
                 self.terms[name].append(-sum((p.grad * (new - old)).sum().item() for p, old, new in moved))
 
@@ -127,7 +140,8 @@ class Run:
 
     def share_out(self, size, low, top):
         """Ranks in proportion to ``worth``: the next one up is where a factor of all layers reaches the half first."""
-        ranks, ended = dict(low), set()
+        ranks = dict(low)
+        ended = set()
         worth = {name: self.worth(name) for name in low}
         worth = worth if any(worth.values()) else dict.fromkeys(worth, 1.0)
         while True:
@@ -144,7 +158,8 @@ class Run:
     def validated(self, value):
         plateau = self.stages[self.next].plateau if self.next < len(self.stages) and self.pending is None else None
         if plateau is not None and (self.best is None or self.best - value > plateau["min_delta"] * abs(self.best)):
-            self.best, self.stale = value, 0
+            self.best = value
+            self.stale = 0
         elif plateau is not None:
             self.stale += 1
             self.pending = self.next if self.stale >= plateau["patience"] else None
@@ -157,12 +172,14 @@ class Run:
             self.change(step)
 
     def ranks(self, i):
-        stage, wanted = self.stages[i], {}
+        stage = self.stages[i]
+        wanted = {}
         bounds = {name: layer.bounds(i == len(self.stages) - 1) for name, layer in self.layers.items()}
         if stage.kind == "budget":
             return self.budget(stage, bounds)
         for name, layer in self.layers.items():
-            r, (low, high) = layer.rank, bounds[name]
+            r = layer.rank
+            low, high = bounds[name]
             energy = layer.maps()[2].square().cumsum(0)
             new = {
                 "towards": round(r * ((layer.final_rank or stage.to) / r) ** (1 / stage.changes_left)),
@@ -173,7 +190,9 @@ class Run:
 
     def budget(self, stage, bounds):
         width = {name: layer.width for name, layer in self.layers.items()}
-        size, low, top = sum(layer.rank * layer.width for layer in self.layers.values()), {}, {}
+        size = sum(layer.rank * layer.width for layer in self.layers.values())
+        low = {}
+        top = {}
         alike = sum(max(least, min(most, stage.to)) * width[name] for name, (least, most) in bounds.items())
         end = math.floor(stage.to * size + 1e-9) if stage.size == "share" else min(size, alike)
         end = math.floor(size * (end / size) ** (1 / stage.changes_left) + 1e-6)
@@ -184,9 +203,16 @@ class Run:
         return self.share_out(end, low, top)
 
     def change(self, step):
-        index, stage, old, new = self.pending, self.stages[self.pending], {}, {}
-        before, after = self.state()[0], self.ranks(index)
-        self.next, self.pending, self.best, self.stale = index + 1, None, None, 0
+        index = self.pending
+        stage = self.stages[self.pending]
+        old = {}
+        new = {}
+        before = self.state()[0]
+        after = self.ranks(index)
+        self.next = index + 1
+        self.pending = None
+        self.best = None
+        self.stale = 0
         if after == before:
             return
         value = self.validate()
@@ -198,13 +224,16 @@ class Run:
                 new[name] = self.cut(layer, [*range(after[name])])
         for name, (a, b, *_) in new.items():
             old[name] = self.layers[name].A.data, self.layers[name].B.data
-            self.layers[name].A.data, self.layers[name].B.data = a, b
+            self.layers[name].A.data = a
+            self.layers[name].B.data = b
         if stage.max_regression is not None and not self.validate() - value <= stage.max_regression * abs(value):
             for name, (a, b) in old.items():
-                self.layers[name].A.data, self.layers[name].B.data = a, b
+                self.layers[name].A.data = a
+                self.layers[name].B.data = b
             return
         for name, (a, b, from_A, from_B) in new.items():
-            layer, (old_a, old_b) = self.layers[name], old[name]
+            layer = self.layers[name]
+            old_a, old_b = old[name]
             self.move(layer.A, stage.reset, from_A, from_B.T, old_b.T, b.T, lambda t: t)
             self.move(layer.B, stage.reset, from_B.T, from_A, old_a, a, lambda t: t.T)
         self.thetas = []
@@ -218,8 +247,12 @@ class Run:
 
     def grow(self, layer, grown):
         """Columns of zeros, and the new rows of ``grown``: outside of the old rows, and of their median norm."""
-        count, old, norms = layer.rank, layer.A.data, grown[: layer.rank].norm(dim=1).sort().values
-        rows, low, high = grown[count:], norms[(count - 1) // 2] * (1 - 1e-5), norms[count // 2] * (1 + 1e-5)
+        count = layer.rank
+        old = layer.A.data
+        norms = grown[: layer.rank].norm(dim=1).sort().values
+        rows = grown[count:]
+        low = norms[(count - 1) // 2] * (1 - 1e-5)
+        high = norms[count // 2] * (1 + 1e-5)
         assert ((rows.norm(dim=1) >= low) & (rows.norm(dim=1) <= high)).all(), "new rows have another norm"
         overlap = F.normalize(rows) @ F.normalize(grown).T - torch.eye(len(grown))[count:]
         assert overlap.abs().max() < 1e-5, "new rows are not orthogonal"
@@ -234,9 +267,11 @@ class Run:
         for key, value in state.items():
             kind = KINDS.get(f"{type(self.optimizer).__name__}.{key}", KINDS.get(key))
             if kind == "square":
-                moved, new = gradient_by.square() @ rows(value), gradient_by.abs().sum(1) == 0
+                moved = gradient_by.square() @ rows(value)
+                new = gradient_by.abs().sum(1) == 0
                 moved[new] = 2.5 * moved[~new].mean(0)
-                b, new_b = other.norm(dim=1).max(), new_other.norm(dim=1).max()
+                b = other.norm(dim=1).max()
+                new_b = new_other.norm(dim=1).max()
                 state[key] = rows(moved.clamp_max(value.max() * (max(1.0, (new_b / b).item() ** 2) if b > 0 else 1.0)))
             elif kind is not None and value is not None:
                 state[key] = rows((gradient_by if kind == "gradient" else by) @ rows(value))

@@ -30,7 +30,8 @@ class Net(nn.Module):
         self.case = case
         for name, (w, b, *_) in case.tensors().items():
             linear = nn.Linear(*w.T.shape)
-            linear.weight.data, linear.bias.data = w.clone(), b.clone()
+            linear.weight.data = w.clone()
+            linear.bias.data = b.clone()
             setattr(self, name, linear)
 
     def forward(self, x):
@@ -40,7 +41,8 @@ class Net(nn.Module):
 def adapted(case):
     """The network with LoRA by dynrank or by PEFT, and the factors of the case."""
     net = Net(case)
-    names, saved = [*case.ranks()], ["head"] if case.head else []
+    names = [*case.ranks()]
+    saved = ["head"] if case.head else []
     if case.peft:
         options = {"target_modules": names, "modules_to_save": saved or None, "rank_pattern": case.ranks()}
         net = get_peft_model(net, LoraConfig(r=case.rank, lora_alpha=case.alpha, use_rslora=case.rslora, **options))
@@ -86,7 +88,9 @@ class Trace:
     """What a run shows in each step's forward, and after its end: (ranks, products, loss); A where a rank has grown."""
 
     def __init__(self, case):
-        self.case, self.steps, self.factors = case, {}, {}
+        self.case = case
+        self.steps = {}
+        self.factors = {}
 
     def see(self, step, net, loss=0.0):
         found = layers(net)
@@ -112,7 +116,8 @@ def plain(case, trace, folder):
     def go(saved=None):
         net = adapted(case)
         optimizer, decay = optimizer_of(case, net)
-        driver, loop = dynrank.RankDriver(schedule_of(case)), Loop(net, [optimizer])
+        driver = dynrank.RankDriver(schedule_of(case))
+        loop = Loop(net, [optimizer])
         parts = {"net": net, "optimizer": optimizer, "decay": decay, "driver": driver}
         if saved is not None:
             states = torch.load(saved, weights_only=True)
@@ -157,11 +162,14 @@ def plain(case, trace, folder):
 class Module(lightning.LightningModule):
     def __init__(self, case, trace):
         super().__init__()
-        self.case, self.trace, self.net = case, trace, adapted(case)
+        self.case = case
+        self.trace = trace
+        self.net = adapted(case)
 
     def training_step(self, batch, index):
         # Data are found by the step: Lightning starts its loader anew when a run is resumed.
-        step, micro = self.trainer.global_step, index % self.case.accumulate
+        step = self.trainer.global_step
+        micro = index % self.case.accumulate
         x, y = self.case.batches(step)[micro]
         loss = self.case.loss(self.net(x), y)
         if micro == 0:
@@ -185,7 +193,8 @@ class Module(lightning.LightningModule):
 
 class Killer(lightning.Callback):
     def __init__(self, step, path):
-        self.step, self.path = step, path
+        self.step = step
+        self.path = path
 
     def on_train_batch_end(self, trainer, *_):
         if trainer.global_step == self.step:

@@ -26,7 +26,8 @@ CHECKPOINT = {
 
 
 def same(one, other):
-    (ours, form), (theirs, other_form) = tree_flatten(one), tree_flatten(other)
+    ours, form = tree_flatten(one)
+    theirs, other_form = tree_flatten(other)
     return form == other_form and all(
         type(a) is type(b) and (torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b)
         for a, b in zip(ours, theirs, strict=True)
@@ -50,7 +51,8 @@ while True:
 
 
 def test_a_writer_killed_in_the_middle_leaves_a_whole_file(tmp_path):
-    child, file = forked.start(PROGRAM, cwd=tmp_path), tmp_path / "a.ckpt"
+    child = forked.start(PROGRAM, cwd=tmp_path)
+    file = tmp_path / "a.ckpt"
     while child.is_alive() and not file.exists():
         time.sleep(0.01)
     # The child has to be stopped while the file that it writes is there.

@@ -54,7 +54,8 @@ def test_median_of_a_single_direction_is_a_visible_point():
 
 
 def test_loss_picture_has_a_line_of_the_rate_beside_the_legend():
-    steps, rates = [0, 1, 2], [1.0, 0.5, 0.25]
+    steps = [0, 1, 2]
+    rates = [1.0, 0.5, 0.25]
     figure = drawn(loss_figure({"train/loss": (steps, [3.0, 2.0, 1.0]), "lr/head": (steps, rates)}, {}))
     axes, beside = figure.axes
     (line,) = beside.lines

@@ -81,7 +81,8 @@ def real_step(model, make_loss, batch, optimizer="adamw"):
 
     The peak is what torch's own allocator has given out and not got back.
     """
-    saved, own = [], {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch]}
+    saved = []
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), *batch]}
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
@@ -229,7 +230,8 @@ def test_pefts_folded_experts_are_kept_beside(config_file):
     plan = plan_of(f"base={file}", "batch_size=3", "sequence_length=24", "model.dtype=float32", "ranks=[4]")
     targets = ["experts.gate_up_proj", "experts.down_proj"]
     model = get_peft_model(real_model(cls, file), LoraConfig(target_modules=["q_proj"], target_parameters=targets))
-    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
 
     def save(tensor):
         # The tensors of experts have a matrix for each one.

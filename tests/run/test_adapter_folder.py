@@ -72,7 +72,8 @@ def probabilities(line):
 def card(folder):
     """What the Python of the model card leaves behind, run in its folder."""
     (block,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
-    here, names = os.getcwd(), {}
+    here = os.getcwd()
+    names = {}
     os.chdir(folder)
     try:
         exec(block, names)
@@ -138,7 +139,8 @@ def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch
 def test_a_run_exports_for_servers_and_refuses_at_once_what_they_cannot_read(writer, tiny_bert, tmp_path):
     served = writer.parent / "served"
     assert {file.name for file in served.iterdir()} == {"adapter.gguf", "adapter.vllm"}
-    own, theirs = dynrank.read_adapter(writer), dynrank.read_adapter(served / "adapter.vllm")
+    own = dynrank.read_adapter(writer)
+    theirs = dynrank.read_adapter(served / "adapter.vllm")
     for name, layer in own.layers.items():
         update, again = ((one.layers[name].scaling * torch.mm(*one.factors(name))) for one in (own, theirs))
         torch.testing.assert_close(update, again)

@@ -18,7 +18,8 @@ def write(path, text):
 
 
 def test_rows_after_the_checkpoint_are_removed_and_a_resumed_run_adds_its_own(tmp_path):
-    metrics, texts = tmp_path / "metrics.csv", tmp_path / "generations.csv"
+    metrics = tmp_path / "metrics.csv"
+    texts = tmp_path / "generations.csv"
     write(metrics, "a,step,train,val\n,0,1.0,\n,1,0.9,\n,1,,5.0\n,1,,4.0\n,2,0.8,\n,3,0.7\n4")
     write(texts, 'step,split,written\n2,val,"a\n5"\n3,val,b\n')
     for file, step in ((metrics, 2), (texts, 3), (tmp_path / "none.csv", 2)):

@@ -18,7 +18,8 @@ import dynrank
 from dynrank import train
 from dynrank.run import job
 
-STEPS, DROP = 72, 24
+STEPS = 72
+DROP = 24
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Experiment logs directory")
 

@@ -24,7 +24,9 @@ def fit_and_test(trainer, module, train, val):
 @pytest.mark.filterwarnings("ignore")
 def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_path, capsys):
     make, data, trainer = regression
-    saver, module, pressed = Saver(tmp_path, save_last=True, every_n_train_steps=1), make(), []
+    saver = Saver(tmp_path, save_last=True, every_n_train_steps=1)
+    module = make()
+    pressed = []
     step = module.training_step
 
     def twice_in_the_second_step(batch, batch_idx):
@@ -45,7 +47,8 @@ def test_a_second_ctrl_c_does_not_wait_for_the_end_of_the_step(regression, tmp_p
 @pytest.mark.filterwarnings("ignore")
 def test_ctrl_c_in_the_test_says_how_to_go_on(regression, tmp_path, capsys):
     make, data, trainer = regression
-    saver, module = Saver(tmp_path, save_last=True, every_n_train_steps=1), make()
+    saver = Saver(tmp_path, save_last=True, every_n_train_steps=1)
+    module = make()
 
     def interrupted(*_):
         os.kill(os.getpid(), signal.SIGINT)

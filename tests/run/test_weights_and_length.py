@@ -22,7 +22,8 @@ SMALL = ["plots=false", "lora.rank=4", "task.batch_size=4", "optimizer.lr=0.2", 
 @pytest.fixture(scope="module")
 def own(tmp_path_factory, tiny_bert):
     """Overrides of a run with own files, 2 epochs of 16 steps."""
-    folder, first = tmp_path_factory.mktemp("own"), 0
+    folder = tmp_path_factory.mktemp("own")
+    first = 0
     for split, count in (("train", 32), ("val", 8), ("test", 8)):
         texts = [[f"{word} of row {i}", word] for i in range(first, first + count) for word in ("good", "bad")]
         first += count
@@ -82,7 +83,8 @@ def test_a_cut_after_the_last_step_is_what_is_exported(launch, own):
     late = ["schedule.at=1.0", "schedule.final_rank=2"]
     code, printed, said = launch(train.main, *own, *late, "hydra.run.dir=run")
     assert code == 0, said
-    found, history = summary("run"), rows(Path("run/rank_history.csv"))
+    found = summary("run")
+    history = rows(Path("run/rank_history.csv"))
     last = max(int(row["step"]) for row in history)
     assert last == 32, printed
     cut = {row["layer"]: int(row["rank_after"]) for row in history if int(row["step"]) == last}

@@ -58,13 +58,14 @@ def test_preset_takes_a_layer_along_its_timeline(schedule, rank, changes):
 def test_presets_hand_their_values_to_the_stage():
     (stage,) = energy(0.8, Gap(), lowest=2, multiple=4, deadline=0.6)
     assert stage == Stage(Gap(), Energy(0.8, lowest=2, multiple=4), 0.6, key="schedule.lowest")
-    early, options = How(rate_after="sqrt"), {"lowest": 2, "highest": 8, "multiple": 2}
+    early = How(lr_factor="sqrt")
+    options = {"lowest": 2, "highest": 8, "multiple": 2}
     (stage,) = early_budget(4, at=0.25, **options)
     assert (stage.when, stage.to, stage.how) == (At(fraction=0.25), Budget(final_rank=4, **options), early)
     first, last = auto(0.1, share=0.5, at=0.25, **options)
     assert (first.when, first.to, first.how) == (At(fraction=0.25), Budget(share=0.5, **options), early)
     assert (last.when, last.to, last.search) == (At(fraction=1.0), Budget(share=1.0, **options), True)
-    assert last.how == How(rate_after="sqrt", max_regression=0.1)
+    assert last.how == How(lr_factor="sqrt", max_regression=0.1)
     # A final rank is only the default of the other sizes.
     assert early_budget(4, share=0.25)[0].to == Budget(share=0.25)
     assert [s.to for s in after_convergence(4, drops=2)] == [Budget(final_rank=4, left=1), Budget(final_rank=4)]
@@ -125,7 +126,7 @@ def test_stages_are_taken_as_they_are_and_named_by_their_place():
         (lambda: after_convergence(0), "final_rank"),
         (lambda: after_convergence(8, "plateau"), "trigger"),
         (lambda: grow(64, deadline=1.5), "deadline"),
-        (lambda: early_budget(4, how=How(rate_after=0.0)), "rate_after"),
+        (lambda: early_budget(4, how=How(lr_factor=0.0)), "lr_factor"),
         (lambda: milestones([8], [0.1, 0.2]), "ranks"),
         (lambda: milestones([16, 0], [0.1, 0.2]), "ranks[1]"),
         (lambda: milestones([16, 8], [0.5, 0.2]), "at"),

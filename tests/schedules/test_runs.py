@@ -11,7 +11,8 @@ import dynrank
 from dynrank.run.config import plain
 from dynrank.run.job import make_scheduler
 
-STEPS, EVERY = 40, 4
+STEPS = 40
+EVERY = 4
 WIDTHS = [12, 32, 48, 24, 24, 32, 6]
 
 
@@ -40,7 +41,9 @@ def preset_run(regression):
         words = [f"schedule={name}", "lora.rank=16", "lora.alpha=32", *keys.split()]
         overrides = [word if word.startswith(("lora.", "schedule")) else f"schedule.{word}" for word in words]
         config = dynrank.compose(overrides)
-        scheduler, module, examples = make_scheduler(config.schedule), Deep(plain(config.lora)), data()[0].dataset
+        scheduler = make_scheduler(config.schedule)
+        module = Deep(plain(config.lora))
+        examples = data()[0].dataset
         options = {"val_check_interval": EVERY, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
         fitted = trainer(callbacks=[scheduler], max_steps=STEPS, **options)
         # 80 examples by 4: an epoch of 20 steps
@@ -66,11 +69,13 @@ def trajectory(scheduler):
 # Nothing improves by 90% from one validation to the next: a plateau as soon as patience allows.
 NEVER_BETTER = "trigger.min_delta=0.9"
 PLATEAU_AT_12 = f"{NEVER_BETTER} trigger.patience=2"
-ONE, TWO = (
+ONE = (
     "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.At,step:10},"
-    "to:{_target_:dynrank.targets.GrowTo,rank:20}}",
+    "to:{_target_:dynrank.targets.GrowTo,rank:20}}"
+)
+TWO = (
     "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.Plateau,patience:99},deadline:0.75,"
-    "to:{_target_:dynrank.targets.Rank,rank:8}}",
+    "to:{_target_:dynrank.targets.Rank,rank:8}}"
 )
 # Each schedule has (keys, trajectory); what stands after a comma tells runs of one schedule apart.
 RUNS = {

@@ -13,7 +13,7 @@ ALL = Budget(share=1.0)
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"optimizer_state": "rest"}, {"rate_after": 0.0}, {"max_regression": float("nan")}, {"check_monitor": ""}],
+    [{"optimizer_state": "rest"}, {"lr_factor": 0.0}, {"max_regression": float("nan")}, {"check_monitor": ""}],
     ids=str,
 )
 def test_how_names_a_wrong_value_and_its_argument(wrong):

@@ -23,7 +23,8 @@ def test_every_row_is_measured_and_nothing_is_kept(bench, tiny_bert, capsys):
 
 
 def test_what_is_kept_is_found(bench, monkeypatch):
-    kept, rates = [], iter(range(10**6))
+    kept = []
+    rates = iter(range(10**6))
     monkeypatch.setattr(bench, "times", lambda *_: kept.append(0))
     monkeypatch.setattr(bench, "resident", lambda: next(rates) * bench.MIB)
     text, level = bench.leak(None, [], 100)

@@ -52,7 +52,8 @@ def test_bench_single_file(bench, script):
     tiny: dict[str, Any] = {"LAYERS": {"96 x 80": (96, 80)}, "FILES": {"tiny": (lambda: shapes, 4, 2)}}
     # The process of each method is this one.
     tiny["in_a_process"] = script("bench_single_file").resize
-    layers, files = [], []
+    layers = []
+    files = []
     for row in bench("bench_single_file", "--rounds", "2", "--turns", "1", **tiny):
         (layers if len(row) == 10 else files).append(row)
     above = [float(cell) for cell in layers[-1][-3:]]
@@ -79,7 +80,8 @@ def test_bench_gpu_on_a_cpu(bench):
 
 def test_bench_gpus_rows_are_those_that_auto_decides_from(script, tmp_path):
     """With times that are made up: targets of an H100 at its size alone, and a file in which auto finds the size."""
-    bench_gpu, file = script("bench_gpu"), tmp_path / "measured.csv"
+    bench_gpu = script("bench_gpu")
+    file = tmp_path / "measured.csv"
     file.write_text(MEASURED.read_text())
     at = {"frozen": 100.0, "PEFT": 160.0, "ATen": 130.0, "unsloth's order": 128.0}
     rows = [

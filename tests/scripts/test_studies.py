@@ -24,14 +24,16 @@ def scripts(script):
 @pytest.fixture
 def short(scripts, tiny_bert, monkeypatch):
     """The scripts, on 80 terms."""
-    small, real = ["task.limit=80", f"task.model={tiny_bert}"], scripts.bench.compose
+    small = ["task.limit=80", f"task.model={tiny_bert}"]
+    real = scripts.bench.compose
     monkeypatch.setattr(scripts.bench, "compose", lambda overrides: real([*overrides, *small]))
     return scripts
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_kept_parameters_are_those_of_the_layers_that_peft_would_build(short):
-    bench, adalora = short.bench, short.adalora
+    bench = short.bench
+    adalora = short.adalora
     trainee = adalora.adalora(bench.Setting(0, 10), 16, 4, 1e-3)
     trainee.train(8, adalora.allocation_of(trainee))
     expected = 0
@@ -95,7 +97,8 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*without any adapter:UserWarning")
 def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study, scripts, tmp_path, capsys):
-    written, arms = study(), list(map(str, scripts.study.ARMS["medical_terms"]))
+    written = study()
+    arms = list(map(str, scripts.study.ARMS["medical_terms"]))
     at_best = {(row["seed"], row["arm"]): row for row in written if row["lr"] == "0.001"}
     assert at_best.keys() == {(seed, arm) for seed in "02" for arm in arms}
     diverged = [row for row in written if row["lr"] != "0.001"]
@@ -127,7 +130,8 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
 
 
 def test_next_rate_to_try_is_beyond_the_edge_that_is_best_until_it_diverges(scripts, tmp_path):
-    study, table = scripts.study, scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
+    study = scripts.study
+    table = scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
     low, inside, high, broken = (study.Arm(rank) for rank in (2, 4, 8, 16))
     losses = {low: (1.0, 2.0, 3.0), inside: (2.0, 1.0, 3.0), high: (3.0, 2.0, 1.0), broken: (float("inf"),) * 3}
     for arm, by_rate in losses.items():
@@ -139,7 +143,8 @@ def test_next_rate_to_try_is_beyond_the_edge_that_is_best_until_it_diverges(scri
 
 
 def test_rate_of_an_arm_is_the_best_over_two_seeds(scripts, tmp_path):
-    study, table = scripts.study, scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
+    study = scripts.study
+    table = scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
     # The last rate has only one seed.
     for seed, by_rate in enumerate([(1.00, 0.99, 0.5), (1.00, 1.30), (9.0, 0.0)]):
         for lr, loss in zip((1e-3, 2e-3, 4e-3), by_rate, strict=False):
@@ -150,7 +155,8 @@ def test_rate_of_an_arm_is_the_best_over_two_seeds(scripts, tmp_path):
 
 def test_headers_fall_into_splits_by_file(script):
     headers = script("study_headers")
-    one, other = headers.cpp_headers(0), headers.cpp_headers(1)
+    one = headers.cpp_headers(0)
+    other = headers.cpp_headers(1)
     texts = [{row["text"] for row in splits["train"]} for splits in (one, other)]
     assert texts[0] != texts[1]
     assert 0 < len(one["val"]) < len(one["test"]) < len(one["train"])

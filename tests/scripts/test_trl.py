@@ -49,7 +49,8 @@ def test_two_processes_of_sft_trainer_end_where_one_with_both_batches_ends(main,
     assert 3 * SIZE < sum(value.numel() for value in one.values()) <= 4 * SIZE
 
 
-AUTO, EARLY = ("SFT", "KTO", "Reward", "GRPO"), ("SFT of add_lora", "DPO", "ORPO", "GRPO of equal rewards", "RLOO")
+AUTO = ("SFT", "KTO", "Reward", "GRPO")
+EARLY = ("SFT of add_lora", "DPO", "ORPO", "GRPO of equal rewards", "RLOO")
 RUNS = [*((trainer, "auto") for trainer in AUTO), *((trainer, "early_budget") for trainer in EARLY)]
 
 

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from dynrank.errors import ConfigurationError
 from dynrank.targets import Budget, Energy, GrowTo, LayerState, Rank, Target, Towards
 
-COUNTS, SHARES = st.integers(1, 20), st.floats(0.01, 1.0)
+COUNTS = st.integers(1, 20)
+SHARES = st.floats(0.01, 1.0)
 
 
 @st.composite
 def states(draw):
     """A layer as planning makes it: free, with a final rank of its own (last stage or not), or pinned."""
-    d_out, d_in = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    d_out = draw(st.integers(1, 40))
+    d_in = draw(st.integers(1, 40))
     most = min(d_out, d_in)
     rank = draw(st.integers(1, most))
     kind = draw(st.sampled_from(["free", "free", "pinned", "own", "own, last"]))

@@ -57,7 +57,8 @@ def problems(draw, sizes=((5, 5), (5, 8), (20, 9), (7, 6)), multiples=(1, 2, 3))
             values=torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64),
             cap=draw(st.sampled_from([None, None, None, 2, 4])),
         )
-    multiple, lowest = draw(st.sampled_from(multiples)), draw(st.integers(1, 3))
+    multiple = draw(st.sampled_from(multiples))
+    lowest = draw(st.integers(1, 3))
     highest = draw(st.one_of(st.none(), st.integers(0, 3).map(lambda more: -(-lowest // multiple) * multiple + more)))
     target = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple, by="weight")
     ends = [allowed(target, state) for state in model.values()]

@@ -19,7 +19,8 @@ def test_towards_never_rises_stays_close_to_its_curve_and_ends_at_its_rank(start
         rank, before = next_rank(Towards(end, step, steps), rank), rank
         assert min(end, before) <= rank <= before
         if end < start:
-            ideal, left = start * (end / start) ** (step / steps), steps - step
+            ideal = start * (end / start) ** (step / steps)
+            left = steps - step
             # each step starts from the rounded rank of the one before; that half of a rank shrinks from step to step
             assert abs(rank - ideal) <= 0.5 * max(1, sum(left / m for m in range(max(1, left), steps))) + 0.1
     assert rank == min(start, end)

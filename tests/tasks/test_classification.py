@@ -28,7 +28,8 @@ def module(task, optimizer):
 
 
 def test_batches_are_padded_to_their_longest_text_and_have_its_class(task):
-    batch, train = next(iter(task.train_dataloader())), task.examples["train"]
+    batch = next(iter(task.train_dataloader()))
+    train = task.examples["train"]
     lengths = batch["attention_mask"].sum(1)
     assert batch["input_ids"].shape == batch["attention_mask"].shape == (8, int(lengths.max()))
     assert batch["labels"].shape == (8,)
@@ -45,7 +46,8 @@ def test_final_metrics_are_those_of_a_plain_evaluation(task, optimizer, regressi
     assert {name for name in metrics if name.startswith("final/")} == {f"final/{name}" for name in task.final}
     made.eval()
     for name, loader in zip(("test", "final/val", "final/train"), task.test_dataloader(), strict=True):
-        losses, right = [], []
+        losses = []
+        right = []
         for batch in loader:
             for ids, mask, label in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
                 with torch.no_grad():
@@ -70,8 +72,10 @@ def test_training_is_smoothed_and_with_dropout(task, module, optimizer):
 
 def test_several_labels_are_learned_and_measured_each_by_itself(tiny_bert, optimizer):
     made = Classifier(str(tiny_bert), ["a", "b", "c"], LORA, optimizer, several=True)
-    logits, labels = torch.randn(9, 3), torch.randint(2, (9, 3)).float()
-    wanted, likely = 0.8 * labels + 0.1, logits.sigmoid()
+    logits = torch.randn(9, 3)
+    labels = torch.randint(2, (9, 3)).float()
+    wanted = 0.8 * labels + 0.1
+    likely = logits.sigmoid()
     loss = -(wanted * likely.log() + (1 - wanted) * (1 - likely).log()).mean()
     torch.testing.assert_close(made.loss(logits, labels, label_smoothing=0.2), loss)
     made.quality["test"].update(*made.measured(logits, labels))

@@ -68,9 +68,11 @@ def test_the_assistants_turns_are_learned_and_nothing_else_token_by_token(chat, 
     """Beside bytes that are counted by hand in the text as it has to be."""
     tokenizer = load_tokenizer(str(chatty(template)))
     ids, learned = tokens_of_chat(tokenizer, CHATS[chat])
-    text, own = b"", []
+    text = b""
+    own = []
     for turn in CHATS[chat]:
-        head, body = f"<|{turn['role']}|>\n".encode(), f"{turn['content']}<|end|>\n".encode()
+        head = f"<|{turn['role']}|>\n".encode()
+        body = f"{turn['content']}<|end|>\n".encode()
         text += head + body
         own += [False] * len(head) + [turn["role"] == "assistant"] * len(body)
     table = {char: bytes([byte]) for byte, char in bytes_to_unicode().items()}
@@ -106,7 +108,8 @@ ROWS = {
     "pair": [{"text": f"one {i}", "text_pair": f"two {i % 7}", "label": "ab"[i % 2]} for i in range(90)],
     "several": [{"text": f"{WORDS[i % 4]} {i}", "label": [["a"], ["a", "b"], [], ["c"]][i % 4]} for i in range(90)],
 }
-LABELLED, LENGTH = {"pair", "several"}, 100
+LABELLED = {"pair", "several"}
+LENGTH = 100
 
 
 def made(form, model, folder):
@@ -213,9 +216,11 @@ def test_pairs_are_one_text_with_two_types_and_several_labels_are_ones(task_of):
 @pytest.mark.parametrize("form", ["chat", "text", "pair"])
 def test_account_says_what_became_of_every_row(form, task_of, capsys):
     """Beside the rows, tokenised whole."""
-    task, printed = task_of(form), capsys.readouterr().out
+    task = task_of(form)
+    printed = capsys.readouterr().out
     for split, rows in task.rows.items():
-        account, examples = task.account[split], task.examples[split]
+        account = task.account[split]
+        examples = task.examples[split]
         if form == "chat":
             lengths = [len(tokens_of_chat(task.tokenizer, row["messages"])[0]) for row in rows]
             assert account.left_out == sum(length > LENGTH for length in lengths) == len(rows) - len(examples)
@@ -239,7 +244,8 @@ def test_texts_that_are_cut_are_counted_and_end_as_the_tokenizer_ends_them(tiny_
     expected = task.tokenizer([text for text, _ in rows], truncation=True, max_length=16)["input_ids"]
     assert task.examples["train"]["input_ids"][:] == expected
 
-    recipe, letters = task.recipe("train"), ["a" * 13, "a" * 14, "a" * 15]
+    recipe = task.recipe("train")
+    letters = ["a" * 13, "a" * 14, "a" * 15]
     # Letters, between two tokens of its own, by a tokenizer that is written in Python.
     made = recipe.make({"text": letters, "label": ["a"] * 3}, tokenizer=hf.CanineTokenizer(), **recipe.options)
     assert (made["length"], made["cut"]) == ([15, 16, 16], [False, False, True])

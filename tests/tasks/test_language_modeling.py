@@ -49,7 +49,8 @@ def module(task, optimizer):
 def test_batch_learns_the_answer_and_its_end_and_not_the_prompt(task, functions):
     batch = next(iter(task.train_dataloader()))
     for ids, mask, labels in zip(*(batch[key] for key in ("input_ids", "attention_mask", "labels")), strict=True):
-        length, learned = int(mask.sum()), labels != -100
+        length = int(mask.sum())
+        learned = labels != -100
         assert length <= SIZES["max_length"]
         assert not mask[length:].any()
         assert torch.equal(labels[learned], ids[learned])
@@ -105,7 +106,8 @@ def test_continuation_is_the_most_probable_token_again_and_again(task, module):
     assert len(set(written)) > 1
 
 
-GOOD, NONE = {"bleu": 1.0, "exact_match": 1.0, "parses": 1.0}, {"bleu": 0.0, "exact_match": 0.0, "parses": 0.0}
+GOOD = {"bleu": 1.0, "exact_match": 1.0, "parses": 1.0}
+NONE = {"bleu": 0.0, "exact_match": 0.0, "parses": 0.0}
 # Each has what is written, from (number of the example, answer), and what is then measured.
 CASES = {
     "answers": (lambda i, answer: answer, GOOD),

@@ -25,7 +25,8 @@ def stream(source, count):
 
 @pytest.mark.parametrize("given", range(0, 30, 3))
 def test_loader_resumes_at_any_batch(given):
-    first, second = loader(), loader()
+    first = loader()
+    second = loader()
     epochs = chain.from_iterable(repeat(first))
     for _ in range(given):
         next(epochs)

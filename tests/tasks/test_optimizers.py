@@ -13,7 +13,8 @@ VALUES |= {"decay": "warmup_stable_decay", "decay_share": 0.25, "options": {}}
 
 def rates(**values):
     made = make_optimizer([nn.Parameter(torch.ones(1))], [nn.Parameter(torch.ones(1))], 100, **{**VALUES, **values})
-    optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
+    optimizer = made["optimizer"]
+    scheduler = made["lr_scheduler"]["scheduler"]
     history = []
     for _ in range(100):
         history.append([group["lr"] for group in optimizer.param_groups])

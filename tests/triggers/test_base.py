@@ -63,7 +63,9 @@ def test_state_of_a_checkpoint_goes_on_as_if_uninterrupted(kind):
     whole = run(kind(**options), seen)
     assert sum(whole) >= 2
     for cut in range(1, len(seen)):
-        before, after, file = kind(**options), kind(**options), io.BytesIO()
+        before = kind(**options)
+        after = kind(**options)
+        file = io.BytesIO()
         head = run(before, seen[:cut])
         torch.save(before.state_dict(), file)
         file.seek(0)

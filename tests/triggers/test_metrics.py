@@ -74,7 +74,8 @@ def test_gap_is_relative_to_training_and_a_mean_over_the_window(options, pairs, 
 
 def test_mode_max_mirrors_mode_min():
     values = [1.0, 0.9, 0.9, 0.5, 0.5, 0.6, 0.5, 0.3, 0.3, 0.3, 0.3, 0.3]
-    small, large = Plateau(mode="min", min_delta=0.05), Plateau(mode="max", min_delta=0.05)
+    small = Plateau(mode="min", min_delta=0.05)
+    large = Plateau(mode="max", min_delta=0.05)
     answers = fired(small, values)
     assert answers
     assert answers == fired(large, [-value for value in values])

@@ -33,7 +33,8 @@ def forget_best(trainer: Trainer, pl_module: LightningModule, event: RankEvent) 
             callback.best_model_score = callback.kth_value = worst
         elif isinstance(callback, EarlyStopping):
             said += [f"{callback.monitor} {float(callback.best_score):.4g} at {ranks_in_words(event.ranks_before)}"]
-            callback.best_score, callback.wait_count = worst, 0
+            callback.best_score = worst
+            callback.wait_count = 0
     if said:
         rank_zero_info(
             f"best so far: {'; '.join(dict.fromkeys(said))}; from here on the best of "

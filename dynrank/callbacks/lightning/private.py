@@ -46,15 +46,18 @@ def first_batch_kept(trainer: Trainer) -> Iterator[None]:
 def fewer_batches(trainer: Trainer, most: int | None) -> Iterator[None]:
     """Let validations inside the block take about ``most`` batches, at equal distances; None: all."""
     loop = trainer.fit_loop.epoch_loop.val_loop
-    loaders, counts = loop._combined_loader, loop._max_batches
+    loaders = loop._combined_loader
+    counts = loop._max_batches
     if most is not None and loaders is not None:
         every = -(-int(sum(counts)) // most)
         few = [_Every(loader, every, int(count)) for loader, count in zip(loaders.flattened, counts, strict=True)]
-        loop._combined_loader, loop._max_batches = CombinedLoader(few, "sequential"), [len(loader) for loader in few]
+        loop._combined_loader = CombinedLoader(few, "sequential")
+        loop._max_batches = [len(loader) for loader in few]
     try:
         yield
     finally:
-        loop._combined_loader, loop._max_batches = loaders, counts
+        loop._combined_loader = loaders
+        loop._max_batches = counts
 
 
 class _Every:

@@ -42,7 +42,8 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
-    split, averages = private.tensor_parallel_size(strategy), averaging_callbacks(trainer)
+    split = private.tensor_parallel_size(strategy)
+    averages = averaging_callbacks(trainer)
     split = strategy.num_processes if split == "auto" else split
     if split != 1:
         raise ConfigurationError(
@@ -81,7 +82,8 @@ def follow_sharded_checkpoint(trainer: Trainer) -> None:
 
     def load_any_ranks(checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
         module: Any = trainer.lightning_module
-        strict, optimizers = module.strict_loading, strategy.optimizers
+        strict = module.strict_loading
+        optimizers = strategy.optimizers
         in_one_file = not Path(checkpoint_path).is_dir()
         without_base = in_one_file and lacks_base(module, from_first(lambda: _names_and_marks(checkpoint_path)))
         take_saved_ranks(module, checkpoint_path)
@@ -89,11 +91,13 @@ def follow_sharded_checkpoint(trainer: Trainer) -> None:
             # Shards are read only for keys that are there.
             mark(unwrapped_optimizer(optimizer))
         by_place = in_one_file and not any(map(trains_shards, optimizers))
-        module.strict_loading, strategy.optimizers = strict and not without_base, [] if by_place else optimizers
+        module.strict_loading = strict and not without_base
+        strategy.optimizers = [] if by_place else optimizers
         try:
             checkpoint = load(checkpoint_path, *args, **kwargs)
         finally:
-            module.strict_loading, strategy.optimizers = strict, optimizers
+            module.strict_loading = strict
+            strategy.optimizers = optimizers
         if by_place:
             for optimizer, state in zip(optimizers, checkpoint["optimizer_states"] if optimizers else (), strict=True):
                 optimizer.load_state_dict(state)

@@ -36,7 +36,8 @@ class _Metrics(Callback):
         results = private.results(trainer)
         for result in results.values():
             if result.meta.name == self.monitor and result.is_tensor and result.meta.is_mean_reduction:
-                total, weight = float(result.value), float(result.cumulated_batch_size)
+                total = float(result.value)
+                weight = float(result.cumulated_batch_size)
                 more = weight - self._before[1]
                 if more > 0:
                     content = sum(float(t.double().sum()) for t in tree_leaves(batch) if isinstance(t, Tensor))
@@ -83,7 +84,8 @@ def _deaf(bar: ProgressBar) -> ProgressBar:
 def validation_metrics(trainer: Trainer) -> dict[str, float]:
     """The metrics of the validation that ends now, without training's; call this from ``on_validation_end``."""
     results = private.results(trainer)
-    loader, found = results.dataloader_idx, dict[str, float]()
+    loader = results.dataloader_idx
+    found = dict[str, float]()
     try:
         for index in dict.fromkeys([loader, *(result.meta.dataloader_idx for result in results.values())]):
             # Lightning returns only metrics of the selected data loader, and those that were logged without an index.
@@ -112,7 +114,8 @@ def run_missed_validation(trainer: Trainer) -> None:
 
 def is_due(trainer: Trainer) -> bool:
     """Whether a validation is due after the present training batch."""
-    every_n_epochs, every_n_batches = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    every_n_epochs = trainer.check_val_every_n_epoch
+    every_n_batches = trainer.val_check_batch
     if not trainer.enable_validation or (every_n_epochs is not None and (trainer.current_epoch + 1) % every_n_epochs):
         return False
     if every_n_batches is None or every_n_batches == float("inf"):

@@ -187,7 +187,8 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         if config is None or recorded.exists():
             config = recorded.read_text(encoding="utf-8")
         groups = {name: values for name, values in yaml.safe_load(config).items() if isinstance(values, dict)}
-        changes, written = _changes(folder / HISTORY), folder / GENERATIONS
+        changes = _changes(folder / HISTORY)
+        written = folder / GENERATIONS
         generations = list(_rows(written, Generation)) if written.exists() else []
         metrics = read_metrics(folder / METRICS)
     except (OSError, UnicodeDecodeError) as error:

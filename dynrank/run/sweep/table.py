@@ -18,7 +18,8 @@ from dynrank.run.command import read_overrides
 from dynrank.run.folder import HISTORY
 from dynrank.run.summary import SUMMARY, Summary, read_summary
 
-TABLE, PICTURE = "sweep.csv", "sweep.png"
+TABLE = "sweep.csv"
+PICTURE = "sweep.png"
 # Runs that differ only in these overrides have the same setting.
 _REPEATED = ("seed", "ckpt_path")
 # {result: its format} in the table, beside the test metrics.
@@ -157,7 +158,9 @@ def _table(made: Sequence[Arm], names: Sequence[str]) -> Table:
 
 
 def _cell(arm: Arm, name: str) -> str:
-    mean, deviation, digits = arm.mean(name), arm.deviation(name), _FORMATS.get(name, ".4f")
+    mean = arm.mean(name)
+    deviation = arm.deviation(name)
+    digits = _FORMATS.get(name, ".4f")
     if mean is None:
         return "-"
     # Parameters are the same for every seed, so they have no spread.

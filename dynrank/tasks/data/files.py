@@ -41,7 +41,8 @@ def from_files(
         skip_unusable: leave out the rows that cannot be used, and count them; otherwise they are an error.
     """
     names = {"train": train, "val": val, "test": test}
-    parts, unusable = dict[str, datasets.Dataset](), dict[str, int]()
+    parts = dict[str, datasets.Dataset]()
+    unusable = dict[str, int]()
     for split, name in names.items():
         if split == "train" or name:
             parts[split], unusable[split] = _read(name, split, columns, form, skip_unusable)

@@ -23,7 +23,8 @@ _CASH_FLOW = "Net Cash from "
 # The fewest items of a section that is used.
 _MIN_ITEMS = 50
 # Shares of each section.
-_TEST, _VAL = 0.2, 0.1
+_TEST = 0.2
+_VAL = 0.1
 _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|(?<=[a-z])(?=[0-9])")
 
 

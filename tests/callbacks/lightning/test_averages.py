@@ -31,7 +31,9 @@ class Weights(lightning.Callback):
     """The weights after every step, and on both sides of every change."""
 
     def __init__(self):
-        self.steps, self.starts, self.changes = {}, {}, {}
+        self.steps = {}
+        self.starts = {}
+        self.changes = {}
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.starts[trainer.global_step] = self.now(pl_module)
@@ -50,7 +52,8 @@ def moved(average, before, after):
     """The average in new coordinates; the maps are solved for, from the weights on both sides of the change."""
     result = {}
     for name, value in average.items():
-        old, new = before[name], after[name]
+        old = before[name]
+        new = after[name]
         if name.endswith("A"):
             kept = min(len(old), len(new))
             maps = torch.linalg.lstsq(old.mT, new[:kept].mT).solution.mT
@@ -68,7 +71,8 @@ def blend(average, weights, share):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_exponential_average_is_that_of_a_run_in_the_new_coordinates(fit, order):
-    weights, pair = Weights(), [EMAWeightAveraging(decay=DECAY), scheduler()]
+    weights = Weights()
+    pair = [EMAWeightAveraging(decay=DECAY), scheduler()]
     module, _ = fit(*pair[::order], weights)
     expected = None
     for step in sorted(weights.steps):
@@ -102,7 +106,8 @@ def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(fit, order):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_change_at_the_end_is_the_best_approximation_of_the_average(fit, order):
-    weights, pair = Weights(), [scheduler([Stage(At(fraction=1.0), Rank(2))]), EMAWeightAveraging(decay=DECAY)]
+    weights = Weights()
+    pair = [scheduler([Stage(At(fraction=1.0), Rank(2))]), EMAWeightAveraging(decay=DECAY)]
     module, _ = fit(*pair[::order], weights)
     average = None
     for step in sorted(weights.steps):

@@ -57,7 +57,8 @@ def test_best_and_last_checkpoints_are_of_after_the_cut(fit, worsening, tmp_path
         assert ranks_in(worsening, file) == {2}, file.name
 
 
-CUT, GROWTH = Stage(At(step=12), Rank(2)), [Stage(At(step=2), Rank(2)), Stage(At(step=12), GrowTo(6))]
+CUT = Stage(At(step=12), Rank(2))
+GROWTH = [Stage(At(step=2), Rank(2)), Stage(At(step=12), GrowTo(6))]
 
 
 @pytest.mark.parametrize(("stages", "options"), [(CUT, {"keep_best_before": True}), (GROWTH, {})])
@@ -78,7 +79,8 @@ def test_file_of_before_the_cut_is_named_at_the_end_if_nothing_was_saved_since(f
 
 def test_cut_behind_the_last_step_is_validated_and_saved(fit, worsening, tmp_path):
     """So that ``ckpt_path="best"``, ``last.ckpt`` and the default checkpoint of the last epoch hold it."""
-    saver, plain = best(tmp_path / "best", save_last=True), ModelCheckpoint(tmp_path / "plain")
+    saver = best(tmp_path / "best", save_last=True)
+    plain = ModelCheckpoint(tmp_path / "plain")
     module, trainer = fit(RankScheduler(Stage(At(fraction=1.0), Rank(2))), saver, plain, module=worsening())
     assert ranks(module) == {2}
     # The validations at 5, 10, 15 and 20, and one of the cut model.

@@ -40,7 +40,8 @@ def loop(module, data, *, accumulate=1, clip=None, dtype=None, autocast=False):
         optimizer.zero_grad()
         for x, y in batches[step * accumulate : (step + 1) * accumulate]:
             if dtype is not None and not autocast:
-                x, y = x.to(dtype), y.to(dtype)
+                x = x.to(dtype)
+                y = y.to(dtype)
             with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
                 loss = nn.functional.mse_loss(module.net(x), y)
             (loss / accumulate).backward()

@@ -74,7 +74,8 @@ def test_sigterm_in_a_validation_ends_the_run_after_the_next_step(fit, regressio
     before = signal.getsignal(signal.SIGTERM)
     whole, _ = fit(schedule(), AdapterCheckpoint(tmp_path / "whole"))
     assert signal.getsignal(signal.SIGTERM) is before
-    stopped, seen = regression[0](), []
+    stopped = regression[0]()
+    seen = []
     step = stopped.validation_step
 
     def told_to_end(batch, batch_idx):

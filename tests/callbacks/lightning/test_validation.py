@@ -20,7 +20,9 @@ class Asking(lightning.Callback):
     """Asks at one step for a validation, and computes by hand what there is to find."""
 
     def __init__(self):
-        self.found, self.expected, self.shown = [], [], []
+        self.found = []
+        self.expected = []
+        self.shown = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == 7:
@@ -38,13 +40,16 @@ class Asking(lightning.Callback):
 
 def test_silent_validation_tells_batches_apart_and_is_heard_by_nobody(regression, tmp_path):
     module_class, data, trainer = regression
-    module, asking, logger = module_class(), Asking(), CSVLogger(tmp_path, name="", version="")
+    module = module_class()
+    asking = Asking()
+    logger = CSVLogger(tmp_path, name="", version="")
     train, _ = data()
     val = torch.utils.data.DataLoader(train.dataset, batch_size=30)
     made = trainer(callbacks=[asking], logger=logger, max_steps=12, val_check_interval=5, num_sanity_val_steps=0)
     made.fit(module, train, val)
     assert [weight for _, weight in asking.expected] == [30, 30, 20]
-    (metrics, batches), expected = asking.found, asking.expected
+    metrics, batches = asking.found
+    expected = asking.expected
     assert [weight for _, weight, _ in batches] == [weight for _, weight in expected]
     assert [value for value, *_ in batches] == pytest.approx([value for value, _ in expected], rel=1e-5)
     mean = sum(value * weight for value, weight in expected) / sum(weight for _, weight in expected)
@@ -67,7 +72,8 @@ class Hearing(RichProgressBar):
 
 def test_trials_of_a_search_are_heard_by_no_callback_and_by_no_bar(regression):
     module_class, data, trainer = regression
-    hearing, scheduler = Hearing(), RankScheduler(auto(0.3, at=0.5))
+    hearing = Hearing()
+    scheduler = RankScheduler(auto(0.3, at=0.5))
     options = {"val_check_interval": 6, "num_sanity_val_steps": 0, "enable_progress_bar": True}
     made = trainer(callbacks=[scheduler, hearing], max_steps=12, **options)
     made.fit(module_class(), *data())

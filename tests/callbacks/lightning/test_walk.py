@@ -34,7 +34,8 @@ def walk(call):
 
 def test_a_cut_runs_few_files(fit):
     scheduler = RankScheduler(Stage(At(step=8), Budget(share=0.5)))
-    advance, files = scheduler.driver.advance, []
+    advance = scheduler.driver.advance
+    files = []
 
     def walked(training):
         if training.step == 8:

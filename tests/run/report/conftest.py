@@ -26,7 +26,8 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
     layers = nn.ModuleList(nn.ModuleDict({kind: nn.Linear(12, 16) for kind in kinds}) for _ in range(blocks))
     model = dynrank.add_lora(nn.ModuleDict({"layers": layers, "head": nn.Linear(12, 16)}), rank=rank, alpha=16)
     names = [name for name, _ in dynrank.lora_layers(model)]
-    rows, now = [], rank
+    rows = []
+    now = rank
     for step, to in sorted([*drops, *undone]):
         taken_back = (step, to) in undone
         reason = f"undone: val/loss 1 → 2 ({NASTY})" if taken_back else f"fraction {NASTY}"
@@ -68,7 +69,8 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self._tree, self._open = TreeBuilder(), []
+        self._tree = TreeBuilder()
+        self._open = []
         self.feed(text)
         self.close()
         assert not self._open, f"never closed: {self._open}"

@@ -25,7 +25,8 @@ def write(folder, overrides, test=None, **fields):
 @pytest.fixture
 def sweep(tmp_path):
     """Three ranks of three seeds, in the order in which Hydra makes them; folder and accuracies by rank."""
-    accuracies, random = {}, np.random.default_rng(0)
+    accuracies = {}
+    random = np.random.default_rng(0)
     for number, (rank, seed) in enumerate((rank, seed) for rank in (16, 4, 8) for seed in range(3)):
         value = float(random.random())
         accuracies.setdefault(rank, []).append(value)

@@ -61,7 +61,8 @@ def test_data_saved_to_disk_have_their_own_splits(tmp_path):
 
 
 def test_rows_in_a_json_file_are_a_list_alone_or_in_an_object_or_lines(tmp_path):
-    file, pair = tmp_path / "a.json", {"version": "1", "data": ROWS}
+    file = tmp_path / "a.json"
+    pair = {"version": "1", "data": ROWS}
     for content in (json.dumps({"data": ROWS}), json.dumps(pair, indent=1), "\n".join(map(json.dumps, ROWS))):
         file.write_text(content)
         assert sorted(sum(read(str(file)).values(), [])) == pairs(ROWS)
@@ -230,7 +231,8 @@ def test_quotes_in_a_tsv_file_swallow_no_rows(tmp_path):
 
 
 def test_cells_are_texts_as_they_stand_there(tmp_path):
-    labels, texts = ["01", "1", "007", "NA", "null"], ["None", "NA", "null", "1e5", "2024-01-01"]
+    labels = ["01", "1", "007", "NA", "null"]
+    texts = ["None", "NA", "null", "1e5", "2024-01-01"]
     rows = [{"text": f"{text}" if i == 0 else f"{text} {i}", "label": label}
             for i, label in enumerate(labels * 5) for text in texts]  # fmt: skip
     assert sorted({pair for part in read(write(tmp_path / "a.csv", rows)).values() for pair in part}) == pairs(rows)
