@@ -8,6 +8,8 @@ from by_hand import ByHand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import dynrank
 from dynrank.driver.brought import Brought
@@ -109,6 +111,86 @@ def test_scaled_loss_whose_first_steps_are_skipped_brings_the_same():
     assert scaler.get_scale() < 2.0**127
     for name, share in seen[0].contributions().items():
         assert seen[1].contributions()[name].value == pytest.approx(share.value, rel=1e-4, abs=1e-8)
+
+
+def in_halves(model, x, target):
+    """Two backwards of half a batch each."""
+    for rows in (slice(0, 4), slice(4, 8)):
+        (0.5 * (model(x[rows]) - target[rows]).square().mean()).backward()
+
+
+def backward(model, x, target):
+    (model(x) - target).square().mean().backward()
+
+
+def in_bfloat16(model, x, target):
+    with torch.autocast("cpu", torch.bfloat16):
+        backward(model, x, target)
+
+
+def recomputed(model, x, target):
+    (checkpoint(model, x, use_reentrant=False) - target).square().mean().backward()
+
+
+def clipped(model, x, target):
+    backward(model, x, target)
+    # A bound above every norm, so that only the place of clipping in the step is new.
+    nn.utils.clip_grad_norm_(model.parameters(), 1e3)
+
+
+def compiled(model, x, target):
+    backward(torch.compile(model, backend="aot_eager"), x, target)
+
+
+@pytest.mark.parametrize(
+    ("way", "tolerance"), [(in_halves, 1e-4), (clipped, 1e-4), (recomputed, 1e-5), (compiled, 1e-4), (in_bfloat16, 0.1)]
+)
+def test_ways_to_make_a_step_bring_the_same(way, tolerance):
+    found = []
+    for make_gradients in (backward, way):
+        model = model_of()
+        measured = Brought(dict(dynrank.lora_layers(model)))
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for x in X[:10]:
+            optimizer.zero_grad()
+            make_gradients(model, x, x.roll(1, -1))
+            optimizer.step()
+            measured.end_step()
+        found.append(measured.contributions())
+    for name in ("words", "twice"):
+        assert found[1][name].value == pytest.approx(found[0][name].value, rel=tolerance)
+
+
+def test_experts_and_tied_layers_bring_the_sums_of_a_loop_by_hand():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=24,
+        hidden_size=16,
+        intermediate_size=12,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        tie_word_embeddings=True,
+    )
+    names = ["q_proj", "experts.down_proj", "embed_tokens"]
+    model = dynrank.add_lora(MixtralForCausalLM(config), rank=3, target_modules=names)
+    measured = Brought(dict(dynrank.lora_layers(model)))
+    hand = ByHand(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    tokens = torch.randint(24, (8, 2, 10), generator=torch.Generator().manual_seed(0))
+    for rows in tokens:
+        optimizer.zero_grad()
+        model(rows, labels=rows).loss.backward()
+        optimizer.step()
+        measured.end_step()
+        hand.end_step()
+    found = measured.contributions()
+    assert any("experts" in name for name in found)
+    assert any("embed_tokens" in name for name in found)
+    for name, share in found.items():
+        assert share.value == pytest.approx(sum(hand.terms(name)), rel=1e-4, abs=1e-7)
+        assert share.value != 0
 
 
 def test_step_without_finite_gradients_is_left_out():
