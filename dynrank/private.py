@@ -1,14 +1,11 @@
 """The private names of torch, transformers and Lightning Fabric that dynrank uses where no public name serves.
 
-And the classes of libraries that dynrank knows but does not import.
-
 Tests fail when a release removes one, and ``tests/test_private.py`` when another module uses one. The private names of
 Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in ``distributed/wrappers.py``.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -29,24 +26,9 @@ foreach_lerp = torch._foreach_lerp
 foreach_lerp_ = torch._foreach_lerp_
 
 
-def imported(path: str) -> Any:
-    """The class at ``path``, such as ``peft.LoraModel``; ``()`` if its module is not imported.
-
-    Without the import there are no objects of the class, and no object is an instance of ``()``.
-    """
-    module, _, name = path.rpartition(".")
-    return getattr(sys.modules.get(module), name, ())
-
-
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-
-
-def stacked_as(model: Any) -> str:
-    """The family by whose example transformers stacks the experts in checkpoints of ``model``; empty if none."""
-    examples = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
-    return str(examples.get(getattr(getattr(model, "config", None), "model_type", None), ""))
 
 
 def is_expert_parallel(experts: Any) -> bool:

@@ -36,14 +36,13 @@ from typing import Any
 
 import bitsandbytes
 import lightning
-import schedulefree
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 import dynrank
-from dynrank.callbacks import AdapterCheckpoint, RankScheduler, ScheduleFreeMode, StepSeed
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
 from dynrank.layers.base import LoRALayer
 from dynrank.output.whole_file import PART
 from dynrank.run.overrides import usage_errors
@@ -78,7 +77,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": partial(torch.optim.AdamW, lr=1e-2),
     "SGD": partial(torch.optim.SGD, lr=1e-2, momentum=0.9),
     "Adafactor": partial(torch.optim.Adafactor, lr=0.1),
-    "schedule-free AdamW": partial(schedulefree.AdamWScheduleFree, lr=1e-2),
     "8-bit AdamW": partial(bitsandbytes.optim.AdamW8bit, lr=1e-2, min_8bit_size=1),
 }
 WAYS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
@@ -144,7 +142,7 @@ class Regression(lightning.LightningModule):
 def train(case: Case, folder: Path, process: int, watches: list[lightning.Callback]) -> dict[str, Any]:
     """Make the run whose checkpoints are in ``folder``, or go on with it; what it comes to in this ``process``."""
     scheduler = RankScheduler(deepcopy(SCHEDULES[case.schedule]))
-    callbacks = [ScheduleFreeMode(), scheduler, StepSeed(0), *watches]
+    callbacks = [scheduler, StepSeed(0), *watches]
     saver = AdapterCheckpoint(
         folder, filename="last", every_n_train_steps=case.every, save_top_k=1, enable_version_counter=False
     )

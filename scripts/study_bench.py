@@ -18,7 +18,7 @@ from pretrain_small import MODELS
 from torch import Tensor, nn
 
 from dynrank import RankDriver, Training, add_lora, compose, lora_layers
-from dynrank.change.directions import LayerDirections
+from dynrank.change.resize import LayerDirections
 from dynrank.driver.brought import Contribution
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer

@@ -4,13 +4,11 @@ from typing import TYPE_CHECKING, Any
 
 from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint
 from dynrank.callbacks.best_weights import BestWeights
-from dynrank.callbacks.generations import Generations
 from dynrank.callbacks.lightning.strategies import check_strategy
 from dynrank.callbacks.progress_lines import ProgressLines
 from dynrank.callbacks.rank_monitor import RankMonitor, RankProgressBar
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
-from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
 from dynrank.callbacks.step_seed import StepSeed
 from dynrank.driver.event import RankEvent
 
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterCheckpoint",
     "BestWeights",
-    "Generations",
     "ProgressLines",
     "RankEvent",
     "RankMonitor",
@@ -28,7 +25,6 @@ __all__ = [
     "RankScheduler",
     "RankTrainerCallback",
     "RunMeter",
-    "ScheduleFreeMode",
     "StepSeed",
     "check_strategy",
     "peak_memory_bytes",

@@ -42,7 +42,6 @@ class BestWeights(Checkpoint):
         self._last_validated = 0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # They are copied now, because ScheduleFreeMode puts others in their place when the validation ends.
         self._validated = {name: weight.detach().cpu().clone() for name, weight in _trained(pl_module).items()}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -54,7 +53,7 @@ class BestWeights(Checkpoint):
         # Without an earlier validation the weights of the last step are the only ones.
         if self.step is not None and self._last_validated < trainer.global_step:
             self.on_validation_start(trainer, pl_module)
-            self._take(trainer, validate(LightningTraining(trainer, pl_module), self.monitor)[0])
+            self._take(trainer, validate(LightningTraining(trainer, pl_module)))
 
     def _take(self, trainer: Trainer, metrics: Mapping[str, Any]) -> None:
         """Keep the validated weights if they are better."""

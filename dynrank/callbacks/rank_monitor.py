@@ -1,4 +1,4 @@
-"""Changes of rank: a table, rank_history.csv, numbers and spectra for the loggers, ranks in the progress bar."""
+"""Changes of rank: a table, rank_history.csv, numbers for the loggers, ranks in the progress bar."""
 
 import csv
 from collections.abc import Iterable
@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger
 
 from dynrank.callbacks.rank_scheduler import RankScheduler
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.driver.event import FIELDS, RankEvent
 from dynrank.layers.finding import lora_layers
-from dynrank.linalg import effective_rank
 from dynrank.output.console import print_table, span
 from dynrank.output.whole_file import whole_file
 
@@ -25,11 +24,10 @@ class RankMonitor(Callback):
     """Shows and records the changes by a :class:`RankScheduler` of the same trainer; it changes nothing.
 
     Every logger gets ``rank/mean`` and ``rank/max`` at the start and after each change. Each change also logs
-    ``rank/predicted_error`` and ``rank/predicted_error_max``. For each layer, all loggers except the CSVLogger, where
-    each name would be a column, get ``rank/layer/NAME``, ``energy_kept/NAME`` and ``effective_rank/NAME``. TensorBoard
-    also gets ``spectrum/NAME``, a histogram of the
-    singular values before a change. Each step logs its learning rates as ``lr/NAME``; NAME is a param group's ``name``,
-    or its number. (RankScheduler logs ``lr/adapter`` where it differs; RankProgressBar shows the ranks in every step.)
+    ``rank/predicted_error`` and ``rank/predicted_error_max``. All loggers except the CSVLogger, where each name would
+    be a column, get ``rank/layer/NAME``. Each step logs its learning rates as ``lr/NAME``; NAME is a param group's
+    ``name``, or its number. (RankScheduler logs ``lr/adapter`` where it differs; RankProgressBar shows the ranks in
+    every step.)
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with what each layer had brought
@@ -68,15 +66,7 @@ class RankMonitor(Callback):
     def _log_change(self, trainer: Trainer, event: RankEvent) -> None:
         errors = torch.tensor([layer.predicted_error for layer in event.layers])
         totals = {"rank/predicted_error": float(errors.norm()), "rank/predicted_error_max": float(errors.max())}
-        by_layer = {f"energy_kept/{layer.layer}": layer.energy_kept for layer in event.layers}
-        for layer in event.layers:
-            by_layer[f"effective_rank/{layer.layer}"] = effective_rank(torch.tensor(layer.singular_values))
-        _log(trainer, totals, by_layer)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for layer in event.layers:
-                    spectrum = torch.tensor(layer.singular_values)
-                    logger.experiment.add_histogram(f"spectrum/{layer.layer}", spectrum, event.step)
+        _log(trainer, totals, {})
 
     def _log_ranks(self, trainer: Trainer, pl_module: LightningModule) -> None:
         ranks = self._ranks(pl_module)

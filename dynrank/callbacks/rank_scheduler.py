@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.averages import act_after_averages, averages_of
 from dynrank.callbacks.lightning.best import forget_best, save_after_end, warn_of_other_ranks
 from dynrank.callbacks.lightning.ending import end_in_full
 from dynrank.callbacks.lightning.strategies import average_whole_gradients, check_strategy, follow_sharded_checkpoint
@@ -17,7 +16,7 @@ from dynrank.callbacks.lightning.validation import run_missed_validation, valida
 from dynrank.driver.check import check_validation
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
-from dynrank.driver.training import Batches, Training
+from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError, for_its_reader
 from dynrank.layers.peft_layers import follow_checkpoint_ranks
 from dynrank.schedules import Schedule
@@ -32,7 +31,6 @@ class RankScheduler(Callback):
     each validation (after each epoch, if nothing is validated). A change is made at the start of a later batch, between
     an optimizer step and the next forward, never with gradients pending. When a stage is due, earlier stages that have
     not acted are skipped. A checkpoint contains everything that a resumed run needs, before, during and after a change.
-    Lightning's averages of the weights change with the ranks, in any order of the callbacks.
 
     A layer with its own final rank (rank map) is never shrunk below it and gets it in the last stage; a pinned layer
     never changes. One scheduler drives one run: a trainer takes one scheduler (lists of stages can be added), and the
@@ -108,12 +106,10 @@ class RankScheduler(Callback):
         self._stepped = state_dict["stepped"]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Averages that are made later are copies of the module, so they get its load hooks, too.
-        for module in [pl_module, *averages_of(trainer)]:
-            follow_checkpoint_ranks(module)
+        follow_checkpoint_ranks(pl_module)
         follow_sharded_checkpoint(trainer)
         if stage == "fit":
-            _check_alone(self, trainer)
+            _check_callbacks(self, trainer)
             check_strategy(trainer)
             end_in_full(trainer)
 
@@ -121,7 +117,6 @@ class RankScheduler(Callback):
         self._first_step = trainer.global_step
         private.load_place_in_data(trainer)
         self.driver.start(LightningTraining(trainer, pl_module), _run(trainer, pl_module))
-        act_after_averages(trainer, self)
         if self.driver.progress.observed_step != trainer.global_step:
             run_missed_validation(trainer)
 
@@ -182,8 +177,17 @@ class RankScheduler(Callback):
             )
 
 
-def _check_alone(scheduler: RankScheduler, trainer: Trainer) -> None:
-    """Refuse a second scheduler of a derived class; Lightning itself refuses two of the same class."""
+def _check_callbacks(scheduler: RankScheduler, trainer: Trainer) -> None:
+    """Refuse a second scheduler of a derived class (Lightning refuses one of the same class), and averages of weights.
+
+    A change of ranks would have to be made in the average, too.
+    """
+    for callback in trainer.callbacks if scheduler.driver.stages else ():  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            raise ConfigurationError(
+                f"{type(callback).__name__} averages weights of one rank, and the schedule changes ranks: take one of "
+                "the two out of callbacks"
+            )
     others = [c for c in trainer.callbacks if isinstance(c, RankScheduler) and c is not scheduler]  # type: ignore[attr-defined]
     if others:
         raise ConfigurationError(
@@ -201,7 +205,7 @@ class LightningTraining(Training):
         # An own optimizer_step may set rates, as Lightning's manual shows it.
         sets_rates = is_overridden("optimizer_step", pl_module)
         schedulers = None if sets_rates else [config.scheduler for config in trainer.lr_scheduler_configs]
-        super().__init__(pl_module, trainer.optimizers, trainer.global_step, averages_of(trainer), schedulers)
+        super().__init__(pl_module, trainer.optimizers, trainer.global_step, schedulers)
         self.trainer = trainer
         self.pl_module = pl_module
 
@@ -217,9 +221,12 @@ class LightningTraining(Training):
         batches = sum(self.trainer.num_val_batches)
         return int(batches) if 0 < batches < float("inf") else None
 
-    def validate_batches(self, monitor: str, most: int | None = None) -> tuple[Mapping[str, float], Batches]:
+    def validate(self) -> Mapping[str, float]:
         """Validate for the metrics only."""
-        return validate_beside(self.trainer, monitor=monitor, most=most)
+        return validate_beside(self.trainer)
+
+    def validate_share(self, most: int) -> Mapping[str, float]:
+        return validate_beside(self.trainer, most)
 
     def record(self, metrics: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:

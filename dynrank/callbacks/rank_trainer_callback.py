@@ -178,7 +178,7 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             checked = checked_metrics(self.driver.stages)
             if not self._checked and checked.keys() - metrics.keys():
                 # The user's function may return more, so only that decides.
-                metrics_of_check, _ = validate(training, "")
+                metrics_of_check = validate(training)
                 for name in checked:
                     metric_value(metrics_of_check, name, checked)
             self._checked = True

@@ -1,1 +1,1 @@
-"""Changing ranks: the layers, their optimizer state, averages, and what is measured before."""
+"""Changing ranks: the layers, their and their optimizers' state."""

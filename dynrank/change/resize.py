@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,9 +14,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dynrank.change.directions import LayerDirections
 from dynrank.change.optimizer_state import check_optimizer, moved_states
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.wrappers import unwrapped_optimizer
@@ -26,7 +25,16 @@ from dynrank.layers.compiled import forget_compiled
 from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import config_changes
 from dynrank.layers.peft_view import PeftLayer
-from dynrank.linalg import RankChange, energy_kept, grow_product, joined, keep_directions, split, stacked
+from dynrank.linalg import (
+    Directions,
+    RankChange,
+    directions_of,
+    energy_kept,
+    grow_product,
+    keep_directions,
+    pooled,
+    stacked,
+)
 
 Ranks: TypeAlias = int | Mapping[str, int]
 
@@ -38,7 +46,6 @@ def resize(
     *,
     optimizers: Iterable[Optimizer] = (),
     optimizer_state: Literal["transport", "reset"] = "transport",
-    averages: Iterable[nn.Module] = (),
     generator: torch.Generator | None = None,
     collective: bool = False,
     balance: bool = False,
@@ -57,8 +64,6 @@ def resize(
         target: the new rank of every layer, or {layer name: new rank} for some.
         optimizers: all optimizers of the layers' parameters; any other with state of theirs refuses its next step.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
-        averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); the same maps
-            change them.
         generator: generator of the random rows of a growth; torch's default generator when None.
         collective: whether every process of torch's default group makes this call. Process 0 computes, and all
             processes get the bits of its factors and optimizer state. Wrap the model in DDP again afterwards.
@@ -71,40 +76,46 @@ def resize(
 
     Raises:
         ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, a factor holds NaN or inf (it
-            names the layer), an optimizer's state cannot be carried, or an average has other layers.
+            names the layer), or an optimizer's state cannot be carried.
         RuntimeError: if one of PEFT's layers is merged.
     """
-    adapters = Adapters(model, optimizers, averages)
+    adapters = Adapters(model, optimizers)
     directions = LayerDirections(adapters.layers)
     change = compute(
         adapters, lambda: target, directions, optimizer_state, generator, collective=collective, balance=balance
     )
     if not dry_run:
+        factors = [factor for layer in adapters.layers.values() for factor in (layer.lora_A, layer.lora_B)]
+        shapes = {factor: factor.shape for factor in factors}
         change.put()
-        _watch_others(adapters)
+        _watch(shapes, adapters.optimizers)
     return change.reports
 
 
-def _watch_others(adapters: Adapters) -> None:
-    """Let optimizers whose state has not followed the layers refuse their next step by name.
+def _watch(shapes: Mapping[nn.Parameter, torch.Size], optimizers: Iterable[Optimizer]) -> None:
+    """Let optimizers whose state has not followed the factors refuse their next step by name.
 
-    After training there is no next step, so the change itself cannot be refused.
+    ``shapes`` are those before the change. After training there is no next step, so the change itself is not refused.
     """
-    factors = [factor for layer in adapters.layers.values() for factor in (layer.lora_A, layer.lora_B)]
-    followed = {id(optimizer) for optimizer in adapters.optimizers}
-    if all(any(factor in optimizer.state for optimizer in adapters.optimizers) for factor in factors):
-        return
-    # isinstance() would ask proxies for the class of what they stand for.
-    alive = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
-    for optimizer in {id(inner): inner for inner in map(unwrapped_optimizer, alive)}.values():
-        if id(optimizer) not in followed and any(factor in getattr(optimizer, "state", ()) for factor in factors):
-            optimizer.register_step_pre_hook(_refuse_old_shapes)
+    followed = {parameter for optimizer in optimizers for parameter in optimizer.state}
+    for factor, shape in shapes.items():
+        if factor not in followed:
+            if not _UNFOLLOWED:
+                register_optimizer_step_pre_hook(_refuse_old_shapes)
+            _UNFOLLOWED[id(factor)] = weakref.ref(factor), shape
+
+
+# {id of a factor: (the factor, its shape before it was changed without an optimizer that has state of it)}.
+_UNFOLLOWED: dict[int, tuple[weakref.ref[nn.Parameter], torch.Size]] = {}
 
 
 def _refuse_old_shapes(optimizer: Optimizer, *_: Any) -> None:
     for parameter, state in optimizer.state.items():
+        found, shape = _UNFOLLOWED.get(id(parameter), (None, None))
+        if found is None or found() is not parameter or shape == parameter.shape:
+            continue
         for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim == parameter.ndim and value.shape != parameter.shape:
+            if isinstance(value, Tensor) and value.shape == shape:
                 raise ConfigurationError(
                     f"dynrank.resize has changed a parameter to {[*parameter.shape]}, and {key!r} of this "
                     f"{type(optimizer).__name__} still has shape {[*value.shape]}: pass the optimizer to resize "
@@ -156,17 +167,45 @@ def report_of(name: str, rank: int, values: Tensor, params_per_rank: int) -> Lay
     )
 
 
+class LayerDirections:
+    """The present directions of ``layers`` (name -> layer), computed once until a layer's factors change."""
+
+    def __init__(self, layers: Mapping[str, RankedLayer]) -> None:
+        self._layers = dict(layers)
+        # By layer: the versions of its factors, and their directions.
+        self._known: dict[str, tuple[tuple[int, int], list[Directions]]] = {}
+
+    @torch.no_grad()
+    def of(self, name: str) -> list[Directions]:
+        """The directions of each product of a layer."""
+        layer = self._layers[name]
+        versions = layer.lora_A._version, layer.lora_B._version
+        if name not in self._known or self._known[name][0] != versions:
+            try:
+                self._known[name] = versions, [directions_of(b, a) for b, a in layer.products()]
+            except ValueError as error:
+                raise diverged(name, error) from error
+        return self._known[name][1]
+
+    def values(self) -> dict[str, Tensor]:
+        """{layer: (rank,) float64, descending}: the singular values of its update, scaling included."""
+        return {
+            name: pooled([each.singular_values for each in self.of(name)]) * layer.scaling
+            for name, layer in self._layers.items()
+        }
+
+
 @dataclass(frozen=True)
 class Values:
     """Factors and optimizer state by name, so that one process can send them to the others.
 
     Attributes:
-        factors: for the model and then for each average, {layer: (lora_A, lora_B)}.
+        factors: {layer: (lora_A, lora_B)}.
         states: for each optimizer, {layer: {"lora_A": its state, "lora_B": its state}}; an empty state deletes the
             present one.
     """
 
-    factors: list[dict[str, tuple[Tensor, Tensor]]]
+    factors: dict[str, tuple[Tensor, Tensor]]
     states: list[dict[str, dict[str, dict[str, Any]]]]
 
 
@@ -184,32 +223,30 @@ class Change:
 
 
 class Adapters:
-    """What changes together: the LoRA layers of a model and of its averages, and the optimizers of the model's layers.
+    """What changes together: the LoRA layers of a model, and their optimizers.
 
     Attributes:
-        layers: the layers of the model by name.
-        models: (model, its layers) for the model and then for each average.
+        model: the model.
+        layers: its layers by name.
         optimizers: the optimizers, without wrappers.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], averages: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        self.model = model
         self.layers = dict(lora_layers(model))
-        self.models = [(model, self.layers), *_averaged_layers(averages, self.layers)]
         self.optimizers = [unwrapped_optimizer(optimizer) for optimizer in optimizers]
 
     def put(self, new: Values) -> None:
         """Replace factors and optimizer state by assignments alone; Ctrl-C takes effect after the last one."""
         peft_ranks = {}
-        for (_, layers), factors in zip(self.models, new.factors, strict=True):
-            for name, (lora_A, _) in factors.items():
-                layer = layers[name]
-                if isinstance(layer, PeftLayer):
-                    peft_ranks[layer.module, layer.adapter] = len(lora_A) // layer.num_products
-        configs = [change for model, _ in self.models if peft_ranks for change in config_changes(model, peft_ranks)]
+        for name, (lora_A, _) in new.factors.items():
+            layer = self.layers[name]
+            if isinstance(layer, PeftLayer):
+                peft_ranks[layer.module, layer.adapter] = len(lora_A) // layer.num_products
+        configs = config_changes(self.model, peft_ranks) if peft_ranks else []
         with uninterrupted():
-            for (_, layers), factors in zip(self.models, new.factors, strict=True):
-                for name, pair in factors.items():
-                    layers[name].set_factors(*pair)
+            for name, pair in new.factors.items():
+                self.layers[name].set_factors(*pair)
             for optimizer, states in zip(self.optimizers, new.states, strict=True):
                 for name, of_layer in states.items():
                     for factor, state in of_layer.items():
@@ -224,14 +261,13 @@ class Adapters:
 
 
 class Snapshot:
-    """A copy of everything that :func:`resize` may change in a model, its optimizers and its averages."""
+    """A copy of everything that :func:`resize` may change in a model and its optimizers."""
 
-    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer], averages: Iterable[nn.Module] = ()) -> None:
-        self._adapters = Adapters(model, optimizers, averages)
-        factors = [
-            {name: (layer.lora_A.detach(), layer.lora_B.detach()) for name, layer in layers.items()}
-            for _, layers in self._adapters.models
-        ]
+    def __init__(self, model: nn.Module, optimizers: Iterable[Optimizer]) -> None:
+        self._adapters = Adapters(model, optimizers)
+        factors = {
+            name: (layer.lora_A.detach(), layer.lora_B.detach()) for name, layer in self._adapters.layers.items()
+        }
         states = [
             {
                 name: {factor: optimizer.state.get(getattr(layer, factor), {}) for factor in ("lora_A", "lora_B")}
@@ -331,15 +367,12 @@ def _new_values(
 ) -> tuple[Values, list[LayerReport]]:
     """The new values of the layers in ``ranks``, and reports of those whose rank changes."""
     layers = adapters.layers
-    values = Values([{} for _ in adapters.models], [{} for _ in adapters.optimizers])
-    of_model, *of_averages = values.factors
+    values = Values({}, [{} for _ in adapters.optimizers])
     reports = []
     for name, rank in ranks.items():
         layer = layers[name]
         change = _rank_change(name, layer, rank, directions, generator)
-        of_model[name] = change.lora_A, change.lora_B
-        for (_, own), of_average in zip(adapters.models[1:], of_averages, strict=True):
-            of_average[name] = _moved_average(own[name], change)
+        values.factors[name] = change.lora_A, change.lora_B
         for optimizer, states in zip(adapters.optimizers, values.states, strict=True):
             states[name] = moved_states(optimizer, layer.lora_A, layer.lora_B, change, optimizer_state)
         if rank != layer.rank:
@@ -365,41 +398,3 @@ def _rank_change(
         return stacked([grow_product(b, a, rank, generator=generator) for b, a in products])
     except ValueError as error:
         raise diverged(name, error) from error
-
-
-def _averaged_layers(
-    averages: Iterable[nn.Module], layers: Mapping[str, RankedLayer]
-) -> list[tuple[nn.Module, dict[str, RankedLayer]]]:
-    """(model, its LoRA layers by name) of each average; an average is a model, or torch's AveragedModel of one."""
-    found = []
-    for average in averages:
-        module: nn.Module = average.module if isinstance(average, AveragedModel) else average
-        own = dict(lora_layers(module))
-        wrong = sorted(own.keys() ^ layers.keys())
-        wrong += [name for name in own.keys() & layers.keys() if own[name].rank != layers[name].rank]
-        if wrong:
-            raise ConfigurationError(
-                f"an average must have the model's LoRA layers at the same ranks, {wrong[:3]} differ; make the average "
-                "from the model as it is now, and pass it to every dynrank.resize (averages)"
-            )
-        found.append((module, own))
-    return found
-
-
-def _moved_average(layer: RankedLayer, change: RankChange) -> tuple[Tensor, Tensor]:
-    """lora_A and lora_B of the averaged ``layer`` after ``change``, in their own dtypes and on their own device.
-
-    A change is linear in each factor, ``A' = T_a A`` and ``B' = B T_b``, and so is an average. So the same maps turn
-    the average of the old factors into the one that the run would have had in the new coordinates. A truncation of the
-    average by itself would keep more of its function now, but in other coordinates than the model's, so that the next
-    update would average numbers that do not belong together. In a new direction the row of lora_A is the model's.
-    """
-    device = layer.lora_A.device
-    count = layer.num_products
-    from_A, from_B, rows = (t.to(device) for t in (change.from_A, change.from_B, change.lora_A))
-    is_new = from_A.eq(0).all(dim=-1, keepdim=True)
-    old_A = split(layer.lora_A.double(), count, 0)
-    old_B = split(layer.lora_B.double(), count, 1)
-    lora_A = joined(torch.where(is_new, split(rows.double(), count, 0), from_A @ old_A), 0)
-    lora_B = joined(from_B.mT @ old_B, 1)
-    return lora_A.to(layer.lora_A.dtype), lora_B.to(layer.lora_B.dtype)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrank.change.directions import LayerDirections
 from dynrank.change.optimizer_state import check_optimizer
+from dynrank.change.resize import LayerDirections
 from dynrank.distributed.processes import mean_over_processes
 from dynrank.distributed.sharding import sharded_error, sharded_layers
 from dynrank.driver.brought import Contribution

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dynrank.change.directions import LayerDirections
-from dynrank.change.resize import Change, uninterrupted
+from dynrank.change.resize import Change, LayerDirections, uninterrupted
 from dynrank.distributed.processes import check_processes, from_first
 from dynrank.driver.brought import Brought, Contribution
 from dynrank.driver.check import (
@@ -61,7 +60,7 @@ class RankDriver:
         self._clock = Clock([], self._run)
         # What layers have brought; None before start() and after the last stage.
         self._brought: Brought | None = None
-        # One for each optimizer, made in start() and at each change.
+        # One for each optimizer, made in start().
         self._rates: list[Rates] = []
         # The last step for which end_step() was called.
         self._ended_step = 0
@@ -126,7 +125,10 @@ class RankDriver:
         if self._schedule_differs:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
-        self._multiply_rates(training, self._loaded.get("rate_factor", 1.0))
+        factor = self._loaded.get("rate_factor", self.rate_factor)
+        self._remove_rates()
+        adapters = adapter_parameters(training.model)
+        self._rates = [Rates(optimizer, adapters, factor, training.schedulers) for optimizer in training.optimizers]
         layers = dict(lora_layers(training.model))
         if self.finished:
             self._brought = None
@@ -358,19 +360,13 @@ class RankDriver:
             self.progress.metrics = {}
             after = {name: layer.rank for name, layer in lora_layers(training.model)}
             before = after | {report.layer: report.rank_before for report in event.layers}
-            self._multiply_rates(training, rate_factor(self.stages[index].how, before, after))
+            for rates in self._rates:
+                rates.multiply(rate_factor(self.stages[index].how, before, after))
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""
         saved = sum(layer.parameters_saved for event in self.history if not event.undone for layer in event.layers)
         return saved + sum(layer.rank * params_per_rank(layer) for _, layer in lora_layers(training.model))
-
-    def _multiply_rates(self, training: Training, factor: float) -> None:
-        """Multiply the adapters' rates by ``factor`` from now on."""
-        factor *= self.rate_factor
-        self._remove_rates()
-        adapters = adapter_parameters(training.model)
-        self._rates = [Rates(optimizer, adapters, factor, training.schedulers) for optimizer in training.optimizers]
 
     def _remove_rates(self) -> None:
         for rates in self._rates:

@@ -30,12 +30,12 @@ class Measurement:
         self._training = training
         self._metric = metric
         self._batches = batches
-        self._metrics = validate(training, metric, batches)[0]
+        self._metrics = validate(training, batches)
         self._before = self._value(self._metrics)
 
     def end(self) -> Measured:
         """Validate the changed weights; the two validations are logged if they took all data."""
-        after = validate(self._training, self._metric, self._batches)[0]
+        after = validate(self._training, self._batches)
         if self._batches is None:
             for metrics in (self._metrics, after):
                 self._training.record(metrics)

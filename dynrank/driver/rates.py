@@ -69,13 +69,18 @@ class Rates:
         # After an exception in a step's closure the rates are still changed, and a checkpoint may be written then.
         saved = optimizer.register_state_dict_pre_hook(lambda _: self.restore())
         self._handles = [before(self._change), after(lambda *_: self.restore()), saved]
-        of_torch = None if schedulers is None else _of_torch(schedulers, optimizer)
-        mark(optimizer)
-        for index, group in enumerate(optimizer.param_groups if of_torch is not None else ()):
+        self._of_torch = None if schedulers is None else _of_torch(schedulers, optimizer)
+        self.multiply(1.0)
+
+    def multiply(self, more: float) -> None:
+        """Multiply the adapters' rates by ``more`` from now on."""
+        self.factor *= more
+        mark(self._optimizer)
+        for index, group in enumerate(self._optimizer.param_groups if self._of_torch is not None else ()):
             own, others = self._parted(group["params"])
             if own and not others:
-                _multiply(group, index, factor / group[CARRIED], of_torch or [])
-                group[CARRIED] = factor
+                _multiply(group, index, self.factor / group[CARRIED], self._of_torch or [])
+                group[CARRIED] = self.factor
 
     def of_next_step(self) -> list[Any]:
         """The rate of each param group in the next step; the adapters' rate if a group also has other parameters."""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf, sqrt
 from typing import NamedTuple
 
 import torch
 
-from dynrank.change.directions import LayerDirections
-from dynrank.change.resize import LayerReport
-from dynrank.distributed.processes import from_all, from_first
+from dynrank.change.resize import LayerDirections, LayerReport
+from dynrank.distributed.processes import from_first
 from dynrank.driver.brought import Contribution
 from dynrank.driver.check import layer_states
 from dynrank.driver.event import RankEvent
-from dynrank.driver.training import Batches, Training
+from dynrank.driver.training import Training
 from dynrank.driver.undo import RegressionTest, Undo, validate
 from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import lora_layers
@@ -51,7 +49,6 @@ def cut_to_smallest(
     steps = search.fewest_steps()
     found = search.refusal_without_adapter() if steps == 0 else None
     if found is None:
-        search.warn_of_chance(steps)
         found = search.result(steps, parameters_before)
         if search.passes(steps):
             change = training.compute(lambda: search.ranks(steps), directions, stage.how)
@@ -64,8 +61,6 @@ class Trial(NamedTuple):
     """A cut that was made, validated, and undone bit for bit."""
 
     value: float
-    # Standard error of the difference to the metric before; inf if other batches were validated, None if unknown.
-    noise: float | None
     reports: list[LayerReport]
 
 
@@ -115,8 +110,7 @@ class Search:
 
     def fewest_steps(self) -> int:
         """The fewest steps that pass and cut at all, or the most steps that cut and do not pass; it has been tried."""
-        metrics, self._batches = validate(self._training, self._how.check_monitor)
-        self._test = RegressionTest(self._training, self._how, metrics)
+        self._test = RegressionTest(self._training, self._how, None)
         # Invariant: `high` steps pass.
         low = 0
         high = len(self._order)
@@ -134,11 +128,9 @@ class Search:
         if steps not in self.trials:
             change = self._training.compute(lambda: self.ranks(steps), self._directions, self._how)
             self._training.put(change.put)
-            metrics, batches = validate(self._training, self._how.check_monitor)
+            metrics = validate(self._training)
             self._undo.restore()
-            is_same = [content for *_, content in batches] == [content for *_, content in self._batches]
-            noise = standard_error(self._batches, batches) if is_same else inf
-            self.trials[steps] = Trial(self._test.value(metrics), noise, change.reports)
+            self.trials[steps] = Trial(self._test.value(metrics), change.reports)
         return self.trials[steps]
 
     def refusal_without_adapter(self) -> str | None:
@@ -146,7 +138,7 @@ class Search:
         with torch.no_grad():
             for layer in self._layers.values():
                 layer.lora_B.zero_()
-        metrics, _ = validate(self._training, self._how.check_monitor)
+        metrics = validate(self._training)
         self._undo.restore()
         value = self._test.value(metrics)
         if not self._test.allows(value):
@@ -160,22 +152,6 @@ class Search:
         )
         return f"{monitor} {before:.4g} → {value:.4g} without any adapter is within the tolerance, too"
 
-    def warn_of_chance(self, steps: int) -> None:
-        """Warn if chance has decided that so many steps are enough."""
-        noise = self.trials[steps].noise
-        if any(trial.noise == inf for trial in self.trials.values()):
-            self._training.warn(
-                "the validations of schedule=auto did not use the same batches, so chance has decided how far ranks "
-                "were cut; let every validation use the same data in the same order"
-            )
-        elif noise is not None and noise > self._test.most:
-            self._training.warn(
-                f"a tolerance of {self._how.max_regression:g} lets {self._how.check_monitor} get worse by "
-                f"{self._test.most:.2g}, less than the standard error {noise:.2g} of that difference over the "
-                "validated batches, so chance has decided how far ranks were cut; set schedule.tolerance higher, or "
-                "validate more data"
-            )
-
     def result(self, steps: int, parameters_before: int) -> str:
         """The text about a cut to so many steps for a run's history."""
         ranks = self.ranks(steps)
@@ -188,18 +164,3 @@ class Search:
             f"({(value - before) / abs(before):+.2%}, {self._how.max_regression:.2%} allowed), measured against this "
             "run before this cut"
         )
-
-
-def standard_error(before: Batches, after: Batches) -> float | None:
-    """Standard error, over all processes, of the mean difference between two validations of the same batches.
-
-    None if fewer than two batches are known.
-    """
-    pairs = [pair for own in from_all([*zip(before, after, strict=True)]) for pair in own]
-    if len(pairs) < 2:
-        return None
-    differences = [(new - old, weight) for (old, weight, _), (new, *_) in pairs]
-    total = sum(weight for _, weight in differences)
-    mean = sum(difference * weight for difference, weight in differences) / total
-    spread = sum((weight / total * (difference - mean)) ** 2 for difference, weight in differences)
-    return sqrt(spread * len(pairs) / (len(pairs) - 1))

@@ -11,15 +11,11 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from dynrank.change.directions import LayerDirections
-from dynrank.change.resize import Adapters, Change, compute, uninterrupted
+from dynrank.change.resize import Adapters, Change, LayerDirections, compute, uninterrupted
 from dynrank.distributed.wrappers import pause_ddp, resume_ddp, unwrapped_model, unwrapped_optimizer
 from dynrank.driver.event import RankEvent
 from dynrank.errors import for_its_reader
 from dynrank.schedules import How
-
-# For each batch: the mean of a metric, its weight in the mean over all batches, and a checksum of the batch's data.
-Batches = Sequence[tuple[float, float, float]]
 
 
 @dataclass(eq=False)
@@ -32,7 +28,6 @@ class Training:
         model: contains the LoRA layers; their names are relative to it, without wrappers.
         optimizers: all optimizers of the layers' parameters.
         step: optimizer steps made so far; the loop counts them.
-        averages: moving averages of the model's weights; their ranks change with the model's.
         schedulers: all learning-rate schedulers; [] if there are none. Their rates, which logs show, are then
             multiplied when a change raises the adapters' rate (``lr_factor``). None: unknown, so the rate is raised
             inside each step of the optimizer, and schedulers and logs show it without that factor.
@@ -41,7 +36,6 @@ class Training:
     model: nn.Module
     optimizers: Sequence[Optimizer]
     step: int = 0
-    averages: Sequence[nn.Module] = ()
     schedulers: Sequence[Any] | None = None
 
     # Advice in error messages: how the user makes a run validate.
@@ -58,22 +52,20 @@ class Training:
         return type(self).validate is not Training.validate
 
     def validate(self) -> Mapping[str, float]:
-        """Validate the present weights and return the metrics; called before and after changes that are checked."""
+        """Validate the present weights and return the metrics, with the same data every time.
+
+        Called before and after changes that are checked.
+        """
         raise NotImplementedError(self.validate_by)
 
     @property
     def validation_batches(self) -> int | None:
-        """How many batches a validation has, if it can also take fewer."""
+        """How many batches a validation has, if it can also take fewer by :meth:`validate_share`."""
         return None
 
-    def validate_batches(self, monitor: str, most: int | None = None) -> tuple[Mapping[str, float], Batches]:
-        """Validate before or after a change, with the same data every time.
-
-        ``most`` is about how many batches are taken, at equal distances; None: all. It is None without
-        validation_batches.
-        Return the metrics, and each batch's part in ``monitor``, from which the noise is computed; [] if unknown.
-        """
-        return self.validate(), []
+    def validate_share(self, most: int) -> Mapping[str, float]:
+        """As :meth:`validate`, with about ``most`` batches at equal distances."""
+        raise NotImplementedError
 
     def record(self, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a validation that was made to check a change, if the change was kept."""
@@ -87,7 +79,7 @@ class Training:
 
         In a cut, unpinned layers that keep their rank are balanced, too: steps then have the same size in all layers.
         """
-        adapters = Adapters(self.model, self.optimizers, self.averages)
+        adapters = Adapters(self.model, self.optimizers)
         generator = torch.Generator().manual_seed(self.step)
         return compute(adapters, plan, directions, how.optimizer_state, generator, collective=True, balance=True)
 

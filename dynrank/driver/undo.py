@@ -12,14 +12,14 @@ import torch
 from dynrank.change.resize import Snapshot
 from dynrank.driver.check import CHECK_MONITOR, metric_value
 from dynrank.driver.event import Measured
-from dynrank.driver.training import Batches, Training
+from dynrank.driver.training import Training
 from dynrank.schedules import How
 
 
 class Undo:
     """A ``with`` block in which ranks may change; its end restores them, also after an error or Ctrl-C.
 
-    Ranks, factors, optimizer state and averages are restored bit for bit. An interrupt may come while the block ends,
+    Ranks, factors and optimizer state are restored bit for bit. An interrupt may come while the block ends,
     so enter it twice: ``with undo, undo:``.
     """
 
@@ -37,9 +37,7 @@ class Undo:
             self._training.put(self._before.restore)
 
     def __enter__(self) -> None:
-        self._before = self._before or Snapshot(
-            self._training.model, self._training.optimizers, self._training.averages
-        )
+        self._before = self._before or Snapshot(self._training.model, self._training.optimizers)
 
     def __exit__(self, *_: object) -> None:
         self.restore()
@@ -64,7 +62,7 @@ class RegressionTest:
     def __init__(self, training: Training, how: How, validated: Mapping[str, float] | None) -> None:
         self._training = training
         self._how = how
-        before = validate(training, how.check_monitor)[0] if validated is None else validated
+        before = validate(training) if validated is None else validated
         self.observed = [before] if validated is None else []
         self.before = self.value(before)
         self.most = (how.max_regression or 0.0) * abs(self.before)
@@ -73,7 +71,7 @@ class RegressionTest:
 
     def failure(self) -> str | None:
         """Validate the changed weights; return why the change has to be undone, or None."""
-        metrics, _ = validate(self._training, self._how.check_monitor)
+        metrics = validate(self._training)
         self.observed.append(metrics)
         self.measured = Measured(self._how.check_monitor, self.before, self.value(metrics))
         return None if self.allows(self.measured.after) else f"undone: {self.measured}"
@@ -88,10 +86,11 @@ class RegressionTest:
         return metric_value(metrics, self._how.check_monitor, {self._how.check_monitor: CHECK_MONITOR})
 
 
-def validate(training: Training, monitor: str, most: int | None = None) -> tuple[Mapping[str, float], Batches]:
+def validate(training: Training, most: int | None = None) -> Mapping[str, float]:
     """Validate for a change, and restore the random generators and the model's buffers afterwards.
 
-    So all validations for one change draw the same random numbers, and shuffled data come in the same order.
+    So all validations for one change draw the same random numbers, and shuffled data come in the same order. About
+    ``most`` batches are taken; None: all.
     """
     of_torch = torch.get_rng_state()
     of_python = random.getstate()
@@ -99,8 +98,7 @@ def validate(training: Training, monitor: str, most: int | None = None) -> tuple
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     buffers = [(buffer, buffer.clone()) for buffer in training.model.buffers() if buffer.device.type != "meta"]
     try:
-        # A training that cannot take fewer batches need not know `most`.
-        return training.validate_batches(monitor, *([] if most is None else [most]))
+        return training.validate() if most is None else training.validate_share(most)
     finally:
         torch.set_rng_state(of_torch)
         random.setstate(of_python)

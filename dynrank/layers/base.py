@@ -1,5 +1,6 @@
 """The LoRA layer: a frozen base, two factors, one scaling, and a rank that its checkpoint decides."""
 
+import sys
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +19,15 @@ def note(module: nn.Module, key: Any, value: Any) -> None:
 def noted(module: nn.Module, key: Any, default: Any = None) -> Any:
     """The value that :func:`note` has kept on ``module``."""
     return vars(module).get("dynrank", {}).get(key, default)
+
+
+def imported(path: str) -> Any:
+    """The class at ``path``, such as ``peft.LoraModel``, of a library that dynrank knows but does not import.
+
+    ``()`` if its module is not imported: then there are no objects of the class, and none is an instance of ``()``.
+    """
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, ())
 
 
 class RankedLayer(Protocol):

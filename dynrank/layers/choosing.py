@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import imported
 from dynrank.layers.compiled import compiled_alone, named_modules
 from dynrank.layers.experts import ExpertStack
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import peft_layers
-from dynrank.private import imported
 from dynrank.rank_map import EXPRESSION_ERRORS
 
 PRESETS = ("attention", "all-linear")

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import LoRALayer, imported
 from dynrank.linalg import split
-from dynrank.private import FakeTensor, gated, imported, is_expert_parallel
+from dynrank.private import FakeTensor, gated, is_expert_parallel
 
 
 class BareParameter(nn.Module):
@@ -57,7 +57,6 @@ class LoRAParameter(LoRALayer):
     base: BareParameter
     # The class that replaces the parameter's owner.
     around: type[LoRAOwner]
-    # z = A x is not computed separately for each example.
 
     def _put_weight(self, base: nn.Module, weight: nn.Parameter) -> None:
         assert isinstance(base, BareParameter)

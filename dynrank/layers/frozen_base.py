@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import LoRALayer, note, noted
+from dynrank.layers.base import LoRALayer, imported, note, noted
 from dynrank.layers.quantized import plain_values
-from dynrank.private import imported, source_of
+from dynrank.private import source_of
 
 MARK = "_frozen_base"
 # How many values of each parameter a fingerprint covers.

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
 from dynrank.kernels.lora_linear import Weight, lora_linear
-from dynrank.layers.base import LoRALayer
+from dynrank.layers.base import LoRALayer, imported
 from dynrank.layers.experts import LoRAExpertStack, LoRARouterWeight
 from dynrank.layers.quantized import computes_in, is_quantized, unpacked, unpacker
-from dynrank.private import imported
 
 
 class LoRALinear(LoRALayer):

@@ -11,11 +11,10 @@ from typing import Any
 from torch import nn
 
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import note, noted, take_rank
+from dynrank.layers.base import imported, note, noted, take_rank
 from dynrank.layers.compiled import plain_name
 from dynrank.layers.frozen_base import follow_base
 from dynrank.layers.peft_view import PeftLayer
-from dynrank.private import imported
 from dynrank.rank_map import first_matches, peft_ranks
 
 _FACTORS = {nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d}

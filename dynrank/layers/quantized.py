@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import imported
 from dynrank.layers.compiled import named_modules
-from dynrank.private import imported
 
 
 def is_quantized(module: nn.Module) -> bool:

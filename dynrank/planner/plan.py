@@ -6,12 +6,11 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dynrank.callbacks import peak_memory_bytes
 from dynrank.errors import ConfigurationError, configured
 from dynrank.layers.finding import adapter_parameters, own_layers
 from dynrank.layers.placing import add_lora
@@ -19,12 +18,13 @@ from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import meta_model, read_config, storage_bytes, storage_key, tensors_of
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
-from dynrank.planner.step import CountingMode, count_step, token_batch, without_values
-from dynrank.run.config import PlanKeys, plain, rank_pattern
+from dynrank.planner.step import count_forward, token_batch, without_values
+from dynrank.private import FakeTensorMode
+from dynrank.run.config import PlanKeys, argument, plain, rank_pattern
 from dynrank.run.job import lacks_data, make_task
 from dynrank.tasks.optimizers import make_optimizer
 
-_PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")
+_PARTS = ("weights", "adapter", "optimizer", "activations", "gradients", "logits")
 # Lightning's precisions: (dtype of all parameters or None for no change, dtype of autocast).
 _PRECISIONS: dict[str, tuple[torch.dtype | None, torch.dtype | None]] = {
     "32": (None, None),
@@ -47,7 +47,8 @@ class Need:
         weights: the frozen base and all buffers.
         adapter: the factors, and the modules that are trained without LoRA.
         activations: the tensors that the forward saves for the backward.
-        step: the peak of activations, gradients and temporary tensors in forward and backward.
+        gradients: those of the adapter, when the backward ends.
+        logits: two gradients of the logits in float32, when the backward begins.
     """
 
     rank: int
@@ -56,14 +57,14 @@ class Need:
     weights: int
     adapter: int
     optimizer: int
-    gradients: int
     activations: int
-    step: int
+    gradients: int
+    logits: int
 
     @property
     def total(self) -> int:
-        """The peak of all bytes."""
-        return self.weights + self.adapter + self.optimizer + self.step
+        """The peak of a step, without what single operations take for a moment."""
+        return self.weights + self.adapter + self.optimizer + self.activations + max(self.gradients, self.logits)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,6 @@ class Plan:
         head_parameters: how many of these are in modules that are trained without LoRA.
         weights: dtype of the frozen base, or its packing, nf4 or int8.
         layers: names of the layers that have LoRA.
-        folded: bytes of the experts' weights that have LoRA; PEFT's own layers save as many more for the backward.
         batch: (sequences, tokens per sequence).
         budget: available bytes; None if not given.
         needs: one for each rank, ascending.
@@ -87,7 +87,6 @@ class Plan:
     head_parameters: int
     weights: str
     layers: tuple[str, ...]
-    folded: int
     batch: tuple[int, int]
     optimizer: str
     budget: int | None
@@ -96,8 +95,6 @@ class Plan:
 
 def show_plan(config: DictConfig) -> None:
     """Print the plan of ``config``."""
-    # This process has imported the same libraries as a run. They take no memory of a GPU.
-    libraries = 0 if torch.cuda.is_available() else peak_memory_bytes()
     plan = make_plan(config)
     kinds = dict.fromkeys(layer_kinds(plan.layers).values())
     print(f"model            {plan.model}, {plan.parameters:,} parameters, base in {plan.weights}")
@@ -106,14 +103,9 @@ def show_plan(config: DictConfig) -> None:
         unknown = ", a head of two classes: data.train is not set" if config.base is None and lacks_data(config) else ""
         print(f"trained whole    {plan.head_parameters:,} parameters{unknown}")
     print(f"batch            {plan.batch[0]} x {plan.batch[1]} tokens; optimizer {plan.optimizer}")
-    print_table(_table(plan, libraries))
-    print("total            weights + adapter + optimizer + step; step is the peak of forward and backward")
-    if plan.folded:
-        print(f"experts          by dynrank's layers; PEFT's save {_mebibytes(plan.folded)} MiB more for backward:")
-        print("                 all weights with their updates (unless model.gradient_checkpointing=true)")
-    if libraries:
-        print(f"process          total + {_mebibytes(libraries)} MiB of Python and libraries, as here; compare with")
-        print("                 peak_memory_bytes in summary.json, which includes data and the allocator's reserve")
+    print_table(_table(plan))
+    print("total            weights + adapter + optimizer + activations + the larger of the last two: the gradients of")
+    print("                 the logits (two, in float32) when the backward begins, those of the adapter when it ends")
     if plan.budget is not None:
         fit = [need.rank for need in plan.needs if need.total <= plan.budget]
         lacking = plan.needs[0].total - plan.budget
@@ -123,16 +115,14 @@ def show_plan(config: DictConfig) -> None:
         print(f"budget           {_mebibytes(plan.budget)} MiB: {said}")
 
 
-def _table(plan: Plan, libraries: int) -> Table:
-    more = (["process"] if libraries else []) + ([] if plan.budget is None else ["fits"])
+def _table(plan: Plan) -> Table:
+    more = [] if plan.budget is None else ["fits"]
     table = empty_table("MiB by rank", "rank", "LoRA parameters", "of model", *_PARTS, "total", *more)
     for need in plan.needs:
         # Layers of a rank map may have other ranks.
         of_others = "" if need.ranks == (need.rank, need.rank) else f" ({span(need.ranks)})"
         cells = [f"{need.rank}{of_others}", f"{need.parameters:,}", f"{need.parameters / plan.parameters:.2%}"]
         cells += [_mebibytes(getattr(need, part)) for part in (*_PARTS, "total")]
-        if libraries:
-            cells.append(_mebibytes(need.total + libraries))
         if plan.budget is not None:
             cells.append("yes" if need.total <= plan.budget else "no")
         table.add_row(*cells)
@@ -176,7 +166,6 @@ def make_plan(config: DictConfig) -> Plan:
         head_parameters=sum(parameter.numel() for parameter in head),
         weights=kind if settings.quantization == "none" else settings.quantization,
         layers=tuple(own_layers(model)),
-        folded=storage_bytes(layer.weight for layer in own_layers(model).values() if layer.num_products > 1),
         batch=batch,
         optimizer=config.optimizer.name,
         budget=asked.budget,
@@ -188,7 +177,7 @@ def _asked(config: DictConfig) -> PlanKeys:
     values = {field.name: plain(config[field.name]) for field in fields(PlanKeys)}
     for name, of_task in (("batch_size", "batch_size"), ("sequence_length", "max_length")):
         if values[name] is None:
-            values[name] = OmegaConf.select(config.task, of_task)
+            values[name] = argument(config.task, of_task)
     ranks = values["ranks"] if values["ranks"] is not None else config.lora.rank
     values["ranks"] = ranks if isinstance(ranks, list) else [ranks]
     return PlanKeys(**values)
@@ -214,13 +203,14 @@ def _need(
     if hasattr(model.config, "use_cache"):
         # A training step does not need the cache of keys and values.
         model.config.use_cache = False
-    mode = CountingMode()
+    # bitsandbytes has tables with values.
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
     without_values(model, mode)
-    with mode:
-        inputs = token_batch(model, *batch)
     adapter = storage_bytes(parameter for parameter in model.parameters() if parameter.requires_grad)
+    # bitsandbytes' forward for int8 takes tables off the weights, so they are counted before it.
     weights = storage_bytes(tensors_of(model)) - adapter
-    activations, gradients, peak = count_step(model, inputs, mode, autocast)
+    with mode:
+        activations, logits = count_forward(model, token_batch(model, *batch), autocast)
     return Need(
         rank=rank,
         ranks=(min(ranks), max(ranks)),
@@ -228,9 +218,9 @@ def _need(
         weights=weights,
         adapter=adapter,
         optimizer=optimizer,
-        gradients=gradients,
         activations=activations,
-        step=peak,
+        gradients=adapter,
+        logits=8 * logits,
     )
 
 
@@ -247,9 +237,6 @@ def _optimizer_state_bytes(
     of_head = _stand_ins(head)
     made: Any = make_optimizer([*of_adapter], [*of_head], 1000, **options)
     optimizer = made["optimizer"]
-    # A schedule-free optimizer has modes for training and evaluation.
-    if hasattr(optimizer, "train"):
-        optimizer.train()
     try:
         optimizer.step()
     except (RuntimeError, TypeError) as error:

@@ -4,6 +4,7 @@ import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, field, fields
 from importlib.resources import files
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,7 +12,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_object, instantiate
 from omegaconf import MISSING, DictConfig, OmegaConf
 from pydantic import BeforeValidator, ByteSize, Field
 
@@ -34,13 +35,11 @@ class RunKeys:
 
     Attributes:
         seed: seed of everything random; NumPy's generator allows none from 2**32 on.
-        ckpt_path: resume from this checkpoint, in a new folder; ``last``: the run in ``hydra.run.dir``, or the sweep in
-            ``hydra.sweep.dir``, goes on there.
+        ckpt_path: resume from this checkpoint, in a new folder; ``last``: the run in ``hydra.run.dir`` goes on there.
         checkpoint_every: optimizer steps between checkpoints (checkpoints/last.ckpt).
         objective: a sweeper that looks for the best run is told this of the exported weights.
         export_weights: ``best``: the weights of the best validation since the last change of ranks, by ``objective``
             if validations log it, otherwise by val/loss; ``last``: those of the last step.
-        export: vllm, gguf, padded or a list of them: written into served/ at the end, as by ``dynrank export``.
         plots: whether to draw pictures and write report.html; needs the extra ``dynrank[plots]``.
     """
 
@@ -49,7 +48,6 @@ class RunKeys:
     checkpoint_every: Count = 50
     objective: str | None = "val/loss"
     export_weights: Literal["best", "last"] = "best"
-    export: Any = None
     plots: bool = True
 
 
@@ -197,6 +195,13 @@ def make(node: Any, key: str) -> Any:
             raise cause from error
         said = f"{type(cause).__name__}: {' '.join(str(cause).split())}"
         raise ConfigurationError(f"{key}: {target} cannot be made: {said}; set {key}") from error
+
+
+def argument(node: DictConfig, name: str) -> Any:
+    """The value of an argument of what ``_target_`` names: the node's, else the default; None if there is neither."""
+    known = signature(get_object(node._target_)).parameters
+    default = known[name].default if name in known else None
+    return plain(node.get(name, None if default is Parameter.empty else default))
 
 
 @configured()

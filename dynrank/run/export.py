@@ -1,8 +1,6 @@
 """The files of a finished run: the adapter, its ranks as a rank map, summary.json and the report."""
 
-import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +8,15 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dynrank.adapters.export import Server, export_adapter
 from dynrank.adapters.save import save_adapter
 from dynrank.adapters.sidecar_files import write_sidecar_files
 from dynrank.callbacks import RankEvent, RunMeter, peak_memory_bytes
-from dynrank.errors import read_as
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.models.pretrained import storage_bytes
-from dynrank.output.console import print_facts
 from dynrank.output.whole_file import whole_file
 from dynrank.private import tree_leaves
 from dynrank.rank_map import RankRule, dump_rank_map
 from dynrank.run.command import command
-from dynrank.run.config import plain
 from dynrank.run.folder import drop_repeated_rows
 from dynrank.run.report.page import write_card, write_report
 from dynrank.run.summary import Summary, print_summary, write_summary
@@ -45,7 +39,6 @@ def summarise(
     """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""
     final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
     both = final.keys() >= {"train/loss", "val/loss"}
-    phases = [phase for phase in meter.phases if phase.train_seconds]
     return Summary(
         test={name: float(value) for name, value in metrics.items() if not name.startswith(_FINAL)},
         final=final,
@@ -59,10 +52,9 @@ def summarise(
         },
         bytes=held,
         seconds=seconds,
-        step_seconds=phases[-1].step_seconds if phases else None,
+        step_seconds=meter.step_seconds,
         tokens_per_second=meter.tokens_per_second,
         peak_memory_bytes=peak_memory_bytes(),
-        phases=[asdict(phase) | {"tokens_per_second": phase.tokens_per_second} for phase in phases],
         data=data,
         weights=weights,
         cost=_cost(history, final),
@@ -102,21 +94,9 @@ def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, con
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))
         for name, layer in lora_layers(model)
     }
-    # An interrupted run may have left files there.
-    shutil.rmtree(folder / "served", ignore_errors=True)
-    names = servers(config.export)
-    served = [export_adapter(adapter, folder / "served" / f"adapter.{name}", to=name) for name in names]
     # This file starts another run at these ranks and scalings.
     with whole_file(folder / "final_ranks.yaml") as part:
         part.write_text(dump_rank_map(rules), encoding="utf-8")
     write_summary(summary, folder)
     report = write_report(folder, OmegaConf.to_yaml(config)) if config.plots else None
     print_summary(summary, folder, report)
-    for exported in served:
-        print_facts({"serve": exported.line})
-
-
-def servers(setting: Any) -> list[Server]:
-    """The servers that the key ``export`` names: none, one or several."""
-    names = plain(setting)
-    return read_as(list[Server], names if isinstance(names, list) else [name for name in [names] if name], "export")

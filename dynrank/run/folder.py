@@ -10,19 +10,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dynrank.errors import ConfigurationError
 from dynrank.output.whole_file import PART, whole_file
 from dynrank.run.summary import SUMMARY
 
-if TYPE_CHECKING:
-    # Lightning loads slowly, and --help must not wait for it.
-    pass
-
 METRICS = "metrics.csv"
 HISTORY = "rank_history.csv"
-GENERATIONS = "generations.csv"
 LOCK = ".lock"
 
 
@@ -102,7 +96,7 @@ def _make_ready(folder: Path, resumed: bool) -> None:
 
 def _empty(folder: Path) -> None:
     """Remove the files that a run may have written before its first checkpoint."""
-    for name in (METRICS, GENERATIONS, HISTORY):
+    for name in (METRICS, HISTORY):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

@@ -19,9 +19,9 @@ from dynrank.layers.finding import lora_layers
 from dynrank.output.checkpoint_file import read_checkpoint
 from dynrank.output.console import span
 from dynrank.run.config import check_run_keys, make, plain, rank_pattern
-from dynrank.run.export import export, held_bytes, servers, summarise
-from dynrank.run.folder import GENERATIONS, METRICS, checkpoint_of, drop_rows_after, locked
-from dynrank.run.preflight import check_checkpoint, check_export, check_metrics, check_run
+from dynrank.run.export import export, held_bytes, summarise
+from dynrank.run.folder import METRICS, checkpoint_of, drop_rows_after, locked
+from dynrank.run.preflight import check_checkpoint, check_metrics, check_run
 from dynrank.run.stopping import stoppable
 from dynrank.run.summary import Summary
 from dynrank.run.trainer import add_to_metrics, check_loggers, finished, make_trainer, quiet_training
@@ -66,9 +66,8 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
             step, ranks = _reached(checkpoint, job.module)
             print(f"goes on from     step {step} at rank {ranks}, {checkpoint}")
             if resumed:
-                # In metrics.csv the n-th step has number n - 1. Texts after n steps have number n and are made again.
+                # There the n-th step has number n - 1.
                 drop_rows_after(folder / METRICS, step)
-                drop_rows_after(folder / GENERATIONS, step)
                 csv_logger: Any = trainer.loggers[0]
                 add_to_metrics(folder, csv_logger)
         trainer.fit(job.module, job.task, ckpt_path=checkpoint)
@@ -114,7 +113,6 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     lora = {**plain(config.lora), "rank_map": pattern}
     module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
     scheduler.driver.check_model(module.model, run)
-    check_export(servers(config.export), module.model)
     if checkpoint is not None and not on_meta:
         check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)

@@ -5,9 +5,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import SequenceMatcher
+from inspect import signature
 from typing import Any
 
 from hydra.errors import HydraException, MissingConfigException
+from hydra.utils import get_object
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -92,6 +94,9 @@ def unknown_key(key: str, config: Any) -> str:
 
 
 def _keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Every key of ``node``, and every argument of what a ``_target_`` of dynrank names."""
+    if str(node.get("_target_")).startswith("dynrank."):
+        yield from (f"{prefix}{name}" for name in signature(get_object(node._target_)).parameters)
     for name, child in _children(node):
         yield f"{prefix}{name}"
         if child is not None:

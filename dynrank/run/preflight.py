@@ -9,13 +9,8 @@ from omegaconf import DictConfig
 from pydantic import Field
 from torch import Tensor
 
-from dynrank.adapters.export import Server, check_served
-from dynrank.adapters.save import trained_heads
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
-from dynrank.layers.experts import LoRAParameter
-from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import check_base, left_out
-from dynrank.layers.kinds import LoRAConv2d
 from dynrank.run.config import plain
 from dynrank.run.overrides import unknown_key
 
@@ -58,18 +53,6 @@ def _check_trainer(
         raise ConfigurationError(
             f"trainer.strategy={strategy} does not return all results of its processes; set it to ddp"
         )
-
-
-def check_export(names: Iterable[Server], model: Any) -> None:
-    """Refuse servers that could not read the adapter of ``model``, before it is trained."""
-    layers = own_layers(model)
-    heads = [f"{head}.weight" for head in trained_heads(model, layers)]
-    kinds = {name: (isinstance(layer, LoRAParameter), isinstance(layer, LoRAConv2d)) for name, layer in layers.items()}
-    for name in names:
-        try:
-            check_served(name, kinds, heads, getattr(model, "config", None))
-        except ConfigurationError as error:
-            raise ConfigurationError(f"export={name}: {error}; or set export=null") from None
 
 
 def check_metrics(monitors: Iterable[str], logged: Sequence[str], objective: str | None, final: Sequence[str]) -> None:

@@ -29,12 +29,11 @@ class Summary:
         seconds: of the whole run.
         tokens_per_second: in training batches.
         peak_memory_bytes: the largest memory of the process: on the GPU if there is one, otherwise resident.
-        phases: fields of :class:`dynrank.callbacks.run_meter.Phase` and tokens_per_second, between changes of rank.
         changes: step and reason of each change, and whether it was undone.
         final: metric -> value on training and validation data, at the final weights.
         gap: validation loss minus training loss, at the final weights.
         bytes: of ``adapter``, ``gradients`` and ``optimizer``, at the final ranks.
-        step_seconds: median of the optimizer steps of the last phase; None where there was none.
+        step_seconds: median of the optimizer steps at the last ranks that were trained; None where there was none.
         data: split -> its counts, if the task counts its data.
         weights: which step's weights are tested and exported, and why.
         cost: what the last change of ranks cost when it was made; empty if it was not measured.
@@ -46,7 +45,6 @@ class Summary:
     seconds: float
     tokens_per_second: float
     peak_memory_bytes: int
-    phases: list[dict[str, int | float]]
     changes: list[dict[str, int | str | bool]] = field(default_factory=list)
     final: dict[str, float] = field(default_factory=dict)
     gap: float | None = None

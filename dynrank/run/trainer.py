@@ -20,13 +20,11 @@ from omegaconf import DictConfig
 from dynrank.callbacks import (
     AdapterCheckpoint,
     BestWeights,
-    Generations,
     ProgressLines,
     RankMonitor,
     RankProgressBar,
     RankScheduler,
     RunMeter,
-    ScheduleFreeMode,
     StepSeed,
     check_strategy,
 )
@@ -34,7 +32,7 @@ from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_loading, table_console
 from dynrank.output.whole_file import whole_file
 from dynrank.run.config import make, plain
-from dynrank.run.folder import GENERATIONS, HISTORY, METRICS, last_checkpoint
+from dynrank.run.folder import HISTORY, METRICS, last_checkpoint
 from dynrank.run.stopping import STOP_SIGNALS
 
 # The choices of the group ``logger`` are also the names of the extras that install them.
@@ -61,8 +59,8 @@ def make_trainer(
         enable_version_counter=False,
     )
     checkpoint.stop_signals = STOP_SIGNALS
-    callbacks: list[Any] = [ScheduleFreeMode(), scheduler, StepSeed(config.seed), meter]
-    callbacks += [RankMonitor(folder / HISTORY, model_name="model"), Generations(folder / GENERATIONS)]
+    callbacks: list[Any] = [scheduler, StepSeed(config.seed), meter]
+    callbacks += [RankMonitor(folder / HISTORY, model_name="model")]
     callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []
     callbacks += [ProgressLines(follow=not (config.trainer.enable_progress_bar and table_console().is_terminal))]
     loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]

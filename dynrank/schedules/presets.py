@@ -58,7 +58,6 @@ def early_budget(
     at: Time = 0.3333,
     lowest: Count = 1,
     highest: Count | None = None,
-    multiple: Count = 1,
     how: How = EARLY,
 ) -> list[Stage]:
     """One cut of all layers to one shared pool of parameters, early in the run.
@@ -75,14 +74,11 @@ def early_budget(
         at: share of the run after which the cut comes.
         lowest: lowest rank of every layer.
         highest: highest rank of every layer; None: its rank now.
-        multiple: new ranks are multiples of this.
         how: how the change is made.
     """
     if (share, parameters, bytes) != (None, None, None):
         final_rank = None
-    pool = Budget(
-        parameters, share, final_rank=final_rank, bytes=bytes, lowest=lowest, highest=highest, multiple=multiple
-    )
+    pool = Budget(parameters, share, final_rank=final_rank, bytes=bytes, lowest=lowest, highest=highest)
     return [Stage(At(fraction=at), pool, how=how, key="schedule.final_rank, schedule.share")]
 
 
@@ -94,7 +90,6 @@ def auto(
     at: Time = 0.3333,
     lowest: Count = 1,
     highest: Count | None = None,
-    multiple: Count = 1,
     how: How = EARLY,
 ) -> list[Stage]:
     """:func:`early_budget` to a ``share``, and after the last step the smallest adapter within a ``tolerance``.
@@ -103,16 +98,16 @@ def auto(
     same run just before the cut. A bisection finds it with about log2(directions) validations of all validation data.
 
     Args:
-        tolerance: largest relative worsening of ``how.check_monitor`` by the second cut.
+        tolerance: largest relative worsening of ``how.check_monitor`` by the second cut. Below the noise of a
+            validation, chance decides how far ranks fall.
         share: share of the parameters that the first cut keeps.
         at: share of the run after which the first cut comes.
         lowest: lowest rank of every layer.
         highest: highest rank of every layer; None: its rank now.
-        multiple: new ranks are multiples of this.
         how: how both changes are made.
     """
-    first = early_budget(share=share, at=at, lowest=lowest, highest=highest, multiple=multiple, how=how)
-    largest = Budget(share=1.0, lowest=lowest, highest=highest, multiple=multiple)
+    first = early_budget(share=share, at=at, lowest=lowest, highest=highest, how=how)
+    largest = Budget(share=1.0, lowest=lowest, highest=highest)
     how = replace(how, max_regression=tolerance)
     return [*first, Stage(At(fraction=1.0), largest, how=how, key="schedule.lowest", search=True)]
 
@@ -226,12 +221,11 @@ def energy(
     trigger: Trigger | At | None = None,
     *,
     lowest: Count = 1,
-    multiple: Count = 1,
     deadline: Share | None = 0.75,
     how: How = PLAIN,
 ) -> list[Stage]:
     """Each layer to the rank that keeps ``share`` of its energy (sum of squared singular values), on convergence."""
-    target = Energy(share, lowest=lowest, multiple=multiple)
+    target = Energy(share, lowest=lowest)
     return [_once(trigger, target, deadline, how, "schedule.lowest")]
 
 

@@ -6,11 +6,8 @@ A shrinking target never raises a rank and a growing one never lowers a rank; bo
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
 
 from torch import Tensor
-
-from dynrank.errors import Count, validated
 
 UNBOUNDED = 2**31
 
@@ -63,7 +60,6 @@ class Target(ABC):
 
     Attributes:
         needs: "values" if the target reads ``LayerState.values``, "brought" if it reads ``LayerState.brought``.
-        multiple: new ranks are multiples of this, where the bounds allow it.
 
     >>> class Half(Target):
     ...     def ranks(self, layers):
@@ -72,8 +68,6 @@ class Target(ABC):
     {'q_proj': 8}
     """
 
-    multiple: int = 1
-
     @property
     def needs(self) -> tuple[str, ...]:
         return ()
@@ -81,20 +75,3 @@ class Target(ABC):
     @abstractmethod
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
         """The next rank of every layer."""
-
-
-@validated("schedule.target", kw_only=True)
-class Stepped(Target):
-    """A target whose ranks are at least ``lowest`` and rounded up to multiples of ``multiple``."""
-
-    lowest: Count = 1
-    multiple: Count = 1
-
-    def least(self) -> int:
-        """The lowest rank that the target gives to a layer of a higher rank."""
-        return up_to_multiple(self.lowest, self.multiple)
-
-
-def up_to_multiple(rank: float, multiple: int) -> int:
-    # The small number cancels rounding errors: 0.3 * 10 is above 3 in floats.
-    return ceil(rank / multiple - 1e-9) * multiple

@@ -8,14 +8,14 @@ from typing import Annotated, Literal
 from pydantic import ByteSize, Field
 
 from dynrank.errors import ConfigurationError, Count, Share, validated
-from dynrank.targets.base import LayerState, Stepped, up_to_multiple
+from dynrank.targets.base import LayerState, Target
 
 # A budget has exactly one of these sizes; each is also a key under schedule.
 _SIZES = ("parameters", "share", "final_rank", "bytes")
 
 
 @validated("schedule.target")
-class Budget(Stepped):
+class Budget(Target):
     """One pool of adapter parameters for all layers, with ranks in proportion to what each layer has brought.
 
     What a layer has brought is the decrease of the loss by its updates (at least 0), plus its standard error. Every
@@ -35,7 +35,6 @@ class Budget(Stepped):
         bytes: bytes of all layers together in float32, as a number or a text: "8MiB".
         lowest: lowest rank of every layer (a layer below it keeps its rank).
         highest: highest rank of every layer without a ``highest`` of its own in the rank map; None: its rank now.
-        multiple: new ranks are multiples of this; a layer may also keep its rank.
         by: what ranks follow: what layers have "brought", or "weight", the singular values of their updates.
 
     Raises:
@@ -51,6 +50,7 @@ class Budget(Stepped):
     final_rank: Count | None = Field(default=None, kw_only=True)
     left: Annotated[int, Field(ge=0)] = Field(default=0, kw_only=True)
     bytes: ByteSize | None = Field(default=None, kw_only=True)
+    lowest: Count = Field(default=1, kw_only=True)
     highest: Count | None = Field(default=None, kw_only=True)
     by: Literal["brought", "weight"] = Field(default="brought", kw_only=True)
 
@@ -59,10 +59,10 @@ class Budget(Stepped):
         return ("brought",) if self.by == "brought" else ("values",)
 
     def __post_init__(self) -> None:
-        if self.highest is not None and self.least() > self.highest:
+        if self.highest is not None and self.lowest > self.highest:
             raise ConfigurationError(
-                f"highest must be at least {self.least()}, which is lowest = {self.lowest} as a multiple of "
-                f"{self.multiple}, got {self.highest}; set schedule.highest, schedule.lowest or schedule.multiple"
+                f"highest must be at least lowest = {self.lowest}, got {self.highest}; set schedule.highest or "
+                "schedule.lowest"
             )
         given = {name: getattr(self, name) for name in _SIZES if getattr(self, name) is not None}
         if len(given) != 1:
@@ -133,16 +133,14 @@ class Budget(Stepped):
         return [(name, rank) for value, rank, name in steps if value < 0 or nothing_known]
 
     def _choices(self, layer: LayerState) -> list[int]:
-        """The ranks that a layer may get, ascending: multiples below its rank, and its rank."""
+        """The ranks that a layer may get, ascending."""
         low = max(self.lowest, layer.lowest)
         top = min(layer.highest, self._cap(layer))
         # A layer at or below the lowest rank keeps its rank.
         if layer.rank <= low or layer.lowest == layer.highest:
             return [layer.shrunk(layer.rank)]
-        below = [*range(up_to_multiple(low, self.multiple), min(top, layer.rank - 1) + 1, self.multiple)]
-        choices = [*below, layer.rank] if layer.rank <= top else below
-        # If no multiple lies within the bounds, the bounds count and not the multiple.
-        return choices or [layer.shrunk(max(low, top))]
+        # A layer's own bounds come before those of the budget.
+        return [*range(low, min(top, layer.rank) + 1)] or [layer.shrunk(max(low, top))]
 
     def _cap(self, layer: LayerState) -> int:
         return layer.cap or self.highest or layer.rank

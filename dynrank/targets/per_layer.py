@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+from pydantic import Field
+
 from dynrank.errors import ConfigurationError, Count, Share, validated
 from dynrank.linalg import energy_rank
-from dynrank.targets.base import LayerState, Stepped, Target, up_to_multiple
+from dynrank.targets.base import LayerState, Target
 
 
 @validated("schedule.target")
@@ -58,13 +60,14 @@ class Towards(Target):
 
 
 @validated("schedule.target")
-class Energy(Stepped):
+class Energy(Target):
     """The lowest rank that keeps ``share`` of each layer's energy, the sum of SQUARED singular values.
 
-    A layer keeps at least rank ``lowest``, and its rank is rounded up to a multiple of ``multiple``.
+    A layer keeps at least rank ``lowest``.
     """
 
     share: Share
+    lowest: Count = Field(default=1, kw_only=True)
 
     needs = ("values",)
 
@@ -73,4 +76,4 @@ class Energy(Stepped):
 
     def _next(self, layer: LayerState) -> int:
         assert layer.values is not None
-        return up_to_multiple(max(self.lowest, energy_rank(layer.values, self.share)), self.multiple)
+        return max(self.lowest, energy_rank(layer.values, self.share))

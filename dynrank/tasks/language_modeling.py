@@ -186,8 +186,6 @@ class LanguageModel(AdapterModule):
         self.name = model
         self.max_new_tokens = max_new_tokens
         self.indented = indented
-        # (prompt, wanted, written) of each text, for the callback Generations.
-        self.generations: list[tuple[str, str, str]] = []
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -208,7 +206,6 @@ class LanguageModel(AdapterModule):
         texts = self.continuations(batch["input_ids"], batch["attention_mask"])
         texts = [_indented(text) for text in texts] if self.indented else texts
         written: Any = self.written[split]
-        self.generations += zip(batch["prompts"], batch["answers"], texts, strict=True)
         written.update(preds=texts, target=[[answer] for answer in batch["answers"]], prompts=batch["prompts"])
         self.log_dict(written, batch_size=len(texts), add_dataloader_idx=False)
 

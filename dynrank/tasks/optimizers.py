@@ -17,7 +17,6 @@ ELSEWHERE = {
     "bitsandbytes.Adam8bit": "bitsandbytes.optim",
     "bitsandbytes.AdamW8bit": "bitsandbytes.optim",
     "dynrank.Muon": "dynrank.muon",
-    "schedulefree.AdamWScheduleFree": "schedulefree",
 }
 
 
@@ -42,8 +41,7 @@ def make_optimizer(
         adapter: parameters trained at ``lr``.
         head: parameters trained at ``head_lr`` (a new head needs a higher rate than an adapter); may be empty.
         total_steps: optimizer steps of the run.
-        name: a class of torch.optim, or one of ``ELSEWHERE``; a schedule-free one needs the callback
-            :class:`dynrank.callbacks.ScheduleFreeMode`.
+        name: a class of torch.optim, or one of ``ELSEWHERE``.
         lr: peak learning rate.
         head_lr: peak learning rate of the head.
         weight_decay: weight decay of the optimizer.

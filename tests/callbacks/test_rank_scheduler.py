@@ -12,7 +12,6 @@ import torch
 from by_hand import ByHand
 from lightning.pytorch.callbacks import (
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     ModelCheckpoint,
 )
@@ -21,7 +20,7 @@ from tables import rows
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
 import dynrank
-from dynrank.callbacks import AdapterCheckpoint, Generations, RankScheduler
+from dynrank.callbacks import AdapterCheckpoint, RankScheduler
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, auto
 from dynrank.targets import Budget, Rank
@@ -132,16 +131,15 @@ def test_resume_from_any_checkpoint_is_bit_equal(fit, assert_same, tmp_path, nam
         assert_same(module, reference, file.name)
 
 
-@pytest.mark.parametrize("end", ["squeeze", "plateau", "average"])
+@pytest.mark.parametrize("end", ["squeeze", "plateau"])
 def test_stage_due_after_the_last_step_is_done_by_a_resume(fit, assert_same, tmp_path, end):
-    """At a set time, decided by the last validation, which comes after a checkpoint, and beside Lightning's average."""
+    """At a set time, or decided by the last validation, which comes after a checkpoint."""
 
     def run(*callbacks, **options):
         when = Plateau(patience=1, min_delta=0.99) if end == "plateau" else At(fraction=1.0)
         # So the files of the last step stay as they are before the change.
         scheduler = RankScheduler(Stage(when, Rank(3), how=How(max_regression=1e9)), keep_best_before=True)
-        average = [EMAWeightAveraging(decay=0.8)] if end == "average" else []
-        return *fit(scheduler, *average, *callbacks, max_steps=10, **options), scheduler.history
+        return *fit(scheduler, *callbacks, max_steps=10, **options), scheduler.history
 
     with pytest.warns(UserWarning, match=r"the (best|last) checkpoint.*step 10, has rank 6.*model has rank 3"):
         module, trainer, history = run(validations(tmp_path), saved=tmp_path)
@@ -218,7 +216,6 @@ def test_validations_of_a_check_reach_no_trigger_and_no_other_callback(regressio
     class Module(regression[0]):
         def on_validation_epoch_start(self):
             validated.append(self.global_step)
-            self.generations = [("prompt", "wanted", "written")]
 
     class Saving(ModelCheckpoint):
         def on_validation_end(self, trainer, pl_module):
@@ -234,13 +231,11 @@ def test_validations_of_a_check_reach_no_trigger_and_no_other_callback(regressio
     ]
     stop = EarlyStopping("val/loss", patience=1)
     shown = {}
-    written = Generations(tmp_path / "generations.csv")
-    fit(RankScheduler(stages), Saving(tmp_path), stop, written, Reading(), module=Module(), max_steps=15)
+    fit(RankScheduler(stages), Saving(tmp_path), stop, Reading(), module=Module(), max_steps=15)
     assert shown[9] == shown[8] > 0
     assert validated == [5, 8, 8, 10, 15]
     assert observed == [10, 15]
     assert saved == [5, 10, 15]
-    assert [line.split(",")[0] for line in written.file.read_text().splitlines()] == ["step", "5", "10", "15"]
     assert stop.stopped_epoch == 0
 
 

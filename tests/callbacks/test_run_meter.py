@@ -1,11 +1,9 @@
-"""Tokens and seconds of a run, in each phase between changes of rank."""
+"""Tokens and seconds of a run, and its peak memory."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
-from tables import rows
 from torch import nn
 
 from dynrank.callbacks import AdapterCheckpoint, RankEvent, RankScheduler, RunMeter, peak_memory_bytes, run_meter
@@ -22,31 +20,24 @@ class Tokens(RunMeter):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
 
-def test_phases_divide_the_run_at_each_change(fit, tmp_path):
+def test_tokens_count_the_whole_run_and_steps_the_last_ranks(fit):
     meter = Tokens()
-    logger = CSVLogger(tmp_path, name="", version="")
-    options = {"max_steps": 8, "accumulate_grad_batches": 2, "log_every_n_steps": 1}
-    fit(RankScheduler([Stage(At(step=4), Rank(3))]), meter, logger=logger, **options)
-    assert [(p.first_step, p.mean_rank, p.tokens) for p in meter.phases] == [(0, 6.0, 64), (4, 3.0, 64)]
-    for phase in meter.phases:
-        assert phase.tokens_per_second == pytest.approx(64 / phase.train_seconds)
-        assert 0 < phase.step_seconds < phase.train_seconds
-    assert meter.tokens_per_second == pytest.approx(128 / sum(phase.train_seconds for phase in meter.phases))
-    logger.save()
-    found = rows(tmp_path / "metrics.csv", "phase/mean_rank")
-    assert [(row["step"], float(row["phase/mean_rank"])) for row in found] == [("4", 6.0), ("8", 3.0)]
+    fit(RankScheduler([Stage(At(step=5), Rank(3))]), meter, max_steps=8, accumulate_grad_batches=2)
+    assert meter.tokens == 128
+    assert meter.tokens_per_second == pytest.approx(128 / meter.train_seconds)
+    assert len(meter._step_seconds) == 3
+    assert 0 < meter.step_seconds < meter.train_seconds
 
 
 def test_a_resumed_run_measures_what_it_trains_itself(fit, tmp_path):
-    def phases(**options):
+    def tokens(**options):
         meter = Tokens()
         fit(RankScheduler([Stage(At(step=4), Rank(3))]), meter, max_steps=8, **options)
-        return [(phase.first_step, phase.mean_rank, phase.tokens) for phase in meter.phases]
+        return meter.tokens, len(meter._step_seconds)
 
-    phases(saved=tmp_path, kind=AdapterCheckpoint)
-    assert phases(ckpt_path=tmp_path / "step=2.ckpt") == [(2, 6.0, 16), (4, 3.0, 32)]
-    assert phases(ckpt_path=tmp_path / "step=6.ckpt") == [(6, 3.0, 16)]
-    assert phases(ckpt_path=tmp_path / "step=8.ckpt") == [(8, 3.0, 0)]
+    assert tokens(saved=tmp_path, kind=AdapterCheckpoint) == (64, 4)
+    assert tokens(ckpt_path=tmp_path / "step=6.ckpt") == (16, 2)
+    assert tokens(ckpt_path=tmp_path / "step=8.ckpt") == (0, 0)
 
 
 def test_tokens_of_two_processes_count_once(monkeypatch):
@@ -61,9 +52,9 @@ def test_tokens_of_two_processes_count_once(monkeypatch):
         trainer.global_step += 1
         meter.on_train_batch_end(trainer, model, None, {"attention_mask": torch.ones(1, 10)}, 0)
     meter.on_train_end(trainer, model)
-    # A change after the last step ends no phase twice.
+    # A change after the last step leaves the steps before it.
     meter.on_rank_change(trainer, model, RankEvent(0, "", ()))
-    assert [phase.tokens for phase in meter.phases] == [60, 0]
+    assert (meter.tokens, len(meter._step_seconds)) == (60, 3)
 
 
 def test_peak_memory_is_at_least_a_block_of_this_process():

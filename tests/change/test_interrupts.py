@@ -6,29 +6,26 @@ import pytest
 import torch
 from interrupted import interrupted
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 import dynrank
 from dynrank.change.resize import Snapshot
 
 
 def made(cls=torch.optim.AdamW, **options):
-    """(net with two LoRA layers of rank 4, optimizer and average that have seen some steps)."""
+    """(net with two LoRA layers of rank 4, optimizer that has made some steps)."""
     torch.manual_seed(0)
     net = dynrank.add_lora(nn.Sequential(nn.Linear(7, 9), nn.Linear(9, 6)), rank=4, target_modules=["0", "1"])
     optimizer = cls([p for p in net.parameters() if p.requires_grad], lr=1e-2, **options)
-    average = AveragedModel(net)
     for _ in range(3):
         optimizer.zero_grad()
         net(torch.randn(8, 7)).square().mean().backward()
         optimizer.step()
-        average.update_parameters(net)
-    return net, optimizer, average
+    return net, optimizer
 
 
-def contents(net, optimizer, average):
+def contents(net, optimizer):
     """Every number of factors and optimizer state, in one vector."""
-    factors = [factor for module in (net, average.module) for factor in dynrank.adapter_parameters(module)]
+    factors = dynrank.adapter_parameters(net)
     states = [optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"]]
     numbers = [*factors, *(value for state in states for value in state.values() if isinstance(value, torch.Tensor))]
     return torch.cat([number.detach().double().flatten() for number in numbers])
@@ -36,10 +33,10 @@ def contents(net, optimizer, average):
 
 def resized(start, at=0):
     """(whether it was interrupted, what is there afterwards, lines that ran)."""
-    net, optimizer, average = copy.deepcopy(start)
-    options = {"optimizers": [optimizer], "averages": [average], "generator": torch.Generator().manual_seed(1)}
+    net, optimizer = copy.deepcopy(start)
+    options = {"optimizers": [optimizer], "generator": torch.Generator().manual_seed(1)}
     stopped, lines = interrupted(lambda: dynrank.resize(net, {"0": 2, "1": 6}, **options), at)
-    return stopped, contents(net, optimizer, average), lines
+    return stopped, contents(net, optimizer), lines
 
 
 def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
@@ -62,13 +59,13 @@ def test_interrupt_at_any_line_leaves_all_as_it_was_or_all_changed():
 
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.SGD])
 def test_snapshot_brings_back_every_bit_as_often_as_is_asked(cls):
-    net, optimizer, average = made(cls)
-    before = contents(net, optimizer, average)
-    snapshot = Snapshot(net, [optimizer], [average])
+    net, optimizer = made(cls)
+    before = contents(net, optimizer)
+    snapshot = Snapshot(net, [optimizer])
     for rank in (2, 6):
-        dynrank.resize(net, rank, optimizers=[optimizer], averages=[average])
+        dynrank.resize(net, rank, optimizers=[optimizer])
         net(torch.ones(2, 7)).square().mean().backward()
         optimizer.step()
         snapshot.restore()
-        assert torch.equal(contents(net, optimizer, average), before)
-        assert net[0].rank == average.module[0].rank == 4
+        assert torch.equal(contents(net, optimizer), before)
+        assert net[0].rank == 4

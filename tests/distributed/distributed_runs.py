@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -122,8 +122,6 @@ class Run:
     trainer: dict[str, Any] = field(default_factory=dict)
     # These are options of DDP, and None stands for FSDP2.
     ddp: dict[str, Any] | None = field(default_factory=dict)
-    # The run ends with an exponential average of the weights.
-    average: bool = False
 
 
 HALF = Stage(At(step=CHANGE), Budget(share=0.5))
@@ -140,7 +138,6 @@ RUNS = {
     "ddp, growth at random, then shrink": Run([Stage(At(step=6), GrowTo(9)), Stage(At(step=CHANGE), Rank(2))]),
     "ddp, undone": Run(UNDONE, ddp={"static_graph": True}),
     "ddp, plateau": Run(Stage(Plateau(patience=1, min_delta=0.5, warmup_steps=5), Rank(3), deadline=0.9)),
-    "ddp, average": Run(average=True),
     "ddp, peft": Run(model={"peft": True}),
     "ddp, experts": Run(HALF, model={"experts": True}),
     "ddp, peft, experts": Run(HALF, model={"experts": True, "peft": True}),
@@ -206,8 +203,7 @@ def fit(
         "enable_progress_bar": False, "enable_model_summary": False, "use_distributed_sampler": False,
         "enable_checkpointing": False,
     }  # fmt: skip
-    averages = [EMAWeightAveraging(decay=0.8)] if run.average else []
-    trainer = lightning.Trainer(**settings | run.trainer | options, callbacks=[*callbacks, scheduler, *averages])
+    trainer = lightning.Trainer(**settings | run.trainer | options, callbacks=[*callbacks, scheduler])
     trainer.fit(model, ckpt_path=ckpt_path)
     return model, trainer, scheduler
 

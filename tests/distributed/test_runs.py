@@ -8,8 +8,6 @@ import lightning
 import pytest
 import torch
 from distributed_runs import CROSSED, CROSSINGS, RESUMED, RUNS, fit, outcome, saved, saving
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.testing import assert_close
 from wrapped_loops import WAYS, ended
 
@@ -160,13 +158,9 @@ SPLIT = {"data_parallel_size": 2, "tensor_parallel_size": 1}
 
 @pytest.mark.parametrize(
     ("strategy", "message"),
-    [
-        *((name, r"start_method=.*set trainer\.strategy=ddp") for name in ("ddp_spawn", "ddp_fork", "ddp_notebook")),
-        (ModelParallelStrategy(**SPLIT), "EMAWeightAveraging copies the whole model, which ModelParallelStrategy"),
-    ],
+    [(name, r"start_method=.*set trainer\.strategy=ddp") for name in ("ddp_spawn", "ddp_fork", "ddp_notebook")],
 )
-def test_strategies_that_lose_results_or_shard_averages_are_refused(strategy, message):
-    average = EMAWeightAveraging()
-    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, callbacks=[average], logger=False)
+def test_strategies_that_lose_results_are_refused(strategy, message):
+    trainer = lightning.Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)
     with pytest.raises(ConfigurationError, match=message):
         check_strategy(trainer)

@@ -330,8 +330,6 @@ def state(brought, rank=8, **options):
         ({"final_rank": 4}, [3.0, 1.0, 0.0], [8, 3, 1]),
         ({"final_rank": 4, "highest": 6}, [9.0, 1.0, 1.0], [6, 3, 3]),
         ({"final_rank": 4, "lowest": 2}, [9.0, 1.0, 0.0], [8, 2, 2]),
-        ({"final_rank": 4, "multiple": 4}, [3.0, 2.0, 0.1], [4, 4, 4]),
-        ({"final_rank": 4, "multiple": 2, "lowest": 2}, [3.0, 2.0, 0.1], [6, 4, 2]),
         # Two layers share what the loss needs; a third has needed nothing.
         ({"final_rank": 6}, [1.0, 1.0, 0.0], [8, 8, 1]),
     ],

@@ -10,7 +10,7 @@ from torch import nn
 from trained import updated
 
 import dynrank
-from dynrank.change.directions import LayerDirections
+from dynrank.change.resize import LayerDirections
 from dynrank.driver.check import check_model, check_training, depends_on_data, final_ranks, layer_states
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
@@ -146,7 +146,6 @@ COST = 8 * (24 + 16) + 8 * (12 + 24) + 8 * (40 + 12)
     [
         ([], {"parameters": 256, "lowest": 2}, {"parameters": 255}, "stage 1 255 256 3 layers parameters"),
         ([], {"share": 0.25, "lowest": 2}, {"share": 0.249}, "stage 1 254 256 share lowest"),
-        ([], {"share": 0.5, "lowest": 2, "multiple": 4}, {"share": 0.3}, "stage 1 307 512 share"),
         # The lowest ranks cost 10/8 of COST.
         ([GrowTo(12)], {"parameters": 1280, "lowest": 10}, {"parameters": COST}, "stage 2 1,024 1,280"),
         ([Rank(4)], {"share": 0.75, "lowest": 3}, {"share": 0.5}, "stage 2 256 384 share"),
@@ -180,9 +179,8 @@ def test_budget_counts_pinned_layers_and_final_ranks_of_their_own():
         [Stage(NOW, GrowTo(7), key="K")],
         [Stage(NOW, Energy(0.9, lowest=9), key="K")],
         [Stage(NOW, Rank(4)), Stage(NOW, Rank(8), key="K")],
-        [Stage(NOW, Rank(6)), Stage(NOW, Budget(share=1.0, lowest=5, multiple=4), key="K")],
     ],
-    ids=["shrink to a higher rank", "growth to a lower rank", "lowest above the rank", "after a stage", "no multiple"],
+    ids=["shrink to a higher rank", "growth to a lower rank", "lowest above the rank", "after a stage"],
 )
 def test_stage_that_could_change_no_rank_is_refused_with_its_key(schedule):
     message = refusal(model(), schedule)
@@ -190,9 +188,7 @@ def test_stage_that_could_change_no_rank_is_refused_with_its_key(schedule):
     assert message.endswith("set K")
 
 
-@pytest.mark.parametrize(
-    "target", [Rank(8), Towards(8), Energy(0.5, lowest=5, multiple=4), GrowTo(8), Budget(final_rank=8)]
-)
+@pytest.mark.parametrize("target", [Rank(8), Towards(8), Energy(0.5, lowest=8), GrowTo(8), Budget(final_rank=8)])
 def test_target_that_names_the_present_ranks_is_no_contradiction(target):
     check_model(model(), [Stage(NOW, target)], RUN)
 

@@ -1,7 +1,6 @@
 """How few directions are enough: against trying all numbers of them, and against an update whose rank is known."""
 
 from dataclasses import replace
-from statistics import stdev
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ from torch import nn
 from trained import drive
 
 import dynrank
-from dynrank.driver.search import standard_error
 from dynrank.driver.training import Training
 from dynrank.schedules import How, Stage, auto
 from dynrank.targets import Budget
@@ -167,28 +165,3 @@ def test_interrupted_search_leaves_the_uncut_model_and_starts_again():
         searched(smallest(0.005), training)
     for name, value in training.model.state_dict().items():
         assert torch.equal(value, before[name]), name
-
-
-class InBatches(Planted):
-    def validate_batches(self, monitor):
-        with torch.no_grad():
-            losses = (self.model(self.x) - self.y).square().mean(1).split(40)
-        means = [float(part.mean()) for part in losses]
-        return {monitor: sum(means) / len(means)}, [(mean, 1.0, 0.0) for mean in means]
-
-
-def test_tolerance_below_the_noise_is_warned_of():
-    words = r"a tolerance of 1e-06 .*less than the standard error .* of that difference .*tolerance higher"
-    with pytest.warns(UserWarning, match=words):
-        searched(smallest(1e-6), InBatches({"0": [9.0] * 8, "1": [2.0] * 8}))
-    # A warning would be an error here.
-    searched(smallest(0.05), InBatches())
-
-
-def test_standard_error_is_that_of_paired_differences():
-    before = [1.0, 2.0, 4.0, 8.0]
-    after = [1.5, 2.1, 4.2, 8.0]
-    differences = [b - a for a, b in zip(before, after, strict=True)]
-    pairs = ([(value, 3.0, 0.0) for value in values] for values in (before, after))
-    assert standard_error(*pairs) == pytest.approx(stdev(differences) / 2)
-    assert standard_error([(1.0, 1.0, 0.0)], [(2.0, 1.0, 0.0)]) is standard_error([], []) is None

@@ -8,14 +8,12 @@ import stat
 import sys
 
 import pytest
-import torch
 from markdown_it import MarkdownIt
 from transformers import AutoTokenizer, pipeline
 
 import dynrank
 from dynrank.adapters.base import merge_adapter
 from dynrank.commands import cli
-from dynrank.errors import ConfigurationError
 from dynrank.run.job import run
 from dynrank.run.report.page import template
 from dynrank.run.summary import read_summary
@@ -62,7 +60,7 @@ def writer(tmp_path_factory, tiny_llama):
     rows = [json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
     own = ["task=completion", f"task.model={tiny_llama}", f"data.train={folder / 'rows.jsonl'}"]
-    return made(folder / "run", *own, "export=[gguf,vllm]")
+    return made(folder / "run", *own)
 
 
 def probabilities(line):
@@ -134,25 +132,6 @@ def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch
             made = model.generate(**ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
             text = tokenizer.decode(made[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
             assert line == text.strip().replace("\n", "\\n")
-
-
-def test_a_run_exports_for_servers_and_refuses_at_once_what_they_cannot_read(writer, tiny_bert, tmp_path):
-    served = writer.parent / "served"
-    assert {file.name for file in served.iterdir()} == {"adapter.gguf", "adapter.vllm"}
-    own = dynrank.read_adapter(writer)
-    theirs = dynrank.read_adapter(served / "adapter.vllm")
-    for name, layer in own.layers.items():
-        update, again = ((one.layers[name].scaling * torch.mm(*one.factors(name))) for one in (own, theirs))
-        torch.testing.assert_close(update, again)
-        assert layer.rank == theirs.layers[name].rank
-    assert "dynrank export . --to gguf" in (writer / "README.md").read_text()
-    (tmp_path / "rows.csv").write_text("\n".join(ROWS))
-    task = ["task=classification", f"task.model={tiny_bert}", f"data.train={tmp_path / 'rows.csv'}"]
-    with pytest.raises(ConfigurationError, match="export=gguf: (.|\n)*'classifier' is stored whole"):
-        made(tmp_path / "run", *task, "export=gguf")
-    with pytest.raises(ConfigurationError, match="must be 'vllm', 'gguf' or 'padded', got 'ollama'"):
-        made(tmp_path / "run", *task, "export=ollama")
-    assert not (tmp_path / "run").exists()
 
 
 def test_adapter_of_a_packaged_model_names_the_hub_and_is_found_without_it(smoke_run, launch):

@@ -19,12 +19,9 @@ def write(path, text):
 
 def test_rows_after_the_checkpoint_are_removed_and_a_resumed_run_adds_its_own(tmp_path):
     metrics = tmp_path / "metrics.csv"
-    texts = tmp_path / "generations.csv"
     write(metrics, "a,step,train,val\n,0,1.0,\n,1,0.9,\n,1,,5.0\n,1,,4.0\n,2,0.8,\n,3,0.7\n4")
-    write(texts, 'step,split,written\n2,val,"a\n5"\n3,val,b\n')
-    for file, step in ((metrics, 2), (texts, 3), (tmp_path / "none.csv", 2)):
-        run_folder.drop_rows_after(file, step)
-    assert [row["written"] for row in rows(texts)] == ["a\n5"]
+    for file in (metrics, tmp_path / "none.csv"):
+        run_folder.drop_rows_after(file, 2)
     logger = CSVLogger(tmp_path, name="", version="")
     add_to_metrics(tmp_path, logger)
     assert len(rows(metrics)) == 4
@@ -36,7 +33,7 @@ def test_rows_after_the_checkpoint_are_removed_and_a_resumed_run_adds_its_own(tm
     found = [(row["step"], row["train"], row["val"], row["new"]) for row in rows(metrics)]
     assert found == [("0", "1.0", "", ""), ("1", "0.9", "", ""), ("1", "", "5.0", ""), ("1", "", "4.0", ""),
                      ("2", "0.8", "", "1.0")]  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["generations.csv", "metrics.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_line():
@@ -59,7 +56,7 @@ def test_a_folder_is_used_by_one_process_at_a_time(tmp_path):
 
 
 def test_a_new_run_takes_the_folder_of_one_without_a_checkpoint_and_of_no_other(tmp_path):
-    for name in ("metrics.csv", "generations.csv", "rank_history.csv", "checkpoints/last.ckpt.12.part", "mine.txt"):
+    for name in ("metrics.csv", "rank_history.csv", "checkpoints/last.ckpt.12.part", "mine.txt"):
         write(tmp_path / name, "x")
     with run_folder.locked(tmp_path, resumed=False):
         assert {path.name for path in tmp_path.iterdir()} == {"mine.txt", ".lock"}

@@ -32,9 +32,7 @@ def test_history_and_summary_have_the_fields_of_the_contract(smoke_run):
     assert set(summary["test"]) == {"test/loss", "test/accuracy", "test/macro_f1"}
     assert set(summary["final_ranks"].values()) == {16}
     assert min(summary[key] for key in ("seconds", "tokens_per_second", "peak_memory_bytes")) > 0
-    steps = [0, *(change["step"] for change in summary["changes"] if not change["undone"])]
-    assert [phase["first_step"] for phase in summary["phases"]] == steps
-    assert all(phase["tokens_per_second"] > 0 for phase in summary["phases"])
+    assert summary["tokens_per_second"] > 0
     assert summary["parameters"]["adapter"] < summary["parameters"]["trainable"] < summary["parameters"]["total"]
     history = rows(smoke_run[0] / "rank_history.csv")
     fields = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought"]
@@ -123,33 +121,23 @@ def test_own_task_runs_from_a_users_config_with_relative_paths(launch, tmp_path,
 
 # Libraries are tried as they come, with their warnings.
 @pytest.mark.filterwarnings("ignore")
-def test_every_logger_gets_metrics_and_texts(launch, tiny_llama, tmp_path, monkeypatch):
+def test_every_logger_gets_metrics(launch, tiny_llama, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     lines = [json.dumps({"prompt": f"def f{i}(x):", "answer": f" return {i}"}) for i in range(60)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     small = ["debug=smoke", "lora.rank=4", "plots=false", "trainer.max_steps=4", "hydra.run.dir=run"]
-    small += ["task.val_generate=2", "task.generate=1", "task.max_new_tokens=5"]
+    small += ["task.val_generate=2", "task.measures=[bleu]", "task.max_new_tokens=5"]
     data = ["task=completion", f"task.model={tiny_llama}", "data.train=rows.jsonl"]
     code, _, said = launch(train.main, *data, *small, "logger=[csv,tensorboard,wandb,mlflow]")
     assert code == 0, said
     folder = tmp_path / "run"
 
-    texts = rows(folder / "generations.csv")
-    assert [(row["step"], row["split"]) for row in texts] == [("4", "val")] * 2 + [("4", "test")]
-    assert all(row["wanted"].strip() == f"return {row['prompt'][5:-4]}" for row in texts)
     columns = (folder / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"train/loss", "val/loss", "rank/mean"} < set(columns)
     # Single layers have no columns.
     assert not [name for name in columns if "proj" in name]
 
-    (event,) = EventAccumulator(str(folder / "tensorboard")).Reload().Tensors("val/written/text_summary")
-    page = event.tensor_proto.string_val[0].decode()
-    assert event.step == 4
-    assert all(f"    {row['prompt']}" in page for row in texts[:2])
-
-    (offline,) = (folder / "wandb").glob("offline-run-*")
-    table = json.loads(next(offline.rglob("val/written*.table.json")).read_text())
-    assert (table["columns"], len(table["data"])) == (["prompt", "wanted", "written"], 2)
+    assert "val/bleu" in EventAccumulator(str(folder / "tensorboard")).Reload().Tags()["scalars"]
     # This run has ended for wandb, so the next one is another run.
     assert sys.modules["wandb"].run is None
 
@@ -160,4 +148,3 @@ def test_every_logger_gets_metrics_and_texts(launch, tiny_llama, tmp_path, monke
     (run,) = client.search_runs([client.get_experiment_by_name("dynrank").experiment_id])
     assert run.info.status == "FINISHED"
     assert {"train/loss", "val/loss", "rank/mean", "test/loss"} < set(run.data.metrics)
-    assert "**wanted**" in next(tmp_path.rglob("written_4.md")).read_text()

@@ -56,10 +56,10 @@ def test_preset_takes_a_layer_along_its_timeline(schedule, rank, changes):
 
 
 def test_presets_hand_their_values_to_the_stage():
-    (stage,) = energy(0.8, Gap(), lowest=2, multiple=4, deadline=0.6)
-    assert stage == Stage(Gap(), Energy(0.8, lowest=2, multiple=4), 0.6, key="schedule.lowest")
+    (stage,) = energy(0.8, Gap(), lowest=2, deadline=0.6)
+    assert stage == Stage(Gap(), Energy(0.8, lowest=2), 0.6, key="schedule.lowest")
     early = How(lr_factor="sqrt")
-    options = {"lowest": 2, "highest": 8, "multiple": 2}
+    options = {"lowest": 2, "highest": 8}
     (stage,) = early_budget(4, at=0.25, **options)
     assert (stage.when, stage.to, stage.how) == (At(fraction=0.25), Budget(final_rank=4, **options), early)
     first, last = auto(0.1, share=0.5, at=0.25, **options)

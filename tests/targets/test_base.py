@@ -30,25 +30,18 @@ def states(draw):
     return LayerState(rank, d_out, d_in, lowest, highest, final_rank, values, cap=cap)
 
 
-STEPPED = {"lowest": st.integers(1, 8), "multiple": st.integers(1, 5)}
 BUDGETS = st.builds(
-    lambda share, lowest, more, multiple: Budget(
-        share=share,
-        lowest=lowest,
-        highest=None if more is None else -(-lowest // multiple) * multiple + more,
-        multiple=multiple,
-    ),
+    lambda share, lowest, more: Budget(share=share, lowest=lowest, highest=None if more is None else lowest + more),
     SHARES,
     st.integers(1, 6),
     st.one_of(st.none(), st.integers(0, 20)),
-    st.integers(1, 5),
 )
 SHRINKING = st.one_of(
     st.builds(Rank, COUNTS),
     st.builds(
         lambda rank, steps, at: Towards(rank, 1 + at % steps, steps), COUNTS, st.integers(1, 5), st.integers(0, 4)
     ),
-    st.builds(Energy, SHARES, **STEPPED),
+    st.builds(Energy, SHARES, lowest=st.integers(1, 8)),
     BUDGETS,
 )
 GROWING = st.builds(GrowTo, COUNTS)
@@ -57,7 +50,7 @@ MODELS = st.lists(states(), min_size=1, max_size=4).map(lambda all_: {f"layer.{i
 
 @settings(max_examples=300, deadline=None)
 @given(SHRINKING, MODELS)
-def test_a_shrink_never_raises_and_keeps_bounds_and_multiples(target, model):
+def test_a_shrink_never_raises_and_keeps_bounds(target, model):
     ranks = target.ranks(model)
     assert list(ranks) == list(model)
     for name, state in model.items():
@@ -67,12 +60,6 @@ def test_a_shrink_never_raises_and_keeps_bounds_and_multiples(target, model):
         # Such a layer is pinned, or it is in the last stage and has a final rank of its own.
         if state.lowest == state.highest:
             assert rank == state.lowest
-        lowest = max(state.lowest, getattr(target, "lowest", 1))
-        cap = (state.cap or target.highest) if isinstance(target, Budget) else None
-        highest = min(state.rank, state.highest, cap or state.rank)
-        fits = -(-lowest // target.multiple) * target.multiple <= highest
-        if fits and state.lowest < rank < state.rank:
-            assert rank % target.multiple == 0
 
 
 @settings(max_examples=200, deadline=None)
@@ -102,7 +89,7 @@ class GrowWhereFull(Target):
 
 def test_a_target_of_ones_own_needs_ranks_alone():
     assert Third().ranks({"layer": LayerState(12)}) == {"layer": 4}
-    assert (Third().needs, Third().multiple) == ((), 1)
+    assert Third().needs == ()
     full = LayerState(4, highest=16, values=torch.ones(4))
     assert GrowWhereFull().ranks({"layer": full}) == {"layer": 8}
 
@@ -113,10 +100,10 @@ def test_a_target_of_ones_own_needs_ranks_alone():
         (lambda: Rank(0), ["rank", "0"]),
         (lambda: GrowTo(1.5), ["rank", "1.5"]),
         (lambda: Energy(float("nan")), ["share", "nan"]),
-        (lambda: Energy(0.5, lowest=0, multiple=-1), ["lowest", "0", "multiple", "-1"]),
+        (lambda: Energy(0.5, lowest=0), ["lowest", "0"]),
         (lambda: Budget(parameters=-1), ["parameters", "-1"]),
         (lambda: Budget(parameters=100, share=0.5), ["100", "0.5", "parameters", "share"]),
-        (lambda: Budget(share=0.5, lowest=5, highest=7, multiple=4), ["multiple", "5", "7", "multiple"]),
+        (lambda: Budget(share=0.5, lowest=8, highest=7), ["lowest", "8", "7", "highest"]),
         (lambda: Towards(4, 3, 2), ["step", "3", "2"]),
     ],
 )

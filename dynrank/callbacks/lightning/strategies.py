@@ -7,7 +7,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.lightning.averages import averaging_callbacks
 from dynrank.distributed.processes import from_first
 from dynrank.distributed.sharding import average_gradients, take_saved_ranks, trains_shards
 from dynrank.distributed.wrappers import check_hooks, unwrapped_optimizer
@@ -43,7 +42,6 @@ def check_strategy(trainer: Trainer) -> None:
 
 def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
     split = private.tensor_parallel_size(strategy)
-    averages = averaging_callbacks(trainer)
     split = strategy.num_processes if split == "auto" else split
     if split != 1:
         raise ConfigurationError(
@@ -54,11 +52,6 @@ def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
         raise ConfigurationError(
             "precision=16-mixed under ModelParallelStrategy skips a step in some processes only; set "
             "trainer.precision=bf16-mixed"
-        )
-    if averages:
-        raise ConfigurationError(
-            f"{type(averages[0]).__name__} copies the whole model, which ModelParallelStrategy shards; take it out, or "
-            "set trainer.strategy=ddp"
         )
 
 

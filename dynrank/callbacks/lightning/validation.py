@@ -6,71 +6,40 @@ value of its metric.
 """
 
 import copy
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, StochasticWeightAveraging, WeightAveraging
-from torch import Tensor
+from lightning.pytorch.callbacks import ProgressBar
 
 from dynrank.callbacks.lightning import private
-from dynrank.callbacks.schedule_free_mode import ScheduleFreeMode
-from dynrank.driver.training import Batches
-from dynrank.private import tree_leaves
 
 
 class _Metrics(Callback):
-    """Keeps the metrics of a validation; if ``monitor`` is a mean over batches, also each batch's part of it."""
+    """Keeps the metrics of a validation."""
 
-    def __init__(self, monitor: str) -> None:
-        self.monitor = monitor
+    def __init__(self) -> None:
         # Without any batch, Lightning calls no hook of a validation.
         self.logged: dict[str, float] = {}
-        # As in dynrank.driver.training.Batches.
-        self.batches: list[tuple[float, float, float]] = []
-        # The metric's sum over the batches so far, and their weight.
-        self._before = 0.0, 0.0
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
-    ) -> None:
-        results = private.results(trainer)
-        for result in results.values():
-            if result.meta.name == self.monitor and result.is_tensor and result.meta.is_mean_reduction:
-                total = float(result.value)
-                weight = float(result.cumulated_batch_size)
-                more = weight - self._before[1]
-                if more > 0:
-                    content = sum(float(t.double().sum()) for t in tree_leaves(batch) if isinstance(t, Tensor))
-                    self.batches.append(((total - self._before[0]) / more, more, content))
-                self._before = total, weight
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.logged = validation_metrics(trainer)
 
 
-# These callbacks put other weights into the model for a validation.
-_CALLED = WeightAveraging, StochasticWeightAveraging, ScheduleFreeMode
+def validate_beside(trainer: Trainer, most: int | None = None) -> dict[str, float]:
+    """Validate now, in addition to the run's own validations, and return the metrics.
 
-
-def validate_beside(trainer: Trainer, *, monitor: str, most: int | None = None) -> tuple[dict[str, float], Batches]:
-    """Validate now, in addition to the run's own validations; return the metrics, and batches' parts in ``monitor``.
-
-    Call this between two batches of ``fit``. No callback hears of it except those that average weights, loggers get
-    nothing, and the trainer's metrics do not change. The parts are empty if ``monitor`` is not a mean over batches.
-
-    About ``most`` batches are taken, at equal distances; None: all.
+    Call this between two batches of ``fit``. No callback hears of it, loggers get nothing, and the trainer's metrics do
+    not change. About ``most`` batches are taken, at equal distances; None: all.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    metrics = _Metrics(monitor)
-    called = [callback for callback in callbacks if isinstance(callback, _CALLED)]
+    metrics = _Metrics()
     bars = [_deaf(callback) for callback in callbacks if isinstance(callback, ProgressBar)]
-    trainer.callbacks = [*called, *bars, metrics]  # type: ignore[attr-defined]
+    trainer.callbacks = [*bars, metrics]  # type: ignore[attr-defined]
     try:
         with private.nothing_logged(trainer), private.fewer_batches(trainer, most):
             run_validation(trainer)
     finally:
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
-    return metrics.logged, metrics.batches
+    return metrics.logged
 
 
 def _deaf(bar: ProgressBar) -> ProgressBar:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import ConfigDict
@@ -16,13 +16,11 @@ from dynrank.adapters.squeeze import LayerSpectrum, inspect_adapter
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import span
 from dynrank.run.command import read_overrides
-from dynrank.run.folder import GENERATIONS, HISTORY, METRICS
+from dynrank.run.folder import HISTORY, METRICS
 from dynrank.run.summary import Summary, read_summary
 
 if TYPE_CHECKING:
     from dynrank.output.plots import Series
-
-Row = TypeVar("Row")
 
 
 # This is not strict, because the cells of a CSV file are texts. The report ignores other columns.
@@ -38,17 +36,6 @@ class LayerChange:
     predicted_error: float
     reason: str
     brought: float | Literal[""] = ""
-
-
-@checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Generation:
-    """A row of generations.csv: the text generated for a prompt after ``step`` optimizer steps."""
-
-    step: int
-    split: str
-    prompt: str
-    wanted: str
-    written: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +90,6 @@ class RunRecord:
     last_step: int
     changes: list[Change]
     layers: dict[str, LayerSpectrum]
-    generations: list[Generation]
 
     @property
     def made(self) -> list[Change]:
@@ -135,44 +121,6 @@ class RunRecord:
             for layer, ranks in zip(self.layers.values(), self.ranks().values(), strict=True)
         )
 
-    def answers(self, count: int) -> list[dict[int, Generation]]:
-        """The first and last texts for ``count`` prompts, from validations if there are any."""
-        split = "val" if any(line.split == "val" for line in self.generations) else "test"
-        found: dict[str, dict[int, Generation]] = {}
-        for line in (line for line in self.generations if line.split == split):
-            found.setdefault(line.prompt, {})[line.step] = line
-        return [{step: lines[step] for step in (min(lines), max(lines))} for lines in found.values()][:count]
-
-    def around(self, change: Change, metric: str) -> str:
-        """``metric`` in the validations next to ``change``: ``1.2 (2 steps before) → 1.5 (8 steps after)``.
-
-        A validation after n steps is in row n - 1. Validations that check a change have its step: of several, the first
-        was directly before the change and the last directly after it.
-        """
-        rows = list(zip(*self.metrics[metric], strict=True))
-        at = [value for step, value in rows if step == change.step]
-        before = [(change.step - 1 - step, value) for step, value in rows if step < change.step][-1:]
-        after = [(step + 1 - change.step, value) for step, value in rows if step >= change.step][:1]
-        if len(at) > 1:
-            before = [(0, at[0])]
-        if len(at) > 1 or (at and _checks_changes(self.settings)):
-            after = [(0, at[-1])]
-        return f"{_measured(before, 'before')} → {_measured(after, 'after')}"
-
-
-def _measured(found: list[tuple[int, float]], where: str) -> str:
-    if not found:
-        return "–"
-    ((steps, value),) = found
-    return f"{value:.4g} ({steps:,} step{'s' if steps > 1 else ''} {where})" if steps else f"{value:.4g}"
-
-
-def _checks_changes(settings: object) -> bool:
-    """Whether ``max_regression`` is set anywhere in a configuration."""
-    if isinstance(settings, Mapping):
-        return settings.get("max_regression") is not None or any(map(_checks_changes, settings.values()))
-    return isinstance(settings, list) and any(map(_checks_changes, settings))
-
 
 def read_run(folder: Path, config: str | None = None) -> RunRecord:
     """Read the files of a run that has ended.
@@ -188,8 +136,6 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
             config = recorded.read_text(encoding="utf-8")
         groups = {name: values for name, values in yaml.safe_load(config).items() if isinstance(values, dict)}
         changes = _changes(folder / HISTORY)
-        written = folder / GENERATIONS
-        generations = list(_rows(written, Generation)) if written.exists() else []
         metrics = read_metrics(folder / METRICS)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
@@ -207,7 +153,6 @@ def read_run(folder: Path, config: str | None = None) -> RunRecord:
         last_step=max([1, *trained, *(change.step for change in changes)]),
         changes=changes,
         layers={name: layers[name] for name in summary.final_ranks},
-        generations=generations,
     )
 
 
@@ -231,7 +176,7 @@ def read_metrics(file: Path) -> dict[str, Series]:
 
 def _changes(file: Path) -> list[Change]:
     changes: list[Change] = []
-    for line in _rows(file, LayerChange):
+    for line in _layer_changes(file):
         last = changes[-1] if changes else None
         if last is None or (last.step, last.reason) != (line.step, line.reason) or line.layer in last.layers:
             changes.append(Change(line.step, line.reason))
@@ -239,8 +184,9 @@ def _changes(file: Path) -> list[Change]:
     return changes
 
 
-def _rows(file: Path, kind: type[Row]) -> Iterator[Row]:
+def _layer_changes(file: Path) -> Iterator[LayerChange]:
     with file.open(newline="", encoding="utf-8") as opened:
         rows = csv.DictReader(opened)
         for row in rows:
-            yield read_as(kind, {name or "": cell for name, cell in row.items()}, f"{file}, line {rows.line_num}")
+            cells = {name or "": cell for name, cell in row.items()}
+            yield read_as(LayerChange, cells, f"{file}, line {rows.line_num}")

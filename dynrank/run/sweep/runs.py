@@ -1,4 +1,4 @@
-"""The runs of a sweep: each is started, resumed, or skipped because it has ended; the table comes at the end."""
+"""The runs of a sweep, and its table at the end."""
 
 import sys
 import traceback
@@ -11,20 +11,20 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from dynrank.errors import ConfigurationError
-from dynrank.output.console import print_facts, quiet_imports
-from dynrank.run.folder import last_checkpoint
-from dynrank.run.summary import SUMMARY, Summary, read_summary
+from dynrank.output.console import quiet_imports
 from dynrank.run.sweep.table import show_sweep
 
 
 def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -> float | None:
     """Make the run that ``config`` describes in ``folder``; returns its ``objective`` at the final weights.
 
-    With ``ckpt_path=last`` a finished run is skipped, an interrupted run is resumed from its checkpoint, and a run
-    without a checkpoint is started. ``record`` writes the configuration into the folder.
+    ``record`` writes the configuration into the folder.
     """
+    # This import loads torch and transformers, which takes seconds.
+    from dynrank.run.job import run
+
     try:
-        summary = _summary(config, folder, record)
+        summary = run(config, folder, sweep=True, record=record)
         return None if config.objective is None else summary.final[config.objective]
     except Exception as error:
         # Hydra raises only the first error of a sweep, after all runs.
@@ -32,43 +32,6 @@ def run_in_sweep(config: DictConfig, folder: Path, record: Callable[[], None]) -
         if not isinstance(error, ConfigurationError):
             traceback.print_exception(error)
         raise
-
-
-def _summary(config: DictConfig, folder: Path, begin: Callable[[], None]) -> Summary:
-    if config.ckpt_path == "last":
-        _check_same(folder, config)
-        if (folder / SUMMARY).exists():
-            print_facts({"has ended before": folder})
-            return read_summary(folder)
-        if not last_checkpoint(folder).exists():
-            config.ckpt_path = None
-    # This import loads torch and transformers, which takes seconds.
-    from dynrank.run.job import run
-
-    return run(config, folder, sweep=True, record=begin)
-
-
-def _check_same(folder: Path, config: DictConfig) -> None:
-    """Refuse to resume a run that was started with other values than ``config``; a folder without a run is allowed."""
-    file = folder / ".hydra" / "config.yaml"
-    if not file.exists():
-        return
-    before, now = (_flat(OmegaConf.to_container(values)) for values in (OmegaConf.load(file), config))
-    wrong = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and key != "ckpt_path")
-    if wrong:
-        raise ConfigurationError(
-            f"ckpt_path=last: {str(folder)!r} holds a run with {wrong[0]}={before.get(wrong[0])!r}, not "
-            f"{now.get(wrong[0])!r} (keys that differ: {wrong[:5]}); start the sweep as it was started first, or set "
-            "hydra.sweep.dir to a new folder"
-        )
-
-
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Leaves of nested mappings by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
-    return flat
 
 
 class SweepFolder(Callback):
@@ -91,7 +54,7 @@ class SweepFolder(Callback):
 
 @contextmanager
 def table_at_end() -> Iterator[None]:
-    """Show the table if the block made a sweep; after an interruption, say how to resume it."""
+    """Show the table if the block made a sweep; after an interruption, say how to get it."""
     SweepFolder.begun = None
     try:
         yield
@@ -103,8 +66,7 @@ def table_at_end() -> Iterator[None]:
         raise
     except (KeyboardInterrupt, SystemExit):
         if SweepFolder.begun is not None:
-            where = SweepFolder.begun[0]
-            print(f"go on with the same arguments and hydra.sweep.dir={where} ckpt_path=last", file=sys.stderr)
+            print(f"the table of the runs so far: dynrank sweep {SweepFolder.begun[0]}", file=sys.stderr)
         raise
     if SweepFolder.begun is not None:
         show_sweep(*SweepFolder.begun)

@@ -46,7 +46,6 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
     for name, table in (("rank_history", [FIELDS, *rows]), ("metrics", [*metrics, [steps, 1.25, "", ""]])):
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows(table)
-    phase = {"first_step": 0, "mean_rank": 8.0, "tokens": 500, "train_seconds": 2.0, "tokens_per_second": 250.0}
     summary = {
         "test": {"test/loss": 1.25},
         "final_ranks": {name: layer.rank for name, layer in dynrank.lora_layers(model)},
@@ -55,7 +54,6 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
         "seconds": 12.0,
         "tokens_per_second": 250.0,
         "peak_memory_bytes": 2**30,
-        "phases": [{**phase, "peak_memory_bytes": 2**30}],
     }
     (folder / "summary.json").write_text(json.dumps(summary))
     (folder / ".hydra").mkdir(exist_ok=True)

@@ -1,15 +1,13 @@
-"""The page says what a run ended with, what validations next to a change measured, and what other runs ended with."""
+"""The page says what a run ended with, and what other runs ended with."""
 
-import csv
 import json
-from types import SimpleNamespace
 
 import pytest
 
 from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run.report.page import write_report
-from dynrank.run.report.record import RunRecord, read_run
+from dynrank.run.report.record import read_run
 
 
 def edited(folder, **changes):
@@ -17,27 +15,6 @@ def edited(folder, **changes):
     summary = json.loads(file.read_text())
     file.write_text(json.dumps({**summary, **changes}))
     return folder
-
-
-CHECKED = {"schedule.how": {"max_regression": 0.1}}
-
-
-@pytest.mark.parametrize(
-    ("rows", "settings", "said"),
-    [
-        # The rows 9 and 19 are those after 10 and 20 steps.
-        ({9: 1.0, 19: 3.0}, {}, "1 → 3 (10 steps after)"),
-        ({7: 1.0, 10: 3.0}, {}, "1 (2 steps before) → 3 (1 step after)"),
-        ({9: 1.0, (10, "check"): 2.0, 19: 3.0}, CHECKED, "1 → 2"),
-        ({9: 1.0, (10, "before"): 1.5, (10, "after"): 2.0, 19: 3.0}, CHECKED, "1.5 → 2"),
-        ({19: 3.0}, {}, "– → 3 (10 steps after)"),
-        ({}, {}, "– → –"),
-    ],
-)
-def test_training_between_validations_is_not_credited_to_the_change(rows, settings, said):
-    steps = [row[0] if isinstance(row, tuple) else row for row in rows]
-    run = SimpleNamespace(metrics={"val/loss": (steps, list(rows.values()))}, settings=settings)
-    assert RunRecord.around(run, SimpleNamespace(step=10), "val/loss") == said
 
 
 def test_page_begins_with_results_final_weights_and_adapter(run_folder, tmp_path, page_of):
@@ -82,12 +59,3 @@ def test_other_runs_stand_beside_it_and_every_section_stays(run_folder, tmp_path
     with pytest.raises(ConfigurationError, match=r"--against.*empty"):
         write_report(tmp_path / "a", against=[tmp_path / "empty"])
     assert (tmp_path / "a" / "report.html").read_bytes() == before
-
-
-def test_what_was_written_is_shown_first_and_last(run_folder, tmp_path, page_of):
-    texts = [[step, "val", f"p{i}", f"w{i}", f"<{step}>\n{i}"] for step in (4, 8, 12) for i in range(6)]
-    with (run_folder(tmp_path) / "generations.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["step", "split", "prompt", "wanted", "written"], *texts])
-    _, *shown = page_of(write_report(tmp_path)).table("For some prompts")
-    assert shown[:2] == [["p0", "w0", "4", "<4>\n0"], ["p0", "w0", "12", "<12>\n0"]]
-    assert len(shown) == 8

@@ -1,11 +1,8 @@
 """Whole sweeps in miniature: the experiment and its table, one that is killed and goes on, and runs that fail."""
 
 import json
-import signal
-import time
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -58,7 +55,7 @@ def test_experiment_in_miniature_ends_in_a_table_of_what_its_runs_hold(sweep):
         (state,) = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["optimizer_states"]
         tensors = [value for of_one in state["state"].values() for value in of_one.values()]
         assert run["bytes"]["optimizer"] == sum(tensor.nbytes for tensor in tensors)
-        assert 0 < run["step_seconds"] <= run["phases"][0]["train_seconds"]
+        assert 0 < run["step_seconds"] <= run["seconds"]
         assert row["lora.rank"] == rank
         for name, value in {
             "test/accuracy": run["test"]["test/accuracy"],
@@ -68,36 +65,6 @@ def test_experiment_in_miniature_ends_in_a_table_of_what_its_runs_hold(sweep):
             "step_seconds": run["step_seconds"],
         }.items():
             assert float(row[name]) == pytest.approx(value)
-
-
-def test_sweep_that_is_killed_goes_on_and_ends_in_the_same_table(sweep, tiny_bert):
-    settings = ["sweep=rank", "lora.rank=2,4,6", "trainer.max_steps=24", "plots=false"]
-    arguments = [*SMALL, f"task.model={tiny_bert}", *settings, "hydra.sweep.dir=s"]
-    child = forked.start(forked.TRAIN, *arguments, cwd=Path.cwd())
-    while child.is_alive() and not Path("s/1/checkpoints/last.ckpt").exists():
-        time.sleep(0.005)
-    child.kill()
-    assert forked.end([child]) == [-signal.SIGKILL]
-    ended = Path("s/0/summary.json").stat()
-    assert not Path("s/1/summary.json").exists()
-
-    # The last run had not begun.
-    code, printed, said = sweep(*settings, "hydra.sweep.dir=s", "ckpt_path=last")
-    assert code == 0, said
-    assert printed.count("has ended before") == 1
-    assert Path("s/0/summary.json").stat().st_mtime_ns == ended.st_mtime_ns
-    assert [(row["lora.rank"], row["runs"]) for row in table("s")] == [("2", "1"), ("4", "1"), ("6", "1")]
-
-    code, _, said = sweep(*settings, "hydra.sweep.dir=s")
-    assert (code, "0' holds a run already" in said) == (2, True)
-    code, _, said = sweep(*settings, "lora.rank=2,5,6", "hydra.sweep.dir=s", "ckpt_path=last")
-    assert (code, "holds a run with lora.rank=4, not 5" in said) == (2, True)
-
-    code, _, said = sweep(*settings, "lora.rank=4", "hydra.sweep.dir=whole")
-    assert code == 0, said
-    assert measured("s")[1] == {"lora.rank": "4", **measured("whole")[0]}
-    one, two = (Path(folder, "adapter/adapter_model.safetensors").read_bytes() for folder in ("s/1", "whole/0"))
-    assert one == two
 
 
 @pytest.fixture
@@ -112,7 +79,7 @@ def fail(monkeypatch):
             if config.lora.rank == 4:
                 raise error
             summary = {"test": {"test/loss": 1.0}, "parameters": {"adapter": 1}, "final": {"val/loss": 3.0}}
-            summary |= {"final_ranks": {}, "seconds": 1, "tokens_per_second": 1, "peak_memory_bytes": 1, "phases": []}
+            summary |= {"final_ranks": {}, "seconds": 1, "tokens_per_second": 1, "peak_memory_bytes": 1}
             (folder / "summary.json").write_text(json.dumps(summary))
             return read_summary(folder)
 
@@ -149,7 +116,7 @@ def test_run_that_crashes_stops_no_other_and_is_raised_at_the_end(sweep, fail, c
     assert [(row["lora.rank"], row["without_result"]) for row in table("s")] == [("4", "1"), ("8", "0")]
 
 
-def test_ctrl_c_says_how_to_go_on(sweep, fail):
+def test_ctrl_c_says_how_to_get_the_table(sweep, fail):
     fail(KeyboardInterrupt())
     code, _, said = sweep("sweep=rank", "lora.rank=4,8", "hydra.sweep.dir=s")
-    assert (code, "hydra.sweep.dir=s ckpt_path=last" in said) == (130, True)
+    assert (code, "dynrank sweep s" in said) == (130, True)

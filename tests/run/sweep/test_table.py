@@ -17,7 +17,7 @@ def write(folder, overrides, test=None, **fields):
     (folder / ".hydra" / "overrides.yaml").write_text("".join(f"- {text}\n" for text in overrides))
     (folder / "rank_history.csv").write_text("step\n")
     if test is not None:
-        summary = {"test": test, "parameters": {"adapter": 100}, "final_ranks": {}, "phases": [], "seconds": 1.0}
+        summary = {"test": test, "parameters": {"adapter": 100}, "final_ranks": {}, "seconds": 1.0}
         summary |= {"tokens_per_second": 1.0, "peak_memory_bytes": 1, **fields}
         (folder / "summary.json").write_text(json.dumps(summary))
 
