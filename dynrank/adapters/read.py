@@ -1,18 +1,17 @@
 """Reading a stored adapter with all checks, for loading, swapping, merging, squeezing and inspecting."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from dynrank.adapters.config import AdapterConfig, read_config
+from dynrank.adapters.single_file import SUFFIX, SingleFile, open_file
 from dynrank.adapters.stored import (
-    Factors,
+    StoredAdapter,
     StoredLayer,
     checked_layer,
     numbers_as_such,
@@ -22,7 +21,6 @@ from dynrank.adapters.stored import (
 )
 from dynrank.adapters.wrappers import is_parameter, parameter_names
 from dynrank.errors import ConfigurationError
-from dynrank.linalg import finite, pooled, products, singular_values, stacked, truncate_product
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -30,55 +28,14 @@ _FACTOR_KEY = re.compile(r"(?P<layer>.+)\.(?:lora_(?P<factor>[AB])\.weight|lora_
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A PEFT LoRA adapter from a folder, checked without a model; names are module names.
+class Adapter(StoredAdapter):
+    """A PEFT LoRA adapter from a folder; names are module names, and ``others`` are the tensors of modules_to_save.
 
     Attributes:
-        source: the folder from which it was read.
-        layers: {name: layer}, ordered by name; numbers in names are ordered as numbers.
-        others: {name: key in the file} of every other tensor, those of modules_to_save.
-        tensor: function that returns the stored tensor of a key.
         config: settings of the adapter.
     """
 
-    source: str
-    layers: Mapping[str, StoredLayer]
-    others: Mapping[str, str]
-    tensor: Callable[[str], Tensor]
     config: AdapterConfig
-
-    def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer; the products of experts are stacked."""
-        layer = self.layers[name]
-        lora_B, lora_A = self.matrices(name)
-        if len(lora_A) == layer.rank * layer.experts:
-            return lora_B, lora_A
-        # PEFT allows a rank above min(d_in, d_out), but no product has such a rank.
-        pairs = products(lora_B, lora_A, layer.experts)
-        change = stacked([truncate_product(*pair, layer.rank) for pair in pairs])
-        return change.lora_B, change.lora_A
-
-    def all_factors(self) -> dict[str, Factors]:
-        """{layer: its stored factors and scaling}."""
-        pairs = {name: self.factors(name) for name in self.layers}
-        return {name: (lora_A, lora_B, self.layers[name].scaling) for name, (lora_B, lora_A) in pairs.items()}
-
-    def products(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product of a layer; errors as in :meth:`factors`."""
-        return products(*self.factors(name), self.layers[name].experts)
-
-    def singular_values(self, name: str) -> Tensor:
-        """The singular values of a layer's update, scaling included, descending, float64."""
-        return pooled([singular_values(*pair) for pair in self.products(name)]) * abs(self.layers[name].scaling)
-
-    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
-        """(lora_B, lora_A) of a layer as matrices, with all stored rows and columns."""
-        lora_A, lora_B = (self.tensor(key).flatten(1) for key in self.layers[name].keys)
-        if not (finite(lora_A) and finite(lora_B)):
-            raise ConfigurationError(
-                f"{name!r} holds NaN, inf or a number too large for float32 in the adapter {self.source!r}"
-            )
-        return lora_B, lora_A
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -106,6 +63,12 @@ def open_adapter(path: str | Path) -> Iterator[Adapter]:
         factors, others = _sorted_keys(file.keys(), config, folder)
         layers = _checked_layers(file, factors, others, config, folder)
         yield Adapter(str(folder), layers, others, partial(stored_tensor, file, path=weights), config)
+
+
+def open_stored(path: str | Path) -> AbstractContextManager[Adapter | SingleFile]:
+    """The LoRA at ``path``: a PEFT adapter's folder by :func:`open_adapter`, or a file by :func:`open_file`."""
+    path = Path(path)
+    return open_file(path) if path.is_file() or path.suffix == SUFFIX else open_adapter(path)
 
 
 def _sorted_keys(

@@ -1,6 +1,7 @@
 """Inspecting and compressing a stored adapter by its factors alone; neither a model nor PEFT is needed."""
 
 import re
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import floor
@@ -8,14 +9,19 @@ from pathlib import Path
 
 import torch
 
-from dynrank.adapters.read import Adapter, open_adapter
+from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import new_adapter_folder
-from dynrank.adapters.stored import Factors, StoredLayer, one_thread
+from dynrank.adapters.single_file import SUFFIX, SingleFile, rewrite_file
+from dynrank.adapters.stored import Factors, StoredAdapter, StoredLayer, one_thread
 from dynrank.change.resize import LayerReport, report_of
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import effective_rank, energy_rank, stacked, truncate_product
+from dynrank.output.output_folder import new_file
 from dynrank.targets import Budget, Energy, LayerState, Rank, Target
+
+# ({layer: new factors}, a report for each layer).
+Squeezed = tuple[dict[str, Factors], list[LayerReport]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +47,8 @@ class LayerSpectrum(StoredLayer):
 
 
 def inspect_adapter(path: str | Path) -> list[LayerSpectrum]:
-    """The layers of a PEFT adapter in a folder, ordered by name; one is in memory at a time."""
-    with open_adapter(path) as adapter, one_thread():
+    """The layers of a LoRA, ordered by name, from a PEFT adapter's folder or a file; one is in memory at a time."""
+    with open_stored(path) as adapter, one_thread():
         spectra = []
         for name, stored in adapter.layers.items():
             values = tuple(adapter.singular_values(name).tolist())
@@ -57,6 +63,7 @@ def squeeze_adapter(
     rank: int | None = None,
     energy: float | None = None,
     budget: int | float | str | None = None,
+    way: Callable[[Adapter, Target], Squeezed] | None = None,
 ) -> list[LayerReport]:
     """Write the adapter in ``source`` to ``out`` with lower ranks.
 
@@ -65,15 +72,19 @@ def squeeze_adapter(
     and so do all other tensors (modules_to_save). Dtypes and all other settings are kept; tokenizer files and label
     names are copied. Memory use is the new adapter and one pair of old factors. ``out`` is written whole or not at all.
 
+    A file of diffusers, kohya or ComfyUI is computed in float32 and stored in its own dtypes. Its other layers (LoHa,
+    LoKr, DoRA) are copied. All layers get the same alpha, see :func:`rewrite_file`.
+
     Give exactly one of ``rank``, ``energy`` and ``budget``.
 
     Args:
-        source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors).
-        out: new or empty folder.
+        source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors), or a safetensors file.
+        out: new or empty folder; a new file if ``source`` is a file.
         rank: highest rank of every layer.
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
         budget: parameters of all factors together (an int), or a share of the present ones ("0.5", "50%", 0.5); the
             directions with the largest squared singular values of the update (scaling included) are kept.
+        way: chooses directions in another way than by singular values, for a target of type Rank or Budget.
 
     Returns:
         A report for each layer, unchanged ones included.
@@ -84,7 +95,11 @@ def squeeze_adapter(
     source = Path(source)
     out = Path(out)
     _check_options(rank, energy, budget)
-    with open_adapter(source) as adapter:
+    if way is not None and energy is not None:
+        raise ConfigurationError(
+            f"--gates takes --rank or --budget, got --energy {energy}, a share of squared singular values"
+        )
+    with open_stored(source) as adapter:
         target: Target
         if rank is not None:
             target = Rank(rank)
@@ -92,8 +107,17 @@ def squeeze_adapter(
             target = Energy(energy)
         else:
             target = _budget(budget, adapter)
+        if isinstance(adapter, SingleFile):
+            if way is not None:
+                raise ConfigurationError(f"--gates takes the folder of a PEFT adapter, got the file {str(source)!r}")
+            if out.suffix != SUFFIX:
+                raise ConfigurationError(f"--out must be a new file, NAME{SUFFIX}, got {str(out)!r}")
+            with new_file(out) as file:
+                factors, reports = _squeezed(adapter, target)
+                rewrite_file(file, adapter, factors)
+            return reports
         with new_adapter_folder(out, source) as folder:
-            factors, reports = _squeezed(adapter, target)
+            factors, reports = (way or _squeezed)(adapter, target)
             rewrite_adapter(folder, adapter, factors)
         return reports
 
@@ -109,7 +133,7 @@ def _check_options(rank: int | None, energy: float | None, budget: int | float |
         raise ConfigurationError(f"--energy must be a share in (0, 1], got {energy}")
 
 
-def _budget(budget: int | float | str | None, adapter: Adapter) -> Budget:
+def _budget(budget: int | float | str | None, adapter: StoredAdapter) -> Budget:
     text = str(budget).strip()
     share = 0.0
     if re.fullmatch(r"\d+(_\d+)*", text):
@@ -133,8 +157,8 @@ def _budget(budget: int | float | str | None, adapter: Adapter) -> Budget:
 
 
 @one_thread()
-def _squeezed(adapter: Adapter, target: Target) -> tuple[dict[str, Factors], list[LayerReport]]:
-    """({layer: factors of its directions with the largest singular values}, reports); one layer at a time is read."""
+def _squeezed(adapter: StoredAdapter, target: Target) -> Squeezed:
+    """Keep the directions with the largest singular values; one layer is in memory at a time."""
     factors = {}
     reports = []
     states = {}

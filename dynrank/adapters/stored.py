@@ -1,7 +1,7 @@
-"""A layer of a stored adapter, known from its settings and the shapes of its factors; and safe reading of files."""
+"""A stored LoRA in any format: layers, with the shapes of their factors, and other tensors."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from dynrank.errors import ConfigurationError
+from dynrank.linalg import finite, pooled, products, singular_values, stacked, truncate_product
 
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # lora_A, lora_B and the scaling of a layer.
@@ -22,7 +23,7 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A layer of an adapter.
+    """A layer of an adapter, known from the settings and the shapes of its factors.
 
     Attributes:
         keys: keys of lora_A and lora_B in the file.
@@ -53,6 +54,56 @@ class StoredLayer:
     def parameters(self) -> int:
         """Parameters of the stored factors."""
         return self.stored_rank * self.params_per_rank
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """A stored LoRA that was checked without a model.
+
+    Attributes:
+        source: the folder or file from which it was read.
+        layers: {name: layer}, ordered by name; numbers in names are ordered as numbers.
+        others: {name: key in the file} of every other tensor.
+        tensor: function that returns the stored tensor of a key.
+    """
+
+    source: str
+    layers: Mapping[str, StoredLayer]
+    others: Mapping[str, str]
+    tensor: Callable[[str], Tensor]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of a layer; the products of experts are stacked."""
+        layer = self.layers[name]
+        lora_B, lora_A = self.matrices(name)
+        if len(lora_A) == layer.rank * layer.experts:
+            return lora_B, lora_A
+        # PEFT allows a rank above min(d_in, d_out), but no product has such a rank.
+        pairs = products(lora_B, lora_A, layer.experts)
+        change = stacked([truncate_product(*pair, layer.rank) for pair in pairs])
+        return change.lora_B, change.lora_A
+
+    def all_factors(self) -> dict[str, Factors]:
+        """{layer: its stored factors and scaling}."""
+        pairs = {name: self.factors(name) for name in self.layers}
+        return {name: (lora_A, lora_B, self.layers[name].scaling) for name, (lora_B, lora_A) in pairs.items()}
+
+    def products(self, name: str) -> list[tuple[Tensor, Tensor]]:
+        """(lora_B (d_out, rank), lora_A (rank, d_in)) of each product of a layer; errors as in :meth:`factors`."""
+        return products(*self.factors(name), self.layers[name].experts)
+
+    def singular_values(self, name: str) -> Tensor:
+        """The singular values of a layer's update, scaling included, descending, float64."""
+        return pooled([singular_values(*pair) for pair in self.products(name)]) * abs(self.layers[name].scaling)
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """(lora_B, lora_A) of a layer as matrices, with all stored rows and columns."""
+        lora_A, lora_B = (self.tensor(key).flatten(1) for key in self.layers[name].keys)
+        if not (finite(lora_A) and finite(lora_B)):
+            raise ConfigurationError(
+                f"{name!r} holds NaN, inf or a number too large for float32 in the adapter {self.source!r}"
+            )
+        return lora_B, lora_A
 
 
 @contextmanager
@@ -104,12 +155,12 @@ def numbers_as_such(name: str) -> list[tuple[int, str]]:
 
 
 def checked_layer(
-    file: Any, pair: Mapping[str, str], settings: tuple[int, float, float], of_parameter: bool
+    file: Any, pair: Mapping[str, str], settings: tuple[int, float, float] | None, of_parameter: bool = False
 ) -> StoredLayer:
     """A layer of a file from :func:`opened`, after a check that its factors fit together and fit its settings.
 
-    ``pair`` is {"A": key of lora_A, "B": key of lora_B}. The settings are (rank, alpha, scaling). The factors of a
-    parameter may stack several products of that rank.
+    ``pair`` is {"A": key of lora_A, "B": key of lora_B}. The settings are (rank, alpha, scaling); None: the factors'
+    rank, alpha equal to the rank, and 1. The factors of a parameter may stack several products of that rank.
     """
     if set(pair) != {"A", "B"}:
         raise ValueError("lacks one of its two factors")
@@ -122,7 +173,7 @@ def checked_layer(
             raise ValueError(f"must have factors of {[*FLOATS]}, got {dtype}")
     if len(shape_A) < 2 or len(shape_B) < 2 or torch.Size(shape_B[1:]).numel() != shape_A[0] or 0 in shape_A + shape_B:
         raise ValueError(f"must have factors (rank, d_in) and (d_out, rank), got {shape_A} and {shape_B}")
-    rank, alpha, scaling = settings
+    rank, alpha, scaling = settings or (shape_A[0], float(shape_A[0]), 1.0)
     experts = shape_A[0] // rank if of_parameter else 1
     if shape_A[0] != rank * experts or not experts:
         raise ValueError(f"must have the rank of the settings (r, rank_pattern), {rank}, got factors of {shape_A[0]}")

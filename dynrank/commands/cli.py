@@ -25,9 +25,32 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides, as
 Adapter = Annotated[
     Path, typer.Argument(callback=_adapter_of, help="Folder of a PEFT LoRA adapter, or of the run that made it")
 ]
+Stored = Annotated[
+    Path,
+    typer.Argument(
+        metavar="ADAPTER",
+        callback=_adapter_of,
+        help="Folder of a PEFT LoRA adapter, or of the run that made it; or a .safetensors file of diffusers, kohya or "
+        "ComfyUI",
+    ),
+]
 Base = Annotated[
     str | None,
     typer.Option(help="Folder, hub name or short name of the base model; by default, the one that the adapter names"),
+]
+Gates = Annotated[
+    bool, typer.Option("--gates", help="Rate directions by the loss of the examples in --data, not by singular values")
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="With --gates: a file as for data.train, with text and label, prompt and answer, messages or text",
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="OURS=THEIRS", help="With --gates: a column with an unusual name, such as text=review"),
 ]
 ConfigDir = Annotated[
     Path | None, typer.Option(exists=True, file_okay=False, help="Folder with your own groups, as for dynrank-train")
@@ -53,6 +76,17 @@ def _decimal(text: str) -> float:
         return float(text)
     except ValueError:
         raise typer.BadParameter(f"must be a number, got {text!r}") from None
+
+
+def _examples(gates: bool, **options: Any) -> dict[str, Any] | None:
+    """The arguments of a Gated in addition to the adapter; None without --gates."""
+    given = [f"--{name}" for name, value in options.items() if value]
+    if not gates and given:
+        raise ConfigurationError(f"{', '.join(given)} must go with --gates")
+    if gates and not options["data"]:
+        raise ConfigurationError("--gates needs --data FILE, whose examples say what the loss needs")
+    pairs = (pair.partition("=") for pair in options["columns"] or ())
+    return {**options, "columns": {ours: theirs for ours, _, theirs in pairs}} if gates else None
 
 
 def _print_version(asked: bool) -> None:
@@ -147,8 +181,8 @@ def plan(
 
 @app.command()
 def squeeze(
-    adapter: Adapter,
-    out: Annotated[Path, typer.Option(help="New or empty folder to write to")],
+    adapter: Stored,
+    out: Annotated[Path, typer.Option(help="New or empty folder to write to; for a file, a new file")],
     rank: Annotated[
         int | None, typer.Option(parser=_whole, metavar="N", help="New rank of every layer that has a higher one")
     ] = None,
@@ -162,19 +196,16 @@ def squeeze(
         str | None,
         typer.Option(metavar="P", help="Parameters of all factors, or a share of the present ones: 0.5 or 50%"),
     ] = None,
+    gates: Gates = False,
+    model: Base = None,
+    data: Data = None,
+    columns: Columns = None,
 ) -> None:
     """Compress an adapter to lower ranks; give one of --rank, --energy and --budget."""
-    from dynrank.adapters.read import open_adapter
-    from dynrank.adapters.squeeze import squeeze_adapter
-    from dynrank.output.console import print_facts, print_table
-    from dynrank.output.ranks import change_table
+    examples = _examples(gates, model=model, data=data, columns=columns)
+    from dynrank.commands.squeeze import print_squeeze
 
-    layers = squeeze_adapter(adapter, out, rank=rank, energy=energy, budget=budget)
-    with open_adapter(adapter) as stored:
-        before = sum(layer.parameters for layer in stored.layers.values())
-    after = sum(layer.rank_after * layer.params_per_rank for layer in layers)
-    print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
-    print_facts({"parameters": f"{before:,} → {after:,} ({after / before:.1%})", "files": str(out)})
+    print_squeeze(adapter, out, examples, rank=rank, energy=energy, budget=budget)
 
 
 @app.command()
@@ -260,13 +291,21 @@ def predict(
 
 @app.command()
 def inspect(
-    adapter: Adapter,
+    adapter: Stored,
     plot: Annotated[Path | None, typer.Option(help="Picture of the singular values: FILE.png")] = None,
+    gates: Gates = False,
+    model: Base = None,
+    data: Data = None,
+    columns: Columns = None,
 ) -> None:
-    """Show each layer of an adapter: rank, scaling, singular values, and how many directions have its energy."""
+    """Show each layer of an adapter: rank, scaling, singular values, and how many directions have its energy.
+
+    With --gates also the rank that the layer would keep with half and with a quarter of all parameters.
+    """
+    examples = _examples(gates, model=model, data=data, columns=columns)
     from dynrank.commands.inspect import show_adapter
 
-    show_adapter(adapter, plot)
+    show_adapter(adapter, plot, examples)
 
 
 @app.command()

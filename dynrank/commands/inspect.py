@@ -1,23 +1,45 @@
 """The output of ``dynrank inspect``: a table of an adapter's layers, and a picture of their singular values."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
+from dynrank.adapters.read import read_adapter
 from dynrank.adapters.squeeze import LayerSpectrum, inspect_adapter
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_facts, print_table, shape_of_update
+from dynrank.targets import Budget
 
 # Shares of the energy for which the table shows how many directions have them.
 SHARES = (0.9, 0.99)
+# Shares of the parameters for which --gates shows the rank of each layer.
+BUDGETS = (0.5, 0.25)
+
+# {share of the parameters: {layer: rank that it keeps}}.
+Kept = Mapping[float, Mapping[str, int]]
 
 
-def show_adapter(folder: Path, plot: Path | None) -> None:
-    """Print the layers of the adapter in ``folder``, and draw their singular values into ``plot``."""
+def show_adapter(folder: Path, plot: Path | None, examples: Mapping[str, Any] | None) -> None:
+    """Print the layers of the adapter in ``folder``, and draw their singular values into ``plot``.
+
+    With ``examples``, the arguments of :class:`dynrank.commands.gates.Gated`, the table also shows the ranks after a
+    squeeze by gates.
+    """
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
     layers = inspect_adapter(folder)
-    print_spectra(layers)
+    kept = dict[float, dict[str, int]]()
+    if examples is not None:
+        # This slow import loads the training code, which is needed only with gates.
+        from dynrank.commands.gates import Gated
+
+        gated = Gated(read_adapter(folder), **examples)
+        parameters = sum(layer.parameters for layer in layers)
+        for share in BUDGETS:
+            directions = gated.kept(Budget(int(share * parameters), by="weight"))
+            kept[share] = {name: len(keep) for name, keep in directions.items()}
+    print_spectra(layers, kept)
     if plot is not None:
         # matplotlib is an optional dependency.
         from dynrank.output.plots import spectra_figure
@@ -32,9 +54,10 @@ def show_adapter(folder: Path, plot: Path | None) -> None:
         print_facts({"plot": plot})
 
 
-def print_spectra(layers: Sequence[LayerSpectrum]) -> None:
+def print_spectra(layers: Sequence[LayerSpectrum], kept: Kept) -> None:
     """Print a line per layer, and totals."""
     counts = {f"{share:.0%} energy": [layer.energy_rank(share) for layer in layers] for share in SHARES}
+    counts |= {f"rank in {share:.0%}": [ranks[layer.layer] for layer in layers] for share, ranks in kept.items()}
     headings = ["layer", "d_out x d_in", "rank", "alpha", "scaling", "sigma max", "sigma min", *counts]
     table = empty_table("LoRA layers of the adapter", *headings, "effective rank", "parameters")
     for layer, *own in zip(layers, *counts.values(), strict=True):

@@ -1,8 +1,13 @@
-"""``dynrank ranks``, ``predict`` and ``squeeze`` on a mixture of experts: as PEFT computes with the files."""
+"""``dynrank ranks``, ``predict`` and ``squeeze --gates`` on a mixture of experts: as PEFT computes with the files."""
+
+import json
+import re
 
 import pytest
+import torch
 from peft import PeftModel
 from rich.console import Console
+from torch.testing import assert_close
 from trained import updated
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,10 +66,18 @@ def test_predict_writes_what_peft_writes(base, adapter, launch):
         assert line == one_line(tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip())
 
 
-def test_squeezed_experts_are_half_of_the_numbers_and_peft_reads_them(base, adapter, launch, tmp_path):
-    code, _, said = launch(cli.main, "squeeze", adapter, "--budget", "50%", "--out", "small")
+def test_squeeze_by_gates_says_the_losses_that_peft_finds(base, adapter, launch, tmp_path):
+    rows = [{"text": f"one line of text with {'abcdef'[i % 6]}"} for i in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = ["--budget", "50%", "--gates", "--data", "text.jsonl", "--model", base, "--out", "small"]
+    code, printed, said = launch(cli.main, "squeeze", adapter, *options)
     assert code == 0, said
-    by_peft(base, tmp_path / "small")
+    losses = map(float, re.search(r"loss +([\d.]+) → ([\d.]+), on the 40 examples that chose", printed).groups())
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = torch.tensor([[*tokenizer(row["text"])["input_ids"], tokenizer.eos_token_id] for row in rows])
+    for loss, folder in zip(losses, (adapter, tmp_path / "small"), strict=True):
+        with torch.no_grad():
+            assert_close(loss, float(by_peft(base, folder)(input_ids=ids, labels=ids).loss), rtol=0, atol=2e-4)
     before, after = (
         sum(layer.parameters for layer in dynrank.read_adapter(folder).layers.values())
         for folder in (adapter, tmp_path / "small")

@@ -1,6 +1,7 @@
 """The benchmarks in miniature: that they run, and what they say of bytes; times of such sizes mean nothing."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -44,6 +45,24 @@ def test_bench_experts(bench):
     assert [row[0] for row in rows] == ["16"]
     # These are the bytes that are kept for the backward pass.
     assert float(rows[0][5]) < float(rows[0][6])
+
+
+def test_bench_single_file(bench, script):
+    shapes = {"lora_unet_a": (20, 12), "lora_unet_b": (12, 30), "lora_unet_c": (20, 12)}
+    tiny: dict[str, Any] = {"LAYERS": {"96 x 80": (96, 80)}, "FILES": {"tiny": (lambda: shapes, 4, 2)}}
+    # The process of each method is this one.
+    tiny["in_a_process"] = script("bench_single_file").resize
+    layers = []
+    files = []
+    for row in bench("bench_single_file", "--rounds", "2", "--turns", "1", **tiny):
+        (layers if len(row) == 10 else files).append(row)
+    above = [float(cell) for cell in layers[-1][-3:]]
+    assert [abs(a) < most for a, most in zip(above, (1e-5, 1e-5, 1e-2), strict=True)] == [True] * 3
+    assert [row[:5] for row in files[2:]] == [
+        ["tiny", "3", "4 → 2", "0 → 0", m] for m in ("dynrank", "svd_lowrank", "whole SVD, of samples")
+    ]
+    # The files are stored in half precision.
+    assert all(abs(float(row[-1])) < 1e-3 for row in files[2:])
 
 
 def test_bench_host(bench):

@@ -72,7 +72,9 @@ def find_columns(
             fix = [f"set data.columns.{ours} to one of these"]
             fix += ["set data.columns.prompt and data.columns.answer"] * (ours == "messages")
             fix += ["write a first line with names of columns"] * where.endswith((".csv", ".tsv"))
-            fix += [f"set task={other}, which takes them" for other in COLUMNS if not theirs and _fits(columns, other)]
+            fix += [
+                f"set task={other}, which takes them" for other in COLUMNS if not theirs and _fits(columns, other, {})
+            ]
             wanted = f"column {theirs!r}" if theirs else usual
             raise ConfigurationError(f"{where} has no {wanted}; it has {columns}; {', or '.join(fix)}")
     if form == "completion" and _are_turns(sample, names["prompt"]):
@@ -93,8 +95,25 @@ def find_columns(
     )
 
 
-def _fits(columns: Sequence[str], form: str) -> bool:
-    return all(_usual(columns, {}, COLUMNS[form], {}).values())
+def form_of(sample: Sample, forms: Sequence[Form], given: Mapping[str, str], where: str) -> Form:
+    """The first of ``forms`` whose columns the data have, by the user's names (``given``) or by usual names."""
+    columns = _names_in(sample)
+    places = {name for form in forms for name in (*COLUMNS[form], *_MORE[form])}
+    for ours, theirs in given.items():
+        if ours not in places or theirs not in columns:
+            allowed = f"OURS one of {sorted(places)} and THEIRS one of {columns} in {where}"
+            raise ConfigurationError(f"--columns must be OURS=THEIRS, {allowed}; got {ours}={theirs}")
+    for form in sorted(forms, key=lambda form: given.keys().isdisjoint(COLUMNS[form])):
+        if _fits(columns, form, given):
+            prompt = _usual(columns, given, COLUMNS["completion"], {})["prompt"]
+            return "chat" if form == "completion" and _are_turns(sample, prompt) else form
+    wanted = ", or ".join(" and ".join(COLUMNS[form]) for form in forms)
+    usual = f"{where} must have the columns {wanted}, with usual names; it has {columns}"
+    raise ConfigurationError(f"{usual}; give their names: --columns {COLUMNS[forms[0]][0]}=NAME")
+
+
+def _fits(columns: Sequence[str], form: str, given: Mapping[str, str]) -> bool:
+    return all(_usual(columns, given, COLUMNS[form], {}).values())
 
 
 def _found(columns: Sequence[str], given: Mapping[str, str | None], form: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The splits of users' own data: files, folders, or names on the hub. The rows stay on disk."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import datasets
@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, validated_call
-from dynrank.tasks.data.columns import Form, find_columns
+from dynrank.tasks.data.columns import Form, find_columns, form_of
 from dynrank.tasks.data.source import Source, say
 from dynrank.tasks.data.splits import SPLITS, Checked, number_of
 from dynrank.tasks.data.stored import column_of, rows_of_shared_labels
@@ -71,6 +71,16 @@ def from_files(
             few = f"data.train={train} has {len(rows)} rows, which leaves none for {split}"
             raise ConfigurationError(f"{few}; set data.{split} to a file of its own, or data.share")
     return found
+
+
+def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, str]) -> tuple[datasets.Dataset, Form]:
+    """All rows of a source with the columns of the first of ``forms`` that it has, and this form.
+
+    ``columns`` are {our name of a column: its name in the source} where a name is unusual.
+    """
+    form = form_of(source.sample, forms, columns, source.where)
+    rows, _ = source.read(find_columns(source.sample, columns, form, source.where, source.types))
+    return rows.remove_columns(["digest", "place"]), form
 
 
 def _read(

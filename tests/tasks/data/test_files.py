@@ -10,6 +10,7 @@ import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.run.job import build
 from dynrank.tasks.data import stored
+from dynrank.tasks.data.columns import form_of
 from dynrank.tasks.data.files import from_files
 
 ROWS = [{"text": f"text, number {i}", "label": "even" if i % 2 == 0 else "odd"} for i in range(200)]
@@ -288,6 +289,12 @@ KNOWN = {
     "Alpaca as a chat": ("chat", {"instruction": "q NUMBER", "output": "a", "system": "s"},
                          {"messages": [SYSTEM, *TURNS]}),
 }  # fmt: skip
+
+
+def test_turns_as_a_prompt_are_a_chat():
+    row = {"prompt": TALKS[:1], "completion": TALKS[1:]}
+    assert form_of([row], ("completion", "text"), {}, "") == "chat"
+    assert form_of([{"prompt": "q", "completion": "a"}], ("completion", "text"), {}, "") == "completion"
 
 
 @pytest.mark.parametrize("case", KNOWN)

@@ -1,0 +1,218 @@
+"""Reading and rewriting a LoRA in one safetensors file, the format of diffusers, kohya and ComfyUI.
+
+Layer names are not interpreted, so files of all models are treated alike. Scaling is alpha / rank. Alpha is a tensor of
+the layer (kohya), or a value in the metadata (diffusers), or, if there is neither, the rank.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dynrank.adapters.config import CONFIG_FILE, AdapterConfig, LayerSettings
+from dynrank.adapters.stored import (
+    Factors,
+    StoredAdapter,
+    StoredLayer,
+    checked_layer,
+    numbers_as_such,
+    opened,
+    readable,
+    refuse_faults,
+    stored_tensor,
+)
+from dynrank.errors import ConfigurationError, read_as
+from dynrank.linalg import finite
+from dynrank.output.whole_file import os_errors
+from dynrank.rank_map import peft_ranks
+
+SUFFIX = ".safetensors"
+# diffusers stores the settings of PEFT's adapters under this key.
+DIFFUSERS = "lora_adapter_metadata"
+_FACTOR = re.compile(r"(?P<layer>.+)[._]lora(?:_linear_layer)?[._](?:(?P<down>down|A)|up|B)(?:\.default)?(?:\.weight)?")
+# Differences that a file adds to a layer's weight and bias; they do not depend on the factors.
+_BESIDE = (".diff", ".diff_b")
+_HASHES = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+
+
+@dataclass(frozen=True)
+class SingleFile(StoredAdapter):
+    """A LoRA from a single file; tensors of other layers (LoHa, LoKr, DoRA, ...) are in ``others``.
+
+    Attributes:
+        alphas: {layer: key of its alpha}; empty if no layer has one.
+        configs: {part of the model in diffusers' metadata ("unet", "text_encoder"): its settings}.
+        metadata: metadata of the file.
+    """
+
+    alphas: Mapping[str, str]
+    configs: Mapping[str, AdapterConfig]
+    metadata: Mapping[str, str]
+
+    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
+        """As :meth:`StoredAdapter.matrices`, in float32 or wider."""
+        lora_B, lora_A = super().matrices(name)
+        wide = torch.promote_types(lora_A.dtype, torch.float32)
+        return lora_B.to(wide), lora_A.to(wide)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[SingleFile]:
+    """The LoRA in a file; each tensor is read from the file when it is used."""
+    if not path.is_file():
+        raise ConfigurationError(f"there is no file {str(path)!r}")
+    if path.suffix != SUFFIX:
+        raise ConfigurationError(f"{str(path)!r} must be a {SUFFIX} file; others (.pt, .ckpt, .bin) are not read")
+    if path.stem == "adapter_model" and (path.parent / CONFIG_FILE).exists():
+        raise ConfigurationError(f"{str(path)!r} belongs to the {CONFIG_FILE} in its folder; give the folder")
+    with opened(path) as file:
+        metadata = file.metadata() or {}
+        pairs, others = _sorted_keys(file.keys())
+        alphas = {name: others.pop(f"{name}.alpha") for name in pairs if f"{name}.alpha" in others}
+        configs = _configs(metadata, path)
+        if configs and alphas:
+            raise ConfigurationError(f"{str(path)!r} has alpha twice, in {DIFFUSERS} and for {next(iter(alphas))!r}")
+        settings = dict[str, LayerSettings]()
+        layers = dict[str, StoredLayer]()
+        faults = list[str]()
+        for prefix, config in configs.items():
+            inner = _inside(prefix, pairs)
+            settings |= {inner[name]: of_layer for name, of_layer in config.of_layers(inner).items()}
+        for name, pair in pairs.items():
+            try:
+                layers[name] = checked_layer(file, pair, settings.get(name))
+                if name in alphas:
+                    alpha = _alpha(stored_tensor(file, alphas[name], path))
+                    layers[name] = replace(layers[name], alpha=alpha, scaling=alpha / layers[name].alpha)
+            except ValueError as fault:
+                faults.append(f"{name!r} {fault}")
+        refuse_faults(faults, str(path))
+        if not layers:
+            kinds = {key.rpartition(".")[2] for key in others}
+            raise ConfigurationError(f"{str(path)!r} holds no plain LoRA layers; its tensors are {sorted(kinds)[:9]}")
+        tensor = partial(stored_tensor, file, path=path)
+        yield SingleFile(str(path), layers, others, tensor, alphas, configs, metadata)
+
+
+def rewrite_file(path: Path, file: SingleFile, factors: Mapping[str, Factors]) -> None:
+    """Write ``file`` with other factors; keys, dtypes, other tensors and metadata are kept, except ranks and hashes.
+
+    All layers get the same alpha, because diffusers 0.42 uses the most common alpha for all. If no layer has an alpha,
+    it equals the rank, as ComfyUI assumes. lora_B is multiplied by what the scaling then lacks. The common alpha is the
+    smallest of all layers, so that this factor is at least 1, which is safer in half precision.
+    """
+    ranks = {name: len(lora_A) for name, (lora_A, _, _) in factors.items()}
+    tensors = {key: file.tensor(key) for key in file.others.values()}
+    alpha = 0.0
+    if file.alphas:
+        like = file.tensor(next(iter(file.alphas.values())))
+        value = torch.full_like(like, 0, dtype=like.dtype if like.is_floating_point() else torch.float32)
+        value += min(abs(scaling * ranks[name]) for name, (_, _, scaling) in factors.items())
+        tensors |= {file.alphas.get(name, f"{name}.alpha"): value.clone() for name in ranks}
+        try:
+            # Alpha is rounded to its stored dtype.
+            alpha = _alpha(value)
+        except ValueError as fault:
+            raise ConfigurationError(f"the one alpha of all layers of {file.source!r} {fault}") from None
+    for name, (lora_A, lora_B, scaling) in factors.items():
+        fold = scaling / (alpha / ranks[name] if file.alphas else 1.0)
+        for key, factor in zip(file.layers[name].keys, (lora_A, lora_B * fold), strict=True):
+            old = file.tensor(key)
+            sizes = (ranks[name], *old.shape[1:]) if factor is lora_A else (len(old), ranks[name], *old.shape[2:])
+            tensors[key] = factor.to(old.dtype).reshape(sizes).contiguous()
+            if not finite(tensors[key]):
+                raise ConfigurationError(f"{name!r} is too large for {old.dtype} with its scaling in {key!r}")
+    # Tools compute these hashes of the content where a file has none.
+    metadata = {key: text for key, text in file.metadata.items() if key not in _HASHES}
+    new = _kohya_metadata(file, ranks, alpha) | _diffusers_metadata(file, ranks)
+    metadata |= {key: text for key, text in new.items() if key in metadata}
+    with os_errors(path):
+        save_file(tensors, path, metadata=metadata or None)
+
+
+def _sorted_keys(keys: Iterable[str]) -> tuple[dict[str, dict[str, str]], dict[str, str]]:
+    """({layer: {"A": key, "B": key}}, {key: key} of other tensors, with layers that have more than two factors)."""
+    keys = [*keys]
+    pairs = dict[str, dict[str, str]]()
+    others = {key: key for key in keys}
+    for key in keys:
+        match = _FACTOR.fullmatch(key)
+        pair = pairs.setdefault(match["layer"], {}) if match else {}
+        if match and (which := "A" if match["down"] else "B") not in pair:
+            pair[which] = others.pop(key)
+    for key in [*others]:
+        layer, _, part = key.rpartition(".")
+        while layer and layer not in pairs:
+            layer, _, before = layer.rpartition(".")
+            part = f"{before}.{part}"
+        if layer and part != "alpha" and f".{part}" not in _BESIDE:
+            others |= {key: key for key in pairs.pop(layer).values()}
+    return {name: pairs[name] for name in sorted(pairs, key=numbers_as_such)}, others
+
+
+def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, AdapterConfig]:
+    """{prefix: settings} in diffusers' metadata; the prefix is "" for a single model."""
+    if DIFFUSERS not in metadata:
+        return {}
+    where = f"{DIFFUSERS} in the metadata of {str(path)!r}"
+    with readable(where):
+        values = json.loads(metadata[DIFFUSERS])
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{where} must be a mapping, got a {type(values).__name__}")
+    by_prefix: dict[str, dict[str, Any]] = {}
+    for key, value in values.items():
+        prefix, _, name = key.rpartition(".")
+        by_prefix.setdefault(prefix, {})[name] = value
+    return {prefix: read_as(AdapterConfig, settings, where) for prefix, settings in by_prefix.items()}
+
+
+def _inside(prefix: str, layers: Iterable[str]) -> dict[str, str]:
+    """{name inside the part of the model that ``prefix`` names: layer}."""
+    start = prefix and f"{prefix}."
+    return {name.removeprefix(start): name for name in layers if name.startswith(start)}
+
+
+def _alpha(tensor: Tensor) -> float:
+    alpha = float(tensor) if tensor.numel() == 1 and not tensor.is_complex() else 0.0
+    # Some tools read an alpha of 0 as the rank, others as 0.
+    if alpha == 0 or not finite(torch.tensor(alpha, dtype=torch.float64)):
+        raise ValueError(f"must have a number other than 0 for alpha, got {tensor.flatten()[:3].tolist()}")
+    return alpha
+
+
+def _diffusers_metadata(file: SingleFile, ranks: Mapping[str, int]) -> dict[str, str]:
+    values: dict[str, Any] = {}
+    for prefix, config in file.configs.items():
+        inner = _inside(prefix, ranks)
+        settings = config.model_dump(exclude_unset=True)
+        settings |= peft_ranks({name: (ranks[layer], ranks[layer]) for name, layer in inner.items()}) if inner else {}
+        values |= {f"{prefix}.{key}" if prefix else key: value for key, value in settings.items()}
+    return {DIFFUSERS: json.dumps(values, indent=2, sort_keys=True)}
+
+
+def _kohya_metadata(file: SingleFile, ranks: Mapping[str, int], alpha: float) -> dict[str, str]:
+    """Kohya's metadata of ranks: "Dynamic" if ranks differ; convolutions with kernels above 1 have separate keys."""
+    kinds: dict[bool, set[int]] = {}
+    for name, rank in ranks.items():
+        kinds.setdefault(any(size > 1 for size in file.layers[name].kernel), set()).add(rank)
+    dim, conv_dim = (
+        str(*kinds[of_filters]) if len(kinds.get(of_filters, ())) == 1 else "Dynamic" for of_filters in (False, True)
+    )
+    text = f"{alpha:g}" if file.alphas else dim
+    values = {"ss_network_dim": dim, "ss_network_alpha": text}
+    try:
+        arguments = json.loads(file.metadata.get("ss_network_args", ""))
+    except (ValueError, RecursionError):
+        return values
+    if True in kinds and isinstance(arguments, dict) and "conv_dim" in arguments:
+        arguments |= {"conv_dim": conv_dim, "conv_alpha": text if file.alphas else conv_dim}
+        values["ss_network_args"] = json.dumps(arguments)
+    return values

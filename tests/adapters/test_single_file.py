@@ -1,0 +1,344 @@
+"""A squeezed file is the dense SVD truncation of its source, by the rules of all tools that read it; all else stays."""
+
+import json
+import re
+import struct
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dense import truncation
+from diffusers import UNet2DConditionModel
+from diffusers.loaders import StableDiffusionLoraLoaderMixin as StableDiffusion
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dynrank.adapters.squeeze import inspect_adapter, squeeze_adapter
+
+TARGETS = [{"rank": 2}, {"energy": 0.8}, {"budget": "40%"}]
+
+
+def unet():
+    """With convolutions, and outputs of three channels, which are fewer than the rank."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}
+    blocks["up_block_types"] = ("CrossAttnUpBlock2D", "UpBlock2D")
+    sizes = {"block_out_channels": (8, 16), "cross_attention_dim": 12, "attention_head_dim": 4, "norm_num_groups": 4}
+    return UNet2DConditionModel(8, 3, 3, layers_per_block=1, **blocks, **sizes)
+
+
+def kohya(path, dtype=torch.float32, alphas=(3, 2, 8), ranks=(6, 3, 4), metadata=None):
+    """A file of kohya's names with a LoRA for each layer of ``unet()``, and its tensors."""
+    torch.manual_seed(1)
+    tensors = {}
+    modules = [(n, m) for n, m in unet().named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    for index, (name, module) in enumerate(modules):
+        key = f"lora_unet_{name.replace('.', '_')}"
+        weight = module.weight
+        rank = ranks[index % len(ranks)]
+        alpha = alphas[index % len(alphas)]
+        tensors[f"{key}.lora_down.weight"] = torch.randn(rank, *weight.shape[1:]).to(dtype)
+        tensors[f"{key}.lora_up.weight"] = torch.randn(len(weight), rank, *[1] * (weight.ndim - 2)).to(dtype)
+        tensors[f"{key}.alpha"] = torch.tensor(alpha, dtype=dtype)
+    save_file(tensors, path, metadata=metadata)
+    return tensors
+
+
+def by_comfyui(up, down, alpha, shape):
+    """As A1111: both flattened; alpha / rank, or 1 without an alpha."""
+    scale = 1.0 if alpha is None else alpha.item() / down.shape[0]
+    return scale * torch.mm(up.flatten(start_dim=1).double(), down.flatten(start_dim=1).double()).reshape(shape)
+
+
+def by_kohya(up, down, alpha, shape):
+    """Filters are convolved with each other; a missing alpha is the rank."""
+    scale = (len(down) if alpha is None else float(alpha)) / len(down)
+    if len(shape) == 2:
+        return scale * up.double() @ down.double()
+    return scale * F.conv2d(down.double().permute(1, 0, 2, 3), up.double()).permute(1, 0, 2, 3)
+
+
+def by_diffusers(path):
+    """{module: update} of the UNet that has loaded the file."""
+    model = unet()
+    state, alphas, metadata = StableDiffusion.lora_state_dict(path, unet_config=model.config, return_lora_metadata=True)
+    StableDiffusion.load_lora_into_unet(state, network_alphas=alphas, unet=model, metadata=metadata)
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: module.get_delta_weight(*module.active_adapters).double() for name, module in modules.items()}
+
+
+def update(tensors, name, rule, shape):
+    """The update of a layer, by whichever names its factors have."""
+    keys = ("lora_down.weight", "lora_up.weight", "alpha", "lora_A.weight", "lora_B.weight")
+    found = {key: tensors.get(f"{name}.{key}") for key in keys}
+    down, up, alpha, lora_A, lora_B = found.values()
+    return rule(lora_B if up is None else up, lora_A if down is None else down, alpha, shape)
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return file.metadata()
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+def test_every_tool_reads_the_dense_truncation_from_kohya_s_file(target, tmp_path):
+    before = kohya(tmp_path / "a.safetensors")
+    reports = {r.layer: r for r in squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **target)}
+    after = load_file(tmp_path / "b.safetensors")
+    read = by_diffusers(tmp_path / "b.safetensors")
+    assert before.keys() == after.keys()
+    assert len({float(value) for key, value in after.items() if key.endswith(".alpha")}) == 1
+    assert len(read) == len(reports) == len(before) // 3
+    assert len({report.rank_after for report in reports.values()}) > 1 or "rank" in target
+    for module, theirs in read.items():
+        name = f"lora_unet_{module.replace('.', '_')}"
+        old = update(before, name, by_comfyui, theirs.shape)
+        report = reports[name]
+        best = truncation(old, report.rank_after)
+        for rule in (by_kohya, by_comfyui):
+            assert (update(after, name, rule, theirs.shape) - best).norm() <= 1e-6 * old.norm()
+        assert (theirs - best).norm() <= 1e-6 * old.norm()
+        assert report.predicted_error == pytest.approx(float((old - best).norm()), abs=1e-4)
+        assert report.rank_after < report.rank_before or torch.allclose(best, old)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32_and_stored_as_it_was(dtype, tmp_path):
+    before = kohya(tmp_path / "a.safetensors", dtype)
+    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=0.7)
+    after = load_file(tmp_path / "b.safetensors")
+    assert {value.dtype for value in after.values()} == {dtype}
+    for key in (key for key in before if key.endswith(".alpha")):
+        name = key.removesuffix(".alpha")
+        shape = before[key.replace("alpha", "lora_down.weight")].shape
+        shape = (len(before[f"{name}.lora_up.weight"]), *shape[1:])
+        old = update(before, name, by_comfyui, shape)
+        rank = len(after[f"{name}.lora_down.weight"])
+        error = (update(after, name, by_comfyui, shape) - truncation(old, rank)).norm()
+        # Each factor is rounded once.
+        assert error <= 1.5 * torch.finfo(dtype).eps * old.norm()
+
+
+def diffusers_file(folder, *, metadata):
+    """What diffusers saves of an adapter of unlike ranks and alphas; without metadata alpha has to be the rank."""
+    model = unet()
+    options = {"lora_alpha": 12, "rank_pattern": {"to_k": 2, "conv1": 5}, "alpha_pattern": {"to_v": 3}}
+    options = options if metadata else {"lora_alpha": 6}
+    targets = ["to_q", "to_k", "to_v", "proj_in", "conv1"]
+    model.add_adapter(LoraConfig(r=6, target_modules=targets, init_lora_weights=False, **options))
+    more = {"unet_lora_adapter_metadata": model.peft_config["default"].to_dict()} if metadata else {}
+    StableDiffusion.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(model), **more)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize("metadata", [True, False])
+def test_diffusers_file_is_right_with_its_metadata_and_without(metadata, target, tmp_path):
+    """Without them, as for ComfyUI, alpha is the rank: so it is in the metadata, too."""
+    source = diffusers_file(tmp_path, metadata=metadata)
+    out = tmp_path / "new" / "b.safetensors"
+    before = by_diffusers(source)
+    reports = {report.layer: report for report in squeeze_adapter(source, out, **target)}
+    after = by_diffusers(out)
+    tensors = load_file(out)
+    assert before.keys() == after.keys() == {name.removeprefix("unet.") for name in reports}
+    assert (metadata_of(out) == {"format": "pt"}) == (not metadata)
+    save_file(tensors, tmp_path / "bare.safetensors")
+    bare = by_diffusers(tmp_path / "bare.safetensors")
+    for name, old in before.items():
+        best = truncation(old, reports[f"unet.{name}"].rank_after)
+        for new in (after[name], bare[name], update(tensors, f"unet.{name}", by_comfyui, old.shape)):
+            assert (new - best).norm() <= 1e-6 * old.norm()
+
+
+TRAINED = {"ss_network_dim": "6", "ss_network_alpha": "3.0", "ss_tag_frequency": '{"a": {"gr\u00fcn \\"x\\"": 3}}'}
+TRAINED["ss_network_args"] = json.dumps({"conv_dim": "4", "conv_alpha": "1", "dropout": "0.1"})
+
+
+def test_metadata_follow_and_hashes_go(tmp_path):
+    hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x0"}
+    before = kohya(tmp_path / "a.safetensors", alphas=[3], metadata=TRAINED | {"modelspec.title": "mine", **hashes})
+    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "1.safetensors", rank=2)
+    found = metadata_of(tmp_path / "1.safetensors")
+    assert found.keys() == TRAINED.keys() | {"modelspec.title"}
+    assert {key: found[key] for key in ("modelspec.title", "ss_tag_frequency")} == {
+        "modelspec.title": "mine", "ss_tag_frequency": TRAINED["ss_tag_frequency"],
+    }  # fmt: skip
+    alpha = f"{float(load_file(tmp_path / '1.safetensors')['lora_unet_conv_in.alpha']):g}"
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("2", alpha)
+    assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": alpha, "dropout": "0.1"}
+
+    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "3.safetensors", energy=0.7)
+    assert metadata_of(tmp_path / "3.safetensors")["ss_network_dim"] == "Dynamic"
+
+    save_file({key: value for key, value in before.items() if "alpha" not in key}, tmp_path / "b.safetensors", TRAINED)
+    squeeze_adapter(tmp_path / "b.safetensors", tmp_path / "4.safetensors", rank=2)
+    found = metadata_of(tmp_path / "4.safetensors")
+    assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("2", "2")
+
+
+def test_layers_that_are_at_their_rank_already_keep_their_bits(tmp_path):
+    before = kohya(tmp_path / "a.safetensors", torch.float16, alphas=[2], ranks=[2])
+    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=2)
+    after = load_file(tmp_path / "b.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_layer_without_an_alpha_has_its_rank_for_one_and_gets_that_of_all(tmp_path):
+    """As kohya, A1111 and ComfyUI take it; diffusers would give it the others' alpha."""
+    before = kohya(tmp_path / "a.safetensors", alphas=[3])
+    key = "lora_unet_time_embedding_linear_1"
+    del before[f"{key}.alpha"]
+    save_file(before, tmp_path / "a.safetensors")
+    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=1.0)
+    after = load_file(tmp_path / "b.safetensors")
+    read = by_diffusers(tmp_path / "b.safetensors")
+    for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
+        old = update(before, f"lora_unet_{name.replace('.', '_')}", by_kohya, read[name].shape)
+        for new in (read[name], update(after, f"lora_unet_{name.replace('.', '_')}", by_comfyui, old.shape)):
+            assert (new - old).norm() <= 1e-6 * old.norm()
+
+
+COPIED = {
+    "dora.lora_down.weight": (6, 9), "dora.lora_up.weight": (8, 6), "dora.alpha": (), "dora.dora_scale": (8, 1),
+    "loha.hada_w1_a": (8, 6), "loha.hada_w1_b": (6, 9), "loha.alpha": (), "lokr.lokr_w1": (2, 2),
+    "cp.lora_down.weight": (6, 9, 1, 1), "cp.lora_mid.weight": (6, 6, 3, 3), "cp.lora_up.weight": (8, 6, 1, 1),
+    "peft.lora_A.weight": (6, 9), "peft.lora_B.weight": (8, 6), "peft.lora_magnitude_vector": (8,),
+    "bias.lora_A.weight": (6, 9), "bias.lora_B.weight": (8, 6), "bias.lora_B.bias": (8,),
+    "norm.diff": (8,), "wan.diff_b": (8,), "emb_params": (3, 9),
+}  # fmt: skip
+
+
+def test_what_is_no_plain_layer_is_copied_and_named(tmp_path, launch):
+    tensors = {key: torch.randn(shape) for key, shape in COPIED.items()}
+    wan = {"wan.lora_down.weight": torch.randn(6, 9), "wan.lora_up.weight": torch.randn(8, 6)}
+    save_file(tensors | wan, tmp_path / "a.safetensors")
+    code, said, _ = launch("squeeze", tmp_path / "a.safetensors", "--rank", 2, "--out", tmp_path / "b.safetensors")
+    after = load_file(tmp_path / "b.safetensors")
+    assert code == 0
+    assert all(torch.equal(after[key], value) for key, value in tensors.items())
+    assert after.keys() == (tensors | wan).keys()
+    assert after["wan.lora_down.weight"].shape == (2, 9)
+    copied = next(line for line in said.splitlines() if line.startswith("copied"))
+    assert f"{len(tensors)} tensors" in copied
+    assert all(kind in copied for kind in ("dora_scale", "hada_w1_a", "lokr_w1", "lora_mid"))
+
+
+PLAIN = {"x.lora_down.weight": torch.ones(4, 6), "x.lora_up.weight": torch.ones(5, 4), "x.alpha": torch.tensor(2.0)}
+# Files that are around name two factors in these ways.
+NAMED = {
+    "kohya": ("lora_te1_a_b.lora_down.weight", "lora_te1_a_b.lora_up.weight"),
+    "PEFT": ("transformer.a.b.lora_A.weight", "transformer.a.b.lora_B.weight"),
+    "ComfyUI": ("diffusion_model.a.b.lora_A.default.weight", "diffusion_model.a.b.lora_B.default.weight"),
+    "old diffusers": ("unet.a.to_q.lora.down.weight", "unet.a.to_q.lora.up.weight"),
+    "older diffusers": ("a.processor.to_q_lora.down.weight", "a.processor.to_q_lora.up.weight"),
+    "text encoder": (
+        "text_encoder.a.fc1.lora_linear_layer.down.weight",
+        "text_encoder.a.fc1.lora_linear_layer.up.weight",
+    ),
+    "Mochi": ("transformer.a.lora_A", "transformer.a.lora_B"),
+}
+
+
+@pytest.mark.parametrize("names", NAMED)
+def test_names_are_kept_and_not_understood(names, tmp_path):
+    first, second = NAMED[names]
+    save_file({first: torch.randn(4, 6), second: torch.randn(5, 4)}, tmp_path / "a.safetensors")
+    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=1)
+    assert {key: [*value.shape] for key, value in load_file(tmp_path / "b.safetensors").items()} == {
+        first: [1, 6], second: [5, 1],
+    }  # fmt: skip
+    (layer,) = inspect_adapter(tmp_path / "a.safetensors")
+    assert (layer.rank, layer.scaling) == (4, 1.0)
+
+
+def settings(**changes):
+    model = {"unet.peft_type": "LORA", "unet.r": 4, "unet.lora_alpha": 8} | {f"unet.{k}": v for k, v in changes.items()}
+    return {"lora_adapter_metadata": json.dumps(model)}
+
+
+def tensors(**changes):
+    """Those of ``PLAIN`` with others by the end of their names; None takes one out."""
+    ends = {"down": "x.lora_down.weight", "up": "x.lora_up.weight", "alpha": "x.alpha"}
+    return {k: v for k, v in (PLAIN | {ends[end]: v for end, v in changes.items()}).items() if v is not None}
+
+
+UNET = {"unet.x.lora_A.weight": torch.ones(4, 6), "unet.x.lora_B.weight": torch.ones(5, 4)}
+HOSTILE = {
+    "up without down": (tensors(down=None), {}, "'x' lacks one of its two factors"),
+    "down without up": (tensors(up=None), {}, "'x' lacks one of its two factors"),
+    "0-d factor": (tensors(down=torch.tensor(1.0)), {}, r"got \[\] and \[5, 4\]"),
+    "empty": (tensors(down=torch.ones(0, 6), up=torch.ones(5, 0)), {}, r"got \[0, 6\]"),
+    "4-d that do not fit": (tensors(up=torch.ones(5, 2, 1, 1)), {}, r"got \[4, 6\] and \[5, 2, 1, 1\]"),
+    "whole numbers": (tensors(up=torch.ones(5, 4).int()), {}, "got I32"),
+    "8 bits": (tensors(up=torch.ones(5, 4).to(torch.float8_e4m3fn)), {}, "got F8_E4M3"),
+    "NaN": (tensors(up=torch.full((5, 4), torch.nan)), {}, "'x' holds NaN"),
+    "alpha 0": (tensors(alpha=torch.tensor(0.0)), {}, "'x' must have a number other than 0 for alpha, got"),
+    "alpha NaN": (tensors(alpha=torch.tensor(torch.nan)), {}, "other than 0 for alpha, got"),
+    "alpha 1e300": (tensors(alpha=torch.tensor(1e300, dtype=torch.float64)), {}, "other than 0 for alpha, got"),
+    "alpha that its dtype loses": (tensors(alpha=torch.tensor(6e-8).half()), {}, "the one alpha .* other than 0"),
+    "two alphas": (tensors(alpha=torch.ones(2)), {}, "other than 0 for alpha, got"),
+    "alpha twice": (UNET | {"unet.x.alpha": torch.tensor(2.0)}, settings(), "has alpha twice"),
+    "no LoRA": ({"x.weight": torch.ones(3)}, {}, r"holds no plain LoRA layers; its tensors are \['weight'\]"),
+    "LoHa alone": ({"x.hada_w1_a": torch.ones(3, 3)}, {}, "no plain LoRA layers"),
+    "no JSON": (UNET, {"lora_adapter_metadata": "{"}, "cannot be read"),
+    "deep": (UNET, {"lora_adapter_metadata": "[" * 100_000}, "cannot be read"),
+    "no mapping": (UNET, {"lora_adapter_metadata": "[]"}, "must be a mapping"),
+    "DoRA in the settings": (UNET, settings(use_dora=True), "use_dora must be unset"),
+    "other rank": (UNET, settings(r=5), "must have the rank of the settings"),
+    "too large for its dtype": (
+        tensors(up=torch.full((5, 4), 6e4).half(), down=torch.full((4, 6), 6e4).half(), alpha=torch.tensor(8.0)),
+        {}, "'x' is too large for torch.float16",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", HOSTILE)
+def test_a_hostile_file_ends_in_one_line_and_leaves_nothing(fault, tmp_path, launch):
+    content, metadata, said = HOSTILE[fault]
+    save_file(content, tmp_path / "a.safetensors", metadata=metadata)
+    code, _, message = launch("squeeze", tmp_path / "a.safetensors", "--rank", 1, "--out", tmp_path / "b.safetensors")
+    assert (code, message.count("\n")) == (2, 1)
+    assert re.search(said, message)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("length", [0, 5, 2**30, 2**63])
+def test_a_header_that_lies_of_its_length_is_refused(length, tmp_path, launch):
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", length) + b"{}" * 100)
+    for command in (["inspect"], ["squeeze", "--rank", 1, "--out", tmp_path / "b.safetensors"]):
+        code, _, message = launch(command[0], tmp_path / "a.safetensors", *command[1:])
+        assert (code, message.count("\n"), "cannot be read" in message) == (2, 1, True)
+
+
+def test_what_the_command_cannot_take_is_said_in_one_line(tmp_path, launch):
+    save_file(PLAIN, "a.safetensors")
+    (tmp_path / "there.safetensors").write_text("mine")
+    (tmp_path / "a.ckpt").write_text("pickled")
+    save_file(PLAIN, "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for said, arguments in {
+        "--out must be a new file": ["a.safetensors", "--rank", 1, "--out", "there.safetensors"],
+        "NAME.safetensors, got 'folder'": ["a.safetensors", "--rank", 1, "--out", "folder"],
+        "there is no file 'none.safetensors'": ["none.safetensors", "--rank", 1, "--out", "b.safetensors"],
+        "in its folder; give the folder": ["adapter_model.safetensors", "--rank", 1, "--out", "b.safetensors"],
+        "must be a .safetensors file": ["a.ckpt", "--rank", 1, "--out", "b.safetensors"],
+    }.items():
+        code, _, message = launch("squeeze", *arguments)
+        assert (code, message.count("\n"), said in message) == (2, 1, True), message
+    assert (tmp_path / "there.safetensors").read_text() == "mine"
+    assert len([*tmp_path.iterdir()]) == 5
+
+
+def test_10_000_layers_are_squeezed_in_a_short_table(tmp_path, launch):
+    sizes = {"lora_down": (4, 6), "lora_up": (5, 4)}
+    tensors = {f"lora_unet_blocks_{i}_q.{k}.weight": torch.randn(s) for i in range(10_000) for k, s in sizes.items()}
+    save_file(tensors, tmp_path / "a.safetensors")
+    code, printed, _ = launch("squeeze", tmp_path / "a.safetensors", "--rank", 2, "--out", tmp_path / "b.safetensors")
+    assert code == 0
+    assert len(printed.splitlines()) < 20
+    assert "440,000 → 220,000 (50.0%)" in printed
+    assert "MB" in next(line for line in printed.splitlines() if line.startswith("file"))
