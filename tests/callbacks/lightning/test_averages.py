@@ -87,13 +87,12 @@ def test_exponential_average_is_that_of_a_run_in_the_new_coordinates(fit, order)
         assert not torch.allclose(result[name], weights.steps[24][name], atol=1e-3)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(fit, order):
+def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(fit):
     weights = Weights()
     pair = [StochasticWeightAveraging(1e-2, swa_epoch_start=1), scheduler([Stage(At(step=25), Rank(3))])]
     # Lightning warns so of the learning rate's schedule.
     with pytest.warns(UserWarning, match="only supported every epoch"):
-        module, _ = fit(*pair[::order], weights, max_epochs=4, max_steps=-1)
+        module, _ = fit(*pair, weights, max_epochs=4, max_steps=-1)
     expected = None
     for count, start in enumerate(sorted(weights.starts)):
         # The change at 25 lies between the starts at 20 and 30.
@@ -104,11 +103,10 @@ def test_stochastic_average_is_that_of_a_run_in_the_new_coordinates(fit, order):
         assert_close(weights.now(module)[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("order", [1, -1])
-def test_change_at_the_end_is_the_best_approximation_of_the_average(fit, order):
+def test_change_at_the_end_is_the_best_approximation_of_the_average(fit):
     weights = Weights()
     pair = [scheduler([Stage(At(fraction=1.0), Rank(2))]), EMAWeightAveraging(decay=DECAY)]
-    module, _ = fit(*pair[::order], weights)
+    module, _ = fit(*pair, weights)
     average = None
     for step in sorted(weights.steps):
         average = weights.steps[step] if average is None else blend(average, weights.steps[step], 1 - DECAY)
@@ -145,8 +143,8 @@ def test_resumed_run_ends_with_the_same_average_to_the_bit(regression, fit, asse
         return fit(*pair, module=make(regression[0]), saved=tmp_path, kind=kind, **options)[0]
 
     whole = run()
-    # The starts are before, at and after the first change, and between two.
-    for start in (4, 8, 9, 12):
+    # The starts are at the first change, and between two.
+    for start in (8, 12):
         assert_same(run(ckpt_path=tmp_path / f"step={start}.ckpt"), whole, start)
 
 
@@ -165,20 +163,6 @@ def test_undone_change_leaves_the_average_as_if_it_had_not_been_tried(regression
     module, _ = fit(refusing, EMAWeightAveraging(decay=DECAY), module=Worse())
     assert [event.undone for event in refusing.history] == [True]
     assert_same(module, plain)
-
-
-def test_stochastic_average_resumes_to_the_bit(regression, fit, assert_same, tmp_path):
-    class Plain(regression[0]):
-        def configure_optimizers(self):
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
-
-    def run(**options):
-        pair = [StochasticWeightAveraging(1e-2, swa_epoch_start=1), scheduler([Stage(At(step=25), Rank(3))])]
-        return fit(*pair, module=Plain(), max_epochs=4, max_steps=-1, **options)[0]
-
-    whole = run(saved=tmp_path)
-    for start in (23, 27):
-        assert_same(run(ckpt_path=tmp_path / f"step={start}.ckpt"), whole, start)
 
 
 def test_resize_moves_an_averaged_model_and_refuses_a_foreign_one():
