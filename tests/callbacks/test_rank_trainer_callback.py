@@ -214,7 +214,7 @@ def test_early_stopping_begins_anew_after_the_cut(tmp_path):
     assert ends == [6, 10]
 
 
-def test_cut_behind_the_last_step_is_what_the_trainer_saves_and_the_other_files_are_named(tmp_path):
+def test_cut_behind_the_last_step_is_saved_and_the_other_files_are_named(tmp_path):
     """The best one is loaded first."""
     model = wrapped()
     schedule = callback([Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2))])
