@@ -20,7 +20,7 @@ from dynrank.tasks.loader import ResumableLoader
 # Programs that a shell starts in the background ignore Ctrl-C, which tests send to themselves.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# What scripts/test --quick runs: the maths, a small run of each schedule, round trips with PEFT, and bad input.
+# What scripts/test --quick runs: the maths, small runs of schedules, round trips with PEFT, and bad input.
 QUICK = (
     "test_layering.py",
     "test_linalg.py",

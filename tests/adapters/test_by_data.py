@@ -1,7 +1,5 @@
 """Effects of directions against finite differences of the loss, and the choice of directions against brute force."""
 
-from itertools import combinations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,54 +102,6 @@ def dropped(kept, ranks):
     return whole - {start + j for start, keep in zip(starts, kept.values(), strict=True) for j in keep.tolist()}
 
 
-def test_estimate_for_a_language_model_is_the_change_of_its_loss(zoo):
-    """The texts are the model's own, so its probabilities are right, and only the Hessian is left."""
-    length = 12
-    count = 600
-    model = zoo.adapted("gpt2", target_modules=["c_attn", "c_fc"])
-    zoo.trained(model, std=0.2)
-    torch.manual_seed(0)
-    ids = torch.ones(count, 1, dtype=torch.int64)
-
-    def mean_loss():
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[:, :-1]
-        return float(F.cross_entropy(logits.flatten(0, 1).double(), ids[:, 1:].flatten()))
-
-    with torch.no_grad():
-        for _ in range(length):
-            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1].softmax(-1).multinomial(1)], dim=1)
-    layers = dict(dynrank.lora_layers(model))
-    found = effects(layers, (F.cross_entropy(model(input_ids=own[None]).logits[0, :-1], own[1:]) for own in ids))
-    estimated = 0.0
-    true = 0.0
-    before = mean_loss()
-    for name, layer in layers.items():
-        lora_A = layer.lora_A.detach().clone()
-        lora_B = layer.lora_B.detach().clone()
-        for i in range(layer.rank):
-            change = truncate_product(lora_B, lora_A, 2, keep=torch.tensor([j for j in range(3) if j != i]))
-            layer.set_factors(change.lora_A, change.lora_B)
-            true += mean_loss() - before
-            layer.set_factors(lora_A, lora_B)
-            estimated += cost(found[name], [i], length)
-    assert estimated == pytest.approx(true, rel=0.5)
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_one_drop_is_the_best_of_all_and_many_are_close_to_the_best_subset(seed):
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(30, 8, generator=generator, dtype=torch.float64) * 0.6 ** torch.arange(4).repeat(2)
-    given = {"l0": rows[:, :4], "l1": rows[:, 4:]}
-    for count in (1, 4):
-        subsets = [s for s in combinations(range(8), count) if {0, 1, 2, 3} - set(s) and {4, 5, 6, 7} - set(s)]
-        costs = sorted(cost(rows, subset) for subset in subsets)
-        kept = greedy(given, torch.ones(30), {"l0": 10, "l1": 10}, {"l0": 1, "l1": 1}, 10 * (8 - count))
-        gone = dropped(kept, [4, 4])
-        assert len(gone) == count
-        assert cost(rows, gone) <= (costs[0] + 1e-12 if count == 1 else costs[len(costs) // 10])
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_each_drop_is_the_cheapest_per_parameter_by_brute_force(seed):
     rows = torch.randn(20, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -187,7 +137,7 @@ def test_choice_does_not_depend_on_the_order_of_layers_also_with_ties():
     assert {n: k.tolist() for n, k in ways[0].items()} == {n: k.tolist() for n, k in ways[1].items()}
 
 
-def test_budget_keeps_the_layer_that_the_loss_needs_where_weight_keeps_the_large_one(tmp_path, zoo):
+def test_budget_keeps_the_layer_that_the_loss_needs_and_weight_the_large_one(tmp_path, zoo):
     """Of two layers one is large and gets zeros as input, the other is small, and the loss falls with its update."""
     torch.manual_seed(0)
     model = torch.nn.ModuleDict({"large": torch.nn.Linear(6, 6), "small": torch.nn.Linear(6, 6)}).double()

@@ -4,19 +4,14 @@ import json
 
 import pytest
 import torch
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from trained import updated
 
 import dynrank
-from dynrank.adapters.base import merge_adapter
 from dynrank.adapters.squeeze import inspect_adapter, squeeze_adapter
 from dynrank.errors import ConfigurationError
-from dynrank.layers.base import params_per_rank
-from dynrank.output.console import span
-from dynrank.run.job import run
 
 KINDS = ("Mixtral", "Qwen3Moe", "DeepseekV3", "Qwen3_5Moe", "GptOss", "GraniteMoe")
 TENSORS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -72,7 +67,7 @@ def test_peft_computes_with_our_files_what_we_do(kind, tiny_moe, tmp_path):
     assert ranks(ours) == ranks(model)
 
 
-@pytest.mark.parametrize("targets", [TENSORS, ["gate_up_proj", "down_proj"], ["down_proj"]])
+@pytest.mark.parametrize("targets", [TENSORS, ["down_proj"]])
 def test_we_compute_with_pefts_files_what_it_does(targets, tiny_moe, tmp_path):
     config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=targets)
     theirs = updated(get_peft_model(tiny_moe("Qwen3Moe"), config), std=0.3)
@@ -83,7 +78,7 @@ def test_we_compute_with_pefts_files_what_it_does(targets, tiny_moe, tmp_path):
         assert_close(logits(ours), logits(theirs), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen3Moe", "DeepseekV3"])
+@pytest.mark.parametrize("kind", ["Mixtral", "DeepseekV3"])
 def test_an_adapter_of_pefts_all_linear_with_routers_goes_both_ways(kind, tiny_moe, tmp_path):
     """At rank 6, although a router has four outputs."""
     options = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
@@ -103,29 +98,19 @@ def test_an_adapter_of_pefts_all_linear_with_routers_goes_both_ways(kind, tiny_m
     assert ours.state_dict().keys() == tiny_moe(kind).state_dict().keys()
 
 
-@pytest.mark.parametrize("kind", ["Qwen3Moe", "GptOss"])
-def test_squeezing_a_file_is_resizing_the_model(kind, tiny_moe, tmp_path):
-    model = updated(dynrank.add_lora(tiny_moe(kind), rank=4), std=0.3)
+def test_squeezing_a_file_is_resizing_the_model(tiny_moe, tmp_path):
+    model = updated(dynrank.add_lora(tiny_moe("GptOss"), rank=4), std=0.3)
     dynrank.save_adapter(model, tmp_path / "full")
     reports = squeeze_adapter(tmp_path / "full", tmp_path / "small", rank=2)
     expected = {report.layer: report for report in dynrank.resize(model, 2)}
-    assert_close(logits(dynrank.load_adapter(tiny_moe(kind), tmp_path / "small")), logits(model), rtol=1e-5, atol=1e-5)
+    small = dynrank.load_adapter(tiny_moe("GptOss"), tmp_path / "small")
+    assert_close(logits(small), logits(model), rtol=1e-5, atol=1e-5)
     for report in reports:
         assert report.params_per_rank == expected[report.layer].params_per_rank
         assert_close(report.predicted_error, expected[report.layer].predicted_error)
     full = spectra(tmp_path / "full")
-    small = spectra(tmp_path / "small")
-    for name, values in small.items():
+    for name, values in spectra(tmp_path / "small").items():
         assert_close(values, full[name][:2], rtol=1e-5, atol=1e-6)
-
-
-def test_a_merged_folder_holds_the_updates_of_all_experts(tiny_moe, tmp_path):
-    tiny_moe("Qwen3Moe").save_pretrained(tmp_path / "base")
-    model = trained(tiny_moe("Qwen3Moe"))
-    dynrank.save_adapter(model, tmp_path / "adapter")
-    merge_adapter(tmp_path / "adapter", str(tmp_path / "base"), tmp_path / "merged")
-    merged = type(model).from_pretrained(tmp_path / "merged")
-    assert_close(logits(merged), logits(model), rtol=1e-5, atol=1e-5)
 
 
 def swapped(tensors):
@@ -135,31 +120,11 @@ def swapped(tensors):
         tensors[name], tensors[other] = tensors[other].mT.contiguous(), tensors[name].mT.contiguous()
 
 
-def without_gate_up(tensors):
-    for name in [name for name in tensors if "experts.base_layer" in name]:
-        del tensors[name]
-
-
-def other_number(zoo, folder):
-    zoo.edit_config(folder, rank_pattern={r".*\.experts\.\w+": 6})
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda zoo, folder: zoo.edit_tensors(folder, swapped), r"experts.down_proj' is 4 x 16 x 12 in the model and"),
-        (
-            lambda zoo, folder: zoo.edit_tensors(folder, without_gate_up),
-            r"experts' must have factors for .*'gate_up_proj'.*got 1 pairs",
-        ),
-        (other_number, r"experts.gate_up_proj' is 4 x 24 x 16 in the model and 2 x 24 x 16 in the adapter"),
-    ],
-)
-def test_files_that_do_not_fit_are_refused_by_name(damage, message, zoo, tiny_moe, tmp_path):
+def test_a_file_that_does_not_fit_is_refused_by_name(zoo, tiny_moe, tmp_path):
     config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
     get_peft_model(tiny_moe("Qwen3Moe"), config).save_pretrained(tmp_path)
-    damage(zoo, tmp_path)
-    with pytest.raises(ConfigurationError, match=message):
+    zoo.edit_tensors(tmp_path, swapped)
+    with pytest.raises(ConfigurationError, match=r"experts.down_proj' is 4 x 16 x 12 in the model and"):
         dynrank.load_adapter(tiny_moe("Qwen3Moe"), tmp_path)
 
 
@@ -186,25 +151,3 @@ def test_an_export_for_vllm_has_its_three_dimensional_format_and_one_scaling(tin
     theirs = PeftModel.from_pretrained(tiny_moe("Mixtral"), tmp_path / "out")
     assert_close(logits(theirs), logits(model), rtol=1e-5, atol=1e-5)
     assert len({layer.scaling for _, layer in dynrank.lora_layers(theirs)}) == 1
-
-
-def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tiny_llama, tmp_path, capsys):
-    base = tmp_path / "base"
-    transformers.AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(base)
-    tiny_moe("Qwen3Moe", vocab_size=600).save_pretrained(base)
-    rows = [json.dumps({"text": f"Row {i} says {i * i}. " * 4}) for i in range(200)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    options = ["debug=smoke", "task=text", f"task.model={base}", f"data.train={tmp_path / 'rows.jsonl'}", "lora.rank=4"]
-    options += ["schedule.final_rank=2", "lora.dropout=0.0", "plots=false"]
-    run(dynrank.compose(options), tmp_path / "run")
-    before = dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=2)
-    full = sum(layer.rank * params_per_rank(layer) for _, layer in dynrank.lora_layers(before))
-    spectra = inspect_adapter(tmp_path / "run" / "adapter")
-    assert {"gate_up_proj", "down_proj", "q_proj"} <= {layer.layer.rpartition(".")[2] for layer in spectra}
-    assert sum(layer.parameters for layer in spectra) <= full
-    theirs = PeftModel.from_pretrained(tiny_moe("Qwen3Moe", vocab_size=600), tmp_path / "run" / "adapter")
-    ours = dynrank.load_adapter(tiny_moe("Qwen3Moe", vocab_size=600), tmp_path / "run" / "adapter")
-    assert_close(logits(theirs), logits(ours), rtol=1e-5, atol=1e-5)
-    run(dynrank.compose([*options, f"ckpt_path={tmp_path / 'run' / 'checkpoints' / 'last.ckpt'}"]), tmp_path / "again")
-    at = [layer.rank for _, layer in dynrank.lora_layers(ours)]
-    assert f" at rank {span(at)}, " in capsys.readouterr().out

@@ -6,7 +6,6 @@ from torch import nn
 
 import dynrank
 from dynrank.adapters.squeeze import inspect_adapter
-from dynrank.commands import inspect
 
 
 def save(folder, layers=2, fresh=False):
@@ -60,11 +59,3 @@ def test_command_says_zero_of_a_fresh_adapter(launch, tmp_path):
     assert {(layer.energy_rank(0.9), layer.effective_rank) for layer in inspect_adapter(tmp_path)} == {(0, 0.0)}
     assert launch("inspect", tmp_path, "--plot", tmp_path / "zero.png")[0] == 0
     assert (tmp_path / "zero.png").stat().st_size > 0
-
-
-def test_command_without_matplotlib_says_what_to_install(launch, tmp_path, monkeypatch):
-    save(tmp_path)
-    monkeypatch.setattr(inspect, "find_spec", lambda name: None)
-    code, _, said = launch("inspect", tmp_path, "--plot", tmp_path / "a.png")
-    assert code == 2
-    assert "--plot needs matplotlib: pip install 'dynrank[plots]'" in said

@@ -19,7 +19,6 @@ HYBRID |= {"mamba_d_ssm": 16, "mamba_n_heads": 4, "mamba_d_head": 4, "mamba_n_gr
 # Each has a model and the function that is a kernel on CUDA.
 MODELS = {
     "mamba": (lambda: hf.MambaForCausalLM(hf.MambaConfig(**SMALL)), "mamba_inner_fn"),
-    "falcon_mamba": (lambda: hf.FalconMambaForCausalLM(hf.FalconMambaConfig(**SMALL)), "mamba_inner_fn"),
     "mamba2": (
         lambda: hf.Mamba2ForCausalLM(hf.Mamba2Config(**SMALL, num_heads=4, head_dim=4, n_groups=1)),
         "mamba2_split_conv1d_scan_combined",

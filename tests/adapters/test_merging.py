@@ -89,13 +89,16 @@ def test_command_writes_a_plain_model_of_the_dtype_of_the_files(stored, dtype, l
     assert json.loads((tmp_path / "merged" / "tokenizer_config.json").read_text()) == {"model_max_length": 16}
 
 
-@pytest.mark.parametrize("labels", [2, 3])
 @pytest.mark.parametrize(
-    ("cls", "named"),
-    # the second has a head of the same shapes: only the name tells them apart
-    [(BertForSequenceClassification, True), (BertForSequenceClassification, False), (BertForTokenClassification, True)],
+    ("cls", "named", "labels"),
+    # the last has a head of the same shapes as the first: only the name tells them apart
+    [
+        (BertForSequenceClassification, True, 2),
+        (BertForSequenceClassification, False, 3),
+        (BertForTokenClassification, True, 2),
+    ],
 )
-def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, labels, named, zoo, tmp_path):
+def test_merge_adapter_finds_the_class_and_takes_the_head_from_the_adapter(cls, named, labels, zoo, tmp_path):
     """An encoder stored by itself, trained with a head that is in the adapter only."""
     zoo.plain("bert").bert.save_pretrained(tmp_path / "model")
     base = cls.from_pretrained(tmp_path / "model", num_labels=labels).eval()

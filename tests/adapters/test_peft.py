@@ -8,7 +8,6 @@ import torch
 import transformers as hf
 from peft import AutoPeftModelForCausalLM, PeftModel
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
@@ -22,17 +21,13 @@ LLAMA = {**TOKENS, **SIZES, "intermediate_size": 12, "num_key_value_heads": 1}
 BERT = {**TOKENS, **SIZES, "intermediate_size": 12}
 ARCHITECTURES = {
     "llama": lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**LLAMA)),
-    "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**LLAMA, head_dim=4)),
-    "qwen2": lambda: hf.Qwen2ForCausalLM(hf.Qwen2Config(**LLAMA)),
     "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**LLAMA, head_dim=4)),
-    "gemma": lambda: hf.GemmaForCausalLM(hf.GemmaConfig(**LLAMA, head_dim=4)),
     "gpt2": lambda: hf.GPT2LMHeadModel(hf.GPT2Config(**TOKENS, n_embd=8, n_layer=2, n_head=2, n_positions=16)),
     "bloom": lambda: hf.BloomForCausalLM(hf.BloomConfig(**TOKENS, hidden_size=8, n_layer=2, n_head=2)),
     "opt": lambda: hf.OPTForCausalLM(
         hf.OPTConfig(**TOKENS, **SIZES, ffn_dim=12, max_position_embeddings=16, word_embed_proj_dim=6)
     ),
     "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(**TOKENS, **SIZES)),
-    "phi": lambda: hf.PhiForCausalLM(hf.PhiConfig(**TOKENS, **SIZES, intermediate_size=12)),
     "bert": lambda: hf.BertForSequenceClassification(hf.BertConfig(**BERT, num_labels=4)),
     "roberta": lambda: hf.RobertaForTokenClassification(hf.RobertaConfig(**BERT, num_labels=4)),
     "t5": lambda: hf.T5ForConditionalGeneration(
@@ -123,17 +118,6 @@ def judge(zoo, folder, **options):
 
 def close(got, expected):
     assert_close(got, expected, rtol=0, atol=1e-5)
-
-
-def test_save_pretrained_of_what_was_loaded_round_trips(mixed, zoo, tmp_path):
-    ours, folder = mixed
-    judge(zoo, folder).save_pretrained(tmp_path / "again")
-    tensors, again = (load_file(place / "adapter_model.safetensors") for place in (folder, tmp_path / "again"))
-    assert set(tensors) == set(again)
-    assert all(torch.equal(again[key], value) for key, value in tensors.items())
-    close(zoo.outputs(judge(zoo, tmp_path / "again", low_cpu_mem_usage=True)), zoo.outputs(ours))
-    back = dynrank.load_adapter(zoo.plain("llama"), tmp_path / "again")
-    assert torch.equal(zoo.outputs(back), zoo.outputs(ours))
 
 
 def test_auto_class_finds_the_base_by_the_name_in_our_config(zoo, tmp_path):

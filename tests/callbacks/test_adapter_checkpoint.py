@@ -60,7 +60,7 @@ def test_it_holds_what_is_trained_and_what_lightning_needs(run, whole, tmp_path)
     assert set(ours) == set(theirs)
 
 
-@pytest.mark.parametrize("step", [CHANGE - 6, CHANGE - 1, CHANGE, CHANGE + 1])
+@pytest.mark.parametrize("step", [CHANGE - 1, CHANGE])
 def test_a_resumed_run_ends_with_the_weights_of_the_whole_one(run, whole, tmp_path, step):
     assert_same(run(tmp_path, ckpt_path=whole[0] / f"step={step}.ckpt"), whole[1])
 

@@ -62,14 +62,12 @@ def test_stages_of_ones_own_stand_in_the_file_of_a_lightning_cli(regression, tmp
     assert scheduler.driver.stages[0].how.lr_factor == "sqrt"
 
 
+ANNEAL = {"schedule": {"class_path": "dynrank.schedules.anneal", "init_args": {"final_rnk": 2}}}
+
+
 @pytest.mark.parametrize(
-    ("ranks", "key"),
-    [
-        ({"schedul": 4}, "schedul"),
-        ({"schedule": {"class_path": "dynrank.schedules.anneal", "init_args": {"final_rnk": 2}}}, "final_rnk"),
-    ],
+    ("ranks", "key", "among_callbacks"), [({"schedul": 4}, "schedul", False), (ANNEAL, "final_rnk", True)]
 )
-@pytest.mark.parametrize("among_callbacks", [True, False])
 def test_wrong_key_is_named(ranks, key, among_callbacks, regression, tmp_path, monkeypatch, capsys):
     """Among ``trainer.callbacks``, or as an argument of its own, which conf/README.md shows."""
     from lightning.pytorch.cli import LightningCLI

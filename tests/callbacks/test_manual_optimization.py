@@ -1,6 +1,5 @@
 """Manual optimization: with one optimizer it is the automatic run, several work, silence is refused."""
 
-import lightning
 import pytest
 import torch
 
@@ -38,7 +37,6 @@ def manual(regression, fit):
 
 
 SCHEDULES = {
-    "weight": lambda: RankScheduler([Stage(At(step=8), Rank(3)), Stage(At(fraction=1.0), Rank(2))]),
     "budget": lambda: RankScheduler(Stage(At(step=8), Budget(share=0.5), how=How(lr_factor=2.0))),
     "plateau": lambda: RankScheduler(Stage(Plateau(patience=1, min_delta=0.99), Rank(3))),
     "checked": lambda: RankScheduler(Stage(At(step=8), Rank(1), how=How(max_regression=0.0))),
@@ -106,7 +104,7 @@ def test_several_optimizers_hold_the_factors_together(regression, fit):
 
 def test_module_that_never_says_so_is_refused(manual):
     with pytest.raises(ConfigurationError, match=r"10 optimizer steps.*scheduler\.step\(self\) in training_step"):
-        manual(SCHEDULES["weight"](), told=False)
+        manual(SCHEDULES["budget"](), told=False)
     # Without stages there is nothing to do.
     manual(RankScheduler([]), told=False)
 
@@ -121,18 +119,12 @@ def test_step_under_automatic_optimization_is_an_error(regression):
         RankScheduler([]).step(regression[0]())
 
 
-# At step 8 the next batch makes the change.
-@pytest.mark.parametrize("step", [7, 8])
-def test_manual_run_resumes_to_the_bit(manual, assert_same, tmp_path, step):
-    class Save(lightning.Callback):
-        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            if trainer.global_step == step:
-                trainer.save_checkpoint(tmp_path / "at.ckpt")
-
+def test_manual_run_resumes_to_the_bit(manual, assert_same, tmp_path):
     whole = SCHEDULES["budget"]()
     rest = SCHEDULES["budget"]()
-    expected = manual(whole, Save())
-    assert_same(manual(rest, ckpt_path=tmp_path / "at.ckpt"), expected)
+    expected = manual(whole, saved=tmp_path)
+    # The next batch makes the change.
+    assert_same(manual(rest, ckpt_path=tmp_path / "step=8.ckpt"), expected)
     assert rest.history == whole.history
 
 

@@ -58,7 +58,6 @@ def wrapped_experts():
     return get_peft_model(experts(), LoraConfig(r=4, lora_alpha=8, **options))
 
 
-MODELS = pytest.mark.parametrize("make", [own, wrapped, own_experts, wrapped_experts])
 MISNAMED = {"max_regression": 1, "check_monitor": "loss"}
 TOO_COSTLY = {"max_regression": 0.1, "check_monitor": "eval_loss"}
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -121,10 +120,13 @@ def test_trainer_ends_where_a_loop_with_resize_ends(tmp_path):
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5, msg=name)
 
 
-@MODELS
-@pytest.mark.parametrize("how", [{}, {"lr_factor": 2.0}], ids=["plain", "rate"])
+RAISED = {"lr_factor": 2.0}
+RUNS = [(own, RAISED), (wrapped, {}), (own_experts, {}), (wrapped_experts, RAISED)]
+
+
+@pytest.mark.parametrize(("make", "how"), RUNS)
 def test_ranks_follow_the_schedule_and_a_resumed_run_has_the_same_weights(make, how, tmp_path):
-    """From before the first change, at it, after it, between two."""
+    """From the first change, and between two."""
     model = make()
     whole = callback(**how)
     made = trainer(tmp_path, model, whole, **SAVING)
@@ -137,7 +139,7 @@ def test_ranks_follow_the_schedule_and_a_resumed_run_has_the_same_weights(make, 
             assert made.optimizer.state[parameter]["exp_avg"].shape == parameter.shape
             assert int(made.optimizer.state[parameter]["step"]) == STEPS
     expected = model.state_dict()
-    for start in (2, 4, 8):
+    for start in (4, 6):
         again = make()
         schedule = callback(**how)
         made = trainer(tmp_path / "again", again, schedule)
@@ -175,7 +177,7 @@ def scored(folder, model, schedule, first=9, **options):
 
 
 @pytest.mark.filterwarnings("ignore:the (best|last) checkpoint")
-@MODELS
+@pytest.mark.parametrize("make", [own, wrapped_experts])
 def test_best_model_of_before_a_cut_comes_back_with_its_own_ranks_if_asked(make, tmp_path):
     model = make()
     schedule = RankTrainerCallback(Stage(At(step=4), Rank(2)), keep_best_before=True)
@@ -212,7 +214,7 @@ def test_early_stopping_begins_anew_after_the_cut(tmp_path):
     assert ends == [6, 10]
 
 
-def test_cut_behind_the_last_step_is_what_the_trainer_saves_and_the_other_files_are_named(tmp_path):
+def test_cut_behind_the_last_step_is_saved_and_the_other_files_are_named(tmp_path):
     """The best one is loaded first."""
     model = wrapped()
     schedule = callback([Stage(At(step=4), Rank(3)), Stage(At(fraction=1.0), Rank(2))])
@@ -245,6 +247,8 @@ def test_changes_are_logged_printed_and_told_to_other_callbacks(tmp_path, capsys
     assert hearing.heard == [(4, schedule.history[0], {2}), (STEPS, schedule.history[1], {1})]
     printed = " ".join(capsys.readouterr().out.split())
     assert "rank change at step 4: step 4" in printed
+    assert str(schedule.history[0]) == "rank change at step 4: step 4 (rank 4 → rank 2 in 7 layers)"
+    assert "self_attn.q_proj" in list(schedule.history[0].table().columns[0].cells)
     assert "│ all │ 7 │ 4 → 2 │" in printed
     parameters = sum(factor.numel() for factor in dynrank.adapter_parameters(model))
     files = [*(tmp_path / "board").rglob("*tfevents*")]
@@ -256,14 +260,6 @@ def test_changes_are_logged_printed_and_told_to_other_callbacks(tmp_path, capsys
         assert points == [(4, first), (STEPS, last)], name
         rows = [(row["step"], row[name]) for row in made.state.log_history if name in row]
         assert rows == points
-
-
-def test_event_is_one_line_and_its_table_names_the_kinds_of_layers(tmp_path):
-    schedule = callback([Stage(At(step=4), Rank(2))])
-    trainer(tmp_path, own(), schedule, max_steps=5).train()
-    (event,) = schedule.history
-    assert str(event) == "rank change at step 4: step 4 (rank 4 → rank 2 in 7 layers)"
-    assert "self_attn.q_proj" in list(event.table().columns[0].cells)
 
 
 class Stopping(TrainerCallback):
@@ -298,21 +294,6 @@ def test_evaluations_of_a_check_are_heard_by_nobody_and_leave_nothing(tmp_path):
     assert plain[0] == checked[0]
     for name, value in plain[1].items():
         assert torch.equal(checked[1][name], value), name
-
-
-def test_compiled_peft_model_has_brought_the_same(tmp_path):
-    def change(**options):
-        model = wrapped()
-        schedule = callback([Stage(At(step=4), Rank(2))])
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        trainer(tmp_path, model, schedule, max_steps=5, **options).train()
-        return [layer.brought for layer in schedule.history[0].layers]
-
-    plain = change()
-    compiled = change(torch_compile=True, torch_compile_backend="eager")
-    assert compiled == pytest.approx(plain, rel=1e-3)
 
 
 def test_checkpoint_made_without_the_callback_is_refused(tmp_path):
@@ -426,28 +407,6 @@ def test_checkpoint_lacks_the_frozen_base_and_refuses_another(tmp_path):
     other.model.norm.weight.data.mul_(2)
     with pytest.raises(ConfigurationError, match=r"another base: 'model\.norm\.weight'"):
         trainer(tmp_path / "again", other, callback()).train(resume_from_checkpoint=str(file.parent))
-
-
-def test_trained_head_and_statistics_of_batches_come_back(tmp_path):
-    """Those of a ResNet's norms change in training although the base is frozen."""
-
-    def model():
-        torch.manual_seed(0)
-        sizes = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
-        plain = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
-        return dynrank.add_lora(plain, rank=2, target_modules=["convolution"], modules_to_save=["classifier"])
-
-    rows = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 2} for i in range(8)]
-    whole = model()
-    again = model()
-    stages = [Stage(At(step=2), Rank(1))]
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
-    trainer(tmp_path, whole, callback(stages), rows, **options).train()
-    resumed = trainer(tmp_path / "again", again, callback(stages), rows, max_steps=4)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    for name, value in whole.state_dict().items():
-        assert torch.equal(again.state_dict()[name], value), name
-    assert not torch.equal(whole.classifier[1].weight, model().classifier[1].weight)
 
 
 def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_path):

@@ -16,7 +16,7 @@ from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, after_convergence, anneal, early_budget, energy, grow
 from dynrank.targets import Budget, Energy, GrowTo, LayerState, Rank, Target, Towards
-from dynrank.triggers import At, Plateau, Run
+from dynrank.triggers import At, Run
 
 RUN = Run(total_steps=100)
 NOW = At(step=1)
@@ -196,10 +196,6 @@ def test_target_that_names_the_present_ranks_is_no_contradiction(target):
 def test_every_fault_is_listed():
     message = refusal(model(), [Stage(NOW, GrowTo(14), key="K"), Stage(NOW, Budget(parameters=1), key="L")])
     assert message.count("\n") == 3, message
-
-
-def test_trigger_without_a_time_fits_any_run():
-    check_model(model(), [Stage(Plateau(), Rank(4))], Run(None))
 
 
 def test_share_below_the_lowest_ranks_is_refused_where_it_is_known():

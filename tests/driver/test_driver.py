@@ -16,8 +16,8 @@ from dynrank.driver.driver import RankDriver
 from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import How, Stage, auto
-from dynrank.targets import Budget, GrowTo, Rank, Target
-from dynrank.triggers import At, Plateau, Run, Trigger
+from dynrank.targets import Budget, GrowTo, Rank
+from dynrank.triggers import At, Plateau, Run
 
 torch.manual_seed(1)
 X = torch.randn(80, 12)
@@ -100,11 +100,9 @@ def trajectory(driver):
 
 SCHEDULES = {
     "undone, plateau": lambda: [Stage(Plateau(patience=2, min_delta=0.9), Rank(1), how=How(max_regression=0.02))],
-    "budget by deadline": lambda: [Stage(Plateau(patience=99), Budget(share=0.5), 0.5)],
     "grown, dropped": lambda: [at(4, Rank(3)), at(10, GrowTo(6)), at(15, Rank(2))],
     "auto": lambda: auto(0.05, at=0.5),
     "by what layers have brought": lambda: [at(s, Budget(final_rank=r)) for s, r in ((7, 4), (15, 2))],
-    "undone": lambda: [at(9, Rank(1), max_regression=0.02)],
 }
 
 
@@ -126,40 +124,10 @@ def test_resume_from_any_checkpoint_is_bit_equal(name, tmp_path):
             assert torch.equal(value, expected[key]), (step, key)
 
 
-def fires_at_10():
-    return Plateau(patience=1, min_delta=0.99)
-
-
-class Below(Trigger):
-    """Of a user's, as the target."""
-
-    monitors = ("val/loss",)
-
-    def fires(self, loss):
-        return loss < 99.0
-
-
-class RoomAbove(Target):
-    needs = ("values",)
-
-    def ranks(self, layers):
-        return {name: layer.grown(layer.rank + int((layer.values > 0).sum())) for name, layer in layers.items()}
-
-
-@pytest.mark.parametrize(
-    ("stages", "changes"),
-    [
-        ([Stage(fires_at_10(), Rank(3))], [(10, 6, 3)]),
-        ([Stage(Below(warmup_steps=7), RoomAbove())], [(10, 6, 12)]),
-        ([Stage(At(fraction=1.0), Rank(2))], [(24, 6, 2)]),
-        ([Stage(Plateau(patience=99), Rank(5)), Stage(Plateau(), Rank(4)), at(12, Rank(3))], [(12, 6, 3)]),
-    ],
-    ids=["unforeseen", "own", "after the last step", "those before are over"],
-)
-def test_stages_act_in_their_time(stages, changes):
-    driver = RankDriver(stages)
+def test_stages_before_one_whose_time_has_come_are_over():
+    driver = RankDriver([Stage(Plateau(patience=99), Rank(5)), Stage(Plateau(), Rank(4)), at(12, Rank(3))])
     drive(driver)
-    assert trajectory(driver) == changes
+    assert trajectory(driver) == [(12, 6, 3)]
     assert driver.finished
 
 
@@ -214,18 +182,6 @@ def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():
     assert loop.model[0].rank == 1
 
 
-def test_undone_change_leaves_the_run_as_if_it_had_not_been_tried():
-    refusing = RankDriver(at(20, Rank(1), max_regression=0.0))
-    loop = drive(refusing)
-    model = loop.model
-    (event,) = refusing.history
-    assert event.undone
-    assert event.reason.startswith("undone: val/loss")
-    assert [told for told, _ in loop.told] == refusing.history
-    for name, value in drive(RankDriver([])).model.state_dict().items():
-        assert torch.equal(model.state_dict()[name], value), name
-
-
 @pytest.mark.parametrize("by", ["weight", "brought"])
 def test_change_computes_the_svd_of_each_layer_once(by, monkeypatch):
     sizes = []
@@ -272,7 +228,7 @@ def test_what_leaves_ranks_or_weights_unfinished_is_warned_of(stage, options, me
         drive(RankDriver(stage), **options)
 
 
-@pytest.mark.parametrize("schedule", [None, True, "16", "", b"", [16], [None], {}])
+@pytest.mark.parametrize("schedule", [None, True, "16", [16]])
 def test_what_is_no_schedule_is_refused(schedule):
     with pytest.raises(ConfigurationError, match="a rank, a stage or a list of stages.*set schedule"):
         RankDriver(schedule)
@@ -297,11 +253,6 @@ def test_what_cannot_be_carried_out_is_refused(stage, how, message):
 def test_check_in_a_loop_that_cannot_validate_says_what_to_define():
     with pytest.raises(ConfigurationError, match=r"max_regression=0.1 .*define validate\(\)"):
         RankDriver(at(1, Rank(1), max_regression=0.1)).start(Training(Loop(6, torch.optim.SGD).model, []), Run(9))
-
-
-def test_optimizer_without_a_rule_works_when_its_state_may_be_reset():
-    driver = RankDriver(at(10, Rank(3), optimizer_state="reset"))
-    assert drive(driver, optimizer=torch.optim.Adamax).model[0].rank == 3
 
 
 def test_driver_and_checkpoint_of_another_run_are_refused(tmp_path):

@@ -31,26 +31,6 @@ def pair():
     return adapter, head
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_rate_factor_is_of_adapters_alone_and_survives_any_lr_schedule(pair, apart):
-    adapter, head = pair
-    groups = [{"params": [head]}, {"params": [adapter]}] if apart else [{"params": [head, adapter]}]
-    optimizer = torch.optim.SGD(groups, lr=0.5)
-    schedule = lr.LambdaLR(optimizer, lambda step: 0.5**step)
-    rates = Rates(optimizer, [adapter], 3.0)
-    lengths = []
-    for step in range(3):
-        if step == 2:
-            rates.remove()
-        before = adapter.item(), head.item()
-        optimizer.step()
-        schedule.step()
-        lengths += [adapter.item() - before[0], head.item() - before[1]]
-    assert lengths == pytest.approx([1.5, 0.5, 0.75, 0.25, 0.125, 0.125], rel=1e-5)
-    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(head), id(adapter)]
-    assert len(optimizer.param_groups) == 1 + apart
-
-
 def plateau(optimizer):
     """It falls after every third step, whatever the metric."""
     scheduler = lr.ReduceLROnPlateau(optimizer, factor=0.5, patience=2, min_lr=1e-3)

@@ -1,6 +1,4 @@
-"""What holds for every target: bounds, wrong values, and a target of a user's own."""
-
-from dataclasses import dataclass
+"""What holds for every target: bounds, and wrong values."""
 
 import pytest
 import torch
@@ -8,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dynrank.errors import ConfigurationError
-from dynrank.targets import Budget, Energy, GrowTo, LayerState, Rank, Target, Towards
+from dynrank.targets import Budget, Energy, GrowTo, LayerState, Rank, Towards
 
 COUNTS = st.integers(1, 20)
 SHARES = st.floats(0.01, 1.0)
@@ -68,30 +66,6 @@ def test_a_growth_never_lowers_and_stays_within_the_bounds(target, model):
     grown = target.ranks(model)
     for name, state in model.items():
         assert grown[name] == max(state.rank, min(target.rank, state.highest))
-
-
-class Third(Target):
-    def ranks(self, layers):
-        return {name: layer.shrunk(layer.rank // 3) for name, layer in layers.items()}
-
-
-@dataclass(frozen=True)
-class GrowWhereFull(Target):
-    """Doubles the rank of layers that use all of it."""
-
-    share: float = 0.1
-    needs = ("values",)
-
-    def ranks(self, layers):
-        full = {name: layer.values[-1] > self.share * layer.values[0] for name, layer in layers.items()}
-        return {name: layer.grown(layer.rank * (2 if full[name] else 1)) for name, layer in layers.items()}
-
-
-def test_a_target_of_ones_own_needs_ranks_alone():
-    assert Third().ranks({"layer": LayerState(12)}) == {"layer": 4}
-    assert Third().needs == ()
-    full = LayerState(4, highest=16, values=torch.ones(4))
-    assert GrowWhereFull().ranks({"layer": full}) == {"layer": 8}
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,6 @@ def test_at_is_one_of_three(options):
         At(**options)
 
 
-@pytest.mark.parametrize(("name", "value"), [("step", 1.5), ("epoch", -1), ("fraction", 1.5)])
-def test_at_refuses_a_value_out_of_range(name, value):
-    with pytest.raises(ConfigurationError, match=f"^{name} must .*got {value}$"):
-        At(**{name: value})
-
-
 def test_at_needs_a_length_only_where_it_counts_in_it():
     unknown = Run(total_steps=None)
     assert At(step=7).in_steps(unknown) == 7

@@ -70,13 +70,6 @@ def test_best_of_before_stays_where_ranks_grew_or_the_user_says_so(fit, worsenin
     assert saver.best_model_path == str(tmp_path / "step=5.ckpt")
 
 
-def test_file_of_before_the_cut_is_named_at_the_end_if_nothing_was_saved_since(fit, worsening, tmp_path):
-    saver = best(tmp_path)
-    words = r"the best checkpoint, .*step=5.ckpt' of step 5, has rank 6, but the trained model has rank 2"
-    with pytest.warns(UserWarning, match=words):
-        fit(RankScheduler(Stage(At(step=22), Rank(2))), saver, module=worsening())
-
-
 def test_cut_behind_the_last_step_is_validated_and_saved(fit, worsening, tmp_path):
     """So that ``ckpt_path="best"``, ``last.ckpt`` and the default checkpoint of the last epoch hold it."""
     saver = best(tmp_path / "best", save_last=True)

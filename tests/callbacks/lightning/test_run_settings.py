@@ -25,26 +25,25 @@ def without_dropout(module_class):
     return module
 
 
-def loop(module, data, *, accumulate=1, clip=None, dtype=None, autocast=False):
+def loop(module, data, *, clip=None, dtype=None, autocast=False):
     """The same run without Lightning."""
     if dtype is not None and not autocast:
         module.to(dtype)
     (optimizer,), (schedule,) = module.configure_optimizers()
     trained = [p for p in module.parameters() if p.requires_grad]
     loader, _ = data()
-    batches = [batch for _ in range(3) for batch in loader]
-    for step in range(STEPS):
+    batches = [batch for _ in range(2) for batch in loader]
+    for step, (x, y) in enumerate(batches[:STEPS]):
         if step in CHANGES:
             generator = torch.Generator().manual_seed(step)
             dynrank.resize(module, CHANGES[step], optimizers=[optimizer], generator=generator)
         optimizer.zero_grad()
-        for x, y in batches[step * accumulate : (step + 1) * accumulate]:
-            if dtype is not None and not autocast:
-                x = x.to(dtype)
-                y = y.to(dtype)
-            with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
-                loss = nn.functional.mse_loss(module.net(x), y)
-            (loss / accumulate).backward()
+        if dtype is not None and not autocast:
+            x = x.to(dtype)
+            y = y.to(dtype)
+        with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
+            loss = nn.functional.mse_loss(module.net(x), y)
+        loss.backward()
         if clip is not None:
             clip(trained)
         optimizer.step()
@@ -52,17 +51,14 @@ def loop(module, data, *, accumulate=1, clip=None, dtype=None, autocast=False):
     return module
 
 
+# Runs in float64, with several batches a step and clipped by norm, are those of the oracle.
 SETTINGS = {
-    "plain": ({}, {}),
-    "accumulation": ({"accumulate_grad_batches": 2}, {"accumulate": 2}),
-    "clipping by norm": ({"gradient_clip_val": 0.1}, {"clip": lambda p: nn.utils.clip_grad_norm_(p, 0.1)}),
     "clipping by value": (
         {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
         {"clip": lambda p: nn.utils.clip_grad_value_(p, 0.01)},
     ),
     "bf16-mixed": ({"precision": "bf16-mixed"}, {"dtype": torch.bfloat16, "autocast": True}),
     "bf16-true": ({"precision": "bf16-true"}, {"dtype": torch.bfloat16}),
-    "64-true": ({"precision": "64-true"}, {"dtype": torch.float64}),
 }
 
 
@@ -83,10 +79,9 @@ def test_adapters_in_float16_are_refused(fit):
         fit(RankScheduler(list(STAGES)), precision="16-true")
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "eager"])
-def test_compiled_model_uses_the_new_factors(regression, fit, backend):
+def test_compiled_model_uses_the_new_factors(regression, fit):
     plain, compiled = (without_dropout(regression[0]) for _ in range(2))
-    compiled.net.compile(backend=backend)
+    compiled.net.compile(backend="aot_eager")
     first, second = (RankScheduler(list(STAGES)) for _ in range(2))
     for scheduler, module in ((first, plain), (second, compiled)):
         fit(scheduler, module=module, limit_val_batches=0, max_steps=10)
