@@ -380,7 +380,9 @@ def _with_contributions(event: RankEvent | None, brought: Mapping[str, Contribut
     """The event with what each of its layers has brought, where that is known."""
     if event is None or not brought:
         return event
-    return replace(event, layers=tuple(replace(each, brought=brought[each.layer].value) for each in event.layers))
+    shares = [(each, brought[each.layer]) for each in event.layers]
+    layers = [replace(each, brought=share.value, brought_error=share.error) for each, share in shares]
+    return replace(event, layers=tuple(layers))
 
 
 class Clock:

@@ -59,6 +59,4 @@ def test_time_that_is_left_is_that_of_the_steps_to_come(printed):
     assert [text for text in texts if text.startswith("length")] == [
         "length           24 steps, 2.4 epochs of 10 steps (trainer.max_epochs, trainer.max_steps)"
     ]
-    assert [text for text in texts if text.startswith("time left")] == [
-        "time left        84 s, by the first 10 steps"
-    ]
+    assert [text for text in texts if text.startswith("time left")] == ["time left        84 s, by the first 10 steps"]

@@ -5,6 +5,7 @@ What does not depend on the trainer is tested in tests/driver.
 
 import copy
 import itertools
+from statistics import stdev
 
 import lightning
 import pytest
@@ -98,7 +99,10 @@ def test_history_has_what_layers_have_brought_in_a_loop_by_hand(fit, regression)
     reports = scheduler.history[0].layers
     assert reports
     for report in reports:
-        assert report.brought == pytest.approx(sum(hand.terms(report.layer.removeprefix("net."))), rel=1e-3)
+        terms = hand.terms(report.layer.removeprefix("net."))
+        assert report.brought == pytest.approx(sum(terms), rel=1e-3)
+        # The standard error of a sum.
+        assert report.brought_error == pytest.approx(stdev(terms) * len(terms) ** 0.5, rel=1e-3)
 
 
 ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
