@@ -15,18 +15,18 @@ class ProgressLines(Callback):
     """Prints the length of training at its start, and after ten steps the time that is left.
 
     Args:
-        follow: also print a line after each validation, and at least one a minute: step, losses, and the time left.
-            Output that goes to a file shows no progress bar.
+        follow: also print a line after each validation, and at least one a minute (if batches take longer, one after
+            each): step, losses, and the time left. Output that goes to a file shows no progress bar.
     """
 
     def __init__(self, *, follow: bool) -> None:
         self.follow = follow
-        # When training began, when the last line was printed, and the steps made before, in this process.
-        self._begun = self._last = 0.0
+        # When training began, the last line was printed and the last batch ended; the steps made before, in this run.
+        self._begun = self._last = self._batch_ended = 0.0
         self._first_step = self._seen_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._begun = self._last = time.monotonic()
+        self._begun = self._last = self._batch_ended = time.monotonic()
         self._first_step = self._seen_step = trainer.global_step
         steps = trainer.estimated_stepping_batches
         of_epoch = -(-trainer.num_training_batches // trainer.accumulate_grad_batches)
@@ -38,16 +38,25 @@ class ProgressLines(Callback):
     ) -> None:
         step = trainer.global_step
         # With gradient accumulation several batches make one step.
-        if step == self._seen_step:
-            return
-        self._seen_step = step
-        if step - self._first_step == _FIRST:
+        if step != self._seen_step and step - self._first_step == _FIRST:
             _say(trainer, "time left", f"{self._left(trainer)}, by the first {_FIRST} steps")
-        elif self.follow and time.monotonic() - self._last >= _PAUSE:
-            self._follow(trainer)
+        self._seen_step = step
+        self._follow_in_time(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._follow_in_time(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.follow and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._follow(trainer)
+
+    def _follow_in_time(self, trainer: Trainer) -> None:
+        """Print a line if more than a minute without one would have passed at the end of a batch like the last one."""
+        now = time.monotonic()
+        took = now - self._batch_ended
+        self._batch_ended = now
+        if self.follow and now - self._last + took > _PAUSE:
             self._follow(trainer)
 
     def _follow(self, trainer: Trainer) -> None:

@@ -31,8 +31,8 @@ class RankMonitor(Callback):
 
     Args:
         history_file: CSV file of all changes of the run, also those before a resume, with what each layer had brought
-            before (the loss's decrease by its updates). If a change was undone, its reason begins with "undone". None:
-            no file.
+            before (the loss's decrease by its updates, and its standard error). If a change was undone, its reason
+            begins with "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
     """
 
@@ -118,9 +118,9 @@ class RankProgressBar(RichProgressBar):
 
 def _rows(event: RankEvent) -> Iterable[tuple[object, ...]]:
     for la in event.layers:
-        costs = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
-        brought = "" if la.brought is None else f"{la.brought:.6g}"
-        yield event.step, la.layer, la.rank_before, la.rank_after, *costs, event.account, brought
+        kept = f"{la.energy_kept:.6g}", f"{la.predicted_error:.6g}"
+        brought = ["" if value is None else f"{value:.6g}" for value in (la.brought, la.brought_error)]
+        yield event.step, la.layer, la.rank_before, la.rank_after, *kept, event.account, *brought
 
 
 def _log(trainer: Trainer, totals: dict[str, float], by_layer: dict[str, float]) -> None:

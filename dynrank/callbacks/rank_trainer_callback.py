@@ -326,7 +326,9 @@ class HFTraining(Training):
 
 
 def _calling_handler() -> CallbackHandler:
-    """The Trainer's list of callbacks, from a method of which an event is being called: no event passes it on."""
+    """The Trainer's list of callbacks, one of whose methods is calling this event."""
+    # Neither an event's arguments nor any public method of a callback leads to the Trainer or its list, and callbacks
+    # are made before the Trainer is. Without the list, changes could not be logged or told to other callbacks.
     frame = inspect.currentframe()
     while frame is not None:
         handler = frame.f_locals.get("self")

@@ -136,7 +136,9 @@ class LayerReport:
         singular_values: singular values of the update before the change (scaling included), descending.
         params_per_rank: d_out + d_in (times the experts), the parameters of one direction.
         brought: what the layer had brought before: the decrease of the loss by its updates in this run (see
-            :mod:`dynrank.driver.brought`), the reason for its rank; None if unknown.
+            :mod:`dynrank.driver.brought`); None if unknown.
+        brought_error: its standard error; None if unknown. The sum of both (of brought at least 0) is the reason for
+            the layer's rank in a pool.
     """
 
     layer: str
@@ -147,6 +149,7 @@ class LayerReport:
     singular_values: tuple[float, ...]
     params_per_rank: int
     brought: float | None = None
+    brought_error: float | None = None
 
     @property
     def parameters_saved(self) -> int:

@@ -47,6 +47,7 @@ class RankDriver:
     Attributes:
         stages: the stages of the schedule.
         progress: which stages are over, and what is pending.
+        rate_factor: factor of the adapters' learning rates since the last change.
     """
 
     def __init__(self, schedule: Schedule, *, check_every: int | None = None, measure: bool = False) -> None:
@@ -60,12 +61,13 @@ class RankDriver:
         self._clock = Clock([], self._run)
         # What layers have brought; None before start() and after the last stage.
         self._brought: Brought | None = None
-        # One for each optimizer, made in start().
+        self.rate_factor = 1.0
+        # One for each optimizer, from start() to the end.
         self._rates: list[Rates] = []
         # The last step for which end_step() was called.
         self._ended_step = 0
-        # The state of a checkpoint is kept here until start(), which brings the layers and optimizers.
-        self._loaded: Mapping[str, Any] = {}
+        # What a checkpoint says that layers have brought, kept until start() brings the layers.
+        self._loaded: Mapping[str, Any] | None = None
         # Whether the checkpoint was made under another schedule.
         self._schedule_differs = False
 
@@ -78,11 +80,6 @@ class RankDriver:
     def finished(self) -> bool:
         """Whether every stage is over."""
         return self.progress.stage >= len(self.stages)
-
-    @property
-    def rate_factor(self) -> float:
-        """Factor of the adapters' learning rates since the last change."""
-        return self._rates[0].factor if self._rates else 1.0
 
     def hidden_rates(self, training: Training) -> dict[str, float]:
         """{``lr/adapter``: the adapters' rate in the next step}, if it is not the rate of their param group.
@@ -125,10 +122,11 @@ class RankDriver:
         if self._schedule_differs:
             training.warn(f"the schedule is not the checkpoint's: it applies from step {training.step} on")
         # Also without a checkpoint: a fit() that goes on has new optimizers.
-        factor = self._loaded.get("rate_factor", self.rate_factor)
         self._remove_rates()
         adapters = adapter_parameters(training.model)
-        self._rates = [Rates(optimizer, adapters, factor, training.schedulers) for optimizer in training.optimizers]
+        self._rates = [
+            Rates(optimizer, adapters, self.rate_factor, training.schedulers) for optimizer in training.optimizers
+        ]
         layers = dict(lora_layers(training.model))
         if self.finished:
             self._brought = None
@@ -136,9 +134,9 @@ class RankDriver:
             self._brought = Brought(layers)
         else:
             self._brought.restart()
-        if self._brought is not None and self._loaded.get("brought") is not None:
-            self._brought.load_state_dict(self._loaded["brought"])
-        self._loaded = {}
+        if self._brought is not None and self._loaded is not None:
+            self._brought.load_state_dict(self._loaded)
+        self._loaded = None
 
     def advance(self, training: Training) -> None:
         """Decide which stage is due, and change ranks if one is."""
@@ -176,6 +174,7 @@ class RankDriver:
         pending = self.progress.pending
         if pending is not None:
             self._change(training, pending)
+        self._remove_rates()
         if not self.finished:
             training.warn(
                 f"training ended before stage {self.progress.stage + 1} of the rank schedule, so ranks are not final: "
@@ -184,20 +183,17 @@ class RankDriver:
 
     def abort(self) -> None:
         """Restore the rates, after an error."""
-        for rates in self._rates:
-            rates.restore()
+        self._remove_rates()
 
     def state_dict(self) -> dict[str, Any]:
         """Plain containers and tensors only, so that a checkpoint loads with ``weights_only=True``."""
-        brought = self._brought.state_dict() if self._brought is not None else None
+        brought = self._brought.state_dict() if self._brought is not None else self._loaded
         return {
             **asdict(self.progress),
             "stages": as_texts(self.stages),
             "triggers": [s.when.state_dict() if isinstance(s.when, Trigger) else None for s in self.stages],
             "brought": brought,
             "rate_factor": self.rate_factor,
-            # Before start() these two are those of the checkpoint.
-            **self._loaded,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -225,8 +221,9 @@ class RankDriver:
         if pending is not None and present.get(pending.stage, ("",))[0] != theirs[pending.stage][0]:
             self.progress.pending = None
         self._remove_rates()
+        self.rate_factor = float(state["rate_factor"])
         self._brought = None
-        self._loaded = {"rate_factor": state["rate_factor"], "brought": state["brought"]}
+        self._loaded = state["brought"]
         self._ended_step = 0
 
     # Deciding
@@ -360,8 +357,10 @@ class RankDriver:
             self.progress.metrics = {}
             after = {name: layer.rank for name, layer in lora_layers(training.model)}
             before = after | {report.layer: report.rank_before for report in event.layers}
+            factor = rate_factor(self.stages[index].how, before, after)
+            self.rate_factor *= factor
             for rates in self._rates:
-                rates.multiply(rate_factor(self.stages[index].how, before, after))
+                rates.multiply(factor)
 
     def _parameters_at_start(self, training: Training) -> int:
         """How many parameters the adapters had when the run began."""
@@ -378,7 +377,9 @@ def _with_contributions(event: RankEvent | None, brought: Mapping[str, Contribut
     """The event with what each of its layers has brought, where that is known."""
     if event is None or not brought:
         return event
-    return replace(event, layers=tuple(replace(each, brought=brought[each.layer].value) for each in event.layers))
+    shares = [(each, brought[each.layer]) for each in event.layers]
+    layers = [replace(each, brought=share.value, brought_error=share.error) for each, share in shares]
+    return replace(event, layers=tuple(layers))
 
 
 class Clock:

@@ -13,7 +13,10 @@ from dynrank.errors import read_as
 from dynrank.output.ranks import change_table, ranks_in_words
 
 # Columns of rank_history.csv.
-FIELDS = ("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought")
+FIELDS = (
+    *("step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"),
+    *("brought", "brought_error"),
+)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def ranks_figure(ranks: Mapping[str, Sequence[int]]) -> Figure:
         if counts[kind] > 1:
             cells[rows.index(block_of(name)), columns.index(kind)] = ranks[name]
     below = {(row, 0): ranks[name] for row, name in enumerate(single)}
-    tables = [(cells, [".".join(map(str, row)) for row in rows], columns), (below, single, [""])]
+    blocks = [f"block {'.'.join(map(str, row))}" for row in rows]
+    tables = [(cells, blocks, columns), (below, single, [""])]
     parts = [table for table in tables if table[0]]
     cell = 0.15 + 0.08 * max(len(_first_and_last(own)) for own in ranks.values())
     width = max(_WIDTH, 1.3 + cell * len(columns))

@@ -6,7 +6,7 @@ import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from tables import rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -91,15 +91,21 @@ class Taken(lightning.Callback):
 RAISED = Stage(At(step=4), Rank(3), how=How(lr_factor=2.0))
 
 
-def test_learning_rate_monitor_shows_the_rate_that_the_step_takes(changed, tmp_path):
-    """Lightning's own callback, read back from TensorBoard's file."""
+def test_tensorboard_and_wandb_show_the_ranks_and_the_rate_that_the_step_takes(changed, tmp_path, wandb_run):
+    """By Lightning's own LearningRateMonitor and by RankMonitor, read back from the files of both."""
     taken = Taken()
-    logger = TensorBoardLogger(tmp_path, name="", version="")
-    _, scheduler, _ = changed(taken, LearningRateMonitor("step"), logger=logger, stage=RAISED)
-    shown = EventAccumulator(str(tmp_path)).Reload().Scalars("lr-AdamW")
-    assert [point.value for point in shown[-3:]] == pytest.approx(taken.rates[-3:])
+    run, stored = wandb_run
+    loggers = [TensorBoardLogger(tmp_path, name="", version=""), WandbLogger(experiment=run)]
+    monitors = LearningRateMonitor("step"), RankMonitor(model_name="net")
+    _, scheduler, _ = changed(taken, *monitors, logger=loggers, stage=RAISED)
     assert taken.rates[4] == pytest.approx(2 * 0.5e-2 * (1 + math.cos(math.pi * 4 / 60)))
     assert scheduler.driver.rate_factor == 2
+    board = EventAccumulator(str(tmp_path)).Reload()
+    rows_of_wandb = stored()
+    for name, expected in {"lr-AdamW": taken.rates[-3:], "lr/0": taken.rates[-3:], "rank/mean": [6, 3]}.items():
+        shown = [point.value for point in board.Scalars(name)]
+        assert shown[-len(expected) :] == pytest.approx(expected)
+        assert [row[name] for row in rows_of_wandb if name in row] == pytest.approx(shown)
 
 
 def test_second_fit_of_a_trainer_keeps_the_raised_rate(changed, regression, tmp_path):

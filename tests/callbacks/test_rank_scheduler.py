@@ -3,9 +3,14 @@
 What does not depend on the trainer is tested in tests/driver.
 """
 
+import copy
+import itertools
+from statistics import stdev
+
 import lightning
 import pytest
 import torch
+from by_hand import ByHand
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
@@ -14,7 +19,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from tables import rows
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 
 import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler
@@ -70,6 +75,34 @@ def test_scheduler_drops_once_after_the_plateau_and_tells_other_callbacks(fit):
             state = trainer.optimizers[0].state[parameter]
             assert state["exp_avg"].shape == state["exp_avg_sq"].shape == parameter.shape
             assert state["step"] == 24
+
+
+def test_history_has_what_layers_have_brought_in_a_loop_by_hand(fit, regression):
+    """Two batches a step, clipped: as Lightning documents it."""
+    make, data, _ = regression
+    scheduler = RankScheduler(at(8, Budget(share=0.5)))
+    module = make()
+    module.net[1].p = 0.0
+    other = copy.deepcopy(module)
+    fit(scheduler, module=module, accumulate_grad_batches=2, gradient_clip_val=0.5, max_steps=9, val_check_interval=1.0)
+    ((optimizer,), (schedule,)) = other.configure_optimizers()
+    hand = ByHand(other.net)
+    batches = itertools.chain.from_iterable(itertools.repeat(data()[0]))
+    for _ in range(8):
+        for batch in itertools.islice(batches, 2):
+            (other.training_step(batch, 0) / 2).backward()
+        torch.nn.utils.clip_grad_norm_([p for p in other.parameters() if p.requires_grad], 0.5)
+        optimizer.step()
+        schedule["scheduler"].step()
+        hand.end_step()
+        optimizer.zero_grad()
+    reports = scheduler.history[0].layers
+    assert reports
+    for report in reports:
+        terms = hand.terms(report.layer.removeprefix("net."))
+        assert report.brought == pytest.approx(sum(terms), rel=1e-3)
+        # The standard error of a sum.
+        assert report.brought_error == pytest.approx(stdev(terms) * len(terms) ** 0.5, rel=1e-3)
 
 
 ACCUMULATING = {"val_check_interval": 6, "check_val_every_n_epoch": None, "accumulate_grad_batches": 2}
@@ -245,26 +278,6 @@ def test_validations_of_a_change_leave_training_as_without_them(regression, asse
     assert_same(checked, plain)
     of_the_change = [numbers for step, *numbers in seen if step == 7]
     assert of_the_change == of_the_change[:2] * 2
-
-
-class Stream(IterableDataset):
-    """Goes on where it was left."""
-
-    def __init__(self):
-        self.generator = torch.Generator().manual_seed(0)
-
-    def __iter__(self):
-        for _ in range(80):
-            x = torch.randn(12, generator=self.generator)
-            yield x, x[:6]
-
-
-def test_search_by_validations_of_other_data_each_time_is_warned_of(regression):
-    module_class, data, trainer = regression
-    search = Stage(At(fraction=1.0), Budget(share=1.0), how=How(max_regression=0.001), search=True)
-    fitted = trainer(max_steps=5, limit_val_batches=2, num_sanity_val_steps=0, callbacks=[RankScheduler(search)])
-    with pytest.warns(UserWarning, match="did not use the same batches"):
-        fitted.fit(module_class(), data()[0], DataLoader(Stream(), batch_size=40))
 
 
 @pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])

@@ -493,14 +493,17 @@ class Rates(TrainerCallback):
         return {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
 
 
+class Taking(TrainerCallback):
+    """The rate of each step, as the optimizer had it."""
+
+    def on_train_begin(self, args, state, control, optimizer, **_):
+        self.taken = []
+        inner = optimizer.optimizer
+        inner.register_step_post_hook(lambda *_: self.taken.append(inner.param_groups[0]["lr"]))
+
+
 def test_rate_that_the_trainer_logs_is_the_one_that_the_steps_take(tmp_path):
     """Of a PEFT model, with a linear decay; and after a resume behind the change."""
-
-    class Taking(TrainerCallback):
-        def on_train_begin(self, args, state, control, optimizer, **_):
-            self.taken = []
-            inner = optimizer.optimizer
-            inner.register_step_post_hook(lambda *_: self.taken.append(inner.param_groups[0]["lr"]))
 
     def run(folder, **options):
         schedule = callback([Stage(At(step=4), Rank(2))], lr_factor=2.0)
@@ -517,6 +520,69 @@ def test_rate_that_the_trainer_logs_is_the_one_that_the_steps_take(tmp_path):
     # The Trainer logs the rate of the step that comes next or of the one that was made, by version.
     assert logged[5:9] in (pytest.approx(taken[5:9]), pytest.approx(taken[6:10]))
     assert run(tmp_path / "again", resume_from_checkpoint=str(tmp_path / "checkpoint-6"))[1] == taken[6:]
+
+
+def test_tensorboard_and_wandb_store_the_ranks_and_the_rate_of_the_steps(tmp_path, monkeypatch, wandb_run):
+    """Read back from the files of both."""
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    taking = Taking()
+    schedule = callback([Stage(At(step=4), Rank(2))], lr_factor=2.0)
+    made = trainer(tmp_path, wrapped(), schedule, report_to=["tensorboard", "wandb"])
+    made.add_callback(taking)
+    made.train()
+    stored = wandb_run[1]()
+    (change,) = [row for row in stored if "train/rank/mean" in row]
+    assert [change[f"train/{name}"] for name in ("global_step", "rank/mean", "rank/max")] == [4, 2, 2]
+    rates = [row["train/learning_rate"] for row in stored if "train/learning_rate" in row]
+    # Which of the two is logged depends on the version, as above.
+    assert rates[5:9] in (pytest.approx(taking.taken[5:9]), pytest.approx(taking.taken[6:10]))
+    assert taking.taken[6] == pytest.approx(2 * 1e-2 * (1 - 6 / STEPS))
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [point.value for point in board.Scalars("train/learning_rate")] == pytest.approx(rates)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dpo_trainer_has_the_best_of_after_the_cut_the_used_rate_and_the_ranks(tiny_llama, tmp_path, capsys):
+    """TRL's, with PEFT's adapter; each evaluation has a worse score than the one before."""
+    # trl loads slowly.
+    import trl
+
+    scores = itertools.count(9, -1)
+
+    class Worsening(trl.DPOTrainer):
+        def evaluate(self, *args, **options):
+            return super().evaluate(*args, **options) | {"eval_score": float(next(scores))}
+
+    sums = [{"prompt": f"{i} and {i} is", "chosen": f" {i + i}", "rejected": f" {i}"} for i in range(16)]
+    options = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "logging_steps": 1}
+    options |= {"report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False, "gradient_checkpointing": False}
+    schedule = callback([Stage(At(step=4), Rank(2))], lr_factor=2.0)
+    hearing = Hearing()
+    taking = Taking()
+    made = Worsening(
+        model=hf.AutoModelForCausalLM.from_pretrained(tiny_llama),
+        args=trl.DPOConfig(str(tmp_path), **options, **SCORING, **EVALUATING, **SAVING),
+        train_dataset=datasets.Dataset.from_list(sums),
+        eval_dataset=datasets.Dataset.from_list(sums[:4]),
+        processing_class=hf.AutoTokenizer.from_pretrained(tiny_llama, pad_token="<|end|>"),
+        peft_config=LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"),
+        callbacks=[schedule, hearing, taking],
+    )
+    made.train()
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "best so far: step 2 at rank 4; from here on the best of rank 2 counts" in printed
+    assert (made.state.best_global_step, ranks(made.model)) == (6, {2})
+    made.save_model(str(tmp_path / "end"))
+    loaded = PeftModel.from_pretrained(hf.AutoModelForCausalLM.from_pretrained(tiny_llama), tmp_path / "end")
+    assert ranks(loaded) == {2}
+
+    rates = [row["learning_rate"] for row in made.state.log_history if "learning_rate" in row]
+    assert taking.taken == pytest.approx([1e-2 * (1 - step / STEPS) * (1 + (step >= 4)) for step in range(STEPS)])
+    assert rates[5:9] in (pytest.approx(taking.taken[5:9]), pytest.approx(taking.taken[6:10]))
+
+    assert hearing.heard == [(4, schedule.history[0], {2})]
+    assert [(row["step"], row["rank/mean"]) for row in made.state.log_history if "rank/mean" in row] == [(4, 2)]
+    assert "rank change at step 4: step 4" in printed
 
 
 def test_metric_of_a_search_is_missed_at_the_first_evaluation(tmp_path):

@@ -182,6 +182,29 @@ def test_validations_of_a_change_move_neither_random_numbers_nor_buffers():
     assert loop.model[0].rank == 1
 
 
+@pytest.mark.parametrize("end", ["finish", "abort"])
+def test_run_that_has_ended_leaves_no_hook_on_the_optimizer(end):
+    """In a group with a head the rate is raised inside steps; a checkpoint made after the end knows the factor."""
+    head = nn.Parameter(torch.zeros(1))
+    loop = Loop(6, lambda adapters, lr: torch.optim.SGD([*adapters, head], lr=lr))
+    driver = RankDriver(at(5, Rank(3), lr_factor=2.0))
+    driver.start(loop, Run(9))
+    loop.step = 5
+    driver.advance(loop)
+    factor = loop.model[0].lora_B
+
+    def length():
+        before = factor.detach().clone()
+        factor.grad = torch.ones_like(factor)
+        loop.optimizers[0].step()
+        return (before - factor).mean().item()
+
+    assert length() == pytest.approx(2e-2, rel=1e-4)
+    getattr(driver, end)(*[loop] * (end == "finish"))
+    assert length() == pytest.approx(1e-2, rel=1e-4)
+    assert driver.state_dict()["rate_factor"] == 2.0
+
+
 @pytest.mark.parametrize("by", ["weight", "brought"])
 def test_change_computes_the_svd_of_each_layer_once(by, monkeypatch):
     sizes = []

@@ -25,7 +25,8 @@ def test_ranks_stand_in_a_table_of_blocks_and_kinds_others_below():
     ranks[names[0]] = [32]
     blocks, others = ranks_figure(ranks).axes
     found = written(blocks)
-    assert list(found) == [(block, f"attention.self.{kind}") for block in ("0", "1", "10") for kind in ("query", "key")]
+    rows = ("block 0", "block 1", "block 10")
+    assert list(found) == [(row, f"attention.self.{kind}") for row in rows for kind in ("query", "key")]
     assert list(found.values()) == ["32", "32→5", "32→6", "32→7", "32→8", "32→9"]
     assert written(others) == {("bert.pooler.dense", ""): "16"}
 

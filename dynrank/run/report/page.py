@@ -184,6 +184,12 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     caption = (
         f"Ranks of {len(ranks)} layers, the first → the last: a row for each block, a column for each kind of layer."
     )
+    brought = run.brought()
+    if len({ranks[name][-1] for name in brought}) > 1:
+        caption += (
+            " Where layers share a pool, the rank of each is in proportion to what it has brought (the table of layers "
+            "has it): the decrease of the loss by its updates before the change, at least 0, plus its standard error."
+        )
     yield "ranks", caption, ranks_figure(ranks)
     spectra = {name: layer.singular_values for name, layer in run.layers.items()}
     caption = f"Singular values of {len(spectra)} updates at the end, relative to the largest of each."

@@ -36,6 +36,7 @@ class LayerChange:
     predicted_error: float
     reason: str
     brought: float | Literal[""] = ""
+    brought_error: float | Literal[""] = ""
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,13 @@ class RunRecord:
             ranks[name] = [own[0].rank_before if own else last, *(change.rank_after for change in own)]
         return ranks
 
-    def brought(self) -> dict[str, float]:
-        """{layer: what it had brought before its last change}, the reason for its rank, where that is known."""
+    def brought(self) -> dict[str, tuple[float, float]]:
+        """{layer: (what it had brought before its last change, the standard error)}, where that is known."""
         return {
-            layer.layer: layer.brought
+            layer.layer: (layer.brought, layer.brought_error)
             for change in self.changes
             for layer in change.layers.values()
-            if layer.brought != ""
+            if layer.brought != "" and layer.brought_error != ""
         }
 
     @property

@@ -13,7 +13,8 @@ from torch import nn
 import dynrank
 
 NASTY = "<b>&\"'</b>"
-FIELDS = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason", "brought"]
+FIELDS = ["step", "layer", "rank_before", "rank_after", "energy_kept", "predicted_error", "reason"]
+FIELDS += ["brought", "brought_error"]
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 
 
@@ -31,8 +32,8 @@ def write_run(folder, *, blocks=2, drops=((10, 4), (20, 2)), steps=30, rank=8, u
     for step, to in sorted([*drops, *undone]):
         taken_back = (step, to) in undone
         reason = f"undone: val/loss 1 → 2 ({NASTY})" if taken_back else f"fraction {NASTY}"
-        brought = {name: step / 100 if "up" in name else "" for name in names if name != "head"}
-        rows += [[step, name, now, to, 0.9, 0.1, reason, brought[name]] for name in brought]
+        brought = {name: [step / 100, 0.05] if "up" in name else ["", ""] for name in names if name != "head"}
+        rows += [[step, name, now, to, 0.9, 0.1, reason, *brought[name]] for name in brought]
         now = now if taken_back else to
     for name, layer in dynrank.lora_layers(model):
         nn.init.normal_(layer.lora_B)

@@ -31,7 +31,8 @@ def test_every_layer_has_a_row_with_its_ranks(report, folder, nasty):
     headings, *rows = report.table("The adapter's layers")
     assert headings[:4] == ["layer", "d_out × d_in", "rank", "brought"]
     # A layer that never changed has no row in the history.
-    assert {row[0].split(".")[-1]: row[3] for row in rows} == {"up": "0.2", nasty.split(".")[-1]: "–", "head": "–"}
+    brought = {row[0].split(".")[-1]: row[3] for row in rows}
+    assert brought == {"up": "0.2 ± 0.05", nasty.split(".")[-1]: "–", "head": "–"}
     ranks = {row[0]: row[2] for row in rows}
     assert list(ranks) == list(json.loads((folder / "summary.json").read_text())["final_ranks"])
     assert ranks[f"layers.1.{nasty}"] == "8 → 4 → 2"
@@ -67,6 +68,15 @@ def test_weights_cost_and_the_rows_that_were_left_out_are_said(run_folder, tmp_p
         "examples": "1,200",
         "tokens": "9",
     }
+
+
+def test_caption_of_the_ranks_says_why_they_differ(run_folder, tmp_path, page_of):
+    folder = run_folder(tmp_path / "run")
+    history = folder / "rank_history.csv"
+    for last, said in ((2, False), (3, True)):
+        history.write_text(history.read_text().replace("20,layers.0.up,4,2", f"20,layers.0.up,4,{last}"))
+        (caption,) = [text for text in captions(page_of(write_report(folder))) if text.startswith("Ranks of")]
+        assert ("in proportion to what it has brought" in caption) is said
 
 
 def test_configuration_and_what_was_given_are_there_word_for_word(report, folder, nasty):
