@@ -147,7 +147,7 @@ class Case:
         return x, y
 
     def loss(self, output, y):
-        return F.cross_entropy(output.flatten(0, 1), y.flatten()) if self.is_language else F.mse_loss(output, y)
+        return F.cross_entropy(output.flatten(0, 1), y.flatten()) if self.is_language else F.smooth_l1_loss(output, y)
 
     # Training
 
