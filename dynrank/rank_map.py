@@ -178,12 +178,12 @@ def resolve_rank_map(
     *,
     rank: int,
     alpha: float,
-    capped: Collection[str] = (),
+    capped: bool = False,
 ) -> dict[str, LayerRank]:
     """The values of each LoRA layer by the first rule that matches it, as in PEFT; later rules change nothing there.
 
     ``shapes`` is {layer: (d_out, d_in)} of every layer that gets LoRA. A layer that no rule sets gets ``rank`` and
-    ``alpha``; a layer in ``capped`` gets min(d_in, d_out) if that is less than ``rank``.
+    ``alpha``; if ``capped``, it gets min(d_in, d_out) if that is less than ``rank``.
 
     Raises:
         ConfigurationError: if a rule matches no layer or only layers of earlier rules, or a rank does not fit a layer.
@@ -195,7 +195,7 @@ def resolve_rank_map(
     for name, (d_out, d_in) in shapes.items():
         key = winners.get(name)
         rule = rules[key] if key is not None else RankRule()
-        default = min(rank, d_out, d_in) if name in capped else rank
+        default = min(rank, d_out, d_in) if capped else rank
         layer = LayerRank(rule.rank or default, rule.alpha or alpha, rule.final_rank, rule.highest, rule.pinned, key)
         faults += [f"{name!r}: {fault}" for fault in _layer_faults(layer, rule, d_out, d_in)]
         layers[name] = layer
@@ -206,10 +206,11 @@ def resolve_rank_map(
 
 def _layer_faults(layer: LayerRank, rule: RankRule, d_out: int, d_in: int) -> list[str]:
     fix = f"fix the rule {layer.rule!r} (rank_map)"
+    lower = "lower lora.rank, or set the rank of this layer in rank_map"
     faults = []
     if not 1 <= layer.rank <= min(d_out, d_in):
         said = f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {layer.rank}"
-        faults.append(f"{said}; {'fix lora.rank' if rule.rank is None else fix}")
+        faults.append(f"{said}; {lower if rule.rank is None else fix}")
     if layer.final_rank is not None and layer.final_rank > layer.rank:
         faults.append(f"final_rank must be at most rank = {layer.rank}, got {layer.final_rank}; {fix}")
     return faults

@@ -6,6 +6,7 @@ Run: .venv/bin/python scripts/fuzz.py [--minutes 5] [--first SEED], or --seed SE
 """
 
 import argparse
+import gc
 import logging
 import random
 import sys
@@ -29,6 +30,8 @@ def main() -> None:
     from judge import judged
 
     torch.set_num_threads(1)
+    # accelerate collects garbage at each start, and would go through every imported library.
+    gc.freeze()
     for name in ("lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     alone = args.seed is not None

@@ -134,7 +134,7 @@ def test_resolve_key_that_matches_nothing_names_the_nearest(key, near):
 def test_resolve_refuses_ranks_that_do_not_fit(rule, message):
     with pytest.raises(ConfigurationError, match=message):
         resolve(rule)
-    with pytest.raises(ConfigurationError, match=r"v_proj': rank must be .* got 6; fix rank"):
+    with pytest.raises(ConfigurationError, match=r"v_proj': rank must be .* got 6; lower rank, or set"):
         resolve({}, rank=6)
 
 

@@ -132,6 +132,9 @@ def _faults(
                 f"the budget must be at least {least:,} parameters, the size of {len(states)} layers at the lowest "
                 f"ranks, got {given:,} ({stage.to.key}, schedule.lowest)"
             ]
+        # Less than the present parameters is a change, though perhaps only of layers with a final rank of their own.
+        if stage.to.share is not None and stage.to.share < 1:
+            return []
     # PEFT allows a rank above min(d_in, d_out); a target below such a rank is a cut.
     most = {name: max(states[name].highest, ranks[name]) for name in free}
     if not stage.to.needs:

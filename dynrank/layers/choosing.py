@@ -27,10 +27,8 @@ _OF_MAMBA = ["x_proj", "dt_proj", "out_proj"]
 _CLASSIFIERS = ("classifier", "score")
 
 
-def target_names(
-    model: nn.Module, target_modules: str | Sequence[str], trained_whole: Sequence[str] = ()
-) -> dict[str, bool]:
-    """{name of a module to adapt: whether only a preset has chosen it}, in the order of ``model.named_modules()``.
+def target_names(model: nn.Module, target_modules: str | Sequence[str], trained_whole: Sequence[str] = ()) -> list[str]:
+    """The names of the modules to adapt, in the order of ``model.named_modules()``.
 
     Args:
         model: any module.
@@ -55,9 +53,8 @@ def target_names(
             layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if layer_class(module)})
             near = get_close_matches(target, {*layers, *modules}, n=3) or layers
             raise ConfigurationError(f"no layer matches {target!r} of lora.target_modules; nearest: {near}")
-    named = {name for target in targets if target not in presets for name in found[target]}
-    by_preset = {name for target in targets if target in presets for name in found[target]}
-    chosen = {name: name not in named for name in modules if name in named | by_preset}
+    wanted = {name for target in targets for name in found[target]}
+    chosen = [name for name in modules if name in wanted]
     alone = compiled_alone(model)
     for name in chosen:
         if name in outside:

@@ -9,7 +9,7 @@ from torch import nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
 from dynrank.layers.base import LoRALayer, initial_scaling, note, noted
-from dynrank.layers.choosing import target_names
+from dynrank.layers.choosing import PRESETS, target_names
 from dynrank.layers.compiled import named_modules
 from dynrank.layers.experts import LoRAOwner, stand_ins
 from dynrank.layers.finding import modules_by_name, own_layers, tied_weights
@@ -40,8 +40,8 @@ def add_lora(
 
     Args:
         model: any module; the names in the other arguments are those of its ``named_modules()``.
-        rank: rank of layers that no rule of ``rank_map`` sets. A layer that a preset of ``target_modules`` has chosen
-            gets min(d_in, d_out) if that is less.
+        rank: rank of layers that no rule of ``rank_map`` sets. If ``target_modules`` has a preset, a layer gets
+            min(d_in, d_out) if that is less.
         alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); None means ``rank``.
         target_modules: see :func:`dynrank.layers.choosing.target_names`.
         rank_map: an override file, or its ``rank_pattern`` mapping.
@@ -73,8 +73,9 @@ def add_lora(
     else:
         rules = parse_rank_map(rank_map or {}, source="rank_map")
     alpha = alpha if alpha is not None else rank
-    capped = [name for name, by_preset in chosen.items() if by_preset]
-    resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha, capped=capped)
+    # A preset takes layers of all shapes, so one rank need not fit them all.
+    targets = {target_modules} if isinstance(target_modules, str) else {*target_modules}
+    resolved = resolve_rank_map(shapes, rules, rank=rank, alpha=alpha, capped=not targets.isdisjoint(PRESETS))
     options = {"dropout": dropout, "dtype": dtype, "backend": backend}
     layers = {}
     for name, at in resolved.items():

@@ -132,6 +132,13 @@ def test_shrink_to_a_rank_above_a_small_layers_shape_is_none():
     assert final_ranks(net, after_convergence(14, shared=False)) == {"0": 14, "1": 4, "2": 12}
 
 
+def test_share_that_a_layer_with_a_final_rank_reaches_alone_is_a_change():
+    net = model(rank=4, layer_1={"rank": 8, "final_rank": 2})
+    check_model(net, early_budget(share=0.8), RUN)
+    assert final_ranks(net, early_budget(share=0.8)) == {"0": 4, "1": 2, "2": 4}
+    assert "changes none of the ranks [4]" in refusal(net, early_budget(share=1.0))
+
+
 def test_contradictions_of_the_schedule_come_first():
     net = model(rank=4, layer_0={"rank": 16, "pinned": True}, layer_1={"rank": 12, "final_rank": 6})
     assert "changes none of the ranks [4]" in refusal(net, after_convergence(8))

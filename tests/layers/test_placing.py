@@ -50,6 +50,17 @@ def test_scaling_starts_at_alpha_over_rank_also_at_a_lower_rank(net, alpha, rslo
     assert {layer.scaling for layer in layers.values()} == {scaling}
 
 
+def test_rank_that_is_too_high_for_a_layer_is_lowered_only_beside_a_preset(net, tiny_moe):
+    dynrank.add_lora(copy.deepcopy(net), rank=6, target_modules=["all-linear", "head"])
+    words = r"'head': rank .* min\(d_in, d_out\) = 4, got 6; lower rank, or set the rank of this layer in rank_map"
+    with pytest.raises(ConfigurationError, match=words):
+        dynrank.add_lora(net, rank=6, target_modules=["0", "head"])
+    moe = dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=8, target_modules=["all-linear", "gate.weight"])
+    layers = dict(dynrank.lora_layers(moe))
+    assert layers["model.layers.0.mlp.gate.weight"].rank == moe.config.num_experts < 8
+    assert layers["model.layers.0.self_attn.q_proj"].rank == 8
+
+
 @pytest.mark.parametrize("in_a_file", [False, True])
 def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
     rules = {"head": {"rank": 4, "alpha": 2, "pinned": True}, r"body\.0": {"rank": 3, "final_rank": 1}}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 OPTIMIZERS = {
     "AdamW": ({"weight_decay": 0.1}, 0.02),
@@ -19,6 +20,9 @@ OPTIMIZERS = {
 }
 
 
+NO_PLATEAU = {"patience": math.inf, "min_delta": 0.0}
+
+
 @dataclass
 class Stage:
     """A stage as the pages of conf/ and dynrank.schedules describe it."""
@@ -26,7 +30,7 @@ class Stage:
     kind: str
     to: float
     planned: float
-    plateau: dict | None = None
+    plateau: dict
     size: str = "final_rank"
     changes_left: int = 1
     lowest: int = 1
@@ -34,6 +38,16 @@ class Stage:
     rate: float | str = 1.0
     reset: bool = False
     max_regression: float | None = None
+
+    def is_due(self, step, losses):
+        """Whether it is planned, or so many of ``losses`` (those since the last change) in a row are not a new best."""
+        best = None
+        stale = 0
+        for loss in losses:
+            is_best = best is None or best - loss > self.plateau["min_delta"] * abs(best)
+            best = loss if is_best else best
+            stale = 0 if is_best else stale + 1
+        return step >= self.planned or stale >= self.plateau["patience"]
 
 
 @dataclass
@@ -83,14 +97,17 @@ class Case:
         x = call("out", torch.tanh(x))
         return call("head", torch.tanh(x)) if self.head else x
 
-    def tensors(self):
-        """{name: (weight, bias, A, B)} at the start."""
+    def modules(self):
+        """{name: (linear module, A, B)} at the start."""
         draw = self.generator(0)
         made = {}
         for name, (i, o) in self.linears().items():
-            r = self.ranks()[name] if name != "head" else 1
+            r = self.ranks().get(name, 1)
+            linear = nn.Linear(i, o)
             w, b, a = (torch.randn(*size, generator=draw).double() / i**0.5 for size in ((o, i), (o,), (r, i)))
-            made[name] = w, b, a, torch.randn(o, r, generator=draw).double() * (0.3 if self.started else 0.0)
+            linear.weight.data = w
+            linear.bias.data = b
+            made[name] = linear, a, torch.randn(o, r, generator=draw).double() * (0.3 if self.started else 0.0)
         return made
 
     def ranks(self):
@@ -130,7 +147,7 @@ class Case:
         return x, y
 
     def loss(self, output, y):
-        return F.cross_entropy(output.flatten(0, 1), y.flatten()) if self.is_language else F.mse_loss(output, y)
+        return F.cross_entropy(output.flatten(0, 1), y.flatten()) if self.is_language else F.smooth_l1_loss(output, y)
 
     # Training
 
@@ -157,14 +174,14 @@ def expanded(name, options, total):
 
     when = options.get("trigger") or {"patience": 2, "min_delta": 0.01}
     deadline = options.get("deadline", 0.5 if name == "grow" else 0.75)
-    if "fraction" in when or "step" in when:
-        common |= {"planned": when["step"] if "step" in when else at(when["fraction"])}
+    if "fraction" in when:
+        common |= {"planned": at(when["fraction"]), "plateau": NO_PLATEAU}
     else:
         common |= {"planned": math.inf if deadline is None else at(deadline), "plateau": when}
     if name == "early_budget":
         size = "share" if "share" in options else "final_rank"
         bounds = {"lowest": options.get("lowest", 1), "highest": options.get("highest")}
-        common |= {"planned": at(options.get("at", 0.3333)), "plateau": None} | bounds
+        common |= {"planned": at(options.get("at", 0.3333)), "plateau": NO_PLATEAU} | bounds
         return [Stage("budget", options[size], size=size, **common)]
     if name == "energy":
         return [Stage("energy", options["share"], lowest=options.get("lowest", 1), **common)]
@@ -175,7 +192,7 @@ def expanded(name, options, total):
         stages = []
         for rank, time in zip(options["ranks"], options["at"], strict=True):
             planned = time if options.get("unit") == "step" else at(time)
-            stages.append(Stage(kind, rank, **common | {"planned": planned, "plateau": None}))
+            stages.append(Stage(kind, rank, **common | {"planned": planned, "plateau": NO_PLATEAU}))
         return stages
     kind = "budget" if options.get("shared", True) else "towards"
     if name == "after_convergence":
@@ -185,7 +202,7 @@ def expanded(name, options, total):
     start = options.get("start", 0.2)
     end = options.get("end", 0.8)
     times = [at(start + (end - start) * i / max(1, steps - 1)) for i in range(steps)]
-    common |= {"plateau": None}
+    common |= {"plateau": NO_PLATEAU}
     return [
         Stage(kind, options["final_rank"], changes_left=steps - i, **common | {"planned": time})
         for i, time in enumerate(times)
@@ -195,7 +212,7 @@ def expanded(name, options, total):
 def make_case(seed):
     """A random case; the same seed makes the same one."""
     draw = random.Random(seed)
-    driver = draw.choice(["plain", "plain", "lightning"])
+    driver = draw.choice(["plain"] * 5 + ["lightning"] * 3 + ["trainer"] * 2)
     case = Case(seed, driver, total=draw.randint(8, 16), every=draw.randint(2, 5), started=draw.random() < 0.7)
     case.peft = draw.random() < 0.3
     case.shape = draw.choice(["chain", "branches", "shared"])

@@ -1,15 +1,10 @@
-"""A training run whose ranks change, as ../shared/maths.md has it: dense, naive, in float64, and without dynrank.
-
-A layer computes ``y = x W^T + b + s (x A^T) B^T``. Only growth is not computed here: its random rows are taken from the
-run that is judged, and checked.
-"""
+"""A training run whose ranks change, as ../shared/maths.md has it: dense, naive, in float64, and without dynrank."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import stdev
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 # How an entry of an optimizer's state transforms: as the gradient, as its square, or as the parameter.
@@ -23,255 +18,183 @@ class Undetermined(Exception):
 
 @dataclass
 class Layer:
-    weight: torch.Tensor
-    bias: torch.Tensor
-    A: nn.Parameter
-    B: nn.Parameter
+    """``y = base(x) + s (x A^T) B^T``; ``factors`` are A and B^T, which both have a row for each direction."""
+
+    base: nn.Linear
+    factors: list
     scaling: float
     pinned: bool = False
     final_rank: int | None = None
     highest: int | None = None
+    # The factors before the last update, and by how much each update has lowered the loss.
+    past: list = field(default_factory=list)
+    falls: list = field(default_factory=list)
+
+    def __call__(self, x):
+        a, b = self.factors
+        return self.base(x) + self.scaling * (x @ a.T) @ b
 
     @property
     def rank(self):
-        return len(self.A)
+        return len(self.factors[0])
 
     @property
-    def width(self):
-        return sum(self.weight.shape)
+    def product(self):
+        a, b = self.factors
+        return self.scaling * b.data.T @ a.data
+
+    @property
+    def worth(self):
+        """What the layer has brought, at least 0, and its standard error."""
+        error = stdev(self.falls) * math.sqrt(len(self.falls)) if len(self.falls) > 1 else 0.0
+        return max(sum(self.falls), 0.0) + error
 
     def bounds(self, last):
         """(lowest, highest) rank after a stage."""
-        most = min(self.weight.shape)
+        most = min(self.base.weight.shape)
         return (self.rank, self.rank) if self.pinned else (self.final_rank or 1, last and self.final_rank or most)
 
-    def maps(self):
-        """(from_A, from_B, singular values): from_A @ A and B @ from_B are the balanced factors of all directions."""
-        u, s, vh = torch.linalg.svd(self.B.data @ self.A.data)
-        if s[0] == 0:
-            return torch.eye(self.rank).double(), torch.eye(self.rank).double(), s[: self.rank]
-        u = u[:, : self.rank]
-        s = s[: self.rank]
-        v = vh[: self.rank].T
-        root = s.clamp_min(1e-300).sqrt()
-        return (u / root).T @ self.B.data, self.A.data @ (v / root), s
+    def maps_to(self, rank):
+        """The matrices that turn the factors into balanced ones of the largest directions, or add rows of zeros."""
+        if rank > self.rank:
+            return [torch.eye(rank, self.rank).double()] * 2
+        a, b = self.factors
+        u, s, vh = torch.linalg.svd(self.product / self.scaling)
+        if s[rank - 1] <= max(self.base.weight.shape) * torch.finfo(s.dtype).eps * s[0]:
+            raise Undetermined("a direction beyond the numerical rank is kept")
+        root = s[:rank].sqrt()
+        return [(u[:, :rank] / root).T @ b.data.T, (vh[:rank].T / root).T @ a.data.T]
 
 
 class Run:
-    """``stages`` is the schedule; ``grown(layer, step)`` is A of the judged run."""
+    """Fills ``trace``: ({layer: (rank, product)}, loss) of each step and the end; ``grown`` gives new rows of A."""
 
-    def __init__(self, case, stages, layers, head, grown, epsilon):
+    def __init__(self, case, layers, head, grown):
         self.case = case
-        self.stages = stages
+        self.stages = case.stages()
         self.layers = layers
         self.head = head
         self.grown = grown
-        self.epsilon = epsilon
-        self.factor = 1.0
         self.trace = []
-        # By layer: the terms of what it has brought, and its factors after each step since the last change.
-        self.terms = {name: [] for name in layers}
-        self.thetas = []
-        self.next = 0
-        self.pending = None
-        self.best = None
-        self.stale = 0
-        factors = [p for layer in layers.values() for p in (layer.A, layer.B)]
-        self.optimizer = case.make_optimizer([{"params": factors}, {"params": [*head]}] if head else factors)
-
-    def pool(self):
-        return {name: layer for name, layer in sorted(self.layers.items()) if not layer.pinned}
-
-    def output(self, x):
-        def call(name, x):
-            if name == "head":
-                return F.linear(x, *self.head)
-            layer = self.layers[name]
-            return F.linear(x, layer.weight, layer.bias) + layer.scaling * (x @ layer.A.T) @ layer.B.T
-
-        return self.case.network(call, x)
-
-    def validate(self):
-        x, y = self.case.validation()
-        return self.case.loss(self.output(x), y).item()
-
-    def state(self):
-        products = {name: layer.scaling * layer.B.data @ layer.A.data for name, layer in self.layers.items()}
-        return {name: layer.rank for name, layer in self.layers.items()}, products
+        self.rate_factor = 1.0
+        # Of the validations since the last change.
+        self.losses = []
+        factors = [factor for layer in layers.values() for factor in layer.factors]
+        self.optimizer = case.make_optimizer([{"params": factors}, *([{"params": head.parameters()}] if head else [])])
 
     def go(self):
-        """Fills ``trace``: for each step (ranks, products, loss) as they are in its forward; then those of the end."""
-        for step in range(self.case.total):
-            self.advance(step)
-            self.trace.append((*self.state(), self.step(step)))
+        for step in range(self.case.total + 1):
+            self.change_if_due(step)
+            seen = {name: (layer.rank, layer.product) for name, layer in self.layers.items()}
+            self.trace.append((seen, self.step(step) if step < self.case.total else 0.0))
             if (step + 1) % self.case.every == 0:
-                self.validated(self.validate())
-        self.advance(self.case.total)
-        self.trace.append((*self.state(), 0.0))
+                self.losses.append(self.loss(self.layers, *self.case.validation()).item())
+
+    def loss(self, layers, x, y):
+        modules = layers | {"head": self.head}
+        return self.case.loss(self.case.network(lambda name, x: modules[name](x), x), y)
 
     def step(self, step):
-        batches = self.case.batches(step)
         self.optimizer.zero_grad()
-        loss = sum(self.case.loss(self.output(x), y) for x, y in batches) / len(batches)
+        loss = torch.stack([self.loss(self.layers, *batch) for batch in self.case.batches(step)]).mean()
         loss.backward()
         if self.case.clip:
             nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], self.case.clip)
-        for group, factor in zip(self.optimizer.param_groups, (self.factor, 1.0), strict=False):
+        for group, factor in zip(self.optimizer.param_groups, (self.rate_factor, 1.0), strict=False):
             group["lr"] = self.case.lr * self.case.decay(step) * factor
-        self.measure()
+        for layer in self.layers.values():
+            terms = [f.grad * (f.data - old) for f, old in zip(layer.factors, layer.past, strict=False)]
+            layer.falls += [-sum(term.sum().item() for term in terms)] if terms else []
+            layer.past = [factor.detach().clone() for factor in layer.factors]
         self.optimizer.step()
         return loss.item()
 
-    def measure(self):
-        """Minus the gradient of this step times the update of the step before, in each layer."""
-        self.thetas.append({n: [p.detach().clone() for p in (la.A, la.B)] for n, la in self.layers.items()})
-        if len(self.thetas) > 1:
-            for name, layer in self.layers.items():
-                before = self.thetas[-2][name]
-                now = self.thetas[-1][name]
-                moved = zip((layer.A, layer.B), before, now, strict=True)
-                self.terms[name].append(-sum((p.grad * (new - old)).sum().item() for p, old, new in moved))
-
-    def worth(self, name):
-        """What the layer has brought, at least 0, and its standard error."""
-        terms = self.terms[name]
-        error = stdev(terms) * len(terms) ** 0.5 if len(terms) > 1 else 0.0
-        return max(sum(terms), 0.0) + error
-
-    def share_out(self, size, low, top):
-        """Ranks in proportion to ``worth``: the next one up is where a factor of all layers reaches the half first."""
-        ranks = dict(low)
-        ended = set()
-        worth = {name: self.worth(name) for name in low}
-        worth = worth if any(worth.values()) else dict.fromkeys(worth, 1.0)
-        while True:
-            open_ones = [n for n, w in worth.items() if w > 0 and ranks[n] < top[n] and n not in ended]
-            if not open_ones:
-                return ranks
-            name = min(open_ones, key=lambda n: ((ranks[n] + 0.5) / worth[n], ranks[n], n))
-            more = {**ranks, name: ranks[name] + 1}
-            if sum(rank * self.layers[n].width for n, rank in more.items()) <= size:
-                ranks = more
-            else:
-                ended.add(name)
-
-    def validated(self, value):
-        plateau = self.stages[self.next].plateau if self.next < len(self.stages) and self.pending is None else None
-        if plateau is not None and (self.best is None or self.best - value > plateau["min_delta"] * abs(self.best)):
-            self.best = value
-            self.stale = 0
-        elif plateau is not None:
-            self.stale += 1
-            self.pending = self.next if self.stale >= plateau["patience"] else None
-
-    def advance(self, step):
+    def change_if_due(self, step):
         """The last stage that is due replaces those before it."""
-        due = [i for i, stage in enumerate(self.stages) if i >= self.next and stage.planned <= step]
-        self.pending = max([*due, *([] if self.pending is None else [self.pending])], default=None)
-        if self.pending is not None:
-            self.change(step)
+        due = [i for i, stage in enumerate(self.stages) if stage.is_due(step, () if i else self.losses)]
+        if due:
+            *_, stage = [self.stages.pop(0) for _ in range(due[-1] + 1)]
+            self.losses = []
+            self.change(stage, step)
 
-    def ranks(self, i):
-        stage = self.stages[i]
-        wanted = {}
-        bounds = {name: layer.bounds(i == len(self.stages) - 1) for name, layer in self.layers.items()}
+    def new_ranks(self, stage):
+        bounds = {name: layer.bounds(last=not self.stages) for name, layer in self.layers.items()}
         if stage.kind == "budget":
             return self.budget(stage, bounds)
-        for name, layer in self.layers.items():
-            r = layer.rank
-            low, high = bounds[name]
-            energy = layer.maps()[2].square().cumsum(0)
-            new = {
-                "towards": round(r * ((layer.final_rank or stage.to) / r) ** (1 / stage.changes_left)),
-                "energy": max(stage.lowest, 1 + int((energy < stage.to * energy[-1] * (1 - 1e-10)).sum())),
-            }.get(stage.kind, stage.to)
-            wanted[name] = max(r, min(new, high)) if stage.kind == "grow" else min(r, max(low, min(new, high)))
-        return wanted
+        ranks = {}
+        for name, (low, high) in bounds.items():
+            layer = self.layers[name]
+            new = stage.to
+            if stage.kind == "towards":
+                new = round(layer.rank * ((layer.final_rank or stage.to) / layer.rank) ** (1 / stage.changes_left))
+            elif stage.kind == "energy":
+                energy = torch.linalg.svdvals(layer.product).square().cumsum(0)
+                new = max(stage.lowest, 1 + int((energy < stage.to * energy[-1] * (1 - 1e-10)).sum()))
+            new = min(new, high)
+            ranks[name] = max(layer.rank, new) if stage.kind == "grow" else min(layer.rank, max(low, new))
+        return ranks
 
     def budget(self, stage, bounds):
-        width = {name: layer.width for name, layer in self.layers.items()}
-        size = sum(layer.rank * layer.width for layer in self.layers.values())
-        low = {}
-        top = {}
-        alike = sum(max(least, min(most, stage.to)) * width[name] for name, (least, most) in bounds.items())
+        """Ranks in proportion to ``worth``: the next one up is where a factor of all layers reaches the half first."""
+        width = {name: sum(layer.base.weight.shape) for name, layer in self.layers.items()}
+        size = sum(layer.rank * width[name] for name, layer in self.layers.items())
+        alike = sum(max(low, min(high, stage.to)) * width[name] for name, (low, high) in bounds.items())
         end = math.floor(stage.to * size + 1e-9) if stage.size == "share" else min(size, alike)
         end = math.floor(size * (end / size) ** (1 / stage.changes_left) + 1e-6)
+        ranks = {n: min(max(stage.lowest, low), high, self.layers[n].rank) for n, (low, high) in bounds.items()}
+        cap = {n: min(bounds[n][1], la.rank, la.highest or stage.highest or la.rank) for n, la in self.layers.items()}
+        worth = {name: layer.worth for name, layer in self.layers.items()}
+        worth = worth if any(worth.values()) else dict.fromkeys(worth, 1.0)
+        rising = {*worth}
+        while rising := {name for name in rising if worth[name] > 0 and ranks[name] < cap[name]}:
+            name = min(rising, key=lambda n: ((ranks[n] + 0.5) / worth[n], ranks[n], n))
+            ranks[name] += 1
+            if sum(rank * width[n] for n, rank in ranks.items()) > end:
+                ranks[name] -= 1
+                rising.remove(name)
+        return ranks
+
+    @torch.no_grad()
+    def change(self, stage, step):
+        ranks = self.new_ranks(stage)
+        if all(ranks[name] == layer.rank for name, layer in self.layers.items()):
+            return
+        maps = {}
+        new = dict(self.layers)
         for name, layer in self.layers.items():
-            least, most = bounds[name]
-            low[name] = min(max(stage.lowest, least), most, layer.rank)
-            top[name] = min(layer.rank, max(low[name], min(most, layer.highest or stage.highest or most)))
-        return self.share_out(end, low, top)
-
-    def change(self, step):
-        index = self.pending
-        stage = self.stages[self.pending]
-        old = {}
-        new = {}
-        before = self.state()[0]
-        after = self.ranks(index)
-        self.next = index + 1
-        self.pending = None
-        self.best = None
-        self.stale = 0
-        if after == before:
+            # In a cut, the layers that keep their rank are balanced, too.
+            if ranks[name] > layer.rank or (stage.kind != "grow" and not layer.pinned):
+                maps[name] = layer.maps_to(ranks[name])
+                factors = [by @ factor.data for by, factor in zip(maps[name], layer.factors, strict=True)]
+                if ranks[name] > layer.rank:
+                    factors[0][layer.rank :] = self.grown(name, step)[layer.rank :]
+                new[name] = replace(layer, factors=factors)
+        loss = self.loss(self.layers, *self.case.validation())
+        worse = self.loss(new, *self.case.validation()) - loss
+        if stage.max_regression is not None and not worse <= stage.max_regression * abs(loss):
             return
-        value = self.validate()
-        for name, layer in self.pool().items():
-            if after[name] > before[name]:
-                new[name] = self.grow(layer, self.grown(name, step).double())
-            elif stage.kind != "grow":
-                # The layers that keep their rank are balanced, too.
-                new[name] = self.cut(layer, [*range(after[name])])
-        for name, (a, b, *_) in new.items():
-            old[name] = self.layers[name].A.data, self.layers[name].B.data
-            self.layers[name].A.data = a
-            self.layers[name].B.data = b
-        if stage.max_regression is not None and not self.validate() - value <= stage.max_regression * abs(value):
-            for name, (a, b) in old.items():
-                self.layers[name].A.data = a
-                self.layers[name].B.data = b
-            return
-        for name, (a, b, from_A, from_B) in new.items():
-            layer = self.layers[name]
-            old_a, old_b = old[name]
-            self.move(layer.A, stage.reset, from_A, from_B.T, old_b.T, b.T, lambda t: t)
-            self.move(layer.B, stage.reset, from_B.T, from_A, old_a, a, lambda t: t.T)
-        self.thetas = []
-        self.factor *= math.sqrt(sum(before.values()) / sum(after.values())) if stage.rate == "sqrt" else stage.rate
+        ratio = sum(layer.rank for layer in self.layers.values()) / sum(ranks.values())
+        self.rate_factor *= math.sqrt(ratio) if stage.rate == "sqrt" else stage.rate
+        for name, layer in self.layers.items():
+            layer.past = []
+            if name in maps:
+                self.put(layer, new[name].factors, maps[name], stage.reset)
 
-    def cut(self, layer, kept):
-        from_A, from_B, s = layer.maps()
-        if s[0] > 0 and s[kept[-1]] <= max(layer.weight.shape) * self.epsilon * s[0]:
-            raise Undetermined("a direction beyond the numerical rank is kept")
-        return from_A[kept] @ layer.A.data, layer.B.data @ from_B[:, kept], from_A[kept], from_B[:, kept]
-
-    def grow(self, layer, grown):
-        """Columns of zeros, and the new rows of ``grown``: outside of the old rows, and of their median norm."""
-        count = layer.rank
-        old = layer.A.data
-        norms = grown[: layer.rank].norm(dim=1).sort().values
-        rows = grown[count:]
-        low = norms[(count - 1) // 2] * (1 - 1e-5)
-        high = norms[count // 2] * (1 + 1e-5)
-        assert ((rows.norm(dim=1) >= low) & (rows.norm(dim=1) <= high)).all(), "new rows have another norm"
-        overlap = F.normalize(rows) @ F.normalize(grown).T - torch.eye(len(grown))[count:]
-        assert overlap.abs().max() < 1e-5, "new rows are not orthogonal"
-        identity = torch.eye(len(grown), count).double()
-        return torch.cat([old, rows]), F.pad(layer.B.data, (0, len(rows))), identity, identity.T
-
-    def move(self, parameter, reset, by, gradient_by, other, new_other, rows):
-        """Moments by the maps of the parameter and of its gradient; ``rows`` makes the rank the first dimension."""
-        state = self.optimizer.state.get(parameter, {})
-        if reset:
-            state.clear()
-        for key, value in state.items():
-            kind = KINDS.get(f"{type(self.optimizer).__name__}.{key}", KINDS.get(key))
-            if kind == "square":
-                moved = gradient_by.square() @ rows(value)
-                new = gradient_by.abs().sum(1) == 0
-                moved[new] = 2.5 * moved[~new].mean(0)
-                b = other.norm(dim=1).max()
-                new_b = new_other.norm(dim=1).max()
-                state[key] = rows(moved.clamp_max(value.max() * (max(1.0, (new_b / b).item() ** 2) if b > 0 else 1.0)))
-            elif kind is not None and value is not None:
-                state[key] = rows((gradient_by if kind == "gradient" else by) @ rows(value))
+    def put(self, layer, new, maps, reset):
+        """Moments by the maps of their factor and of its gradient, which grows at most as the other factor does."""
+        for i, factor in enumerate(layer.factors):
+            state = self.optimizer.state[factor]
+            if reset:
+                state.clear()
+            sizes = [other.norm(dim=1).max() for other in (layer.factors[1 - i], new[1 - i])]
+            for key, value in state.items():
+                kind = KINDS.get(f"{type(self.optimizer).__name__}.{key}", KINDS.get(key))
+                if kind == "square":
+                    moved = maps[1 - i].square() @ value
+                    is_new = maps[1 - i].abs().sum(1) == 0
+                    moved[is_new] = 2.5 * moved[~is_new].mean(0)
+                    state[key] = moved.clamp_max(value.max() * max(1.0, (sizes[1] / sizes[0]) ** 2))
+                elif kind is not None and value is not None:
+                    state[key] = maps[i if kind == "parameter" else 1 - i] @ value
+        for factor, value in zip(layer.factors, new, strict=True):
+            factor.data = value

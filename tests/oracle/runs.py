@@ -1,17 +1,19 @@
-"""The runs of dynrank that the reference judges: a plain loop and Lightning, killed and resumed."""
+"""The runs of dynrank that the reference judges: a plain loop, Lightning, transformers' Trainer; killed and resumed."""
 
+import contextlib
 import io
 import tempfile
 import warnings
 
 import lightning
 import torch
+import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import dynrank
 from dynrank import schedules
-from dynrank.callbacks import RankScheduler
+from dynrank.callbacks import RankScheduler, RankTrainerCallback
 from dynrank.triggers import At, Plateau, Run
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
@@ -28,10 +30,7 @@ class Net(nn.Module):
     def __init__(self, case):
         super().__init__()
         self.case = case
-        for name, (w, b, *_) in case.tensors().items():
-            linear = nn.Linear(*w.T.shape)
-            linear.weight.data = w.clone()
-            linear.bias.data = b.clone()
+        for name, (linear, *_) in case.modules().items():
             setattr(self, name, linear)
 
     def forward(self, x):
@@ -50,11 +49,9 @@ def adapted(case):
         options = {"target_modules": names, "modules_to_save": saved, "rank_map": case.rules, "dtype": torch.float64}
         net = dynrank.add_lora(net, rank=case.rank, alpha=case.alpha, rslora=case.rslora, **options)
     net.to(torch.float64)
+    start = case.modules()
     for name, layer in layers(net).items():
-        *_, a, b = case.tensors()[name]
-        with torch.no_grad():
-            layer.lora_A.copy_(a)
-            layer.lora_B.copy_(b)
+        _, layer.lora_A.data[:], layer.lora_B.data[:] = start[name]
     return net
 
 
@@ -85,21 +82,30 @@ def schedule_of(case):
 
 
 class Trace:
-    """What a run shows in each step's forward, and after its end: (ranks, products, loss); A where a rank has grown."""
+    """What a run shows in each step's forward, and at its end: ({layer: (rank, product)}, loss), and A."""
 
     def __init__(self, case):
         self.case = case
         self.steps = {}
         self.factors = {}
+        self.step = None
 
     def see(self, step, net, loss=0.0):
         found = layers(net)
-        ranks = {name: layer.rank for name, layer in found.items()}
         with torch.no_grad():
-            products = {n: la.scaling * (la.lora_B.double() @ la.lora_A.double()) for n, la in found.items()}
-        earlier = self.steps[step][2] if step in self.steps else 0.0
-        self.steps[step] = ranks, products, earlier + loss
+            seen = {name: (la.rank, la.scaling * (la.lora_B @ la.lora_A)) for name, la in found.items()}
+        self.steps[step] = seen, loss
         self.factors[step] = {name: layer.lora_A.detach().clone() for name, layer in found.items()}
+
+    def loss(self, step, net):
+        """The loss of the step's next batch."""
+        self.micro = self.micro + 1 if step == self.step else 0
+        self.step = step
+        # Data are found by the step: Lightning starts its loader anew when a run is resumed.
+        x, y = self.case.batches(step)[self.micro]
+        loss = self.case.loss(net(x), y)
+        self.see(step, net, (self.steps[step][1] if self.micro else 0.0) + loss.item() / self.case.accumulate)
+        return loss
 
 
 def validation_loss(case, net):
@@ -122,19 +128,17 @@ def plain(case, trace, folder):
         if saved is not None:
             states = torch.load(saved, weights_only=True)
             # PEFT's layers take a checkpoint of their own ranks only, dynrank's take any.
-            dynrank.resize(net, states.pop("ranks"))
+            ranks = states.pop("ranks")
+            if case.peft:
+                dynrank.resize(net, ranks)
             for name, part in parts.items():
                 part.load_state_dict(states[name])
             loop.step = case.resume
         driver.start(loop, Run(case.total))
         while loop.step < case.total:
             driver.advance(loop)
-            batches = case.batches(loop.step)
-            trace.steps.pop(loop.step, None)
-            for x, y in batches:
-                loss = case.loss(net(x), y) / len(batches)
-                loss.backward()
-                trace.see(loop.step, net, loss.item())
+            for _ in range(case.accumulate):
+                (trace.loss(loop.step, net) / case.accumulate).backward()
             if case.clip:
                 nn.utils.clip_grad_norm_([p for p in net.parameters() if p.requires_grad], case.clip)
             optimizer.step()
@@ -167,15 +171,7 @@ class Module(lightning.LightningModule):
         self.net = adapted(case)
 
     def training_step(self, batch, index):
-        # Data are found by the step: Lightning starts its loader anew when a run is resumed.
-        step = self.trainer.global_step
-        micro = index % self.case.accumulate
-        x, y = self.case.batches(step)[micro]
-        loss = self.case.loss(self.net(x), y)
-        if micro == 0:
-            self.trace.steps.pop(step, None)
-        self.trace.see(step, self.net, loss.item() / self.case.accumulate)
-        return loss
+        return self.trace.loss(self.trainer.global_step, self.net)
 
     def validation_step(self, batch, index):
         self.log("val/loss", validation_loss(self.case, self.net))
@@ -221,10 +217,68 @@ def in_lightning(case, trace, folder):
         go(ckpt_path=path, weights_only=True)
 
 
+class HFTrainer(transformers.Trainer):
+    """The Trainer of a model whose data are found by the step."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        trace = self.train_dataset.trace
+        if return_outputs:
+            return validation_loss(trace.case, model), ()
+        return trace.loss(self.state.global_step, model)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count, trace=None):
+        self.count = count
+        self.trace = trace
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        return {"labels": index}
+
+
+class KillerInTrainer(transformers.TrainerCallback):
+    def on_save(self, *_, **__):
+        raise Killed
+
+
+def in_trainer(case, trace, folder):
+    def go(*callbacks, **options):
+        net = adapted(case)
+        settings = {"max_steps": case.total, "eval_strategy": "steps", "eval_steps": case.every, "use_cpu": True}
+        settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": case.accumulate}
+        settings |= {"max_grad_norm": case.clip, "logging_strategy": "no", "report_to": [], "disable_tqdm": True}
+        settings |= {"save_strategy": "steps" if callbacks else "no", "save_steps": case.resume or 1}
+        settings |= {"remove_unused_columns": False, "label_names": ["labels"]}
+        ranks = RankTrainerCallback(schedule_of(case), evaluate=lambda: trainer.evaluate())
+        trainer = HFTrainer(
+            net,
+            transformers.TrainingArguments(folder, **settings),
+            train_dataset=Rows(case.total * case.accumulate, trace),
+            eval_dataset=Rows(1),
+            optimizers=optimizer_of(case, net),
+            callbacks=[ranks, *callbacks],
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.train(**options)
+        trace.see(case.total, net)
+
+    if case.resume is None:
+        return go()
+    try:
+        go(KillerInTrainer())
+    except Killed:
+        go(resume_from_checkpoint=f"{folder}/checkpoint-{case.resume}")
+
+
 def traced(case):
     """The trace of the whole run, resumed where the case says so."""
     trace = Trace(case)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    # The Trainer's callback prints the table of each change.
+    printed = contextlib.redirect_stdout(io.StringIO())
+    with warnings.catch_warnings(), printed, tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
-        {"plain": plain, "lightning": in_lightning}[case.driver](case, trace, folder)
+        {"plain": plain, "lightning": in_lightning, "trainer": in_trainer}[case.driver](case, trace, folder)
     return trace

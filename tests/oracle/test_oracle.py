@@ -1,6 +1,8 @@
 """A hundred whole runs at random against the naive reference, and faults planted into dynrank, which it has to find."""
 
+import gc
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,6 +16,14 @@ from dynrank.driver.brought import Brought
 CUT = ("early_budget", {"final_rank": 3, "at": 0.5})
 # A cut at step 5, a resume before it, and after it five steps at a raised rate.
 PLANTED = Case(7, "plain", total=10, resume=4, rank=5, alpha=5.0, presets=[CUT])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cheap_garbage_collection():
+    """accelerate collects garbage at each start, and would go through every imported library."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -82,7 +92,7 @@ def test_resume_that_forgets_is_found(step, lost, monkeypatch):
     original = dynrank.RankDriver.load_state_dict
     forgets = lambda self, state: original(self, {**state, **lost})  # noqa: E731
     monkeypatch.setattr(dynrank.RankDriver, "load_state_dict", forgets)
-    assert judged(Case(**vars(PLANTED) | {"resume": step}))[0]
+    assert judged(replace(PLANTED, resume=step))[0]
 
 
 def test_run_without_a_planted_fault_is_compared_whole():
