@@ -78,6 +78,10 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
+def test_the_citation_has_the_version():
+    assert f"\nversion: {dynrank.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def without_train_packages(code, cwd):
     """Run a program for which no package of dynrank[train] is installed."""
     hidden = f"import sys; sys.modules.update(dict.fromkeys({sorted(TRAIN_PACKAGES)}))\n"
