@@ -44,7 +44,10 @@ __all__ = list(_HOMES)
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'dynrank' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    from dynrank.errors import train_packages
+
+    with train_packages(f"dynrank.{name}"):
+        value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -33,6 +33,11 @@ NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1)]
 
+# The packages of the extra "train", as they are imported.
+TRAIN_PACKAGES = frozenset(
+    {"datasets", "hydra", "jinja2", "lightning", "omegaconf", "rich", "torchmetrics", "transformers", "typer", "yaml"}
+)
+
 # How pydantic's messages begin.
 _PYDANTIC = re.compile(r"^\w+ should")
 
@@ -75,6 +80,18 @@ def configured() -> Iterator[None]:
         yield
     finally:
         _configured.reset(token)
+
+
+@contextmanager
+def train_packages(user: str) -> Iterator[None]:
+    """Say how to install a package of ``dynrank[train]`` that the block lacks; ``user`` is what needs it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in TRAIN_PACKAGES:
+            raise
+        raise ConfigurationError(f"{user} needs the package {package}: pip install 'dynrank[train]'") from error
 
 
 class DivergedError(ConfigurationError):

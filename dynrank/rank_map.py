@@ -1,5 +1,7 @@
 """The rank map: ``rank_pattern`` rules that override rank, alpha and final rank of single LoRA layers."""
 
+from __future__ import annotations
+
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -7,11 +9,12 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
+from dynrank.errors import ConfigurationError, Count, Positive, shown, train_packages, validated
 
-from dynrank.errors import ConfigurationError, Count, Positive, shown, validated
+if TYPE_CHECKING:
+    import yaml
 
 T = TypeVar("T")
 
@@ -107,8 +110,12 @@ def _number(value: float) -> int | float:
 
 def load_rank_map(path: str | Path) -> dict[str, RankRule]:
     """The rules of an override file (YAML with the one top-level key ``rank_pattern``)."""
+    # A plain loop without such a file needs no package for it.
+    with train_packages(f"the override file {str(path)!r}"):
+        import yaml
+
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_unique_key_loader())
     except OSError as error:
         raise ConfigurationError(
             f"cannot read the override file {str(path)!r}: {error.strerror}; set rank_map.file"
@@ -126,6 +133,8 @@ def load_rank_map(path: str | Path) -> dict[str, RankRule]:
 
 def dump_rank_map(rules: Mapping[str, RankRule]) -> str:
     """The text of an override file that gives each layer its rule; the keys are names of layers."""
+    import yaml
+
     # A name also matches a longer one that ends with it, so the longer one comes first.
     pattern = {
         name: {
@@ -231,12 +240,16 @@ def _unused(key: str, names: Collection[str], winners: Mapping[str, str]) -> str
     return f"{key!r} matches no LoRA layer; nearest: {near or sorted(names)[:3]}"
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+def _unique_key_loader() -> type[yaml.SafeLoader]:
     """A SafeLoader that refuses a repeated key; YAML's own loader would keep the last one without a message."""
+    import yaml
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        for (_, key), times in keys.items():
-            if times > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    class UniqueKeyLoader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            keys = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for (_, key), times in keys.items():
+                if times > 1:
+                    raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    return UniqueKeyLoader

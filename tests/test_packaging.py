@@ -4,12 +4,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import dynrank
+from dynrank.errors import TRAIN_PACKAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,6 +76,75 @@ def test_wheel_runs_a_whole_job_from_elsewhere(environment, tmp_path):
     done = launch(environment, "dynrank-train", "debug=smoke", "hydra.run.dir=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_the_citation_has_the_version():
+    assert f"\nversion: {dynrank.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def without_train_packages(code, cwd):
+    """Run a program for which no package of dynrank[train] is installed."""
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({sorted(TRAIN_PACKAGES)}))\n"
+    command = [sys.executable, "-W", "ignore", "-c", hidden + code]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def test_the_core_trains_resizes_saves_and_loads(tmp_path):
+    code = """
+import torch
+import dynrank
+from dynrank import RankDriver, Training
+from dynrank.schedules import early_budget
+from dynrank.triggers import Run
+
+net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+model = dynrank.add_lora(net, rank=4, target_modules=["0", "1"])
+optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model))
+driver, loop = RankDriver(early_budget(2)), Training(model, [optimizer])
+driver.start(loop, Run(total_steps=6))
+while loop.step < 6:
+    driver.advance(loop)
+    model(torch.randn(4, 8)).square().mean().backward()
+    optimizer.step()
+    loop.step += 1
+    driver.end_step(loop)
+    optimizer.zero_grad()
+driver.finish(loop)
+dynrank.resize(model, 1, optimizers=[optimizer])
+dynrank.save_adapter(model, "adapter")
+plain = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+assert [layer.rank for _, layer in dynrank.lora_layers(dynrank.load_adapter(plain, "adapter"))] == [1, 1]
+print(driver.history[0])
+"""
+    done = without_train_packages(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("rank change at step 2")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("from dynrank.commands.start import dynrank; dynrank()", "dynrank needs the package typer"),
+        ("from dynrank.commands.start import dynrank_train; dynrank_train()", "dynrank-train needs the package hydra"),
+        ("import dynrank; dynrank.compose", "dynrank.compose needs the package hydra"),
+        ("from dynrank.callbacks import RankScheduler", "RankScheduler needs the package lightning"),
+        ("from dynrank.rank_map import load_rank_map; load_rank_map('a.yaml')", "'a.yaml' needs the package yaml"),
+        ("from dynrank.output.console import empty_table; empty_table('', 'layer')", "a table needs the package rich"),
+    ],
+)
+def test_what_needs_train_says_so_in_one_sentence(code, said, tmp_path):
+    done = without_train_packages(code, tmp_path)
+    assert f"{said}: pip install 'dynrank[train]'" in done.stderr
+    if ".start" in code:
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_packages_of_train_are_those_of_the_extra():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    wanted = {Requirement(line).name.lower() for line in extras["train"]}
+    made_by = packages_distributions()
+    assert {made_by[package][0].lower() for package in TRAIN_PACKAGES} == wanted
 
 
 def test_a_program_needs_neither_triton_nor_peft():

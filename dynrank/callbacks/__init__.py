@@ -1,40 +1,53 @@
-"""Callbacks: Lightning's, which work in any LightningModule, and one for transformers' Trainer."""
+"""Callbacks: Lightning's, which work in any LightningModule, and one for transformers' Trainer.
 
+Names load on first use: Lightning's users do not load transformers' Trainer, and the Trainer's need no Lightning.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint
-from dynrank.callbacks.best_weights import BestWeights
-from dynrank.callbacks.lightning.strategies import check_strategy
-from dynrank.callbacks.progress_lines import ProgressLines
-from dynrank.callbacks.rank_monitor import RankMonitor, RankProgressBar
-from dynrank.callbacks.rank_scheduler import RankScheduler
-from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
-from dynrank.callbacks.step_seed import StepSeed
-from dynrank.driver.event import RankEvent
-
+# The same names, for type checkers.
 if TYPE_CHECKING:
-    from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback
+    from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
+    from dynrank.callbacks.best_weights import BestWeights as BestWeights
+    from dynrank.callbacks.lightning.strategies import check_strategy as check_strategy
+    from dynrank.callbacks.progress_lines import ProgressLines as ProgressLines
+    from dynrank.callbacks.rank_monitor import RankMonitor as RankMonitor
+    from dynrank.callbacks.rank_monitor import RankProgressBar as RankProgressBar
+    from dynrank.callbacks.rank_scheduler import RankScheduler as RankScheduler
+    from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback as RankTrainerCallback
+    from dynrank.callbacks.run_meter import RunMeter as RunMeter
+    from dynrank.callbacks.run_meter import peak_memory_bytes as peak_memory_bytes
+    from dynrank.callbacks.step_seed import StepSeed as StepSeed
+    from dynrank.driver.event import RankEvent as RankEvent
 
-__all__ = [
-    "AdapterCheckpoint",
-    "BestWeights",
-    "ProgressLines",
-    "RankEvent",
-    "RankMonitor",
-    "RankProgressBar",
-    "RankScheduler",
-    "RankTrainerCallback",
-    "RunMeter",
-    "StepSeed",
-    "check_strategy",
-    "peak_memory_bytes",
-]
+_HOMES = {
+    "AdapterCheckpoint": "dynrank.callbacks.adapter_checkpoint",
+    "BestWeights": "dynrank.callbacks.best_weights",
+    "ProgressLines": "dynrank.callbacks.progress_lines",
+    "RankEvent": "dynrank.driver.event",
+    "RankMonitor": "dynrank.callbacks.rank_monitor",
+    "RankProgressBar": "dynrank.callbacks.rank_monitor",
+    "RankScheduler": "dynrank.callbacks.rank_scheduler",
+    "RankTrainerCallback": "dynrank.callbacks.rank_trainer_callback",
+    "RunMeter": "dynrank.callbacks.run_meter",
+    "StepSeed": "dynrank.callbacks.step_seed",
+    "check_strategy": "dynrank.callbacks.lightning.strategies",
+    "peak_memory_bytes": "dynrank.callbacks.run_meter",
+}
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    """Import RankTrainerCallback on first use, so that Lightning's users do not load transformers' Trainer."""
-    if name == "RankTrainerCallback":
-        from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dynrank.errors import train_packages
 
-        return RankTrainerCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with train_packages(name):
+        value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

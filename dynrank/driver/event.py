@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
-
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from dynrank.change.resize import LayerReport
 from dynrank.errors import read_as
 from dynrank.output.ranks import change_table, ranks_in_words
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Columns of rank_history.csv.
 FIELDS = (

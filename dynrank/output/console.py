@@ -1,20 +1,32 @@
 """Output of the commands: tables, facts and ranges of numbers, and silence of libraries."""
 
+from __future__ import annotations
+
 import logging
 from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from dynrank.errors import train_packages
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
 
 
 def table_console() -> Console:
     """A console as wide as the terminal, or 180 columns for a file or a pipe."""
+    with train_packages("a table"):
+        from rich.console import Console
+
     console = Console()
     return console if console.is_terminal else Console(width=180)
 
 
 def empty_table(title: str, *headings: str, texts: Collection[str] = ()) -> Table:
     """A table without rows; its first column and the columns ``texts`` are aligned left, all others right."""
+    with train_packages("a table"):
+        from rich.table import Table
+
     table = Table(title=title)
     for index, heading in enumerate(headings):
         text = index == 0 or heading in texts

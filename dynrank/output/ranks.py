@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from dynrank.output.console import empty_table, span
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from dynrank.change.resize import LayerReport
 
 # The values that vLLM accepts for --max-lora-rank.

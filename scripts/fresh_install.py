@@ -1,0 +1,55 @@
+"""Installs an archive of a release into a new environment, and runs there what README shows.
+
+    python scripts/fresh_install.py dist/dynrank-*.whl [--constraint constraints.txt]
+
+First the core alone: the examples in Python that need no more, and a command, which has to say what it needs. Then with
+dynrank[train]: all examples in Python. Arguments after the archive go to pip.
+"""
+
+import re
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+EXAMPLE = re.compile(r"^```python\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+# What an example imports from beyond the core.
+MORE = re.compile(r"^(?:import|from) (?:lightning|dynrank\.callbacks)\b", flags=re.MULTILINE)
+
+
+def main() -> None:
+    """Install and run; the first failure ends the program."""
+    archive, *options = sys.argv[1:]
+    examples = EXAMPLE.findall(README.read_text(encoding="utf-8"))
+    of_core = [example for example in examples if not MORE.search(example)]
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        venv.create(folder / "venv", with_pip=True)
+        python = folder / "venv/bin/python"
+        pip = [python, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", *options]
+        subprocess.run([*pip, str(Path(archive).resolve())], check=True)
+        run_examples(python, of_core, folder, "the core")
+        refused = subprocess.run([folder / "venv/bin/dynrank", "ranks"], cwd=folder, capture_output=True, text=True)
+        if refused.returncode != 2 or "pip install 'dynrank[train]'" not in refused.stderr:
+            sys.exit(f"dynrank without its packages said:\n{refused.stderr}")
+        print(f"  a command: {refused.stderr.strip()}")
+        subprocess.run([*pip, f"{Path(archive).resolve()}[train]"], check=True)
+        run_examples(python, examples, folder, "dynrank[train]")
+        for command in ("dynrank", "dynrank-train"):
+            subprocess.run([folder / "venv/bin" / command, "--version"], cwd=folder, check=True)
+
+
+def run_examples(python: Path, examples: list[str], folder: Path, installed: str) -> None:
+    """Run each example in a process of its own."""
+    print(f"{len(examples)} of README's examples with {installed}", flush=True)
+    if not examples:
+        sys.exit("README has no such example")
+    for example in examples:
+        # -I keeps this repository's own package, and a PYTHONPATH, out of the way.
+        subprocess.run([python, "-I", "-W", "ignore", "-c", example], cwd=folder, check=True)
+
+
+if __name__ == "__main__":
+    main()
