@@ -90,13 +90,16 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
     }
 
 
-def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
+def export(model: nn.Module, task: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
     """Write the files of a finished run into ``folder``; summary.json, the mark of a finished run, after others."""
+    # Not every task has a tokenizer, or says how it makes inputs.
+    tokenizer = getattr(task, "tokenizer", None)
+    inputs = getattr(task, "training_inputs", None)
     drop_repeated_rows(folder)
     adapter = folder / "adapter"
     rslora = config.lora.rslora
     save_adapter(model, adapter)
-    write_sidecar_files(adapter, model, tokenizer)
+    write_sidecar_files(adapter, model, tokenizer, inputs)
     write_card(adapter, model, summary, steps, command(folder))
     rules = {
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))

@@ -83,9 +83,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         data = dict(getattr(job.task, "account", {}))
         summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights)
         if first:
-            # Not every task has a tokenizer.
-            tokenizer = getattr(job.task, "tokenizer", None)
-            export(model, tokenizer, summary, folder, config, trainer.global_step)
+            export(model, job.task, summary, folder, config, trainer.global_step)
     return summary
 
 

@@ -83,7 +83,7 @@ def card(folder):
 
 
 def test_folder_of_a_classifier_is_complete_and_everybody_may_read_it(classifier, tiny_bert):
-    names = {"README.md", "labels.json", "tokenizer.json", "tokenizer_config.json"}
+    names = {"README.md", "inputs.json", "labels.json", "tokenizer.json", "tokenizer_config.json"}
     names |= {"adapter_config.json", "adapter_model.safetensors"}
     assert {file.name for file in classifier.iterdir()} == names
     umask = os.umask(0)
@@ -175,10 +175,10 @@ def test_predict_refuses_what_it_cannot_answer(classifier, launch, tmp_path):
         assert (code, error.count("error")) == (2, 1)
         return error
 
-    (tmp_path / "rows.csv").write_text("text\na\n")
-    assert "plain text" in said(classifier, "rows.csv")
+    (tmp_path / "rows.csv").write_text("note\na\n")
+    assert "give --columns text=NAME" in said(classifier, "rows.csv")
     assert "No such file" in said(classifier, "rows.txt")
-    assert "number 2 is" in said(classifier, "a", " ")
+    assert "row 2 has an empty text" in said(classifier, "a", " ")
     assert "--chat" in said(classifier, "a", "--chat")
     assert "--model" in said(classifier, "a", "--model", "./absent")
     assert "adapter_config.json" in said(tmp_path, "a")

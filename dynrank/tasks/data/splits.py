@@ -10,7 +10,7 @@ import datasets
 from datasets.fingerprint import Hasher
 
 from dynrank.errors import ConfigurationError, shown
-from dynrank.tasks.data.columns import COLUMNS, SNIFFED, find_columns
+from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Theirs, find_columns
 from dynrank.tasks.data.stored import Rows, of_dataset, usable_rows
 
 SPLITS = ("train", "val", "test")
@@ -23,10 +23,12 @@ class Checked(dict[str, datasets.Dataset]):
     Attributes:
         dropped: number of training rows that were left out, because their text is also in another split's file.
         unusable: {split: number of rows of its file that were left out, because they cannot be used}.
+        columns: {our name of a column: its name in the training file}.
     """
 
     dropped: int = 0
     unusable: Mapping[str, int] = MappingProxyType({})
+    columns: Mapping[str, Theirs] = MappingProxyType({})
 
 
 def number_of(key: str, seed: int) -> int:
