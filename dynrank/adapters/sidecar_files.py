@@ -81,6 +81,12 @@ def label_names(model: Any) -> list[str]:
     return [str(names[index]) for index in range(len(names))] if named else []
 
 
+def stored_labels(folder: Path) -> list[str]:
+    """Names of the classes in the adapter's ``folder``; [] if it has none."""
+    found = _read(folder / LABELS_FILE, _Labels)
+    return found.labels if found is not None else []
+
+
 def with_labels(model: Any, folder: Path) -> Any:
     """The model itself, with the label names in the adapter's ``folder``, if there are any."""
     file = folder / LABELS_FILE

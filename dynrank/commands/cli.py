@@ -218,7 +218,7 @@ def export(
     adapter: Adapter,
     to: Annotated[
         str,
-        typer.Option(metavar="SERVER", help="vllm, gguf (llama.cpp, Ollama) or padded (SGLang, TGI, LoRAX)"),
+        typer.Option(metavar="SERVER", help="vllm, gguf (llama.cpp), ollama or padded (SGLang, TGI, LoRAX)"),
     ],
     out: Annotated[Path, typer.Option(help="New or empty folder to write to; for gguf, a new file")],
     model: Base = None,

@@ -27,6 +27,7 @@ from dynrank.run.folder import drop_repeated_rows
 from dynrank.run.report.page import write_card, write_report
 from dynrank.run.summary import Summary, print_summary, write_summary
 from dynrank.tasks.account import SplitAccount
+from dynrank.tasks.by_class import ClassResult
 
 # Prefix of the metrics that a test measures on training and validation data.
 _FINAL = "final/"
@@ -41,6 +42,7 @@ def summarise(
     seconds: float,
     data: dict[str, SplitAccount],
     weights: str,
+    classes: dict[str, ClassResult],
 ) -> Summary:
     """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""
     final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
@@ -65,6 +67,7 @@ def summarise(
         phases=[asdict(phase) | {"tokens_per_second": phase.tokens_per_second} for phase in phases],
         data=data,
         weights=weights,
+        classes=classes,
         cost=_cost(history, final),
     )
 

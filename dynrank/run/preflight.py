@@ -10,12 +10,14 @@ from pydantic import Field
 from torch import Tensor
 
 from dynrank.adapters.export import Server, check_served
+from dynrank.adapters.ollama import base_of_ollama
 from dynrank.adapters.save import trained_heads
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
 from dynrank.layers.experts import LoRAParameter
 from dynrank.layers.finding import own_layers
 from dynrank.layers.frozen_base import check_base, left_out
 from dynrank.layers.kinds import LoRAConv2d
+from dynrank.private import source_of
 from dynrank.run.config import plain
 from dynrank.run.overrides import unknown_key
 
@@ -67,6 +69,8 @@ def check_export(names: Iterable[Server], model: Any) -> None:
     kinds = {name: (isinstance(layer, LoRAParameter), isinstance(layer, LoRAConv2d)) for name, layer in layers.items()}
     for name in names:
         try:
+            if name == "ollama":
+                base_of_ollama(source_of(model))
             check_served(name, kinds, heads, getattr(model, "config", None))
         except ConfigurationError as error:
             raise ConfigurationError(f"export={name}: {error}; or set export=null") from None

@@ -119,7 +119,7 @@ def test_rows_of_a_file_are_answered_in_order_as_by_peft_alone(kind, out, classi
     assert [row["row"] for row in answers] == [*range(2 if kind == "csv" else 1, 92 if kind == "csv" else 91)]
     assert [row["label"] for row in answers] == [label for label, _ in by_peft]
     assert len({row["label"] for row in answers}) > 1
-    assert [row["probability"] for row in answers] == pytest.approx([value for _, value in by_peft], abs=1e-5)
+    assert [row["probability"] for row in answers] == pytest.approx([value for _, value in by_peft], abs=1e-4)
     assert {file.name for file in tmp_path.iterdir()} == {f"rows.{kind}", f"out.{out}"}
 
 

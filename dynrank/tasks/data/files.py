@@ -10,8 +10,8 @@ from pydantic import Field
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.tasks.data.columns import Columns, Form, Given, Theirs, find_columns, form_of
 from dynrank.tasks.data.source import Source, say
-from dynrank.tasks.data.splits import SPLITS, Checked, number_of
-from dynrank.tasks.data.stored import column_of, rows_of_shared_labels
+from dynrank.tasks.data.splits import SPLITS, Checked, number_of, within_classes
+from dynrank.tasks.data.stored import class_of_rows, column_of, rows_of_shared_labels
 
 
 @validated_call("data")
@@ -37,7 +37,8 @@ def from_files(
         form: form of the rows, see :data:`dynrank.tasks.data.columns.COLUMNS`.
         columns: {our name of a column: its name in the files, or a list of names, whose texts are joined}; None: a
             usual name.
-        share: share of the texts; whether a text is among them depends only on (``seed``, text).
+        share: share of the texts, and of the texts of each class; without classes, whether a text is among them
+            depends only on (``seed``, text).
         seed: seed of the splits.
         skip_unusable: leave out the rows that cannot be used, and count them; otherwise they are an error.
     """
@@ -54,12 +55,10 @@ def from_files(
         unusable["train"] += len(parts["train"]) - len(shared)
         parts["train"] = shared
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
+    numbers = _numbers(parts["train"], digests["train"], form, seed)
     parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}
-    # An odd factor permutes the numbers below 2**64, so equal texts stay together and each seed draws other splits.
-    numbers = digests["train"] * np.uint64(number_of("", seed) | 1)
-    edges = [np.uint64((1 - 2 * share) * 2**64), np.uint64((1 - share) * 2**64)]
     # The split of each row, in one byte.
-    drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in edges)
+    drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in (1 - 2 * share, 1 - share))
     for i, split in enumerate(SPLITS[1:], start=1):
         if split in parts:
             drawn[drawn == i] = 0
@@ -83,6 +82,16 @@ def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, The
     form = form_of(source.sample, forms, columns, source.where)
     rows, _ = source.read(find_columns(source.sample, columns, form, source.where, source.types))
     return rows.remove_columns(["digest", "place"]), form
+
+
+def _numbers(rows: datasets.Dataset, digests: Any, form: str, seed: int) -> Any:
+    """(rows,) random numbers from 0 to below 1, the same for equal texts; those of each class are spread alike."""
+    # An odd factor permutes the numbers below 2**64, so each seed draws others.
+    numbers = digests * np.uint64(number_of("", seed) | 1)
+    if form != "classification":
+        return numbers / 2.0**64
+    classes = class_of_rows(rows)
+    return within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
 
 
 def _read(name: str | None, split: str, given: Given, form: str, skip: bool) -> tuple[datasets.Dataset, int, Columns]:

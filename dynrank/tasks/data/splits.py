@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.fingerprint import Hasher
 
 from dynrank.errors import ConfigurationError, shown
@@ -43,6 +44,32 @@ def place(key: str, seed: int, train: float, val: float) -> str:
     """
     share = number_of(key, seed) / 2**64
     return "train" if share < train else "val" if share < val else "test"
+
+
+def within_classes(digests: Any, numbers: Any, classes: Any, names: Sequence[str], seed: int) -> Any:
+    """(rows,) numbers from 0 to below 1, alike in each class: a share of them is the same share of each class.
+
+    Rows of the same text have the same number, and count once, in the class of the first. No share of the highest
+    numbers has all texts of a class.
+
+    Args:
+        digests: (rows,) hashes of the texts.
+        numbers: (rows,) random numbers of the texts.
+        classes: (rows,) the index of each row's class in ``names``.
+        names: names of the classes.
+        seed: seed of the places where the shares begin; without these, small classes would all lack the same splits.
+    """
+    _, firsts, text = np.unique(digests, return_index=True, return_inverse=True)
+    of_texts = classes[firsts]
+    order = np.lexsort((numbers[firsts], of_texts))
+    starts = np.flatnonzero(np.diff(of_texts[order], prepend=-1))
+    sizes = np.diff(starts, append=len(order))
+    offsets = np.array([number_of(names[index], seed) / 2**64 for index in of_texts[order][starts]])
+    places = np.arange(len(order)) - np.repeat(starts, sizes)
+    found = np.empty(len(order))
+    found[order] = (places + np.repeat(offsets, sizes)) / np.repeat(sizes, sizes)
+    found[order[starts]] = 0
+    return found[text]
 
 
 def rows_by_split(data: Any, form: str) -> Checked:

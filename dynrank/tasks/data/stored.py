@@ -131,6 +131,16 @@ def counted(rows: datasets.Dataset) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
 
 
+def class_of_rows(rows: datasets.Dataset) -> pa.DictionaryArray:
+    """The label of each row; of several labels, the rarest."""
+    labels = column_of(rows, "label").combine_chunks()
+    if pa.types.is_list(labels.type):
+        counts = counted(rows)
+        rarest = (min(each, key=lambda label: (counts[label], label), default="") for each in rows["label"])
+        labels = pa.array(rarest, pa.string())
+    return labels.dictionary_encode()
+
+
 def system_prompt(rows: datasets.Dataset) -> str | None:
     """The system prompt with which every chat begins; None if chats begin in different ways."""
     found: set[tuple[str, str]] = set()
