@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from dynrank import __version__
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
-from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_length
+from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_adapter, fill_length
 from dynrank.run.overrides import usage_errors
 from dynrank.run.sweep.runs import run_in_sweep, table_at_end
 
@@ -31,26 +32,34 @@ def _train(config: DictConfig) -> float | None:
     fill_length(config)
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
+    with usage_errors(), _removed_if_empty(folder):
+        fill_adapter(config, hydra_config.overrides.task)
     record = partial(_record, OmegaConf.create(OmegaConf.to_container(config)), folder)
     if hydra_config.mode == RunMode.MULTIRUN:
         return run_in_sweep(config, folder, record)
     # Errors are caught here, too, because Hydra prints an extra line for errors that leave this function.
-    with usage_errors():
-        try:
-            # The run does this, too, but after the imports.
-            check_run_keys(config)
-            if not _is_another_process():
-                print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
-            # torch and transformers are loaded here, so that --help does not wait for them.
-            from dynrank.run.job import run
+    with usage_errors(), _removed_if_empty(folder):
+        # The run does this, too, but after the imports.
+        check_run_keys(config)
+        if not _is_another_process():
+            print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
+        # torch and transformers are loaded here, so that --help does not wait for them.
+        from dynrank.run.job import run
 
-            run(config, folder, record=record)
-        finally:
-            # Remove the empty folders that Hydra has made for a run that was refused. A relative path never removes the
-            # current directory.
-            with suppress(OSError):
-                os.removedirs(os.path.relpath(folder))
+        run(config, folder, record=record)
     return None
+
+
+@contextmanager
+def _removed_if_empty(folder: Path) -> Iterator[None]:
+    """Remove the empty folders that Hydra has made for a run that was refused within the block."""
+    try:
+        yield
+    except BaseException:
+        # A relative path never removes the current directory.
+        with suppress(OSError):
+            os.removedirs(os.path.relpath(folder))
+        raise
 
 
 def _record(config: Any, folder: Path) -> None:

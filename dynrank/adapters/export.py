@@ -14,25 +14,31 @@ from torch import Tensor
 from dynrank.adapters.base import base_source
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.export_gguf import gguf_names, write_gguf
+from dynrank.adapters.ollama import base_of_ollama, modelfile
 from dynrank.adapters.read import Adapter, open_adapter
 from dynrank.adapters.save import rewrite_adapter
-from dynrank.adapters.sidecar_files import new_adapter_folder
+from dynrank.adapters.sidecar_files import new_adapter_folder, read_inputs
 from dynrank.adapters.stored import Factors, StoredLayer
 from dynrank.adapters.wrappers import is_parameter
 from dynrank.errors import ConfigurationError, Count, validated_call
 from dynrank.linalg import finite
 from dynrank.models.names import model_source, public_name
 from dynrank.models.pretrained import read_config
-from dynrank.output.output_folder import new_file
+from dynrank.output.output_folder import check_free, new_file, whole_or_nothing
 from dynrank.output.ranks import slot_rank
 
-Server = Literal["vllm", "gguf", "padded"]
+Server = Literal["vllm", "gguf", "ollama", "padded"]
 # For each server: its name, and the heads that it reads from modules_to_save.
 _READERS: Mapping[Server, tuple[str, tuple[str, ...]]] = {
     "vllm": ("vLLM", ("score", "classifier")),
     "gguf": ("llama.cpp", ()),
+    "ollama": ("Ollama", ()),
     "padded": ("a server of one rank", ()),
 }
+
+
+# These read the adapter as a GGUF file.
+_GGUF = ("gguf", "ollama")
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,9 @@ def export_adapter(
         source: folder of a PEFT LoRA adapter, or of the run that made it.
         out: new or empty folder; for "gguf" a file that does not exist.
         to: "vllm" writes PEFT's files at each layer's own rank, with one scaling for all, which every version of vLLM
-            reads correctly; "gguf" writes one file for llama.cpp and programs built on it; "padded" writes PEFT's
-            files with one rank and one scaling for all, for SGLang, TGI and LoRAX.
+            reads correctly; "gguf" writes one file for llama.cpp and programs built on it; "ollama" writes a folder
+            with this file and a Modelfile; "padded" writes PEFT's files with one rank and one scaling for all, for
+            SGLang, TGI and LoRAX.
         model: folder, hub name or short name of the base; None: as the adapter names it.
         multiple: the rank of "padded" is rounded up to a multiple of it.
 
@@ -86,7 +93,7 @@ def export_adapter(
         kinds = {
             name: (is_parameter(name, adapter.config), bool(layer.kernel)) for name, layer in adapter.layers.items()
         }
-        origin = base_source(adapter, model) if to == "gguf" else ""
+        origin = base_source(adapter, model) if to in _GGUF else ""
         config = read_config(origin, "--model") if origin else None
         # PEFT also stores the unchanged base weight of an embedding that has LoRA; a server has it already.
         others = {
@@ -97,6 +104,8 @@ def export_adapter(
         check_served(to, kinds, others, config)
         if to == "gguf":
             return _to_gguf(adapter, out, origin, config)
+        if to == "ollama":
+            return _to_ollama(adapter, out, origin, config)
         rank = max(layer.rank for layer in adapter.layers.values())
         factors = _one_scaling(adapter.all_factors())
         stored = str(adapter.config.base_model_name_or_path or "BASE")
@@ -126,7 +135,7 @@ def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: It
     """Refuse an adapter that a server would read only in part or wrongly.
 
     ``layers`` is {adapted layer: (is it a bare parameter, as of experts or a router; is it a convolution)}. ``others``
-    are the names of the parameters that the adapter stores whole. Only "gguf" needs the config of the base.
+    are the names of the parameters that the adapter stores whole. Only "gguf" and "ollama" need the config of the base.
     """
     server, whole = _READERS[to]
     modules = dict.fromkeys(name.rpartition(".")[0] for name in others)
@@ -142,7 +151,7 @@ def check_served(to: Server, layers: Mapping[str, tuple[bool, bool]], others: It
         raise ConfigurationError(
             f"{server} cannot read this adapter:\n  " + "\n  ".join(faults[:20]) + "\nmerge it instead: dynrank merge"
         )
-    if to == "gguf":
+    if to in _GGUF:
         gguf_names(config, layers)
 
 
@@ -173,3 +182,16 @@ def _to_gguf(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:
         write_gguf(part, adapter, config)
     line = f"llama-server -m {shlex.quote(base)} --lora {shlex.quote(str(out))}"
     return Exported(out, dict(adapter.layers), None, out.stat().st_size, line)
+
+
+def _to_ollama(adapter: Adapter, out: Path, origin: str, config: Any) -> Exported:
+    """A folder with the GGUF file and a Modelfile, from which ``ollama create`` makes a model."""
+    source = Path(adapter.source)
+    text = modelfile(base_of_ollama(origin), read_inputs(source))
+    check_free(out, source)
+    with whole_or_nothing(out) as folder:
+        write_gguf(folder / "adapter.gguf", adapter, config)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
+    name, place = (shlex.quote(one) for one in (out.name, str(out / "Modelfile")))
+    size = sum(file.stat().st_size for file in out.iterdir())
+    return Exported(out, dict(adapter.layers), None, size, f"ollama create {name} -f {place} && ollama run {name}")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dynrank.adapters.read import Adapter, read_adapter
+from dynrank.adapters.sidecar_files import label_names, stored_labels
 from dynrank.adapters.stored import FLOATS
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer
@@ -73,6 +74,42 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     refuse_peft(model, "swap_adapter", "call its load_adapter() and set_adapter()")
     _put(model, adapter, dtype)
     return model
+
+
+def start_from(model: nn.Module, folder: Path) -> None:
+    """Give the LoRA layers and heads of ``model`` the values of an adapter, from which training goes on.
+
+    The layers have the adapter's names and ranks already, and the heads train already (``modules_to_save``). Everything
+    is checked before the model changes.
+    """
+    adapter = read_adapter(folder)
+    layers = own_layers(model)
+    places = _places(model)
+    _, faults = _fitting_bases(model, adapter)
+    heads, faults_of_heads = _fitting_heads(model, adapter, places)
+    faults += faults_of_heads
+    trained = {name for name, (module, leaf) in places.items() if leaf in trained_whole(module)}
+    faults += [
+        f"{name!r} is stored whole in the adapter, and the task does not train it" for name in heads.keys() - trained
+    ]
+    faults += [
+        f"{name!r} is trained by the task, and the adapter has no values for it" for name in trained - heads.keys()
+    ]
+    labels = stored_labels(folder)
+    if labels and labels != label_names(model):
+        faults.append(f"its labels are {labels[:9]}, those of the task {label_names(model)[:9]}")
+    if faults:
+        raise ConfigurationError(
+            f"lora.from: the adapter {adapter.source!r} does not fit the task:\n  " + "\n  ".join(faults[:20])
+        )
+    for name, layer in layers.items():
+        lora_B, lora_A = adapter.factors(name)
+        layer.set_factors(lora_A, lora_B)
+        layer.scaling = adapter.layers[name].scaling
+    for name, value in heads.items():
+        module, leaf = places[name]
+        with torch.no_grad():
+            getattr(module, leaf).copy_(value)
 
 
 def _put(model: nn.Module, source: str | Path | Adapter, dtype: torch.dtype) -> None:

@@ -1,65 +1,92 @@
-"""``dynrank predict``: answers to texts, by a stored adapter on its base model."""
+"""Answers to texts by a stored adapter on its base model."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 
 from dynrank.adapters.base import base_source, on_base
-from dynrank.adapters.read import Adapter, read_adapter
+from dynrank.adapters.read import Adapter
 from dynrank.adapters.sidecar_files import tokenizer_source
-from dynrank.adapters.stored import readable
-from dynrank.errors import ConfigurationError
+from dynrank.errors import ConfigurationError, shown
 from dynrank.models.pretrained import load_tokenizer
-from dynrank.output.console import one_line
 
-# How many labels are shown for each text.
-SHOWN = 3
-_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+# Rows as dynrank.tasks.data.rows makes them: with text and optionally text_pair, with prompt, or with messages.
+Rows = Sequence[Mapping[str, Any]]
 
 
-def texts_of(arguments: Sequence[str]) -> Sequence[str]:
-    """The texts of a command line: its arguments, or the lines of the file that is the only argument."""
-    texts = arguments
-    if len(arguments) == 1 and _is_file(arguments[0]):
-        file = Path(arguments[0])
-        if file.suffix in _TABLES:
-            raise ConfigurationError(f"FILE must be plain text with a text in each line, got {str(file)!r}")
-        with readable(f"FILE {str(file)!r}"):
-            texts = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    empty = [number for number, text in enumerate(texts, start=1) if not text.strip()]
-    if empty:
-        raise ConfigurationError(f"TEXT must not be empty, number {empty[0]} is")
-    return texts
+class Answerer:
+    """A stored adapter on its base model, with its tokenizer, ready to answer.
 
+    Args:
+        adapter: the adapter.
+        base: name of the base model; None: as the adapter names it.
+        system: system prompt of chats that have none.
+        max_length: number of tokens after which a classifier's text is cut; None: the model's own.
+        max_new_tokens: largest number of tokens to generate for a row.
 
-def _is_file(text: str) -> bool:
-    """Whether a text is a file, or a misspelt name of one."""
-    named = len(text.split()) == 1 and Path(text).suffix in (".txt", *_TABLES)
-    # The system refuses to look up longer names.
-    return named or (len(text) < 1000 and Path(text).is_file())
-
-
-def answers(
-    source: Path, texts: Sequence[str], base: str | None, *, batch_size: int, max_new_tokens: int, chat: bool
-) -> Iterator[str]:
-    """A line for each text: the most likely labels with their probabilities, or the text that the model generates.
-
-    With ``chat`` each text is put into the tokenizer's chat template, as a user's first turn.
+    Attributes:
+        writes: whether the model generates text; otherwise it classifies.
+        several: whether a text may have several labels.
     """
-    model, tokenizer_at = answering(read_adapter(source), base)
-    tokenizer = load_tokenizer(tokenizer_at, "--model")
-    # Decoders classify by the last token that is not padding.
-    model.config.pad_token_id = tokenizer.pad_token_id
-    writes = model.can_generate()
-    if chat and not (writes and tokenizer.chat_template):
-        raise ConfigurationError("--chat needs a model that generates text, and a tokenizer with a chat template")
-    for start in range(0, len(texts), batch_size):
-        batch = texts[start : start + batch_size]
-        yield from (
-            _written(model, tokenizer, batch, max_new_tokens, chat) if writes else _labelled(model, tokenizer, batch)
+
+    def __init__(
+        self, adapter: Adapter, base: str | None, *, system: str | None, max_length: int | None, max_new_tokens: int
+    ) -> None:
+        self.model, tokenizer_at = answering(adapter, base)
+        self.tokenizer = load_tokenizer(tokenizer_at, "--model")
+        # Decoders classify by the last token that is not padding.
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.system = system
+        self.max_length = max_length
+        self.max_new_tokens = max_new_tokens
+        self.writes: bool = self.model.can_generate()
+        self.several = self.model.config.problem_type == "multi_label_classification"
+
+    @torch.no_grad()
+    def labels(self, rows: Rows) -> list[list[tuple[str, float]]]:
+        """For each row of a batch all labels with their probabilities, the most likely first."""
+        texts = [[row[name] for row in rows] for name in ("text", "text_pair") if name in rows[0]]
+        options = {"padding": True, "truncation": True, "max_length": self.max_length, "return_tensors": "pt"}
+        made = self.tokenizer(*texts, **options, return_token_type_ids=len(texts) > 1).to(self.model.device)
+        logits = self.model(**made).logits.float()
+        names = self.model.config.id2label
+        found = []
+        for row in logits.sigmoid() if self.several else logits.softmax(-1):
+            values, indices = row.sort(descending=True)
+            found.append([(names[i], value) for i, value in zip(indices.tolist(), values.tolist(), strict=True)])
+        return found
+
+    @torch.no_grad()
+    def texts(self, rows: Rows) -> list[str]:
+        """The text that greedy decoding generates for each row of a batch."""
+        self.tokenizer.padding_side = "left"
+        chats = "messages" in rows[0]
+        prompts = [self._chat(row["messages"]) if chats else row.get("prompt", row.get("text")) for row in rows]
+        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not chats)
+        inputs = inputs.to(self.model.device)
+        made = self.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
         )
+        texts = self.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return [text.strip() for text in texts]
+
+    def _chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt for an answer to a chat, in the format of the tokenizer's template."""
+        if self.system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.system}, *messages]
+        try:
+            prompt: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ConfigurationError(f"the chat template refuses {shown(messages)}: {error}; correct it") from error
+        return prompt
 
 
 def answering(adapter: Adapter, base: str | None) -> tuple[Any, str]:
@@ -75,34 +102,3 @@ def answering(adapter: Adapter, base: str | None) -> tuple[Any, str]:
             f"{adapter.source!r} must adapt a classifier or a model that generates text, got a {type(model).__name__}"
         )
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer_source(Path(adapter.source), origin)
-
-
-@torch.no_grad()
-def _labelled(model: Any, tokenizer: Any, texts: Sequence[str]) -> Iterator[str]:
-    inputs = tokenizer([*texts], padding=True, truncation=True, return_tensors="pt").to(model.device)
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
-    several = model.config.problem_type == "multi_label_classification"
-    for row in logits.sigmoid() if several else logits.softmax(-1):
-        values, indices = row.topk(min(SHOWN, len(row)))
-        pairs = zip(indices.tolist(), values.tolist(), strict=True)
-        yield "\t".join(f"{one_line(model.config.id2label[index])} {value:.4f}" for index, value in pairs)
-
-
-@torch.no_grad()
-def _written(model: Any, tokenizer: Any, texts: Sequence[str], max_new_tokens: int, chat: bool) -> Iterator[str]:
-    tokenizer.padding_side = "left"
-    prompts = [*texts]
-    if chat:
-        turns = [[{"role": "user", "content": text}] for text in texts]
-        prompts = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    inputs = tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not chat).to(model.device)
-    made = model.generate(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    for text in tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True):
-        yield one_line(text.strip())

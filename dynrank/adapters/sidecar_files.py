@@ -1,12 +1,12 @@
-"""The other files in an adapter's folder that its use needs: the tokenizer, and the names of the labels."""
+"""The other files in an adapter's folder that its use needs: the tokenizer, the names of the labels, the inputs."""
 
 import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
@@ -18,6 +18,7 @@ from dynrank.output.whole_file import whole_file
 
 # The labels are not in a config.json, because transformers would then expect a whole model in the folder.
 LABELS_FILE = "labels.json"
+INPUTS_FILE = "inputs.json"
 TOKENIZER_FILE = "tokenizer_config.json"
 # Patterns of the files in a model's folder that define how its inputs are made.
 _INPUT_FILES = ("*token*", "vocab*", "merges.txt", "*.model", "*.spm", "chat_template*", "*processor_config.json")
@@ -29,14 +30,48 @@ class _Labels:
     problem_type: str | None = None
 
 
-def write_sidecar_files(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Write the tokenizer's files, if there is one, and the labels of a classifier that has names for them."""
+@dataclass(config=ConfigDict(strict=True, extra="ignore"))
+class Inputs:
+    """How training made its inputs of rows.
+
+    Attributes:
+        form: form of the rows: classification, completion, chat or text; "" if it is not known.
+        columns: {our name of a column: its name in the training file, or the names of several that are joined}.
+        system: the system prompt with which every chat began; None if there was none, or several.
+        max_length: number of tokens after which the text of a classifier is cut.
+    """
+
+    form: str = ""
+    columns: dict[str, str | list[str]] = field(default_factory=dict)
+    system: str | None = None
+    max_length: int | None = None
+
+
+T = TypeVar("T", _Labels, Inputs)
+
+
+def write_sidecar_files(folder: Path, model: Any, tokenizer: Any, inputs: Inputs | None = None) -> None:
+    """Write the tokenizer and the inputs, if there are any, and the labels of a classifier that has names for them."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if label_names(model):
-        labels = _Labels(label_names(model), model.config.problem_type)
-        with whole_file(folder / LABELS_FILE) as part:
-            part.write_text(json.dumps(asdict(labels), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    labels = _Labels(label_names(model), model.config.problem_type) if label_names(model) else None
+    for name, content in ((LABELS_FILE, labels), (INPUTS_FILE, inputs)):
+        if content is not None:
+            with whole_file(folder / name) as part:
+                part.write_text(json.dumps(asdict(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_inputs(folder: Path) -> Inputs:
+    """The inputs of training by the adapter's ``folder``, of which nothing is known for adapters of other programs."""
+    return _read(folder / INPUTS_FILE, Inputs) or Inputs()
+
+
+def _read(file: Path, kind: type[T]) -> T | None:
+    if not file.exists():
+        return None
+    with readable(repr(str(file))):
+        content = json.loads(file.read_text(encoding="utf-8"))
+    return read_as(kind, content, str(file))
 
 
 def label_names(model: Any) -> list[str]:
@@ -46,14 +81,18 @@ def label_names(model: Any) -> list[str]:
     return [str(names[index]) for index in range(len(names))] if named else []
 
 
+def stored_labels(folder: Path) -> list[str]:
+    """Names of the classes in the adapter's ``folder``; [] if it has none."""
+    found = _read(folder / LABELS_FILE, _Labels)
+    return found.labels if found is not None else []
+
+
 def with_labels(model: Any, folder: Path) -> Any:
     """The model itself, with the label names in the adapter's ``folder``, if there are any."""
     file = folder / LABELS_FILE
-    if not file.exists():
+    found = _read(file, _Labels)
+    if found is None:
         return model
-    with readable(repr(str(file))):
-        content = json.loads(file.read_text(encoding="utf-8"))
-    found = read_as(_Labels, content, str(file))
     if len(found.labels) != model.config.num_labels:
         raise ConfigurationError(f"{str(file)!r} must name {model.config.num_labels} labels, got {len(found.labels)}")
     model.config.id2label = dict(enumerate(found.labels))
@@ -69,12 +108,12 @@ def tokenizer_source(folder: Path, base: str) -> str:
 
 @contextmanager
 def new_adapter_folder(out: Path, source: Path) -> Iterator[Path]:
-    """A folder to write another form of the adapter in ``source`` to, which has its tokenizer and labels already.
+    """A folder to write another form of the adapter in ``source`` to, which has its other files already.
 
     It becomes ``out`` at the end of the block, or is deleted after an error.
     """
     check_free(out, source)
-    sidecars = [*input_files(source), *source.glob(LABELS_FILE)]
+    sidecars = [*input_files(source), *source.glob(LABELS_FILE), *source.glob(INPUTS_FILE)]
     with whole_or_nothing(out) as folder:
         for file in sidecars:
             shutil.copyfile(file, folder / file.name)

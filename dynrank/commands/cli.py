@@ -85,8 +85,13 @@ def _examples(gates: bool, **options: Any) -> dict[str, Any] | None:
         raise ConfigurationError(f"{', '.join(given)} must go with --gates")
     if gates and not options["data"]:
         raise ConfigurationError("--gates needs --data FILE, whose examples say what the loss needs")
-    pairs = (pair.partition("=") for pair in options["columns"] or ())
-    return {**options, "columns": {ours: theirs for ours, _, theirs in pairs}} if gates else None
+    return {**options, "columns": _pairs(options["columns"])} if gates else None
+
+
+def _pairs(columns: list[str] | None) -> dict[str, str | tuple[str, ...]]:
+    """{our name of a column: the user's name, or several} of OURS=THEIRS or OURS=ONE,TWO."""
+    cut = (pair.partition("=") for pair in columns or ())
+    return {ours: tuple(theirs.split(",")) if "," in theirs else theirs for ours, _, theirs in cut}
 
 
 def _print_version(asked: bool) -> None:
@@ -213,7 +218,7 @@ def export(
     adapter: Adapter,
     to: Annotated[
         str,
-        typer.Option(metavar="SERVER", help="vllm, gguf (llama.cpp, Ollama) or padded (SGLang, TGI, LoRAX)"),
+        typer.Option(metavar="SERVER", help="vllm, gguf (llama.cpp), ollama or padded (SGLang, TGI, LoRAX)"),
     ],
     out: Annotated[Path, typer.Option(help="New or empty folder to write to; for gguf, a new file")],
     model: Base = None,
@@ -267,26 +272,56 @@ def merge(
 def predict(
     adapter: Adapter,
     texts: Annotated[
-        list[str], typer.Argument(metavar="TEXT... | FILE", help="Texts, or one file with a text in each line")
+        list[str],
+        typer.Argument(
+            metavar="TEXT... | FILE",
+            help="Texts; or one file: csv, tsv, json, jsonl or parquet as training reads it, or other text with a text "
+            "in each line",
+        ),
     ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the answers here, in the order of the rows: .csv, .jsonl or .parquet; if this is interrupted, "
+            "the same command goes on",
+        ),
+    ] = None,
     model: Base = None,
+    columns: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="OURS=THEIRS",
+            help="A column with another name than in training, such as text=review; several are joined: "
+            "text=Subject,Body",
+        ),
+    ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="System prompt of chats without one; by default what training learned"),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each text is a user's turn in a chat; what training learned is known")
+    ] = False,
+    skip_unusable: Annotated[
+        bool, typer.Option("--skip-unusable", help="Leave out rows that cannot be used, and count them")
+    ] = False,
     batch_size: Annotated[int, typer.Option(parser=_count, metavar="N", help="Texts in a batch")] = 16,
     max_new_tokens: Annotated[
         int, typer.Option(parser=_count, metavar="N", help="Largest number of tokens to generate for a text")
     ] = 64,
-    chat: Annotated[bool, typer.Option("--chat", help="Each text is a user's turn in a chat")] = False,
 ) -> None:
-    """Answer texts, one line for each: the most likely labels with probabilities, or the generated text.
+    """Answer texts or the rows of a file: labels with probabilities, or the generated text.
 
     For a server such as vLLM or llama.cpp, see dynrank export.
     """
-    from dynrank.adapters.predicting import answers, texts_of
+    from dynrank.commands.predict import predict
     from dynrank.output.console import quiet_loading
 
     quiet_loading()
-    found = texts_of(texts)
-    for line in answers(adapter, found, model, batch_size=batch_size, max_new_tokens=max_new_tokens, chat=chat):
-        print(line, flush=True)
+    options: Any = {"model": model, "columns": _pairs(columns), "system": system, "chat": chat}
+    options |= {"skip_unusable": skip_unusable, "batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    predict(adapter, texts, out, **options)
 
 
 @app.command()

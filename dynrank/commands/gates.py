@@ -21,7 +21,7 @@ from dynrank.output.console import quiet_loading
 from dynrank.targets import Budget, Rank, Target
 from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.classification import Classification
-from dynrank.tasks.data.columns import Form, form_of
+from dynrank.tasks.data.columns import Form, Theirs, form_of
 from dynrank.tasks.data.files import from_source
 from dynrank.tasks.data.source import Source
 from dynrank.tasks.data.splits import Checked
@@ -45,7 +45,7 @@ class Gated:
     ``columns`` is {our name: the file's name} of columns with unusual names.
     """
 
-    def __init__(self, adapter: Adapter, data: str, model: str | None, columns: Mapping[str, str]) -> None:
+    def __init__(self, adapter: Adapter, data: str, model: str | None, columns: Mapping[str, Theirs]) -> None:
         quiet_loading()
         # A wrong column is reported before the model is loaded, which takes longer.
         source = Source(data, "--data", "train")
@@ -97,7 +97,7 @@ class Gated:
             yield self._model(**{key: value.to(self._model.device) for key, value in example.items()}).loss
 
 
-def _examples(model: Any, tokenizer: str, source: Source, columns: Mapping[str, str]) -> list[dict[str, Tensor]]:
+def _examples(model: Any, tokenizer: str, source: Source, columns: Mapping[str, Theirs]) -> list[dict[str, Tensor]]:
     """Up to ``EXAMPLES`` batches of one example each, with labels."""
     if model.config.is_encoder_decoder:
         raise ConfigurationError(f"--gates takes classifiers and causal language models, got a {type(model).__name__}")

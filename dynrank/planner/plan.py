@@ -20,8 +20,8 @@ from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
 from dynrank.planner.step import count_forward, token_batch, without_values
 from dynrank.private import FakeTensorMode
-from dynrank.run.config import PlanKeys, argument, plain, rank_pattern
-from dynrank.run.job import lacks_data, make_task
+from dynrank.run.config import PlanKeys, argument, plain
+from dynrank.run.job import lacks_data, lora_arguments, make_task
 from dynrank.tasks.optimizers import make_optimizer
 
 _PARTS = ("weights", "adapter", "optimizer", "activations", "gradients", "logits")
@@ -185,7 +185,7 @@ def _asked(config: DictConfig) -> PlanKeys:
 
 def _model(config: DictConfig, base: str | None, settings: ModelSettings, rank: int) -> PreTrainedModel:
     """The model with its LoRA layers, on the meta device."""
-    lora = {**plain(config.lora), "rank": rank, "rank_map": rank_pattern(config.rank_map)}
+    lora = {**lora_arguments(config), "rank": rank}
     # Every backend saves the same tensors, and torch's can run on tensors without values.
     lora["backend"] = "torch"
     if base is not None:

@@ -103,7 +103,8 @@ def _arguments(target: str) -> dict[str, Any]:
 # Every key of a run with its default. Groups of None have the arguments of what their _target_ names.
 _RUN: dict[str, Any] = {
     **asdict(RunKeys()),
-    "lora": _arguments("dynrank.layers.placing.add_lora"),
+    # This word cannot be the name of an argument.
+    "lora": {"from": None, **_arguments("dynrank.layers.placing.add_lora")},
     "optimizer": _arguments("dynrank.tasks.optimizers.make_optimizer"),
     "rank_map": asdict(RankMapKeys()),
     "model": asdict(ModelSettings()),
@@ -150,6 +151,7 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
         config = hydra_compose(name, overrides=[*beside, *overrides])
     check_run_keys(config, name)
     fill_length(config)
+    fill_adapter(config, overrides)
     return config
 
 
@@ -177,6 +179,29 @@ def fill_length(config: DictConfig) -> None:
         trainer.val_check_interval = 30 if trainer.max_steps != -1 else 0.25
         if trainer.max_steps == -1 and trainer.get("check_val_every_n_epoch") is None:
             trainer.check_val_every_n_epoch = 1
+
+
+# What an adapter sets in a run that goes on from it.
+_OF_ADAPTER = {"lora.rank", "lora.alpha", "lora.target_modules", "lora.rslora"}
+
+
+@configured()
+def fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Set the rank of a run that goes on from an adapter (``lora.from``) to the mean rank of its parameters."""
+    place = config.lora.get("from")
+    if place is None:
+        return
+    given = _OF_ADAPTER & {override.partition("=")[0].lstrip("+~") for override in overrides}
+    if given or config.rank_map.file is not None or config.rank_map.rank_pattern:
+        both = f"{sorted(given) or 'rank_map'} cannot go with lora.from={place}, whose adapter sets layers and ranks"
+        raise ConfigurationError(f"{both}; remove one of the two; a schedule changes the ranks")
+    # This import loads torch, and --help must not wait for that.
+    from dynrank.adapters.config import adapter_folder
+    from dynrank.adapters.read import open_adapter
+
+    with open_adapter(adapter_folder(Path(place))) as adapter:
+        sizes = [(layer.rank, layer.params_per_rank) for layer in adapter.layers.values()]
+    config.lora.rank = round(sum(rank * size for rank, size in sizes) / sum(size for _, size in sizes))
 
 
 @configured()

@@ -21,6 +21,7 @@ from dynrank.run.folder import drop_repeated_rows
 from dynrank.run.report.page import write_card, write_report
 from dynrank.run.summary import Summary, print_summary, write_summary
 from dynrank.tasks.account import SplitAccount
+from dynrank.tasks.by_class import ClassResult
 
 # Prefix of the metrics that a test measures on training and validation data.
 _FINAL = "final/"
@@ -35,6 +36,7 @@ def summarise(
     seconds: float,
     data: dict[str, SplitAccount],
     weights: str,
+    classes: dict[str, ClassResult],
 ) -> Summary:
     """The contents of summary.json; ``held`` are the :func:`held_bytes` before the test, which gave ``metrics``."""
     final = {name.removeprefix(_FINAL): float(value) for name, value in metrics.items() if name.startswith(_FINAL)}
@@ -57,6 +59,7 @@ def summarise(
         peak_memory_bytes=peak_memory_bytes(),
         data=data,
         weights=weights,
+        classes=classes,
         cost=_cost(history, final),
     )
 
@@ -82,13 +85,16 @@ def held_bytes(model: nn.Module, optimizers: Iterable[Optimizer]) -> dict[str, i
     }
 
 
-def export(model: nn.Module, tokenizer: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
+def export(model: nn.Module, task: Any, summary: Summary, folder: Path, config: DictConfig, steps: int) -> None:
     """Write the files of a finished run into ``folder``; summary.json, the mark of a finished run, after others."""
+    # Not every task has a tokenizer, or says how it makes inputs.
+    tokenizer = getattr(task, "tokenizer", None)
+    inputs = getattr(task, "training_inputs", None)
     drop_repeated_rows(folder)
     adapter = folder / "adapter"
     rslora = config.lora.rslora
     save_adapter(model, adapter)
-    write_sidecar_files(adapter, model, tokenizer)
+    write_sidecar_files(adapter, model, tokenizer, inputs)
     write_card(adapter, model, summary, steps, command(folder))
     rules = {
         name: RankRule(layer.rank, alpha=layer.scaling * (layer.rank**0.5 if rslora else layer.rank))

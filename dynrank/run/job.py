@@ -1,5 +1,6 @@
 """One run from its composed configuration: build, train, test, export."""
 
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,6 +13,9 @@ from lightning.pytorch import LightningModule, seed_everything
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from dynrank.adapters.config import adapter_folder
+from dynrank.adapters.load import start_from
+from dynrank.adapters.read import open_adapter
 from dynrank.callbacks import BestWeights, RankScheduler, RunMeter
 from dynrank.driver.check import checked_metrics
 from dynrank.errors import ConfigurationError, Count, configured, read_as
@@ -62,6 +66,10 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
     with finished(), lock, stoppable(trainer, checkpoint, folder):
         if first and record is not None:
             record()
+        place = config.lora.get("from")
+        if first and place is not None and checkpoint is None:
+            ranks = span([layer.rank for _, layer in lora_layers(job.module)])
+            print(f"goes on from     the adapter {place}, at rank {ranks}")
         if first and checkpoint is not None:
             step, ranks = _reached(checkpoint, job.module)
             print(f"goes on from     step {step} at rank {ranks}, {checkpoint}")
@@ -80,11 +88,11 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
         seconds = time.perf_counter() - start
         # Only some tasks count their data.
         data = dict(getattr(job.task, "account", {}))
-        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights)
+        # Only classifiers have classes.
+        classes = dict(getattr(job.module, "class_results", {}))
+        summary = summarise(model, job.scheduler.history, metrics, meter, bytes_held, seconds, data, weights, classes)
         if first:
-            # Not every task has a tokenizer.
-            tokenizer = getattr(job.task, "tokenizer", None)
-            export(model, tokenizer, summary, folder, config, trainer.global_step)
+            export(model, job.task, summary, folder, config, trainer.global_step)
     return summary
 
 
@@ -92,7 +100,7 @@ def run(config: DictConfig, folder: Path, *, sweep: bool = False, record: Callab
 def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     """Make the objects of a run, cheap checks first; ``on_meta`` builds the model without its weights."""
     check_run_keys(config)
-    pattern = rank_pattern(config.rank_map)
+    lora = lora_arguments(config)
     # add_lora checks it, too, but only when the model is loaded.
     read_as(Count, plain(config.lora.rank), "lora.rank")
     check_run(config)
@@ -110,12 +118,28 @@ def build(config: DictConfig, *, on_meta: bool = False) -> Job:
     measured = checked_metrics(scheduler.driver.stages, measure=True)
     scheduler.driver.measure = config.trainer.get("limit_val_batches") != 0 and measured.keys() <= {*task.metrics}
     check_metrics(scheduler.driver.monitors, task.metrics, config.objective, task.final)
-    lora = {**plain(config.lora), "rank_map": pattern}
     module = task.module(lora, plain(config.optimizer), on_meta=on_meta)
+    if config.lora.get("from") is not None and not on_meta:
+        # The factors of a checkpoint replace these.
+        start_from(module.model, adapter_folder(Path(config.lora["from"])))
     scheduler.driver.check_model(module.model, run)
     if checkpoint is not None and not on_meta:
         check_checkpoint(config, checkpoint, module)
     return Job(task, module, scheduler)
+
+
+@configured()
+def lora_arguments(config: DictConfig) -> dict[str, Any]:
+    """The arguments of add_lora: the keys of ``lora`` and ``rank_map``, or the layers of the adapter ``lora.from``."""
+    lora = {**plain(config.lora), "rank_map": rank_pattern(config.rank_map)}
+    place = lora.pop("from", None)
+    if place is not None:
+        with open_adapter(adapter_folder(Path(place))) as adapter:
+            # The name of a layer also matches a longer one that ends with it, so the longer one comes first.
+            layers = sorted(adapter.layers.items(), key=lambda pair: -len(pair[0]))
+        rules = {re.escape(name): {"rank": of.rank, "alpha": of.scaling * of.rank} for name, of in layers}
+        lora |= {"target_modules": [name for name, _ in layers], "rank_map": rules}
+    return lora
 
 
 def make_task(config: DictConfig, *, on_meta: bool) -> Any:

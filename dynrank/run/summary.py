@@ -11,6 +11,7 @@ from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import print_facts, span
 from dynrank.output.whole_file import whole_file
 from dynrank.tasks.account import SplitAccount
+from dynrank.tasks.by_class import ClassResult, print_classes
 
 SUMMARY = "summary.json"
 
@@ -37,6 +38,7 @@ class Summary:
         data: split -> its counts, if the task counts its data.
         weights: which step's weights are tested and exported, and why.
         cost: what the last change of ranks cost when it was made; empty if it was not measured.
+        classes: class -> its result on test data, for a classifier.
     """
 
     test: dict[str, float]
@@ -53,6 +55,7 @@ class Summary:
     data: dict[str, SplitAccount] = field(default_factory=dict)
     weights: str = ""
     cost: str = ""
+    classes: dict[str, ClassResult] = field(default_factory=dict)
 
 
 def read_summary(folder: Path) -> Summary:
@@ -73,6 +76,8 @@ def write_summary(summary: Summary, folder: Path) -> None:
 
 def print_summary(summary: Summary, folder: Path, report: Path | None) -> None:
     """Print the results of the run in ``folder``; ``report`` is its page, if it has one."""
+    if summary.classes:
+        print_classes(summary.classes)
     facts = {name: f"{value:.4f}" for name, value in summary.test.items()}
     if summary.gap is not None:
         validation = summary.final["val/loss"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from math import inf
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import datasets
 import torch
@@ -21,6 +21,7 @@ from dynrank.errors import ConfigurationError, validated_call
 from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_classifier
 from dynrank.tasks.adapter_module import AdapterModule
+from dynrank.tasks.by_class import class_metrics
 from dynrank.tasks.data.stored import counted
 from dynrank.tasks.text_task import Recipe, TextTask
 
@@ -40,6 +41,8 @@ class Classification(TextTask):
         batch_size: training texts per batch of each process; evaluation takes four times as many.
         max_length: longer texts are cut to this many tokens.
         label_smoothing: share of the target that is spread over all classes in training.
+        class_weights: ``balanced``: in the training loss all classes weigh alike, whatever their numbers of texts; with
+            lists of labels, having a label and not having it weigh alike. None: all texts weigh alike.
         seed: seed of the order of the training batches.
         limit: keep only this many texts of each split, for short tests; None keeps all.
         settings: how the model is loaded: fields of :class:`dynrank.models.names.ModelSettings`.
@@ -56,6 +59,7 @@ class Classification(TextTask):
         batch_size: Annotated[int, Field(ge=1)] = 32,
         max_length: Annotated[int, Field(ge=3)] = 128,
         label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        class_weights: Literal["balanced"] | None = None,
         seed: int = 0,
         limit: Annotated[int, Field(ge=1)] | None = None,
         settings: Mapping[str, Any] | None = None,
@@ -64,10 +68,23 @@ class Classification(TextTask):
         super().__init__(model, data, "classification", **sizes, seed=seed, limit=limit, settings=settings)
         self.max_length = max_length
         self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
 
     def module(self, lora: Mapping[str, Any], optimizer: Mapping[str, Any], *, on_meta: bool = False) -> Classifier:
         rest: Any = {"settings": asdict(self.settings), "several": self.several, "on_meta": on_meta}
+        rest["class_weights"] = self.weights
         return Classifier(self.model, self.labels, lora, optimizer, self.label_smoothing, **rest)
+
+    @property
+    def weights(self) -> list[float] | None:
+        """The weight of each class in the training loss; None: all texts weigh alike."""
+        if self.class_weights is None:
+            return None
+        rows = len(self.rows["train"])
+        counts = counted(self.rows["train"])
+        if self.several:
+            return [(rows - counts[label]) / counts[label] for label in self.labels]
+        return [rows / (len(counts) * counts[label]) for label in self.labels]
 
     @property
     def several(self) -> bool:
@@ -136,6 +153,7 @@ class Classifier(AdapterModule):
         label_smoothing: float = 0.0,
         settings: Mapping[str, Any] | None = None,
         several: bool = False,
+        class_weights: Sequence[float] | None = None,
         on_meta: bool = False,
     ) -> None:
         labels, lora, optimizer, count = list(labels), dict(lora), dict(optimizer), len(labels)
@@ -150,18 +168,23 @@ class Classifier(AdapterModule):
         if several:
             # This problem type makes probabilities sigmoids.
             classifier.config.problem_type = "multi_label_classification"
-        super().__init__(classifier, lora, optimizer, quality, label_smoothing)
-        self.save_hyperparameters("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several")
+        of_classes: Any = {"class_weights": class_weights, "by_class": class_metrics(count, several=several)}
+        super().__init__(classifier, lora, optimizer, quality, label_smoothing, **of_classes, labels=labels)
+        names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "class_weights")
+        self.save_hyperparameters(*names)
         self.several = several
 
     def predict(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits: Tensor = self.model(**{key: value for key, value in batch.items() if key != "labels"}).logits
         return logits.float(), batch["labels"]
 
-    def loss(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    def loss(
+        self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0, weights: Tensor | None = None
+    ) -> Tensor:
         if not self.several:
-            return super().loss(logits, labels, label_smoothing)
-        return F.binary_cross_entropy_with_logits(logits, labels * (1 - label_smoothing) + label_smoothing / 2)
+            return super().loss(logits, labels, label_smoothing, weights)
+        wanted = labels * (1 - label_smoothing) + label_smoothing / 2
+        return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weights)
 
     def measured(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return (logits.sigmoid(), labels.int()) if self.several else (logits, labels)

@@ -13,13 +13,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dynrank.adapters.sidecar_files import Inputs
 from dynrank.errors import ConfigurationError
 from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_tokenizer
 from dynrank.tasks.account import SplitAccount, print_account
 from dynrank.tasks.data.columns import Form
 from dynrank.tasks.data.splits import Checked, rows_by_split
-from dynrank.tasks.data.stored import column_of, counted, filling, processes
+from dynrank.tasks.data.stored import column_of, counted, filling, processes, system_prompt
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches, spread
 
 # Increase this number when the making of examples changes, so that old examples in a cache are not used.
@@ -93,6 +94,14 @@ class TextTask(LightningDataModule):
     def rows(self) -> Checked:
         """The data by split, checked."""
         return rows_by_split(self.data, self.form)
+
+    @property
+    def training_inputs(self) -> Inputs:
+        """How inputs are made of rows, for the adapter's folder."""
+        rows = self.rows
+        columns = {ours: theirs if isinstance(theirs, str) else [*theirs] for ours, theirs in rows.columns.items()}
+        system = system_prompt(rows["train"]) if self.form == "chat" else None
+        return Inputs(self.form, columns, system, self.recipe("train").options["max_length"])
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -161,5 +161,5 @@ def test_command_prints_what_it_costs_and_the_line_that_serves_it(launch, zoo, t
     # by hand: q (8, 8), v (8, 8), down (12, 8), twice; 8 everywhere, or 2 in q
     slot, own = (2 * (rank * 16 + 8 * 16 + 8 * 20) * 2 / 2**20 for rank in (8, 2))
     assert f"a slot           {slot:.2f} MiB in bfloat16; at the layers' own ranks {own:.2f} MiB" in printed
-    assert launch("export", tmp_path / "run", "--to", "ollama", "--out", tmp_path / "other")[0] == 2
+    assert launch("export", tmp_path / "run", "--to", "tgi", "--out", tmp_path / "other")[0] == 2
     assert not (tmp_path / "other").exists()

@@ -15,7 +15,7 @@ import dynrank
 from dynrank.adapters.base import merge_adapter
 from dynrank.commands import cli
 from dynrank.run.job import run
-from dynrank.run.report.page import template
+from dynrank.run.report.page import template, write_report
 from dynrank.run.summary import read_summary
 from dynrank.tasks.classification import Classifier
 from dynrank.tasks.language_modeling import LanguageModel
@@ -50,7 +50,7 @@ def classifier(tmp_path_factory, tiny_bert):
     (folder / "rows.csv").write_text("\n".join(ROWS))
     return made(
         folder / "run", "task=classification", f"task.model={tiny_bert}", f"data.train={folder / 'rows.csv'}",
-        "optimizer.lr=0.05", "lora.alpha=64",
+        "optimizer.lr=0.01", "optimizer.head_lr=0.1", "lora.alpha=64",
     )  # fmt: skip
 
 
@@ -81,7 +81,7 @@ def card(folder):
 
 
 def test_folder_of_a_classifier_is_complete_and_everybody_may_read_it(classifier, tiny_bert):
-    names = {"README.md", "labels.json", "tokenizer.json", "tokenizer_config.json"}
+    names = {"README.md", "inputs.json", "labels.json", "tokenizer.json", "tokenizer_config.json"}
     names |= {"adapter_config.json", "adapter_model.safetensors"}
     assert {file.name for file in classifier.iterdir()} == names
     umask = os.umask(0)
@@ -95,6 +95,22 @@ def test_folder_of_a_classifier_is_complete_and_everybody_may_read_it(classifier
     assert "base_model:" not in page
     said = ("4 steps", "`bad`, `ok`, `so-so`", "| test/accuracy |", "| attention.self.query | 2 | 2 |", "hf upload")
     assert all(text in page for text in said), page
+
+
+def test_report_and_summary_have_the_result_of_each_class(classifier):
+    run_folder = classifier.parent
+    summary = json.loads((run_folder / "summary.json").read_text())
+    classes = summary["classes"]
+    assert sum(found["texts"] for found in classes.values()) == summary["data"]["test"]["rows"]
+    right = sum(found["answers"].get(name, 0) for name, found in classes.items())
+    assert summary["test"]["test/accuracy"] == pytest.approx(right / summary["data"]["test"]["rows"])
+    page = write_report(run_folder, "{}").read_text()
+    (table,) = re.findall(r"<caption>Confusion matrix.*?</table>", page, flags=re.DOTALL)
+    heads, *rows = (
+        re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+    )
+    found = {row[0]: {name: int(cell) for name, cell in zip(heads[1:], row[1:], strict=True) if cell} for row in rows}
+    assert found == {name: result["answers"] for name, result in classes.items()}
 
 
 def test_card_command_and_merged_model_answer_as_the_trained_model_and_by_name(classifier, launch, tmp_path):
@@ -154,10 +170,10 @@ def test_predict_refuses_what_it_cannot_answer(classifier, launch, tmp_path):
         assert (code, error.count("error")) == (2, 1)
         return error
 
-    (tmp_path / "rows.csv").write_text("text\na\n")
-    assert "plain text" in said(classifier, "rows.csv")
+    (tmp_path / "rows.csv").write_text("note\na\n")
+    assert "give --columns text=NAME" in said(classifier, "rows.csv")
     assert "No such file" in said(classifier, "rows.txt")
-    assert "number 2 is" in said(classifier, "a", " ")
+    assert "row 2 has an empty text" in said(classifier, "a", " ")
     assert "--chat" in said(classifier, "a", "--chat")
     assert "--model" in said(classifier, "a", "--model", "./absent")
     assert "adapter_config.json" in said(tmp_path, "a")

@@ -1,13 +1,19 @@
+import math
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
+from sklearn.utils.class_weight import compute_class_weight
 from trained import updated
 from transformers import AutoModelForSequenceClassification, DistilBertConfig, LlamaConfig, RobertaConfig
 
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import head_names, load_classifier
+from dynrank.tasks.by_class import class_results
 from dynrank.tasks.classification import Classification, Classifier
 from dynrank.tasks.data.icd10 import icd10_terms
 
@@ -70,6 +76,66 @@ def test_training_is_smoothed_and_with_dropout(task, module, optimizer):
     assert torch.equal(smoothed.training_step(batch, 0), F.cross_entropy(logits, batch["labels"], label_smoothing=0.5))
 
 
+def test_results_of_each_class_are_those_of_scikit_learn(task, optimizer, regression):
+    made = Classifier("minilm", task.labels, LORA, optimizer)
+    trainer = regression[2]()
+    for _ in range(2):
+        trainer.test(made, task, verbose=False)
+    made.eval()
+    wanted = []
+    answered = []
+    for batch in task.test_dataloader()[0]:
+        with torch.no_grad():
+            answered += made.predict(batch)[0].argmax(-1).tolist()
+        wanted += batch["labels"].tolist()
+    classes = range(len(task.labels))
+    scores = precision_recall_fscore_support(wanted, answered, labels=classes, zero_division=0)
+    matrix = confusion_matrix(wanted, answered, labels=classes)
+    assert made.class_results.keys() == {task.labels[i] for i in classes if scores[3][i]}
+    for i, (precision, recall, f1, texts) in enumerate(zip(*scores, strict=True)):
+        if texts:
+            found = made.class_results[task.labels[i]]
+            assert (found.precision, found.recall, found.f1) == pytest.approx((precision, recall, f1))
+            assert found.texts == texts
+            assert found.answers == {task.labels[k]: matrix[i, k] for k in classes if matrix[i, k]}
+
+
+def test_balanced_classes_weigh_alike_in_training_alone(tiny_bert, optimizer):
+    rows = [(f"{label} {i}", label) for label, count in (("a", 2), ("b", 12), ("c", 6)) for i in range(count)]
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), class_weights="balanced")
+    labels = [label for _, label in rows]
+    expected = compute_class_weight("balanced", classes=np.array(["a", "b", "c"]), y=labels)
+    assert task.weights == pytest.approx(expected)
+    task.setup("fit")
+    module = task.module(LORA, optimizer).eval()
+    module.log = lambda *args, **kwargs: None
+    batch = task.collate([*task.examples["train"]])
+    with torch.no_grad():
+        logits = module.predict(batch)[0]
+        trained, plain = (
+            float(loss) for loss in (module.training_step(batch, 0), module.loss(logits, batch["labels"]))
+        )
+    likely = logits.double().softmax(-1)[torch.arange(20), batch["labels"]].log()
+    # Each class has the same share of the loss.
+    means = [likely[batch["labels"] == index].mean() for index in range(3)]
+    assert trained == pytest.approx(-float(sum(means)) / 3, rel=1e-5)
+    assert plain == pytest.approx(-float(likely.mean()), rel=1e-5)
+    again = Classifier(**{**module.hparams, "on_meta": True})
+    assert again.class_weights.tolist() == pytest.approx(expected)
+
+
+def test_having_a_label_and_not_having_it_weigh_alike(tiny_bert, optimizer):
+    rows = [{"text": f"t {i}", "label": ["all"] * (i % 4 < 3) + ["rare"] * (i % 10 == 0)} for i in range(20)]
+    task = Classification(str(tiny_bert), dict.fromkeys(["train", "val", "test"], rows), class_weights="balanced")
+    assert task.weights == pytest.approx([5 / 15, 18 / 2])
+    module = task.module(LORA, optimizer)
+    logits = torch.zeros(20, 2)
+    labels = torch.tensor([[label in row["label"] for label in task.labels] for row in rows]).float()
+    loss = module.loss(logits, labels, weights=module.class_weights)
+    # by hand: the same loss for both answers, twice the smaller class's number of times in each column
+    assert float(loss) == pytest.approx((2 * 5 + 2 * 18) / 40 * math.log(2))
+
+
 def test_several_labels_are_learned_and_measured_each_by_itself(tiny_bert, optimizer):
     made = Classifier(str(tiny_bert), ["a", "b", "c"], LORA, optimizer, several=True)
     logits = torch.randn(9, 3)
@@ -79,6 +145,10 @@ def test_several_labels_are_learned_and_measured_each_by_itself(tiny_bert, optim
     loss = -(wanted * likely.log() + (1 - wanted) * (1 - likely).log()).mean()
     torch.testing.assert_close(made.loss(logits, labels, label_smoothing=0.2), loss)
     made.quality["test"].update(*made.measured(logits, labels))
+    made.by_class.update(*made.measured(logits, labels))
+    scores = precision_recall_fscore_support(labels.int(), (logits > 0).int(), zero_division=0)
+    for found, *expected in zip(class_results(made.by_class, ["a", "b", "c"]).values(), *scores, strict=True):
+        assert (found.precision, found.recall, found.f1, found.texts) == pytest.approx(expected)
     assert made.quality["test"].compute()["test/accuracy"] == ((logits > 0) == labels.bool()).float().mean()
 
 

@@ -28,6 +28,10 @@ _USUAL = {
     "input": ("input", "query", "context", "article"),
     "system": ("system", "system_prompt"),
 }
+# Columns with the answers: rows to predict need none.
+_ANSWERS = ("label", "answer")
+# Columns that cannot be joined of several.
+_WHOLE = ("label", "messages")
 # Names that these programs use and dynrank does not.
 _UNREAD = ("history", "tools", "chosen", "rejected", "kto_tag", "images", "videos", "audios", "thinking")
 KEYS_OF_A_TURN = (("role", "content"), ("from", "value"))
@@ -35,6 +39,10 @@ KEYS_OF_A_TURN = (("role", "content"), ("from", "value"))
 SNIFFED = 1000
 
 Sample = Sequence[Mapping[str, Any]]
+# The name of a column in the data, or the names of several whose texts are joined.
+Theirs = str | tuple[str, ...]
+# {our name of a column: the user's; None: a usual name}.
+Given = Mapping[str, str | Sequence[str] | None]
 
 
 @dataclass(frozen=True)
@@ -43,48 +51,74 @@ class Columns:
 
     Attributes:
         form: form of the rows.
-        names: {our name of a column: its name in the data}.
+        names: {our name of a column: its name in the data, or several names}.
         unused: columns that other programs use, and the form does not.
         several: whether a row has a list of labels.
         classes: names of the labels, if ``datasets`` stores the labels as numbers.
+        asked: whether the rows are questions, without label or answer.
     """
 
     form: str
-    names: Mapping[str, str]
+    names: Mapping[str, Theirs]
     unused: Sequence[str] = ()
     several: bool = False
     classes: Sequence[str] | None = None
+    asked: bool = False
+
+    def __str__(self) -> str:
+        return ", ".join(f"{ours} <- {' + '.join(each(theirs))}" for ours, theirs in self.names.items())
+
+
+def each(theirs: Theirs) -> tuple[str, ...]:
+    """The names of one column or of several."""
+    return (theirs,) if isinstance(theirs, str) else theirs
 
 
 def find_columns(
-    sample: Sample, given: Mapping[str, str | None], form: str, where: str, types: Mapping[str, Any] | None = None
+    sample: Sample,
+    given: Given,
+    form: str,
+    where: str,
+    types: Mapping[str, Any] | None = None,
+    *,
+    asked: bool = False,
 ) -> Columns:
     """The columns of data whose first rows are ``sample``.
 
-    ``given`` are the user's names of columns (None: a usual name), ``types`` those of ``datasets``, if it has read the
-    data. Errors name the data as ``where``.
+    ``given`` are the user's names of columns, ``types`` those of ``datasets``, if it has read the data. Rows that are
+    ``asked`` need no label or answer. Errors name the data as ``where``.
     """
     columns = _names_in(sample)
-    names = _found(columns, given, form)
+    names = _found(columns, given, form, asked)
     for ours, theirs in names.items():
-        if not theirs or theirs not in columns:
+        if ours in _WHOLE and not isinstance(theirs, str):
+            raise ConfigurationError(f"{ours} must be one column, got {[*theirs]}; only texts are joined")
+        missing = [name for name in each(theirs) if not name or name not in columns]
+        if missing:
             usual = f"{ours} column with a usual name ({', '.join(_USUAL[ours])})"
-            fix = [f"set data.columns.{ours} to one of these"]
-            fix += ["set data.columns.prompt and data.columns.answer"] * (ours == "messages")
+            fix = [f"give --columns {ours}=NAME with one of these"]
+            if where.startswith("data"):
+                fix = [f"set data.columns.{ours} to one of these"]
+                fix += ["set data.columns.prompt and data.columns.answer"] * (ours == "messages")
             fix += ["write a first line with names of columns"] * where.endswith((".csv", ".tsv"))
             fix += [
-                f"set task={other}, which takes them" for other in COLUMNS if not theirs and _fits(columns, other, {})
+                f"set task={other}, which takes them"
+                for other in COLUMNS
+                if not asked and not theirs and _fits(columns, other, {})
             ]
-            wanted = f"column {theirs!r}" if theirs else usual
+            wanted = f"column {missing[0]!r}" if theirs else usual
             raise ConfigurationError(f"{where} has no {wanted}; it has {columns}; {', or '.join(fix)}")
-    if form == "completion" and _are_turns(sample, names["prompt"]):
+    if form == "completion" and not asked and _are_turns(sample, names["prompt"]):
         raise ConfigurationError(f"{where} has chats in its column {names['prompt']!r}; set task=chat")
     known = {usual for each in _USUAL.values() for usual in each} | {*_UNREAD}
-    unused = [name for name in columns if name.lower() in known and name not in names.values()]
-    turns = [turn for row in sample for turn in _list(row.get(names.get("messages", ""))) if isinstance(turn, Mapping)]
+    used = {name for theirs in names.values() for name in each(theirs)}
+    unused = [name for name in columns if name.lower() in known and name not in used]
+    turns = [
+        turn for row in sample for turn in _list(row.get(str(names.get("messages", "")))) if isinstance(turn, Mapping)
+    ]
     taken = {key for pair in KEYS_OF_A_TURN for key in pair}
     more = dict.fromkeys(key for turn in turns for key, value in turn.items() if value is not None and key not in taken)
-    label = names.get("label", "")
+    label = str(names.get("label", ""))
     kind = getattr((types or {}).get(label), "feature", (types or {}).get(label))
     return Columns(
         form,
@@ -92,49 +126,57 @@ def find_columns(
         unused=[*unused, *(f"{names['messages']}.{key}" for key in more)],
         several=any(isinstance(row.get(label), list | tuple) for row in sample),
         classes=kind.names if isinstance(kind, datasets.ClassLabel) else None,
+        asked=asked,
     )
 
 
-def form_of(sample: Sample, forms: Sequence[Form], given: Mapping[str, str], where: str) -> Form:
+def form_of(
+    sample: Sample, forms: Sequence[Form], given: Mapping[str, Theirs], where: str, *, asked: bool = False
+) -> Form:
     """The first of ``forms`` whose columns the data have, by the user's names (``given``) or by usual names."""
     columns = _names_in(sample)
     places = {name for form in forms for name in (*COLUMNS[form], *_MORE[form])}
     for ours, theirs in given.items():
-        if ours not in places or theirs not in columns:
+        if ours not in places or not {*each(theirs)} <= {*columns}:
             allowed = f"OURS one of {sorted(places)} and THEIRS one of {columns} in {where}"
-            raise ConfigurationError(f"--columns must be OURS=THEIRS, {allowed}; got {ours}={theirs}")
+            raise ConfigurationError(f"--columns must be OURS=THEIRS, {allowed}; got {ours}={','.join(each(theirs))}")
     for form in sorted(forms, key=lambda form: given.keys().isdisjoint(COLUMNS[form])):
-        if _fits(columns, form, given):
+        if _fits(columns, form, given, asked):
             prompt = _usual(columns, given, COLUMNS["completion"], {})["prompt"]
             return "chat" if form == "completion" and _are_turns(sample, prompt) else form
-    wanted = ", or ".join(" and ".join(COLUMNS[form]) for form in forms)
+    wanted = ", or ".join(" and ".join(_wanted(form, asked)) for form in forms)
     usual = f"{where} must have the columns {wanted}, with usual names; it has {columns}"
     raise ConfigurationError(f"{usual}; give their names: --columns {COLUMNS[forms[0]][0]}=NAME")
 
 
-def _fits(columns: Sequence[str], form: str, given: Mapping[str, str]) -> bool:
-    return all(_usual(columns, given, COLUMNS[form], {}).values())
+def _wanted(form: str, asked: bool) -> tuple[str, ...]:
+    """The columns that rows of a form must have."""
+    return tuple(name for name in COLUMNS[form] if not (asked and name in _ANSWERS))
 
 
-def _found(columns: Sequence[str], given: Mapping[str, str | None], form: str) -> dict[str, str]:
+def _fits(columns: Sequence[str], form: str, given: Given, asked: bool = False) -> bool:
+    return all(_usual(columns, given, _wanted(form, asked), {}).values())
+
+
+def _found(columns: Sequence[str], given: Given, form: str, asked: bool) -> dict[str, Theirs]:
     """{our name: their name} of the form's columns ("" if one is missing), and of the optional columns that exist."""
-    wanted = COLUMNS[form]
-    found = _usual(columns, given, wanted, {})
+    found = _usual(columns, given, _wanted(form, asked), {})
     if form == "chat" and not found["messages"]:
-        pair = _usual(columns, given, COLUMNS["completion"], {})
+        pair = _usual(columns, given, _wanted("completion", asked), {})
         found = pair if all(pair.values()) else found
     more = [*_MORE[form], *(["input"] if form == "chat" and "prompt" in found else [])]
     return found | {ours: theirs for ours, theirs in _usual(columns, given, more, found).items() if theirs}
 
 
 def _usual(
-    columns: Sequence[str], given: Mapping[str, str | None], wanted: Sequence[str], before: Mapping[str, str]
-) -> dict[str, str]:
-    found: dict[str, str] = {}
+    columns: Sequence[str], given: Given, wanted: Sequence[str], before: Mapping[str, Theirs]
+) -> dict[str, Theirs]:
+    found: dict[str, Theirs] = {}
     for ours in wanted:
-        taken = {*before.values(), *found.values()}
+        taken = {name for theirs in (*before.values(), *found.values()) for name in each(theirs)}
         free = {name.lower(): name for name in reversed(columns) if name not in taken}
-        found[ours] = given.get(ours) or next((free[usual] for usual in _USUAL[ours] if usual in free), "")
+        theirs = given.get(ours) or next((free[usual] for usual in _USUAL[ours] if usual in free), "")
+        found[ours] = theirs if isinstance(theirs, str) else tuple(theirs)
     return found
 
 
@@ -142,8 +184,8 @@ def _names_in(sample: Sample) -> list[str]:
     return [*dict.fromkeys(str(name) for row in sample for name in row)]
 
 
-def _are_turns(sample: Sample, column: str) -> bool:
-    return any(isinstance(row.get(column), list) for row in sample)
+def _are_turns(sample: Sample, column: Theirs) -> bool:
+    return any(isinstance(row.get(name), list) for row in sample for name in each(column))
 
 
 def _list(value: Any) -> Sequence[Any]:

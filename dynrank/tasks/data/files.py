@@ -8,10 +8,10 @@ import numpy as np
 from pydantic import Field
 
 from dynrank.errors import ConfigurationError, validated_call
-from dynrank.tasks.data.columns import Form, find_columns, form_of
+from dynrank.tasks.data.columns import Columns, Form, Given, Theirs, find_columns, form_of
 from dynrank.tasks.data.source import Source, say
-from dynrank.tasks.data.splits import SPLITS, Checked, number_of
-from dynrank.tasks.data.stored import column_of, rows_of_shared_labels
+from dynrank.tasks.data.splits import SPLITS, Checked, number_of, within_classes
+from dynrank.tasks.data.stored import class_of_rows, column_of, rows_of_shared_labels
 
 
 @validated_call("data")
@@ -21,7 +21,7 @@ def from_files(
     test: str | None,
     *,
     form: Form,
-    columns: Mapping[str, str | None],
+    columns: Given,
     share: Annotated[float, Field(gt=0, lt=0.5)],
     seed: int,
     skip_unusable: bool = False,
@@ -35,34 +35,35 @@ def from_files(
         val: the validation rows; None takes ``share`` of the texts in ``train``.
         test: the test rows; None takes ``share`` of the texts in ``train``.
         form: form of the rows, see :data:`dynrank.tasks.data.columns.COLUMNS`.
-        columns: {our name of a column: its name in the files}; None: a usual name.
-        share: share of the texts; whether a text is among them depends only on (``seed``, text).
+        columns: {our name of a column: its name in the files, or a list of names, whose texts are joined}; None: a
+            usual name.
+        share: share of the texts, and of the texts of each class; without classes, whether a text is among them
+            depends only on (``seed``, text).
         seed: seed of the splits.
         skip_unusable: leave out the rows that cannot be used, and count them; otherwise they are an error.
     """
     names = {"train": train, "val": val, "test": test}
     parts = dict[str, datasets.Dataset]()
     unusable = dict[str, int]()
+    found = Checked()
     for split, name in names.items():
         if split == "train" or name:
-            parts[split], unusable[split] = _read(name, split, columns, form, skip_unusable)
+            parts[split], unusable[split], used = _read(name, split, columns, form, skip_unusable)
+            found.columns = found.columns or used.names
     if form == "classification":
         shared = rows_of_shared_labels(parts["train"], f"data.train={train}", skip=skip_unusable)
         unusable["train"] += len(parts["train"]) - len(shared)
         parts["train"] = shared
     digests = {split: column_of(rows, "digest").to_numpy().view(np.uint64) for split, rows in parts.items()}
+    numbers = _numbers(parts["train"], digests["train"], form, seed)
     parts = {split: rows.remove_columns(["digest", "place"]) for split, rows in parts.items()}
-    # An odd factor permutes the numbers below 2**64, so equal texts stay together and each seed draws other splits.
-    numbers = digests["train"] * np.uint64(number_of("", seed) | 1)
-    edges = [np.uint64((1 - 2 * share) * 2**64), np.uint64((1 - share) * 2**64)]
     # The split of each row, in one byte.
-    drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in edges)
+    drawn: Any = sum((numbers >= edge).astype(np.int8) for edge in (1 - 2 * share, 1 - share))
     for i, split in enumerate(SPLITS[1:], start=1):
         if split in parts:
             drawn[drawn == i] = 0
             drawn[np.isin(digests["train"], digests[split])] = -1
     rows = parts["train"]
-    found = Checked()
     found.dropped = int((drawn == -1).sum())
     found.unusable = unusable
     for i, split in enumerate(SPLITS):
@@ -73,7 +74,7 @@ def from_files(
     return found
 
 
-def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, str]) -> tuple[datasets.Dataset, Form]:
+def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, Theirs]) -> tuple[datasets.Dataset, Form]:
     """All rows of a source with the columns of the first of ``forms`` that it has, and this form.
 
     ``columns`` are {our name of a column: its name in the source} where a name is unusual.
@@ -83,13 +84,21 @@ def from_source(source: Source, forms: Sequence[Form], columns: Mapping[str, str
     return rows.remove_columns(["digest", "place"]), form
 
 
-def _read(
-    name: str | None, split: str, given: Mapping[str, str | None], form: str, skip: bool
-) -> tuple[datasets.Dataset, int]:
+def _numbers(rows: datasets.Dataset, digests: Any, form: str, seed: int) -> Any:
+    """(rows,) random numbers from 0 to below 1, the same for equal texts; those of each class are spread alike."""
+    # An odd factor permutes the numbers below 2**64, so each seed draws others.
+    numbers = digests * np.uint64(number_of("", seed) | 1)
+    if form != "classification":
+        return numbers / 2.0**64
+    classes = class_of_rows(rows)
+    return within_classes(digests, numbers, classes.indices.to_numpy(), classes.dictionary.to_pylist(), seed)
+
+
+def _read(name: str | None, split: str, given: Given, form: str, skip: bool) -> tuple[datasets.Dataset, int, Columns]:
     source = Source(name, f"data.{split}", split)
     columns = find_columns(source.sample, given, form, source.where, source.types)
     if split == "train":
-        say({"columns": ", ".join(f"{ours} <- {theirs}" for ours, theirs in columns.names.items())})
+        say({"columns": columns})
         if columns.unused:
             say({"not used": ", ".join(columns.unused)})
-    return source.read(columns, skip=skip)
+    return *source.read(columns, skip=skip), columns

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 
 from dynrank.errors import shown
-from dynrank.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns
+from dynrank.tasks.data.columns import COLUMNS, KEYS_OF_A_TURN, Columns, Theirs
 
 # A row with its number, from 1 on, or the number with a text that says why there is no row.
 Numbered = tuple[int, Mapping[str, Any] | str]
@@ -41,12 +41,21 @@ def checked_rows(rows: Iterable[Numbered], columns: Columns) -> Iterator[dict[st
 
 
 def _renamed(row: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
-    named = {ours: row.get(theirs) for ours, theirs in columns.names.items()}
+    named = {ours: _joined(row, theirs) for ours, theirs in columns.names.items()}
     if columns.classes is not None and named["label"] is not None:
         label = named["label"]
         names = columns.classes
         named["label"] = [names[i] for i in label] if isinstance(label, list | tuple) else names[label]
     return named
+
+
+def _joined(row: Mapping[str, Any], theirs: Theirs) -> Any:
+    """The value of a column, or of several: their texts that are not empty, each in a new line."""
+    if isinstance(theirs, str):
+        return row.get(theirs)
+    filled = [row[name] for name in theirs if row.get(name) is not None]
+    strange = [value for value in filled if not isinstance(value, str)]
+    return strange[0] if strange else "\n".join(text for text in filled if text.strip())
 
 
 def _fault(value: Any, name: str) -> str:
@@ -65,6 +74,9 @@ def _fault(value: Any, name: str) -> str:
 
 
 def _classified(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
+    fault = next(filter(None, (_fault(row[name], name) for name in ("text", "text_pair") if name in row)), "")
+    if columns.asked:
+        return fault or row
     label = row["label"]
     if label is None or label == "":
         return "has no label"
@@ -75,13 +87,12 @@ def _classified(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
         return f"must have one label, as the first rows have, got {shown(label)}"
     # A column of ints in which some are missing has floats.
     names = [str(int(one)) if isinstance(one, float) else str(one) for one in labels]
-    faults = [_fault(row[name], name) for name in ("text", "text_pair") if name in row]
-    fault = next(filter(None, [*faults, *(_fault(name, "label") for name in names)]), "")
+    fault = fault or next(filter(None, (_fault(name, "label") for name in names)), "")
     return fault or {**row, "label": names if columns.several else names[0]}
 
 
 def _completed(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
-    fault = _fault(row["prompt"], "prompt") or _fault(row["answer"], "answer")
+    fault = _fault(row["prompt"], "prompt") or ("" if columns.asked else _fault(row["answer"], "answer"))
     if fault or not row.get("input"):
         return fault or row
     # In Alpaca's format, the prompt is an instruction about this input.
@@ -91,11 +102,11 @@ def _completed(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
 def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
     turns = row.get("messages")
     if "prompt" in row:
-        made = _completed(row, columns) if isinstance(row["prompt"], str) else row
+        made: Any = _completed(row, columns) if isinstance(row["prompt"], str) else row
         if isinstance(made, str):
             return made
         # In TRL's format, prompt and answer are lists of turns.
-        parts = (("user", made["prompt"]), ("assistant", made["answer"]))
+        parts = [("user", made["prompt"]), *([] if columns.asked else [("assistant", made["answer"])])]
         turns = [turn for role, part in parts for turn in (part if isinstance(part, list) else [_turn(role, part)])]
     if not isinstance(turns, list | tuple) or not turns:
         return "has no messages"
@@ -108,6 +119,9 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
             return "has tool calls, which are not learned"
         role = turn[pairs[0][0]].lower()
         messages.append(_turn(_ROLES.get(role, role), turn.get(pairs[0][1])))
+    # A question ends before the answer.
+    while columns.asked and messages and messages[-1]["role"] == "assistant":
+        messages.pop()
     for message in messages:
         fault = _fault(message["content"], "content")
         if fault:
@@ -115,7 +129,9 @@ def _chatted(row: dict[str, Any], columns: Columns) -> dict[str, Any] | str:
     roles = [message["role"] for message in messages if message["role"] != "system"]
     if roles[:1] != ["user"]:
         return f"is a chat that starts with the {roles[0] if roles else 'system'}, not with the user"
-    return {"messages": messages} if "assistant" in roles else "is a chat without a turn of the assistant"
+    return (
+        {"messages": messages} if columns.asked or "assistant" in roles else "is a chat without a turn of the assistant"
+    )
 
 
 def _turn(role: str, content: Any) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from types import MappingProxyType
 from typing import Any
 
 import datasets
+import numpy as np
 from datasets.fingerprint import Hasher
 
 from dynrank.errors import ConfigurationError, shown
-from dynrank.tasks.data.columns import COLUMNS, SNIFFED, find_columns
+from dynrank.tasks.data.columns import COLUMNS, SNIFFED, Theirs, find_columns
 from dynrank.tasks.data.stored import Rows, of_dataset, usable_rows
 
 SPLITS = ("train", "val", "test")
@@ -23,10 +24,12 @@ class Checked(dict[str, datasets.Dataset]):
     Attributes:
         dropped: number of training rows that were left out, because their text is also in another split's file.
         unusable: {split: number of rows of its file that were left out, because they cannot be used}.
+        columns: {our name of a column: its name in the training file}.
     """
 
     dropped: int = 0
     unusable: Mapping[str, int] = MappingProxyType({})
+    columns: Mapping[str, Theirs] = MappingProxyType({})
 
 
 def number_of(key: str, seed: int) -> int:
@@ -41,6 +44,32 @@ def place(key: str, seed: int, train: float, val: float) -> str:
     """
     share = number_of(key, seed) / 2**64
     return "train" if share < train else "val" if share < val else "test"
+
+
+def within_classes(digests: Any, numbers: Any, classes: Any, names: Sequence[str], seed: int) -> Any:
+    """(rows,) numbers from 0 to below 1, alike in each class: a share of them is the same share of each class.
+
+    Rows of the same text have the same number, and count once, in the class of the first. No share of the highest
+    numbers has all texts of a class.
+
+    Args:
+        digests: (rows,) hashes of the texts.
+        numbers: (rows,) random numbers of the texts.
+        classes: (rows,) the index of each row's class in ``names``.
+        names: names of the classes.
+        seed: seed of the places where the shares begin; without these, small classes would all lack the same splits.
+    """
+    _, firsts, text = np.unique(digests, return_index=True, return_inverse=True)
+    of_texts = classes[firsts]
+    order = np.lexsort((numbers[firsts], of_texts))
+    starts = np.flatnonzero(np.diff(of_texts[order], prepend=-1))
+    sizes = np.diff(starts, append=len(order))
+    offsets = np.array([number_of(names[index], seed) / 2**64 for index in of_texts[order][starts]])
+    places = np.arange(len(order)) - np.repeat(starts, sizes)
+    found = np.empty(len(order))
+    found[order] = (places + np.repeat(offsets, sizes)) / np.repeat(sizes, sizes)
+    found[order[starts]] = 0
+    return found[text]
 
 
 def rows_by_split(data: Any, form: str) -> Checked:

@@ -103,6 +103,7 @@ def refuse(where: str, faults: Iterable[tuple[int, str]], advice: str) -> None:
     advice = f"{advice} {'it' if count == 1 else f'these {count:,}'}"
     # Only these keys have the other.
     advice += ", or set data.skip_unusable=true" if where.startswith("data.") else ""
+    advice += ", or give --skip-unusable" if where.startswith(("FILE", "TEXT")) else ""
     if len(said) == 1:
         raise ConfigurationError(f"{where}: {said[0]}; {advice}")
     raise ConfigurationError("\n  ".join([f"{where}:", *said]) + f"\n{advice}")
@@ -128,6 +129,28 @@ def counted(rows: datasets.Dataset) -> dict[str, int]:
         labels = pc.list_flatten(labels)
     counts = {pair["values"]: pair["counts"] for pair in pc.value_counts(labels).to_pylist()}
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+
+
+def class_of_rows(rows: datasets.Dataset) -> pa.DictionaryArray:
+    """The label of each row; of several labels, the rarest."""
+    labels = column_of(rows, "label").combine_chunks()
+    if pa.types.is_list(labels.type):
+        counts = counted(rows)
+        rarest = (min(each, key=lambda label: (counts[label], label), default="") for each in rows["label"])
+        labels = pa.array(rarest, pa.string())
+    return labels.dictionary_encode()
+
+
+def system_prompt(rows: datasets.Dataset) -> str | None:
+    """The system prompt with which every chat begins; None if chats begin in different ways."""
+    found: set[tuple[str, str]] = set()
+    for batch in rows.select_columns("messages").with_format("arrow").iter(1000):
+        first = pc.list_element(batch["messages"], 0)
+        found |= {(turn["role"], turn["content"]) for turn in first.to_pylist()}
+        if len(found) > 1:
+            return None
+    ((role, content),) = found
+    return content if role == "system" else None
 
 
 def processes(rows: int) -> int | None:

@@ -76,10 +76,54 @@ def test_rows_in_a_json_file_are_a_list_alone_or_in_an_object_or_lines(tmp_path)
     assert sorted(sum(read(str(file)).values(), [])) == pairs(ROWS)
 
 
-def test_splits_depend_on_seed_and_text_alone(tmp_path):
+def test_splits_without_classes_depend_on_seed_and_text_alone(tmp_path):
+    def texts(file, seed=0):
+        parts = from_files(file, None, None, form="text", columns={}, share=0.2, seed=seed)
+        return {split: set(rows["text"]) for split, rows in parts.items()}
+
     whole, half = (write(tmp_path / f"{n}.csv", ROWS[:n]) for n in (200, 100))
-    assert read(whole) == read(whole) != read(whole, seed=1)
-    assert all(set(rows) <= set(read(whole)[split]) for split, rows in read(half).items())
+    assert texts(whole) == texts(whole) != texts(whole, seed=1)
+    assert all(part <= texts(whole)[split] for split, part in texts(half).items())
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4])
+def test_each_split_has_its_share_of_each_class(share, tmp_path):
+    sizes = {"rare": 18, "common": 400, "pair": 2, "some": 61}
+    rows = [{"text": f"{label} {i}", "label": label} for label, size in sizes.items() for i in range(size)]
+    splits = read(write(tmp_path / "a.csv", rows + rows), share=share)
+    assert (
+        splits
+        == read(write(tmp_path / "b.csv", rows + rows), share=share)
+        != read(write(tmp_path / "c.csv", rows + rows), share=share, seed=1)
+    )
+    for label, size in sizes.items():
+        counts = {split: len({text for text, own in pairs if own == label}) for split, pairs in splits.items()}
+        assert sum(counts.values()) == size
+        assert abs(counts["val"] - share * size) <= 1
+        assert abs(counts["test"] - share * size) <= 1
+        assert counts["train"] >= 1
+
+
+def test_of_several_labels_the_rarest_is_spread_alike(tmp_path):
+    rows = [{"text": f"text {i}", "label": ["all", *(["rare"] if i % 20 == 0 else [])]} for i in range(400)]
+    splits = read(write(tmp_path / "a.jsonl", rows), share=0.2)
+    counts = {split: sum("rare" in labels for _, labels in pairs) for split, pairs in splits.items()}
+    assert counts == pytest.approx({"train": 12, "val": 4, "test": 4}, abs=1)
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_texts_of_several_columns_are_joined(kind, tmp_path, capsys):
+    rows = [
+        {"Subject": "" if i % 3 == 0 else f"about {i}", "Body": f"body\n{i}", "label": "ab"[i % 2]} for i in range(40)
+    ]
+    found = read(write(tmp_path / f"a.{kind}", rows), columns={"text": ["Subject", "Body"]})
+    assert "text <- Subject + Body, label <- label" in capsys.readouterr().out
+    joined = ["\n".join(part for part in (row["Subject"], row["Body"]) if part) for row in rows]
+    assert sorted(text for part in found.values() for text, _ in part) == sorted(joined)
+    with pytest.raises(ConfigurationError, match="label must be one column, got"):
+        read(str(tmp_path / f"a.{kind}"), columns={"text": "Body", "label": ["Subject", "label"]})
+    with pytest.raises(ConfigurationError, match=r"no column 'Topic'.*set data\.columns\.text"):
+        read(str(tmp_path / f"a.{kind}"), columns={"text": ["Topic", "Body"]})
 
 
 def test_no_text_stands_in_two_splits(tmp_path):

@@ -1,0 +1,228 @@
+"""``dynrank predict`` on files: it answers each row as PEFT answers it alone, in order, and goes on after a stop."""
+
+import csv
+import json
+import shutil
+
+import pyarrow as pa
+import pyarrow.csv as pc
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import PeftModel
+from trained import updated
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import dynrank
+from dynrank.adapters.predicting import Answerer
+from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
+from dynrank.commands import cli
+from dynrank.tasks.language_modeling import LanguageModeling
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+LABELS = ["billing", "login", "other"]
+ROWS = [
+    {
+        "id": str(i),
+        "Subject": "" if i % 5 == 0 else f"Ticket {i}",
+        "Body": f'first line {i * i}\nsecond, "{i}" ' * (i % 4 + 1),
+    }
+    for i in range(90)
+]
+TEXTS = ["\n".join(filter(None, (row["Subject"], row["Body"]))) for row in ROWS]
+
+
+def adapter(folder, model, base, inputs):
+    updated(dynrank.add_lora(model, rank=2, alpha=8))
+    model.config._name_or_path = str(base)
+    dynrank.save_adapter(model, folder)
+    write_sidecar_files(folder, model, AutoTokenizer.from_pretrained(base), inputs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tiny_bert, tmp_path_factory):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3, ignore_mismatched_sizes=True)
+    model.config.id2label = dict(enumerate(LABELS))
+    model.classifier.weight.data *= 30
+    model.classifier.requires_grad_(True)
+    folder = tmp_path_factory.mktemp("run") / "adapter"
+    dynrank.add_lora(model, rank=2, alpha=8, modules_to_save=["classifier"])
+    updated(model)
+    model.config._name_or_path = str(tiny_bert)
+    dynrank.save_adapter(model, folder)
+    inputs = Inputs("classification", {"text": ["Subject", "Body"], "label": "queue"}, None, max_length=20)
+    write_sidecar_files(folder, model, AutoTokenizer.from_pretrained(tiny_bert), inputs)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def by_peft(classifier, tiny_bert):
+    """The label and probability of each text by PEFT, alone, cut as in training."""
+    base = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(base, classifier).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    found = []
+    for text in TEXTS:
+        inputs = tokenizer(text, truncation=True, max_length=20, return_tensors="pt", return_token_type_ids=False)
+        with torch.no_grad():
+            value, index = model(**inputs).logits[0].softmax(-1).max(0)
+        found.append((LABELS[index], float(value)))
+    return found
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny_llama, tmp_path_factory):
+    base = tmp_path_factory.mktemp("chatty") / "base"
+    shutil.copytree(tiny_llama, base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(base)
+    inputs = Inputs("chat", {"messages": "talk"}, "Be kind.")
+    return adapter(base.parent / "adapter", AutoModelForCausalLM.from_pretrained(base), base, inputs)
+
+
+def write(path, rows):
+    table = pa.Table.from_pylist(rows)
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+    elif path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*rows[0]])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read(path):
+    if path.suffix == ".parquet":
+        return pq.read_table(path).to_pylist()
+    if path.suffix == ".csv":
+        return pc.read_csv(path, parse_options=pc.ParseOptions(newlines_in_values=True)).to_pylist()
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("kind", "out"), [("csv", "csv"), ("jsonl", "parquet"), ("parquet", "jsonl")])
+def test_rows_of_a_file_are_answered_in_order_as_by_peft_alone(kind, out, classifier, by_peft, launch, tmp_path):
+    file = write(tmp_path / f"rows.{kind}", ROWS)
+    code, printed, said = launch(cli.main, "predict", classifier, file, "--out", f"out.{out}", "--batch-size", 4)
+    assert code == 0, said
+    assert "text <- Subject + Body" in said
+    answers = read(tmp_path / f"out.{out}")
+    # The heading of a csv file is row 1.
+    assert [row["row"] for row in answers] == [*range(2 if kind == "csv" else 1, 92 if kind == "csv" else 91)]
+    assert [row["label"] for row in answers] == [label for label, _ in by_peft]
+    assert len({row["label"] for row in answers}) > 1
+    assert [row["probability"] for row in answers] == pytest.approx([value for _, value in by_peft], abs=1e-4)
+    assert {file.name for file in tmp_path.iterdir()} == {f"rows.{kind}", f"out.{out}"}
+
+
+@pytest.mark.parametrize("out", ["csv", "parquet"])
+def test_an_interrupted_command_goes_on_and_writes_the_same(out, classifier, launch, tmp_path, monkeypatch):
+    file = write(tmp_path / "rows.csv", ROWS)
+    command = ["predict", classifier, file, "--batch-size", 4, "--out"]
+    assert launch(cli.main, *command, f"whole.{out}")[0] == 0
+    asked = []
+    labels = Answerer.labels
+
+    def stopping(self, rows):
+        asked.extend(row["place"] for row in rows)
+        # 32 rows are written together.
+        if len(asked) == 60:
+            raise KeyboardInterrupt
+        return labels(self, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "labels", stopping)
+        assert launch(cli.main, *command, f"out.{out}")[0] == 130
+        (part,) = tmp_path.glob("out.*.part")
+        assert len(part.read_text().splitlines()) == 32
+        # A process that is killed may leave a part of a line.
+        part.write_text(part.read_text() + '{"row": 34, "la')
+        asked.clear()
+        # With another option the answers may differ, so it does not go on.
+        changed = launch(cli.main, *command, f"out.{out}", "--columns", "text=Body")
+        assert (changed[0], min(asked)) == (130, 2)
+        asked.clear()
+        code, printed, said = launch(cli.main, *command, f"out.{out}")
+    assert code == 0, said
+    assert "goes on after 32 rows" in printed
+    assert sorted(asked) == [*range(34, 92)]
+    assert (tmp_path / f"out.{out}").read_bytes() == (tmp_path / f"whole.{out}").read_bytes()
+
+
+def written(chatty, prompt):
+    base = chatty.parent / "base"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), chatty).eval()
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    made = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_chats_are_answered_with_the_system_prompt_that_was_learned(chatty, launch, tmp_path):
+    asked = [{"role": "user", "content": "who\nare you"}]
+    answered = [*asked, {"role": "assistant", "content": "no one"}]
+    with_system = [{"role": "system", "content": "Be brief."}, *asked]
+    write(tmp_path / "rows.jsonl", [{"talk": talk} for talk in (asked, answered, with_system)])
+    prompt = "<|system|>{}<|end|><|user|>who\nare you<|end|><|assistant|>"
+    learned, brief, given = (written(chatty, prompt.format(text)) for text in ("Be kind.", "Be brief.", "Be rude."))
+    assert len({learned, brief, given}) == 3
+    options = ["--max-new-tokens", 6, "--batch-size", 2]
+    for extra, expected in (((), learned), (("--system", "Be rude."), given)):
+        out = tmp_path / f"{len(extra)}.jsonl"
+        code, _, said = launch(cli.main, "predict", chatty, "rows.jsonl", *options, *extra, "--out", out)
+        assert code == 0, said
+        assert [row["answer"] for row in read(out)] == [expected, expected, brief]
+    # Texts are first turns of a chat, without --chat.
+    code, printed, _ = launch(cli.main, "predict", chatty, "who\nare you", *options)
+    assert printed.rstrip("\n") == "".join(c if c.isprintable() else repr(c)[1:-1] for c in learned)
+
+
+@pytest.mark.parametrize(("prompts", "system"), [(["s", "s"], "s"), (["s", "t"], None), ([None, None], None)])
+def test_a_system_prompt_is_learned_if_all_chats_begin_with_it(prompts, system, tiny_llama):
+    rows = [
+        {"messages": [*([{"role": "system", "content": prompt}] if prompt else []),
+                      {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+        for prompt in prompts
+    ]  # fmt: skip
+    task = LanguageModeling(str(tiny_llama), dict.fromkeys(["train", "val", "test"], rows), form="chat")
+    assert (task.training_inputs.form, task.training_inputs.system) == ("chat", system)
+
+
+def test_unusable_rows_and_outputs_are_refused_before_the_model_is_loaded(classifier, launch, tmp_path, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("dynrank.commands.predict.Answerer", never)
+    empty = {"id": "", "Subject": "", "Body": " "}
+    file = write(tmp_path / "rows.csv", [empty, *ROWS[:3], empty])
+    (tmp_path / "taken.csv").write_text("")
+    for options, message in {
+        (file,): "rows 2, 6: each has an empty text; correct these 2, or give --skip-unusable",
+        (file, "--out", "out.xlsx"): "--out must end in one of ['.csv', '.parquet', '.jsonl']",
+        (file, "--out", "taken.csv"): "'taken.csv' exists",
+        (file, "--columns", "text=Text"): "no column 'Text'; it has ['Subject', 'Body']; give --columns text=NAME",
+        (file, "--columns", "prompt=Body"): "--columns must name one of ['text'] for the form classification",
+        ("absent.csv",): "FILE=absent.csv does not exist",
+    }.items():
+        code, _, said = launch(cli.main, "predict", classifier, *options)
+        assert code == 2
+        assert message in said.replace("'id', ", ""), said
+    assert (tmp_path / "taken.csv").read_text() == ""
+
+
+def test_unusable_rows_are_left_out_on_request(classifier, launch, tmp_path):
+    file = write(tmp_path / "rows.csv", [{**ROWS[0], "Body": " "}, *ROWS[:3]])
+    with file.open("a") as more:
+        more.write("one,two\n")
+    code, _, said = launch(cli.main, "predict", classifier, file, "--skip-unusable", "--out", "out.jsonl")
+    assert code == 0, said
+    assert "left out         2 rows" in said
+    assert [row["row"] for row in read(tmp_path / "out.jsonl")] == [3, 4, 5]
