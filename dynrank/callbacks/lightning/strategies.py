@@ -9,7 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.averages import averaging_callbacks
 from dynrank.distributed.processes import from_first
-from dynrank.distributed.sharding import average_gradients, take_saved_ranks, trains_shards
+from dynrank.distributed.sharding import take_saved_ranks, trains_shards
 from dynrank.distributed.wrappers import check_hooks, unwrapped_optimizer
 from dynrank.driver.rates import mark
 from dynrank.errors import ConfigurationError
@@ -60,12 +60,6 @@ def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
             f"{type(averages[0]).__name__} copies the whole model, which ModelParallelStrategy shards; take it out, or "
             "set trainer.strategy=ddp"
         )
-
-
-def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
-    """Average the gradients of parameters that FSDP2 ignores; DDP averages all of its own."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        average_gradients(unwrapped_optimizer(optimizer))
 
 
 def follow_sharded_checkpoint(trainer: Trainer) -> None:
