@@ -46,11 +46,13 @@ T = TypeVar("T")
 
 
 class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several (DDP).
+    """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several.
 
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Pass the callback to the Trainer's
     constructor (``callbacks=[...]``); otherwise a checkpoint from after a change does not fit a PEFT model. Changes are
     made before the first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
+    Several processes train under DDP or accelerate's FSDP2. That shards the frozen base, when the Trainer is made, and
+    adapters stay whole in each process (:func:`dynrank.distributed.sharding.shard_frozen`).
     Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss``, which schedules observe by default, is
     ``eval_loss``; triggers can also read what training logs (``loss``, every ``logging_steps``).
 
@@ -404,7 +406,7 @@ def _check_devices(args: Any) -> None:
     ways = [name for name, given in asked.items() if given or parse_flag_from_env(f"ACCELERATE_USE_{name}")]
     ways += [f"{args.n_gpu} GPUs in one process"] if args.n_gpu > 1 else []
     plugin = fsdp_plugin()
-    if plugin is not None and getattr(args, "load_best_model_at_end", False) and "SHARDED" in str(plugin.state_dict_type):
+    if plugin is not None and args.load_best_model_at_end and "SHARDED" in str(plugin.state_dict_type):
         # transformers looks for the folder of the best checkpoint before it is there in all processes.
         ways.append("load_best_model_at_end with SHARDED_STATE_DICT (set state_dict_type to FULL_STATE_DICT)")
     if plugin is not None and getattr(args, "use_vllm", False):

@@ -17,14 +17,13 @@ def fsdp_plugin() -> Any:
     """The plugin by which accelerate shards models in this process; None if it does not."""
     state = sys.modules.get("accelerate.state")
     # AcceleratorState() would start accelerate where nobody has.
-    return getattr(state.AcceleratorState(), "fsdp_plugin", None) if state is not None and state.is_initialized() else None
+    if state is None or not state.is_initialized():
+        return None
+    return getattr(state.AcceleratorState(), "fsdp_plugin", None)
 
 
 def fsdp_settings(model: nn.Module) -> dict[str, Any]:
-    """The mesh, blocks and options of ``fully_shard`` that accelerate is set to; empty if it does not shard models.
-
-    Settings that shard adapters, or with which PEFT saves nothing, are refused.
-    """
+    """The mesh, blocks and options of ``fully_shard`` that accelerate is set to; empty if it does not shard models."""
     plugin = fsdp_plugin()
     if plugin is None:
         return {}
@@ -59,10 +58,10 @@ def check_accelerate(state: Any) -> None:
     if plugin is not None and plugin.fsdp_version != 2:
         ways.append(f"FSDP{plugin.fsdp_version} (set fsdp_version: 2)")
     elif plugin is not None and plugin.activation_checkpointing:
-        ways.append("FSDP's activation checkpointing (set fsdp_activation_checkpointing: false, and checkpoint the "
-                    "model itself, by gradient_checkpointing=True of the Trainer or model.gradient_checkpointing_enable())")
+        # From modules in its wrappers PEFT saves nothing.
+        ways.append("fsdp_activation_checkpointing: true (let the model do it, by gradient_checkpointing=True)")
     if ways:
         raise ConfigurationError(
-            f"ranks change on one device, under DDP or under FSDP2, and accelerate is set to {ways[0]}: change that in its "
-            "configuration, in the arguments and in the environment (ACCELERATE_USE_...)"
+            f"ranks change on one device, under DDP or under FSDP2, and accelerate is set to {ways[0]}: change that in "
+            "its configuration, in the arguments and in the environment (ACCELERATE_USE_...)"
         )

@@ -22,7 +22,6 @@ from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import peft_layers, take_peft_ranks
 from dynrank.private import at_end_of_backward, backward_number
 
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -80,8 +79,10 @@ def shard_frozen(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not layers or all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("shard_frozen needs a frozen model with LoRA layers; call dynrank.add_lora first")
-    in_first, *in_others = from_all([parameter.is_meta for parameter in model.parameters()])
-    if any(is_meta and parameter.requires_grad for is_meta, parameter in zip(in_first, model.parameters(), strict=True)):
+    # Whether process 0, which is asked first, lacks an adapter, and which processes lack a part of the base.
+    lacks_adapter, *_ = from_all(any(parameter.is_meta for parameter in trained))
+    first_lacks, *others_lack = from_all(any(parameter.is_meta for parameter in model.parameters()))
+    if lacks_adapter:
         raise ConfigurationError("adapters on the meta device have no values; load the model before shard_frozen")
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigurationError(f"FSDP2 with LoRA needs torch >= 2.7, got {torch.__version__}")
@@ -97,9 +98,9 @@ def shard_frozen(
     whole |= {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
     filled = _fill_from_first(trained, device)
     for module in [*blocks, model]:
-        if not any(in_first) and any(map(any, in_others)):
-            tensors = [*module.parameters(), *module.buffers()]
-            filled |= _fill_from_first((t for t in tensors if id(t) not in filled and not isinstance(t, DTensor)), device)
+        if any(others_lack) and not first_lacks:
+            tensors = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, DTensor)]
+            filled |= _fill_from_first((tensor for tensor in tensors if id(tensor) not in filled), device)
         fully_shard(module, mesh=mesh, ignored_params=whole, **options)
     dtype = getattr(options.get("mp_policy"), "param_dtype", None)
     if dtype in (torch.bfloat16, torch.float16):
@@ -225,7 +226,9 @@ def take_saved_ranks(model: nn.Module, path: str | Path, *, prefix: str = "state
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     for adapter in {layer.adapter for layer in peft_layers(model).values()}:
         # PEFT leaves the adapter's name out of what accelerate saves.
-        saved = {re.sub(r"(\.lora_(?:embedding_)?[AB])(?=$|\.weight$)", rf"\1.{adapter}", n): v for n, v in saved.items()}
+        saved = {
+            re.sub(r"(\.lora_(?:embedding_)?[AB])(?=$|\.weight$)", rf"\1.{adapter}", n): v for n, v in saved.items()
+        }
     factors = {plain_name(name): value for name, value in saved.items()}
     scalings = {plain_name(name): value for name, value in scalings.items()}
     ranks = {name: layer.rank for name, layer in lora_layers(model)}

@@ -1,10 +1,11 @@
-"""Lets accelerate take CPUs for GPUs, because it would not shard on CPUs; as a program it runs another one so."""
+"""Lets accelerate take CPUs for GPUs, because it does not shard on CPUs; as a program, ``as_gpus.py PROGRAM ...``."""
 
 import runpy
 import sys
 
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
 
 begin = PartialState.__init__
 
@@ -15,8 +16,12 @@ def begin_as_gpus(state, *args, **kwargs):
         state.distributed_type = DistributedType.MULTI_GPU
 
 
-PartialState.__init__ = begin_as_gpus
+def pretend():
+    PartialState.__init__ = begin_as_gpus
+
 
 if __name__ == "__main__":
+    pretend()
     del sys.argv[0]
     runpy.run_path(sys.argv[0], run_name="__main__")
+    assert FSDPModule.__subclasses__(), "no module was sharded"

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from trainer_runs import RESUMED, RUNS, SAVED, loaded, outcome, save_base, trained
+from trainer_runs import RESUMED, RUNS, SAVED, STEPS, loaded, outcome, save_base, trained
 
 import dynrank
 from dynrank.distributed.accelerated import check_accelerate
@@ -117,7 +117,7 @@ def test_peft_reads_what_was_saved(results, folder, name):
         AutoPeftModel.from_pretrained(folder / f"resume {name}" / "by dynrank")
 
 
-@pytest.mark.parametrize(("name", "step"), [("best, before", 3), ("best, after", 9)])
+@pytest.mark.parametrize(("name", "step"), [("best, before", 3), ("best, after", STEPS)])
 def test_best_model_comes_back_with_its_own_ranks(results, folder, name, step):
     for best, weights in found(results, name):
         assert best == step

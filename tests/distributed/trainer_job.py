@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import as_gpus  # noqa: F401
+import as_gpus
 import torch
 import wrapped_loops
 from forked import free_port
@@ -24,7 +24,6 @@ from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 
 import dynrank
-from dynrank.distributed.sharding import shard_frozen
 from dynrank.errors import ConfigurationError
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
@@ -115,6 +114,7 @@ def main(place: str) -> None:
     base = folder / "base"
     process = int(os.environ["RANK"])
     warnings.simplefilter("ignore")
+    as_gpus.pretend()
     checks = {name: partial(whole, run, base, folder / name) for name, run in RUNS.items()}
     for name, run in RESUMED.items():
         checks[f"resume {name}"] = partial(resumed, run, base, folder / f"resume {name}")
@@ -130,7 +130,9 @@ def main(place: str) -> None:
         "activation checkpointing": {"fsdp_config": {"activation_checkpointing": True}},
         "best of shards": {"fsdp_config": dict(SHARDS), "save_strategy": "steps", "save_steps": 3} | SCORED,
     }.items():
-        checks[f"refused, {name}"] = partial(refused, partial(trainer_of, RESUMED["peft"], base, folder / name, **options))
+        checks[f"refused, {name}"] = partial(
+            refused, partial(trainer_of, RESUMED["peft"], base, folder / name, **options)
+        )
     checks["refused, vLLM"] = partial(refused, partial(trainer_of, RESUMED["peft"], base, folder / "vllm", kind=OfVLLM))
     checks["refused, late"] = partial(refused, partial(late, base, folder / "late"))
     checks["refused, FSDP1 in a loop"] = partial(refused, by_fsdp1)
@@ -153,5 +155,10 @@ def main(place: str) -> None:
     distributed.destroy_process_group()
     if process == 0:
         os.environ |= {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": free_port()}
-        run({f"in one, {name}": partial(in_one, each, base, folder / f"resume {name}") for name, each in RESUMED.items()})
+        run(
+            {
+                f"in one, {name}": partial(in_one, each, base, folder / f"resume {name}")
+                for name, each in RESUMED.items()
+            }
+        )
         distributed.destroy_process_group()
