@@ -6,6 +6,7 @@ Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ def is_expert_parallel(experts: Any) -> bool:
 def gated(experts: Any, up: torch.Tensor) -> torch.Tensor:
     """The activation that transformers' module of experts applies to the output of its gate_up_proj."""
     return experts._apply_gate(up)  # type: ignore[no-any-return]
+
+
+def at_end_of_backward(function: Callable[[], None]) -> None:
+    """Call ``function`` once when the running backward pass has ended; call this in one of its hooks."""
+    torch.autograd.Variable._execution_engine.queue_callback(function)
+
+
+def backward_number() -> int:
+    """A number that only the running backward pass has."""
+    return torch._C._current_graph_task_id()
 
 
 def is_fabrics(module: Any) -> bool:

@@ -16,6 +16,7 @@ from dynrank.adapters.config import CONFIG_FILE
 from dynrank.adapters.read import PREFIX, WEIGHTS_FILE, Adapter
 from dynrank.adapters.stored import Factors
 from dynrank.adapters.wrappers import wrapper_names
+from dynrank.distributed.sharding import plain_class
 from dynrank.errors import ConfigurationError, DivergedError
 from dynrank.layers.base import LoRALayer
 from dynrank.layers.compiled import named_modules, plain_name, uncompiled
@@ -69,7 +70,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         values = model.get_submodule(head).state_dict()
         tensors |= {plain_name(f"{head}.{key}"): value for key, value in values.items()}
     _check_finite(tensors)
-    base_class = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    cls = plain_class(model)
+    base_class = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     config = {
         "peft_type": "LORA",
         "task_type": None,

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from dynrank.callbacks.lightning import private
 from dynrank.callbacks.lightning.best import forget_best, save_after_end, warn_of_other_ranks
 from dynrank.callbacks.lightning.ending import end_in_full
-from dynrank.callbacks.lightning.strategies import average_whole_gradients, check_strategy, follow_sharded_checkpoint
+from dynrank.callbacks.lightning.strategies import check_strategy, follow_sharded_checkpoint
 from dynrank.callbacks.lightning.validation import run_missed_validation, validate_beside, validation_metrics
 from dynrank.driver.check import check_validation
 from dynrank.driver.driver import RankDriver
@@ -141,9 +141,6 @@ class RankScheduler(Callback):
         if between_steps:
             self.driver.advance(training)
         pl_module.log_dict(self.driver.hidden_rates(training))
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        average_whole_gradients(trainer, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -6,9 +6,9 @@ import base64
 import inspect
 import io
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,14 +19,17 @@ from transformers.trainer_callback import (
     ExportableState,
     TrainerCallback,
 )
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import get_last_checkpoint, has_length
 
 from dynrank.adapters.save import save_adapter
+from dynrank.distributed.accelerated import check_accelerate, fsdp_plugin
 from dynrank.distributed.processes import process_count
+from dynrank.distributed.sharding import is_sharded, shard_frozen, take_saved_ranks
 from dynrank.distributed.wrappers import ddp_modules
 from dynrank.driver.check import checked_metrics, metric_value, observed_metrics
 from dynrank.driver.driver import RankDriver
 from dynrank.driver.event import RankEvent
+from dynrank.driver.rates import mark
 from dynrank.driver.training import Training
 from dynrank.driver.undo import validate
 from dynrank.errors import ConfigurationError
@@ -39,13 +42,17 @@ from dynrank.output.ranks import ranks_in_words
 from dynrank.schedules import Schedule
 from dynrank.triggers import Run
 
+T = TypeVar("T")
+
 
 class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several (DDP).
+    """Changes the ranks of LoRA layers during ``transformers.Trainer.train``, in one process or in several.
 
     The model went through :func:`dynrank.add_lora` or PEFT's ``get_peft_model``. Pass the callback to the Trainer's
     constructor (``callbacks=[...]``); otherwise a checkpoint from after a change does not fit a PEFT model. Changes are
     made before the first batch of an optimizer step. Data may be streamed (an IterableDataset, with ``max_steps``).
+    Several processes train under DDP or accelerate's FSDP2. That shards the frozen base, when the Trainer is made, and
+    adapters stay whole in each process (:func:`dynrank.distributed.sharding.shard_frozen`).
     Metrics have the Trainer's names, ``Plateau("eval_f1")``, and ``val/loss``, which schedules observe by default, is
     ``eval_loss``; triggers can also read what training logs (``loss``, every ``logging_steps``).
 
@@ -116,16 +123,23 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         _check_devices(args)
         if model is not None:
             _follow(model)
+            if fsdp_plugin() is not None:
+                # accelerate leaves a model alone that is sharded when it is prepared.
+                shard_frozen(model)
+                _resume_from_shards()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         training = HFTraining(self, args, state, control, kwargs)
         _check_devices(args)
         _check_names(self)
-        self.handler = _calling_handler()
+        self.handler = _caller(CallbackHandler)
         # So a change behind the last step is told before TensorBoard and others close their files.
         self.handler.callbacks = [self, *(c for c in self.handler.callbacks if c is not self)]
-        if process_count() > 1 and not ddp_modules(training.model):
-            raise ConfigurationError("in several processes ranks change under plain DDP only; no DDP wraps the model")
+        if process_count() > 1 and not ddp_modules(training.model) and not is_sharded(training.model):
+            raise ConfigurationError(
+                "in several processes ranks change under DDP or FSDP2 only; no DDP wraps the model, and FSDP2 does not "
+                "shard it"
+            )
         _follow(training.model)
         if state.global_step:
             self._load(state)
@@ -325,17 +339,42 @@ class HFTraining(Training):
                 callback.early_stopping_patience_counter = 0
 
 
-def _calling_handler() -> CallbackHandler:
-    """The Trainer's list of callbacks, one of whose methods is calling this event."""
+def _caller(cls: type[T]) -> T:
+    """The object of ``cls``, the Trainer or its list of callbacks, one of whose methods is calling this event."""
     # Neither an event's arguments nor any public method of a callback leads to the Trainer or its list, and callbacks
     # are made before the Trainer is. Without the list, changes could not be logged or told to other callbacks.
     frame = inspect.currentframe()
     while frame is not None:
-        handler = frame.f_locals.get("self")
-        if isinstance(handler, CallbackHandler):
-            return handler
+        found = frame.f_locals.get("self")
+        if isinstance(found, cls):
+            return found
         frame = frame.f_back
-    raise RuntimeError("on_train_begin has to be called by transformers' Trainer")
+    raise RuntimeError(f"the events of RankTrainerCallback have to be called by transformers' {cls.__name__}")
+
+
+def _resume_from_shards() -> None:
+    """Let the Trainer resume from FSDP2's checkpoints, which are loaded into tensors, and under keys, that exist.
+
+    What needs accelerate is imported here, because it is installed only if transformers' Trainer is used.
+    """
+    from accelerate.utils.constants import FSDP_MODEL_NAME
+    from transformers import Trainer
+
+    trainer: Any = _caller(Trainer)
+    train = trainer.train
+
+    @wraps(train)
+    def from_any_ranks(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        is_last = resume_from_checkpoint is True
+        folder = get_last_checkpoint(trainer.args.output_dir) if is_last else resume_from_checkpoint
+        if folder:
+            shards = Path(folder) / f"{FSDP_MODEL_NAME}_0"
+            if shards.is_dir():
+                take_saved_ranks(trainer.model, shards, prefix="model.")
+            mark(trainer.create_optimizer())
+        return train(resume_from_checkpoint, *args, **kwargs)
+
+    trainer.train = from_any_ranks
 
 
 def _follow(model: Any) -> None:
@@ -358,25 +397,30 @@ def _save_with_adapter(model: Any, folder: str | Path, **options: Any) -> None:
 
 
 def _check_devices(args: Any) -> None:
-    """Refuse settings that shard or copy the model, from arguments, accelerate's configuration or the environment.
+    """Refuse what copies the model, or shards adapters, from arguments, accelerate's configuration or the environment.
 
     accelerate is imported here, because it is installed only if transformers' Trainer is used.
     """
     from accelerate.state import AcceleratorState
     from accelerate.utils import parse_flag_from_env
 
-    asked = {"FSDP": args.fsdp, "DEEPSPEED": args.deepspeed, "MEGATRON_LM": None}
+    asked = {"DEEPSPEED": args.deepspeed, "MEGATRON_LM": None}
     ways = [name for name, given in asked.items() if given or parse_flag_from_env(f"ACCELERATE_USE_{name}")]
-    state = AcceleratorState().distributed_type.value
-    ways += [state] if state != "NO" and not state.startswith("MULTI_") else []
     ways += [f"{args.n_gpu} GPUs in one process"] if args.n_gpu > 1 else []
+    plugin = fsdp_plugin()
+    if plugin is not None and args.load_best_model_at_end and "SHARDED" in str(plugin.state_dict_type):
+        # transformers looks for the folder of the best checkpoint before it is there in all processes.
+        ways.append("load_best_model_at_end with SHARDED_STATE_DICT (set state_dict_type to FULL_STATE_DICT)")
+    if plugin is not None and getattr(args, "use_vllm", False):
+        # TRL merges adapters before each generation, and PEFT cannot add a whole matrix to a shard.
+        ways.append("use_vllm with FSDP2 (set use_vllm=False)")
     if ways:
         raise ConfigurationError(
-            f"RankTrainerCallback changes ranks on one device or under DDP, this Trainer was set to {ways[0]}: remove "
-            "that from its arguments, accelerate's configuration and the environment (ACCELERATE_USE_...), and start "
-            "it with torchrun or accelerate launch --multi_gpu; to shard the model, train with "
-            "dynrank.callbacks.RankScheduler (Lightning), which knows FSDP2"
+            f"RankTrainerCallback changes ranks on one device, under DDP or under FSDP2; this Trainer was set to "
+            f"{ways[0]}: change that in its arguments, accelerate's configuration and the environment "
+            "(ACCELERATE_USE_...), and start it with torchrun or accelerate launch (conf/README.md)"
         )
+    check_accelerate(AcceleratorState())
 
 
 def _check_names(callback: RankTrainerCallback) -> None:

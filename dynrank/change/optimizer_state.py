@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dynrank.errors import ConfigurationError
+from dynrank.layers.base import RankedLayer
 from dynrank.linalg import RankChange, joined, split
 
 # How many numbers share a scale in bitsandbytes' 8-bit state.
@@ -95,6 +96,18 @@ RULES: dict[str, dict[str, str]] = {
 # steps are rms(1 - 0.9^k) = 0.45 of the rate for the former and sqrt(0.1 / 1.9) = 0.23 for the latter. To stay below
 # 1.5 times the latter needs (0.45 / 0.23 / 1.5)^2 = 1.7; 2.5 also allows gradients 1.2 times as large as the others.
 _SEED = 2.5
+
+
+def check_trained(layers: Mapping[str, RankedLayer], optimizers: Collection[Optimizer]) -> None:
+    """Refuse optimizers, if there are any, of which none trains a layer: they train copies that keep their shapes."""
+    trained = {id(parameter) for each in optimizers for group in each.param_groups for parameter in group["params"]}
+    for name, layer in layers.items():
+        factors = (layer.lora_A, layer.lora_B)
+        if optimizers and any(factor.requires_grad and id(factor) not in trained for factor in factors):
+            raise ConfigurationError(
+                f"none of the optimizers trains {name!r}: pass all that train adapters, made after LoRA was added; "
+                "under DeepSpeed they train flat copies, so ranks cannot change: use DDP or FSDP2"
+            )
 
 
 def check_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], optimizer_state: str) -> None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from dynrank.change.optimizer_state import check_optimizer, moved_states
+from dynrank.change.optimizer_state import check_optimizer, check_trained, moved_states
 from dynrank.distributed.processes import from_first
+from dynrank.distributed.sharding import check_whole
 from dynrank.distributed.wrappers import unwrapped_optimizer
 from dynrank.errors import ConfigurationError, diverged
 from dynrank.layers.base import RankedLayer, max_rank, params_per_rank
@@ -323,11 +324,13 @@ def compute(
 
     def of_first() -> tuple[Values, list[LayerReport]]:
         ranks = _checked_ranks(adapters.layers, plan(), balance)
+        check_trained({name: adapters.layers[name] for name in ranks}, adapters.optimizers)
         for optimizer in adapters.optimizers:
             factors = [f for name in ranks for f in (adapters.layers[name].lora_A, adapters.layers[name].lora_B)]
             check_optimizer(optimizer, factors, optimizer_state)
         return _new_values(adapters, ranks, directions, optimizer_state, generator)
 
+    check_whole(adapters.model)
     # DDP keeps a whole model on one device.
     device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
     values, reports = from_first(of_first, device=device) if collective else of_first()

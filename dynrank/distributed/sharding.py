@@ -1,55 +1,88 @@
 """FSDP2 with LoRA: the frozen base is sharded, and trained parameters stay whole, so that their rank can change."""
 
 import inspect
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from dynrank.distributed.processes import average_over_processes, copy_from_first, from_first
+from dynrank.distributed.accelerated import fsdp_settings
+from dynrank.distributed.processes import average_over_processes, copy_from_first, from_all, from_first, process_count
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import LoRALayer, max_rank, take_rank
 from dynrank.layers.compiled import named_modules, plain_name
 from dynrank.layers.finding import lora_layers
-from dynrank.layers.peft_layers import take_peft_ranks
+from dynrank.layers.peft_layers import peft_layers, take_peft_ranks
+from dynrank.private import at_end_of_backward, backward_number
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def shard_frozen(
-    model: nn.Module, mesh: DeviceMesh, *, blocks: Iterable[nn.Module] | None = None, **options: Any
-) -> None:
-    """Shard the frozen parameters of ``model`` by FSDP2; call this in ``configure_model``, after LoRA is added.
+    model: M, mesh: DeviceMesh | None = None, *, blocks: Iterable[nn.Module] | None = None, **options: Any
+) -> M:
+    """Shard the frozen parameters of ``model`` by FSDP2, in place; call this after LoRA is added.
 
-    Adapters (and heads that are trained without LoRA) stay plain tensors with the same values in all processes. This
-    function gives them the values of process 0. :class:`dynrank.callbacks.RankScheduler`, which the trainer must have,
-    averages their gradients before each optimizer step. A second call does nothing.
+    Adapters (and heads that are trained without LoRA) stay plain tensors with the same values in all processes, on the
+    devices of ``mesh``. This function gives them the values of process 0, and their gradients are averaged over all
+    processes at the end of each backward pass, whichever loop calls it. With an ``mp_policy`` they are computed with
+    in its ``param_dtype``, by autocast. Parameters that are no floats, such as 4-bit weights in bytes, stay whole, too.
+    A second call does nothing.
+
+    The base may be on the meta device in all processes but the first (``cpu_ram_efficient_loading`` of transformers):
+    they get it from process 0, one block at a time, and keep their shards alone.
 
     ::
 
-        def configure_model(self):
+        def configure_model(self):  # Lightning
             if self.device_mesh is not None:  # not so in load_from_checkpoint
                 shard_frozen(self.model, self.device_mesh["data_parallel"])
 
+
+        strategy = ModelParallelStrategy(lambda model, mesh: shard_frozen(model, mesh["data_parallel"]))  # Fabric
+
+
+        accelerator = Accelerator()  # set to FSDP2
+        model, optimizer = accelerator.prepare(shard_frozen(model), optimizer)
+
     Args:
         model: a model with LoRA layers.
-        mesh: mesh of one dimension, over which to shard: ``device_mesh["data_parallel"]`` of ModelParallelStrategy.
+        mesh: mesh over which to shard: ``device_mesh["data_parallel"]`` of ModelParallelStrategy. None: all processes;
+            if accelerate is set to FSDP2, its mesh and all of its settings but the state dicts and wrapping by size.
         blocks: modules of ``model`` that are gathered one at a time; none may be a part of a LoRA layer. None: the
             transformer blocks, which are the members of every outermost ModuleList.
-        **options: options of ``torch.distributed.fsdp.fully_shard`` (mp_policy, reshard_after_forward, offload_policy).
+        **options: options of ``torch.distributed.fsdp.fully_shard`` (mp_policy, reshard_after_forward, offload_policy,
+            ignored_params).
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ConfigurationError: if the model has no LoRA layers or nothing frozen, or accelerate is set to something that
+            shards adapters.
     """
     if isinstance(model, FSDPModule):
-        return
+        return model
+    settings = fsdp_settings(model) if mesh is None else {}
+    mesh = mesh or settings.pop("mesh", None) or _all_processes()
+    blocks = blocks if blocks is not None else settings.pop("blocks", None)
+    options = settings | options
     layers = dict(lora_layers(model))
     # The order of the parameters is the same in all processes.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not layers or all(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigurationError("shard_frozen needs a frozen model with LoRA layers; call dynrank.add_lora first")
-    if any(parameter.is_meta for parameter in trained):
+    # Whether process 0, which is asked first, lacks an adapter, and which processes lack a part of the base.
+    lacks_adapter, *_ = from_all(any(parameter.is_meta for parameter in trained))
+    first_lacks, *others_lack = from_all(any(parameter.is_meta for parameter in model.parameters()))
+    if lacks_adapter:
         raise ConfigurationError("adapters on the meta device have no values; load the model before shard_frozen")
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ConfigurationError(f"FSDP2 with LoRA needs torch >= 2.7, got {torch.__version__}")
@@ -60,14 +93,90 @@ def shard_frozen(
             raise ConfigurationError(
                 f"blocks must be whole layers of the model, got {type(block).__name__}, a part of a LoRA layer"
             )
-    copy_from_first(parameter.data for parameter in trained)
+    device = torch.device(mesh.device_type)
+    whole = {*trained, *options.pop("ignored_params", ())}
+    whole |= {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
+    filled = _fill_from_first(trained, device)
     for module in [*blocks, model]:
-        fully_shard(module, mesh=mesh, ignored_params=set(trained), **options)
+        if any(others_lack) and not first_lacks:
+            tensors = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, DTensor)]
+            filled |= _fill_from_first((tensor for tensor in tensors if id(tensor) not in filled), device)
+        fully_shard(module, mesh=mesh, ignored_params=whole, **options)
+    dtype = getattr(options.get("mp_policy"), "param_dtype", None)
+    if dtype in (torch.bfloat16, torch.float16):
+        # FSDP2 casts its shards alone to this dtype, and a head that is whole has to meet it, too.
+        model.forward = torch.autocast(device.type, dtype)(model.forward)  # type: ignore[method-assign]
+    _average_in_backward(trained)
+    return model
+
+
+def _all_processes() -> DeviceMesh:
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return init_device_mesh("cpu" if accelerator is None else accelerator.type, (process_count(),))
+
+
+@torch.no_grad()
+def _fill_from_first(tensors: Iterable[Tensor], device: torch.device) -> set[int]:
+    """Move ``tensors`` to ``device``, with the values of process 0, as the same objects; their ids."""
+    filled = set()
+    for tensor in tensors:
+        value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
+        copy_from_first([value])
+        if tensor.is_meta:
+            new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            torch.utils.swap_tensors(tensor, new)
+        else:
+            tensor.data = value
+        filled.add(id(tensor))
+    return filled
 
 
 def _transformer_blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _transformer_blocks(child)
+
+
+def _average_in_backward(parameters: Collection[nn.Parameter]) -> None:
+    """Average the gradients of ``parameters`` over all processes, in one message at the end of each backward pass.
+
+    So clipping, loss scalers and optimizers see them averaged. Under accumulation each pass averages what has been
+    accumulated so far: a mean stays as it is when it is averaged again.
+    """
+    # The backward pass whose end is waited for. One that has failed has no end.
+    waiting = [-1]
+
+    def ask(_: Tensor) -> None:
+        if waiting[0] != backward_number():
+            waiting[0] = backward_number()
+            at_end_of_backward(lambda: _average_gradients(parameters))
+
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(ask)
+
+
+@torch.no_grad()
+def _average_gradients(parameters: Collection[nn.Parameter]) -> None:
+    """Replace the gradients of ``parameters`` by their means over all processes; collective.
+
+    A parameter without a gradient in any process keeps none; a gradient that only some processes lack counts as zero.
+    """
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=next(iter(parameters)).device)
+    means = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    average_over_processes([used, *means])
+    if any(parameter.grad is None for parameter in parameters):
+        for parameter, mean, is_used in zip(parameters, means, used.tolist(), strict=True):
+            if is_used:
+                parameter.grad = mean
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards ``model`` or parts of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def plain_class(model: nn.Module) -> type[nn.Module]:
+    """The class of ``model``; if FSDP2 shards it, the one from which FSDP2 has derived the present one."""
+    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def sharded_layers(model: nn.Module) -> list[str]:
@@ -79,9 +188,26 @@ def sharded_layers(model: nn.Module) -> list[str]:
 def sharded_error(names: list[str]) -> ConfigurationError:
     return ConfigurationError(
         f"the factors of {names[0]!r} ({len(names)} layers in all) are sharded by FSDP2, so their rank cannot change; "
-        "keep them out of sharding: dynrank.distributed.sharding.shard_frozen(model, mesh) in configure_model, or "
-        "fully_shard(..., ignored_params=...)"
+        "keep them out of sharding by dynrank.distributed.sharding.shard_frozen: shard_frozen(model, mesh) in "
+        "configure_model of Lightning and in parallelize_fn of Fabric, shard_frozen(model) before accelerator.prepare. "
+        "RankTrainerCallback does it, if transformers' Trainer gets it in its constructor (callbacks=[...])"
     )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse factors that FSDP has sharded, or of which DeepSpeed trains copies."""
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ConfigurationError("FSDP1 flattens parameters, so ranks cannot change; use FSDP2 (fsdp_version: 2)")
+    names = sharded_layers(model)
+    if names:
+        raise sharded_error(names)
+    for name, layer in lora_layers(model):
+        # DeepSpeed gives every parameter the one with ZeRO 3, and the other with all else that flattens.
+        if any(hasattr(layer.lora_A, mark) for mark in ("ds_id", "get_full_hp_param")):
+            raise ConfigurationError(
+                f"DeepSpeed trains a flat copy of {name!r}, so its rank cannot change; use DDP, or FSDP2 "
+                "(dynrank.distributed.sharding.shard_frozen), which shards the base and leaves adapters whole"
+            )
 
 
 def trains_shards(optimizer: Optimizer) -> bool:
@@ -89,31 +215,20 @@ def trains_shards(optimizer: Optimizer) -> bool:
     return any(isinstance(parameter, DTensor) for group in optimizer.param_groups for parameter in group["params"])
 
 
-@torch.no_grad()
-def average_gradients(optimizer: Optimizer) -> None:
-    """Average the gradients of all parameters of ``optimizer`` that are not sharded over all processes; collective.
-
-    A parameter without a gradient in any process keeps none; a gradient that only some processes lack counts as zero.
-    """
-    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    whole = [p for p in trained if p.requires_grad and not isinstance(p, DTensor)]
-    users = [p.new_tensor(p.grad is not None) for p in whole]
-    means = [p.grad if p.grad is not None else torch.zeros_like(p) for p in whole]
-    average_over_processes([*users, *means])
-    for parameter, used, mean in zip(whole, users, means, strict=True):
-        if parameter.grad is None and used:
-            parameter.grad = mean
-
-
-def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
+def take_saved_ranks(model: nn.Module, path: str | Path, *, prefix: str = "state_dict.") -> None:
     """Give the LoRA layers of ``model`` the ranks of a checkpoint, before it is loaded; a collective call.
 
     FSDP2 loads into existing tensors, without a ``load_state_dict`` with whole factors. From a single file it does not
     load the layers' scalings either, so this function loads them. ``path`` is such a file, or a folder of shards
-    (``save_distributed_checkpoint=True``).
+    (``save_distributed_checkpoint=True``), where ``prefix`` stands before the names of parameters.
     """
-    shapes, scalings = from_first(lambda: _saved_shapes(Path(path)))
+    shapes, scalings = from_first(lambda: _saved_shapes(Path(path), prefix))
     saved = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    for adapter in {layer.adapter for layer in peft_layers(model).values()}:
+        # PEFT leaves the adapter's name out of what accelerate saves.
+        saved = {
+            re.sub(r"(\.lora_(?:embedding_)?[AB])(?=$|\.weight$)", rf"\1.{adapter}", n): v for n, v in saved.items()
+        }
     factors = {plain_name(name): value for name, value in saved.items()}
     scalings = {plain_name(name): value for name, value in scalings.items()}
     ranks = {name: layer.rank for name, layer in lora_layers(model)}
@@ -132,7 +247,7 @@ def take_saved_ranks(model: nn.Module, path: str | Path) -> None:
     take_peft_ranks(model, saved)
 
 
-def _saved_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
+def _saved_shapes(path: Path, prefix: str) -> tuple[dict[str, tuple[int, ...]], dict[str, float]]:
     """({name: shape of its tensor}, {name: scaling}, which is empty unless the checkpoint is a single file)."""
     if path.is_dir():
         # This import is slow, and few runs need it.
@@ -140,8 +255,7 @@ def _saved_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, flo
 
         entries = filesystem.FileSystemReader(path).read_metadata().state_dict_metadata
         sizes = {name: getattr(entry, "size", None) for name, entry in entries.items()}
-        start = "state_dict."
-        return {name.removeprefix(start): tuple(s) for name, s in sizes.items() if s and name.startswith(start)}, {}
+        return {name.removeprefix(prefix): tuple(s) for name, s in sizes.items() if s and name.startswith(prefix)}, {}
     stored = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
     tensors = {name: value for name, value in stored.items() if isinstance(value, Tensor)}
     scalings = {

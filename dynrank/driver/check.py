@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynrank.change.optimizer_state import check_optimizer
+from dynrank.change.optimizer_state import check_optimizer, check_trained
 from dynrank.change.resize import LayerDirections
 from dynrank.distributed.processes import mean_over_processes
-from dynrank.distributed.sharding import sharded_error, sharded_layers
+from dynrank.distributed.sharding import check_whole
 from dynrank.driver.brought import Contribution
 from dynrank.driver.rates import check_groups
 from dynrank.driver.training import Training
@@ -154,9 +154,9 @@ def _faults(
 def check_training(training: Training, stages: Collection[Stage]) -> None:
     """Refuse sharded or float16 adapters, unsupported optimizers, and a check in a run without validations."""
     factors = adapter_parameters(training.model)
-    sharded = sharded_layers(training.model)
-    if stages and sharded:
-        raise sharded_error(sharded)
+    if stages:
+        check_whole(training.model)
+        check_trained(dict(lora_layers(training.model)), training.optimizers)
     if stages and any(factor.dtype == torch.float16 for factor in factors):
         raise ConfigurationError(
             "adapters are in float16 (as by precision=16-true), where Adam's eps of 1e-8 is zero and the first steps "

@@ -2,12 +2,17 @@
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import FullyShardedDataParallelPlugin
 from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from trained import drive
 
 import dynrank
+from dynrank.distributed.sharding import shard_frozen
 from dynrank.driver.training import Training
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, GrowTo, Rank
@@ -34,7 +39,35 @@ def accelerate(model, optimizer):
     return *made.prepare(model, optimizer), made.backward
 
 
+def shard_parts(model, mesh=None):
+    """Each layer alone is gathered, as a block of a transformer would be."""
+    return shard_frozen(model, mesh, blocks=[layer.module for _, layer in dynrank.lora_layers(model)])
+
+
+def fabric_fsdp2(model, optimizer):
+    def sharded(module, mesh):
+        return shard_parts(module, mesh["data_parallel"])
+
+    strategy = ModelParallelStrategy(sharded, data_parallel_size=2, tensor_parallel_size=1)
+    made = Fabric(accelerator="cpu", devices=2, strategy=strategy)
+    made.launch()
+    return made.setup_module(model), made.setup_optimizers(optimizer), made.backward
+
+
+def accelerator_of_fsdp2():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+
+
+def accelerate_fsdp2(model, optimizer):
+    made = accelerator_of_fsdp2()
+    return *made.prepare(shard_parts(model), optimizer), made.backward
+
+
 WAYS = {"plain": plain, "fabric": fabric, "accelerate": accelerate}
+# These need two processes.
+SHARDED = {"fabric, fsdp2": fabric_fsdp2, "accelerate, fsdp2": accelerate_fsdp2}
 
 
 def ended(way, process=0, processes=1):
@@ -43,7 +76,7 @@ def ended(way, process=0, processes=1):
     model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 4)), rank=4)
     inside = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     stages = [Stage(At(step=4), Budget(final_rank=3)), Stage(At(step=6), Rank(2))]
-    wrapped, optimizer, backward = WAYS[way](model, inside)
+    wrapped, optimizer, backward = (WAYS | SHARDED)[way](model, inside)
     batches = iter(X[:, process::processes])
 
     def loss():
@@ -53,4 +86,6 @@ def ended(way, process=0, processes=1):
     stages.append(Stage(At(step=8), GrowTo(4)))
     driver = drive(stages, Training(wrapped, [optimizer]), len(X), loss, backward)
     assert [(event.step, event.layers[0].layer) for event in driver.history] == [(4, "0"), (6, "0"), (8, "0")]
-    return model.state_dict()
+    values = model.state_dict()
+    assert any(isinstance(value, DTensor) for value in values.values()) == (way in SHARDED)
+    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in values.items()}

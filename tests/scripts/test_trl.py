@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import as_gpus
 import forked
 import pytest
 from peft import PeftModel
@@ -33,11 +34,25 @@ def updates(factors):
     return {lora_A: factors[lora_B] @ factors[lora_A] for lora_A, lora_B in ends.items()}
 
 
+def under_ddp(*command, cwd):
+    return forked.pair(SCRIPT, *command, cwd=cwd)
+
+
+def under_fsdp2(*command, cwd):
+    """As ``accelerate launch`` starts it; without ``as_gpus.py`` accelerate would not shard on CPUs."""
+    launch = ["launch", "--config_file", ROOT / "scripts" / "fsdp2.yaml", "--main_process_port", forked.free_port()]
+    program = "from accelerate.commands.accelerate_cli import main; main()"
+    return [forked.start(program, *launch, as_gpus.__file__, *command, cwd=cwd)]
+
+
 @pytest.mark.filterwarnings("ignore")
-def test_two_processes_of_sft_trainer_end_where_one_with_both_batches_ends(main, arguments, tiny_llama, tmp_path):
-    started = forked.pair(SCRIPT, ROOT / "scripts" / "trl_sft.py", *arguments(tmp_path / "two", 2), cwd=tmp_path)
+@pytest.mark.parametrize("start", [under_ddp, under_fsdp2])
+def test_two_processes_of_sft_trainer_end_where_one_with_both_batches_ends(
+    start, main, arguments, tiny_llama, tmp_path
+):
+    started = start(ROOT / "scripts" / "trl_sft.py", *arguments(tmp_path / "two", 2), cwd=tmp_path)
     main("trl_sft", *arguments(tmp_path / "one", 4))
-    assert forked.end(started) == [0, 0], forked.printed(tmp_path)
+    assert {*forked.end(started)} == {0}, forked.printed(tmp_path)
     one, two = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "two"))
     wanted = updates(one)
     for name, update in updates(two).items():

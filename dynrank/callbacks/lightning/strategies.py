@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Sin
 
 from dynrank.callbacks.lightning import private
 from dynrank.distributed.processes import from_first
-from dynrank.distributed.sharding import average_gradients, take_saved_ranks, trains_shards
+from dynrank.distributed.sharding import take_saved_ranks, trains_shards
 from dynrank.distributed.wrappers import check_hooks, unwrapped_optimizer
 from dynrank.driver.rates import mark
 from dynrank.errors import ConfigurationError
@@ -53,12 +53,6 @@ def _check_fsdp2(trainer: Trainer, strategy: Any) -> None:
             "precision=16-mixed under ModelParallelStrategy skips a step in some processes only; set "
             "trainer.precision=bf16-mixed"
         )
-
-
-def average_whole_gradients(trainer: Trainer, optimizer: Any) -> None:
-    """Average the gradients of parameters that FSDP2 ignores; DDP averages all of its own."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        average_gradients(unwrapped_optimizer(optimizer))
 
 
 def follow_sharded_checkpoint(trainer: Trainer) -> None:

@@ -1,0 +1,67 @@
+"""What accelerate is set to, in transformers' Trainer or a plain loop, for sharding by FSDP2.
+
+accelerate is imported inside the functions, because it is installed only if it is used.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from dynrank.errors import ConfigurationError
+
+
+def fsdp_plugin() -> Any:
+    """The plugin by which accelerate shards models in this process; None if it does not."""
+    state = sys.modules.get("accelerate.state")
+    # AcceleratorState() would start accelerate where nobody has.
+    if state is None or not state.is_initialized():
+        return None
+    return getattr(state.AcceleratorState(), "fsdp_plugin", None)
+
+
+def fsdp_settings(model: nn.Module) -> dict[str, Any]:
+    """The mesh, blocks and options of ``fully_shard`` that accelerate is set to; empty if it does not shard models."""
+    plugin = fsdp_plugin()
+    if plugin is None:
+        return {}
+    from accelerate.state import AcceleratorState
+    from accelerate.utils.fsdp_utils import get_parameters_from_modules
+
+    state = AcceleratorState()
+    check_accelerate(state)
+    # accelerate looks for these classes when it prepares the model, and sharding derives others from them.
+    plugin.set_auto_wrap_policy(model)
+    names = plugin.transformer_cls_names_to_wrap or ()
+    # Blocks inside of blocks come first.
+    blocks = [module for module in model.modules() if type(module).__name__ in names][::-1]
+    settings = {
+        "mesh": state.device_mesh and state.device_mesh[tuple(state.parallelism_config.fsdp_dim_names)],
+        "blocks": blocks or None,
+        "mp_policy": plugin.mixed_precision_policy,
+        "offload_policy": plugin.cpu_offload,
+        "reshard_after_forward": plugin.reshard_after_forward,
+        "ignored_params": get_parameters_from_modules(plugin.ignored_modules, model, state.device),
+    }
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def check_accelerate(state: Any) -> None:
+    """Refuse ways to train in several processes under which ranks cannot change, by accelerate's ``state``."""
+    plugin = getattr(state, "fsdp_plugin", None)
+    mesh = getattr(state, "parallelism_config", None)
+    kind = state.distributed_type.value
+    ways = [kind] if kind not in ("NO", "FSDP") and not kind.startswith("MULTI_") else []
+    ways += [f"{n}_size={getattr(mesh, f'{n}_size')}" for n in ("tp", "cp", "sp") if getattr(mesh, f"{n}_size", 1) > 1]
+    if plugin is not None and plugin.fsdp_version != 2:
+        ways.append(f"FSDP{plugin.fsdp_version} (set fsdp_version: 2)")
+    elif plugin is not None and plugin.activation_checkpointing:
+        # From modules in its wrappers PEFT saves nothing.
+        ways.append("fsdp_activation_checkpointing: true (let the model do it, by gradient_checkpointing=True)")
+    if ways:
+        raise ConfigurationError(
+            f"ranks change on one device, under DDP or under FSDP2, and accelerate is set to {ways[0]}: change that in "
+            "its configuration, in the arguments and in the environment (ACCELERATE_USE_...)"
+        )

@@ -1,0 +1,173 @@
+"""transformers' Trainer and loops by Fabric and accelerate under FSDP2: two processes end where one process ends."""
+
+import functools
+from types import SimpleNamespace
+
+import forked
+import pytest
+import torch
+import wrapped_loops
+from accelerate.utils import DistributedType
+from peft import AutoPeftModel, PeftModel
+from safetensors.torch import load_file
+from torch.testing import assert_close
+from trainer_runs import RESUMED, RUNS, SAVED, STEPS, loaded, outcome, save_base, trained
+
+import dynrank
+from dynrank.distributed.accelerated import check_accelerate
+from dynrank.errors import ConfigurationError
+
+pytestmark = [
+    # transformers gives advice about small models and settings.
+    pytest.mark.filterwarnings("ignore"),
+    # In one group the job is made once.
+    pytest.mark.xdist_group("trainer"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Where the base lies, and runs leave their checkpoints."""
+    folder = tmp_path_factory.mktemp("trainer")
+    save_base(folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """[what process 0 found, what process 1 found], by check; see trainer_job.py."""
+    children = forked.pair("import sys, trainer_job; trainer_job.main(sys.argv[1])", folder, cwd=folder)
+    assert forked.end(children) == [0, 0], forked.printed(folder)[-5000:]
+    return [torch.load(folder / f"{process}.pt") for process in (0, 1)]
+
+
+@functools.cache
+def alone(folder, name):
+    """What one process comes to, with both their batches."""
+    return outcome(*trained((RUNS | RESUMED)[name], folder / "base", folder / "alone"))
+
+
+def found(results, name):
+    first, second = (result[name] for result in results)
+    assert not isinstance(first, str), first
+    assert not isinstance(second, str), second
+    return first, second
+
+
+def assert_same_bits(one, other):
+    assert one["events"] == other["events"]
+    assert one["brought"] == other["brought"]
+    for kind in ("weights", "state"):
+        assert_close(one[kind], other[kind], rtol=0, atol=0)
+
+
+def assert_same_run(one, expected):
+    assert one["events"] == expected["events"]
+    assert one["events"]
+    assert_close(one["weights"], expected["weights"], rtol=0, atol=5e-6)
+    assert_close(one["losses"], expected["losses"], rtol=0, atol=5e-6)
+    assert_close(one["brought"], expected["brought"], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [*RUNS, *RESUMED, "by transformers"])
+def test_two_processes_come_to_what_one_does_with_both_batches(results, folder, name):
+    first, second = found(results, f"resume {name}" if name in RESUMED else name)
+    if name in RESUMED:
+        first, second = first["whole"], second["whole"]
+    assert_same_bits(first, second)
+    # Weights in bytes are no floats, so embedding, head and norms alone are sharded.
+    assert first["shards"] == (7 if name == "nf4 in bytes" else 21)
+    assert_same_run(first, alone(folder, "peft" if name == "by transformers" else name))
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_processes_come_to_the_same_bits(results, name):
+    for ends in found(results, f"resume {name}"):
+        assert len(ends) == 1 + len(SAVED)
+        for end in ends.values():
+            assert_same_bits(end, ends["whole"])
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_one_process_goes_on_from_checkpoints_of_two(results, folder, name):
+    ends = results[0][f"in one, {name}"]
+    assert len(ends) == len(SAVED), ends
+    for end in ends:
+        assert_same_run(end | {"losses": []}, alone(folder, name) | {"losses": []})
+
+
+def assert_holds(saved, weights):
+    """The file of an adapter has the values of the run."""
+    stored = load_file(saved / "adapter_model.safetensors")
+    values = [value for name, value in sorted(weights.items()) if "lora_" in name]
+    read = [value for name, value in sorted(stored.items()) if "lora_" in name]
+    assert_close(read, values, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_peft_reads_what_was_saved(results, folder, name):
+    """transformers itself saves no model under sharded state dicts; ``save_adapter`` does."""
+    weights = found(results, f"resume {name}")[0]["whole"]["weights"]
+    for saved in ("by dynrank",) if "shards" in name else ("by dynrank", "end"):
+        place = folder / f"resume {name}" / saved
+        assert_holds(place, weights)
+        model = PeftModel.from_pretrained(loaded(folder / "base"), place)
+        assert len({layer.rank for _, layer in dynrank.lora_layers(model)}) > 1
+    if name == "own":
+        AutoPeftModel.from_pretrained(folder / f"resume {name}" / "by dynrank")
+
+
+@pytest.mark.parametrize(("name", "step"), [("best, before", 3), ("best, after", STEPS)])
+def test_best_model_comes_back_with_its_own_ranks(results, folder, name, step):
+    for best, weights in found(results, name):
+        assert best == step
+        assert_holds(folder / name / f"checkpoint-{step}", weights)
+
+
+def test_half_precision_trains_a_whole_head_beside_shards(results):
+    """Losses are those of float32 up to the rounding of bfloat16."""
+    first, second = found(results, "bf16")
+    assert_same_bits(first, second)
+    assert_close(first["losses"], found(results, "in float32")[0]["losses"], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("way", wrapped_loops.SHARDED)
+def test_wrapped_loop_ends_where_a_plain_one_does(results, way):
+    first, second = found(results, f"loop, {way}")
+    for name, value in wrapped_loops.ended("plain").items():
+        assert torch.equal(first[name], second[name]), name
+        assert_close(first[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("FSDP1", "set fsdp_version: 2"),
+        ("activation checkpointing", "gradient_checkpointing=True"),
+        ("best of shards", "set state_dict_type to FULL_STATE_DICT"),
+        ("vLLM", "set use_vllm=False"),
+        ("late", "RankTrainerCallback does it, if transformers' Trainer gets it in its constructor"),
+        ("FSDP1 in a loop", "fsdp_version: 2"),
+        ("accelerate alone", "shard_frozen(model) before accelerator.prepare"),
+    ],
+)
+def test_what_shards_adapters_is_refused_by_name(results, name, words):
+    for result in results:
+        assert words in result[f"refused, {name}"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "words"),
+    [
+        (DistributedType.DEEPSPEED, {}, "set to DEEPSPEED"),
+        (DistributedType.MEGATRON_LM, {}, "set to MEGATRON_LM"),
+        (DistributedType.FSDP, {"tp_size": 2}, "set to tp_size=2"),
+        (DistributedType.FSDP, {"cp_size": 2}, "set to cp_size=2"),
+        (DistributedType.MULTI_GPU, {"sp_size": 4}, "set to sp_size=4"),
+    ],
+)
+def test_states_of_accelerate_that_split_layers_or_sequences_are_refused(kind, sizes, words):
+    """The attributes are those that accelerate's AcceleratorState sets."""
+    state = SimpleNamespace(distributed_type=kind, parallelism_config=SimpleNamespace(**sizes))
+    with pytest.raises(ConfigurationError, match=words):
+        check_accelerate(state)

@@ -1,0 +1,164 @@
+"""Runs of transformers' Trainer whose ranks change, for one process or for two, where accelerate shards by FSDP2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers as hf
+from accelerate.state import AcceleratorState, GradientState
+from peft import LoraConfig, get_peft_model
+from torch.distributed.tensor import DTensor
+from transformers import Trainer, TrainingArguments
+
+import dynrank
+from dynrank.callbacks import RankTrainerCallback
+from dynrank.schedules import How, Stage, auto
+from dynrank.targets import Budget, GrowTo, Rank
+from dynrank.triggers import At
+
+STEPS = 11
+CHANGE = 6
+# A checkpoint before the first change, one at it, and one after the second change.
+SAVED = (3, 6, 9)
+SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save_base(folder: Path) -> None:
+    torch.manual_seed(0)
+    hf.LlamaForCausalLM(hf.LlamaConfig(**SIZE, initializer_range=0.3)).save_pretrained(folder)
+
+
+def loaded(folder: Path, **options: Any) -> Any:
+    return hf.LlamaForCausalLM.from_pretrained(folder, **options)
+
+
+def own(base: Any) -> Any:
+    torch.manual_seed(0)
+    return dynrank.add_lora(base, rank=8, alpha=8)
+
+
+def peft(base: Any, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return get_peft_model(base, LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", **options))
+
+
+def with_head(base: Any) -> Any:
+    return peft(base, modules_to_save=["lm_head"])
+
+
+def nf4(storage: torch.dtype) -> dict[str, Any]:
+    kind = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    return {"quantization_config": hf.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage=storage, **kind)}
+
+
+@dataclass
+class Run:
+    """A run; ``base`` is how its base is loaded, and ``fsdp`` the settings of FSDP2 in two processes."""
+
+    make: Callable[[Any], Any] = peft
+    stages: Any = field(default_factory=lambda: CUT_AND_GROWTH)
+    base: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    fsdp: dict[str, Any] = field(default_factory=dict)
+
+
+HALF = [Stage(At(step=CHANGE), Budget(share=0.5))]
+CUT_AND_GROWTH = [Stage(At(step=CHANGE), Budget(share=0.5), how=How(lr_factor="sqrt")), Stage(At(step=8), GrowTo(6))]
+SHARDS = {"state_dict_type": "SHARDED_STATE_DICT"}
+RUNS = {
+    "weight": Run(stages=Stage(At(step=CHANGE), Budget(share=0.5, by="weight"))),
+    "accumulated": Run(
+        with_head,
+        HALF,
+        trainer={"gradient_accumulation_steps": 2, "max_grad_norm": 0.1, "gradient_checkpointing": True},
+    ),
+    "auto": Run(own, auto(0.05, at=0.5)),
+    "undone": Run(stages=Stage(At(step=CHANGE), Rank(1), how=How(max_regression=0.001))),
+    "kept gathered": Run(own, HALF, fsdp={"reshard_after_forward": False}),
+    "nf4 in bytes": Run(stages=HALF, base=nf4(torch.uint8)),
+    "nf4 in floats": Run(stages=HALF, base=nf4(torch.float32)),
+    "efficient, peft": Run(stages=HALF, fsdp={"cpu_ram_efficient_loading": True}),
+    "efficient, own": Run(own, HALF, fsdp={"cpu_ram_efficient_loading": True}),
+}
+# Those whose checkpoints are resumed from, by the kind of these.
+RESUMED = {
+    "peft": Run(),
+    "own": Run(own),
+    "peft, shards": Run(fsdp=SHARDS),
+    "own, shards": Run(own, fsdp=SHARDS),
+}
+SCORED = {
+    "metric_for_best_model": "score",
+    "greater_is_better": True,
+    "load_best_model_at_end": True,
+    "eval_strategy": "steps",
+    "eval_steps": 3,
+}
+
+
+def data() -> list[dict[str, Any]]:
+    rows = torch.randint(40, (48, 6), generator=torch.Generator().manual_seed(1)).tolist()
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+def trainer_of(
+    run: Run, base: Path, folder: Path, callbacks: Any = None, kind: Any = TrainingArguments, **options: Any
+) -> tuple[Any, Any]:
+    """(trainer, its callback) for the processes that there are."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    settings: dict[str, Any] = {
+        "max_steps": STEPS, "per_device_train_batch_size": 4 // processes, "per_device_eval_batch_size": 8 // processes,
+        "learning_rate": 1e-2, "logging_steps": 1, "seed": 0, "use_cpu": True, "report_to": [], "disable_tqdm": True,
+        "save_strategy": "no", "ddp_backend": "gloo" if "RANK" in os.environ else None,
+    }  # fmt: skip
+    if "RANK" in os.environ:
+        settings |= {"fsdp": True, "fsdp_config": dict(run.fsdp)}
+    is_efficient = "RANK" in os.environ and run.fsdp.get("cpu_ram_efficient_loading", False)
+    if is_efficient:
+        # accelerate launch sets it.
+        os.environ["ACCELERATE_USE_FSDP"] = "true"
+    arguments = kind(output_dir=str(folder), **settings | run.trainer | options)
+    schedule = RankTrainerCallback(run.stages, evaluate=lambda: made.evaluate())
+    model = run.make(loaded(base, **run.base))
+    # Only process 0 has read the weights then.
+    assert any(p.is_meta for p in model.parameters()) == (is_efficient and os.environ.get("RANK") == "1")
+    made = Trainer(
+        model,
+        arguments,
+        train_dataset=data(),
+        eval_dataset=data()[:16],
+        callbacks=[schedule] if callbacks is None else callbacks,
+    )
+    return made, schedule
+
+
+def trained(run: Run, base: Path, folder: Path, resume: Path | None = None, **options: Any) -> tuple[Any, Any]:
+    made, schedule = trainer_of(run, base, folder, **options)
+    made.train(resume_from_checkpoint=str(resume) if resume else None)
+    return made, schedule
+
+
+def outcome(made: Any, schedule: Any) -> dict[str, Any]:
+    """All that was trained, its optimizer state, and what was done to the ranks."""
+    named = {name: p for name, p in made.model.named_parameters() if p.requires_grad}
+    state = made.optimizer.optimizer.state
+    return {
+        "weights": {name: p.detach() for name, p in named.items()},
+        "state": {n: {k: v for k, v in state[p].items() if isinstance(v, torch.Tensor)} for n, p in named.items()},
+        "events": [
+            (event.step, event.undone, [(la.layer, la.rank_before, la.rank_after) for la in event.layers])
+            for event in schedule.history
+        ],
+        "brought": [la.brought for event in schedule.history for la in event.layers],
+        "losses": [row["loss"] for row in made.state.log_history if "loss" in row],
+        "shards": sum(isinstance(p, DTensor) for p in made.model.parameters()),
+    }
