@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -147,16 +147,15 @@ class RunRecord:
     def around(self, change: Change, metric: str) -> str:
         """``metric`` in the validations next to ``change``: ``1.2 (2 steps before) → 1.5 (8 steps after)``.
 
-        A validation after n steps is in row n - 1. Validations that check a change have its step: of several, the first
-        was directly before the change and the last directly after it.
+        A validation after n steps has the number n - 1. If several have that of the change, the last two were made
+        directly before and after it.
         """
         rows = list(zip(*self.metrics[metric], strict=True))
-        at = [value for step, value in rows if step == change.step]
+        at = [value for step, value in rows if step == max(0, change.step - 1)]
         before = [(change.step - 1 - step, value) for step, value in rows if step < change.step][-1:]
         after = [(step + 1 - change.step, value) for step, value in rows if step >= change.step][:1]
         if len(at) > 1:
-            before = [(0, at[0])]
-        if len(at) > 1 or (at and _checks_changes(self.settings)):
+            before = [(0, at[-2])]
             after = [(0, at[-1])]
         return f"{_measured(before, 'before')} → {_measured(after, 'after')}"
 
@@ -166,13 +165,6 @@ def _measured(found: list[tuple[int, float]], where: str) -> str:
         return "–"
     ((steps, value),) = found
     return f"{value:.4g} ({steps:,} step{'s' if steps > 1 else ''} {where})" if steps else f"{value:.4g}"
-
-
-def _checks_changes(settings: object) -> bool:
-    """Whether ``max_regression`` is set anywhere in a configuration."""
-    if isinstance(settings, Mapping):
-        return settings.get("max_regression") is not None or any(map(_checks_changes, settings.values()))
-    return isinstance(settings, list) and any(map(_checks_changes, settings))
 
 
 def read_run(folder: Path, config: str | None = None) -> RunRecord:
