@@ -227,7 +227,8 @@ class LightningTraining(Training):
 
     def record(self, metrics: Mapping[str, float]) -> None:
         for logger in self.trainer.loggers:
-            logger.log_metrics(dict(metrics), step=self.trainer.global_step)
+            # Lightning, too, logs a validation with the number of the step before it.
+            logger.log_metrics(dict(metrics), step=max(0, self.trainer.global_step - 1))
 
     def tell(self, event: RankEvent) -> None:
         """Call ``on_rank_change(trainer, pl_module, event)`` of every callback that defines it."""

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from dynrank.output.ranks import block_of, layer_kinds
 
@@ -103,7 +104,9 @@ def _draw_cells(
         last[row, column] = own[-1]
         ink = "white" if scale(own[-1]) < 0.6 else "black"
         axes.text(column, row, _first_and_last(own), ha="center", va="center", fontsize=7, color=ink)
-    axes.imshow(last, cmap="viridis", norm=scale, aspect="auto")
+    edges = [np.arange(len(names) + 1) - 0.5 for names in (columns, rows)]
+    axes.pcolormesh(*edges, last, cmap="viridis", norm=scale, edgecolors="white", linewidth=0.5)
+    axes.invert_yaxis()
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set_xticks(range(len(columns)), columns, fontsize=7, rotation=35, rotation_mode="anchor", ha="left")
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
@@ -134,6 +137,10 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], title: str) -> Figure
         if len(typical) == 1:
             line.set_marker("o")
     axes.set_yscale("log")
+    # Plain numbers, also between the powers of ten.
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # A share below a millionth is a rounding error of float32 factors, and would flatten the rest of the picture.
     if shares:
         axes.set_ylim(bottom=max(1e-6, 0.7 * min(values[-1] for values in shares.values())))
