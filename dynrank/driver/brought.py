@@ -7,7 +7,7 @@ gradients that every optimizer step has anyway, whatever the optimizer, the laye
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import sqrt
 from typing import Any, NamedTuple
 
@@ -47,7 +47,8 @@ class Brought:
         # For lora_A, lora_B and both together: (3, layers).
         self._sums = torch.zeros(3, len(layers), dtype=torch.float64, device=device)
         self._squares = torch.zeros_like(self._sums)
-        self._steps = torch.zeros((), dtype=torch.float64, device=device)
+        # By layer, because optimizers may step in turn.
+        self._steps = torch.zeros(len(layers), dtype=torch.float64, device=device)
         self.restart()
 
     @property
@@ -62,51 +63,60 @@ class Brought:
     def restart(self) -> None:
         """Forget the last update; call it after a change of the factors that was not an optimizer step."""
         self._before = [factor.detach().clone() for factor in self._factors]
-        self._updates: list[Tensor] = []
+        # None before the first step of the factor's optimizer.
+        self._updates: list[Tensor | None] = [None] * len(self._before)
 
     @torch.no_grad()
-    def end_step(self) -> None:
-        """Take the gradients of the optimizer step just made and the update before it; nothing waits for a GPU."""
+    def end_step(self, stepped: Collection[int] | None = None) -> None:
+        """Take the gradients of the optimizer step just made and the update before it; nothing waits for a GPU.
+
+        Args:
+            stepped: ids of the parameters of the optimizers that have made it; None: all.
+        """
         factors = self._factors
         # Somebody else has changed ranks.
         if any(now.shape != before.shape for now, before in zip(factors, self._before, strict=True)):
             self.restart()
             return
-        if self._updates:
-            device = self._sums.device
+        # Gradients of another optimizer's factors may be old ones, from which their last update was made.
+        grads = [factor.grad if stepped is None or id(factor) in stepped else None for factor in factors]
+        device = self._sums.device
+        products = [
+            None if grad is None or update is None else (grad * update).sum(dtype=torch.float64).to(device)
+            for grad, update in zip(grads, self._updates, strict=True)
+        ]
+        if any(product is not None for product in products):
             zero = self._sums.new_zeros(())
-            products = [
-                zero if factor.grad is None else (factor.grad * update).sum(dtype=torch.float64).to(device)
-                for factor, update in zip(factors, self._updates, strict=True)
-            ]
-            terms = -torch.stack(products).view(-1, 2).mT
+            terms = -torch.stack([zero if product is None else product for product in products]).view(-1, 2).mT
             terms = torch.cat([terms, terms.sum(0, keepdim=True)])
             # Gradients that are not finite, as those of a step that GradScaler has skipped, say nothing.
             is_known = terms.isfinite().all()
             terms = torch.where(is_known, terms, 0.0)
             self._sums += terms
             self._squares += terms.square()
-            self._steps += is_known
+            pairs = zip(products[::2], products[1::2], strict=True)
+            self._steps += torch.stack([zero if a is None and b is None else is_known.double() for a, b in pairs])
+        # An update waits for the next gradient of its factor.
         self._updates = [
-            now.detach().to(torch.promote_types(now.dtype, torch.float32)) - before
-            for now, before in zip(factors, self._before, strict=True)
+            update if grad is None else now.detach().to(torch.promote_types(now.dtype, torch.float32)) - before
+            for update, grad, now, before in zip(self._updates, grads, factors, self._before, strict=True)
         ]
         for now, before in zip(factors, self._before, strict=True):
             before.copy_(now)
 
     def contributions(self, factor: str = "both") -> dict[str, Contribution]:
         """{layer: its part of the decrease}, of ``lora_A``, ``lora_B`` or both; empty before the second step."""
-        steps = int(self._steps)
-        if steps == 0:
+        steps = self._steps.tolist()
+        if not any(steps):
             return {}
         row = ("lora_A", "lora_B", "both").index(factor)
         found = {}
-        for name, value, square in zip(
-            self._layers, self._sums[row].tolist(), self._squares[row].tolist(), strict=True
-        ):
+        sums = self._sums[row].tolist()
+        squares = self._squares[row].tolist()
+        for name, value, square, count in zip(self._layers, sums, squares, steps, strict=True):
             # The standard deviation of a step's term, times the root of the number of steps.
-            spread = max(square - value**2 / steps, 0.0)
-            found[name] = Contribution(value, sqrt(spread * steps / (steps - 1)) if steps > 1 else 0.0)
+            spread = max(square - value**2 / max(count, 1.0), 0.0)
+            found[name] = Contribution(value, sqrt(spread * count / (count - 1)) if count > 1 else 0.0)
         return found
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +125,7 @@ class Brought:
             "sums": self._sums.clone(),
             "squares": self._squares.clone(),
             "steps": self._steps.clone(),
-            "updates": [update.clone() for update in self._updates],
+            "updates": [None if update is None else update.clone() for update in self._updates],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -124,5 +134,5 @@ class Brought:
         self._squares.copy_(state["squares"])
         self._steps.copy_(state["steps"])
         # A layer's device may differ from the one in the run before.
-        pairs = zip(state["updates"], self._factors, strict=False)
-        self._updates = [update.to(factor.device) for update, factor in pairs]
+        pairs = zip(state["updates"], self._factors, strict=True)
+        self._updates = [None if update is None else update.to(factor.device) for update, factor in pairs]

@@ -149,7 +149,8 @@ class RankDriver:
         if training.step > self._ended_step:
             self._ended_step = training.step
             if self._brought is not None:
-                self._brought.end_step()
+                taken = [rates.take_stepped() for rates in self._rates]
+                self._brought.end_step(None if len(taken) == 1 else {id(p) for stepped in taken for p in stepped})
             if self.check_every and training.step % self.check_every == 0:
                 check_processes(training.model, training.optimizers, f"after step {training.step}")
 

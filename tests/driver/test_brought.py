@@ -13,8 +13,12 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import dynrank
 from dynrank.driver.brought import Brought
+from dynrank.driver.driver import RankDriver
+from dynrank.driver.training import Training
 from dynrank.muon import Muon
+from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
+from dynrank.triggers import At, Run
 
 X = torch.randn(20, 8, 6, generator=torch.Generator().manual_seed(1))
 OPTIMIZERS = {
@@ -310,3 +314,69 @@ def test_pinned_layers_and_own_bounds_stay_out_of_the_proportion():
     }
     ranks = Budget(parameters=20 * 24).ranks(layers)
     assert ranks == {"pinned": 8, "own": 5, "capped": 3, "free": 8}
+
+
+def driven(driver, model, steps):
+    """``steps`` further steps of a plain loop, from where the driver's last loop ended."""
+    training = Training(model, [torch.optim.SGD(dynrank.adapter_parameters(model), lr=0.1)], step=steps[0])
+    driver.start(training, Run(total_steps=20))
+    for step in steps:
+        driver.advance(training)
+        model(X[step]).square().mean().backward()
+        training.optimizers[0].step()
+        training.step += 1
+        driver.end_step(training)
+        training.optimizers[0].zero_grad()
+
+
+def test_optimizers_that_step_in_turn_are_judged_by_their_next_own_gradients():
+    """As in a GAN: the gradients of the other optimizer's layers lie there, old and added to."""
+    torch.manual_seed(0)
+    model = dynrank.add_lora(nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), rank=3, dtype=torch.float64)
+    layers = dict(dynrank.lora_layers(model.double()))
+    factors = {name: [layer.lora_A, layer.lora_B] for name, layer in layers.items()}
+    optimizers = {name: torch.optim.SGD(pair, lr=0.3, momentum=0.5) for name, pair in factors.items()}
+    training = Training(model, [*optimizers.values()])
+    driver = RankDriver(Stage(At(step=19), Budget(share=0.5)))
+    driver.start(training, Run(total_steps=20))
+    updates = {}
+    terms = {name: [] for name in layers}
+    for step, name in enumerate(["0", "2", "2", "0", "0", "2", "0", "2"]):
+        optimizers[name].zero_grad()
+        (model(X[step].double()) - X[step].double().roll(1, -1)).square().mean().backward()
+        if name in updates:
+            pairs = zip(factors[name], updates[name], strict=True)
+            terms[name].append(-sum((p.grad * update).sum().item() for p, update in pairs))
+        before = [p.detach().clone() for p in factors[name]]
+        optimizers[name].step()
+        updates[name] = [p.detach() - old for p, old in zip(factors[name], before, strict=True)]
+        training.step += 1
+        driver.end_step(training)
+    measured = Brought(layers)
+    measured.load_state_dict(driver.state_dict()["brought"])
+    for name, share in measured.contributions().items():
+        assert share.value == pytest.approx(sum(terms[name]), rel=1e-9)
+        assert share.error == pytest.approx(stdev(terms[name]) * len(terms[name]) ** 0.5, rel=1e-9)
+
+
+def test_second_start_of_the_same_layers_goes_on_with_the_sums():
+    """It loses the term of the step between the two, whose update no gradient has followed."""
+    model = model_of()
+    driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    driven(driver, model, range(5))
+    first = driver.state_dict()["brought"]
+    driven(driver, model, range(5, 10))
+    second = driver.state_dict()["brought"]
+    # The layer that no loss reaches has none.
+    assert (first["steps"].tolist(), second["steps"].tolist()) == ([4, 4, 0], [8, 8, 0])
+
+
+def test_state_between_a_load_and_the_start_is_that_of_the_checkpoint():
+    model = model_of()
+    driver = RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    driven(driver, model, range(5))
+    state = driver.state_dict()
+    other = RankDriver(Stage(At(step=15), Budget(share=0.5)))
+    other.load_state_dict({**state, "rate_factor": 2.0})
+    assert other.state_dict()["rate_factor"] == 2.0
+    assert torch.equal(other.state_dict()["brought"]["sums"], state["brought"]["sums"])
