@@ -281,14 +281,6 @@ class Stream(IterableDataset):
             yield x, x[:6]
 
 
-def test_search_by_validations_of_other_data_each_time_is_warned_of(regression):
-    module_class, data, trainer = regression
-    search = Stage(At(fraction=1.0), Budget(share=1.0), how=How(max_regression=0.001), search=True)
-    fitted = trainer(max_steps=5, limit_val_batches=2, num_sanity_val_steps=0, callbacks=[RankScheduler(search)])
-    with pytest.warns(UserWarning, match="did not use the same batches"):
-        fitted.fit(module_class(), data()[0], DataLoader(Stream(), batch_size=40))
-
-
 @pytest.mark.parametrize("kind", [ModelCheckpoint, AdapterCheckpoint])
 def test_best_checkpoint_from_before_the_drop_is_tested_at_its_own_rank(regression, fit, tmp_path, kind):
     module_class = regression[0]
