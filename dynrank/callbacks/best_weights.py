@@ -62,7 +62,9 @@ class BestWeights(Checkpoint):
             value = float(metrics[self.monitor])
             gain = self.value - value if self.mode == "min" else value - self.value
             if self.step is None or gain > 0:
-                self.step, self.value, self._weights = trainer.global_step, value, self._validated
+                self.step = trainer.global_step
+                self.value = value
+                self._weights = self._validated
 
     def on_rank_change(self, trainer: Trainer, pl_module: LightningModule, event: RankEvent) -> None:
         if not event.undone:
@@ -81,7 +83,9 @@ class BestWeights(Checkpoint):
         return {**best, "last_validated": self._last_validated}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        self.step, self.value, self._weights = (state_dict[name] for name in ("step", "value", "weights"))
+        self.step = state_dict["step"]
+        self.value = state_dict["value"]
+        self._weights = state_dict["weights"]
         self._last_validated = state_dict["last_validated"]
 
 

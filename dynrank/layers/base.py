@@ -93,8 +93,8 @@ class LoRALayer(nn.Module):
     The layer stores ``scaling``, and ``alpha = scaling * rank`` follows from it, so a change of rank keeps the scaling.
 
     The constructor freezes the parameters of ``base``. It copies ``factors``, a pair (lora_A, lora_B), or draws new
-    factors if that is None. The other arguments are as in :func:`dynrank.add_lora`. Embeddings and convolutions always
-    use torch and not the ``backend``.
+    factors if that is None. The other arguments are as in :func:`dynrank.add_lora`, which checks them. Embeddings and
+    convolutions always use torch and not the ``backend``.
 
     Attributes:
         lora_A: (rank, d_in), at first Kaiming-uniform.
@@ -124,10 +124,6 @@ class LoRALayer(nn.Module):
         super().__init__()
         d_out, d_in = self.shape_of(base)
         self.num_products = self.num_products_of(base)
-        if not 1 <= rank <= min(d_out, d_in):
-            raise ConfigurationError(f"rank must be between 1 and min(d_in, d_out) = {min(d_out, d_in)}, got {rank}")
-        if not 0 <= dropout < 1:
-            raise ConfigurationError(f"dropout must be in [0, 1), got {dropout}; set lora.dropout")
         self.backend = check_backend(backend)
         self.base = base.requires_grad_(False)
         self.scaling = float(scaling)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from dynrank.errors import ConfigurationError, Count, Positive, validated_call
@@ -30,7 +31,7 @@ def add_lora(
     alpha: Positive | None = None,
     target_modules: str | Sequence[str] = "all-linear",
     rank_map: str | Path | Mapping[Any, Any] | None = None,
-    dropout: float = 0.0,
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
     rslora: bool = False,
     modules_to_save: Sequence[str] = (),
     dtype: torch.dtype = torch.float32,

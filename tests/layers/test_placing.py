@@ -85,7 +85,7 @@ def test_add_lora_rank_map_sets_single_layers(net, tmp_path, in_a_file):
         ({"rank": 5, "target_modules": ["head"]}, r"'head': rank must be .* = 4, got 5"),
         ({"rank_map": {"head": 5}}, r"'head': rank must be .* = 4, got 5"),
         ({"alpha": 0.0}, "alpha must be greater than 0, got 0.0"),
-        ({"dropout": 1.0}, "dropout must be in"),
+        ({"dropout": 1.0}, "dropout must be less than 1, got 1.0"),
         ({"target_modules": ["0", "tail"]}, "'tail'"),
         ({"target_modules": ["body"]}, "cannot have LoRA"),
         ({"modules_to_save": ["tail"]}, "'tail'"),

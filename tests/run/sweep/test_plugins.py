@@ -1,7 +1,6 @@
 """Sweeps that Hydra's plugins make: Optuna's search, two runs at a time, jobs of SLURM."""
 
 import json
-from pathlib import Path
 
 import forked
 import pytest
@@ -29,7 +28,7 @@ def test_optuna_searches_two_at_a_time(tiny_bert, tmp_path):
     code, said = forked.run(SWEEP, *arguments, "hydra.launcher.n_jobs=2", cwd=tmp_path)
     assert code == 0, said
     assert "runs of the sweep" in said
-    best = yaml.safe_load(Path("s/optimization_results.yaml").read_text())
+    best = yaml.safe_load((tmp_path / "s" / "optimization_results.yaml").read_text())
     folders = [tmp_path / "s" / number for number in "01"]
     runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     losses = [run["final"]["val/loss"] for run in runs]
