@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from transformers import AutoTokenizer
 
 import dynrank
 from dynrank import train
@@ -62,6 +63,16 @@ def test_ranks_shows_what_to_expect_where_the_data_decide(table):
     assert all(row[3].startswith("about ") for row in layers)
     # The sum of d_in + d_out over all layers is 42,240, and a step of the widest layer costs 1,920.
     assert 16 * 42_240 - 1_920 < int(total[7].replace(",", "")) <= 16 * 42_240
+
+
+def test_ranks_counts_the_parameters_of_all_experts(table, tiny_moe, tiny_llama, tmp_path):
+    tiny_moe("Qwen3Moe", vocab_size=600).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_llama).save_pretrained(tmp_path)
+    cells = {row[0]: row for row in table("task=text", f"task.model={tmp_path}", "lora.rank=4", "schedule=fixed")}
+    for name, layer in dynrank.lora_layers(dynrank.add_lora(tiny_moe("Qwen3Moe", vocab_size=600), rank=4)):
+        assert cells[name][2:4] == ["4", "4"]
+        assert cells[name][6] == f"{layer.lora_A.numel() + layer.lora_B.numel():,}"
+    assert cells["model.layers.0.mlp.experts.gate_up_proj"][1] == "4 x 24 x 16"
 
 
 def test_final_ranks_of_a_run_are_a_rank_map(table, smoke_run):

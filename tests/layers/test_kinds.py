@@ -97,14 +97,6 @@ def test_checkpointing_computes_the_same_with_the_same_mask(reentrant):
     assert all(map(torch.equal, *results))
 
 
-def test_what_a_layer_is_merged_into_gives_its_output(kind):
-    base, x = kind
-    layer = adapt(base)
-    y = layer(x)
-    # Float32 sums of up to 60 terms in another order.
-    assert_close(layer.merge()(x), y, rtol=1e-4, atol=1e-4)
-
-
 def test_gradients_equal_float64_autograd_of_the_formula(kind):
     base, x = kind
     layer = adapt(base)

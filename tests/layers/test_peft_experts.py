@@ -77,7 +77,7 @@ def test_each_expert_becomes_the_best_approximation_of_its_dense_update(kind, wr
         assert reports[name].params_per_rank == 4 * sum(before[name].shape[1:])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["DeepseekV3", "Qwen3_5Moe", "GptOss"])
 def test_what_peft_saves_at_unlike_ranks_peft_loads_to_the_bit(kind, wrapped, tiny_moe, tmp_path):
     model = wrapped(kind)
     dynrank.resize(model, unlike(model))

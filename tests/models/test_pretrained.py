@@ -19,7 +19,7 @@ def test_gguf_file_without_its_package_says_how_to_install_it(monkeypatch, tmp_p
 
 
 @pytest.mark.skipif(find_spec("gguf") is None, reason="needs gguf")
-@pytest.mark.parametrize("content", [b"", b"GGUF", b"no such thing"])
+@pytest.mark.parametrize("content", [b"", b"GGUF"])
 def test_gguf_file_that_is_none_is_refused(content, tmp_path):
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"model.*model\.gguf"):

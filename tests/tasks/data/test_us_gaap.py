@@ -55,13 +55,6 @@ def test_every_section_is_the_only_one_that_the_package_gives_its_item(splits, p
     assert all(found[letters(text)] == {section} for text, section in everything(splits))
 
 
-def test_texts_are_words(splits):
-    texts = {text for text, _ in everything(splits)}
-    assert "repayments of long term debt" in texts
-    assert all(re.fullmatch(r"[a-z0-9]+( [a-z0-9]+)*", text) for text in texts)
-    assert max(len(word) for text in texts for word in text.split()) < 25
-
-
 def test_each_section_is_shared_out_alike(splits):
     counts = {split: Counter(section for _, section in items(part)) for split, part in splits.items()}
     assert counts["train"].keys() == counts["val"].keys() == counts["test"].keys()
@@ -84,7 +77,7 @@ def test_missing_package_is_named(monkeypatch):
         line_items(seed=0)
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "not JSON", '{"Assets": 1}', '{"Assets": {"section": "Totals"}}'])
+@pytest.mark.parametrize("text", ["not JSON", '{"Assets": {"section": "Totals"}}'])
 def test_another_form_of_the_data_is_refused(text, monkeypatch, tmp_path):
     file = tmp_path / "gaap_mappings.json"
     file.write_text(text)
