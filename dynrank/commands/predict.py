@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from dynrank.adapters.predicting import Answerer
 from dynrank.adapters.read import WEIGHTS_FILE, read_adapter
-from dynrank.adapters.sidecar_files import Inputs, read_inputs
+from dynrank.adapters.sidecar_files import INPUTS_FILE, Inputs, read_inputs
 from dynrank.digest import digest
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import one_line, print_facts
@@ -61,14 +62,15 @@ def predict(
     if out is not None and out.exists():
         raise ConfigurationError(f"--out must be a new file, {str(out)!r} exists")
     learned = read_inputs(source)
-    asked = read_as(Form | None, "chat" if chat or system is not None else learned.form or None, str(source))
+    known = "chat" if chat or system is not None else learned.form
+    forms = read_as(list[Form], [known] if known else [], str(source / INPUTS_FILE))
     ask = partial(Questions, texts, learned=learned, columns=columns, skip=skip_unusable)
     system = learned.system if system is None else system
     options: dict[str, Any] = {"max_length": learned.max_length, "max_new_tokens": max_new_tokens}
     # Only answers go to the standard output.
     with redirect_stdout(sys.stderr):
         # A file is checked before the model is loaded, which takes longer, unless its form depends on the model.
-        questions = ask(asked) if asked is not None else None
+        questions = ask(forms[0]) if forms else None
         answerer = Answerer(read_adapter(source), model, system=system, **options)
         questions = questions or ask(None if answerer.writes else "classification")
     form = questions.columns.form
@@ -89,7 +91,7 @@ def predict(
         raise ConfigurationError("--out must end in .jsonl or .parquet, because a text may have several labels")
     weights = (source / WEIGHTS_FILE).stat()
     how = (str(source.resolve()), weights.st_size, weights.st_mtime_ns, model, system, batch_size, max_new_tokens)
-    key = digest((*how, str(questions.columns), questions.key, skip_unusable))[:8]
+    key = digest((*how, asdict(learned), str(questions.columns), questions.key, skip_unusable))[:8]
     _write(questions, out, key, answer, batch_size, _schema(answerer))
 
 

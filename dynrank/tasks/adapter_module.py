@@ -104,7 +104,8 @@ class AdapterModule(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         if self.by_class is not None:
-            self.class_results = class_results(self.by_class, self.labels)
+            found = {name: value.tolist() for name, value in self.by_class.compute().items()}
+            self.class_results = class_results(found, self.labels)
 
     def evaluate(self, batch: dict[str, Tensor], split: str) -> None:
         """Log the loss of a batch, and the metrics of ``split``."""

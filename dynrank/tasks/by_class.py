@@ -7,17 +7,6 @@ from typing import Any
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from rich.markup import escape
-from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-    MultilabelConfusionMatrix,
-    MultilabelF1Score,
-    MultilabelPrecision,
-    MultilabelRecall,
-)
 
 from dynrank.output.console import empty_table, one_line, print_table
 
@@ -49,23 +38,13 @@ class ClassResult:
         return next((f"{one_line(name)} ({count:,})" for name, count in self.answers.items() if name != own), "")
 
 
-def class_metrics(count: int, *, several: bool) -> MetricCollection:
-    """Metrics of each of ``count`` classes; with ``several``, a text may have several labels."""
-    options: Any = {"average": None}
-    if several:
-        scores = MultilabelPrecision(count, **options), MultilabelRecall(count, **options)
-        return _named(*scores, MultilabelF1Score(count, **options), MultilabelConfusionMatrix(count))
-    scores = MulticlassPrecision(count, **options), MulticlassRecall(count, **options)
-    return _named(*scores, MulticlassF1Score(count, **options), MulticlassConfusionMatrix(count))
+def class_results(found: Mapping[str, Any], labels: Sequence[str]) -> dict[str, ClassResult]:
+    """{class: its result} for each class that a test text has.
 
-
-def _named(*metrics: Any) -> MetricCollection:
-    return MetricCollection(dict(zip(("precision", "recall", "f1", "confusion"), metrics, strict=True)))
-
-
-def class_results(metrics: MetricCollection, labels: Sequence[str]) -> dict[str, ClassResult]:
-    """{class: its result} for each class that a test text has; ``labels`` are the names of the classes."""
-    found = {name: value.tolist() for name, value in metrics.compute().items()}
+    Args:
+        found: ``precision``, ``recall``, ``f1`` and ``confusion`` of torchmetrics, as lists over the classes.
+        labels: names of the classes.
+    """
     results = {}
     for i, label in enumerate(labels):
         counts = found["confusion"][i]
@@ -75,7 +54,8 @@ def class_results(metrics: MetricCollection, labels: Sequence[str]) -> dict[str,
         texts = sum(counts[1]) if several else sum(counts)
         ordered = dict(sorted(answers.items(), key=lambda pair: -pair[1]))
         if texts:
-            results[label] = ClassResult(texts, *(found[name][i] for name in ("precision", "recall", "f1")), ordered)
+            scores = {name: found[name][i] for name in ("precision", "recall", "f1")}
+            results[label] = ClassResult(texts, answers=ordered, **scores)
     return results
 
 

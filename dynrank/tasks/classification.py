@@ -15,13 +15,23 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score, MultilabelAccuracy, MultilabelF1Score
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+    MulticlassPrecision,
+    MulticlassRecall,
+    MultilabelAccuracy,
+    MultilabelConfusionMatrix,
+    MultilabelF1Score,
+    MultilabelPrecision,
+    MultilabelRecall,
+)
 
 from dynrank.errors import ConfigurationError, validated_call
 from dynrank.models.names import ModelSettings
 from dynrank.models.pretrained import load_classifier
 from dynrank.tasks.adapter_module import AdapterModule
-from dynrank.tasks.by_class import class_metrics
 from dynrank.tasks.data.stored import counted
 from dynrank.tasks.text_task import Recipe, TextTask
 
@@ -168,7 +178,7 @@ class Classifier(AdapterModule):
         if several:
             # This problem type makes probabilities sigmoids.
             classifier.config.problem_type = "multi_label_classification"
-        of_classes: Any = {"class_weights": class_weights, "by_class": class_metrics(count, several=several)}
+        of_classes: Any = {"class_weights": class_weights, "by_class": _class_metrics(count, several)}
         super().__init__(classifier, lora, optimizer, quality, label_smoothing, **of_classes, labels=labels)
         names = ("model", "labels", "lora", "optimizer", "label_smoothing", "settings", "several", "class_weights")
         self.save_hyperparameters(*names)
@@ -188,3 +198,22 @@ class Classifier(AdapterModule):
 
     def measured(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return (logits.sigmoid(), labels.int()) if self.several else (logits, labels)
+
+
+def _class_metrics(count: int, several: bool) -> MetricCollection:
+    """Metrics of each of ``count`` classes; with ``several``, a text may have several labels."""
+    options: Any = {"average": None}
+    metrics: dict[str, Any] = {
+        "precision": MulticlassPrecision(count, **options),
+        "recall": MulticlassRecall(count, **options),
+        "f1": MulticlassF1Score(count, **options),
+        "confusion": MulticlassConfusionMatrix(count),
+    }
+    if several:
+        metrics = {
+            "precision": MultilabelPrecision(count, **options),
+            "recall": MultilabelRecall(count, **options),
+            "f1": MultilabelF1Score(count, **options),
+            "confusion": MultilabelConfusionMatrix(count),
+        }
+    return MetricCollection(metrics)
