@@ -123,7 +123,9 @@ def _fill_from_first(tensors: Iterable[Tensor], device: torch.device) -> set[int
         value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.data.to(device)
         copy_from_first([value])
         if tensor.is_meta:
-            new = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+            is_parameter = isinstance(tensor, nn.Parameter)
+            # The exchange may still hold the value itself, which then could not be swapped.
+            new = nn.Parameter(value, tensor.requires_grad) if is_parameter else value.detach()
             torch.utils.swap_tensors(tensor, new)
         else:
             tensor.data = value

@@ -65,6 +65,8 @@ class Run:
     base: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)
     fsdp: dict[str, Any] = field(default_factory=dict)
+    # Process 0 alone reads the base; the other one has it on the meta device.
+    is_sent: bool = False
 
 
 HALF = [Stage(At(step=CHANGE), Budget(share=0.5))]
@@ -82,8 +84,8 @@ RUNS = {
     "kept gathered": Run(own, HALF, fsdp={"reshard_after_forward": False}),
     "nf4 in bytes": Run(stages=HALF, base=nf4(torch.uint8)),
     "nf4 in floats": Run(stages=HALF, base=nf4(torch.float32)),
-    "efficient, peft": Run(stages=HALF, fsdp={"cpu_ram_efficient_loading": True}),
-    "efficient, own": Run(own, HALF, fsdp={"cpu_ram_efficient_loading": True}),
+    "sent, peft": Run(stages=HALF, is_sent=True),
+    "sent, own": Run(own, HALF, is_sent=True),
 }
 # Those whose checkpoints are resumed from, by the kind of these.
 RESUMED = {
@@ -122,15 +124,15 @@ def trainer_of(
     }  # fmt: skip
     if "RANK" in os.environ:
         settings |= {"fsdp": True, "fsdp_config": dict(run.fsdp)}
-    is_efficient = "RANK" in os.environ and run.fsdp.get("cpu_ram_efficient_loading", False)
-    if is_efficient:
-        # accelerate launch sets it.
-        os.environ["ACCELERATE_USE_FSDP"] = "true"
     arguments = kind(output_dir=str(folder), **settings | run.trainer | options)
     schedule = RankTrainerCallback(run.stages, evaluate=lambda: made.evaluate())
-    model = run.make(loaded(base, **run.base))
-    # Only process 0 has read the weights then.
-    assert any(p.is_meta for p in model.parameters()) == (is_efficient and os.environ.get("RANK") == "1")
+    place = "meta" if run.is_sent and os.environ.get("RANK") == "1" else "cpu"
+    if place == "meta":
+        with torch.device("meta"):
+            model = run.make(hf.LlamaForCausalLM(hf.LlamaConfig.from_pretrained(base)))
+    else:
+        model = run.make(loaded(base, **run.base))
+    assert {p.device.type for p in model.parameters()} == {place}
     made = Trainer(
         model,
         arguments,
