@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from dynrank.output.ranks import block_of, layer_kinds
 
@@ -138,8 +138,9 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], title: str) -> Figure
             line.set_marker("o")
     axes.set_yscale("log")
     # Plain numbers, also between the powers of ten.
-    axes.yaxis.set_major_formatter(LogFormatter())
-    axes.yaxis.set_minor_formatter(LogFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     # A share below a millionth is a rounding error of float32 factors, and would flatten the rest of the picture.
     if shares:

@@ -71,8 +71,8 @@ def test_code_experiment_measures_before_and_after_the_drop_and_at_the_end(launc
     assert ranks == ["32", "16"]
     for name in ("val/bleu", "val/exact_match", "val/parses", "val/loss"):
         steps, values = read_metrics(tmp_path / "run" / "metrics.csv")[name]
-        # A row that is written after a batch has its index.
-        assert steps == [3, 7, int(drop), int(drop), 11]
+        # A validation after n steps has the number n - 1, also directly before and after the drop.
+        assert steps == [3, 7, int(drop) - 1, int(drop) - 1, 11]
         assert all(math.isfinite(value) for value in values)
     assert values[2] != values[3]
     tested = json.loads((tmp_path / "run" / "summary.json").read_text())["test"]
