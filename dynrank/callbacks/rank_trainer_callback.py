@@ -8,13 +8,13 @@ import io
 from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import (
-    CallbackHandler,
     EarlyStoppingCallback,
     ExportableState,
     TrainerCallback,
@@ -41,8 +41,6 @@ from dynrank.output.console import print_table
 from dynrank.output.ranks import ranks_in_words
 from dynrank.schedules import Schedule
 from dynrank.triggers import Run
-
-T = TypeVar("T")
 
 
 class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -79,7 +77,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
             ``lambda: trainer.evaluate()``.
         keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks.
         measure: also evaluate directly before and after each change, and put eval_loss (the ``check_monitor`` of the
-            stage's How) into the event.
+            stage's How) into the event. Of a long ``trainer.eval_dataset`` every n-th row is taken, so that this costs
+            under 2% of the run.
 
     Attributes:
         driver: carries out the schedule in the run.
@@ -99,8 +98,8 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         self.driver = RankDriver(schedule, measure=measure)
         self.evaluate = evaluate
         self.keep_best_before = keep_best_before
-        # The Trainer's list of callbacks.
-        self.handler: CallbackHandler | None = None
+        # Known while it trains.
+        self.trainer: Trainer | None = None
         # The last value of every metric.
         self.logged: dict[str, float] = {}
         # Whether training is running; metrics from other times are ignored.
@@ -132,9 +131,10 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
         training = HFTraining(self, args, state, control, kwargs)
         _check_devices(args)
         _check_names(self)
-        self.handler = _caller(CallbackHandler)
+        self.trainer = _caller()
+        handler = self.trainer.callback_handler
         # So a change behind the last step is told before TensorBoard and others close their files.
-        self.handler.callbacks = [self, *(c for c in self.handler.callbacks if c is not self)]
+        handler.callbacks = [self, *(c for c in handler.callbacks if c is not self)]
         if process_count() > 1 and not ddp_modules(training.model) and not is_sharded(training.model):
             raise ConfigurationError(
                 "in several processes ranks change under DDP or FSDP2 only; no DDP wraps the model, and FSDP2 does not "
@@ -264,6 +264,7 @@ class HFTraining(Training):
         schedulers = None if scheduler is None else [scheduler]
         super().__init__(kwargs["model"], [kwargs["optimizer"]], step, schedulers=schedulers)
         self.callback = callback
+        self.handler = callback.trainer.callback_handler if callback.trainer is not None else None
         self.args = args
         self.state = state
         self.control = control
@@ -285,7 +286,7 @@ class HFTraining(Training):
         """Evaluate in addition to the run's own evaluations; no callback is called, and nothing is logged."""
         # The driver checks `validates` first.
         assert self.callback.evaluate is not None
-        handler = self.callback.handler
+        handler = self.handler
         assert handler is not None
         present = handler.callbacks
         handler.callbacks = []
@@ -298,12 +299,34 @@ class HFTraining(Training):
             del self.state.log_history[logged:]
             vars(self.control).update(control)
 
+    @property
+    def validation_batches(self) -> int | None:
+        """Of all the Trainer's evaluation sets; None if one of them has no length."""
+        sets = _evaluation_sets(self.callback.trainer)
+        if not sets or not all(map(has_length, sets.values())):
+            return None
+        size = self.args.eval_batch_size * process_count()
+        return sum(-(-len(rows) // size) for rows in sets.values())
+
+    def validate_share(self, most: int) -> Mapping[str, float]:
+        """As :meth:`validate`, with a share of the rows of the Trainer's evaluation sets."""
+        trainer: Any = self.callback.trainer
+        whole = trainer.eval_dataset
+        assert self.validation_batches is not None
+        apart = -(-self.validation_batches // most)
+        few = {name: _every(rows, apart) for name, rows in _evaluation_sets(trainer).items()}
+        trainer.eval_dataset = few if isinstance(whole, dict) else few[""]
+        try:
+            return self.validate()
+        finally:
+            trainer.eval_dataset = whole
+
     def log(self, values: Mapping[str, float]) -> None:
         """Log ``values`` as the Trainer logs its own."""
         logs = {**values} if self.state.epoch is None else {**values, "epoch": self.state.epoch}
         self.state.log_history.append({**logs, "step": self.step})
-        if self.callback.handler is not None:
-            self.callback.handler.on_log(self.args, self.state, self.control, logs)
+        if self.handler is not None:
+            self.handler.on_log(self.args, self.state, self.control, logs)
 
     def tell(self, event: RankEvent) -> None:
         """Log the ranks, print the change, and call ``on_rank_change`` of every callback that defines it."""
@@ -315,7 +338,7 @@ class HFTraining(Training):
             print_table(event.table({name: layer.rank for name, layer in lora_layers(self.model)}))
         if event.lowers and not self.callback.keep_best_before:
             self._forget_best(event)
-        for callback in self.callback.handler.callbacks if self.callback.handler else ():
+        for callback in self.handler.callbacks if self.handler else ():
             hook = getattr(callback, "on_rank_change", None)
             if hook is not None:
                 hook(self.args, self.state, self.control, event=event, **self.kwargs)
@@ -334,22 +357,36 @@ class HFTraining(Training):
                 "counts (RankTrainerCallback's keep_best_before)"
             )
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        for callback in self.callback.handler.callbacks if self.callback.handler else ():
+        for callback in self.handler.callbacks if self.handler else ():
             if isinstance(callback, EarlyStoppingCallback):
                 callback.early_stopping_patience_counter = 0
 
 
-def _caller(cls: type[T]) -> T:
-    """The object of ``cls``, the Trainer or its list of callbacks, one of whose methods is calling this event."""
-    # Neither an event's arguments nor any public method of a callback leads to the Trainer or its list, and callbacks
-    # are made before the Trainer is. Without the list, changes could not be logged or told to other callbacks.
+def _evaluation_sets(trainer: Any) -> dict[str, Any]:
+    """{name: the rows}; one set alone has the name ""."""
+    rows = None if trainer is None else trainer.eval_dataset
+    if isinstance(rows, dict):
+        return rows
+    return {} if rows is None else {"": rows}
+
+
+def _every(rows: Any, apart: int) -> Any:
+    """Each of the rows that are ``apart``; a Dataset of Hugging Face stays one, because the Trainer prepares it."""
+    chosen = range(0, len(rows), apart)
+    return rows.select(chosen) if hasattr(rows, "select") else Subset(rows, chosen)
+
+
+def _caller() -> Trainer:
+    """The Trainer that is calling this event."""
+    # Neither an event's arguments nor any public method of a callback leads to the Trainer, and callbacks are made
+    # before it is. Without its list of callbacks, changes could not be logged or told to others.
     frame = inspect.currentframe()
     while frame is not None:
         found = frame.f_locals.get("self")
-        if isinstance(found, cls):
+        if isinstance(found, Trainer):
             return found
         frame = frame.f_back
-    raise RuntimeError(f"the events of RankTrainerCallback have to be called by transformers' {cls.__name__}")
+    raise RuntimeError("the events of RankTrainerCallback have to be called by transformers' Trainer")
 
 
 def _resume_from_shards() -> None:
@@ -358,9 +395,8 @@ def _resume_from_shards() -> None:
     What needs accelerate is imported here, because it is installed only if transformers' Trainer is used.
     """
     from accelerate.utils.constants import FSDP_MODEL_NAME
-    from transformers import Trainer
 
-    trainer: Any = _caller(Trainer)
+    trainer: Any = _caller()
     train = trainer.train
 
     @wraps(train)

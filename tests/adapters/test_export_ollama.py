@@ -14,7 +14,6 @@ import dynrank
 from dynrank.adapters.ollama import base_of_ollama, modelfile
 from dynrank.adapters.sidecar_files import Inputs, write_sidecar_files
 from dynrank.errors import ConfigurationError
-from dynrank.run.preflight import check_export
 
 SIZES = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1}
 SIZES |= {"num_attention_heads": 2}
@@ -101,11 +100,3 @@ def test_what_ollama_would_misread_is_refused_and_nothing_written(adapter, launc
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigurationError, match=r"folder or a GGUF file, got 'org/model'.*--model DIR"):
         base_of_ollama("org/model")
-
-
-def test_a_run_with_a_base_that_ollama_cannot_read_is_refused_before_training():
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**SIZES))
-    model.config._name_or_path = "org/model"
-    dynrank.add_lora(model, rank=1)
-    with pytest.raises(ConfigurationError, match="export=ollama: .*'org/model'"):
-        check_export(["ollama"], model)

@@ -16,6 +16,7 @@ from by_hand import ByHand
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import Subset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import dynrank
@@ -649,3 +650,25 @@ def test_cost_of_a_change_is_that_of_evaluations_directly_before_and_after_it(tm
     assert len(losses) == 2
     assert (event.measured.metric, event.measured.before, event.measured.after) == ("val/loss", *losses)
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one set", "two sets"])
+def test_cost_of_a_change_is_measured_on_a_share_of_long_evaluation_sets(tmp_path, several):
+    asked = []
+
+    def evaluate():
+        sets = made.eval_dataset if several else {"": made.eval_dataset}
+        asked.append({name: len(rows) for name, rows in sets.items()})
+        return made.evaluate() if not several else {"eval_loss": made.evaluate()["eval_a_loss"]}
+
+    schedule = RankTrainerCallback([Stage(At(step=4), Rank(1))], evaluate=evaluate, measure=True)
+    made = trainer(tmp_path, own(), schedule, max_steps=6, per_device_eval_batch_size=1)
+    whole = made.eval_dataset
+    made.eval_dataset = {"a": whole, "b": Subset(whole, range(8))} if several else whole
+    given = made.eval_dataset
+    made.train()
+    assert made.eval_dataset is given
+    # One change of a short run gets 4 batches, rounded to rows at equal distances.
+    assert asked == asked[:1] * 2
+    assert 0 < sum(asked[0].values()) <= 4 + several < len(whole)
+    assert not schedule.history[0].measured.whole
