@@ -27,6 +27,7 @@ from dynrank.layers.finding import lora_layers
 from dynrank.layers.peft_layers import config_changes
 from dynrank.layers.peft_view import PeftLayer
 from dynrank.linalg import RankChange, energy_kept, grow_product, joined, keep_directions, split, stacked
+from dynrank.rank_map import by_layer
 
 Ranks: TypeAlias = int | Mapping[str, int]
 
@@ -54,8 +55,10 @@ def resize(
 
     Args:
         model: a model with LoRA layers, dynrank's or PEFT's.
-        target: the new rank of every layer, or {layer name: new rank} for some.
-        optimizers: all optimizers of the layers' parameters; any other with state of theirs refuses its next step.
+        target: the new rank of every layer, up or down, or {key: new rank} for some. A key is a layer's name,
+            "attention", "mlp", or a pattern as in a rank map; the first that matches a layer wins (see
+            :func:`dynrank.rank_map.by_layer`).
+        optimizers: all optimizers of the layers' parameters. If another one has state of theirs, the call is refused.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         averages: moving averages of the model (torch's AveragedModel, or a copy with the same layers); the same maps
             change them.
@@ -64,15 +67,23 @@ def resize(
             processes get the bits of its factors and optimizer state. Wrap the model in DDP again afterwards.
         balance: whether layers in ``target`` that keep their rank get balanced factors, too, if another layer is cut;
             their update stays the same up to rounding. Pinned layers are left alone.
-        dry_run: check and compute everything, but change nothing.
+        dry_run: check and compute everything, but change nothing; optimizers need not be passed.
 
     Returns:
         A report per changed layer, in model order; a layer that has its new rank already is left out.
 
     Raises:
-        ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, a factor holds NaN or inf (it
-            names the layer), an optimizer's state cannot be carried, or an average has other layers.
+        ConfigurationError: if there are no LoRA layers, a key or rank cannot be used, a factor holds NaN or inf (it
+            names the layer), an optimizer's state cannot be carried, an optimizer with state was not passed, or an
+            average has other layers.
         RuntimeError: if one of PEFT's layers is merged.
+
+    >>> from dynrank import add_lora
+    >>> model = add_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=4)
+    >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    >>> reports = resize(model, {"1": 2}, optimizers=[optimizer])
+    >>> [(report.layer, report.rank_before, report.rank_after) for report in reports]
+    [('1', 4, 2)]
     """
     adapters = Adapters(model, optimizers, averages)
     directions = LayerDirections(adapters.layers)
@@ -80,36 +91,48 @@ def resize(
         adapters, lambda: target, directions, optimizer_state, generator, collective=collective, balance=balance
     )
     if not dry_run:
+        _check_others(adapters, change.names)
         change.put()
-        _watch_others(adapters)
     return change.reports
 
 
-def _watch_others(adapters: Adapters) -> None:
-    """Let optimizers whose state has not followed the layers refuse their next step by name.
-
-    After training there is no next step, so the change itself cannot be refused.
-    """
-    factors = [factor for layer in adapters.layers.values() for factor in (layer.lora_A, layer.lora_B)]
-    followed = {id(optimizer) for optimizer in adapters.optimizers}
+def _check_others(adapters: Adapters, names: Iterable[str]) -> None:
+    """Refuse to change the layers ``names`` while an optimizer that would not follow has state of theirs."""
+    layers = {name: adapters.layers[name] for name in names}
+    factors = {factor: name for name, layer in layers.items() for factor in (layer.lora_A, layer.lora_B)}
     if all(any(factor in optimizer.state for optimizer in adapters.optimizers) for factor in factors):
         return
+    found = _others_with_state(factors, adapters.optimizers)
+    if found:
+        # An optimizer that only a cycle of references keeps alive makes no further step.
+        gc.collect()
+        found = _others_with_state(factors, adapters.optimizers)
+    if found:
+        raise ConfigurationError(
+            f"an optimizer that was not passed to dynrank.resize has state of LoRA layers: {', '.join(found)}; its "
+            "moments would keep the old shapes, and its next step would fail. Pass every optimizer of the layers "
+            "(optimizers=[optimizer]), after training too, or delete it. Nothing has been changed"
+        )
+
+
+def _others_with_state(factors: Mapping[nn.Parameter, str], passed: Iterable[Optimizer]) -> list[str]:
+    """Kind and first layer of each living optimizer, other than ``passed``, that has tensors for a factor."""
+    known = {id(optimizer) for optimizer in passed}
     # isinstance() would ask proxies for the class of what they stand for.
     alive = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
-    for optimizer in {id(inner): inner for inner in map(unwrapped_optimizer, alive)}.values():
-        if id(optimizer) not in followed and any(factor in getattr(optimizer, "state", ()) for factor in factors):
-            optimizer.register_step_pre_hook(_refuse_old_shapes)
+    others = {id(inner): inner for inner in map(unwrapped_optimizer, alive) if id(inner) not in known}
+    found = []
+    for optimizer in others.values():
+        states = getattr(optimizer, "state", {})
+        of_layers = [name for factor, name in factors.items() if any(map(_has_shape, states.get(factor, {}).values()))]
+        if of_layers:
+            found.append(f"{type(optimizer).__name__} of {of_layers[0]!r}")
+    return found
 
 
-def _refuse_old_shapes(optimizer: Optimizer, *_: Any) -> None:
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.ndim == parameter.ndim and value.shape != parameter.shape:
-                raise ConfigurationError(
-                    f"dynrank.resize has changed a parameter to {[*parameter.shape]}, and {key!r} of this "
-                    f"{type(optimizer).__name__} still has shape {[*value.shape]}: pass the optimizer to resize "
-                    "(optimizers=[...]), or clear its state"
-                )
+def _has_shape(value: object) -> bool:
+    """Whether a value of an optimizer's state is more than a count of steps."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 @dataclass(frozen=True)
@@ -177,6 +200,11 @@ class Change:
     adapters: Adapters
     values: Values
     reports: list[LayerReport]
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that get new factors."""
+        return [*self.values.factors[0]]
 
     def put(self) -> None:
         """Make the change; Ctrl-C takes effect after it."""
@@ -299,12 +327,9 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
     """{name: new rank} for the layers that get new factors, in model order; see :func:`resize` for ``balance``."""
     if not layers:
         raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
-    targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
+    targets = by_layer(target, layers) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
     faults = []
     for name, rank in targets.items():
-        if name not in layers:
-            faults.append(f"no LoRA layer is named {name!r}")
-            continue
         most = max_rank(layers[name])
         if not isinstance(rank, int) or isinstance(rank, bool):
             faults.append(f"{name!r}: rank must be an int, got {rank!r}")

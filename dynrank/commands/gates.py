@@ -66,7 +66,7 @@ class Gated:
         return greedy(self._effects, self._terms, self._widths, dict.fromkeys(self._layers, lowest), pool)
 
     def squeeze(self, adapter: Adapter, target: Target) -> Squeezed:
-        """The factors and reports of ``squeeze_adapter``, in the dtypes of ``adapter``; the model changes with them."""
+        """The factors and reports of ``squeeze``, in the dtypes of ``adapter``; the model changes with them."""
         factors = {}
         reports = []
         for name, keep in self.kept(target).items():

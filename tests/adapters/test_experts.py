@@ -12,7 +12,7 @@ from trained import updated
 
 import dynrank
 from dynrank.adapters.base import merge_adapter
-from dynrank.adapters.squeeze import inspect_adapter, squeeze_adapter
+from dynrank.adapters.squeeze import inspect, squeeze
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import params_per_rank
 from dynrank.output.console import span
@@ -58,7 +58,7 @@ def ranks(model):
 
 
 def spectra(folder):
-    return {layer.layer: layer.singular_values for layer in inspect_adapter(folder)}
+    return {layer.layer: layer.singular_values for layer in inspect(folder)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,7 +107,7 @@ def test_an_adapter_of_pefts_all_linear_with_routers_goes_both_ways(kind, tiny_m
 def test_squeezing_a_file_is_resizing_the_model(kind, tiny_moe, tmp_path):
     model = updated(dynrank.add_lora(tiny_moe(kind), rank=4), std=0.3)
     dynrank.save_adapter(model, tmp_path / "full")
-    reports = squeeze_adapter(tmp_path / "full", tmp_path / "small", rank=2)
+    reports = squeeze(tmp_path / "full", tmp_path / "small", rank=2)
     expected = {report.layer: report for report in dynrank.resize(model, 2)}
     assert_close(logits(dynrank.load_adapter(tiny_moe(kind), tmp_path / "small")), logits(model), rtol=1e-5, atol=1e-5)
     for report in reports:
@@ -199,7 +199,7 @@ def test_a_run_of_dynrank_train_ends_in_an_adapter_that_peft_loads(tiny_moe, tin
     run(dynrank.compose(options), tmp_path / "run")
     before = dynrank.add_lora(tiny_moe("Qwen3Moe"), rank=2)
     full = sum(layer.rank * params_per_rank(layer) for _, layer in dynrank.lora_layers(before))
-    spectra = inspect_adapter(tmp_path / "run" / "adapter")
+    spectra = inspect(tmp_path / "run" / "adapter")
     assert {"gate_up_proj", "down_proj", "q_proj"} <= {layer.layer.rpartition(".")[2] for layer in spectra}
     assert sum(layer.parameters for layer in spectra) <= full
     theirs = PeftModel.from_pretrained(tiny_moe("Qwen3Moe", vocab_size=600), tmp_path / "run" / "adapter")

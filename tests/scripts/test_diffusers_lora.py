@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.adapters.squeeze import squeeze
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -19,5 +19,5 @@ def test_a_cut_unet_draws_the_same_once_it_is_loaded_again(script, main, tmp_pat
         "the UNet alone", "before the cut", "after the cut", "at the end",
     ]  # fmt: skip
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
-    reports = squeeze_adapter(tmp_path / module.FILE, tmp_path / "small.safetensors", rank=2)
+    reports = squeeze(tmp_path / module.FILE, tmp_path / "small.safetensors", rank=2)
     assert {report.rank_before for report in reports} >= {low, high}
