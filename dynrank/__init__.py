@@ -5,11 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 # The same names, for type checkers.
 if TYPE_CHECKING:
+    from dynrank import plot as plot
     from dynrank.adapters.export import export_adapter as export_adapter
     from dynrank.adapters.load import load_adapter as load_adapter
     from dynrank.adapters.load import swap_adapter as swap_adapter
     from dynrank.adapters.read import read_adapter as read_adapter
     from dynrank.adapters.save import save_adapter as save_adapter
+    from dynrank.adapters.squeeze import inspect as inspect
+    from dynrank.adapters.squeeze import squeeze as squeeze
     from dynrank.change.resize import resize as resize
     from dynrank.driver.driver import RankDriver as RankDriver
     from dynrank.driver.training import Training as Training
@@ -18,7 +21,9 @@ if TYPE_CHECKING:
     from dynrank.layers.finding import lora_layers as lora_layers
     from dynrank.layers.placing import add_lora as add_lora
     from dynrank.layers.placing import merge as merge
+    from dynrank.output.rank_table import ranks as ranks
     from dynrank.run.config import compose as compose
+    from dynrank.run.report.record import read_run as read_run
 
 __version__ = "0.4.0"
 
@@ -31,17 +36,23 @@ _HOMES = {
     "compose": "dynrank.run.config",
     "export_adapter": "dynrank.adapters.export",
     "load_adapter": "dynrank.adapters.load",
+    "inspect": "dynrank.adapters.squeeze",
     "lora_layers": "dynrank.layers.finding",
     "merge": "dynrank.layers.placing",
+    "ranks": "dynrank.output.rank_table",
     "read_adapter": "dynrank.adapters.read",
+    "read_run": "dynrank.run.report.record",
     "resize": "dynrank.change.resize",
     "save_adapter": "dynrank.adapters.save",
+    "squeeze": "dynrank.adapters.squeeze",
     "swap_adapter": "dynrank.adapters.load",
 }
-__all__ = list(_HOMES)
+__all__ = [*_HOMES, "plot"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plot":
+        return import_module("dynrank.plot")
     if name not in _HOMES:
         raise AttributeError(f"module 'dynrank' has no attribute {name!r}")
     from dynrank.errors import train_packages

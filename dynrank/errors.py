@@ -37,6 +37,17 @@ Name = Annotated[str, Field(min_length=1)]
 TRAIN_PACKAGES = frozenset(
     {"datasets", "hydra", "jinja2", "lightning", "omegaconf", "rich", "torchmetrics", "transformers", "typer", "yaml"}
 )
+# {an argument of PEFT's configs: what it is called here}, for whoever types the former.
+PEFT_NAMES = {
+    "r": "rank",
+    "init_r": "rank",
+    "target_r": "final_rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "use_rslora": "rslora",
+    "rank_pattern": "rank_map",
+    "alpha_pattern": "rank_map",
+}
 
 # How pydantic's messages begin.
 _PYDANTIC = re.compile(r"^\w+ should")
@@ -48,15 +59,17 @@ _KEY = re.compile(
     r"(?<![\w./='\"-])(?:schedule\.(?:how|target|trigger)|data|lora|model|optimizer|rank_map|schedule|task|trainer)\."
     r"(?P<argument>[a-z_]+)\b(?!\()(?:=(?P<word>null|true|false)\b)?"
 )
+# An option of a command that is an argument of the function of that name.
+_OPTION = re.compile(r"(?<![\w./='\"-])--(?=(?:out|rank|energy|budget|model|to|multiple)\b)")
 _IN_PYTHON = {"null": "None", "true": "True", "false": "False"}
 
 
 class ConfigurationError(ValueError):
     """A value, key or file from the user cannot be used.
 
-    The message names the value and how to fix it: by the configuration key inside :func:`configured`, else by the
-    argument of the call, which is the last part of the key. Nothing has been changed when it is raised. The command
-    line prints it without a traceback and exits with code 2.
+    The message names the value and how to fix it: by the configuration key or the command's option inside
+    :func:`configured`, else by the argument of the call, which is the last part of the key, or the option's name.
+    Nothing has been changed when it is raised. The command line prints it without a traceback and exits with code 2.
     """
 
     def __init__(self, message: str) -> None:
@@ -64,8 +77,8 @@ class ConfigurationError(ValueError):
 
 
 def for_its_reader(message: str) -> str:
-    """A message that names configuration keys, with these inside :func:`configured`, else with arguments instead."""
-    return message if _configured.get() else _KEY.sub(_as_argument, message)
+    """A message that names keys or options, with these inside :func:`configured`, else with arguments instead."""
+    return message if _configured.get() else _OPTION.sub("", _KEY.sub(_as_argument, message))
 
 
 def _as_argument(key: re.Match[str]) -> str:
@@ -212,8 +225,10 @@ def _faults(error: ValidationError, known: Sequence[str], *, whole: bool) -> dic
             path += f"[{part}]" if isinstance(part, int) else f".{part}" if whole else ""
         kind = fault["type"]
         if kind in ("unexpected_keyword_argument", "extra_forbidden"):
-            near = get_close_matches(path.rpartition(".")[2], known, n=3) or sorted({*known} - {"self"})
-            said[path].append(f"is unknown; nearest: {', '.join(near)}")
+            name = path.rpartition(".")[2]
+            near = get_close_matches(name, known, n=3) or sorted({*known} - {"self"})
+            here = PEFT_NAMES.get(name)
+            said[path].append(f"is {here} here" if here in known else f"is unknown; nearest: {', '.join(near)}")
         elif kind.startswith("missing"):
             said[path].append("is missing")
         elif kind == "value_error":

@@ -20,6 +20,10 @@ T = TypeVar("T")
 
 # Errors of re.compile.
 EXPRESSION_ERRORS = (re.error, RecursionError, OverflowError)
+# In the name of a module around a layer.
+_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+# The number of a block, a whole part of a layer's name.
+_IN_BLOCK = re.compile(r"(^|[._])\d+[._]")
 # The largest number of faults in one error: the search for the nearest names takes time.
 _LISTED = 20
 
@@ -52,20 +56,62 @@ def whole_parts(key: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({key})$")
 
 
-def first_matches(pattern: Mapping[str, T], names: Iterable[str]) -> dict[str, T]:
+def kind_of(name: str) -> str | None:
+    """The kind of a layer that a key can name: "attention", "mlp" or none.
+
+    "attention" is every layer inside a module with attn or attention in its name, "mlp" every other layer of a numbered
+    block.
+
+    >>> kind_of("model.layers.0.self_attn.q_proj"), kind_of("model.layers.0.mlp.up_proj"), kind_of("lm_head")
+    ('attention', 'mlp', None)
+    """
+    if _ATTENTION.search(name.rpartition(".")[0]):
+        return "attention"
+    return "mlp" if _IN_BLOCK.search(name) else None
+
+
+def first_matches(pattern: Mapping[str, T], names: Iterable[str], *, kinds: bool = False) -> dict[str, T]:
     r"""{name: the value of the first key that matches it}, by PEFT's rule; a name that no key matches is left out.
+
+    With ``kinds`` a key may also be the kind of a layer (:func:`kind_of`).
 
     >>> first_matches({"q_proj": 1, r"layers\.[01]\..*": 2}, ["layers.1.q_proj", "layers.0.eq_proj"])
     {'layers.1.q_proj': 1, 'layers.0.eq_proj': 2}
     """
-    expressions = [(whole_parts(key), value) for key, value in pattern.items()]
+    expressions = [(key, whole_parts(key), value) for key, value in pattern.items()]
     matches = {}
     for name in names:
-        for expression, value in expressions:
-            if expression.match(name):
+        kind = kind_of(name) if kinds else None
+        for key, expression, value in expressions:
+            if key == kind or expression.match(name):
                 matches[name] = value
                 break
     return matches
+
+
+def by_layer(values: Mapping[str, T], names: Collection[str]) -> dict[str, T]:
+    """{layer: its value} for the layers of ``names`` that a key of ``values`` means.
+
+    A key is the whole name of a layer, which then means this layer alone and goes before all others; or a pattern as in
+    a rank map, or "attention" or "mlp" (:func:`kind_of`), of which the first that matches a layer wins.
+
+    Raises:
+        ConfigurationError: if a key is no regular expression, or matches no layer, or only layers of other keys.
+
+    >>> layers = ["h.0.attn.q", "h.0.attn.v", "h.0.mlp.up", "h.1.mlp.up", "head"]
+    >>> by_layer({"attention": 8, r"0.*up": 4, "mlp": 2, "h.0.attn.v": 6}, layers)
+    {'h.0.attn.q': 8, 'h.0.attn.v': 6, 'h.0.mlp.up': 4, 'h.1.mlp.up': 2}
+    """
+    faults = [f"{shown(key)}: {fault}" for key in values if (fault := _key_fault(key)) is not None]
+    if not faults:
+        patterns = {key: key for key in values if key not in names}
+        winners = first_matches(patterns, (name for name in names if name not in values), kinds=True)
+        winners |= {name: name for name in names if name in values}
+        unused = (key for key in patterns if key not in winners.values())
+        faults = [_unused(key, names, winners) for key in islice(unused, _LISTED)]
+    if faults:
+        raise ConfigurationError("these keys mean no layer:\n  " + "\n  ".join(faults))
+    return {name: values[winners[name]] for name in names if name in winners}
 
 
 @dataclass(frozen=True)
@@ -162,15 +208,23 @@ def parse_rank_map(rank_pattern: Mapping[Any, Any], source: str) -> dict[str, Ra
     return rules
 
 
-def _rule(key: Any, value: Any) -> RankRule:
+def _key_fault(key: Any) -> str | None:
+    """Why ``key`` cannot match layers; None if it can."""
     if not isinstance(key, str):
-        raise ConfigurationError(f"a key must be text, got {type(key).__name__}")
+        return f"a key must be text, got {type(key).__name__}"
     try:
         # "a)(b" compiles only inside PEFT's group, and "(?i)q" only outside of it.
         re.compile(key)
         whole_parts(key)
     except EXPRESSION_ERRORS as error:
-        raise ConfigurationError(f"not a regular expression: {error}") from None
+        return f"not a regular expression: {error}"
+    return None
+
+
+def _rule(key: Any, value: Any) -> RankRule:
+    fault = _key_fault(key)
+    if fault is not None:
+        raise ConfigurationError(fault)
     if isinstance(value, RankRule):
         return value
     if isinstance(value, int) and not isinstance(value, bool):
@@ -197,7 +251,7 @@ def resolve_rank_map(
     Raises:
         ConfigurationError: if a rule matches no layer or only layers of earlier rules, or a rank does not fit a layer.
     """
-    winners = first_matches({key: key for key in rules}, shapes)
+    winners = first_matches({key: key for key in rules}, shapes, kinds=True)
     unused = (key for key in rules if key not in winners.values())
     faults = [_unused(key, shapes, winners) for key in islice(unused, _LISTED)]
     layers = {}
@@ -227,7 +281,7 @@ def _layer_faults(layer: LayerRank, rule: RankRule, d_out: int, d_in: int) -> li
 
 def _unused(key: str, names: Collection[str], winners: Mapping[str, str]) -> str:
     """Why no layer takes its values from the rule ``key``; ``winners`` is {layer: the first key that matches it}."""
-    hiding = dict.fromkeys(winners[name] for name in first_matches({key: key}, names))
+    hiding = dict.fromkeys(winners[name] for name in first_matches({key: key}, names, kinds=True))
     if hiding:
         by = " and ".join(map(repr, islice(hiding, 3)))
         return (

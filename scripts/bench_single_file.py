@@ -28,7 +28,7 @@ from measuring import ratio, rounds
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.adapters.squeeze import squeeze
 from dynrank.linalg import singular_values, truncate_product
 
 # {name of a layer: (d_out, d_in)}.
@@ -252,7 +252,7 @@ def resize(method: str, file: Path, out: Path, rank: int) -> dict[str, Any]:
     """Resize a whole file: processor seconds since Python's start and of layers, and peak MiB of resident memory."""
     layers: dict[str, float] = {}
     if method == "dynrank":
-        squeeze_adapter(file, out, rank=rank)
+        squeeze(file, out, rank=rank)
     else:
         tensors = load_file(file)
         new = dict[str, Tensor]()

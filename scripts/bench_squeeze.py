@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.adapters.squeeze import squeeze
 from dynrank.linalg import truncate_product
 
 
@@ -87,7 +87,7 @@ def compare(size: int, rank: int, final_rank: int, layers: int = 2) -> None:
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         start = time.perf_counter()
-        squeeze_adapter(folder, Path(folder) / "out", rank=final_rank)
+        squeeze(folder, Path(folder) / "out", rank=final_rank)
         whole = (time.perf_counter() - start) / layers
     keys = [f"base_model.model.q{i}" for i in range(layers)]
     products = [state[f"{key}.lora_B.weight"] @ state[f"{key}.lora_A.weight"] for key in keys]

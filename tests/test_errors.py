@@ -9,9 +9,12 @@ from pydoc import render_doc
 from typing import Literal
 
 import pytest
+from torch import nn
 
+import dynrank
 from dynrank import add_lora
 from dynrank.errors import ConfigurationError, Count, Name, Share, read_as, shown, validated, validated_call
+from dynrank.rank_map import parse_rank_map
 from dynrank.schedules import How, Stage, early_budget
 from dynrank.targets import Budget
 from dynrank.triggers import Plateau
@@ -106,6 +109,8 @@ SAID = {
     "set schedule.metric=weight (lora.target_modules)": "set metric=weight (target_modules)",
     "set schedule.how.window, or schedule.max_regression=null": "set window, or max_regression=None",
     "data.train=/a/task.model/data.train: set data.columns.text": "train=/a/task.model/data.train: set columns.text",
+    "one of --rank, --energy must be given; --no-plot": "one of rank, energy must be given; --no-plot",
+    "cannot write to --out '/a/--out'": "cannot write to out '/a/--out'",
     "task.model=data.csv has no 'model.layers.0'": "model=data.csv has no 'model.layers.0'",
 }
 
@@ -134,3 +139,29 @@ def test_signatures_are_plain_for_people_and_their_tools():
 def test_help_shows_no_private_name_and_no_constraint(named):
     said = render_doc(named).partition("Data and other attributes")[0]
     assert not re.search(r"FieldInfo|Annotated|__dataclass_self__|\(.*\b_[a-z]\w*: ", said)
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda: dynrank.add_lora(nn.Linear(2, 2), r=4, lora_alpha=8),
+            "(?s)rank is missing.*r is rank here.*lora_alpha is alpha here",
+        ),
+        (lambda: dynrank.add_lora(nn.Linear(2, 2), rank=1, lora_dropout=0.1), "lora_dropout is dropout here"),
+        (lambda: dynrank.add_lora(nn.Linear(2, 2), rank=1, rank_pattern={"q": 2}), "rank_pattern is rank_map here"),
+        (
+            lambda: parse_rank_map({"q": {"r": 4, "lora_alpha": 2}}, "here"),
+            "(?s)r is rank here.*lora_alpha is alpha here",
+        ),
+        (lambda: early_budget(target_r=4), "target_r is final_rank here"),
+        (lambda: dynrank.compose(["lora.r=4"]), "lora.r is not a configuration key; nearest: lora.rank,"),
+        (
+            lambda: dynrank.compose(["+lora.lora_alpha=4"]),
+            "lora.lora_alpha is not a configuration key; nearest: lora.alpha,",
+        ),
+    ],
+)
+def test_pefts_names_are_answered_with_ours(call, said):
+    with pytest.raises(ConfigurationError, match=said):
+        call()

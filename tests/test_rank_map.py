@@ -1,6 +1,7 @@
 """Override files: PEFT's matching, its first match, and every fault named."""
 
 import copy
+import itertools
 import re
 from contextlib import suppress
 
@@ -13,7 +14,16 @@ from peft.utils.other import get_pattern_key
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.rank_map import RankRule, dump_rank_map, first_matches, load_rank_map, parse_rank_map, resolve_rank_map
+from dynrank.rank_map import (
+    RankRule,
+    by_layer,
+    dump_rank_map,
+    first_matches,
+    kind_of,
+    load_rank_map,
+    parse_rank_map,
+    resolve_rank_map,
+)
 
 SHAPES = {
     "model.layers.0.q_proj": (8, 8),
@@ -42,6 +52,57 @@ def test_matches_agrees_with_peft(key, name):
     # PEFT answers with the key that matches, or else with the name.
     theirs = get_pattern_key([key], name) == key
     assert (name in first_matches({key: 1}, [name])) is theirs
+
+
+@pytest.mark.parametrize("family", ["tiny_llama", "tiny_bert"])
+def test_kind_attention_is_the_preset_of_target_modules_and_mlp_the_rest_of_the_blocks(family, request):
+    from transformers import AutoModel
+
+    model = AutoModel.from_pretrained(request.getfixturevalue(family))
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    chosen = dynrank.add_lora(copy.deepcopy(model), rank=2, target_modules="attention")
+    assert [name for name, _ in dynrank.lora_layers(chosen)] == [n for n in layers if kind_of(n) == "attention"]
+    in_blocks = {name for name in layers if re.search(r"layers?\.\d", name)}
+    assert {name for name in layers if kind_of(name) is not None} == in_blocks
+    ranks = {"attention": 3, r"0\..*": 5, "mlp": {"rank": 4, "final_rank": 2}}
+    dynrank.add_lora(model, rank=2, rank_map=ranks)
+    for name, layer in dynrank.lora_layers(model):
+        first = ".0." in name
+        wanted = {"attention": (3, None), "mlp": (5, None) if first else (4, 2), None: (2, None)}[kind_of(name)]
+        assert (layer.rank, layer.final_rank) == wanted, name
+
+
+NAMES = [".".join(name) for name in itertools.product(["q", "layers"], ["0", "1"], ["attn", "mlp"], ["q", "up"])]
+NAMES += ["q", "head"]
+
+
+@given(st.lists(st.sampled_from([*NAMES, *KEYS, "attention", "mlp"]), unique=True), st.permutations(NAMES))
+def test_a_layers_own_name_means_it_alone_and_before_all_patterns(keys, names):
+    values = {key: number for number, key in enumerate(keys)}
+    rules = {key: number for key, number in values.items() if key not in names}
+    kinds = {"attention": [n for n in names if ".attn." in n], "mlp": [n for n in names if ".mlp." in n]}
+    expected = {}
+    for name in names:
+        # PEFT answers with the key that matches, or else with the name.
+        fitting = (key for key in rules if get_pattern_key([key], name) == key or name in kinds.get(key, ()))
+        key = name if name in values else next(fitting, None)
+        if key is not None:
+            expected[name] = values[key]
+    if {*values.values()} == {*expected.values()}:
+        assert by_layer(values, names) == expected
+        assert list(by_layer(values, names)) == list(expected)
+    else:
+        with pytest.raises(ConfigurationError, match="mean no layer") as caught:
+            by_layer(values, names)
+        assert all(repr(key) in str(caught.value) for key in values if values[key] not in expected.values())
+
+
+@pytest.mark.parametrize(
+    ("key", "said"), [(3, "3: a key must be text, got int"), ("(", "'\\(': not a regular expression")]
+)
+def test_a_key_that_is_no_pattern_is_refused(key, said):
+    with pytest.raises(ConfigurationError, match=said):
+        by_layer({key: 2}, NAMES)
 
 
 def test_fields_of_a_rule_reach_its_layers_and_leave_the_rest():

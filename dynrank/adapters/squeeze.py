@@ -3,12 +3,13 @@
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import floor
 from pathlib import Path
 
 import torch
 
+from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.read import Adapter, open_stored
 from dynrank.adapters.save import rewrite_adapter
 from dynrank.adapters.sidecar_files import new_adapter_folder
@@ -34,7 +35,7 @@ class LayerSpectrum(StoredLayer):
     """
 
     layer: str
-    singular_values: tuple[float, ...]
+    singular_values: tuple[float, ...] = field(repr=False)
 
     def energy_rank(self, share: float) -> int:
         """How many directions keep ``share`` of the energy (sum of squared singular values); 0 for a zero update."""
@@ -46,9 +47,26 @@ class LayerSpectrum(StoredLayer):
         return effective_rank(torch.tensor(self.singular_values)) if any(self.singular_values) else 0.0
 
 
-def inspect_adapter(path: str | Path) -> list[LayerSpectrum]:
-    """The layers of a LoRA, ordered by name, from a PEFT adapter's folder or a file; one is in memory at a time."""
-    with open_stored(path) as adapter, one_thread():
+def inspect(path: str | Path) -> list[LayerSpectrum]:
+    """The layers of a stored LoRA, ordered by name, with the singular values of their updates.
+
+    Neither a model nor PEFT is needed, and one layer is in memory at a time.
+
+    Args:
+        path: folder of a PEFT adapter, or of the run that made it; or a safetensors file of diffusers, kohya or
+            ComfyUI.
+
+    Raises:
+        ConfigurationError: if the adapter cannot be read, or is not plain LoRA.
+
+    >>> import tempfile, torch, dynrank
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=2)
+    >>> folder = tempfile.mkdtemp()
+    >>> dynrank.save_adapter(model, folder)
+    >>> [(layer.layer, layer.rank, layer.singular_values, layer.effective_rank) for layer in inspect(folder)]
+    [('0', 2, (0.0, 0.0), 0.0)]
+    """
+    with open_stored(adapter_folder(Path(path))) as adapter, one_thread():
         spectra = []
         for name, stored in adapter.layers.items():
             values = tuple(adapter.singular_values(name).tolist())
@@ -56,7 +74,7 @@ def inspect_adapter(path: str | Path) -> list[LayerSpectrum]:
         return spectra
 
 
-def squeeze_adapter(
+def squeeze(
     source: str | Path,
     out: str | Path,
     *,
@@ -78,7 +96,8 @@ def squeeze_adapter(
     Give exactly one of ``rank``, ``energy`` and ``budget``.
 
     Args:
-        source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors), or a safetensors file.
+        source: folder of a PEFT LoRA adapter (adapter_config.json, adapter_model.safetensors), or of the run that made
+            it; or a safetensors file.
         out: new or empty folder; a new file if ``source`` is a file.
         rank: highest rank of every layer.
         energy: share of each layer's energy (sum of squared singular values) to keep, in (0, 1].
@@ -91,8 +110,15 @@ def squeeze_adapter(
 
     Raises:
         ConfigurationError: if an option or the adapter cannot be used, or ``out`` is not free or cannot be written.
+
+    >>> import tempfile, torch, dynrank
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> folder = tempfile.mkdtemp()
+    >>> dynrank.save_adapter(model, f"{folder}/adapter")
+    >>> [(layer.rank_before, layer.rank_after) for layer in squeeze(f"{folder}/adapter", f"{folder}/small", rank=2)]
+    [(4, 2)]
     """
-    source = Path(source)
+    source = adapter_folder(Path(source))
     out = Path(out)
     _check_options(rank, energy, budget)
     if way is not None and energy is not None:

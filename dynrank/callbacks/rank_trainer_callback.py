@@ -305,7 +305,7 @@ class HFTraining(Training):
         sets = _evaluation_sets(self.callback.trainer)
         if not sets or not all(map(has_length, sets.values())):
             return None
-        size = self.args.eval_batch_size * process_count()
+        size = int(self.args.eval_batch_size) * process_count()
         return sum(-(-len(rows) // size) for rows in sets.values())
 
     def validate_share(self, most: int) -> Mapping[str, float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +14,6 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from dynrank.change.optimizer_state import check_optimizer, check_trained, moved_states
 from dynrank.distributed.processes import from_first
@@ -36,6 +35,7 @@ from dynrank.linalg import (
     pooled,
     stacked,
 )
+from dynrank.rank_map import by_layer
 
 Ranks: TypeAlias = int | Mapping[str, int]
 
@@ -62,23 +62,32 @@ def resize(
 
     Args:
         model: a model with LoRA layers, dynrank's or PEFT's.
-        target: the new rank of every layer, or {layer name: new rank} for some.
-        optimizers: all optimizers of the layers' parameters; any other with state of theirs refuses its next step.
+        target: the new rank of every layer, up or down, or {key: new rank} for some. A key is a layer's name,
+            "attention", "mlp", or a pattern as in a rank map; the first that matches a layer wins (see
+            :func:`dynrank.rank_map.by_layer`).
+        optimizers: all optimizers of the layers' parameters. If another one has state of theirs, the call is refused.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         generator: generator of the random rows of a growth; torch's default generator when None.
         collective: whether every process of torch's default group makes this call. Process 0 computes, and all
             processes get the bits of its factors and optimizer state. Wrap the model in DDP again afterwards.
         balance: whether layers in ``target`` that keep their rank get balanced factors, too, if another layer is cut;
             their update stays the same up to rounding. Pinned layers are left alone.
-        dry_run: check and compute everything, but change nothing.
+        dry_run: check and compute everything, but change nothing; optimizers need not be passed.
 
     Returns:
         A report per changed layer, in model order; a layer that has its new rank already is left out.
 
     Raises:
-        ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, a factor holds NaN or inf (it
-            names the layer), or an optimizer's state cannot be carried.
+        ConfigurationError: if there are no LoRA layers, a key or rank cannot be used, a factor holds NaN or inf (it
+            names the layer), an optimizer's state cannot be carried, or an optimizer with state was not passed.
         RuntimeError: if one of PEFT's layers is merged.
+
+    >>> from dynrank import add_lora
+    >>> model = add_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=4)
+    >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    >>> reports = resize(model, {"1": 2}, optimizers=[optimizer])
+    >>> [(report.layer, report.rank_before, report.rank_after) for report in reports]
+    [('1', 4, 2)]
     """
     adapters = Adapters(model, optimizers)
     directions = LayerDirections(adapters.layers)
@@ -86,42 +95,48 @@ def resize(
         adapters, lambda: target, directions, optimizer_state, generator, collective=collective, balance=balance
     )
     if not dry_run:
-        factors = [factor for layer in adapters.layers.values() for factor in (layer.lora_A, layer.lora_B)]
-        shapes = {factor: factor.shape for factor in factors}
+        _check_others(adapters, change.names)
         change.put()
-        _watch(shapes, adapters.optimizers)
     return change.reports
 
 
-def _watch(shapes: Mapping[nn.Parameter, torch.Size], optimizers: Iterable[Optimizer]) -> None:
-    """Let optimizers whose state has not followed the factors refuse their next step by name.
+def _check_others(adapters: Adapters, names: Iterable[str]) -> None:
+    """Refuse to change the layers ``names`` while an optimizer that would not follow has state of theirs."""
+    layers = {name: adapters.layers[name] for name in names}
+    factors = {factor: name for name, layer in layers.items() for factor in (layer.lora_A, layer.lora_B)}
+    if all(any(factor in optimizer.state for optimizer in adapters.optimizers) for factor in factors):
+        return
+    found = _others_with_state(factors, adapters.optimizers)
+    if found:
+        # An optimizer that only a cycle of references keeps alive makes no further step.
+        gc.collect()
+        found = _others_with_state(factors, adapters.optimizers)
+    if found:
+        raise ConfigurationError(
+            f"an optimizer that was not passed to dynrank.resize has state of LoRA layers: {', '.join(found)}; its "
+            "moments would keep the old shapes, and its next step would fail. Pass every optimizer of the layers "
+            "(optimizers=[optimizer]), after training too, or delete it. Nothing has been changed"
+        )
 
-    ``shapes`` are those before the change. After training there is no next step, so the change itself is not refused.
-    """
-    followed = {parameter for optimizer in optimizers for parameter in optimizer.state}
-    for factor, shape in shapes.items():
-        if factor not in followed:
-            if not _UNFOLLOWED:
-                register_optimizer_step_pre_hook(_refuse_old_shapes)
-            _UNFOLLOWED[id(factor)] = weakref.ref(factor), shape
+
+def _others_with_state(factors: Mapping[nn.Parameter, str], passed: Iterable[Optimizer]) -> list[str]:
+    """Kind and first layer of each living optimizer, other than ``passed``, that has tensors for a factor."""
+    known = {id(optimizer) for optimizer in passed}
+    # isinstance() would ask proxies for the class of what they stand for.
+    alive = [found for found in gc.get_objects() if issubclass(type(found), Optimizer)]
+    others = {id(inner): inner for inner in map(unwrapped_optimizer, alive) if id(inner) not in known}
+    found = []
+    for optimizer in others.values():
+        states = getattr(optimizer, "state", {})
+        of_layers = [name for factor, name in factors.items() if any(map(_has_shape, states.get(factor, {}).values()))]
+        if of_layers:
+            found.append(f"{type(optimizer).__name__} of {of_layers[0]!r}")
+    return found
 
 
-# {id of a factor: (the factor, its shape before it was changed without an optimizer that has state of it)}.
-_UNFOLLOWED: dict[int, tuple[weakref.ref[nn.Parameter], torch.Size]] = {}
-
-
-def _refuse_old_shapes(optimizer: Optimizer, *_: Any) -> None:
-    for parameter, state in optimizer.state.items():
-        found, shape = _UNFOLLOWED.get(id(parameter), (None, None))
-        if found is None or found() is not parameter or shape == parameter.shape:
-            continue
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == shape:
-                raise ConfigurationError(
-                    f"dynrank.resize has changed a parameter to {[*parameter.shape]}, and {key!r} of this "
-                    f"{type(optimizer).__name__} still has shape {[*value.shape]}: pass the optimizer to resize "
-                    "(optimizers=[...]), or clear its state"
-                )
+def _has_shape(value: object) -> bool:
+    """Whether a value of an optimizer's state is more than a count of steps."""
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 @dataclass(frozen=True)
@@ -220,6 +235,11 @@ class Change:
     adapters: Adapters
     values: Values
     reports: list[LayerReport]
+
+    @property
+    def names(self) -> list[str]:
+        """The layers that get new factors."""
+        return [*self.values.factors]
 
     def put(self) -> None:
         """Make the change; Ctrl-C takes effect after it."""
@@ -341,12 +361,9 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
     """{name: new rank} for the layers that get new factors, in model order; see :func:`resize` for ``balance``."""
     if not layers:
         raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
-    targets = dict(target) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
+    targets = by_layer(target, layers) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
     faults = []
     for name, rank in targets.items():
-        if name not in layers:
-            faults.append(f"no LoRA layer is named {name!r}")
-            continue
         most = max_rank(layers[name])
         if not isinstance(rank, int) or isinstance(rank, bool):
             faults.append(f"{name!r}: rank must be an int, got {rank!r}")

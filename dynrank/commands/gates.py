@@ -61,12 +61,17 @@ class Gated:
 
     def kept(self, target: Target) -> dict[str, Tensor]:
         """{layer: the directions to keep, ascending} for a target of type Rank or Budget."""
-        assert isinstance(target, Rank | Budget)
-        lowest, pool = (1, target.parameters or 0) if isinstance(target, Budget) else (target.rank, 0)
+        lowest = 1
+        pool = 0
+        if isinstance(target, Budget):
+            pool = target.parameters or 0
+        elif isinstance(target, Rank):
+            assert isinstance(target.rank, int)
+            lowest = target.rank
         return greedy(self._effects, self._terms, self._widths, dict.fromkeys(self._layers, lowest), pool)
 
     def squeeze(self, adapter: Adapter, target: Target) -> Squeezed:
-        """The factors and reports of ``squeeze_adapter``, in the dtypes of ``adapter``; the model changes with them."""
+        """The factors and reports of ``squeeze``, in the dtypes of ``adapter``; the model changes with them."""
         factors = {}
         reports = []
         for name, keep in self.kept(target).items():

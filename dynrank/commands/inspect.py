@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dynrank.adapters.read import read_adapter
-from dynrank.adapters.squeeze import LayerSpectrum, inspect_adapter
+from dynrank.adapters.squeeze import LayerSpectrum, inspect
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import empty_table, print_facts, print_table, shape_of_update
 from dynrank.targets import Budget
@@ -28,7 +28,7 @@ def show_adapter(folder: Path, plot: Path | None, examples: Mapping[str, Any] | 
     """
     if plot is not None and find_spec("matplotlib") is None:
         raise ConfigurationError("--plot needs matplotlib: pip install 'dynrank[plots]'")
-    layers = inspect_adapter(folder)
+    layers = inspect(folder)
     kept = dict[float, dict[str, int]]()
     if examples is not None:
         # This slow import loads the training code, which is needed only with gates.
@@ -42,10 +42,9 @@ def show_adapter(folder: Path, plot: Path | None, examples: Mapping[str, Any] | 
     print_spectra(layers, kept)
     if plot is not None:
         # matplotlib is an optional dependency.
-        from dynrank.output.plots import spectra_figure
+        from dynrank.plot import spectra
 
-        spectra = {layer.layer: layer.singular_values for layer in layers}
-        figure = spectra_figure(spectra, "singular values of the updates")
+        figure = spectra(layers)
         try:
             figure.savefig(plot)
         # matplotlib raises a ValueError for an unknown format.

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from dynrank.adapters.read import Adapter, open_stored
-from dynrank.adapters.squeeze import Squeezed, squeeze_adapter
+from dynrank.adapters.squeeze import Squeezed, squeeze
 from dynrank.output.console import print_facts, print_table
 from dynrank.output.ranks import change_table
 from dynrank.targets import Target
 
 
 def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, **options: Any) -> None:
-    """Squeeze the adapter in ``source`` into ``out`` with ``options`` of ``squeeze_adapter``, and print the result.
+    """Squeeze the adapter in ``source`` into ``out`` with ``options`` of ``squeeze``, and print the result.
 
     ``examples`` are arguments of :class:`dynrank.commands.gates.Gated`, which chooses the directions. If they are None,
     the singular values choose.
@@ -29,7 +29,7 @@ def print_squeeze(source: Path, out: Path, examples: Mapping[str, Any] | None, *
         loss["loss"] = f"{before:.4f} → {gated.loss():.4f}, on the {len(gated.examples)} examples that chose"
         return squeezed
 
-    layers = squeeze_adapter(source, out, **options, way=None if examples is None else by_gates)
+    layers = squeeze(source, out, **options, way=None if examples is None else by_gates)
     print_table(change_table("squeezed adapter", layers, {layer.layer: layer.rank_after for layer in layers}))
     with open_stored(source) as adapter:
         before = sum(layer.parameters for layer in adapter.layers.values())

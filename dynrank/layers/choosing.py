@@ -15,10 +15,9 @@ from dynrank.layers.experts import ExpertStack
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.kinds import layer_class
 from dynrank.layers.peft_layers import peft_layers
-from dynrank.rank_map import EXPRESSION_ERRORS
+from dynrank.rank_map import EXPRESSION_ERRORS, kind_of
 
 PRESETS = ("attention", "all-linear")
-_ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 # Their forward passes the children's weights to a fused function and does not call the children.
 _PAST_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 # Kernels of state-space layers (Mamba) read the weights of these on CUDA; on other devices the layers are called.
@@ -98,7 +97,7 @@ def _presets(model: nn.Module, modules: Mapping[str, nn.Module]) -> tuple[dict[s
     kinds = (nn.Linear, imported("transformers.pytorch_utils.Conv1D"), ExpertStack)
     found = {name: module for name, module in modules.items() if isinstance(module, kinds) and id(module) not in heads}
     linear = [name for name, module in found.items() if layer_class(module) is not None]
-    attention = [name for name in linear if _ATTENTION.search(name.rpartition(".")[0])]
+    attention = [name for name in linear if kind_of(name) == "attention"]
     skipped = {name: module for name, module in found.items() if name not in linear}
     return {"all-linear": linear, "attention": attention}, skipped
 

@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from dynrank.errors import ConfigurationError, DivergedError, configured
+from dynrank.errors import PEFT_NAMES, ConfigurationError, DivergedError, configured
 
 _PLUGINS = ("hydra/sweeper/optuna", "hydra/launcher/joblib", "hydra/launcher/submitit")
 _OWN_DATA = "data.train, val and test are for your own data: choose task=classification, completion, chat or text"
@@ -41,7 +41,7 @@ def usage_errors() -> Iterator[None]:
     Any other failure keeps its traceback, and Python exits with 1.
     """
     try:
-        with overrides_explained():
+        with configured(), overrides_explained():
             yield
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -85,7 +85,7 @@ def unknown_key(key: str, config: Any) -> str:
 
     def likeness(other: str) -> float:
         last = other.rpartition(".")[2]
-        alike = 1.0 if last == initials else SequenceMatcher(None, name, last).ratio()
+        alike = 1.0 if last in (initials, PEFT_NAMES.get(name)) else SequenceMatcher(None, name, last).ratio()
         return 2 * alike + SequenceMatcher(None, key, other).ratio()
 
     known = {other for other in _keys(config) if not other.startswith("hydra")} - {key}

@@ -1,32 +1,61 @@
 """Targets that set the rank of each layer separately: to a number, or by its singular values."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 from pydantic import Field
 
-from dynrank.errors import ConfigurationError, Count, Share, validated
+from dynrank.errors import ConfigurationError, Count, Name, Share, validated
 from dynrank.linalg import energy_rank
+from dynrank.rank_map import by_layer
 from dynrank.targets.base import LayerState, Target
+
+# One rank for all layers, or {key: rank} with the keys of dynrank.rank_map.by_layer.
+RankByKey = Count | Annotated[Mapping[Name, Count], Field(min_length=1)]
+
+
+def _of_layers(rank: int | Mapping[str, int], layers: Mapping[str, LayerState]) -> dict[str, int]:
+    """The rank for each layer; a layer that no key means keeps its own."""
+    own = {name: layer.rank for name, layer in layers.items()}
+    return own | by_layer(rank, layers) if isinstance(rank, Mapping) else dict.fromkeys(layers, rank)
 
 
 @validated("schedule.target")
 class Rank(Target):
-    """At most this rank for all layers; a layer below it keeps its rank."""
+    """At most this rank for all layers; a layer below it keeps its rank.
 
-    rank: Count
+    Args:
+        rank: the rank, or {key: rank} for some layers. A key is a layer's name, "attention", "mlp", or a pattern as in
+            a rank map; the first that matches a layer wins, and layers that no key means keep their rank.
+
+    Raises:
+        ConfigurationError: if a value is out of range; from :meth:`ranks` if a key means no layer.
+
+    >>> layers = {"h.0.attn.q": LayerState(16), "h.0.mlp.up": LayerState(16), "head": LayerState(16)}
+    >>> Rank({"attention": 8, "mlp": 4}).ranks(layers)
+    {'h.0.attn.q': 8, 'h.0.mlp.up': 4, 'head': 16}
+    """
+
+    rank: RankByKey
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        return {name: layer.shrunk(self.rank) for name, layer in layers.items()}
+        wanted = _of_layers(self.rank, layers)
+        return {name: layer.shrunk(wanted[name]) for name, layer in layers.items()}
 
 
 @validated("schedule.target")
 class GrowTo(Target):
-    """At least this rank for all layers; a layer above it keeps its rank."""
+    """At least this rank for all layers, or for those that a key means, as in :class:`Rank`; none is lowered.
 
-    rank: Count
+    >>> GrowTo({"attention": 8}).ranks({"h.0.attn.q": LayerState(4), "h.0.mlp.up": LayerState(4)})
+    {'h.0.attn.q': 8, 'h.0.mlp.up': 4}
+    """
+
+    rank: RankByKey
 
     def ranks(self, layers: Mapping[str, LayerState]) -> dict[str, int]:
-        return {name: layer.grown(self.rank) for name, layer in layers.items()}
+        wanted = _of_layers(self.rank, layers)
+        return {name: layer.grown(wanted[name]) for name, layer in layers.items()}
 
 
 @validated("schedule.target")

@@ -7,7 +7,7 @@ from torch.nn.utils import parametrize
 
 import dynrank
 from dynrank.adapters.by_data import effects, greedy
-from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.adapters.squeeze import squeeze
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import truncate_product
 
@@ -153,5 +153,5 @@ def test_budget_keeps_the_layer_that_the_loss_needs_and_weight_the_large_one(tmp
     by_data = greedy(effects(layers, losses), torch.ones(6), widths, dict.fromkeys(layers, 1), 60)
     assert {name: len(keep) for name, keep in by_data.items()} == {"large": 1, "small": 4}
     dynrank.save_adapter(model, tmp_path / "adapter")
-    by_weight = squeeze_adapter(tmp_path / "adapter", tmp_path / "small", budget=60)
+    by_weight = squeeze(tmp_path / "adapter", tmp_path / "small", budget=60)
     assert {report.layer: report.rank_after for report in by_weight} == {"large": 4, "small": 1}

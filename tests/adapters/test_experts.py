@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from trained import updated
 
 import dynrank
-from dynrank.adapters.squeeze import inspect_adapter, squeeze_adapter
+from dynrank.adapters.squeeze import inspect, squeeze
 from dynrank.errors import ConfigurationError
 
 KINDS = ("Mixtral", "Qwen3Moe", "DeepseekV3", "Qwen3_5Moe", "GptOss", "GraniteMoe")
@@ -53,7 +53,7 @@ def ranks(model):
 
 
 def spectra(folder):
-    return {layer.layer: layer.singular_values for layer in inspect_adapter(folder)}
+    return {layer.layer: layer.singular_values for layer in inspect(folder)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +101,7 @@ def test_an_adapter_of_pefts_all_linear_with_routers_goes_both_ways(kind, tiny_m
 def test_squeezing_a_file_is_resizing_the_model(tiny_moe, tmp_path):
     model = updated(dynrank.add_lora(tiny_moe("GptOss"), rank=4), std=0.3)
     dynrank.save_adapter(model, tmp_path / "full")
-    reports = squeeze_adapter(tmp_path / "full", tmp_path / "small", rank=2)
+    reports = squeeze(tmp_path / "full", tmp_path / "small", rank=2)
     expected = {report.layer: report for report in dynrank.resize(model, 2)}
     small = dynrank.load_adapter(tiny_moe("GptOss"), tmp_path / "small")
     assert_close(logits(small), logits(model), rtol=1e-5, atol=1e-5)

@@ -140,7 +140,7 @@ def test_variants_convolutions_and_places_that_are_taken_are_refused(zoo, tmp_pa
     (tmp_path / "base.gguf").write_bytes(b"somebody's weights")
     with pytest.raises(ConfigurationError, match=r"new file, .*base\.gguf"):
         dynrank.export_adapter(tmp_path / "adapter", tmp_path / "base.gguf", to="gguf")
-    with pytest.raises(ConfigurationError, match=r"--multiple goes with --to padded"):
+    with pytest.raises(ConfigurationError, match="multiple goes with to padded"):
         dynrank.export_adapter(tmp_path / "adapter", tmp_path / "out", to="vllm", multiple=2)
     zoo.edit_config(tmp_path / "adapter", use_dora=True)
     with pytest.raises(ConfigurationError, match="use_dora"):

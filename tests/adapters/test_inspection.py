@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 import dynrank
-from dynrank.adapters.squeeze import inspect_adapter
 
 
 def save(folder, layers=2, fresh=False):
@@ -21,7 +20,7 @@ def save(folder, layers=2, fresh=False):
 
 def test_inspect_agrees_with_the_dense_updates(tmp_path):
     layers = dict(dynrank.lora_layers(save(tmp_path, layers=11)))
-    found = inspect_adapter(tmp_path)
+    found = dynrank.inspect(tmp_path)
     assert [layer.layer for layer in found] == [f"layers.{i}.{kind}" for i in range(11) for kind in ("down", "up")]
     for spectrum in found:
         delta = layers[spectrum.layer].delta_weight().detach().double()
@@ -56,6 +55,6 @@ def test_commands_take_the_folder_of_a_run_for_its_adapter(launch, tmp_path):
 
 def test_command_says_zero_of_a_fresh_adapter(launch, tmp_path):
     save(tmp_path, fresh=True)
-    assert {(layer.energy_rank(0.9), layer.effective_rank) for layer in inspect_adapter(tmp_path)} == {(0, 0.0)}
+    assert {(layer.energy_rank(0.9), layer.effective_rank) for layer in dynrank.inspect(tmp_path)} == {(0, 0.0)}
     assert launch("inspect", tmp_path, "--plot", tmp_path / "zero.png")[0] == 0
     assert (tmp_path / "zero.png").stat().st_size > 0

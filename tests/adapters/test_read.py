@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 import dynrank
 from dynrank.adapters.base import merge_adapter
 from dynrank.adapters.config import AdapterConfig
-from dynrank.adapters.squeeze import inspect_adapter, squeeze_adapter
+from dynrank.adapters.squeeze import inspect, squeeze
 from dynrank.errors import ConfigurationError, read_as
 
 CONFIG = "adapter_config.json"
@@ -71,8 +71,8 @@ BROKEN = {
 READERS = {
     "load": lambda model, adapter, out: dynrank.load_adapter(model, adapter),
     "swap": lambda model, adapter, out: dynrank.swap_adapter(model, adapter),
-    "squeeze": lambda model, adapter, out: squeeze_adapter(adapter, out, rank=1),
-    "inspect": lambda model, adapter, out: inspect_adapter(adapter),
+    "squeeze": lambda model, adapter, out: squeeze(adapter, out, rank=1),
+    "inspect": lambda model, adapter, out: inspect(adapter),
     "merge": lambda model, adapter, out: merge_adapter(adapter, "./nowhere", out),
 }
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dynrank.adapters.squeeze import inspect_adapter, squeeze_adapter
+from dynrank.adapters.squeeze import inspect, squeeze
 
 TARGETS = [{"rank": 2}, {"energy": 0.8}, {"budget": "40%"}]
 
@@ -86,7 +86,7 @@ def metadata_of(path):
 @pytest.mark.parametrize("target", TARGETS, ids=str)
 def test_every_tool_reads_the_dense_truncation_from_kohya_s_file(target, tmp_path):
     before = kohya(tmp_path / "a.safetensors")
-    reports = {r.layer: r for r in squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **target)}
+    reports = {r.layer: r for r in squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", **target)}
     after = load_file(tmp_path / "b.safetensors")
     read = by_diffusers(tmp_path / "b.safetensors")
     assert before.keys() == after.keys()
@@ -108,7 +108,7 @@ def test_every_tool_reads_the_dense_truncation_from_kohya_s_file(target, tmp_pat
 def test_half_precision_is_computed_in_float32_and_stored_as_it_was(tmp_path):
     dtype = torch.bfloat16
     before = kohya(tmp_path / "a.safetensors", dtype)
-    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=0.7)
+    squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=0.7)
     after = load_file(tmp_path / "b.safetensors")
     assert {value.dtype for value in after.values()} == {dtype}
     for key in (key for key in before if key.endswith(".alpha")):
@@ -140,7 +140,7 @@ def test_diffusers_file_is_right_with_its_metadata_and_without(metadata, target,
     source = diffusers_file(tmp_path, metadata=metadata)
     out = tmp_path / "new" / "b.safetensors"
     before = by_diffusers(source)
-    reports = {report.layer: report for report in squeeze_adapter(source, out, **target)}
+    reports = {report.layer: report for report in squeeze(source, out, **target)}
     after = by_diffusers(out)
     tensors = load_file(out)
     assert before.keys() == after.keys() == {name.removeprefix("unet.") for name in reports}
@@ -160,7 +160,7 @@ TRAINED["ss_network_args"] = json.dumps({"conv_dim": "4", "conv_alpha": "1", "dr
 def test_metadata_follow_and_hashes_go(tmp_path):
     hashes = {"sshs_model_hash": "0" * 64, "sshs_legacy_hash": "0" * 8, "modelspec.hash_sha256": "0x0"}
     before = kohya(tmp_path / "a.safetensors", alphas=[3], metadata=TRAINED | {"modelspec.title": "mine", **hashes})
-    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "1.safetensors", rank=2)
+    squeeze(tmp_path / "a.safetensors", tmp_path / "1.safetensors", rank=2)
     found = metadata_of(tmp_path / "1.safetensors")
     assert found.keys() == TRAINED.keys() | {"modelspec.title"}
     assert {key: found[key] for key in ("modelspec.title", "ss_tag_frequency")} == {
@@ -170,18 +170,18 @@ def test_metadata_follow_and_hashes_go(tmp_path):
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("2", alpha)
     assert json.loads(found["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": alpha, "dropout": "0.1"}
 
-    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "3.safetensors", energy=0.7)
+    squeeze(tmp_path / "a.safetensors", tmp_path / "3.safetensors", energy=0.7)
     assert metadata_of(tmp_path / "3.safetensors")["ss_network_dim"] == "Dynamic"
 
     save_file({key: value for key, value in before.items() if "alpha" not in key}, tmp_path / "b.safetensors", TRAINED)
-    squeeze_adapter(tmp_path / "b.safetensors", tmp_path / "4.safetensors", rank=2)
+    squeeze(tmp_path / "b.safetensors", tmp_path / "4.safetensors", rank=2)
     found = metadata_of(tmp_path / "4.safetensors")
     assert (found["ss_network_dim"], found["ss_network_alpha"]) == ("2", "2")
 
 
 def test_layers_that_are_at_their_rank_already_keep_their_bits(tmp_path):
     before = kohya(tmp_path / "a.safetensors", torch.float16, alphas=[2], ranks=[2])
-    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=2)
+    squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=2)
     after = load_file(tmp_path / "b.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -192,7 +192,7 @@ def test_a_layer_without_an_alpha_has_its_rank_for_one_and_gets_that_of_all(tmp_
     key = "lora_unet_time_embedding_linear_1"
     del before[f"{key}.alpha"]
     save_file(before, tmp_path / "a.safetensors")
-    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=1.0)
+    squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", energy=1.0)
     after = load_file(tmp_path / "b.safetensors")
     read = by_diffusers(tmp_path / "b.safetensors")
     for name in ("time_embedding.linear_1", "time_embedding.linear_2"):
@@ -246,11 +246,11 @@ NAMED = {
 def test_names_are_kept_and_not_understood(names, tmp_path):
     first, second = NAMED[names]
     save_file({first: torch.randn(4, 6), second: torch.randn(5, 4)}, tmp_path / "a.safetensors")
-    squeeze_adapter(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=1)
+    squeeze(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rank=1)
     assert {key: [*value.shape] for key, value in load_file(tmp_path / "b.safetensors").items()} == {
         first: [1, 6], second: [5, 1],
     }  # fmt: skip
-    (layer,) = inspect_adapter(tmp_path / "a.safetensors")
+    (layer,) = inspect(tmp_path / "a.safetensors")
     assert (layer.rank, layer.scaling) == (4, 1.0)
 
 

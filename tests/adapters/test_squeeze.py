@@ -11,7 +11,7 @@ from torch import nn
 
 import dynrank
 import dynrank.adapters.squeeze
-from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.adapters.squeeze import squeeze
 from dynrank.errors import ConfigurationError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -56,7 +56,7 @@ def deltas(folder):
 )
 def test_squeeze_is_the_dense_truncation_and_loads_in_peft_and_here(kind, settings, target, by_peft, zoo, tmp_path):
     source = by_peft(kind, **SETTINGS[settings])
-    reports = squeeze_adapter(source, tmp_path / "out", **target)
+    reports = squeeze(source, tmp_path / "out", **target)
     before = deltas(source)
     after = deltas(tmp_path / "out")
     assert [report.layer for report in reports] == list(before)
@@ -79,7 +79,7 @@ def test_squeeze_is_the_dense_truncation_and_loads_in_peft_and_here(kind, settin
 def test_squeeze_keeps_what_it_does_not_change(by_peft, zoo, tmp_path):
     source = by_peft("conv", rank_pattern={"point": 2}, lora_dropout=0.25, revision="abc")
     zoo.edit_config(source, base_model_name_or_path="some/base", task_type="FEATURE_EXTRACTION")
-    squeeze_adapter(source, tmp_path / "out", rank=3)
+    squeeze(source, tmp_path / "out", rank=3)
     old, new = (load_file(folder / WEIGHTS) for folder in (source, tmp_path / "out"))
     same = {key for key in old if old[key].shape == new[key].shape and torch.equal(old[key], new[key])}
     assert same == {key for key in old if "stem" not in key}
@@ -96,7 +96,7 @@ def test_squeeze_keeps_what_it_does_not_change(by_peft, zoo, tmp_path):
 def test_squeeze_keeps_the_dtype_of_each_factor(dtype, by_peft, zoo, tmp_path):
     source = by_peft("llama")
     zoo.edit_tensors(source, lambda t: t.update({k: v.to(dtype) for k, v in t.items() if "lora_B" in k}))
-    squeeze_adapter(source, tmp_path / "out", rank=2)
+    squeeze(source, tmp_path / "out", rank=2)
     for key, value in load_file(tmp_path / "out" / WEIGHTS).items():
         assert value.dtype == (dtype if "lora_B" in key else torch.float32)
     for (old, _), (new, _) in zip(deltas(source).values(), deltas(tmp_path / "out").values(), strict=True):
@@ -109,7 +109,7 @@ def test_budget_is_a_count_or_a_share_of_parameters(budget, by_peft, zoo, tmp_pa
     # The adapter has 2 x 6 x (8 + 8 + 8 + 8 + 12 + 8) = 624 parameters.
     source = by_peft("llama")
     zoo.edit_config(source, alpha_pattern={"q_proj": 40})
-    reports = squeeze_adapter(source, tmp_path / "out", budget=budget)
+    reports = squeeze(source, tmp_path / "out", budget=budget)
     total = sum(tensor.numel() for tensor in load_file(tmp_path / "out" / WEIGHTS).values())
     assert sum(r.rank_after * r.params_per_rank for r in reports) == total
     assert 312 - 20 < total <= 312
@@ -123,14 +123,14 @@ def test_share_keeps_the_direction_that_rounding_would_lose(tmp_path):
     model = dynrank.add_lora(nn.Sequential(nn.Linear(200, 200)), rank=100, target_modules=["0"])
     nn.init.normal_(model[0].lora_B)
     dynrank.save_adapter(model, tmp_path / "source")
-    (report,) = squeeze_adapter(tmp_path / "source", tmp_path / "out", budget=0.29)
+    (report,) = squeeze(tmp_path / "source", tmp_path / "out", budget=0.29)
     assert report.rank_after == 29
 
 
 def test_squeeze_of_a_fresh_adapter_can_still_learn(zoo, tmp_path):
     get_peft_model(zoo.plain("llama"), LoraConfig(r=6, target_modules=["q_proj"])).save_pretrained(tmp_path / "source")
     for number, target in enumerate(({"rank": 2}, {"energy": 0.9}, {"budget": 10**6})):
-        reports = squeeze_adapter(tmp_path / "source", tmp_path / f"out{number}", **target)
+        reports = squeeze(tmp_path / "source", tmp_path / f"out{number}", **target)
         assert {r.energy_kept for r in reports} == {1.0}
         tensors = load_file(tmp_path / f"out{number}" / WEIGHTS)
         assert all(bool(value.any()) == ("lora_A" in key) for key, value in tensors.items())
@@ -138,7 +138,7 @@ def test_squeeze_of_a_fresh_adapter_can_still_learn(zoo, tmp_path):
 
 def test_squeeze_takes_layers_at_the_ranks_that_they_can_have(zoo, tmp_path):
     model = zoo.by_peft("conv", tmp_path / "source", r=12)
-    squeeze_adapter(tmp_path / "source", tmp_path / "out", energy=1.0)
+    squeeze(tmp_path / "source", tmp_path / "out", energy=1.0)
     back = dynrank.load_adapter(zoo.plain("conv"), tmp_path / "out")
     assert (zoo.outputs(back) - zoo.outputs(model)).abs().max() <= 1e-5
 
@@ -157,8 +157,8 @@ def test_share_is_of_the_stored_numbers_also_with_ranks_too_high(zoo, launch, tm
 
 def test_a_bool_is_no_rank(by_peft, tmp_path):
     """What else cannot be used is refused by the command, see tests/run/test_bad_input.py."""
-    with pytest.raises(ConfigurationError, match="--rank"):
-        squeeze_adapter(by_peft("llama"), tmp_path / "out", rank=True)
+    with pytest.raises(ConfigurationError, match="rank must be an int"):
+        squeeze(by_peft("llama"), tmp_path / "out", rank=True)
 
 
 def test_command_that_fills_the_disk_leaves_nothing(launch, tmp_path, request):

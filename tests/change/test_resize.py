@@ -1,6 +1,7 @@
 """A change of rank in a live model: all or nothing, and nothing else moves."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -63,7 +64,8 @@ def test_resize_names_the_diverged_layer_and_changes_nothing(trained, target, va
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        ({"0": 3, "9": 3, "zero": 3}, r"(?s)named '9'.*named 'zero'"),
+        ({"0": 3, "9": 3, "zero": 3}, r"(?s)'9' matches no LoRA layer.*'zero' matches no LoRA layer"),
+        ({".*": 3, "[02]": 2}, r"'\[02\]' is hidden by '\.\*'"),
         ({"0": 11, "4": 0}, r"(?s)'0': rank must be between 1 and min\(d_in, d_out\) = 10, got 11.*'4'.*got 0"),
         (9, r"'4': rank must be .* = 8, got 9"),
         (-1, "got -1"),
@@ -94,9 +96,9 @@ def test_resize_changes_only_the_layers_of_a_mapping(trained):
 
 @pytest.mark.parametrize("target", [1, 4, 8])
 def test_resize_update_is_the_best_of_its_rank_and_the_report_says_so(trained, target):
-    net, _ = trained
+    net, optimizer = trained
     dense = {name: layer.delta_weight().detach().double() for name, layer in dynrank.lora_layers(net)}
-    for report in resize(net, target):
+    for report in resize(net, target, optimizers=[optimizer]):
         u, s, vh = torch.linalg.svd(dense[report.layer], full_matrices=False)
         layer = dict(dynrank.lora_layers(net))[report.layer]
         assert (layer.rank, layer.scaling, layer.alpha) == (target, 1.5, 1.5 * target)
@@ -143,19 +145,53 @@ def test_resize_optimizer_state_of_each_factor_moves_by_the_map_of_the_other(tra
     assert new[0]["step"] == new[1]["step"] == 5
 
 
-def test_optimizer_that_was_not_passed_refuses_its_next_step(trained):
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [({"[24]": 3}, [6, 3, 3]), ({"4": 2, ".*": 3}, [3, 3, 2]), ({".*": 3, "4": 2}, [3, 3, 2]), ({"0|4": 8}, [8, 6, 8])],
+)
+def test_keys_may_be_patterns_and_names_go_before_them(trained, keys, expected):
+    net, optimizer = trained
+    resize(net, keys, optimizers=[optimizer])
+    assert [layer.rank for _, layer in dynrank.lora_layers(net)] == expected
+    train(net, optimizer, 1)
+
+
+def test_an_optimizer_that_was_not_passed_is_named_and_nothing_changes(trained):
     net, optimizer = trained
     bare = torch.optim.SGD(net.parameters(), lr=0.1)
-    resize(net, 3, optimizers=[bare])
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ConfigurationError, match=r"resize has changed .* \[3, 10\].* AdamW still has .*optimizers="):
-        train(net, optimizer, 1)
-    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
-    train(net, bare, 1)
+    before = snapshot(net, optimizer)
+    for passed in ([], [bare]):
+        with pytest.raises(ConfigurationError, match=r"not passed .*: AdamW of '2'; .*optimizers=\[optimizer\]"):
+            resize(net, {"2": 3}, optimizers=passed)
+        assert_unchanged(net, optimizer, before)
+        train(copy.deepcopy(net), bare, 1)
+    assert resize(net, 3, dry_run=True)
+    assert_unchanged(net, optimizer, before)
+    resize(net, 3, optimizers=[optimizer])
+    train(net, optimizer, 1)
+    # Neither of these would notice a new shape: no state, and state of another layer.
     optimizer.state.clear()
-    train(net, optimizer, 1)
-    resize(net, 2, optimizers=[optimizer])
-    train(net, optimizer, 1)
+    train(net, bare, 1)
+    resize(net, 2)
+    other = torch.optim.AdamW(net[4].parameters())
+    train(net, other, 1)
+    resize(net, {"0": 1, "2": 1})
+    train(net, other, 1)
+
+
+def test_an_optimizer_that_was_deleted_is_no_obstacle():
+    net = dynrank.add_lora(nn.Sequential(nn.Linear(10, 8)), rank=6)
+    optimizer = torch.optim.AdamW(net[0].parameters())
+    train(net, optimizer, 2)
+    # A learning-rate scheduler also replaces the optimizer's step by one that holds the optimizer.
+    optimizer.itself = optimizer
+    still = weakref.ref(optimizer)
+    with pytest.raises(ConfigurationError, match="AdamW of '0'"):
+        resize(net, 3)
+    del optimizer
+    assert still() is not None
+    resize(net, 3)
+    assert still() is None
 
 
 def test_balance_equalises_factors_in_a_cut_and_moves_their_moments(trained):
@@ -180,9 +216,9 @@ def test_balance_equalises_factors_in_a_cut_and_moves_their_moments(trained):
 
 @pytest.mark.parametrize("target", [{"0": 8, "2": 6}, {"2": 6}])
 def test_balance_without_a_cut_changes_no_other_layer(trained, target):
-    net, _ = trained
+    net, optimizer = trained
     before = copy.deepcopy(net[2].state_dict())
-    resize(net, target, balance=True)
+    resize(net, target, optimizers=[optimizer], balance=True)
     assert all(torch.equal(value, before[key]) for key, value in net[2].state_dict().items())
 
 

@@ -42,7 +42,7 @@ def test_an_error_leaves_nothing(error, tmp_path):
 
     with pytest.raises((ConfigurationError, KeyboardInterrupt)) as caught:
         fail()
-    assert isinstance(error, KeyboardInterrupt) or f"cannot write to --out '{tmp_path / 'out'}': " in str(caught.value)
+    assert isinstance(error, KeyboardInterrupt) or f"cannot write to out '{tmp_path / 'out'}': " in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -51,7 +51,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(out, tmp_path):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "loop").symlink_to("loop")
     check_free(tmp_path / "free", tmp_path / "loop")
-    with pytest.raises(ConfigurationError, match="cannot write to --out .*(Not a directory|Too many levels)"):
+    with pytest.raises(ConfigurationError, match="cannot write to out .*(Not a directory|Too many levels)"):
         write(tmp_path / out)
     assert {path.name for path in tmp_path.iterdir()} == {"file", "loop"}
 
@@ -60,9 +60,9 @@ def test_check_free_names_a_folder_that_is_taken(tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "mine").write_text("mine")
     for out in (tmp_path / "used", tmp_path / "used" / "mine"):
-        with pytest.raises(ConfigurationError, match="--out must be a new or empty folder"):
+        with pytest.raises(ConfigurationError, match="out must be a new or empty folder"):
             check_free(out)
-    with pytest.raises(ConfigurationError, match="--out must be another folder"):
+    with pytest.raises(ConfigurationError, match="out must be another folder"):
         check_free(tmp_path / "new" / ".." / "used", tmp_path / "used")
     check_free(tmp_path / "new", tmp_path / "used")
 
@@ -74,7 +74,7 @@ def test_a_folder_that_somebody_else_has_filled_meanwhile_stays_as_it_is(tmp_pat
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "file").write_text("mine")
 
-    with pytest.raises(ConfigurationError, match="cannot write to --out .*Directory not empty"):
+    with pytest.raises(ConfigurationError, match="cannot write to out .*Directory not empty"):
         write_late()
     assert (tmp_path / "out" / "file").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -83,7 +83,7 @@ def test_a_folder_that_somebody_else_has_filled_meanwhile_stays_as_it_is(tmp_pat
 def test_a_second_writer_is_refused_and_the_first_goes_on(tmp_path):
     with whole_or_nothing(tmp_path / "out") as folder:
         (folder / "file").write_text("first")
-        with pytest.raises(ConfigurationError, match=r"out.part' exists: another process is writing --out"):
+        with pytest.raises(ConfigurationError, match=r"out.part' exists: another process is writing out"):
             write(tmp_path / "out")
     assert (tmp_path / "out" / "file").read_text() == "first"
 

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynrank.targets import Energy, LayerState, Rank, Towards
+from dynrank.errors import ConfigurationError
+from dynrank.targets import Energy, GrowTo, LayerState, Rank, Towards
 
 
 def next_rank(target, rank, **options):
@@ -45,3 +46,26 @@ def test_a_layer_with_a_final_rank_of_its_own_goes_there():
 )
 def test_rank_from_the_singular_values(target, values, expected):
     assert next_rank(target, len(values), values=torch.tensor(values, dtype=torch.float64)) == expected
+
+
+BLOCK = ["h.0.attn.q", "h.0.mlp.up", "h.1.attn.q", "h.1.mlp.up", "head"]
+
+
+def test_one_stage_gives_each_kind_of_layers_its_rank_and_leaves_the_others():
+    layers = {name: LayerState(16) for name in BLOCK} | {
+        "h.1.mlp.up": LayerState(2),
+        "h.1.attn.q": LayerState(16, lowest=16, highest=16),
+    }
+    assert list(Rank({"attention": 8, "mlp": 4}).ranks(layers).values()) == [8, 4, 16, 2, 16]
+    assert list(GrowTo({"mlp": 20, "head": 18}).ranks(layers).values()) == [16, 20, 16, 20, 18]
+
+
+@pytest.mark.parametrize("rank", [{}, {"mlp": 0}, {"mlp": True}, {"": 4}, {4: 4}, 0, "4"])
+def test_what_is_no_rank_is_refused_by_value(rank):
+    with pytest.raises(ConfigurationError, match="rank"):
+        Rank(rank)
+
+
+def test_a_key_that_means_no_layer_is_named_with_the_nearest():
+    with pytest.raises(ConfigurationError, match=r"'attn\.k' matches no LoRA layer; nearest: \['attn\.q'"):
+        Rank({"attn.k": 4}).ranks({name: LayerState(16) for name in BLOCK})

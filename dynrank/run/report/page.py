@@ -165,9 +165,8 @@ def _draw(run: RunRecord) -> dict[str, Path]:
 def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
     """(name of the file, caption, figure) of each picture."""
     # matplotlib is an optional dependency.
-    from dynrank.output.plots import loss_figure, quality_figure, ranks_figure, spectra_figure
+    from dynrank import plot
 
-    changes = {change.step: f"rank {change.ranks}" for change in run.made}
     over = f"over {run.last_step:,} optimizer steps"
     # A run that was resumed at its last step has no losses.
     if run.metrics.keys() & {"train/loss", "val/loss"}:
@@ -176,21 +175,21 @@ def _figures(run: RunRecord) -> Iterator[tuple[str, str, Figure]]:
             "step, with the dropout and label smoothing that are set; validation has neither. The losses at the end "
             "are measured alike."
         )
-        yield "loss", caption, loss_figure(run.metrics, changes)
+        yield "loss", caption, plot.loss(run)
     quality = {name: run.metrics[name] for name in run.metrics if name.startswith("val/") and name != "val/loss"}
     if quality:
-        yield "quality", f"In validation {over}: {', '.join(quality)}.", quality_figure(quality, changes)
-    ranks = run.ranks()
+        yield "quality", f"In validation {over}: {', '.join(quality)}.", plot.quality(quality, run.change_texts())
     caption = (
-        f"Ranks of {len(ranks)} layers, the first → the last: a row for each block, a column for each kind of layer."
+        f"Ranks of {len(run.layers)} layers, the first → the last: a row for each block, a column for each kind of "
+        "layer."
     )
     brought = run.brought()
+    ranks = run.ranks()
     if len({ranks[name][-1] for name in brought}) > 1:
         caption += (
             " Where layers share a pool, the rank of each is in proportion to what it has brought (the table of layers "
             "has it): the decrease of the loss by its updates before the change, at least 0, plus its standard error."
         )
-    yield "ranks", caption, ranks_figure(ranks)
-    spectra = {name: layer.singular_values for name, layer in run.layers.items()}
-    caption = f"Singular values of {len(spectra)} updates at the end, relative to the largest of each."
-    yield "spectra", caption, spectra_figure(spectra, "at the end")
+    yield "ranks", caption, plot.ranks(run)
+    caption = f"Singular values of {len(run.layers)} updates at the end, relative to the largest of each."
+    yield "spectra", caption, plot.spectra(run, "at the end")

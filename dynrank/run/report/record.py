@@ -12,7 +12,7 @@ import yaml
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as checked_dataclass
 
-from dynrank.adapters.squeeze import LayerSpectrum, inspect_adapter
+from dynrank.adapters.squeeze import LayerSpectrum, inspect
 from dynrank.errors import ConfigurationError, read_as
 from dynrank.output.console import span
 from dynrank.run.command import read_overrides
@@ -20,7 +20,7 @@ from dynrank.run.folder import HISTORY, METRICS
 from dynrank.run.summary import Summary, read_summary
 
 if TYPE_CHECKING:
-    from dynrank.output.plots import Series
+    from dynrank.plot import Series
 
 
 # This is not strict, because the cells of a CSV file are texts. The report ignores other columns.
@@ -41,7 +41,13 @@ class LayerChange:
 
 @dataclass(frozen=True)
 class Change:
-    """The rows of rank_history.csv of one change of ranks, which may have been undone."""
+    """The rows of rank_history.csv of one change of ranks, which may have been undone.
+
+    Attributes:
+        step: optimizer steps made before the change.
+        reason: why the change was made, or why it was undone.
+        layers: {layer: its row}.
+    """
 
     step: int
     reason: str
@@ -69,33 +75,50 @@ class Change:
         return float(sum(layer.predicted_error**2 for layer in self.layers.values()) ** 0.5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RunRecord:
     """A finished run, as the files in its folder describe it.
 
     Attributes:
-        config: the whole configuration as YAML.
+        folder: the folder of the run.
+        config: the whole configuration, ``config["lora"]["rank"]``.
+        yaml: the same as the text of the file.
         settings: {``group.key``: its value}.
         overrides: those of the command line; None: not recorded.
+        summary: the contents of summary.json: test metrics, final ranks, parameters, seconds, …
+        metrics: {metric: (optimizer steps, values)}, for example ``metrics["val/loss"]``.
         last_step: optimizer steps made.
-        changes: all changes of rank in the order of time, also those that were undone.
+        history: all changes of rank in the order of time, also those that were undone.
         layers: {layer of the exported adapter: its spectrum}, in the order of the model.
+        generations: the texts that the run has generated, if it did.
     """
 
     folder: Path
-    config: str
+    config: dict[str, Any]
+    yaml: str
     settings: dict[str, Any]
     overrides: list[str] | None
     summary: Summary
     metrics: dict[str, Series]
     last_step: int
-    changes: list[Change]
+    history: list[Change]
     layers: dict[str, LayerSpectrum]
+
+    def __repr__(self) -> str:
+        ended = {"rank": span(self.summary.final_ranks.values()), **self.summary.test}
+        results = ", ".join(
+            f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in ended.items()
+        )
+        return f"<run {str(self.folder)!r}: {self.last_step:,} steps, {results}>"
 
     @property
     def made(self) -> list[Change]:
         """The changes that were not undone."""
-        return [change for change in self.changes if not change.undone]
+        return [change for change in self.history if not change.undone]
+
+    def change_texts(self) -> dict[int, str]:
+        """{optimizer step: ``rank 32 → 16``} of the changes that were not undone, for pictures."""
+        return {change.step: f"rank {change.ranks}" for change in self.made}
 
     def ranks(self) -> dict[str, list[int]]:
         """{layer: its successive ranks}, with the one at the start."""
@@ -109,7 +132,7 @@ class RunRecord:
         """{layer: (what it had brought before its last change, the standard error)}, where that is known."""
         return {
             layer.layer: (layer.brought, layer.brought_error)
-            for change in self.changes
+            for change in self.history
             for layer in change.layers.values()
             if layer.brought != "" and layer.brought_error != ""
         }
@@ -123,36 +146,49 @@ class RunRecord:
         )
 
 
-def read_run(folder: Path, config: str | None = None) -> RunRecord:
-    """Read the files of a run that has ended.
+def read_run(folder: str | Path, config: str | None = None) -> RunRecord:
+    """The record of a run that has ended, from the files in its folder.
 
     Args:
         folder: folder with summary.json, metrics.csv, rank_history.csv and adapter/, and optionally .hydra/.
         config: the run's configuration as YAML, for a run that Hydra did not start; None: .hydra/config.yaml.
+
+    Raises:
+        ConfigurationError: if the folder is not that of a finished run, or a file in it is damaged.
+
+    Example::
+
+        run = dynrank.read_run("outputs/2026-11-28/12-00-00")
+        run.config["lora"]["rank"], run.summary.test, run.ranks()
+        [(change.step, change.ranks, change.reason) for change in run.history]
+        dynrank.plot.loss(run).savefig("loss.png")
     """
+    folder = Path(folder)
     recorded = folder / ".hydra" / "config.yaml"
     try:
         summary = read_summary(folder)
         if config is None or recorded.exists():
             config = recorded.read_text(encoding="utf-8")
-        groups = {name: values for name, values in yaml.safe_load(config).items() if isinstance(values, dict)}
-        changes = _changes(folder / HISTORY)
+        content = yaml.safe_load(config)
+        history = _changes(folder / HISTORY)
         metrics = read_metrics(folder / METRICS)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigurationError(f"{str(recorded)!r} is not a configuration: {error}") from None
-    layers = {layer.layer: layer for layer in inspect_adapter(folder / "adapter")}
+    layers = {layer.layer: layer for layer in inspect(folder / "adapter")}
+    groups = {name: values for name, values in content.items() if isinstance(values, dict)}
     trained = [step + 1 for step in metrics.get("train/loss", ([], []))[0]]
     return RunRecord(
         folder=folder,
-        config=config,
+        config=content,
+        yaml=config,
         settings={f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()},
         overrides=read_overrides(folder),
         summary=summary,
         metrics=metrics,
-        last_step=max([1, *trained, *(change.step for change in changes)]),
-        changes=changes,
+        last_step=max([1, *trained, *(change.step for change in history)]),
+        history=history,
         layers={name: layers[name] for name in summary.final_ranks},
     )
 

@@ -179,11 +179,11 @@ def _write(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
 
 def _draw(file: Path, made: Sequence[Arm], names: Sequence[str]) -> None:
     # matplotlib is an optional dependency.
-    from dynrank.output.plots import arms_figure
+    from dynrank import plot
 
     shown = _shown(names)
     # The ranks decide it, so a panel of it would say nothing of the runs.
     shown.pop("adapter_parameters", None)
     panels = {heading: [arm.values(name) for arm in made] for name, heading in shown.items()}
     settings = [list(arm.setting.values()) for arm in made]
-    arms_figure(settings, ", ".join(made[0].setting), panels).savefig(file)
+    plot.arms(settings, ", ".join(made[0].setting), panels).savefig(file)

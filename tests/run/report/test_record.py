@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 
+import dynrank
+from dynrank import plot
 from dynrank.commands import cli
 from dynrank.errors import ConfigurationError
 from dynrank.run.report.page import write_report
@@ -22,16 +24,33 @@ def folder(whole, tmp_path):
 
 def test_ranks_follow_what_was_made_and_not_what_was_taken_back(run_folder, tmp_path):
     run = read_run(run_folder(tmp_path, drops=[(10, 4), (20, 6)], undone=[(10, 1), (12, 3)]))
-    assert [change.undone for change in run.changes] == [True, False, True, False]
+    assert [change.undone for change in run.history] == [True, False, True, False]
     assert run.ranks()["layers.0.up"] == [8, 4, 6]
     assert run.ranks()["head"] == [8]
     assert run.last_step == 30
 
 
+def test_a_run_in_python_is_one_line_and_its_pictures_are_the_reports(folder):
+    run = dynrank.read_run(str(folder))
+    assert repr(run) == f"<run {str(folder)!r}: 30 steps, rank 2-8, test/loss 1.25>"
+    assert run.config["lora"]["rank"] == 8
+    assert run.summary.test == {"test/loss": 1.25}
+    assert [change.step for change in run.history] == [10, 20]
+    assert [len(values) for values in run.metrics["val/loss"]] == [5, 5]
+    write_report(folder)
+    for name, figure in (
+        ("loss", plot.loss(run)),
+        ("ranks", plot.ranks(run)),
+        ("spectra", plot.spectra(run, "at the end")),
+    ):
+        figure.savefig(folder / "again.png")
+        assert (folder / "again.png").read_bytes() == (folder / "plots" / f"{name}.png").read_bytes()
+
+
 def test_configuration_is_taken_from_the_caller_where_hydra_left_none(folder):
     shutil.rmtree(folder / ".hydra")
     run = read_run(folder, config="lora: {rank: 8}\n")
-    assert (run.config, run.overrides) == ("lora: {rank: 8}\n", None)
+    assert (run.config, run.yaml, run.overrides) == ({"lora": {"rank": 8}}, "lora: {rank: 8}\n", None)
 
 
 def edit(name, old, new):

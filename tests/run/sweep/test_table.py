@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tables import rows
 
+from dynrank import plot
 from dynrank.commands import cli
-from dynrank.output.plots import arms_figure
 from dynrank.run.sweep import table as sweep_table
 from dynrank.run.sweep.table import arms, read_sweep, show_sweep
 
@@ -104,7 +104,7 @@ def test_arms_of_several_settings_keep_all_that_differ(tmp_path):
 
 
 def test_picture_shows_every_run_the_means_and_deviations_of_several():
-    figure = arms_figure([["4"], ["16"]], "lora.rank", {"loss": [[1.0, 3.0], [5.0]], "gap": [[], [7.0]]})
+    figure = plot.arms([["4"], ["16"]], "lora.rank", {"loss": [[1.0, 3.0], [5.0]], "gap": [[], [7.0]]})
     loss, gap = figure.axes
     dots, means = ([(float(x), float(y)) for x, y in line.get_xydata()] for line in loss.lines[:2])
     assert dots == [(4, 1), (4, 3), (16, 5)]
@@ -112,7 +112,7 @@ def test_picture_shows_every_run_the_means_and_deviations_of_several():
     (bars,) = loss.containers
     assert [tuple(point) for point in bars.lines[0].get_xydata()] == [(4, 2)]
     assert not gap.containers
-    named = arms_figure([["fixed"], ["anneal"]], "schedule", {"loss": [[1.0], [2.0]]})
+    named = plot.arms([["fixed"], ["anneal"]], "schedule", {"loss": [[1.0], [2.0]]})
     assert [text.get_text() for text in named.axes[0].get_xticklabels()] == ["fixed", "anneal"]
 
 

@@ -1,20 +1,64 @@
-"""Pictures: the metrics and ranks of a run, the spectra of layers, and the arms of a sweep."""
+"""Pictures: losses and ranks of a run, spectra of layers, arms of a sweep. Each function returns a matplotlib figure.
+
+A figure is shown by a notebook, and saved by ``figure.savefig("ranks.png")``.
+"""
+
+from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
+from pathlib import Path
 from statistics import fmean, median, stdev
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from torch import nn
 
+from dynrank.adapters.squeeze import inspect
+from dynrank.change.resize import LayerDirections
+from dynrank.errors import ConfigurationError
+from dynrank.layers.finding import lora_layers
 from dynrank.output.ranks import block_of, layer_kinds
 
+try:
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+except ModuleNotFoundError as error:
+    raise ConfigurationError("pictures need matplotlib: pip install 'dynrank[plots]'") from error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+T = TypeVar("T")
 Series = tuple[list[int], list[float]]
 """Optimizer steps, and the value of a metric at each step."""
+
+
+class Spectrum(Protocol):
+    """A layer and the singular values of its update, as of :func:`dynrank.inspect`."""
+
+    @property
+    def layer(self) -> str: ...
+
+    @property
+    def singular_values(self) -> Sequence[float]: ...
+
+
+class Run(Protocol):
+    """A finished run, as of :func:`dynrank.read_run`."""
+
+    @property
+    def metrics(self) -> Mapping[str, Series]: ...
+
+    @property
+    def layers(self) -> Mapping[str, Spectrum]: ...
+
+    def change_texts(self) -> Mapping[int, str]: ...
+
+    def ranks(self) -> Mapping[str, Sequence[int]]: ...
+
 
 # Inches. In a picture this narrow, text of 9 points is legible on a phone.
 _WIDTH = 4.6
@@ -24,12 +68,24 @@ _NAMED_CHANGES = 8
 _POINTS = 4000
 
 
-def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
+def loss(run: Run | Mapping[str, Series], changes: Mapping[int, str] | None = None) -> Figure:
     """Training loss (each step and a running mean of 20), validation loss, learning rates; a line per change of rank.
 
-    Of a run of more than 4,000 steps only every second, third ... step is drawn. ``changes`` are {optimizer step: text
-    of the change}; the texts are drawn if there are at most 8.
+    Of a run of more than 4,000 steps only every second, third ... step is drawn.
+
+    Args:
+        run: a run of :func:`dynrank.read_run`, or {metric: (optimizer steps, values)} with the metrics train/loss,
+            val/loss and lr/….
+        changes: {optimizer step: text of the change}; None: those of the run. The texts are drawn if there are at
+            most 8.
+
+    >>> figure = loss({"train/loss": ([0, 1, 2], [3.0, 2.0, 1.0])}, {2: "rank 16 → 8"})
+    >>> figure.axes[0].get_ylabel()
+    'loss (cross-entropy)'
     """
+    metrics = run if isinstance(run, Mapping) else run.metrics
+    if changes is None:
+        changes = {} if isinstance(run, Mapping) else run.change_texts()
     figure, (axes,) = _panels("optimizer step", ["loss (cross-entropy)"])
     steps, losses = metrics.get("train/loss", ([], []))
     drawn = slice(None, None, max(1, -(-len(steps) // _POINTS)))
@@ -51,8 +107,8 @@ def loss_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Fi
     return figure
 
 
-def quality_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
-    """Each metric over the run in its own panel; ``changes`` as in :func:`loss_figure`."""
+def quality(metrics: Mapping[str, Series], changes: Mapping[int, str]) -> Figure:
+    """Each metric over the run in its own panel; ``changes`` are {optimizer step: text of the change}."""
     figure, rows = _panels("optimizer step", list(metrics), height=1 + 2 * len(metrics))
     for axes, series in zip(rows, metrics.values(), strict=True):
         axes.plot(*series, color="tab:orange", marker="o", markersize=4)
@@ -60,13 +116,24 @@ def quality_figure(metrics: Mapping[str, Series], changes: Mapping[int, str]) ->
     return figure
 
 
-def ranks_figure(ranks: Mapping[str, Sequence[int]]) -> Figure:
+def ranks(of: nn.Module | Run | Mapping[str, Sequence[int]]) -> Figure:
     """The rank of every layer as a number and a colour: blocks below each other, kinds of layers side by side.
 
-    ``ranks`` are {layer: its successive ranks}; of a layer that changed, the cell has the first and the last. Layers
-    that are the only ones of their kind stand below the blocks, with their names.
+    Of a layer that changed, the cell has the first rank and the last. Layers that are the only ones of their kind stand
+    below the blocks, with their names.
+
+    Args:
+        of: a model with LoRA layers, a run of :func:`dynrank.read_run`, or {layer: its successive ranks}.
+
+    Raises:
+        ConfigurationError: if there are no LoRA layers.
+
+    >>> figure = ranks({"h.0.q": [16, 4], "h.1.q": [16, 9], "head": [8]})
+    >>> [text.get_text() for text in figure.axes[0].texts]
+    ['16→4', '16→9']
     """
-    kinds = layer_kinds(ranks)
+    found = _ranks(of)
+    kinds = layer_kinds(found)
     counts = Counter(kinds.values())
     rows = sorted({block_of(name) for name, kind in kinds.items() if counts[kind] > 1})
     columns = [kind for kind, count in counts.items() if count > 1]
@@ -74,18 +141,18 @@ def ranks_figure(ranks: Mapping[str, Sequence[int]]) -> Figure:
     cells: dict[tuple[int, int], Sequence[int]] = {}
     for name, kind in kinds.items():
         if counts[kind] > 1:
-            cells[rows.index(block_of(name)), columns.index(kind)] = ranks[name]
-    below = {(row, 0): ranks[name] for row, name in enumerate(single)}
+            cells[rows.index(block_of(name)), columns.index(kind)] = found[name]
+    below = {(row, 0): found[name] for row, name in enumerate(single)}
     blocks = [f"block {'.'.join(map(str, row))}" for row in rows]
     tables = [(cells, blocks, columns), (below, single, [""])]
     parts = [table for table in tables if table[0]]
-    cell = 0.15 + 0.08 * max(len(_first_and_last(own)) for own in ranks.values())
+    cell = 0.15 + 0.08 * max(len(_first_and_last(own)) for own in found.values())
     width = max(_WIDTH, 1.3 + cell * len(columns))
     heights = [len(names) for _, names, _ in parts]
     above = 0.6 + 0.04 * max(map(len, columns), default=0)
     figure = Figure(figsize=(width, above + 0.2 * sum(heights)), dpi=210, layout="constrained")
     panels = figure.subplots(len(parts), squeeze=False, height_ratios=heights)[:, 0]
-    scale = Normalize(vmin=0, vmax=max(own[-1] for own in ranks.values()))
+    scale = Normalize(vmin=0, vmax=max(own[-1] for own in found.values()))
     for axes, part in zip(panels, parts, strict=True):
         _draw_cells(axes, *part, scale)
     return figure
@@ -112,21 +179,36 @@ def _draw_cells(
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
 
 
-def spectra_figure(spectra: Mapping[str, Sequence[float]], title: str) -> Figure:
+def spectra(
+    of: nn.Module | Run | str | Path | Iterable[Spectrum] | Mapping[str, Sequence[float]],
+    title: str = "singular values of the updates",
+) -> Figure:
     """Singular values of each layer's update, largest first, relative to the largest.
 
     Each kind of layer has its own colour, and a thick line for its median.
+
+    Args:
+        of: a model with LoRA layers, a run of :func:`dynrank.read_run`, the folder or file of an adapter, the result of
+            :func:`dynrank.inspect`, or {layer: its singular values, descending}.
+        title: stands above the picture, before the number of layers.
+
+    Raises:
+        ConfigurationError: if there are no LoRA layers, or the adapter cannot be read.
+
+    >>> spectra({"h.0.q": [2.0, 1.0], "h.1.q": [3.0, 1.0]}).axes[0].get_title()
+    'singular values of the updates, 2 layers'
     """
-    shares = {name: [v / values[0] for v in values] for name, values in spectra.items() if values and values[0] > 0}
-    kinds = layer_kinds(spectra)
-    found = sorted({kinds[name] for name in shares})
-    colours = {kind: f"C{index % 10}" for index, kind in enumerate(found)}
-    figure, (axes,) = _panels("singular value", ["relative to the largest"], height=3.6 + 0.2 * len(found))
+    found = _spectra(of)
+    shares = {name: [v / values[0] for v in values] for name, values in found.items() if values and values[0] > 0}
+    kinds = layer_kinds(found)
+    present = sorted({kinds[name] for name in shares})
+    colours = {kind: f"C{index % 10}" for index, kind in enumerate(present)}
+    figure, (axes,) = _panels("singular value", ["relative to the largest"], height=3.6 + 0.2 * len(present))
     for name, values in shares.items():
         # Thinner lines let hundreds of layers remain visible.
         width = 0.9 if len(shares) < 100 else 0.5
         axes.plot(range(1, len(values) + 1), values, color=colours[kinds[name]], alpha=0.3, linewidth=width)
-    for index, kind in enumerate(found):
+    for index, kind in enumerate(present):
         members = [values for name, values in shares.items() if kinds[name] == kind]
         # zip ends the median at the shortest spectrum.
         typical = [median(column) for column in zip(*members, strict=False)]
@@ -145,17 +227,42 @@ def spectra_figure(spectra: Mapping[str, Sequence[float]], title: str) -> Figure
     # A share below a millionth is a rounding error of float32 factors, and would flatten the rest of the picture.
     if shares:
         axes.set_ylim(bottom=max(1e-6, 0.7 * min(values[-1] for values in shares.values())))
-    zero = len(spectra) - len(shares)
-    axes.set_title(f"{title}, {len(spectra)} layers" + (f", {zero} of them zero" if zero else ""))
-    if found:
-        columns = 2 if max(map(len, found)) < 24 else 1
+    zero = len(found) - len(shares)
+    axes.set_title(f"{title}, {len(found)} layers" + (f", {zero} of them zero" if zero else ""))
+    if present:
+        columns = 2 if max(map(len, present)) < 24 else 1
         figure.legend(loc="outside lower center", fontsize=9, title="median of each kind", ncols=columns)
     return figure
 
 
-def arms_figure(
-    settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequence[Sequence[float]]]
-) -> Figure:
+def _ranks(of: nn.Module | Run | Mapping[str, Sequence[int]]) -> Mapping[str, Sequence[int]]:
+    if isinstance(of, nn.Module):
+        of = {name: [layer.rank] for name, layer in lora_layers(of)}
+    elif not isinstance(of, Mapping):
+        of = of.ranks()
+    return _some(of)
+
+
+def _spectra(of: Any) -> Mapping[str, Sequence[float]]:
+    if isinstance(of, nn.Module):
+        return _some(
+            {name: values.tolist() for name, values in LayerDirections(dict(lora_layers(of))).values().items()}
+        )
+    if isinstance(of, Mapping):
+        return _some(of)
+    if isinstance(of, str | Path):
+        of = inspect(of)
+    found = of.layers.values() if hasattr(of, "layers") else of
+    return _some({layer.layer: layer.singular_values for layer in found})
+
+
+def _some(found: Mapping[str, T]) -> Mapping[str, T]:
+    if not found:
+        raise ConfigurationError("there are no LoRA layers to draw; call dynrank.add_lora on the model first")
+    return found
+
+
+def arms(settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
     """A panel for each quantity: a dot per run, and per arm the mean and, of several runs, the standard deviation.
 
     ``settings`` has the settings of each arm: single numbers give a numeric axis, anything else equal distances. The

@@ -1,0 +1,112 @@
+"""The plugin of axolotl and the program for LLaMA-Factory, with fakes of the few names that they take from these.
+
+The real axolotl 0.19 and LLaMA-Factory 0.9.5 want other versions of transformers, PEFT and datasets than this suite.
+"""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from dynrank.callbacks import RankTrainerCallback
+from dynrank.errors import ConfigurationError
+from dynrank.integrations import callback_of
+from dynrank.schedules import anneal, as_texts, early_budget
+
+
+def fake(monkeypatch, name, **names):
+    """A module of these names, and packages around it."""
+    parts = name.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(parts[end - 1]))
+    vars(sys.modules[name]).update(names)
+
+
+@pytest.fixture
+def axolotl(monkeypatch):
+    fake(monkeypatch, "axolotl.integrations.base", BasePlugin=object)
+    monkeypatch.delitem(sys.modules, "dynrank.integrations.axolotl", raising=False)
+    from dynrank.integrations import axolotl
+
+    return axolotl
+
+
+@pytest.fixture
+def llama_factory(monkeypatch):
+    """The module, and the calls of run_exp."""
+    calls = []
+    fake(monkeypatch, "llamafactory.hparams", read_args=lambda args: args)
+    train = ModuleType("llamafactory.train")
+    tuner = ModuleType("llamafactory.train.tuner")
+    tuner.run_exp = lambda args, callbacks: calls.append((args, callbacks))
+    monkeypatch.setitem(sys.modules, train.__name__, train)
+    monkeypatch.setitem(sys.modules, tuner.__name__, tuner)
+    monkeypatch.delitem(sys.modules, "dynrank.integrations.llama_factory", raising=False)
+    from dynrank.integrations import llama_factory
+
+    return llama_factory, calls
+
+
+def same(callback, stages):
+    return as_texts(callback.driver.stages) == as_texts(stages)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages"),
+    [
+        (None, early_budget(8)),
+        ({}, early_budget(8)),
+        ({"final_rank": 3}, early_budget(3)),
+        ({"share": 0.25, "at": 0.5}, early_budget(share=0.25, at=0.5)),
+        ({"schedule": "anneal", "final_rank": 2, "steps": 4}, anneal(2, steps=4)),
+        ({"schedule": "fixed"}, []),
+    ],
+)
+def test_the_key_dynrank_is_a_schedule_with_its_arguments(settings, stages):
+    assert same(callback_of(settings, 16), stages)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("anneal", "mapping of schedule and its arguments, got 'anneal'"),
+        ({"schedule": "shrink"}, "one of early_budget, .*, got 'shrink'"),
+        ({"final_rnk": 3}, "final_rnk is unknown; nearest: final_rank"),
+        ({"r": 3}, "r is unknown"),
+        ({"target_r": 3}, "target_r is final_rank here"),
+        ({"schedule": "anneal", "final_rank": 0}, "final_rank must be .* got 0"),
+    ],
+)
+def test_what_is_no_schedule_is_refused_by_value(settings, said):
+    with pytest.raises(ConfigurationError, match=said):
+        callback_of(settings, 16)
+
+
+def test_axolotls_plugin_gives_the_callback_and_names_its_key(axolotl):
+    plugin = axolotl.RankPlugin()
+    module, _, name = plugin.get_input_args().rpartition(".")
+    assert getattr(sys.modules[module], name)(dynrank={"final_rank": 3}).dynrank == {"final_rank": 3}
+    (callback,) = plugin.add_callbacks_pre_trainer(SimpleNamespace(adapter="qlora", lora_r=32, dynrank=None), None)
+    assert isinstance(callback, RankTrainerCallback)
+    assert same(callback, early_budget(16))
+    with pytest.raises(ConfigurationError, match="got adapter: None"):
+        plugin.add_callbacks_pre_trainer(SimpleNamespace(adapter=None, lora_r=32, dynrank=None), None)
+
+
+def test_llama_factory_gets_its_own_keys_and_the_callback(llama_factory):
+    module, calls = llama_factory
+    given = {"lora_rank": 32, "model_name_or_path": "tiny", "dynrank": {"share": 0.5}}
+    module.train(given)
+    module.train({"finetuning_type": "lora"})
+    (args, (callback,)), (others, (default,)) = calls
+    assert (args, others) == ({"lora_rank": 32, "model_name_or_path": "tiny"}, {"finetuning_type": "lora"})
+    assert same(callback, early_budget(share=0.5))
+    assert same(default, early_budget(4))
+    assert "dynrank" in given
+    for args, said in (
+        ({"finetuning_type": "full"}, "got finetuning_type: full"),
+        (["--stage", "sft"], "YAML or JSON file"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            module.train(args)
+    assert len(calls) == 2
