@@ -1,5 +1,7 @@
 """What layers have brought, against a loop by hand in float64; and ranks in proportion to it, against a bisection."""
 
+import copy
+import io
 from statistics import stdev
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from by_hand import ByHand
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -369,6 +372,32 @@ def test_second_start_of_the_same_layers_goes_on_with_the_sums():
     second = driver.state_dict()["brought"]
     # The layer that no loss reaches has none.
     assert (first["steps"].tolist(), second["steps"].tolist()) == ([4, 4, 0], [8, 8, 0])
+
+
+@pytest.mark.parametrize("by_peft", [False, True])
+def test_run_leaves_nothing_on_a_model_that_is_copied_stored_or_used_again(by_peft):
+    """Neither a copy's training nor a run that never ended enters another run's sums."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6))
+    if by_peft:
+        model = get_peft_model(net, LoraConfig(r=3, target_modules=["0", "2"]))
+    else:
+        model = dynrank.add_lora(net, rank=3)
+    schedule = Stage(At(step=15), Budget(share=0.5))
+    interrupted = RankDriver(schedule)
+    driven(interrupted, model, range(5))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), torch.load(file, weights_only=False)]
+    before = interrupted.state_dict()["brought"]["sums"]
+    drivers = [RankDriver(schedule) for _ in range(3)]
+    for driver, each in zip(drivers, [*copies, model], strict=True):
+        driven(driver, each, range(5))
+    assert torch.equal(interrupted.state_dict()["brought"]["sums"], before)
+    first, *others = [driver.state_dict()["brought"]["sums"] for driver in drivers]
+    assert first.any()
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_state_between_a_load_and_the_start_is_that_of_the_checkpoint():
