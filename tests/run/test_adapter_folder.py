@@ -127,15 +127,6 @@ def test_card_command_and_merged_model_answer_as_the_trained_model_and_by_name(c
     assert len({*printed.splitlines()}) > 1
 
 
-def test_squeezed_adapter_answers_by_name(classifier, launch, tmp_path):
-    assert launch(cli.main, "squeeze", classifier, "--rank", 1, "--out", tmp_path / "small")[0] == 0
-    code, printed, said = launch(cli.main, "predict", tmp_path / "small", "a number 3")
-    assert code == 0, said
-    assert set(probabilities(printed.strip())) == {"bad", "ok", "so-so"}
-    # The README of the larger adapter does not describe this one.
-    assert not (tmp_path / "small" / "README.md").exists()
-
-
 def test_peft_and_the_command_write_what_the_trained_model_writes(writer, launch, tmp_path):
     (tmp_path / "prompts.txt").write_text("def f7(x):\nclass\n")
     code, printed, said = launch(cli.main, "predict", writer, "prompts.txt", "--max-new-tokens", 5)

@@ -13,31 +13,22 @@ import dynrank
 from dynrank import train
 from dynrank.commands import cli
 
-RULES = {"field.yaml": "rank_pattern: {query: {rnak: 8}}", "unmatched.yaml": "rank_pattern: {quary: 8}"}
 CASES = [
     # (overrides, what the message must name); one or two for each that refuses, whose own tests have the others
     (["+trainer.max_step=3"], ["trainer.max_step is not a configuration key", "nearest: trainer.max_steps"]),
     (["seed=-1", "checkpoint_every=0"], ["seed", "checkpoint_every"]),
-    (["seed=99999999999"], ["seed"]),
-    (["trainer.val_check_interval=0"], ["trainer.val_check_interval"]),
     (["trainer.max_steps=1e400"], ["trainer.max_steps"]),
     # The rank is refused before the model is loaded.
     (["lora.rank=0", "task.model=./missing"], ["0", "lora.rank"]),
-    (["lora.dropout=1.0"], ["1.0", "lora.dropout"]),
     (["lora.target_modules=[qurey]"], ["qurey", "query", "lora.target_modules"]),
     (["rank_map.file=absent.yaml"], ["absent.yaml", "rank_map.file"]),
-    (["rank_map.file=field.yaml"], ["rnak", "field.yaml"]),
     (["rank_map.file=unmatched.yaml"], ["quary", "query"]),
-    (["ckpt_path=missing.ckpt"], ["missing.ckpt", "ckpt_path"]),
     (["ckpt_path=last"], ["holds no run", "hydra.run.dir"]),
     (["task.model=./missing"], ["./missing", "task.model"]),
     (["trainer=slurm"], ["trainer.devices", "SLURM_NTASKS_PER_NODE", "srun"]),
     (["trainer=ddp", "trainer.strategy=ddp_spawn"], ["trainer.strategy=ddp_spawn", "set it to ddp"]),
     (["schedule.final_rank=64"], ["64", "schedule.final_rank"]),
-    (["schedule=after_convergence", "schedule.drops=99999999999"], ["schedule.drops"]),
-    (["schedule=after_convergence", "schedule.deadline=2"], ["2", "schedule.deadline"]),
     (["schedule.how.optimizer_state=los"], ["los", "schedule.how.optimizer_state"]),
-    (["schedule=after_convergence", "schedule.trigger.patience=0"], ["patience", "0"]),
     (["objective=val/los"], ["objective must be null or one of", "'val/loss'", "'val/los'"]),
     (
         ["schedule=after_convergence", "schedule.trigger.monitor=val/los"],
@@ -47,9 +38,7 @@ CASES = [
         ["schedule=after_convergence", "schedule.trigger.warmup_steps=10"],
         ["stage 1", "deadline 0.75", "step 9", "10", "schedule.deadline"],
     ),
-    (["schedule=milestones", "schedule.unit=step", "schedule.at=[1,2,30]"], ["stage 3", "30", "12"]),
     (["schedule=early_budget", "schedule.share=0.02"], ["stage 1", "27,033", "42,240", "schedule.share"]),
-    (["schedule=grow", "schedule.final_rank=400"], ["stage 1", "400", "384", "schedule.final_rank"]),
 ]
 
 
@@ -57,8 +46,7 @@ CASES = [
 def test_train_refuses_before_training(launch, monkeypatch, overrides, named):
     # The tests themselves may run in a job of Slurm.
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
-    for name, text in RULES.items():
-        Path(name).write_text(text)
+    Path("unmatched.yaml").write_text("rank_pattern: {quary: 8}")
     code, _, message = launch(train.main, "debug=smoke", "hydra.run.dir=run", *overrides)
     assert code == 2
     assert all(text in message for text in named), message
@@ -79,7 +67,6 @@ def test_a_refused_run_removes_only_empty_folders(launch, tmp_path_factory):
     ("overrides", "named"),
     [
         (["optimizer.name=Adamax"], ["Adamax", "optimizer.name", "schedule.how.optimizer_state=reset"]),
-        (["optimizer.name=Adamw"], ["Adamw", "optimizer.name"]),
         (["+logger.x={_target_: nowhere.Logger}"], ["nowhere.Logger", "logger.x"]),
         (
             ["trainer=fsdp2", "trainer.accelerator=cpu", "trainer.strategy.tensor_parallel_size=2"],
@@ -114,13 +101,11 @@ def test_sweep_whose_runs_take_several_processes_is_refused(launch, tmp_path, ti
     ("overrides", "named"),
     [
         (["hydra.run.dir=/proc/x"], ["'/proc/x' cannot be made", "hydra.run.dir"]),
-        (["hydra.run.dir=file"], ["'file' cannot be made: File exists"]),
         (["hydra.run.dir=loop/x"], ["'loop/x' cannot be made: Too many levels"]),
         (["hydra.sweep.dir=file/x", "lora.rank=2,4", "--multirun"], ["'file/x' cannot be made", "hydra.sweep.dir"]),
         (["schedule=null"], ["schedule=fixed"]),
         (["rank_map.file=loop"], ["'loop'", "rank_map.file"]),
         (["ckpt_path=loop"], ["'loop'", "ckpt_path"]),
-        (["task.model=loop"], ["'loop'", "task.model"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )
@@ -160,11 +145,6 @@ def test_any_value_of_any_key_is_taken_or_refused(launch, tiny_bert, data):
     assert launch(cli.main, "ranks", *overrides, override)[0] in (0, 2)
 
 
-def test_ranks_refuses_as_the_run_would(launch):
-    code, _, message = launch(cli.main, "ranks", "lora.rank=0")
-    assert (code, "lora.rank" in message) == (2, True)
-
-
 def test_unknown_command_and_option_exit_with_2(launch):
     for main, argument in [(cli.main, "rnaks"), (cli.main, "--frobnicate"), (train.main, "--frobnicate")]:
         assert launch(main, argument)[0] == 2
@@ -181,14 +161,9 @@ SQUEEZE = [
     ([], ["--rank", "--energy", "--budget", "none"]),
     (["--rank", "2", "--energy", "0.5"], ["--rank 2", "--energy 0.5"]),
     (["--rank", "0"], ["--rank", "0"]),
-    (["--energy", "1.5"], ["--energy", "1.5"]),
-    (["--energy", "0"], ["--energy", "0.0"]),
     (["--energy", "nan"], ["--energy", "nan"]),
     (["--budget", "13"], ["--budget", "13", "14"]),
-    (["--budget", "150%"], ["--budget", "150%"]),
     (["--budget", "half"], ["--budget", "half"]),
-    (["--budget=-5"], ["--budget", "-5"]),
-    (["--rank", "2", "--out", "adapter"], ["--out", "adapter"]),
     (["--rank", "2", "--out", "used"], ["--out", "used"]),
 ]
 
@@ -213,7 +188,7 @@ def test_squeeze_and_inspect_refuse_a_folder_without_adapter(launch, tmp_path, c
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("plot", ["spectra.txt", "missing/spectra.png", "folder.png", "/proc/spectra.png"])
+@pytest.mark.parametrize("plot", ["spectra.txt", "folder.png"])
 @pytest.mark.usefixtures("adapter")
 def test_inspect_refuses_a_picture_that_cannot_be_written(launch, tmp_path, plot):
     (tmp_path / "folder.png").mkdir()

@@ -66,17 +66,9 @@ def test_missing_package_says_which_extra_brings_it(override, extra, monkeypatch
 
 
 @pytest.mark.filterwarnings("ignore:Experiment logs directory")
-@pytest.mark.parametrize(
-    "found_by",
-    [
-        ["schedule=fixed", "checkpoint_every=1"],
-        ["schedule=after_convergence", "schedule.deadline=0.75"],
-        ["schedule=fixed"],
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("found_by", [["schedule=fixed", "checkpoint_every=1"], ["schedule=after_convergence"]])
 def test_a_run_that_diverges_fails_and_leaves_nothing_that_is_not_finite(launch, tiny_bert, found_by):
-    """By a checkpoint, by a change of rank, or at the end of training."""
+    """By a checkpoint, or by a change of rank."""
     small = ["debug=smoke", f"task.model={tiny_bert}", "trainer.max_steps=6", "lora.rank=4", "checkpoint_every=99"]
     code, _, said = launch(train.main, *small, "plots=false", "optimizer.lr=1e30", *found_by, "hydra.run.dir=run")
     assert (code, said.count("\n")) == (1, 1), said

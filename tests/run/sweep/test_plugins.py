@@ -1,8 +1,8 @@
-"""Sweeps that Hydra's plugins make: Optuna's search, two runs at a time, jobs of SLURM."""
+"""Sweeps that Hydra's plugins make: Optuna's search by joblib's launcher, jobs of SLURM."""
 
 import json
+from pathlib import Path
 
-import forked
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
@@ -15,20 +15,16 @@ from dynrank.run import job
 from dynrank.run.overrides import usage_errors
 from dynrank.run.trainer import make_trainer
 
-SWEEP = f"""{forked.TRAIN}
-from joblib.externals.loky import get_reusable_executor
-get_reusable_executor().shutdown()  # which else waits for five minutes for more to do
-"""
 
-
-def test_optuna_searches_two_at_a_time(tiny_bert, tmp_path):
+def test_optuna_finds_the_best_of_its_runs(tiny_bert, tmp_path, launch):
+    """In this process: several at a time are joblib's own, and each would import everything anew."""
     arguments = ["--multirun", "debug=smoke", f"task.model={tiny_bert}", "task.limit=16", "plots=false"]
     arguments += ["sweep=optuna", "hydra/launcher=joblib", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=2"]
-    arguments += ["trainer.enable_progress_bar=false", "hydra.sweep.dir=s"]
-    code, said = forked.run(SWEEP, *arguments, "hydra.launcher.n_jobs=2", cwd=tmp_path)
+    arguments += ["hydra.launcher.n_jobs=1", "trainer.enable_progress_bar=false", "hydra.sweep.dir=s"]
+    code, printed, said = launch(train.main, *arguments)
     assert code == 0, said
-    assert "runs of the sweep" in said
-    best = yaml.safe_load((tmp_path / "s" / "optimization_results.yaml").read_text())
+    assert "runs of the sweep" in printed
+    best = yaml.safe_load(Path("s/optimization_results.yaml").read_text())
     folders = [tmp_path / "s" / number for number in "01"]
     runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
     losses = [run["final"]["val/loss"] for run in runs]
