@@ -36,6 +36,7 @@ TEXTS = ["\n".join(filter(None, (row["Subject"], row["Body"]))) for row in ROWS]
 
 
 def adapter(folder, model, base, inputs):
+    torch.manual_seed(0)
     updated(dynrank.add_lora(model, rank=2, alpha=8))
     model.config._name_or_path = str(base)
     dynrank.save_adapter(model, folder)
@@ -45,6 +46,7 @@ def adapter(folder, model, base, inputs):
 
 @pytest.fixture(scope="module")
 def classifier(tiny_bert, tmp_path_factory):
+    torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=3, ignore_mismatched_sizes=True)
     model.config.id2label = dict(enumerate(LABELS))
     model.classifier.weight.data *= 30
@@ -162,7 +164,7 @@ def written(chatty, prompt):
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), chatty).eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    made = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    made = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False, pad_token_id=0)
     return tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -174,7 +176,7 @@ def test_chats_are_answered_with_the_system_prompt_that_was_learned(chatty, laun
     prompt = "<|system|>{}<|end|><|user|>who\nare you<|end|><|assistant|>"
     learned, brief, given = (written(chatty, prompt.format(text)) for text in ("Be kind.", "Be brief.", "Be rude."))
     assert len({learned, brief, given}) == 3
-    options = ["--max-new-tokens", 6, "--batch-size", 2]
+    options = ["--max-new-tokens", 12, "--batch-size", 2]
     for extra, expected in (((), learned), (("--system", "Be rude."), given)):
         out = tmp_path / f"{len(extra)}.jsonl"
         code, _, said = launch(cli.main, "predict", chatty, "rows.jsonl", *options, *extra, "--out", out)
