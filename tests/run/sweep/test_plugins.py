@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.errors import MissingConfigException
 
 import dynrank
+from dynrank import train
 from dynrank.callbacks import BestWeights, RunMeter
 from dynrank.errors import ConfigurationError
 from dynrank.run import job
