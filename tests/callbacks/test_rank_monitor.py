@@ -85,7 +85,7 @@ class Taken(lightning.Callback):
     def on_train_start(self, trainer, pl_module):
         self.rates = []
         (optimizer,) = trainer.optimizers
-        optimizer.register_step_post_hook(lambda *_: self.rates.append(max(g["lr"] for g in optimizer.param_groups)))
+        optimizer.register_step_pre_hook(lambda *_: self.rates.append(max(g["lr"] for g in optimizer.param_groups)))
 
 
 RAISED = Stage(At(step=4), Rank(3), how=How(lr_factor=2.0))
