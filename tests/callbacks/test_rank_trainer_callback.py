@@ -329,25 +329,15 @@ def test_what_cannot_work_is_refused_before_the_first_step(options, make, messag
     assert made.state.global_step == 0
 
 
-SHARDED = r"set to (FSDP|DEEPSPEED|2 GPUs).*torchrun.*RankScheduler"
-
-
-def test_sharding_by_the_environment_is_refused_when_the_trainer_is_made(tmp_path, monkeypatch):
-    """As accelerate launch sets it by its configuration."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigurationError, match=SHARDED):
-        trainer(tmp_path, own(), callback())
-
-
-@pytest.mark.parametrize("setting", [{"n_gpu": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}, {"fsdp": True}])
+@pytest.mark.parametrize("setting", [{"n_gpu": 2}, {"deepspeed": {"zero_optimization": {"stage": 2}}}])
 def test_sharding_and_copies_by_arguments_are_refused(setting, tmp_path):
     """As the Trainer would have it in several processes: before the first step, and nothing has changed."""
     model = own()
     schedule = callback()
     made = trainer(tmp_path, model, schedule)
-    args = SimpleNamespace(**{"n_gpu": 1, "deepspeed": None, "fsdp": None, **setting})
+    args = SimpleNamespace(**{"n_gpu": 1, "deepspeed": None, **setting})
     events = {"model": model, "optimizer": made.create_optimizer(), "train_dataloader": made.get_train_dataloader()}
-    with pytest.raises(ConfigurationError, match=SHARDED):
+    with pytest.raises(ConfigurationError, match=r"set to (DEEPSPEED|2 GPUs).*torchrun"):
         schedule.on_train_begin(args, made.state, made.control, **events)
     assert ranks(model) == {4}
 
@@ -418,7 +408,7 @@ def test_model_that_saves_itself_into_a_folder_alone_is_saved_for_peft_too(tmp_p
             (Path(folder) / "whole").write_text("")
 
     model = dynrank.add_lora(Plain(torch.nn.Linear(4, 4)), rank=2)
-    args = SimpleNamespace(n_gpu=1, deepspeed=None, fsdp=None)
+    args = SimpleNamespace(n_gpu=1, deepspeed=None)
     callback().on_init_end(args, None, None, model=model)
     model.save_pretrained(str(tmp_path))
     assert {file.name for file in tmp_path.iterdir()} == {"whole", "adapter_config.json", "adapter_model.safetensors"}

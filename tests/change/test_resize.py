@@ -11,8 +11,11 @@ from torch.testing import assert_close
 
 import dynrank
 from dynrank.change.resize import resize
+from dynrank.driver.driver import RankDriver
+from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.linalg import truncate_product
+from dynrank.triggers import Run
 
 SHAPES = {"0": (12, 10), "2": (12, 12), "4": (8, 12)}
 
@@ -77,6 +80,36 @@ def test_resize_refuses_what_cannot_be_done_and_changes_nothing(trained, target,
     before = snapshot(net, optimizer)
     with pytest.raises(ConfigurationError, match=message):
         resize(net, target, optimizers=[optimizer])
+    assert_unchanged(net, optimizer, before)
+
+
+def with_zero_3(net, optimizer):
+    net[4].lora_A.ds_id = 7
+    return [optimizer]
+
+
+def with_zero_2(net, optimizer):
+    """The optimizer is DeepSpeed's own, so nobody passes it."""
+    net[4].lora_A.get_full_hp_param = lambda: None
+    return []
+
+
+def with_flat_copies(net, optimizer):
+    """As accelerate passes on the optimizer of ZeRO 1 and 2."""
+    flat = torch.cat([parameter.detach().flatten() for parameter in dynrank.adapter_parameters(net)])
+    return [torch.optim.AdamW([nn.Parameter(flat)])]
+
+
+@pytest.mark.parametrize("shard", [with_zero_3, with_zero_2, with_flat_copies])
+def test_factors_of_which_deepspeed_trains_copies_are_refused(trained, shard):
+    """By the attributes that DeepSpeed sets; at the start of a run, too."""
+    net, optimizer = trained
+    optimizers = shard(net, optimizer)
+    before = snapshot(net, optimizer)
+    with pytest.raises(ConfigurationError, match=r"DeepSpeed.*use DDP"):
+        resize(net, 3, optimizers=optimizers)
+    with pytest.raises(ConfigurationError, match=r"DeepSpeed.*use DDP"):
+        RankDriver(3).start(Training(net, optimizers), Run(10))
     assert_unchanged(net, optimizer, before)
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import DistributedType
 from peft import AutoPeftModel, PeftModel
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from trainer_runs import RESUMED, RUNS, SAVED, STEPS, loaded, outcome, save_base, trained
+from trainer_runs import RESUMED, RUNS, STEPS, loaded, outcome, save_base, trained
 
 import dynrank
 from dynrank.distributed.accelerated import check_accelerate
@@ -44,7 +44,8 @@ def results(folder):
 @functools.cache
 def alone(folder, name):
     """What one process comes to, with both their batches."""
-    return outcome(*trained((RUNS | RESUMED)[name], folder / "base", folder / "alone"))
+    run = RUNS[name] if name in RUNS else RESUMED[name][0]
+    return outcome(*trained(run, folder / "base", folder / "alone"))
 
 
 def found(results, name):
@@ -77,23 +78,27 @@ def test_two_processes_come_to_what_one_does_with_both_batches(results, folder, 
     assert_same_bits(first, second)
     # Weights in bytes are no floats, so embedding, head and norms alone are sharded.
     assert first["shards"] == (7 if name == "nf4 in bytes" else 21)
-    assert_same_run(first, alone(folder, "peft" if name == "by transformers" else name))
+    expected = alone(folder, "peft" if name == "by transformers" else name)
+    if name == "in bfloat16":
+        # The rounding of bfloat16 differs with the batch, and may turn a choice of ranks.
+        assert_close(first["losses"], expected["losses"], rtol=0.02, atol=0)
+    else:
+        assert_same_run(first, expected)
 
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resumed_processes_come_to_the_same_bits(results, name):
     for ends in found(results, f"resume {name}"):
-        assert len(ends) == 1 + len(SAVED)
+        assert len(ends) == 1 + len(RESUMED[name][1])
         for end in ends.values():
             assert_same_bits(end, ends["whole"])
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_one_process_goes_on_from_checkpoints_of_two(results, folder, name):
-    ends = results[0][f"in one, {name}"]
-    assert len(ends) == len(SAVED), ends
-    for end in ends:
-        assert_same_run(end | {"losses": []}, alone(folder, name) | {"losses": []})
+@pytest.mark.parametrize("name", ["peft", "own, shards"])
+def test_one_process_goes_on_from_a_checkpoint_of_two(results, folder, name):
+    end = results[0][f"in one, {name}"]
+    assert not isinstance(end, str), end
+    assert_same_run(end, alone(folder, name))
 
 
 def assert_holds(saved, weights):
@@ -122,13 +127,6 @@ def test_best_model_comes_back_with_its_own_ranks(results, folder, name, step):
     for best, weights in found(results, name):
         assert best == step
         assert_holds(folder / name / f"checkpoint-{step}", weights)
-
-
-def test_half_precision_trains_a_whole_head_beside_shards(results):
-    """Losses are those of float32 up to the rounding of bfloat16."""
-    first, second = found(results, "bf16")
-    assert_same_bits(first, second)
-    assert_close(first["losses"], found(results, "in float32")[0]["losses"], rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("way", wrapped_loops.SHARDED)

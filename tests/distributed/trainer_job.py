@@ -7,7 +7,7 @@ import os
 import time
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ import wrapped_loops
 from forked import free_port
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
-from trainer_runs import CHANGE, RESUMED, RUNS, SAVED, SCORED, SHARDS, Run, outcome, trained, trainer_of, with_head
+from trainer_runs import CHANGE, RESUMED, RUNS, SAVED, SCORED, SHARDS, Run, outcome, trained, trainer_of
 from transformers import TrainingArguments
 from transformers.distributed import DistributedConfig
 
@@ -37,14 +37,14 @@ def whole(run: Run, base: Path, folder: Path) -> Any:
     return outcome(made, schedule)
 
 
-def resumed(run: Run, base: Path, folder: Path) -> Any:
+def resumed(run: Run, steps: Sequence[int], base: Path, folder: Path) -> Any:
     """The run that nothing stops, what its checkpoints lead to, and what ``save_model`` has left."""
     made, schedule = trained(run, base, folder, save_strategy="steps", save_steps=SAVED[0])
     made.save_model(folder / "end")
     if distributed.get_rank() == 0:
         dynrank.save_adapter(made.model, folder / "by dynrank")
     ends = {"whole": outcome(made, schedule)}
-    for step in SAVED:
+    for step in steps:
         again = trained(run, base, folder / "again", resume=folder / f"checkpoint-{step}")
         ends[f"step {step}"] = outcome(*again)
     return ends
@@ -61,19 +61,15 @@ def best(base: Path, folder: Path, rising: int) -> Any:
 
 
 def in_one(run: Run, base: Path, folder: Path) -> Any:
-    """What the checkpoints of two processes lead to in one."""
-    return [outcome(*trained(run, base, folder / "one", resume=folder / f"checkpoint-{step}")) for step in SAVED]
+    """What a checkpoint of two processes, from after the change, leads to in one."""
+    return outcome(*trained(run, base, folder / "one", resume=folder / f"checkpoint-{SAVED[-1]}"))
 
 
 def by_transformers(base: Path, folder: Path) -> Any:
     """transformers shards the base when it is loaded, and averages adapters by itself."""
-    run = RESUMED["peft"]
+    run = RESUMED["peft"][0]
     given = replace(run, base={"distributed_config": DistributedConfig(fsdp_size=2)})
     return outcome(*trained(given, base, folder, fsdp=None))
-
-
-def with_a_head(base: Path, folder: Path, **options: Any) -> Any:
-    return outcome(*trained(Run(with_head, CUT), base, folder, **options))
 
 
 class OfVLLM(TrainingArguments):
@@ -91,7 +87,7 @@ def refused(make: Any) -> str:
 
 
 def late(base: Path, folder: Path) -> None:
-    made, schedule = trainer_of(RESUMED["peft"], base, folder, callbacks=[])
+    made, schedule = trainer_of(RESUMED["peft"][0], base, folder, callbacks=[])
     made.add_callback(schedule)
     made.train()
 
@@ -116,13 +112,11 @@ def main(place: str) -> None:
     warnings.simplefilter("ignore")
     as_gpus.pretend()
     checks = {name: partial(whole, run, base, folder / name) for name, run in RUNS.items()}
-    for name, run in RESUMED.items():
-        checks[f"resume {name}"] = partial(resumed, run, base, folder / f"resume {name}")
+    for name, (run, steps) in RESUMED.items():
+        checks[f"resume {name}"] = partial(resumed, run, steps, base, folder / f"resume {name}")
     checks["best, before"] = partial(best, base, folder / "best, before", -1)
     checks["best, after"] = partial(best, base, folder / "best, after", 1)
     checks["by transformers"] = partial(by_transformers, base, folder / "by transformers")
-    checks["bf16"] = partial(with_a_head, base, folder / "bf16", bf16=True)
-    checks["in float32"] = partial(with_a_head, base, folder / "bf16")
     for way in wrapped_loops.SHARDED:
         checks[f"loop, {way}"] = partial(wrapped_loops.ended, way, process, 2)
     for name, options in {
@@ -131,15 +125,17 @@ def main(place: str) -> None:
         "best of shards": {"fsdp_config": dict(SHARDS), "save_strategy": "steps", "save_steps": 3} | SCORED,
     }.items():
         checks[f"refused, {name}"] = partial(
-            refused, partial(trainer_of, RESUMED["peft"], base, folder / name, **options)
+            refused, partial(trainer_of, RESUMED["peft"][0], base, folder / name, **options)
         )
-    checks["refused, vLLM"] = partial(refused, partial(trainer_of, RESUMED["peft"], base, folder / "vllm", kind=OfVLLM))
+    checks["refused, vLLM"] = partial(
+        refused, partial(trainer_of, RESUMED["peft"][0], base, folder / "vllm", kind=OfVLLM)
+    )
     checks["refused, late"] = partial(refused, partial(late, base, folder / "late"))
     checks["refused, FSDP1 in a loop"] = partial(refused, by_fsdp1)
     checks["refused, accelerate alone"] = partial(refused, by_accelerate_alone)
     results: dict[str, Any] = {}
 
-    def run(checks: Mapping[str, Any]) -> None:
+    def find(checks: Mapping[str, Any]) -> None:
         for name, check in checks.items():
             start = time.perf_counter()
             try:
@@ -151,14 +147,10 @@ def main(place: str) -> None:
             print(f"{time.perf_counter() - start:5.2f} s {name}", flush=True)
             torch.save(results, folder / f"{process}.pt")
 
-    run(checks)
+    find(checks)
     distributed.destroy_process_group()
     if process == 0:
         os.environ |= {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_PORT": free_port()}
-        run(
-            {
-                f"in one, {name}": partial(in_one, each, base, folder / f"resume {name}")
-                for name, each in RESUMED.items()
-            }
-        )
+        several = {name: run for name, (run, steps) in RESUMED.items() if steps == SAVED}
+        find({f"in one, {n}": partial(in_one, run, base, folder / f"resume {n}") for n, run in several.items()})
         distributed.destroy_process_group()

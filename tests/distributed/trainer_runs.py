@@ -24,7 +24,7 @@ from dynrank.triggers import At
 STEPS = 11
 CHANGE = 6
 # A checkpoint before the first change, one at it, and one after the second change.
-SAVED = (3, 6, 9)
+SAVED = (3, CHANGE, 9)
 SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
@@ -84,15 +84,16 @@ RUNS = {
     "kept gathered": Run(own, HALF, fsdp={"reshard_after_forward": False}),
     "nf4 in bytes": Run(stages=HALF, base=nf4(torch.uint8)),
     "nf4 in floats": Run(stages=HALF, base=nf4(torch.float32)),
+    "in bfloat16": Run(with_head, HALF, trainer={"bf16": True}),
     "sent, peft": Run(stages=HALF, is_sent=True),
     "sent, own": Run(own, HALF, is_sent=True),
 }
-# Those whose checkpoints are resumed from, by the kind of these.
+# Those whose checkpoints are resumed from, by the kind of these; and from which ones.
 RESUMED = {
-    "peft": Run(),
-    "own": Run(own),
-    "peft, shards": Run(fsdp=SHARDS),
-    "own, shards": Run(own, fsdp=SHARDS),
+    "peft": (Run(), SAVED),
+    "own, shards": (Run(own, fsdp=SHARDS), SAVED),
+    "own": (Run(own), SAVED[1:2]),
+    "peft, shards": (Run(fsdp=SHARDS), SAVED[1:2]),
 }
 SCORED = {
     "metric_for_best_model": "score",
