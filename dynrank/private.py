@@ -6,6 +6,7 @@ Lightning's Trainer are in ``callbacks/lightning/private.py``, those of DDP in `
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,12 @@ foreach_lerp_ = torch._foreach_lerp_
 def source_of(model: Any) -> str:
     """The hub name or folder from which transformers loaded ``model``; empty if unknown."""
     return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+
+
+def stacked_as(model: Any) -> str:
+    """The family by whose example transformers stacks the experts in checkpoints of ``model``; empty if none."""
+    examples = getattr(sys.modules.get("transformers.conversion_mapping"), "_MODEL_TO_CONVERSION_PATTERN", {})
+    return str(examples.get(getattr(getattr(model, "config", None), "model_type", None), ""))
 
 
 def is_expert_parallel(experts: Any) -> bool:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -27,8 +28,11 @@ from dynrank.layers.peft_layers import peft_layers
 from dynrank.linalg import finite
 from dynrank.models.names import public_name
 from dynrank.output.whole_file import os_errors, whole_file
-from dynrank.private import source_of
+from dynrank.private import source_of, stacked_as
 from dynrank.rank_map import peft_ranks
+
+# The names that PEFT takes for experts in checkpoints of transformers 4, by the family that others are stacked as.
+_TAKEN_FOR_EXPERTS = {"mixtral": ("w1", "w2", "w3"), "qwen2_moe": ("gate_proj", "up_proj", "down_proj")}
 
 
 def save_adapter(model: nn.Module, path: str | Path) -> None:
@@ -87,6 +91,7 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
         "modules_to_save": heads or None,
         "bias": "none",
     }
+    _warn_of_misread(model, [name for name in layers if name not in places])
     own = {PREFIX + name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     write_adapter(Path(path), own, config)
 
@@ -140,6 +145,18 @@ def _save_wrapped(model: nn.Module, folder: Path) -> None:
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             (written,) = Path(place).rglob(name)
             os.replace(written, folder / name)
+
+
+def _warn_of_misread(model: nn.Module, modules: Collection[str]) -> None:
+    names = _TAKEN_FOR_EXPERTS.get(stacked_as(model), ())
+    misread = [name for name in modules if name.rpartition(".")[2] in names]
+    if misread:
+        warnings.warn(
+            f"PEFT 0.21 cannot use this adapter: in a {type(model).__name__} it takes {misread[0]!r} and "
+            f"{len(misread) - 1} other layers for experts. dynrank loads and merges it; to train one for PEFT, leave "
+            f"{', '.join(names)} out of lora.target_modules",
+            stacklevel=3,
+        )
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:
