@@ -18,7 +18,7 @@ from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import lora_layers
 from dynrank.linalg import pooled, stacked, truncate_product
 from dynrank.output.console import quiet_loading
-from dynrank.targets import Budget, Rank, Target
+from dynrank.targets import Budget, LayerState, Rank, Target
 from dynrank.tasks.adapter_module import IGNORED
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.data.columns import Form, form_of
@@ -62,8 +62,13 @@ class Gated:
     def kept(self, target: Target) -> dict[str, Tensor]:
         """{layer: the directions to keep, ascending} for a target of type Rank or Budget."""
         assert isinstance(target, Rank | Budget)
-        lowest, pool = (1, target.parameters or 0) if isinstance(target, Budget) else (target.rank, 0)
-        return greedy(self._effects, self._terms, self._widths, dict.fromkeys(self._layers, lowest), pool)
+        if isinstance(target, Budget):
+            lowest = dict.fromkeys(self._layers, 1)
+            pool = target.parameters or 0
+        else:
+            lowest = target.ranks({name: LayerState(layer.rank) for name, layer in self._layers.items()})
+            pool = 0
+        return greedy(self._effects, self._terms, self._widths, lowest, pool)
 
     def squeeze(self, adapter: Adapter, target: Target) -> Squeezed:
         """The factors and reports of ``squeeze``, in the dtypes of ``adapter``; the model changes with them."""

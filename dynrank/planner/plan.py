@@ -20,8 +20,8 @@ from dynrank.models.pretrained import meta_model, read_config, storage_bytes, st
 from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
 from dynrank.planner.step import CountingMode, count_step, token_batch, without_values
-from dynrank.run.config import PlanKeys, plain, rank_pattern
-from dynrank.run.job import lacks_data, make_task
+from dynrank.runs.config import PlanKeys, plain, rank_pattern
+from dynrank.runs.job import lacks_data, make_task
 from dynrank.tasks.optimizers import make_optimizer
 
 _PARTS = ("weights", "adapter", "optimizer", "gradients", "activations", "step")

@@ -16,7 +16,7 @@ from dynrank.adapters.squeeze import inspect, squeeze
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import params_per_rank
 from dynrank.output.console import span
-from dynrank.run.job import run
+from dynrank.runs.job import run
 
 KINDS = ("Mixtral", "Qwen3Moe", "DeepseekV3", "Qwen3_5Moe", "GptOss", "GraniteMoe")
 TENSORS = ["experts.gate_up_proj", "experts.down_proj"]

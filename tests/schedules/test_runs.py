@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import dynrank
-from dynrank.run.config import plain
-from dynrank.run.job import make_scheduler
+from dynrank.runs.config import plain
+from dynrank.runs.job import make_scheduler
 
 STEPS = 40
 EVERY = 4
