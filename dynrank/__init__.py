@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from dynrank.layers.placing import add_lora as add_lora
     from dynrank.layers.placing import merge as merge
     from dynrank.output.rank_table import ranks as ranks
-    from dynrank.run.config import compose as compose
-    from dynrank.run.report.record import read_run as read_run
+    from dynrank.runs.config import compose as compose
+    from dynrank.runs.in_python import run as run
+    from dynrank.runs.report.record import read_run as read_run
 
 __version__ = "0.4.0"
 
@@ -33,7 +34,7 @@ _HOMES = {
     "Training": "dynrank.driver.training",
     "adapter_parameters": "dynrank.layers.finding",
     "add_lora": "dynrank.layers.placing",
-    "compose": "dynrank.run.config",
+    "compose": "dynrank.runs.config",
     "export_adapter": "dynrank.adapters.export",
     "load_adapter": "dynrank.adapters.load",
     "inspect": "dynrank.adapters.squeeze",
@@ -41,8 +42,9 @@ _HOMES = {
     "merge": "dynrank.layers.placing",
     "ranks": "dynrank.output.rank_table",
     "read_adapter": "dynrank.adapters.read",
-    "read_run": "dynrank.run.report.record",
+    "read_run": "dynrank.runs.report.record",
     "resize": "dynrank.change.resize",
+    "run": "dynrank.runs.in_python",
     "save_adapter": "dynrank.adapters.save",
     "squeeze": "dynrank.adapters.squeeze",
     "swap_adapter": "dynrank.adapters.load",

@@ -18,9 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from dynrank import __version__
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
-from dynrank.run.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_adapter, fill_length
-from dynrank.run.overrides import usage_errors
-from dynrank.run.sweep.runs import run_in_sweep, table_at_end
+from dynrank.runs.config import CONFIG_MODULE, CONFIG_NAME, check_run_keys, fill_adapter, fill_length
+from dynrank.runs.overrides import usage_errors
+from dynrank.runs.sweep.runs import run_in_sweep, table_at_end
 
 # torchrun, srun and Lightning set these.
 PROCESS_NUMBERS = ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK")
@@ -44,7 +44,7 @@ def _train(config: DictConfig) -> float | None:
         if not _is_another_process():
             print("starting         PyTorch, transformers and Lightning take some seconds to load", flush=True)
         # torch and transformers are loaded here, so that --help does not wait for them.
-        from dynrank.run.job import run
+        from dynrank.runs.job import run
 
         run(config, folder, record=record)
     return None
@@ -78,7 +78,7 @@ def _is_another_process() -> bool:
 
 
 def main() -> None:
-    """Entry point; :func:`dynrank.run.overrides.usage_errors` has the exit codes."""
+    """Entry point; :func:`dynrank.runs.overrides.usage_errors` has the exit codes."""
     # Without this line Hydra would print its own version.
     if "--version" in sys.argv[1:]:
         print(f"dynrank {__version__}")

@@ -45,8 +45,8 @@ import dynrank
 from dynrank.callbacks import AdapterCheckpoint, RankScheduler, StepSeed
 from dynrank.layers.base import LoRALayer
 from dynrank.output.whole_file import PART
-from dynrank.run.overrides import usage_errors
-from dynrank.run.stopping import STOP_SIGNALS, stoppable
+from dynrank.runs.overrides import usage_errors
+from dynrank.runs.stopping import STOP_SIGNALS, stoppable
 from dynrank.schedules import How, Stage, anneal, auto, early_budget
 from dynrank.targets import GrowTo, Rank
 from dynrank.tasks.loader import ResumableLoader, evaluation_batches

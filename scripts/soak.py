@@ -27,8 +27,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dynrank import compose, lora_layers
 from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler, RunMeter
-from dynrank.run.job import build
-from dynrank.run.trainer import quiet_training
+from dynrank.runs.job import build
+from dynrank.runs.trainer import quiet_training
 from dynrank.schedules import Stage
 from dynrank.targets import GrowTo, Rank
 from dynrank.triggers import At

@@ -23,7 +23,7 @@ from dynrank.driver.brought import Contribution
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer
 from dynrank.models.pretrained import head_names, load_causal_lm, load_classifier
-from dynrank.run.config import plain
+from dynrank.runs.config import plain
 from dynrank.schedules import Stage
 from dynrank.targets import Budget, LayerState
 from dynrank.tasks.adapter_module import IGNORED

@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(items):
 
 
 # Tests of commands, whose errors name keys of the configuration; elsewhere errors name arguments, as in Python.
-OF_COMMANDS = ("commands/", "distributed/", "planner/", "run/", "scripts/", "tasks/", "test_errors.py")
+OF_COMMANDS = ("commands/", "distributed/", "planner/", "runs/", "scripts/", "tasks/", "test_errors.py")
 
 
 @pytest.fixture(autouse=True)

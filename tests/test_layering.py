@@ -24,7 +24,7 @@ LAYERS = (
     ("plot",),
     ("callbacks", "tasks"),
     ("integrations",),
-    ("run",),
+    ("runs",),
     ("planner",),
     ("commands",),
     ("train", "__init__"),

@@ -151,11 +151,14 @@ def test_a_program_needs_neither_triton_nor_peft():
     code = """
 import sys
 sys.modules["triton"] = None
-import torch, dynrank
+import dynrank
+assert not {"torch", "matplotlib", "pandas", "pydantic"} & {*sys.modules}
+import torch
 from dynrank.kernels import triton_launch
 assert triton_launch.unsupported(torch.ones(2, 3).half(), 8) == "Triton is not installed"
 net = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(4, 4)), rank=2, target_modules=["0"])
 dynrank.resize(net, 1)
-assert "peft" not in sys.modules
+assert "rank" in str(dynrank.ranks(net))
+assert not {"peft", "matplotlib", "pandas"} & {*sys.modules}
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

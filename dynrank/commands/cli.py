@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from dynrank import __version__
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_imports
-from dynrank.run.overrides import usage_errors
+from dynrank.runs.overrides import usage_errors
 
 # Each command imports its modules when it is called, so that --help does not wait for torch.
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -113,7 +113,7 @@ def dynrank(
 @app.command()
 def ranks(overrides: Overrides = None, config_dir: ConfigDir = None) -> None:
     """Show every LoRA layer of the composed run: start and final rank, and the rule that set it; nothing is trained."""
-    from dynrank.run.config import compose
+    from dynrank.runs.config import compose
 
     for text in overrides or ():
         if Path(text).is_dir():
@@ -128,7 +128,7 @@ def print_ranks(config: DictConfig) -> None:
     from dynrank.layers.finding import own_layers
     from dynrank.output.console import empty_table, print_table, shape_of_update
     from dynrank.output.ranks import slot_line
-    from dynrank.run.job import build
+    from dynrank.runs.job import build
 
     job = build(config, on_meta=True)
     model: Any = job.module.model
@@ -179,7 +179,7 @@ def plan(
 ) -> None:
     """Count parameters and bytes of training by rank, from the model's config alone; say what fits a budget."""
     from dynrank.planner.plan import show_plan
-    from dynrank.run.config import compose
+    from dynrank.runs.config import compose
 
     show_plan(compose(overrides or (), "plan", config_dir))
 
@@ -351,7 +351,7 @@ def report(
     ] = None,
 ) -> None:
     """Write report.html of a finished run into its folder: its results, losses, ranks and spectra."""
-    from dynrank.run.report.page import write_report
+    from dynrank.runs.report.page import write_report
 
     run, *more = runs
     if more and not against:
@@ -370,7 +370,7 @@ def sweep(
             f"dynrank sweep takes the FOLDER of a sweep that was made, got {str(folder)!r}; the command that makes one "
             "is dynrank-train --multirun, with the same overrides"
         )
-    from dynrank.run.sweep.table import show_sweep
+    from dynrank.runs.sweep.table import show_sweep
 
     show_sweep(folder, plot=plot)
 

@@ -20,8 +20,8 @@ from dynrank.output.console import empty_table, print_table, span
 from dynrank.output.ranks import layer_kinds
 from dynrank.planner.step import count_forward, token_batch, without_values
 from dynrank.private import FakeTensorMode
-from dynrank.run.config import PlanKeys, argument, plain
-from dynrank.run.job import lacks_data, lora_arguments, make_task
+from dynrank.runs.config import PlanKeys, argument, plain
+from dynrank.runs.job import lacks_data, lora_arguments, make_task
 from dynrank.tasks.optimizers import make_optimizer
 
 _PARTS = ("weights", "adapter", "optimizer", "activations", "gradients", "logits")

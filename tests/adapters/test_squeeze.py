@@ -156,7 +156,7 @@ def test_share_is_of_the_stored_numbers_also_with_ranks_too_high(zoo, launch, tm
 
 
 def test_a_bool_is_no_rank(by_peft, tmp_path):
-    """What else cannot be used is refused by the command, see tests/run/test_bad_input.py."""
+    """What else cannot be used is refused by the command, see tests/runs/test_bad_input.py."""
     with pytest.raises(ConfigurationError, match="rank must be an int"):
         squeeze(by_peft("llama"), tmp_path / "out", rank=True)
 

@@ -9,8 +9,8 @@ import yaml
 
 import dynrank
 from dynrank.callbacks import RankScheduler
-from dynrank.run.config import plain
-from dynrank.run.job import make_scheduler
+from dynrank.runs.config import plain
+from dynrank.runs.job import make_scheduler
 
 jsonargparse = pytest.importorskip("jsonargparse", reason="needs jsonargparse: pip install 'jsonargparse[signatures]'")
 

@@ -13,7 +13,7 @@ from dynrank import train
 from dynrank.commands import cli
 from dynrank.commands.cli import print_ranks
 from dynrank.output import console
-from dynrank.run.overrides import usage_errors
+from dynrank.runs.overrides import usage_errors
 
 
 def test_an_error_that_nobody_expects_keeps_its_traceback():

@@ -18,7 +18,7 @@ import dynrank
 
 TRAIN = "from dynrank.train import main; main()"
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["dynrank.run.job", "transformers.trainer", "simple_icd_10_cm"])
+CONTEXT.set_forkserver_preload(["dynrank.runs.job", "transformers.trainer", "simple_icd_10_cm"])
 
 
 def start(program: str, *arguments: Any, cwd: Path, **environment: str) -> Any:

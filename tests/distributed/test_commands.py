@@ -15,8 +15,8 @@ from torch.testing import assert_close
 
 import dynrank
 from dynrank import train
-from dynrank.run import job
-from dynrank.run.report.record import read_metrics
+from dynrank.runs import job
+from dynrank.runs.report.record import read_metrics
 from dynrank.tasks.data.stdlib import stdlib_functions
 from dynrank.tasks.language_modeling import LanguageModeling
 from dynrank.tasks.loader import spread

@@ -228,3 +228,18 @@ def test_convolution_of_peft_is_refused_to_adafactor_before_the_first_step(make)
     with pytest.raises(ConfigurationError, match=r"Adafactor keeps means .*\[4, 3, 3, 3\].*optimizer_state=reset"):
         check_training(training, stages)
     check_training(training, early_budget(2, how=How(optimizer_state="reset")))
+
+
+def test_a_stage_of_some_layers_leads_them_there_and_is_checked_before_the_first_step():
+    net = model()
+    assert final_ranks(net, [Stage(NOW, Rank({"0": 4, "[12]": 6})), Stage(NOW, GrowTo({"2": 9}))]) == {
+        "0": 4, "1": 6, "2": 9
+    }  # fmt: skip
+    check_model(net, [Stage(NOW, Rank({"0": 4}))], RUN)
+    for target, said in (
+        (Rank({"0": 4, "attention": 2}), "'attention' matches no LoRA layer"),
+        (GrowTo({"1": 13}), r"stage 1: rank 13 is above min\(d_in, d_out\) = 12 of '1'"),
+        (Rank({"0": 12}), "changes none of the ranks"),
+    ):
+        with pytest.raises(ConfigurationError, match=said):
+            check_model(net, [Stage(NOW, target)], RUN)

@@ -17,7 +17,7 @@ from dynrank.layers.finding import own_layers
 from dynrank.models.names import ModelSettings, shipped_configs
 from dynrank.models.pretrained import meta_model, read_config, storage_bytes, tensors_of
 from dynrank.planner.plan import make_plan, show_plan
-from dynrank.run.config import plain
+from dynrank.runs.config import plain
 from dynrank.tasks.optimizers import make_optimizer
 
 SMALL = {"hidden_size": 64, "vocab_size": 200, "max_position_embeddings": 64}

@@ -7,8 +7,8 @@ import pytest
 from dynrank.callbacks import RankScheduler, RankTrainerCallback
 from dynrank.driver.driver import RankDriver
 from dynrank.errors import ConfigurationError
-from dynrank.run.config import CONFIG_MODULE, compose
-from dynrank.run.job import make_scheduler
+from dynrank.runs.config import CONFIG_MODULE, compose
+from dynrank.runs.job import make_scheduler
 from dynrank.schedules import (
     How,
     Stage,

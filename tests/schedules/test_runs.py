@@ -6,7 +6,7 @@ The oracle judges the runs of all presets by times and plateaus.
 import pytest
 
 import dynrank
-from dynrank.run.job import make_scheduler
+from dynrank.runs.job import make_scheduler
 
 ONE = (
     "{_target_:dynrank.schedules.Stage,when:{_target_:dynrank.triggers.At,step:10},"

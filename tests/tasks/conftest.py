@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 import dynrank
-from dynrank.run import job
+from dynrank.runs import job
 
 OPTIMIZER = {"name": "AdamW", "lr": 1e-3, "head_lr": 1e-3, "weight_decay": 0.0, "warmup_steps": 1, "decay": "linear"}
 

@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import dynrank
 from dynrank.errors import ConfigurationError
 from dynrank.models.pretrained import load_tokenizer
-from dynrank.run import job
+from dynrank.runs import job
 from dynrank.tasks.classification import Classification
 from dynrank.tasks.examples import check_packing, tokens_of_chat
 from dynrank.tasks.language_modeling import LanguageModeling

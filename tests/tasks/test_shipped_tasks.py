@@ -12,8 +12,8 @@ import dynrank
 from dynrank import train
 from dynrank.driver.check import final_ranks
 from dynrank.models.pretrained import load_tokenizer
-from dynrank.run.job import build
-from dynrank.run.report.record import read_metrics
+from dynrank.runs.job import build
+from dynrank.runs.report.record import read_metrics
 
 MODULES = "[base64,csv,gzip,heapq,pprint,queue,random,shutil,statistics,textwrap]"
 TOKENS = {"vocab_size": 600, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.2}

@@ -8,7 +8,7 @@ import pytest
 
 import dynrank
 from dynrank.errors import ConfigurationError
-from dynrank.run.job import build
+from dynrank.runs.job import build
 from dynrank.tasks.data import stored
 from dynrank.tasks.data.columns import form_of
 from dynrank.tasks.data.files import from_files

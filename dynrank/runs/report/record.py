@@ -1,0 +1,230 @@
+"""The files of a finished run, read for its report."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as checked_dataclass
+
+from dynrank.adapters.squeeze import LayerSpectrum, inspect
+from dynrank.errors import ConfigurationError, read_as
+from dynrank.output.console import span
+from dynrank.runs.command import read_overrides
+from dynrank.runs.folder import HISTORY, METRICS
+from dynrank.runs.summary import Summary, read_summary
+
+if TYPE_CHECKING:
+    from dynrank.plot import Series
+
+
+# This is not strict, because the cells of a CSV file are texts. The report ignores other columns.
+@checked_dataclass(frozen=True, config=ConfigDict(extra="ignore"))
+class LayerChange:
+    """A row of rank_history.csv: one layer in one change."""
+
+    step: int
+    layer: str
+    rank_before: int
+    rank_after: int
+    energy_kept: float
+    predicted_error: float
+    reason: str
+    brought: float | Literal[""] = ""
+    brought_error: float | Literal[""] = ""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The rows of rank_history.csv of one change of ranks, which may have been undone.
+
+    Attributes:
+        step: optimizer steps made before the change.
+        reason: why the change was made, or why it was undone.
+        layers: {layer: its row}.
+    """
+
+    step: int
+    reason: str
+    layers: dict[str, LayerChange] = field(default_factory=dict)
+
+    @property
+    def undone(self) -> bool:
+        return self.reason.startswith("undone")
+
+    @property
+    def ranks(self) -> str:
+        """``32 → 16``, or ranges if layers differ."""
+        before, after = ({getattr(la, name) for la in self.layers.values()} for name in ("rank_before", "rank_after"))
+        return f"{span(before)} → {span(after)}"
+
+    @property
+    def energy_kept(self) -> str:
+        """The mean share of the energy that the change kept in its layers, and the smallest."""
+        shares = [layer.energy_kept for layer in self.layers.values()]
+        return f"{sum(shares) / len(shares):.3f} ({min(shares):.3f})"
+
+    @property
+    def predicted_error(self) -> float:
+        """The error of all layers together: the root of the sum of squares."""
+        return float(sum(layer.predicted_error**2 for layer in self.layers.values()) ** 0.5)
+
+
+@dataclass(frozen=True, repr=False)
+class RunRecord:
+    """A finished run, as the files in its folder describe it.
+
+    Attributes:
+        folder: the folder of the run.
+        config: the whole configuration, ``config["lora"]["rank"]``. References such as ``${lora.rank}`` stand as they
+            are written; ``OmegaConf.create(run.config)`` follows them.
+        yaml: the same as the text of the file.
+        settings: {``group.key``: its value}.
+        overrides: those of the command line; None: not recorded.
+        summary: the contents of summary.json: test metrics, final ranks, parameters, seconds, …
+        metrics: {metric: (optimizer steps, values)}, for example ``metrics["val/loss"]``.
+        last_step: optimizer steps made.
+        history: all changes of rank in the order of time, also those that were undone.
+        layers: {layer of the exported adapter: its spectrum}, in the order of the model.
+        generations: the texts that the run has generated, if it did.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    yaml: str
+    settings: dict[str, Any]
+    overrides: list[str] | None
+    summary: Summary
+    metrics: dict[str, Series]
+    last_step: int
+    history: list[Change]
+    layers: dict[str, LayerSpectrum]
+
+    def __repr__(self) -> str:
+        ended = {"rank": span(self.summary.final_ranks.values()), **self.summary.test}
+        results = ", ".join(
+            f"{name} {value if isinstance(value, str) else f'{value:.4g}'}" for name, value in ended.items()
+        )
+        return f"<run {str(self.folder)!r}: {self.last_step:,} steps, {results}>"
+
+    @property
+    def made(self) -> list[Change]:
+        """The changes that were not undone."""
+        return [change for change in self.history if not change.undone]
+
+    def change_texts(self) -> dict[int, str]:
+        """{optimizer step: ``rank 32 → 16``} of the changes that were not undone, for pictures."""
+        return {change.step: f"rank {change.ranks}" for change in self.made}
+
+    def ranks(self) -> dict[str, list[int]]:
+        """{layer: its successive ranks}, with the one at the start."""
+        ranks = {}
+        for name, last in self.summary.final_ranks.items():
+            own = [change.layers[name] for change in self.made if name in change.layers]
+            ranks[name] = [own[0].rank_before if own else last, *(change.rank_after for change in own)]
+        return ranks
+
+    def brought(self) -> dict[str, tuple[float, float]]:
+        """{layer: (what it had brought before its last change, the standard error)}, where that is known."""
+        return {
+            layer.layer: (layer.brought, layer.brought_error)
+            for change in self.history
+            for layer in change.layers.values()
+            if layer.brought != "" and layer.brought_error != ""
+        }
+
+    @property
+    def parameters_at_start(self) -> int:
+        """Parameters of the adapter before the first change."""
+        return sum(
+            layer.parameters // layer.rank * ranks[0]
+            for layer, ranks in zip(self.layers.values(), self.ranks().values(), strict=True)
+        )
+
+
+def read_run(folder: str | Path, config: str | None = None) -> RunRecord:
+    """The record of a run that has ended, from the files in its folder.
+
+    Args:
+        folder: folder with summary.json, metrics.csv, rank_history.csv and adapter/, and optionally .hydra/.
+        config: the run's configuration as YAML, for a run that Hydra did not start; None: .hydra/config.yaml.
+
+    Raises:
+        ConfigurationError: if the folder is not that of a finished run, or a file in it is damaged.
+
+    Example::
+
+        run = dynrank.read_run("outputs/2026-11-28/12-00-00")
+        run.config["lora"]["rank"], run.summary.test, run.ranks()
+        [(change.step, change.ranks, change.reason) for change in run.history]
+        dynrank.plot.loss(run).savefig("loss.png")
+    """
+    folder = Path(folder)
+    recorded = folder / ".hydra" / "config.yaml"
+    try:
+        summary = read_summary(folder)
+        if config is None or recorded.exists():
+            config = recorded.read_text(encoding="utf-8")
+        content = yaml.safe_load(config)
+        history = _changes(folder / HISTORY)
+        metrics = read_metrics(folder / METRICS)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{str(folder)!r} must be the folder of a finished run: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"{str(recorded)!r} is not a configuration: {error}") from None
+    layers = {layer.layer: layer for layer in inspect(folder / "adapter")}
+    groups = {name: values for name, values in content.items() if isinstance(values, dict)}
+    trained = [step + 1 for step in metrics.get("train/loss", ([], []))[0]]
+    return RunRecord(
+        folder=folder,
+        config=content,
+        yaml=config,
+        settings={f"{group}.{key}": value for group, values in groups.items() for key, value in values.items()},
+        overrides=read_overrides(folder),
+        summary=summary,
+        metrics=metrics,
+        last_step=max([1, *trained, *(change.step for change in history)]),
+        history=history,
+        layers={name: layers[name] for name in summary.final_ranks},
+    )
+
+
+def read_metrics(file: Path) -> dict[str, Series]:
+    """{metric: its steps and values} of a run's metrics.csv; metrics without any value are left out."""
+    metrics: dict[str, Series] = {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = csv.DictReader(opened)
+        try:
+            for row in rows:
+                step = int(row.pop("step"))
+                for name, cell in row.items():
+                    if cell:
+                        steps, values = metrics.setdefault(name, ([], []))
+                        steps.append(step)
+                        values.append(float(cell))
+        except (KeyError, TypeError, ValueError):
+            raise ConfigurationError(f"{str(file)!r} must hold numbers, line {rows.line_num} does not") from None
+    return metrics
+
+
+def _changes(file: Path) -> list[Change]:
+    changes: list[Change] = []
+    for line in _layer_changes(file):
+        last = changes[-1] if changes else None
+        if last is None or (last.step, last.reason) != (line.step, line.reason) or line.layer in last.layers:
+            changes.append(Change(line.step, line.reason))
+        changes[-1].layers[line.layer] = line
+    return changes
+
+
+def _layer_changes(file: Path) -> Iterator[LayerChange]:
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = csv.DictReader(opened)
+        for row in rows:
+            cells = {name or "": cell for name, cell in row.items()}
+            yield read_as(LayerChange, cells, f"{file}, line {rows.line_num}")

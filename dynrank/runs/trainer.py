@@ -1,0 +1,129 @@
+"""The lightning.Trainer of a run: its callbacks and loggers, and silence of libraries."""
+
+import csv
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from omegaconf import DictConfig
+
+from dynrank.callbacks import (
+    AdapterCheckpoint,
+    BestWeights,
+    ProgressLines,
+    RankMonitor,
+    RankProgressBar,
+    RankScheduler,
+    RunMeter,
+    StepSeed,
+    check_strategy,
+)
+from dynrank.errors import ConfigurationError
+from dynrank.output.console import quiet_loading, table_console
+from dynrank.output.whole_file import whole_file
+from dynrank.runs.config import make, plain
+from dynrank.runs.folder import HISTORY, METRICS, last_checkpoint
+from dynrank.runs.stopping import STOP_SIGNALS
+
+# The choices of the group ``logger`` are also the names of the extras that install them.
+_PACKAGES = ("tensorboard", "wandb", "mlflow")
+
+
+def check_loggers(config: DictConfig) -> None:
+    """Refuse a logger whose package is not installed."""
+    for name in config.logger or ():
+        # A folder wandb/ in the current directory looks like a package, but has no file of origin.
+        if name in _PACKAGES and getattr(find_spec(name), "origin", None) is None:
+            raise ConfigurationError(f"logger={name} needs {name}: pip install 'dynrank[{name}]', or set logger=csv")
+
+
+def make_trainer(
+    config: DictConfig, folder: Path, scheduler: RankScheduler, meter: RunMeter, best: BestWeights, *, sweep: bool
+) -> Trainer:
+    """The trainer of the run that ``config`` describes, which writes into ``folder``."""
+    checkpoint = AdapterCheckpoint(
+        last_checkpoint(folder).parent,
+        filename=last_checkpoint(folder).stem,
+        every_n_train_steps=config.checkpoint_every,
+        save_top_k=1,
+        enable_version_counter=False,
+    )
+    checkpoint.stop_signals = STOP_SIGNALS
+    callbacks: list[Any] = [scheduler, StepSeed(config.seed), meter]
+    callbacks += [RankMonitor(folder / HISTORY, model_name="model")]
+    callbacks += [RankProgressBar()] if config.trainer.enable_progress_bar else []
+    callbacks += [ProgressLines(follow=not (config.trainer.enable_progress_bar and table_console().is_terminal))]
+    loggers = [make(node, f"logger.{name}") for name, node in (config.logger or {}).items()]
+    options = plain(config.trainer)
+    if isinstance(config.trainer.strategy, DictConfig):
+        options["strategy"] = make(config.trainer.strategy, "trainer.strategy")
+    try:
+        trainer = Trainer(
+            **options,
+            default_root_dir=folder,
+            callbacks=[*callbacks, checkpoint, *([best] if config.export_weights == "best" else [])],
+            logger=[CSVLogger(str(folder), name="", version=""), *loggers],
+            enable_model_summary=False,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        raise ConfigurationError(f"lightning.Trainer does not take these values: {error}; set trainer") from error
+    # Under SLURM each run of a sweep is a job of its own.
+    if sweep and trainer.world_size > 1 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+        raise ConfigurationError(
+            f"--multirun cannot make a run of {trainer.world_size} processes: each would do the whole sweep; set "
+            "trainer.devices=1, make one run after the other without --multirun, or set hydra/launcher=submitit_slurm"
+        )
+    # The scheduler checks this, too, but only when the other processes have been started.
+    check_strategy(trainer)
+    return trainer
+
+
+def add_to_metrics(folder: Path, logger: CSVLogger) -> None:
+    """Let the ``logger`` of a resumed run add rows to its metrics.csv, which Lightning would begin again."""
+    file = folder / METRICS
+    if not file.exists():
+        return
+    with whole_file(file) as part:
+        shutil.copyfile(file, part)
+        # Lightning deletes the file here; the copy then replaces it.
+        writer = logger.experiment
+    with file.open(newline="", encoding="utf-8") as opened:
+        writer.metrics_keys = next(csv.reader(opened))
+
+
+@contextmanager
+def finished() -> Iterator[None]:
+    """End the Weights & Biases run of the block, which this process's next run would otherwise continue."""
+    try:
+        yield
+    finally:
+        run = getattr(sys.modules.get("wandb"), "run", None)
+        if run is not None:
+            run.finish()
+
+
+def quiet_training() -> None:
+    """Silence what libraries print in every run."""
+    quiet_loading()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # The folder exists because .hydra/ is in it; one with an old run has been refused.
+    warnings.filterwarnings("ignore", "Experiment logs directory .* exists")
+    # A resumed run goes on in a folder of its own.
+    warnings.filterwarnings("ignore", "The dirpath has changed")
+    # A run exports its model, and its checkpoint is only there to resume from.
+    warnings.filterwarnings("ignore", "the last checkpoint, ")
+    # Lightning 2.6 itself uses what torch 2.13 has deprecated.
+    warnings.filterwarnings("ignore", r".isinstance\(treespec, LeafSpec\)", FutureWarning)
+    # Batches are ready in memory, so workers would not help.
+    warnings.filterwarnings("ignore", "The '.*_dataloader' does not have many workers")

@@ -1,0 +1,100 @@
+"""A folder that is not that of a finished run, or whose files are broken, is refused by name; nothing is written."""
+
+import shutil
+
+import pytest
+
+import dynrank
+from dynrank import plot
+from dynrank.commands import cli
+from dynrank.errors import ConfigurationError
+from dynrank.runs.report.page import write_report
+from dynrank.runs.report.record import read_run
+
+
+@pytest.fixture(scope="module")
+def whole(run_folder, tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("record") / "run")
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+def test_ranks_follow_what_was_made_and_not_what_was_taken_back(run_folder, tmp_path):
+    run = read_run(run_folder(tmp_path, drops=[(10, 4), (20, 6)], undone=[(10, 1), (12, 3)]))
+    assert [change.undone for change in run.history] == [True, False, True, False]
+    assert run.ranks()["layers.0.up"] == [8, 4, 6]
+    assert run.ranks()["head"] == [8]
+    assert run.last_step == 30
+
+
+def test_a_run_in_python_is_one_line_and_its_pictures_are_the_reports(folder):
+    run = dynrank.read_run(str(folder))
+    assert repr(run) == f"<run {str(folder)!r}: 30 steps, rank 2-8, test/loss 1.25>"
+    assert run.config["lora"]["rank"] == 8
+    assert run.summary.test == {"test/loss": 1.25}
+    assert [change.step for change in run.history] == [10, 20]
+    assert [len(values) for values in run.metrics["val/loss"]] == [5, 5]
+    write_report(folder)
+    for name, figure in (
+        ("loss", plot.loss(run)),
+        ("ranks", plot.ranks(run)),
+        ("spectra", plot.spectra(run, "at the end")),
+    ):
+        figure.savefig(folder / "again.png")
+        assert (folder / "again.png").read_bytes() == (folder / "plots" / f"{name}.png").read_bytes()
+
+
+def test_configuration_is_taken_from_the_caller_where_hydra_left_none(folder):
+    shutil.rmtree(folder / ".hydra")
+    run = read_run(folder, config="lora: {rank: 8}\n")
+    assert (run.config, run.yaml, run.overrides) == ({"lora": {"rank": 8}}, "lora: {rank: 8}\n", None)
+
+
+def edit(name, old, new):
+    def change(folder):
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without("summary.json"), "summary.json"),
+        (without("metrics.csv"), "metrics.csv"),
+        (without("adapter/adapter_model.safetensors"), "adapter_model.safetensors"),
+        (edit("summary.json", "{", "["), "summary.json"),
+        (edit("summary.json", '"seconds": 12.0', '"seconds": "12"'), "(?s)seconds.*'12'.*summary.json"),
+        (edit("summary.json", '"seconds"', '"second"'), "seconds.*summary.json"),
+        (edit("rank_history.csv", "10,layers", "ten,layers"), "'ten'.*rank_history.csv, line 2"),
+        (edit("rank_history.csv", "10,layers.0.up,8,4,0.9", "10,layers.0.up,8"), "rank_history.csv, line 2"),
+        (edit("metrics.csv", "\n3,,", "\n3,,x"), "metrics.csv.*line 5"),
+        (edit(".hydra/config.yaml", "note: ", "note: {"), "config.yaml"),
+    ],
+)
+def test_broken_file_is_named_and_an_earlier_report_stays(folder, damage, message):
+    (folder / "report.html").write_text("earlier")
+    damage(folder)
+    with pytest.raises(ConfigurationError, match=message):
+        write_report(folder)
+    assert (folder / "report.html").read_text() == "earlier"
+    assert not list(folder.glob("*.part"))
+
+
+def test_command_writes_the_report_and_refuses_another_folder_in_one_line(folder, tmp_path, launch):
+    code, printed, _ = launch(cli.main, "report", folder)
+    assert (code, printed.split()) == (0, ["report", str(folder / "report.html")])
+    assert (folder / "report.html").stat().st_size > 10_000
+    (tmp_path / "empty").mkdir()
+    code, _, said = launch(cli.main, "report", tmp_path / "empty")
+    assert (code, said.count("\n"), "summary.json" in said) == (2, 1, True)
+    assert not list((tmp_path / "empty").iterdir())

@@ -1,0 +1,166 @@
+"""A run that is stopped by a signal and resumed ends with exactly the weights of an uninterrupted one."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import forked
+import pytest
+import torch
+from tables import rows
+
+import dynrank
+from dynrank import train
+from dynrank.runs import job
+
+STEPS = 72
+DROP = 24
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed", "ignore:Experiment logs directory")
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_bert):
+    settings = ["debug=smoke", f"task.model={tiny_bert}", f"trainer.max_steps={STEPS}", "checkpoint_every=4"]
+    settings += [
+        "schedule=after_convergence",
+        "lora.rank=6",
+        "schedule.final_rank=2",
+        f"schedule.deadline={DROP / STEPS}",
+        "plots=false",
+    ]
+    return [*settings, "trainer.enable_progress_bar=false"]
+
+
+@pytest.fixture(scope="module")
+def whole(settings, tmp_path_factory):
+    """The folder of a run that was never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        job.run(dynrank.compose(settings), folder)
+    return folder
+
+
+def stopped(settings, number, after):
+    """Send a signal to a run in ./run once its checkpoint holds ``after`` steps; returns its exit code and output."""
+    child = forked.start(forked.TRAIN, *settings, "hydra.run.dir=run", cwd=Path.cwd())
+    try:
+        while saved_step(Path("run/checkpoints/last.ckpt")) < after:
+            assert child.is_alive(), forked.printed(Path.cwd())
+            time.sleep(0.01)
+        os.kill(child.pid, number)
+    finally:
+        (code,) = forked.end([child])
+    return code, forked.printed(Path.cwd())
+
+
+def ranks_at(folder, step):
+    """The lowest and the highest rank of a run's layers at ``step``, by its history; one number if they are equal."""
+    ranks = dict.fromkeys(json.loads((folder / "summary.json").read_text())["final_ranks"], 6)
+    ranks |= {r["layer"]: int(r["rank_after"]) for r in rows(folder / "rank_history.csv") if int(r["step"]) < step}
+    return "-".join(map(str, sorted({min(ranks.values()), max(ranks.values())})))
+
+
+def saved_step(file):
+    return torch.load(file, weights_only=True)["global_step"] if file.exists() else -1
+
+
+def assert_same(folder, whole):
+    """Weights, optimizer and files of two runs are exactly equal."""
+    one, two = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True) for f in (folder, whole))
+    assert one["global_step"] == two["global_step"] == STEPS
+    tensors = {name: value for name, value in two["state_dict"].items() if isinstance(value, torch.Tensor)}
+    assert all(torch.equal(one["state_dict"][name], value) for name, value in tensors.items())
+    states = [checkpoint["optimizer_states"][0]["state"] for checkpoint in (one, two)]
+    for index, state in states[1].items():
+        assert all(torch.equal(states[0][index][key], value) for key, value in state.items())
+    for name in ("adapter/adapter_model.safetensors", "rank_history.csv", "final_ranks.yaml"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("number", "after", "code"),
+    [(signal.SIGKILL, DROP + 4, -9), (signal.SIGTERM, 4, 0), (signal.SIGINT, 4, 130)],
+    ids=["killed after the drop", "SIGTERM before it", "Ctrl-C before it"],
+)
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(launch, settings, whole, number, after, code):
+    returned, said = stopped(settings, number, after)
+    assert returned == code, said
+    again = [*settings, "hydra.run.dir=run", "ckpt_path=last"]
+    if number != signal.SIGKILL:
+        reason = "SIGTERM" if number == signal.SIGTERM else "Ctrl-C"
+        step, pasted = re.search(rf"{reason}: stopped after step (\d+); go on with dynrank-train (.*)", said).groups()
+        assert saved_step(Path("run/checkpoints/last.ckpt")) == int(step)
+        again = shlex.split(pasted)
+    hydra = {path.name: path.read_text() for path in Path("run/.hydra").iterdir()}
+    assert hydra.keys() == {"config.yaml", "hydra.yaml", "overrides.yaml"}
+    code, _, message = launch(train.main, *settings, "seed=1", "hydra.run.dir=run")
+    assert (code, "holds a run already" in message) == (2, True)
+    assert {path.name: path.read_text() for path in Path("run/.hydra").iterdir()} == hydra
+
+    code, printed, message = launch(train.main, *again)
+    assert (code, message) == (0, "")
+    step, rank = re.search(r"goes on from +step (\d+) at rank (\S+), ", printed).groups()
+    assert rank == ranks_at(whole, int(step))
+    assert_same(Path("run"), whole)
+    for metric in ("train/loss", "val/loss"):
+        one, two = (rows(folder / "metrics.csv", metric) for folder in (Path("run"), whole))
+        assert [(row["step"], row[metric]) for row in one] == [(row["step"], row[metric]) for row in two]
+    code, _, message = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=last")
+    assert (code, "has ended" in message) == (2, True)
+
+
+def test_a_run_from_the_end_of_another_only_tests_and_exports(launch, settings, whole):
+    file = whole / "checkpoints" / "last.ckpt"
+    code, _, message = launch(train.main, *settings, "hydra.run.dir=again", f"ckpt_path={file}")
+    assert (code, message) == (0, "")
+    adapter = "adapter/adapter_model.safetensors"
+    assert (whole / adapter).read_bytes() == Path("again", adapter).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [("lora.target_modules=attention", "of another model"), ("optimizer=sgd", "made with optimizer.name=AdamW")],
+)
+def test_a_checkpoint_of_another_model_or_optimizer_is_refused(other, named, launch, settings, whole):
+    last = f"ckpt_path={whole / 'checkpoints' / 'last.ckpt'}"
+    code, _, said = launch(train.main, *settings, other, "hydra.run.dir=run", last)
+    assert (code, named in said) == (2, True)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "content", "named"),
+    [
+        ("loops", None, r"lacks \['loops'\]"),
+        ("optimizer_states", {}, r"lacks \['optimizer_states'\]"),
+    ],
+)
+def test_a_checkpoint_that_lacks_a_part_is_refused(part, content, named, launch, settings, whole):
+    content = {**torch.load(whole / "checkpoints" / "last.ckpt"), part: content}
+    torch.save(content, "other.ckpt")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=other.ckpt")
+    assert (code, "Traceback" in said) == (2, False), said
+    assert re.search(rf"other.ckpt.*{named}.*set ckpt_path", said, re.DOTALL), said
+
+
+class Trap:
+    def __reduce__(self):
+        return open, ("trapped", "w")
+
+
+def test_code_in_a_checkpoint_is_not_run(launch, settings, whole):
+    torch.save({**torch.load(whole / "checkpoints" / "last.ckpt"), "extra": Trap()}, "trap.ckpt")
+    code, _, said = launch(train.main, *settings, "hydra.run.dir=run", "ckpt_path=trap.ckpt")
+    assert (code, "ckpt_path" in said) == (2, True)
+    assert not Path("run").exists()
+    assert not Path("trapped").exists()
+    # The trap works where its file is trusted.
+    torch.load("trap.ckpt", weights_only=False)["extra"].close()
+    assert Path("trapped").exists()
