@@ -73,6 +73,12 @@ def resize(
         ConfigurationError: if there are no LoRA layers, a name or rank cannot be used, a factor holds NaN or inf (it
             names the layer), an optimizer's state cannot be carried, or an average has other layers.
         RuntimeError: if one of PEFT's layers is merged.
+
+    >>> import torch, dynrank
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model))
+    >>> [(layer.layer, layer.rank_after) for layer in dynrank.resize(model, 2, optimizers=[optimizer])]
+    [('0', 2)]
     """
     adapters = Adapters(model, optimizers, averages)
     directions = LayerDirections(adapters.layers)

@@ -77,6 +77,10 @@ def early_budget(
         highest: highest rank of every layer; None: its rank now.
         multiple: new ranks are multiples of this.
         how: how the change is made.
+
+    >>> (stage,) = early_budget(4, highest=16)
+    >>> stage.when
+    At(step=None, epoch=None, fraction=0.3333)
     """
     if (share, parameters, bytes) != (None, None, None):
         final_rank = None
