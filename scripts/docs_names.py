@@ -53,7 +53,8 @@ def _plain(module: str, name: str) -> dict[str, Parameter]:
 
 
 def _shown(parameter: Parameter) -> str:
-    return MODULES.sub("", formatannotation(parameter.annotation))
+    # A type variable is shown as ~M.
+    return MODULES.sub("", formatannotation(parameter.annotation)).replace("~", "")
 
 
 def _without_roles(made: griffe.Object) -> None:
