@@ -9,6 +9,8 @@ import griffe
 
 # Where a class is defined; a reader takes it from the package.
 MODULES = re.compile(r"\b(?:[a-z_]\w*\.)+(?=[A-Z])")
+# An example that a test runs, with what it prints.
+EXAMPLE = re.compile(r"^>>> .*(?:\n.+)*", flags=re.MULTILINE)
 # :func:`resize`, :class:`~dynrank.schedules.Stage`
 ROLE = re.compile(r":(?:func|class|meth|mod|attr|data):`~?([^`]+)`")
 
@@ -51,9 +53,11 @@ def _plain(module: str, name: str) -> dict[str, Parameter]:
 
 
 def _shown(parameter: Parameter) -> str:
-    return MODULES.sub("", formatannotation(parameter.annotation))
+    # A type variable is shown as ~M.
+    return MODULES.sub("", formatannotation(parameter.annotation)).replace("~", "")
 
 
 def _without_roles(made: griffe.Object) -> None:
     if made.docstring:
-        made.docstring.value = ROLE.sub(r"`\1`", made.docstring.value)
+        text = ROLE.sub(r"`\1`", made.docstring.value)
+        made.docstring.value = EXAMPLE.sub(r"```pycon\n\g<0>\n```\n", text)

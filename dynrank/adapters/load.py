@@ -39,6 +39,13 @@ def load_adapter(model: M, path: str | Path | Adapter, *, dtype: torch.dtype = t
     Raises:
         ConfigurationError: if a file is missing, broken or not a LoRA adapter, uses a variant with another formula, or
             does not fit the model.
+
+    >>> import tempfile, torch, dynrank
+    >>> folder = tempfile.mkdtemp()
+    >>> dynrank.save_adapter(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4), folder)
+    >>> model = dynrank.load_adapter(torch.nn.Sequential(torch.nn.Linear(8, 8)), folder)
+    >>> [layer.rank for _, layer in dynrank.lora_layers(model)]
+    [4]
     """
     refuse_peft(model, "load_adapter", "call its load_adapter(), or pass the plain model")
     if own_layers(model):
@@ -70,6 +77,13 @@ def swap_adapter(model: M, adapter: str | Path | Adapter, *, dtype: torch.dtype 
     Raises:
         ConfigurationError: as :func:`load_adapter`, or if a part that was trained whole (modules_to_save) would keep
             the previous adapter's values; nothing has changed then.
+
+    >>> import tempfile, torch, dynrank
+    >>> folder = tempfile.mkdtemp()
+    >>> dynrank.save_adapter(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=2), folder)
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> [layer.rank for _, layer in dynrank.lora_layers(dynrank.swap_adapter(model, folder))]
+    [2]
     """
     refuse_peft(model, "swap_adapter", "call its load_adapter() and set_adapter()")
     _put(model, adapter, dtype)

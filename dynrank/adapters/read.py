@@ -43,6 +43,12 @@ def read_adapter(path: str | Path) -> Adapter:
 
     Raises:
         ConfigurationError: as :func:`open_adapter`.
+
+    >>> import tempfile, torch, dynrank
+    >>> folder = tempfile.mkdtemp()
+    >>> dynrank.save_adapter(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=2), folder)
+    >>> {name: layer.rank for name, layer in dynrank.read_adapter(folder).layers.items()}
+    {'0': 2}
     """
     with open_adapter(path) as adapter:
         keys = [*adapter.others.values(), *(key for layer in adapter.layers.values() for key in layer.keys)]

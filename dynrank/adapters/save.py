@@ -50,6 +50,10 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     Raises:
         ConfigurationError: if the model has no LoRA layers, or a value is not finite in float32.
         OSError: if the files cannot be written; earlier files are kept.
+
+    >>> import tempfile, torch, dynrank
+    >>> folder = tempfile.mkdtemp()
+    >>> dynrank.save_adapter(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4), folder)
     """
     model = uncompiled(model)
     if peft_layers(model):

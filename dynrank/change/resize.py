@@ -82,12 +82,11 @@ def resize(
             names the layer), an optimizer's state cannot be carried, or an optimizer with state was not passed.
         RuntimeError: if one of PEFT's layers is merged.
 
-    >>> from dynrank import add_lora
-    >>> model = add_lora(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), rank=4)
-    >>> optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    >>> reports = resize(model, {"1": 2}, optimizers=[optimizer])
-    >>> [(report.layer, report.rank_before, report.rank_after) for report in reports]
-    [('1', 4, 2)]
+    >>> import torch, dynrank
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model))
+    >>> [(layer.layer, layer.rank_after) for layer in dynrank.resize(model, 2, optimizers=[optimizer])]
+    [('0', 2)]
     """
     adapters = Adapters(model, optimizers)
     directions = LayerDirections(adapters.layers)

@@ -48,6 +48,24 @@ class RankDriver:
         stages: the stages of the schedule.
         progress: which stages are over, and what is pending.
         rate_factor: factor of the adapters' learning rates since the last change.
+
+    >>> import torch, dynrank
+    >>> from dynrank.schedules import early_budget
+    >>> from dynrank.triggers import Run
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model))
+    >>> driver, loop = dynrank.RankDriver(early_budget(2)), dynrank.Training(model, [optimizer])
+    >>> driver.start(loop, Run(total_steps=6))
+    >>> while loop.step < 6:
+    ...     driver.advance(loop)
+    ...     model(torch.randn(4, 8)).square().mean().backward()
+    ...     _ = optimizer.step()
+    ...     loop.step += 1
+    ...     driver.end_step(loop)
+    ...     optimizer.zero_grad()
+    >>> driver.finish(loop)
+    >>> print(*driver.history)
+    rank change at step 2: fraction 0.3333 (rank 4 → rank 2 in 1 layers)
     """
 
     def __init__(self, schedule: Schedule, *, check_every: int | None = None, measure: bool = False) -> None:

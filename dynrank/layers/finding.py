@@ -17,6 +17,11 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
 
     Names are those without the wrappers of ``torch.compile``. In a model wrapped by PEFT the layers are views of PEFT's
     layers, for the active adapter.
+
+    >>> import torch, dynrank
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> [(name, layer.rank, layer.lora_A.shape, layer.lora_B.shape) for name, layer in dynrank.lora_layers(model)]
+    [('0', 4, torch.Size([4, 8]), torch.Size([8, 4]))]
     """
     own = own_layers(model)
     theirs = peft_layers(model)
@@ -30,7 +35,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, RankedLayer]]:
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """lora_A and lora_B of every LoRA layer of ``model``, layer by layer; errors as in :func:`lora_layers`."""
+    """lora_A and lora_B of every LoRA layer of ``model``, layer by layer; errors as in :func:`lora_layers`.
+
+    >>> import torch, dynrank
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model), lr=1e-3)
+    """
     return [factor for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)]
 
 

@@ -57,6 +57,12 @@ def add_lora(
 
     Raises:
         ConfigurationError: if a name, rank, rule or value cannot be used, or the model has LoRA layers already.
+
+    >>> import torch, dynrank
+    >>> net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2))
+    >>> model = dynrank.add_lora(net, rank=4, alpha=8, rank_map={"1": 2})
+    >>> {name: (layer.rank, layer.scaling) for name, layer in dynrank.lora_layers(model)}
+    {'0': (4, 2.0), '1': (2, 4.0)}
     """
     refuse_peft(
         model, "add_lora", "resize and RankScheduler change its layers in place; or call its merge_and_unload() first"
@@ -172,6 +178,12 @@ def merge(model: M) -> M:
 
     Raises:
         ConfigurationError: if the model has no LoRA layers, or PEFT's, or a base is packed into 8 bits.
+
+    >>> import torch, dynrank
+    >>> dynrank.merge(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4))
+    Sequential(
+      (0): Linear(in_features=8, out_features=8, bias=True)
+    )
     """
     refuse_peft(model, "merge", "call its merge_and_unload()")
     layers = own_layers(model)

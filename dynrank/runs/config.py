@@ -145,6 +145,10 @@ def compose(overrides: Sequence[str] = (), name: str = CONFIG_NAME, folder: Path
 
     Raises:
         ConfigurationError: if an override cannot be used.
+
+    >>> import dynrank
+    >>> dynrank.compose(["lora.rank=8", "schedule=fixed"]).lora.rank
+    8
     """
     with overrides_explained(), initialize_config_module(CONFIG_MODULE, version_base="1.3"):
         beside = [f"hydra.searchpath=['file://{folder.resolve()}']"] if folder is not None else []

@@ -75,6 +75,10 @@ def early_budget(
         lowest: lowest rank of every layer.
         highest: highest rank of every layer; None: its rank now.
         how: how the change is made.
+
+    >>> (stage,) = early_budget(4, highest=16)
+    >>> stage.when
+    At(step=None, epoch=None, fraction=0.3333)
     """
     if (share, parameters, bytes) != (None, None, None):
         final_rank = None
