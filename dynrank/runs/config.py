@@ -197,7 +197,8 @@ def fill_adapter(config: DictConfig, overrides: Sequence[str]) -> None:
         return
     given = _OF_ADAPTER & {override.partition("=")[0].lstrip("+~") for override in overrides}
     if given or config.rank_map.file is not None or config.rank_map.rank_pattern:
-        both = f"{sorted(given) or 'rank_map'} cannot go with lora.from={place}, whose adapter sets layers and ranks"
+        names = ", ".join(sorted(given)) or "rank_map"
+        both = f"{names} cannot go with lora.from={place}, whose adapter sets layers and ranks"
         raise ConfigurationError(f"{both}; remove one of the two; a schedule changes the ranks")
     # This import loads torch, and --help must not wait for that.
     from dynrank.adapters.config import adapter_folder
