@@ -401,8 +401,9 @@ def _resume_from_shards() -> None:
 
     @wraps(train)
     def from_any_ranks(resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        is_last = resume_from_checkpoint is True
-        folder = get_last_checkpoint(trainer.args.output_dir) if is_last else resume_from_checkpoint
+        folder: Any = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(trainer.args.output_dir)
         if folder:
             shards = Path(folder) / f"{FSDP_MODEL_NAME}_0"
             if shards.is_dir():

@@ -36,8 +36,8 @@ def shard_frozen(
     in its ``param_dtype``, by autocast. Parameters that are no floats, such as 4-bit weights in bytes, stay whole, too.
     A second call does nothing.
 
-    The base may be on the meta device in all processes but the first (``cpu_ram_efficient_loading`` of transformers):
-    they get it from process 0, one block at a time, and keep their shards alone.
+    The base may be on the meta device in all processes but the first: they get it from process 0, one block at a time,
+    and keep their shards alone.
 
     ::
 
@@ -97,7 +97,8 @@ def shard_frozen(
     whole = {*trained, *options.pop("ignored_params", ())}
     whole |= {parameter for parameter in model.parameters() if not parameter.is_floating_point()}
     filled = _fill_from_first(trained, device)
-    for module in [*blocks, model]:
+    parts: list[nn.Module] = [*blocks, model]
+    for module in parts:
         if any(others_lack) and not first_lacks:
             tensors = [t for t in (*module.parameters(), *module.buffers()) if not isinstance(t, DTensor)]
             filled |= _fill_from_first((tensor for tensor in tensors if id(tensor) not in filled), device)
@@ -105,7 +106,7 @@ def shard_frozen(
     dtype = getattr(options.get("mp_policy"), "param_dtype", None)
     if dtype in (torch.bfloat16, torch.float16):
         # FSDP2 casts its shards alone to this dtype, and a head that is whole has to meet it, too.
-        model.forward = torch.autocast(device.type, dtype)(model.forward)  # type: ignore[method-assign]
+        model.forward = torch.autocast(device.type, dtype)(model.forward)
     _average_in_backward(trained)
     return model
 
@@ -126,7 +127,7 @@ def _fill_from_first(tensors: Iterable[Tensor], device: torch.device) -> set[int
             is_parameter = isinstance(tensor, nn.Parameter)
             # The exchange may still hold the value itself, which then could not be swapped.
             new = nn.Parameter(value, tensor.requires_grad) if is_parameter else value.detach()
-            torch.utils.swap_tensors(tensor, new)
+            torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
         else:
             tensor.data = value
         filled.add(id(tensor))
@@ -153,7 +154,7 @@ def _average_in_backward(parameters: Collection[nn.Parameter]) -> None:
             at_end_of_backward(lambda: _average_gradients(parameters))
 
     for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(ask)
+        parameter.register_post_accumulate_grad_hook(ask)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -178,7 +179,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 def plain_class(model: nn.Module) -> type[nn.Module]:
     """The class of ``model``; if FSDP2 shards it, the one from which FSDP2 has derived the present one."""
-    return next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    classes: Any = type(model).__mro__
+    return next(cls for cls in classes if not issubclass(cls, FSDPModule))  # type: ignore[no-any-return]
 
 
 def sharded_layers(model: nn.Module) -> list[str]:
