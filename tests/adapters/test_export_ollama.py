@@ -98,5 +98,5 @@ def test_what_ollama_would_misread_is_refused_and_nothing_written(adapter, launc
     code, _, said = launch("export", tmp_path / "adapter", "--to", "ollama", "--out", tmp_path / "out")
     assert (code, "inputs.json" in said) == (2, True)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigurationError, match=r"folder or a GGUF file, got 'org/model'.*--model DIR"):
+    with pytest.raises(ConfigurationError, match=r"folder or a GGUF file, got 'org/model'.*model DIR"):
         base_of_ollama("org/model")

@@ -18,6 +18,7 @@ from dynrank.models.names import ModelSettings, shipped_configs
 from dynrank.models.pretrained import meta_model, read_config, storage_bytes, tensors_of
 from dynrank.planner.plan import make_plan, show_plan
 from dynrank.runs.config import plain
+from dynrank.runs.job import lora_arguments
 from dynrank.tasks.optimizers import make_optimizer
 
 SMALL = {"hidden_size": 64, "vocab_size": 200, "max_position_embeddings": 64}
@@ -188,7 +189,7 @@ def test_plan_and_training_hold_the_same_bytes_by_the_keys_of_model(mode, task, 
     options = [f"task={task}", f"task.model={model}", f"data.train={file}", "lora.rank=4", *MODES[mode]]
     need = plan_of(*options, "ranks=null", "batch_size=8", "sequence_length=32").needs[0]
     config = dynrank.compose(options)
-    module = instantiate(config.task, _convert_="all").module(plain(config.lora), plain(config.optimizer))
+    module = instantiate(config.task, _convert_="all").module(lora_arguments(config), plain(config.optimizer))
     assert {layer.lora_A.dtype for layer in own_layers(module.model).values()} == {torch.float32}
     ids = torch.randint(600, (8, 32))
     labels = ids if task == "completion" else torch.zeros(8, dtype=torch.long)
