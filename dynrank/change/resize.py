@@ -88,10 +88,12 @@ def resize(
     >>> [(layer.layer, layer.rank_after) for layer in dynrank.resize(model, 2, optimizers=[optimizer])]
     [('0', 2)]
     """
+    check_whole(model)
     adapters = Adapters(model, optimizers)
     directions = LayerDirections(adapters.layers)
+    ranks = by_layer(target, adapters.layers) if isinstance(target, Mapping) and adapters.layers else target
     change = compute(
-        adapters, lambda: target, directions, optimizer_state, generator, collective=collective, balance=balance
+        adapters, lambda: ranks, directions, optimizer_state, generator, collective=collective, balance=balance
     )
     if not dry_run:
         _check_others(adapters, change.names)
@@ -349,7 +351,6 @@ def compute(
             check_optimizer(optimizer, factors, optimizer_state)
         return _new_values(adapters, ranks, directions, optimizer_state, generator)
 
-    check_whole(adapters.model)
     # DDP keeps a whole model on one device.
     device = next((layer.lora_A.device for layer in adapters.layers.values()), None)
     values, reports = from_first(of_first, device=device) if collective else of_first()
@@ -360,9 +361,12 @@ def _checked_ranks(layers: Mapping[str, RankedLayer], target: Ranks, balance: bo
     """{name: new rank} for the layers that get new factors, in model order; see :func:`resize` for ``balance``."""
     if not layers:
         raise ConfigurationError("the model has no LoRA layers; call dynrank.add_lora first")
-    targets = by_layer(target, layers) if isinstance(target, Mapping) else dict.fromkeys(layers, target)
+    targets = target if isinstance(target, Mapping) else dict.fromkeys(layers, target)
     faults = []
     for name, rank in targets.items():
+        if name not in layers:
+            faults.append(f"{name!r} is no LoRA layer of the model")
+            continue
         most = max_rank(layers[name])
         if not isinstance(rank, int) or isinstance(rank, bool):
             faults.append(f"{name!r}: rank must be an int, got {rank!r}")

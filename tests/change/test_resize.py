@@ -266,21 +266,3 @@ def test_peft_layer_of_a_rank_above_its_shape_may_keep_it_beside_a_cut():
     (report,) = resize(net, {wide: 12, other: 6}, balance=True)
     assert (report.layer, report.rank_after) == (other, 6)
     assert_close(layers[wide].lora_B @ layers[wide].lora_A, update, rtol=1e-4, atol=1e-5)
-
-
-def test_an_optimizer_that_was_not_passed_refuses_its_next_step_by_name():
-    net = dynrank.add_lora(nn.Sequential(nn.Linear(7, 9)), rank=4)
-
-    def stepped(optimizer):
-        net(torch.ones(2, 7)).square().mean().backward()
-        optimizer.step()
-
-    optimizer = torch.optim.AdamW(dynrank.adapter_parameters(net))
-    stepped(optimizer)
-    dynrank.resize(net, 2)
-    with pytest.raises(ConfigurationError, match=r"AdamW still has shape \[4, 7\]: pass the optimizer to resize"):
-        stepped(optimizer)
-    # State of another shape than the parameter's, in an optimizer that is made afterwards, is its own.
-    later = torch.optim.Adafactor(dynrank.adapter_parameters(net))
-    for _ in range(2):
-        stepped(later)

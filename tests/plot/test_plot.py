@@ -78,7 +78,7 @@ def test_a_model_and_its_stored_adapter_have_the_same_pictures(tmp_path):
         torch.nn.init.normal_(layer.lora_B)
     dynrank.save_adapter(model, tmp_path)
     (axes,) = plot.ranks(model).axes
-    assert written(axes) == {("0", "up"): "2", ("1", "up"): "4", ("2", "up"): "4"}
+    assert written(axes) == {("block 0", "up"): "2", ("block 1", "up"): "4", ("block 2", "up"): "4"}
     drawn_lines = [
         [line.get_ydata() for line in plot.spectra(of).axes[0].lines]
         for of in (model, tmp_path, str(tmp_path), dynrank.inspect(tmp_path))
