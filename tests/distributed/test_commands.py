@@ -35,7 +35,7 @@ LONG += ["trainer.max_steps=100000", "trainer.val_check_interval=100000", f"sche
 FILES = {
     ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     "adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md", "adapter/labels.json",
-    "adapter/tokenizer.json", "adapter/tokenizer_config.json", "checkpoints/last.ckpt",
+    "adapter/inputs.json", "adapter/tokenizer.json", "adapter/tokenizer_config.json", "checkpoints/last.ckpt",
     "final_ranks.yaml", "hparams.yaml", "metrics.csv", "rank_history.csv",
     "summary.json", ".lock",
 }  # fmt: skip

@@ -12,7 +12,6 @@ from tables import rows
 
 import dynrank
 from dynrank import train
-from dynrank.runs.report.record import read_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -105,17 +104,6 @@ def test_own_files_train_in_epochs_and_say_so_where_output_is_a_file(launch, own
     assert {int(step): float(loss) for step, loss in followed} == pytest.approx(validations("run"), rel=1e-3)
     # Four in each epoch.
     assert [int(step) for step, _ in followed] == [4 * n for n in range(1, 9)]
-
-
-def test_a_validation_in_the_step_after_a_cut_is_not_taken_for_one_of_the_cut(launch, own):
-    """The report's table of changes has what was measured directly before and after the cut."""
-    code, _, said = launch(train.main, *own, "schedule.at=0.21875", "schedule.final_rank=2", "hydra.run.dir=run")
-    assert code == 0, said
-    run = read_run(Path("run"))
-    (change,) = run.changes
-    # Validations are after every fourth step.
-    assert change.step == 7
-    assert f"val/loss {run.around(change, 'val/loss')} by the cut" in change.reason
 
 
 @pytest.mark.parametrize(
