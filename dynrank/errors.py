@@ -35,7 +35,19 @@ Name = Annotated[str, Field(min_length=1)]
 
 # The packages of the extra "train", as they are imported.
 TRAIN_PACKAGES = frozenset(
-    {"datasets", "hydra", "jinja2", "lightning", "omegaconf", "rich", "torchmetrics", "transformers", "typer", "yaml"}
+    {
+        "datasets",
+        "hydra",
+        "jinja2",
+        "lightning",
+        "omegaconf",
+        "rich",
+        "torchmetrics",
+        "tqdm",
+        "transformers",
+        "typer",
+        "yaml",
+    }
 )
 # {an argument of PEFT's configs: what it is called here}, for whoever types the former.
 PEFT_NAMES = {

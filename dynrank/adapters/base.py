@@ -12,8 +12,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 from dynrank.adapters.load import load_adapter
+from dynrank.adapters.ollama import modelfile
 from dynrank.adapters.read import Adapter, read_adapter
-from dynrank.adapters.sidecar_files import input_files, with_labels
+from dynrank.adapters.sidecar_files import input_files, read_inputs, with_labels
 from dynrank.errors import ConfigurationError
 from dynrank.layers.finding import modules_by_name
 from dynrank.layers.placing import merge
@@ -48,7 +49,7 @@ def on_base(adapter: Adapter, origin: str) -> Any:
     return with_labels(load_adapter(_base_model(origin, adapter), adapter), Path(adapter.source))
 
 
-def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> PreTrainedModel:
+def merge_adapter(source: str | Path, model: str | None, out: str | Path, *, ollama: bool = False) -> PreTrainedModel:
     """Merge the adapter in ``source`` into its base model, write the result to ``out``, and return it.
 
     Weights keep the stored dtype of the model; sums are computed in float32 or wider. The model's class is the first
@@ -60,6 +61,7 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
         source: folder of a PEFT LoRA adapter.
         model: folder or hub name of the base model; None: as the adapter names it.
         out: new or empty folder.
+        ollama: whether to write a Modelfile, too, from which Ollama makes a model of the folder.
 
     Raises:
         ConfigurationError: if the adapter or the model cannot be used, they do not fit, a tokenizer file is a link out
@@ -70,6 +72,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
     adapter = read_adapter(source)
     origin = base_source(adapter, model)
     check_free(out, source, Path(origin))
+    # A system prompt that a Modelfile cannot hold is refused before the model is loaded.
+    text = modelfile(".", read_inputs(source), adapter=None) if ollama else None
     own = input_files(source)
     of_base = input_files(Path(origin))
     merged: PreTrainedModel = merge(on_base(adapter, origin))
@@ -80,6 +84,8 @@ def merge_adapter(source: str | Path, model: str | None, out: str | Path) -> Pre
         for file in own + of_base:
             if not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
+        if text is not None:
+            (folder / "Modelfile").write_text(text, encoding="utf-8")
     return merged
 
 

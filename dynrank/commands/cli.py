@@ -254,17 +254,20 @@ def merge(
     adapter: Adapter,
     out: Annotated[Path, typer.Option(help="New or empty folder to write to")],
     model: Base = None,
+    ollama: Annotated[bool, typer.Option("--ollama", help="Write a Modelfile for Ollama, too")] = False,
 ) -> None:
     """Write the model with a PEFT adapter merged into it: a plain Hugging Face model."""
     from dynrank.adapters.base import merge_adapter
     from dynrank.output.console import print_facts, quiet_loading
 
     quiet_loading()
-    merged = merge_adapter(adapter, model, out)
+    merged = merge_adapter(adapter, model, out, ollama=ollama)
     kind = f"{type(merged).__name__}, {str(merged.dtype).removeprefix('torch.')}"
     facts = {"merged": kind, "parameters": f"{merged.num_parameters():,}", "files": out}
     if merged.can_generate():
         facts["for llama.cpp"] = f"convert_hf_to_gguf.py {out} --outfile {out.name}.gguf"
+    if ollama:
+        facts["for Ollama"] = f"ollama create {out.name} -f {out / 'Modelfile'}"
     print_facts(facts)
 
 

@@ -65,6 +65,15 @@ def test_the_folder_names_base_adapter_and_the_system_prompt_that_was_learned(ad
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"Modelfile", "adapter.gguf"}
 
 
+def test_a_merged_model_has_a_modelfile_of_its_own_folder(adapter, launch, tmp_path):
+    code, printed, said = launch("merge", adapter, "--out", tmp_path / "merged", "--ollama")
+    assert code == 0, said
+    assert f"ollama create merged -f {tmp_path / 'merged' / 'Modelfile'}" in printed
+    text = (tmp_path / "merged" / "Modelfile").read_text()
+    assert parsed(text) == [("from", "."), ("system", "Be kind.")]
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+
+
 PROMPTS = [
     "two\nlines",
     'ends with "',
