@@ -46,6 +46,9 @@ class ReadableNames(griffe.Extension):
 
 def _plain(module: str, name: str) -> dict[str, Parameter]:
     """The parameters of what is checked by pydantic (dynrank/errors.py); {}: of anything else."""
+    # These import programs that are not installed here, and are on no page.
+    if module.startswith("dynrank.integrations"):
+        return {}
     made = getattr(import_module(module), name, None)
     if "__signature__" not in vars(made or object):
         return {}

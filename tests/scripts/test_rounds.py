@@ -10,7 +10,7 @@ import torch
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from transformers.pytorch_utils import Conv1D
 
-from dynrank.adapters.squeeze import squeeze_adapter
+from dynrank.adapters.squeeze import squeeze
 from dynrank.models.pretrained import load_causal_lm, load_tokenizer
 
 CRASH_MATRIX = "import sys; sys.path.insert(0, sys.argv.pop(1)); from crash_matrix import main; sys.exit(main())"
@@ -52,7 +52,7 @@ def test_a_cut_unet_draws_the_same_once_it_is_loaded_again(script, main, tmp_pat
     low, high = map(int, re.search(r"ranks +16 -> (\d+)-(\d+) in 48 layers", printed).groups())
     assert 1 <= low < high <= 16
     assert "differs by 0.0e+00" in printed
-    reports = squeeze_adapter(tmp_path / module.FILE, tmp_path / "small.safetensors", rank=2)
+    reports = squeeze(tmp_path / module.FILE, tmp_path / "small.safetensors", rank=2)
     assert {report.rank_before for report in reports} >= {low, high}
 
 
