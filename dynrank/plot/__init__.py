@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean, median, stdev
@@ -34,6 +35,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Series = tuple[list[int], list[float]]
 """Optimizer steps, and the value of a metric at each step."""
+
+
+class Picture(Figure):
+    """A figure that a notebook shows also where nobody has imported pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        content = BytesIO()
+        self.savefig(content, format="png", dpi=100)
+        return content.getvalue()
 
 
 class Spectrum(Protocol):
@@ -150,7 +160,7 @@ def ranks(of: nn.Module | Run | Mapping[str, Sequence[int]]) -> Figure:
     width = max(_WIDTH, 1.3 + cell * len(columns))
     heights = [len(names) for _, names, _ in parts]
     above = 0.6 + 0.04 * max(map(len, columns), default=0)
-    figure = Figure(figsize=(width, above + 0.2 * sum(heights)), dpi=210, layout="constrained")
+    figure = Picture(figsize=(width, above + 0.2 * sum(heights)), dpi=210, layout="constrained")
     panels = figure.subplots(len(parts), squeeze=False, height_ratios=heights)[:, 0]
     scale = Normalize(vmin=0, vmax=max(own[-1] for own in found.values()))
     for axes, part in zip(panels, parts, strict=True):
@@ -279,7 +289,7 @@ def arms(settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequ
     crowded = max(map(len, texts)) * len(texts) > 40
     across = min(3, len(panels))
     down = -(-len(panels) // across)
-    figure = Figure(figsize=(4 * across, 3 * down), dpi=120, layout="constrained")
+    figure = Picture(figsize=(4 * across, 3 * down), dpi=120, layout="constrained")
     grid = list(figure.subplots(down, across, squeeze=False).flat)
     for axes in grid[len(panels) :]:
         axes.remove()
@@ -300,7 +310,7 @@ def arms(settings: Sequence[Sequence[str]], name: str, panels: Mapping[str, Sequ
 
 def _panels(xlabel: str, ylabels: Sequence[str], height: float = 3.6) -> tuple[Figure, list[Axes]]:
     """A figure of panels below each other with a shared x axis; ``height`` is in inches."""
-    figure = Figure(figsize=(_WIDTH, height), dpi=210, layout="constrained")
+    figure = Picture(figsize=(_WIDTH, height), dpi=210, layout="constrained")
     panels = list(figure.subplots(len(ylabels), sharex=True, squeeze=False)[:, 0])
     for axes, ylabel in zip(panels, ylabels, strict=True):
         axes.set_ylabel(ylabel)

@@ -70,6 +70,11 @@ def test_loss_picture_has_a_line_of_the_rate_beside_the_legend():
     assert not legend.get_window_extent().overlaps(axes.get_window_extent())
 
 
+def test_a_notebook_shows_a_picture_without_pyplot():
+    picture = plot.ranks({"layers.0.up": [4, 2]})
+    assert picture._repr_png_().startswith(b"\x89PNG")
+
+
 def test_a_model_and_its_stored_adapter_have_the_same_pictures(tmp_path):
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(torch.nn.ModuleDict({"up": torch.nn.Linear(6, 10)}) for _ in range(3))
