@@ -130,7 +130,7 @@ def plain(case, trace, folder):
             # PEFT's layers take a checkpoint of their own ranks only, dynrank's take any.
             ranks = states.pop("ranks")
             if case.peft:
-                dynrank.resize(net, ranks)
+                dynrank.resize(net, ranks, optimizers=[optimizer])
             for name, part in parts.items():
                 part.load_state_dict(states[name])
             loop.step = case.resume
