@@ -35,7 +35,11 @@ def _once(trigger: Trigger | At | None, target: Target, deadline: float | None, 
 
 
 def fixed() -> list[Stage]:
-    """No change: every layer keeps its starting rank."""
+    """No change: every layer keeps its starting rank.
+
+    >>> fixed()
+    []
+    """
     return []
 
 
@@ -109,6 +113,10 @@ def auto(
         lowest: lowest rank of every layer.
         highest: highest rank of every layer; None: its rank now.
         how: how both changes are made.
+
+    >>> cut, search = auto(tolerance=0.01)
+    >>> cut.to.share, search.how.max_regression, search.search
+    (0.25, 0.01, True)
     """
     first = early_budget(share=share, at=at, lowest=lowest, highest=highest, how=how)
     largest = Budget(share=1.0, lowest=lowest, highest=highest)
@@ -136,6 +144,10 @@ def after_convergence(
         drops: how many cuts (64 -> 8 in 3: 32, 16, 8).
         deadline: share of the run at which the cuts come in any case; None: never.
         how: how each change is made.
+
+    >>> (stage,) = after_convergence(4)
+    >>> stage.when.monitor, stage.deadline
+    ('val/loss', 0.75)
     """
     return [
         _once(trigger, _down_to(final_rank, shared, step, drops), deadline, how, "schedule.final_rank")
@@ -164,6 +176,9 @@ def anneal(
         how: how each change is made.
 
     Source: LoRA-Squeeze, arXiv:2602.10993.
+
+    >>> [round(stage.when.fraction, 2) for stage in anneal(4, steps=3)]
+    [0.2, 0.5, 0.8]
     """
     if start > end:
         raise ConfigurationError(
@@ -198,6 +213,9 @@ def milestones(
         unit: unit of the times: "fraction" of the run (1 is after its last step), "step" or "epoch".
         shared: whether all layers share one pool of as many parameters as ``ranks[i]`` has.
         how: how each change is made.
+
+    >>> [(stage.when.fraction, stage.to.rank) for stage in milestones([8, 4], at=[0.5, 0.75])]
+    [(0.5, 8), (0.75, 4)]
     """
     if len(ranks) != len(at) or not ranks:
         raise ConfigurationError(
@@ -228,7 +246,12 @@ def energy(
     deadline: Share | None = 0.75,
     how: How = PLAIN,
 ) -> list[Stage]:
-    """Each layer to the rank that keeps ``share`` of its energy (sum of squared singular values), on convergence."""
+    """Each layer to the rank that keeps ``share`` of its energy (sum of squared singular values), on convergence.
+
+    >>> (stage,) = energy(0.9)
+    >>> stage.to
+    Energy(share=0.9, lowest=1)
+    """
     target = Energy(share, lowest=lowest)
     return [_once(trigger, target, deadline, how, "schedule.lowest")]
 
@@ -237,7 +260,12 @@ def energy(
 def grow(
     final_rank: Count, trigger: Trigger | At | None = None, *, deadline: Share | None = 0.5, how: How = PLAIN
 ) -> list[Stage]:
-    """Growth to ``final_rank`` when training at the starting rank has converged; the function does not change."""
+    """Growth to ``final_rank`` when training at the starting rank has converged; the function does not change.
+
+    >>> (stage,) = grow(16)
+    >>> stage.to
+    GrowTo(rank=16)
+    """
     return [_once(trigger, GrowTo(final_rank), deadline, how, "schedule.final_rank")]
 
 
