@@ -61,6 +61,9 @@ class RankScheduler(Callback):
 
     Raises:
         ConfigurationError: if a value cannot be used.
+
+    >>> RankScheduler(4).driver.stages[0].to.final_rank
+    4
     """
 
     def __init__(

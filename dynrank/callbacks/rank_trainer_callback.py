@@ -85,6 +85,9 @@ class RankTrainerCallback(TrainerCallback, ExportableState):  # type: ignore[mis
 
     Raises:
         ConfigurationError: if a value cannot be used.
+
+    >>> RankTrainerCallback(4).driver.stages[0].to.final_rank
+    4
     """
 
     def __init__(

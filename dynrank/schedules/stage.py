@@ -53,6 +53,12 @@ class Stage:
     Raises:
         ConfigurationError: if a value cannot be used, a fixed time has a deadline, or a search comes before the last
             step.
+
+    >>> from dynrank.targets import Rank
+    >>> from dynrank.triggers import At
+    >>> stage = Stage(At(fraction=0.5), Rank(8), how=How(max_regression=0.02))
+    >>> stage.to, stage.how.max_regression
+    (Rank(rank=8), 0.02)
     """
 
     when: Trigger | At

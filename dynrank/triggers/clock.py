@@ -11,7 +11,11 @@ from dynrank.errors import ConfigurationError, Steps, validated
 
 @dataclass(frozen=True)
 class Run:
-    """The optimizer steps of a run, and of an epoch; None if unknown."""
+    """The optimizer steps of a run, and of an epoch; None if unknown.
+
+    >>> At(epoch=2).in_steps(Run(total_steps=100, steps_per_epoch=25))
+    50
+    """
 
     total_steps: int | None
     steps_per_epoch: int | None = None

@@ -23,6 +23,10 @@ class Plateau(Trigger):
         mode: "min" if smaller is better, else "max".
         patience: observations in a row without improvement.
         min_delta: smallest relative improvement that counts.
+
+    >>> trigger = Plateau(patience=1)
+    >>> [trigger.observe(step, loss) for step, loss in [(10, 1.0), (20, 0.8), (30, 0.8)]]
+    [False, False, True]
     """
 
     monitor: Name = "val/loss"
