@@ -54,7 +54,7 @@ ROW = "row"
 COLUMN = "column"
 POSITION = "position"
 STEP = "step"
-SCALES = "scales"  # fmt: skip
+SCALES = "scales"
 
 _ADAM = {"step": KEPT, "exp_avg": LINEAR, "exp_avg_sq": SQUARED, "max_exp_avg_sq": SQUARED}
 # Entries that only bitsandbytes has.

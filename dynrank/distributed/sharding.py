@@ -42,14 +42,16 @@ def shard_frozen(
     ::
 
         def configure_model(self):  # Lightning
-            if self.device_mesh is not None:  # not so in load_from_checkpoint
+            # load_from_checkpoint has no mesh.
+            if self.device_mesh is not None:
                 shard_frozen(self.model, self.device_mesh["data_parallel"])
 
 
         strategy = ModelParallelStrategy(lambda model, mesh: shard_frozen(model, mesh["data_parallel"]))  # Fabric
 
 
-        accelerator = Accelerator()  # set to FSDP2
+        # Set to FSDP2.
+        accelerator = Accelerator()
         model, optimizer = accelerator.prepare(shard_frozen(model), optimizer)
 
     Args:
