@@ -82,6 +82,13 @@ class ConfigurationError(ValueError):
     The message names the value and how to fix it: by the configuration key or the command's option inside
     :func:`configured`, else by the argument of the call, which is the last part of the key, or the option's name.
     Nothing has been changed when it is raised. The command line prints it without a traceback and exits with code 2.
+
+    >>> from dynrank.schedules import early_budget
+    >>> try:
+    ...     early_budget(0)
+    ... except ConfigurationError as error:
+    ...     print(error)
+    final_rank must be greater than or equal to 1, got 0
     """
 
     def __init__(self, message: str) -> None:

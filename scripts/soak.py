@@ -26,7 +26,8 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from dynrank import compose, lora_layers
-from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler, RunMeter
+from dynrank.callbacks import AdapterCheckpoint, RankMonitor, RankScheduler
+from dynrank.callbacks.run_meter import RunMeter
 from dynrank.runs.job import build
 from dynrank.runs.trainer import quiet_training
 from dynrank.schedules import Stage

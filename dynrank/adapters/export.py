@@ -84,6 +84,14 @@ def export_adapter(
     Raises:
         ConfigurationError: if the adapter or an option cannot be used, the server cannot read such an adapter, or
             ``out`` is not free or cannot be written.
+
+    >>> import tempfile, torch, dynrank
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=3)
+    >>> folder = tempfile.mkdtemp()
+    >>> dynrank.save_adapter(model, f"{folder}/adapter")
+    >>> _ = export_adapter(f"{folder}/adapter", f"{folder}/padded", to="padded", multiple=4)
+    >>> dynrank.inspect(f"{folder}/padded")[0].rank
+    4
     """
     source = adapter_folder(Path(source))
     out = Path(out)

@@ -10,30 +10,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dynrank.callbacks.adapter_checkpoint import AdapterCheckpoint as AdapterCheckpoint
     from dynrank.callbacks.best_weights import BestWeights as BestWeights
-    from dynrank.callbacks.lightning.strategies import check_strategy as check_strategy
-    from dynrank.callbacks.progress_lines import ProgressLines as ProgressLines
     from dynrank.callbacks.rank_monitor import RankMonitor as RankMonitor
     from dynrank.callbacks.rank_monitor import RankProgressBar as RankProgressBar
     from dynrank.callbacks.rank_scheduler import RankScheduler as RankScheduler
     from dynrank.callbacks.rank_trainer_callback import RankTrainerCallback as RankTrainerCallback
-    from dynrank.callbacks.run_meter import RunMeter as RunMeter
-    from dynrank.callbacks.run_meter import peak_memory_bytes as peak_memory_bytes
     from dynrank.callbacks.step_seed import StepSeed as StepSeed
     from dynrank.driver.event import RankEvent as RankEvent
 
 _HOMES = {
     "AdapterCheckpoint": "dynrank.callbacks.adapter_checkpoint",
     "BestWeights": "dynrank.callbacks.best_weights",
-    "ProgressLines": "dynrank.callbacks.progress_lines",
     "RankEvent": "dynrank.driver.event",
     "RankMonitor": "dynrank.callbacks.rank_monitor",
     "RankProgressBar": "dynrank.callbacks.rank_monitor",
     "RankScheduler": "dynrank.callbacks.rank_scheduler",
     "RankTrainerCallback": "dynrank.callbacks.rank_trainer_callback",
-    "RunMeter": "dynrank.callbacks.run_meter",
     "StepSeed": "dynrank.callbacks.step_seed",
-    "check_strategy": "dynrank.callbacks.lightning.strategies",
-    "peak_memory_bytes": "dynrank.callbacks.run_meter",
 }
 __all__ = list(_HOMES)
 

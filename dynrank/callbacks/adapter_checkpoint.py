@@ -47,6 +47,11 @@ class AdapterCheckpoint(ModelCheckpoint):
     Attributes:
         stop_signals: the signals that end training in this way.
         stopped_by: the signal that this process has received; None: none.
+
+    >>> from dynrank.callbacks import RankScheduler
+    >>> callbacks = [RankScheduler(8), AdapterCheckpoint("checkpoints", monitor="val/loss", save_last=True)]
+    >>> callbacks[1].monitor
+    'val/loss'
     """
 
     stop_signals: tuple[int, ...] = (signal.SIGTERM,)

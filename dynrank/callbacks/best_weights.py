@@ -29,6 +29,10 @@ class BestWeights(Checkpoint):
     Attributes:
         step: optimizer steps made before the best validation; None: there was none since the last change.
         value: the metric in that validation.
+
+    >>> best = BestWeights("val/accuracy", mode="max")
+    >>> best.step is None
+    True
     """
 
     def __init__(self, monitor: str, mode: Literal["min", "max"] = "min") -> None:

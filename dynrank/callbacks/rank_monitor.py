@@ -35,6 +35,11 @@ class RankMonitor(Callback):
             before (the loss's decrease by its updates, and its standard error). If a change was undone, its reason
             begins with "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
+
+    >>> from dynrank.callbacks import RankScheduler
+    >>> callbacks = [RankScheduler(8), RankMonitor("rank_history.csv", model_name="model")]
+    >>> callbacks[1].prefix
+    'model.'
     """
 
     def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:
@@ -95,7 +100,13 @@ class RankMonitor(Callback):
 
 
 class RankProgressBar(RichProgressBar):
-    """Shows ``rank: 16``, or ``rank: 4-32`` if layers differ; without max_epochs it shows no total of epochs."""
+    """Shows ``rank: 16``, or ``rank: 4-32`` if layers differ; without max_epochs it shows no total of epochs.
+
+    >>> from lightning import Trainer
+    >>> trainer = Trainer(accelerator="cpu", max_steps=10, logger=False, callbacks=[RankProgressBar()])
+    >>> type(trainer.progress_bar_callback).__name__
+    'RankProgressBar'
+    """
 
     _ranks: str | None = None
 

@@ -11,6 +11,9 @@ class StepSeed(Callback):
     """Seeds torch before each training batch from (``seed``, epoch, batch), so dropout is the same after any resume.
 
     Nothing between two batches (a validation, a new loader, a restart) changes the dropout masks of the next batch.
+
+    >>> from lightning import Trainer
+    >>> trainer = Trainer(accelerator="cpu", max_steps=10, logger=False, callbacks=[StepSeed(0)])
     """
 
     def __init__(self, seed: int) -> None:

@@ -20,8 +20,10 @@ from dynrank.driver.training import Training
 from dynrank.errors import ConfigurationError
 from dynrank.layers.base import RankedLayer, max_rank
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.schedules import Stage, check_schedule
-from dynrank.targets import UNBOUNDED, Budget, LayerState, Target
+from dynrank.schedules import Stage
+from dynrank.schedules.stage import check_schedule
+from dynrank.targets import Budget, LayerState, Target
+from dynrank.targets.base import UNBOUNDED
 from dynrank.triggers import Run, Trigger
 
 CHECK_MONITOR = "check_monitor of How (schedule.how.check_monitor)"

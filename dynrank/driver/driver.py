@@ -29,7 +29,9 @@ from dynrank.errors import ConfigurationError, read_as
 from dynrank.layers.base import params_per_rank
 from dynrank.layers.choosing import warn_of_pefts_frozen
 from dynrank.layers.finding import adapter_parameters, lora_layers
-from dynrank.schedules import Schedule, Stage, as_texts, stages_of
+from dynrank.schedules import Schedule, Stage
+from dynrank.schedules.presets import stages_of
+from dynrank.schedules.stage import as_texts
 from dynrank.triggers import At, Run, Trigger
 
 

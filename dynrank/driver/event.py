@@ -44,6 +44,14 @@ class RankEvent:
         layers: a report for each changed layer.
         undone: whether the change cost too much and was undone; then the ranks are as before.
         measured: what the change cost; None: no validations were made directly before and after it.
+
+    >>> import torch, dynrank
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> event = RankEvent(100, "half of the run", tuple(dynrank.resize(model, 2)))
+    >>> print(event)
+    rank change at step 100: half of the run (rank 4 → rank 2 in 1 layers)
+    >>> event.lowers, event.layers[0].parameters_saved
+    (True, 32)
     """
 
     step: int

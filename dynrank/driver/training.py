@@ -31,6 +31,18 @@ class Training:
         schedulers: all learning-rate schedulers; [] if there are none. Their rates, which logs show, are then
             multiplied when a change raises the adapters' rate (``lr_factor``). None: unknown, so the rate is raised
             inside each step of the optimizer, and schedulers and logs show it without that factor.
+
+    A class that validates, for schedules that read a metric:
+
+    >>> import torch, dynrank
+    >>> class Loop(dynrank.Training):
+    ...     def validate(self):
+    ...         with torch.no_grad():
+    ...             return {"val/loss": float(self.model(torch.ones(1, 8)).square().mean())}
+    >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
+    >>> loop = Loop(model, [torch.optim.AdamW(dynrank.adapter_parameters(model))])
+    >>> loop.validates, sorted(loop.validate())
+    (True, ['val/loss'])
     """
 
     model: nn.Module

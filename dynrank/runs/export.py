@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 
 from dynrank.adapters.save import save_adapter
 from dynrank.adapters.sidecar_files import write_sidecar_files
-from dynrank.callbacks import RankEvent, RunMeter, peak_memory_bytes
+from dynrank.callbacks import RankEvent
+from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
 from dynrank.layers.finding import adapter_parameters, lora_layers
 from dynrank.models.pretrained import storage_bytes
 from dynrank.output.whole_file import whole_file

@@ -16,7 +16,8 @@ from torch import nn
 from dynrank.adapters.config import adapter_folder
 from dynrank.adapters.load import start_from
 from dynrank.adapters.read import open_adapter
-from dynrank.callbacks import BestWeights, RankScheduler, RunMeter
+from dynrank.callbacks import BestWeights, RankScheduler
+from dynrank.callbacks.run_meter import RunMeter
 from dynrank.driver.check import checked_metrics
 from dynrank.errors import ConfigurationError, Count, configured, read_as
 from dynrank.layers.finding import lora_layers
@@ -29,7 +30,7 @@ from dynrank.runs.preflight import check_checkpoint, check_metrics, check_run
 from dynrank.runs.stopping import stoppable
 from dynrank.runs.summary import Summary
 from dynrank.runs.trainer import add_to_metrics, check_loggers, finished, make_trainer, quiet_training
-from dynrank.schedules import check_schedule
+from dynrank.schedules.stage import check_schedule
 from dynrank.tasks.data.splits import SPLITS
 from dynrank.triggers import Run
 

@@ -17,17 +17,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from omegaconf import DictConfig
 
-from dynrank.callbacks import (
-    AdapterCheckpoint,
-    BestWeights,
-    ProgressLines,
-    RankMonitor,
-    RankProgressBar,
-    RankScheduler,
-    RunMeter,
-    StepSeed,
-    check_strategy,
-)
+from dynrank.callbacks import AdapterCheckpoint, BestWeights, RankMonitor, RankProgressBar, RankScheduler, StepSeed
+from dynrank.callbacks.lightning.strategies import check_strategy
+from dynrank.callbacks.progress_lines import ProgressLines
+from dynrank.callbacks.run_meter import RunMeter
 from dynrank.errors import ConfigurationError
 from dynrank.output.console import quiet_loading, table_console
 from dynrank.output.whole_file import whole_file

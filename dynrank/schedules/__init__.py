@@ -11,9 +11,8 @@ from dynrank.schedules.presets import (
     grow,
     milestones,
     stages,
-    stages_of,
 )
-from dynrank.schedules.stage import How, Stage, as_texts, check_schedule
+from dynrank.schedules.stage import How, Stage
 
 __all__ = [
     "How",
@@ -21,14 +20,11 @@ __all__ = [
     "Stage",
     "after_convergence",
     "anneal",
-    "as_texts",
     "auto",
-    "check_schedule",
     "early_budget",
     "energy",
     "fixed",
     "grow",
     "milestones",
     "stages",
-    "stages_of",
 ]

@@ -17,6 +17,7 @@ from dynrank.triggers import At, Plateau, Trigger
 
 # A function that returns stages, such as a preset, is a schedule too: LightningCLI builds these from YAML.
 Schedule: TypeAlias = int | Stage | Sequence[Stage] | Callable[[], Sequence[Stage]]
+"""A rank (``4`` is ``early_budget(4)``), a stage, a list of stages such as ``auto()``, or a function that makes one."""
 
 # Each change is a stage. No adapter has as many as 1000 ranks to pass through.
 Changes = Annotated[int, Field(ge=1, le=1000)]
@@ -45,7 +46,13 @@ def fixed() -> list[Stage]:
 
 @validated_call("schedule")
 def stages(stages: Sequence[Stage]) -> list[Stage]:
-    """The given stages, for a schedule that a configuration file lists stage by stage."""
+    """The given stages, for a schedule that a configuration file lists stage by stage.
+
+    >>> from dynrank.targets import Rank
+    >>> first, second = stages([Stage(At(fraction=0.3), Rank(16)), Stage(At(fraction=0.6), Rank({"mlp": 8}))])
+    >>> second.to
+    Rank(rank={'mlp': 8})
+    """
     return [
         stage if stage.key != "schedule.stages" else replace(stage, key=f"schedule.stages[{i}]")
         for i, stage in enumerate(stages)

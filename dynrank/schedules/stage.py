@@ -28,6 +28,13 @@ class How:
 
     Raises:
         ConfigurationError: if a value cannot be used.
+
+    A cut that may worsen the loss by 2%, and that keeps the size of an optimizer step:
+
+    >>> from dynrank.schedules import early_budget
+    >>> (stage,) = early_budget(8, how=How(lr_factor="sqrt", max_regression=0.02))
+    >>> stage.how.lr_factor, stage.how.max_regression
+    ('sqrt', 0.02)
     """
 
     lr_factor: Annotated[float, Field(gt=0)] | Literal["sqrt"] = 1.0

@@ -1,7 +1,7 @@
 """Targets: pure functions from the state of all layers to the next rank of each."""
 
-from dynrank.targets.base import UNBOUNDED, LayerState, Target
+from dynrank.targets.base import LayerState, Target
 from dynrank.targets.budget import Budget
 from dynrank.targets.per_layer import Energy, GrowTo, Rank, Towards
 
-__all__ = ["UNBOUNDED", "Budget", "Energy", "GrowTo", "LayerState", "Rank", "Target", "Towards"]
+__all__ = ["Budget", "Energy", "GrowTo", "LayerState", "Rank", "Target", "Towards"]

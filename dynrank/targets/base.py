@@ -28,6 +28,10 @@ class LayerState:
             error; None if unknown, or unless the target ``needs`` it.
         cap: the layer's own ``highest`` in the rank map, which replaces a budget's; None if it has none.
         experts: how many products of this shape and rank the layer stacks; 1 in a plain layer.
+
+    >>> layer = LayerState(16, d_out=64, d_in=32, lowest=4)
+    >>> layer.params_per_rank, layer.shrunk(2), layer.shrunk(20)
+    (96, 4, 16)
     """
 
     rank: int

@@ -93,6 +93,10 @@ class Energy(Target):
     """The lowest rank that keeps ``share`` of each layer's energy, the sum of SQUARED singular values.
 
     A layer keeps at least rank ``lowest``.
+
+    >>> import torch
+    >>> Energy(0.9).ranks({"layer": LayerState(4, values=torch.tensor([4.0, 1.0, 0.1, 0.1]))})
+    {'layer': 1}
     """
 
     share: Share

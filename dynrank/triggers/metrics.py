@@ -73,6 +73,10 @@ class Gap(Trigger):
         mode: "min" if smaller is better, else "max".
         threshold: smallest gap that fires.
         window: number of observations in the mean.
+
+    >>> trigger = Gap(threshold=0.2, window=2)
+    >>> [trigger.observe(step, train, 1.0) for step, train in ((10, 0.9), (20, 0.8), (30, 0.7))]
+    [False, False, True]
     """
 
     train: Name = "train/loss"

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from dynrank.callbacks import AdapterCheckpoint, RankEvent, RankScheduler, RunMeter, peak_memory_bytes, run_meter
+from dynrank.callbacks import AdapterCheckpoint, RankEvent, RankScheduler, run_meter
+from dynrank.callbacks.run_meter import RunMeter, peak_memory_bytes
 from dynrank.schedules import Stage
 from dynrank.targets import Rank
 from dynrank.triggers import At

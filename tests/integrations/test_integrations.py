@@ -11,7 +11,8 @@ import pytest
 from dynrank.callbacks import RankTrainerCallback
 from dynrank.errors import ConfigurationError
 from dynrank.integrations import callback_of
-from dynrank.schedules import anneal, as_texts, early_budget
+from dynrank.schedules import anneal, early_budget
+from dynrank.schedules.stage import as_texts
 
 
 def fake(monkeypatch, name, **names):

@@ -15,7 +15,6 @@ from dynrank.schedules import (
     after_convergence,
     anneal,
     auto,
-    check_schedule,
     early_budget,
     energy,
     fixed,
@@ -23,6 +22,7 @@ from dynrank.schedules import (
     milestones,
     stages,
 )
+from dynrank.schedules.stage import check_schedule
 from dynrank.targets import Budget, Energy, LayerState, Rank
 from dynrank.triggers import At, Gap, Plateau, Run
 

@@ -3,7 +3,7 @@
 import pytest
 
 from dynrank.errors import ConfigurationError
-from dynrank.schedules import How, Stage, check_schedule
+from dynrank.schedules.stage import How, Stage, check_schedule
 from dynrank.targets import Budget, Rank
 from dynrank.triggers import At, Plateau, Run
 

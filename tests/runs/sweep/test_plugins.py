@@ -10,7 +10,8 @@ from hydra.errors import MissingConfigException
 
 import dynrank
 from dynrank import train
-from dynrank.callbacks import BestWeights, RunMeter
+from dynrank.callbacks import BestWeights
+from dynrank.callbacks.run_meter import RunMeter
 from dynrank.errors import ConfigurationError
 from dynrank.runs import job
 from dynrank.runs.overrides import usage_errors
