@@ -6,7 +6,7 @@ rate rises at the same time; allocations from the start, found by a run or by th
 some of them with Muon. All arms of a seed have the same batches, dropout, head and scaling. Arms that start alike go on
 from one model, which is trained up to their cut. On the first two seeds every arm is trained at each learning rate, and
 at a neighbour if the best rate is at the edge. On the other seeds it is trained at the rate with the best validation
-loss over these two.
+loss over these two (a table without these: over all), or at --rates as long as there is none.
 
 The program adds a row to study.csv as soon as a run ends, draws study_TASK.png into scripts/results/, and prints the
 table. It may be interrupted: it makes no run again that the file holds. Several programs at once, for other seeds,
@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf, isfinite
 from pathlib import Path
 from statistics import mean, stdev
@@ -50,12 +51,14 @@ from study_bench import (
 from dynrank import lora_layers, resize
 from dynrank.driver.brought import Brought, Contribution
 from dynrank.driver.rates import Rates
+from dynrank.layers.base import params_per_rank
 from dynrank.layers.finding import adapter_parameters as adapter_factors
 from dynrank.schedules import How, anneal, auto
+from dynrank.tasks.classification import Classification
 
 HIGH = 16
 EARLY = 1 / 3
-FIELDS = ("task", "seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy")
+FIELDS = ("task", "seed", "arm", "lr", "steps", "parameters", "rise", "val_loss", "test_loss", "test_accuracy", "ranks")
 Row = dict[str, object]
 
 
@@ -67,8 +70,9 @@ class Arm:
         rank: whose bytes it ends with.
         by: "" is fixed from the start; "uniform" cuts every layer to the rank; "weight" and "brought" share its bytes
             out; "found" starts with what "brought" shared out, "GoRA" with what the first gradients did; "AdaLoRA" is
-            PEFT's, and "AdaLoRA's ranks" is a cut to the ranks that it ends with; "anneal" is cut by "brought" step by
-            step; "auto" is cut from the rank to what validation then allows.
+            PEFT's, "AdaLoRA's ranks" is a cut to the ranks that it ends with, and "AdaLoRA's bytes" one by "brought"
+            to as many bytes; "anneal" is cut by "brought" step by step; "auto" is cut from the rank to what validation
+            then allows.
         at: share of the run at which it is cut, and its rate changes.
         rate: what the adapter's rate is multiplied by from there on.
         optimizer: AdamW or Muon.
@@ -103,7 +107,7 @@ class Arm:
 
     @property
     def is_cut(self) -> bool:
-        return self.by in ("uniform", "weight", "brought", "AdaLoRA's ranks")
+        return self.by in ("uniform", "weight", "brought", "AdaLoRA's ranks", "AdaLoRA's bytes")
 
     @property
     def trunk(self) -> tuple[int, str] | None:
@@ -117,8 +121,8 @@ class Arm:
         return {"name": "dynrank.Muon"} if self.optimizer == "Muon" else {}
 
 
-# The rate at which AdaLoRA is best on cpp_headers.
-ADALORA = 8e-3
+# The rates at which AdaLoRA is best, of a decoder and of a classifier.
+ADALORA = (8e-3, 4e-3)
 # Eight cuts over the time in which AdaLoRA's ranks fall, see adalora.py.
 GRADUAL: dict[str, Any] = {"steps": 8, "start": 0.15, "end": 0.65}
 # A rate multiplied by this keeps the size of a step of the update, if the rank falls to an eighth.
@@ -142,6 +146,10 @@ ARMS = {
         *(Arm(low, "brought") for low in (4, 2)),
         Arm(4, "brought", at=0.75),
         *(Arm(low, "AdaLoRA") for low in (4, 2)),
+        *(Arm(4, by, rate=2.0) for by in ("AdaLoRA's ranks", "AdaLoRA's bytes")),
+        *(Arm(2, by, rate=ROOT) for by in ("AdaLoRA's ranks", "AdaLoRA's bytes")),
+        *(Arm(8, by, rate=2**0.5) for by in ("uniform", "brought")),
+        Arm(HIGH, "uniform"),
         *(Arm(low, "GoRA") for low in (4, 2)),
         *_MUON,
         Arm(HIGH, "auto"),
@@ -165,9 +173,11 @@ ARMS = {
         *_WAYS,
         *(Arm(low, "brought", rate=rate, highest=2 * low) for low, rate in ((2, ROOT), (4, 2.0))),
         *(Arm(low, "brought", rate=rate) for rate in (1.0, 2**0.5) for low in (4, 2)),
-        # About as many bytes as AdaLoRA keeps.
-        Arm(5, "brought", rate=2**0.5),
-        Arm(4, "AdaLoRA's ranks", rate=2**0.5),
+        *(Arm(4, by, rate=2**0.5) for by in ("uniform", "AdaLoRA's ranks", "AdaLoRA's bytes")),
+        *(Arm(2, by, rate=8**0.25) for by in ("uniform", "brought")),
+        *(Arm(8, by, rate=2**0.25) for by in ("uniform", "brought")),
+        # Every layer is balanced, and nothing is cut.
+        Arm(HIGH, "uniform"),
         Arm(HIGH, "auto"),
         *(Arm(low, by) for by in ("AdaLoRA", "anneal") for low in (4, 2)),
         Arm(HIGH, optimizer="Muon"),
@@ -233,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     while not options.rates and (edges := at_an_edge(table, task, arms)) and choosing and time.monotonic() < until:
         run(choosing, edges)
     best = {arm: rate for arm in arms if (rate := best_rate(table, task, arm)) is not None}
-    run([seed for seed in options.seeds if seed >= CHOOSING], [*best.items()])
+    later = [(arm, lr) for arm in arms for lr in ([best[arm]] if arm in best else options.rates or [])]
+    run([seed for seed in options.seeds if seed >= CHOOSING], later)
     best = {arm: rate for arm in ARMS[task] if (rate := best_rate(table, task, arm)) is not None}
     rows = [row for row in table.rows if row["task"] == task]
     show(rows, best)
@@ -280,10 +291,11 @@ def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Contribution], lr: fl
     if arm.by in ("weight", "brought", "found"):
         ranks = budget_ranks(layers, arm.rank, arm.highest, None if arm.by == "weight" else brought)
     try:
-        if arm.by == "AdaLoRA's ranks":
-            guide = adalora(trunk.setting, arm.start, arm.rank, ADALORA)
-            guide.train(guide.setting.steps, allocation_of(guide))
-            ranks = kept_ranks(guide.model)
+        if arm.by in ("AdaLoRA's ranks", "AdaLoRA's bytes"):
+            ranks = adalora_ranks(trunk.setting, arm.rank)
+        if arm.by == "AdaLoRA's bytes":
+            parameters = sum(params_per_rank(layer) * ranks[name] for name, layer in layers.items())
+            ranks = budget_ranks(layers, arm.rank, arm.highest, brought, parameters)
         if arm.is_cut:
             before = trainee.evaluate(trainee.setting.val)[0]
             resize(trainee.model, ranks, optimizers=[trainee.optimizer], balance=True)
@@ -297,6 +309,14 @@ def finish(trunk: Trainee, arm: Arm, brought: Mapping[str, Contribution], lr: fl
     except Diverged:
         return None, rise
     return trainee, rise
+
+
+@cache
+def adalora_ranks(setting: Setting, rank: int) -> dict[str, int]:
+    """The ranks by layer that AdaLoRA ends with."""
+    trainee = adalora(setting, HIGH, rank, ADALORA[isinstance(setting.task, Classification)])
+    trainee.train(setting.steps, allocation_of(trainee))
+    return kept_ranks(trainee.model)
 
 
 def from_the_start(setting: Setting, unit: Unit) -> tuple[Trainee | None, str]:
@@ -332,19 +352,24 @@ def with_ranks(setting: Setting, ranks: Mapping[str, int], lr: float) -> Trainee
 def _row(unit: Unit, arm: Arm, trainee: Trainee | None, rise: object) -> Row:
     row: Row = {"task": unit.task, "seed": unit.seed, "arm": str(arm), "lr": unit.lr, "steps": unit.steps, "rise": rise}
     if trainee is None:
-        return row | {"parameters": "", "val_loss": inf, "test_loss": inf, "test_accuracy": 0.0}
+        return row | {"parameters": "", "ranks": "", "val_loss": inf, "test_loss": inf, "test_accuracy": 0.0}
     count = kept_parameters(trainee.model) if arm.by == "AdaLoRA" else adapter_parameters(trainee.model)
+    ranks = kept_ranks(trainee.model) if arm.by == "AdaLoRA" else {n: la.rank for n, la in lora_layers(trainee.model)}
+    row |= {"parameters": count, "ranks": " ".join(map(str, ranks.values()))}
     val_loss, _ = trainee.evaluate(trainee.setting.val)
     test_loss, accuracy = trainee.evaluate(trainee.setting.test)
-    return row | {"parameters": count, "val_loss": val_loss, "test_loss": test_loss, "test_accuracy": accuracy}
+    return row | {"val_loss": val_loss, "test_loss": test_loss, "test_accuracy": accuracy}
 
 
 def losses_by_rate(table: Table, task: str, arm: Arm) -> dict[float, float]:
-    """Validation losses by learning rate, means over the seeds that a rate is chosen on, where each of them has one."""
+    """Validation losses by learning rate, means over the seeds that a rate is chosen on, where each of them has one.
+
+    In a table without these seeds all seeds count.
+    """
     found: dict[float, list[float]] = {}
-    for row in table.rows:
-        if (row["task"], row["arm"]) == (task, str(arm)) and int(row["seed"]) < CHOOSING:
-            found.setdefault(float(row["lr"]), []).append(float(row["val_loss"]))
+    rows = [row for row in table.rows if (row["task"], row["arm"]) == (task, str(arm))]
+    for row in [row for row in rows if int(row["seed"]) < CHOOSING] or rows:
+        found.setdefault(float(row["lr"]), []).append(float(row["val_loss"]))
     most = max(map(len, found.values()), default=0)
     return {lr: mean(losses) for lr, losses in found.items() if len(losses) == most}
 
@@ -411,7 +436,8 @@ def draw(rows: Sequence[Mapping[str, str]], best: dict[Arm, float], task: str, f
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     styles = {"": "ko", "uniform": "vm", "weight": ">c", "brought": "^g", "found": "Xk"}
-    styles |= {"GoRA": "Db", "AdaLoRA": "sr", "AdaLoRA's ranks": "^r", "anneal": "Pb", "auto": "*y"}
+    styles |= {"GoRA": "Db", "AdaLoRA": "sr", "AdaLoRA's ranks": "^r", "AdaLoRA's bytes": "vg"}
+    styles |= {"anneal": "Pb", "auto": "*y"}
     labelled: set[str] = set()
     # Arms of nearly the same size are drawn side by side.
     drawn: Counter[float] = Counter()

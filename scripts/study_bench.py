@@ -216,15 +216,17 @@ def budget_ranks(
     rank: int,
     highest: int | None = None,
     brought: Mapping[str, Contribution] | None = None,
+    parameters: int | None = None,
 ) -> dict[str, int]:
-    """Ranks by layer that share out the parameters of ``rank`` by what layers have brought, or by weight."""
+    """Ranks by layer that share out the parameters of ``rank``, or these, by what layers have brought, or by weight."""
     shapes = {name: (layer.lora_B.shape[0], layer.lora_A.shape[1]) for name, layer in layers.items()}
     if brought is None:
         found = LayerDirections(layers).values()
         states = {n: LayerState(layer.rank, *shapes[n], values=found[n]) for n, layer in layers.items()}
         return Budget(final_rank=rank, highest=highest, by="weight").ranks(states)
     states = {n: LayerState(layer.rank, *shapes[n], brought=brought[n].worth) for n, layer in layers.items()}
-    return Budget(final_rank=rank, highest=highest).ranks(states)
+    pool = dict(parameters=parameters) if parameters else dict(final_rank=rank)
+    return Budget(**pool, highest=highest).ranks(states)
 
 
 def linear_layers(setting: Setting, model: nn.Module) -> list[str]:

@@ -56,6 +56,7 @@ def study(scripts, tiny_bert, monkeypatch, tmp_path):
         study.Arm(16, "auto"),
         study.Arm(2, "weight", highest=3, but="pooler"),
         study.Arm(4, "AdaLoRA's ranks", rate=2.0),
+        study.Arm(4, "AdaLoRA's bytes", rate=2.0),
     ]
     monkeypatch.setitem(study.ARMS, "medical_terms", kinds)
     small = ["task.limit=80", f"task.model={tiny_bert}", "optimizer.warmup_steps=1"]
@@ -79,23 +80,24 @@ def test_study_trains_what_its_table_lacks_and_takes_no_rate_that_diverges(study
         ("0", a, "inf") for a in arms
     )
     size = {arm: int(at_best["0", arm]["parameters"]) for arm in arms}
-    fixed, doubled, uniform, gates, found, theirs, gora, muon, auto, but, guided = arms
+    fixed, doubled, uniform, brought, found, theirs, gora, muon, auto, but, guided, equal = arms
     assert size[fixed] == size[uniform] == size[muon] == 2 * WIDTHS
     assert at_best["0", muon]["test_loss"] != at_best["0", fixed]["test_loss"]
     assert size[auto] < size[doubled] == 16 * WIDTHS
-    assert size[found] == size[gates] <= 2 * WIDTHS
+    assert size[found] == size[brought] <= 2 * WIDTHS
     assert 0 < size[theirs] < 16 * WIDTHS
     # GoRA rounds the rank of each layer by itself.
     assert 1.5 * WIDTHS < size[gora] <= 2.1 * WIDTHS
     # The pooler has 32 inputs and 32 outputs.
     assert 0 < size[but] - 16 * 64 <= 2 * (WIDTHS - 64)
-    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, gates, auto, but, guided]
-    assert 0 < size[guided] < 16 * WIDTHS
-    assert f"| {gates} | 2 |" in capsys.readouterr().out
+    assert [arm for arm in arms if at_best["0", arm]["rise"]] == [uniform, brought, auto, but, guided, equal]
+    assert 0 < size[equal] <= size[guided] < 16 * WIDTHS
+    assert sum(map(int, at_best["0", fixed]["ranks"].split())) == 2 * len(at_best["0", theirs]["ranks"].split())
+    assert f"| {brought} | 2 |" in capsys.readouterr().out
     assert (tmp_path / "study_medical_terms.png").stat().st_size > 0
 
     file = tmp_path / "study.csv"
-    lost = [row for row in written if row["arm"] == gates and row["seed"] == "2"]
+    lost = [row for row in written if row["arm"] == brought and row["seed"] == "2"]
     header, *lines = file.read_text(encoding="utf-8").splitlines()
     kept = [line for line, row in zip(lines, written, strict=True) if row not in lost]
     file.write_text("\n".join([header, *kept]) + "\n", encoding="utf-8")
