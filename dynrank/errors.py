@@ -79,8 +79,8 @@ _IN_PYTHON = {"null": "None", "true": "True", "false": "False"}
 class ConfigurationError(ValueError):
     """A value, key or file from the user cannot be used.
 
-    The message names the value and how to fix it: by the configuration key or the command's option inside
-    :func:`configured`, else by the argument of the call, which is the last part of the key, or the option's name.
+    The message names the value and how to fix it: on the command line by its key or option, else by the
+    argument of the call.
     Nothing has been changed when it is raised. The command line prints it without a traceback and exits with code 2.
 
     >>> from dynrank.schedules import early_budget

@@ -42,7 +42,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """Read a PEFT adapter (ours or PEFT's) from its folder into memory, for :func:`dynrank.swap_adapter`.
 
     Raises:
-        ConfigurationError: as :func:`open_adapter`.
+        ConfigurationError: if a file is missing, broken or not of a LoRA adapter.
 
     >>> import tempfile, torch, dynrank
     >>> folder = tempfile.mkdtemp()

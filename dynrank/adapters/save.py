@@ -54,6 +54,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     >>> import tempfile, torch, dynrank
     >>> folder = tempfile.mkdtemp()
     >>> dynrank.save_adapter(dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4), folder)
+    >>> {name: layer.rank for name, layer in dynrank.read_adapter(folder).layers.items()}
+    {'0': 4}
     """
     model = uncompiled(model)
     if peft_layers(model):

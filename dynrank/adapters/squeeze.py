@@ -61,10 +61,13 @@ def inspect(path: str | Path) -> list[LayerSpectrum]:
 
     >>> import tempfile, torch, dynrank
     >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=2)
+    >>> with torch.no_grad():
+    ...     _ = model[0].lora_A.copy_(torch.eye(2, 8) * 3)
+    ...     _ = model[0].lora_B.copy_(torch.eye(8, 2))
     >>> folder = tempfile.mkdtemp()
     >>> dynrank.save_adapter(model, folder)
     >>> [(layer.layer, layer.rank, layer.singular_values, layer.effective_rank) for layer in inspect(folder)]
-    [('0', 2, (0.0, 0.0), 0.0)]
+    [('0', 2, (3.0, 3.0), 2.0)]
     """
     with open_stored(adapter_folder(Path(path))) as adapter, one_thread():
         spectra = []
@@ -91,7 +94,7 @@ def squeeze(
     names are copied. Memory use is the new adapter and one pair of old factors. ``out`` is written whole or not at all.
 
     A file of diffusers, kohya or ComfyUI is computed in float32 and stored in its own dtypes. Its other layers (LoHa,
-    LoKr, DoRA) are copied. All layers get the same alpha, see :func:`rewrite_file`.
+    LoKr, DoRA) are copied. All layers get the same alpha.
 
     Give exactly one of ``rank``, ``energy`` and ``budget``.
 

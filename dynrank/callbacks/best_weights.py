@@ -30,9 +30,11 @@ class BestWeights(Checkpoint):
         step: optimizer steps made before the best validation; None: there was none since the last change.
         value: the metric in that validation.
 
-    >>> best = BestWeights("val/accuracy", mode="max")
-    >>> best.step is None
-    True
+    Example::
+
+        best = BestWeights("val/accuracy", mode="max")
+        Trainer(callbacks=[RankScheduler(8), best]).fit(module)
+        best.restore(module)
     """
 
     def __init__(self, monitor: str, mode: Literal["min", "max"] = "min") -> None:

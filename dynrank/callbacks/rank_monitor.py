@@ -36,10 +36,9 @@ class RankMonitor(Callback):
             begins with "undone". None: no file.
         model_name: attribute of the LightningModule whose value is the model; left out of the layers' names.
 
-    >>> from dynrank.callbacks import RankScheduler
-    >>> callbacks = [RankScheduler(8), RankMonitor("rank_history.csv", model_name="model")]
-    >>> callbacks[1].prefix
-    'model.'
+    Example::
+
+        Trainer(callbacks=[RankScheduler(8), RankMonitor("rank_history.csv", model_name="model")]).fit(module)
     """
 
     def __init__(self, history_file: str | Path | None = None, model_name: str = "") -> None:

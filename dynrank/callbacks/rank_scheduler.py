@@ -49,8 +49,8 @@ class RankScheduler(Callback):
 
     Args:
         schedule: an int (``early_budget`` of that rank), a stage, or a list of stages (see :mod:`dynrank.schedules`).
-        keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks; nothing is
-            saved after the end then.
+        keep_best_before: whether the best checkpoint may be one from before the last cut, with other ranks; then a
+            cut after the last step is in no checkpoint.
         check_every: optimizer steps between checks that all processes have the same adapters and optimizer state; None:
             checks only at the start, and before each change.
         measure: validate directly before and after each change, on a share of the data that costs under 2% of the run,

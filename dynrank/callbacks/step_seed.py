@@ -12,8 +12,10 @@ class StepSeed(Callback):
 
     Nothing between two batches (a validation, a new loader, a restart) changes the dropout masks of the next batch.
 
-    >>> from lightning import Trainer
-    >>> trainer = Trainer(accelerator="cpu", max_steps=10, logger=False, callbacks=[StepSeed(0)])
+    Example::
+
+        trainer = Trainer(callbacks=[RankScheduler(8), AdapterCheckpoint("checkpoints"), StepSeed(0)])
+        trainer.fit(module, ckpt_path="last")
     """
 
     def __init__(self, seed: int) -> None:

@@ -63,8 +63,8 @@ def resize(
     Args:
         model: a model with LoRA layers, dynrank's or PEFT's.
         target: the new rank of every layer, up or down, or {key: new rank} for some. A key is a layer's name,
-            "attention", "mlp", or a pattern as in a rank map; the first that matches a layer wins (see
-            :func:`dynrank.rank_map.by_layer`).
+            which goes before all others, "attention", "mlp", or a pattern as in a rank map, of which the first that
+            matches a layer wins.
         optimizers: all optimizers of the layers' parameters. If another one has state of theirs, the call is refused.
         optimizer_state: "transport" carries the moments through the change, "reset" deletes them.
         generator: generator of the random rows of a growth; torch's default generator when None.

@@ -40,6 +40,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     >>> import torch, dynrank
     >>> model = dynrank.add_lora(torch.nn.Sequential(torch.nn.Linear(8, 8)), rank=4)
     >>> optimizer = torch.optim.AdamW(dynrank.adapter_parameters(model), lr=1e-3)
+    >>> [tuple(factor.shape) for factor in dynrank.adapter_parameters(model)]
+    [(4, 8), (8, 4)]
     """
     return [factor for _, layer in lora_layers(model) for factor in (layer.lora_A, layer.lora_B)]
 

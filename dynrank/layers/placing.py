@@ -44,13 +44,14 @@ def add_lora(
         rank: rank of layers that no rule of ``rank_map`` sets. If ``target_modules`` has a preset, a layer gets
             min(d_in, d_out) if that is less.
         alpha: scaling starts at alpha / rank (alpha / sqrt(rank) for rsLoRA, arXiv:2312.03732); None means ``rank``.
-        target_modules: see :func:`dynrank.layers.choosing.target_names`.
+        target_modules: "all-linear" (all but the output head), "attention", a list of names or their last parts as in
+            PEFT, or a regular expression for whole names.
         rank_map: an override file, or its ``rank_pattern`` mapping.
         dropout: probability of dropout on the input of the update while training.
         rslora: whether scaling starts at alpha / sqrt(rank).
         modules_to_save: names of modules that are trained without LoRA and saved with the adapter (a new head).
         dtype: dtype of the factors.
-        backend: which backend makes the products with the factors, see :func:`dynrank.kernels.backends.products_of`.
+        backend: "auto", "torch", "triton" or "reference", see kernels/README.md.
 
     Returns:
         ``model`` itself.

@@ -1,5 +1,8 @@
 """Schedules by name: each is a function that returns stages, and ``schedule=NAME`` calls it with the same defaults.
 
+On the command line ``final_rank`` is half of ``lora.rank`` (``anneal`` an eighth, ``grow`` 64) where it is not given.
+
+
 Every call returns new stages, and every stage has its own trigger: a given trigger is copied.
 """
 
@@ -90,6 +93,8 @@ def early_budget(
     >>> (stage,) = early_budget(4, highest=16)
     >>> stage.when
     At(step=None, epoch=None, fraction=0.3333)
+    >>> stage.to.final_rank, stage.to.highest, stage.how.lr_factor
+    (4, 16, 'sqrt')
     """
     if (share, parameters, bytes) != (None, None, None):
         final_rank = None

@@ -15,7 +15,7 @@ from dynrank.triggers import At, Run, Trigger
 class How:
     """How a change of rank is made.
 
-    The signature of a preset shows its own defaults for some of these values.
+    It replaces the whole ``how`` of a preset: ``early_budget`` and ``auto`` have ``lr_factor="sqrt"``.
 
     Args:
         lr_factor: factor of the adapters' learning rates after the change, on top of their scheduler. "sqrt":

@@ -20,7 +20,8 @@ class Budget(Target):
 
     What a layer has brought is the decrease of the loss by its updates (at least 0), plus its standard error. Every
     layer starts at its lowest rank. The next step up always goes to the layer with the largest quotient of what it has
-    brought and the mean of its two ranks, while it fits the pool. Where nothing is known yet, ranks rise alike.
+    brought and the mean of its ranks before and after the step, while it fits the pool. Where nothing is known yet,
+    ranks rise alike.
     Give exactly one size: ``parameters``, ``share``, ``final_rank`` or ``bytes``.
 
     ``by="weight"`` instead takes the steps with the largest squared singular values per parameter, which is a

@@ -25,8 +25,9 @@ class Rank(Target):
     """At most this rank for all layers; a layer below it keeps its rank.
 
     Args:
-        rank: the rank, or {key: rank} for some layers. A key is a layer's name, "attention", "mlp", or a pattern as in
-            a rank map; the first that matches a layer wins, and layers that no key means keep their rank.
+        rank: the rank, or {key: rank} for some layers. A key is a layer's name, which goes before all others,
+            "attention", "mlp", or a pattern as in a rank map, of which the first that matches a layer wins; layers that
+            no key means keep their rank.
 
     Raises:
         ConfigurationError: if a value is out of range; from :meth:`ranks` if a key means no layer.

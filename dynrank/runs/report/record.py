@@ -91,7 +91,6 @@ class RunRecord:
         last_step: optimizer steps made.
         history: all changes of rank in the order of time, also those that were undone.
         layers: {layer of the exported adapter: its spectrum}, in the order of the model.
-        generations: the texts that the run has generated, if it did.
     """
 
     folder: Path
