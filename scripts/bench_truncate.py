@@ -1,20 +1,26 @@
-"""Time and memory of truncating a 7B model's worth of adapters: 224 layers of 4096 x 4096, rank 32 -> 16.
+"""Time and memory of a whole change of ranks at the size of a 7B model: 224 layers of 4096 x 4096, AdamW.
 
-The program prints one line for each measurement. For comparison it also times the dense SVD of one layer's update.
-Run: .venv/bin/python scripts/bench_truncate.py [--layers N] [--size N]
+One pool of parameters is shared out by what layers have brought in two steps with random gradients; factors are
+truncated, and the optimizer's moments are carried along. The program prints one line for each measurement. For
+comparison it also times the dense SVD of one layer's update. It needs Linux.
+Run: .venv/bin/python scripts/bench_truncate.py [--layers N] [--size N] [--rank N] [--final-rank N]
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import re
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from dynrank import lora_layers, resize
+from dynrank import RankDriver, Training, adapter_parameters, resize
 from dynrank.layers.kinds import LoRALinear
+from dynrank.schedules import Stage
+from dynrank.targets import Budget
+from dynrank.triggers import At, Run
 
 
 def main() -> None:
@@ -30,36 +36,53 @@ def main() -> None:
     torch.manual_seed(0)
     # All layers share one frozen weight, since only the adapters matter here.
     base = nn.Linear(options.size, options.size, bias=False)
-    model = nn.ModuleList(LoRALinear(base, rank=options.rank, scaling=2.0) for _ in range(options.layers))
-    for _, layer in lora_layers(model):
+    layers = [LoRALinear(base, rank=options.rank, scaling=2.0) for _ in range(options.layers)]
+    model = nn.ModuleList(layers)
+    for layer in layers:
         nn.init.normal_(layer.lora_B, std=0.01)
-    first = model[0]
-    delta = first.delta_weight().detach()
+    optimizer = torch.optim.AdamW(adapter_parameters(model), lr=1e-3)
+    loop = Training(model, [optimizer])
+    driver = RankDriver(Stage(At(step=2), Budget(final_rank=options.final_rank)))
+    driver.start(loop, Run(total_steps=4))
+    while loop.step < 2:
+        for factor in adapter_parameters(model):
+            factor.grad = torch.randn_like(factor)
+        optimizer.step()
+        loop.step += 1
+        driver.end_step(loop)
+        optimizer.zero_grad()
 
-    before = _peak_bytes()
+    delta = layers[0].delta_weight().detach()
+    (report,) = resize(model, {"0": 1}, dry_run=True)
+    before = _peak_bytes(reset=True)
     start = time.perf_counter()
-    reports = resize(model, options.final_rank)
+    driver.advance(loop)
     seconds = time.perf_counter() - start
     extra = _peak_bytes() - before
     print(f"threads                    {torch.get_num_threads()}")
     shape = f"{options.size} x {options.size}"
     ranks = f"{options.rank} -> {options.final_rank}"
-    print(f"layers                     {len(reports)} of {shape}, {ranks}")
-    print(f"truncation                 {seconds:.2f} s, {seconds / len(reports) * 1e3:.1f} ms a layer")
+    print(f"layers                     {options.layers} of {shape}, {ranks}")
+    print(f"change                     {seconds:.2f} s, {seconds / options.layers * 1e3:.1f} ms a layer")
     print(f"peak extra memory          {extra / 2**20:.0f} MiB")
     if options.skip_dense:
         return
     start = time.perf_counter()
     values = torch.linalg.svd(delta).S
     dense = time.perf_counter() - start
-    ours = torch.tensor(reports[0].singular_values)
+    ours = torch.tensor(report.singular_values)
     difference = float((values[: options.rank] - ours).abs().max() / ours[0])
-    print(f"dense SVD of one layer     {dense:.1f} s, {dense / (seconds / len(reports)):.0f} times as long")
+    print(f"dense SVD of one layer     {dense:.1f} s, {dense / (seconds / options.layers):.0f} times as long")
     print(f"singular values agree to   {difference:.1e} of the largest")
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _peak_bytes(reset: bool = False) -> int:
+    """The largest resident memory since the last reset, which sets it to the present one."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="ascii"))
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":
